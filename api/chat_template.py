@@ -1,0 +1,457 @@
+"""Chat messages to prompt text, by the Jinja template that a model brings along.
+
+Templates are written for transformers, so the environment offers what it offers there and renders the
+same text. They are code from outside: they run in Jinja's sandbox, see copies of plain JSON values
+only, and can neither build nor loop over more than a prompt could need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+from jinja2.utils import Namespace
+
+ContentFormat: TypeAlias = Literal["string", "openai"]
+Message: TypeAlias = dict[str, Any]
+
+MAX_OUTPUT_CHARS: Final = 32 << 20
+MAX_RANGE_ITEMS: Final = 1_000_000
+"""Numbers that all ``range`` calls of one rendering may yield together."""
+
+_MAX_MESSAGE_CHARS: Final = 400
+_CONTINUE_TAG: Final = "\ue000continue-here\ue000 "
+_REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
+_TEXT_PARTS: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+class TemplateError(ValueError):
+    """A chat template is wrong, or refused or could not render the conversation it was given."""
+
+
+class ChatTemplate:
+    """A compiled chat template, or several by name.
+
+    Attributes:
+        content_format: How the default template wants the content of a message.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], special_tokens_map: Mapping[str, str] | None = None) -> None:
+        sources = {"default": source} if isinstance(source, str) else dict(source)
+        if not sources:
+            raise TemplateError("no chat template given")
+        self._templates = {name: _Template(text) for name, text in sources.items()}
+        self._special_tokens = dict(special_tokens_map or {})
+        default = self._templates.get("default")
+        self.content_format: ContentFormat = "string" if default is None else default.content_format
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: The conversation; values are plain JSON.
+            tools: Function definitions. A template called ``tool_use`` is taken if there are any.
+            documents: Documents for retrieval-augmented templates.
+            add_generation_prompt: End with the header of an assistant message.
+            continue_final_message: End inside the last message, for the model to go on with it.
+            **kwargs: Further variables of the template; they go before the special tokens.
+
+        Raises:
+            TemplateError: The template fails, refuses the conversation or exceeds a limit.
+        """
+        if not messages:
+            raise TemplateError("there are no messages")
+        if continue_final_message and add_generation_prompt:
+            raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+        template = self._choose(bool(tools))
+        chat = [_prepared(_plain(message)) for message in messages]
+        if template.needs_parts:
+            for message in chat:
+                if isinstance(message.get("content"), str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+        final_text = _mark_final_message(chat[-1]) if continue_final_message else ""
+        variables = {
+            **self._special_tokens,
+            **_plain(kwargs),
+            "messages": chat,
+            # Templates ask whether there are tools by "is not none".
+            "tools": _plain(list(tools)) if tools else None,
+            "documents": _plain(list(documents)) if documents else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = template.render(variables)
+        return _cut_at_mark(text, final_text) if continue_final_message else text
+
+    def _choose(self, with_tools: bool) -> _Template:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" in self._templates:
+            return self._templates["default"]
+        if len(self._templates) == 1:
+            return next(iter(self._templates.values()))
+        raise TemplateError(f"the model has the chat templates {sorted(self._templates)}, but none called 'default'")
+
+
+def load_chat_template(argument: str) -> str:
+    """The template that ``--chat-template`` names: a file, or the Jinja text itself.
+
+    Raises:
+        ValueError: It is neither an existing file nor looks like Jinja.
+    """
+    if "{{" in argument or "{%" in argument or "\n" in argument:
+        return argument
+    path = Path(argument).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chat template {argument!r} is neither a readable file nor Jinja text: {error}") from error
+    if path.suffix != ".json":
+        return text
+    try:
+        source = json.loads(text)["chat_template"]
+    except (ValueError, TypeError, KeyError):
+        source = None
+    if not isinstance(source, str):
+        raise ValueError(f"{argument}: not a JSON object with a text under 'chat_template'")
+    return source
+
+
+def detect_content_format(source: str) -> ContentFormat:
+    """``openai`` if a template loops over the content of a message, else ``string``.
+
+    Raises:
+        TemplateError: The template is no valid Jinja.
+    """
+    return "openai" if _ContentUses(_parse(source)).loops else "string"
+
+
+def normalize_messages(messages: Sequence[Mapping[str, Any]], content_format: ContentFormat) -> list[Message]:
+    """Messages as a template expects them: content as one text or as text parts, tool arguments as objects.
+
+    Content that is a text already stays one. Empty content is left out, as templates print ``None``.
+
+    Raises:
+        ValueError: A message is malformed or has content that is no text; the text names the place.
+    """
+    result: list[Message] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}: not an object with a 'role'")
+        copy = {key: value for key, value in message.items() if value is not None}
+        content = copy.get("content")
+        if content is not None and not isinstance(content, str):
+            if not isinstance(content, (list, tuple)):
+                raise ValueError(f"{where}.content: neither a text nor a list of parts")
+            texts = [_text_of_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+            if content_format == "string":
+                copy["content"] = "\n".join(texts)
+            else:
+                copy["content"] = [{"type": "text", "text": text} for text in texts]
+        if "tool_calls" in copy:
+            copy["tool_calls"] = _with_parsed_arguments(copy["tool_calls"], f"{where}.tool_calls")
+        result.append(copy)
+    return result
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where}: not an object with a 'type'")
+    kind = part.get("type", "text")
+    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        raise ValueError(f"{where}: content of type {str(kind)[:40]!r} is not supported by this model")
+    text = part.get(key)
+    if not isinstance(text, str):
+        raise ValueError(f"{where}.{key}: not a text")
+    return text
+
+
+def _with_parsed_arguments(tool_calls: Any, where: str) -> list[Any]:
+    """Clients send the arguments of a call as JSON text, templates expect the object."""
+    if not isinstance(tool_calls, (list, tuple)):
+        raise ValueError(f"{where}: not a list")
+    result = []
+    for index, call in enumerate(tool_calls):
+        if not isinstance(call, Mapping):
+            raise ValueError(f"{where}[{index}]: not an object")
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments", ""), str):
+            try:
+                arguments = json.loads(function.get("arguments") or "{}")
+            except (ValueError, RecursionError):
+                arguments = None  # the model wrote it, and may have been cut off: keep its text
+            if isinstance(arguments, dict):
+                call = {**call, "function": {**function, "arguments": arguments}}
+        result.append(call)
+    return result
+
+
+# Preparing a conversation
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON types only, so that a template gets at nothing with methods of its own."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    raise TemplateError(f"a chat template takes JSON values only, not {type(value).__name__}")
+
+
+def _prepared(message: Any) -> Message:
+    """Drop empty fields, which templates would print as ``None``, and give reasoning its usual names."""
+    if not isinstance(message, dict):
+        raise TemplateError("a message is not an object")
+    prepared: Message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((prepared[name] for name in _REASONING_FIELDS if name in prepared), None)
+    if reasoning is not None:
+        prepared["reasoning_content"] = reasoning
+        prepared.setdefault("thinking", reasoning)
+    return prepared
+
+
+def _mark_final_message(message: Message) -> str:
+    """Append a mark to the last text of a message; return that text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _CONTINUE_TAG
+        return content
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _CONTINUE_TAG
+            return text
+    raise TemplateError("continue_final_message: the last message has no text to continue")
+
+
+def _cut_at_mark(text: str, final_text: str) -> str:
+    position = text.rfind(_CONTINUE_TAG.strip())
+    if position < 0 or final_text.strip() not in text:
+        raise TemplateError("continue_final_message: the chat template changes or drops the last message")
+    if text.startswith(_CONTINUE_TAG, position):
+        return text[:position]
+    # The template trims messages, and took the space after the mark; so it would the message's own.
+    return text[:position].rstrip()
+
+
+# The environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks assistant text for training; here it only stands around its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a bound on what one multiplication may build."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            size = _repeated_size(left, right) or _repeated_size(right, left)
+            if size > MAX_OUTPUT_CHARS:
+                raise SecurityError("a multiplication builds too large a value")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 1 << 16:
+            raise SecurityError("a power is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _repeated_size(value: Any, times: Any) -> int:
+    return len(value) * times if isinstance(value, (str, list, tuple)) and isinstance(times, int) else 0
+
+
+class _TemplateNamespace(Namespace):
+    """``namespace()`` without names that begin with an underscore, which mean something to Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name such as {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML and sorts keys; models are trained on neither.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _make_environment() -> SandboxedEnvironment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _TemplateNamespace
+    del environment.globals["lipsum"]
+    return environment
+
+
+_ENVIRONMENT: Final = _make_environment()
+
+
+def _make_range() -> Callable[..., range]:
+    """``range`` for one rendering: nested loops over it must end."""
+    left = MAX_RANGE_ITEMS
+
+    def bounded_range(*args: int) -> range:
+        nonlocal left
+        numbers = range(*args)
+        left -= len(numbers)
+        if left < 0:
+            raise SecurityError(f"range() yields more than {MAX_RANGE_ITEMS} numbers")
+        return numbers
+
+    return bounded_range
+
+
+class _Template:
+    """One compiled template."""
+
+    def __init__(self, source: str) -> None:
+        uses = _ContentUses(_parse(source))
+        self.content_format: ContentFormat = "openai" if uses.loops else "string"
+        # A template that never asks whether content is a text would loop over its characters.
+        self.needs_parts = uses.loops and not uses.tests_type
+        try:
+            self._template = _ENVIRONMENT.from_string(source)
+        except Exception as error:
+            raise TemplateError(f"chat template: {_describe(error)}") from error
+
+    def render(self, variables: dict[str, Any]) -> str:
+        pieces: list[str] = []
+        num_chars = 0
+        try:
+            for piece in self._template.generate({**variables, "range": _make_range()}):
+                num_chars += len(piece)
+                if num_chars > MAX_OUTPUT_CHARS:
+                    raise TemplateError(f"chat template: the text exceeds {MAX_OUTPUT_CHARS} characters")
+                pieces.append(piece)
+        except TemplateError:
+            raise
+        except Exception as error:  # an expression of a template may raise anything
+            raise TemplateError(f"chat template: {_describe(error)}") from error
+        return "".join(pieces)
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        text = f"line {error.lineno}: {text}"
+    elif not isinstance(error, jinja2.TemplateError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _MAX_MESSAGE_CHARS else f"{text[:_MAX_MESSAGE_CHARS]}..."
+
+
+# What a template does with content
+
+
+def _parse(source: str) -> nodes.Template:
+    try:
+        return _ENVIRONMENT.parse(source)
+    except Exception as error:  # a parser that meets hostile text may overflow the stack, too
+        raise TemplateError(f"chat template: {_describe(error)}") from error
+
+
+class _ContentUses:
+    """What a template does with the content of messages.
+
+    Attributes:
+        loops: It loops over content as over a list.
+        tests_type: It asks whether content is a text.
+    """
+
+    def __init__(self, tree: nodes.Template) -> None:
+        self._names: set[str] = set()
+        self._follow(tree)
+        self.loops = any(self._is_content(loop.iter) for loop in tree.find_all(nodes.For))
+        self.tests_type = any(
+            test.name in ("string", "iterable", "sequence", "mapping") and self._is_content(test.node)
+            for test in tree.find_all(nodes.Test)
+        )
+
+    def _follow(self, tree: nodes.Template) -> None:
+        """Collect the names that content goes by: {% set text = message.content %}, {{ show(message.content) }}."""
+        macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+        assignments = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+        for call in tree.find_all(nodes.Call):
+            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+            if macro is not None:
+                assignments += zip(macro.args, call.args, strict=False)
+        num_names = -1
+        while num_names < len(self._names):
+            num_names = len(self._names)
+            for target, value in assignments:
+                if isinstance(target, nodes.Name) and self._is_content(value):
+                    self._names.add(target.name)
+
+    def _is_content(self, node: nodes.Node | None) -> bool:
+        """Whether an expression is the content of a message, perhaps filtered or sliced."""
+        if isinstance(node, nodes.Filter):
+            return self._is_content(node.node)
+        if isinstance(node, nodes.Getattr):
+            return node.attr == "content"
+        if isinstance(node, nodes.Getitem):
+            if isinstance(node.arg, nodes.Slice):
+                return self._is_content(node.node)
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        if isinstance(node, nodes.CondExpr):
+            return self._is_content(node.expr1) or self._is_content(node.expr2)
+        return isinstance(node, nodes.Name) and node.name in self._names

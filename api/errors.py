@@ -1,0 +1,51 @@
+"""Errors of the front end that several of its files raise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ModelFileError(Exception):
+    """A file of the model is missing, damaged or of a kind that is not supported.
+
+    Attributes:
+        path: The file.
+        detail: What is wrong with it, naming the field or the tensor.
+    """
+
+    def __init__(self, path: str | Path, detail: str) -> None:
+        self.path = str(path)
+        self.detail = " ".join(detail.split())
+        super().__init__(f"{self.path}: {self.detail}")
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it is. The message names the field and says what would do.
+
+    Attributes:
+        message: For the client.
+        param: The field at fault, if it is one.
+        status: HTTP status.
+        kind: The ``type`` of the error body.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, *, status: int = 400, kind: str = "BadRequestError"
+    ) -> None:
+        self.message = message
+        self.param = param
+        self.status = status
+        self.kind = kind
+        super().__init__(message)
+
+
+class EngineDeadError(Exception):
+    """The engine cannot serve, now or ever again; the message says why.
+
+    Attributes:
+        exit_code: What this process should exit with. 78: the model or its configuration is at fault.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)

@@ -1,0 +1,256 @@
+"""Prometheus metrics under the names that vLLM uses, so that existing dashboards and scalers work.
+
+Numbers that change with every token are kept as plain arrays and turned into metrics when someone asks: a histogram's
+``observe`` per token would cost more than detokenising it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine_core.messages import EngineReady, SchedulerStats
+
+if TYPE_CHECKING:
+    from api.output import RequestState
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_LATENCY_BUCKETS = (
+    0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0,
+)  # fmt: skip
+REQUEST_LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+ITERATION_BUCKETS = tuple(float(1 << power) for power in range(15))
+
+
+def _length_buckets(max_model_len: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, ... up to the longest sequence."""
+    buckets: list[float] = []
+    decade = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * decade > max_model_len:
+                return tuple(buckets) or (1.0,)
+            buckets.append(float(factor * decade))
+        decade *= 10
+
+
+class _StepCollector(Collector):
+    """What each step changes."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.stats = SchedulerStats()
+        self.generation_tokens = 0
+        self.latency_counts = np.zeros(len(TOKEN_LATENCY_BUCKETS) + 1, np.int64)
+        self.latency_sum = 0.0
+        self.iteration_counts = np.zeros(len(ITERATION_BUCKETS) + 1, np.int64)
+        self.iteration_sum = 0
+        self.lost = SchedulerStats()
+        """Counts of engines that are gone."""
+
+    def collect(self) -> Iterator[Metric]:
+        stats, lost = self.stats, self.lost
+        yield self._gauge("vllm:num_requests_running", "Requests that run.", stats.num_running_reqs)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", stats.num_waiting_reqs)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 = all.", stats.kv_cache_usage)
+        queries = stats.prefix_cache_queries + lost.prefix_cache_queries
+        hits = stats.prefix_cache_hits + lost.prefix_cache_hits
+        preemptions = stats.num_preemptions + lost.num_preemptions
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
+        yield self._counter("vllm:num_preemptions", "Requests that had to start over for lack of blocks.", preemptions)
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
+        yield self._histogram(
+            "vllm:inter_token_latency_seconds",
+            "Time between two tokens of a request.",
+            TOKEN_LATENCY_BUCKETS,
+            self.latency_counts,
+            self.latency_sum,
+        )
+        yield self._histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens computed in a step.",
+            ITERATION_BUCKETS,
+            self.iteration_counts,
+            self.iteration_sum,
+        )
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model_name], value)
+        return family
+
+    def _histogram(
+        self,
+        name: str,
+        text: str,
+        bounds: tuple[float, ...],
+        counts: np.ndarray[tuple[int], np.dtype[np.int64]],
+        total: float,
+    ) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=["model_name"])
+        sums = np.cumsum(counts).tolist()
+        names = [*map(str, bounds), "+Inf"]
+        family.add_metric([self.model_name], list(zip(names, sums, strict=True)), sum_value=total)
+        return family
+
+
+class EngineMetrics:
+    """Everything that is counted about requests and steps."""
+
+    def __init__(self, model_name: str, max_model_len: int = 8192) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._steps = _StepCollector(model_name)
+        self._latency_bounds = np.array(TOKEN_LATENCY_BUCKETS)
+        self._model_name = model_name
+        lengths = _length_buckets(max_model_len)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of the requests that ran.")
+        self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by how.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
+        )
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request.",
+            TOKEN_LATENCY_BUCKETS,
+        )
+        latency = REQUEST_LATENCY_BUCKETS
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the end.", latency)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Time spent waiting.", latency)
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "Time from the first step to the first token.", latency
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "Time from the first token to the end.", latency
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds", "Time from the first step to the end.", latency
+        )
+        self._request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", lengths)
+        self._request_output = self._histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", lengths
+        )
+        self._request_max = self._histogram("vllm:request_params_max_tokens", "max_tokens of a request.", lengths)
+        self._request_n = self._histogram("vllm:request_params_n", "n of a request.", (1.0, 2.0, 5.0, 10.0, 20.0))
+        self._restarts = Counter(
+            "octavo:engine_restarts", "Restarts of the engine core or of workers.", ["cause"], registry=self.registry
+        )
+        self._resumed = self._counter("octavo:streams_resumed", "Requests that went on after a restart.")
+        self._cache_config = Gauge(
+            "vllm:cache_config_info",
+            "The KV cache.",
+            ["model_name", "block_size", "num_gpu_blocks"],
+            registry=self.registry,
+        )
+        self.registry.register(self._steps)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model_name)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        family = Histogram(name, text, ["model_name"], registry=self.registry, buckets=tuple(buckets))
+        return family.labels(self._model_name)
+
+    def on_ready(self, ready: EngineReady) -> None:
+        self._cache_config.labels(self._model_name, str(ready.block_size), str(ready.num_kv_blocks)).set(1)
+
+    def on_request(self, n: int, max_tokens: int) -> None:
+        self._request_n.observe(n)
+        self._request_max.observe(max_tokens)
+
+    def on_step(self, stats: SchedulerStats | None, num_tokens: int, latencies: list[float]) -> None:
+        """Counts a step.
+
+        Args:
+            stats: Of the scheduler, if the message had them.
+            num_tokens: Tokens that came.
+            latencies: Seconds since the last token, for each plain token.
+        """
+        steps = self._steps
+        steps.generation_tokens += num_tokens
+        if stats is not None:
+            steps.stats = stats
+            if stats.num_scheduled_tokens:
+                power = min((stats.num_scheduled_tokens - 1).bit_length(), len(ITERATION_BUCKETS))
+                steps.iteration_counts[power] += 1
+                steps.iteration_sum += stats.num_scheduled_tokens
+        if latencies:
+            places = np.searchsorted(self._latency_bounds, latencies)
+            steps.latency_counts += np.bincount(places, minlength=len(steps.latency_counts))
+            steps.latency_sum += sum(latencies)
+
+    def on_latency(self, seconds: float) -> None:
+        """Counts one token that came by itself."""
+        self._steps.latency_counts[np.searchsorted(self._latency_bounds, seconds)] += 1
+        self._steps.latency_sum += seconds
+
+    def on_first_token(self, state: RequestState, now: float) -> None:
+        self._ttft.observe(now - state.arrival_time)
+        self._prompt_tokens.inc(state.num_prompt_tokens)
+        self._cached_tokens.inc(state.num_cached_tokens)
+        if state.scheduled_time is not None:
+            self._queue.observe(max(0.0, state.scheduled_time - state.arrival_time))
+            self._prefill.observe(max(0.0, now - state.scheduled_time))
+
+    def on_finished(self, state: RequestState, reason: str) -> None:
+        now = time.monotonic()
+        self._success.labels(self._model_name, reason).inc()
+        self._e2e.observe(now - state.arrival_time)
+        self._request_prompt.observe(state.num_prompt_tokens)
+        num_tokens = len(state.output_token_ids)
+        self._request_output.observe(num_tokens)
+        if state.scheduled_time is not None:
+            self._inference.observe(now - state.scheduled_time)
+        if state.first_token_time is not None:
+            decode = now - state.first_token_time
+            self._decode.observe(decode)
+            if num_tokens > 1:
+                self._tpot.observe(decode / (num_tokens - 1))
+
+    def on_restart(self, cause: str, num_resumed: int) -> None:
+        """Counts a restart; ``cause`` is ``engine_core`` or ``worker``."""
+        self._restarts.labels(cause).inc()
+        self._resumed.inc(num_resumed)
+        if cause == "engine_core":
+            steps = self._steps
+            steps.lost = SchedulerStats(
+                prefix_cache_queries=steps.lost.prefix_cache_queries + steps.stats.prefix_cache_queries,
+                prefix_cache_hits=steps.lost.prefix_cache_hits + steps.stats.prefix_cache_hits,
+                num_preemptions=steps.lost.num_preemptions + steps.stats.num_preemptions,
+            )
+            steps.stats = SchedulerStats()
+
+    @property
+    def scheduler_stats(self) -> SchedulerStats:
+        """Of the last step."""
+        return self._steps.stats
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

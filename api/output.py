@@ -1,0 +1,287 @@
+"""From tokens to text: the only loop over a step's outputs.
+
+Streaming or not, chat or completion, server or offline: everything a request gets passes through ``process``. What it
+costs per token is the budget of the whole front end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+
+import msgspec
+
+from api.detokenizer import IncrementalDetokenizer, StopChecker
+from api.metrics import EngineMetrics
+from api.tokenizer import Tokenizer
+from engine_core.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    TokenLogprobs,
+    i32,
+    i64,
+)
+
+FINISH_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What a step brought for one completion."""
+
+    choice: int
+    """Which completion of the channel."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+class Channel:
+    """Where the deltas of one or more completions wait for their one consumer."""
+
+    __slots__ = ("_items", "_loop", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: Delta) -> None:
+        self._items.append(delta)
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def take(self) -> list[Delta]:
+        """Waits until there is something, then returns all of it in order."""
+        if not self._items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items
+
+
+class OutputOptions(msgspec.Struct, frozen=True):
+    """What is done with a request's tokens in this process."""
+
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    min_tokens: int = 0
+    """Stop strings do not count before this many tokens."""
+
+
+class RequestState:
+    """One engine request as the api knows it: its journal, and the state of its text."""
+
+    __slots__ = (
+        "arrival_time",
+        "channel",
+        "choice",
+        "detokenizer",
+        "finished",
+        "first_token_time",
+        "index",
+        "last_token_time",
+        "message",
+        "min_tokens",
+        "num_cached_tokens",
+        "num_crashes",
+        "num_prompt_tokens",
+        "output_token_ids",
+        "scheduled_time",
+        "stop_checker",
+    )
+
+    def __init__(
+        self,
+        message: EngineCoreRequest,
+        options: OutputOptions,
+        tokenizer: Tokenizer | None,
+        channel: Channel,
+        choice: int,
+    ) -> None:
+        self.index = message.index
+        self.message = message
+        """What the engine was told: with ``output_token_ids`` the request's journal."""
+        self.output_token_ids = array("i")
+        self.channel = channel
+        self.choice = choice
+        self.num_prompt_tokens = len(message.prompt_token_ids) // 4
+        self.num_cached_tokens = 0
+        self.num_crashes = 0
+        self.finished = False
+        self.arrival_time = message.arrival_time
+        self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+        self.last_token_time = 0.0
+        self.min_tokens = options.min_tokens
+        self.detokenizer: IncrementalDetokenizer | None = None
+        self.stop_checker: StopChecker | None = None
+        if options.detokenize and tokenizer is not None:
+            self.detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                i32(message.prompt_token_ids)[-64:].tolist(),
+                options.skip_special_tokens,
+                options.spaces_between_special_tokens,
+            )
+            if options.stop:
+                self.stop_checker = StopChecker(options.stop, options.include_stop_str_in_output)
+
+
+class OutputProcessor:
+    """Owns the table of requests and the text of each."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self.states: dict[int, RequestState] = {}
+        self._metrics = metrics
+
+    def add(self, state: RequestState) -> None:
+        self.states[state.index] = state
+
+    def remove(self, index: int) -> RequestState | None:
+        """Forgets a request; what still comes for it is dropped."""
+        state = self.states.pop(index, None)
+        if state is not None:
+            state.finished = True
+        return state
+
+    def process(self, outputs: EngineCoreOutputs) -> list[int]:
+        """Hands each row of a step to the consumer of its request.
+
+        Returns:
+            Requests that ended here, by a stop string, and still run in the engine.
+        """
+        states = self.states
+        now = outputs.timestamp
+        aborts: list[int] = []
+        latencies: list[float] = []
+        num_tokens = 0
+        for index, output_index, token in zip(
+            i64(outputs.indices).tolist(),
+            i32(outputs.output_indices).tolist(),
+            i32(outputs.token_ids).tolist(),
+            strict=True,
+        ):
+            state = states.get(index)
+            if state is None:
+                continue
+            known = state.output_token_ids
+            if output_index != len(known):
+                if output_index > len(known):
+                    self._lost(state, output_index, aborts)
+                continue
+            known.append(token)
+            num_tokens += 1
+            latencies.append(now - state.last_token_time)
+            state.last_token_time = now
+            detokenizer = state.detokenizer
+            text = "" if detokenizer is None else detokenizer.append(token)
+            if state.stop_checker is not None:
+                self._emit_checked(state, text, (token,), (), None, aborts)
+            else:
+                state.channel.push(Delta(state.choice, text, (token,)))
+        for output in outputs.outputs:
+            state = states.get(output.index)
+            if state is not None:
+                num_tokens += self._process_special(state, output, now, aborts)
+        self._metrics.on_step(outputs.scheduler_stats, num_tokens, latencies)
+        return aborts
+
+    def _process_special(self, state: RequestState, output: EngineCoreOutput, now: float, aborts: list[int]) -> int:
+        """A row that has more to say than its token. Returns the number of new tokens."""
+        known = state.output_token_ids
+        skip = len(known) - output.first_output_index
+        if skip < 0:
+            self._lost(state, output.first_output_index, aborts)
+            return 0
+        tokens = output.new_token_ids[skip:]
+        if output.scheduled_time is not None and state.scheduled_time is None:
+            state.scheduled_time = output.scheduled_time
+            state.num_cached_tokens = output.num_cached_tokens or 0
+        if tokens:
+            if state.first_token_time is None:
+                state.first_token_time = now
+                self._metrics.on_first_token(state, now)
+            else:
+                self._metrics.on_latency(now - state.last_token_time)
+            state.last_token_time = now
+        elif output.finish_reason is None:
+            return 0  # all of it was known already
+        known.extend(tokens)
+        text = ""
+        if state.detokenizer is not None:
+            text = state.detokenizer.extend(tokens)
+        self._emit_checked(state, text, tokens, output.new_logprobs, output, aborts)
+        return len(tokens)
+
+    def _emit_checked(
+        self,
+        state: RequestState,
+        text: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        output: EngineCoreOutput | None,
+        aborts: list[int],
+    ) -> None:
+        """Looks for stop strings, ends what is done, and hands over what is new."""
+        reason = None
+        stop_reason: int | str | None = None
+        finish = output.finish_reason if output is not None else None
+        if finish is not None:
+            assert output is not None
+            reason, stop_reason = FINISH_REASONS[FinishReason(finish)], output.stop_reason
+            if state.detokenizer is not None:
+                text += state.detokenizer.finish()
+        checker = state.stop_checker
+        if checker is not None and len(state.output_token_ids) >= state.min_tokens:
+            text, matched = checker.feed(text)
+            if matched is not None:
+                if finish is None:
+                    aborts.append(state.index)
+                reason, stop_reason = "stop", matched
+            elif finish is not None:
+                text += checker.finish()
+        delta = Delta(
+            state.choice,
+            text,
+            tokens,
+            logprobs,
+            output.prompt_logprobs if output is not None else (),
+            reason,
+            stop_reason,
+            output.error if output is not None else None,
+        )
+        if reason is not None:
+            self.remove(state.index)
+            self._metrics.on_finished(state, reason)
+        state.channel.push(delta)
+
+    def _lost(self, state: RequestState, output_index: int, aborts: list[int]) -> None:
+        """Tokens are missing, which must not happen: end the request rather than pass on a text with a hole."""
+        aborts.append(state.index)
+        self.fail(state, f"tokens {len(state.output_token_ids)} to {output_index - 1} of the output were lost")
+
+    def fail(self, state: RequestState, message: str) -> None:
+        """Ends a request with an error."""
+        if self.remove(state.index) is not None:
+            self._metrics.on_finished(state, "error")
+            state.channel.push(Delta(state.choice, finish_reason="error", error=message))
+
+    def fail_all(self, message: str) -> None:
+        for state in list(self.states.values()):
+            self.fail(state, message)

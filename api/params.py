@@ -1,0 +1,265 @@
+"""Sampling parameters as users write them, and what becomes of them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from api.errors import RequestError
+from api.tokenizer import Tokenizer
+from engine_core.messages import ResolvedParams
+
+MAX_N = 16384
+MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_TOKENS = 1024
+UINT64 = 1 << 64
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of a completion are chosen and when it ends. Names and defaults are vLLM's.
+
+    Attributes:
+        n: Completions of one prompt.
+        temperature: 0 takes the most likely token each time.
+        top_p: Only the most likely tokens that together have this probability are candidates.
+        top_k: Only this many most likely tokens are candidates; 0 or -1: all.
+        min_p: Only tokens with at least this share of the largest probability are candidates.
+        seed: The same seed gives the same tokens. None: one is drawn.
+        presence_penalty: Taken from the logit of every token that the output holds already, -2 to 2.
+        frequency_penalty: The same, times how often.
+        repetition_penalty: Divides the logits of tokens in prompt and output; above 0, 1: off.
+        stop: Strings that end the completion, and are not part of it.
+        stop_token_ids: Tokens that end the completion.
+        ignore_eos: Go on after the model's end token.
+        max_tokens: Longest completion. None: what the context has room for.
+        min_tokens: No end token before this many tokens.
+        logprobs: Report log probabilities of this many most likely tokens at each position; -1: of all.
+        prompt_logprobs: The same for the prompt.
+        logprob_token_ids: Report the log probabilities of these tokens instead of the most likely ones.
+        logit_bias: Added to the logits of these token ids.
+        allowed_token_ids: Only these tokens are candidates.
+        bad_words: Texts that must not be generated.
+        include_stop_str_in_output: Leave the stop string that was found in the text.
+        detokenize: False: token ids only, no text.
+        skip_special_tokens: Leave special tokens out of the text.
+        spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self.verify()
+
+    @property
+    def stop_strings(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def verify(self) -> None:
+        """Checks everything that can be said without a model.
+
+        Raises:
+            RequestError: A field is out of range; it is a ValueError.
+        """
+        _check(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}", self.n)
+        _check_range("temperature", self.temperature, 0, 2)
+        _check(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
+        _check(self.top_k >= -1, "top_k", "must be 0 or -1 (off), or at least 1", self.top_k)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
+        _check(positive, "repetition_penalty", "must be above 0", self.repetition_penalty)
+        _check(self.n == 1 or self.temperature > 0, "n", "must be 1 with temperature 0", self.n)
+        if self.seed is not None:
+            _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit 64 bits", self.seed)
+        if self.max_tokens is not None:
+            _check(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"must be at most max_tokens ({self.max_tokens})",
+                self.min_tokens,
+            )
+        _check(self.min_tokens >= 0, "min_tokens", "must be at least 0", self.min_tokens)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _check(count is None or count >= -1, name, "must be at least 0, or -1 for the whole vocabulary", count)
+        stops = self.stop_strings
+        _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings", len(stops))
+        _check(all(stops), "stop", "must not hold an empty string", stops)
+        _check(self.detokenize or not stops, "stop", "needs detokenize", stops)
+        words = self.bad_words or []
+        _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
+        _check(all(words), "bad_words", "must not hold an empty string", words)
+        _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
+        for bias in (self.logit_bias or {}).values():
+            _check(math.isfinite(bias), "logit_bias", "must hold finite numbers", bias)
+
+
+def _check(good: bool, name: str, rule: str, value: object) -> None:
+    if not good:
+        raise RequestError(f"{name} {rule}, got {value!r}", name)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    _check(math.isfinite(value) and low <= value <= high, name, f"must be between {low} and {high}", value)
+
+
+class ModelLimits(msgspec.Struct, frozen=True):
+    """What bounds a request beside itself."""
+
+    max_model_len: int
+    vocab_size: int
+    """Width of the logits."""
+    max_logprobs: int = 20
+    """-1: no bound."""
+    max_output_tokens: int | None = None
+    """Cap from the model's generation configuration."""
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def resolve_params(
+    params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits, tokenizer: Tokenizer | None, child: int = 0
+) -> ResolvedParams:
+    """Turns a user's parameters into numbers and token ids.
+
+    Args:
+        params: What the user wants.
+        num_prompt_tokens: Length of the prompt.
+        limits: What bounds the request.
+        tokenizer: For ``bad_words``; may be missing without them.
+        child: Which of ``n`` completions it is; each has a seed of its own, derived from the parent's.
+
+    Raises:
+        RequestError: A field does not suit the model, or the prompt is too long.
+    """
+    seed = secrets.randbits(64) if params.seed is None else params.seed % UINT64
+    return ResolvedParams(
+        temperature=params.temperature,
+        top_k=max(0, params.top_k),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=child_seed(seed, child),
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        max_tokens=_max_tokens(params, num_prompt_tokens, limits),
+        min_tokens=params.min_tokens,
+        stop_token_ids=_token_ids("stop_token_ids", params.stop_token_ids, limits),
+        eos_token_ids=() if params.ignore_eos else limits.eos_token_ids,
+        logit_bias=tuple(
+            (token_id, max(-100.0, min(100.0, bias)))
+            for token_id, bias in zip(
+                _token_ids("logit_bias", params.logit_bias, limits), (params.logit_bias or {}).values(), strict=True
+            )
+        ),
+        allowed_token_ids=None
+        if params.allowed_token_ids is None
+        else _token_ids("allowed_token_ids", params.allowed_token_ids, limits),
+        bad_words_token_ids=_bad_words(params.bad_words or [], tokenizer),
+        logprobs=_num_logprobs("logprobs", params.logprobs, limits),
+        prompt_logprobs=_num_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
+        logprob_token_ids=_token_ids("logprob_token_ids", params.logprob_token_ids, limits),
+    )
+
+
+def child_seed(seed: int, child: int) -> int:
+    """The seed of one of ``n`` completions: the parent's for the first, spread by SplitMix64's constants for others."""
+    if child == 0:
+        return seed
+    mixed = (seed + child * 0x9E3779B97F4A7C15) % UINT64
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % UINT64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % UINT64
+    return mixed ^ (mixed >> 31)
+
+
+def _max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
+    room = limits.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise RequestError(
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
+            f"{num_prompt_tokens} input tokens, which leaves no room for output. Please shorten the prompt.",
+            "input_tokens",
+        )
+    if params.max_tokens is None:
+        return min(room, limits.max_output_tokens or room)
+    if params.max_tokens > room:
+        raise RequestError(
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, you requested "
+            f"{params.max_tokens} output tokens and your prompt contains {num_prompt_tokens} input tokens, "
+            f"{num_prompt_tokens + params.max_tokens} in all. Please shorten the prompt or set max_tokens to {room} "
+            "or less.",
+            "input_tokens",
+        )
+    return min(params.max_tokens, limits.max_output_tokens or params.max_tokens)
+
+
+def _token_ids(name: str, ids: Iterable[int] | None, limits: ModelLimits) -> tuple[int, ...]:
+    result = tuple(ids or ())
+    for token_id in result:
+        if not 0 <= token_id < limits.vocab_size:
+            raise RequestError(
+                f"{name} has token id {token_id}, but the vocabulary ends at {limits.vocab_size - 1}", name
+            )
+    return result
+
+
+def _num_logprobs(name: str, count: int | None, limits: ModelLimits) -> int | None:
+    wanted = limits.vocab_size if count == -1 else count or 0
+    if limits.max_logprobs >= 0 and wanted > limits.max_logprobs:
+        raise RequestError(f"{name} must be at most {limits.max_logprobs} (--max-logprobs), got {count}", name)
+    return None if count is None else -1 if wanted >= limits.vocab_size else count
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell the words, at the start of a text and after a space."""
+    if words and tokenizer is None:
+        raise RequestError("bad_words needs a tokenizer", "bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        assert tokenizer is not None
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if ids:
+                found[ids] = None
+    if sum(map(len, found)) > MAX_BAD_WORD_TOKENS:
+        raise RequestError(f"bad_words are longer than {MAX_BAD_WORD_TOKENS} tokens together", "bad_words")
+    return tuple(found)
+
+
+def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The sampling defaults that a generation_config.json holds, under our names."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("max_new_tokens") is not None:
+        defaults["max_new_tokens"] = generation_config["max_new_tokens"]
+    return defaults

@@ -1,0 +1,159 @@
+"""What all endpoints share: the engine, the tokenizer, the template, limits and names."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from api.chat_template import ChatTemplate
+from api.config import ServerConfig
+from api.engine_client import EngineClient
+from api.errors import RequestError
+from api.metrics import EngineMetrics
+from api.model_files import ModelFiles
+from api.output import Channel, OutputOptions, RequestState
+from api.params import ModelLimits, SamplingParams, default_params, resolve_params
+from api.tokenizer import Tokenizer
+from engine_core.messages import EngineReady
+
+INLINE_TEXT = 2048
+"""Characters up to which a text is tokenised in the event loop: a thread costs more."""
+
+
+class Serving:
+    """Built once the engine is ready; endpoints get it and nothing else."""
+
+    def __init__(
+        self, config: ServerConfig, files: ModelFiles, client: EngineClient, metrics: EngineMetrics, ready: EngineReady
+    ) -> None:
+        self.config = config
+        self.client = client
+        self.metrics = metrics
+        self.ready = ready
+        self.tokenizer: Tokenizer = files.tokenizer
+        self.model_path = str(files.path)
+        self.model_names = list(config.served_model_name) or [files.name]
+        self.created = int(time.time())
+        template = files.chat_template
+        self.chat_template = None if template is None else ChatTemplate(template, files.tokenizer.special_tokens_map)
+        self.defaults: dict[str, Any] = default_params(files.generation_config)
+        self.limits = ModelLimits(
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            max_logprobs=config.max_logprobs,
+            max_output_tokens=self.defaults.pop("max_new_tokens", None),
+            eos_token_ids=files.tokenizer.eos_token_ids,
+        )
+        self.threads = ThreadPoolExecutor(2, "text")
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a request for a model that is not served here.
+
+        Raises:
+            RequestError: 404.
+        """
+        if name is not None and name not in self.model_names:
+            raise RequestError(f"The model `{name}` does not exist.", "model", status=404, kind="NotFoundError")
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that fits the model.
+
+        Raises:
+            RequestError: It is too long, by its characters already, or is no text.
+        """
+        per_token = self.tokenizer.max_chars_per_token
+        if per_token is not None and len(text) > self.limits.max_model_len * per_token:
+            raise RequestError(
+                f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
+                f"{len(text)} characters, which is more than that many tokens can hold. Please shorten the prompt.",
+                "input_tokens",
+            )
+        try:
+            if len(text) <= INLINE_TEXT:
+                return self.tokenizer.encode(text, add_special_tokens)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)
+        except ValueError as error:
+            raise RequestError(f"the prompt is no text: {error}", "prompt") from error
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Refuses a prompt of token ids that the model does not have.
+
+        Raises:
+            RequestError: An id is outside the vocabulary, or there is none.
+        """
+        if not token_ids:
+            raise RequestError("the prompt is empty", "prompt")
+        if min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size:
+            raise RequestError(
+                f"the prompt has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", "prompt"
+            )
+
+    def submit(
+        self,
+        channel: Channel,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[RequestState]:
+        """Starts ``params.n`` completions of each prompt.
+
+        Completion ``i`` of prompt ``p`` is choice ``p * n + i`` of the channel. Everything is checked before anything
+        starts; when starting fails halfway, what has started is dropped.
+
+        Raises:
+            RequestError: A parameter does not suit the model or a prompt is too long.
+            EngineDeadError: The engine was given up.
+        """
+        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
+            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
+        for prompt in prompts:
+            self.check_token_ids(prompt)
+        if params.n > 1 and params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+        resolved = [
+            resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
+            for prompt in prompts
+            for child in range(params.n)
+        ]
+        options = OutputOptions(
+            stop=tuple(params.stop_strings),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            detokenize=params.detokenize,
+            min_tokens=params.min_tokens,
+        )
+        states: list[RequestState] = []
+        try:
+            for choice, engine_params in enumerate(resolved):
+                self.metrics.on_request(params.n, engine_params.max_tokens)
+                states.append(
+                    self.client.submit(
+                        channel,
+                        choice,
+                        request_id=f"{request_id}-{choice}" if len(resolved) > 1 else request_id,
+                        prompt_token_ids=prompts[choice // params.n],
+                        params=engine_params,
+                        options=options,
+                        priority=priority,
+                        cache_salt=cache_salt,
+                    )
+                )
+        except BaseException:
+            self.client.abort(states)
+            raise
+        return states

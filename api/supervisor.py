@@ -1,0 +1,95 @@
+"""Watches over the engine core process: starts it, notices its end, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+
+from engine_core.config import EngineConfig
+from engine_core.launch import ChildProcess, EngineCoreLaunch, launch_engine_core
+
+MAX_SOCKET_PATH = 100
+"""Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
+
+
+class Supervisor:
+    """Owns the engine core process and the directory of its sockets."""
+
+    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str = "info") -> None:
+        """Prepares; starts nothing yet.
+
+        Args:
+            config: For the engine core.
+            on_exit: Called with the exit code, in the event loop, when the process ends unasked.
+            log_level: Of the child processes.
+        """
+        self._config = config
+        self._on_exit = on_exit
+        self._log_level = log_level
+        self._child: ChildProcess | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.ipc_dir = _make_ipc_dir()
+        self.address = f"ipc://{self.ipc_dir}/api"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    def start(self, engine_epoch: int) -> None:
+        """Starts the engine core."""
+        worker_dir = f"{self.ipc_dir}/{engine_epoch}"
+        os.mkdir(worker_dir, 0o700)
+        launch = EngineCoreLaunch(
+            config=self._config,
+            address=self.address,
+            ipc_dir=worker_dir,
+            engine_epoch=engine_epoch,
+            log_level=self._log_level,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._child = launch_engine_core(launch)
+        self._loop.add_reader(self._child.fileno(), self._ended)
+
+    def _ended(self) -> None:
+        child = self._child
+        assert child is not None
+        code = self._forget(child)
+        self._on_exit(code)
+
+    def _forget(self, child: ChildProcess) -> int:
+        if self._loop is not None and child.fileno() >= 0:
+            self._loop.remove_reader(child.fileno())
+        self._child = None
+        return child.wait()
+
+    def kill(self) -> None:
+        """Ends a process that does not answer; its end is then noticed as any other."""
+        if self._child is not None:
+            os.kill(self._child.pid, 9)
+
+    async def stop(self, timeout: float = 5.0) -> None:
+        """Ends the engine core and removes its sockets."""
+        child = self._child
+        if child is not None:
+            if self._loop is not None:
+                self._loop.remove_reader(child.fileno())
+            self._child = None
+            child.hang_up()
+            try:
+                await asyncio.to_thread(child.wait, timeout)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        shutil.rmtree(self.ipc_dir, ignore_errors=True)
+
+
+def _make_ipc_dir() -> str:
+    """A directory that only this user can enter, with a path short enough for sockets."""
+    path = tempfile.mkdtemp(prefix="octavo-")
+    if len(path) > MAX_SOCKET_PATH - 20:
+        os.rmdir(path)
+        path = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    return path

@@ -1,0 +1,79 @@
+"""The engine core process: ``python -m engine_core`` with its start message on standard input."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+import zmq
+
+from engine_core.core import EngineCore, create_executor
+from engine_core.launch import EngineCoreLaunch, engine_identity
+from engine_core.messages import FromEngineCore, ToEngineCore
+from executor.base import Executor
+from executor.log import get_logger, setup_logging
+from executor.process import become_child, read_payload
+
+logger = get_logger()
+
+
+class ZmqTransport:
+    """A DEALER socket to the api, polled together with the executor and the api's pipe."""
+
+    def __init__(self, address: str, identity: bytes) -> None:
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngineCore)
+        self._parent_pipe = sys.stdin.fileno()
+        self._watched: list[object] = []
+        self._poller = zmq.Poller()
+
+    def send(self, message: FromEngineCore) -> None:
+        self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def wait(self, executor: Executor, timeout: float | None) -> list[ToEngineCore] | None:
+        fds = executor.poll_fds()
+        if fds != self._watched:
+            self._watched = fds
+            self._poller = zmq.Poller()
+            self._poller.register(self._socket, zmq.POLLIN)
+            self._poller.register(self._parent_pipe, zmq.POLLIN)
+            for fd in fds:
+                self._poller.register(fd, zmq.POLLIN)
+        events = dict(self._poller.poll(None if timeout is None else int(timeout * 1000)))
+        if self._parent_pipe in events:
+            return None
+        messages: list[ToEngineCore] = []
+        while self._socket in events:
+            try:
+                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+            except msgspec.MsgspecError as error:
+                logger.error("dropped a message that is not of the contract: %s", error)
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def main() -> int:
+    become_child("octavo engine_core")
+    launch = msgspec.msgpack.decode(read_payload(), type=EngineCoreLaunch)
+    setup_logging("engine_core", launch.log_level)
+    transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
+    executor = create_executor(launch.config, launch.ipc_dir, launch.log_level)
+    try:
+        return EngineCore(launch.config, executor, transport, launch.engine_epoch).run()
+    finally:
+        transport.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

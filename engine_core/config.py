@@ -1,0 +1,101 @@
+"""Configuration that the engine core reads; see ``executor/config.py`` for how flags are derived."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from executor.config import (
+    Config,
+    DeviceConfig,
+    ExecutorConfig,
+    GGUFHeader,
+    GGUFTensor,
+    ModelConfig,
+    ParallelConfig,
+    Positive,
+    SimulatedDevice,
+)
+
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "DeviceConfig",
+    "EngineConfig",
+    "ExecutorConfig",
+    "GGUFHeader",
+    "GGUFTensor",
+    "ModelConfig",
+    "ParallelConfig",
+    "Positive",
+    "SchedulerConfig",
+    "SimulatedDevice",
+]
+
+
+class SchedulerConfig(Config, frozen=True):
+    """What may run together in a step."""
+
+    max_num_seqs: Annotated[Positive, Meta(description="Requests that run at the same time.")] = 256
+    max_num_batched_tokens: Annotated[
+        Positive,
+        Meta(description="Tokens computed in one step, all requests together.", extra={"parse": "tokens"}),
+    ] = 2048
+    max_in_flight_steps: Annotated[
+        int,
+        Meta(ge=1, le=8, description="Steps planned ahead of their results. 1: no overlap of planning and computing."),
+    ] = 2
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"],
+        Meta(description="Order of waiting requests: first come first served, or by their priority (lower first)."),
+    ] = "fcfs"
+    enable_chunked_prefill: Annotated[
+        bool, Meta(description="Let a long prompt be computed over several steps, beside running requests.")
+    ] = True
+    long_prefill_token_threshold: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Most prompt tokens of one request in a step; 0: no such bound.",
+            extra={"parse": "tokens"},
+        ),
+    ] = 0
+    max_num_queued_reqs: Annotated[
+        Positive | None,
+        Meta(description="Requests that may wait; one more is refused with status 503. Default: no bound."),
+    ] = None
+
+
+class CacheConfig(Config, frozen=True):
+    """The paged KV cache."""
+
+    enable_prefix_caching: Annotated[bool, Meta(description="Reuse the KV blocks of prompts that start alike.")] = True
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(
+            description="Share of the device's memory for weights and KV cache together. "
+            "Default: 0.92 on a GPU; on CPU the KV cache takes min(4 GiB, a quarter of the memory available)."
+        ),
+    ] = None
+    kv_cache_memory: Annotated[
+        Positive | None,
+        Meta(
+            description="Size of the KV cache, such as 4GiB; goes before --gpu-memory-utilization.",
+            extra={"parse": "bytes", "flags": ["--kv-cache-memory-bytes"]},
+        ),
+    ] = None
+    num_gpu_blocks_override: Annotated[
+        Positive | None, Meta(description="Number of KV blocks, whatever the memory would allow (for tests).")
+    ] = None
+
+
+class EngineConfig(Config, frozen=True):
+    """Everything the engine core is told at start."""
+
+    scheduler: SchedulerConfig = SchedulerConfig()
+    cache: CacheConfig = CacheConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    max_worker_restarts: Annotated[
+        int, Meta(ge=0, description="Restarts of a dead worker within ten minutes before the server gives up.")
+    ] = 5

@@ -1,0 +1,363 @@
+"""The engine core: one thread, one poller, one loop.
+
+It receives requests, fills the pipeline with plans, retires the oldest step when its result is there, and sends what
+is new. Workers live in other processes, so nothing here ever waits for a forward pass; the queue of steps in flight
+is what overlaps planning with computing. Be careful with this file: everything that happens passes through ``step``.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import time
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+
+from engine_core.config import EngineConfig
+from engine_core.memory import plan_kv_cache
+from engine_core.messages import (
+    AbortRequests,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineDead,
+    EngineReady,
+    FinishReason,
+    FromEngineCore,
+    Ping,
+    ResetPrefixCache,
+    Shutdown,
+    StatusRequest,
+    ToEngineCore,
+    UtilityOutput,
+    WorkersRestarted,
+)
+from engine_core.request import Request
+from engine_core.scheduler import InFlight, Scheduler
+from engine_core.validation import request_problem
+from executor.base import EXIT_MODEL, REGISTRY, Executor, ExecutorFactory, WorkerDiedError
+from executor.log import get_logger
+from executor.messages import (
+    FromWorker,
+    InitKVCache,
+    KVCacheReady,
+    LoadProgress,
+    ModelRunnerOutput,
+    WorkerFailed,
+    WorkerReady,
+)
+
+logger = get_logger()
+
+MAX_CRASHES = 3
+"""A request that was in a step at that many worker deaths is ended instead of queued again."""
+RESTART_WINDOW = 600.0
+"""Seconds over which worker restarts are counted."""
+
+
+class Transport(Protocol):
+    """The engine core's side of the socket to the api."""
+
+    def send(self, message: FromEngineCore) -> None: ...
+
+    def wait(self, executor: Executor, timeout: float | None) -> list[ToEngineCore] | None:
+        """Waits for something to do: a message, an event of the executor, or the timeout in seconds.
+
+        Returns:
+            The messages that came, or None when the api is gone.
+        """
+
+
+def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
+    """The executor that the configuration names."""
+    module, _, attribute = REGISTRY[config.executor.distributed_executor_backend].partition(":")
+    factory: ExecutorFactory = getattr(importlib.import_module(module), attribute)
+    return factory(config.executor, ipc_dir, log_level)
+
+
+class EngineCore:
+    """Drives an executor with the plans of a scheduler."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, transport: Transport, engine_epoch: int) -> None:
+        self.config = config
+        self.executor = executor
+        self.transport = transport
+        self.engine_epoch = engine_epoch
+        self.in_flight: deque[InFlight] = deque()
+        self.exit_code: int | None = None
+        """Set when the loop is to end."""
+        self._scheduler: Scheduler | None = None
+        self._early: list[EngineCoreRequest] = []
+        """Requests that came before the model was loaded."""
+        self._ready: dict[int, WorkerReady] = {}
+        self._kv_ready: set[int] = set()
+        self._serving = False
+        self._may_schedule = False
+        self._draining = False
+        self._restarts: deque[float] = deque()
+        self._restart_reason = ""
+        self._vocab_size = 0
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serves until it is told to stop. Returns the exit code."""
+        self.executor.start()
+        try:
+            while self.exit_code is None:
+                self.step()
+        finally:
+            self.executor.shutdown()
+        return self.exit_code
+
+    def step(self) -> None:
+        """One turn: hear what is new, retire finished steps, plan another."""
+        room = self._serving and len(self.in_flight) < self.config.scheduler.max_in_flight_steps
+        messages = self.transport.wait(self.executor, 0 if room and self._may_schedule else None)
+        if messages is None:
+            self.exit_code = 0
+            return
+        for message in messages:
+            self._handle(message)
+        try:
+            for answer in self.executor.receive():
+                self._handle_worker(answer)
+        except WorkerDiedError as error:
+            self._restart_workers(str(error))
+        scheduler = self._scheduler
+        if scheduler is None or not self._serving:
+            return
+        if self._may_schedule and len(self.in_flight) < self.config.scheduler.max_in_flight_steps:
+            planned = scheduler.schedule()
+            if planned is None:
+                self._may_schedule = False
+            else:
+                plan, step = planned
+                self.executor.submit(plan)
+                self.in_flight.append(step)
+        if not scheduler.has_unfinished and not self.in_flight:
+            if self._draining:
+                self.exit_code = 0
+            elif not messages:
+                scheduler.check_integrity()
+
+    # -- messages from the api -----------------------------------------------------------------------------
+
+    def _handle(self, message: ToEngineCore) -> None:
+        if isinstance(message, EngineCoreRequest):
+            self._add_request(message)
+        elif isinstance(message, AbortRequests):
+            self._abort(message)
+        elif isinstance(message, Ping):
+            self.transport.send(UtilityOutput(call_id=message.call_id))
+        elif isinstance(message, StatusRequest):
+            self.transport.send(UtilityOutput(call_id=message.call_id, result=self._status()))
+        elif isinstance(message, ResetPrefixCache):
+            if self._scheduler is not None:
+                self._scheduler.kv.pool.forget_all()
+            self.transport.send(UtilityOutput(call_id=message.call_id))
+        elif isinstance(message, Shutdown):
+            self._draining = True
+            if not message.drain:
+                self.exit_code = 0
+
+    def _add_request(self, message: EngineCoreRequest) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            self._early.append(message)
+            return
+        try:
+            problem = request_problem(message, self._vocab_size, scheduler.max_model_len)
+            if problem is None:
+                scheduler.add_request(Request(message))
+        except Exception as error:  # one bad request must not reach the loop
+            logger.exception("request %s could not be added", message.request_id)
+            problem = f"internal error: {error}"
+        if problem is not None:
+            num_outputs = len(message.resumed_output_token_ids) // 4
+            self._send_outputs(
+                EngineCoreOutput(
+                    index=message.index,
+                    first_output_index=num_outputs,
+                    finish_reason=FinishReason.ERROR,
+                    error=problem,
+                )
+            )
+            return
+        self._may_schedule = True
+
+    def _abort(self, message: AbortRequests) -> None:
+        if self._scheduler is None:
+            self._early = [request for request in self._early if request.index not in message.indices]
+            return
+        for index in message.indices:
+            self._scheduler.abort_request(index)
+        self._may_schedule = True
+
+    def _send_outputs(self, *outputs: EngineCoreOutput) -> None:
+        self.transport.send(
+            EngineCoreOutputs(engine_epoch=self.engine_epoch, outputs=outputs, timestamp=time.monotonic())
+        )
+
+    def _status(self) -> dict[str, int | float | str | bool]:
+        """Counts for tests and operators; ``integrity`` is empty when everything adds up."""
+        status: dict[str, int | float | str | bool] = {"serving": self._serving, "steps_in_flight": len(self.in_flight)}
+        scheduler = self._scheduler
+        if scheduler is None:
+            return status
+        integrity = ""
+        try:
+            scheduler.check_integrity()
+        except AssertionError as error:
+            integrity = str(error) or "inconsistent"
+        return status | {
+            "num_running_reqs": scheduler.num_running,
+            "num_waiting_reqs": len(scheduler.waiting),
+            "num_blocks": scheduler.shape.num_blocks,
+            "num_free_blocks": scheduler.kv.pool.num_free,
+            "num_preemptions": scheduler.num_preemptions,
+            "integrity": integrity,
+        }
+
+    # -- messages from the workers -------------------------------------------------------------------------
+
+    def _handle_worker(self, message: FromWorker) -> None:
+        if isinstance(message, ModelRunnerOutput):
+            self._retire(message)
+        elif isinstance(message, LoadProgress):
+            self.transport.send(message)
+        elif isinstance(message, WorkerReady):
+            self._ready[message.rank] = message
+            if len(self._ready) == self.executor.num_ranks:
+                self._init_kv_cache()
+        elif isinstance(message, KVCacheReady):
+            self._kv_ready.add(message.rank)
+            if len(self._kv_ready) == self.executor.num_ranks:
+                self._start_serving()
+        elif isinstance(message, WorkerFailed):
+            self._worker_failed(message)
+
+    def _retire(self, result: ModelRunnerOutput) -> None:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        step = self.in_flight.popleft()
+        assert step.step_id == result.step_id, f"result of step {result.step_id} came instead of {step.step_id}"
+        outputs = scheduler.update_from_output(step, result)
+        self.transport.send(outputs)
+        self._may_schedule = True
+        if self.config.executor.check_every_step:
+            scheduler.check_integrity()
+
+    def _init_kv_cache(self) -> None:
+        ready = [self._ready[rank] for rank in sorted(self._ready)]
+        if self._scheduler is None:
+            planned = plan_kv_cache(ready, self.config)
+            if isinstance(planned, str):
+                self._die(planned, EXIT_MODEL)
+                return
+            shape, max_model_len = planned
+            self._scheduler = Scheduler(
+                self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
+            )
+        shape = self._scheduler.shape
+        self.executor.submit(
+            InitKVCache(
+                num_blocks=(shape.num_blocks,) * shape.num_groups,
+                max_num_seqs=self.config.scheduler.max_num_seqs,
+                max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
+                max_model_len=self._scheduler.max_model_len,
+            )
+        )
+
+    def _start_serving(self) -> None:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        worker = self._ready[0]
+        self._serving = True
+        self._may_schedule = True
+        if self._restart_reason:
+            logger.info("workers are back (%s)", self._restart_reason)
+            self.transport.send(
+                WorkersRestarted(
+                    engine_epoch=self.engine_epoch,
+                    worker_pids=self.executor.worker_pids(),
+                    reason=self._restart_reason,
+                )
+            )
+            self._restart_reason = ""
+            return
+        self._vocab_size = worker.vocab_size
+        bytes_per_block = sum(group.bytes_per_block for group in worker.kv_cache_groups)
+        gc.collect()
+        gc.freeze()
+        self.transport.send(
+            EngineReady(
+                engine_epoch=self.engine_epoch,
+                pid=os.getpid(),
+                max_model_len=scheduler.max_model_len,
+                vocab_size=worker.vocab_size,
+                num_kv_blocks=scheduler.shape.num_blocks,
+                block_size=scheduler.shape.block_size,
+                kv_cache_bytes=bytes_per_block * scheduler.shape.num_blocks,
+                weight_bytes=sum(ready.weight_bytes for ready in self._ready.values()),
+                max_num_seqs=self.config.scheduler.max_num_seqs,
+                dtype=worker.dtype,
+                device=worker.device,
+                architecture=worker.architecture,
+                worker_pids=self.executor.worker_pids(),
+            )
+        )
+        early, self._early = self._early, []
+        for request in early:
+            self._add_request(request)
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _worker_failed(self, message: WorkerFailed) -> None:
+        if message.traceback:
+            logger.error("worker %d failed:\n%s", message.rank, message.traceback)
+        if message.exit_code == EXIT_MODEL or not self._serving and not self._restart_reason:
+            self._die(message.message, message.exit_code)
+        else:
+            self._restart_workers(f"worker {message.rank} failed: {message.message}")
+
+    def _restart_workers(self, reason: str) -> None:
+        """Starts all workers again and queues what ran, as if it had been preempted."""
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > RESTART_WINDOW:
+            self._restarts.popleft()
+        self._restarts.append(now)
+        if len(self._restarts) > self.config.max_worker_restarts:
+            self._die(f"{reason}; gave up after {self.config.max_worker_restarts} restarts", 1)
+            return
+        logger.error("%s; starting the workers again", reason)
+        self._restart_reason = reason
+        self._serving = False
+        self._ready.clear()
+        self._kv_ready.clear()
+        if self._scheduler is not None:
+            self._blame(self._scheduler)
+            self._scheduler.restart()
+        self.in_flight.clear()
+        self.executor.shutdown()
+        self.executor.start()
+
+    def _blame(self, scheduler: Scheduler) -> None:
+        """Counts a crash for each request of the steps that were lost; ends those that were in too many."""
+        suspects = np.unique(np.concatenate([step.slots for step in self.in_flight])) if self.in_flight else ()
+        for request in scheduler.running_requests():
+            if request.slot not in suspects:
+                continue
+            request.num_crashes += 1
+            if request.num_crashes >= MAX_CRASHES:
+                logger.error("request %s was in %d steps that killed a worker", request.message.request_id, MAX_CRASHES)
+                self._send_outputs(
+                    scheduler.fail_request(request, "the engine failed repeatedly while it computed this request")
+                )
+
+    def _die(self, message: str, exit_code: int) -> None:
+        self.transport.send(EngineDead(engine_epoch=self.engine_epoch, message=message, exit_code=exit_code))
+        self.exit_code = exit_code

@@ -1,0 +1,41 @@
+"""Starting an engine core process: all that the api needs beside messages and configuration."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine_core.config import Config, EngineConfig
+from executor.log import get_logger, setup_logging
+from executor.process import ChildProcess
+
+
+class EngineCoreLaunch(Config, frozen=True):
+    """The start message of an engine core process."""
+
+    config: EngineConfig
+    address: str
+    """Where the api's ROUTER socket is bound."""
+    ipc_dir: str
+    """A directory of mode 0700 for the sockets of the workers."""
+    engine_epoch: int
+    log_level: str = "info"
+
+
+def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
+    """Starts ``python -m engine_core``. It dies with the calling process, and with the thread that called."""
+    return ChildProcess("engine_core", msgspec.msgpack.encode(launch))
+
+
+def engine_identity(engine_epoch: int) -> bytes:
+    """The name under which an engine core connects to the ROUTER socket."""
+    return f"engine_core.{engine_epoch}".encode()
+
+
+__all__ = [
+    "ChildProcess",
+    "EngineCoreLaunch",
+    "engine_identity",
+    "get_logger",
+    "launch_engine_core",
+    "setup_logging",
+]

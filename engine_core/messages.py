@@ -1,0 +1,214 @@
+"""The contract the engine core accepts from the api, and what it answers.
+
+Requests are known by ``index``, a number that the api never uses twice; ``request_id`` is for people.
+See ``executor/messages.py`` for how columns are encoded.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from executor.messages import (
+    I32,
+    LoadProgress,
+    LoRARequest,
+    Message,
+    MultiModalFeature,
+    PoolingParams,
+    ResolvedParams,
+    TensorRef,
+    TokenLogprobs,
+    i32,
+    u8,
+)
+
+__all__ = [
+    "I32",
+    "AbortRequests",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
+    "EngineCoreRequest",
+    "EngineDead",
+    "EngineReady",
+    "FinishReason",
+    "FromEngineCore",
+    "LoRARequest",
+    "LoadProgress",
+    "Message",
+    "MultiModalFeature",
+    "Ping",
+    "PoolingParams",
+    "ResetPrefixCache",
+    "ResolvedParams",
+    "SchedulerStats",
+    "Shutdown",
+    "StatusRequest",
+    "TensorRef",
+    "ToEngineCore",
+    "TokenLogprobs",
+    "UtilityOutput",
+    "WorkersRestarted",
+    "i32",
+    "i64",
+    "u8",
+]
+
+
+class FinishReason(IntEnum):
+    STOP = 0
+    LENGTH = 1
+    ABORT = 2
+    ERROR = 3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# api -> engine core
+
+
+class EngineCoreRequest(Message, frozen=True):
+    request_id: str
+    index: int
+    prompt_token_ids: bytes
+    """int32 [num_prompt_tokens], at least one."""
+    sampling_params: ResolvedParams | None = None
+    pooling_params: PoolingParams | None = None
+    arrival_time: float = 0.0
+    """CLOCK_MONOTONIC seconds, comparable between processes of one machine."""
+    priority: int = 0
+    """Lower runs first under the priority policy."""
+    lora_request: LoRARequest | None = None
+    mm_features: tuple[MultiModalFeature, ...] = ()
+    cache_salt: str = ""
+    """Prompts of different salts never share cached blocks."""
+    resumed_output_token_ids: bytes = b""
+    """int32: tokens generated in an earlier life of the request; numbering goes on after them."""
+
+
+class AbortRequests(Message, frozen=True):
+    indices: tuple[int, ...]
+
+
+class Ping(Message, frozen=True):
+    call_id: int
+
+
+class ResetPrefixCache(Message, frozen=True):
+    call_id: int
+
+
+class StatusRequest(Message, frozen=True):
+    """Asks for counts that tests and operators look at (free blocks, slots, queues, integrity)."""
+
+    call_id: int
+
+
+class Shutdown(Message, frozen=True):
+    drain: bool = False
+    """Let running requests finish first."""
+
+
+ToEngineCore = EngineCoreRequest | AbortRequests | Ping | ResetPrefixCache | StatusRequest | Shutdown
+
+
+# ---------------------------------------------------------------------------------------------------------
+# engine core -> api
+
+
+class EngineReady(Message, frozen=True):
+    engine_epoch: int
+    pid: int
+    max_model_len: int
+    vocab_size: int
+    num_kv_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    max_num_seqs: int
+    dtype: str = ""
+    device: str = ""
+    architecture: str = ""
+    worker_pids: tuple[int, ...] = ()
+
+
+class SchedulerStats(Message, frozen=True):
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of blocks in use, 0 to 1; blocks that are only cached count as free."""
+    prefix_cache_queries: int = 0
+    """Tokens looked up since start."""
+    prefix_cache_hits: int = 0
+    """Tokens found since start."""
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0
+    """Of this step."""
+    schedule_us: float = 0.0
+    forward_ms: float = 0.0
+
+
+class EngineCoreOutput(Message, frozen=True):
+    """A row that has more to say than its next token."""
+
+    index: int
+    first_output_index: int
+    """Number of output tokens before ``new_token_ids``."""
+    new_token_ids: tuple[int, ...] = ()
+    finish_reason: int | None = None
+    """A ``FinishReason``."""
+    stop_reason: int | None = None
+    """The stop token id that ended the request, if one of ``stop_token_ids`` did."""
+    new_logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooling_output: TensorRef | None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens that came from the prefix cache; sent once."""
+    scheduled_time: float | None = None
+    """When the request first ran (CLOCK_MONOTONIC seconds); sent once."""
+    error: str | None = None
+
+
+class EngineCoreOutputs(Message, frozen=True):
+    """All that one step brought. Rows that only got their next token are three columns."""
+
+    engine_epoch: int
+    indices: bytes = b""
+    """int64 [n]: requests."""
+    output_indices: bytes = b""
+    """int32 [n]: index of the token in the request's output."""
+    token_ids: bytes = b""
+    """int32 [n]."""
+    outputs: tuple[EngineCoreOutput, ...] = ()
+    scheduler_stats: SchedulerStats | None = None
+    timestamp: float = 0.0
+    """CLOCK_MONOTONIC seconds."""
+
+
+class UtilityOutput(Message, frozen=True):
+    call_id: int
+    result: dict[str, int | float | str | bool] = {}
+    error: str | None = None
+
+
+class WorkersRestarted(Message, frozen=True):
+    """Workers died and were started again; what ran was queued again. A pause, not an error."""
+
+    engine_epoch: int
+    worker_pids: tuple[int, ...]
+    reason: str
+
+
+class EngineDead(Message, frozen=True):
+    engine_epoch: int
+    message: str
+    exit_code: int = 1
+
+
+FromEngineCore = EngineReady | LoadProgress | EngineCoreOutputs | UtilityOutput | WorkersRestarted | EngineDead
+
+
+def i64(column: bytes) -> npt.NDArray[np.int64]:
+    """A read-only view of an int64 column."""
+    return np.frombuffer(column, dtype=np.int64)

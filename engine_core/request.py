@@ -1,0 +1,57 @@
+"""A request as the engine core knows it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, TokenLogprobs, i32
+
+
+class Request:
+    """One request from arrival to its last token.
+
+    While it runs, what changes every step lives in the scheduler's arrays by slot; here is what identifies it and
+    what survives a preemption.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_ids",
+        "index",
+        "message",
+        "num_cached_tokens",
+        "num_crashes",
+        "num_prompt_tokens",
+        "params",
+        "prompt_logprobs",
+        "scheduled_time",
+        "slot",
+        "token_ids",
+    )
+
+    def __init__(self, message: EngineCoreRequest) -> None:
+        self.message = message
+        self.index = message.index
+        self.params = message.sampling_params or ResolvedParams(max_tokens=1)
+        prompt = i32(message.prompt_token_ids)
+        self.num_prompt_tokens = len(prompt)
+        self.token_ids: I32 = np.concatenate((prompt, i32(message.resumed_output_token_ids)))
+        """Prompt and confirmed output, up to date while the request waits."""
+        self.slot = -1
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        """Of the full blocks of the tokens known so far."""
+        self.num_cached_tokens: int | None = None
+        self.scheduled_time: float | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.num_crashes = 0
+        """Worker deaths while this request was in a step."""
+
+    @property
+    def is_pooling(self) -> bool:
+        return self.message.pooling_params is not None
+
+    @property
+    def priority(self) -> tuple[int, float, int]:
+        """Sorts requests from the most to the least urgent."""
+        return self.message.priority, self.message.arrival_time, self.index

@@ -1,0 +1,538 @@
+"""Decides what each step computes.
+
+There is no prefill phase and no decode phase. A request has tokens that are known (its prompt, what it generated, and
+one place-holder for each token that a planned step will sample) and tokens that are computed; a step lets the second
+number catch up with the first, within a budget. Chunked prefill, prefix cache hits, decode and resumption after a
+preemption are all this one subtraction.
+
+State that changes every step lives in arrays indexed by slot, so that a step in which requests only get their next
+token costs a few numpy calls however many run. Plans are made before the results of earlier ones are known; see
+``InFlight`` for how results find their way.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.messages import (
+    I32,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+    SchedulerStats,
+    TokenLogprobs,
+    i32,
+)
+from engine_core.request import Request
+from engine_core.request_queue import create_request_queue
+from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
+
+I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+MAX_STOP_IDS = 8
+"""Stop token ids that are compared for all rows at once; a request with more takes the slower way."""
+
+
+@dataclass
+class InFlight:
+    """A plan that is being computed. Slots may change hands before its result is there: epochs tell."""
+
+    step_id: int
+    slots: I32
+    epochs: I64
+    sampled: Bools
+    """Rows that sample a token."""
+    num_tokens: int
+    schedule_us: float
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What the scheduler needs to know of the KV cache."""
+
+    num_blocks: int
+    block_size: int
+    num_groups: int = 1
+
+
+class Scheduler:
+    """Owns requests, slots and queues."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        shape: CacheShape,
+        max_model_len: int,
+        *,
+        engine_epoch: int = 0,
+    ) -> None:
+        self.config = config
+        self.max_model_len = max_model_len
+        self.shape = shape
+        self.engine_epoch = engine_epoch
+        self.kv = KVCacheManager(shape.num_blocks, shape.block_size, enable_prefix_caching=cache.enable_prefix_caching)
+        self.requests: dict[int, Request] = {}
+        self.waiting = create_request_queue(config.scheduling_policy)
+        self.num_preemptions = 0
+        self._step_id = 0
+        self._finished_slots: list[int] = []
+
+        size = config.max_num_seqs
+        self._owners: list[Request | None] = [None] * size
+        self._free_slots = list(range(size - 1, -1, -1))
+        self._running: I32 = np.empty(0, np.int32)
+        """Slots in the order in which their requests started."""
+        self._epochs = np.zeros(size, np.int64)
+        """Counted up when a slot changes hands, so that results of its former owner are recognised."""
+        self._indices = np.zeros(size, np.int64)
+        self._token_ids = np.zeros((size, max_model_len), np.int32)
+        self._num_prompt = np.zeros(size, np.int64)
+        self._num_known = np.zeros(size, np.int64)
+        """Prompt and confirmed output."""
+        self._num_tokens = np.zeros(size, np.int64)
+        """Known tokens and those that plans in flight will sample."""
+        self._num_computed = np.zeros(size, np.int64)
+        """Tokens whose K and V are in the cache once the plans in flight are done."""
+        self._max_tokens = np.zeros(size, np.int64)
+        """Prompt and output together may not become longer."""
+        self._min_known = np.zeros(size, np.int64)
+        """Stop tokens do not count before the sequence is this long."""
+        self._num_blocks = np.zeros(size, np.int64)
+        self._num_published = np.zeros(size, np.int64)
+        self._stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
+        self._has_stop_ids = np.zeros(size, np.bool_)
+        self._is_special = np.zeros(size, np.bool_)
+        """Rows that have more to say than their token: the first one, log probabilities, many stop ids."""
+        self._is_pooling = np.zeros(size, np.bool_)
+
+    # -- requests come and go ------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request. Its prompt must fit the model's and the cache's length."""
+        assert request.index not in self.requests
+        assert 0 < len(request.token_ids) < self.max_model_len or request.is_pooling
+        self.requests[request.index] = request
+        self.waiting.add(request)
+
+    def abort_request(self, index: int) -> bool:
+        """Drops a request wherever it is. False: there is none (any more)."""
+        request = self.requests.get(index)
+        if request is None:
+            return False
+        self._finish(request)
+        return True
+
+    def _finish(self, request: Request) -> None:
+        del self.requests[request.index]
+        if request.slot >= 0:
+            self.kv.release(request)
+            self._free_slot(request)
+        else:
+            self.waiting.remove(request)
+
+    def _free_slot(self, request: Request) -> None:
+        slot = request.slot
+        request.slot = -1
+        self._owners[slot] = None
+        self._epochs[slot] += 1
+        self._running = self._running[self._running != slot]
+        self._finished_slots.append(slot)
+        self._free_slots.append(slot)
+
+    def _preempt(self, request: Request) -> None:
+        """Takes blocks and slot from a running request; it starts over with the tokens it has."""
+        slot = request.slot
+        request.token_ids = self._token_ids[slot, : self._num_known[slot]].copy()
+        self.kv.release(request)
+        self._free_slot(request)
+        self.waiting.put_back(request)
+        self.num_preemptions += 1
+
+    def restart(self) -> None:
+        """The workers are new and empty: everything that ran is queued again and nothing is cached."""
+        for slot in reversed(self._running.tolist()):
+            request = self._owners[slot]
+            assert request is not None
+            self._preempt(request)
+            self.num_preemptions -= 1
+        self._finished_slots.clear()
+        self.kv.pool.forget_all()
+
+    def running_requests(self) -> list[Request]:
+        return [request for slot in self._running.tolist() if (request := self._owners[slot]) is not None]
+
+    # -- planning ------------------------------------------------------------------------------------------
+
+    def schedule(self) -> tuple[SchedulerOutput, InFlight] | None:
+        """Plans a step, or returns None when no request can make progress."""
+        begin = time.perf_counter()
+        slots, counts = self._wanted_by_running()
+        slots, counts, block_updates, preempted = self._give_blocks(slots, counts)
+        self._advance(slots, counts)
+        new_reqs: list[NewRequest] = []
+        if self.waiting and not preempted:
+            budget = self.config.max_num_batched_tokens - int(counts.sum())
+            new_slots, new_counts = self._admit(budget, new_reqs)
+            if new_slots:
+                slots = np.concatenate((slots, np.array(new_slots, np.int32)))
+                counts = np.concatenate((counts, np.array(new_counts, np.int64)))
+        if not len(slots):
+            return None
+        sampled = self._note_samples(slots)
+        self._step_id += 1
+        plan = SchedulerOutput(
+            step_id=self._step_id,
+            slots=slots.tobytes(),
+            num_scheduled_tokens=counts.astype(np.int32).tobytes(),
+            num_sampled=sampled.tobytes(),
+            finished_slots=np.array(self._finished_slots, np.int32).tobytes(),
+            new_reqs=tuple(new_reqs),
+            block_updates=(block_updates,) * self.shape.num_groups if block_updates else (),
+        )
+        self._finished_slots.clear()
+        step = InFlight(
+            step_id=self._step_id,
+            slots=slots,
+            epochs=self._epochs[slots],
+            sampled=sampled,
+            num_tokens=int(counts.sum()),
+            schedule_us=(time.perf_counter() - begin) * 1e6,
+        )
+        return plan, step
+
+    def _wanted_by_running(self) -> tuple[I32, I64]:
+        """Running slots that have tokens to compute, and how many each, within the budget.
+
+        The last token that a request may have is never computed: nothing comes after it.
+        """
+        slots = self._running
+        counts = np.minimum(self._num_tokens[slots], self._max_tokens[slots] - 1) - self._num_computed[slots]
+        if self.config.long_prefill_token_threshold:
+            counts = np.minimum(counts, self.config.long_prefill_token_threshold)
+        active = counts > 0
+        if not active.all():
+            slots, counts = slots[active], counts[active]
+        budget = self.config.max_num_batched_tokens
+        if int(counts.sum()) > budget:
+            if self.config.enable_chunked_prefill:
+                before = np.cumsum(counts) - counts
+                counts = np.clip(budget - before, 0, counts)
+                slots, counts = slots[counts > 0], counts[counts > 0]
+            else:
+                fits = np.cumsum(counts) <= budget
+                slots, counts = slots[fits], counts[fits]
+        return slots, counts
+
+    def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, bytes, bool]:
+        """Allocates the blocks that running rows need, preempting others where there are too few.
+
+        Returns:
+            The rows that are left, the block updates of the plan, and whether a request was preempted.
+        """
+        size = self.shape.block_size
+        needed = -(-(self._num_computed[slots] + counts) // size) - self._num_blocks[slots]
+        rows = np.flatnonzero(needed > 0).tolist()
+        updates: list[tuple[int, int, int]] = []
+        dropped: set[int] = set()
+        for row in rows:
+            slot = int(slots[row])
+            request = self._owners[slot]
+            if request is None:
+                continue  # preempted for the sake of an earlier row
+            count = int(needed[row])
+            while self.kv.pool.num_free < count:
+                victim = self._choose_victim()
+                dropped.add(victim.slot)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if request.slot < 0:
+                continue
+            first = len(request.block_ids)
+            new_blocks = self.kv.grow(request, count)
+            self._num_blocks[slot] = first + count
+            updates += [(slot, first + i, block_id) for i, block_id in enumerate(new_blocks)]
+        if dropped:
+            kept = ~np.isin(slots, list(dropped))
+            slots, counts = slots[kept], counts[kept]
+            updates = [update for update in updates if update[0] not in dropped]
+        return slots, counts, np.array(updates, np.int32).tobytes(), bool(dropped)
+
+    def _choose_victim(self) -> Request:
+        running = self.running_requests()
+        if self.config.scheduling_policy == "priority":
+            return max(running, key=lambda request: request.priority)
+        return running[-1]
+
+    def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[list[int], list[int]]:
+        """Starts waiting requests while there are tokens in the budget, slots and blocks."""
+        slots: list[int] = []
+        counts: list[int] = []
+        while budget > 0 and self.waiting and self._free_slots:
+            request = self.waiting.peek()
+            num_tokens = len(request.token_ids)
+            cached = self.kv.find_cached_blocks(request)
+            num_computed = len(cached) * self.shape.block_size
+            count = num_tokens - num_computed
+            whole = request.is_pooling or not self.config.enable_chunked_prefill
+            if whole and count > budget:
+                break
+            if not self.kv.can_fit(cached, num_tokens):
+                break
+            if self.config.long_prefill_token_threshold and not whole:
+                count = min(count, self.config.long_prefill_token_threshold)
+            count = min(count, budget)
+            self.waiting.pop()
+            self.kv.start(request, cached, num_computed + count)
+            slot = self._occupy(request, num_computed)
+            new_reqs.append(self._describe(request, slot, num_computed))
+            self._advance(np.array([slot], np.int32), np.array([count], np.int64))
+            slots.append(slot)
+            counts.append(count)
+            budget -= count
+        return slots, counts
+
+    def _occupy(self, request: Request, num_computed: int) -> int:
+        """Gives a request a slot and fills its row of the arrays."""
+        slot = self._free_slots.pop()
+        params = request.params
+        num_tokens = len(request.token_ids)
+        request.slot = slot
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_computed
+        if request.scheduled_time is None:
+            request.scheduled_time = time.monotonic()
+            is_first = True
+        else:
+            is_first = num_tokens == request.num_prompt_tokens
+        self._owners[slot] = request
+        self._running = np.append(self._running, np.int32(slot))
+        self._indices[slot] = request.index
+        self._token_ids[slot, :num_tokens] = request.token_ids
+        self._num_prompt[slot] = request.num_prompt_tokens
+        self._num_known[slot] = self._num_tokens[slot] = num_tokens
+        self._num_computed[slot] = num_computed
+        self._num_blocks[slot] = len(request.block_ids)
+        self._num_published[slot] = num_computed // self.shape.block_size
+        self._is_pooling[slot] = request.is_pooling
+        self._max_tokens[slot] = (
+            num_tokens + 1
+            if request.is_pooling
+            else min(request.num_prompt_tokens + params.max_tokens, self.max_model_len)
+        )
+        self._min_known[slot] = request.num_prompt_tokens + params.min_tokens
+        stop_ids = params.all_stop_token_ids
+        self._stop_ids[slot] = -1
+        self._stop_ids[slot, : min(len(stop_ids), MAX_STOP_IDS)] = stop_ids[:MAX_STOP_IDS]
+        self._has_stop_ids[slot] = bool(stop_ids)
+        self._is_special[slot] = is_first or params.logprobs is not None or len(stop_ids) > MAX_STOP_IDS
+        return slot
+
+    def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
+        blocks = np.array(request.block_ids, np.int32).tobytes()
+        return NewRequest(
+            slot=slot,
+            token_ids=request.token_ids.tobytes(),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=num_computed,
+            block_ids=(blocks,) * self.shape.num_groups,
+            params=None if request.is_pooling else request.params,
+            pooling_params=request.message.pooling_params,
+            mm_features=request.message.mm_features,
+        )
+
+    def _advance(self, slots: I32, counts: I64) -> None:
+        """Counts planned tokens as computed and publishes the blocks that they fill."""
+        self._num_computed[slots] += counts
+        self._publish(slots)
+
+    def _note_samples(self, slots: I32) -> Bools:
+        """Which rows of the plan sample; each of them has one token more from now on."""
+        sampled: Bools = (self._num_computed[slots] == self._num_tokens[slots]) & ~self._is_pooling[slots]
+        self._num_tokens[slots[sampled]] += 1
+        return sampled
+
+    def _publish(self, slots: I32) -> None:
+        """Makes full blocks of known tokens findable as soon as the plan that computes them is made.
+
+        Workers execute plans in order, and write all K and V of a step before reading any, so whoever finds such a
+        block reads it after it was written.
+        """
+        if not self.kv.enable_prefix_caching:
+            return
+        full = np.minimum(self._num_computed[slots], self._num_known[slots]) // self.shape.block_size
+        for row in np.flatnonzero(full > self._num_published[slots]).tolist():
+            slot = int(slots[row])
+            request = self._owners[slot]
+            if request is None or request.is_pooling:
+                continue
+            count = int(full[row])
+            self.kv.publish(request, self._token_ids[slot], int(self._num_published[slot]), count)
+            self._num_published[slot] = count
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    def update_from_output(self, step: InFlight, result: ModelRunnerOutput) -> EngineCoreOutputs:
+        """Appends the tokens of a step, ends requests that are done, and says what is new.
+
+        Rows of requests that left their slot since the plan was made are dropped.
+        """
+        outputs: list[EngineCoreOutput] = []
+        usable = step.sampled & (self._epochs[step.slots] == step.epochs)
+        for error in result.row_errors:
+            if self._epochs[step.slots[error.row]] == step.epochs[error.row]:
+                outputs.append(self._fail(int(step.slots[error.row]), error.message))
+            usable[error.row] = False
+        if result.prompt_logprobs:
+            self._collect_prompt_logprobs(step, result.prompt_logprobs)
+        tokens = i32(result.sampled_token_ids)[usable[step.sampled]]
+        slots = step.slots[usable]
+        known = self._num_known[slots]
+        self._token_ids[slots, known] = tokens
+        output_indices = (known - self._num_prompt[slots]).astype(np.int32)
+        known += 1
+        self._num_known[slots] = known
+
+        stopped = self._has_stop_ids[slots]
+        if stopped.any():
+            stopped &= (tokens[:, None] == self._stop_ids[slots]).any(axis=1) & (known >= self._min_known[slots])
+        full = known >= self._max_tokens[slots]
+        special = stopped | full | self._is_special[slots]
+        if special.any():
+            logprobs = {entry.row: entry for entry in result.logprobs}
+            step_rows = np.flatnonzero(usable)
+            for row in np.flatnonzero(special).tolist():
+                entry = logprobs.get(int(step_rows[row]))
+                outputs.append(
+                    self._describe_output(
+                        int(slots[row]), int(tokens[row]), int(output_indices[row]), bool(stopped[row]), entry
+                    )
+                )
+            plain = ~special
+            slots, tokens, output_indices = slots[plain], tokens[plain], output_indices[plain]
+        self._publish(slots)
+        return EngineCoreOutputs(
+            engine_epoch=self.engine_epoch,
+            indices=self._indices[slots].tobytes(),
+            output_indices=output_indices.tobytes(),
+            token_ids=tokens.tobytes(),
+            outputs=tuple(outputs),
+            scheduler_stats=self.stats(step, result),
+            timestamp=time.monotonic(),
+        )
+
+    def _describe_output(
+        self, slot: int, token: int, output_index: int, stopped: bool, logprobs: TokenLogprobs | None
+    ) -> EngineCoreOutput:
+        """The output of a row that is done or has more to say than its token."""
+        request = self._owners[slot]
+        assert request is not None
+        params = request.params
+        if not stopped and self._num_known[slot] >= self._min_known[slot]:
+            stopped = token in params.all_stop_token_ids[MAX_STOP_IDS:]
+        reason = None
+        if stopped:
+            reason = FinishReason.STOP
+        elif self._num_known[slot] >= self._max_tokens[slot]:
+            reason = FinishReason.LENGTH
+        is_first = output_index == 0 or bool(request.prompt_logprobs)
+        output = EngineCoreOutput(
+            index=request.index,
+            first_output_index=output_index,
+            new_token_ids=(token,),
+            finish_reason=reason,
+            stop_reason=token if stopped and token in params.stop_token_ids else None,
+            new_logprobs=(logprobs,) if logprobs else (),
+            prompt_logprobs=tuple(request.prompt_logprobs),
+            num_cached_tokens=request.num_cached_tokens if is_first else None,
+            scheduled_time=request.scheduled_time if is_first else None,
+        )
+        request.prompt_logprobs = []
+        if reason is not None:
+            self._publish(np.array([slot], np.int32))
+            self._finish(request)
+        else:
+            self._is_special[slot] = params.logprobs is not None or len(params.all_stop_token_ids) > MAX_STOP_IDS
+            self._publish(np.array([slot], np.int32))
+        return output
+
+    def _fail(self, slot: int, message: str) -> EngineCoreOutput:
+        """Ends a request whose row went wrong; its blocks are not to be trusted."""
+        request = self._owners[slot]
+        assert request is not None
+        output = EngineCoreOutput(
+            index=request.index,
+            first_output_index=int(self._num_known[slot] - self._num_prompt[slot]),
+            finish_reason=FinishReason.ERROR,
+            error=message,
+        )
+        self.kv.discard(request)
+        self._finish(request)
+        return output
+
+    def fail_request(self, request: Request, message: str) -> EngineCoreOutput:
+        """Ends a request with an error, whether it runs or waits."""
+        if request.slot >= 0:
+            return self._fail(request.slot, message)
+        self._finish(request)
+        return EngineCoreOutput(
+            index=request.index,
+            first_output_index=len(request.token_ids) - request.num_prompt_tokens,
+            finish_reason=FinishReason.ERROR,
+            error=message,
+        )
+
+    def _collect_prompt_logprobs(self, step: InFlight, entries: tuple[TokenLogprobs, ...]) -> None:
+        for entry in entries:
+            slot = step.slots[entry.row]
+            request = self._owners[slot]
+            if request is not None and self._epochs[slot] == step.epochs[entry.row]:
+                request.prompt_logprobs.append(entry)
+                self._is_special[slot] = True
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    def stats(self, step: InFlight | None = None, result: ModelRunnerOutput | None = None) -> SchedulerStats:
+        return SchedulerStats(
+            num_running_reqs=len(self._running),
+            num_waiting_reqs=len(self.waiting),
+            kv_cache_usage=self.kv.usage,
+            prefix_cache_queries=self.kv.num_queried_tokens,
+            prefix_cache_hits=self.kv.num_hit_tokens,
+            num_preemptions=self.num_preemptions,
+            num_scheduled_tokens=step.num_tokens if step else 0,
+            schedule_us=step.schedule_us if step else 0.0,
+            forward_ms=result.forward_ms if result else 0.0,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that slots, queues and blocks agree with each other."""
+        running = self._running.tolist()
+        owners = {slot: request for slot, request in enumerate(self._owners) if request is not None}
+        assert sorted(running) == sorted(owners), "running slots differ from the slots that have an owner"
+        assert sorted(self._free_slots) == sorted(set(range(len(self._owners))) - set(running)), "free slots differ"
+        for slot, request in owners.items():
+            assert request.slot == slot and self.requests[request.index] is request
+            assert self._num_known[slot] <= self._num_tokens[slot] <= self._max_tokens[slot]
+            assert self._num_computed[slot] <= len(request.block_ids) * self.shape.block_size
+            assert self._num_blocks[slot] == len(request.block_ids)
+        waiting = list(self.waiting)
+        assert all(request.slot < 0 and not request.block_ids for request in waiting)
+        assert len(waiting) + len(running) == len(self.requests)
+        self.kv.pool.check_integrity(request.block_ids for request in self.requests.values())

@@ -1,0 +1,66 @@
+"""The last look at a request before it may run beside others.
+
+The api has checked it already; here it counts that no number can reach an array or a kernel out of its bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from engine_core.messages import EngineCoreRequest, ResolvedParams, i32
+
+
+def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: int) -> str | None:
+    """What is wrong with a request, or None."""
+    if len(request.prompt_token_ids) % 4 or len(request.resumed_output_token_ids) % 4:
+        return "token ids are not an int32 column"
+    prompt = i32(request.prompt_token_ids)
+    outputs = i32(request.resumed_output_token_ids)
+    params = request.sampling_params
+    if not len(prompt):
+        return "the prompt is empty"
+    for ids in (prompt, outputs):
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            return f"a token id is outside the vocabulary of {vocab_size}"
+    if params is None:
+        return "pooling is not supported by this engine" if request.pooling_params else "no sampling parameters"
+    if len(prompt) >= max_model_len:
+        return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
+    if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
+        return "nothing is left to generate"
+    return _params_problem(params, vocab_size)
+
+
+def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
+    numbers = (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+        *(bias for _, bias in params.logit_bias),
+    )
+    if not all(math.isfinite(number) for number in numbers):
+        return "a sampling parameter is not finite"
+    if params.temperature < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1 or params.top_k < 0:
+        return "temperature, top_p, top_k or min_p is out of range"
+    if params.repetition_penalty <= 0 or params.max_tokens < 1 or not 0 <= params.seed < 2**64:
+        return "repetition_penalty, max_tokens or seed is out of range"
+    for name, ids in _token_id_fields(params):
+        if any(not 0 <= token_id < vocab_size for token_id in ids):
+            return f"{name} has a token id outside the vocabulary of {vocab_size}"
+    if params.allowed_token_ids is not None and not params.allowed_token_ids:
+        return "allowed_token_ids is empty"
+    return None
+
+
+def _token_id_fields(params: ResolvedParams) -> Iterable[tuple[str, Iterable[int]]]:
+    yield "stop_token_ids", params.stop_token_ids
+    yield "eos_token_ids", params.eos_token_ids
+    yield "logit_bias", (token_id for token_id, _ in params.logit_bias)
+    yield "allowed_token_ids", params.allowed_token_ids or ()
+    yield "logprob_token_ids", params.logprob_token_ids
+    for word in params.bad_words_token_ids:
+        yield "bad_words", word

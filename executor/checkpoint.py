@@ -1,0 +1,196 @@
+"""The weights on disk: what a checkpoint offers to the loader, and checkpoints in the safetensors format.
+
+Files are mapped into memory: a tensor is a view of the file, its bytes are read when it is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from executor.base import ModelError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint that is not read yet."""
+
+    name: str
+    """Under Hugging Face's names."""
+    origin: str
+    """File and name there, for errors."""
+    num_bytes: int
+    read: Callable[[torch.dtype], Tensor]
+    """Returns the tensor in the type given, or in its own where that costs nothing."""
+
+
+class Checkpoint(Protocol):
+    """Weights in some format."""
+
+    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
+        """All that the checkpoint holds, in the order of the file.
+
+        Args:
+            wanted: The names that the model needs, for formats with names of their own.
+        """
+
+    def origin(self, name: str) -> str:
+        """How to call, in an error, a tensor that is missing."""
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A private mapping of a file, which the system starts to read ahead."""
+    try:
+        with path.open("rb") as file:
+            # A writable (copy on write) mapping, as torch.frombuffer warns about read-only ones.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    mapped.madvise(mmap.MADV_WILLNEED)
+    return mapped
+
+
+# ---------------------------------------------------------------------------------------------------------
+# safetensors
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
+"""Types that weights may have. Others are fine in tensors that nobody reads."""
+
+MAX_HEADER = 100_000_000
+"""Larger headers are refused, as the safetensors library does."""
+
+
+class Entry(msgspec.Struct):
+    """One tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class SafetensorsCheckpoint:
+    """A folder with one safetensors file, or several and an index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = folder / "model.safetensors.index.json"
+        if self.index.is_file():
+            self.file_of = _read_index(self.index)
+            self.files = [folder / name for name in sorted(set(self.file_of.values()))]
+        else:
+            self.file_of = {}
+            self.files = _find_files(folder)
+
+    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
+        stored: dict[str, StoredTensor] = {}
+        for path in self.files:
+            for tensor in read_safetensors(path):
+                if tensor.name in stored:
+                    raise ModelError(f"{tensor.origin} is also in another file")
+                stored[tensor.name] = tensor
+        for name in self.file_of:
+            if name not in stored:
+                raise ModelError(f"{self.origin(name)} is missing, although {self.index.name} lists it")
+        return list(stored.values())
+
+    def origin(self, name: str) -> str:
+        if name in self.file_of:
+            return f"{self.folder / self.file_of[name]}: tensor {name!r}"
+        return f"{self.index if self.file_of or len(self.files) != 1 else self.files[0]}: tensor {name!r}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = msgspec.json.decode(path.read_bytes())
+        return msgspec.convert(index["weight_map"], dict[str, str])
+    except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        raise ModelError(f"{path}: not an index of safetensors files: {error}") from error
+
+
+def _find_files(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    # Mistral's folders hold the weights a second time, in a format of their own.
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    if files:
+        return files
+    other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    hint = f" (found {', '.join(other[:3])}: only safetensors and GGUF are supported)" if other else ""
+    raise ModelError(f"{folder}: no *.safetensors file{hint}")
+
+
+def read_safetensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a file, after checking that its header describes it byte by byte.
+
+    Raises:
+        ModelError: The file is truncated or corrupt.
+    """
+    mapped = map_file(path)
+    if len(mapped) < 8:
+        raise ModelError(f"{path}: truncated: {len(mapped)} bytes are too few for a safetensors file")
+    header_size = int.from_bytes(mapped[:8], "little")
+    if header_size > MAX_HEADER:
+        raise ModelError(f"{path}: not a safetensors file")
+    start = 8 + header_size
+    if len(mapped) < start:
+        raise ModelError(f"{path}: truncated: the file ends within its header")
+    try:
+        header: dict[str, Any] = msgspec.json.decode(mapped[8:start], type=dict[str, Any])
+        header.pop("__metadata__", None)
+        entries = msgspec.convert(header, dict[str, Entry])
+    except msgspec.MsgspecError as error:
+        raise ModelError(f"{path}: corrupt header: {error}") from error
+    end = 0
+    stored = []
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        origin = f"{path}: tensor {name!r}"
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"{origin} has an unknown type ({entry.dtype})")
+        begin, previous, end = entry.data_offsets[0], end, entry.data_offsets[1]
+        count = math.prod(entry.shape)
+        if begin != previous or end - begin != count * DTYPES[entry.dtype].itemsize or min(entry.shape, default=0) < 0:
+            raise ModelError(f"{origin}: corrupt header: shape {entry.shape} does not fit bytes {begin} to {end}")
+        if start + end > len(mapped):
+            missing = start + end - len(mapped)
+            raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
+        stored.append(StoredTensor(name, origin, end - begin, _reader(mapped, start + begin, entry)))
+    if start + end != len(mapped):
+        raise ModelError(f"{path}: corrupt: {len(mapped) - start - end} bytes follow the last tensor")
+    return stored
+
+
+def _reader(mapped: mmap.mmap, offset: int, entry: Entry) -> Callable[[torch.dtype], Tensor]:
+    def read(dtype: torch.dtype) -> Tensor:
+        if entry.dtype not in WEIGHT_TYPES:
+            raise ValueError(f"has type {entry.dtype}; supported: {', '.join(WEIGHT_TYPES)}")
+        count = math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        flat = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=count, offset=offset)
+        return flat.view(entry.shape)
+
+    return read

@@ -1,0 +1,152 @@
+"""Configuration that the executor floor reads.
+
+Frozen msgspec Structs. The command line is derived from the fields: name, type, default, range and
+help text (``Meta.description``) of a field become a flag, so a new option is one new field here.
+``Meta.extra`` may hold ``flags`` (short or alternative spellings), ``parse`` (``"bytes"`` or
+``"tokens"`` for human sizes such as ``4GiB`` or ``32k``), ``env`` (a default from the environment)
+and ``internal`` (no flag: filled in while the configuration is resolved).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every configuration struct."""
+
+
+class GGUFTensor(Config, frozen=True, array_like=True):
+    """One entry of a GGUF file's tensor table."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Row-major shape: the slowest dimension first, as torch counts."""
+    ggml_type: int
+    offset: int
+    """Bytes from the start of the file."""
+    num_bytes: int
+
+
+class GGUFHeader(Config, frozen=True):
+    """The part of a GGUF header that a worker needs: read once by the process that resolves the model.
+
+    ``metadata`` leaves out the ``tokenizer.*`` keys.
+    """
+
+    metadata: dict[str, bool | int | float | str | list[bool | int | float | str]]
+    tensors: list[GGUFTensor]
+
+
+class ModelConfig(Config, frozen=True):
+    """Which weights to load, and how."""
+
+    model: Annotated[
+        str,
+        Meta(
+            description="Hugging Face hub id, local folder or GGUF file. Without it the demo model is served.",
+            extra={"flags": ["--model"]},
+        ),
+    ] = ""
+    dtype: Annotated[
+        Literal["auto", "float32", "float", "bfloat16", "float16", "half"],
+        Meta(description="Type of weights and activations. auto: what the model was saved in, float32 as bfloat16."),
+    ] = "auto"
+    quantization: Annotated[
+        str | None,
+        Meta(description="Quantisation method. Default: what the model's configuration says.", extra={"flags": ["-q"]}),
+    ] = None
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=-1)] | None,
+        Meta(
+            description="Longest sequence, prompt and output together. Default: what the model was made for; "
+            "'auto' takes the largest that fits the KV cache.",
+            extra={"parse": "tokens", "auto": -1},
+        ),
+    ] = None
+    hf_overrides: Annotated[
+        dict[str, object], Meta(description="JSON object whose keys replace those of the model's config.json.")
+    ] = {}
+    load_format: Annotated[
+        Literal["auto", "safetensors", "gguf", "dummy"],
+        Meta(description="Format of the weights. dummy: random numbers, for benchmarks."),
+    ] = "auto"
+    enforce_eager: Annotated[bool, Meta(description="Call every op one by one instead of replaying a program.")] = False
+    gguf: Annotated[GGUFHeader | None, Meta(extra={"internal": True})] = None
+
+
+class ParallelConfig(Config, frozen=True):
+    """How a model is spread over workers."""
+
+    tensor_parallel_size: Annotated[
+        Positive, Meta(description="Workers that share every layer.", extra={"flags": ["-tp"]})
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        Positive, Meta(description="Groups of workers that hold consecutive layers.", extra={"flags": ["-pp"]})
+    ] = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class DeviceConfig(Config, frozen=True):
+    """The device of each worker."""
+
+    device: Annotated[Literal["auto", "cpu"], Meta(description="Device to run on. auto: the best one found.")] = "auto"
+    attention_backend: Annotated[
+        str | None, Meta(description="Attention backend. Default: the first that supports the model.")
+    ] = None
+    block_size: Annotated[
+        Positive | None, Meta(description="Tokens in a KV block. Default: what the attention backend likes best.")
+    ] = None
+    num_threads: Annotated[
+        Positive | None, Meta(description="Threads of each worker on CPU. Default: one per usable core.")
+    ] = None
+
+
+class SimulatedDevice(Config, frozen=True):
+    """A device that is modelled instead of computed (``executor/simulated.py``).
+
+    A step takes ``step_us + token_us * tokens + context_us * context tokens read``.
+    """
+
+    step_us: Annotated[float, Meta(ge=0, description="Fixed time of a step in microseconds.")] = 5000.0
+    token_us: Annotated[float, Meta(ge=0, description="Time per scheduled token in microseconds.")] = 20.0
+    context_us: Annotated[float, Meta(ge=0, description="Time per token of context read in microseconds.")] = 0.002
+    vocab_size: Positive = 49152
+    max_model_len: Positive = 8192
+    num_blocks: Positive = 65536
+    block_size: Positive = 32
+    eos_token_id: int = -1
+    """A token id that the device never samples; -1: it may sample every id."""
+
+
+class ExecutorConfig(Config, frozen=True):
+    """Everything a worker is told at start."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    device: DeviceConfig = DeviceConfig()
+    distributed_executor_backend: Annotated[
+        Literal["mp", "inline", "simulated"],
+        Meta(
+            description="mp: worker processes. inline: the worker inside the engine core (pdb works). "
+            "simulated: no model, a modelled device."
+        ),
+    ] = "mp"
+    simulated_device: Annotated[
+        SimulatedDevice,
+        Meta(description="JSON object: the device that --distributed-executor-backend simulated models."),
+    ] = SimulatedDevice()
+    check_every_step: Annotated[
+        bool, Meta(description="Check blocks, slots and results for integrity after every step (slow).")
+    ] = False
+    debug_level: Annotated[
+        int,
+        Meta(ge=0, le=4, description="1: configuration and memory plan, 2: a line per step, 3: requests, 4: shapes."),
+    ] = 0

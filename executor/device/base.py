@@ -1,0 +1,54 @@
+"""The device seam: one class per kind of device."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from executor.base import ModelError
+from executor.config import DeviceConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    total_bytes: int
+    free_bytes: int
+
+
+class Device(Protocol):
+    """What a worker asks of the hardware it runs on."""
+
+    name: str
+    torch_device: torch.device
+
+    def initialize(self, config: DeviceConfig, rank: int) -> None:
+        """Prepares this process: threads, affinity, streams."""
+
+    def memory(self) -> Memory: ...
+
+    def default_kv_bytes(self) -> int:
+        """Size of the KV cache when nothing is configured."""
+
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed tensor that costs memory only where it is written, if the device can do that."""
+
+
+REGISTRY = {"cpu": "executor.device.cpu:CpuDevice"}
+
+
+def create_device(name: str) -> Device:
+    """The device of that name; ``auto`` takes the best that is there.
+
+    Raises:
+        ModelError: There is no such device.
+    """
+    if name == "auto":
+        name = "cpu"
+    if name not in REGISTRY:
+        raise ModelError(f"unknown device {name!r}; supported: {', '.join(sorted(REGISTRY))}")
+    module, _, attribute = REGISTRY[name].partition(":")
+    device: Device = getattr(importlib.import_module(module), attribute)()
+    return device

@@ -1,0 +1,62 @@
+"""The CPU as a device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from executor.config import DeviceConfig
+from executor.device.base import Memory
+
+_GIB = 1 << 30
+_UNLIMITED = 1 << 60
+"""cgroup v1 says "no limit" with a number near 2**63."""
+
+
+class CpuDevice:
+    name = "cpu"
+    torch_device = torch.device("cpu")
+
+    def initialize(self, config: DeviceConfig, rank: int) -> None:
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+
+    def memory(self) -> Memory:
+        total, available = _system_memory()
+        limit, used = _cgroup_memory(Path("/sys/fs/cgroup"))
+        return Memory(min(total, limit), max(0, min(available, limit - used)))
+
+    def default_kv_bytes(self) -> int:
+        return min(4 * _GIB, self.memory().free_bytes // 4)
+
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)  # large allocations are fresh mappings: pages come when written
+
+
+def _system_memory() -> tuple[int, int]:
+    """Total and available bytes."""
+    fields = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        fields[name] = int(rest.split()[0]) * 1024
+    return fields["MemTotal"], fields["MemAvailable"]
+
+
+def _cgroup_memory(root: Path) -> tuple[int, int]:
+    """Limit and use of this process's control group, in bytes; the limit is huge where there is none."""
+    for limit_file, used_file, stat_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (root / limit_file).read_text().strip()
+            used = int((root / used_file).read_text())
+            stat = (root / limit_file).with_name("memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= _UNLIMITED:
+            continue
+        reclaimable = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith(f"{stat_key} ")), 0)
+        return int(limit), used - reclaimable
+    return _UNLIMITED, 0

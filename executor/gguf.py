@@ -1,0 +1,226 @@
+"""GGUF checkpoints: llama.cpp's names and quantised types, translated to Hugging Face's names and plain numbers.
+
+The header arrives parsed. Names come from the tables of the ``gguf`` package, and so do the quantised formats: a
+tensor is dequantised to float32, exactly as the format defines it, then converted to the model's type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, MODEL_TENSOR, GGMLQuantizationType, Keys
+from gguf.quants import dequantize
+from gguf.tensor_mapping import get_tensor_name_map
+from torch import Tensor
+
+from executor.base import ModelError
+from executor.checkpoint import StoredTensor, map_file
+from executor.config import GGUFHeader, GGUFTensor
+from executor.hf_config import Fields
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""``general.architecture`` -> ``architectures`` of config.json. Mistral's files call themselves llama."""
+
+PERMUTED = {"llama": {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}}
+"""Tensors whose rows llama.cpp reorders, so that columns that turn together lie side by side; and their heads."""
+
+PLAIN_TYPES = {
+    GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.F32: torch.float32,
+}
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+CHUNK_BYTES = 256 << 10
+"""Quantised bytes that are dequantised at once: their float32 numbers should stay in a core's cache."""
+
+SUFFIXES = (".weight", ".bias")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# configuration
+
+
+def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> dict[str, Any]:
+    """What config.json would say about the model in a GGUF file.
+
+    Args:
+        header: The file's header.
+        source: What to call it in errors.
+
+    Raises:
+        ModelError: A field is missing or bad, or the architecture is not supported.
+    """
+    fields = Fields(header.metadata, source)
+    arch = _architecture(fields)
+    if header.metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
+        raise ModelError(f"{source}: a model in several GGUF files is not supported; merge them with gguf-split")
+    if header.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)):
+        raise ModelError(f"{source}: mixture-of-experts models are not supported")
+
+    def key(template: str) -> str:
+        return template.format(arch=arch)
+
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    if "token_embd.weight" not in shapes:
+        raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[arch]],
+        "model_type": arch,
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": fields.size(key(Keys.LLM.EMBEDDING_LENGTH)),
+        "intermediate_size": fields.size(key(Keys.LLM.FEED_FORWARD_LENGTH)),
+        "num_hidden_layers": fields.size(key(Keys.LLM.BLOCK_COUNT)),
+        "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)),
+        "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH)),
+        "rms_norm_eps": fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS)),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_down.bias" in shapes,
+        "rope_parameters": _rope_parameters(fields, arch),
+    }
+    config["num_key_value_heads"] = fields.size(key(Keys.Attention.HEAD_COUNT_KV), config["num_attention_heads"])
+    config["head_dim"] = fields.size(
+        key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
+    )
+    return config
+
+
+def _architecture(fields: Fields) -> str:
+    arch = fields.string(Keys.General.ARCHITECTURE)
+    if arch not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise ModelError(f"{fields.source}: architecture {arch!r} is not supported; supported: {supported}")
+    return arch
+
+
+def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
+    def key(template: str) -> str:
+        return template.format(arch=arch)
+
+    kind = fields.string(key(Keys.Rope.SCALING_TYPE), "none")
+    rope: dict[str, Any] = {
+        "rope_type": "default" if kind == "none" else kind,
+        "rope_theta": fields.number(key(Keys.Rope.FREQ_BASE), 10000.0),
+    }
+    if kind != "none":
+        rope["factor"] = fields.number(key(Keys.Rope.SCALING_FACTOR))
+    if fields.has(key(Keys.Rope.SCALING_ORIG_CTX_LEN)):
+        rope["original_max_position_embeddings"] = fields.size(key(Keys.Rope.SCALING_ORIG_CTX_LEN))
+    if fields.has(key(Keys.Rope.SCALING_ATTN_FACTOR)):  # llama.cpp multiplies it with YaRN's own factor
+        own = 1.0 + 0.1 * math.log(rope["factor"]) if kind == "yarn" else 1.0
+        rope["attention_factor"] = fields.number(key(Keys.Rope.SCALING_ATTN_FACTOR)) * own
+    return rope
+
+
+# ---------------------------------------------------------------------------------------------------------
+# weights
+
+
+class GGUFCheckpoint:
+    """A GGUF file."""
+
+    def __init__(self, path: Path, header: GGUFHeader) -> None:
+        self.path = path
+        self.header = header
+        self.mapped = map_file(path)
+        self.entries = {tensor.name: tensor for tensor in header.tensors}
+        for tensor in header.tensors:
+            self._check(tensor)
+        self.config = hf_config_from_gguf(header, str(path))
+        """The model's configuration under the names of config.json."""
+        arch = self.config["model_type"]
+        arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
+        self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
+        self.permuted = {role: self.config[heads] for role, heads in PERMUTED.get(arch, {}).items()}
+        if ROPE_FACTORS in self.entries:  # the frequencies of Llama 3, as a tensor
+            factors = self._read(self.entries[ROPE_FACTORS], None, torch.float32)
+            self.config["rope_parameters"] |= {"rope_type": "frequency_factors", "factors": factors.tolist()}
+
+    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
+        hf_names = {self._gguf_name(name): name for name in wanted}
+        return [
+            StoredTensor(
+                name=hf_names.get(entry.name, entry.name),
+                origin=self._origin(entry.name),
+                num_bytes=entry.num_bytes,
+                read=partial(self._read, entry, hf_names.get(entry.name)),
+            )
+            for entry in self.header.tensors
+            if entry.name != ROPE_FACTORS
+        ]
+
+    def origin(self, name: str) -> str:
+        return self._origin(self._gguf_name(name))
+
+    def _origin(self, gguf_name: str) -> str:
+        return f"{self.path}: tensor {gguf_name!r}"
+
+    def _gguf_name(self, name: str) -> str:
+        return self.names.get_name(name, try_suffixes=SUFFIXES) or name
+
+    def _check(self, tensor: GGUFTensor) -> None:
+        """That the tensor is of a known type, and in the file."""
+        origin = self._origin(tensor.name)
+        kind = _type_of(tensor, origin)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        count = math.prod(tensor.shape)
+        if math.prod(tensor.shape[-1:]) % block or tensor.num_bytes != count // block * block_bytes:
+            raise ModelError(f"{origin}: corrupt header: {tensor.num_bytes} bytes for {kind.name} {list(tensor.shape)}")
+        missing = tensor.offset + tensor.num_bytes - len(self.mapped)
+        if missing > 0:
+            raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
+
+    def _read(self, tensor: GGUFTensor, hf_name: str | None, dtype: torch.dtype) -> Tensor:
+        kind = _type_of(tensor, self._origin(tensor.name))
+        raw = np.frombuffer(self.mapped, np.uint8, tensor.num_bytes, tensor.offset)
+        role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
+        if role in self.permuted:
+            raw = unpermute(raw.reshape(tensor.shape[0], -1), self.permuted[role]).reshape(-1)
+        if kind in PLAIN_TYPES:
+            return torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
+        try:
+            return dequantize_to(raw, kind, dtype).view(tensor.shape)
+        except NotImplementedError as error:
+            raise ValueError(f"has type {kind.name}, which is not supported") from error
+
+
+def _type_of(tensor: GGUFTensor, origin: str) -> GGMLQuantizationType:
+    try:
+        return GGMLQuantizationType(tensor.ggml_type)
+    except ValueError as error:
+        raise ModelError(f"{origin} has an unknown type ({tensor.ggml_type})") from error
+
+
+def unpermute(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
+    """Undoes llama.cpp's order of the rows of q and k.
+
+    Args:
+        rows: [num_heads * head_dim, bytes of a row]: whole rows, so it does not matter how they are quantised.
+        num_heads: Rows are reordered within each head.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])  # [num_heads, head_dim / 2, 2, bytes]
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def dequantize_to(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, dtype: torch.dtype) -> Tensor:
+    """The numbers of quantised blocks, flat: exact in float32, then rounded to ``dtype``.
+
+    Chunk by chunk, and many rows as one: the package would take 16 rows at a time and be several times slower.
+    """
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    step = max(1, CHUNK_BYTES // block_bytes)
+    out = torch.empty(len(raw) // block_bytes * block, dtype=dtype)
+    for first in range(0, len(raw) // block_bytes, step):
+        chunk = raw[first * block_bytes : (first + step) * block_bytes]
+        numbers = torch.from_numpy(dequantize(chunk.reshape(1, -1), kind).reshape(-1))
+        out[first * block : first * block + len(numbers)] = numbers
+    return out

@@ -1,0 +1,266 @@
+"""A model's configuration, as config.json or a GGUF header gives it.
+
+Nothing is checked up front: whoever reads a field says what it must be, and a missing or bad one is reported with the
+file and the field. Defaults are those of the model's class (``Model.config_defaults``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+import torch
+
+from executor.base import ModelError
+
+T = TypeVar("T")
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "float": torch.float32,
+}
+"""Names in config.json and of ``--dtype``."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object with typed access. A field that is null counts as missing."""
+
+    values: Mapping[str, Any]
+    source: str
+    """What to call the object in an error: the file, and the path in it."""
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A whole number, at least 0. Without a default the field is required; so for all that follow."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self.bad(name, "a whole number")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number, at least 1."""
+        value = self.integer(name, default)
+        if value == 0:
+            self.bad(name, "at least 1")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.bad(name, "a number")
+        return value
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            self.bad(name, "true or false")
+        return value
+
+    def string(self, name: str, default: str | None = None) -> str:
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            self.bad(name, "a string")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, T], default: str | None = None) -> T:
+        """What one of a few names stands for."""
+        value = self.string(name, default)
+        if value not in choices:
+            self.bad(name, f"one of {', '.join(sorted(choices))}")
+        return choices[value]
+
+    def numbers(self, name: str) -> list[float]:
+        value = self._value(name, None)
+        if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
+            self.bad(name, "a list of numbers")
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        value = self._value(name, None)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.bad(name, "a list of strings")
+        return value
+
+    def section(self, name: str) -> Fields:
+        """An object inside this one, empty if there is none."""
+        value = self._value(name, {})
+        if not isinstance(value, dict):
+            self.bad(name, "an object")
+        return Fields(value, f"{self.source}: {name}")
+
+    def bad(self, name: str, expected: str) -> NoReturn:
+        """Reports the value of a field as unusable."""
+        raise ModelError(f"{self.source}: {name} must be {expected}, not {self.values.get(name)!r}")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise ModelError(f"{self.source}: {name} is missing")
+        return default
+
+
+@dataclass(frozen=True)
+class HFConfig(Fields):
+    """The configuration of a language model under Hugging Face's names."""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> HFConfig:
+        """A configuration with the keys of ``overrides`` replaced.
+
+        A model with several parts keeps what concerns its language model in ``text_config``.
+        """
+        text = fields.get("text_config")
+        values = {**fields, **text} if isinstance(text, dict) else dict(fields)
+        values["architectures"] = fields.get("architectures") or values.get("architectures")
+        values.update(overrides)
+        if "rope_parameters" in overrides:
+            values["rope_scaling"] = overrides.get("rope_scaling")
+        if "rope_theta" in overrides and isinstance(values.get("rope_parameters"), dict):
+            values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": overrides["rope_theta"]}
+        return cls(values, source)
+
+    @classmethod
+    def from_folder(cls, folder: Path, overrides: Mapping[str, Any]) -> HFConfig:
+        """Reads ``config.json``."""
+        path = folder / "config.json"
+        try:
+            fields = msgspec.json.decode(path.read_bytes())
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise ModelError(f"{path}: {error}") from error
+        if not isinstance(fields, dict):
+            raise ModelError(f"{path}: not a JSON object")
+        return cls.from_fields(fields, overrides, str(path))
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> HFConfig:
+        """The same configuration, with values for fields that it leaves out."""
+        return replace(self, values={**defaults, **self.values})
+
+    # -- the model ----------------------------------------------------------------------------------------
+
+    @property
+    def architecture(self) -> str:
+        names = self.strings("architectures")
+        if not names:
+            self.bad("architectures", "a list of at least one name")
+        return names[0]
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        return self.section("quantization_config").values if self.has("quantization_config") else None
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The type that the model was saved in, if the configuration says."""
+        name = "dtype" if self.has("dtype") else "torch_dtype"
+        if not self.has(name):
+            return None
+        value = self.string(name).removeprefix("torch.")
+        if value not in DTYPES:
+            self.bad(name, f"one of {', '.join(sorted(DTYPES))}")
+        return DTYPES[value]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size("vocab_size")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.size("hidden_size")
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.size("intermediate_size")
+
+    @property
+    def num_layers(self) -> int:
+        return self.size("num_hidden_layers")
+
+    @property
+    def num_heads(self) -> int:
+        return self.size("num_attention_heads")
+
+    @property
+    def num_kv_heads(self) -> int:
+        number = self.size("num_key_value_heads", self.num_heads)
+        if self.num_heads % number:
+            self.bad("num_key_value_heads", f"a divisor of num_attention_heads ({self.num_heads})")
+        return number
+
+    @property
+    def head_dim(self) -> int:
+        if self.has("head_dim"):
+            return self.size("head_dim")
+        if self.hidden_size % self.num_heads:
+            self.bad("hidden_size", f"a multiple of num_attention_heads ({self.num_heads}), as head_dim is missing")
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rms_norm_eps(self) -> float:
+        return self.number("rms_norm_eps")
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.boolean("tie_word_embeddings", False)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        value = self.values.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) for item in ids):
+            self.bad("eos_token_id", "a token id or a list of them")
+        return tuple(ids)
+
+    # -- positions ----------------------------------------------------------------------------------------
+
+    @property
+    def rope(self) -> Fields:
+        """How positions turn into angles: always with ``rope_type`` and ``rope_theta``.
+
+        Read from ``rope_parameters``, or from ``rope_scaling`` and ``rope_theta`` as older files have it.
+        """
+        name = "rope_scaling" if self.has("rope_scaling") else "rope_parameters"
+        section = self.section(name)
+        values = dict(section.values)
+        nested = next((key for key, value in values.items() if isinstance(value, dict)), None)
+        if nested is not None:
+            self.bad(name, f"one set of numbers for all layers (it has one for {nested!r})")
+        values["rope_type"] = values.get("rope_type") or values.get("type") or "default"
+        for key, fallback in (
+            ("rope_theta", self.section("rope_parameters").values.get("rope_theta") or 10000.0),
+            ("partial_rotary_factor", 1.0),
+        ):
+            if values.get(key) is None:
+                values[key] = self.number(key, fallback)
+        if self.has("original_max_position_embeddings"):  # where Phi-3 keeps it, and it takes precedence
+            values["original_max_position_embeddings"] = self.values["original_max_position_embeddings"]
+        return replace(section, values=values)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Sometimes the longest sequence before the angles are scaled, sometimes after; see ``max_position``."""
+        return self.size("max_position_embeddings")
+
+    @property
+    def max_position(self) -> int:
+        """The longest sequence that the model was made for."""
+        rope = self.rope
+        factor = rope.number("factor", 1.0)
+        scaled = rope.string("rope_type")
+        if scaled == "yarn":
+            return int(rope.size("original_max_position_embeddings", self.max_position_embeddings) * factor)
+        if scaled in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * factor)
+        return self.max_position_embeddings  # llama3 and the others give the length after scaling

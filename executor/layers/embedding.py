@@ -1,0 +1,44 @@
+"""The table of token embeddings, and the output layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from executor.layers.context import ModelContext
+from executor.layers.parameter import Part, WeightedLayer
+
+
+class VocabParallelEmbedding(WeightedLayer):
+    """An embedding table of which each rank holds some rows. Tied models take their logits from it as well."""
+
+    weight: nn.Parameter
+
+    def __init__(self, context: ModelContext, *, prefix: str) -> None:
+        super().__init__()
+        self.device = context.device
+        self.tp_size = context.parallel.tp_size
+        self.vocab_part = Part.shard(context.config.vocab_size, context.parallel, f"{prefix}: vocabulary")
+        self.hidden_size = context.config.hidden_size
+        self.method = context.quantization.embedding_method(prefix)
+        self.method.create_weights(self, context.dtype)
+
+    def process_weights_after_loading(self) -> None:
+        self.method.process_weights_after_loading(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        assert self.tp_size == 1, "ids of other ranks must be masked, and the ranks' results added up, here"
+        return self.method.embed(self, ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
+        assert self.tp_size == 1, "the ranks' logits must be gathered here"
+        return self.method.logits(self, hidden)
+
+
+class LMHead(VocabParallelEmbedding):
+    """An output layer with a table of its own."""
+
+
+def output_layer(context: ModelContext, embedding: VocabParallelEmbedding, *, prefix: str) -> VocabParallelEmbedding:
+    """The layer that makes logits: the embedding itself where the configuration ties the two."""
+    return embedding if context.config.tie_word_embeddings else LMHead(context, prefix=prefix)

@@ -1,0 +1,162 @@
+"""Rotary position embedding and the ways of stretching it to longer sequences.
+
+The formulas, and the order of their operations, are those of transformers, so that the tables are equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import ops
+from executor.hf_config import Fields
+from executor.layers.context import ModelContext
+
+
+@dataclass(frozen=True)
+class RopeInput:
+    """What the angles of a model depend on."""
+
+    rope: Fields
+    """``rope_type``, ``rope_theta`` and the numbers of that type."""
+    rotary_dim: int
+    """Columns of a head that turn."""
+    max_position: int
+    """``max_position_embeddings`` of config.json."""
+    max_model_len: int
+    """Longest sequence that is served."""
+
+    @property
+    def base(self) -> float:
+        return self.rope.number("rope_theta")
+
+    @property
+    def original_max_position(self) -> int:
+        return self.rope.size("original_max_position_embeddings", self.max_position)
+
+    def frequencies(self, base: float) -> Tensor:
+        """``base ** (-2i / rotary_dim)``, float32 [rotary_dim / 2]."""
+        return 1.0 / self.wavelengths(base)
+
+    def wavelengths(self, base: float) -> Tensor:
+        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.int64).float() / self.rotary_dim
+        result: Tensor = base**exponents
+        return result
+
+
+def default(given: RopeInput) -> tuple[Tensor, float]:
+    return given.frequencies(given.base), 1.0
+
+
+def linear(given: RopeInput) -> tuple[Tensor, float]:
+    """Position interpolation (Chen et al., arXiv:2306.15595)."""
+    return given.frequencies(given.base) / given.rope.number("factor"), 1.0
+
+
+def dynamic(given: RopeInput) -> tuple[Tensor, float]:
+    """NTK-aware scaling of the base.
+
+    The base is chosen once, for the longest sequence that is served: K in the cache was turned by it, and a request's
+    tokens must not depend on how long it, or a neighbour, is at the moment.
+    """
+    factor, dim = given.rope.number("factor"), given.rotary_dim
+    length = max(given.max_model_len, given.max_position)
+    stretch: float = ((factor * length / given.max_position) - (factor - 1)) ** (dim / (dim - 2))
+    return given.frequencies(given.base * stretch), 1.0
+
+
+def llama3(given: RopeInput) -> tuple[Tensor, float]:
+    """Long wavelengths are stretched, short ones are not, those between by interpolation (Llama 3.1)."""
+    rope, frequencies = given.rope, given.frequencies(given.base)
+    factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    length = given.original_max_position
+    wavelengths = 2 * math.pi / frequencies
+    scaled = torch.where(wavelengths > length / low, frequencies / factor, frequencies)
+    smooth = (length / wavelengths - low) / (high - low)
+    smoothed = (1 - smooth) * scaled / factor + smooth * scaled
+    is_medium = ~(wavelengths < length / high) & ~(wavelengths > length / low)
+    return torch.where(is_medium, smoothed, scaled), 1.0
+
+
+def yarn(given: RopeInput) -> tuple[Tensor, float]:
+    """YaRN (Peng et al., arXiv:2309.00071)."""
+    rope, dim, base = given.rope, given.rotary_dim, given.base
+    length = given.original_max_position
+    factor = rope.number("factor", given.max_position / length)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    def dimension(rotations: float) -> float:
+        """The dimension that turns that many times over the original length."""
+        return (dim * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(base))
+
+    if rope.has("attention_factor"):
+        attention_factor = rope.number("attention_factor")
+    elif rope.number("mscale", 0.0) and rope.number("mscale_all_dim", 0.0):
+        attention_factor = mscale(rope.number("mscale")) / mscale(rope.number("mscale_all_dim"))
+    else:
+        attention_factor = mscale(1.0)
+
+    low, high = dimension(rope.number("beta_fast", 32)), dimension(rope.number("beta_slow", 1))
+    if rope.boolean("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    extrapolated = 1 - ramp
+    wavelengths = given.wavelengths(base)
+    frequencies = 1.0 / (factor * wavelengths) * (1 - extrapolated) + 1.0 / wavelengths * extrapolated
+    return frequencies, attention_factor
+
+
+def frequency_factors(given: RopeInput) -> tuple[Tensor, float]:
+    """Each frequency divided by a factor of its own, as GGUF files store Llama 3's scaling."""
+    factors = torch.tensor(given.rope.numbers("factors"), dtype=torch.float32)
+    if 2 * len(factors) != given.rotary_dim:
+        given.rope.bad("factors", f"a list of {given.rotary_dim // 2} numbers")
+    return given.frequencies(given.base) / factors, 1.0
+
+
+ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
+    "default": default,
+    "dynamic": dynamic,
+    "frequency_factors": frequency_factors,
+    "linear": linear,
+    "llama3": llama3,
+    "yarn": yarn,
+}
+"""Angles per position, float32 [rotary_dim / 2], and a factor of cosine and sine."""
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns the heads of q and k by their tokens' positions. One for all layers of a model."""
+
+    cos_sin: Tensor
+    """float32 [max_model_len, rotary_dim]: cosines, then sines."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        config = context.config
+        rope = config.rope
+        self.head_dim = config.head_dim
+        rotary_dim = int(self.head_dim * rope.number("partial_rotary_factor"))
+        compute = rope.choice("rope_type", ROPE_TYPES)
+        frequencies, factor = compute(
+            RopeInput(rope, rotary_dim, config.max_position_embeddings, context.max_model_len)
+        )
+        angles = torch.outer(torch.arange(context.max_model_len, dtype=torch.float32), frequencies)
+        table = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1)
+        self.register_buffer("cos_sin", table.to(context.device), persistent=False)
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], turned."""
+        return (
+            ops.rotary_embedding(q, positions, self.cos_sin, self.head_dim),
+            ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim),
+        )

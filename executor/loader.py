@@ -1,0 +1,231 @@
+"""From files to a model that is ready to run.
+
+A model is built with uninitialised parameters, each of which knows which tensors of a checkpoint go where in it
+(``layers/parameter.py``). The loader matches names, complains about what is missing or left over before it reads
+anything, then copies tensor after tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from executor.attention.base import AttentionBackend, choose_backend
+from executor.base import ModelError
+from executor.checkpoint import Checkpoint, SafetensorsCheckpoint, StoredTensor
+from executor.config import ModelConfig
+from executor.gguf import GGUFCheckpoint
+from executor.hf_config import DTYPES, HFConfig
+from executor.layers.context import ModelContext
+from executor.layers.parameter import ShardId, WeightedLayer, WeightParameter
+from executor.models.base import Model
+from executor.models.registry import resolve_model
+from executor.parallel import ParallelState
+from executor.quantization import choose_quantization
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Takes a stage and how much of it is done, of how much."""
+
+MAX_THREADS = 8
+
+
+@dataclass
+class LoadedModel:
+    """A model that can run once its attention layers have KV caches."""
+
+    model: Model
+    hf_config: HFConfig
+    weight_bytes: int
+    dtype: torch.dtype
+    attention_backend: AttentionBackend
+    max_model_len: int
+    """Longest sequence that the model's tables serve: as configured, else what it was made for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one tensor of a checkpoint goes."""
+
+    parameter: WeightParameter
+    shard_id: ShardId
+
+
+def load_model(
+    config: ModelConfig,
+    parallel: ParallelState,
+    device: torch.device,
+    attention_backend: str | None,
+    progress: Progress,
+) -> LoadedModel:
+    """Builds a model and loads its weights.
+
+    Args:
+        config: ``model`` is a local folder, or a GGUF file whose header is in ``gguf``.
+        parallel: This worker's place.
+        device: Where the weights go.
+        attention_backend: Name of a backend; None: the first that supports the model.
+        progress: Told about the bytes read so far.
+
+    Raises:
+        ModelError: The model cannot be loaded; one line that names the file and what is wrong with it.
+    """
+    hf_config, checkpoint = open_model(config)
+    model_class = resolve_model(hf_config.architecture)
+    hf_config = hf_config.with_defaults(model_class.config_defaults)
+    context = ModelContext(
+        config=hf_config,
+        parallel=parallel,
+        dtype=choose_dtype(config, hf_config),
+        device=device,
+        quantization=choose_quantization(config.quantization, hf_config.quantization),
+        max_model_len=choose_max_model_len(config, hf_config),
+    )
+    try:
+        model = model_class(context)
+        layers = model.attention_layers()
+        backend = choose_backend(device.type, [layer.shape for layer in layers], context.dtype, attention_backend)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    for layer in layers:
+        layer.backend = backend
+    if checkpoint is None:
+        fill_with_random_numbers(model)
+    else:
+        load_weights(model, checkpoint, context, progress)
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            module.process_weights_after_loading()
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, backend, context.max_model_len)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# configuration
+
+
+def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
+    """The configuration and the weights of a model; no weights with ``load_format`` dummy."""
+    path = Path(config.model)
+    if config.gguf is not None:
+        gguf = GGUFCheckpoint(path, config.gguf)
+        hf_config = HFConfig.from_fields(gguf.config, config.hf_overrides, str(path))
+        return hf_config, None if config.load_format == "dummy" else gguf
+    if config.load_format == "gguf" or path.suffix == ".gguf":
+        raise ModelError(f"{path}: not a GGUF file")
+    hf_config = HFConfig.from_folder(path, config.hf_overrides)
+    return hf_config, None if config.load_format == "dummy" else SafetensorsCheckpoint(path)
+
+
+def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
+    """The type asked for; by default the one the model was saved in, but half the size of float32."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    saved = hf_config.torch_dtype
+    return torch.bfloat16 if saved is None or saved == torch.float32 else saved
+
+
+def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
+    """The length asked for, which must not be more than the model was made for."""
+    longest = hf_config.max_position
+    if config.max_model_len is None or config.max_model_len < 0:
+        return longest
+    if config.max_model_len > longest:
+        raise ModelError(
+            f"--max-model-len {config.max_model_len} is more than the {longest} tokens that the model was made for "
+            f"({hf_config.source})"
+        )
+    return config.max_model_len
+
+
+# ---------------------------------------------------------------------------------------------------------
+# weights
+
+
+def load_weights(model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress) -> None:
+    """Fills every parameter from a checkpoint that holds exactly the model's tensors."""
+    targets = find_targets(model)
+    tied = model.tied_weights if context.config.tie_word_embeddings else {}
+    found = match_names(checkpoint.tensors(targets.keys() | tied.keys()), targets, model.ignored_weights, tied)
+    for name in targets:
+        if name not in found:
+            raise ModelError(f"{checkpoint.origin(name)} is missing")
+
+    def load(name: str) -> int:
+        stored, target = found[name], targets[name]
+        try:
+            target.parameter.load(stored.read(context.dtype), target.shard_id)
+        except ValueError as error:
+            raise ModelError(f"{stored.origin} {error}") from error
+        return stored.num_bytes
+
+    total = sum(stored.num_bytes for stored in found.values())
+    done = 0
+    progress("weights", done, total)
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), "load") as threads:
+        try:
+            for num_bytes in threads.map(load, found):
+                done += num_bytes
+                progress("weights", done, total)
+        except ModelError:
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def find_targets(model: Model) -> dict[str, Target]:
+    """All tensors that the model needs, by their names in a checkpoint."""
+    split_again = {merged: name for name, merged in model.weight_map.items()}
+    targets = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, WeightParameter), name
+        module, _, leaf = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        for shard_id in parameter.parts:
+            stored = last if shard_id is None else split_again[last, shard_id]
+            targets[f"{parent}.{stored}.{leaf}".lstrip(".")] = Target(parameter, shard_id)
+    return targets
+
+
+def match_names(
+    stored: Iterable[StoredTensor], targets: dict[str, Target], ignored: tuple[str, ...], tied: Mapping[str, str]
+) -> dict[str, StoredTensor]:
+    """The tensors that the model needs, by name.
+
+    Raises:
+        ModelError: There is one that it does not know.
+    """
+    found: dict[str, StoredTensor] = {}
+    doubles: dict[str, StoredTensor] = {}
+    for tensor in stored:
+        if tensor.name in targets:
+            found[tensor.name] = tensor
+        elif tensor.name in tied:
+            doubles[tied[tensor.name]] = tensor
+        elif not tensor.name.endswith(ignored):
+            raise ModelError(f"{tensor.origin} is not part of this model")
+    return {**doubles, **found}  # a tied tensor may be stored under either name, or both
+
+
+_NORM = re.compile(r"norm\.weight$")
+
+
+def fill_with_random_numbers(model: Model) -> None:
+    """Small weights, the same in every run; norms are 1. For benchmarks: one pattern, repeated, is fast to make."""
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if _NORM.search(name):
+            flat.fill_(1)
+            continue
+        generator = torch.Generator().manual_seed(crc32(name.encode()))
+        pattern = torch.empty(min(len(flat), 1 << 20), dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
+        for start in range(0, len(flat), len(pattern)):
+            flat[start : start + len(pattern)] = pattern[: len(flat) - start]

@@ -1,0 +1,164 @@
+"""One step of a model, common to all models and devices.
+
+Constitution of this file: it stays small and stable. It knows slots, positions and blocks; it does not know model
+classes, devices, quantisation or sampling methods, and grows no ``if`` for one of them. State lives in
+``RequestStates`` and in the sampler, by slot; nothing here survives a step. Nothing between receiving a plan and
+launching the forward pass waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import ops
+from executor.attention.base import AttentionBackend
+from executor.device.base import Device
+from executor.graphs import Program
+from executor.input_batch import InputBatch
+from executor.loader import LoadedModel
+from executor.messages import (
+    I32,
+    InitKVCache,
+    KVCacheGroupSpec,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    TokenLogprobs,
+    i32,
+    u8,
+)
+from executor.request_states import RequestStates
+from executor.sampling.sampler import Sampler, token_logprobs
+
+PROMPT_LOGITS_CHUNK = 128
+"""Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
+
+
+class ModelRunner:
+    """Executes plans with a loaded model."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: Device,
+        backend: AttentionBackend,
+        groups: tuple[KVCacheGroupSpec, ...],
+        *,
+        enforce_eager: bool,
+    ) -> None:
+        self.model = loaded.model
+        self.dtype = loaded.dtype
+        self.device = device
+        self.backend = backend
+        self.groups = groups
+        self.enforce_eager = enforce_eager
+        self.program: Program | None = None
+        self.states = RequestStates(0, 0, [])
+        self.sampler = Sampler(0)
+
+    def initialize(self, init: InitKVCache) -> None:
+        """Allocates the KV cache and the slot arrays, then captures the program of a step."""
+        layers = self.model.attention_layers()
+        for group, num_blocks in zip(self.groups, init.num_blocks, strict=True):
+            for index in group.layers:
+                shapes = self.backend.kv_shape(num_blocks, group.block_size, layers[index].shape)
+                keys, values = (self.device.allocate_kv(shape, self.dtype) for shape in shapes)
+                layers[index].kv_cache = (keys, values)
+        self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
+        self.sampler = Sampler(init.max_num_seqs)
+        if not self.enforce_eager:
+            self.program = self.capture()
+
+    def capture(self) -> Program:
+        """Runs the model once with symbolic values; see ``executor/graphs.py``."""
+        program = Program(self.device.torch_device.type)
+        batch = InputBatch.symbolic(program, len(self.groups))
+        hidden, logits = self._forward(batch)
+        program.finish([hidden, logits])
+        return program
+
+    def _forward(self, batch: InputBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.model.forward(batch).hidden
+        return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
+
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        """Computes a step: applies the plan, runs the model, samples."""
+        begin = time.perf_counter()
+        states = self.states
+        states.apply(plan)
+        for request in plan.new_reqs:
+            if request.params is not None:
+                self.sampler.add(request.slot, request.params)
+        slots, counts = i32(plan.slots), i32(plan.num_scheduled_tokens)
+        sampled = u8(plan.num_sampled).astype(np.bool_)
+        batch = self.prepare(slots, counts, sampled)
+        hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
+        prompt_logprobs = self.prompt_logprobs(hidden, slots, counts)
+        states.num_computed[slots] += counts
+        step_rows = np.flatnonzero(sampled).astype(np.int32)
+        output = self.sampler.sample(logits, slots[sampled], step_rows, states)
+        states.append(slots[sampled], output.token_ids)
+        return ModelRunnerOutput(
+            step_id=plan.step_id,
+            sampled_token_ids=output.token_ids.astype(np.int32).tobytes(),
+            row_errors=tuple(output.row_errors),
+            logprobs=tuple(output.logprobs),
+            prompt_logprobs=tuple(prompt_logprobs),
+            forward_ms=(time.perf_counter() - begin) * 1e3,
+        )
+
+    def prepare(self, slots: I32, counts: I32, sampled: npt.NDArray[np.bool_]) -> InputBatch:
+        """The inputs of the forward pass for a plan's rows."""
+        states = self.states
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        computed = states.num_computed[slots]
+        num_tokens = int(ends[-1])
+        token_rows = np.repeat(np.arange(len(slots)), counts)
+        positions = np.arange(num_tokens) - np.repeat(starts - computed, counts)
+        query_start_loc = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
+        seq_lens = torch.from_numpy((computed + counts).astype(np.int32))
+        attention = []
+        for table, group in zip(states.block_tables, self.groups, strict=True):
+            block_table = table[slots]  # [num_rows, max_blocks]
+            blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
+            slot_mapping = blocks * group.block_size + positions % group.block_size
+            attention.append(
+                self.backend.plan(
+                    query_start_loc,
+                    seq_lens,
+                    torch.from_numpy(block_table),
+                    torch.from_numpy(slot_mapping),
+                    group.block_size,
+                )
+            )
+        return InputBatch(
+            input_ids=torch.from_numpy(states.token_ids[slots[token_rows], positions]),
+            positions=torch.from_numpy(positions.astype(np.int32)),
+            attention=attention,
+            logits_rows=torch.from_numpy((ends - 1)[sampled].astype(np.int64)),
+        )
+
+    def prompt_logprobs(self, hidden: torch.Tensor, slots: I32, counts: I32) -> list[TokenLogprobs]:
+        """Log probabilities of the prompt tokens that follow the positions of this step, where they are wanted."""
+        states = self.states
+        results: list[TokenLogprobs] = []
+        start = 0
+        for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+            params = states.params[slot]
+            if params is not None and params.prompt_logprobs is not None:
+                first = int(states.num_computed[slot])
+                last = min(first + count, int(states.num_prompt[slot]) - 1)
+                for begin in range(first, last, PROMPT_LOGITS_CHUNK):
+                    end = min(begin + PROMPT_LOGITS_CHUNK, last)
+                    rows = torch.arange(start + begin - first, start + end - first)
+                    logprobs = torch.log_softmax(self.model.compute_logits(ops.gather_rows(hidden, rows)), dim=-1)
+                    top = logprobs.shape[1] if params.prompt_logprobs == -1 else params.prompt_logprobs
+                    for i, position in enumerate(range(begin + 1, end + 1)):
+                        token = int(states.token_ids[slot, position])
+                        results.append(token_logprobs(logprobs[i], token, top, row, position))
+            start += count
+        return results

@@ -1,0 +1,50 @@
+"""The model seam."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from executor.input_batch import InputBatch, ModelOutput
+from executor.layers.attention import Attention
+from executor.layers.context import ModelContext
+from executor.layers.parameter import ShardId
+
+__all__ = ["Model", "ModelContext", "WeightMap"]
+
+WeightMap = Mapping[str, tuple[str, ShardId]]
+
+
+class Model(nn.Module, ABC):
+    """A language model. Its forward pass uses ops, ``+`` and ``split`` alone, so that it can be captured."""
+
+    weight_map: ClassVar[WeightMap]
+    """Modules of the checkpoint that are merged here: name there -> name here, and which part of it."""
+    tied_weights: ClassVar[Mapping[str, str]] = {}
+    """Tensors that a checkpoint may hold once more although the configuration ties them to another one."""
+    ignored_weights: ClassVar[tuple[str, ...]] = ()
+    """Endings of the names of tensors that checkpoints may hold and nobody needs."""
+    config_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields that config.json may leave out."""
+    supports_lora: ClassVar[bool] = False
+    supports_pp: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
+        """Computes the hidden states of a step's tokens.
+
+        Args:
+            batch: The tokens. Their K and V are written into the caches of the attention layers.
+            hidden: [num_tokens, hidden_size] of the previous pipeline stage; None on the first.
+        """
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
+
+    @abstractmethod
+    def attention_layers(self) -> list[Attention]:
+        """In the order of the layers."""

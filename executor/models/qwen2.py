@@ -1,0 +1,43 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from executor.hf_config import HFConfig
+from executor.layers.context import ModelContext
+from executor.layers.rotary import RotaryEmbedding
+from executor.models.decoder import CausalDecoder
+from executor.models.llama import LlamaAttention
+
+QWEN_DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
+
+
+def sliding_windows(config: HFConfig) -> list[int | None]:
+    """The window of each layer: the upper layers have one, unless the configuration lists the layers itself."""
+    has_window = config.boolean("use_sliding_window") and config.has("sliding_window")
+    window = config.size("sliding_window") if has_window else None
+    if not config.has("layer_types"):
+        full = config.integer("max_window_layers")
+        return [None if index < full else window for index in range(config.num_layers)]
+    types = config.strings("layer_types")
+    if len(types) != config.num_layers or set(types) - {"full_attention", "sliding_attention"}:
+        config.bad("layer_types", f"{config.num_layers} times full_attention or sliding_attention")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+class Qwen2ForCausalLM(CausalDecoder):
+    config_defaults = QWEN_DEFAULTS
+
+    def __init__(self, context: ModelContext) -> None:
+        windows = sliding_windows(context.config)
+
+        def attention(rotary: RotaryEmbedding, index: int, prefix: str) -> LlamaAttention:
+            return LlamaAttention(context, rotary, qkv_bias=True, sliding_window=windows[index], prefix=prefix)
+
+        super().__init__(context, attention)

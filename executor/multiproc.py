@@ -1,0 +1,120 @@
+"""Workers in processes of their own, one per device, reached over ZeroMQ."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+
+import msgspec
+import zmq
+
+from executor.base import WorkerDiedError
+from executor.config import Config, ExecutorConfig
+from executor.messages import FromWorker, ToWorker, WorkerFailed, WorkerShutdown
+from executor.process import ChildProcess
+
+
+class WorkerLaunch(Config, frozen=True):
+    """The start message of a worker process."""
+
+    rank: int
+    config: ExecutorConfig
+    input_address: str
+    output_address: str
+    log_level: str = "info"
+
+
+class MultiprocExecutor:
+    """Starts ``executor.worker`` processes and speaks with them. See ``executor/base.py``."""
+
+    def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
+        self.num_ranks = config.parallel.world_size
+        self._config = config
+        self._ipc_dir = ipc_dir
+        self._log_level = log_level
+        self._context = zmq.Context()
+        self._life = 0
+        self._inputs: list[zmq.Socket[bytes]] = []
+        self._output: zmq.Socket[bytes] | None = None
+        self._children: list[ChildProcess] = []
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+
+    def start(self) -> None:
+        self._life += 1  # new addresses: nothing that an earlier life still sends can reach us
+        output_address = f"ipc://{self._ipc_dir}/{self._life}.out"
+        self._output = self._bind(zmq.PULL, output_address)
+        for rank in range(self.num_ranks):
+            input_address = f"ipc://{self._ipc_dir}/{self._life}.{rank}.in"
+            self._inputs.append(self._bind(zmq.PUSH, input_address))
+            launch = WorkerLaunch(
+                rank=rank,
+                config=self._config,
+                input_address=input_address,
+                output_address=output_address,
+                log_level=self._log_level,
+            )
+            self._children.append(ChildProcess("executor.worker", msgspec.msgpack.encode(launch)))
+
+    def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.bind(address)
+        return socket
+
+    def submit(self, message: ToWorker) -> None:
+        frame = self._encoder.encode(message)
+        for socket in self._inputs:
+            socket.send(frame, zmq.NOBLOCK)
+
+    def receive(self) -> list[FromWorker]:
+        messages = self._drain()
+        if messages:
+            return messages
+        for rank, child in enumerate(self._children):
+            code = child.poll()
+            if code is not None:
+                # What it sent before its end may have arrived between the two looks.
+                messages = self._drain()
+                if any(isinstance(message, WorkerFailed) for message in messages):
+                    return messages
+                raise WorkerDiedError(f"worker {rank} (pid {child.pid}) ended with exit code {code}")
+        return []
+
+    def _drain(self) -> list[FromWorker]:
+        messages: list[FromWorker] = []
+        assert self._output is not None
+        while True:
+            try:
+                messages.append(self._decoder.decode(self._output.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def poll_fds(self) -> list[zmq.Socket[bytes] | int]:
+        assert self._output is not None
+        return [self._output, *(child.fileno() for child in self._children)]
+
+    def worker_pids(self) -> tuple[int, ...]:
+        return tuple(child.pid for child in self._children)
+
+    def shutdown(self) -> None:
+        if self._output is None:
+            return
+        for socket in self._inputs:
+            with contextlib.suppress(zmq.ZMQError):
+                socket.send(self._encoder.encode(WorkerShutdown()), zmq.NOBLOCK)
+        for child in self._children:
+            child.hang_up()
+        for child in self._children:
+            try:
+                child.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        for socket in (*self._inputs, self._output):
+            address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            socket.close(linger=0)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address.removeprefix("ipc://"))
+        self._children, self._inputs, self._output = [], [], None

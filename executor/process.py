@@ -1,0 +1,109 @@
+"""Child processes that never outlive their parent.
+
+A child is ``python -m module`` with its start message on a pipe (its standard input). The pipe stays open: its end
+means that the parent is gone. On Linux the kernel's parent death signal says the same without the child's help.
+Neither fork nor pickle is involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import setproctitle
+
+_LENGTH = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+
+class ChildProcess:
+    """A running child. Becomes readable (``fileno``) when it ends."""
+
+    def __init__(self, module: str, payload: bytes, env: dict[str, str] | None = None) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, **(env or {})}
+        path = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = root if not path else f"{root}{os.pathsep}{path}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        self.pid = self._process.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
+        try:
+            self._pipe.write(_LENGTH.pack(len(payload)) + payload)
+            self._pipe.flush()
+        except BrokenPipeError:
+            pass  # it died at once; whoever watches the process sees that
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the process runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """Ends the process now and takes its exit status."""
+        self._process.kill()
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the end of the process.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs.
+        """
+        code = self._process.wait(timeout)
+        self.close()
+        return code
+
+    def hang_up(self) -> None:
+        """Closes the pipe, which asks the process to end."""
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
+
+    def close(self) -> None:
+        """Releases the descriptors of a process that has ended."""
+        self.hang_up()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def read_payload() -> bytes:
+    """In the child: the start message.
+
+    Raises:
+        EOFError: The parent went away before it was complete.
+    """
+    (length,) = _LENGTH.unpack(_read_exactly(_LENGTH.size))
+    return _read_exactly(length)
+
+
+def _read_exactly(count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = os.read(0, count - len(data))
+        if not part:
+            raise EOFError("the parent process went away")
+        data += part
+    return data
+
+
+def become_child(title: str) -> None:
+    """In the child, first thing: name the process and tie its life to the parent's."""
+    setproctitle.setproctitle(title)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            raise SystemExit(1)

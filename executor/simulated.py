@@ -1,0 +1,154 @@
+"""A device that is modelled instead of computed.
+
+With it the real scheduler, engine core, sockets and API process run at the rate of a large accelerator on any
+machine: what is left to measure is their own cost. Tokens are a function of the request's seed and the position, so
+restarts and preemptions change nothing, as with a real device.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections import deque
+
+import numpy as np
+
+from executor.config import ExecutorConfig, SimulatedDevice
+from executor.messages import (
+    I32,
+    FromWorker,
+    InitKVCache,
+    KVCacheGroupSpec,
+    KVCacheReady,
+    ModelRunnerOutput,
+    SchedulerOutput,
+    ToWorker,
+    WorkerReady,
+    i32,
+    u8,
+)
+
+FIRST_TOKEN_ID = 256
+"""Lower ids are left out: in many vocabularies they are special."""
+
+
+class DeviceModel:
+    """What a step would take and sample. State is arrays by slot, as in a real worker."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.device = device
+        self._num_computed = np.zeros(64, np.int64)
+        self._seeds = np.zeros(64, np.uint64)
+
+    def _make_room(self, slot: int) -> None:
+        missing = max(slot + 1, 2 * len(self._seeds)) - len(self._seeds)
+        self._num_computed = np.append(self._num_computed, np.zeros(missing, np.int64))
+        self._seeds = np.append(self._seeds, np.zeros(missing, np.uint64))
+
+    def execute(self, plan: SchedulerOutput) -> tuple[I32, float]:
+        """Applies a plan.
+
+        Returns:
+            The sampled tokens, and the seconds that the step takes.
+        """
+        for request in plan.new_reqs:
+            if request.slot >= len(self._num_computed):
+                self._make_room(request.slot)
+            self._num_computed[request.slot] = request.num_computed_tokens
+            self._seeds[request.slot] = request.params.seed if request.params else 0
+        slots = i32(plan.slots)
+        counts = i32(plan.num_scheduled_tokens)
+        self._num_computed[slots] += counts
+        lengths = self._num_computed[slots]
+        sampled = u8(plan.num_sampled).astype(bool)
+        mixed = self._seeds[slots][sampled] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= lengths[sampled].astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= mixed >> np.uint64(29)
+        span = np.uint64(max(1, self.device.vocab_size - FIRST_TOKEN_ID))
+        tokens = (mixed % span).astype(np.int32) + np.int32(min(FIRST_TOKEN_ID, self.device.vocab_size - 1))
+        if self.device.eos_token_id >= 0:
+            tokens[tokens == self.device.eos_token_id] += 1
+        device = self.device
+        micros = device.step_us + device.token_us * int(counts.sum()) + device.context_us * int(lengths.sum())
+        return tokens, micros * 1e-6
+
+    def ready(self) -> WorkerReady:
+        """What a worker with this device would say at start."""
+        device = self.device
+        group = KVCacheGroupSpec(kind="full", block_size=device.block_size, bytes_per_block=1, layers=(0,))
+        return WorkerReady(
+            rank=0,
+            free_bytes=device.num_blocks,
+            total_bytes=device.num_blocks,
+            weight_bytes=0,
+            default_kv_bytes=device.num_blocks,
+            kv_cache_groups=(group,),
+            max_model_len=device.max_model_len,
+            vocab_size=device.vocab_size,
+            device="simulated",
+        )
+
+
+class SimulatedExecutor:
+    """A thread that sleeps for the time of each step. See ``executor/base.py``."""
+
+    num_ranks = 1
+
+    def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
+        self._device = config.simulated_device
+        self._plans: queue.SimpleQueue[SchedulerOutput | None] = queue.SimpleQueue()
+        self._results: deque[FromWorker] = deque()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        model = DeviceModel(self._device)
+        self._thread = threading.Thread(target=self._run, args=(model,), name="simulated device", daemon=True)
+        self._thread.start()
+        self._answer(model.ready())
+
+    def submit(self, message: ToWorker) -> None:
+        if isinstance(message, SchedulerOutput):
+            self._plans.put(message)
+        elif isinstance(message, InitKVCache):
+            self._answer(KVCacheReady(rank=0))
+
+    def _run(self, model: DeviceModel) -> None:
+        free_at = 0.0
+        while (plan := self._plans.get()) is not None:
+            tokens, seconds = model.execute(plan)
+            free_at = max(free_at, time.monotonic()) + seconds
+            delay = free_at - time.monotonic()
+            if delay > 0:
+                time.sleep(delay)
+            self._answer(
+                ModelRunnerOutput(step_id=plan.step_id, sampled_token_ids=tokens.tobytes(), forward_ms=seconds * 1e3)
+            )
+
+    def _answer(self, message: FromWorker) -> None:
+        self._results.append(message)
+        os.eventfd_write(self._event, 1)
+
+    def receive(self) -> list[FromWorker]:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return []
+        messages = []
+        while self._results:
+            messages.append(self._results.popleft())
+        return messages
+
+    def poll_fds(self) -> list[int]:
+        return [self._event]
+
+    def worker_pids(self) -> tuple[int, ...]:
+        return ()
+
+    def shutdown(self) -> None:
+        if self._thread is not None:
+            self._plans.put(None)
+            self._thread.join()
+            self._thread = None

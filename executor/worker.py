@@ -1,0 +1,191 @@
+"""The worker process: ``python -m executor.worker`` with its start message on standard input.
+
+It takes plans in order, computes them, and sends results. Whatever goes wrong becomes a ``WorkerFailed``: one line for
+a person when the model or its configuration is at fault, a traceback otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import msgspec
+import torch
+import zmq
+
+from executor.attention.base import AttentionBackend
+from executor.base import EXIT_MODEL, ModelError
+from executor.config import ExecutorConfig
+from executor.device.base import create_device
+from executor.layers.attention import Attention
+from executor.loader import load_model
+from executor.log import get_logger, setup_logging
+from executor.messages import (
+    FromWorker,
+    InitKVCache,
+    KVCacheGroupSpec,
+    KVCacheReady,
+    LoadProgress,
+    SchedulerOutput,
+    ToWorker,
+    WorkerFailed,
+    WorkerReady,
+    WorkerShutdown,
+)
+from executor.model_runner import ModelRunner
+from executor.multiproc import WorkerLaunch
+from executor.parallel import ParallelState
+from executor.process import become_child, read_payload
+
+logger = get_logger()
+
+
+class Worker:
+    """Loads a model and executes plans. Answers go through ``send``."""
+
+    runner: ModelRunner
+
+    def __init__(self, rank: int, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
+        self.rank = rank
+        self.config = config
+        self._send = send
+
+    def start(self) -> None:
+        """Loads the model, then says what it needs.
+
+        Raises:
+            ModelError: It cannot be served as configured.
+        """
+        torch.set_grad_enabled(False)
+        config = self.config
+        device = create_device(config.device.device)
+        device.initialize(config.device, self.rank)
+        loaded = load_model(
+            config.model, ParallelState(), device.torch_device, config.device.attention_backend, self._progress
+        )
+        layers = loaded.model.attention_layers()
+        backend = layers[0].backend
+        groups = kv_cache_groups(layers, backend, loaded.dtype, config.device.block_size)
+        self.runner = ModelRunner(loaded, device, backend, groups, enforce_eager=config.model.enforce_eager)
+        memory = device.memory()
+        self._send(
+            WorkerReady(
+                rank=self.rank,
+                free_bytes=memory.free_bytes,
+                total_bytes=memory.total_bytes,
+                weight_bytes=loaded.weight_bytes,
+                default_kv_bytes=device.default_kv_bytes(),
+                kv_cache_groups=groups,
+                max_model_len=loaded.hf_config.max_position,
+                vocab_size=loaded.hf_config.vocab_size,
+                dtype=str(loaded.dtype).removeprefix("torch."),
+                device=device.name,
+                architecture=loaded.hf_config.architecture,
+            )
+        )
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._send(LoadProgress(rank=self.rank, stage=stage, done=done, total=total))
+
+    def handle(self, message: ToWorker) -> bool:
+        """Does what a message asks. False: it asks to end."""
+        if isinstance(message, SchedulerOutput):
+            self._send(self.runner.execute(message))
+        elif isinstance(message, InitKVCache):
+            begin = time.perf_counter()
+            self.runner.initialize(message)
+            gc.collect()
+            gc.freeze()
+            self._send(KVCacheReady(rank=self.rank, capture_ms=(time.perf_counter() - begin) * 1e3))
+        elif isinstance(message, WorkerShutdown):
+            return False
+        return True
+
+    def run(self, receive: Callable[[], ToWorker]) -> int:
+        """Starts, then handles messages until told to end. Returns the exit code."""
+        try:
+            self.start()
+            while self.handle(receive()):
+                pass
+        except ModelError as error:
+            self._send(WorkerFailed(rank=self.rank, message=str(error), exit_code=EXIT_MODEL))
+            return EXIT_MODEL
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            self._send(WorkerFailed(rank=self.rank, message=message, traceback=traceback.format_exc()))
+            return 1
+        return 0
+
+
+def kv_cache_groups(
+    layers: list[Attention], backend: AttentionBackend, dtype: torch.dtype, block_size: int | None
+) -> tuple[KVCacheGroupSpec, ...]:
+    """What the layers need of the KV cache, group by group.
+
+    Raises:
+        ModelError: The block size does not suit the backend.
+    """
+    size = block_size or backend.block_size
+    if size % backend.block_size_multiple:
+        raise ModelError(
+            f"--block-size {size} does not suit the {backend.name} attention backend; "
+            f"use a multiple of {backend.block_size_multiple}"
+        )
+    specs = []
+    for group in sorted({layer.group for layer in layers}):
+        members = [index for index, layer in enumerate(layers) if layer.group == group]
+        window = layers[members[0]].shape.sliding_window
+        elements = sum(_num_elements(shape) for i in members for shape in backend.kv_shape(1, size, layers[i].shape))
+        specs.append(
+            KVCacheGroupSpec(
+                kind="full" if window is None else "sliding_window",
+                block_size=size,
+                bytes_per_block=elements * dtype.itemsize,
+                layers=tuple(members),
+                sliding_window=window,
+            )
+        )
+    return tuple(specs)
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def main() -> int:
+    launch = msgspec.msgpack.decode(read_payload(), type=WorkerLaunch)
+    become_child(f"octavo worker {launch.rank}")
+    setup_logging(f"worker {launch.rank}", launch.log_level)
+    context = zmq.Context()
+    inputs: zmq.Socket[bytes] = context.socket(zmq.PULL)
+    outputs: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+    for socket, address in ((inputs, launch.input_address), (outputs, launch.output_address)):
+        socket.set_hwm(0)
+        socket.connect(address)
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ToWorker)
+    poller = zmq.Poller()
+    poller.register(inputs, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+
+    def send(message: FromWorker) -> None:
+        outputs.send(encoder.encode(message))
+
+    def receive() -> ToWorker:
+        events = dict(poller.poll())
+        if inputs in events:
+            message: ToWorker = decoder.decode(inputs.recv())
+            return message
+        return WorkerShutdown()  # the pipe ended: the engine core is gone
+
+    code = Worker(launch.rank, launch.config, send).run(receive)
+    outputs.close(linger=2000)
+    inputs.close(linger=0)
+    context.term()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

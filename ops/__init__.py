@@ -1,0 +1,30 @@
+"""Tensor functions: one name per op, one implementation per device.
+
+Activations are ``[rows, width]``; heads lie side by side in the columns. Each op's docstring gives shapes and
+types. Not here: modules, configuration, process groups, request ids.
+"""
+
+from ops.metadata import AttentionMetadata, AttentionShape
+from ops.reference.attention import paged_attention
+from ops.reference.basic import act_and_mul, activation, add, embedding, gather_rows, linear, logits, pack_linear
+from ops.reference.norm import layer_norm, rms_norm
+from ops.reference.rotary import rotary_embedding
+from ops.reference.sampling import sample
+
+__all__ = [
+    "AttentionMetadata",
+    "AttentionShape",
+    "act_and_mul",
+    "activation",
+    "add",
+    "embedding",
+    "gather_rows",
+    "layer_norm",
+    "linear",
+    "logits",
+    "pack_linear",
+    "paged_attention",
+    "rms_norm",
+    "rotary_embedding",
+    "sample",
+]

@@ -1,0 +1,132 @@
+"""One name per op, one implementation per device.
+
+An op is declared once, by its plain-torch reference (``ops/reference``), which is its definition, its
+fallback and the oracle of its tests. Devices register faster implementations with the same signature.
+
+Calling an op with tensors runs the implementation for the device of its first argument. Calling it with
+``Value``s, the symbolic tensors of a program under capture (``executor/graphs.py``), records a node in that
+program instead: the mode travels with the data, so there is no ambient state and models need nothing special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and type of an op's result: ``[rows, width]``, where the number of rows is only known per step."""
+
+    rows: str
+    """What the rows are: ``tokens`` or ``samples``."""
+    width: int
+    dtype: torch.dtype
+
+
+class Recorder(Protocol):
+    """What a program under capture offers to its values."""
+
+    def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def slice_columns(self, value: Value, start: int, width: int) -> Value: ...
+
+
+class Value:
+    """A tensor of a program under capture: shape and type without data.
+
+    It offers the few tensor methods that models use; everything else goes through ops.
+    """
+
+    __slots__ = ("index", "recorder", "spec")
+
+    def __init__(self, recorder: Recorder, index: int, spec: Spec) -> None:
+        self.recorder = recorder
+        self.index = index
+        self.spec = spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+    def split(self, sizes: list[int], dim: int = -1) -> tuple[Value, ...]:
+        """Columns ``[:sizes[0]]``, ``[sizes[0]:sizes[0] + sizes[1]]``, and so on, as views."""
+        if dim != -1 or sum(sizes) != self.spec.width:
+            raise ValueError(f"cannot split {self.spec} into columns of {sizes} along dimension {dim}")
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self.recorder.slice_columns(self, start, size))
+            start += size
+        return tuple(parts)
+
+    def __add__(self, other: Value) -> Value:
+        from ops import add  # the package imports this module first
+
+        return add(self, other)  # type: ignore[arg-type, return-value]
+
+    def __repr__(self) -> str:
+        return f"Value({self.index}, {self.spec})"
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """An argument that each step brings: recorded by name, looked up at every replay."""
+
+    name: str
+
+
+class Op(Generic[P, R]):
+    """A tensor function with one implementation per device."""
+
+    def __init__(self, reference: Callable[P, R], infer: Callable[..., Spec]) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.infer = infer
+        self.implementations: dict[str, Callable[P, R]] = {}
+        self.__doc__ = reference.__doc__
+        self.__name__ = self.name
+
+    def register(self, device_type: str, implementation: Callable[P, R]) -> None:
+        """Uses an implementation on a device from now on."""
+        self.implementations[device_type] = implementation
+
+    def implementation(self, device_type: str) -> Callable[P, R]:
+        return self.implementations.get(device_type, self.reference)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        if type(first) is Value:
+            result: R = first.recorder.record(self, args, kwargs)
+            return result
+        return self.implementation(first.device.type)(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+def op(infer: Callable[..., Spec]) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declares an op by its reference.
+
+    Args:
+        infer: Takes the op's arguments, with ``Value``s for tensors of the step, and returns the result's ``Spec``.
+    """
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        return Op(reference, infer)
+
+    return declare
+
+
+def like_first(x: Value, *_: object, **__: object) -> Spec:
+    """The result looks like the first argument."""
+    return x.spec

@@ -1,0 +1,62 @@
+"""What attention needs to know of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AttentionMetadata:
+    """Where each request's tokens lie in the step and in the KV cache. One per KV cache group and step.
+
+    Rows are requests; tokens of a request are consecutive in the step and end at its last position.
+    """
+
+    query_start_loc: Tensor
+    """int32 [num_reqs + 1]: first token of each request in the step."""
+    seq_lens: Tensor
+    """int32 [num_reqs]: length of each request's context, this step's tokens included."""
+    block_table: Tensor
+    """int32 [num_reqs, max_blocks]: KV blocks of each request in order; what lies past the context is undefined."""
+    slot_mapping: Tensor
+    """int64 [num_tokens]: where each token's K and V go, ``block * block_size + offset``."""
+    block_size: int
+
+    @property
+    def num_reqs(self) -> int:
+        return int(self.seq_lens.shape[0])
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The constants of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    v_head_dim: int = 0
+    """Size of a V head; 0: like ``head_dim``."""
+    sliding_window: int | None = None
+    """A token sees itself and this many minus one before it."""
+    causal: bool = True
+    logit_softcap: float | None = None
+
+    @property
+    def v_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def out_width(self) -> int:
+        return self.num_heads * self.v_dim
+
+
+def kv_dtype_bytes(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()

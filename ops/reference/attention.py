@@ -1,0 +1,95 @@
+"""Attention over a paged KV cache (Kwon et al., PagedAttention, arXiv:2309.06180)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.dispatch import Spec, StepInput, op
+from ops.metadata import AttentionMetadata, AttentionShape
+
+
+@op(lambda q, k, v, kv_cache, meta, shape: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_cache: tuple[Tensor, Tensor],
+    meta: AttentionMetadata | StepInput,
+    shape: AttentionShape,
+) -> Tensor:
+    """Writes this step's K and V into the cache, then attends to each request's whole context.
+
+    All rows are written before any is read, so a request may read blocks that another fills in the same step.
+
+    Args:
+        q: [num_tokens, num_heads * head_dim], after the rotary embedding.
+        k: [num_tokens, num_kv_heads * head_dim], likewise.
+        v: [num_tokens, num_kv_heads * v_head_dim].
+        kv_cache: K [num_blocks, block_size, num_kv_heads, head_dim] and V likewise, written in place.
+        meta: The step's requests.
+        shape: The layer's constants.
+
+    Returns:
+        [num_tokens, num_heads * v_head_dim] in the type of ``q``; scores and softmax in float32.
+    """
+    assert isinstance(meta, AttentionMetadata)
+    write_kv(k, v, kv_cache, meta, shape)
+    out = q.new_empty((q.shape[0], shape.num_heads, shape.v_dim))
+    queries = q.view(q.shape[0], shape.num_heads, shape.head_dim)
+    starts = meta.query_start_loc.tolist()
+    for row, seq_len in enumerate(meta.seq_lens.tolist()):
+        start, end = starts[row], starts[row + 1]
+        num_blocks = -(-seq_len // meta.block_size)
+        blocks = meta.block_table[row, :num_blocks]
+        keys = kv_cache[0][blocks].flatten(0, 1)[:seq_len]  # [seq_len, num_kv_heads, head_dim]
+        values = kv_cache[1][blocks].flatten(0, 1)[:seq_len]
+        out[start:end] = attend(queries[start:end], keys, values, shape)
+    return out.flatten(1)
+
+
+def write_kv(
+    k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata, shape: AttentionShape
+) -> None:
+    """Puts K and V of the step's tokens where ``slot_mapping`` says.
+
+    A token that is the first of its block zeroes the rest of it, so that nothing of an earlier owner is left.
+    """
+    key_cache, value_cache = kv_cache
+    fresh = meta.slot_mapping[meta.slot_mapping % meta.block_size == 0] // meta.block_size
+    if fresh.numel():
+        key_cache[fresh] = 0
+        value_cache[fresh] = 0
+    key_cache.view(-1, shape.num_kv_heads, shape.head_dim)[meta.slot_mapping] = k.view(
+        -1, shape.num_kv_heads, shape.head_dim
+    )
+    value_cache.view(-1, shape.num_kv_heads, shape.v_dim)[meta.slot_mapping] = v.view(
+        -1, shape.num_kv_heads, shape.v_dim
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+    """Attention of one request's last tokens to its context.
+
+    Args:
+        q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens.
+        k: [seq_len, num_kv_heads, head_dim].
+        v: [seq_len, num_kv_heads, v_head_dim].
+
+    Returns:
+        [num_queries, num_heads, v_head_dim] in the type of ``q``.
+    """
+    num_queries, seq_len = q.shape[0], k.shape[0]
+    grouped = q.float().unflatten(1, (shape.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, dim]
+    scores = (grouped @ k.float().permute(1, 2, 0).unsqueeze(1)) * shape.scale  # [kv_heads, group, queries, seq_len]
+    if shape.logit_softcap:
+        scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
+    if shape.causal:
+        distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
+        hidden = distance < 0
+        if shape.sliding_window is not None:
+            hidden |= distance >= shape.sliding_window
+        scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
+    weights = torch.softmax(scores, dim=-1)
+    out = weights @ v.float().permute(1, 0, 2).unsqueeze(1)  # [kv_heads, group, queries, dim]
+    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)

@@ -1,0 +1,107 @@
+"""Embedding lookup, linear layers, activations and row selection."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.dispatch import Spec, StepInput, Value, like_first, op
+
+
+@op(lambda ids, weight: Spec(ids.spec.rows, weight.shape[1], weight.dtype))
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of an embedding table.
+
+    Args:
+        ids: int32 or int64 [num_tokens].
+        weight: [vocab_size, hidden_size].
+
+    Returns:
+        [num_tokens, hidden_size] in the table's type.
+    """
+    return F.embedding(ids, weight)
+
+
+@op(lambda x, weight, bias=None: Spec(x.spec.rows, weight.shape[0], x.spec.dtype))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, accumulated in float32 and rounded once.
+
+    Args:
+        x: [rows, in_features].
+        weight: [out_features, in_features], as ``pack_linear`` left it.
+        bias: [out_features] or None.
+
+    Returns:
+        [rows, out_features] in the type of ``x``.
+    """
+    return F.linear(x, weight, bias)
+
+
+@op(lambda x, weight: Spec(x.spec.rows, weight.shape[0], torch.float32))
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` as float32 [rows, vocab_size]."""
+    return F.linear(x, weight).float()
+
+
+@op(like_first)
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y``, both [rows, width] of one type."""
+    return torch.add(x, y)
+
+
+@op(lambda x, activation: Spec(x.spec.rows, x.spec.width // 2, x.spec.dtype))
+def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
+    """``act(x[:, :half]) * x[:, half:]``: the gated activation of an MLP.
+
+    Args:
+        x: [rows, 2 * width].
+    """
+    gate, up = x.chunk(2, dim=-1)
+    return _activate(gate, activation) * up
+
+
+@op(like_first)
+def activation(x: Tensor, kind: Literal["silu", "gelu", "gelu_tanh", "relu"]) -> Tensor:
+    """An activation function, element by element."""
+    return _activate(x, kind)
+
+
+def _activate(x: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return F.silu(x)
+    if kind == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+@op(lambda x, rows: Spec("samples", x.spec.width, x.spec.dtype))
+def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
+    """The rows whose logits are wanted.
+
+    Args:
+        x: [num_tokens, width].
+        rows: int64 [num_samples].
+    """
+    assert isinstance(rows, Tensor)
+    return x[rows]
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Brings a linear weight into the layout that this device's ``linear`` reads. The reference's is the given one."""
+    return weight
+
+
+__all__ = [
+    "Value",
+    "act_and_mul",
+    "activation",
+    "add",
+    "embedding",
+    "gather_rows",
+    "linear",
+    "logits",
+    "pack_linear",
+]

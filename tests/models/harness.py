@@ -1,0 +1,116 @@
+"""Runs a model without the engine: block tables by hand, KV caches from the backend, eager or captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ops
+from api.gguf_file import read_gguf
+from executor.config import ModelConfig
+from executor.graphs import Program
+from executor.input_batch import InputBatch
+from executor.loader import LoadedModel, load_model
+from executor.parallel import ParallelState
+
+CPU = torch.device("cpu")
+
+
+def load(path: Path, *, parallel: ParallelState | None = None, **fields: Any) -> LoadedModel:
+    """Loads a folder or a GGUF file; float32 unless ``dtype`` says otherwise."""
+    header = read_gguf(path).header() if path.suffix == ".gguf" else None
+    config = ModelConfig(**{"model": str(path), "dtype": "float32", "gguf": header, **fields})
+    return load_model(config, parallel or ParallelState(), CPU, None, lambda stage, done, total: None)
+
+
+@dataclass
+class Chunk:
+    """Tokens of one request in one step."""
+
+    request: int
+    token_ids: Sequence[int]
+
+
+class Runner:
+    """Steps of a few requests, each with blocks of its own in shuffled order."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        captured: bool = False,
+        num_requests: int = 4,
+        max_len: int = 256,
+        block_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        self.model = loaded.model
+        self.backend = loaded.attention_backend
+        self.block_size = block_size
+        layers = self.model.attention_layers()
+        self.num_groups = 1 + max(layer.group for layer in layers)
+        blocks_each = -(-max_len // block_size)
+        num_blocks = num_requests * blocks_each
+        generator = torch.Generator().manual_seed(seed)
+        self.block_tables = [
+            torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each)
+            for _ in range(self.num_groups)
+        ]
+        for layer in layers:
+            shapes = self.backend.kv_shape(num_blocks, block_size, layer.shape)
+            # What an earlier owner left in a block must not matter.
+            keys, values = (torch.full(shape, float("nan"), dtype=loaded.dtype) for shape in shapes)
+            layer.kv_cache = (keys, values)
+        self.lengths = [0] * num_requests
+        self.program = self._capture() if captured else None
+
+    def _capture(self) -> Program:
+        program = Program(CPU.type)
+        logits: Any = self._forward(InputBatch.symbolic(program, self.num_groups))
+        program.finish([logits])
+        return program
+
+    def _forward(self, batch: InputBatch) -> torch.Tensor:
+        hidden = self.model.forward(batch).hidden
+        return self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
+
+    def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Runs one step and returns the logits of all its tokens, float32 [num_tokens, vocab_size]."""
+        batch = self._batch(chunks)
+        with torch.inference_mode():
+            if self.program is not None:
+                return self.program.replay(batch.step_inputs())[0]
+            return self._forward(batch)
+
+    def _batch(self, chunks: Sequence[Chunk]) -> InputBatch:
+        positions = []
+        for chunk in chunks:
+            start = self.lengths[chunk.request]
+            self.lengths[chunk.request] += len(chunk.token_ids)
+            positions.append(torch.arange(start, self.lengths[chunk.request]))
+        counts = torch.tensor([len(chunk.token_ids) for chunk in chunks])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+        seq_lens = torch.tensor([self.lengths[chunk.request] for chunk in chunks], dtype=torch.int32)
+        rows = [chunk.request for chunk in chunks]
+        attention = []
+        for table in self.block_tables:
+            slots = [
+                table[row][position // self.block_size].long() * self.block_size + position % self.block_size
+                for row, position in zip(rows, positions, strict=True)
+            ]
+            attention.append(self.backend.plan(starts, seq_lens, table[rows], torch.cat(slots), self.block_size))
+        return InputBatch(
+            input_ids=torch.tensor([token for chunk in chunks for token in chunk.token_ids], dtype=torch.int32),
+            positions=torch.cat(positions).int(),
+            attention=attention,
+            logits_rows=torch.arange(int(counts.sum())),
+        )
+
+
+def logits_of(loaded: LoadedModel, token_ids: Sequence[int], **options: Any) -> torch.Tensor:
+    """Logits of one sequence in one step, float32 [num_tokens, vocab_size]."""
+    return Runner(loaded, **options).step([Chunk(0, token_ids)])

@@ -1,0 +1,279 @@
+"""Chat templates: rendering, limits of the sandbox, and messages in the form that templates expect."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.chat_template import (
+    ChatTemplate,
+    TemplateError,
+    detect_content_format,
+    load_chat_template,
+    normalize_messages,
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRIMMING = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+PARTS = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }};{% endif %}{% endfor %}{% endfor %}"
+)
+TEXT_OR_PARTS = (
+    "{% for message in messages %}{% if message.content is string %}T:{{ message.content }}"
+    "{% else %}{% for part in message.content %}P:{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+USER = [{"role": "user", "content": "Hi"}]
+
+
+def render(source: str, messages: Any = USER, **kwargs: Any) -> str:
+    return ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}).render(messages, **kwargs)
+
+
+def test_chatml() -> None:
+    assert render(CHATML) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert render(CHATML, add_generation_prompt=False) == "<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_special_tokens_and_further_variables() -> None:
+    source = "{{ bos_token }}{{ enable_thinking }}{{ messages[0].content }}{{ eos_token }}"
+    assert render(source, enable_thinking=False) == "<s>FalseHi</s>"
+    assert render(source, bos_token="<b>", enable_thinking=1) == "<b>1Hi</s>"
+    # Variables whose names mean something to Python or to the renderer.
+    assert render("{{ self_ }}{{ messages | length }}", self=1, messages=[], self_=2) == "21"
+
+
+def test_lines_of_blocks_are_trimmed() -> None:
+    source = "{% if true %}\n    {% for i in range(2) %}\n    {{ i }}\n    {% endfor %}\n{% endif %}\n"
+    assert render(source) == "    0\n    1\n"
+
+
+def test_tojson_keeps_order_and_characters() -> None:
+    tool = {"type": "function", "function": {"name": "f", "z": "é<>&'", "a": [1, 2.5, None, True]}}
+    assert render("{% for t in tools %}{{ t | tojson }}{% endfor %}", tools=[tool]) == json.dumps(
+        tool, ensure_ascii=False
+    )
+    assert render("{{ tools | tojson(indent=2) }}", tools=[tool]) == json.dumps([tool], ensure_ascii=False, indent=2)
+
+
+def test_what_templates_of_transformers_use() -> None:
+    assert render("{{ strftime_now('%Y') }}") >= "2024"
+    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert render("{% generation %}{% set x = 1 %}a{{ x }}{% endgeneration %}b{{ x is defined }}") == "a1bFalse"
+    assert render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}") == "5"
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+
+
+def test_no_tools_are_none() -> None:
+    source = "{{ tools is none }}{{ documents is none }}"
+    assert render(source) == render(source, tools=[], documents=[]) == "TrueTrue"
+    assert render(source, tools=[{"a": 1}], documents=[{"text": "x"}]) == "FalseFalse"
+
+
+def test_named_templates() -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "tools", "rag": "rag"})
+    assert template.render(USER) == "plain"
+    assert template.render(USER, tools=[{"type": "function"}]) == "tools"
+    assert ChatTemplate({"other": "only"}).render(USER) == "only"
+    with pytest.raises(TemplateError, match=r"\['a', 'b'\]"):
+        ChatTemplate({"a": "1", "b": "2"}).render(USER)
+    with pytest.raises(TemplateError):
+        ChatTemplate({})
+
+
+def test_empty_fields_are_left_out_and_reasoning_has_its_names() -> None:
+    message = {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
+    source = "{% set m = messages[0] %}{{ m.content is defined }}{{ m.name is defined }}{{ m.reasoning_content }}{{ m.thinking }}"
+    assert render(source, [message]) == "FalseFalsewhywhy"
+    assert message == {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        (CHATML, "The answer is", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nThe answer is"),
+        (CHATML, "trailing  ", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\ntrailing  "),
+        (TRIMMING, "trailing  ", "[user] Hi\n[assistant] trailing"),
+        (TRIMMING, "none", "[user] Hi\n[assistant] none"),
+        (PARTS, [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "Hi;a;b"),
+    ],
+)
+def test_continue_final_message(source: str, content: Any, expected: str) -> None:
+    messages = [*USER, {"role": "assistant", "content": content}]
+    text = render(source, messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == expected
+    assert messages[1]["content"] == content
+
+
+def test_continue_final_message_refusals() -> None:
+    with pytest.raises(TemplateError, match="exclude each other"):
+        render(CHATML, continue_final_message=True)
+    with pytest.raises(TemplateError, match="no text to continue"):
+        render(CHATML, [{"role": "assistant"}], add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(TemplateError, match="drops the last message"):
+        render("nothing", add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ range(10 ** 9) }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ [0] * 10 ** 10 }}",
+        "{{ 10 ** 10 ** 10 ** 10 }}",
+        "{% for i in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({}) }}",
+        "{% set ns = namespace(_x=1) %}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ lipsum(n=10000) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].nothing.more }}",
+        "{{ messages[0] + 1 }}",
+        "{{ undefined_value | tojson }}",
+    ],
+)
+def test_hostile_and_broken_templates(source: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(TemplateError) as caught:
+        render(source)
+    assert time.perf_counter() - started < 2
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{ 'a }}", "{% unknown %}", "{{" + "(" * 5000 + "}}", "{% include 'x' %"]
+)
+def test_templates_that_are_no_jinja(source: str) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(source)
+    with pytest.raises(TemplateError):
+        detect_content_format(source)
+
+
+def test_a_template_sees_json_values_only() -> None:
+    with pytest.raises(TemplateError, match="JSON values only, not Path"):
+        render(CHATML, [{"role": "user", "content": Path("x")}])
+    with pytest.raises(TemplateError, match="not an object"):
+        render(CHATML, ["text"])
+    with pytest.raises(TemplateError, match="no messages"):
+        render(CHATML, [])
+
+
+# Content formats
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, "string"),
+        (TRIMMING, "string"),
+        (PARTS, "openai"),
+        (TEXT_OR_PARTS, "openai"),
+        (
+            "{% for m in messages %}{% set c = m.content %}{% for p in c | list %}{{ p }}{% endfor %}{% endfor %}",
+            "openai",
+        ),
+        (
+            "{% for m in messages %}{% set c = m.content if m.content else [] %}{% for p in c %}{% endfor %}{% endfor %}",
+            "openai",
+        ),
+        (
+            "{% macro show(c) %}{% for p in c %}{{ p }}{% endfor %}{% endmacro %}{{ show(messages[0].content) }}",
+            "openai",
+        ),
+        ("{% for line in messages[0].content.split('x') %}{{ line }}{% endfor %}", "string"),
+        ("{% for m in messages[1:] %}{% for call in m.tool_calls %}{{ call }}{% endfor %}{% endfor %}", "string"),
+    ],
+)
+def test_detect_content_format(source: str, expected: str) -> None:
+    assert detect_content_format(source) == expected
+    assert ChatTemplate(source).content_format == expected
+
+
+def test_text_is_wrapped_for_templates_that_only_know_parts() -> None:
+    assert render(PARTS) == "Hi;"
+    assert render(TEXT_OR_PARTS) == "T:Hi"
+    assert render(TEXT_OR_PARTS, [{"role": "user", "content": [{"type": "text", "text": "x"}]}]) == "P:x"
+
+
+def test_normalize_text_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}, {"text": "d"}]
+    message = {"role": "user", "content": parts, "name": None}
+    assert normalize_messages([message], "string") == [{"role": "user", "content": "a\nb\nc\nd"}]
+    assert normalize_messages([message], "openai") == [
+        {"role": "user", "content": [{"type": "text", "text": text} for text in "abcd"]}
+    ]
+    for content_format in ("string", "openai"):
+        assert normalize_messages(USER, content_format) == USER
+        assert normalize_messages([{"role": "assistant", "content": None}], content_format) == [{"role": "assistant"}]
+    assert normalize_messages([{"role": "user", "content": []}], "string") == [{"role": "user", "content": ""}]
+
+
+def test_normalize_tool_arguments() -> None:
+    def call(arguments: Any) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+    def arguments_of(messages: list[dict[str, Any]]) -> Any:
+        return messages[0]["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments_of(normalize_messages([call('{"x": 1}')], "string")) == {"x": 1}
+    assert arguments_of(normalize_messages([call("")], "string")) == {}
+    assert arguments_of(normalize_messages([call({"x": 1})], "string")) == {"x": 1}
+    for text in ('{"x": ', "[1]", "3"):
+        assert arguments_of(normalize_messages([call(text)], "string")) == text
+    original = call('{"x": 1}')
+    normalize_messages([original], "string")
+    assert arguments_of([original]) == '{"x": 1}'
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ({"content": "x"}, "messages[1]: "),
+        ("text", "messages[1]: "),
+        ({"role": "user", "content": 5}, "messages[1].content: "),
+        (
+            {"role": "user", "content": ["a", {"type": "image_url", "image_url": {}}]},
+            "messages[1].content[1]: .*image_url",
+        ),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[1].content[0]: .*input_audio"),
+        ({"role": "user", "content": [{"type": ["x"]}]}, "messages[1].content[0]: "),
+        ({"role": "user", "content": [5]}, "messages[1].content[0]: "),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[1].content[0].text: "),
+        ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls: "),
+        ({"role": "assistant", "tool_calls": ["x"]}, "messages[1].tool_calls[0]: "),
+    ],
+)
+def test_malformed_messages_are_named(message: Any, place: str) -> None:
+    with pytest.raises(ValueError, match=place.replace("[", r"\[").replace("]", r"\]")):
+        normalize_messages([*USER, message], "string")
+
+
+# --chat-template
+
+
+def test_load_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(CHATML, encoding="utf-8")
+    assert load_chat_template(str(file)) == CHATML
+    assert load_chat_template(CHATML) == CHATML
+    saved = tmp_path / "chat_template.json"
+    saved.write_text(json.dumps({"chat_template": CHATML}), encoding="utf-8")
+    assert load_chat_template(str(saved)) == CHATML
+    saved.write_text("[]", encoding="utf-8")
+    for argument in (str(tmp_path / "missing.jinja"), str(tmp_path), str(saved), "just text", "a\0b", "x" * 5000):
+        with pytest.raises(ValueError, match="chat"):
+            load_chat_template(argument)

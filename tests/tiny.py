@@ -1,0 +1,293 @@
+"""Tiny random models on disk, for tests: the same bits in every run, written once per session.
+
+``checkpoint`` writes a folder as transformers does, with a tokenizer and a chat template, so that a whole server can
+run on it. ``gguf_file`` writes such a folder as a GGUF file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 384
+"""Width of the logits; the tokenizer knows a few ids less."""
+END_OF_TEXT, IM_START, IM_END = 0, 1, 2
+"""Ids of the special tokens. The last ends a turn."""
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A language model reads tokens and writes the next one.",
+    "Numbers such as 1, 23 and 456 are tokens as well.",
+    "Die Straße führt über den Fluß, das Café liegt daneben.",
+    "user assistant system\n\nHello, how are you today?",
+]
+
+_CLASSES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+}
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": END_OF_TEXT,
+    "eos_token_id": IM_END,
+    "pad_token_id": END_OF_TEXT,
+}
+
+_SPECIFIC: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+@functools.cache
+def session_folder() -> Path:
+    """A folder that lasts as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def checkpoint(
+    kind: str = "llama",
+    *,
+    tied: bool = False,
+    dtype: str = "float32",
+    shard_size: str | None = None,
+    old_rope_spelling: bool = False,
+    **fields: Any,
+) -> Path:
+    """A folder with a tiny random model and its tokenizer.
+
+    Args:
+        kind: llama, mistral (sliding window of 24), qwen2 or qwen3.
+        tied: Whether the output layer is the embedding.
+        dtype: Type of the weights in the file.
+        shard_size: Size limit of each file, as transformers takes it; None: one file.
+        old_rope_spelling: ``rope_theta`` and ``rope_scaling`` instead of ``rope_parameters`` in config.json.
+        fields: More fields of the model's configuration.
+    """
+    options = {"tied": tied, "dtype": dtype, "shard_size": shard_size, "old_rope_spelling": old_rope_spelling}
+    return _checkpoint(kind, json.dumps({"options": options, "fields": fields}, sort_keys=True))
+
+
+@functools.cache
+def _checkpoint(kind: str, arguments: str) -> Path:
+    import transformers  # takes seconds, and only the first checkpoint needs it
+
+    given = json.loads(arguments)
+    options, fields = given["options"], given["fields"]
+    folder = session_folder() / f"{kind}-{len(list(session_folder().iterdir()))}"
+    config_class, model_class = (getattr(transformers, name) for name in _CLASSES[kind])
+    config = config_class(**{**_COMMON, **_SPECIFIC[kind], "tie_word_embeddings": options["tied"], **fields})
+    model = model_class(config)
+    randomize(model)
+    sharding = {"max_shard_size": options["shard_size"]} if options["shard_size"] else {}
+    model.to(getattr(torch, options["dtype"])).save_pretrained(folder, **sharding)
+    if options["old_rope_spelling"]:
+        edit_json(folder / "config.json", _use_old_rope_spelling)
+    write_tokenizer(folder)
+    return folder
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every parameter values that matter: biases that are not zero, norms that are not one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.15 * noise)
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Changes a JSON file in place."""
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """A copy to damage: checkpoints are shared by all tests of a session."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    return target
+
+
+def _use_old_rope_spelling(config: dict[str, Any]) -> None:
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# tokenizer
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer that can write every text."""
+    result = Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 8,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    result.train_from_iterator(SENTENCES * 3, trainer)
+    return result
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json."""
+    tokenizer().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": SPECIAL_TOKENS[IM_END],
+        "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": _COMMON["max_position_embeddings"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    path: Path
+    weights: dict[str, torch.Tensor]
+    """What the file's tensors stand for: float32, under transformers' names and in its order of rows."""
+
+
+SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
+    GGMLQuantizationType.Q2_K: (80, 82),
+    GGMLQuantizationType.Q3_K: (108,),
+    GGMLQuantizationType.Q4_K: (0, 2),
+    GGMLQuantizationType.Q5_K: (0, 2),
+    GGMLQuantizationType.Q6_K: (208,),
+    GGMLQuantizationType.IQ4_XS: (0,),
+}
+"""Formats that the package can only read, with the places of the float16 scales in a block."""
+
+
+def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float] | None = None) -> GGUFModel:
+    """Writes a checkpoint as convert_hf_to_gguf does; vectors stay float32.
+
+    Args:
+        folder: What ``checkpoint`` returned.
+        kind: Type of the matrices. K-quants get random blocks instead of the folder's weights.
+        rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    arch = config["model_type"].replace("mistral", "llama")
+    path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}.gguf"
+    writer = gguf.GGUFWriter(path, arch)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_name(folder.name)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(config.get("head_dim") or config["hidden_size"] // heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    _add_tokenizer(writer)
+    arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
+    weights = {}
+    generator = np.random.default_rng(0)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        data = tensor.float().numpy()
+        permuted = arch == "llama" and (".q_proj." in name or ".k_proj." in name)
+        num_heads = heads if ".q_proj." in name else kv_heads
+        if permuted:
+            data = permute(data, num_heads)
+        stored = kind if data.ndim > 1 else GGMLQuantizationType.F32
+        raw = _random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), raw, raw_dtype=stored)
+        meaning = gguf.dequantize(raw, stored).reshape(data.shape)
+        if permuted:
+            order = permute(np.arange(len(meaning)), num_heads)
+            meaning = meaning[np.argsort(order)]
+        weights[name] = torch.from_numpy(np.array(meaning))
+    if rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFModel(path, weights)
+
+
+def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
+    """The order of the rows of q and k in llama.cpp (LlamaModel.permute of convert_hf_to_gguf)."""
+    return (
+        rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    )
+
+
+def _random_blocks(
+    shape: tuple[int, ...], kind: GGMLQuantizationType, generator: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // block, block_bytes), dtype=np.uint8)
+    for offset in SCALE_FIELDS[kind]:
+        scales = generator.uniform(1e-4, 3e-4, blocks.shape[:-1]).astype(np.float16)
+        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    state = json.loads(tokenizer().to_str())["model"]
+    tokens = sorted(state["vocab"], key=state["vocab"].__getitem__)
+    unused = [f"[UNUSED{index}]" for index in range(len(tokens), VOCAB_SIZE)]
+    types = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens + unused)
+    writer.add_token_types(types + [gguf.TokenType.UNUSED] * len(unused))
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(IM_END)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
