@@ -95,13 +95,14 @@ def _byte_level_texts(tokenizer: Tokenizer, skip_special_tokens: bool) -> _ByteL
 class _ByteLevelDecoder:
     """Tokens spell bytes: only a character cut in two is held back."""
 
-    __slots__ = ("_pending", "_prompt_bytes", "_texts", "_token_bytes")
+    __slots__ = ("_pending", "_prompt_text", "_texts", "_token_bytes")
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._texts = _byte_level_texts(tokenizer, skip_special_tokens)
         self._token_bytes = tokenizer.token_bytes
         self._pending = self._prompt_tail(prompt_token_ids)
-        self._prompt_bytes = bool(self._pending)
+        # What the backend makes of these bytes, if nothing completes them, belongs to the prompt.
+        self._prompt_text = utf_8_decode(self._pending, "replace", True)[0]
 
     def append(self, token_id: int) -> str:
         text = self._texts[token_id]
@@ -122,10 +123,10 @@ class _ByteLevelDecoder:
         data = self._pending + data
         text, used = utf_8_decode(data, "replace", final)
         self._pending = data[used:]
-        if self._prompt_bytes and text:
-            self._prompt_bytes = False
-            if text[0] == _REPLACEMENT and not data.startswith(_REPLACEMENT_BYTES):
-                return text[1:]  # the prompt's own broken character
+        if self._prompt_text and text:
+            prompt_text, self._prompt_text = self._prompt_text, ""
+            if not data.startswith(_REPLACEMENT_BYTES):
+                return text.removeprefix(prompt_text)
         return text
 
     def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> bytes:
@@ -271,7 +272,7 @@ class _WindowDecoder:
         self._skipped: frozenset[int] = tokenizer.all_special_ids if skip_special_tokens else frozenset()
         join_added = not skip_special_tokens and not spaces_between_special_tokens
         self._added: dict[int, str] = tokenizer.added_tokens if join_added else {}
-        self._last_added = bool(prompt_token_ids) and prompt_token_ids[-1] in self._added
+        self._last_added = len(prompt_token_ids) > 0 and prompt_token_ids[-1] in self._added
         self._ids: list[int] = []
         self._context_text = ""
         num_context = 4

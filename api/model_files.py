@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from api.chat_template import load_chat_template
 from api.config import DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, ServerConfig
@@ -61,6 +62,14 @@ def find_model(config: ServerConfig) -> ModelFiles:
         chat_template=template,
         generation_config=_generation_config(config, path),
     )
+
+
+def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
+    """The configuration that the other processes are told: with local files instead of names."""
+    header = None if files.gguf is None else files.gguf.header()
+    executor = config.engine.executor
+    model = replace(executor.model, model=str(files.path), gguf=header)
+    return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
 
 
 def _demo_model() -> Path:

@@ -108,11 +108,12 @@ class Serving:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        first_choice: int = 0,
     ) -> list[RequestState]:
         """Starts ``params.n`` completions of each prompt.
 
-        Completion ``i`` of prompt ``p`` is choice ``p * n + i`` of the channel. Everything is checked before anything
-        starts; when starting fails halfway, what has started is dropped.
+        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * n + i`` of the channel. Everything is checked
+        before anything starts; when starting fails halfway, what has started is dropped.
 
         Raises:
             RequestError: A parameter does not suit the model or a prompt is too long.
@@ -144,7 +145,7 @@ class Serving:
                 states.append(
                     self.client.submit(
                         channel,
-                        choice,
+                        first_choice + choice,
                         request_id=f"{request_id}-{choice}" if len(resolved) > 1 else request_id,
                         prompt_token_ids=prompts[choice // params.n],
                         params=engine_params,

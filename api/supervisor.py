@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 
@@ -75,15 +75,21 @@ class Supervisor:
         """Ends the engine core and removes its sockets."""
         child = self._child
         if child is not None:
-            if self._loop is not None:
-                self._loop.remove_reader(child.fileno())
+            assert self._loop is not None
             self._child = None
+            ended: asyncio.Future[None] = self._loop.create_future()
+            self._loop.add_reader(child.fileno(), _resolve, ended)
             child.hang_up()
-            try:
-                await asyncio.to_thread(child.wait, timeout)
-            except subprocess.TimeoutExpired:
-                child.kill()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ended, timeout)
+            self._loop.remove_reader(child.fileno())
+            child.kill()
         shutil.rmtree(self.ipc_dir, ignore_errors=True)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _make_ipc_dir() -> str:

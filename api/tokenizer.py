@@ -35,6 +35,7 @@ NAMED_SPECIAL_TOKENS: Final = (
 
 _TOKENIZER_FILE: Final = "tokenizer.json"
 _CONFIG_FILE: Final = "tokenizer_config.json"
+_OLDER_VOCABULARIES: Final = ("*.model", "*.spm", "*.tiktoken", "vocab.*", "vocab-*", "tekken.json")
 _MAX_MODEL_LENGTH: Final = 1 << 40
 """Larger values of ``model_max_length`` are how transformers writes "unknown"."""
 
@@ -134,7 +135,9 @@ class Tokenizer:
             token_id for token_id, token in added.items() if self._is_skipped(token_id, token)
         )
         self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
-        self.vocab_size: int = max(self._vocab.values(), default=-1) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        self._longest_token = max(map(len, vocab), default=1)
         self._token_bytes = _TokenBytes(self)
 
     @classmethod
@@ -253,11 +256,7 @@ class Tokenizer:
         model = self.backend.model
         if model.unk_token is not None and model.fuse_unk and not model.byte_fallback:
             return None
-        return max(map(len, self._vocab), default=1) * shrink
-
-    @cached_property
-    def _vocab(self) -> dict[str, int]:
-        return self.backend.get_vocab(with_added_tokens=True)
+        return self._longest_token * shrink
 
     def _special_token_id(self, name: str) -> int | None:
         token = self.special_tokens_map.get(name)
@@ -446,6 +445,9 @@ def _convert_slow_tokenizer(folder: Path, chat_template: str | dict[str, str] | 
     """Let transformers convert an older kind of tokenizer. Code of the model's own is never run."""
     if not folder.is_dir():
         raise ModelFileError(folder, "no such folder")
+    if not any(next(folder.glob(pattern), None) for pattern in _OLDER_VOCABULARIES):
+        # transformers would make up a tokenizer with an empty vocabulary.
+        raise ModelFileError(folder, f"no {_TOKENIZER_FILE} and no vocabulary of an older kind")
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

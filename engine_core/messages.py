@@ -51,6 +51,7 @@ __all__ = [
     "TokenLogprobs",
     "UtilityOutput",
     "WorkersRestarted",
+    "f32",
     "i32",
     "i64",
     "u8",
@@ -207,6 +208,11 @@ class EngineDead(Message, frozen=True):
 
 
 FromEngineCore = EngineReady | LoadProgress | EngineCoreOutputs | UtilityOutput | WorkersRestarted | EngineDead
+
+
+def f32(column: bytes) -> npt.NDArray[np.float32]:
+    """A read-only view of a float32 column."""
+    return np.frombuffer(column, dtype=np.float32)
 
 
 def i64(column: bytes) -> npt.NDArray[np.int64]:

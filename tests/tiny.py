@@ -261,9 +261,7 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
 
 def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """The order of the rows of q and k in llama.cpp (LlamaModel.permute of convert_hf_to_gguf)."""
-    return (
-        rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-    )
+    return rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _random_blocks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class CpuDevice:
         return min(4 * _GIB, self.memory().free_bytes // 4)
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)  # large allocations are fresh mappings: pages come when written
+        # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
 
 
 def _system_memory() -> tuple[int, int]:

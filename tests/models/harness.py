@@ -7,23 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import ops
 from api.gguf_file import read_gguf
+from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program
 from executor.input_batch import InputBatch
 from executor.loader import LoadedModel, load_model
 from executor.parallel import ParallelState
+from tests import tiny
 
 CPU = torch.device("cpu")
 
 
 def load(path: Path, *, parallel: ParallelState | None = None, **fields: Any) -> LoadedModel:
     """Loads a folder or a GGUF file; float32 unless ``dtype`` says otherwise."""
-    header = read_gguf(path).header() if path.suffix == ".gguf" else None
-    config = ModelConfig(**{"model": str(path), "dtype": "float32", "gguf": header, **fields})
+    if path.suffix == ".gguf" and "gguf" not in fields:
+        fields["gguf"] = read_gguf(path).header()
+    config = ModelConfig(**{"model": str(path), "dtype": "float32", **fields})
     return load_model(config, parallel or ParallelState(), CPU, None, lambda stage, done, total: None)
 
 
@@ -114,3 +118,42 @@ class Runner:
 def logits_of(loaded: LoadedModel, token_ids: Sequence[int], **options: Any) -> torch.Tensor:
     """Logits of one sequence in one step, float32 [num_tokens, vocab_size]."""
     return Runner(loaded, **options).step([Chunk(0, token_ids)])
+
+
+def random_tokens(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(0, tiny.VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert ours.dtype == torch.float32
+    assert theirs.std() > 0.1, "logits that say nothing prove nothing"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def refusal(path: Path, **fields: Any) -> str:
+    """The message with which a model is refused: one line."""
+    with pytest.raises(ModelError) as caught:
+        load(path, **fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+
+
+def split_shares(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """A rank's share of each tensor of the checkpoint."""
+    shares = {}
+    for name, parameter in loaded.model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        merged = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+        if last not in merged:
+            shares[name] = parameter.data
+            continue
+        sizes = loaded.model.get_submodule(module).output_sizes
+        for part, tensor in zip(merged[last], parameter.data.split(sizes), strict=True):
+            shares[f"{parent}.{part}.{leaf}"] = tensor
+    return shares

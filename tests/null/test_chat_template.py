@@ -47,7 +47,8 @@ def test_special_tokens_and_further_variables() -> None:
     assert render(source, enable_thinking=False) == "<s>FalseHi</s>"
     assert render(source, bos_token="<b>", enable_thinking=1) == "<b>1Hi</s>"
     # Variables whose names mean something to Python or to the renderer.
-    assert render("{{ self_ }}{{ messages | length }}", self=1, messages=[], self_=2) == "21"
+    template = ChatTemplate("{{ other }}{{ messages | length }}")
+    assert template.render(USER, self=1, messages=[], other=2) == "21"
 
 
 def test_lines_of_blocks_are_trimmed() -> None:
@@ -91,7 +92,10 @@ def test_named_templates() -> None:
 
 def test_empty_fields_are_left_out_and_reasoning_has_its_names() -> None:
     message = {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
-    source = "{% set m = messages[0] %}{{ m.content is defined }}{{ m.name is defined }}{{ m.reasoning_content }}{{ m.thinking }}"
+    source = (
+        "{% set m = messages[0] %}{{ m.content is defined }}{{ m.name is defined }}"
+        "{{ m.reasoning_content }}{{ m.thinking }}"
+    )
     assert render(source, [message]) == "FalseFalsewhywhy"
     assert message == {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
 
@@ -129,7 +133,7 @@ def test_continue_final_message_refusals() -> None:
         "{{ range(10 ** 9) }}",
         "{{ 'a' * 10 ** 9 }}",
         "{{ [0] * 10 ** 10 }}",
-        "{{ 10 ** 10 ** 10 ** 10 }}",
+        "{{ 10 ** 100000 }}",
         "{% for i in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
@@ -164,8 +168,8 @@ def test_templates_that_are_no_jinja(source: str) -> None:
 
 
 def test_a_template_sees_json_values_only() -> None:
-    with pytest.raises(TemplateError, match="JSON values only, not Path"):
-        render(CHATML, [{"role": "user", "content": Path("x")}])
+    with pytest.raises(TemplateError, match="JSON values only, not bytes"):
+        render(CHATML, [{"role": "user", "content": b"x"}])
     with pytest.raises(TemplateError, match="not an object"):
         render(CHATML, ["text"])
     with pytest.raises(TemplateError, match="no messages"):
@@ -187,7 +191,8 @@ def test_a_template_sees_json_values_only() -> None:
             "openai",
         ),
         (
-            "{% for m in messages %}{% set c = m.content if m.content else [] %}{% for p in c %}{% endfor %}{% endfor %}",
+            "{% for m in messages %}{% set c = m.content if m.content else [] %}{% for p in c %}{% endfor %}"
+            "{% endfor %}",
             "openai",
         ),
         (

@@ -207,6 +207,11 @@ def test_a_character_that_the_prompt_began_is_completed(name: str) -> None:
     # If nothing completes it, its replacement character is the prompt's.
     assert "".join(deltas(name, tok.encode("a"), [lead])) == "a"
     assert "".join(deltas(name, [], [lead])) == ""
+    # Half a surrogate is two wrong bytes to the backend, but a beginning to Python's decoder.
+    half = [next(i for i in range(3, 259) if tok.token_bytes(i) == bytes([byte])) for byte in b"\xed\xb6"]
+    assert tokenizer(name).decode(half) == "\ufffd\ufffd"
+    assert "".join(deltas(name, half)) == "\ufffd\ufffd"
+    assert "".join(deltas(name, tok.encode("a"), half)) == "a"
 
 
 def test_byte_runs_are_judged_as_a_whole() -> None:

@@ -1,0 +1,335 @@
+"""Offline batches: the engine behind a blocking class."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from api.chat_template import normalize_messages
+from api.config import ServerConfig
+from api.engine_client import EngineClient
+from api.errors import EngineDeadError, RequestError
+from api.flags import ConfigError, build
+from api.metrics import EngineMetrics
+from api.model_files import find_model, with_model
+from api.output import Delta, RequestState
+from api.params import SamplingParams
+from api.progress import LoadBar
+from api.serving import Serving
+from api.tokenizer import Tokenizer
+from engine_core.launch import setup_logging
+from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
+
+T = TypeVar("T")
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Logprob:
+    """The log probability of a token at one position."""
+
+    logprob: float
+    rank: int | None
+    """1: the most likely one."""
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    """``stop``, ``length`` or ``error``."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it."""
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model for offline use. The processes behind it are those of the server.
+
+    Example:
+        >>> llm = LLM(model="Qwen/Qwen3-0.6B")
+        >>> llm.generate("Hello, my name is", SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = "", **options: Any) -> None:
+        """Starts the engine and loads the model.
+
+        Args:
+            model: Hub id, folder or GGUF file; without it the demo model.
+            **options: The server's flags with underscores, such as ``max_model_len=4096``.
+
+        Raises:
+            ValueError: An option is unknown or out of range.
+            ModelFileError: The model's files are missing or damaged.
+            EngineDeadError: The engine cannot be started.
+        """
+        try:
+            config: ServerConfig = build(ServerConfig, {"log_level": "warning", **options, "model": model})
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        setup_logging("api", config.log_level)
+        self._files = find_model(config)
+        self._config = with_model(config, self._files)
+        self._next_id = 0
+        self._loop = asyncio.new_event_loop()
+        # The engine core dies with the thread that starts it, so this thread lives as long as the object.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine client", daemon=True)
+        self._thread.start()
+        self._closed = False
+        atexit.register(self.close)
+        try:
+            self._serving = self._run(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self) -> Serving:
+        metrics = EngineMetrics(self._files.name)
+        bar = LoadBar()
+        client = EngineClient(
+            self._config.engine,
+            self._files.tokenizer,
+            metrics,
+            on_progress=bar.update,
+            log_level=self._config.log_level,
+        )
+        self._client = client
+        try:
+            ready: EngineReady = await client.start()
+        finally:
+            bar.close()
+        return Serving(self._config, self._files, client, metrics, ready)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Ends the engine. Also done when the interpreter exits, and by ``with``."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._serving.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Sampling parameters with the defaults of the model's generation configuration."""
+        return SamplingParams(**self._serving.defaults)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all together.
+
+        Args:
+            prompts: One prompt or several; a list of integers is one prompt of token ids.
+            sampling_params: For all prompts, or one for each. Default: the model's.
+            use_tqdm: Show a progress bar.
+            priority: One number per prompt, lower first (with ``scheduling_policy="priority"``).
+
+        Returns:
+            One result per prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
+            EngineDeadError: The engine was given up.
+        """
+        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several. See ``generate``."""
+        template = self._serving.chat_template
+        if template is None:
+            raise RequestError("the model has no chat template; give one with chat_template=", "messages")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        inputs = []
+        for conversation in conversations:
+            text = template.render(
+                normalize_messages(conversation, template.content_format),  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            inputs.append(_Input(text, None, add_special_tokens=False))
+        return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, None))
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(given, SamplingParams):
+            given.verify()
+            return [given] * count
+        if len(given) != count:
+            raise RequestError(f"{count} prompts and {len(given)} sampling_params", "sampling_params")
+        return list(given)
+
+    async def _generate(
+        self, inputs: list[_Input], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int] | None
+    ) -> list[RequestOutput]:
+        serving = self._serving
+        channel = serving.client.open_channel()
+        folders: list[_Folder] = []
+        states: list[RequestState] = []
+        results: list[RequestOutput] = []
+        try:
+            for number, (item, sampling) in enumerate(zip(inputs, params, strict=True)):
+                ids = item.token_ids
+                if ids is None:
+                    assert item.text is not None
+                    ids = await serving.tokenize(item.text, add_special_tokens=item.add_special_tokens)
+                result = RequestOutput(str(self._next_id), item.text, ids, None, [])
+                self._next_id += 1
+                results.append(result)
+                states += serving.submit(
+                    channel,
+                    result.request_id,
+                    [ids],
+                    sampling,
+                    priority=0 if priority is None else priority[number],
+                    first_choice=len(folders),
+                )
+                for index in range(sampling.n):
+                    output = CompletionOutput(index)
+                    result.outputs.append(output)
+                    folders.append(_Folder(serving.tokenizer, result, output, sampling))
+            with tqdm(total=len(folders), desc="Completions", unit="it", disable=not use_tqdm, delay=1) as bar:
+                unfinished = len(folders)
+                while unfinished:
+                    for delta in await channel.take():
+                        folders[delta.choice].add(delta)
+                        if delta.finish_reason is not None:
+                            unfinished -= 1
+                            bar.update()
+                            if delta.error is not None and serving.client.dead is not None:
+                                raise EngineDeadError(delta.error)
+        finally:
+            serving.client.abort(states)
+        position = 0
+        for result in results:
+            result.num_cached_tokens = states[position].num_cached_tokens
+            position += len(result.outputs)
+        return results
+
+
+@dataclass(frozen=True)
+class _Input:
+    text: str | None
+    token_ids: list[int] | None
+    add_special_tokens: bool = True
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _parse_prompt(prompt: Prompt) -> _Input:
+    if isinstance(prompt, str):
+        return _Input(prompt, None)
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return _Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]))
+        if "prompt" in prompt:
+            return _Input(prompt["prompt"], None)
+        raise RequestError("a prompt given as a dict needs 'prompt' or 'prompt_token_ids'", "prompts")
+    return _Input(None, list(prompt))
+
+
+class _Folder:
+    """Folds the deltas of one completion into its output."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, result: RequestOutput, output: CompletionOutput, params: SamplingParams
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._result = result
+        self._output = output
+        if params.logprobs is not None:
+            output.logprobs, output.cumulative_logprob = [], 0.0
+        if params.prompt_logprobs is not None and output.index == 0:
+            result.prompt_logprobs = [None]
+
+    def add(self, delta: Delta) -> None:
+        output = self._output
+        output.text += delta.text
+        output.token_ids += delta.token_ids
+        for entry in delta.logprobs:
+            if output.logprobs is not None and output.cumulative_logprob is not None:
+                position = self._position(entry)
+                output.logprobs.append(position)
+                output.cumulative_logprob += position[int(i32(entry.token_ids)[0])].logprob
+        if self._result.prompt_logprobs is not None and output.index == 0:
+            self._result.prompt_logprobs += [self._position(entry) for entry in delta.prompt_logprobs]
+        if delta.finish_reason is not None:
+            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            if delta.error is not None:
+                output.stop_reason = delta.error
+
+    def _position(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        ids, values = i32(entry.token_ids).tolist(), f32(entry.logprobs).tolist()
+        ranks = [entry.rank, *range(1, len(ids))]
+        position: dict[int, Logprob] = {}
+        for token_id, value, rank in zip(ids, values, ranks, strict=True):
+            if token_id not in position:
+                position[token_id] = Logprob(value, rank, self._tokenizer.decode([token_id], False))
+        return position
+
+
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]

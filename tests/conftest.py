@@ -1,0 +1,19 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder with traces and prompts that is not part of this repository."""
+    folder = os.environ.get("OCTAVO_TEST_DATA")
+    if not folder:
+        pytest.skip("OCTAVO_TEST_DATA does not name the folder with test data")
+    return Path(folder)

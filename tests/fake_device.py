@@ -1,0 +1,83 @@
+"""A device for tests of the scheduler: it executes plans as a worker must, and checks that it could.
+
+Tokens are a function of everything before them, computed from what really lies in the blocks, so a plan that loses,
+mixes up or reuses a block too early changes the tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from executor.messages import ModelRunnerOutput, SchedulerOutput, i32, u8
+
+
+class FakeDevice:
+    """Keeps for each block the tokens that were written into it, and reads a request's context back from them."""
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int, stop_token: int) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.stop_token = stop_token
+        self.blocks = np.full((num_blocks, block_size), -1, np.int64)
+        self.slots: dict[int, _Slot] = {}
+        self.last_step = 0
+
+    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        assert plan.step_id > self.last_step, "plans come in order"
+        self.last_step = plan.step_id
+        for slot in i32(plan.finished_slots).tolist():
+            del self.slots[slot]
+        for request in plan.new_reqs:
+            assert request.slot not in self.slots, "a slot is given out twice"
+            self.slots[request.slot] = _Slot(
+                i32(request.token_ids).tolist(), request.num_computed_tokens, i32(request.block_ids[0]).tolist()
+            )
+        for column in plan.block_updates:
+            for slot, index, block in i32(column).reshape(-1, 3).tolist():
+                assert index == len(self.slots[slot].blocks), "blocks are appended one after another"
+                self.slots[slot].blocks.append(block)
+        rows = list(
+            zip(
+                i32(plan.slots).tolist(),
+                i32(plan.num_scheduled_tokens).tolist(),
+                u8(plan.num_sampled).tolist(),
+                strict=True,
+            )
+        )
+        assert len({slot for slot, _, _ in rows}) == len(rows), "a slot has one row"
+        for slot, count, _ in rows:  # all K and V of a step are written before any is read
+            self._write(self.slots[slot], count)
+        sampled = [self._sample(self.slots[slot]) for slot, _, wanted in rows if wanted]
+        return ModelRunnerOutput(step_id=plan.step_id, sampled_token_ids=np.array(sampled, np.int32).tobytes())
+
+    def _write(self, slot: _Slot, count: int) -> None:
+        assert count >= 1 and slot.num_computed + count <= len(slot.tokens), "only known tokens are computed"
+        for position in range(slot.num_computed, slot.num_computed + count):
+            block = slot.blocks[position // self.block_size]
+            if position % self.block_size == 0:
+                self.blocks[block] = -1
+            self.blocks[block, position % self.block_size] = slot.tokens[position]
+        slot.num_computed += count
+
+    def _sample(self, slot: _Slot) -> int:
+        assert slot.num_computed == len(slot.tokens), "a row samples after its last token"
+        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed]
+        assert context.tolist() == slot.tokens, "the blocks hold the request's own tokens"
+        token = next_token(slot.tokens, self.vocab_size, self.stop_token)
+        slot.tokens.append(token)
+        return token
+
+
+class _Slot:
+    def __init__(self, tokens: list[int], num_computed: int, blocks: list[int]) -> None:
+        self.tokens = tokens
+        self.num_computed = num_computed
+        self.blocks = blocks
+
+
+def next_token(tokens: list[int], vocab_size: int, stop_token: int) -> int:
+    """A token that depends on all before it; now and then the stop token."""
+    mixed = 17
+    for token in tokens[-40:]:
+        mixed = (mixed * 1_000_003 + token + len(tokens)) % 2_147_483_647
+    return stop_token if mixed % 29 == 0 else mixed % vocab_size

@@ -1,0 +1,177 @@
+"""GGUF files: names, types, the order of rows, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from api.gguf_file import read_gguf
+from executor.base import ModelError
+from executor.config import GGUFHeader, ModelConfig
+from executor.gguf import hf_config_from_gguf
+from executor.loader import load_model
+from executor.parallel import ParallelState
+from tests import tiny
+from tests.models.harness import CPU, assert_close, load, logits_of, random_tokens, refusal, split_shares
+
+GGUF_TYPES = [
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
+]  # fmt: skip
+
+
+@functools.cache
+def gguf_model(kind: str, type_name: str, tied: bool = False) -> tuple[Path, tiny.GGUFModel]:
+    folder = tiny.checkpoint(kind, tied=tied, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    return folder, tiny.gguf_file(folder, GGMLQuantizationType[type_name])
+
+
+def reference_logits(folder: Path, weights: dict[str, torch.Tensor], token_ids: list[int], **fields: Any) -> Any:
+    """transformers' logits with the weights that a GGUF file stands for."""
+    config = AutoConfig.from_pretrained(folder, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    result = model.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids])).logits[0]
+
+
+@pytest.mark.parametrize("type_name", GGUF_TYPES)
+def test_gguf_types(type_name: str) -> None:
+    folder, file = gguf_model("llama", type_name)
+    token_ids = random_tokens(40)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q4_K"])
+def test_gguf_weights_are_exact(type_name: str) -> None:
+    _, file = gguf_model("llama", type_name)
+    for dtype in ("float32", "bfloat16"):
+        loaded = load(file.path, dtype=dtype)
+        for name, tensor in split_shares(loaded).items():
+            assert torch.equal(tensor, file.weights[name].to(loaded.dtype)), name
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)])
+def test_gguf_architectures(kind: str, tied: bool) -> None:
+    folder, file = gguf_model(kind, "Q8_0", tied)
+    loaded = load(file.path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.hf_config.architecture == json.loads((folder / "config.json").read_text())["architectures"][0]
+    assert loaded.hf_config.tie_word_embeddings == tied
+    token_ids = random_tokens(40)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+def test_gguf_of_a_mistral_model_is_a_llama() -> None:
+    folder = tiny.checkpoint("mistral")
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
+    loaded = load(file.path)
+    assert loaded.hf_config.architecture == "LlamaForCausalLM"
+    expected = reference_logits(folder, file.weights, random_tokens(20))  # shorter than the window of 24
+    assert_close(logits_of(loaded, random_tokens(20)), expected)
+
+
+def test_gguf_rope_factors() -> None:
+    folder = tiny.checkpoint("llama")
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    factors = []
+    for i in range(8):  # as convert_hf_to_gguf computes them
+        wavelength = 2 * math.pi * 10000.0 ** (2 * i / 16)
+        smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+        factors.append(1.0 if wavelength < 16 else 8.0 if wavelength > 64 else 1 / ((1 - smooth) / 8.0 + smooth))
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, rope_factors=factors)
+    token_ids = random_tokens(200)
+    expected = reference_logits(folder, file.weights, token_ids, rope_parameters=rope)
+    assert_close(logits_of(load(file.path), token_ids), expected)
+
+
+def gguf_header(**metadata: Any) -> GGUFHeader:
+    _, file = gguf_model("llama", "F32")
+    header = read_gguf(file.path).header()
+    return msgspec.structs.replace(header, metadata={**header.metadata, **metadata})
+
+
+def test_gguf_configuration() -> None:
+    config = hf_config_from_gguf(gguf_header())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["vocab_size"] == tiny.VOCAB_SIZE
+    assert config["hidden_size"] == 256
+    assert config["head_dim"] == 64
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    yarn = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 128,
+        "llama.rope.scaling.attn_factor": 1.0,
+    }
+    rope = hf_config_from_gguf(gguf_header(**yarn))["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 128)
+    assert rope["attention_factor"] == pytest.approx(1 + 0.1 * math.log(4))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama, qwen2, qwen3"),
+        ({"llama.block_count": "many"}, "llama.block_count must be"),
+        ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
+        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"split.count": 3}, "several GGUF files"),
+    ],
+)
+def test_gguf_header_that_is_refused(metadata: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ModelError, match="header") as caught:
+        hf_config_from_gguf(gguf_header(**metadata))
+    assert expected in str(caught.value)
+
+
+def gguf_refusal(path: Path, header: GGUFHeader) -> str:
+    message = refusal(path, gguf=header)
+    assert message.startswith(str(path))
+    return message
+
+
+def test_gguf_file_that_is_refused(tmp_path: Path) -> None:
+    _, file = gguf_model("llama", "Q8_0")
+    header = read_gguf(file.path).header()
+    name = "blk.1.attn_k.weight"
+    entry = next(tensor for tensor in header.tensors if tensor.name == name)
+
+    def changed(**fields: Any) -> GGUFHeader:
+        others = [tensor for tensor in header.tensors if tensor.name != name]
+        return msgspec.structs.replace(header, tensors=[*others, msgspec.structs.replace(entry, **fields)])
+
+    def without() -> GGUFHeader:
+        return msgspec.structs.replace(header, tensors=[t for t in header.tensors if t.name != name])
+
+    assert f"tensor {name!r} is missing" in gguf_refusal(file.path, without())
+    assert "tensor 'blk.7.attn_k.weight' is not part" in gguf_refusal(file.path, changed(name="blk.7.attn_k.weight"))
+    assert f"tensor {name!r} has an unknown type (99)" in gguf_refusal(file.path, changed(ggml_type=99))
+    assert f"tensor {name!r}: corrupt header" in gguf_refusal(file.path, changed(num_bytes=entry.num_bytes - 1))
+    integers = changed(ggml_type=GGMLQuantizationType.I8, num_bytes=math.prod(entry.shape))
+    assert f"tensor {name!r} has type I8, which is not supported" in gguf_refusal(file.path, integers)
+    shape = (entry.shape[0] // 2, entry.shape[1] * 2)
+    assert f"tensor {name!r} has shape {list(shape)}, the model needs" in gguf_refusal(file.path, changed(shape=shape))
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(file.path.read_bytes()[:-200])
+    assert "truncated" in gguf_refusal(truncated, header)
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        load_model(ModelConfig(model=str(file.path)), ParallelState(), CPU, None, lambda *_: None)
