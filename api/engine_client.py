@@ -217,6 +217,13 @@ class EngineClient:
         indices = [state.index for state in states if self._processor.remove(state.index) is not None]
         self._abort(indices)
 
+    def fail_all(self, message: str) -> None:
+        """Ends all requests with an error, and refuses those to come."""
+        if self.dead is None:
+            self.dead = EngineDeadError(message)
+        self._abort(list(self._processor.states))
+        self._processor.fail_all(message)
+
     def _abort(self, indices: list[int]) -> None:
         if indices and self._serving:
             self._send(AbortRequests(indices=tuple(indices)))

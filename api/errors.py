@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -27,15 +28,23 @@ class RequestError(ValueError):
         param: The field at fault, if it is one.
         status: HTTP status.
         kind: The ``type`` of the error body.
+        headers: More headers of the answer.
     """
 
     def __init__(
-        self, message: str, param: str | None = None, *, status: int = 400, kind: str = "BadRequestError"
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        kind: str = "BadRequestError",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.message = message
         self.param = param
         self.status = status
         self.kind = kind
+        self.headers = dict(headers or {})
         super().__init__(message)
 
 

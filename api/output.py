@@ -47,17 +47,27 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class Channel:
-    """Where the deltas of one or more completions wait for their one consumer."""
+    """Where the deltas of one or more completions wait for their one consumer.
 
-    __slots__ = ("_items", "_loop", "_waiter")
+    Attributes:
+        quiet: Wake the consumer at the end of completions only: it does not care before.
+    """
+
+    __slots__ = ("_items", "_loop", "_waiter", "quiet")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.quiet = False
         self._loop = loop
         self._items: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, delta: Delta) -> None:
         self._items.append(delta)
+        if self._waiter is not None and (not self.quiet or delta.finish_reason is not None):
+            self.wake()
+
+    def wake(self) -> None:
+        """Lets the consumer go on if it waits, even if there is nothing."""
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -65,7 +75,7 @@ class Channel:
                 waiter.set_result(None)
 
     async def take(self) -> list[Delta]:
-        """Waits until there is something, then returns all of it in order."""
+        """Waits until there is something, then returns all of it in order; nothing after ``wake``."""
         if not self._items:
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -226,7 +236,7 @@ class OutputProcessor:
         text = ""
         if state.detokenizer is not None:
             text = state.detokenizer.extend(tokens)
-        self._emit_checked(state, text, tokens, output.new_logprobs, output, aborts)
+        self._emit_checked(state, text, tokens, output.new_logprobs[skip:], output, aborts)
         return len(tokens)
 
     def _emit_checked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,10 +21,17 @@ from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
 from api.tokenizer import Tokenizer
+from api.version import VERSION
 from engine_core.messages import EngineReady
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
+
+
+def _fingerprint(model_name: str, ready: EngineReady) -> str:
+    """Changes when answers to the same request may."""
+    backend = (model_name, ready.architecture, ready.dtype, ready.device, ready.vocab_size, ready.max_model_len)
+    return f"octavo-{VERSION}-{hashlib.sha256(repr(backend).encode()).hexdigest()[:8]}"
 
 
 class Serving:
@@ -40,6 +48,7 @@ class Serving:
         self.model_path = str(files.path)
         self.model_names = list(config.served_model_name) or [files.name]
         self.created = int(time.time())
+        self.system_fingerprint = _fingerprint(self.model_name, ready)
         template = files.chat_template
         self.chat_template = None if template is None else ChatTemplate(template, files.tokenizer.special_tokens_map)
         self.defaults: dict[str, Any] = default_params(files.generation_config)
@@ -65,13 +74,18 @@ class Serving:
         if name is not None and name not in self.model_names:
             raise RequestError(f"The model `{name}` does not exist.", "model", status=404, kind="NotFoundError")
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def tokenize(self, text: str, *, add_special_tokens: bool, any_length: bool = False) -> list[int]:
         """Token ids of a text that fits the model.
+
+        Args:
+            text: What to tokenise.
+            add_special_tokens: Add what the tokenizer puts around a text.
+            any_length: It need not fit.
 
         Raises:
             RequestError: It is too long, by its characters already, or is no text.
         """
-        per_token = self.tokenizer.max_chars_per_token
+        per_token = None if any_length else self.tokenizer.max_chars_per_token
         if per_token is not None and len(text) > self.limits.max_model_len * per_token:
             raise RequestError(
                 f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "

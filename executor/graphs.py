@@ -77,8 +77,8 @@ class Program:
         self.specs.append(spec)
         return Value(self, len(self.specs) - 1, spec)
 
-    def finish(self, outputs: list[Value]) -> None:
-        """Ends the capture: values that nothing reads any more are dropped during replay."""
+    def finish(self, *outputs: Any) -> None:
+        """Ends the capture with the values that ``replay`` returns; what no node reads any more is dropped then."""
         self.outputs = [value.index for value in outputs]
         seen = set(self.outputs)
         for node in reversed(self.nodes):

@@ -77,7 +77,7 @@ class ModelRunner:
         program = Program(self.device.torch_device.type)
         batch = InputBatch.symbolic(program, len(self.groups))
         hidden, logits = self._forward(batch)
-        program.finish([hidden, logits])
+        program.finish(hidden, logits)
         return program
 
     def _forward(self, batch: InputBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     groups = x.unflatten(-1, (-1, weight.shape[0])).float()
     scale = torch.rsqrt(groups.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return ((groups * scale).to(x.dtype) * weight).flatten(-2)
+    normed: Tensor = (groups * scale).to(x.dtype) * weight
+    return normed.flatten(-2)
 
 
 @op(like_first)

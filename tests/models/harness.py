@@ -75,7 +75,7 @@ class Runner:
     def _capture(self) -> Program:
         program = Program(CPU.type)
         logits: Any = self._forward(InputBatch.symbolic(program, self.num_groups))
-        program.finish([logits])
+        program.finish(logits)
         return program
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:

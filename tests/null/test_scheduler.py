@@ -139,7 +139,7 @@ class Engine:
 
 def prompts(count: int, length: int = 10, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return [[token for token in rng.integers(8, VOCAB, length).tolist()] for _ in range(count)]
+    return [rng.integers(8, VOCAB, length).tolist() for _ in range(count)]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -339,11 +339,11 @@ def test_filters_against_brute_force(top_k: int, top_p: float, min_p: float) -> 
         assert set(torch.nonzero(probs).flatten().tolist()) == expected
         # Numbers spread evenly over [0, 1) reach every token that is left, in the order of the ids.
         tokens = draw(
-            logits.expand(4000, -1), np.arange(4000) / 4000, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p
+            logits.expand(1000, -1), np.arange(1000) / 1000, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p
         )
         assert (tokens.diff() >= 0).all()
         assert set(tokens.tolist()) <= expected
-        likely = {i for i in expected if probs[i] / probs.sum() > 1 / 2000}
+        likely = {i for i in expected if probs[i] / probs.sum() > 1 / 500}
         assert likely <= set(tokens.tolist())
 
 

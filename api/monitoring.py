@@ -1,0 +1,38 @@
+"""GET /health, /ping, /version and /metrics."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.metrics import CONTENT_TYPE
+from api.openai.protocol import VersionResponse
+from api.serving import Serving
+from api.traffic import Traffic
+from api.version import VERSION
+
+
+async def health(request: Request) -> Response:
+    """200 while requests are taken, 503 when the engine was given up or the server is about to stop."""
+    serving: Serving = request.app.state.serving
+    traffic: Traffic = request.app.state.traffic
+    if serving.client.dead is not None or traffic.is_draining:
+        return Response(status_code=503)
+    return Response(status_code=200)
+
+
+async def ping(request: Request) -> Response:
+    """The same as /health."""
+    return await health(request)
+
+
+async def version(request: Request) -> Response:
+    """The server's version."""
+    return Response(msgspec.json.encode(VersionResponse(version=VERSION)), media_type="application/json")
+
+
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, for Prometheus."""
+    serving: Serving = request.app.state.serving
+    return Response(serving.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

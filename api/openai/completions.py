@@ -1,0 +1,275 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import RequestError
+from api.openai.body import read_json
+from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs
+from api.openai.prompts import prompt_token_ids
+from api.openai.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
+from api.openai.refusals import refuse_completion
+from api.openai.sampling import answer_id, check_stream_fields, sampling_params, wants_usage
+from api.openai.stream import MARK, Generation, TokenStream, WholeAnswer, event, split_at_mark
+from api.output import Delta
+from api.params import MAX_N
+from api.serving import Serving
+
+DECODER = msgspec.json.Decoder(CompletionRequest)
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 1024
+
+
+async def create_completion(request: Request) -> Response:
+    """Continues one or more texts."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    refuse_completion(body)
+    check_stream_fields(body)
+    prompts = list_prompts(body.prompt)
+    if len(prompts) * max(1, body.n or 1) > MAX_N:
+        raise RequestError(f"prompts times n must be at most {MAX_N}", "n")
+    token_ids = [
+        await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
+        for prompt in prompts
+    ]
+    params = sampling_params(
+        body,
+        serving.defaults,
+        max_tokens=_max_tokens(serving, body, max(map(len, token_ids))),
+        logprobs=body.logprobs,
+        prompt_logprobs=_num_prompt_logprobs(body),
+    )
+    generation = Generation(
+        serving,
+        answer_id("cmpl", request, body.request_id),
+        token_ids,
+        params,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+    )
+    reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n)
+    if body.stream:
+        return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
+    return WholeAnswer(generation, reply)
+
+
+def list_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The one or more prompts that a request may hold in four ways.
+
+    Raises:
+        RequestError: There are none, too many, or a mixture.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise RequestError("the prompt is empty", "prompt")
+    numbers = [item for item in prompt if isinstance(item, int)]
+    if len(numbers) == len(prompt):
+        return [numbers]
+    texts: list[str | list[int]] = [item for item in prompt if isinstance(item, str)]
+    lists: list[str | list[int]] = [item for item in prompt if isinstance(item, list)]
+    if len(prompt) not in (len(texts), len(lists)):
+        raise RequestError("prompt must hold only texts, only token ids or only lists of token ids", "prompt")
+    if len(prompt) > MAX_PROMPTS:
+        raise RequestError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt")
+    return texts or lists
+
+
+def _max_tokens(serving: Serving, request: CompletionRequest, num_prompt_tokens: int) -> int:
+    """The engine generates at least one token; with ``echo`` alone it is dropped."""
+    if request.max_tokens is None:
+        return max(1, min(DEFAULT_MAX_TOKENS, serving.limits.max_model_len - num_prompt_tokens))
+    return 1 if _is_echo_only(request) else request.max_tokens
+
+
+def _is_echo_only(request: CompletionRequest) -> bool:
+    return bool(request.echo) and request.max_tokens == 0
+
+
+def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
+    counts = [
+        count for count in (request.prompt_logprobs, request.logprobs if request.echo else None) if count is not None
+    ]
+    return -1 if -1 in counts else max(counts, default=None)
+
+
+def _echoes(
+    serving: Serving, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
+) -> list[str]:
+    """The texts that the completions begin with."""
+    if not request.echo:
+        return [""] * len(prompts)
+    echoes = []
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+            echoes.append(prompt)
+        else:
+            serving.check_token_ids(ids)
+            echoes.append(serving.tokenizer.decode(ids, request.skip_special_tokens is not False))
+    return echoes
+
+
+class CompletionReply:
+    """The outputs of completions, as chunks or folded into one answer."""
+
+    def __init__(
+        self, serving: Serving, request: CompletionRequest, generation: Generation, echoes: list[str], n: int
+    ) -> None:
+        self._generation = generation
+        self._echoes = echoes
+        self._n = n
+        self._has_echo = bool(request.echo)
+        self._is_echo_only = _is_echo_only(request)
+        self._has_logprobs = request.logprobs is not None or bool(request.logprob_token_ids)
+        self._has_prompt_logprobs = request.prompt_logprobs is not None
+        self._has_token_ids = bool(request.return_token_ids)
+        self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
+        self._is_plain = not (self._has_logprobs or self._has_token_ids or self._has_usage or self._is_echo_only)
+        as_ids = bool(request.return_tokens_as_token_ids)
+        self._spelling = TokenSpelling(serving.tokenizer, as_ids=as_ids, broken_prefix="bytes:")
+        self._skipped_ids = (
+            frozenset[int]() if request.skip_special_tokens is False else serving.tokenizer.all_special_ids
+        )
+        self._num_output_tokens = 0
+        self._columns: dict[int, CompletionColumns] = {}
+        self._constants: dict[int, tuple[bytes, bytes]] = {}
+        """By choice that has begun: what stands before and after the text of a plain chunk."""
+        self._chunk = CompletionResponse(
+            id=generation.request_id,
+            created=int(time.time()),
+            model=serving.model_name,
+            choices=[],
+            system_fingerprint=serving.system_fingerprint,
+            usage=None if self._ends_with_usage else UNSET,
+        )
+        self._encoder = msgspec.json.Encoder()
+
+    # -- both forms ------------------------------------------------------------------------------------------
+
+    def _first_pieces(self, delta: Delta) -> list[CompletionChoice]:
+        prompt_index = delta.choice // self._n
+        prompt = self._generation.prompts[prompt_index]
+        columns = self._columns[delta.choice] = CompletionColumns(self._spelling, self._skipped_ids)
+        pieces = []
+        if self._has_echo:
+            echo = CompletionChoice(index=delta.choice, text=self._echoes[prompt_index])
+            if self._has_logprobs:
+                echo.logprobs = columns.prompt(prompt, echo.text, delta.prompt_logprobs)
+            if self._has_token_ids:
+                echo.token_ids = []
+            pieces.append(echo)
+        pieces.append(self._piece(delta))
+        if self._has_token_ids:
+            pieces[0].prompt_token_ids = list(prompt)
+        if self._has_prompt_logprobs:
+            pieces[0].prompt_logprobs = prompt_logprobs(len(prompt), delta.prompt_logprobs, self._spelling)
+        return pieces
+
+    def _piece(self, delta: Delta) -> CompletionChoice:
+        piece = CompletionChoice(
+            index=delta.choice, text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
+        )
+        tokens, entries = delta.token_ids, delta.logprobs
+        if self._is_echo_only:
+            tokens, entries, piece.text = (), (), ""
+            if delta.finish_reason is not None:
+                piece.finish_reason, piece.stop_reason = "length", None
+        self._num_output_tokens += len(tokens)
+        if self._has_logprobs:
+            piece.logprobs = self._columns[delta.choice].output(tokens, entries)
+        if self._has_token_ids:
+            piece.token_ids = list(tokens)
+        return piece
+
+    # -- a stream --------------------------------------------------------------------------------------------
+
+    def event(self, delta: Delta) -> bytes:
+        constants = self._constants.get(delta.choice)
+        if constants is None:
+            marked = CompletionChoice(index=delta.choice, text=MARK)
+            self._constants[delta.choice] = split_at_mark(self._encode_chunk(marked))
+            return b"".join(map(self._encode, self._first_pieces(delta)))
+        if self._is_plain and delta.finish_reason is None:
+            return constants[0] + self._encoder.encode(delta.text) + constants[1]
+        return self._encode(self._piece(delta))
+
+    def _encode(self, piece: CompletionChoice) -> bytes:
+        return event(self._encode_chunk(piece))
+
+    def _encode_chunk(self, piece: CompletionChoice) -> bytes:
+        chunk = self._chunk
+        chunk.choices = [piece]
+        if self._has_usage:
+            chunk.usage = self._generation.usage(self._num_output_tokens)
+        return self._encoder.encode(chunk)
+
+    def last_event(self) -> bytes:
+        if not self._ends_with_usage:
+            return b""
+        self._chunk.choices = []
+        self._chunk.usage = self._usage()
+        return event(self._encoder.encode(self._chunk))
+
+    def _usage(self) -> Usage:
+        return self._generation.usage(0 if self._is_echo_only else None)
+
+    # -- one answer ------------------------------------------------------------------------------------------
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        choices: dict[int, _Fold] = {}
+        for delta in deltas:
+            fold = choices.get(delta.choice)
+            if fold is None:
+                fold = choices[delta.choice] = _Fold(delta.choice)
+                for piece in self._first_pieces(delta):
+                    fold.add(piece)
+            else:
+                fold.add(self._piece(delta))
+        self._chunk.choices = [choices[index].choice() for index in sorted(choices)]
+        self._chunk.usage = self._usage()
+        return self._encoder.encode(self._chunk)
+
+
+class _Fold:
+    """The pieces of one choice, put together."""
+
+    def __init__(self, index: int) -> None:
+        self._whole = CompletionChoice(index=index, text="")
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+
+    def add(self, piece: CompletionChoice) -> None:
+        whole = self._whole
+        self._texts.append(piece.text)
+        whole.finish_reason, whole.stop_reason = piece.finish_reason, piece.stop_reason
+        if piece.prompt_token_ids is not UNSET:
+            whole.prompt_token_ids = piece.prompt_token_ids
+        if piece.prompt_logprobs is not UNSET:
+            whole.prompt_logprobs = piece.prompt_logprobs
+        if isinstance(piece.token_ids, list):
+            self._token_ids += piece.token_ids
+            whole.token_ids = self._token_ids
+        if piece.logprobs is not None:
+            if whole.logprobs is None:
+                whole.logprobs = CompletionLogprobs()
+            _extend(whole.logprobs, piece.logprobs)
+
+    def choice(self) -> CompletionChoice:
+        self._whole.text = "".join(self._texts)
+        return self._whole
+
+
+def _extend(columns: CompletionLogprobs, more: CompletionLogprobs) -> None:
+    columns.tokens += more.tokens
+    columns.text_offset += more.text_offset
+    columns.token_logprobs += more.token_logprobs
+    columns.top_logprobs += more.top_logprobs

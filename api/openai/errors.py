@@ -1,0 +1,103 @@
+"""Every error that a client sees, in one shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import EngineDeadError, RequestError
+from api.openai.protocol import ErrorInfo, ErrorResponse
+
+MAX_MESSAGE_CHARS = 1000
+"""Messages may quote what a client sent, so they are cut."""
+
+KINDS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Request Entity Too Large",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+"""The ``type`` of an error that brings none of its own."""
+
+HEADERS: Mapping[int, Mapping[str, str]] = {
+    401: {"WWW-Authenticate": "Bearer"},
+    501: {"x-should-retry": "false"},
+    503: {"Retry-After": "1"},
+}
+
+ENGINE_DEAD = "The engine has failed and this server is about to stop."
+INTERNAL = "The server failed to process the request, which is a fault of the server."
+
+_PLACE = re.compile(r" - at (?:`key` in )?`(\$[^`]*)`$")
+
+
+def malformed(message: str, param: str | None = None) -> RequestError:
+    """The error for a body that is not what the endpoint takes."""
+    return RequestError(message, param, kind="Bad Request")
+
+
+def decode_error(error: Exception) -> RequestError:
+    """What a client is told of a body that could not be decoded. Nothing of the body is repeated."""
+    if isinstance(error, RecursionError):
+        return malformed("the body is nested too deeply", "body")
+    if isinstance(error, UnicodeDecodeError):
+        return malformed("the body has a text that is not valid UTF-8", "body")
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return malformed(f"the body is not valid JSON: {text}", "body")
+    match = _PLACE.search(text)
+    param = "body"
+    if match is not None:
+        text, param = text[: match.start()], "body" + match[1][1:]
+    if text.startswith("Invalid"):
+        text = "Invalid value"  # what follows is the value
+    return malformed(f"1 validation error:\n  {param}: {text.replace('`', '')}", param)
+
+
+def to_request_error(error: BaseException) -> RequestError:
+    """Any exception as one that can be rendered; of an unexpected one nothing is told."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return RequestError(ENGINE_DEAD, status=503, kind=KINDS[503])
+    if isinstance(error, HTTPException):
+        kind = KINDS.get(error.status_code, error.detail)
+        return RequestError(error.detail, status=error.status_code, kind=kind, headers=error.headers)
+    return RequestError(INTERNAL, status=500, kind=KINDS[500])
+
+
+def render(error: RequestError) -> bytes:
+    """The body of an error."""
+    message = error.message
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[:MAX_MESSAGE_CHARS] + "..."
+    info = ErrorInfo(message=message, type=error.kind, param=error.param, code=error.status)
+    return msgspec.json.encode(ErrorResponse(error=info))
+
+
+def error_response(error: BaseException) -> Response:
+    """The answer to a request that failed before anything was sent."""
+    request_error = to_request_error(error)
+    headers = {**HEADERS.get(request_error.status, {}), **request_error.headers}
+    return Response(render(request_error), request_error.status, headers, "application/json")
+
+
+async def handle_exception(request: Request, error: Exception) -> Response:
+    """``error_response`` as Starlette calls it."""
+    return error_response(error)
+
+
+ExceptionHandler = Callable[[Request, Exception], Awaitable[Response]]
+EXCEPTION_HANDLERS: dict[type[Exception], ExceptionHandler] = dict.fromkeys(
+    (RequestError, EngineDeadError, HTTPException), handle_exception
+)
+"""Whatever is not here is logged and answered by ``RequestScope``."""

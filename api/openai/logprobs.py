@@ -1,0 +1,141 @@
+"""Log probabilities in the three forms that clients know."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from api.openai.protocol import ChatLogprob, CompletionLogprobs, PromptLogprob, PromptLogprobs, TopLogprob
+from api.tokenizer import Tokenizer
+from engine_core.messages import TokenLogprobs, i32
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON has no word for."""
+
+
+def columns(entry: TokenLogprobs) -> tuple[list[int], list[float]]:
+    """Token ids and log probabilities; the token that stands at the place comes first."""
+    logprobs = np.frombuffer(entry.logprobs, np.float32).tolist()
+    # Not max(): of a NaN and a number that gives the first.
+    return i32(entry.token_ids).tolist(), [value if value > LEAST_LOGPROB else LEAST_LOGPROB for value in logprobs]
+
+
+class TokenSpelling:
+    """How a token is written in log probabilities."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False, broken_prefix: str = "") -> None:
+        """Prepares.
+
+        Args:
+            tokenizer: Knows the bytes of each token.
+            as_ids: Write ``token_id:17``.
+            broken_prefix: Goes before the escapes of a token that is no text by itself.
+        """
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+        self._broken_prefix = broken_prefix
+
+    def bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
+
+    def text(self, token_id: int) -> str:
+        """Different tokens of one text have different spellings, as clients use them as keys."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return self._broken_prefix + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def chat_logprobs(entries: Iterable[TokenLogprobs], spelling: TokenSpelling) -> list[ChatLogprob]:
+    """One entry for each token."""
+    result = []
+    for entry in entries:
+        ids, logprobs = columns(entry)
+        texts = [spelling.text(token_id) for token_id in ids]
+        data = [list(spelling.bytes(token_id)) for token_id in ids]
+        top = [
+            TopLogprob(token=token, logprob=logprob, bytes=numbers)
+            for token, logprob, numbers in zip(texts[1:], logprobs[1:], data[1:], strict=True)
+        ]
+        result.append(ChatLogprob(token=texts[0], logprob=logprobs[0], bytes=data[0], top_logprobs=top))
+    return result
+
+
+def prompt_logprobs(
+    num_prompt_tokens: int, entries: Iterable[TokenLogprobs], spelling: TokenSpelling
+) -> PromptLogprobs:
+    """A dictionary for each token of the prompt but the first."""
+    result: PromptLogprobs = [None] * num_prompt_tokens
+    for entry in entries:
+        ids, logprobs = columns(entry)
+        described = {
+            token_id: PromptLogprob(logprob=logprob, rank=rank, decoded_token=spelling.text(token_id))
+            for rank, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True))
+        }
+        described[ids[0]].rank = entry.rank
+        result[entry.position] = described
+    return result
+
+
+class CompletionColumns:
+    """The log probabilities of one choice as columns, delta by delta; keeps count of the text's length."""
+
+    def __init__(self, spelling: TokenSpelling, skipped_ids: frozenset[int]) -> None:
+        """Prepares.
+
+        Args:
+            spelling: How tokens are written.
+            skipped_ids: Tokens that have no place in the text.
+        """
+        self._spelling = spelling
+        self._skipped_ids = skipped_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def prompt(self, token_ids: Sequence[int], text: str, entries: Iterable[TokenLogprobs]) -> CompletionLogprobs:
+        """The columns of an echoed prompt."""
+        by_position = {entry.position: entry for entry in entries}
+        spelled = b"".join(
+            self._spelling.bytes(token_id) for token_id in token_ids if token_id not in self._skipped_ids
+        )
+        # Some tokenizers put a space before a text, which is in its tokens and not in it.
+        self._length = len(text) - len(spelled.decode("utf-8", "replace"))
+        result = CompletionLogprobs()
+        for position, token_id in enumerate(token_ids):
+            self._append(result, token_id, by_position.get(position))
+        return result
+
+    def output(self, token_ids: Iterable[int], entries: Iterable[TokenLogprobs]) -> CompletionLogprobs:
+        """The columns of generated tokens."""
+        result = CompletionLogprobs()
+        for token_id, entry in _pairs(token_ids, entries):
+            self._append(result, token_id, entry)
+        return result
+
+    def _append(self, into: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None) -> None:
+        into.tokens.append(self._spelling.text(token_id))
+        into.text_offset.append(max(0, self._length))
+        if token_id not in self._skipped_ids:
+            # A character that several tokens spell counts where it ends.
+            self._length += len(self._decoder.decode(self._spelling.bytes(token_id)))
+        if entry is None:
+            into.token_logprobs.append(None)
+            into.top_logprobs.append(None)
+            return
+        ids, logprobs = columns(entry)
+        into.token_logprobs.append(logprobs[0])
+        # Without wish for likely tokens there is no dictionary; with it the token itself is always in it.
+        order = [*range(1, len(ids)), 0] if len(ids) > 1 else []
+        into.top_logprobs.append({self._spelling.text(ids[i]): logprobs[i] for i in order})
+
+
+def _pairs(token_ids: Iterable[int], entries: Iterable[TokenLogprobs]) -> Iterator[tuple[int, TokenLogprobs | None]]:
+    """Tokens with what is known of each; a token that an earlier engine computed may have lost its entry."""
+    known = iter(entries)
+    for token_id in token_ids:
+        yield token_id, next(known, None)

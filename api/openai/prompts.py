@@ -1,0 +1,130 @@
+"""From messages and texts to the token ids of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from api.chat_template import ChatTemplate, TemplateError, normalize_messages
+from api.errors import RequestError
+from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
+from api.serving import INLINE_TEXT, Serving
+
+_RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables of the template that are fields of the request."""
+
+
+async def render_messages(
+    serving: Serving, request: ChatCompletionRequest | TokenizeRequest, messages: Sequence[ChatMessage]
+) -> str:
+    """The text of a conversation.
+
+    Raises:
+        RequestError: There is no template for it, or the template refuses it.
+    """
+    template = _template(serving, request.chat_template)
+    continues = bool(request.continue_final_message)
+    add_generation_prompt = adds_generation_prompt(request)
+    if continues and add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+        )
+    variables = dict(request.chat_template_kwargs or {})
+    for name in _RESERVED:
+        if name in variables:
+            raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    wanted = serving.config.chat_template_content_format
+    content_format = template.content_format if wanted == "auto" else wanted
+    plain: list[dict[str, Any]] = msgspec.to_builtins(list(messages))
+    try:
+        normalized = normalize_messages(plain, content_format)
+        render = partial(
+            template.render,
+            normalized,
+            documents=request.documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continues,
+            **variables,
+        )
+        if _num_chars(normalized) <= INLINE_TEXT:
+            return render()
+        return await asyncio.get_running_loop().run_in_executor(serving.threads, render)
+    except ValueError as error:  # a TemplateError is one
+        raise RequestError(str(error), "messages") from error
+    except RecursionError as error:
+        raise RequestError("the conversation is nested too deeply", "messages") from error
+
+
+def _template(serving: Serving, source: str | None) -> ChatTemplate:
+    if source is not None:
+        if not serving.config.trust_request_chat_template:
+            raise RequestError(
+                "chat_template needs a server started with --trust-request-chat-template", "chat_template"
+            )
+        try:
+            return ChatTemplate(source, serving.tokenizer.special_tokens_map)
+        except TemplateError as error:
+            raise RequestError(str(error), "chat_template") from error
+    if serving.chat_template is None:
+        raise RequestError(
+            "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
+        )
+    return serving.chat_template
+
+
+def _num_chars(messages: Sequence[dict[str, Any]]) -> int:
+    return sum(len(message["content"]) for message in messages if isinstance(message.get("content"), str))
+
+
+def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest) -> bool:
+    """Whether the prompt ends with the header of an answer."""
+    if request.add_generation_prompt is not None:
+        return request.add_generation_prompt
+    return not request.continue_final_message
+
+
+def text_of(message: ChatMessage) -> str:
+    """The text of a message, whichever way it is given."""
+    content = message.content
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [part if isinstance(part, str) else part.get("text") for part in content]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+async def prompt_token_ids(
+    serving: Serving,
+    request: GenerationRequest,
+    prompt: str | list[int],
+    *,
+    add_special_tokens: bool,
+    max_tokens: int | None,
+) -> list[int]:
+    """Tokenises a prompt and cuts it to the length that the request wants.
+
+    Raises:
+        RequestError: It is too long or is no text.
+    """
+    keep = request.truncate_prompt_tokens
+    if request.add_special_tokens is not None:
+        add_special_tokens = request.add_special_tokens
+    if isinstance(prompt, str):
+        prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
+    if keep is None:
+        return prompt
+    longest = serving.limits.max_model_len
+    if keep > longest:
+        raise RequestError(
+            f"truncate_prompt_tokens must be at most the maximum context length of {longest}", "truncate_prompt_tokens"
+        )
+    if keep < 0:
+        keep = max(1, longest - max(1, max_tokens or 1))
+    if len(prompt) <= keep:
+        return prompt
+    return prompt[:keep] if request.truncation_side == "right" else prompt[len(prompt) - keep :]

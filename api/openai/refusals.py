@@ -1,0 +1,118 @@
+"""Fields of features that do not exist yet, refused by name rather than ignored.
+
+A feature that arrives deletes its rows here and gives its fields in ``protocol.py`` their types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from api.errors import RequestError
+from api.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+
+RequestT = TypeVar("RequestT")
+
+NOT_SUPPORTED = "{} is not supported by this server"
+
+
+class Refusal(msgspec.Struct, Generic[RequestT], frozen=True):
+    """A field, and whether a request asks for what it does."""
+
+    field: str
+    is_wanted: Callable[[RequestT], bool]
+    message: str = NOT_SUPPORTED
+
+
+def _wants_format(value: Any) -> bool:
+    return value is not None and not (isinstance(value, dict) and value.get("type") == "text")
+
+
+_GENERATION: tuple[Refusal[GenerationRequest], ...] = (
+    Refusal(
+        "response_format",
+        lambda request: _wants_format(request.response_format),
+        '{} other than {{"type": "text"}} is not supported by this server',
+    ),
+    Refusal("structured_outputs", lambda request: request.structured_outputs is not None),
+    Refusal("guided_json", lambda request: request.guided_json is not None),
+    Refusal("guided_regex", lambda request: request.guided_regex is not None),
+    Refusal("guided_choice", lambda request: request.guided_choice is not None),
+    Refusal("guided_grammar", lambda request: request.guided_grammar is not None),
+    Refusal("use_beam_search", lambda request: bool(request.use_beam_search)),
+    Refusal("prompt_embeds", lambda request: request.prompt_embeds is not None),
+    Refusal("logits_processors", lambda request: bool(request.logits_processors)),
+    Refusal("repetition_detection", lambda request: request.repetition_detection is not None),
+    Refusal("thinking_token_budget", lambda request: request.thinking_token_budget is not None),
+    Refusal("watermarking", lambda request: request.watermarking is not None),
+    Refusal("kv_transfer_params", lambda request: bool(request.kv_transfer_params)),
+    Refusal("return_token_offsets", lambda request: bool(request.return_token_offsets)),
+)
+
+_COMPLETION: tuple[Refusal[CompletionRequest], ...] = (
+    # As many as are returned is what happens without it.
+    Refusal(
+        "best_of",
+        lambda request: request.best_of not in (None, 0, 1, request.n or 1),
+        "{} larger than n is not supported by this server",
+    ),
+    Refusal("suffix", lambda request: request.suffix not in (None, "")),
+)
+
+_CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
+    Refusal("tools", lambda request: request.tools == [], "{} must not be an empty list"),
+    Refusal("tools", lambda request: request.tools is not None),
+    Refusal(
+        "tool_choice", lambda request: request.tool_choice not in (None, "none"), "{} needs tools, and there are none"
+    ),
+    Refusal("functions", lambda request: bool(request.functions)),
+    Refusal("function_call", lambda request: request.function_call not in (None, "none")),
+    Refusal(
+        "modalities",
+        lambda request: request.modalities not in (None, [], ["text"]),
+        '{} other than ["text"] are not supported by this server',
+    ),
+    Refusal("audio", lambda request: request.audio is not None),
+    Refusal("web_search_options", lambda request: request.web_search_options is not None),
+    Refusal("return_prompt_text", lambda request: bool(request.return_prompt_text)),
+    Refusal("return_assistant_tokens_mask", lambda request: bool(request.return_assistant_tokens_mask)),
+)
+
+_TOKENIZE: tuple[Refusal[TokenizeRequest], ...] = (Refusal("tools", lambda request: bool(request.tools)),)
+
+
+def refuse_completion(request: CompletionRequest) -> None:
+    """Refuses what completions cannot do yet.
+
+    Raises:
+        RequestError: It names the field.
+    """
+    _refuse(request, _GENERATION)
+    _refuse(request, _COMPLETION)
+
+
+def refuse_chat(request: ChatCompletionRequest) -> None:
+    """Refuses what chat completions cannot do yet.
+
+    Raises:
+        RequestError: It names the field.
+    """
+    _refuse(request, _GENERATION)
+    _refuse(request, _CHAT)
+
+
+def refuse_tokenize(request: TokenizeRequest) -> None:
+    """Refuses what /tokenize cannot do yet.
+
+    Raises:
+        RequestError: It names the field.
+    """
+    _refuse(request, _TOKENIZE)
+
+
+def _refuse(request: RequestT, refusals: tuple[Refusal[RequestT], ...]) -> None:
+    for refusal in refusals:
+        if refusal.is_wanted(request):
+            raise RequestError(refusal.message.format(refusal.field), refusal.field)

@@ -1,0 +1,91 @@
+"""From the fields of a request to ``SamplingParams``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from api.errors import RequestError
+from api.openai.protocol import GenerationRequest
+from api.params import SamplingParams
+
+_SAME_NAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "logprob_token_ids",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+
+
+def sampling_params(
+    request: GenerationRequest,
+    defaults: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """What a request asks for, then what the server prefers, then the built-in defaults.
+
+    Args:
+        request: Has the fields whose names and meanings are those of ``SamplingParams``.
+        defaults: The server's.
+        max_tokens: Longest completion.
+        logprobs: Most likely tokens to report at each place.
+        prompt_logprobs: The same for the prompt.
+
+    Raises:
+        RequestError: A field is out of range.
+    """
+    fields = msgspec.structs.asdict(request)
+    wanted = {name: fields[name] for name in _SAME_NAME if fields[name] is not None}
+    if logprobs is None and request.logprob_token_ids:
+        logprobs = 0
+    return SamplingParams(
+        **{**defaults, **wanted}, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+    )
+
+
+def check_stream_fields(request: GenerationRequest) -> None:
+    """Refuses what makes no sense together with, or without, ``stream``.
+
+    Raises:
+        RequestError: It names the field.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream to be true", "stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs cannot be streamed", "prompt_logprobs")
+
+
+def answer_id(prefix: str, request: Request, label: str | None) -> str:
+    """The id of an answer: with the client's own label, if it gave one."""
+    return f"{prefix}-{label or request.state.request_id}"
+
+
+def wants_usage(request: GenerationRequest, *, always: bool) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether every chunk has it."""
+    options = request.stream_options
+    if options is None:
+        return always, False
+    continuous = bool(options.continuous_usage_stats)
+    return always or bool(options.include_usage) or continuous, continuous

@@ -1,0 +1,283 @@
+"""From deltas to bytes on the wire: the path that every generated token takes.
+
+Be careful with additions to ``TokenStream``: what happens per token here happens thousands of times a second. An event
+carries what one step brought for one choice, which is one token; events that are ready together go out in one write.
+The constant parts of an event are encoded once per choice, and between two tokens there is one wait.
+
+``sse_starlette`` gives the response its headers and formats the events that are rare. Its own loop is not used: with
+its four tasks per response and a cancel scope per event it takes about four times as long per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.errors import EngineDeadError, RequestError
+from api.openai.errors import KINDS, render, to_request_error
+from api.openai.protocol import PromptTokensDetails, Usage
+from api.output import Delta, RequestState
+from api.params import SamplingParams
+from api.serving import Serving
+from engine_core.launch import get_logger
+
+logger = get_logger()
+
+DONE = ServerSentEvent("[DONE]", sep="\n").encode()
+KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
+MARK = "\0"
+"""Stands for the text while the constant parts of an event are encoded."""
+
+_MARK_JSON = msgspec.json.encode(MARK)
+
+
+def event(data: bytes) -> bytes:
+    """One server-sent event of a JSON value, which has no line breaks."""
+    return b"data: " + data + b"\n\n"
+
+
+def split_at_mark(data: bytes) -> tuple[bytes, bytes]:
+    """The constant parts of an event whose text is ``MARK``."""
+    before, _, after = event(data).partition(_MARK_JSON)
+    return before, after
+
+
+class Reply(Protocol):
+    """Gives the outputs of a generation the form of an endpoint."""
+
+    def event(self, delta: Delta) -> bytes:
+        """One or more server-sent events."""
+
+    def last_event(self) -> bytes:
+        """What follows the last delta."""
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        """The body of an answer that is not streamed: all deltas, folded."""
+
+
+class Generation:
+    """The engine requests behind one HTTP request. Whatever ends it, it leaves nothing running."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        """Prepares; see ``Serving.submit``. Nothing runs before ``start``."""
+        self.request_id = request_id
+        self.prompts = prompts
+        self.num_choices = len(prompts) * params.n
+        self.disconnected = False
+        """The client is gone, and with it the requests."""
+        self.states: list[RequestState] = []
+        self._serving = serving
+        self._params = params
+        self._priority = priority
+        self._cache_salt = cache_salt
+        self._channel = serving.client.open_channel()
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self, receive: Receive, *, quiet: bool = False) -> None:
+        """Starts the requests, and a watch over the connection.
+
+        Args:
+            receive: Of the HTTP request, whose body was read.
+            quiet: ``take`` need only return at the end of choices.
+
+        Raises:
+            RequestError: They cannot be served as they are.
+            EngineDeadError: The engine was given up.
+        """
+        self._channel.quiet = quiet
+        self.states = self._serving.submit(
+            self._channel,
+            self.request_id,
+            self.prompts,
+            self._params,
+            priority=self._priority,
+            cache_salt=self._cache_salt,
+        )
+        self._watcher = asyncio.create_task(self._watch(receive))
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.disconnected = True
+        self._serving.client.abort(self.states)
+        self._channel.wake()
+
+    async def take(self) -> list[Delta]:
+        """Waits for deltas; none come after ``wake`` and when the client is gone."""
+        return await self._channel.take()
+
+    def wake(self) -> None:
+        """Lets ``take`` return."""
+        self._channel.wake()
+
+    def close(self) -> None:
+        """Drops what is unfinished."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._serving.client.abort(self.states)
+
+    def failure(self, message: str) -> RequestError | EngineDeadError:
+        """The error that a delta's ``error`` amounts to."""
+        if self._serving.client.dead is not None:
+            return self._serving.client.dead
+        # The engine tried already, and more than once if that could help.
+        return RequestError(message, status=500, kind=KINDS[500], headers={"x-should-retry": "false"})
+
+    def usage(self, num_output_tokens: int | None = None) -> Usage:
+        """Tokens of all choices.
+
+        Args:
+            num_output_tokens: Generated tokens, if it is not all that there are.
+        """
+        states = self.states
+        if num_output_tokens is None:
+            num_output_tokens = sum(len(state.output_token_ids) for state in states)
+        num_prompt_tokens = sum(map(len, self.prompts))
+        cached = sum(state.num_cached_tokens for state in states[:: self._params.n])
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=num_output_tokens,
+            total_tokens=num_prompt_tokens + num_output_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
+
+
+class TokenStream(EventSourceResponse):
+    """An answer as server-sent events, one per token.
+
+    The head goes out with the first event or keep-alive comment: a request that fails before that gets a proper
+    status.
+    """
+
+    def __init__(self, generation: Generation, reply: Reply, keep_alive_interval: float) -> None:
+        super().__init__(_no_content(), ping=keep_alive_interval, sep="\n")
+        del self.headers["connection"]  # the server knows better, when it is about to stop
+        self._generation = generation
+        self._reply = reply
+        self._last_write = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        try:
+            generation.start(receive)
+            self._last_write = self._loop.time()
+            if self.ping_interval > 0:
+                self._timer = self._loop.call_later(self.ping_interval, self._watch_silence)
+            await self._stream(send)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            generation.close()
+
+    def _watch_silence(self) -> None:
+        now = self._loop.time()
+        due = self._last_write + self.ping_interval
+        if due <= now:
+            self._generation.wake()
+            due = now + self.ping_interval
+        self._timer = self._loop.call_at(due, self._watch_silence)
+
+    async def _stream(self, send: Send) -> None:
+        generation, to_event, time = self._generation, self._reply.event, self._loop.time
+        num_open = generation.num_choices
+        is_started = False
+        data: bytes
+        while num_open:
+            deltas = await generation.take()
+            if generation.disconnected:
+                return
+            try:
+                if len(deltas) == 1 and deltas[0].finish_reason is None:
+                    data = to_event(deltas[0])
+                elif deltas:
+                    data, num_finished = self._events(deltas)
+                    num_open -= num_finished
+                    if not num_open:
+                        data += self._reply.last_event() + DONE
+                else:
+                    data = KEEP_ALIVE
+            except Exception as error:
+                if not is_started:
+                    raise
+                await self._end_with_error(error, send)
+                return
+            if not is_started:
+                is_started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._last_write = time()
+            await send({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
+
+    def _events(self, deltas: list[Delta]) -> tuple[bytes, int]:
+        """The events of several deltas, or of one that ends a choice, and how many choices ended."""
+        num_finished = 0
+        parts = []
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                num_finished += 1
+                if delta.error is not None:
+                    raise self._generation.failure(delta.error)
+            parts.append(self._reply.event(delta))
+        return b"".join(parts), num_finished
+
+    async def _end_with_error(self, error: Exception, send: Send) -> None:
+        """Tells the client what happened; the status is long gone."""
+        if not isinstance(error, (RequestError, EngineDeadError)):
+            logger.error("request %s failed", self._generation.request_id, exc_info=error)
+        data = event(render(to_request_error(error))) + DONE
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+class WholeAnswer(Response):
+    """An answer in one piece, of the same deltas as a stream."""
+
+    media_type = "application/json"
+
+    def __init__(self, generation: Generation, reply: Reply) -> None:
+        super().__init__()
+        self._generation = generation
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        deltas: list[Delta] = []
+        try:
+            generation.start(receive, quiet=True)
+            num_open = generation.num_choices
+            while num_open:
+                new = await generation.take()
+                if generation.disconnected:
+                    return
+                for delta in new:
+                    if delta.finish_reason is not None:
+                        num_open -= 1
+                        if delta.error is not None:
+                            raise generation.failure(delta.error)
+                deltas += new
+        finally:
+            generation.close()
+        self.body = self._reply.whole(deltas)
+        self.init_headers()
+        await super().__call__(scope, receive, send)
+
+
+async def _no_content() -> AsyncIterator[bytes]:
+    """What the base class would stream."""
+    return
+    yield b""

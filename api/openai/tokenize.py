@@ -1,0 +1,49 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import RequestError
+from api.openai.body import read_json
+from api.openai.prompts import render_messages
+from api.openai.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from api.openai.refusals import refuse_tokenize
+from api.serving import Serving
+
+TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
+DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of a prompt or of a conversation, of whatever length."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, TOKENIZE_DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    refuse_tokenize(body)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        text = await render_messages(serving, body, body.messages)
+    else:
+        text = body.prompt or ""
+    add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    tokens = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=True)
+    answer = TokenizeResponse(count=len(tokens), max_model_len=serving.limits.max_model_len, tokens=tokens)
+    if body.return_token_strs:
+        answer.token_strs = [serving.tokenizer.id_to_token(token_id) or "" for token_id in tokens]
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, DETOKENIZE_DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    size = serving.limits.vocab_size
+    if body.tokens and (min(body.tokens) < 0 or max(body.tokens) >= size):
+        raise RequestError(f"tokens must be between 0 and {size - 1}", "tokens")
+    text = serving.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return Response(msgspec.json.encode(DetokenizeResponse(prompt=text)), media_type="application/json")

