@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import setproctitle
 import yaml
 
 from api import client_cli
@@ -74,6 +75,7 @@ def serve(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         parser.print_usage(sys.stderr)
         return _fail(str(error), EXIT_USAGE)
+    setproctitle.setproctitle("octavo api")
     setup_logging("api", config.log_level)
     try:
         files = find_model(config)

@@ -119,7 +119,8 @@ class Guard:
     def _has_key(self, scope: Scope) -> bool:
         values = header_values(scope, b"authorization")
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        given = hashlib.sha256(key.strip()).digest()
+        key = key.strip()
+        given = hashlib.sha256(key).digest()
         # All keys are compared, each in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(digest, given) for digest in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return scheme.lower() == b"bearer" and any(matches) and bool(key)

@@ -22,9 +22,7 @@ class Traffic:
         """No new requests are taken, as the server is about to stop."""
         self._idle = asyncio.Event()
         self._idle.set()
-        self._requests = Counter(
-            "http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry
-        )
+        self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
         self._durations = Histogram(
             "http_request_duration_seconds",
             "Time from a request's head to the end of its answer.",

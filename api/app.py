@@ -1,0 +1,113 @@
+"""The ASGI application: a route table and what every request passes through. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+
+from api import monitoring
+from api.middleware import Guard, RequestScope
+from api.openai import chat, completions, models, protocol, tokenize
+from api.openai.errors import EXCEPTION_HANDLERS
+from api.openapi import Document, Operation
+from api.serving import Serving
+from api.traffic import Traffic
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        chat.create_chat_completion,
+        "Answer a conversation",
+        request=protocol.ChatCompletionRequest,
+        response=protocol.ChatCompletionResponse,
+        chunk=protocol.ChatCompletionChunk,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        completions.create_completion,
+        "Continue texts",
+        request=protocol.CompletionRequest,
+        response=protocol.CompletionResponse,
+        chunk=protocol.CompletionResponse,
+    ),
+    Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
+    Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Show a model", response=protocol.ModelCard),
+    Operation(
+        "POST",
+        "/tokenize",
+        tokenize.tokenize,
+        "Turn a text or a conversation into token ids",
+        request=protocol.TokenizeRequest,
+        response=protocol.TokenizeResponse,
+    ),
+    Operation(
+        "POST",
+        "/detokenize",
+        tokenize.detokenize,
+        "Turn token ids into a text",
+        request=protocol.DetokenizeRequest,
+        response=protocol.DetokenizeResponse,
+    ),
+    Operation("GET", "/health", monitoring.health, "Tell whether requests are taken", is_open=True),
+    Operation("GET", "/ping", monitoring.ping, "The same as /health", is_open=True),
+    Operation(
+        "GET", "/version", monitoring.version, "Show the version", response=protocol.VersionResponse, is_open=True
+    ),
+    Operation("GET", "/metrics", monitoring.metrics, "Metrics for Prometheus", media_type="text/plain", is_open=True),
+)
+
+
+def create_app(serving: Serving, traffic: Traffic) -> Starlette:
+    """Builds the application.
+
+    Args:
+        serving: What the endpoints work with; the engine is ready.
+        traffic: Counts requests and says whether new ones are taken.
+    """
+    config = serving.config
+    document = Document(OPERATIONS, has_keys=bool(config.api_key), root_path=config.root_path)
+    operations = (*OPERATIONS, Operation("GET", "/openapi.json", document.show, "Show this document"))
+    guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
+    routes = [
+        Route(
+            operation.path,
+            operation.handler,
+            methods=[operation.method],
+            middleware=[] if operation.is_open else [guard],
+        )
+        for operation in operations
+    ]
+    middleware = [
+        Middleware(
+            RequestScope,
+            traffic=traffic,
+            handler_names={operation.handler: operation.path for operation in operations},
+            echo_ids=config.enable_request_id_headers,
+            log_requests=not config.disable_access_log,
+        )
+    ]
+    if config.allowed_origins:
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        serving.threads.shutdown(wait=False, cancel_futures=True)
+
+    app = Starlette(
+        routes=routes, middleware=middleware, exception_handlers=dict(EXCEPTION_HANDLERS), lifespan=lifespan
+    )
+    # A redirect would send clients to whatever host their request names.
+    app.router.redirect_slashes = False
+    app.state.serving = serving
+    app.state.traffic = traffic
+    return app

@@ -1,0 +1,307 @@
+"""Running the server: port, engine, HTTP, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import os
+import shlex
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Awaitable, Callable, Generator
+from typing import TypeVar
+
+import msgspec
+import uvicorn
+import uvloop
+
+from api.app import create_app
+from api.config import ServerConfig
+from api.engine_client import EngineClient
+from api.errors import EngineDeadError
+from api.http_protocol import BoundedHttpProtocol
+from api.metrics import EngineMetrics
+from api.model_files import ModelFiles
+from api.progress import LoadBar
+from api.serving import Serving
+from api.traffic import Traffic
+from engine_core.launch import get_logger
+
+logger = get_logger()
+T = TypeVar("T")
+
+BACKLOG = 2048
+KEEP_ALIVE_TIMEOUT = 65
+"""Seconds that an idle connection stays open: longer than proxies keep theirs, who would else run into its end."""
+FLUSH_TIMEOUT = 2.0
+"""Seconds that answers which were ended have to reach their clients."""
+SHUTTING_DOWN = "the server is shutting down"
+
+
+class PortInUseError(Exception):
+    """The address to listen on cannot be had; the message says why."""
+
+
+def run_server(
+    config: ServerConfig, files: ModelFiles, *, announce: Callable[[str], None] | None = None, progress: bool = True
+) -> int:
+    """Serves until a signal or the end of the engine.
+
+    Args:
+        config: Resolved, with the model's files in it.
+        files: The model's.
+        announce: Takes the text for people once requests are taken. Default: standard output.
+        progress: Show a bar while the model loads.
+
+    Returns:
+        The exit code: 0, or that of an engine that was given up after it had served.
+
+    Raises:
+        PortInUseError: Nothing was started.
+        EngineDeadError: The engine cannot be started.
+    """
+    faulthandler.register(signal.SIGUSR1)
+    listener = open_listener(config)
+    try:
+        return uvloop.run(_Run(config, files, listener, announce or _write, progress=progress).serve())
+    finally:
+        listener.close()
+        if config.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(config.uds)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def open_listener(config: ServerConfig) -> socket.socket:
+    """Takes the port, or the Unix socket, before anything expensive starts. Nobody can connect yet.
+
+    Raises:
+        PortInUseError: Somebody else has it, or it is not ours to take.
+    """
+    if config.uds is not None:
+        return _open_unix(config.uds)
+    where = f"{config.host or '0.0.0.0'}:{config.port}"
+    try:
+        found = socket.getaddrinfo(
+            config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+        )
+    except OSError as error:
+        raise PortInUseError(f"cannot listen on {where}: {error}") from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(f"cannot listen on {where}: {error.strerror}; choose another with --port") from error
+    return listener
+
+
+def _open_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise PortInUseError(f"cannot listen on {path}: it is a file, but no socket")
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)  # left behind by a server that is gone
+                else:
+                    raise PortInUseError(f"cannot listen on {path}: another server does")
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(f"cannot listen on {path}: {error.strerror}") from error
+    except PortInUseError:
+        listener.close()
+        raise
+    return listener
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own idea of signals."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers may hold a port as long as neither listens
+            raise PortInUseError(f"cannot listen: {error.strerror}") from error
+        self._on_listening()
+
+
+class _Run:
+    """One life of the server."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        files: ModelFiles,
+        listener: socket.socket,
+        announce: Callable[[str], None],
+        *,
+        progress: bool,
+    ) -> None:
+        self._config = config
+        self._files = files
+        self._listener = listener
+        self._announce = announce
+        self._bar = LoadBar(enabled=progress)
+        self._begin = time.monotonic()
+        self._stop = asyncio.Event()
+        """The first signal, or the end of the engine."""
+        self._stop_now = asyncio.Event()
+        """The second."""
+        self._exit_code = 0
+        names = config.served_model_name
+        self._metrics = EngineMetrics(names[0] if names else files.name)
+        self._client = EngineClient(
+            config.engine,
+            files.tokenizer,
+            self._metrics,
+            on_progress=self._bar.update,
+            on_fatal=self._on_fatal,
+            log_level=config.log_level,
+        )
+
+    async def serve(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            ready = await self._unless_stopped(self._client.start())
+            self._bar.close()
+            if ready is None:
+                return self._exit_code
+            serving = Serving(self._config, self._files, self._client, self._metrics, ready)
+            traffic = Traffic(self._metrics.registry)
+            server = _HttpServer(
+                _uvicorn_config(self._config, serving, traffic), lambda: self._announce(self._ready_text(serving))
+            )
+            # What lives now lives as long as the server: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+            stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
+            try:
+                await server.serve(sockets=[self._listener])
+            finally:
+                stopper.cancel()
+            return self._exit_code
+        finally:
+            self._bar.close()
+            await self._client.close()
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            logger.warning("%s again: stopping now", signal.Signals(number).name)
+            self._stop_now.set()
+        else:
+            logger.info("%s: stopping; once more to stop now", signal.Signals(number).name)
+            self._stop.set()
+
+    def _on_fatal(self, error: EngineDeadError) -> None:
+        logger.error("the engine was given up: %s", error)
+        self._exit_code = error.exit_code
+        self._stop.set()
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        """Waits for something; None if a signal came before."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            stop.cancel()
+
+    async def _stop_when_asked(self, server: _HttpServer, traffic: Traffic) -> None:
+        """New requests are refused, open ones may finish, then they are told the end."""
+        await self._stop.wait()
+        traffic.is_draining = True
+        if self._client.dead is None and traffic.num_open:
+            timeout = self._config.shutdown_timeout
+            logger.info("%d open requests have %g s to finish", traffic.num_open, timeout)
+            idle = asyncio.ensure_future(traffic.wait_idle(timeout))
+            now = asyncio.ensure_future(self._stop_now.wait())
+            await asyncio.wait((idle, now), return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+            now.cancel()
+        if traffic.num_open:
+            self._client.fail_all(SHUTTING_DOWN)
+            await traffic.wait_idle(FLUSH_TIMEOUT)
+        server.should_exit = True
+        server.force_exit = traffic.num_open > 0
+
+    def _ready_text(self, serving: Serving) -> str:
+        """What a person wants to know now, with a command to try."""
+        seconds = time.monotonic() - self._begin
+        config = self._config
+        target, options = _url(config, self._listener), ["-s"]
+        if config.uds is not None:
+            options += ["--unix-socket", config.uds]
+        headers = ["Content-Type: application/json"]
+        if config.api_key:
+            headers.append("Authorization: Bearer $OCTAVO_API_KEY")
+        if serving.chat_template is not None:
+            path = "/v1/chat/completions"
+            body: dict[str, object] = {"messages": [{"role": "user", "content": "Hello!"}]}
+        else:
+            path, body = "/v1/completions", {"prompt": "Hello"}
+        body = {"model": serving.model_name, **body, "max_tokens": 32}
+        command = [
+            "curl",
+            *map(shlex.quote, [*options, f"{target}{config.root_path}{path}"]),
+            *(f'-H "{header}"' for header in headers),
+            "-d",
+            shlex.quote(msgspec.json.encode(body).decode()),
+        ]
+        where = f"unix:{config.uds}" if config.uds is not None else f"{target}{config.root_path}/v1"
+        return f"Serving {serving.model_name} at {where} (ready in {seconds:.1f} s). Try:\n\n  {' '.join(command)}\n"
+
+
+def _url(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return "http://localhost"
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _uvicorn_config(config: ServerConfig, serving: Serving, traffic: Traffic) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(serving, traffic),
+        loop="none",
+        http=BoundedHttpProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="debug" if config.log_level == "debug" else "warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        root_path=config.root_path,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+        timeout_graceful_shutdown=int(FLUSH_TIMEOUT),
+    )

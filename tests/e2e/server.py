@@ -1,0 +1,131 @@
+"""A server in processes of its own, for tests that want the real thing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+READY = re.compile(r"Serving \S+ at (http://\S+)/v1 ")
+START_TIMEOUT = 120
+
+
+class Server:
+    """``python -m api`` with some flags. Leaves no process behind, and says so if one stays."""
+
+    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "api", "--port", "0", *flags],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.errors: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+        self._children: list[psutil.Process] = []
+        watchdog = threading.Timer(START_TIMEOUT, self.process.kill)
+        watchdog.start()
+        try:
+            self.url = self._wait_until_ready()
+        finally:
+            watchdog.cancel()
+        self._children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line)
+
+    def _wait_until_ready(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if match := READY.match(line):
+                return match[1]
+        self.process.wait()
+        self._reader.join()
+        raise AssertionError(f"the server did not start: {''.join(self.errors)}")
+
+    def child(self, title: str) -> psutil.Process:
+        """The child process of that title."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if title in " ".join(process.cmdline()):
+                return process
+        raise AssertionError(f"there is no process {title!r}")
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        lines = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=120, **options)
+
+    def stop(self) -> int:
+        """Asks the server to end, waits, and checks that nothing is left. Returns the exit code."""
+        children = {*self._children, *_children(self.process.pid)}
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        for process in alive:
+            process.kill()
+        assert not alive, f"processes outlived the server: {alive}"
+        self._reader.join()
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def run_cli(*arguments: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m api`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "api", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def stream_text(lines: Iterator[str]) -> Iterator[str]:
+    """The data of server-sent events."""
+    for line in lines:
+        if line.startswith("data: "):
+            yield line[len("data: ") :]

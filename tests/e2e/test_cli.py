@@ -1,0 +1,127 @@
+"""Starting with something wrong: one line that says what, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.server import Server, run_cli
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def broken(source: Path, target: Path) -> Path:
+    """A copy of a model to be damaged."""
+    return Path(shutil.copytree(source, target / "model"))
+
+
+def refused(model: Path, *flags: str, code: int = 78) -> str:
+    """The one line that starting this model gives."""
+    result = run_cli("serve", str(model), "--port", "0", *flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("octavo: ")]
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_a_truncated_weight_file(tiny_model: Path, tmp_path: Path) -> None:
+    model = broken(tiny_model, tmp_path)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refused(model)
+    assert str(file) in message and "truncated" in message
+
+
+def test_a_missing_tensor(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = broken(tiny_model, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors")
+    message = refused(model)
+    assert "model.norm.weight" in message and "missing" in message
+
+
+def test_a_truncated_gguf_file(demo_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    with demo_model.open("rb") as source:
+        file.write_bytes(source.read(30_000_000))
+    assert str(file) in refused(file)
+    file.write_bytes(b"GGUF" + b"\xff" * 100)
+    assert str(file) in refused(file)
+
+
+def test_a_bad_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    model = broken(tiny_model, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["Nonesuch"]}))
+    assert "Nonesuch" in refused(model) and "LlamaForCausalLM" in refused(model)
+    (model / "config.json").write_text("{")
+    assert "config.json" in refused(model)
+
+
+def test_no_such_model() -> None:
+    message = refused(Path("/nonexistent/model"))
+    assert "/nonexistent/model" in message
+
+
+def test_a_context_that_does_not_fit(tiny_model: Path) -> None:
+    message = refused(tiny_model, "--kv-cache-memory", "64KiB")
+    assert "--max-model-len" in message and "--kv-cache-memory" in message
+    message = refused(tiny_model, "--max-model-len", "100000000")
+    assert "--max-model-len 100000000" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs: expected int >= 1"),
+        (["--dtype", "int3"], "--dtype: invalid choice"),
+        (["--nonesuch"], "unrecognized arguments: --nonesuch"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
+        (["--hf-overrides", "{"], "--hf-overrides"),
+        (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["a", "--model", "b"], "two models are named"),
+    ],
+)
+def test_bad_flags(flags: list[str], expected: str) -> None:
+    result = run_cli("serve", *flags)
+    assert result.returncode == 2
+    assert expected in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_port_in_use(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_cli("--model", str(tiny_model), "--port", str(port))
+    assert result.returncode == 1
+    assert f"127.0.0.1:{port}" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_flags_from_a_file_and_the_environment(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {tiny_model}\nmax-model-len: 256\nserved_model_name: [a, b]\nkv-cache-memory: 16MiB\n")
+    with Server("--config", str(file), "--max-model-len", "128", env={"VLLM_API_KEY": "key"}) as server:
+        assert server.post("/v1/completions", {"prompt": "x"}).status_code == 401
+        headers = {"Authorization": "Bearer key"}
+        answer = server.post("/v1/completions", {"prompt": [5] * 200}, headers=headers)
+        assert answer.status_code == 400 and "128 tokens" in answer.json()["error"]["message"]
+        assert server.post("/v1/completions", {"prompt": "x", "model": "b"}, headers=headers).json()["model"] == "a"
+
+
+def test_chat_and_complete_talk_to_a_server(demo_model: Path) -> None:
+    with Server("--model", str(demo_model)) as server:
+        url = f"{server.url}/v1"
+        result = run_cli("chat", "--url", url, "--temperature", "0", "-q", "What is the capital of France?")
+        assert result.returncode == 0 and "Paris" in result.stdout
+        result = run_cli("complete", "--url", url, "--temperature", "0", "--max-tokens", "8", "-q", "One, two, three,")
+        assert result.returncode == 0 and result.stdout.startswith("One, two, three,") and len(result.stdout) > 18
+    result = run_cli("chat", "--url", url, "-q", "x")
+    assert result.returncode == 1 and "no server at" in result.stderr
+    assert run_cli("--version").stdout.strip().count(".") == 2
+    assert "--max-model-len" in run_cli("serve", "--help").stdout
