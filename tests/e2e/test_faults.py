@@ -139,6 +139,8 @@ def test_open_streams_finish_after_sigterm(flags: list[str]) -> None:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body(1), timeout=120) as response:
             lines = response.iter_lines()
             next(lines)
+            for title in ("octavo engine_core", "octavo worker 0"):  # as service managers do
+                server.child(title).send_signal(signal.SIGTERM)
             server.process.send_signal(signal.SIGTERM)
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
