@@ -52,6 +52,8 @@ PING_TIMEOUT = 60.0
 """Seconds without an answer after which an engine core counts as hung. It never waits for a forward pass, so even a
 heavily loaded machine answers much sooner."""
 
+MAX_MESSAGES_PER_TURN = 2
+
 ControlMessage = Ping | StatusRequest | ResetPrefixCache
 
 
@@ -258,17 +260,24 @@ class EngineClient:
             self._loop.call_soon(self._receive)
 
     def _receive(self) -> None:
-        """Takes all messages that are there."""
-        if self._closing:
-            return
+        """Takes messages that are there, a few at a time: their consumers and new connections must get their turns."""
+        if self._take(MAX_MESSAGES_PER_TURN):
+            assert self._loop is not None
+            self._loop.call_soon(self._receive)
+
+    def _take(self, limit: int) -> bool:
+        """Handles up to ``limit`` messages. False: there are no more."""
         expected = engine_identity(self._epoch)
-        while True:
+        for _ in range(limit):
+            if self._closing:
+                return False
             try:
                 identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
             except zmq.Again:
-                return
+                return False
             if identity == expected:
                 self._handle(self._decoder.decode(frame))
+        return True
 
     def _handle(self, message: FromEngineCore) -> None:
         if isinstance(message, EngineCoreOutputs):
@@ -303,7 +312,8 @@ class EngineClient:
 
     def _on_exit(self, code: int) -> None:
         """The engine core process ended unasked: start another, unless it said that this is of no use."""
-        self._receive()
+        while self._take(MAX_MESSAGES_PER_TURN):
+            pass
         self._serving = False
         for future in self._calls.values():
             if not future.done():
