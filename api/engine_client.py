@@ -52,6 +52,9 @@ PING_TIMEOUT = 60.0
 """Seconds without an answer after which an engine core counts as hung. It never waits for a forward pass, so even a
 heavily loaded machine answers much sooner."""
 
+LAST_WORDS_TIMEOUT = 200
+"""Milliseconds to wait for the reason of an engine core that has ended with an error."""
+
 MAX_MESSAGES_PER_TURN = 2
 
 ControlMessage = Ping | StatusRequest | ResetPrefixCache
@@ -140,14 +143,18 @@ class EngineClient:
     async def close(self) -> None:
         """Ends the engine. Unfinished requests end with an error."""
         self._closing = True
+        if self.dead is None:
+            self.dead = EngineDeadError("the server is shutting down")
         if self._pinger is not None:
             self._pinger.cancel()
         await self._supervisor.stop()
-        if self._loop is not None:
+        if self._fd >= 0:
+            assert self._loop is not None
             self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
         self._context.term()
-        self._processor.fail_all("the server is shutting down")
+        self._fail_calls()
+        self._processor.fail_all(str(self.dead))
 
     @property
     def num_unfinished(self) -> int:
@@ -200,9 +207,10 @@ class EngineClient:
             cache_salt=cache_salt,
         )
         state = RequestState(message, options, self.tokenizer, channel, choice)
+        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
         self._processor.add(state)
         if self._serving:
-            self._send(message)
+            self._send_frame(frame)
         return state
 
     def _check_queue(self) -> None:
@@ -216,8 +224,7 @@ class EngineClient:
 
     def abort(self, states: Iterable[RequestState]) -> None:
         """Drops requests; those that are finished already are left alone."""
-        indices = [state.index for state in states if self._processor.remove(state.index) is not None]
-        self._abort(indices)
+        self._abort([state.index for state in states if self._processor.abort(state)])
 
     def fail_all(self, message: str) -> None:
         """Ends all requests with an error, and refuses those to come."""
@@ -248,22 +255,29 @@ class EngineClient:
     # -- messages ------------------------------------------------------------------------------------------
 
     def _send(self, message: ToEngineCore) -> None:
+        self._send_frame(self._encoder.encode(message))
+
+    def _send_frame(self, frame: bytes) -> None:
         try:
-            self._socket.send_multipart((engine_identity(self._epoch), self._encoder.encode(message)), zmq.NOBLOCK)
+            self._socket.send_multipart((engine_identity(self._epoch), frame), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             # It is gone and its end not noticed yet: the journal has the request.
             logger.debug("message not delivered: %s", error)
-            return
         # ZeroMQ's descriptor tells of events once; sending may have swallowed one.
         assert self._loop is not None
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._receive)
 
     def _receive(self) -> None:
         """Takes messages that are there, a few at a time: their consumers and new connections must get their turns."""
-        if self._take(MAX_MESSAGES_PER_TURN):
-            assert self._loop is not None
-            self._loop.call_soon(self._receive)
+        is_done = False
+        try:
+            is_done = not self._take(MAX_MESSAGES_PER_TURN)
+        finally:
+            # Even after an error: ZeroMQ's descriptor stays silent until everything was taken.
+            if not is_done:
+                assert self._loop is not None
+                self._loop.call_soon(self._receive)
 
     def _take(self, limit: int) -> bool:
         """Handles up to ``limit`` messages. False: there are no more."""
@@ -287,7 +301,7 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(message.result)
         elif isinstance(message, LoadProgress):
-            if self._on_progress is not None:
+            if self._on_progress is not None and self.ready is None:
                 self._on_progress(message)
         elif isinstance(message, EngineReady):
             self._on_ready(message)
@@ -312,13 +326,9 @@ class EngineClient:
 
     def _on_exit(self, code: int) -> None:
         """The engine core process ended unasked: start another, unless it said that this is of no use."""
-        while self._take(MAX_MESSAGES_PER_TURN):
-            pass
-        self._serving = False
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineDeadError("the engine died before it answered"))
-        self._calls.clear()
+        self._take_last_words(code)
+        was_serving, self._serving = self._serving, False
+        self._fail_calls()
         words = self._last_words
         assert self._started is not None
         if words is not None or not self._started.done():
@@ -333,11 +343,36 @@ class EngineClient:
             self._give_up(EngineDeadError(f"the engine core died {len(self._deaths)} times; gave up"))
             return
         logger.error("the engine core ended with exit code %d; starting it again", code)
+        if was_serving:  # one that died while it loaded had none of the requests
+            self._blame()
+        try:
+            self._launch()
+        except OSError as error:
+            self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
+
+    def _take_last_words(self, code: int) -> None:
+        """Handles what an engine core that has ended still sent."""
+        if code > 0 and self._last_words is None:
+            self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
+        while True:
+            try:
+                if not self._take(MAX_MESSAGES_PER_TURN):
+                    return
+            except Exception:
+                logger.exception("a message of the engine core could not be handled")
+
+    def _blame(self) -> None:
+        """Counts a death for each unfinished request; ends those that were there at too many."""
         for state in list(self._processor.states.values()):
             state.num_crashes += 1
             if state.num_crashes >= MAX_CRASHES:
                 self._processor.fail(state, "the engine failed repeatedly while it computed this request")
-        self._launch()
+
+    def _fail_calls(self) -> None:
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError("the engine died before it answered"))
+        self._calls.clear()
 
     def _give_up(self, error: EngineDeadError) -> None:
         self.dead = error

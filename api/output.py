@@ -170,6 +170,13 @@ class OutputProcessor:
             state.finished = True
         return state
 
+    def abort(self, state: RequestState) -> bool:
+        """Forgets a request that nobody waits for any more. False: it was finished already."""
+        if self.remove(state.index) is None:
+            return False
+        self._metrics.on_finished(state, FINISH_REASONS[FinishReason.ABORT])
+        return True
+
     def process(self, outputs: EngineCoreOutputs) -> list[int]:
         """Hands each row of a step to the consumer of its request.
 

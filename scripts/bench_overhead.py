@@ -21,31 +21,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import gc
-import http.client
 import json
 import os
 import random
 import re
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from array import array
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from bench_serve import WORDS, compare, describe, format_comparison, format_distributions, run_loop
+from processes import (
+    Server,
+    descendants,
+    end_process,
+    processor_seconds,
+    resident_bytes,
+    signals_as_exceptions,
+    start_process,
+)
 from simulate import format_steady, measure_steady
 from sse_client import EventStream, HttpClient
 
-ROOT = Path(__file__).resolve().parents[1]
 EVENT = b"data: {"
 """Every event but the last starts so."""
 END = b"\r\n0\r\n\r\n"
@@ -54,9 +55,7 @@ USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 RECENT = 800
 """Bytes before the end of a response in which its usage report lies."""
 START_TIMEOUT = 120.0
-"""Seconds that a server has until it takes requests, and then until every client has had an event."""
-STOP_TIMEOUT = 10.0
-"""Seconds that a server has to end after it was asked to."""
+"""Seconds until every client has had an event."""
 BAR = 15000.0
 """Tokens per second through the whole stack that are expected of it."""
 PLANNING_BAR_MS = 1.5
@@ -257,148 +256,11 @@ async def generate(load: Load) -> dict[str, Any]:
     }
 
 
-def processor_seconds(pids: dict[str, int]) -> dict[str, float]:
-    """User and system time of processes, by name."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    seconds: dict[str, float] = {}
-    for name, pid in pids.items():
-        fields = _stat(pid)
-        seconds[name] = (int(fields[11]) + int(fields[12])) / ticks if fields else 0.0
-    return seconds
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory that a process has in use."""
-    fields = _stat(pid)
-    return int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, which may hold anything; empty if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-# -- the server ------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """A server with a modelled device, from its start to the end of its last process."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        """Starts it.
-
-        Args:
-            arguments: Flags of ``octavo serve``, beside the port.
-        """
-        self.port = free_port()
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = start_process(
-            ["-m", "api", "serve", "--port", str(self.port), *arguments], stdout=self._log, stderr=self._log
-        )
-        self._known: set[tuple[int, str]] = set()
-        """Process ids and start times of everything that the server has started."""
-
-    @property
-    def pids(self) -> dict[str, int]:
-        """Process ids by name."""
-        children = descendants(self._process.pid)
-        self._known |= children
-        pids = {"api": self._process.pid}
-        # With a modelled device there is one child: workers would be its children in turn.
-        for pid, _ in sorted(children):
-            if _stat(pid)[1] == str(self._process.pid):
-                pids["engine_core"] = pid
-        return pids
-
-    def wait_ready(self) -> None:
-        """Waits until requests are taken.
-
-        Raises:
-            RuntimeError: It ended, or did not get ready in time.
-        """
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server ended with exit code {self._process.returncode}:\n{self.log()}")
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-                try:
-                    connection.request("GET", "/health")
-                    if connection.getresponse().status == 200:
-                        return
-                finally:
-                    connection.close()
-            time.sleep(0.1)
-        raise RuntimeError(f"the server is not ready after {START_TIMEOUT:.0f} s:\n{self.log()}")
-
-    def log(self) -> str:
-        """The end of what the server wrote."""
-        self._log.seek(0)
-        return self._log.read()[-4000:].decode("utf-8", "replace")
-
-    def stop(self) -> None:
-        """Ends the server and whatever it started."""
-        self._known |= descendants(self._process.pid)
-        end_process(self._process)
-        deadline = time.monotonic() + STOP_TIMEOUT
-        for pid, started in self._known:
-            while is_alive(pid, started) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            if is_alive(pid, started):
-                os.kill(pid, signal.SIGKILL)
-        self._log.close()
-
-
-def start_process(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Starts Python in the repository; the process dies with this one, however this one ends."""
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
-    libc = ctypes.CDLL(None)
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
-        **options,
-    )
-
-
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, and ends it if it does not."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def descendants(pid: int) -> set[tuple[int, str]]:
-    """Ids and start times of all processes below one."""
-    found: set[tuple[int, str]] = set()
-    parents = {pid}
-    stats = [(int(entry.name), _stat(int(entry.name))) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    while parents:
-        children = {(child, fields[19]) for child, fields in stats if fields and int(fields[1]) in parents}
-        parents = {child for child, _ in children - found}
-        found |= children
-    return found
-
-
-def is_alive(pid: int, started: str) -> bool:
-    """Whether a process still runs; another one with its id does not count."""
-    fields = _stat(pid)
-    return bool(fields) and fields[0] != "Z" and fields[19] == started
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def named_pids(pid: int) -> dict[str, int]:
+    """The processes of a server with a modelled device, by name: its one child is the engine core."""
+    pids = {"api": pid}
+    pids.update(("engine_core", child) for child, _ in descendants(pid))
+    return pids
 
 
 # -- the measurement -------------------------------------------------------------------------------------------
@@ -466,7 +328,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "--max-num-batched-tokens": max(8192, 8 * arguments.clients),
         "--log-level": "warning",
     }
-    server = Server([*(str(part) for flag in flags.items() for part in flag), *arguments.server_flags])
+    command = [sys.executable, "-m", "api", "serve", "--port", "{port}"]
+    server = Server([*command, *(str(part) for flag in flags.items() for part in flag), *arguments.server_flags])
     try:
         server.wait_ready()
         extra_events = run_loop(check_events(server.port, path, bodies[0]))
@@ -478,7 +341,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             bodies=bodies,
             path=path,
             extra_events=extra_events,
-            pids=server.pids,
+            pids=named_pids(server.pid),
         )
         figures = run_load(load)
         if figures["failed"]:
@@ -494,7 +357,9 @@ def run_load(load: Load) -> dict[str, Any]:
     Raises:
         RuntimeError: It failed.
     """
-    process = start_process([str(Path(__file__).resolve()), "--load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = start_process(
+        [sys.executable, str(Path(__file__).resolve()), "--load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         output, _ = process.communicate(
             json.dumps(asdict(load)).encode(), load.warmup + load.duration + 2 * START_TIMEOUT
@@ -537,21 +402,6 @@ def format_report(figures: dict[str, Any]) -> str:
     ]
     lines += [f"failed: {figures['failed']} clients, such as: {error}" for error in figures["errors"]]
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the stack, so that what was started is stopped."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def create_parser() -> argparse.ArgumentParser:

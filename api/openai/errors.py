@@ -34,7 +34,7 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
     503: {"Retry-After": "1"},
 }
 
-ENGINE_DEAD = "The engine has failed and this server is about to stop."
+ENGINE_DEAD = "The engine is not running and this server is about to stop."
 INTERNAL = "The server failed to process the request, which is a fault of the server."
 
 _PLACE = re.compile(r" - at (?:`key` in )?`(\$[^`]*)`$")

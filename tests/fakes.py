@@ -1,0 +1,379 @@
+"""Stand-ins for what is slow or needs files: an engine with a script, a tokenizer, a client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import tokenizers
+from starlette.applications import Starlette
+from starlette.types import Message
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from api.app import create_app
+from api.config import ServerConfig
+from api.engine_client import EngineClient
+from api.errors import EngineDeadError, RequestError
+from api.metrics import EngineMetrics
+from api.model_files import ModelFiles
+from api.output import Channel, OutputOptions, OutputProcessor, RequestState
+from api.serving import Serving
+from api.tokenizer import Tokenizer
+from api.traffic import Traffic
+from engine_core.messages import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineReady,
+    FinishReason,
+    ResolvedParams,
+    SchedulerStats,
+    TokenLogprobs,
+    i32,
+)
+
+BOS, EOS, IM_START, IM_END = 0, 1, 2, 3
+FIRST_BYTE = 4
+"""Id of the token that spells byte 0; the other bytes follow."""
+MERGED = ("th", "he", "ll", "the")
+"""Tokens of more than one byte."""
+VOCAB_SIZE = FIRST_BYTE + 256 + len(MERGED)
+MAX_MODEL_LEN = 512
+MODEL = "fake-model"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+Script = Callable[[list[int], ResolvedParams], Iterable[int]]
+
+
+def token_of(byte: int) -> int:
+    """Id of the token that spells one byte."""
+    return FIRST_BYTE + byte
+
+
+def tokens_of(text: str) -> list[int]:
+    """One token for each byte."""
+    return [token_of(byte) for byte in text.encode()]
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level, with four special tokens; puts a start token before a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelling = _byte_spelling()
+    assert set(alphabet) == set(spelling)
+    vocab = {"<s>": BOS, "</s>": EOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+    vocab |= {char: FIRST_BYTE + byte for byte, char in enumerate(spelling)}
+    vocab |= {token: FIRST_BYTE + 256 + i for i, token in enumerate(MERGED)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("h", "e"), ("l", "l"), ("th", "e")]))
+    backend.add_special_tokens([AddedToken(token, special=True) for token in list(vocab)[:4]])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return Tokenizer(
+        backend,
+        special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"},
+        eos_token_ids=[EOS, IM_END],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _byte_spelling() -> list[str]:
+    """How GPT-2 spells each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def echo_script(prompt: list[int], params: ResolvedParams) -> Iterable[int]:
+    """The prompt without its special tokens, over and over."""
+    body = [token for token in prompt if token >= FIRST_BYTE] or [token_of(ord("."))]
+    while True:
+        yield from body
+
+
+def says(text: str, end: int | None = EOS) -> Script:
+    """A script that says one thing, then the end token, if it has one."""
+
+    def script(prompt: list[int], params: ResolvedParams) -> Iterable[int]:
+        yield from tokens_of(text)
+        while end is not None:
+            yield end
+        yield from echo_script(prompt, params)
+
+    return script
+
+
+class _Row:
+    def __init__(self, state: RequestState, tokens: Iterable[int]) -> None:
+        self.state = state
+        self.tokens = iter(tokens)
+        self.num_tokens = 0
+
+
+class FakeEngineClient:
+    """What ``Serving`` needs of an ``EngineClient``, without processes.
+
+    A step gives each request one token of its script; it takes one turn of the event loop. Everything that the engine
+    core decides is decided as it would: stop tokens, lengths, log probabilities. Text is made by the real
+    ``OutputProcessor``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics, script: Script = echo_script) -> None:
+        self.tokenizer = tokenizer
+        self.dead: EngineDeadError | None = None
+        self.script = script
+        self.submitted: list[EngineCoreRequest] = []
+        """Every request there ever was."""
+        self.aborted: list[int] = []
+        """Indices of the requests that the consumer dropped."""
+        self.max_queued: int | None = None
+        self.num_cached_tokens = 0
+        self.steps_left: int | None = None
+        """None: no bound. Requests wait at 0."""
+        self._processor = OutputProcessor(metrics)
+        self._rows: dict[int, _Row] = {}
+        self._stepper: asyncio.Task[None] | None = None
+        self._next_index = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._processor.states)
+
+    @property
+    def is_serving(self) -> bool:
+        return self.dead is None
+
+    def open_channel(self) -> Channel:
+        return Channel(asyncio.get_running_loop())
+
+    def submit(
+        self,
+        channel: Channel,
+        choice: int,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: ResolvedParams,
+        options: OutputOptions,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestState:
+        if self.dead is not None:
+            raise self.dead
+        if self.max_queued is not None and self.num_unfinished >= self.max_queued:
+            raise RequestError("The engine is currently busy.", status=503, kind="ServiceUnavailableError")
+        self._next_index += 1
+        message = EngineCoreRequest(
+            request_id=request_id,
+            index=self._next_index,
+            prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
+            sampling_params=params,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self.submitted.append(message)
+        state = RequestState(message, options, self.tokenizer, channel, choice)
+        self._processor.add(state)
+        self._rows[state.index] = _Row(state, self.script(list(prompt_token_ids), params))
+        if self._stepper is None or self._stepper.done():
+            self._stepper = asyncio.create_task(self._run())
+        return state
+
+    def abort(self, states: Iterable[RequestState]) -> None:
+        for state in states:
+            if self._processor.remove(state.index) is not None:
+                self.aborted.append(state.index)
+                self._rows.pop(state.index, None)
+
+    def fail(self, message: str) -> None:
+        """All requests go wrong, as with bad logits."""
+        for state in list(self._processor.states.values()):
+            self._processor.fail(state, message)
+        self._rows.clear()
+
+    def fail_one(self, message: str) -> None:
+        """One request goes wrong."""
+        index, state = next(iter(self._processor.states.items()))
+        self._processor.fail(state, message)
+        del self._rows[index]
+
+    def fail_all(self, message: str) -> None:
+        self.dead = EngineDeadError(message)
+        self.fail(message)
+
+    async def _run(self) -> None:
+        while self._rows:
+            await asyncio.sleep(0)
+            if self.steps_left is not None:
+                if self.steps_left <= 0:
+                    await asyncio.sleep(0.001)
+                    continue
+                self.steps_left -= 1
+            self._step()
+
+    def _step(self) -> None:
+        plain: list[tuple[int, int, int]] = []
+        special: list[EngineCoreOutput] = []
+        for index, row in list(self._rows.items()):
+            token = next(row.tokens)
+            output = self._output(row, token)
+            if output is None:
+                plain.append((index, row.num_tokens, token))
+            else:
+                special.append(output)
+                if output.finish_reason is not None:
+                    del self._rows[index]
+            row.num_tokens += 1
+        outputs = EngineCoreOutputs(
+            engine_epoch=1,
+            indices=array("q", [index for index, _, _ in plain]).tobytes(),
+            output_indices=array("i", [number for _, number, _ in plain]).tobytes(),
+            token_ids=array("i", [token for _, _, token in plain]).tobytes(),
+            outputs=tuple(special),
+            scheduler_stats=SchedulerStats(num_scheduled_tokens=len(self._rows)),
+            timestamp=time.monotonic(),
+        )
+        for index in self._processor.process(outputs):
+            self._rows.pop(index, None)
+
+    def _output(self, row: _Row, token: int) -> EngineCoreOutput | None:
+        """What a token has to say beside itself, if anything."""
+        params = row.state.message.sampling_params
+        assert params is not None
+        number = row.num_tokens
+        stopped = token in params.all_stop_token_ids and number + 1 >= params.min_tokens
+        full = number + 1 >= params.max_tokens
+        if number and not stopped and not full and params.logprobs is None:
+            return None
+        prompt = i32(row.state.message.prompt_token_ids).tolist()
+        prompt_logprobs = []
+        if params.prompt_logprobs is not None and number == 0:
+            prompt_logprobs = [
+                fake_logprobs(prompt[position], position, params.prompt_logprobs) for position in range(1, len(prompt))
+            ]
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
+        return EngineCoreOutput(
+            index=row.state.index,
+            first_output_index=number,
+            new_token_ids=(token,),
+            finish_reason=reason,
+            stop_reason=token if stopped and token in params.stop_token_ids else None,
+            new_logprobs=()
+            if params.logprobs is None
+            else (fake_logprobs(token, 0, params.logprobs, params.logprob_token_ids),),
+            prompt_logprobs=tuple(prompt_logprobs),
+            num_cached_tokens=self.num_cached_tokens if number == 0 else None,
+            scheduled_time=time.monotonic() if number == 0 else None,
+        )
+
+
+def fake_logprobs(token: int, position: int, count: int, wanted: Sequence[int] = ()) -> TokenLogprobs:
+    """The token itself with -1, the next ids in the vocabulary with -2, -3 and so on."""
+    others = list(wanted) or [(token + 1 + i) % VOCAB_SIZE for i in range(VOCAB_SIZE if count < 0 else count)]
+    return TokenLogprobs(
+        row=0,
+        position=position,
+        token_ids=array("i", [token, *others]).tobytes(),
+        logprobs=array("f", [-1.0 - i for i in range(1 + len(others))]).tobytes(),
+        rank=1,
+    )
+
+
+class FakeServer:
+    """The application over a fake engine."""
+
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        script: Script = echo_script,
+        generation_config: dict[str, Any] | None = None,
+        chat_template: str | None = CHAT_TEMPLATE,
+    ) -> None:
+        tokenizer = tiny_tokenizer()
+        self.metrics = EngineMetrics(MODEL)
+        self.engine = FakeEngineClient(tokenizer, self.metrics, script)
+        files = ModelFiles(
+            name=MODEL,
+            path=Path("fake"),
+            gguf=None,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            generation_config=generation_config or {},
+        )
+        ready = EngineReady(
+            engine_epoch=1,
+            pid=1,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            num_kv_blocks=8,
+            block_size=32,
+            kv_cache_bytes=1,
+            weight_bytes=1,
+            max_num_seqs=8,
+        )
+        client = cast(EngineClient, self.engine)
+        self.serving = Serving(config or ServerConfig(), files, client, self.metrics, ready)
+        self.traffic = Traffic(self.metrics.registry)
+        self.app: Starlette = create_app(self.serving, self.traffic)
+
+
+class Connection:
+    """One HTTP request at the level of ASGI, by a client that may leave at any time."""
+
+    def __init__(
+        self,
+        app: Starlette,
+        path: str,
+        body: Any,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        *,
+        method: str = "POST",
+        is_complete: bool = True,
+    ) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self._incoming.put_nowait({"type": "http.request", "body": data, "more_body": not is_complete})
+        self.sent: list[Message] = []
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json"), *headers],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self.send: Callable[[Message], Awaitable[None]] = self._keep
+        self.task = asyncio.create_task(app(scope, self._incoming.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        await self.send(message)
+
+    async def _keep(self, message: Message) -> None:
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent[1:])
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})

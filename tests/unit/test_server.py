@@ -1,0 +1,143 @@
+"""Ports, sockets and heads of requests: what lies before the application."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from api import http_protocol
+from api.config import ServerConfig
+from api.http_protocol import MAX_HEAD_BYTES, BoundedHttpProtocol
+from api.server import PortInUseError, open_listener
+from tests.fakes import FakeServer
+
+
+def test_a_free_port() -> None:
+    with open_listener(ServerConfig(port=0)) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(listener.getsockname(), timeout=1)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_is_taken(host: str) -> None:
+    with open_listener(ServerConfig(host=host, port=0)) as other:
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortInUseError, match=rf"cannot listen on {host}:{port}: .*in use; .* --port"):
+            open_listener(ServerConfig(host=host, port=port))
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(PortInUseError, match="cannot listen on 192.0.2.1:0"):
+        open_listener(ServerConfig(host="192.0.2.1", port=0))
+    with pytest.raises(PortInUseError, match="cannot listen on no.such.host.invalid"):
+        open_listener(ServerConfig(host="no.such.host.invalid", port=0))
+
+
+def test_unix_sockets(tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    config = ServerConfig(uds=str(path))
+    first = open_listener(config)
+    first.listen()
+    with pytest.raises(PortInUseError, match="another server does"):
+        open_listener(config)
+    first.close()
+    open_listener(config).close()  # the file that is left does not stand in the way
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(PortInUseError, match="no socket"):
+        open_listener(ServerConfig(uds=str(file)))
+    assert file.read_text() == "precious"
+
+
+class StartedServer(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_started = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_started.set()
+
+
+@asynccontextmanager
+async def running(server: FakeServer) -> AsyncIterator[int]:
+    """The application on a real socket; gives its port."""
+    config = uvicorn.Config(server.app, loop="none", http=BoundedHttpProtocol, ws="none", log_config=None, port=0)
+    http = StartedServer(config)
+    with open_listener(ServerConfig(port=0)) as listener:
+        task = asyncio.create_task(http._serve([listener]))
+        await http.is_started.wait()
+        yield listener.getsockname()[1]
+        http.should_exit = True
+        await task
+
+
+async def talk(port: int, *parts: bytes) -> bytes:
+    """Sends parts one by one and returns all that comes back."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.005)
+        return await asyncio.wait_for(reader.read(), 10)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_heads_of_requests(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.2)
+    async with running(server) as port:
+        good = b"GET /version HTTP/1.1\r\nHost: x\r\n"
+        close = b"Connection: close\r\n\r\n"
+        assert (await talk(port, good + close)).startswith(b"HTTP/1.1 200")
+        assert (await talk(port, good, b"X-A: 1\r\n", close)).startswith(b"HTTP/1.1 200")
+        # Several requests on one connection, each within the bound, together beyond it.
+        many = [good + b"X-A: " + b"a" * (MAX_HEAD_BYTES // 4) + b"\r\n\r\n"] * 8
+        assert (await talk(port, *many, good + close)).count(b"HTTP/1.1 200") == 9
+        endless = [b"X-A: " + b"a" * 8000 + b"\r\n"] * (MAX_HEAD_BYTES // 8000 + 2)
+        assert b" 200 " not in await talk(port, good, *endless)
+        assert b" 200 " not in await talk(port, b"GET /" + b"a" * 8000, *[b"a" * 8000] * 10)
+        # One that does not end, and one that does not begin.
+        assert await talk(port, good) == b""
+        assert await talk(port) == b""
+        for nonsense in (b"\r\n\r\n\0\0", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET\r\n\r\n", b"{}\r\n\r\n"):
+            assert b" 200 " not in await talk(port, nonsense)
+        body = b'{"prompt": "x", "max_tokens": 2}'
+        post = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = post + b"Content-Length: %d\r\n" % len(body)
+        assert b'"text":"xx"' in await talk(port, head + close, body[:9], body[9:])
+        chunked = b"".join(b"%x\r\n%b\r\n" % (1, body[i : i + 1]) for i in range(len(body))) + b"0\r\n\r\n"
+        assert b'"text":"xx"' in await talk(port, post + b"Transfer-Encoding: chunked\r\n" + close, chunked)
+        assert b" 400 " in await talk(port, head + b"Content-Length: 3\r\n" + close, body)
+    assert server.engine.num_unfinished == 0
+    assert server.traffic.num_open == 0
+
+
+async def test_a_dropped_connection_aborts(server: FakeServer) -> None:
+    body = b'{"prompt": "x", "max_tokens": 400, "ignore_eos": true, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    async with running(server) as port:
+        server.engine.steps_left = 5
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head % len(body) + body)
+        await reader.readuntil(b"data: ")
+        assert server.engine.num_unfinished == 1
+        writer.close()
+        for _ in range(100):
+            await asyncio.sleep(0.005)
+            if not server.engine.num_unfinished:
+                break
+        assert server.engine.num_unfinished == 0
