@@ -13,7 +13,7 @@ import setproctitle
 import yaml
 
 from api import client_cli
-from api.config import ENVIRONMENT, ServerConfig
+from api.config import ENVIRONMENT, ServerConfig, check_config
 from api.errors import EngineDeadError, ModelFileError
 from api.flags import ConfigError, add_arguments, build
 from api.model_files import find_model, with_model
@@ -119,7 +119,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> ServerC
     file = flags.pop("config", None) or from_environment.pop("config", None)
     from_file = {} if file is None else read_config_file(Path(file))
     config: ServerConfig = build(ServerConfig, {**from_environment, **from_file, **flags})
-    _check(config)
+    check_config(config)
     return config
 
 
@@ -138,23 +138,3 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: a mapping of options is expected, got {type(content).__name__}")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
-
-
-def _check(config: ServerConfig) -> None:
-    """What no single field can say."""
-    engine = config.engine
-    parallel = engine.executor.parallel
-    for name, size in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-    ):
-        if size > 1:
-            raise ConfigError(f"{name} {size}: more than one worker is not supported yet; use 1")
-    if not engine.scheduler.enable_chunked_prefill:
-        longest = engine.executor.model.max_model_len
-        budget = engine.scheduler.max_num_batched_tokens
-        if longest is None or longest > budget or longest < 0:
-            raise ConfigError(
-                "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "
-                f"computed in one step of {budget} tokens"
-            )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from api.flags import ConfigError
 from engine_core.config import Config, EngineConfig, Positive
 
 ENVIRONMENT = {
@@ -88,3 +89,27 @@ class ServerConfig(Config, frozen=True):
         Literal["debug", "info", "warning", "error"], Meta(description="How much the server says.")
     ] = "info"
     engine: EngineConfig = EngineConfig()
+
+
+def check_config(config: ServerConfig) -> None:
+    """Checks what no single field can say.
+
+    Raises:
+        ConfigError: Two values contradict each other, or what they ask for does not exist yet.
+    """
+    engine = config.engine
+    parallel = engine.executor.parallel
+    for name, size in (
+        ("--tensor-parallel-size", parallel.tensor_parallel_size),
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+    ):
+        if size > 1:
+            raise ConfigError(f"{name} {size}: more than one worker is not supported yet; use 1")
+    if not engine.scheduler.enable_chunked_prefill:
+        longest = engine.executor.model.max_model_len
+        budget = engine.scheduler.max_num_batched_tokens
+        if longest is None or longest > budget or longest < 1:
+            raise ConfigError(
+                "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "
+                f"computed in one step of {budget} tokens"
+            )

@@ -270,14 +270,9 @@ class EngineClient:
 
     def _receive(self) -> None:
         """Takes messages that are there, a few at a time: their consumers and new connections must get their turns."""
-        is_done = False
-        try:
-            is_done = not self._take(MAX_MESSAGES_PER_TURN)
-        finally:
-            # Even after an error: ZeroMQ's descriptor stays silent until everything was taken.
-            if not is_done:
-                assert self._loop is not None
-                self._loop.call_soon(self._receive)
+        if self._take(MAX_MESSAGES_PER_TURN):
+            assert self._loop is not None
+            self._loop.call_soon(self._receive)
 
     def _take(self, limit: int) -> bool:
         """Handles up to ``limit`` messages. False: there are no more."""
@@ -289,8 +284,12 @@ class EngineClient:
                 identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
             except zmq.Again:
                 return False
-            if identity == expected:
+            if identity != expected:
+                continue
+            try:
                 self._handle(self._decoder.decode(frame))
+            except Exception:  # ZeroMQ's descriptor stays silent until everything was taken: go on
+                logger.exception("a message of the engine core could not be handled")
         return True
 
     def _handle(self, message: FromEngineCore) -> None:
@@ -326,14 +325,17 @@ class EngineClient:
 
     def _on_exit(self, code: int) -> None:
         """The engine core process ended unasked: start another, unless it said that this is of no use."""
-        self._take_last_words(code)
+        if code > 0 and self._last_words is None:
+            self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
+        while self._take(MAX_MESSAGES_PER_TURN):
+            pass
         was_serving, self._serving = self._serving, False
         self._fail_calls()
         words = self._last_words
         assert self._started is not None
         if words is not None or not self._started.done():
             message = words.message if words is not None else f"the engine core ended with exit code {code}"
-            self._give_up(EngineDeadError(message, words.exit_code if words is not None else 1))
+            self._give_up(EngineDeadError(message, words.exit_code if words is not None else max(code, 1)))
             return
         now = time.monotonic()
         while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
@@ -349,17 +351,6 @@ class EngineClient:
             self._launch()
         except OSError as error:
             self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
-
-    def _take_last_words(self, code: int) -> None:
-        """Handles what an engine core that has ended still sent."""
-        if code > 0 and self._last_words is None:
-            self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
-        while True:
-            try:
-                if not self._take(MAX_MESSAGES_PER_TURN):
-                    return
-            except Exception:
-                logger.exception("a message of the engine core could not be handled")
 
     def _blame(self) -> None:
         """Counts a death for each unfinished request; ends those that were there at too many."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from api.chat_template import normalize_messages
-from api.config import ServerConfig
+from api.config import ServerConfig, check_config
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError, build
@@ -93,6 +93,7 @@ class LLM:
         """
         try:
             config: ServerConfig = build(ServerConfig, {"log_level": "warning", **options, "model": model})
+            check_config(config)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         setup_logging("api", config.log_level)
@@ -129,7 +130,12 @@ class LLM:
         return Serving(self._config, self._files, client, metrics, ready)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # on Ctrl-C: nobody waits for the work any more
+            raise
 
     def close(self) -> None:
         """Ends the engine. Also done when the interpreter exits, and by ``with``."""

@@ -180,8 +180,10 @@ class EngineMetrics:
     def on_ready(self, ready: EngineReady) -> None:
         self._cache_config.labels(self._model_name, str(ready.block_size), str(ready.num_kv_blocks)).set(1)
 
-    def on_request(self, n: int, max_tokens: int) -> None:
-        self._request_n.observe(n)
+    def on_request(self, n: int | None, max_tokens: int) -> None:
+        """Counts a completion that was started; ``n`` comes with the first of those of a prompt."""
+        if n is not None:
+            self._request_n.observe(n)
         self._request_max.observe(max_tokens)
 
     def on_step(self, stats: SchedulerStats | None, num_tokens: int, latencies: list[float]) -> None:

@@ -14,6 +14,7 @@ import msgspec
 from api.detokenizer import IncrementalDetokenizer, StopChecker
 from api.metrics import EngineMetrics
 from api.tokenizer import Tokenizer
+from engine_core.launch import get_logger
 from engine_core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -23,6 +24,8 @@ from engine_core.messages import (
     i32,
     i64,
 )
+
+logger = get_logger()
 
 FINISH_REASONS = {
     FinishReason.STOP: "stop",
@@ -207,15 +210,22 @@ class OutputProcessor:
             latencies.append(now - state.last_token_time)
             state.last_token_time = now
             detokenizer = state.detokenizer
-            text = "" if detokenizer is None else detokenizer.append(token)
-            if state.stop_checker is not None:
-                self._emit_checked(state, text, (token,), (), None, aborts)
-            else:
-                state.channel.push(Delta(state.choice, text, (token,)))
+            try:
+                text = "" if detokenizer is None else detokenizer.append(token)
+                if state.stop_checker is not None:
+                    self._emit_checked(state, text, (token,), (), None, aborts)
+                else:
+                    state.channel.push(Delta(state.choice, text, (token,)))
+            except Exception as error:
+                self._broken(state, error, aborts)
         for output in outputs.outputs:
             state = states.get(output.index)
-            if state is not None:
+            if state is None:
+                continue
+            try:
                 num_tokens += self._process_special(state, output, now, aborts)
+            except Exception as error:
+                self._broken(state, error, aborts)
         self._metrics.on_step(outputs.scheduler_stats, num_tokens, latencies)
         return aborts
 
@@ -292,6 +302,12 @@ class OutputProcessor:
         """Tokens are missing, which must not happen: end the request rather than pass on a text with a hole."""
         aborts.append(state.index)
         self.fail(state, f"tokens {len(state.output_token_ids)} to {output_index - 1} of the output were lost")
+
+    def _broken(self, state: RequestState, error: Exception, aborts: list[int]) -> None:
+        """A token of one request could not be handled; the others of the step must get theirs."""
+        logger.error("request %s: its output could not be handled", state.message.request_id, exc_info=error)
+        aborts.append(state.index)
+        self.fail(state, f"internal error: {error}")
 
     def fail(self, state: RequestState, message: str) -> None:
         """Ends a request with an error."""

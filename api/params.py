@@ -15,9 +15,14 @@ from engine_core.messages import ResolvedParams
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024
 UINT64 = 1 << 64
+MAX_INT = (1 << 31) - 1
+"""Counts travel as 32-bit numbers."""
+MAX_SHOWN = 200
+"""Characters of a bad value that an error repeats."""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -93,7 +98,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}", self.n)
         _check_range("temperature", self.temperature, 0, 2)
         _check(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
-        _check(self.top_k >= -1, "top_k", "must be 0 or -1 (off), or at least 1", self.top_k)
+        _check(-1 <= self.top_k <= MAX_INT, "top_k", "must be 0 or -1 (off), or at least 1", self.top_k)
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
@@ -103,20 +108,27 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.seed is not None:
             _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit 64 bits", self.seed)
         if self.max_tokens is not None:
-            _check(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+            _check(1 <= self.max_tokens <= MAX_INT, "max_tokens", "must be at least 1", self.max_tokens)
             _check(
                 self.min_tokens <= self.max_tokens,
                 "min_tokens",
                 f"must be at most max_tokens ({self.max_tokens})",
                 self.min_tokens,
             )
-        _check(self.min_tokens >= 0, "min_tokens", "must be at least 0", self.min_tokens)
+        _check(0 <= self.min_tokens <= MAX_INT, "min_tokens", "must be at least 0", self.min_tokens)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(count is None or count >= -1, name, "must be at least 0, or -1 for the whole vocabulary", count)
         stops = self.stop_strings
         _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings", len(stops))
         _check(all(stops), "stop", "must not hold an empty string", stops)
         _check(self.detokenize or not stops, "stop", "needs detokenize", stops)
+        stop_ids = self.stop_token_ids or []
+        _check(
+            len(stop_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"may hold at most {MAX_STOP_TOKEN_IDS} ids",
+            len(stop_ids),
+        )
         words = self.bad_words or []
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
         _check(all(words), "bad_words", "must not hold an empty string", words)
@@ -127,7 +139,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 def _check(good: bool, name: str, rule: str, value: object) -> None:
     if not good:
-        raise RequestError(f"{name} {rule}, got {value!r}", name)
+        shown = repr(value)
+        raise RequestError(
+            f"{name} {rule}, got {shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + '...'}", name
+        )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
@@ -184,11 +199,11 @@ def resolve_params(
         ),
         allowed_token_ids=None
         if params.allowed_token_ids is None
-        else _token_ids("allowed_token_ids", params.allowed_token_ids, limits),
+        else tuple(dict.fromkeys(_token_ids("allowed_token_ids", params.allowed_token_ids, limits))),
         bad_words_token_ids=_bad_words(params.bad_words or [], tokenizer),
         logprobs=_num_logprobs("logprobs", params.logprobs, limits),
         prompt_logprobs=_num_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
-        logprob_token_ids=_token_ids("logprob_token_ids", params.logprob_token_ids, limits),
+        logprob_token_ids=_logprob_token_ids(params, limits),
     )
 
 
@@ -238,6 +253,16 @@ def _num_logprobs(name: str, count: int | None, limits: ModelLimits) -> int | No
     if limits.max_logprobs >= 0 and wanted > limits.max_logprobs:
         raise RequestError(f"{name} must be at most {limits.max_logprobs} (--max-logprobs), got {count}", name)
     return None if count is None else -1 if wanted >= limits.vocab_size else count
+
+
+def _logprob_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int, ...]:
+    ids = _token_ids("logprob_token_ids", params.logprob_token_ids, limits)
+    most = limits.vocab_size if limits.max_logprobs < 0 else limits.max_logprobs
+    if len(ids) > most:
+        raise RequestError(
+            f"logprob_token_ids may hold at most {most} ids (--max-logprobs), got {len(ids)}", "logprob_token_ids"
+        )
+    return ids
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

@@ -57,7 +57,8 @@ class Serving:
             vocab_size=ready.vocab_size,
             max_logprobs=config.max_logprobs,
             max_output_tokens=self.defaults.pop("max_new_tokens", None),
-            eos_token_ids=files.tokenizer.eos_token_ids,
+            # A tokenizer may name ids that the model has no logits for.
+            eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
         )
         self.threads = ThreadPoolExecutor(2, "text")
 
@@ -155,7 +156,6 @@ class Serving:
         states: list[RequestState] = []
         try:
             for choice, engine_params in enumerate(resolved):
-                self.metrics.on_request(params.n, engine_params.max_tokens)
                 states.append(
                     self.client.submit(
                         channel,
@@ -168,6 +168,7 @@ class Serving:
                         cache_salt=cache_salt,
                     )
                 )
+                self.metrics.on_request(params.n if choice % params.n == 0 else None, engine_params.max_tokens)
         except BaseException:
             self.client.abort(states)
             raise

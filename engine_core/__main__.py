@@ -30,7 +30,7 @@ class ZmqTransport:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngineCore)
         self._parent_pipe = sys.stdin.fileno()
-        self._watched: list[object] = []
+        self._watched: list[object] | None = None
         self._poller = zmq.Poller()
 
     def send(self, message: FromEngineCore) -> None:
@@ -54,7 +54,7 @@ class ZmqTransport:
                 messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
             except zmq.Again:
                 break
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 logger.error("dropped a message that is not of the contract: %s", error)
         return messages
 

@@ -56,6 +56,8 @@ MAX_CRASHES = 3
 """A request that was in a step at that many worker deaths is ended instead of queued again."""
 RESTART_WINDOW = 600.0
 """Seconds over which worker restarts are counted."""
+CHECK_INTERVAL = 10.0
+"""Seconds between two looks at the books of an idle engine: with many blocks one takes as long as some steps."""
 
 
 class Transport(Protocol):
@@ -90,15 +92,19 @@ class EngineCore:
         self.exit_code: int | None = None
         """Set when the loop is to end."""
         self._scheduler: Scheduler | None = None
-        self._early: list[EngineCoreRequest] = []
+        self._early: dict[int, EngineCoreRequest] = {}
         """Requests that came before the model was loaded."""
         self._ready: dict[int, WorkerReady] = {}
         self._kv_ready: set[int] = set()
+        self._announced = False
+        """The api was told that the engine is ready: from then on a restart of the workers is only a pause."""
         self._serving = False
+        """The workers are loaded and take plans."""
         self._may_schedule = False
         self._draining = False
         self._restarts: deque[float] = deque()
         self._restart_reason = ""
+        self._checked_at = 0.0
         self._vocab_size = 0
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -125,24 +131,38 @@ class EngineCore:
         try:
             for answer in self.executor.receive():
                 self._handle_worker(answer)
+            if self.exit_code is None and self._serving:
+                self._plan()
         except WorkerDiedError as error:
             self._restart_workers(str(error))
+        if self.exit_code is None and self._serving and not self.in_flight:
+            self._rest(heard_nothing=not messages)
+
+    def _rest(self, *, heard_nothing: bool) -> None:
+        """Nothing is being computed: the moment to end if that was asked for, or to look whether all is in order."""
         scheduler = self._scheduler
-        if scheduler is None or not self._serving:
+        assert scheduler is not None
+        if scheduler.has_unfinished:
             return
-        if self._may_schedule and len(self.in_flight) < self.config.scheduler.max_in_flight_steps:
-            planned = scheduler.schedule()
-            if planned is None:
-                self._may_schedule = False
-            else:
-                plan, step = planned
-                self.executor.submit(plan)
-                self.in_flight.append(step)
-        if not scheduler.has_unfinished and not self.in_flight:
-            if self._draining:
-                self.exit_code = 0
-            elif not messages:
-                scheduler.check_integrity()
+        if self._draining:
+            self.exit_code = 0
+        elif heard_nothing and time.monotonic() - self._checked_at > CHECK_INTERVAL:
+            scheduler.check_integrity()
+            self._checked_at = time.monotonic()
+
+    def _plan(self) -> None:
+        """Makes a plan if there is room for it in the pipeline."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        if not self._may_schedule or len(self.in_flight) >= self.config.scheduler.max_in_flight_steps:
+            return
+        planned = scheduler.schedule()
+        if planned is None:
+            self._may_schedule = False
+            return
+        plan, step = planned
+        self.executor.submit(plan)
+        self.in_flight.append(step)
 
     # -- messages from the api -----------------------------------------------------------------------------
 
@@ -166,8 +186,12 @@ class EngineCore:
 
     def _add_request(self, message: EngineCoreRequest) -> None:
         scheduler = self._scheduler
-        if scheduler is None:
-            self._early.append(message)
+        if scheduler is None or not self._announced:
+            self._early.setdefault(message.index, message)
+            return
+        if message.index in scheduler.requests:
+            # An answer would end the first one: to the api an index is a request.
+            logger.error("dropped request %s: its index %d is taken", message.request_id, message.index)
             return
         try:
             problem = request_problem(message, self._vocab_size, scheduler.max_model_len)
@@ -190,16 +214,22 @@ class EngineCore:
         self._may_schedule = True
 
     def _abort(self, message: AbortRequests) -> None:
-        if self._scheduler is None:
-            self._early = [request for request in self._early if request.index not in message.indices]
-            return
         for index in message.indices:
-            self._scheduler.abort_request(index)
+            self._early.pop(index, None)
+            if self._scheduler is not None:
+                self._scheduler.abort_request(index)
         self._may_schedule = True
+        if self._scheduler is not None and not self.in_flight:
+            self._send_outputs()  # no step will come that tells how many requests are left
 
     def _send_outputs(self, *outputs: EngineCoreOutput) -> None:
         self.transport.send(
-            EngineCoreOutputs(engine_epoch=self.engine_epoch, outputs=outputs, timestamp=time.monotonic())
+            EngineCoreOutputs(
+                engine_epoch=self.engine_epoch,
+                outputs=outputs,
+                scheduler_stats=None if self._scheduler is None else self._scheduler.stats(),
+                timestamp=time.monotonic(),
+            )
         )
 
     def _status(self) -> dict[str, int | float | str | bool]:
@@ -259,6 +289,7 @@ class EngineCore:
                 self._die(planned, EXIT_MODEL)
                 return
             shape, max_model_len = planned
+            self._vocab_size = min(worker.vocab_size for worker in ready)
             self._scheduler = Scheduler(
                 self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
             )
@@ -278,18 +309,14 @@ class EngineCore:
         worker = self._ready[0]
         self._serving = True
         self._may_schedule = True
-        if self._restart_reason:
-            logger.info("workers are back (%s)", self._restart_reason)
+        reason, self._restart_reason = self._restart_reason, ""
+        if self._announced:
+            logger.info("workers are back (%s)", reason)
             self.transport.send(
-                WorkersRestarted(
-                    engine_epoch=self.engine_epoch,
-                    worker_pids=self.executor.worker_pids(),
-                    reason=self._restart_reason,
-                )
+                WorkersRestarted(engine_epoch=self.engine_epoch, worker_pids=self.executor.worker_pids(), reason=reason)
             )
-            self._restart_reason = ""
             return
-        self._vocab_size = worker.vocab_size
+        self._announced = True
         bytes_per_block = sum(group.bytes_per_block for group in worker.kv_cache_groups)
         gc.collect()
         gc.freeze()
@@ -298,7 +325,7 @@ class EngineCore:
                 engine_epoch=self.engine_epoch,
                 pid=os.getpid(),
                 max_model_len=scheduler.max_model_len,
-                vocab_size=worker.vocab_size,
+                vocab_size=self._vocab_size,
                 num_kv_blocks=scheduler.shape.num_blocks,
                 block_size=scheduler.shape.block_size,
                 kv_cache_bytes=bytes_per_block * scheduler.shape.num_blocks,
@@ -310,19 +337,24 @@ class EngineCore:
                 worker_pids=self.executor.worker_pids(),
             )
         )
-        early, self._early = self._early, []
-        for request in early:
+        early, self._early = self._early, {}
+        for request in early.values():
             self._add_request(request)
 
     # -- faults --------------------------------------------------------------------------------------------
 
     def _worker_failed(self, message: WorkerFailed) -> None:
+        """A worker says that it cannot go on.
+
+        Raises:
+            WorkerDiedError: New workers may do better. What else these ones sent is not looked at.
+        """
         if message.traceback:
             logger.error("worker %d failed:\n%s", message.rank, message.traceback)
         if message.exit_code == EXIT_MODEL or not self._serving and not self._restart_reason:
             self._die(message.message, message.exit_code)
         else:
-            self._restart_workers(f"worker {message.rank} failed: {message.message}")
+            raise WorkerDiedError(f"worker {message.rank} failed: {message.message}")
 
     def _restart_workers(self, reason: str) -> None:
         """Starts all workers again and queues what ran, as if it had been preempted."""
@@ -341,6 +373,7 @@ class EngineCore:
         if self._scheduler is not None:
             self._blame(self._scheduler)
             self._scheduler.restart()
+            self._send_outputs()  # nothing runs for now
         self.in_flight.clear()
         self.executor.shutdown()
         self.executor.start()

@@ -30,7 +30,7 @@ class KVCacheManager:
 
     def find_cached_blocks(self, request: Request) -> list[int]:
         """The longest cached prefix of a waiting request, as blocks. At least one token is left to compute."""
-        if not self.enable_prefix_caching or request.params.needs_all_positions or request.is_pooling:
+        if not self._reads_cache(request):
             return []
         self.extend_hashes(request, request.token_ids)
         blocks: list[int] = []
@@ -40,6 +40,9 @@ class KVCacheManager:
                 break
             blocks.append(block_id)
         return blocks
+
+    def _reads_cache(self, request: Request) -> bool:
+        return self.enable_prefix_caching and not request.params.needs_all_positions and not request.is_pooling
 
     def can_fit(self, cached_blocks: list[int], num_tokens: int) -> bool:
         """Whether that many tokens fit when the request starts with these cached blocks."""
@@ -52,7 +55,7 @@ class KVCacheManager:
         self.pool.acquire(cached_blocks)
         request.block_ids = list(cached_blocks)
         self.grow(request, -(-num_tokens // self.block_size) - len(cached_blocks))
-        if self.enable_prefix_caching and request.num_cached_tokens is None:
+        if self._reads_cache(request) and request.num_cached_tokens is None:
             self.num_queried_tokens += len(request.token_ids)
             self.num_hit_tokens += len(cached_blocks) * self.block_size
 

@@ -159,6 +159,7 @@ class Scheduler:
         """Takes blocks and slot from a running request; it starts over with the tokens it has."""
         slot = request.slot
         request.token_ids = self._token_ids[slot, : self._num_known[slot]].copy()
+        request.prompt_logprobs = []  # the prompt is computed again
         self.kv.release(request)
         self._free_slot(request)
         self.waiting.put_back(request)
@@ -499,10 +500,12 @@ class Scheduler:
         )
 
     def _collect_prompt_logprobs(self, step: InFlight, entries: tuple[TokenLogprobs, ...]) -> None:
+        """Keeps them for the first token's output. A prompt that is computed again after that has told them already."""
         for entry in entries:
             slot = step.slots[entry.row]
             request = self._owners[slot]
-            if request is not None and self._epochs[slot] == step.epochs[entry.row]:
+            is_current = self._epochs[slot] == step.epochs[entry.row]
+            if request is not None and is_current and self._num_known[slot] == self._num_prompt[slot]:
                 request.prompt_logprobs.append(entry)
                 self._is_special[slot] = True
 

@@ -6,13 +6,23 @@ The api has checked it already; here it counts that no number can reach an array
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from engine_core.messages import EngineCoreRequest, ResolvedParams, i32
+
+MAX_TOKEN_IDS = 1 << 20
+"""Ids in a list that every step looks at; no vocabulary is larger."""
+INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3.4e38
+"""Numbers of a request are float32 where they meet logits."""
 
 
 def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: int) -> str | None:
     """What is wrong with a request, or None."""
+    if not -(2**63) <= request.index < 2**63:
+        return "index does not fit 64 bits"
+    if not math.isfinite(request.arrival_time):
+        return "arrival_time is not finite"
     if len(request.prompt_token_ids) % 4 or len(request.resumed_output_token_ids) % 4:
         return "token ids are not an int32 column"
     prompt = i32(request.prompt_token_ids)
@@ -23,8 +33,12 @@ def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: 
     for ids in (prompt, outputs):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             return f"a token id is outside the vocabulary of {vocab_size}"
+    if request.pooling_params is not None:
+        return "pooling is not supported by this engine"
+    if request.lora_request is not None or request.mm_features:
+        return "adapters, images and sounds are not supported by this engine"
     if params is None:
-        return "pooling is not supported by this engine" if request.pooling_params else "no sampling parameters"
+        return "no sampling parameters"
     if len(prompt) >= max_model_len:
         return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
@@ -42,25 +56,32 @@ def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
         params.repetition_penalty,
         *(bias for _, bias in params.logit_bias),
     )
-    if not all(math.isfinite(number) for number in numbers):
-        return "a sampling parameter is not finite"
-    if params.temperature < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1 or params.top_k < 0:
-        return "temperature, top_p, top_k or min_p is out of range"
-    if params.repetition_penalty <= 0 or params.max_tokens < 1 or not 0 <= params.seed < 2**64:
-        return "repetition_penalty, max_tokens or seed is out of range"
+    if not all(abs(number) <= FLOAT32_MAX for number in numbers):  # false for NaN as well
+        return "a sampling parameter is not a finite number"
+    if params.temperature < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
+        return "temperature, top_p or min_p is out of range"
+    if params.repetition_penalty <= 0 or not 0 <= params.seed < 2**64:
+        return "repetition_penalty or seed is out of range"
+    if params.max_tokens < 1 or not 0 <= params.min_tokens <= INT32_MAX or not 0 <= params.top_k <= INT32_MAX:
+        return "max_tokens, min_tokens or top_k is out of range"
+    if any(count is not None and not -1 <= count <= vocab_size for count in (params.logprobs, params.prompt_logprobs)):
+        return f"logprobs or prompt_logprobs is neither -1 nor between 0 and {vocab_size}"
     for name, ids in _token_id_fields(params):
+        if len(ids) > MAX_TOKEN_IDS:
+            return f"{name} has more than {MAX_TOKEN_IDS} token ids"
         if any(not 0 <= token_id < vocab_size for token_id in ids):
             return f"{name} has a token id outside the vocabulary of {vocab_size}"
+    if not all(params.bad_words_token_ids):
+        return "bad_words has an empty word"
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         return "allowed_token_ids is empty"
     return None
 
 
-def _token_id_fields(params: ResolvedParams) -> Iterable[tuple[str, Iterable[int]]]:
+def _token_id_fields(params: ResolvedParams) -> Iterable[tuple[str, Collection[int]]]:
     yield "stop_token_ids", params.stop_token_ids
     yield "eos_token_ids", params.eos_token_ids
-    yield "logit_bias", (token_id for token_id, _ in params.logit_bias)
+    yield "logit_bias", [token_id for token_id, _ in params.logit_bias]
     yield "allowed_token_ids", params.allowed_token_ids or ()
     yield "logprob_token_ids", params.logprob_token_ids
-    for word in params.bad_words_token_ids:
-        yield "bad_words", word
+    yield "bad_words", [token_id for word in params.bad_words_token_ids for token_id in word]

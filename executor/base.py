@@ -33,7 +33,11 @@ class Executor(Protocol):
         """Starts the workers. Each answers with ``WorkerReady`` or ``WorkerFailed``."""
 
     def submit(self, message: ToWorker) -> None:
-        """Sends a message to every rank."""
+        """Sends a message to every rank.
+
+        Raises:
+            WorkerDiedError: A worker is gone.
+        """
 
     def receive(self) -> list[FromWorker]:
         """Takes what has arrived, without waiting.

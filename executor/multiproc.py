@@ -11,8 +11,11 @@ import zmq
 
 from executor.base import WorkerDiedError
 from executor.config import Config, ExecutorConfig
-from executor.messages import FromWorker, ToWorker, WorkerFailed, WorkerShutdown
+from executor.messages import FromWorker, ToWorker, WorkerShutdown
 from executor.process import ChildProcess
+
+LAST_WORDS_TIMEOUT = 500
+"""Milliseconds to wait for the reason of a worker that has ended with an error."""
 
 
 class WorkerLaunch(Config, frozen=True):
@@ -66,8 +69,11 @@ class MultiprocExecutor:
 
     def submit(self, message: ToWorker) -> None:
         frame = self._encoder.encode(message)
-        for socket in self._inputs:
-            socket.send(frame, zmq.NOBLOCK)
+        for rank, socket in enumerate(self._inputs):
+            try:
+                socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:  # queues have no bound: nobody is at the other end
+                raise WorkerDiedError(f"worker {rank} (pid {self._children[rank].pid}) hung up") from None
 
     def receive(self) -> list[FromWorker]:
         messages = self._drain()
@@ -76,9 +82,11 @@ class MultiprocExecutor:
         for rank, child in enumerate(self._children):
             code = child.poll()
             if code is not None:
-                # What it sent before its end may have arrived between the two looks.
+                assert self._output is not None
+                if code > 0:  # it ended by itself, and its last words may still be on their way
+                    self._output.poll(LAST_WORDS_TIMEOUT)
                 messages = self._drain()
-                if any(isinstance(message, WorkerFailed) for message in messages):
+                if messages:
                     return messages
                 raise WorkerDiedError(f"worker {rank} (pid {child.pid}) ended with exit code {code}")
         return []

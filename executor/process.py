@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -105,7 +106,9 @@ def become_child(title: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            raise SystemExit(1)
+    # A parent that was gone by then sends no signal; loading a model first would keep its memory for minutes.
+    poller = select.poll()
+    poller.register(0, 0)
+    if any(event & select.POLLHUP for _, event in poller.poll(0)):
+        raise SystemExit(1)

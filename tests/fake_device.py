@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from executor.messages import ModelRunnerOutput, SchedulerOutput, i32, u8
+from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs, i32, u8
 
 
 class FakeDevice:
@@ -29,9 +29,7 @@ class FakeDevice:
             del self.slots[slot]
         for request in plan.new_reqs:
             assert request.slot not in self.slots, "a slot is given out twice"
-            self.slots[request.slot] = _Slot(
-                i32(request.token_ids).tolist(), request.num_computed_tokens, i32(request.block_ids[0]).tolist()
-            )
+            self.slots[request.slot] = _Slot(request)
         for column in plan.block_updates:
             for slot, index, block in i32(column).reshape(-1, 3).tolist():
                 assert index == len(self.slots[slot].blocks), "blocks are appended one after another"
@@ -45,10 +43,19 @@ class FakeDevice:
             )
         )
         assert len({slot for slot, _, _ in rows}) == len(rows), "a slot has one row"
+        prompt_logprobs = [
+            TokenLogprobs(row, position, b"", b"", 1)
+            for row, (slot, count, _) in enumerate(rows)
+            for position in self.slots[slot].told_positions(count)
+        ]
         for slot, count, _ in rows:  # all K and V of a step are written before any is read
             self._write(self.slots[slot], count)
         sampled = [self._sample(self.slots[slot]) for slot, _, wanted in rows if wanted]
-        return ModelRunnerOutput(step_id=plan.step_id, sampled_token_ids=np.array(sampled, np.int32).tobytes())
+        return ModelRunnerOutput(
+            step_id=plan.step_id,
+            sampled_token_ids=np.array(sampled, np.int32).tobytes(),
+            prompt_logprobs=tuple(prompt_logprobs),
+        )
 
     def _write(self, slot: _Slot, count: int) -> None:
         assert count >= 1 and slot.num_computed + count <= len(slot.tokens), "only known tokens are computed"
@@ -69,10 +76,18 @@ class FakeDevice:
 
 
 class _Slot:
-    def __init__(self, tokens: list[int], num_computed: int, blocks: list[int]) -> None:
-        self.tokens = tokens
-        self.num_computed = num_computed
-        self.blocks = blocks
+    def __init__(self, request: NewRequest) -> None:
+        self.tokens: list[int] = i32(request.token_ids).tolist()
+        self.num_prompt = request.num_prompt_tokens
+        self.num_computed = request.num_computed_tokens
+        self.blocks: list[int] = i32(request.block_ids[0]).tolist()
+        self.tells_prompt = request.params is not None and request.params.prompt_logprobs is not None
+
+    def told_positions(self, count: int) -> range:
+        """The prompt tokens that follow the next ``count`` ones, if their log probabilities are wanted."""
+        if not self.tells_prompt:
+            return range(0)
+        return range(self.num_computed + 1, min(self.num_computed + count, self.num_prompt - 1) + 1)
 
 
 def next_token(tokens: list[int], vocab_size: int, stop_token: int) -> int:

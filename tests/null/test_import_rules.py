@@ -70,7 +70,8 @@ def test_nothing_unpickles(floor: str) -> None:
     "module", ["api.server", "engine_core.core", "engine_core.__main__", *(f"executor.{name}" for name in TORCH_FREE)]
 )
 def test_processes_without_torch(module: str) -> None:
-    code = f"import {module}, sys; bad = {{'torch', 'transformers', 'triton'}} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    heavy = "{'torch', 'transformers', 'triton'}"
+    code = f"import {module}, sys; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, FinishReason, ResolvedParams, i32, i64
 from engine_core.request import Request
 from engine_core.scheduler import CacheShape, InFlight, Scheduler
-from executor.messages import ModelRunnerOutput, RowError, SchedulerOutput
+from executor.messages import RowError, SchedulerOutput
 from tests.fake_device import FakeDevice, next_token
 
 VOCAB = 50
@@ -68,6 +69,8 @@ class Engine:
     outputs: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, int] = field(default_factory=dict)
     cached: dict[int, int] = field(default_factory=dict)
+    prompt_positions: dict[int, list[int]] = field(default_factory=dict)
+    """Whose log probabilities were told."""
     max_scheduled: int = 0
 
     @classmethod
@@ -96,7 +99,7 @@ class Engine:
     def retire(self, row_errors: tuple[RowError, ...] = ()) -> None:
         plan, step = self.in_flight.popleft()
         result = self.device.execute(plan)
-        result = ModelRunnerOutput(result.step_id, result.sampled_token_ids, row_errors=row_errors)
+        result = msgspec.structs.replace(result, row_errors=row_errors)
         outputs = self.scheduler.update_from_output(step, result)
         rows = zip(
             i64(outputs.indices).tolist(),
@@ -108,6 +111,8 @@ class Engine:
             self._append(index, position, [token])
         for output in outputs.outputs:
             self._append(output.index, output.first_output_index, list(output.new_token_ids))
+            told = self.prompt_positions.setdefault(output.index, [])
+            told += [entry.position for entry in output.prompt_logprobs]
             if output.num_cached_tokens is not None:
                 self.cached[output.index] = output.num_cached_tokens
             if output.finish_reason is not None:
@@ -246,6 +251,22 @@ def test_prompt_logprobs_compute_the_whole_prompt() -> None:
     engine.scheduler.add_request(make_request(1, prompt, 2, prompt_logprobs=0))
     engine.run()
     assert engine.cached[1] == 0
+    assert engine.scheduler.kv.num_queried_tokens == 17  # the second one did not ask
+
+
+@pytest.mark.parametrize("num_turns", range(1, 14))
+def test_prompt_logprobs_are_told_once_whatever_happens(num_turns: int) -> None:
+    engine = Engine.create(max_num_batched_tokens=5)
+    prompt = next(p for p in prompts(100, 17) if len(expected_output(p, 6)) == 6)
+    engine.scheduler.add_request(make_request(0, prompt, 6, prompt_logprobs=0))
+    for _ in range(num_turns):
+        engine.turn()
+    engine.in_flight.clear()
+    engine.scheduler.restart()
+    engine.device = FakeDevice(64, 4, VOCAB, STOP)
+    engine.run()
+    assert engine.outputs[0] == expected_output(prompt, 6)
+    assert engine.prompt_positions[0] == list(range(1, 17))
 
 
 def test_priority_goes_first_and_preempts_the_least_urgent() -> None:
@@ -365,14 +386,24 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
     )
     shared = prompts(1, 20, seed=3)[0]
     sent: dict[int, tuple[list[int], int, int]] = {}
+    asked: set[int] = set()
     aborted: set[int] = set()
     for index in range(draw(st.integers(1, 12))):
         prompt = shared[: draw(st.integers(0, 20))] + prompts(1, draw(st.integers(1, 25)), seed=index)[0]
         max_tokens, min_tokens = draw(st.integers(1, 30)), draw(st.sampled_from([0, 0, 5]))
         min_tokens = min(min_tokens, max_tokens)
         sent[index] = prompt, max_tokens, min_tokens
+        if draw(st.integers(0, 3)) == 0:
+            asked.add(index)
         engine.scheduler.add_request(
-            make_request(index, prompt, max_tokens, min_tokens=min_tokens, priority=draw(st.integers(0, 3)))
+            make_request(
+                index,
+                prompt,
+                max_tokens,
+                min_tokens=min_tokens,
+                priority=draw(st.integers(0, 3)),
+                prompt_logprobs=0 if index in asked else None,
+            )
         )
         for _ in range(draw(st.integers(0, 8))):
             engine.turn()
@@ -388,3 +419,4 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
             assert engine.outputs.get(index, []) == expected[: len(engine.outputs.get(index, []))]
         else:
             assert engine.outputs[index] == expected
+            assert engine.prompt_positions[index] == (list(range(1, len(prompt))) if index in asked else [])

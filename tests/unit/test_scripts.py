@@ -30,6 +30,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+processes = load("processes")
 sse_client = load("sse_client")
 bench_serve = load("bench_serve")
 simulate = load("simulate")

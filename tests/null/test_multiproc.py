@@ -1,0 +1,136 @@
+"""Worker processes as the engine core sees them: who is gone, and what they said before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from executor import multiproc
+from executor.base import WorkerDiedError
+from executor.config import ExecutorConfig
+from executor.messages import InitKVCache, KVCacheReady, ModelRunnerOutput, WorkerFailed
+from executor.multiproc import MultiprocExecutor, WorkerLaunch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeChild:
+    """A process that ends when it is told to."""
+
+    last: FakeChild
+
+    def __init__(self, module: str, payload: bytes) -> None:
+        self.launch = msgspec.msgpack.decode(payload, type=WorkerLaunch)
+        self.pid = 1234
+        self.exit_code: int | None = None
+        FakeChild.last = self
+
+    def poll(self) -> int | None:
+        return self.exit_code
+
+    def fileno(self) -> int:
+        return 0
+
+    def hang_up(self) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self.exit_code or 0
+
+
+class Peer:
+    """The worker's sockets."""
+
+    def __init__(self, launch: WorkerLaunch) -> None:
+        self._context = zmq.Context()
+        self.inputs = self._context.socket(zmq.PULL)
+        self.outputs = self._context.socket(zmq.PUSH)
+        self.inputs.connect(launch.input_address)
+        self.outputs.connect(launch.output_address)
+
+    def send(self, message: object) -> None:
+        self.outputs.send(msgspec.msgpack.encode(message))
+
+    def close(self) -> None:
+        self._context.destroy(linger=2000)
+
+
+@pytest.fixture
+def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MultiprocExecutor]:
+    monkeypatch.setattr(multiproc, "ChildProcess", FakeChild)
+    result = MultiprocExecutor(ExecutorConfig(), str(tmp_path))
+    result.start()
+    yield result
+    result.shutdown()
+    result._context.term()
+    assert not list(tmp_path.iterdir())
+
+
+def receive(executor: MultiprocExecutor) -> list[object]:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if messages := executor.receive():
+            return list(messages)
+    raise AssertionError("nothing came")
+
+
+def test_a_worker_that_hung_up_is_dead(executor: MultiprocExecutor) -> None:
+    message = InitKVCache((1,), 1, 1, 1)
+    with pytest.raises(WorkerDiedError, match="worker 0 .* hung up"):
+        executor.submit(message)
+    peer = Peer(FakeChild.last.launch)
+    peer.send(KVCacheReady(0))
+    assert receive(executor) == [KVCacheReady(0)]
+    assert executor._inputs[0].poll(5000, zmq.POLLOUT)
+    executor.submit(message)
+    assert msgspec.msgpack.decode(peer.inputs.recv(), type=InitKVCache) == message
+    peer.close()
+    deadline = time.monotonic() + 5
+    with pytest.raises(WorkerDiedError, match="worker 0 .* hung up"):
+        while time.monotonic() < deadline:
+            executor.submit(message)
+
+
+def test_a_killed_worker_is_noticed_at_once_and_its_results_are_used(executor: MultiprocExecutor) -> None:
+    peer = Peer(FakeChild.last.launch)
+    peer.send(ModelRunnerOutput(1))
+    peer.close()
+    FakeChild.last.exit_code = -9
+    begin = time.monotonic()
+    received: list[object] = []
+    with pytest.raises(WorkerDiedError, match="exit code -9"):
+        while True:
+            received += executor.receive()
+    assert received in ([], [ModelRunnerOutput(1)])
+    assert time.monotonic() - begin < multiproc.LAST_WORDS_TIMEOUT / 1000
+
+
+def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(executor: MultiprocExecutor) -> None:
+    peer = Peer(FakeChild.last.launch)
+    failure = WorkerFailed(0, "no such weights", 78)
+    FakeChild.last.exit_code = 78
+    timer = threading.Timer(0.1, peer.send, (failure,))
+    timer.start()
+    assert executor.receive() == [failure]
+    timer.join()
+    peer.close()
+    with pytest.raises(WorkerDiedError, match="exit code 78"):
+        executor.receive()
+
+
+def test_a_child_without_a_parent_ends_before_it_does_anything() -> None:
+    code = "from executor.process import become_child; become_child('orphan')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
+    assert process.wait(30) == 0
+    assert process.stdin is not None
+    process.stdin.close()
+    orphan = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=b"", timeout=30, check=False)
+    assert orphan.returncode == 1

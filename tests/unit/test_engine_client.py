@@ -1,0 +1,340 @@
+"""The api's engine client with an engine core that does as it is told, in the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from api import engine_client
+from api.engine_client import MAX_CRASHES, EngineClient
+from api.errors import EngineDeadError
+from api.metrics import EngineMetrics
+from api.output import Delta, OutputOptions, RequestState
+from engine_core.config import EngineConfig
+from engine_core.launch import engine_identity
+from engine_core.messages import (
+    AbortRequests,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineDead,
+    EngineReady,
+    FinishReason,
+    FromEngineCore,
+    LoadProgress,
+    Ping,
+    ResolvedParams,
+    ToEngineCore,
+    i32,
+)
+
+
+class Core:
+    """One life of an engine core: its socket."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, epoch: int) -> None:
+        self.epoch = epoch
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, engine_identity(epoch))
+        self._socket.connect(address)
+
+    def send(self, message: FromEngineCore) -> None:
+        self.send_frame(msgspec.msgpack.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def ready(self) -> None:
+        self.send(EngineReady(self.epoch, 1, 64, 50, 16, 4, 1, 1, 8))
+
+    def tokens(self, state: RequestState, first: int, *tokens: int) -> None:
+        """What a step says of a request that only got its next token, step by step."""
+        for number, token in enumerate(tokens):
+            self.send(
+                EngineCoreOutputs(
+                    self.epoch,
+                    indices=np.array([state.index], np.int64).tobytes(),
+                    output_indices=np.array([first + number], np.int32).tobytes(),
+                    token_ids=np.array([token], np.int32).tobytes(),
+                )
+            )
+
+    def finish(self, state: RequestState, first: int, token: int) -> None:
+        output = EngineCoreOutput(state.index, first, (token,), FinishReason.LENGTH)
+        self.send(EngineCoreOutputs(self.epoch, outputs=(output,)))
+
+    def received(self) -> list[ToEngineCore]:
+        """What the client sent until now."""
+        messages: list[ToEngineCore] = []
+        while self._socket.poll(50):
+            messages.append(msgspec.msgpack.decode(self._socket.recv(), type=ToEngineCore))
+        return messages
+
+    def close(self) -> None:
+        self._socket.close(linger=2000)
+
+
+class FakeSupervisor:
+    """Starts sockets instead of processes."""
+
+    current: FakeSupervisor
+    folder: Path
+    pid = 1
+    error: OSError | None = None
+
+    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str) -> None:
+        self.address = f"ipc://{FakeSupervisor.folder}/api"
+        self.on_exit = on_exit
+        self.context = zmq.Context()
+        self.cores: list[Core] = []
+        FakeSupervisor.current = self
+
+    @property
+    def core(self) -> Core:
+        return self.cores[-1]
+
+    def start(self, epoch: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.cores.append(Core(self.context, self.address, epoch))
+
+    def die(self, code: int = -9) -> None:
+        self.core.close()
+        self.on_exit(code)
+
+    async def stop(self) -> None:
+        self.context.destroy(linger=0)
+
+
+class Harness:
+    """A client that serves."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self.fatal: list[EngineDeadError] = []
+        self.progress: list[LoadProgress] = []
+        self.metrics = EngineMetrics("model")
+        self.client = EngineClient(
+            EngineConfig(), None, self.metrics, on_fatal=self.fatal.append, on_progress=self.progress.append
+        )
+        self.supervisor = FakeSupervisor.current
+        self.channel = self.client.open_channel()
+
+    async def start(self) -> None:
+        start = asyncio.create_task(self.client.start())
+        await asyncio.sleep(0)
+        self.supervisor.core.send(LoadProgress(0, "weights", 1, 2))
+        self.supervisor.core.ready()
+        await start
+
+    async def close(self) -> None:
+        if not self.is_closed:
+            self.is_closed = True
+            await self.client.close()
+
+    def submit(self, *prompt: int, **fields: Any) -> RequestState:
+        return self.client.submit(
+            self.channel,
+            0,
+            request_id="request",
+            prompt_token_ids=prompt or (1, 2, 3),
+            params=ResolvedParams(),
+            options=OutputOptions(),
+            **fields,
+        )
+
+    async def take(self, count: int) -> list[Delta]:
+        """The next deltas."""
+        deltas: list[Delta] = []
+        while len(deltas) < count:
+            deltas += await asyncio.wait_for(self.channel.take(), 5)
+        return deltas
+
+    async def serving(self) -> None:
+        """Waits until a restarted core is heard of."""
+        for _ in range(500):
+            if self.client.is_serving:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("the client does not serve")
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, {"model_name": "model", **labels}) or 0
+
+
+@pytest.fixture
+async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    result = Harness()
+    await result.start()
+    yield result
+    await result.close()
+
+
+async def test_streams_go_on_where_they_were_when_the_core_dies(harness: Harness) -> None:
+    state = harness.submit()
+    harness.supervisor.core.tokens(state, 0, 5, 6)
+    await harness.take(2)
+    harness.supervisor.die()
+    assert not harness.client.is_serving
+    harness.supervisor.core.ready()
+    await harness.serving()
+    (again,) = harness.supervisor.core.received()
+    assert isinstance(again, EngineCoreRequest) and again.index == state.index
+    assert i32(again.resumed_output_token_ids).tolist() == [5, 6]
+    harness.supervisor.core.tokens(state, 2, 7)
+    harness.supervisor.core.finish(state, 3, 8)
+    deltas = await harness.take(2)
+    assert [delta.token_ids for delta in deltas] == [(7,), (8,)] and deltas[-1].finish_reason == "length"
+    assert harness.client.num_unfinished == 0
+
+
+async def test_tokens_that_come_twice_are_dropped_and_a_gap_is_an_error(harness: Harness) -> None:
+    state = harness.submit()
+    harness.supervisor.core.tokens(state, 0, 5)
+    harness.supervisor.core.tokens(state, 0, 5)
+    harness.supervisor.core.tokens(state, 1, 6)
+    harness.supervisor.core.tokens(state, 3, 8)
+    deltas = await harness.take(3)
+    assert [delta.token_ids for delta in deltas] == [(5,), (6,), ()]
+    assert "tokens 2 to 2 of the output were lost" in str(deltas[-1].error)
+    assert harness.supervisor.core.received()[-1] == AbortRequests((state.index,))
+
+
+async def test_what_an_earlier_life_still_sends_is_dropped(harness: Harness) -> None:
+    state = harness.submit()
+    old = harness.supervisor.core
+    harness.supervisor.on_exit(-9)
+    harness.supervisor.core.ready()
+    await harness.serving()
+    old.tokens(state, 0, 9)
+    old.send(EngineDead(1, "late"))
+    old.close()
+    harness.supervisor.core.tokens(state, 0, 5)
+    assert [delta.token_ids for delta in await harness.take(1)] == [(5,)]
+
+
+async def test_an_abort_during_a_restart_holds(harness: Harness) -> None:
+    gone, stays = harness.submit(), harness.submit()
+    harness.supervisor.die()
+    harness.client.abort([gone])
+    new = harness.submit()
+    harness.supervisor.core.ready()
+    await harness.serving()
+    indices = [message.index for message in harness.supervisor.core.received()]  # type: ignore[union-attr]
+    assert indices == [stays.index, new.index]
+
+
+async def test_a_core_that_dies_while_it_loads_is_not_the_fault_of_requests(harness: Harness) -> None:
+    state = harness.submit()
+    for _ in range(MAX_CRASHES + 1):
+        harness.supervisor.die()
+    harness.supervisor.core.ready()
+    await harness.serving()
+    assert state.num_crashes == 1 and not state.finished
+
+
+async def test_a_request_that_was_there_at_too_many_deaths_is_ended(harness: Harness) -> None:
+    harness.submit()
+    for _ in range(MAX_CRASHES):
+        harness.supervisor.die()
+        harness.supervisor.core.ready()
+        await harness.serving()
+    (delta,) = await harness.take(1)
+    assert delta.finish_reason == "error" and harness.client.dead is None
+
+
+async def test_a_core_that_cannot_be_started_again_is_given_up(harness: Harness) -> None:
+    harness.submit()
+    harness.supervisor.error = OSError(24, "Too many open files")
+    harness.supervisor.die()
+    (delta,) = await harness.take(1)
+    assert "Too many open files" in str(delta.error)
+    assert harness.fatal == [harness.client.dead] and harness.client.dead is not None
+    with pytest.raises(EngineDeadError):
+        harness.submit()
+
+
+async def test_last_words_may_come_after_the_end(harness: Harness) -> None:
+    core = harness.supervisor.core
+    timer = threading.Timer(0.05, core.send, (EngineDead(1, "the weights are gone", 78),))
+    timer.start()
+    harness.supervisor.on_exit(78)
+    timer.join()
+    assert str(harness.client.dead) == "the weights are gone"
+    assert harness.client.dead is not None and harness.client.dead.exit_code == 78
+
+
+async def test_what_cannot_be_sent_leaves_nothing_behind(harness: Harness) -> None:
+    with pytest.raises(OverflowError):
+        harness.submit(priority=1 << 70)
+    assert harness.client.num_unfinished == 0
+
+
+async def test_a_message_that_cannot_be_handled_does_not_stop_the_others(harness: Harness) -> None:
+    state = harness.submit()
+    for number in range(5):
+        harness.supervisor.core.send_frame(b"\xc1")
+        harness.supervisor.core.tokens(state, number, 5 + number)
+    assert [delta.token_ids for delta in await harness.take(5)] == [(5 + number,) for number in range(5)]
+
+
+async def test_a_token_that_cannot_be_handled_ends_only_its_request(harness: Harness) -> None:
+    class Broken:
+        def append(self, token_id: int) -> str:
+            raise KeyError(token_id)
+
+    bad, good = harness.submit(), harness.submit()
+    bad.detokenizer = Broken()  # type: ignore[assignment]
+    harness.supervisor.core.send(
+        EngineCoreOutputs(
+            1,
+            indices=np.array([bad.index, good.index], np.int64).tobytes(),
+            output_indices=np.zeros(2, np.int32).tobytes(),
+            token_ids=np.array([5, 6], np.int32).tobytes(),
+        )
+    )
+    failed, delta = await harness.take(2)
+    assert failed.finish_reason == "error" and delta.token_ids == (6,)
+    assert harness.supervisor.core.received()[-1] == AbortRequests((bad.index,))
+
+
+async def test_calls_end_with_the_client_and_with_the_core(harness: Harness) -> None:
+    call = asyncio.create_task(harness.client.call(Ping))
+    await asyncio.sleep(0)
+    harness.supervisor.die()
+    with pytest.raises(EngineDeadError):
+        await call
+    harness.supervisor.core.ready()
+    await harness.serving()
+    call = asyncio.create_task(harness.client.call(Ping))
+    await asyncio.sleep(0)
+    await harness.close()
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(call, 5)
+    with pytest.raises(EngineDeadError):
+        harness.submit()
+
+
+async def test_aborted_requests_are_counted_and_progress_is_shown_once(harness: Harness) -> None:
+    states = [harness.submit(), harness.submit()]
+    harness.supervisor.core.finish(states[0], 0, 5)
+    await harness.take(1)
+    harness.client.abort(states)
+    assert harness.sample("vllm:request_success_total", finished_reason="abort") == 1
+    assert harness.sample("vllm:request_success_total", finished_reason="length") == 1
+    assert harness.progress == [LoadProgress(0, "weights", 1, 2)]
+    harness.supervisor.die()
+    harness.supervisor.core.send(LoadProgress(0, "weights", 2, 2))
+    harness.supervisor.core.ready()
+    await harness.serving()
+    assert len(harness.progress) == 1
