@@ -1,0 +1,313 @@
+"""Calls written as JSON: ``{"name": "f", "arguments": {...}}``, alone or in a list.
+
+The arguments are passed on as they come. A call begins once its name is known and its arguments have begun like an
+object; what is malformed before that is content, what is malformed later ends the call.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Final
+
+from api.parsers.base import MAX_NAME
+from api.parsers.json_text import JsonScanner, decode_string, kind_of
+from api.parsers.machine import Output, skip_space
+
+ARGUMENTS_KEYS: Final = ("arguments", "parameters")
+
+
+class ArgumentsObject:
+    """The arguments of one call, as a JSON object.
+
+    Attributes:
+        done: The object is complete.
+        failed: It is malformed, and the call, if it had begun, is over.
+        started: The call has begun.
+    """
+
+    __slots__ = ("_name", "_out", "_pending", "_scanner", "_size", "done", "failed", "started")
+
+    def __init__(self, out: Output, name: str | None) -> None:
+        """Prepares for the opening brace.
+
+        Args:
+            out: Where the call goes.
+            name: Of the function; None if it is not known yet.
+        """
+        self.done = False
+        self.failed = False
+        self.started = False
+        self._out = out
+        self._name = name
+        self._scanner = JsonScanner()
+        self._pending: list[str] = []
+        self._size = 0
+        """Characters that are no space, up to two: a brace, and something that may follow one."""
+
+    def feed(self, text: str, pos: int) -> int:
+        """Reads up to the end of the object or of the text, or to what is malformed."""
+        end = self._scanner.feed(text, pos)
+        piece = self._scanner.take()
+        if self.started:
+            self._out.arguments(piece)
+        else:
+            self._out.hold(text[pos:end])
+            self._pending.append(piece)
+            self._size = min(2, self._size + len(piece.strip()))
+            self._start()
+        self.done, self.failed = self._scanner.done, self._scanner.failed
+        if self.started and (self.done or self.failed):
+            self._out.end(complete=self.done)
+        return end
+
+    def named(self, name: str) -> None:
+        """Tells the name of the function."""
+        self._name = name
+        self._start()
+        if self.started and self.done:
+            self._out.end()
+
+    def _start(self) -> None:
+        if self._name is not None and self._size == 2:
+            self.started = True
+            self._out.start(self._name)
+            self._out.arguments("".join(self._pending))
+            self._pending.clear()
+
+
+class _Expects(Enum):
+    OPEN = auto()
+    KEY = auto()
+    COLON = auto()
+    VALUE = auto()
+    NEXT = auto()
+
+
+class JsonCall:
+    """One call as a JSON object.
+
+    Attributes:
+        done: The object is complete, and so is the call.
+        failed: It is malformed. If the call had not begun, all of it is still held back.
+        started: The call has begun.
+    """
+
+    __slots__ = (
+        "_arguments",
+        "_expects",
+        "_in_arguments",
+        "_key",
+        "_keys",
+        "_name",
+        "_needs_arguments",
+        "_out",
+        "_scanner",
+        "_size",
+        "_value",
+        "_whole_arguments",
+        "done",
+        "failed",
+        "started",
+    )
+
+    def __init__(self, out: Output, *, keys: frozenset[str] | None = None, needs_arguments: bool = False) -> None:
+        """Prepares for the opening brace.
+
+        Args:
+            out: Where the call goes.
+            keys: The keys that the object may have, all if None.
+            needs_arguments: An object without arguments is no call, rather than one with empty arguments.
+        """
+        self.done = False
+        self.failed = False
+        self.started = False
+        self._out = out
+        self._keys = keys
+        self._needs_arguments = needs_arguments
+        self._expects = _Expects.OPEN
+        self._key: str | None = None
+        """The key whose value is read; None while it is itself read."""
+        self._scanner: JsonScanner | None = None
+        self._value: list[str] = []
+        self._size = 0
+        self._name: str | None = None
+        self._arguments: ArgumentsObject | None = None
+        self._in_arguments = False
+        self._whole_arguments: str | None = None
+        """Arguments that need no streaming."""
+
+    def feed(self, text: str, pos: int) -> int:
+        """Reads up to the end of the object or of the text, or to what is malformed."""
+        while pos < len(text) and not self.done and not self.failed:
+            if self._in_arguments:
+                pos = self._feed_arguments(text, pos)
+            elif self._scanner is not None:
+                pos = self._scan(self._scanner, text, pos)
+            else:
+                end = skip_space(text, pos)
+                self._out.hold(text[pos:end])
+                pos = end
+                if pos < len(text):
+                    pos = self._punctuation(text[pos], pos)
+        return pos
+
+    def _punctuation(self, char: str, pos: int) -> int:
+        expects = self._expects
+        if expects is _Expects.VALUE:
+            self._begin_value(char)
+            return pos
+        if expects is _Expects.KEY and char == '"':
+            self._key = None
+            self._scanner = JsonScanner()
+            return pos
+        if expects is _Expects.OPEN and char == "{":
+            self._expects = _Expects.KEY
+        elif expects is _Expects.COLON and char == ":":
+            self._expects = _Expects.VALUE
+        elif expects is _Expects.NEXT and char == ",":
+            self._expects = _Expects.KEY
+        elif expects in (_Expects.NEXT, _Expects.KEY) and char == "}" and self._complete():
+            self.done = True
+            self._out.drop()
+            return pos + 1
+        else:
+            self.failed = True
+            return pos
+        self._out.hold(char)
+        return pos + 1
+
+    def _begin_value(self, char: str) -> None:
+        if self._is_arguments():
+            if char == "{":
+                self._arguments = ArgumentsObject(self._out, self._name)
+                self._in_arguments = True
+                return
+            # Some models write the object as a string, or null if there are no arguments.
+            self.failed = char not in '"n'
+        elif self._key == "name":
+            self.failed = char != '"' or self._name is not None
+        self._scanner = JsonScanner()
+
+    def _is_arguments(self) -> bool:
+        return self._key in ARGUMENTS_KEYS and self._arguments is None and self._whole_arguments is None
+
+    def _feed_arguments(self, text: str, pos: int) -> int:
+        arguments = self._arguments
+        assert arguments is not None
+        end = arguments.feed(text, pos)
+        self.started, self.failed = arguments.started, arguments.failed
+        if arguments.done:
+            self._in_arguments = False
+            self._expects = _Expects.NEXT
+        return end
+
+    def _scan(self, scanner: JsonScanner, text: str, pos: int) -> int:
+        end = scanner.feed(text, pos)
+        self._out.hold(text[pos:end])
+        piece = scanner.take()
+        is_short = self._key is None or self._key == "name"
+        if is_short or self._is_arguments():
+            self._value.append(piece)
+            self._size += len(piece)
+        self.failed = scanner.failed or (is_short and self._size > MAX_NAME)
+        if scanner.done and not self.failed:
+            value = "".join(self._value)
+            self._value.clear()
+            self._size = 0
+            self._scanner = None
+            self.failed = not self._take_value(value)
+        return end
+
+    def _take_value(self, value: str) -> bool:
+        """Takes a key, or a value that was not streamed. Returns whether it may be what it is."""
+        if self._key is None:
+            self._key = decode_string(value)
+            self._expects = _Expects.COLON
+            return self._key is not None and (self._keys is None or self._key in self._keys)
+        self._expects = _Expects.NEXT
+        if self._key == "name":
+            self._name = decode_string(value)
+            if not self._name:
+                return False
+            if self._arguments is not None:
+                self._arguments.named(self._name)
+                self.started = self._arguments.started
+        elif self._is_arguments():
+            self._whole_arguments = "{}" if value == "null" else decode_string(value)
+            if self._whole_arguments is None or kind_of(self._whole_arguments) != "object":
+                return False
+        self._start_whole()
+        return True
+
+    def _start_whole(self) -> None:
+        if self._name is not None and self._whole_arguments is not None and not self.started:
+            self.started = True
+            self._out.start(self._name)
+            self._out.arguments(self._whole_arguments)
+            self._out.end()
+
+    def _complete(self) -> bool:
+        """Whether the object has all that a call needs."""
+        if not self.started and self._name is not None and not self._needs_arguments:
+            self._whole_arguments = "{}"
+            self._start_whole()
+        return self.started
+
+
+class JsonCalls:
+    """A list of calls, or one that stands alone.
+
+    Attributes:
+        done: The list is complete.
+        failed: It is malformed. What is not part of a call is still held back.
+    """
+
+    __slots__ = ("_call", "_is_list", "_needs_comma", "_out", "done", "failed")
+
+    def __init__(self, out: Output) -> None:
+        self.done = False
+        self.failed = False
+        self._out = out
+        self._is_list = False
+        self._needs_comma = False
+        self._call: JsonCall | None = None
+
+    def feed(self, text: str, pos: int) -> int:
+        """Reads up to the end of the list or of the text, or to what is malformed."""
+        while pos < len(text) and not self.done and not self.failed:
+            if self._call is not None:
+                pos = self._feed_call(self._call, text, pos)
+                continue
+            end = skip_space(text, pos)
+            self._out.hold(text[pos:end])
+            pos = end
+            if pos < len(text):
+                pos = self._punctuation(text[pos], pos)
+        return pos
+
+    def _feed_call(self, call: JsonCall, text: str, pos: int) -> int:
+        end = call.feed(text, pos)
+        self.failed = call.failed
+        if call.done:
+            self._call = None
+            self._needs_comma = True
+            self.done = not self._is_list
+        return end
+
+    def _punctuation(self, char: str, pos: int) -> int:
+        if char == "{" and not self._needs_comma:
+            self._call = JsonCall(self._out)
+            return pos
+        if char == "[" and not self._is_list:
+            self._is_list = True
+        elif char == "," and self._needs_comma:
+            self._needs_comma = False
+        elif char == "]" and self._needs_comma:
+            self.done = True
+            self._out.drop()
+            return pos + 1
+        else:
+            self.failed = True
+            return pos
+        self._out.hold(char)
+        return pos + 1

@@ -1,0 +1,141 @@
+"""``[TOOL_CALLS]`` and what follows it, which depends on the version of the tokenizer.
+
+* up to 7: a list, ``[TOOL_CALLS] [{"name": "f", "arguments": {...}}, ...]``;
+* 11: ``[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{...}`` for each call;
+* 13: ``[TOOL_CALLS]f[ARGS]{...}`` for each call; ``[ARGS]`` is left out where templates do so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+from api.parsers.base import MAX_NAME, Event, MakeId, Tool
+from api.parsers.ids import new_short_id
+from api.parsers.machine import Markers, Output, Steps, marker_at, skip_space
+from api.parsers.tools.json_calls import ArgumentsObject, JsonCalls
+
+_OPEN: Final = "[TOOL_CALLS]"
+_CALL_ID: Final = "[CALL_ID]"
+_ARGS: Final = "[ARGS]"
+_OPENING: Final = Markers(_OPEN)
+_NAME: Final = re.compile(r"[\w.:/-]*")
+
+
+class MistralParser:
+    """Text, then calls. The ids of calls are our own, as versions other than 11 have none."""
+
+    special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CALL_ID, _ARGS)
+    new_id = staticmethod(new_short_id)
+
+    def __init__(self, tools: Iterable[Tool], make_id: MakeId) -> None:
+        self._out = Output(make_id)
+        self._steps = Steps(self._content)
+        self._calls = JsonCalls(self._out)
+        self._arguments = ArgumentsObject(self._out, None)
+        self._name: list[str] = []
+        self._size = 0
+
+    def feed(self, text: str, /) -> list[Event]:
+        """Takes the next piece."""
+        self._steps.run(text)
+        return self._out.take()
+
+    def finish(self) -> list[Event]:
+        """Ends the text."""
+        return self._out.finish(self._steps.rest())
+
+    def _content(self, text: str, pos: int) -> int:
+        end, marker = _OPENING.find(text, pos)
+        self._out.text(text[pos:end])
+        if marker:
+            self._out.hold(marker)
+            self._steps.state = self._opened
+        return end + len(marker)
+
+    def _give_up(self, pos: int) -> int:
+        self._out.release()
+        self._steps.state = self._content
+        return pos
+
+    def _opened(self, text: str, pos: int) -> int:
+        end = skip_space(text, pos)
+        self._out.hold(text[pos:end])
+        if end < len(text):
+            if text[end] in "[{":
+                self._calls = JsonCalls(self._out)
+                self._steps.state = self._list
+            else:
+                self._name.clear()
+                self._size = 0
+                self._steps.state = self._function
+        return end
+
+    def _list(self, text: str, pos: int) -> int:
+        end = self._calls.feed(text, pos)
+        if self._calls.done:
+            self._steps.state = self._content
+        return self._give_up(end) if self._calls.failed else end
+
+    def _word(self, text: str, pos: int) -> int:
+        match = _NAME.match(text, pos)
+        assert match is not None
+        self._out.hold(match.group())
+        self._size += len(match.group())
+        return match.end()
+
+    def _function(self, text: str, pos: int) -> int:
+        end = self._word(text, pos)
+        self._name.append(text[pos:end])
+        if self._size > MAX_NAME:
+            return self._give_up(end)
+        if end < len(text):
+            if not self._size:
+                return self._give_up(end)
+            self._steps.state = self._after_name
+        return end
+
+    def _after_name(self, text: str, pos: int) -> int:
+        end = skip_space(text, pos)
+        self._out.hold(text[pos:end])
+        if end == len(text):
+            return end
+        marker = marker_at(text, end, "{", _ARGS, _CALL_ID)
+        if marker is None:
+            return end
+        if not marker:
+            return self._give_up(end)
+        if marker == _CALL_ID:
+            self._size = 0
+            self._steps.state = self._call_id
+        else:
+            self._steps.state = self._before_arguments
+            if marker == "{":
+                return end
+        self._out.hold(marker)
+        return end + len(marker)
+
+    def _call_id(self, text: str, pos: int) -> int:
+        end = self._word(text, pos)
+        if self._size > MAX_NAME:
+            return self._give_up(end)
+        if end < len(text):
+            self._steps.state = self._after_name
+        return end
+
+    def _before_arguments(self, text: str, pos: int) -> int:
+        end = skip_space(text, pos)
+        self._out.hold(text[pos:end])
+        if end < len(text):
+            if text[end] != "{":
+                return self._give_up(end)
+            self._arguments = ArgumentsObject(self._out, "".join(self._name))
+            self._steps.state = self._object
+        return end
+
+    def _object(self, text: str, pos: int) -> int:
+        end = self._arguments.feed(text, pos)
+        if self._arguments.done:
+            self._steps.state = self._content
+        return self._give_up(end) if self._arguments.failed else end
