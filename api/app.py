@@ -17,6 +17,7 @@ from api.openai.errors import EXCEPTION_HANDLERS
 from api.openapi import Document, Operation
 from api.serving import Serving
 from api.traffic import Traffic
+from api.web_routes import WebPages
 
 OPERATIONS = (
     Operation(
@@ -73,7 +74,8 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     """
     config = serving.config
     document = Document(OPERATIONS, has_keys=bool(config.api_key), root_path=config.root_path)
-    operations = (*OPERATIONS, Operation("GET", "/openapi.json", document.show, "Show this document"))
+    shown = Operation("GET", "/openapi.json", document.show, "Show this document")
+    operations = (*OPERATIONS, shown, *WebPages().operations())
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
     routes = [
         Route(

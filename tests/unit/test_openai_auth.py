@@ -60,7 +60,7 @@ def test_every_route_is_guarded_or_named_as_open(guarded: FakeServer) -> None:
     """What a new route is by default."""
     assert {operation.path for operation in OPERATIONS if operation.is_open} == OPEN
     assert all(isinstance(route, Route) for route in guarded.app.routes)
-    assert len(guarded.app.routes) == len(OPERATIONS) + 1
+    assert len(guarded.app.routes) == len(OPERATIONS) + 4
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path not in OPEN])

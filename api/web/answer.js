@@ -1,0 +1,174 @@
+// One answer while it is written: the request, its stream, and what comes of them in a message.
+
+import { ApiError, request, streamError } from "./api.js";
+import { bodyFields } from "./settings.js";
+import { events } from "./sse.js";
+
+/** A message for an answer that is about to come. */
+export function newAnswer(model) {
+  return {
+    role: "assistant",
+    content: "",
+    reasoning: "",
+    toolCalls: [],
+    status: "streaming",
+    error: "",
+    finishReason: null,
+    stats: null,
+    model,
+  };
+}
+
+/** Fills in a message. Tells `onChange` whenever it has grown, and `onEnd` once. */
+export class Answer {
+  #abort = new AbortController();
+  #onChange;
+  #numTokens = 0;
+  #begin = 0;
+  #first = 0;
+  #last = 0;
+  #usage = null;
+
+  constructor(message, onChange) {
+    this.message = message;
+    this.#onChange = onChange;
+  }
+
+  /** Ends it early, and at once; what is there stays. */
+  stop() {
+    this.#abort.abort();
+    this.message.status = "stopped";
+    this.#noteStats();
+  }
+
+  /** Tokens per second so far, or NaN. */
+  get rate() {
+    return (this.#numTokens - 1) / ((this.#last - this.#first) / 1000);
+  }
+
+  /**
+   * Asks for the answer and takes it. Never throws: what went wrong stands in the message.
+   *
+   * @param {object} conversation Whose settings and messages before this one are sent.
+   */
+  async run(conversation) {
+    const { message } = this;
+    try {
+      const response = await request("v1/chat/completions", {
+        json: requestBody(conversation, message),
+        signal: this.#abort.signal,
+        // Once more if a key is asked for: the time that a person takes is not the server's.
+        onSend: () => {
+          this.#begin = performance.now();
+        },
+      });
+      for await (const data of events(response.body)) {
+        if (this.#abort.signal.aborted) return; // what had come before the end is not shown
+        if (data === "[DONE]") break;
+        this.#take(JSON.parse(data));
+      }
+      if (message.finishReason === null) throw new ApiError("The connection ended before the answer did.");
+      message.status = "done";
+    } catch (error) {
+      this.#fail(error);
+    }
+    this.#noteStats();
+  }
+
+  #fail(error) {
+    if (this.#abort.signal.aborted) return;
+    const { message } = this;
+    message.status = "error";
+    message.error = error instanceof ApiError ? error.message : describe(error);
+  }
+
+  #take(chunk) {
+    const error = streamError(chunk);
+    if (error !== null) throw error;
+    if (chunk.usage) this.#usage = chunk.usage;
+    const choice = chunk.choices?.[0];
+    if (choice === undefined) return;
+    const { delta = {} } = choice;
+    this.#countToken(delta);
+    const { message } = this;
+    message.content += delta.content ?? "";
+    message.reasoning += delta.reasoning ?? delta.reasoning_content ?? "";
+    for (const call of delta.tool_calls ?? []) addToolCall(message.toolCalls, call);
+    if (choice.finish_reason) message.finishReason = choice.finish_reason;
+    this.#onChange();
+  }
+
+  /** An event is a token, even one without text, which is a part of a character; the one with the role is not. */
+  #countToken(delta) {
+    const isToken = [delta.content, delta.reasoning, delta.reasoning_content, delta.tool_calls].some(
+      (part) => part !== undefined && part !== null,
+    );
+    if (!isToken || (delta.role !== undefined && !delta.content && !delta.reasoning)) return;
+    this.#last = performance.now();
+    if (this.#numTokens === 0) this.#first = this.#last;
+    this.#numTokens++;
+  }
+
+  #noteStats() {
+    if (this.#numTokens === 0) return;
+    const usage = this.#usage;
+    const numTokens = usage?.completion_tokens ?? this.#numTokens;
+    const spell = (this.#last - this.#first) / 1000;
+    this.message.stats = {
+      promptTokens: usage?.prompt_tokens ?? null,
+      cachedTokens: usage?.prompt_tokens_details?.cached_tokens ?? null,
+      tokens: numTokens,
+      firstToken: (this.#first - this.#begin) / 1000,
+      rate: spell > 0 && numTokens > 1 ? (numTokens - 1) / spell : null,
+    };
+  }
+}
+
+/** The parts of a tool call come in pieces, told apart by their index. */
+function addToolCall(calls, piece) {
+  const index = Number.isInteger(piece.index) ? Math.min(piece.index, 127) : calls.length;
+  while (calls.length <= index) calls.push({ id: "", name: "", arguments: "" });
+  const call = calls[index];
+  if (piece.id) call.id = piece.id;
+  call.name += piece.function?.name ?? "";
+  call.arguments += piece.function?.arguments ?? "";
+}
+
+function requestBody(conversation, answer) {
+  const { settings } = conversation;
+  const messages = [];
+  if (settings.system?.trim()) messages.push({ role: "system", content: settings.system });
+  for (const message of conversation.messages) {
+    if (message === answer) break;
+    const sent = asSent(message);
+    if (sent !== null) messages.push(sent);
+  }
+  return {
+    model: conversation.model || undefined,
+    ...bodyFields(settings),
+    messages,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+}
+
+/** A message as the server takes it, or null for an answer that never came to anything. Reasoning is not sent back. */
+function asSent(message) {
+  if (message.role === "user") return { role: "user", content: message.content };
+  if (message.role === "tool") return { role: "tool", tool_call_id: message.toolCallId, content: message.content };
+  const { content, toolCalls } = message;
+  if (content === "" && toolCalls.length === 0) return null;
+  if (toolCalls.length === 0) return { role: "assistant", content };
+  const calls = toolCalls.map((call) => ({
+    id: call.id,
+    type: "function",
+    function: { name: call.name, arguments: call.arguments },
+  }));
+  return { role: "assistant", content: content === "" ? null : content, tool_calls: calls };
+}
+
+function describe(error) {
+  if (error instanceof SyntaxError) return "The server sent something that is no answer.";
+  if (error instanceof TypeError) return "The connection to the server was lost.";
+  return `The answer was cut off: ${error.message}`;
+}

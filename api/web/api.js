@@ -1,0 +1,107 @@
+// Requests to the server. Addresses are relative to the page, so that it works under any path of a proxy.
+
+import { askForKey, authorization, currentKey } from "./keys.js";
+
+/** A request that did not work; the message is for people. */
+export class ApiError extends Error {
+  /**
+   * @param {string} message What to show.
+   * @param {object} details `status`: of HTTP, 0 if there was no answer; `param`: the field at fault.
+   */
+  constructor(message, { status = 0, param = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.param = param;
+  }
+}
+
+const TEXTS = {
+  401: "The server wants an API key.",
+  404: "The server does not have this endpoint.",
+  413: "The request is too large for the server.",
+  503: "The server is busy or shutting down.",
+};
+
+export function address(path) {
+  return new URL(path, document.baseURI).href;
+}
+
+/**
+ * Sends a request; on 401 asks for a key and tries again.
+ *
+ * @param {string} path Relative to the page.
+ * @param {object} options `json`: a body to post; `signal`; `quiet`: do not ask for a key; `onSend`: called at each try.
+ * @returns {Promise<Response>} A good answer.
+ * @throws {ApiError} The server cannot be reached, or refuses.
+ * @throws {DOMException} AbortError, if the signal says so.
+ */
+export async function request(path, { json, signal, quiet = false, onSend } = {}) {
+  for (;;) {
+    const key = currentKey();
+    onSend?.();
+    const response = await send(path, json, signal, key);
+    if (response.ok) return response;
+    if (response.status !== 401 || quiet || !(await askForKey(key))) throw await errorOf(response);
+  }
+}
+
+async function send(path, json, signal, key) {
+  const headers = {};
+  if (key !== null) headers.Authorization = authorization(key);
+  if (json !== undefined) headers["Content-Type"] = "application/json";
+  try {
+    return await fetch(address(path), {
+      method: json === undefined ? "GET" : "POST",
+      headers,
+      body: json === undefined ? undefined : JSON.stringify(json),
+      signal,
+      cache: "no-store",
+      credentials: "same-origin",
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached.");
+  }
+}
+
+async function errorOf(response) {
+  const text = await response.text().catch(() => "");
+  return new ApiError(messageOf(text, response), { status: response.status, param: paramOf(text) });
+}
+
+function messageOf(text, response) {
+  const info = errorInfo(text);
+  if (typeof info?.message === "string" && info.message !== "") return sentence(info.message);
+  return TEXTS[response.status] ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+}
+
+function paramOf(text) {
+  const param = errorInfo(text)?.param;
+  return typeof param === "string" ? param : null;
+}
+
+function errorInfo(text) {
+  try {
+    return JSON.parse(text).error;
+  } catch {
+    return undefined; // a proxy's page, say
+  }
+}
+
+/** Messages of the server begin in lower case, as in a log; alone on a page they read better as a sentence. */
+function sentence(message) {
+  const text = /^[a-z]+ /.test(message) ? message[0].toUpperCase() + message.slice(1) : message;
+  return /[.!?:]$/.test(text) ? text : `${text}.`;
+}
+
+/** The error of an event in a stream, if it is one. */
+export function streamError(data) {
+  if (data?.error === undefined || data.error === null) return null;
+  const message = typeof data.error.message === "string" ? sentence(data.error.message) : "The answer was cut off.";
+  return new ApiError(message, { status: Number(data.error.code) || 0 });
+}
+
+export async function getJson(path, options) {
+  return (await request(path, options)).json();
+}

@@ -1,0 +1,275 @@
+// The dashboard: what /metrics says, read every second while somebody looks.
+
+import { request } from "./api.js";
+import { element, icon } from "./dom.js";
+import { number, percent, seconds, short } from "./format.js";
+import { askForKey, currentKey } from "./keys.js";
+import { Plot } from "./plot.js";
+import { increase, newBuckets, quantile, rate, Reading } from "./prometheus.js";
+
+const PERIOD_MS = 1000;
+const SPANS = { "1 min": 60, "5 min": 300, "15 min": 900 };
+const MAX_SPAN = 900;
+/** Seconds of samples that are kept. */
+const RATE_SPAN = 2;
+/** Seconds over which rates are taken: the server tells of what a step did when the step is over. */
+const LATENCY_SPAN = 10;
+/** Seconds over which percentiles are taken: in a single one there may be no request at all. */
+
+const M = {
+  running: "vllm:num_requests_running",
+  waiting: "vllm:num_requests_waiting",
+  kvUsage: "vllm:kv_cache_usage_perc",
+  queries: "vllm:prefix_cache_queries_total",
+  hits: "vllm:prefix_cache_hits_total",
+  output: "vllm:generation_tokens_total",
+  prompt: "vllm:prompt_tokens_total",
+  firstToken: "vllm:time_to_first_token_seconds",
+  interToken: "vllm:inter_token_latency_seconds",
+  endToEnd: "vllm:e2e_request_latency_seconds",
+  queue: "vllm:request_queue_time_seconds",
+  finished: "vllm:request_success_total",
+  preemptions: "vllm:num_preemptions_total",
+  restarts: "octavo:engine_restarts_total",
+  cache: "vllm:cache_config_info",
+};
+
+const TILES = {
+  running: "Running",
+  waiting: "Waiting",
+  output: "Tokens/s out",
+  prompt: "Tokens/s in",
+  kvUsage: "KV cache in use",
+  hitRate: "Prefix cache hits",
+};
+
+export class Dashboard {
+  #root;
+  #isShown = false;
+  #timer = 0;
+  #readings = [];
+  /** {time, reading, values}: what was read, and what plots show of it. Old ones have no reading any more. */
+  #span = 60;
+  #tiles = {};
+  #plots = [];
+  #totals = element("dl", { class: "totals" });
+  #problem = element("div", { class: "error-box", role: "alert", hidden: true });
+
+  constructor(root) {
+    this.#root = root;
+    this.#build();
+    document.addEventListener("visibilitychange", () => this.#goOn());
+  }
+
+  /** Whether the view is the one that is shown; nothing is fetched otherwise. */
+  set isShown(isShown) {
+    this.#isShown = isShown;
+    this.#goOn();
+  }
+
+  // -- reading -------------------------------------------------------------------------------------------------
+
+  #goOn() {
+    clearTimeout(this.#timer);
+    if (this.#isShown && document.visibilityState === "visible") this.#poll();
+  }
+
+  async #poll() {
+    clearTimeout(this.#timer);
+    const begin = performance.now();
+    try {
+      const response = await request("metrics", { quiet: true });
+      this.#add(new Reading(await response.text(), performance.now() / 1000));
+      this.#problem.hidden = true;
+    } catch (error) {
+      this.#showProblem(error);
+    }
+    this.#show();
+    if (!this.#isShown || document.visibilityState !== "visible") return;
+    const pause = Math.max(100, PERIOD_MS - (performance.now() - begin));
+    clearTimeout(this.#timer); // another poll may have begun meanwhile
+    this.#timer = setTimeout(() => this.#poll(), pause);
+  }
+
+  #add(reading) {
+    const readings = this.#readings;
+    const values = this.#derive(reading);
+    readings.push({ time: reading.time, reading, values });
+    while (readings[0].time < reading.time - MAX_SPAN) readings.shift();
+    // A reading is some thousand objects, and only differences need it.
+    for (const old of readings) if (old.time < reading.time - 2 * LATENCY_SPAN) old.reading = null;
+  }
+
+  /** The newest earlier reading that is about so old, else the oldest there is; null at first. */
+  #before(reading, age) {
+    const usable = this.#readings.filter((old) => old.reading !== null);
+    const old = usable.filter(({ time }) => time <= reading.time - age + PERIOD_MS / 2000);
+    return (old.at(-1) ?? usable[0])?.reading ?? null;
+  }
+
+  #derive(reading) {
+    const recent = this.#before(reading, RATE_SPAN);
+    const older = this.#before(reading, LATENCY_SPAN);
+    const perSecond = (name) => (recent === null ? NaN : rate(name, recent, reading));
+    const percentiles = (name) => {
+      if (older === null) return [NaN, NaN];
+      const buckets = newBuckets(name, older, reading);
+      return [quantile(0.5, buckets), quantile(0.95, buckets)];
+    };
+    const queries = older === null ? NaN : increase(M.queries, older, reading);
+    return {
+      running: reading.sum(M.running),
+      waiting: reading.sum(M.waiting),
+      kvUsage: reading.max(M.kvUsage),
+      hitRate: queries > 0 ? increase(M.hits, older, reading) / queries : NaN,
+      output: perSecond(M.output),
+      prompt: perSecond(M.prompt),
+      firstToken: percentiles(M.firstToken),
+      interToken: percentiles(M.interToken),
+      endToEnd: percentiles(M.endToEnd),
+    };
+  }
+
+  // -- showing -------------------------------------------------------------------------------------------------
+
+  #build() {
+    const latency = { series: ["median", "95 %"], format: seconds, note: `Requests of the last ${LATENCY_SPAN} s.` };
+    const plots = [
+      [
+        { title: "Throughput", series: ["out", "in"], format: short, limit: 10, note: "Tokens per second." },
+        (v) => [v.output, v.prompt],
+      ],
+      [
+        { title: "Requests", series: ["running", "waiting"], format: short, limit: 4, note: "At each moment." },
+        (v) => [v.running, v.waiting],
+      ],
+      [{ ...latency, title: "Time to first token" }, (v) => v.firstToken],
+      [
+        { ...latency, title: "Time between tokens", note: `Tokens of the last ${LATENCY_SPAN} s.` },
+        (v) => v.interToken,
+      ],
+      [
+        {
+          title: "Cache",
+          series: ["KV in use", "prefix hits"],
+          format: percent,
+          isShare: true,
+          note: `Share of blocks; of prompt tokens in the last ${LATENCY_SPAN} s.`,
+        },
+        (v) => [v.kvUsage, v.hitRate],
+      ],
+      [{ ...latency, title: "Whole requests" }, (v) => v.endToEnd],
+    ];
+    this.#plots = plots.map(([options, pick]) => ({ plot: new Plot(options), pick }));
+    for (const [name, label] of Object.entries(TILES)) {
+      const [value, note] = [element("p", { class: "tile-value" }, "–"), element("p", { class: "quiet small" })];
+      this.#tiles[name] = {
+        value,
+        note,
+        node: element("div", { class: "card tile", "data-tile": name }, element("h2", {}, label), value, note),
+      };
+    }
+    this.#root.append(
+      element("div", { class: "dashboard-head" }, element("h1", {}, "Dashboard"), this.#spanChoice()),
+      this.#problem,
+      element(
+        "div",
+        { class: "tiles" },
+        Object.values(this.#tiles).map(({ node }) => node),
+      ),
+      element(
+        "div",
+        { class: "plots" },
+        this.#plots.map(({ plot }) => plot.node),
+      ),
+      element("section", { class: "card" }, element("h2", {}, "Since the server was started"), this.#totals),
+    );
+  }
+
+  #spanChoice() {
+    const buttons = Object.entries(SPANS).map(([label, span]) =>
+      element(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(span === this.#span),
+          click: (event) => {
+            this.#span = span;
+            for (const button of buttons) button.setAttribute("aria-pressed", String(button === event.currentTarget));
+            this.#show();
+          },
+        },
+        label,
+      ),
+    );
+    return element("div", { class: "segments", role: "group", "aria-label": "Time shown" }, buttons);
+  }
+
+  #showProblem(error) {
+    const text = element("p", {}, `${error.message} Trying again every second.`);
+    const enter = async () => {
+      if (await askForKey(currentKey())) this.#poll();
+    };
+    const button =
+      error.status === 401
+        ? element("button", { type: "button", class: "button small", click: enter }, "Enter the key")
+        : null;
+    // Said once, not every second.
+    if (this.#problem.hidden || this.#problem.dataset.status !== String(error.status)) {
+      this.#problem.replaceChildren(icon("alert"), text, ...(button === null ? [] : [button]));
+    }
+    this.#problem.dataset.status = String(error.status);
+    this.#problem.hidden = false;
+  }
+
+  #show() {
+    const last = this.#readings.at(-1);
+    if (last === undefined) return;
+    const now = performance.now() / 1000;
+    for (const { plot, pick } of this.#plots) {
+      const points = this.#readings.map(({ time, values }) => ({ time, values: pick(values) }));
+      plot.update(points, this.#span, now);
+    }
+    this.#showTiles(last);
+    this.#showTotals(last.reading);
+  }
+
+  #showTiles({ reading, values }) {
+    const total = reading.sum(M.queries);
+    const info = reading.all(M.cache)[0]?.labels ?? {};
+    const room = Number(info.block_size) * Number(info.num_gpu_blocks);
+    const set = (name, value, note = "") => {
+      this.#tiles[name].value.textContent = value;
+      this.#tiles[name].note.textContent = note;
+    };
+    set("running", number(values.running), `${short(reading.sum(M.finished) || 0)} finished`);
+    set("waiting", number(values.waiting), `${seconds(reading.mean(M.queue))} on average`);
+    set("output", short(values.output), `${short(reading.sum(M.output))} in all`);
+    set("prompt", short(values.prompt), `${short(reading.sum(M.prompt))} in all`);
+    set("kvUsage", percent(values.kvUsage), Number.isFinite(room) ? `of ${short(room)} tokens` : "");
+    const overall = total > 0 ? reading.sum(M.hits) / total : NaN;
+    set(
+      "hitRate",
+      percent(Number.isFinite(values.hitRate) ? values.hitRate : overall),
+      `${percent(overall)} since the start`,
+    );
+  }
+
+  #showTotals(reading) {
+    const finished = reading.all(M.finished).filter(({ value }) => value > 0);
+    const rows = [
+      ["Requests finished", number(finished.reduce((total, { value }) => total + value, 0))],
+      ...finished.map(({ labels, value }) => [`by ${labels.finished_reason ?? "other"}`, number(value)]),
+      ["Tokens generated", number(reading.sum(M.output))],
+      ["Prompt tokens", number(reading.sum(M.prompt))],
+      ["Mean time to first token", seconds(reading.mean(M.firstToken))],
+      ["Mean time between tokens", seconds(reading.mean(M.interToken))],
+      ["Mean time waiting", seconds(reading.mean(M.queue))],
+      ["Preemptions", number(reading.sum(M.preemptions))],
+      ["Engine restarts", number(reading.sum(M.restarts) || 0)],
+    ];
+    this.#totals.replaceChildren(
+      ...rows.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))),
+    );
+  }
+}

@@ -1,0 +1,70 @@
+// The choice of model: everything under /v1/models, adapters below the model that they belong to.
+
+import { getJson } from "./api.js";
+import { element } from "./dom.js";
+import { number } from "./format.js";
+
+/** The select element with the models. */
+export class ModelChoice extends EventTarget {
+  #select;
+  #cards = new Map();
+  #wanted = "";
+
+  constructor(select) {
+    super();
+    this.#select = select;
+    select.addEventListener("change", () => {
+      this.#wanted = select.value;
+      this.#describe();
+      this.dispatchEvent(new Event("change"));
+    });
+  }
+
+  /** The name to send, or "" as long as none is known. */
+  get value() {
+    return this.#cards.has(this.#select.value) ? this.#select.value : "";
+  }
+
+  /** The card of the model that is chosen, or undefined. */
+  get card() {
+    return this.#cards.get(this.value);
+  }
+
+  /** Chooses a model if it exists; one that does not leaves the choice as it is. */
+  choose(name) {
+    this.#wanted = name;
+    if (this.#cards.has(name)) this.#select.value = name;
+    this.#describe();
+  }
+
+  /** @throws {ApiError} The list cannot be had. */
+  async load() {
+    const { data } = await getJson("v1/models");
+    const cards = data.filter((card) => typeof card?.id === "string");
+    this.#cards = new Map(cards.map((card) => [card.id, card]));
+    const bases = cards.filter((card) => !card.parent);
+    const options = bases.map((card) => option(card));
+    for (const base of new Set(cards.map((card) => card.parent).filter(Boolean))) {
+      const adapters = cards.filter((card) => card.parent === base);
+      options.push(element("optgroup", { label: `Adapters of ${base}` }, adapters.map(option)));
+    }
+    this.#select.replaceChildren(...options);
+    this.#select.disabled = cards.length === 0;
+    this.choose(this.#wanted);
+    this.dispatchEvent(new Event("change"));
+  }
+
+  /** Says that there is nothing to choose from. */
+  showNone() {
+    if (this.#cards.size === 0) this.#select.replaceChildren(element("option", {}, "No model"));
+  }
+
+  #describe() {
+    const length = this.card?.max_model_len;
+    this.#select.title = Number.isFinite(length) ? `${this.value}: ${number(length)} tokens of context` : this.value;
+  }
+}
+
+function option(card) {
+  return element("option", { value: card.id }, card.id);
+}

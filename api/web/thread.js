@@ -1,0 +1,108 @@
+// The messages of the conversation that is shown: what is on the page, and where it is scrolled to.
+
+import { byId, element } from "./dom.js";
+import { MessageView } from "./message-view.js";
+
+const NEAR_END = 60;
+/** Pixels from the end within which the page follows an answer. */
+const SUGGESTIONS = [
+  "Explain how a transformer predicts the next token",
+  "Write a Python function that merges two sorted lists",
+  "Compare tea and coffee in a table",
+];
+
+export class Thread {
+  #place = byId("messages");
+  #scroller = byId("thread");
+  #toEnd = byId("to-end");
+  #views = new Map();
+  #last = null;
+  #follows = true;
+  #actions;
+  #onSuggestion;
+  #frame = 0;
+  #cost = 0;
+  /** Milliseconds that showing the answer took the last time. */
+
+  /**
+   * @param {object} actions See MessageView.
+   * @param {(text: string) => void} onSuggestion A suggestion was taken.
+   */
+  constructor(actions, onSuggestion) {
+    this.#actions = actions;
+    this.#onSuggestion = onSuggestion;
+    this.#scroller.addEventListener("scroll", () => this.#noteScroll(), { passive: true });
+    this.#toEnd.addEventListener("click", () => {
+      this.scrollToEnd();
+      byId("composer-input").focus();
+    });
+    new ResizeObserver(() => this.#follow()).observe(this.#scroller);
+  }
+
+  /** Shows messages; views of those that were shown before are kept. */
+  show(messages, modelText = "") {
+    const views = new Map();
+    for (const message of messages) {
+      views.set(message, this.#views.get(message) ?? new MessageView(message, this.#actions));
+    }
+    this.#views = views;
+    const last = messages.at(-1) ?? null;
+    // The one that was last loses what only the last one has.
+    for (const message of new Set([this.#last, last])) views.get(message)?.update({ isLast: message === last });
+    this.#last = last;
+    const nodes = [...views.values()].map((view) => view.node);
+    this.#place.replaceChildren(...(nodes.length > 0 ? nodes : [this.#welcome(modelText)]));
+    this.#follow();
+  }
+
+  /** Shows what a message has become, all at once. */
+  update(message, options = {}) {
+    this.#views.get(message)?.update({ isLast: message === this.#last, ...options });
+    this.#follow();
+  }
+
+  /** Shows it soon: once per frame at most, and less often if that takes long. */
+  updateSoon(message, rate) {
+    if (this.#frame !== 0) return;
+    const show = () => {
+      this.#frame = requestAnimationFrame(() => {
+        const begin = performance.now();
+        this.#frame = 0;
+        if (message.status === "streaming") this.update(message, { rate: rate() });
+        this.#cost = performance.now() - begin;
+      });
+    };
+    if (this.#cost < 8) show();
+    else this.#frame = setTimeout(show, 3 * this.#cost);
+  }
+
+  /** Goes to the end and stays there. */
+  scrollToEnd() {
+    this.#follows = true;
+    this.#follow();
+  }
+
+  #follow() {
+    if (this.#follows) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    this.#noteScroll();
+  }
+
+  #noteScroll() {
+    const { scrollHeight, scrollTop, clientHeight } = this.#scroller;
+    this.#follows = scrollHeight - scrollTop - clientHeight < NEAR_END;
+    this.#toEnd.hidden = this.#follows;
+  }
+
+  #welcome(modelText) {
+    const suggestions = SUGGESTIONS.map((text) =>
+      element("button", { type: "button", class: "suggestion", click: () => this.#onSuggestion(text) }, text),
+    );
+    return element(
+      "div",
+      { class: "welcome" },
+      element("h2", {}, "What would you like to know?"),
+      element("p", { class: "quiet" }, modelText),
+      element("div", { class: "suggestions" }, suggestions),
+    );
+  }
+}

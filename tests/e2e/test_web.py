@@ -1,0 +1,899 @@
+"""The web page in a real browser: against the real server, and against scripted endpoints where the words matter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from api.web_routes import WebPages
+from tests.e2e.server import Server
+
+pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+KEY = "zwölf keys"
+MODEL = "demo"
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
+DEVICE = {"step_us": 8000, "token_us": 5, "num_blocks": 512, "eos_token_id": 2}
+WAIT = 15.0
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # A browser without a screen has no mouse either, unless it is told otherwise.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
+)
+
+
+def browser_path() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("there is no chromium")
+
+
+class Browser:
+    """A page in a browser, with waiting built in."""
+
+    def __init__(self, profile: str) -> None:
+        options = webdriver.ChromeOptions()
+        options.binary_location = browser_path()
+        driver_path = shutil.which("chromedriver")
+        if driver_path is None:
+            pytest.skip("there is no chromedriver")
+        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,900"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
+        self.driver.set_script_timeout(60)
+
+    def open(self, url: str) -> None:
+        self.driver.get("about:blank")  # an address that differs in its hash only would not load the page again
+        self.driver.get(url)
+
+    def clear(self, *urls: str) -> None:
+        """Forgets what pages of these servers have stored, and goes back to the usual size and colours."""
+        for url in urls:
+            command = {"origin": url, "storageTypes": "all"}
+            self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", command)
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.prefer("light")
+        self.driver.get_log("browser")
+
+    def prefer(self, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def resize(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def find(self, selector: str) -> WebElement:
+        """The last such element that is shown."""
+        return self.wait(lambda: [found for found in self.all(selector) if found.is_displayed()], selector)[-1]
+
+    def text(self, selector: str) -> str:
+        return self.find(selector).text
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def type(self, *keys: str) -> None:
+        """Types into whatever has the focus."""
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def module(self, name: str, body: str, *arguments: Any) -> Any:
+        """Runs the body of a function of (module, ...arguments) with one of the page's modules."""
+        script = """
+            const [name, body, values, done] = arguments;
+            const make = (node) => node;
+            import(new URL(`web/${name}`, document.baseURI)).then(
+              (module) => done({ value: RUN(module, values) }),
+            ).catch((error) => done({ error: String(error) }));
+        """.replace("RUN", f"((module, values) => {{ {body} }})")
+        answer = self.driver.execute_async_script(script, name, body, list(arguments))
+        assert "error" not in answer, answer["error"]
+        return answer["value"]
+
+    def wait(self, condition: Callable[[], Any], what: object = "") -> Any:
+        deadline = time.monotonic() + WAIT
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Exception):  # an element may go away between two looks
+                if value := condition():
+                    return value
+            time.sleep(0.05)
+        raise AssertionError(f"waited in vain: {what or condition}")
+
+    def errors(self) -> list[str]:
+        """What the console complains about; refused requests are looked at elsewhere."""
+        lines = [str(entry["message"]) for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [line for line in lines if "Failed to load resource" not in line]
+
+    # -- the chat --------------------------------------------------------------------------------------------
+
+    def send(self, text: str) -> None:
+        field = self.find("#composer-input")
+        field.click()
+        field.send_keys(text, Keys.ENTER)
+
+    def finish(self) -> None:
+        """Waits for the end of the answer."""
+        self.wait(lambda: self.all("#send")[0].is_displayed(), "the end of the answer")
+
+    def ask(self, text: str) -> str:
+        """Sends a message and returns the answer, as it is shown."""
+        self.send(text)
+        self.finish()
+        return self.all(".from-assistant .message-body")[-1].text
+
+    def set(self, name: str, value: object) -> None:
+        """Sets a field of the settings, whether they are shown or not."""
+        script = """
+            const field = document.getElementById(`setting-${arguments[0]}`);
+            field.value = arguments[1];
+            field.dispatchEvent(new Event("input", { bubbles: true }));
+        """
+        self.run(script, name, str(value))
+
+
+@pytest.fixture(scope="module")
+def browser_process() -> Iterator[Browser]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        try:
+            yield browser
+        finally:
+            browser.driver.quit()
+
+
+# -- scripted endpoints ------------------------------------------------------------------------------------------
+
+
+class Script:
+    """Endpoints that say what a test wants, beside the pages, in a thread."""
+
+    def __init__(self) -> None:
+        self.deltas: list[dict[str, Any]] = []
+        self.pause = 0.0
+        self.status = 200
+        self.models = [{"id": MODEL, "max_model_len": 4096, "parent": None}]
+        self.requests: list[dict[str, Any]] = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        pages = [Route(row.path, row.handler, methods=[row.method]) for row in WebPages().operations()]
+        routes = [
+            *pages,
+            Route("/v1/models", self._list_models),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+        ]
+        app = Starlette(routes=[Mount("/behind/a/proxy", routes=routes), *routes])
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", ws="none"))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def says(self, *texts: str, pause: float = 0.0) -> None:
+        """The next answers, in pieces."""
+        self.deltas = [{"content": text} for text in texts]
+        self.pause, self.status = pause, 200
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    async def _list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self.models})
+
+    async def _chat(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        if self.status != 200:
+            error = {"message": f"no <b>{HOSTILE}</b>", "type": "x", "param": None, "code": self.status}
+            return JSONResponse({"error": error}, self.status)
+        return StreamingResponse(self._events(), media_type="text/event-stream")
+
+    async def _events(self) -> AsyncIterator[str]:
+        yield self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        for delta in self.deltas:
+            if "error" in delta:
+                yield self._event(delta)
+                return
+            yield self._event({"choices": [{"index": 0, "delta": delta}]})
+            await asyncio.sleep(self.pause)
+        reason = "tool_calls" if any("tool_calls" in delta for delta in self.deltas) else "stop"
+        yield self._event({"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]})
+        usage = {"prompt_tokens": 7, "completion_tokens": len(self.deltas) + 1, "total_tokens": 9}
+        yield self._event({"choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, value: Any) -> str:
+        return f": comment\r\ndata: {json.dumps(value)}\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def script_server() -> Iterator[Script]:
+    script = Script()
+    yield script
+    script.stop()
+
+
+@pytest.fixture
+def script(script_server: Script) -> Script:
+    script_server.says("Hello ", "**world**.")
+    script_server.requests.clear()
+    return script_server
+
+
+@pytest.fixture
+def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
+    """The chat page of the scripted server, fresh."""
+    browser_process.open("about:blank")
+    browser_process.clear(script.url)
+    browser_process.open(script.url)
+    browser_process.wait(lambda: browser_process.all("#model option")[0].text == MODEL)
+    yield browser_process
+    assert browser_process.errors() == []
+
+
+def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
+    script.pause = 0.01
+    assert chat.ask("Hi there") == "Hello world."
+    assert chat.text(".from-assistant strong") == "world"
+    assert chat.text(".stats").startswith("3 tokens · ")
+    assert "tokens/s" in chat.text(".stats") and "first after" in chat.text(".stats")
+    assert script.requests[0]["messages"] == [{"role": "user", "content": "Hi there"}]
+    assert script.requests[0]["stream_options"] == {"include_usage": True}
+
+
+def test_the_conversation_goes_on_and_is_kept(chat: Browser, script: Script) -> None:
+    chat.ask("one")
+    chat.ask("two")
+    assert [message["content"] for message in script.requests[1]["messages"]] == ["one", "Hello **world**.", "two"]
+    chat.driver.refresh()
+    chat.wait(lambda: len(chat.all(".message")) == 4)
+    assert chat.text(".from-assistant .message-body") == "Hello world."
+    chat.open(script.url)
+    assert not chat.all(".message")
+    chat.click(".conversations a")
+    chat.wait(lambda: len(chat.all(".message")) == 4)
+
+
+def test_settings_go_into_requests(chat: Browser, script: Script) -> None:
+    numbers = {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "seed": 7, "max_completion_tokens": 99}
+    numbers |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1}
+    for name, value in numbers.items():
+        chat.set(name, value)
+    chat.set("system", "Be brief.")
+    chat.set("stop", "END\n\\n\\n")
+    chat.set("extra", '{"ignore_eos": true}')
+    chat.ask("hi")
+    request = script.requests[0]
+    assert {name: request[name] for name in numbers} == numbers
+    assert request["stop"] == ["END", "\n\n"] and request["ignore_eos"] is True
+    assert request["messages"][0] == {"role": "system", "content": "Be brief."}
+    chat.click("#settings-toggle")
+    chat.click("#settings-reset")
+    chat.ask("again")
+    assert not set(script.requests[1]) & {*numbers, "stop", "ignore_eos"}
+
+
+def test_a_setting_that_is_not_valid_is_not_sent(chat: Browser, script: Script) -> None:
+    chat.set("extra", "{")
+    chat.send("hi")
+    assert chat.driver.switch_to.active_element.get_attribute("id") == "setting-extra"
+    assert chat.text("#setting-extra-hint") == "This is not valid JSON."
+    assert not script.requests
+
+
+def test_stop(chat: Browser, script: Script) -> None:
+    script.says(*["word "] * 400, pause=0.02)
+    chat.send("go on")
+    chat.wait(lambda: "word word" in chat.text(".from-assistant .message-body"))
+    chat.type(Keys.ESCAPE)
+    chat.finish()
+    assert "stopped" in chat.text(".stats")
+    shown = chat.text(".from-assistant .message-body")
+    time.sleep(0.3)
+    assert chat.text(".from-assistant .message-body") == shown
+    script.says("Fine.")
+    assert chat.ask("and now") == "Fine."
+
+
+def test_two_conversations_at_once(chat: Browser, script: Script) -> None:
+    script.says(*["a "] * 60, pause=0.02)
+    chat.send("first")
+    chat.find(".from-assistant")
+    chat.click("#new-chat")
+    script.says("b")
+    assert chat.ask("second") == "b"
+    chat.wait(lambda: not chat.all(".running-dot"))
+    chat.click(".conversations li:last-child a")
+    assert chat.text(".from-assistant .message-body").split() == ["a"] * 60
+
+
+def test_edit_and_undo(chat: Browser, script: Script) -> None:
+    chat.ask("one")
+    chat.ask("two")
+    chat.driver.execute_script("document.querySelector('.from-user [aria-label=\"Edit message\"]').click()")
+    chat.type(Keys.CONTROL, "a", Keys.NULL, "uno", Keys.ENTER)
+    chat.finish()
+    assert script.requests[-1]["messages"] == [{"role": "user", "content": "uno"}]
+    assert [found.text for found in chat.all(".from-user .message-body")] == ["uno"]
+    chat.click(".notice button")
+    assert [found.text for found in chat.all(".from-user .message-body")] == ["one", "two"]
+
+
+def test_write_again(chat: Browser, script: Script) -> None:
+    chat.ask("one")
+    script.says("Otherwise.")
+    chat.click('[aria-label="Write the answer again"]')
+    chat.finish()
+    assert [found.text for found in chat.all(".from-assistant .message-body")] == ["Otherwise."]
+    assert script.requests[1]["messages"] == script.requests[0]["messages"]
+
+
+def test_rename_export_delete(chat: Browser, tmp_path: Path) -> None:
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    chat.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    chat.ask("A question")
+    chat.run("document.querySelector('[aria-label^=Rename]').click()")
+    chat.type(Keys.CONTROL, "a", Keys.NULL, "New/ name", Keys.ENTER)
+    assert chat.text(".conversation-title") == "New/ name"
+    chat.run("document.querySelector('[aria-label^=Export]').click()")
+    file = tmp_path / "New-name.json"
+    chat.wait(file.exists)
+    exported = json.loads(file.read_text())
+    assert [message["content"] for message in exported["messages"]] == ["A question", "Hello **world**."]
+    chat.run("document.querySelector('[aria-label^=Delete]').click()")
+    assert not chat.all(".message") and not chat.all(".conversation-title")
+    chat.click(".notice button")
+    assert chat.text(".conversation-title") == "New/ name"
+
+
+def test_storage_has_a_bound(chat: Browser) -> None:
+    """The oldest conversations make room, long before the browser refuses."""
+    kept = chat.module(
+        "conversations.js",
+        """
+        const store = new module.ConversationStore();
+        for (let i = 0; i < 30; i++) {
+          const conversation = module.newConversation("m", {});
+          conversation.messages.push({ role: "user", content: "x".repeat(400000) });
+          conversation.updated = i;
+          store.save(conversation);
+        }
+        const huge = module.newConversation("m", {});
+        huge.messages.push({ role: "user", content: "x".repeat(9000000) });
+        return [store.list().map(({ updated }) => updated), store.save(huge).isKept];
+        """,
+    )
+    assert kept == [[29, 28, 27, 26, 25, 24, 23, 22], False]
+
+
+def test_models_and_adapters(chat: Browser, script: Script) -> None:
+    script.models = [
+        {"id": MODEL, "max_model_len": 4096, "parent": None},
+        {"id": f"lora {HOSTILE}", "max_model_len": 4096, "parent": MODEL},
+    ]
+    chat.driver.refresh()
+    group = chat.wait(lambda: chat.all("#model optgroup"))[0]
+    assert group.get_attribute("label") == f"Adapters of {MODEL}"
+    chat.run("const s = document.getElementById('model'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))")
+    chat.ask("hi")
+    assert script.requests[0]["model"] == f"lora {HOSTILE}"
+    script.models = script.models[:1]
+    assert chat.driver.title == "Octavo"
+
+
+def test_errors_are_shown_and_can_be_tried_again(chat: Browser, script: Script) -> None:
+    script.status = 400
+    chat.send(f"hi {HOSTILE}")
+    assert chat.text(".error-box p").startswith("No <b><img")
+    script.says("Half an", " answer")
+    script.deltas.insert(1, {"error": {"message": "the engine stopped", "code": 500}})
+    chat.click(".error-box button")
+    chat.wait(lambda: "The engine stopped." in chat.text(".error-box p"))
+    assert chat.text(".from-assistant .message-body") == "Half an"
+    script.says("Whole.")
+    chat.click(".error-box button")
+    chat.finish()
+    assert chat.text(".from-assistant .message-body") == "Whole." and not chat.all("#messages .error-box")
+    assert chat.driver.title == "Octavo"
+
+
+def test_reasoning_is_folded(chat: Browser, script: Script) -> None:
+    script.deltas = [{"reasoning": "Let me *think*."}, {"content": "Done."}]
+    assert chat.ask("hm") == "Done."
+    assert not chat.all(".reasoning-text p")
+    chat.click(".reasoning summary")
+    assert chat.text(".reasoning-text") == "Let me think."
+    chat.ask("next")
+    assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "Done."}
+
+
+def test_tool_calls_and_their_results(chat: Browser, script: Script) -> None:
+    def piece(text: str, **more: Any) -> dict[str, Any]:
+        return {"tool_calls": [{"index": 0, "function": {"arguments": text, **more.pop("function", {})}, **more}]}
+
+    script.deltas = [piece('{"city": ', id="call-1", function={"name": "weather"}), piece('"Paris"}')]
+    chat.ask("weather?")
+    assert chat.text(".tool-call p") == "Call of weather"
+    assert json.loads(chat.text(".tool-call pre")) == {"city": "Paris"}
+    script.says("Sunny.")
+    chat.find(".tool-results textarea").send_keys("25 degrees")
+    chat.click(".tool-results button")
+    chat.finish()
+    call = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    assert script.requests[1]["messages"][1:] == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call-1", "content": "25 degrees"},
+    ]
+
+
+def test_works_below_a_path(chat: Browser, script: Script) -> None:
+    chat.open(f"{script.url}/behind/a/proxy/")
+    assert chat.ask("hi") == "Hello world."
+    chat.run("document.querySelector('.views a:last-child').click()")
+    chat.wait(lambda: chat.driver.current_url.endswith("/behind/a/proxy/docs"))
+    chat.click(".views a:first-child")
+    chat.wait(lambda: chat.driver.current_url.endswith("/behind/a/proxy/#chat"))
+
+
+# -- text of a model is text -------------------------------------------------------------------------------------
+
+ATTACKS = f"""
+# {HOSTILE}
+
+{HOSTILE} **{HOSTILE}** `{HOSTILE}` [{HOSTILE}](https://example.org/"onmouseover="x)
+[a](javascript:document.title='hacked') [b](JaVaScRiPt&#58;alert) [c](data:text/html,{HOSTILE}) [d](vbscript:x)
+[e](java\nscript:alert) [f](  javascript:alert) [g](//evil.example) [h](/v1/models) [i](file:///etc/passwd)
+<javascript:alert(1)> <https://ok.example/"><script>document.title='hacked'</script>
+![picture](https://evil.example/x.png) ![]({HOSTILE}) <iframe src="https://evil.example"></iframe>
+<svg onload="document.title='hacked'"><style>body {{ display: none }}</style><base href="https://evil.example/">
+&lt;script&gt;document.title='hacked'&lt;/script&gt; <a href="javascript:alert(1)">x</a> https://ok.example/?q=<b>
+
+| {HOSTILE} | b |
+|---|---|
+| {HOSTILE} | <td onclick="x"> |
+
+> {HOSTILE}
+
+- {HOSTILE}
+
+$${HOSTILE}$$
+
+```html" onload="x {HOSTILE}
+{HOSTILE}
+```
+"""
+
+LOOK = """
+    const place = document.getElementById("messages");
+    const nodes = [...place.querySelectorAll("*")];
+    return {
+      tags: [...new Set(nodes.map((node) => node.localName))],
+      attributes: [...new Set(nodes.flatMap((node) => [...node.attributes].map(({ name }) => name)))],
+      links: [...place.querySelectorAll("a")].map((node) => [node.protocol, node.rel, node.target]),
+    };
+"""
+
+
+def test_hostile_text_is_inert(chat: Browser, script: Script) -> None:
+    script.deltas = [{"reasoning": ATTACKS}]
+    script.deltas += [{"content": ATTACKS[at : at + 7]} for at in range(0, len(ATTACKS), 7)]
+    call = {"index": 0, "id": HOSTILE, "function": {"name": HOSTILE, "arguments": json.dumps({"x": HOSTILE})}}
+    script.deltas.append({"tool_calls": [call]})
+    chat.ask(HOSTILE)
+    chat.click(".reasoning summary")
+    seen = chat.run(LOOK)
+    assert not {"script", "img", "iframe", "style", "base", "object", "embed", "link"} & set(seen["tags"])
+    assert not [name for name in seen["attributes"] if name.startswith("on") or name in ("style", "srcdoc", "src")]
+    assert seen["links"]
+    for protocol, rel, target in seen["links"]:
+        assert protocol in ("http:", "https:", "mailto:") and "noopener" in rel and target == "_blank"
+    assert chat.driver.title == "Octavo"
+    assert HOSTILE[:40] in chat.text(".conversation-title") or "<img" in chat.text(".conversation-title")
+    chat.driver.refresh()
+    chat.wait(lambda: len(chat.all(".message")) == 2)
+    assert chat.driver.title == "Octavo"
+
+
+def test_the_policy_of_the_page_forbids_what_slips_through(chat: Browser) -> None:
+    """Should some text ever become markup, it still does nothing."""
+    refused = """
+        const attempts = [
+          () => { document.createElement("div").innerHTML = "<b>x</b>"; },
+          () => { document.createElement("img").setAttribute("onerror", "document.title = 'hacked'"); },
+          () => { document.createElement("script").textContent = "document.title = 'hacked'"; },
+          () => { setTimeout("document.title = 'hacked'"); },
+        ];
+        return attempts.map((attempt) => { try { attempt(); return null; } catch (error) { return error.name; } });
+    """
+    assert set(chat.run(refused)) <= {"TypeError", "EvalError"}
+    picture = "const img = new Image(); img.src = 'http://127.0.0.1:9/x.png'; document.body.append(img);"
+    chat.run(picture)
+    complaints = chat.wait(lambda: [line for line in chat.errors() if "x.png" in line])
+    assert "Content Security Policy" in complaints[0]
+    assert chat.driver.title == "Octavo"
+
+
+RENDER = """
+    const place = document.createElement("div");
+    const view = new module.MarkdownView(place);
+    const [text, step] = values;
+    for (let at = step; at < text.length; at += step) view.update(text.slice(0, at));
+    view.update(text);
+    for (const copy of place.querySelectorAll(".code-head")) copy.remove();
+    for (const node of place.querySelectorAll("a, [class^=heading], th, td, p, li")) {
+      if (!node.className.startsWith("align")) node.removeAttribute("class");
+      for (const name of ["rel", "target", "title"]) node.removeAttribute(name);
+    }
+    return place.innerHTML;
+"""
+MARKDOWN = [
+    ("a *b* **c** ***d*** _e_ __f__ ~~g~~ `h`", "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> "
+     "<em>e</em> <strong>f</strong> <del>g</del> <code>h</code></p>"),
+    ("snake_case_name and 2 * 3 * 4 and **open", "<p>snake_case_name and 2 * 3 * 4 and **open</p>"),
+    ("**interval [0, 1)** x", "<p><strong>interval [0, 1)</strong> x</p>"),
+    ("**强调**文字 **“引”**文", "<p><strong>强调</strong>文字 <strong>“引”</strong>文</p>"),
+    ("one\ntwo  \nthree\\\nfour", "<p>one<br>two<br>three<br>four</p>"),
+    ("# One\n\n### Three ###\n\nTwo\n---", "<h3>One</h3><h5>Three</h5><h4>Two</h4>"),
+    ("- a\n- b\n  - c\n    1. d\n- e", "<ul><li>a</li><li>b<ul><li>c<ol><li>d</li></ol></li></ul></li><li>e</li></ul>"),
+    ("1. a\n   - b\n2. c\n\ntext", "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol><p>text</p>"),
+    ("3. a\n\n4. b", '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>'),
+    ("- a\n\n      code\n- b\nlazy", '<ul><li><p>a</p><div class="code-block"><pre tabindex="0"><code>code</code>'
+     "</pre></div></li><li><p>b<br>lazy</p></li></ul>"),
+    ("in\n1984. that year", "<p>in<br>1984. that year</p>"),
+    ("> a\n> > b\n\nc", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><p>c</p>"),
+    ("a\n\n---\n\nb\n***", "<p>a</p><hr><p>b</p><hr>"),
+    ("~~~\na <b>\n\n```\n~~~\nz", '<div class="code-block"><pre tabindex="0"><code>a &lt;b&gt;\n\n```</code></pre>'
+     "</div><p>z</p>"),
+    ("```\nnot closed", '<div class="code-block"><pre tabindex="0"><code>not closed</code></pre></div>'),
+    ("|a|b|\n|-|-:|\n|1|2\\|3|\n|x|\n\nz", '<div class="table-frame" tabindex="0" role="region" aria-label="Table">'
+     '<table><thead><tr><th>a</th><th class="align-right">b</th></tr></thead><tbody><tr><td>1</td>'
+     '<td class="align-right">2|3</td></tr><tr><td>x</td><td class="align-right"></td></tr></tbody></table></div>'
+     "<p>z</p>"),
+    ("[a *b*](https://x.example/(c) \"t\") [d](e) [f]", '<p><a href="https://x.example/(c)">a <em>b</em></a> '
+     "<span>d</span> [f]</p>"),
+    ("see https://x.example/a_b_c. (http://y.example) <mailto:a@b.example>", '<p>see <a href="https://x.example/a_b_c">'
+     'https://x.example/a_b_c</a>. (<a href="http://y.example/">http://y.example</a>) '
+     '<a href="mailto:a@b.example">a@b.example</a></p>'),
+    ("`` a ` b `` \\*c\\* &amp; &lt;d> &nope; a<br>b", "<p><code>a ` b</code> *c* &amp; &lt;d&gt; &amp;nope; "
+     "a<br>b</p>"),
+    ("x \\(a_1 * b_2\\) y", '<p>x <span class="formula">a_1 * b_2</span> y</p>'),
+    ("$$\na^2\n$$", "<p>a^2</p>"),
+    ("- [x] done", '<ul><li><input type="checkbox" disabled="" aria-label="done"> done</li></ul>'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "html"), MARKDOWN)
+def test_markdown(chat: Browser, text: str, html: str) -> None:
+    assert chat.module("markdown.js", RENDER, text, len(text) + 1) == html
+    # However it comes in, the same is there in the end.
+    assert chat.module("markdown.js", RENDER, text, 1) == html
+
+
+def test_code_has_colours_and_no_other_letters(chat: Browser) -> None:
+    text = "```python\ndef f(x):  # a comment\n    return 'text' + 0x1f\n```"
+    html = chat.module("markdown.js", RENDER, text, 5)
+    assert '<span class="syntax-keyword">def</span>' in html
+    assert '<span class="syntax-comment"># a comment</span>' in html
+    assert "<span class=\"syntax-string\">'text'</span>" in html
+    assert '<span class="syntax-number">0x1f</span>' in html
+
+
+TANGLED = [
+    "*a " * 30000, "**" * 30000, "_a*b" * 20000, "~~a" * 20000, "[" * 60000, "[a](" * 20000, "![" * 30000,
+    "`" + "a``" * 20000, "<" * 60000, "\\(" * 30000, "$$" * 30000, "&" * 60000, "> " * 30000 + "x", "- " * 30000 + "x",
+    "  " * 50000 + "x", "|" * 60000 + "\n" + "|-" * 60000, "```" + " " * 60000 + "`", "# " + "#" * 60000,
+    "https://x/" + "(" * 60000, "1. a\n" * 15000, "\n> a\n- b" * 8000, "a\n|\n" * 15000,
+    "".join(f"{'  ' * i}- a\n" for i in range(300)), "```c\n" + "/*" * 14000 + "\n```",
+    "```js\n" + '"\\' * 14000 + "\n```", "*" + "[x](https://e.example)" * 5000,
+]  # fmt: skip
+
+
+def test_tangled_text_costs_little(chat: Browser) -> None:
+    body = """
+        const costs = [];
+        for (const text of values) {
+          const place = document.createElement("div");
+          const begin = performance.now();
+          new module.MarkdownView(place).update(text);
+          const depth = (node) => 1 + Math.max(0, ...[...node.children].slice(0, 100).map(depth));
+          costs.push([performance.now() - begin, depth(place)]);
+        }
+        return costs;
+    """
+    costs = chat.module("markdown.js", body, *TANGLED)
+    for text, (milliseconds, depth) in zip(TANGLED, costs, strict=True):
+        assert milliseconds < 3000, text[:20]
+        assert depth < 120, text[:20]
+
+
+# -- looks and hands ---------------------------------------------------------------------------------------------
+
+BACKGROUND = "return getComputedStyle(document.documentElement).backgroundColor"
+
+
+def brightness(browser: Browser) -> int:
+    numbers = browser.run(BACKGROUND).removeprefix("rgb(").removesuffix(")").split(",")
+    return sum(map(int, numbers)) // 3
+
+
+def test_dark_and_light(chat: Browser) -> None:
+    assert brightness(chat) > 230
+    chat.prefer("dark")
+    assert chat.wait(lambda: brightness(chat) < 40)
+    chat.click("#theme-toggle")
+    assert brightness(chat) > 230
+    chat.driver.refresh()
+    assert brightness(chat) > 230
+    chat.click("#theme-toggle")
+    assert brightness(chat) < 40
+    chat.prefer("light")  # the choice was that of the system, so the page follows it
+    assert chat.wait(lambda: brightness(chat) > 230)
+
+
+CONTRAST = """
+    const channel = (value) => (value /= 255) <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+    const probe = document.body.appendChild(document.createElement("i"));
+    const light = (name) => {
+      probe.style.color = `var(${name})`;
+      const [r, g, b] = getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number).map(channel);
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const ratios = arguments[0].map(([text, ground]) => {
+      const [low, high] = [light(text), light(ground)].sort((a, b) => a - b);
+      return [text, ground, (high + 0.05) / (low + 0.05)];
+    });
+    probe.remove();
+    return ratios;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(chat: Browser, scheme: str) -> None:
+    chat.prefer(scheme)
+    grounds = ["--page", "--side", "--surface", "--raised", "--hover", "--said", "--code", "--code-head"]
+    pairs = [(text, ground) for text in ("--text", "--text-quiet") for ground in grounds]
+    pairs += [("--accent", ground) for ground in ("--page", "--side", "--surface", "--accent-soft")]
+    pairs += [("--on-accent", "--accent"), ("--danger", "--danger-soft"), ("--danger", "--surface")]
+    pairs += [(f"--syntax-{kind}", "--code") for kind in ("keyword", "string", "number", "comment")]
+    for text, ground, ratio in chat.run(CONTRAST, pairs):
+        assert ratio >= 4.5, (text, ground, ratio)
+    for text, ground, ratio in chat.run(CONTRAST, [(f"--series-{i}", "--surface") for i in (1, 2)]):
+        assert ratio >= 3, (text, ground, ratio)
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+def test_nothing_is_wider_than_the_screen(chat: Browser, script: Script, width: int) -> None:
+    script.says("a" * 400, "\n\n```\n" + "b" * 400 + "\n```\n\n", "|" + "c" * 90 + "|d|\n|-|-|\n|1|2|\n")
+    chat.ask("x" * 300)
+    chat.resize(width, 700)
+    for place in ("", "#dashboard", "docs"):
+        chat.open(f"{script.url}/{place}" if place else chat.driver.current_url)
+        time.sleep(0.2)
+        assert chat.run("return document.documentElement.scrollWidth") <= width, place
+
+
+def test_side_panels_on_a_phone(chat: Browser) -> None:
+    chat.resize(360, 700)
+    chat.driver.refresh()
+    for name in ("sidebar", "settings"):
+        chat.wait(lambda name=name: not chat.all(f"#{name}")[0].is_displayed())
+        chat.click(f"#{name}-toggle")
+        assert chat.find(f"#{name}") and chat.run("return document.getElementById('talk').inert")
+        assert chat.run(f"return document.getElementById('{name}').contains(document.activeElement)")
+        chat.type(Keys.ESCAPE)
+        assert not chat.all(f"#{name}")[0].is_displayed()
+        assert chat.driver.switch_to.active_element.get_attribute("id") == f"{name}-toggle"
+
+
+def test_keyboard(chat: Browser) -> None:
+    order = []
+
+    def go_on() -> WebElement:
+        chat.type(Keys.TAB)
+        return chat.driver.switch_to.active_element
+
+    while go_on().tag_name != "body":  # past the last element is the begin
+        pass
+    while (found := go_on()).tag_name != "body":
+        order.append(found.get_attribute("id") or found.text or found.tag_name)
+        outline = chat.run("return getComputedStyle(arguments[0]).outlineStyle", found)
+        assert outline != "none" or order[-1] == "composer-input"
+    assert order[0] == "skip-link"
+    steps = ["sidebar-toggle", "Dashboard", "theme-toggle", "new-chat", "composer-input", "model", "settings-toggle"]
+    assert [step for step in order if step in steps] == steps
+    chat.find("#composer-input").send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
+    assert chat.find("#composer-input").get_attribute("value") == "one\ntwo"
+
+
+def test_everything_has_a_name(chat: Browser) -> None:
+    """Buttons and fields say what they are to those who do not see them."""
+    chat.ask("hi")
+    chat.click("#settings-toggle")
+    nameless = """
+        return [...document.querySelectorAll("button, input, select, textarea, a, [role=img]")].filter((node) => {
+          const label = node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.[0]?.textContent;
+          return !label && !node.closest("[aria-hidden]");
+        }).map((node) => node.outerHTML);
+    """
+    assert chat.run(nameless) == []
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_reading_metrics(chat: Browser) -> None:
+    before = 'a_total{model="x\\"y,\\n}"} 5\na_total{model="z"} 1.5e1\n'
+    before += 'h_bucket{le="1.0"} 2\nh_bucket{le="2.0"} 2\nh_bucket{le="+Inf"} 2\n'
+    after = '# HELP a_total x\na_total 30\nh_bucket{le="+Inf"} 12\nh_bucket{le="1.0"} 7\nh_bucket{le="2.0"} 12\n'
+    body = """
+        const [one, two] = [new module.Reading(values[0], 10), new module.Reading(values[1], 12)];
+        const buckets = module.newBuckets("h", one, two);
+        return [
+          one.all("a_total")[0].labels.model, one.sum("a_total"), module.rate("a_total", one, two),
+          module.increase("a_total", two, one), [0.25, 0.5, 0.75, 1].map((share) => module.quantile(share, buckets)),
+          Number.isNaN(module.quantile(0.5, [])), Number.isNaN(one.sum("missing")),
+          module.quantile(0.99, [[1, 1], [Infinity, 9]]),
+        ];
+    """
+    values = chat.module("prometheus.js", body, before, after)
+    assert values == ['x"y,\n}', 20, 5, 20, [0.5, 1, 1.5, 2], True, True, 1]
+
+
+# -- the real server ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[Server]:
+    device = ("--distributed-executor-backend", "simulated", "--simulated-device", json.dumps(DEVICE))
+    with Server("--model", str(demo_model), "--served-model-name", MODEL, "--api-key", KEY, *device) as running:
+        assert httpx.get(running.url).status_code == 200, "the page has no route"
+        yield running
+
+
+@pytest.fixture
+def page(browser_process: Browser, server: Server) -> Iterator[Browser]:
+    """The chat page of the real server, fresh: without a key."""
+    browser_process.open("about:blank")
+    browser_process.clear(server.url)
+    browser_process.open(server.url)
+    yield browser_process
+    assert browser_process.errors() == []
+
+
+def give_key(page: Browser, *, keep: bool = False) -> None:
+    page.find("#key-input").send_keys(KEY)
+    if keep:
+        page.click("#key-always")
+    page.click("#key-dialog [type=submit]")
+    page.wait(lambda: page.all("#model option")[0].text == MODEL)
+
+
+def test_the_key_is_asked_for(page: Browser, server: Server) -> None:
+    assert page.text("#key-note") == "This server only answers clients with a key."
+    page.type("wrong", Keys.ENTER)
+    page.wait(lambda: page.text("#key-note") == "The server refused this key.")
+    give_key(page)
+    page.driver.refresh()
+    page.wait(lambda: page.all("#model option")[0].text == MODEL)
+    assert KEY not in page.run("return JSON.stringify(localStorage)")
+    page.click("#forget-key")
+    page.set("max_completion_tokens", 4)
+    page.send("hi")
+    give_key(page, keep=True)
+    page.finish()
+    assert page.text(".stats").startswith("4 tokens")
+    assert KEY in page.run("return JSON.stringify(localStorage)")
+    page.open(f"{server.url}/docs")
+    assert page.text("#post-v1-chat-completions h2 code") == "/v1/chat/completions"
+
+
+def test_no_key_no_answer(page: Browser) -> None:
+    page.find("#key-input")
+    page.type(Keys.ESCAPE)
+    assert "key" in page.text("#connection p")
+
+
+def test_answers_stream_and_stop_and_stay(page: Browser, server: Server) -> None:
+    give_key(page)
+    page.set("extra", '{"ignore_eos": true}')
+    page.send("Tell me a long story")
+    lengths = set()
+    for _ in range(20):
+        lengths.add(len(page.text(".from-assistant .message-body")))
+        time.sleep(0.05)
+    assert len(lengths) > 5
+    assert "tokens/s" in page.text(".message-foot .stats")
+    page.click("#stop")
+    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
+    assert "stopped" in page.text(".stats")
+    shown = page.text(".from-assistant .message-body")
+    page.driver.refresh()
+    page.wait(lambda: len(page.all(".message")) == 2)
+    assert page.text(".from-assistant .message-body") == shown
+    page.set("max_completion_tokens", 20)
+    page.ask("Another one")
+    assert page.text(".stats").startswith("20 tokens · ") and "cut at the length limit" in page.text(".stats")
+
+
+def test_a_refused_request(page: Browser) -> None:
+    give_key(page)
+    page.set("extra", '{"temperature": -1}')
+    page.send("hi")
+    assert "emperature" in page.text(".error-box p")
+
+
+def test_dashboard(page: Browser, server: Server) -> None:
+    give_key(page)
+    page.set("extra", '{"ignore_eos": true, "max_tokens": 3000}')
+    page.send("Tell me a long story")
+    page.find(".from-assistant")
+    page.run("document.querySelector('[data-view-link=dashboard]').click()")
+    page.wait(lambda: page.text("[data-tile=running] .tile-value") == "1")
+    assert page.text("[data-tile=waiting] .tile-value") == "0"
+    rate = page.wait(lambda: float(page.text("[data-tile=output] .tile-value")))
+    assert 20 < rate < 300
+    page.wait(lambda: page.text("[data-tile=kvUsage] .tile-value") not in ("–", "0\u00a0%", "0 %"))
+    labels = page.wait(lambda: [plot.get_attribute("aria-label") for plot in page.all(".plot")])
+    assert [label.partition(":")[0] for label in labels][:2] == ["Throughput", "Requests"]
+    page.wait(lambda: re.search(r"Time between tokens: median \d+(\.\d+)?\u00a0ms", " ".join(labels_of(page))))
+    page.wait(lambda: page.run("return document.querySelector('.plot path').getAttribute('d').length") > 20)
+    page.click(".views a:first-child")
+    page.click("#stop")
+    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
+
+
+def labels_of(page: Browser) -> list[str]:
+    return [plot.get_attribute("aria-label") or "" for plot in page.all(".plot")]
+
+
+def test_docs(page: Browser, server: Server) -> None:
+    page.open(f"{server.url}/docs")
+    page.find("#key-input").send_keys(KEY, Keys.ENTER)
+    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}".encode()}).json()
+    page.wait(lambda: page.all(".operation"))
+    shown = {(found.text.split("\n")[0], found.text.split("\n")[1]) for found in page.all(".contents a")}
+    assert shown == {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    example = page.all("#post-v1-chat-completions .code-block pre")[0].text
+    assert example.startswith(f"curl {server.url}/v1/chat/completions") and '"messages"' in example
+    assert "Authorization: Bearer" in example
+    page.all("#post-v1-chat-completions details.field summary")[0].click()
+    assert "role" in page.text("#post-v1-chat-completions details.field[open] .fields")
