@@ -1,51 +1,42 @@
 """Program capture: a model's forward pass as a list of nodes that is replayed every step.
 
-The model's Python forward runs once with symbolic values; each op appends a node. Replaying the program calls the
-nodes one after another with the step's inputs; one program serves every batch size. A node is a Python call of the
-op's implementation. Eager mode calls the same
-ops one by one and gives the same bits.
+The model's Python forward runs once with symbolic values; each op appends a node. Replaying the program runs the nodes
+one after another with the step's inputs; one program serves every batch size. Where the device has kernels that run
+lists of ops, runs of nodes become single calls (``ops/cpu/program.py``); other nodes are Python calls of the ops'
+implementations. Eager mode calls the same ops one by one and gives the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ops.dispatch import Op, Spec, StepInput, Value
+from ops.cpu import library
+from ops.cpu.program import SLICE, NativeProgram
+from ops.dispatch import Node, Op, Ref, Spec, StepInput, Value
 
 
-@dataclass(frozen=True)
-class Ref:
-    """An argument that is the result of an earlier node, or an input of the program."""
-
-    index: int
-
-
-@dataclass
-class Node:
-    """One call: ``values[out] = function(*args, **kwargs)`` with references and step inputs filled in."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: int
-    dead: tuple[int, ...] = ()
-    """Values that no later node reads."""
-
-
-@dataclass
 class Program:
     """A captured sequence of ops. ``replay`` takes the inputs by the names given at capture."""
 
-    device_type: str
-    nodes: list[Node] = field(default_factory=list)
-    specs: list[Spec] = field(default_factory=list)
-    inputs: dict[str, int] = field(default_factory=dict)
-    outputs: list[int] = field(default_factory=list)
+    def __init__(self, device_type: str, *, max_tokens: int = 0, max_samples: int = 0) -> None:
+        """Starts the capture.
+
+        Args:
+            device_type: Where the program will run.
+            max_tokens: Rows of ``tokens`` to make room for. More are possible, but the first step with more pauses.
+            max_samples: Likewise for ``samples``.
+        """
+        self.device_type = device_type
+        self.nodes: list[Node] = []
+        self.specs: list[Spec] = []
+        self.inputs: dict[str, int] = {}
+        self.outputs: list[int] = []
+        self._capacity = {"tokens": max_tokens, "samples": max_samples}
+        self._dead: list[tuple[int, ...]] = []
+        """For each node, the values that no later node reads."""
+        self._native: NativeProgram | None = None
 
     # -- capture -------------------------------------------------------------------------------------------
 
@@ -57,60 +48,76 @@ class Program:
 
     def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
         value = self._new_value(op.infer(*args, **kwargs))
-        self.nodes.append(
-            Node(
-                name=op.name,
-                function=op.implementation(self.device_type),
-                args=tuple(_reference(arg) for arg in args),
-                kwargs={name: _reference(arg) for name, arg in kwargs.items()},
-                out=value.index,
-            )
-        )
+        self._append(op.name, op.implementation(self.device_type), args, kwargs, value)
         return value
 
     def slice_columns(self, value: Value, start: int, width: int) -> Value:
         part = self._new_value(Spec(value.spec.rows, width, value.spec.dtype))
-        self.nodes.append(Node("slice", torch.narrow, (Ref(value.index), 1, start, width), {}, part.index))
+        self._append(SLICE, torch.narrow, (value, 1, start, width), {}, part)
         return part
 
     def _new_value(self, spec: Spec) -> Value:
         self.specs.append(spec)
         return Value(self, len(self.specs) - 1, spec)
 
+    def _append(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Value) -> None:
+        refs = tuple(_reference(arg) for arg in args)
+        named = {key: _reference(arg) for key, arg in kwargs.items()}
+        self.nodes.append(Node(name, function, refs, named, Ref(out.index, out.spec)))
+
     def finish(self, *outputs: Any) -> None:
         """Ends the capture with the values that ``replay`` returns; what no node reads any more is dropped then."""
         self.outputs = [value.index for value in outputs]
+        kernels = library.current() if self.device_type == "cpu" else None
+        if kernels is not None:
+            self._native = NativeProgram(kernels, self.nodes, self.specs, self.inputs, self.outputs, self._capacity)
+            return
         seen = set(self.outputs)
         for node in reversed(self.nodes):
-            used = {arg.index for arg in (*node.args, *node.kwargs.values()) if type(arg) is Ref} | {node.out}
-            node.dead = tuple(used - seen)
+            used = {ref.index for ref in (*node.references(), node.out)}
+            self._dead.append(tuple(used - seen))
             seen |= used
+        self._dead.reverse()
+
+    @property
+    def native_ops(self) -> int:
+        """Recorded ops that a replay runs on compiled kernels, without Python."""
+        return 0 if self._native is None else self._native.native_ops
+
+    @property
+    def python_ops(self) -> int:
+        """Recorded ops that a replay calls from Python."""
+        if self._native is not None:
+            return self._native.python_ops
+        return sum(node.name != SLICE for node in self.nodes)
 
     # -- replay --------------------------------------------------------------------------------------------
 
     def replay(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """Runs the nodes in order.
+        """Runs the program.
 
         Args:
             inputs: The tensors declared with ``input`` and everything that nodes take as ``StepInput``.
 
         Returns:
-            The tensors of ``outputs``.
+            The tensors of the outputs. The next replay may overwrite them.
         """
+        if self._native is not None:
+            return self._native.replay(inputs)
         values: list[Any] = [None] * len(self.specs)
         for name, index in self.inputs.items():
             values[index] = inputs[name]
-        for node in self.nodes:
+        for node, dead in zip(self.nodes, self._dead, strict=True):
             args = [_resolve(arg, values, inputs) for arg in node.args]
             kwargs = {name: _resolve(arg, values, inputs) for name, arg in node.kwargs.items()}
-            values[node.out] = node.function(*args, **kwargs)
-            for index in node.dead:
+            values[node.out.index] = node.function(*args, **kwargs)
+            for index in dead:
                 values[index] = None
         return [values[index] for index in self.outputs]
 
 
 def _reference(arg: Any) -> Any:
-    return Ref(arg.index) if type(arg) is Value else arg
+    return Ref(arg.index, arg.spec) if type(arg) is Value else arg
 
 
 def _resolve(arg: Any, values: list[Any], inputs: dict[str, Any]) -> Any:

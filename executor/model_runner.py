@@ -31,7 +31,7 @@ from executor.messages import (
     u8,
 )
 from executor.request_states import RequestStates
-from executor.sampling.sampler import Sampler, token_logprobs
+from executor.sampling.sampler import Sampler
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
@@ -70,11 +70,13 @@ class ModelRunner:
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
         self.sampler = Sampler(init.max_num_seqs)
         if not self.enforce_eager:
-            self.program = self.capture()
+            self.program = self.capture(init)
 
-    def capture(self) -> Program:
+    def capture(self, init: InitKVCache) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
-        program = Program(self.device.torch_device.type)
+        program = Program(
+            self.device.torch_device.type, max_tokens=init.max_num_batched_tokens, max_samples=init.max_num_seqs
+        )
         batch = InputBatch.symbolic(program, len(self.groups))
         hidden, logits = self._forward(batch)
         program.finish(hidden, logits)
@@ -155,10 +157,8 @@ class ModelRunner:
                 for begin in range(first, last, PROMPT_LOGITS_CHUNK):
                     end = min(begin + PROMPT_LOGITS_CHUNK, last)
                     rows = torch.arange(start + begin - first, start + end - first)
-                    logprobs = torch.log_softmax(self.model.compute_logits(ops.gather_rows(hidden, rows)), dim=-1)
-                    top = logprobs.shape[1] if params.prompt_logprobs == -1 else params.prompt_logprobs
-                    for i, position in enumerate(range(begin + 1, end + 1)):
-                        token = int(states.token_ids[slot, position])
-                        results.append(token_logprobs(logprobs[i], token, top, row, position))
+                    logits = self.model.compute_logits(ops.gather_rows(hidden, rows))
+                    tokens = states.token_ids[slot, begin + 1 : end + 1]
+                    results += self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1)
             start += count
         return results

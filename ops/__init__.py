@@ -4,7 +4,9 @@ Activations are ``[rows, width]``; heads lie side by side in the columns. Each o
 types. Not here: modules, configuration, process groups, request ids.
 """
 
+from ops.cpu import kernels as _cpu
 from ops.metadata import AttentionMetadata, AttentionShape
+from ops.packed import PackedWeight, Weight
 from ops.reference.attention import paged_attention
 from ops.reference.basic import act_and_mul, activation, add, embedding, gather_rows, linear, logits, pack_linear
 from ops.reference.norm import layer_norm, rms_norm
@@ -14,6 +16,8 @@ from ops.reference.sampling import sample
 __all__ = [
     "AttentionMetadata",
     "AttentionShape",
+    "PackedWeight",
+    "Weight",
     "act_and_mul",
     "activation",
     "add",
@@ -28,3 +32,19 @@ __all__ = [
     "rotary_embedding",
     "sample",
 ]
+
+for _op in (
+    act_and_mul,
+    activation,
+    add,
+    embedding,
+    gather_rows,
+    layer_norm,
+    linear,
+    logits,
+    paged_attention,
+    rms_norm,
+    rotary_embedding,
+):
+    _op.register("cpu", _cpu.implementation(_op))
+pack_linear.register("cpu", _cpu.pack_linear)

@@ -85,6 +85,37 @@ class StepInput:
     name: str
 
 
+@dataclass(frozen=True)
+class Ref:
+    """An argument of a node: the result of an earlier node, or an input of the program."""
+
+    index: int
+    spec: Spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+
+@dataclass
+class Node:
+    """One recorded call: ``values[out] = function(*args, **kwargs)`` with references and step inputs filled in."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Ref
+
+    def references(self) -> list[Ref]:
+        """The values that the node reads."""
+        return [arg for arg in (*self.args, *self.kwargs.values()) if type(arg) is Ref]
+
+
 class Op(Generic[P, R]):
     """A tensor function with one implementation per device."""
 

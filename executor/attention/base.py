@@ -49,8 +49,11 @@ class AttentionBackend(Protocol):
         """Writes this step's K and V, then attends; see ``ops.paged_attention``."""
 
 
-REGISTRY = {"reference": "executor.attention.reference:ReferenceAttention"}
-PREFERENCE = {"cpu": ["reference"]}
+REGISTRY = {
+    "cpu": "executor.attention.cpu:CpuAttention",
+    "reference": "executor.attention.reference:ReferenceAttention",
+}
+PREFERENCE = {"cpu": ["cpu", "reference"]}
 """Backends of each kind of device, the best first."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from executor.config import DeviceConfig
 from executor.device.base import Memory
+from ops.cpu.memory import map_zeros
 
 _GIB = 1 << 30
 _UNLIMITED = 1 << 60
@@ -33,8 +33,7 @@ class CpuDevice:
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
+        return map_zeros(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
 
 
 def _system_memory() -> tuple[int, int]:

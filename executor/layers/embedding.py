@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+import ops
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, WeightedLayer
 
@@ -12,6 +13,9 @@ class VocabParallelEmbedding(WeightedLayer):
     """An embedding table of which each rank holds some rows. Tied models take their logits from it as well."""
 
     weight: nn.Parameter
+    packed: ops.Weight
+    """What the ops read, once the weights are loaded."""
+    makes_logits = False
 
     def __init__(self, context: ModelContext, *, prefix: str) -> None:
         super().__init__()
@@ -38,7 +42,12 @@ class VocabParallelEmbedding(WeightedLayer):
 class LMHead(VocabParallelEmbedding):
     """An output layer with a table of its own."""
 
+    makes_logits = True
+
 
 def output_layer(context: ModelContext, embedding: VocabParallelEmbedding, *, prefix: str) -> VocabParallelEmbedding:
     """The layer that makes logits: the embedding itself where the configuration ties the two."""
-    return embedding if context.config.tie_word_embeddings else LMHead(context, prefix=prefix)
+    if not context.config.tie_word_embeddings:
+        return LMHead(context, prefix=prefix)
+    embedding.makes_logits = True
+    return embedding

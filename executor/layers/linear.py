@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+import ops
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, ShardId, WeightedLayer
 
@@ -17,6 +18,10 @@ class LinearLayer(WeightedLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    packed: ops.Weight
+    """What the ops read, once the weights are loaded."""
+    is_pair = False
+    """Whether the layer is two projections of one size, of which one gates the other."""
 
     def __init__(
         self, context: ModelContext, input_part: Part, output_parts: dict[ShardId, Part], *, bias: bool, prefix: str
@@ -75,6 +80,7 @@ class MergedColumnParallelLinear(LinearLayer):
         for shard_id, size in enumerate(out_features):
             rows[shard_id] = part = Part.shard(size, context.parallel, prefix, offset)
             offset += part.size
+        self.is_pair = len(out_features) == 2 and out_features[0] == out_features[1]
         super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
 
 

@@ -29,27 +29,35 @@ class UnquantizedLinear:
         layer.bias = WeightParameter.empty(biases, dtype=dtype, device=layer.device) if bias else None
 
     def process_weights_after_loading(self, layer: LinearLayer) -> None:
-        layer.weight = nn.Parameter(ops.pack_linear(layer.weight.data), requires_grad=False)
+        layer.packed = ops.pack_linear(layer.weight.data, layer.is_pair)
+        layer.weight = stored(layer.packed)
 
     def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return ops.linear(x, layer.weight, layer.bias)
+        return ops.linear(x, layer.packed, layer.bias)
 
 
 class UnquantizedEmbedding:
-    """``weight`` [vocab_size, hidden_size], left as it is: a lookup reads rows."""
+    """``weight`` [vocab_size, hidden_size], packed if logits are made of it: then that is the one copy."""
 
     def create_weights(self, layer: VocabParallelEmbedding, dtype: torch.dtype) -> None:
         parts = single(layer.vocab_part, Part.whole(layer.hidden_size))
         layer.weight = WeightParameter.empty(parts, dtype=dtype, device=layer.device)
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
-        pass
+        layer.packed = ops.pack_linear(layer.weight.data) if layer.makes_logits else layer.weight.data
+        layer.weight = stored(layer.packed)
 
     def embed(self, layer: VocabParallelEmbedding, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, layer.weight)
+        return ops.embedding(ids, layer.packed)
 
     def logits(self, layer: VocabParallelEmbedding, hidden: Tensor) -> Tensor:
-        return ops.logits(hidden, layer.weight)
+        return ops.logits(hidden, layer.packed)
+
+
+def stored(weight: ops.Weight) -> nn.Parameter:
+    """The numbers of a weight as a parameter: the one copy that is left."""
+    data = weight.data
+    return nn.Parameter(data, requires_grad=False)
 
 
 class Unquantized:

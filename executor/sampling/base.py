@@ -1,15 +1,39 @@
-"""The sampling seam: an ordered list of stages that change logits before a token is picked."""
+"""The sampling seam: what a sampler returns, and stages that change logits before a token is picked."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from executor.messages import I32, ResolvedParams
+from executor.messages import I32, ResolvedParams, RowError, TokenLogprobs
 from executor.request_states import RequestStates
+
+Rows = npt.NDArray[np.intp]
+
+BAD_LOGITS = "the model produced logits that are not finite numbers"
+NOTHING_LEFT = "the request's own constraints forbid every token"
+
+
+@dataclass
+class SamplerOutput:
+    token_ids: npt.NDArray[np.int64]
+    """int64 [rows]; 0 where ``row_errors`` says that the row is not usable."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    row_errors: list[RowError] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Tokens that a grammar allows at some rows."""
+
+    bitmask: I32
+    """int32 [any, ceil(vocab_size / 32)], bit set: allowed."""
+    rows: I32
+    """int32 [rows of the logits]: row of ``bitmask``, -1: all tokens are allowed."""
 
 
 class SamplingStage(Protocol):
@@ -18,8 +42,28 @@ class SamplingStage(Protocol):
     def add(self, slot: int, params: ResolvedParams) -> None:
         """A request entered a slot; what an earlier one left there is overwritten."""
 
-    def active(self, slots: I32) -> npt.NDArray[np.intp]:
+    def active(self, slots: I32) -> Rows:
         """Which of these rows want the stage."""
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: npt.NDArray[np.intp], states: RequestStates) -> None:
+    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
         """Changes ``logits`` (float32 [rows of the step, vocab_size]) in place at ``rows``."""
+
+
+class SamplerBackend(Protocol):
+    """One implementation of ``executor.sampling.sampler.Sampler``."""
+
+    def add(self, slot: int, params: ResolvedParams) -> None: ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        raw_logits: torch.Tensor,
+        slots: I32,
+        step_rows: I32,
+        states: RequestStates,
+        mask: TokenMask | None,
+    ) -> SamplerOutput: ...
+
+    def prompt_logprobs(
+        self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
+    ) -> list[TokenLogprobs]: ...

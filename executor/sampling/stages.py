@@ -1,18 +1,20 @@
-"""The stages, in the order in which they are applied: see ``STAGES``."""
+"""The stages in plain torch, in the order in which they are applied: see ``STAGES``.
+
+They define what the kernels do (``ops/cpu/csrc/sampling_edits.h``) and serve where there are none. Numbers of a
+request are float32 where they meet logits, as there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from executor.messages import I32, ResolvedParams
 from executor.request_states import RequestStates
-from executor.sampling.base import SamplingStage
+from executor.sampling.base import Rows, SamplingStage
 
-Rows = npt.NDArray[np.intp]
 MINUS_INFINITY = float("-inf")
 
 

@@ -9,24 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, Value, like_first, op
+from ops.packed import PackedWeight, Weight
 
 
 @op(lambda ids, weight: Spec(ids.spec.rows, weight.shape[1], weight.dtype))
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+def embedding(ids: Tensor, weight: Weight) -> Tensor:
     """Rows of an embedding table.
 
     Args:
         ids: int32 or int64 [num_tokens].
-        weight: [vocab_size, hidden_size].
+        weight: [vocab_size, hidden_size], packed or not.
 
     Returns:
         [num_tokens, hidden_size] in the table's type.
     """
-    return F.embedding(ids, weight)
+    return F.embedding(ids, plain(weight))
 
 
 @op(lambda x, weight, bias=None: Spec(x.spec.rows, weight.shape[0], x.spec.dtype))
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, accumulated in float32 and rounded once.
 
     Args:
@@ -37,13 +38,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [rows, out_features] in the type of ``x``.
     """
-    return F.linear(x, weight, bias)
+    return F.linear(x, plain(weight), bias)
 
 
 @op(lambda x, weight: Spec(x.spec.rows, weight.shape[0], torch.float32))
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` as float32 [rows, vocab_size]."""
-    return F.linear(x, weight).float()
+def logits(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ weight.T`` as float32 [rows, vocab_size].
+
+    Kernels return what they accumulated; here it was rounded to the type of ``x`` on the way, as torch does.
+    """
+    return F.linear(x, plain(weight)).float()
 
 
 @op(like_first)
@@ -89,8 +93,20 @@ def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
     return x[rows]
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """Brings a linear weight into the layout that this device's ``linear`` reads. The reference's is the given one."""
+@op(lambda weight, paired=False: Spec("", weight.shape[1], weight.dtype))
+def pack_linear(weight: Tensor, paired: bool = False) -> Weight:
+    """Brings a linear weight into the layout that this device's ``linear`` reads. The reference's is the given one.
+
+    Args:
+        weight: [out_features, in_features].
+        paired: ``act_and_mul`` follows: what it multiplies may be computed side by side.
+    """
+    return weight
+
+
+def plain(weight: Weight) -> Tensor:
+    """The weight, which must not be packed: only the kernels that packed it can read it."""
+    assert not isinstance(weight, PackedWeight), "a packed weight needs the kernels of its device"
     return weight
 
 

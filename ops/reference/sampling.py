@@ -1,11 +1,19 @@
-"""Sampling with counter-based random numbers.
+"""Sampling with counter-based random numbers and exact sums.
 
 The random number of a token is a function of (seed, index in the output, stream) alone: Philox4x32-10
 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11). There is no generator state, so the same
 request draws the same numbers in any batch, after a preemption and after a restart.
+
+Probabilities are weights, 1 for the most likely token, and wherever weights are added up they count in whole units of
+2^-42. Sums of whole numbers do not depend on their order: a kernel may add and search in any order, with vectors of
+any width and any number of threads, and still agree with this definition bit for bit. A weight itself takes only
+operations that IEEE 754 defines to the last bit: no fused multiply-add, no library exponential. Its relative error is
+below 2e-7 for likely tokens and 4e-6 for the least likely that count; what falls below a unit, 2e-13, counts nothing.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +24,20 @@ from ops.dispatch import Spec, op
 
 STREAM_SAMPLE = 0
 """Stream of the number that picks a token; other uses take other streams."""
+
+UNIT_BITS = 42
+"""A weight of 1 counts 2^42 units: with at most 2^20 tokens, sums stay below 2^63."""
+MAX_VOCAB_SIZE = 1 << 20
+NUMBER_BITS = 53
+"""Random bits of a number in [0, 1)."""
+
+_LOG2_E = 1.4426950408889634
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_EXP2 = [
+    float.fromhex(c) for c in ("0x1.5bba14p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1")
+]
+"""2^f on [-0.5, 0.5] is 1 + f times the polynomial of these float32 coefficients, highest power first."""
+_LEAST_EXPONENT = -64.0
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -71,50 +93,74 @@ def sample(
 ) -> Tensor:
     """Picks a token for each row.
 
-    A row of temperature 0 takes its largest logit, the lowest id among equals. Otherwise ``x = logits /
-    temperature``, in this order: min-p keeps the tokens of at least ``min_p`` times the largest probability; top-k
-    the k largest, low ids first among equals; top-p the fewest largest that hold ``top_p`` of what is left. Of those,
-    in the order of their ids, it takes the first at which the running sum of probabilities exceeds ``number * sum``.
+    A row of temperature 0 takes its largest logit, the lowest id among equals. Otherwise the tokens have weights (see
+    ``token_weights``), and in this order: min-p keeps the tokens whose weight is at least ``min_p``; top-k the k
+    tokens of the largest logits, low ids first among equals; top-p, in the same order, the fewest that hold ``top_p``
+    of the units of what is left. Of those, in the order of their ids, it takes the first at which the running sum of
+    units exceeds ``number * sum``.
 
     Args:
-        logits: float32 [rows, vocab_size]. Minus infinity: never taken.
+        logits: float32 [rows, vocab_size]; each row has a largest logit, which is finite. Minus infinity: never taken.
         temperature: float32 [rows].
         top_k: int32 [rows], 0: off.
         top_p: float32 [rows], 1: off.
         min_p: float32 [rows], 0: off.
-        numbers: float64 [rows] in [0, 1).
+        numbers: float64 [rows] in [0, 1), of which 53 bits count.
 
     Returns:
         int64 [rows].
     """
+    assert logits.shape[1] <= MAX_VOCAB_SIZE
     tokens = logits.argmax(dim=-1)
-    rows = torch.nonzero(temperature > 0).flatten()
-    if not rows.numel():
-        return tokens
-    x = logits[rows] / temperature[rows].unsqueeze(1)
-    probs = torch.exp((x - x.amax(dim=-1, keepdim=True)).double())
-    for i, row in enumerate(rows.tolist()):
-        keep_tokens(probs[i], int(top_k[row]), float(top_p[row]), float(min_p[row]))
-    sums = probs.cumsum(dim=-1)
-    threshold = (numbers[rows] * sums[:, -1]).unsqueeze(1)
-    picked = torch.searchsorted(sums, threshold, right=True).flatten()
-    # A number close to 1 may round to the whole sum: then the last kept token it is.
-    last = probs.shape[1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(dim=-1)
-    tokens[rows] = torch.minimum(picked, last)
+    for row in torch.nonzero(temperature > 0).flatten().tolist():
+        weights = token_weights(logits[row], float(temperature[row]))
+        kept = kept_tokens(logits[row], weights, int(top_k[row]), float(top_p[row]), float(min_p[row]))
+        sums = torch.where(kept, units(weights), 0).cumsum(dim=0)
+        target = int(float(numbers[row]) * 2.0**NUMBER_BITS) * int(sums[-1]) >> NUMBER_BITS
+        tokens[row] = torch.searchsorted(sums, target, right=True)
     return tokens
 
 
-def keep_tokens(probs: Tensor, top_k: int, top_p: float, min_p: float) -> None:
-    """Zeroes, in place, the probabilities (float64 [vocab_size], largest 1) that the filters remove."""
-    if min_p > 0:
-        probs[probs < min_p] = 0
-    if not (0 < top_k < probs.shape[0]) and top_p >= 1:
-        return
-    ordered, ids = torch.sort(probs, descending=True, stable=True)
-    kept = ordered.shape[0]
-    if 0 < top_k < kept:
-        kept = top_k
+def token_weights(logits: Tensor, temperature: float) -> Tensor:
+    """``exp((logits - largest) / temperature)`` of a row, float32 [vocab_size]: the definition, operation by operation.
+
+    Args:
+        logits: float32 [vocab_size].
+        temperature: The value of a float32.
+    """
+    scale = torch.tensor(min(_LOG2_E / temperature, _FLOAT32_MAX), dtype=torch.float32)
+    z = ((logits - logits.amax()) * scale).clamp(min=_LEAST_EXPONENT)
+    whole = torch.round(z)  # half to even
+    f = z - whole
+    power = torch.full_like(f, _EXP2[0])
+    for coefficient in (*_EXP2[1:], 1.0):
+        power = power * f + coefficient  # two roundings
+    # torch.ldexp would multiply by a power that it computes as any other, which need not be exact.
+    return power * ((whole.int() + 127) << 23).view(torch.float32)
+
+
+def units(weights: Tensor) -> Tensor:
+    """Weights in whole units, half to even: int64."""
+    return torch.round(weights.double() * 2.0**UNIT_BITS).long()
+
+
+def kept_tokens(logits: Tensor, weights: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Which tokens of a row the filters leave: bool [vocab_size]. See ``sample``."""
+    kept = weights >= min_p
+    vocab_size = logits.shape[0]
+    if not (0 < top_k < vocab_size) and top_p >= 1:
+        return kept
+    order = torch.sort(torch.where(kept, logits, -math.inf), descending=True, stable=True).indices
+    count = min(int(kept.sum()), top_k or vocab_size)
     if top_p < 1:
-        mass = ordered[:kept].cumsum(dim=0)
-        kept = min(kept, int(torch.searchsorted(mass, top_p * mass[-1]).item()) + 1)
-    probs[ids[kept:]] = 0
+        mass = units(weights)[order[:count]].cumsum(dim=0)
+        count = int(torch.searchsorted(mass, max(1, math.ceil(top_p * int(mass[-1]))))) + 1
+    kept = torch.zeros_like(kept)
+    kept[order[:count]] = True
+    return kept
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log probabilities of a row at temperature 1, float32 [vocab_size]: their sum is counted in units too."""
+    total = int(units(token_weights(logits, 1.0)).sum())
+    return (logits.double() - logits.amax().double() - math.log(total / 2.0**UNIT_BITS)).float()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import tiny
+
+if TYPE_CHECKING:
+    from tests.e2e.browser import Browser
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,15 @@ def demo_model() -> Path:
 def tiny_model() -> Path:
     """A folder with a tiny Llama of random weights and a tokenizer."""
     return tiny.checkpoint("llama")
+
+
+@pytest.fixture(scope="session")
+def browser_process() -> Iterator[Browser]:
+    from tests.e2e.browser import Browser  # skips without a browser
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        try:
+            yield browser
+        finally:
+            browser.driver.quit()

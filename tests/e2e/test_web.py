@@ -1,21 +1,16 @@
-"""The web page in a real browser: against the real server, and against scripted endpoints where the words matter."""
+"""The web page in a real browser, against scripted endpoints."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -24,159 +19,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from api.web_routes import WebPages
-from tests.e2e.server import Server
+from tests.e2e.browser import Browser, Keys, WebElement
 
-pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
-
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-
-KEY = "zwölf keys"
 MODEL = "demo"
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
-DEVICE = {"step_us": 8000, "token_us": 5, "num_blocks": 512, "eos_token_id": 2}
-WAIT = 15.0
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    # A browser without a screen has no mouse either, unless it is told otherwise.
-    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
-)
-
-
-def browser_path() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    pytest.skip("there is no chromium")
-
-
-class Browser:
-    """A page in a browser, with waiting built in."""
-
-    def __init__(self, profile: str) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = browser_path()
-        driver_path = shutil.which("chromedriver")
-        if driver_path is None:
-            pytest.skip("there is no chromedriver")
-        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,900"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
-        self.driver.set_script_timeout(60)
-
-    def open(self, url: str) -> None:
-        self.driver.get("about:blank")  # an address that differs in its hash only would not load the page again
-        self.driver.get(url)
-
-    def clear(self, *urls: str) -> None:
-        """Forgets what pages of these servers have stored, and goes back to the usual size and colours."""
-        for url in urls:
-            command = {"origin": url, "storageTypes": "all"}
-            self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", command)
-        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        self.prefer("light")
-        self.driver.get_log("browser")
-
-    def prefer(self, scheme: str) -> None:
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-    def resize(self, width: int, height: int) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def find(self, selector: str) -> WebElement:
-        """The last such element that is shown."""
-        return self.wait(lambda: [found for found in self.all(selector) if found.is_displayed()], selector)[-1]
-
-    def text(self, selector: str) -> str:
-        return self.find(selector).text
-
-    def click(self, selector: str) -> None:
-        self.find(selector).click()
-
-    def type(self, *keys: str) -> None:
-        """Types into whatever has the focus."""
-        self.driver.switch_to.active_element.send_keys(*keys)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def module(self, name: str, body: str, *arguments: Any) -> Any:
-        """Runs the body of a function of (module, ...arguments) with one of the page's modules."""
-        script = """
-            const [name, body, values, done] = arguments;
-            const make = (node) => node;
-            import(new URL(`web/${name}`, document.baseURI)).then(
-              (module) => done({ value: RUN(module, values) }),
-            ).catch((error) => done({ error: String(error) }));
-        """.replace("RUN", f"((module, values) => {{ {body} }})")
-        answer = self.driver.execute_async_script(script, name, body, list(arguments))
-        assert "error" not in answer, answer["error"]
-        return answer["value"]
-
-    def wait(self, condition: Callable[[], Any], what: object = "") -> Any:
-        deadline = time.monotonic() + WAIT
-        while time.monotonic() < deadline:
-            with contextlib.suppress(Exception):  # an element may go away between two looks
-                if value := condition():
-                    return value
-            time.sleep(0.05)
-        raise AssertionError(f"waited in vain: {what or condition}")
-
-    def errors(self) -> list[str]:
-        """What the console complains about; refused requests are looked at elsewhere."""
-        lines = [str(entry["message"]) for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        return [line for line in lines if "Failed to load resource" not in line]
-
-    # -- the chat --------------------------------------------------------------------------------------------
-
-    def send(self, text: str) -> None:
-        field = self.find("#composer-input")
-        field.click()
-        field.send_keys(text, Keys.ENTER)
-
-    def finish(self) -> None:
-        """Waits for the end of the answer."""
-        self.wait(lambda: self.all("#send")[0].is_displayed(), "the end of the answer")
-
-    def ask(self, text: str) -> str:
-        """Sends a message and returns the answer, as it is shown."""
-        self.send(text)
-        self.finish()
-        return self.all(".from-assistant .message-body")[-1].text
-
-    def set(self, name: str, value: object) -> None:
-        """Sets a field of the settings, whether they are shown or not."""
-        script = """
-            const field = document.getElementById(`setting-${arguments[0]}`);
-            field.value = arguments[1];
-            field.dispatchEvent(new Event("input", { bubbles: true }));
-        """
-        self.run(script, name, str(value))
-
-
-@pytest.fixture(scope="module")
-def browser_process() -> Iterator[Browser]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(profile)
-        try:
-            yield browser
-        finally:
-            browser.driver.quit()
 
 
 # -- scripted endpoints ------------------------------------------------------------------------------------------
@@ -776,124 +622,3 @@ def test_reading_metrics(chat: Browser) -> None:
     """
     values = chat.module("prometheus.js", body, before, after)
     assert values == ['x"y,\n}', 20, 5, 20, [0.5, 1, 1.5, 2], True, True, 1]
-
-
-# -- the real server ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(demo_model: Path) -> Iterator[Server]:
-    device = ("--distributed-executor-backend", "simulated", "--simulated-device", json.dumps(DEVICE))
-    with Server("--model", str(demo_model), "--served-model-name", MODEL, "--api-key", KEY, *device) as running:
-        assert httpx.get(running.url).status_code == 200, "the page has no route"
-        yield running
-
-
-@pytest.fixture
-def page(browser_process: Browser, server: Server) -> Iterator[Browser]:
-    """The chat page of the real server, fresh: without a key."""
-    browser_process.open("about:blank")
-    browser_process.clear(server.url)
-    browser_process.open(server.url)
-    yield browser_process
-    assert browser_process.errors() == []
-
-
-def give_key(page: Browser, *, keep: bool = False) -> None:
-    page.find("#key-input").send_keys(KEY)
-    if keep:
-        page.click("#key-always")
-    page.click("#key-dialog [type=submit]")
-    page.wait(lambda: page.all("#model option")[0].text == MODEL)
-
-
-def test_the_key_is_asked_for(page: Browser, server: Server) -> None:
-    assert page.text("#key-note") == "This server only answers clients with a key."
-    page.type("wrong", Keys.ENTER)
-    page.wait(lambda: page.text("#key-note") == "The server refused this key.")
-    give_key(page)
-    page.driver.refresh()
-    page.wait(lambda: page.all("#model option")[0].text == MODEL)
-    assert KEY not in page.run("return JSON.stringify(localStorage)")
-    page.click("#forget-key")
-    page.set("max_completion_tokens", 4)
-    page.send("hi")
-    give_key(page, keep=True)
-    page.finish()
-    assert page.text(".stats").startswith("4 tokens")
-    assert KEY in page.run("return JSON.stringify(localStorage)")
-    page.open(f"{server.url}/docs")
-    assert page.text("#post-v1-chat-completions h2 code") == "/v1/chat/completions"
-
-
-def test_no_key_no_answer(page: Browser) -> None:
-    page.find("#key-input")
-    page.type(Keys.ESCAPE)
-    assert "key" in page.text("#connection p")
-
-
-def test_answers_stream_and_stop_and_stay(page: Browser, server: Server) -> None:
-    give_key(page)
-    page.set("extra", '{"ignore_eos": true}')
-    page.send("Tell me a long story")
-    lengths = set()
-    for _ in range(20):
-        lengths.add(len(page.text(".from-assistant .message-body")))
-        time.sleep(0.05)
-    assert len(lengths) > 5
-    assert "tokens/s" in page.text(".message-foot .stats")
-    page.click("#stop")
-    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
-    assert "stopped" in page.text(".stats")
-    shown = page.text(".from-assistant .message-body")
-    page.driver.refresh()
-    page.wait(lambda: len(page.all(".message")) == 2)
-    assert page.text(".from-assistant .message-body") == shown
-    page.set("max_completion_tokens", 20)
-    page.ask("Another one")
-    assert page.text(".stats").startswith("20 tokens · ") and "cut at the length limit" in page.text(".stats")
-
-
-def test_a_refused_request(page: Browser) -> None:
-    give_key(page)
-    page.set("extra", '{"temperature": -1}')
-    page.send("hi")
-    assert "emperature" in page.text(".error-box p")
-
-
-def test_dashboard(page: Browser, server: Server) -> None:
-    give_key(page)
-    page.set("extra", '{"ignore_eos": true, "max_tokens": 3000}')
-    page.send("Tell me a long story")
-    page.find(".from-assistant")
-    page.run("document.querySelector('[data-view-link=dashboard]').click()")
-    page.wait(lambda: page.text("[data-tile=running] .tile-value") == "1")
-    assert page.text("[data-tile=waiting] .tile-value") == "0"
-    rate = page.wait(lambda: float(page.text("[data-tile=output] .tile-value")))
-    assert 20 < rate < 300
-    page.wait(lambda: page.text("[data-tile=kvUsage] .tile-value") not in ("–", "0\u00a0%", "0 %"))
-    labels = page.wait(lambda: [plot.get_attribute("aria-label") for plot in page.all(".plot")])
-    assert [label.partition(":")[0] for label in labels][:2] == ["Throughput", "Requests"]
-    page.wait(lambda: re.search(r"Time between tokens: median \d+(\.\d+)?\u00a0ms", " ".join(labels_of(page))))
-    page.wait(lambda: page.run("return document.querySelector('.plot path').getAttribute('d').length") > 20)
-    page.click(".views a:first-child")
-    page.click("#stop")
-    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
-
-
-def labels_of(page: Browser) -> list[str]:
-    return [plot.get_attribute("aria-label") or "" for plot in page.all(".plot")]
-
-
-def test_docs(page: Browser, server: Server) -> None:
-    page.open(f"{server.url}/docs")
-    page.find("#key-input").send_keys(KEY, Keys.ENTER)
-    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}".encode()}).json()
-    page.wait(lambda: page.all(".operation"))
-    shown = {(found.text.split("\n")[0], found.text.split("\n")[1]) for found in page.all(".contents a")}
-    assert shown == {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    example = page.all("#post-v1-chat-completions .code-block pre")[0].text
-    assert example.startswith(f"curl {server.url}/v1/chat/completions") and '"messages"' in example
-    assert "Authorization: Bearer" in example
-    page.all("#post-v1-chat-completions details.field summary")[0].click()
-    assert "role" in page.text("#post-v1-chat-completions details.field[open] .fields")

@@ -16,8 +16,11 @@ from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program
 from executor.input_batch import InputBatch
+from executor.layers.embedding import VocabParallelEmbedding
+from executor.layers.linear import LinearLayer
 from executor.loader import LoadedModel, load_model
 from executor.parallel import ParallelState
+from ops.cpu.kernels import unpack_linear
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -87,7 +90,7 @@ class Runner:
         batch = self._batch(chunks)
         with torch.inference_mode():
             if self.program is not None:
-                return self.program.replay(batch.step_inputs())[0]
+                return self.program.replay(batch.step_inputs())[0].clone()  # the next replay overwrites it
             return self._forward(batch)
 
     def _batch(self, chunks: Sequence[Chunk]) -> InputBatch:
@@ -140,20 +143,25 @@ def refusal(path: Path, **fields: Any) -> str:
 
 
 def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    """The parameters by name, as they were before they were packed."""
+    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, LinearLayer | VocabParallelEmbedding) and isinstance(module.packed, ops.PackedWeight):
+            weights[f"{name}.weight"] = unpack_linear(module.packed)
+    return weights
 
 
 def split_shares(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """A rank's share of each tensor of the checkpoint."""
     shares = {}
-    for name, parameter in loaded.model.named_parameters():
+    for name, weight in weights_of(loaded).items():
         module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
         merged = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
         if last not in merged:
-            shares[name] = parameter.data
+            shares[name] = weight
             continue
         sizes = loaded.model.get_submodule(module).output_sizes
-        for part, tensor in zip(merged[last], parameter.data.split(sizes), strict=True):
+        for part, tensor in zip(merged[last], weight.split(sizes), strict=True):
             shares[f"{parent}.{part}.{leaf}"] = tensor
     return shares

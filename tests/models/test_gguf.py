@@ -50,7 +50,9 @@ def reference_logits(folder: Path, weights: dict[str, torch.Tensor], token_ids: 
 def test_gguf_types(type_name: str) -> None:
     folder, file = gguf_model("llama", type_name)
     token_ids = random_tokens(40)
-    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+    theirs = reference_logits(folder, file.weights, token_ids)
+    # Random blocks make a model with large logits, which float32 knows less well.
+    assert_close(logits_of(load(file.path), token_ids), theirs, max(1e-4, 2e-5 * theirs.abs().max().item()))
 
 
 @pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q4_K"])

@@ -130,7 +130,7 @@ def test_a_captured_program_gives_the_same_bits(name: str, dtype: str) -> None:
         assert torch.equal(captured.step(step), logits)
 
 
-@pytest.mark.parametrize("block_size", [8, 32])
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2 some windows", "qwen3"])
 def test_chunks_and_decode_equal_one_step(name: str, block_size: int) -> None:
     loaded = load(tiny.checkpoint(name.split()[0], **MODELS[name]))

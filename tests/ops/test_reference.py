@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import ops
 from executor.graphs import Program
 from ops import AttentionMetadata, AttentionShape
+from ops.cpu import library
 from ops.dispatch import Spec, StepInput
-from ops.reference.sampling import keep_tokens, philox, uniform
+from ops.reference.sampling import kept_tokens, log_probs, philox, token_weights, uniform, units
 
 FLOATS = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference_only() -> Iterator[None]:
+    with library.forced(None):
+        yield
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -311,18 +319,20 @@ def draw(
     )
 
 
-def kept_by_brute_force(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
+def kept_by_brute_force(
+    logits: list[float], weights: list[float], counts: list[int], top_k: int, top_p: float, min_p: float
+) -> set[int]:
     """Token ids that the filters leave, by the definition: min-p, then top-k, then top-p of what is left."""
-    kept = [i for i, p in enumerate(probs) if p >= min_p * max(probs)]
-    kept.sort(key=lambda i: (-probs[i], i))
+    kept = [i for i, weight in enumerate(weights) if weight >= min_p]
+    kept.sort(key=lambda i: (-logits[i], i))
     if top_k:
         kept = kept[:top_k]
     if top_p < 1:
-        total, mass, count = sum(probs[i] for i in kept), 0.0, 0
-        while mass < top_p * total and count < len(kept):
-            mass += probs[kept[count]]
+        total, mass, count = sum(counts[i] for i in kept), 0, 0
+        while mass < top_p * total:
+            mass += counts[kept[count]]
             count += 1
-        kept = kept[: max(count, 1)]
+        kept = kept[:count]
     return set(kept)
 
 
@@ -330,25 +340,51 @@ def kept_by_brute_force(probs: list[float], top_k: int, top_p: float, min_p: flo
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
 def test_filters_against_brute_force(top_k: int, top_p: float, min_p: float) -> None:
-    for seed in range(5):
+    for seed in range(3):
         logits = 2 * randn(50, seed=seed)
         logits[10:14] = logits[3]  # equals: low ids first
-        probs = torch.exp((logits - logits.max()).double())
-        expected = kept_by_brute_force(probs.tolist(), top_k, top_p, min_p)
-        keep_tokens(probs, top_k, top_p, min_p)
-        assert set(torch.nonzero(probs).flatten().tolist()) == expected
+        weights = token_weights(logits, 1.0)
+        counts = units(weights)
+        expected = kept_by_brute_force(logits.tolist(), weights.tolist(), counts.tolist(), top_k, top_p, min_p)
+        kept = kept_tokens(logits, weights, top_k, top_p, min_p)
+        assert set(torch.nonzero(kept).flatten().tolist()) == expected
         # Numbers spread evenly over [0, 1) reach every token that is left, in the order of the ids.
         tokens = draw(
-            logits.expand(1000, -1), np.arange(1000) / 1000, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p
+            logits.expand(200, -1), np.arange(200) / 200, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p
         )
         assert (tokens.diff() >= 0).all()
         assert set(tokens.tolist()) <= expected
-        likely = {i for i in expected if probs[i] / probs.sum() > 1 / 500}
+        total = int(counts[kept].sum())
+        likely = {i for i in expected if int(counts[i]) / total > 1 / 100}
         assert likely <= set(tokens.tolist())
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 30.0])
+def test_weights_are_exponentials(temperature: float) -> None:
+    logits = 10 * randn(2000)
+    logits[5] = -math.inf
+    logits[6:8] = logits.amax()
+    temperature = float(torch.tensor(temperature))
+    exact = torch.exp((logits.double() - logits.amax().double()) / temperature)
+    weights = token_weights(logits, temperature)
+    assert weights.dtype == torch.float32
+    assert (weights[6:8] == 1).all()
+    assert int(units(weights[5])) == 0
+    counted = exact > 2.0**-43
+    torch.testing.assert_close(weights[counted].double(), exact[counted], rtol=4e-6, atol=0)
+    assert units(weights)[exact < 2.0**-44].sum() == 0
+    torch.testing.assert_close(units(weights).double() * 2.0**-42, exact, rtol=4e-6, atol=2.0**-42)
+
+
+def test_log_probs_are_those_of_torch() -> None:
+    logits = 5 * randn(1000)
+    logits[3] = -math.inf
+    expected = torch.log_softmax(logits.double(), dim=-1).float()
+    torch.testing.assert_close(log_probs(logits), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_sampled_frequencies() -> None:
-    logits, rows = randn(16, seed=3), 20_000
+    logits, rows = randn(16, seed=3), 5_000
     for temperature in (0.5, 1.0, 1.7):
         numbers = uniform(np.full(rows, 11, np.uint64), np.arange(rows))
         tokens = draw(logits.expand(rows, -1), numbers, temperature=temperature)
@@ -415,7 +451,7 @@ def test_ops_infer_what_they_return() -> None:
     ]
     rows = ops.gather_rows(results[1], StepInput("rows"))
     results += [rows, ops.logits(rows, randn(9, 20))]
-    program.finish(results)
+    program.finish(*results)
     inputs = {"ids": positions, "x": table[:6], "q": q, "k": k, "v": v, "meta": meta, "rows": torch.tensor([1, 3])}
     for symbolic, actual in zip(results, program.replay(inputs), strict=True):
         assert (actual.shape[1], actual.dtype) == (symbolic.width, symbolic.dtype)

@@ -319,7 +319,7 @@ async def test_unknown_models(api: Api, path: str) -> None:
     assert error["param"] == "model"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/completions/", "//v1/completions", "/v1/nothing", "/docs"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/completions/", "//v1/completions", "/v1/nothing", "/docs/"])
 async def test_unknown_routes(api: Api, path: str) -> None:
     for response in (await api.get(path), await api.post(path, {"prompt": "x"})):
         assert error_of(response, 404)["type"] == "Not Found"

@@ -1,0 +1,220 @@
+"""Sampling with the CPU kernels: a step is one call, whatever its requests ask for.
+
+What a request asks for is written into a table by slot when it arrives; a step passes addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from executor.messages import I32, ResolvedParams, RowError, TokenLogprobs
+from executor.request_states import RequestStates
+from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask
+from ops.cpu.sampling import (
+    ALL_LOGPROBS,
+    NEUTRAL_PARAMS,
+    ROW_NOT_FINITE,
+    ROW_OK,
+    SampleStep,
+    SamplingKernels,
+    TokenHistory,
+    address,
+)
+from ops.reference.sampling import MAX_VOCAB_SIZE
+
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+class KernelSampler:
+    """See ``executor.sampling.sampler.Sampler``."""
+
+    def __init__(self, max_num_seqs: int, kernels: SamplingKernels) -> None:
+        self._params = np.repeat(NEUTRAL_PARAMS, max_num_seqs)
+        self._lists: list[tuple[npt.NDArray[Any], ...]] = [()] * max_num_seqs
+        """What the table has addresses of."""
+        self._history = TokenHistory(kernels, max_num_seqs)
+        self._has_history = np.zeros(max_num_seqs, np.bool_)
+        self._report_sizes = np.zeros(max_num_seqs, np.int64)
+        """Log probabilities that a slot's request wants, the sampled token's included."""
+        self._reports_list = np.zeros(max_num_seqs, np.bool_)
+        """Whether they are those of a list of tokens, not of the most likely ones."""
+        self._reports = 0
+        """How many slots want some; slots whose request is gone count until they are given out again."""
+        self._slots = np.zeros(max_num_seqs, np.int32)
+        self._tokens = np.zeros(max_num_seqs, np.int64)
+        self._status = np.zeros(max_num_seqs, np.int32)
+        self._ranks = np.zeros(max_num_seqs, np.int32)
+        self._states: RequestStates | None = None
+        self._sample = kernels.sample_step
+        self._step = SampleStep(
+            slots=address(self._slots),
+            params=address(self._params),
+            history=self._history.handle,
+            tokens=address(self._tokens),
+            status=address(self._status),
+            ranks=address(self._ranks),
+        )
+        self._step_address = ctypes.addressof(self._step)
+
+    def add(self, slot: int, params: ResolvedParams) -> None:
+        if self._has_history[slot]:
+            self._history.clear(slot)
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._has_history[slot] = penalties != (1.0, 0.0, 0.0)
+        allowed = np.unique(np.array(params.allowed_token_ids or (), np.int32))
+        stop = np.array(params.all_stop_token_ids if params.min_tokens > 0 else (), np.int32)
+        bias_ids = np.array([token for token, _ in params.logit_bias], np.int32)
+        biases = np.array([bias for _, bias in params.logit_bias], np.float32)
+        bad_words = np.array([token for word in params.bad_words_token_ids for token in word], np.int32)
+        bad_word_ends = np.cumsum([len(word) for word in params.bad_words_token_ids], dtype=np.int32)
+        logprob_ids = np.array(params.logprob_token_ids, np.int32)
+        self._lists[slot] = (allowed, stop, bias_ids, biases, bad_words, bad_word_ends, logprob_ids)
+
+        size = 0
+        if params.logprobs is not None:
+            size = 1 + (len(logprob_ids) or (ALL_LOGPROBS if params.logprobs < 0 else params.logprobs))
+        self._reports += int(size > 0) - int(self._report_sizes[slot] > 0)
+        self._report_sizes[slot] = size
+        self._reports_list[slot] = len(logprob_ids) > 0
+
+        row = self._params[slot]
+        row["presence_penalty"] = params.presence_penalty
+        row["frequency_penalty"] = params.frequency_penalty
+        row["seed"] = params.seed
+        row["allowed_ids"] = address(allowed)
+        row["stop_ids"] = address(stop)
+        row["bias_ids"] = address(bias_ids)
+        row["biases"] = address(biases)
+        row["bad_words"] = address(bad_words)
+        row["bad_word_ends"] = address(bad_word_ends)
+        row["logprob_ids"] = address(logprob_ids)
+        row["temperature"] = params.temperature
+        row["top_p"] = params.top_p
+        row["min_p"] = params.min_p
+        row["repetition_penalty"] = params.repetition_penalty
+        row["top_k"] = min(params.top_k, _INT32_MAX)
+        row["min_tokens"] = min(params.min_tokens, _INT32_MAX)
+        row["num_allowed"] = -1 if params.allowed_token_ids is None else len(allowed)
+        row["num_stop"] = len(stop)
+        row["num_biases"] = len(bias_ids)
+        row["num_bad_words"] = len(bad_word_ends)
+        row["num_logprob_ids"] = len(logprob_ids)
+        row["num_logprobs"] = size - 1
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        raw_logits: torch.Tensor,
+        slots: I32,
+        step_rows: I32,
+        states: RequestStates,
+        mask: TokenMask | None,
+    ) -> SamplerOutput:
+        num_rows, vocab_size = logits.shape
+        assert logits.dtype == torch.float32 and logits.stride(1) == 1 and raw_logits.stride() == logits.stride()
+        assert vocab_size <= MAX_VOCAB_SIZE
+        if states is not self._states:
+            self._bind(states)
+        step = self._step
+        step.logits = logits.data_ptr()
+        step.raw_logits = None if raw_logits is logits else raw_logits.data_ptr()
+        step.row_stride = logits.stride(0)
+        step.num_rows = num_rows
+        step.vocab_size = vocab_size
+        self._slots[:num_rows] = slots
+        if mask is not None:
+            bitmask, mask_rows = np.ascontiguousarray(mask.bitmask), np.ascontiguousarray(mask.rows)
+            assert bitmask.dtype == mask_rows.dtype == np.int32 and bitmask.shape[1] * 32 >= vocab_size
+            step.bitmask = address(bitmask)
+            step.bitmask_stride = bitmask.shape[1]
+            step.bitmask_rows = address(mask_rows)
+        report = None
+        if self._reports:
+            sizes = self._report_sizes[slots]
+            report = _Report(np.where(self._reports_list[slots], sizes, np.minimum(sizes, vocab_size + 1)))
+            report.attach(step)
+        num_failed = self._sample(self._step_address, torch.get_num_threads())
+        step.bitmask = step.logprob_starts = None
+        output = SamplerOutput(token_ids=self._tokens[:num_rows].copy())
+        if num_failed:
+            output.row_errors = [
+                RowError(row=row, message=BAD_LOGITS if status == ROW_NOT_FINITE else NOTHING_LEFT)
+                for row, status in zip(step_rows.tolist(), self._status[:num_rows].tolist(), strict=True)
+                if status != ROW_OK
+            ]
+        if report is not None:
+            output.logprobs = [
+                report.entry(index, int(step_rows[index]), 0, int(self._ranks[index]))
+                for index in np.flatnonzero(report.sizes).tolist()
+                if self._status[index] == ROW_OK
+            ]
+        return output
+
+    def prompt_logprobs(
+        self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
+    ) -> list[TokenLogprobs]:
+        num_rows, vocab_size = logits.shape
+        assert logits.dtype == torch.float32 and logits.stride(1) == 1
+        params = NEUTRAL_PARAMS.copy()
+        params["num_logprobs"] = _INT32_MAX if count < 0 else count
+        slots, lengths = np.zeros(num_rows, np.int32), np.zeros(1, np.int64)
+        given = tokens.astype(np.int64)
+        status, ranks = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        report = _Report(np.full(num_rows, 1 + (vocab_size if count < 0 else min(count, vocab_size)), np.int64))
+        step = SampleStep(
+            logits=logits.data_ptr(),
+            row_stride=logits.stride(0),
+            num_rows=num_rows,
+            vocab_size=vocab_size,
+            slots=address(slots),
+            params=address(params),
+            num_tokens=address(lengths),
+            num_prompt=address(lengths),
+            given_tokens=address(given),
+            status=address(status),
+            ranks=address(ranks),
+        )
+        report.attach(step)
+        self._sample(ctypes.addressof(step), torch.get_num_threads())
+        return [report.entry(index, row, first_position + index, int(ranks[index])) for index in range(num_rows)]
+
+    def _bind(self, states: RequestStates) -> None:
+        """Notes where the tokens lie: for the life of the states."""
+        assert states.token_ids.flags.c_contiguous and states.token_ids.dtype == np.int32
+        assert states.num_tokens.dtype == states.num_prompt.dtype == np.int64
+        self._states = states
+        self._step.token_ids = address(states.token_ids)
+        self._step.token_stride = states.token_ids.shape[1]
+        self._step.num_tokens = address(states.num_tokens)
+        self._step.num_prompt = address(states.num_prompt)
+
+
+class _Report:
+    """Room for the log probabilities of a step, row after row."""
+
+    def __init__(self, sizes: npt.NDArray[np.int64]) -> None:
+        self.sizes = sizes
+        ends = sizes.cumsum()
+        self.starts = ends - sizes
+        self.token_ids = np.zeros(ends[-1], np.int32)
+        self.logprobs = np.full(ends[-1], np.nan, np.float32)
+
+    def attach(self, step: SampleStep) -> None:
+        step.logprob_starts = address(self.starts)
+        step.logprob_ids = address(self.token_ids)
+        step.logprobs = address(self.logprobs)
+
+    def entry(self, index: int, row: int, position: int, rank: int) -> TokenLogprobs:
+        part = slice(self.starts[index], self.starts[index] + self.sizes[index])
+        return TokenLogprobs(
+            row=row,
+            position=position,
+            token_ids=self.token_ids[part].tobytes(),
+            logprobs=self.logprobs[part].tobytes(),
+            rank=rank,
+        )

@@ -1,0 +1,208 @@
+"""Compiles the kernels on first use.
+
+There is one library per capability, all from the same sources: each source file is compiled with the flags of that
+capability and none else (``-march=native`` would put AVX-512 into the portable path, and forcing that path would test
+nothing). Libraries are kept in a cache folder, under a name that holds a hash of sources, flags and compiler.
+
+This is the one place of the floor that reads the environment: ``OCTAVO_CACHE_DIR``, ``OCTAVO_CPU_CAPABILITY``, ``CXX``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-ffp-contract=off",  # a product and a sum are fused only where the source says so: the same bits everywhere
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-uninitialized",  # GCC 12 takes its own AVX-512 headers to be guilty of it
+    "-Wno-maybe-uninitialized",
+)
+REFERENCE = "reference"
+"""As ``OCTAVO_CPU_CAPABILITY``: no kernels."""
+
+
+class BuildError(Exception):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a CPU can do, and how to compile for it."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+    """Flags of /proc/cpuinfo."""
+
+
+def _capability(name: str, flags: str, needs: str) -> Capability:
+    return Capability(name, tuple(flags.split()), frozenset(needs.split()))
+
+
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+_NEEDS_AVX2 = "avx2 fma f16c"
+_NEEDS_AVX512 = f"{_NEEDS_AVX2} avx512f avx512bw avx512vl avx512dq"
+
+CAPABILITIES = {
+    capability.name: capability
+    for capability in (
+        _capability("amx", f"{_AVX512} -mavx512bf16 -DOCTAVO_AMX", f"{_NEEDS_AVX512} avx512_bf16 amx_tile amx_bf16"),
+        _capability("avx512bf16", f"{_AVX512} -mavx512bf16", f"{_NEEDS_AVX512} avx512_bf16"),
+        _capability("avx512", _AVX512, _NEEDS_AVX512),
+        _capability("avx2", _AVX2, _NEEDS_AVX2),
+        _capability("portable", "", ""),
+    )
+}
+"""The best first."""
+
+AMX_EMULATION = _capability(
+    "amx_emulation", f"{_AVX512} -mavx512bf16 -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", f"{_NEEDS_AVX512} avx512_bf16"
+)
+"""The AMX path with its instructions in plain C++: for tests."""
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says of the first CPU; nothing where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def runs_here(capability: Capability) -> bool:
+    return capability.needs <= cpu_flags()
+
+
+def available() -> list[Capability]:
+    """The capabilities of this machine, the best first."""
+    return [capability for capability in CAPABILITIES.values() if runs_here(capability)]
+
+
+def configured() -> str | None:
+    """The capability that the environment asks for, if any."""
+    return os.environ.get("OCTAVO_CPU_CAPABILITY") or None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# building
+
+
+def build(capability: Capability) -> Path:
+    """The library of a capability, compiled unless it is in the cache.
+
+    Raises:
+        BuildError: There is no compiler, or it failed.
+    """
+    compiler = find_compiler()
+    name = f"{capability.name}-{_key(capability, compiler)}.so"
+    for folder in _folders():
+        library = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _lock(folder / f"{name}.lock"):
+                if not library.exists():
+                    _compile(capability, compiler, library)
+        except OSError:  # read-only or full: try the next folder
+            continue
+        return library
+    raise BuildError("there is no folder to keep compiled kernels in")
+
+
+def find_compiler() -> str:
+    """Path of a C++ compiler.
+
+    Raises:
+        BuildError: There is none.
+    """
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else COMPILERS:
+        path = shutil.which(name)
+        if path:
+            return path
+    raise BuildError(f"no C++ compiler ({wanted or ', '.join(COMPILERS)})")
+
+
+def _folders() -> Iterator[Path]:
+    """Where libraries may be kept, in order of preference."""
+    configured_folder = os.environ.get("OCTAVO_CACHE_DIR")
+    if configured_folder:
+        yield Path(configured_folder).expanduser() / "kernels"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        yield Path(base) / "octavo" / "kernels"
+    yield _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    """A folder of this process: one that others could have prepared would run their code here."""
+    return Path(tempfile.mkdtemp(prefix="octavo-kernels-"))
+
+
+def _key(capability: Capability, compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    digest = hashlib.sha256(version)
+    digest.update(repr((FLAGS, capability.flags, platform.machine())).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait and find the library ready."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(capability: Capability, compiler: str, library: Path) -> None:
+    flags = [*FLAGS, *capability.flags]
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        folder = Path(temporary)
+
+        def compile_one(source: Path) -> Path:
+            target = folder / f"{source.stem}.o"
+            _run([compiler, *flags, "-c", str(source), "-o", str(target)])
+            return target
+
+        # The largest first: they take longest.
+        sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            objects = list(threads.map(compile_one, sources))
+        result = folder / library.name
+        _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(result)])
+        os.replace(result, library)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()}")

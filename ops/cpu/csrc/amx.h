@@ -1,0 +1,69 @@
+// Intel AMX: tiles of 16 rows of 64 bytes, and their products in bfloat16.
+//
+// Instructions are written out instead of using the compiler's intrinsics: GCC 12's tile loads do not tell it that
+// memory is read, and its configuration load names only 8 of the 64 bytes, so stores may move behind either.
+#pragma once
+
+#include <cstdint>
+
+#if defined(OCTAVO_AMX_EMULATION)
+#include "amx_emulation.h"
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace octavo::amx {
+
+constexpr int kTileRows = 16;
+constexpr int kRowBytes = 64;
+
+#if defined(OCTAVO_AMX_EMULATION)
+
+using namespace emulation;
+
+#else
+
+// The memory operand of LDTILECFG.
+struct alignas(64) Config {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+inline void configure(const Config& config) { asm volatile("ldtilecfg %0" ::"m"(config) : "memory"); }
+
+inline void release() { asm volatile("tilerelease" ::: "memory"); }
+
+template <int kTile>
+inline void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+
+template <int kTile>
+inline void load(const void* p, long stride_bytes) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(p), "r"(stride_bytes) : "memory");
+}
+
+template <int kTile>
+inline void store(void* p, long stride_bytes) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(p), "r"(stride_bytes) : "memory");
+}
+
+template <int kSum, int kLeft, int kRight>
+inline void dot_product() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+}
+
+// A process has to ask the kernel once before it may use tile data. 0, or minus one.
+inline int request_permission() {
+    constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr int kTileData = 18;
+    return static_cast<int>(syscall(SYS_arch_prctl, kRequestPermission, kTileData));
+}
+
+#endif
+
+}  // namespace octavo::amx

@@ -1,0 +1,463 @@
+// Attention over the paged KV cache (Kwon et al., arXiv:2309.06180), for prefill and decode alike.
+//
+// The rows of one product are the query heads that share a KV head, for some consecutive tokens of a request. The
+// context is cut at multiples of kSplit tokens, counted from its start: each split has a softmax of its own, and splits
+// are merged in order (as in Flash-Decoding). So it does not matter which rows are computed together, which tokens of a
+// request are in the step, or whether one thread or several walk through its context. What a row may not see has
+// weight exactly zero.
+#include <climits>
+
+#include "heads.h"
+#include "kernels.h"
+#include "kv_cache.h"
+#include "vec_math.h"
+
+namespace octavo {
+
+namespace {
+
+constexpr int kSplit = 256;
+constexpr int kSplitUnits = kSplit / kUnit;
+
+// With fewer tiles per thread than this, threads share the context of a tile.
+constexpr int kTilesPerThread = 4;
+
+// Tiles (or splits) are handed out in runs: the K of the next can be fetched, and threads that other programs slow down
+// take fewer runs.
+constexpr int kRunsPerThread = 8;
+constexpr int kMostUnits = 4;  // of a run
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing K and V
+
+// Whether a token's slot does not follow that of the token before it: a new block, or another request.
+bool starts_run(const OctavoGroup& group, int token) {
+    const int64_t slot = group.slot_mapping[token];
+    return token == 0 || slot % group.block_size == 0 || slot != group.slot_mapping[token - 1] + 1;
+}
+
+template <class T>
+void write_head(const OctavoAttention& op, const KVCache<T>& cache, const OctavoStep& step, int token, int head) {
+    const int64_t slot = step.groups[op.group].slot_mapping[token];
+    const int64_t block = slot / cache.block_size;
+    const int place = static_cast<int>(slot % cache.block_size);
+    const T* k = static_cast<const T*>(op.k.data) + token * op.k.stride + head * op.head_dim;
+    const T* v = static_cast<const T*>(op.v.data) + token * op.v.stride + head * op.v_head_dim;
+    T* keys = cache.keys_of(block, head, place);
+    T* values = cache.values_of(block, head, place);
+    if (place == 0) {  // nothing of an earlier owner is left
+        std::memset(keys, 0, static_cast<size_t>(cache.block_size) * cache.head_dim * sizeof(T));
+        std::memset(values, 0, static_cast<size_t>(cache.block_size) * cache.v_head_dim * sizeof(T));
+    }
+    T key[kMaxHeadDim];
+    if (op.k_heads.norm_weight || op.k_heads.rotary_dim) {
+        float numbers[kMaxHeadDim];
+        const int position = op.k_heads.rotary_dim ? step.positions[token] : 0;
+        prepare_head(k, op.head_dim, op.k_heads, position, op.head_dim, numbers);
+        for (int i = 0; i < op.head_dim; i += kLanes) store(key + i, load(numbers + i));
+        k = key;
+    }
+    for (int i = 0; i < op.head_dim; ++i) keys[cache.key_offset(place, i)] = k[i];
+    for (int i = 0; i < op.v_head_dim; ++i) values[cache.value_offset(place, i)] = v[i];
+}
+
+// A thread takes whole runs, so that a block is cleared before the same thread fills it.
+template <class T>
+void write_kv(const OctavoAttention& op, const KVCache<T>& cache, const OctavoStep& step, const Team& team) {
+    const OctavoGroup& group = step.groups[op.group];
+    const Range mine = team.share(step.num_tokens);
+    int token = mine.begin;
+    while (token < mine.end && !starts_run(group, token)) ++token;
+    if (token == mine.end) return;
+    for (; token < step.num_tokens && (token < mine.end || !starts_run(group, token)); ++token)
+        for (int head = 0; head < op.num_kv_heads; ++head) write_head(op, cache, step, token, head);
+}
+
+// Whether nobody but the token's own request and head reads what is written in this step: each request has one token,
+// and none fills its block, for full blocks alone may be shared. Then who attends may write just before, and threads
+// need not wait for each other in between.
+template <class T>
+bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens) {
+    if (num_tokens != group.num_reqs || op.num_heads / op.num_kv_heads > kRows<T>) return false;
+    for (int i = 0; i < num_tokens; ++i)
+        if (group.query_start_loc[i] != i || (group.slot_mapping[i] + 1) % group.block_size == 0) return false;
+    return true;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attending
+
+// Consecutive rows of one request and KV head. Row r is query r / group_size, head r % group_size of those that share
+// the KV head.
+struct Tile {
+    int request;
+    int kv_head;
+    int first_row;
+    int rows;
+    int first_split;
+    int num_splits;
+    int first_item;  // number of splits of all tiles before
+};
+
+// What a row sees: tokens begin .. end - 1.
+struct View {
+    int begin;
+    int end;
+};
+
+struct Request {
+    int first_token;
+    int num_queries;
+    int seq_len;
+
+    Request(const OctavoGroup& group, int index)
+        : first_token(group.query_start_loc[index]),
+          num_queries(group.query_start_loc[index + 1] - first_token),
+          seq_len(group.seq_lens[index]) {}
+
+    int position(int query) const { return seq_len - num_queries + query; }
+
+    View view(const OctavoAttention& op, int query) const {
+        if (!op.causal) return {0, seq_len};
+        const int end = position(query) + 1;
+        return {op.window && end > op.window ? end - op.window : 0, end};
+    }
+};
+
+int count_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per_tile) {
+    const int group_size = op.num_heads / op.num_kv_heads;
+    int count = 0;
+    for (int i = 0; i < group.num_reqs; ++i)
+        count += blocks_of(Request(group, i).num_queries * group_size, rows_per_tile);
+    return count * op.num_kv_heads;
+}
+
+// Fills in the tiles, those with the longest context of a request first; returns the number of splits.
+int list_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per_tile, Tile* tiles) {
+    const int group_size = op.num_heads / op.num_kv_heads;
+    int items = 0;
+    for (int index = 0; index < group.num_reqs; ++index) {
+        const Request request(group, index);
+        const int rows = request.num_queries * group_size;
+        for (int head = 0; head < op.num_kv_heads; ++head) {
+            for (int i = blocks_of(rows, rows_per_tile) - 1; i >= 0; --i) {
+                const int first = i * rows_per_tile;
+                const int count = std::min(rows_per_tile, rows - first);
+                const int begin = request.view(op, first / group_size).begin;
+                const int end = request.view(op, (first + count - 1) / group_size).end;
+                const int splits = (end - 1) / kSplit - begin / kSplit + 1;
+                *tiles++ = {index, head, first, count, begin / kSplit, splits, items};
+                items += splits;
+            }
+        }
+    }
+    return items;
+}
+
+// Softmax of some rows over a part of the context: sums of exp(score - largest), alone and weighted with V.
+struct Partial {
+    float* largest;  // [rows]; minus infinity: the row sees nothing here
+    float* total;    // [rows]
+    float* out;      // [rows][v_head_dim, padded]
+
+    static size_t floats(int rows, int v_head_dim) { return static_cast<size_t>(rows) * (v_head_dim + 2); }
+    Partial(float* memory, int rows) : largest(memory), total(memory + rows), out(memory + 2 * rows) {}
+};
+
+// K and V of a part of a tile's context, unit by unit.
+template <class T>
+struct Contexts {
+    int begin = 0;  // first token
+    int units = 0;
+    const T* keys[kSplitUnits];
+    const T* values[kSplitUnits];
+};
+
+template <class T>
+class Attention {
+public:
+    using Context = Contexts<T>;
+
+    Attention(const OctavoAttention& op, const OctavoStep& step, const KVCache<T>& cache, Scratch& scratch)
+        : op_(op),
+          step_(step),
+          group_(step.groups[op.group]),
+          cache_(cache),
+          group_size_(op.num_heads / op.num_kv_heads),
+          queries_(scratch.take<LeftOf<T>>(kRows<T> * cache.head_dim)),
+          scores_(scratch.take<float>(kRows<T> * kSplit)),
+          weights_(scratch.take<LeftOf<T>>(kRows<T> * kSplit)),
+          sums_(scratch.take<float>(kRows<T> * kColumns)) {}
+
+    // Copies the tile's query heads into [head_dim / 32][rows][32].
+    void stage(const Tile& tile) {
+        const Request request(group_, tile.request);
+        float head[kMaxHeadDim];
+        for (int r = 0; r < tile.rows; ++r) {
+            const int row = tile.first_row + r;
+            const int token = request.first_token + row / group_size_;
+            const int column = (tile.kv_head * group_size_ + row % group_size_) * op_.head_dim;
+            const int position = op_.q_heads.rotary_dim ? step_.positions[token] : 0;
+            prepare_head(static_cast<const T*>(op_.q.data) + token * op_.q.stride + column, op_.head_dim, op_.q_heads,
+                         position, cache_.head_dim, head);
+            for (int i = 0; i < cache_.head_dim; i += kLanes)
+                store(queries_ + (i / kBlock * tile.rows + r) * kBlock + i % kBlock, load(head + i));
+        }
+    }
+
+    // Puts K and V of a tile's one token into the cache.
+    void write(const Tile& tile) const {
+        write_head(op_, cache_, step_, Request(group_, tile.request).first_token, tile.kv_head);
+    }
+
+    // Finds the K and V of a split that a tile sees.
+    void locate(const Tile& tile, int split, Context& context) const {
+        const Request request(group_, tile.request);
+        const View first = request.view(op_, tile.first_row / group_size_);
+        const View last = request.view(op_, (tile.first_row + tile.rows - 1) / group_size_);
+        context.begin = std::max(split * kSplit, first.begin / kUnit * kUnit);
+        const int end = std::min((split + 1) * kSplit, last.end);
+        context.units = blocks_of(end - context.begin, kUnit);
+        const int32_t* table = group_.block_table + tile.request * group_.block_table_stride;
+        for (int i = 0; i < context.units; ++i) {
+            const int token = context.begin + i * kUnit;
+            const int64_t block = table[token / cache_.block_size];
+            context.keys[i] = cache_.keys_of(block, tile.kv_head, token % cache_.block_size);
+            context.values[i] = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
+        }
+    }
+
+    // The attention of a staged tile to one split. Meanwhile the keys of the next one are fetched.
+    void attend(const Tile& tile, const Context& context, const Context& next, const Partial& result) {
+        const Request request(group_, tile.request);
+        const Left<T> queries = {queries_, kBlock, static_cast<int64_t>(tile.rows) * kBlock};
+        for (int i = 0; i < context.units; ++i)
+            dot(tile.rows, queries, cache_.scores_of(context.keys[i], context.values[i]), cache_.head_dim / kBlock,
+                scores_ + i * tile.rows * kColumns);
+        for (int r = 0; r < tile.rows; ++r) {
+            const View view = request.view(op_, (tile.first_row + r) / group_size_);
+            softmax(tile.rows, r, context.units, view.begin - context.begin, view.end - context.begin, result);
+        }
+        const T* values[kSplitUnits];
+        const T* fetched[kSplitUnits];
+        for (int i = 0; i < context.units; ++i) {
+            values[i] = context.values[i];
+            fetched[i] = i < next.units ? next.keys[i] : values[i];
+        }
+        const Left<T> weights = {weights_, kBlock, static_cast<int64_t>(tile.rows) * kBlock};
+        for (int column = 0; column < cache_.v_head_dim; column += kColumns) {
+            dot(tile.rows, weights, cache_.sum_of(values, fetched), context.units, sums_);
+            for (int r = 0; r < tile.rows; ++r)
+                for (int i = 0; i < kColumns; i += kLanes)
+                    store(result.out + r * cache_.v_head_dim + column + i, load(sums_ + r * kColumns + i));
+            for (int i = 0; i < context.units; ++i) {
+                values[i] += kBlockElements;
+                fetched[i] += kBlockElements;
+            }
+        }
+    }
+
+    // Adds a later part of the context to an earlier one.
+    void merge(int rows, const Partial& sum, const Partial& part) {
+        const int width = cache_.v_head_dim;
+        for (int r = 0; r < rows; ++r) {
+            if (part.largest[r] == -kInfinity) continue;
+            float* out = sum.out + r * width;
+            const float* more = part.out + r * width;
+            const bool first = sum.largest[r] == -kInfinity;
+            const float largest = std::max(sum.largest[r], part.largest[r]);
+            const Vec old_scale = first ? zero() : exp(splat(sum.largest[r] - largest));
+            const Vec new_scale = exp(splat(part.largest[r] - largest));
+            sum.largest[r] = largest;
+            sum.total[r] = first_lane(splat(sum.total[r]) * old_scale + splat(part.total[r]) * new_scale);
+            for (int i = 0; i < width; i += kLanes)
+                store(out + i, load(out + i) * old_scale + load(more + i) * new_scale);
+        }
+    }
+
+    void finish(const Tile& tile, const Partial& sum) {
+        const Request request(group_, tile.request);
+        for (int r = 0; r < tile.rows; ++r) {
+            const int row = tile.first_row + r;
+            const int64_t token = request.first_token + row / group_size_;
+            const int column = (tile.kv_head * group_size_ + row % group_size_) * op_.v_head_dim;
+            T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
+            const Vec scale = splat(1.0f) / splat(sum.total[r]);
+            const float* out = sum.out + r * cache_.v_head_dim;
+            // Adding zero turns minus zero into zero: its sign could tell of invisible tokens.
+            for (int i = 0; i < op_.v_head_dim; i += kLanes)
+                store_first(target + i, load(out + i) * scale + zero(), op_.v_head_dim - i);
+        }
+    }
+
+private:
+    static float first_lane(Vec x) {
+        float lanes[kLanes];
+        store(lanes, x);
+        return lanes[0];
+    }
+
+    // One row: scores -> weights, with the largest score and the sum of the weights. Tokens count from the first score.
+    void softmax(int rows, int row, int units, int begin, int end, const Partial& result) {
+        const Vec hidden = splat(-kInfinity), lanes = lane_numbers();
+        const bool capped = op_.softcap != 0.0f;
+        const Vec scale = splat(capped ? 1.0f : op_.scale);  // of the scores as they are left in memory
+        float* scores = scores_ + row * kColumns;
+        const int stride = rows * kColumns;
+        Vec top = hidden;
+        for (int i = 0; i < units * kUnit; i += kLanes) {
+            float* place = scores + i / kUnit * stride + i % kUnit;
+            Vec x = load(place);
+            const bool partly_hidden = i < begin || i + kLanes > end;
+            if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
+            if (partly_hidden) {
+                const Vec tokens = lanes + splat(static_cast<float>(i));
+                x = select(less(tokens, splat(static_cast<float>(end))), x, hidden);
+                x = select(less(tokens, splat(static_cast<float>(begin))), hidden, x);
+            }
+            if (capped || partly_hidden) store(place, x);
+            top = max(top, x);
+        }
+        const float peak = largest(top * scale);
+        const Vec shift = splat(peak == -kInfinity ? 0.0f : peak);
+        Vec total = zero(), others = zero();
+        for (int i = 0; i < units; ++i) {
+            const float* x = scores + i * stride;
+            LeftOf<T>* y = weights_ + i * stride + row * kColumns;
+            const Vec first = exp(load(x) * scale - shift), second = exp(load(x + kLanes) * scale - shift);
+            total = total + first;
+            others = others + second;
+            store(y, first);
+            store(y + kLanes, second);
+        }
+        result.largest[row] = peak;
+        result.total[row] = sum(total + others);
+    }
+
+    const OctavoAttention& op_;
+    const OctavoStep& step_;
+    const OctavoGroup& group_;
+    const KVCache<T>& cache_;
+    const int group_size_;
+    LeftOf<T>* queries_;
+    float* scores_;
+    LeftOf<T>* weights_;
+    float* sums_;
+};
+
+bool shares_context(int tiles, int items, int threads) {
+    return threads > 1 && tiles < kTilesPerThread * threads && items > tiles;
+}
+
+// The tiles of a step. An item is one split of one tile; items count through all tiles.
+struct Work {
+    const Tile* tiles;
+    int num_tiles;
+    int num_items;
+    float* partials;  // by item, of tiles whose items go to several threads; null: a thread takes whole tiles
+    size_t partial_floats;
+    bool writes_alone;  // K and V of this step are not in the cache yet
+
+    Partial partial(int item, int rows) const { return {partials + item * partial_floats, rows}; }
+    // What is handed out: tiles or items.
+    int units() const { return partials ? num_items : num_tiles; }
+    int first_item(int unit) const {
+        if (unit >= units()) return num_items;
+        return partials ? unit : tiles[unit].first_item;
+    }
+    // The tile of an item, which is `tile` or a later one.
+    int tile_of(int item, int tile) const {
+        while (tile + 1 < num_tiles && tiles[tile + 1].first_item <= item) ++tile;
+        return tile;
+    }
+};
+
+// Some consecutive items: the keys of the next are fetched while one is computed.
+template <class T>
+void attend_items(Attention<T>& kernel, const Work& work, Range items, const Partial& sum, const Partial& part) {
+    Contexts<T> contexts[2];
+    const auto locate = [&](int item, int tile) {
+        const Tile& t = work.tiles[tile];
+        if (item < items.end) kernel.locate(t, t.first_split + item - t.first_item, contexts[item % 2]);
+        if (item == items.end) contexts[item % 2].units = 0;
+        return tile;
+    };
+    int staged = -1;
+    int current = locate(items.begin, work.tile_of(items.begin, 0));
+    for (int item = items.begin; item < items.end; ++item) {
+        const Tile& tile = work.tiles[current];
+        if (staged != current) kernel.stage(tile);
+        staged = current;
+        const int next = locate(item + 1, work.tile_of(item + 1, current));
+        const Contexts<T>& here = contexts[item % 2];
+        const Contexts<T>& there = contexts[(item + 1) % 2];
+        const int split = item - tile.first_item;
+        if (work.writes_alone && split == tile.num_splits - 1) kernel.write(tile);
+        if (work.partials) {
+            kernel.attend(tile, here, there, work.partial(item, kRows<T>));
+        } else {
+            kernel.attend(tile, here, there, split == 0 ? sum : part);
+            if (split > 0) kernel.merge(tile.rows, sum, part);
+            if (split == tile.num_splits - 1) kernel.finish(tile, sum);
+        }
+        current = next;
+    }
+}
+
+template <class T>
+void attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
+    const OctavoGroup& group = step.groups[op.group];
+    const KVCache<T> cache(op, group.block_size);
+    Work work;
+    work.writes_alone = writes_alone<T>(op, group, step.num_tokens);
+    if (!work.writes_alone) write_kv(op, cache, step, team);
+    work.num_tiles = count_tiles(op, group, kRows<T>);
+    Tile* tiles = team.scratch.take<Tile>(work.num_tiles);
+    work.num_items = list_tiles(op, group, kRows<T>, tiles);
+    work.tiles = tiles;
+    work.partial_floats = Partial::floats(kRows<T>, cache.v_head_dim);
+    const bool shared = shares_context(work.num_tiles, work.num_items, team.size);
+    work.partials = shared ? reinterpret_cast<float*>(team.shared.workspace) : nullptr;
+    Attention<T> kernel(op, step, cache, team.scratch);
+    const Partial sum(team.scratch.take<float>(work.partial_floats), kRows<T>);
+    const Partial part(team.scratch.take<float>(work.partial_floats), kRows<T>);
+    if (!work.writes_alone) team.wait();  // all K and V of the step are there
+
+    const int run = std::min(kMostUnits, std::max(1, work.units() / (kRunsPerThread * team.size)));
+    for (int unit = team.ticket() * run; unit < work.units(); unit = team.ticket() * run)
+        attend_items(kernel, work, {work.first_item(unit), work.first_item(unit + run)}, sum, part);
+    if (!shared) return;
+
+    team.wait();
+    const Range mine = team.share(work.num_tiles);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const Tile& tile = tiles[i];
+        const Partial first = work.partial(tile.first_item, kRows<T>);
+        for (int s = 1; s < tile.num_splits; ++s)
+            kernel.merge(tile.rows, first, work.partial(tile.first_item + s, kRows<T>));
+        kernel.finish(tile, first);
+    }
+}
+
+template <class T>
+size_t workspace(const OctavoAttention& op, const OctavoGroup& group, int threads) {
+    const int tiles = count_tiles(op, group, kRows<T>);
+    int longest = 0;
+    for (int i = 0; i < group.num_reqs; ++i) longest = std::max(longest, static_cast<int>(group.seq_lens[i]));
+    const int items = tiles * blocks_of(longest, kSplit);  // or fewer
+    if (!shares_context(tiles, items, threads)) return 0;
+    return items * Partial::floats(kRows<T>, blocks_of(op.v_head_dim, kBlock) * kBlock) * sizeof(float);
+}
+
+}  // namespace
+
+void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { attention<decltype(number)>(op, step, team); });
+}
+
+size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads) {
+    return with_type(op.type,
+                     [&](auto number) { return workspace<decltype(number)>(op, step.groups[op.group], threads); });
+}
+
+}  // namespace octavo

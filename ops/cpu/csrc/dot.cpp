@@ -1,0 +1,175 @@
+#include "dot.h"
+
+#include <utility>
+
+#if defined(OCTAVO_AMX)
+#include "amx.h"
+#endif
+
+namespace octavo {
+
+// Rows for which the sums of all 32 columns fit into the registers.
+#if defined(__AVX512F__)
+constexpr int kRowsOfBothHalves = 12;
+#elif defined(__AVX2__)
+constexpr int kRowsOfBothHalves = 3;
+#else
+constexpr int kRowsOfBothHalves = 1;
+#endif
+
+namespace {
+
+// One block of k for 16 columns: sums[r] += left[r] * right.
+//
+// Pairs of bfloat16, by the CPU's own instruction or as the even number and then the odd one.
+template <int kNumRows, class L>
+inline void add_block(Vec (&sums)[kNumRows], const L* left, int64_t row, const BFloat16* right, int64_t step,
+                      int64_t ahead) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSteps<BFloat16>; ++s, left += kPair<BFloat16>, right += step) {
+        prefetch(address_of(right) + ahead);
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<L, BFloat16>) {
+            const __m512bh columns = (__m512bh)_mm512_loadu_si512(right);
+            for (int r = 0; r < kNumRows; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, left + r * row, sizeof pair);
+                sums[r].v = _mm512_dpbf16_ps(sums[r].v, columns, (__m512bh)_mm512_set1_epi32(pair));
+            }
+            continue;
+        }
+#endif
+        if constexpr (std::is_same_v<L, float>) {
+            const Vec even = load_even(right);
+            for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(left[r * row]), even, sums[r]);
+            const Vec odd = load_odd(right);
+            for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(left[r * row + 1]), odd, sums[r]);
+        }
+    }
+}
+
+template <class T, int kNumRows>
+void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, float* result) {
+    // All 32 columns in one pass, if the registers hold so many sums, else 16 after 16.
+    constexpr bool kBothHalves = kNumRows <= kRowsOfBothHalves;
+    for (int first = 0; first < 2; first += kBothHalves ? 2 : 1) {
+        Vec sums[kNumRows], others[kNumRows];
+        for (int r = 0; r < kNumRows; ++r) sums[r] = others[r] = zero();
+        for (int k = 0; k < blocks; ++k) {
+            const LeftOf<T>* x = left.data + k * left.block;
+            const T* start = right.list ? right.list[k] : right.data + k * right.block;
+            const int64_t ahead = right.next ? distance(start, right.next[k]) : right.ahead;
+            const T* w = start + first * right.half;
+            if constexpr (kIsBFloat16<T>) {  // the halves lie one behind the other: read them in that order
+                add_block(sums, x, left.row, w, right.step, ahead);
+                if constexpr (kBothHalves) add_block(others, x, left.row, w + right.half, right.step, ahead);
+                continue;
+            } else {
+#pragma GCC unroll 4
+                for (int s = 0; s < kSteps<T>; ++s, ++x, w += right.step) {
+                    prefetch(address_of(w) + ahead);
+                    const Vec columns = load(w);
+                    for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(x[r * left.row]), columns, sums[r]);
+                    if constexpr (!kBothHalves) continue;
+                    const Vec more = load(w + right.half);
+                    for (int r = 0; r < kNumRows; ++r) others[r] = fma(splat(x[r * left.row]), more, others[r]);
+                }
+            }
+        }
+        for (int r = 0; r < kNumRows; ++r) {
+            store(result + r * kColumns + first * kLanes, sums[r]);
+            if constexpr (kBothHalves) store(result + r * kColumns + kLanes, others[r]);
+        }
+    }
+}
+
+template <class T>
+using DotRows = void (*)(const Left<T>&, const Right<T>&, int, float*);
+
+template <class T, int... kIndices>
+void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int blocks, float* sums,
+                 std::integer_sequence<int, kIndices...>) {
+    static constexpr DotRows<T> kTable[] = {dot_rows<T, kIndices + 1>...};
+    kTable[rows - 1](left, right, blocks, sums);
+}
+
+#if defined(OCTAVO_AMX)
+
+thread_local int tile_rows = 0;  // that this thread's tiles are configured for
+
+// Tiles 0 and 1 hold two halves of the rows, 2 and 3 those of the columns, 4 to 7 their sums.
+void configure_tiles(int rows) {
+    if (rows == tile_rows) return;
+    tile_rows = rows;
+    const int upper = rows < amx::kTileRows ? rows : amx::kTileRows;
+    const int lower = rows > amx::kTileRows ? rows - amx::kTileRows : 1;  // no tile may have no rows
+    amx::Config config = {};
+    config.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = amx::kRowBytes;
+    for (int tile : {0, 4, 5}) config.rows[tile] = static_cast<uint8_t>(upper);
+    for (int tile : {1, 6, 7}) config.rows[tile] = static_cast<uint8_t>(lower);
+    for (int tile : {2, 3}) config.rows[tile] = amx::kTileRows;
+    amx::configure(config);
+}
+
+void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& right, int blocks, float* sums) {
+    configure_tiles(rows);
+    const bool two = rows > amx::kTileRows;
+    const long left_stride = static_cast<long>(left.row * sizeof(BFloat16));
+    const long right_stride = static_cast<long>(right.step * sizeof(BFloat16));
+    constexpr long kSumStride = kColumns * sizeof(float);
+    amx::zero<4>();
+    amx::zero<5>();
+    if (two) {
+        amx::zero<6>();
+        amx::zero<7>();
+    }
+    for (int k = 0; k < blocks; ++k) {
+        const BFloat16* x = left.data + k * left.block;
+        const BFloat16* w = right.list ? right.list[k] : right.data + k * right.block;
+        amx::load<0>(x, left_stride);
+        amx::load<2>(w, right_stride);
+        amx::load<3>(w + right.half, right_stride);
+        amx::dot_product<4, 0, 2>();
+        amx::dot_product<5, 0, 3>();
+        if (two) {
+            amx::load<1>(x + amx::kTileRows * left.row, left_stride);
+            amx::dot_product<6, 1, 2>();
+            amx::dot_product<7, 1, 3>();
+        }
+    }
+    amx::store<4>(sums, kSumStride);
+    amx::store<5>(sums + kLanes, kSumStride);
+    if (two) {
+        amx::store<6>(sums + amx::kTileRows * kColumns, kSumStride);
+        amx::store<7>(sums + amx::kTileRows * kColumns + kLanes, kSumStride);
+    }
+}
+
+#endif
+
+}  // namespace
+
+template <class T>
+void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float* sums) {
+#if defined(OCTAVO_AMX)
+    if constexpr (kIsBFloat16<T>) {
+        dot_tiles(rows, left, right, blocks, sums);
+        return;
+    } else
+#endif
+        choose_rows<T>(rows, left, right, blocks, sums, std::make_integer_sequence<int, kRows<T>>());
+}
+
+template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, float*);
+template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, float*);
+template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
+
+void release_tiles() {
+#if defined(OCTAVO_AMX)
+    if (tile_rows) amx::release();
+    tile_rows = 0;
+#endif
+}
+
+}  // namespace octavo

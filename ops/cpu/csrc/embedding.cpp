@@ -1,0 +1,91 @@
+// Packing of weights, and lookup of rows: from a plain table, or from a packed one that makes logits as well.
+#include "kernels.h"
+#include "packed.h"
+
+namespace octavo {
+
+namespace {
+
+template <class T>
+void pack(const T* weight, int64_t stride, T* packed, const PackedShape& shape) {
+    const int blocks = shape.row_blocks();
+#pragma omp parallel for schedule(static)
+    for (int block = 0; block < blocks; ++block) {
+        T* target = packed + block * shape.block_stride();
+        std::memset(target, 0, static_cast<size_t>(shape.block_stride()) * sizeof(T));
+        for (int half = 0; half < 2; ++half) {
+            const int first = shape.first_row(block, half);
+            const int count = shape.rows_in(block, half);
+            // Blocks of columns outside, so that a block is written while it is in the cache.
+            for (int begin = 0; begin < shape.columns; begin += kBlock) {
+                const int end = std::min(begin + kBlock, shape.columns);
+                for (int lane = 0; lane < count; ++lane) {
+                    const T* row = weight + (first + lane) * stride;
+                    for (int column = begin; column < end; ++column)
+                        target[packed_offset<T>({block, half, lane}, column)] = row[column];
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void copy_row(const T* packed, const PackedShape& shape, int row, T* out) {
+    const PackedRow place = shape.locate(row);
+    const T* source = packed + place.block * shape.block_stride() + packed_offset<T>(place, 0);
+    for (int begin = 0; begin < shape.columns; begin += kBlock, source += kBlockElements) {
+        const int count = std::min(kBlock, shape.columns - begin);
+        for (int i = 0; i < count; ++i) out[begin + i] = source[i / kPair<T> * kPackedStep<T> + i % kPair<T>];
+    }
+}
+
+template <class T>
+void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& team) {
+    const PackedShape shape(op.weight);
+    const Range mine = team.share(step.num_tokens);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        T* out = static_cast<T*>(op.out.data) + i * op.out.stride;
+        const int id = step.input_ids[i];
+        if (op.plain.data)
+            std::memcpy(out, static_cast<const T*>(op.plain.data) + id * op.plain.stride, shape.columns * sizeof(T));
+        else
+            copy_row(static_cast<const T*>(op.weight.data), shape, id, out);
+    }
+}
+
+template <class T>
+void unpack(const T* packed, T* weight, const PackedShape& shape) {
+#pragma omp parallel for schedule(static)
+    for (int row = 0; row < shape.rows; ++row)
+        copy_row(packed, shape, row, weight + static_cast<int64_t>(row) * shape.columns);
+}
+
+}  // namespace
+
+void run_embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { embedding<decltype(number)>(op, step, team); });
+}
+
+}  // namespace octavo
+
+using namespace octavo;
+
+int64_t octavo_packed_size(int32_t rows, int32_t columns, int32_t paired) {
+    const PackedShape shape(rows, columns, paired != 0);
+    return shape.row_blocks() * shape.block_stride();
+}
+
+void octavo_pack(const void* weight, int64_t stride, void* packed, int32_t rows, int32_t columns, int32_t paired,
+                 int32_t type) {
+    with_type(type, [&](auto number) {
+        using T = decltype(number);
+        pack(static_cast<const T*>(weight), stride, static_cast<T*>(packed), PackedShape(rows, columns, paired != 0));
+    });
+}
+
+void octavo_unpack(const void* packed, void* weight, int32_t rows, int32_t columns, int32_t paired, int32_t type) {
+    with_type(type, [&](auto number) {
+        using T = decltype(number);
+        unpack(static_cast<const T*>(packed), static_cast<T*>(weight), PackedShape(rows, columns, paired != 0));
+    });
+}

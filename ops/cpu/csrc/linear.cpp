@@ -1,0 +1,173 @@
+// Linear layers: out = x W^T, with what follows them done while the results are in registers.
+#include "kernels.h"
+#include "norm.h"
+#include "packed.h"
+#include "vec_math.h"
+
+namespace octavo {
+
+namespace {
+
+// Weights that stay in the L2 cache while all rows pass by.
+constexpr int64_t kChunkBytes = 512 << 10;
+
+// Rows a multiple of this apart fall into the same few lines of the L1 cache.
+constexpr int64_t kAliasBytes = 4096;
+
+// The rows, in tiles of nearly equal size.
+struct Tiles {
+    int rows;
+    int count;
+
+    template <class T>
+    static Tiles of(int rows) {
+        return {rows, blocks_of(rows, kRows<T>)};
+    }
+    int begin(int tile) const { return static_cast<int>(static_cast<int64_t>(rows) * tile / count); }
+};
+
+// Whether the kernel can read the rows of x where they lie.
+template <class T>
+bool reads_in_place(const OctavoLinear& op, int rows) {
+    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm_weight) return false;
+    return rows <= kRows<T> || op.x.stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
+}
+
+// Copies rows into [columns / 32][rows][32], normalised if that is wanted, converted, and padded with zeros.
+template <class T>
+void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, T* normed, LeftOf<T>* staged) {
+    const int columns = op.weight.columns;
+    const int blocks = blocks_of(columns, kBlock);
+    for (int r = 0; r < rows; ++r) {
+        const int64_t row = op.gather ? step.logits_rows[begin + r] : begin + r;
+        const T* x = static_cast<const T*>(op.x.data) + row * op.x.stride;
+        if (op.norm_weight) {
+            rms_norm(x, static_cast<const T*>(op.norm_weight), columns, op.norm_eps, normed);
+            x = normed;
+        }
+        for (int k = 0; k < blocks; ++k) {
+            LeftOf<T>* target = staged + (static_cast<int64_t>(k) * rows + r) * kBlock;
+            for (int i = 0; i < kBlock; i += kLanes) {
+                const int count = columns - k * kBlock - i;
+                store(target + i, count > 0 ? load_first(x + k * kBlock + i, count) : zero());
+            }
+        }
+    }
+}
+
+// How the team divides the results: by columns, so that each thread streams through weights of its own, and by rows
+// where the columns alone do not suffice.
+struct Grid {
+    Range tiles;
+    Range blocks;
+};
+
+Grid divide(int tiles, int blocks, int thread, int threads) {
+    int best = threads;
+    int64_t best_cost = INT64_MAX;
+    for (int parts = threads; parts >= 1; --parts) {
+        if (threads % parts) continue;
+        const int64_t cost = static_cast<int64_t>(blocks_of(blocks, parts)) * blocks_of(tiles, threads / parts);
+        if (cost < best_cost) {
+            best_cost = cost;
+            best = parts;
+        }
+    }
+    return {share(tiles, thread / best, threads / best), share(blocks, thread % best, best)};
+}
+
+// Turns the sums of a tile's rows and one block of columns into results.
+template <class T>
+void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows, int block, const float* sums) {
+    for (int r = 0; r < rows; ++r, sums += kColumns) {
+        Vec halves[2];
+        for (int half = 0; half < 2; ++half) {
+            const int column = shape.first_row(block, half);
+            const int count = shape.rows_in(block, half);
+            Vec x = load(sums + half * kLanes);
+            if (op.epilogue == kLogits) {
+                float* out = static_cast<float*>(op.out.data) + (row + r) * op.out.stride + column;
+                if (count) store_first(out, x, count);
+                continue;
+            }
+            if (op.bias && count) x = x + load_first(static_cast<const T*>(op.bias) + column, count);
+            x = round_to<T>(x);
+            halves[half] = x;
+            if (op.epilogue == kGated || !count) continue;
+            if (op.epilogue == kResidual)
+                x = load_first(static_cast<const T*>(op.residual.data) + (row + r) * op.residual.stride + column,
+                               count) +
+                    x;
+            store_first(static_cast<T*>(op.out.data) + (row + r) * op.out.stride + column, x, count);
+        }
+        if (op.epilogue != kGated) continue;
+        T* out = static_cast<T*>(op.out.data) + (row + r) * op.out.stride + block * kLanes;
+        store_first(out, round_to<T>(activate(halves[0], op.activation)) * halves[1], shape.rows_in(block, 0));
+    }
+}
+
+template <class T>
+void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    const int rows = rows_of(step, op.rows);
+    if (rows == 0) return;
+    const PackedShape shape(op.weight);
+    const T* weight = static_cast<const T*>(op.weight.data);
+    const int column_blocks = shape.column_blocks();
+    const Tiles tiles = Tiles::of<T>(rows);
+    const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
+    const bool in_place = reads_in_place<T>(op, rows);
+    const int64_t padded = static_cast<int64_t>(column_blocks) * kBlock;
+
+    LeftOf<T>* staged = nullptr;
+    T* normed = op.norm_weight ? team.scratch.take<T>(padded) : nullptr;
+    if (!in_place && tiles.count == 1) {  // each thread for itself: quicker than waiting for the others
+        staged = team.scratch.take<LeftOf<T>>(rows * padded);
+        stage<T>(op, step, 0, rows, normed, staged);
+    } else if (!in_place) {
+        staged = reinterpret_cast<LeftOf<T>*>(team.shared.workspace);
+        const Range mine = team.share(tiles.count);
+        for (int tile = mine.begin; tile < mine.end; ++tile) {
+            const int begin = tiles.begin(tile);
+            stage<T>(op, step, begin, tiles.begin(tile + 1) - begin, normed, staged + begin * padded);
+        }
+        team.wait();
+    }
+
+    alignas(kCacheLine) float sums[kMostRows * kColumns];
+    const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
+    const int chunk = static_cast<int>(std::max<int64_t>(1, kChunkBytes / block_bytes));
+    for (int first = grid.blocks.begin; first < grid.blocks.end; first += chunk) {
+        const int last = std::min(first + chunk, grid.blocks.end);
+        for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
+            const int begin = tiles.begin(tile);
+            const int count = tiles.begin(tile + 1) - begin;
+            Left<T> left;
+            if (in_place)
+                left = {static_cast<const LeftOf<T>*>(op.x.data) + begin * op.x.stride, op.x.stride, kBlock};
+            else
+                left = {staged + begin * padded, kBlock, static_cast<int64_t>(count) * kBlock};
+            for (int block = first; block < last; ++block) {
+                dot(count, left, packed_block(weight, shape, block), column_blocks, sums);
+                finish<T>(op, shape, begin, count, block, sums);
+            }
+        }
+    }
+}
+
+template <class T>
+size_t workspace(const OctavoLinear& op, int rows) {
+    if (rows <= kRows<T> || reads_in_place<T>(op, rows)) return 0;
+    return static_cast<size_t>(rows) * blocks_of(op.weight.columns, kBlock) * kBlock * sizeof(LeftOf<T>);
+}
+
+}  // namespace
+
+void run_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { linear<decltype(number)>(op, step, team); });
+}
+
+size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step) {
+    return with_type(op.type, [&](auto number) { return workspace<decltype(number)>(op, rows_of(step, op.rows)); });
+}
+
+}  // namespace octavo

@@ -1,0 +1,40 @@
+// The RMS norm of some numbers (Zhang and Sennrich, arXiv:1910.07467).
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace octavo {
+
+// 1 / sqrt(mean of squares + eps). The order of the sum depends on the size alone.
+template <class T>
+float inverse_rms(const T* x, int size, float eps) {
+    constexpr int kSums = 4;
+    Vec sums[kSums] = {zero(), zero(), zero(), zero()};
+    int i = 0;
+    for (; i + kSums * kLanes <= size; i += kSums * kLanes) {
+        for (int j = 0; j < kSums; ++j) {
+            const Vec v = load(x + i + j * kLanes);
+            sums[j] = fma(v, v, sums[j]);
+        }
+    }
+    for (; i < size; i += kLanes) {
+        const Vec v = load_first(x + i, size - i);
+        sums[0] = fma(v, v, sums[0]);
+    }
+    const float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
+}
+
+// Rounds to T before the weight is applied, and after it. T: the model's type, U: T, or float holding numbers of T.
+template <class T, class U>
+void rms_norm(const T* x, const T* weight, int size, float eps, U* out) {
+    const Vec scale = splat(inverse_rms(x, size, eps));
+    for (int i = 0; i < size; i += kLanes) {
+        const Vec normed = round_to<T>(load_first(x + i, size - i) * scale);
+        store_first(out + i, round_to<T>(normed * load_first(weight + i, size - i)), size - i);
+    }
+}
+
+}  // namespace octavo

@@ -1,0 +1,192 @@
+// The C interface of the CPU kernels, mirrored by ops/cpu/library.py.
+//
+// An op is a number and a struct of arguments. A list of ops runs in one call and one parallel region; every op takes
+// its sizes from the step descriptor, so one list serves every batch size. All strides count elements, not bytes.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define OCTAVO_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define OCTAVO_EXPORT extern "C"
+#endif
+
+enum OctavoType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+enum OctavoActivation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// What the rows of an op's result are.
+enum OctavoRows : int32_t { kTokens = 0, kSamples = 1 };
+
+enum OctavoOpCode : int32_t {
+    kOpEmbedding = 0,
+    kOpLinear = 1,
+    kOpRmsNorm = 2,
+    kOpLayerNorm = 3,
+    kOpRotary = 4,
+    kOpAttention = 5,
+    kOpActAndMul = 6,
+    kOpActivation = 7,
+    kOpAdd = 8,
+    kOpGatherRows = 9,
+    kNumOps = 10,
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The step descriptor: what each step brings.
+
+// The requests of a step, as one group of KV caches sees them; see ops/metadata.py.
+struct OctavoGroup {
+    const int32_t* query_start_loc;  // [num_reqs + 1]
+    const int32_t* seq_lens;         // [num_reqs]
+    const int32_t* block_table;      // [num_reqs, block_table_stride]
+    int64_t block_table_stride;
+    const int64_t* slot_mapping;  // [num_tokens]
+    int32_t num_reqs;
+    int32_t block_size;
+};
+
+struct OctavoStep {
+    int32_t num_tokens;
+    int32_t num_samples;
+    const int32_t* input_ids;    // [num_tokens]
+    const int32_t* positions;    // [num_tokens]
+    const int64_t* logits_rows;  // [num_samples]
+    const OctavoGroup* groups;   // one per KV cache group
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arguments of the ops. Matrices are row-major; rows lie `stride` elements apart.
+
+struct OctavoMatrix {
+    void* data;
+    int64_t stride;
+};
+
+// A weight as octavo_pack left it.
+struct OctavoWeight {
+    const void* data;
+    int32_t rows;     // out_features
+    int32_t columns;  // in_features
+    int32_t paired;   // the two halves of the rows lie side by side, 16 by 16
+};
+
+struct OctavoEmbedding {
+    OctavoWeight weight;  // rows: vocabulary
+    OctavoMatrix plain;   // the table as it was; null: take `weight`
+    OctavoMatrix out;
+    int32_t type;
+};
+
+enum OctavoEpilogue : int32_t {
+    kStore = 0,  // out = x W^T + bias
+    kResidual,   // out = residual + (x W^T + bias)
+    kGated,      // out = act(first half) * second half; the weight is paired
+    kLogits,     // out = x W^T, not rounded: float32
+};
+
+struct OctavoLinear {
+    OctavoMatrix x;
+    const void* norm_weight;  // [weight.columns] or null: RMS norm of each row of x first
+    OctavoWeight weight;
+    const void* bias;  // [weight.rows] or null
+    OctavoMatrix out;
+    OctavoMatrix residual;
+    int32_t type;
+    int32_t epilogue;
+    int32_t activation;
+    int32_t rows;  // OctavoRows
+    float norm_eps;
+    int32_t gather;  // x holds all tokens, and the rows wanted are those of logits_rows
+};
+
+struct OctavoNorm {
+    OctavoMatrix x;
+    OctavoMatrix out;
+    const void* weight;  // [size]
+    const void* bias;    // [size] or null; layer norm alone
+    float eps;
+    int32_t groups;  // each of `size` columns
+    int32_t size;
+    int32_t type;
+    int32_t rows;
+};
+
+// What happens to each head of q and k before they are used.
+struct OctavoHeads {
+    const void* norm_weight;  // [head_dim] or null: RMS norm of each head
+    float norm_eps;
+    int32_t rotary_dim;    // 0: no rotary embedding
+    const float* cos_sin;  // [max_positions, rotary_dim]
+    int32_t interleaved;
+};
+
+struct OctavoRotary {
+    OctavoMatrix x;
+    OctavoMatrix out;
+    OctavoHeads heads;
+    const int32_t* positions;  // null: the step's
+    int32_t num_heads;
+    int32_t head_dim;
+    int32_t type;
+};
+
+struct OctavoAttention {
+    OctavoMatrix q;
+    OctavoMatrix k;
+    OctavoMatrix v;
+    OctavoMatrix out;
+    OctavoHeads q_heads;
+    OctavoHeads k_heads;
+    void* k_cache;
+    void* v_cache;
+    float scale;
+    float softcap;  // 0: none
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t v_head_dim;
+    int32_t window;  // 0: none
+    int32_t causal;
+    int32_t group;  // index into the step's groups
+    int32_t type;
+};
+
+struct OctavoPointwise {  // act_and_mul, activation, add, gather_rows
+    OctavoMatrix x;
+    OctavoMatrix y;  // add alone
+    OctavoMatrix out;
+    int32_t width;  // of the result
+    int32_t activation;
+    int32_t type;
+    int32_t rows;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Functions.
+
+struct OctavoNode {
+    int32_t op;  // OctavoOpCode
+    int32_t reserved;
+    const void* args;  // the struct of that op
+};
+
+// Runs ops one after another on omp_get_max_threads() threads, or on fewer if `max_threads` (> 0) says so.
+OCTAVO_EXPORT void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads);
+
+// Elements of a packed weight.
+OCTAVO_EXPORT int64_t octavo_packed_size(int32_t rows, int32_t columns, int32_t paired);
+// Packs a row-major weight, [rows, columns] with `stride` elements from row to row.
+OCTAVO_EXPORT void octavo_pack(const void* weight, int64_t stride, void* packed, int32_t rows, int32_t columns,
+                               int32_t paired, int32_t type);
+OCTAVO_EXPORT void octavo_unpack(const void* packed, void* weight, int32_t rows, int32_t columns, int32_t paired,
+                                 int32_t type);
+
+// Prepares the process (asks the kernel for AMX); 0 or an error number.
+OCTAVO_EXPORT int32_t octavo_initialize();
+// Size of the arguments of an op, of OctavoStep (-1), OctavoGroup (-2) and OctavoNode (-3): a check of the mirror.
+OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
+// Bytes per second that `threads` threads read from a buffer, and multiply-adds per second of the dot products.
+OCTAVO_EXPORT double octavo_measure_bandwidth(const void* data, int64_t num_bytes, int32_t threads);
+OCTAVO_EXPORT double octavo_measure_peak(int32_t type, int32_t threads);

@@ -1,0 +1,138 @@
+// Norms, activations, sums and the rotary embedding: ops that go over rows once.
+#include "heads.h"
+#include "kernels.h"
+#include "vec_math.h"
+
+namespace octavo {
+
+namespace {
+
+template <class T>
+T* row_of(const OctavoMatrix& matrix, int64_t row) {
+    return static_cast<T*>(matrix.data) + row * matrix.stride;
+}
+
+template <class T>
+void rms_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& team) {
+    const Range mine = team.share(rows_of(step, op.rows) * op.groups);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const int64_t row = i / op.groups, column = static_cast<int64_t>(i % op.groups) * op.size;
+        rms_norm(row_of<T>(op.x, row) + column, static_cast<const T*>(op.weight), op.size, op.eps,
+                 row_of<T>(op.out, row) + column);
+    }
+}
+
+// The variance is taken from the differences to the mean: subtracting squares would lose digits.
+template <class T>
+void layer_norm_row(const OctavoNorm& op, const T* x, T* out) {
+    const int size = op.size;
+    Vec total = zero();
+    for (int i = 0; i < size; i += kLanes) total = total + load_first(x + i, size - i);
+    const float mean = sum(total) / static_cast<float>(size);
+    Vec squares = zero();
+    for (int i = 0; i < size; i += kLanes) {
+        float difference[kLanes];
+        store(difference, load_first(x + i, size - i) - splat(mean));
+        const Vec d = load_first(difference, size - i);
+        squares = fma(d, d, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + op.eps);
+    const T* weight = static_cast<const T*>(op.weight);
+    const T* bias = static_cast<const T*>(op.bias);
+    for (int i = 0; i < size; i += kLanes) {
+        Vec y = (load_first(x + i, size - i) - splat(mean)) * splat(scale) * load_first(weight + i, size - i);
+        if (bias) y = y + load_first(bias + i, size - i);
+        store_first(out + i, y, size - i);
+    }
+}
+
+template <class T>
+void layer_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& team) {
+    const Range mine = team.share(rows_of(step, op.rows));
+    for (int row = mine.begin; row < mine.end; ++row) layer_norm_row(op, row_of<T>(op.x, row), row_of<T>(op.out, row));
+}
+
+template <class T>
+void rotary_rows(const OctavoRotary& op, const OctavoStep& step, const Team& team) {
+    const int32_t* positions = op.positions ? op.positions : step.positions;
+    const Range mine = team.share(step.num_tokens);
+    float head[kMaxHeadDim];
+    for (int row = mine.begin; row < mine.end; ++row) {
+        for (int h = 0; h < op.num_heads; ++h) {
+            const int column = h * op.head_dim;
+            prepare_head(row_of<T>(op.x, row) + column, op.head_dim, op.heads, positions[row], op.head_dim, head);
+            T* out = row_of<T>(op.out, row) + column;
+            for (int i = 0; i < op.head_dim; i += kLanes)
+                store_first(out + i, load_first(head + i, op.head_dim - i), op.head_dim - i);
+        }
+    }
+}
+
+// Calls `function(row, column, count)` for this thread's share of all vectors of the rows: also a single row is shared.
+template <class F>
+void each_vector(const OctavoPointwise& op, const OctavoStep& step, const Team& team, F function) {
+    constexpr int kStrip = 32 * kLanes;
+    const int strips = (op.width + kStrip - 1) / kStrip;
+    const Range mine = team.share(rows_of(step, op.rows) * strips);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const int begin = i % strips * kStrip;
+        const int end = begin + kStrip < op.width ? begin + kStrip : op.width;
+        for (int column = begin; column < end; column += kLanes) function(i / strips, column, end - column);
+    }
+}
+
+}  // namespace
+
+void run_rms_norm(const OctavoNorm& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { rms_norm_rows<decltype(number)>(op, step, team); });
+}
+
+void run_layer_norm(const OctavoNorm& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { layer_norm_rows<decltype(number)>(op, step, team); });
+}
+
+void run_rotary(const OctavoRotary& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) { rotary_rows<decltype(number)>(op, step, team); });
+}
+
+void run_act_and_mul(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        each_vector(op, step, team, [&](int row, int column, int count) {
+            const T* gate = row_of<T>(op.x, row) + column;
+            const Vec active = round_to<T>(activate(load_first(gate, count), op.activation));
+            store_first(row_of<T>(op.out, row) + column, active * load_first(gate + op.width, count), count);
+        });
+    });
+}
+
+void run_activation(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        each_vector(op, step, team, [&](int row, int column, int count) {
+            const Vec x = load_first(row_of<T>(op.x, row) + column, count);
+            store_first(row_of<T>(op.out, row) + column, activate(x, op.activation), count);
+        });
+    });
+}
+
+void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        each_vector(op, step, team, [&](int row, int column, int count) {
+            const Vec x = load_first(row_of<T>(op.x, row) + column, count);
+            store_first(row_of<T>(op.out, row) + column, x + load_first(row_of<T>(op.y, row) + column, count), count);
+        });
+    });
+}
+
+void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        const Range mine = team.share(step.num_samples);
+        for (int i = mine.begin; i < mine.end; ++i)
+            std::memcpy(row_of<T>(op.out, i), row_of<T>(op.x, step.logits_rows[i]), op.width * sizeof(T));
+    });
+}
+
+}  // namespace octavo

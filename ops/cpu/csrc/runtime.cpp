@@ -1,0 +1,146 @@
+// Runs lists of ops.
+#include <omp.h>
+
+#include <cstdio>
+#include <mutex>
+
+#include "dot.h"
+#include "kernels.h"
+
+#if defined(OCTAVO_AMX)
+#include "amx.h"
+#endif
+
+namespace octavo {
+
+namespace {
+
+thread_local Scratch thread_scratch;
+
+// Memory that the threads of a call share; several callers take turns.
+class Workspace {
+public:
+    char* reserve(size_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+            memory_ = static_cast<char*>(std::aligned_alloc(kCacheLine, size_));
+            if (!memory_) throw std::bad_alloc();
+        }
+        return memory_;
+    }
+
+private:
+    char* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+std::mutex run_mutex;
+Workspace workspace;
+
+void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
+    switch (node.op) {
+        case kOpEmbedding:
+            return run_embedding(*static_cast<const OctavoEmbedding*>(node.args), step, team);
+        case kOpLinear:
+            return run_linear(*static_cast<const OctavoLinear*>(node.args), step, team);
+        case kOpRmsNorm:
+            return run_rms_norm(*static_cast<const OctavoNorm*>(node.args), step, team);
+        case kOpLayerNorm:
+            return run_layer_norm(*static_cast<const OctavoNorm*>(node.args), step, team);
+        case kOpRotary:
+            return run_rotary(*static_cast<const OctavoRotary*>(node.args), step, team);
+        case kOpAttention:
+            return run_attention(*static_cast<const OctavoAttention*>(node.args), step, team);
+        case kOpActAndMul:
+            return run_act_and_mul(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        case kOpActivation:
+            return run_activation(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        case kOpAdd:
+            return run_add(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        case kOpGatherRows:
+            return run_gather_rows(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        default:
+            std::fprintf(stderr, "octavo: unknown op %d\n", node.op);
+            std::abort();
+    }
+}
+
+size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& step, int threads) {
+    size_t bytes = 0;
+    for (int i = 0; i < count; ++i) {
+        size_t wanted = 0;
+        if (nodes[i].op == kOpLinear)
+            wanted = linear_workspace(*static_cast<const OctavoLinear*>(nodes[i].args), step);
+        else if (nodes[i].op == kOpAttention)
+            wanted = attention_workspace(*static_cast<const OctavoAttention*>(nodes[i].args), step, threads);
+        if (wanted > bytes) bytes = wanted;
+    }
+    return bytes;
+}
+
+void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const Team& team) {
+    for (int i = 0; i < count; ++i) {
+        if (i) team.wait();
+        run_op(nodes[i], step, team);
+        team.scratch.reset();
+    }
+    release_tiles();
+}
+
+}  // namespace
+
+}  // namespace octavo
+
+using namespace octavo;
+
+void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads) {
+    const std::lock_guard<std::mutex> lock(run_mutex);
+    int threads = omp_get_max_threads();
+    if (max_threads > 0 && max_threads < threads) threads = max_threads;
+    Shared shared;
+    shared.workspace = workspace.reserve(workspace_bytes(nodes, count, *step, threads));
+    if (threads == 1) {
+        run_list(nodes, count, *step, {0, 1, shared, thread_scratch});
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    run_list(nodes, count, *step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch});
+}
+
+int32_t octavo_initialize() {
+#if defined(OCTAVO_AMX)
+    return amx::request_permission();
+#else
+    return 0;
+#endif
+}
+
+int64_t octavo_sizeof(int32_t op) {
+    switch (op) {
+        case kOpEmbedding:
+            return sizeof(OctavoEmbedding);
+        case kOpLinear:
+            return sizeof(OctavoLinear);
+        case kOpRmsNorm:
+        case kOpLayerNorm:
+            return sizeof(OctavoNorm);
+        case kOpRotary:
+            return sizeof(OctavoRotary);
+        case kOpAttention:
+            return sizeof(OctavoAttention);
+        case kOpActAndMul:
+        case kOpActivation:
+        case kOpAdd:
+        case kOpGatherRows:
+            return sizeof(OctavoPointwise);
+        case -1:
+            return sizeof(OctavoStep);
+        case -2:
+            return sizeof(OctavoGroup);
+        case -3:
+            return sizeof(OctavoNode);
+        default:
+            return -1;
+    }
+}

@@ -1,0 +1,37 @@
+// Exponential, hyperbolic tangent and activation functions on vectors.
+#pragma once
+
+#include "octavo.h"
+#include "simd.h"
+
+namespace octavo {
+
+// e^x within 2 ulp; 0 below -87.3, so exactly 0 for minus infinity. NaN stays NaN.
+inline Vec exp(Vec x) {
+    const Vec lowest = splat(-87.33654f);
+    const Mask tiny = less(x, lowest);
+    const Vec clamped = min(splat(88.72283f), max(lowest, x));  // of a NaN, both keep their second argument
+    const Vec n = nearest(clamped * splat(1.44269504f));
+    // x - n ln 2, with ln 2 in two parts
+    Vec r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Vec p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p * r, r, r) + splat(1.0f);
+    return select(tiny, zero(), scale_by_power(p, n));
+}
+
+inline Vec negate(Vec x) { return zero() - x; }
+
+inline Vec absolute(Vec x) { return max(negate(x), x); }
+
+Vec tanh(Vec x);
+
+// The activation function of a number, OctavoActivation.
+Vec activate(Vec x, int32_t kind);
+
+}  // namespace octavo

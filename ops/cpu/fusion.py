@@ -1,0 +1,161 @@
+"""Peephole fusion: instructions that become the beginning or the end of another one. No fusion changes a bit.
+
+linear, act_and_mul           -> one product with the activation as its epilogue, where the weight is paired
+linear, add                   -> one product that adds the other operand
+gather_rows, linear           -> one product that reads the wanted rows
+rms_norm, linear              -> one product that normalises the rows it reads
+rms_norm, rotary, attention   -> attention that normalises and turns the heads of q and k when it reads them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ops.cpu import library as lib
+from ops.cpu.instructions import Instruction
+from ops.cpu.library import Heads
+from ops.dispatch import Node, Ref
+
+
+@dataclass
+class Item:
+    """A recorded call, with its instruction if there is one."""
+
+    node: Node
+    instruction: Instruction | None
+
+    @property
+    def out(self) -> Ref:
+        return self.node.out
+
+    def reads(self) -> list[int]:
+        """Values that it reads."""
+        if self.instruction is None:
+            return [ref.index for ref in self.node.references()]
+        return [ref.index for ref in self.instruction.matrices.values()]
+
+
+class Fusion:
+    """Goes once over the items of a program, in order."""
+
+    def __init__(self, items: list[Item], uses: Mapping[int, int]) -> None:
+        """Takes the items, and how often each value is used, as a whole or in parts."""
+        self._items = items
+        self._uses = uses
+        self._made_by: dict[int, Item] = {}
+
+    def run(self) -> list[Item]:
+        """The items that are left."""
+        result: list[Item] = []
+        gone: set[int] = set()
+        for item in self._items:
+            for absorbed in self._absorb(item):
+                gone.add(absorbed.out.index)
+            self._made_by[item.out.index] = item
+            result.append(item)
+        return [item for item in result if item.out.index not in gone]
+
+    def _absorb(self, item: Item) -> list[Item]:
+        """Lets an item take over what makes its operands; returns those items."""
+        instruction = item.instruction
+        if instruction is None:
+            return []
+        if instruction.op == lib.OP_ACT_AND_MUL:
+            return self._gated(item, instruction)
+        if instruction.op == lib.OP_ADD:
+            return self._residual(item, instruction)
+        if instruction.op == lib.OP_LINEAR:
+            return [*self._gathered(instruction), *self._normed(instruction)]
+        if instruction.op == lib.OP_ATTENTION:
+            return [*self._heads(instruction, "q"), *self._heads(instruction, "k")]
+        return []
+
+    def _maker(self, ref: Any, op: int) -> Item | None:
+        """What makes a value, if it is an instruction of this kind and nobody else reads the value."""
+        item = self._made_by.get(ref.index)
+        if item is None or item.instruction is None or item.instruction.op != op or self._uses[ref.index] != 1:
+            return None
+        return item
+
+    def _plain_linear(self, ref: Any) -> Item | None:
+        item = self._maker(ref, lib.OP_LINEAR)
+        if item is None or item.instruction is None or item.instruction.fields["epilogue"] != lib.EPILOGUE_STORE:
+            return None
+        return item
+
+    def _gated(self, item: Item, act: Instruction) -> list[Item]:
+        linear = self._plain_linear(act.matrices["x"])
+        if linear is None or linear.instruction is None or not linear.instruction.fields["weight"].paired:
+            return []
+        item.instruction = _finished_by(
+            linear.instruction, act, epilogue=lib.EPILOGUE_GATED, activation=act.fields["activation"]
+        )
+        return [linear]
+
+    def _residual(self, item: Item, add: Instruction) -> list[Item]:
+        for name, other in (("y", "x"), ("x", "y")):
+            linear = self._plain_linear(add.matrices[name])
+            if linear is not None and linear.instruction is not None:
+                item.instruction = _finished_by(linear.instruction, add, epilogue=lib.EPILOGUE_RESIDUAL)
+                item.instruction.matrices["residual"] = add.matrices[other]
+                return [linear]
+        return []
+
+    def _gathered(self, linear: Instruction) -> list[Item]:
+        gather = self._maker(linear.matrices["x"], lib.OP_GATHER_ROWS)
+        if gather is None or gather.instruction is None:
+            return []
+        linear.matrices["x"] = gather.instruction.matrices["x"]
+        linear.fields["gather"] = 1
+        linear.step |= gather.instruction.step
+        linear.num_ops += gather.instruction.num_ops
+        return [gather]
+
+    def _normed(self, linear: Instruction) -> list[Item]:
+        norm = self._maker(linear.matrices["x"], lib.OP_RMS_NORM)
+        if norm is None or norm.instruction is None or norm.instruction.fields["groups"] != 1:
+            return []
+        source = norm.instruction
+        linear.matrices["x"] = source.matrices["x"]
+        linear.fields["norm_weight"], linear.fields["norm_eps"] = source.fields["weight"], source.fields["eps"]
+        linear.keep += source.keep
+        linear.num_ops += source.num_ops
+        return [norm]
+
+    def _heads(self, attention: Instruction, name: str) -> list[Item]:
+        absorbed = []
+        heads = Heads()
+        head_dim = attention.fields["head_dim"]
+        rotary = self._maker(attention.matrices[name], lib.OP_ROTARY)
+        if rotary is not None and rotary.instruction is not None and rotary.instruction.fields["head_dim"] == head_dim:
+            turn = rotary.instruction.fields["heads"]
+            heads.rotary_dim, heads.cos_sin, heads.interleaved = turn.rotary_dim, turn.cos_sin, turn.interleaved
+            self._take(attention, name, rotary.instruction)
+            absorbed.append(rotary)
+        norm = self._maker(attention.matrices[name], lib.OP_RMS_NORM)
+        if norm is not None and norm.instruction is not None and norm.instruction.fields["size"] == head_dim:
+            heads.norm_weight, heads.norm_eps = norm.instruction.fields["weight"], norm.instruction.fields["eps"]
+            self._take(attention, name, norm.instruction)
+            absorbed.append(norm)
+        attention.fields[f"{name}_heads"] = heads
+        return absorbed
+
+    @staticmethod
+    def _take(attention: Instruction, name: str, source: Instruction) -> None:
+        attention.matrices[name] = source.matrices["x"]
+        attention.step |= source.step
+        attention.keep += source.keep
+        attention.num_ops += source.num_ops
+
+
+def _finished_by(linear: Instruction, end: Instruction, **fields: Any) -> Instruction:
+    """The product with what follows it as its epilogue."""
+    return replace(
+        linear,
+        matrices=dict(linear.matrices),
+        fields=linear.fields | fields,
+        width=end.width,
+        num_ops=linear.num_ops + end.num_ops,
+    )

@@ -1,0 +1,269 @@
+"""What each op is for the kernels: a function from the op's arguments to an instruction.
+
+The same functions serve eager calls, where arguments are tensors, and captured programs, where those of the step are
+``Ref``s and ``StepInput``s. They return None for arguments that the kernels do not take (other types, layouts of
+another backend): the reference does those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu import library as lib
+from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, Weight
+from ops.dispatch import Ref
+from ops.metadata import AttentionShape
+from ops.packed import PackedWeight
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass
+class Instruction:
+    """One call of a kernel, without the addresses of its matrices."""
+
+    op: int
+    matrices: dict[str, Any]
+    """Matrix fields of the op's struct: tensors or ``Ref``s."""
+    fields: dict[str, Any]
+    """The other fields."""
+    width: int
+    """Columns of the result."""
+    dtype: torch.dtype
+    work: int
+    """Operations per row, roughly: little work is not worth a second thread."""
+    step: dict[str, Any] = field(default_factory=dict)
+    """What it takes from the step descriptor: ``input_ids``, ``positions``, ``logits_rows``, ``group``."""
+    keep: tuple[Any, ...] = ()
+    """What the addresses in ``fields`` point into."""
+    num_ops: int = 1
+    """Ops that it stands for."""
+
+    def struct(self, matrices: dict[str, Matrix]) -> ctypes.Structure:
+        return lib.STRUCTS[self.op](**self.fields, **matrices)
+
+
+def is_matrix(x: Any) -> bool:
+    """Whether the kernels can read and write it: rows of a type they know, each of them contiguous."""
+    if x.dtype not in TYPES:
+        return False
+    return type(x) is Ref or (x.dim() == 2 and x.stride(1) == 1 and not x.requires_grad)
+
+
+def _width(x: Any) -> int:
+    return x.width if type(x) is Ref else x.shape[1]
+
+
+def _rows(x: Any) -> int:
+    return ROWS[x.spec.rows] if type(x) is Ref else ROWS["tokens"]
+
+
+def _is_vector(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
+
+
+def _weight(weight: PackedWeight) -> Weight:
+    return Weight(weight.data.data_ptr(), *weight.shape, int(weight.paired))
+
+
+def embedding(ids: Any, weight: Tensor | PackedWeight) -> Instruction | None:
+    rows, columns = weight.shape
+    if weight.dtype not in TYPES:
+        return None
+    fields: dict[str, Any] = {"type": TYPES[weight.dtype]}
+    if isinstance(weight, PackedWeight):
+        fields["weight"] = _weight(weight)
+    elif weight.stride(1) == 1:
+        fields["weight"] = Weight(None, rows, columns, 0)
+        fields["plain"] = Matrix(weight.data_ptr(), weight.stride(0))
+    else:
+        return None
+    return Instruction(
+        lib.OP_EMBEDDING, {}, fields, columns, weight.dtype, work=columns, step={"input_ids": ids}, keep=(weight,)
+    )
+
+
+def linear(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Instruction | None:
+    if not isinstance(weight, PackedWeight) or x.dtype != weight.dtype or not is_matrix(x):
+        return None
+    if bias is not None and not _is_vector(bias, x.dtype):
+        return None
+    fields = {
+        "weight": _weight(weight),
+        "bias": None if bias is None else bias.data_ptr(),
+        "type": TYPES[x.dtype],
+        "epilogue": lib.EPILOGUE_STORE,
+        "rows": _rows(x),
+    }
+    rows, columns = weight.shape
+    return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(weight, bias))
+
+
+def logits(x: Any, weight: Tensor | PackedWeight) -> Instruction | None:
+    result = linear(x, weight)
+    if result is not None:
+        result.fields["epilogue"] = lib.EPILOGUE_LOGITS
+        result.dtype = torch.float32
+    return result
+
+
+def rms_norm(x: Any, weight: Tensor, eps: float) -> Instruction | None:
+    size = weight.shape[0]
+    if not is_matrix(x) or not _is_vector(weight, x.dtype) or _width(x) % size:
+        return None
+    fields = {
+        "weight": weight.data_ptr(),
+        "eps": eps,
+        "groups": _width(x) // size,
+        "size": size,
+        "type": TYPES[x.dtype],
+        "rows": _rows(x),
+    }
+    return Instruction(lib.OP_RMS_NORM, {"x": x}, fields, _width(x), x.dtype, work=_width(x), keep=(weight,))
+
+
+def layer_norm(x: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Instruction | None:
+    if weight.shape[0] != _width(x) or (bias is not None and not _is_vector(bias, x.dtype)):
+        return None
+    result = rms_norm(x, weight, eps)
+    if result is not None:
+        result.op = lib.OP_LAYER_NORM
+        result.fields["bias"] = None if bias is None else bias.data_ptr()
+        result.keep = (weight, bias)
+    return result
+
+
+def rotary_embedding(
+    x: Any, positions: Any, cos_sin: Tensor, head_dim: int, interleaved: bool = False
+) -> Instruction | None:
+    rotary_dim = cos_sin.shape[1]
+    if not is_matrix(x) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        return None
+    if head_dim > lib.MAX_HEAD_DIM or rotary_dim > head_dim or rotary_dim % 2 or _width(x) % head_dim:
+        return None
+    heads = Heads(rotary_dim=rotary_dim, cos_sin=cos_sin.data_ptr(), interleaved=int(interleaved))
+    fields = {
+        "heads": heads,
+        "num_heads": _width(x) // head_dim,
+        "head_dim": head_dim,
+        "type": TYPES[x.dtype],
+    }
+    return Instruction(
+        lib.OP_ROTARY,
+        {"x": x},
+        fields,
+        _width(x),
+        x.dtype,
+        work=2 * _width(x),
+        step={"positions": positions},
+        keep=(cos_sin,),
+    )
+
+
+def paged_attention(
+    q: Any, k: Any, v: Any, kv_cache: tuple[Tensor, Tensor], meta: Any, shape: AttentionShape
+) -> Instruction | None:
+    keys, values = kv_cache
+    if keys.dim() != len(kv_shapes(1, lib.TOKENS_MULTIPLE, shape)[0]):
+        return None  # the layout of another backend
+    if keys.dtype != q.dtype or not (is_matrix(q) and is_matrix(k) and is_matrix(v)):
+        return None
+    fields = {
+        "k_cache": keys.data_ptr(),
+        "v_cache": values.data_ptr(),
+        "scale": shape.scale,
+        "softcap": shape.logit_softcap or 0.0,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "v_head_dim": shape.v_dim,
+        "window": shape.sliding_window or 0,
+        "causal": int(shape.causal),
+        "type": TYPES[q.dtype],
+    }
+    return Instruction(
+        lib.OP_ATTENTION,
+        {"q": q, "k": k, "v": v},
+        fields,
+        shape.out_width,
+        q.dtype,
+        work=_INT32_MAX,
+        step={"group": meta},
+        keep=(keys, values),
+    )
+
+
+def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | None:
+    """None, or the reason why the kernels cannot run such a layer."""
+    if dtype not in TYPES:
+        return f"its type is one of {', '.join(str(known) for known in TYPES)}, not {dtype}"
+    if max(shape.head_dim, shape.v_dim) > lib.MAX_HEAD_DIM:
+        return f"heads are larger than {lib.MAX_HEAD_DIM}"
+    return None
+
+
+def kv_shapes(num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
+    """Shapes of K and V as the kernels lay them out; see ``csrc/kv_cache.h``."""
+    if block_size % lib.TOKENS_MULTIPLE:
+        raise ValueError(f"the block size is a multiple of {lib.TOKENS_MULTIPLE}, not {block_size}")
+    units = block_size // lib.TOKENS_MULTIPLE
+    tile = lib.TOKENS_MULTIPLE * lib.HEAD_MULTIPLE
+    heads = shape.num_kv_heads
+    return tuple(
+        (num_blocks, heads, units, -(-dim // lib.HEAD_MULTIPLE), tile) for dim in (shape.head_dim, shape.v_dim)
+    )
+
+
+def act_and_mul(x: Any, activation: str) -> Instruction | None:
+    return _pointwise(lib.OP_ACT_AND_MUL, x, _width(x) // 2, ACTIVATIONS[activation])
+
+
+def activation(x: Any, kind: str) -> Instruction | None:
+    return _pointwise(lib.OP_ACTIVATION, x, _width(x), ACTIVATIONS[kind])
+
+
+def add(x: Any, y: Any) -> Instruction | None:
+    if y.dtype != x.dtype or not is_matrix(y) or _width(x) != _width(y):
+        return None
+    result = _pointwise(lib.OP_ADD, x, _width(x))
+    if result is not None:
+        result.matrices["y"] = y
+    return result
+
+
+def gather_rows(x: Any, rows: Any) -> Instruction | None:
+    result = _pointwise(lib.OP_GATHER_ROWS, x, _width(x))
+    if result is not None:
+        result.step["logits_rows"] = rows
+    return result
+
+
+def _pointwise(op: int, x: Any, width: int, activation: int = 0) -> Instruction | None:
+    if not is_matrix(x):
+        return None
+    fields = {"width": width, "activation": activation, "type": TYPES[x.dtype], "rows": _rows(x)}
+    return Instruction(op, {"x": x}, fields, width, x.dtype, work=width)
+
+
+BY_NAME = {
+    function.__name__: function
+    for function in (
+        embedding,
+        linear,
+        logits,
+        rms_norm,
+        layer_norm,
+        rotary_embedding,
+        paged_attention,
+        act_and_mul,
+        activation,
+        add,
+        gather_rows,
+    )
+}
+"""By the names of the ops."""

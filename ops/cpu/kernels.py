@@ -1,0 +1,112 @@
+"""The ops on CPU tensors, one call of the kernels each."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu import instructions, library, memory
+from ops.cpu.instructions import Instruction
+from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
+from ops.dispatch import Op
+from ops.metadata import AttentionMetadata
+from ops.packed import PackedWeight
+
+_SERIAL_WORK = 1 << 15
+"""Operations below which waking a second thread costs more than it saves."""
+
+
+def implementation(op: Op[Any, Any]) -> Callable[..., Tensor]:
+    """The CPU implementation of an op: the kernel where it takes the arguments, else the reference."""
+    describe: Callable[..., Instruction | None] = instructions.BY_NAME[op.name]
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        kernels = library.current()
+        instruction = None if kernels is None else describe(*args, **kwargs)
+        if kernels is None or instruction is None:
+            result: Tensor = op.reference(*args, **kwargs)
+            return result
+        return execute(kernels, instruction)
+
+    return run
+
+
+def execute(kernels: Library, instruction: Instruction) -> Tensor:
+    """Runs an instruction whose arguments are tensors."""
+    step = Step()
+    keep = fill_step(step, instruction.step)
+    for x in instruction.matrices.values():
+        step.num_tokens = x.shape[0]
+        break
+    rows = step.num_samples if "logits_rows" in instruction.step else step.num_tokens
+    out = torch.empty((rows, instruction.width), dtype=instruction.dtype)
+    matrices = {name: Matrix(x.data_ptr(), x.stride(0)) for name, x in instruction.matrices.items()}
+    matrices["out"] = Matrix(out.data_ptr(), instruction.width)
+    args = instruction.struct(matrices)
+    node = Node(instruction.op, 0, ctypes.addressof(args))
+    threads = 1 if rows * instruction.work < _SERIAL_WORK else 0
+    kernels.run(ctypes.addressof(node), 1, ctypes.addressof(step), threads)
+    del keep
+    return out
+
+
+def fill_step(step: Step, values: dict[str, Any]) -> list[Any]:
+    """Sets what an eager op takes from the step descriptor. Returns what must live until the call is over."""
+    keep: list[Any] = []
+    for name, value in values.items():
+        if name == "group":
+            group = Group()
+            fill_group(group, value)
+            step.groups = ctypes.pointer(group)
+            keep.append(group)
+            continue
+        tensor = value.to(torch.int64 if name == "logits_rows" else torch.int32).contiguous()
+        keep.append(tensor)
+        if name == "input_ids":
+            step.input_ids, step.num_tokens = tensor.data_ptr(), len(tensor)
+        elif name == "positions":
+            step.positions = tensor.data_ptr()
+        else:
+            step.logits_rows, step.num_samples = tensor.data_ptr(), len(tensor)
+    return keep
+
+
+def fill_group(group: Group, meta: AttentionMetadata) -> None:
+    """Points a group of the step descriptor at a step's metadata."""
+    group.query_start_loc = meta.query_start_loc.data_ptr()
+    group.seq_lens = meta.seq_lens.data_ptr()
+    group.block_table = meta.block_table.data_ptr()
+    group.block_table_stride = meta.block_table.stride(0)
+    group.slot_mapping = meta.slot_mapping.data_ptr()
+    group.num_reqs = meta.num_reqs
+    group.block_size = meta.block_size
+
+
+# ---------------------------------------------------------------------------------------------------------
+# packing
+
+
+def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
+    """The op ``pack_linear``."""
+    kernels = library.current()
+    if kernels is None or weight.dtype not in TYPES or weight.stride(1) != 1:
+        return weight
+    rows, columns = weight.shape
+    paired = paired and rows % 2 == 0
+    data = memory.weights.empty(kernels.packed_size(rows, columns, paired), weight.dtype)
+    kernels.pack(weight.data_ptr(), weight.stride(0), data.data_ptr(), rows, columns, paired, TYPES[weight.dtype])
+    return PackedWeight(data, (rows, columns), paired)
+
+
+def unpack_linear(weight: PackedWeight) -> Tensor:
+    """The weight as it was before ``pack_linear``."""
+    kernels = library.current()
+    assert kernels is not None, "packed weights come from the kernels"
+    result = torch.empty(weight.shape, dtype=weight.dtype)
+    rows, columns = weight.shape
+    kernels.unpack(weight.data.data_ptr(), result.data_ptr(), rows, columns, int(weight.paired), TYPES[weight.dtype])
+    return result

@@ -1,0 +1,288 @@
+"""The compiled kernels in Python: structs and functions of ``csrc/octavo.h``.
+
+``current()`` is the library of this process. It is chosen once: the best one that compiles and runs here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+
+from ops.cpu import build
+
+logger = logging.getLogger(__name__)
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""``OctavoType``."""
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ROWS = {"tokens": 0, "samples": 1}
+EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
+(
+    OP_EMBEDDING,
+    OP_LINEAR,
+    OP_RMS_NORM,
+    OP_LAYER_NORM,
+    OP_ROTARY,
+    OP_ATTENTION,
+    OP_ACT_AND_MUL,
+    OP_ACTIVATION,
+    OP_ADD,
+    OP_GATHER_ROWS,
+) = range(10)
+
+MAX_HEAD_DIM = 256
+TOKENS_MULTIPLE = 32
+"""Of a KV block."""
+HEAD_MULTIPLE = 32
+"""Heads in the KV cache are padded to it."""
+
+
+class Matrix(ctypes.Structure):
+    """Rows that lie ``stride`` elements apart."""
+
+    _fields_ = (("data", c_void_p), ("stride", c_int64))
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("rows", c_int32), ("columns", c_int32), ("paired", c_int32))
+
+
+class Group(ctypes.Structure):
+    """The requests of a step, as one group of KV caches sees them."""
+
+    _fields_ = (
+        ("query_start_loc", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("slot_mapping", c_void_p),
+        ("num_reqs", c_int32),
+        ("block_size", c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    """What each step brings."""
+
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_samples", c_int32),
+        ("input_ids", c_void_p),
+        ("positions", c_void_p),
+        ("logits_rows", c_void_p),
+        ("groups", ctypes.POINTER(Group)),
+    )
+
+
+class Node(ctypes.Structure):
+    _fields_ = (("op", c_int32), ("reserved", c_int32), ("args", c_void_p))
+
+
+class EmbeddingArgs(ctypes.Structure):
+    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32))
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("norm_weight", c_void_p),
+        ("weight", Weight),
+        ("bias", c_void_p),
+        ("out", Matrix),
+        ("residual", Matrix),
+        ("type", c_int32),
+        ("epilogue", c_int32),
+        ("activation", c_int32),
+        ("rows", c_int32),
+        ("norm_eps", c_float),
+        ("gather", c_int32),
+    )
+
+
+class NormArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("out", Matrix),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_float),
+        ("groups", c_int32),
+        ("size", c_int32),
+        ("type", c_int32),
+        ("rows", c_int32),
+    )
+
+
+class Heads(ctypes.Structure):
+    """What happens to each head of q or k before it is used."""
+
+    _fields_ = (
+        ("norm_weight", c_void_p),
+        ("norm_eps", c_float),
+        ("rotary_dim", c_int32),
+        ("cos_sin", c_void_p),
+        ("interleaved", c_int32),
+    )
+
+
+class RotaryArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("out", Matrix),
+        ("heads", Heads),
+        ("positions", c_void_p),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("type", c_int32),
+    )
+
+
+class AttentionArgs(ctypes.Structure):
+    _fields_ = (
+        ("q", Matrix),
+        ("k", Matrix),
+        ("v", Matrix),
+        ("out", Matrix),
+        ("q_heads", Heads),
+        ("k_heads", Heads),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("v_head_dim", c_int32),
+        ("window", c_int32),
+        ("causal", c_int32),
+        ("group", c_int32),
+        ("type", c_int32),
+    )
+
+
+class PointwiseArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("y", Matrix),
+        ("out", Matrix),
+        ("width", c_int32),
+        ("activation", c_int32),
+        ("type", c_int32),
+        ("rows", c_int32),
+    )
+
+
+STRUCTS: dict[int, type[ctypes.Structure]] = {
+    OP_EMBEDDING: EmbeddingArgs,
+    OP_LINEAR: LinearArgs,
+    OP_RMS_NORM: NormArgs,
+    OP_LAYER_NORM: NormArgs,
+    OP_ROTARY: RotaryArgs,
+    OP_ATTENTION: AttentionArgs,
+    OP_ACT_AND_MUL: PointwiseArgs,
+    OP_ACTIVATION: PointwiseArgs,
+    OP_ADD: PointwiseArgs,
+    OP_GATHER_ROWS: PointwiseArgs,
+}
+_OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}
+
+
+class Library:
+    """The kernels of one capability."""
+
+    def __init__(self, capability: build.Capability) -> None:
+        """Compiles and loads.
+
+        Raises:
+            build.BuildError: The library cannot be compiled, loaded or used here.
+        """
+        self.capability = capability.name
+        try:
+            # torch is loaded already, so both use the same OpenMP runtime and the same threads.
+            self.dll = dll = ctypes.CDLL(str(build.build(capability)))
+        except OSError as error:
+            raise build.BuildError(str(error)) from error
+        self.run = dll.octavo_run
+        self.run.argtypes = (c_void_p, c_int32, c_void_p, c_int32)
+        self.run.restype = None
+        self.packed_size = dll.octavo_packed_size
+        self.packed_size.argtypes = (c_int32, c_int32, c_int32)
+        self.packed_size.restype = c_int64
+        self.pack = dll.octavo_pack
+        self.pack.argtypes = (c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32, c_int32)
+        self.pack.restype = None
+        self.unpack = dll.octavo_unpack
+        self.unpack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
+        self.unpack.restype = None
+        self.measure_bandwidth = dll.octavo_measure_bandwidth
+        self.measure_bandwidth.argtypes = (c_void_p, c_int64, c_int32)
+        self.measure_bandwidth.restype = ctypes.c_double
+        self.measure_peak = dll.octavo_measure_peak
+        self.measure_peak.argtypes = (c_int32, c_int32)
+        self.measure_peak.restype = ctypes.c_double
+        dll.octavo_sizeof.restype = c_int64
+        for op, struct in (STRUCTS | _OTHER_STRUCTS).items():
+            assert dll.octavo_sizeof(op) == ctypes.sizeof(struct), f"{struct.__name__} is not that of octavo.h"
+        if dll.octavo_initialize():
+            raise build.BuildError(f"the operating system does not grant {capability.name}")
+
+
+@cache
+def load(capability: str) -> Library:
+    """The library of a capability.
+
+    Raises:
+        build.BuildError: It cannot be compiled or does not run here.
+    """
+    known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
+    if capability not in known:
+        raise build.BuildError(f"unknown capability {capability!r}; there are {', '.join(known)}, {build.REFERENCE}")
+    if not build.runs_here(known[capability]):
+        raise build.BuildError(f"this CPU lacks what {capability} needs")
+    return Library(known[capability])
+
+
+@cache
+def _chosen() -> Library | None:
+    wanted = build.configured()
+    if wanted == build.REFERENCE:
+        return None
+    try:
+        if wanted is not None:
+            return load(wanted)
+        for capability in build.available():
+            try:
+                return load(capability.name)
+            except build.BuildError as error:
+                reason = error
+        raise reason
+    except build.BuildError as error:
+        logger.warning("no CPU kernels, plain torch is used instead and is much slower: %s", error)
+        return None
+
+
+_forced: list[Library | None] = []
+
+
+def current() -> Library | None:
+    """The library in use; None: the reference is used instead."""
+    return _forced[-1] if _forced else _chosen()
+
+
+@contextmanager
+def forced(capability: str | None) -> Iterator[Library | None]:
+    """Uses the kernels of another capability, or none at all: for tests and benchmarks.
+
+    Weights and KV caches have the layout of the type alone, so they may outlive it.
+    """
+    _forced.append(None if capability is None else load(capability))
+    try:
+        yield _forced[-1]
+    finally:
+        _forced.pop()

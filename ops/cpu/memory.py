@@ -1,0 +1,50 @@
+"""Memory for weights, arenas and KV caches: anonymous mappings in huge pages.
+
+Weights are read once per step from end to end. With pages of 4 KiB the CPU's prefetching stops at every one of them,
+and reading is slower by a fifth or more.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+_CHUNK = 64 << 20
+
+
+def map_zeros(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes], zero, and taking memory only where it is written."""
+    mapping = mmap.mmap(-1, max(num_bytes, 1))
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:num_bytes]
+
+
+class Pool:
+    """Hands out pieces of large mappings. A mapping is given back when nothing in it is used any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """One dimension, undefined content."""
+        num_bytes = numel * dtype.itemsize
+        with self._lock:
+            if self._used + num_bytes > len(self._chunk):
+                self._chunk = map_zeros(max(num_bytes, _CHUNK))
+                self._used = 0
+            piece = self._chunk[self._used : self._used + num_bytes]
+            self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return piece.view(dtype)
+
+
+weights = Pool()

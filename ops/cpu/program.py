@@ -1,0 +1,324 @@
+"""Captured programs on the kernels: segments of one call each, and Python between them.
+
+A value of the program lives in an arena at a place that is known before the step is: its rows are ``capacity`` times
+its width apart from those of other values, and values whose lives do not overlap share their place. So addresses are
+fixed until a step brings more rows than any before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu import instructions, memory
+from ops.cpu.fusion import Fusion, Item
+from ops.cpu.instructions import Instruction
+from ops.cpu.kernels import fill_group
+from ops.cpu.library import Group, Library, Matrix, Step
+from ops.cpu.library import Node as NodeStruct
+from ops.dispatch import Node, Ref, Spec, StepInput
+
+SLICE = "slice"
+"""Name of nodes that take columns of a value: (value, dimension, start, width)."""
+
+_ALIGNMENT = 64
+_ALIASING = 4096
+"""Rows a multiple of this apart compete for the same few lines of the L1 cache."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: in the rows of ``base``, from a column on."""
+
+    base: int
+    column: int
+
+
+@dataclass
+class Segment:
+    """Instructions that run in one call."""
+
+    items: list[Item] = field(default_factory=list)
+    nodes: Any = None
+    """Array of ``library.Node``."""
+    structs: list[ctypes.Structure] = field(default_factory=list)
+
+    def link(self, matrix: Any) -> None:
+        """Builds the list of nodes with the addresses that ``matrix`` gives for values."""
+        self.structs = []
+        self.nodes = (NodeStruct * len(self.items))()
+        for node, item in zip(self.nodes, self.items, strict=True):
+            instruction = item.instruction
+            assert instruction is not None
+            matrices = {name: matrix(ref) for name, ref in instruction.matrices.items()}
+            struct = instruction.struct(matrices | {"out": matrix(item.out)})
+            self.structs.append(struct)
+            node.op, node.args = instruction.op, ctypes.addressof(struct)
+
+
+class Arena:
+    """Places for the values of a program, and memory for them."""
+
+    def __init__(self, specs: list[Spec]) -> None:
+        self._specs = specs
+        self._offsets: dict[int, int] = {}
+        self._row_bytes = {"tokens": 0, "samples": 0}
+        self._free: dict[str, list[tuple[int, int]]] = {"tokens": [], "samples": []}
+        self.capacity = {"tokens": 0, "samples": 0}
+        self._memory: dict[str, Tensor] = {}
+
+    def stride_bytes(self, index: int) -> int:
+        """From one row of a value to the next."""
+        spec = self._specs[index]
+        result = -(-spec.width * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return result + _ALIGNMENT if result % _ALIASING == 0 else result
+
+    def allocate(self, index: int) -> None:
+        """Finds a place for a value: the first gap that is large enough."""
+        rows, size = self._specs[index].rows, self.stride_bytes(index)
+        free = self._free[rows]
+        for i, (offset, room) in enumerate(free):
+            if room >= size:
+                free[i : i + 1] = [(offset + size, room - size)] if room > size else []
+                self._offsets[index] = offset
+                return
+        self._offsets[index] = self._row_bytes[rows]
+        self._row_bytes[rows] += size
+
+    def release(self, index: int) -> None:
+        """The value is not needed any more."""
+        free = self._free[self._specs[index].rows]
+        free.append((self._offsets[index], self.stride_bytes(index)))
+        free.sort()
+        merged: list[tuple[int, int]] = []
+        for offset, size in free:
+            if merged and sum(merged[-1]) == offset:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((offset, size))
+        free[:] = merged
+
+    def reserve(self, rows: dict[str, int]) -> bool:
+        """Makes room for so many rows. True: everything moved."""
+        moved = False
+        for kind, count in rows.items():
+            if count > self.capacity[kind] or kind not in self._memory:
+                self.capacity[kind] = max(count, 2 * self.capacity[kind])
+                self._memory[kind] = memory.map_zeros(self._row_bytes[kind] * self.capacity[kind])
+                moved = True
+        return moved
+
+    def tensor(self, index: int) -> Tensor:
+        """A value's memory, [capacity, width]."""
+        spec = self._specs[index]
+        capacity, stride = self.capacity[spec.rows], self.stride_bytes(index)
+        start = self._offsets[index] * capacity
+        rows = self._memory[spec.rows][start : start + capacity * stride].view(spec.dtype)
+        return rows.view(capacity, stride // spec.dtype.itemsize)[:, : spec.width]
+
+
+class NativeProgram:
+    """A recorded program, compiled for the kernels."""
+
+    native_ops: int
+    """Recorded ops that a replay runs on the kernels."""
+    python_ops: int
+    """Recorded ops that a replay runs in Python."""
+
+    def __init__(
+        self,
+        kernels: Library,
+        nodes: list[Node],
+        specs: list[Spec],
+        inputs: dict[str, int],
+        outputs: list[int],
+        capacity: dict[str, int],
+    ) -> None:
+        """Compiles.
+
+        Args:
+            kernels: The library to run on.
+            nodes: The calls in the order in which they were recorded.
+            specs: Of all values.
+            inputs: Values that a step brings, by name.
+            outputs: Values that ``replay`` returns.
+            capacity: Rows (``tokens`` and ``samples``) to make room for from the start; more are possible.
+        """
+        self._kernels = kernels
+        self._specs = specs
+        self._inputs = inputs
+        self._outputs = outputs
+        self._places = {index: Place(index, 0) for index in range(len(specs))}
+        self._rows_name = ""
+        """Step input that holds the rows whose logits are wanted."""
+        self._group_names: list[str] = []
+        items = self._fuse(self._lower(nodes))
+        self.native_ops = sum(item.instruction.num_ops for item in items if item.instruction is not None)
+        self.python_ops = sum(item.instruction is None for item in items)
+        self._parts = _parts(items)
+        native_reads = {self._base(index) for item in items if item.instruction for index in item.reads()}
+        self._imported = native_reads - {item.out.index for item in items if item.instruction}
+        """Values that the kernels read and something else makes."""
+        self._arena = Arena(specs)
+        self._place(items)
+        self._views: dict[int, Tensor] = {}
+        self._groups = (Group * max(1, len(self._group_names)))()
+        self._step = Step(groups=self._groups)
+        self._reserve(capacity)
+
+    # -- compiling -----------------------------------------------------------------------------------------
+
+    def _lower(self, nodes: list[Node]) -> list[Item]:
+        items = []
+        for node in nodes:
+            if node.name == SLICE:
+                value, _, start, _ = node.args
+                source = self._places[value.index]
+                self._places[node.out.index] = Place(source.base, source.column + start)
+            else:
+                items.append(Item(node, self._instruction(node)))
+        return items
+
+    def _instruction(self, node: Node) -> Instruction | None:
+        """A node for the kernels; None: it stays in Python."""
+        describe = instructions.BY_NAME.get(node.name)
+        instruction = describe(*node.args, **node.kwargs) if describe is not None else None
+        if instruction is None or not all(type(x) is Ref for x in instruction.matrices.values()):
+            return None
+        for name, source in instruction.step.items():
+            if name == "group":
+                if source.name not in self._group_names:
+                    self._group_names.append(source.name)
+                instruction.fields["group"] = self._group_names.index(source.name)
+            elif name == "logits_rows":
+                if type(source) is not StepInput or self._rows_name not in ("", source.name):
+                    return None
+                self._rows_name = source.name
+            elif type(source) is not Ref or self._inputs.get(name) != source.index:
+                return None
+        return instruction
+
+    def _fuse(self, items: list[Item]) -> list[Item]:
+        uses = Counter(self._base(index) for item in items for index in item.reads())
+        uses.update({self._base(index): 2 for index in self._outputs})  # outputs must be there in the end
+        return Fusion(items, uses).run()
+
+    def _base(self, index: int) -> int:
+        return self._places[index].base
+
+    def _place(self, items: list[Item]) -> None:
+        """Gives every value that a kernel reads or writes a place for as long as it is needed."""
+        used = [{self._base(index) for index in (item.out.index, *item.reads())} for item in items]
+        last_use = {index: i for i, values in enumerate(used) for index in values}
+        kept = {self._base(index) for index in self._outputs}
+        placed = set()
+        for index in sorted(self._imported & set(self._inputs.values())):
+            self._arena.allocate(index)
+            placed.add(index)
+        for i, item in enumerate(items):
+            if item.instruction is not None or item.out.index in self._imported:
+                self._arena.allocate(item.out.index)
+                placed.add(item.out.index)
+            for index in sorted(used[i] & placed - kept):
+                if last_use[index] == i:
+                    self._arena.release(index)
+
+    def _reserve(self, rows: dict[str, int]) -> None:
+        if not self._arena.reserve(rows):
+            return
+        self._views.clear()
+        for part in self._parts:
+            if isinstance(part, Segment):
+                part.link(self._matrix)
+
+    def _matrix(self, ref: Ref) -> Matrix:
+        view = self._view(ref.index)
+        return Matrix(view.data_ptr(), view.stride(0))
+
+    def _view(self, index: int) -> Tensor:
+        """A value in the arena, [capacity, width]."""
+        if index not in self._views:
+            place, spec = self._places[index], self._specs[index]
+            self._views[index] = self._arena.tensor(place.base)[:, place.column : place.column + spec.width]
+        return self._views[index]
+
+    # -- replay --------------------------------------------------------------------------------------------
+
+    def replay(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Runs the program; see ``executor.graphs.Program.replay``. The results live until the next replay."""
+        rows, keep = self._read_step(inputs)
+        self._reserve(rows)
+        values: dict[int, Tensor] = {}
+        for name, index in self._inputs.items():
+            self._set(index, inputs[name], values, rows)
+        step = ctypes.addressof(self._step)
+        for part in self._parts:
+            if isinstance(part, Segment):
+                self._kernels.run(part.nodes, len(part.items), step, 0)
+            else:
+                args = [self._argument(arg, values, inputs, rows) for arg in part.args]
+                kwargs = {name: self._argument(arg, values, inputs, rows) for name, arg in part.kwargs.items()}
+                self._set(part.out.index, part.function(*args, **kwargs), values, rows)
+        del keep
+        return [self._tensor(index, values, rows) for index in self._outputs]
+
+    def _read_step(self, inputs: dict[str, Any]) -> tuple[dict[str, int], list[Any]]:
+        """Points the step descriptor at a step's inputs.
+
+        Returns:
+            The numbers of rows, and what must live until the replay is over.
+        """
+        step = self._step
+        keep: list[Any] = []
+        rows = {"tokens": 0, "samples": 0}
+        for name, index in self._inputs.items():
+            tensor = inputs[name]
+            rows[self._specs[index].rows] = tensor.shape[0]
+            if name in ("input_ids", "positions"):
+                tensor = tensor.to(torch.int32).contiguous()
+                setattr(step, name, tensor.data_ptr())
+                keep.append(tensor)
+        if self._rows_name:
+            wanted = inputs[self._rows_name]
+            rows["samples"] = wanted.shape[0]
+            step.logits_rows = wanted.data_ptr()
+        for group, name in zip(self._groups, self._group_names, strict=False):
+            fill_group(group, inputs[name])
+        step.num_tokens, step.num_samples = rows["tokens"], rows["samples"]
+        return rows, keep
+
+    def _set(self, index: int, tensor: Tensor, values: dict[int, Tensor], rows: dict[str, int]) -> None:
+        """Notes a value that the kernels did not make, and copies it to where they look for it."""
+        values[index] = tensor
+        if index in self._imported:
+            self._view(index)[: tensor.shape[0]].copy_(tensor)
+
+    def _tensor(self, index: int, values: dict[int, Tensor], rows: dict[str, int]) -> Tensor:
+        place, spec = self._places[index], self._specs[index]
+        if place.base in values:
+            whole = values[place.base]
+            return whole if place.base == index else whole[:, place.column : place.column + spec.width]
+        return self._view(index)[: rows[spec.rows]]
+
+    def _argument(self, arg: Any, values: dict[int, Tensor], inputs: dict[str, Any], rows: dict[str, int]) -> Any:
+        if type(arg) is Ref:
+            return self._tensor(arg.index, values, rows)
+        return inputs[arg.name] if type(arg) is StepInput else arg
+
+
+def _parts(items: list[Item]) -> list[Segment | Node]:
+    """Segments of instructions, and the nodes between them."""
+    parts: list[Segment | Node] = []
+    for item in items:
+        if item.instruction is None:
+            parts.append(item.node)
+        elif parts and isinstance(parts[-1], Segment):
+            parts[-1].items.append(item)
+        else:
+            parts.append(Segment([item]))
+    return parts

@@ -1,0 +1,119 @@
+"""How long sampling takes: microseconds per row, beside the usual way to do it in torch.
+
+    python scripts/bench_sampling.py --vocab-size 49152 151936 --rows 1 32
+
+Prints the best of many runs, so that neighbours on the machine disturb little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from executor.messages import ResolvedParams
+from executor.request_states import RequestStates
+from executor.sampling.sampler import Sampler
+from ops.cpu.library import current, forced
+
+PROMPT_TOKENS = 1000
+CASES = {
+    "greedy": ResolvedParams(temperature=0.0),
+    "temperature": ResolvedParams(temperature=0.8),
+    "top-p": ResolvedParams(temperature=0.8, top_p=0.95),
+    "top-k": ResolvedParams(temperature=0.8, top_k=50),
+    "top-k, top-p": ResolvedParams(temperature=0.8, top_k=50, top_p=0.95),
+    "min-p": ResolvedParams(temperature=0.8, min_p=0.05),
+    "penalties, top-p": ResolvedParams(temperature=0.8, top_p=0.95, repetition_penalty=1.1, presence_penalty=0.5),
+    "top-p, 5 logprobs": ResolvedParams(temperature=0.8, top_p=0.95, logprobs=5),
+}
+
+
+def make_logits(kind: str, rows: int, vocab_size: int) -> torch.Tensor:
+    """Peaked: 40 tokens stand out from N(0, 1.5), as in text that a model is sure of. Flat: N(0, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "flat":
+        return 2 * torch.randn(rows, vocab_size, generator=generator)
+    logits = 1.5 * torch.randn(rows, vocab_size, generator=generator)
+    for row in logits:
+        row[torch.randperm(vocab_size, generator=generator)[:40]] = 14 + 2 * torch.randn(40, generator=generator)
+    return logits
+
+
+def sample_with_sort(logits: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
+    """Top-k and top-p over sorted logits, one multinomial draw."""
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    ordered, ids = (logits / params.temperature).sort(dim=-1, descending=True)
+    if params.top_k:
+        ordered[:, params.top_k :] = float("-inf")
+    probs = ordered.softmax(dim=-1)
+    if params.top_p < 1:
+        probs[probs.cumsum(dim=-1) - probs > params.top_p] = 0
+    return ids.gather(1, torch.multinomial(probs, 1))
+
+
+def microseconds(run: Callable[[], object], seconds: float) -> float:
+    """Best of the runs that fit into a time, three at least."""
+    best, end, count = float("inf"), time.perf_counter() + seconds, 0
+    while count < 3 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+        count += 1
+    return best * 1e6
+
+
+def step(rows: int, vocab_size: int, params: ResolvedParams, logits: torch.Tensor) -> Callable[[], object]:
+    """A step of requests that all want the same."""
+    sampler = Sampler(rows)
+    states = RequestStates(rows, 2 * PROMPT_TOKENS, [])
+    states.token_ids[:] = np.random.default_rng(0).integers(0, vocab_size, states.token_ids.shape)
+    states.num_prompt[:] = PROMPT_TOKENS
+    states.num_tokens[:] = PROMPT_TOKENS + 100
+    for slot in range(rows):
+        sampler.add(slot, params)
+    slots = np.arange(rows, dtype=np.int32)
+    return lambda: sampler.sample(logits, slots, slots, states)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[49152, 151936])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--capability", help="amx, avx512bf16, avx512, avx2 or portable; default: the best")
+    parser.add_argument("--no-torch", action="store_true", help="leave out the slow comparison")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    library = current()
+    capability = options.capability or (library.capability if library else None)
+    print(f"capability {capability or 'reference'}, {options.threads} threads, microseconds per row")
+    with forced(capability):
+        overhead = microseconds(step(64, 16, CASES["temperature"], torch.zeros(64, 16)), options.seconds)
+        print(f"a step of 64 rows with a vocabulary of 16: {overhead:.1f} in all")
+        print(f"{'vocabulary':>10} {'rows':>5} {'logits':8} {'case':20} {'octavo':>9} {'torch':>9}")
+        for vocab_size in options.vocab_size:
+            for rows in options.rows:
+                for kind in ("peaked", "flat"):
+                    logits = make_logits(kind, rows, vocab_size)
+                    for name, params in CASES.items():
+                        # Penalties change the logits in place; a run after the first sees other numbers, no more work.
+                        ours = microseconds(step(rows, vocab_size, params, logits.clone()), options.seconds) / rows
+                        line = f"{vocab_size:10} {rows:5} {kind:8} {name:20} {ours:9.1f}"
+                        if not options.no_torch and name in ("greedy", "temperature", "top-p", "top-k", "top-k, top-p"):
+                            theirs = microseconds(lambda: sample_with_sort(logits, params), options.seconds) / rows  # noqa: B023
+                            line += f" {theirs:9.1f}"
+                        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

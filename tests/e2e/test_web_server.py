@@ -1,0 +1,137 @@
+"""The web page in a real browser, against the real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.browser import Browser, Keys
+from tests.e2e.server import Server
+
+KEY = "zwölf keys"
+MODEL = "demo"
+DEVICE = {"step_us": 8000, "token_us": 5, "num_blocks": 512, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module")
+def server(demo_model: Path) -> Iterator[Server]:
+    device = ("--distributed-executor-backend", "simulated", "--simulated-device", json.dumps(DEVICE))
+    with Server("--model", str(demo_model), "--served-model-name", MODEL, "--api-key", KEY, *device) as running:
+        assert httpx.get(running.url).status_code == 200, "the page has no route"
+        yield running
+
+
+@pytest.fixture
+def page(browser_process: Browser, server: Server) -> Iterator[Browser]:
+    """The chat page of the real server, fresh: without a key."""
+    browser_process.open("about:blank")
+    browser_process.clear(server.url)
+    browser_process.open(server.url)
+    yield browser_process
+    assert browser_process.errors() == []
+
+
+def give_key(page: Browser, *, keep: bool = False) -> None:
+    page.find("#key-input").send_keys(KEY)
+    if keep:
+        page.click("#key-always")
+    page.click("#key-dialog [type=submit]")
+    page.wait(lambda: page.all("#model option")[0].text == MODEL)
+
+
+def test_the_key_is_asked_for(page: Browser, server: Server) -> None:
+    assert page.text("#key-note") == "This server only answers clients with a key."
+    page.type("wrong", Keys.ENTER)
+    page.wait(lambda: page.text("#key-note") == "The server refused this key.")
+    give_key(page)
+    page.driver.refresh()
+    page.wait(lambda: page.all("#model option")[0].text == MODEL)
+    assert KEY not in page.run("return JSON.stringify(localStorage)")
+    page.click("#forget-key")
+    page.set("max_completion_tokens", 4)
+    page.send("hi")
+    give_key(page, keep=True)
+    page.finish()
+    assert page.text(".stats").startswith("4 tokens")
+    assert KEY in page.run("return JSON.stringify(localStorage)")
+    page.open(f"{server.url}/docs")
+    assert page.text("#post-v1-chat-completions h2 code") == "/v1/chat/completions"
+
+
+def test_no_key_no_answer(page: Browser) -> None:
+    page.find("#key-input")
+    page.type(Keys.ESCAPE)
+    assert "key" in page.text("#connection p")
+
+
+def test_answers_stream_and_stop_and_stay(page: Browser, server: Server) -> None:
+    give_key(page)
+    page.set("extra", '{"ignore_eos": true}')
+    page.send("Tell me a long story")
+    lengths = set()
+    for _ in range(20):
+        lengths.add(len(page.text(".from-assistant .message-body")))
+        time.sleep(0.05)
+    assert len(lengths) > 5
+    assert "tokens/s" in page.text(".message-foot .stats")
+    page.click("#stop")
+    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
+    assert "stopped" in page.text(".stats")
+    shown = page.text(".from-assistant .message-body")
+    page.driver.refresh()
+    page.wait(lambda: len(page.all(".message")) == 2)
+    assert page.text(".from-assistant .message-body") == shown
+    page.set("max_completion_tokens", 20)
+    page.ask("Another one")
+    assert page.text(".stats").startswith("20 tokens · ") and "cut at the length limit" in page.text(".stats")
+
+
+def test_a_refused_request(page: Browser) -> None:
+    give_key(page)
+    page.set("extra", '{"temperature": -1}')
+    page.send("hi")
+    assert "emperature" in page.text(".error-box p")
+
+
+def test_dashboard(page: Browser, server: Server) -> None:
+    give_key(page)
+    page.set("extra", '{"ignore_eos": true, "max_tokens": 3000}')
+    page.send("Tell me a long story")
+    page.find(".from-assistant")
+    page.run("document.querySelector('[data-view-link=dashboard]').click()")
+    page.wait(lambda: page.text("[data-tile=running] .tile-value") == "1")
+    assert page.text("[data-tile=waiting] .tile-value") == "0"
+    rate = page.wait(lambda: float(page.text("[data-tile=output] .tile-value")))
+    assert 20 < rate < 300
+    page.wait(lambda: page.text("[data-tile=kvUsage] .tile-value") not in ("–", "0\u00a0%", "0 %"))
+    labels = page.wait(lambda: [plot.get_attribute("aria-label") for plot in page.all(".plot")])
+    assert [label.partition(":")[0] for label in labels][:2] == ["Throughput", "Requests"]
+    page.wait(lambda: re.search(r"Time between tokens: median \d+(\.\d+)?\u00a0ms", " ".join(labels_of(page))))
+    page.wait(lambda: page.run("return document.querySelector('.plot path').getAttribute('d').length") > 20)
+    page.click(".views a:first-child")
+    page.click("#stop")
+    page.wait(lambda: server.metric("vllm:num_requests_running") == 0)
+
+
+def labels_of(page: Browser) -> list[str]:
+    return [plot.get_attribute("aria-label") or "" for plot in page.all(".plot")]
+
+
+def test_docs(page: Browser, server: Server) -> None:
+    page.open(f"{server.url}/docs")
+    page.find("#key-input").send_keys(KEY, Keys.ENTER)
+    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}".encode()}).json()
+    page.wait(lambda: page.all(".operation"))
+    shown = {(found.text.split("\n")[0], found.text.split("\n")[1]) for found in page.all(".contents a")}
+    assert shown == {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    example = page.all("#post-v1-chat-completions .code-block pre")[0].text
+    assert example.startswith(f"curl {server.url}/v1/chat/completions") and '"messages"' in example
+    assert "Authorization: Bearer" in example
+    page.all("#post-v1-chat-completions details.field summary")[0].click()
+    assert "role" in page.text("#post-v1-chat-completions details.field[open] .fields")

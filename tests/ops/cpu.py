@@ -1,0 +1,112 @@
+"""What the tests of the CPU kernels share: the capabilities of this machine, and requests to attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import AttentionMetadata, AttentionShape
+from ops.cpu import build, library
+from ops.cpu.instructions import kv_shapes
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+NAMES = [*build.CAPABILITIES, build.AMX_EMULATION.name]
+
+
+def use(capability: str) -> Any:
+    """Forces a capability, or skips the test where the machine lacks it."""
+    known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
+    missing = known[capability].needs - build.cpu_flags()
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    return library.forced(capability)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+class Requests:
+    """Requests with random q, k and v, whose attention is computed step by step."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        lengths: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        block_size: int = 32,
+        plain: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Makes requests of these lengths; ``plain``: with KV caches in the layout of the reference."""
+        self.shape = shape
+        self.block_size = block_size
+        generator = torch.Generator().manual_seed(seed)
+        blocks = [-(-length // block_size) for length in lengths]
+        order = torch.randperm(sum(blocks) + 2, generator=generator).int()
+        self.table = torch.full((len(lengths), max(blocks) + 1), -1, dtype=torch.int32)
+        used = 0
+        for row, count in enumerate(blocks):
+            self.table[row, :count] = order[used : used + count]
+            used += count
+        kv_widths = (shape.num_kv_heads * shape.head_dim, shape.num_kv_heads * shape.v_dim)
+        widths = (shape.q_width, *kv_widths)
+        self.data = [
+            [torch.randn(length, width, generator=generator).to(dtype) for width in widths] for length in lengths
+        ]
+        heads = shape.num_kv_heads
+        shapes: tuple[tuple[int, ...], ...] = (
+            (len(order), block_size, heads, shape.head_dim),
+            (len(order), block_size, heads, shape.v_dim),
+        )
+        if not plain:
+            shapes = kv_shapes(len(order), block_size, shape)
+        # What an earlier owner left in a block must not matter.
+        keys, values = (torch.full(size, float("nan"), dtype=dtype) for size in shapes)
+        self.cache = keys, values
+        self.done = [0] * len(lengths)
+
+    def step(self, counts: dict[int, int]) -> dict[int, Tensor]:
+        """Attends with the next tokens of some requests, in this order; returns each one's result."""
+        rows = list(counts)
+        begins = [self.done[row] for row in rows]
+        for row, count in counts.items():
+            self.done[row] += count
+        ends = [self.done[row] for row in rows]
+        positions = [torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        slots = [
+            self.table[row][position // self.block_size].long() * self.block_size + position % self.block_size
+            for row, position in zip(rows, positions, strict=True)
+        ]
+        starts = torch.tensor([0, *torch.tensor(list(counts.values())).cumsum(0).tolist()], dtype=torch.int32)
+        meta = AttentionMetadata(
+            starts, torch.tensor(ends, dtype=torch.int32), self.table[rows], torch.cat(slots), self.block_size
+        )
+        q, k, v = (
+            torch.cat([self.data[row][i][begin:end] for row, begin, end in zip(rows, begins, ends, strict=True)])
+            for i in range(3)
+        )
+        out = ops.paged_attention(q, k, v, self.cache, meta, self.shape)
+        return dict(zip(rows, out.split(list(counts.values())), strict=True))

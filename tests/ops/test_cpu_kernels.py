@@ -1,0 +1,206 @@
+"""Every kernel on every capability against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import AttentionShape, PackedWeight
+from ops.cpu import library
+from ops.cpu.kernels import unpack_linear
+from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use
+from tests.ops.test_reference import cos_sin_table
+
+pytestmark = pytest.mark.parametrize("capability", NAMES)
+
+
+def reference(op: Any, *args: Any) -> Tensor:
+    result: Tensor = op.reference(*args)
+    return result
+
+
+def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype, scale: Tensor | float) -> None:
+    """Within a rounding to ``dtype``, and what float32 loses on the way to a result of sums of size ``scale``."""
+    assert ours.dtype == dtype
+    error = (ours.double() - exact).abs()
+    allowed = 1.01 * unit_roundoff(dtype) * exact.abs() + 4e-6 * scale + torch.finfo(dtype).smallest_normal
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# linear layers and embeddings
+
+SHAPES = [(32, 32), (96, 64), (33, 31), (1, 1), (64, 577), (50, 97), (160, 4096), (7, 40)]
+"""Out and in features."""
+ROWS = [1, 2, 3, 5, 11, 12, 13, 24, 31, 33, 70]
+
+
+def packed(weight: Tensor, paired: bool = False) -> PackedWeight:
+    result = ops.pack_linear(weight, paired)
+    assert isinstance(result, PackedWeight)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_linear(capability: str, dtype: torch.dtype, out_features: int, in_features: int) -> None:
+    with use(capability):
+        weight = randn(out_features, in_features, seed=1, dtype=dtype)
+        bias = randn(out_features, seed=2, dtype=dtype)
+        layer = packed(weight)
+        for rows in ROWS if in_features < 1000 else [1, 14, 40]:
+            x = randn(rows, in_features + 3, seed=rows, dtype=dtype)[:, :in_features]  # rows of a larger matrix
+            scale = x.double().abs() @ weight.double().abs().T
+            exact = x.double() @ weight.double().T
+            assert_near(ops.linear(x, layer), exact, dtype, scale)
+            assert_near(ops.linear(x, layer, bias), exact + bias.double(), dtype, scale)
+            assert_near(ops.logits(x, layer), exact, torch.float32, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features"), [*SHAPES, (2, 5), (128, 33), (30, 64)])
+@pytest.mark.parametrize("paired", [False, True])
+def test_packing(capability: str, dtype: torch.dtype, out_features: int, in_features: int, paired: bool) -> None:
+    with use(capability):
+        weight = randn(in_features, out_features, dtype=dtype).T.contiguous()
+        layer = packed(weight, paired)
+        assert layer.shape == weight.shape
+        assert layer.paired == (paired and out_features % 2 == 0)
+        assert torch.equal(unpack_linear(layer), weight)
+        x = randn(3, in_features, seed=1, dtype=dtype)
+        assert torch.equal(ops.linear(x, layer), ops.linear(x, packed(weight)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_embedding(capability: str, dtype: torch.dtype, id_dtype: torch.dtype) -> None:
+    with use(capability):
+        table = randn(77, 45, dtype=dtype)
+        ids = torch.tensor([76, 0, 3, 3, 45, 31, 32], dtype=id_dtype)
+        assert torch.equal(ops.embedding(ids, table), table[ids.long()])
+        assert torch.equal(ops.embedding(ids, packed(table)), table[ids.long()])
+        assert ops.embedding(ids[:0], packed(table)).shape == (0, 45)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# norms, activations, rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("groups", "size"), [(1, 64), (1, 576), (3, 24), (4, 128), (1, 1000), (5, 7)])
+def test_norms(capability: str, dtype: torch.dtype, groups: int, size: int) -> None:
+    x = (3 * randn(6, groups * size + 5) + 0.5).to(dtype)[:, : groups * size]
+    weight, bias = randn(size, seed=1, dtype=dtype), randn(size, seed=2, dtype=dtype)
+    with use(capability):
+        exact = x.double().unflatten(1, (groups, size))
+        exact = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        # It is rounded before the weight is applied, and after that.
+        expected = (exact * weight.double()).flatten(1)
+        error = (ops.rms_norm(x, weight, 1e-5).double() - expected).abs()
+        assert (error <= (2.1 * unit_roundoff(dtype) + 4e-6) * expected.abs() + 1e-7).all()
+        if groups == 1:
+            for shift in (bias, None):
+                expected = torch.nn.functional.layer_norm(
+                    x.double(), (size,), weight.double(), None if shift is None else shift.double(), 1e-5
+                )
+                assert_near(ops.layer_norm(x, weight, shift, 1e-5), expected, dtype, 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 48, 7, 100, 1536])
+def test_activations(capability: str, dtype: torch.dtype, width: int) -> None:
+    x = (4 * randn(5, 2 * width)).to(dtype)
+    x[0, :3] = torch.tensor([-100.0, 100.0, 0.0])
+    with use(capability):
+        for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+            expected = reference(ops.activation, x.double(), kind)
+            assert_near(ops.activation(x, kind), expected, dtype, 1.0)  # type: ignore[arg-type]
+            if kind != "relu":
+                active = ops.activation(x[:, :width].contiguous(), kind)  # type: ignore[arg-type]
+                assert torch.equal(ops.act_and_mul(x, kind), active * x[:, width:])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_and_gather(capability: str, dtype: torch.dtype) -> None:
+    x, y = randn(9, 45, dtype=dtype), randn(9, 60, seed=1, dtype=dtype)[:, 7:52]
+    rows = torch.tensor([8, 0, 0, 5])
+    with use(capability):
+        assert torch.equal(ops.add(x, y), x + y)
+        assert torch.equal(ops.gather_rows(y, rows), y[rows])
+        assert ops.gather_rows(y, rows[:0]).shape == (0, 45)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (64, 32), (24, 24), (80, 20), (256, 256), (16, 2)])
+def test_rotary(capability: str, dtype: torch.dtype, interleaved: bool, head_dim: int, rotary_dim: int) -> None:
+    table, positions = cos_sin_table(100, rotary_dim), torch.tensor([5, 0, 99, 5, 17], dtype=torch.int32)
+    x = randn(5, 3 * head_dim + 9, dtype=dtype)[:, : 3 * head_dim]
+    with use(capability):
+        result = ops.rotary_embedding(x, positions, table, head_dim, interleaved)
+        assert torch.equal(result, reference(ops.rotary_embedding, x, positions, table, head_dim, interleaved))
+        assert torch.equal(ops.rotary_embedding(x, positions.long(), table, head_dim, interleaved), result)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# attention
+
+ATTENTION = {
+    "heads": AttentionShape(4, 4, 64, scale=0.125),
+    "groups of 3": AttentionShape(9, 3, 64, scale=0.125),
+    "groups of 8": AttentionShape(8, 1, 32, scale=0.2),
+    "head of 16": AttentionShape(4, 2, 16, scale=0.25),
+    "head of 24": AttentionShape(4, 2, 24, scale=0.25),
+    "head of 256": AttentionShape(4, 1, 256, scale=1 / 16),
+    "v smaller": AttentionShape(4, 2, 96, scale=0.1, v_head_dim=32),
+    "v larger": AttentionShape(2, 2, 40, scale=0.1, v_head_dim=128),
+    "window": AttentionShape(6, 2, 32, scale=0.2, sliding_window=70),
+    "window of one": AttentionShape(4, 2, 32, scale=0.2, sliding_window=1),
+    "long window": AttentionShape(4, 2, 32, scale=0.2, sliding_window=300),
+    "softcap": AttentionShape(4, 2, 32, scale=1.0, logit_softcap=5.0),
+    "not causal": AttentionShape(4, 2, 32, scale=0.2, causal=False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(capability: str, name: str, dtype: torch.dtype) -> None:
+    shape = ATTENTION[name]
+    lengths = [1, 33, 64, 290, 31, 530]
+    with use(capability), threads(2):
+        ours = Requests(shape, lengths, dtype, block_size=64 if "window" in name else 32)
+        plain = Requests(shape, lengths, dtype, block_size=64 if "window" in name else 32, plain=True)
+        if shape.causal:
+            steps = [{0: 1, 3: 257}, {1: 20, 3: 3, 5: 256}, {5: 1, 2: 64, 3: 29, 1: 12}, {1: 1, 4: 31, 5: 273, 3: 1}]
+        else:
+            steps = [dict(enumerate(lengths))]
+        for counts in steps:
+            results, expected = ours.step(counts), plain.step(counts)
+            for row, result in results.items():
+                # Weights are rounded to bfloat16 before they are multiplied with V, where the CPU multiplies that.
+                tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+                torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+
+
+def test_first_token_of_a_block_clears_it(capability: str) -> None:
+    for dtype in DTYPES:
+        with use(capability):
+            requests = Requests(AttentionShape(2, 1, 40, scale=0.25), [34], dtype)
+            requests.step({0: 32})
+            requests.step({0: 1})
+        used = requests.table[0, :2].tolist()
+        for tensor in requests.cache:
+            assert not tensor[used].isnan().any()
+            others = [block for block in range(len(tensor)) if block not in used]
+            assert tensor[others].isnan().all()
+
+
+def test_capability_is_the_forced_one(capability: str) -> None:
+    with use(capability) as kernels:
+        assert kernels is not None
+        assert kernels.capability == capability
+        assert library.current() is kernels
