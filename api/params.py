@@ -25,6 +25,30 @@ MAX_SHOWN = 200
 """Characters of a bad value that an error repeats."""
 
 
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The language that an output must be in: exactly one of the first five.
+
+    Attributes:
+        json: A JSON schema, as an object or as text.
+        regex: A regular expression for the whole output.
+        choice: The output is one of these strings.
+        grammar: A context-free grammar in Lark's notation.
+        json_object: Any JSON object.
+        disable_any_whitespace: JSON without white space between its parts.
+        disable_additional_properties: Objects of a schema that says nothing of further properties have none.
+        whitespace_pattern: Regular expression of the white space between parts of JSON.
+    """
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of a completion are chosen and when it ends. Names and defaults are vLLM's.
 
@@ -53,6 +77,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         detokenize: False: token ids only, no text.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
+        structured_outputs: The language that the output must be in.
     """
 
     n: int = 1
@@ -79,6 +104,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self.verify()
@@ -177,6 +203,8 @@ def resolve_params(
     Raises:
         RequestError: A field does not suit the model, or the prompt is too long.
     """
+    if params.structured_outputs is not None:
+        raise RequestError("structured_outputs is not supported by this server", "structured_outputs")
     seed = secrets.randbits(64) if params.seed is None else params.seed % UINT64
     return ResolvedParams(
         temperature=params.temperature,
