@@ -67,6 +67,13 @@ class ServerConfig(Config, frozen=True):
     max_logprobs: Annotated[
         int, Meta(ge=-1, description="Most log probabilities per position that a request may ask for; -1: no bound.")
     ] = 20
+    stream_interval: Annotated[
+        Positive,
+        Meta(description="Tokens in each chunk of a stream, but for the first and the last one; more cost less."),
+    ] = 1
+    strict: Annotated[
+        bool, Meta(description="Refuse requests with fields that the server does not know, instead of ignoring them.")
+    ] = False
     max_body_size: Annotated[
         Positive, Meta(description="Largest request body, such as 32MiB.", extra={"parse": "bytes"})
     ] = 32 << 20

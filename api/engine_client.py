@@ -18,7 +18,7 @@ import zmq
 
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
-from api.output import Channel, OutputOptions, OutputProcessor, RequestState
+from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
 from api.supervisor import Supervisor
 from api.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
@@ -171,9 +171,14 @@ class EngineClient:
 
     # -- requests ------------------------------------------------------------------------------------------
 
-    def open_channel(self) -> Channel:
-        """A place for the outputs of requests that one consumer reads."""
-        return Channel(asyncio.get_running_loop())
+    def open_channel(self, stream_interval: int = 1) -> Channel:
+        """A place for the outputs of requests that one consumer reads.
+
+        Args:
+            stream_interval: Tokens of a choice that a delta brings, but for its first and its last one.
+        """
+        loop = asyncio.get_running_loop()
+        return Channel(loop) if stream_interval == 1 else PacedChannel(loop, stream_interval)
 
     def submit(
         self,

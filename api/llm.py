@@ -19,7 +19,7 @@ from api.flags import ConfigError, build
 from api.metrics import EngineMetrics
 from api.model_files import find_model, with_model
 from api.output import Delta, RequestState
-from api.params import SamplingParams
+from api.params import SamplingParams, truncate_prompt
 from api.progress import LoadBar
 from api.serving import Serving
 from api.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
 T = TypeVar("T")
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; a dictionary may have a ``cache_salt``,
+and then the prompt shares cached blocks with those of the same salt only."""
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -53,7 +54,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """``stop``, ``length`` or ``error``."""
+    """``stop``, ``length``, ``repetition`` or ``error``."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it."""
 
@@ -236,7 +237,18 @@ class LLM:
                 ids = item.token_ids
                 if ids is None:
                     assert item.text is not None
-                    ids = await serving.tokenize(item.text, add_special_tokens=item.add_special_tokens)
+                    any_length = sampling.truncate_prompt_tokens is not None
+                    ids = await serving.tokenize(
+                        item.text, add_special_tokens=item.add_special_tokens, any_length=any_length
+                    )
+                kept = truncate_prompt(
+                    ids,
+                    sampling.truncate_prompt_tokens,
+                    sampling.truncation_side,
+                    serving.limits.max_model_len,
+                    sampling.max_tokens,
+                )
+                ids = ids[kept.start : kept.stop]
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
@@ -246,9 +258,10 @@ class LLM:
                     [ids],
                     sampling,
                     priority=0 if priority is None else priority[number],
+                    cache_salt=item.cache_salt,
                     first_choice=len(folders),
                 )
-                for index in range(sampling.n):
+                for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
                     result.outputs.append(output)
                     folders.append(_Folder(serving.tokenizer, result, output, sampling))
@@ -268,7 +281,20 @@ class LLM:
         for result in results:
             result.num_cached_tokens = states[position].num_cached_tokens
             position += len(result.outputs)
+        for result, sampling in zip(results, params, strict=True):
+            if sampling.num_completions > sampling.n:
+                _keep_best(result, sampling)
         return results
+
+
+def _keep_best(result: RequestOutput, params: SamplingParams) -> None:
+    """Leaves the ``n`` completions with the highest cumulative log probability, the best first."""
+    result.outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
+    del result.outputs[params.n :]
+    for index, output in enumerate(result.outputs):
+        output.index = index
+        if params.logprobs is None:
+            output.logprobs = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +302,7 @@ class _Input:
     text: str | None
     token_ids: list[int] | None
     add_special_tokens: bool = True
+    cache_salt: str = ""
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -290,10 +317,11 @@ def _parse_prompt(prompt: Prompt) -> _Input:
     if isinstance(prompt, str):
         return _Input(prompt, None)
     if isinstance(prompt, Mapping):
+        salt = prompt.get("cache_salt") or ""
         if "prompt_token_ids" in prompt:
-            return _Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]))
+            return _Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt)
         if "prompt" in prompt:
-            return _Input(prompt["prompt"], None)
+            return _Input(prompt["prompt"], None, cache_salt=salt)
         raise RequestError("a prompt given as a dict needs 'prompt' or 'prompt_token_ids'", "prompts")
     return _Input(None, list(prompt))
 
@@ -307,7 +335,7 @@ class _Folder:
         self._tokenizer = tokenizer
         self._result = result
         self._output = output
-        if params.logprobs is not None:
+        if params.logprobs is not None or params.num_completions > params.n:
             output.logprobs, output.cumulative_logprob = [], 0.0
         if params.prompt_logprobs is not None and output.index == 0:
             result.prompt_logprobs = [None]

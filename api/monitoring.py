@@ -1,4 +1,4 @@
-"""GET /health, /ping, /version and /metrics."""
+"""GET /health, /ping, /version, /load and /metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.metrics import CONTENT_TYPE
-from api.openai.protocol import VersionResponse
+from api.openai.protocol import LoadResponse, VersionResponse
 from api.serving import Serving
 from api.traffic import Traffic
 from api.version import VERSION
@@ -30,6 +30,13 @@ async def ping(request: Request) -> Response:
 async def version(request: Request) -> Response:
     """The server's version."""
     return Response(msgspec.json.encode(VersionResponse(version=VERSION)), media_type="application/json")
+
+
+async def load(request: Request) -> Response:
+    """How many completions are unfinished, running or waiting."""
+    serving: Serving = request.app.state.serving
+    answer = LoadResponse(server_load=serving.client.num_unfinished)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def metrics(request: Request) -> Response:

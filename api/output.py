@@ -32,6 +32,7 @@ FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.REPETITION: "repetition",
 }
 
 
@@ -84,6 +85,50 @@ class Channel:
             await self._waiter
         items, self._items = self._items, []
         return items
+
+
+class PacedChannel(Channel):
+    """A channel whose deltas hold several tokens of a choice, but for the first and the last one."""
+
+    __slots__ = ("_begun", "_held", "_interval")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: int) -> None:
+        """Opens it.
+
+        Args:
+            loop: Of the consumer.
+            interval: Tokens that a delta holds.
+        """
+        super().__init__(loop)
+        self._interval = interval
+        self._begun: set[int] = set()
+        self._held: dict[int, Delta] = {}
+
+    def push(self, delta: Delta) -> None:
+        choice = delta.choice
+        held = self._held.pop(choice, None)
+        if held is not None:
+            delta = _joined(held, delta)
+        if choice not in self._begun:
+            self._begun.add(choice)
+        elif delta.finish_reason is None and len(delta.token_ids) < self._interval:
+            self._held[choice] = delta
+            return
+        super().push(delta)
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    """Two deltas of a choice as one."""
+    return Delta(
+        first.choice,
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        first.prompt_logprobs + second.prompt_logprobs,
+        second.finish_reason,
+        second.stop_reason,
+        second.error,
+    )
 
 
 class OutputOptions(msgspec.Struct, frozen=True):

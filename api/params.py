@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from api.errors import RequestError
 from api.tokenizer import Tokenizer
-from engine_core.messages import ResolvedParams
+from engine_core.messages import RepetitionDetection, ResolvedParams
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024
+MAX_PATTERN_SIZE = 1024
 UINT64 = 1 << 64
 MAX_INT = (1 << 31) - 1
 """Counts travel as 32-bit numbers."""
@@ -49,11 +50,26 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
     whitespace_pattern: str | None = None
 
 
+class RepetitionDetectionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Ends a completion that says the same thing over and over.
+
+    Attributes:
+        max_pattern_size: Tokens of the longest pattern that is looked for; 0: none is.
+        min_pattern_size: Tokens of the shortest; 0 means 1.
+        min_count: The completion ends when its last tokens are one pattern this many times in a row; at least 2.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of a completion are chosen and when it ends. Names and defaults are vLLM's.
 
     Attributes:
         n: Completions of one prompt.
+        best_of: Generate this many completions and return the ``n`` with the highest cumulative log probability.
         temperature: 0 takes the most likely token each time.
         top_p: Only the most likely tokens that together have this probability are candidates.
         top_k: Only this many most likely tokens are candidates; 0 or -1: all.
@@ -78,9 +94,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
         structured_outputs: The language that the output must be in.
+        repetition_detection: End a completion that is caught in a loop, with the finish reason ``repetition``.
+        truncate_prompt_tokens: Keep this many tokens of a longer prompt; -1: as many as leave room for the output.
+        truncation_side: ``left``: the last tokens stay; ``right``: the first ones.
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -105,6 +125,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
 
     def __post_init__(self) -> None:
         self.verify()
@@ -115,6 +138,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    @property
+    def num_completions(self) -> int:
+        """How many are generated, of which ``n`` are returned."""
+        return self.n if self.best_of is None else self.best_of
+
     def verify(self) -> None:
         """Checks everything that can be said without a model.
 
@@ -122,6 +150,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             RequestError: A field is out of range; it is a ValueError.
         """
         _check(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}", self.n)
+        if self.best_of is not None:
+            _check(self.n <= self.best_of <= MAX_N, "best_of", f"must be between n and {MAX_N}", self.best_of)
         _check_range("temperature", self.temperature, 0, 2)
         _check(math.isfinite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
         _check(-1 <= self.top_k <= MAX_INT, "top_k", "must be 0 or -1 (off), or at least 1", self.top_k)
@@ -131,6 +161,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         _check(positive, "repetition_penalty", "must be above 0", self.repetition_penalty)
         _check(self.n == 1 or self.temperature > 0, "n", "must be 1 with temperature 0", self.n)
+        _check(
+            self.num_completions == 1 or self.temperature > 0, "best_of", "must be 1 with temperature 0", self.best_of
+        )
         if self.seed is not None:
             _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit 64 bits", self.seed)
         if self.max_tokens is not None:
@@ -159,8 +192,31 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
         _check(all(words), "bad_words", "must not hold an empty string", words)
         _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
+        keep = self.truncate_prompt_tokens
+        _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
+        if self.repetition_detection is not None:
+            _check_repetition(self.repetition_detection)
         for bias in (self.logit_bias or {}).values():
             _check(math.isfinite(bias), "logit_bias", "must hold finite numbers", bias)
+
+
+def _check_repetition(wanted: RepetitionDetectionParams) -> None:
+    if wanted.max_pattern_size == 0 and wanted.min_pattern_size == 0:
+        return
+    name = "repetition_detection"
+    _check(
+        1 <= wanted.max_pattern_size <= MAX_PATTERN_SIZE,
+        name,
+        f"needs a max_pattern_size between 1 and {MAX_PATTERN_SIZE}",
+        wanted.max_pattern_size,
+    )
+    _check(
+        0 <= wanted.min_pattern_size <= wanted.max_pattern_size,
+        name,
+        "needs a min_pattern_size between 0 and max_pattern_size",
+        wanted.min_pattern_size,
+    )
+    _check(2 <= wanted.min_count <= MAX_INT, name, "needs a min_count of at least 2", wanted.min_count)
 
 
 def _check(good: bool, name: str, rule: str, value: object) -> None:
@@ -229,9 +285,13 @@ def resolve_params(
         if params.allowed_token_ids is None
         else tuple(dict.fromkeys(_token_ids("allowed_token_ids", params.allowed_token_ids, limits))),
         bad_words_token_ids=_bad_words(params.bad_words or [], tokenizer),
-        logprobs=_num_logprobs("logprobs", params.logprobs, limits),
+        # The log probability of each token decides which completions are the best.
+        logprobs=0
+        if params.logprobs is None and params.num_completions > params.n
+        else _num_logprobs("logprobs", params.logprobs, limits),
         prompt_logprobs=_num_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
         logprob_token_ids=_logprob_token_ids(params, limits),
+        repetition_detection=_repetition_detection(params.repetition_detection),
     )
 
 
@@ -291,6 +351,49 @@ def _logprob_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int
             f"logprob_token_ids may hold at most {most} ids (--max-logprobs), got {len(ids)}", "logprob_token_ids"
         )
     return ids
+
+
+def _repetition_detection(wanted: RepetitionDetectionParams | None) -> RepetitionDetection | None:
+    if wanted is None or wanted.max_pattern_size == 0:
+        return None
+    return RepetitionDetection(
+        max_pattern_size=wanted.max_pattern_size,
+        min_pattern_size=max(1, wanted.min_pattern_size),
+        min_count=wanted.min_count,
+    )
+
+
+def truncate_prompt(
+    prompt: list[int],
+    keep: int | None,
+    side: Literal["left", "right"] | None,
+    max_model_len: int,
+    max_tokens: int | None,
+) -> range:
+    """Which tokens of a prompt stay.
+
+    Args:
+        prompt: Its token ids.
+        keep: See ``SamplingParams.truncate_prompt_tokens``.
+        side: Where the others are cut off; None: left.
+        max_model_len: Longest context.
+        max_tokens: Longest output, as far as is known.
+
+    Raises:
+        RequestError: ``keep`` is more than the model can take.
+    """
+    if keep is None:
+        return range(len(prompt))
+    if keep > max_model_len:
+        raise RequestError(
+            f"truncate_prompt_tokens must be at most the maximum context length of {max_model_len}",
+            "truncate_prompt_tokens",
+        )
+    if keep < 0:
+        keep = max(1, max_model_len - max(1, max_tokens or 1))
+    if len(prompt) <= keep:
+        return range(len(prompt))
+    return range(keep) if side == "right" else range(len(prompt) - keep, len(prompt))
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

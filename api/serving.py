@@ -125,9 +125,9 @@ class Serving:
         cache_salt: str = "",
         first_choice: int = 0,
     ) -> list[RequestState]:
-        """Starts ``params.n`` completions of each prompt.
+        """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
 
-        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * n + i`` of the channel. Everything is checked
+        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is checked
         before anything starts; when starting fails halfway, what has started is dropped.
 
         Raises:
@@ -138,12 +138,13 @@ class Serving:
             raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
         for prompt in prompts:
             self.check_token_ids(prompt)
-        if params.n > 1 and params.seed is None:
+        num_completions = params.num_completions
+        if num_completions > 1 and params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
         resolved = [
             resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
             for prompt in prompts
-            for child in range(params.n)
+            for child in range(num_completions)
         ]
         options = OutputOptions(
             stop=tuple(params.stop_strings),
@@ -161,14 +162,14 @@ class Serving:
                         channel,
                         first_choice + choice,
                         request_id=f"{request_id}-{choice}" if len(resolved) > 1 else request_id,
-                        prompt_token_ids=prompts[choice // params.n],
+                        prompt_token_ids=prompts[choice // num_completions],
                         params=engine_params,
                         options=options,
                         priority=priority,
                         cache_salt=cache_salt,
                     )
                 )
-                self.metrics.on_request(params.n if choice % params.n == 0 else None, engine_params.max_tokens)
+                self.metrics.on_request(params.n if choice % num_completions == 0 else None, engine_params.max_tokens)
         except BaseException:
             self.client.abort(states)
             raise

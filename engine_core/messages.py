@@ -18,6 +18,7 @@ from executor.messages import (
     Message,
     MultiModalFeature,
     PoolingParams,
+    RepetitionDetection,
     ResolvedParams,
     TensorRef,
     TokenLogprobs,
@@ -41,6 +42,7 @@ __all__ = [
     "MultiModalFeature",
     "Ping",
     "PoolingParams",
+    "RepetitionDetection",
     "ResetPrefixCache",
     "ResolvedParams",
     "SchedulerStats",
@@ -63,6 +65,8 @@ class FinishReason(IntEnum):
     LENGTH = 1
     ABORT = 2
     ERROR = 3
+    REPETITION = 4
+    """The output is caught in a loop, see ``RepetitionDetection``."""
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, TokenLogprobs, i32
+from engine_core.repetition import RepetitionDetector
+
+MAX_STOP_IDS = 8
+"""Stop token ids that are compared for all rows at once; a request with more takes the slower way."""
 
 
 class Request:
@@ -24,6 +28,7 @@ class Request:
         "num_prompt_tokens",
         "params",
         "prompt_logprobs",
+        "repetition",
         "scheduled_time",
         "slot",
         "token_ids",
@@ -44,8 +49,19 @@ class Request:
         self.num_cached_tokens: int | None = None
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
+        wanted = self.params.repetition_detection
+        self.repetition = (
+            None if wanted is None else RepetitionDetector(wanted, self.token_ids[self.num_prompt_tokens :])
+        )
         self.num_crashes = 0
         """Worker deaths while this request was in a step."""
+
+    @property
+    def is_special(self) -> bool:
+        """Whether each of its tokens is looked at by itself, rather than with those of all others."""
+        params = self.params
+        many_stops = len(params.all_stop_token_ids) > MAX_STOP_IDS
+        return params.logprobs is not None or many_stops or self.repetition is not None
 
     @property
     def is_pooling(self) -> bool:

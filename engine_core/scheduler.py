@@ -29,15 +29,12 @@ from engine_core.messages import (
     TokenLogprobs,
     i32,
 )
-from engine_core.request import Request
+from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.request_queue import create_request_queue
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-MAX_STOP_IDS = 8
-"""Stop token ids that are compared for all rows at once; a request with more takes the slower way."""
 
 
 @dataclass
@@ -110,7 +107,7 @@ class Scheduler:
         self._stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         self._has_stop_ids = np.zeros(size, np.bool_)
         self._is_special = np.zeros(size, np.bool_)
-        """Rows that have more to say than their token: the first one, log probabilities, many stop ids."""
+        """Rows that have more to say than their token: the first one, and those of special requests."""
         self._is_pooling = np.zeros(size, np.bool_)
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -342,7 +339,7 @@ class Scheduler:
         self._stop_ids[slot] = -1
         self._stop_ids[slot, : min(len(stop_ids), MAX_STOP_IDS)] = stop_ids[:MAX_STOP_IDS]
         self._has_stop_ids[slot] = bool(stop_ids)
-        self._is_special[slot] = is_first or params.logprobs is not None or len(stop_ids) > MAX_STOP_IDS
+        self._is_special[slot] = is_first or request.is_special
         return slot
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
@@ -448,8 +445,11 @@ class Scheduler:
         if not stopped and self._num_known[slot] >= self._min_known[slot]:
             stopped = token in params.all_stop_token_ids[MAX_STOP_IDS:]
         reason = None
+        is_loop = self._is_loop(request, slot)
         if stopped:
             reason = FinishReason.STOP
+        elif is_loop:
+            reason = FinishReason.REPETITION
         elif self._num_known[slot] >= self._max_tokens[slot]:
             reason = FinishReason.LENGTH
         is_first = output_index == 0 or bool(request.prompt_logprobs)
@@ -469,9 +469,17 @@ class Scheduler:
             self._publish(np.array([slot], np.int32))
             self._finish(request)
         else:
-            self._is_special[slot] = params.logprobs is not None or len(params.all_stop_token_ids) > MAX_STOP_IDS
+            self._is_special[slot] = request.is_special
             self._publish(np.array([slot], np.int32))
         return output
+
+    def _is_loop(self, request: Request, slot: int) -> bool:
+        """Takes note of a request's last token; whether its output goes round in circles."""
+        if request.repetition is None:
+            return False
+        known = self._num_known[slot]
+        found = request.repetition.append(self._token_ids[slot, request.num_prompt_tokens : known])
+        return found and bool(known >= self._min_known[slot])
 
     def _fail(self, slot: int, message: str) -> EngineCoreOutput:
         """Ends a request whose row went wrong; its blocks are not to be trusted."""

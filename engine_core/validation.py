@@ -13,6 +13,8 @@ from engine_core.messages import EngineCoreRequest, ResolvedParams, i32
 MAX_TOKEN_IDS = 1 << 20
 """Ids in a list that every step looks at; no vocabulary is larger."""
 INT32_MAX = 2**31 - 1
+MAX_PATTERN_SIZE = 1024
+"""Tokens of the longest repeated pattern that is looked for: each of them is compared at every step."""
 FLOAT32_MAX = 3.4e38
 """Numbers of a request are float32 where they meet logits."""
 
@@ -73,6 +75,11 @@ def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
             return f"{name} has a token id outside the vocabulary of {vocab_size}"
     if not all(params.bad_words_token_ids):
         return "bad_words has an empty word"
+    loops = params.repetition_detection
+    if loops is not None and not (
+        1 <= loops.min_pattern_size <= loops.max_pattern_size <= MAX_PATTERN_SIZE and 2 <= loops.min_count <= INT32_MAX
+    ):
+        return "repetition_detection is out of range"
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         return "allowed_token_ids is empty"
     return None

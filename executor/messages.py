@@ -30,6 +30,15 @@ class TensorRef(Message, frozen=True):
 # What a request carries
 
 
+class RepetitionDetection(Message, frozen=True):
+    """When an output counts as caught in a loop: its end is one pattern ``min_count`` times in a row."""
+
+    max_pattern_size: int
+    """Tokens of the longest pattern that is looked for."""
+    min_pattern_size: int = 1
+    min_count: int = 2
+
+
 class ResolvedParams(Message, frozen=True):
     """Sampling parameters of one request after the api resolved names, defaults and the seed.
 
@@ -60,6 +69,7 @@ class ResolvedParams(Message, frozen=True):
     """Number of most likely tokens to report beside the sampled one; -1: the whole vocabulary."""
     prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
+    repetition_detection: RepetitionDetection | None = None
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from api.engine_client import EngineClient
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
-from api.output import Channel, OutputOptions, OutputProcessor, RequestState
+from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
 from api.serving import Serving
 from api.tokenizer import Tokenizer
 from api.traffic import Traffic
@@ -152,8 +152,9 @@ class FakeEngineClient:
     def is_serving(self) -> bool:
         return self.dead is None
 
-    def open_channel(self) -> Channel:
-        return Channel(asyncio.get_running_loop())
+    def open_channel(self, stream_interval: int = 1) -> Channel:
+        loop = asyncio.get_running_loop()
+        return Channel(loop) if stream_interval == 1 else PacedChannel(loop, stream_interval)
 
     def submit(
         self,

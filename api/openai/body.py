@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
 
 from api.errors import RequestError
 from api.openai.errors import KINDS, decode_error, malformed
+from api.serving import Serving
+from engine_core.launch import get_logger
 
 T = TypeVar("T")
+
+logger = get_logger()
+
+UNREAD = frozenset(
+    {
+        "include_obfuscation",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "verbosity",
+        "vllm_xargs",
+    }
+)
+"""Fields of OpenAI's and vLLM's requests that are known and mean nothing here."""
+MAX_NAME = 64
+MAX_NAMED = 10
+"""Unknown fields that an error lists."""
 
 
 async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size: int) -> T:
@@ -29,9 +56,42 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
         raise malformed("Unsupported media type: only application/json is allowed as Content-Type")
     body = await _read(request, max_size)
     try:
-        return decoder.decode(body)
+        result = decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise decode_error(error) from None
+    serving: Serving = request.app.state.serving
+    if serving.config.strict or logger.isEnabledFor(logging.DEBUG):
+        _look_for_unknown_fields(body, decoder.type, refuse=serving.config.strict)
+    return result
+
+
+def _look_for_unknown_fields(body: bytes, kind: type[Any], *, refuse: bool) -> None:
+    """Refuses fields that ``kind`` does not have, or says in the log that they are ignored."""
+    names = [shorten(name) for name in unknown_fields(msgspec.json.decode(body), kind)]
+    if not names:
+        return
+    listed = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+    if refuse:
+        raise RequestError(f"unknown fields (this server was started with --strict): {listed}", names[0])
+    logger.debug("unknown fields of a request are ignored: %s", listed)
+
+
+def unknown_fields(value: Any, kind: Any) -> Iterable[str]:
+    """Dotted names of the keys of a decoded JSON value that a struct, or a struct in it, does not have."""
+    if not isinstance(value, dict) or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    for key, inner in value.items():
+        if key in fields:
+            for alternative in (fields[key], *get_args(fields[key])):
+                yield from (f"{key}.{name}" for name in unknown_fields(inner, alternative))
+        elif key not in UNREAD:
+            yield key
+
+
+def shorten(name: str) -> str:
+    """A client's name for a field, as far as an error repeats it."""
+    return name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
 
 
 async def _read(request: Request, max_size: int) -> bytes:

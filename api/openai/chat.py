@@ -27,7 +27,7 @@ from api.openai.protocol import (
     Usage,
 )
 from api.openai.refusals import refuse_chat
-from api.openai.sampling import answer_id, check_stream_fields, sampling_params, wants_usage
+from api.openai.sampling import answer_id, check_stream_fields, sampling_params, stream_interval, wants_usage
 from api.openai.stream import MARK, Generation, TokenStream, WholeAnswer, event, split_at_mark
 from api.output import Delta
 from api.serving import Serving
@@ -61,6 +61,7 @@ async def create_chat_completion(request: Request) -> Response:
         params,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        stream_interval=stream_interval(serving.config, body),
     )
     reply = ChatReply(serving, body, generation)
     if body.stream:

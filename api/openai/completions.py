@@ -16,7 +16,14 @@ from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprob
 from api.openai.prompts import prompt_token_ids
 from api.openai.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
 from api.openai.refusals import refuse_completion
-from api.openai.sampling import answer_id, check_stream_fields, sampling_params, wants_usage
+from api.openai.sampling import (
+    answer_id,
+    check_positive,
+    check_stream_fields,
+    sampling_params,
+    stream_interval,
+    wants_usage,
+)
 from api.openai.stream import MARK, Generation, TokenStream, WholeAnswer, event, split_at_mark
 from api.output import Delta
 from api.params import MAX_N
@@ -35,8 +42,12 @@ async def create_completion(request: Request) -> Response:
     refuse_completion(body)
     check_stream_fields(body)
     prompts = list_prompts(body.prompt)
-    if len(prompts) * max(1, body.n or 1) > MAX_N:
-        raise RequestError(f"prompts times n must be at most {MAX_N}", "n")
+    check_positive("best_of", body.best_of)
+    if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
+        raise RequestError("best_of larger than n cannot be streamed: the best are known at the end", "best_of")
+    if len(prompts) * max(1, body.n or 1, body.best_of or 1) > MAX_N:
+        name = "n" if body.best_of is None else "best_of"
+        raise RequestError(f"prompts times {name} must be at most {MAX_N}", name)
     token_ids = [
         await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
         for prompt in prompts
@@ -47,6 +58,7 @@ async def create_completion(request: Request) -> Response:
         max_tokens=_max_tokens(serving, body, max(map(len, token_ids))),
         logprobs=body.logprobs,
         prompt_logprobs=_num_prompt_logprobs(body),
+        best_of=body.best_of,
     )
     generation = Generation(
         serving,
@@ -55,6 +67,7 @@ async def create_completion(request: Request) -> Response:
         params,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        stream_interval=stream_interval(serving.config, body),
     )
     reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n)
     if body.stream:

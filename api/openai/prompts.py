@@ -12,6 +12,7 @@ import msgspec
 from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
+from api.params import truncate_prompt
 from api.serving import INLINE_TEXT, Serving
 
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -116,15 +117,5 @@ async def prompt_token_ids(
         add_special_tokens = request.add_special_tokens
     if isinstance(prompt, str):
         prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
-    if keep is None:
-        return prompt
-    longest = serving.limits.max_model_len
-    if keep > longest:
-        raise RequestError(
-            f"truncate_prompt_tokens must be at most the maximum context length of {longest}", "truncate_prompt_tokens"
-        )
-    if keep < 0:
-        keep = max(1, longest - max(1, max_tokens or 1))
-    if len(prompt) <= keep:
-        return prompt
-    return prompt[:keep] if request.truncation_side == "right" else prompt[len(prompt) - keep :]
+    kept = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens)
+    return prompt[kept.start : kept.stop]

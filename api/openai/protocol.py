@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from api.params import RepetitionDetectionParams
+
 MAX_INT32 = (1 << 31) - 1
 Int32 = Annotated[int, Meta(ge=-(1 << 31), le=MAX_INT32)]
 Label = Annotated[str, Meta(pattern=r"^[!-~]{1,128}$")]
@@ -46,6 +48,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     n: PositiveCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: PositiveCount | None = None
+    """Tokens of a choice in each chunk of a stream, but for the first and the last one. Default: the server's."""
 
     # How tokens are chosen. None: the server's default, then SamplingParams'.
     temperature: Temperature | None = None
@@ -67,6 +71,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     """No end token and no stop string before this many tokens."""
+    repetition_detection: RepetitionDetectionParams | None = None
+    """End a completion that is caught in a loop, with the finish reason ``repetition``."""
 
     # What is reported.
     prompt_logprobs: OffOrCount | None = None
@@ -108,7 +114,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     use_beam_search: Annotated[Any, Meta(extra_json_schema={"enum": [None, False]})] = None
     prompt_embeds: Later = None
     logits_processors: Later = None
-    repetition_detection: Later = None
     thinking_token_budget: Later = None
     watermarking: Later = None
     kv_transfer_params: Later = None
@@ -127,7 +132,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     max_tokens: Count | None = None
     """None: 16. 0 only with ``echo``."""
 
-    best_of: Annotated[Any, Meta(extra_json_schema={"enum": [None, 1]})] = None
+    best_of: PositiveCount | None = None
+    """Generate so many and return the ``n`` with the highest log probability; not more than ``n`` in a stream."""
     suffix: Later = None
 
 
@@ -402,6 +408,11 @@ class ErrorInfo(msgspec.Struct, kw_only=True):
 
 class ErrorResponse(msgspec.Struct, kw_only=True):
     error: ErrorInfo
+
+
+class LoadResponse(msgspec.Struct, kw_only=True):
+    server_load: int
+    """Completions that run or wait."""
 
 
 class VersionResponse(msgspec.Struct, kw_only=True):

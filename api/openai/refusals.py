@@ -44,7 +44,6 @@ _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
     Refusal("use_beam_search", lambda request: bool(request.use_beam_search)),
     Refusal("prompt_embeds", lambda request: request.prompt_embeds is not None),
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
-    Refusal("repetition_detection", lambda request: request.repetition_detection is not None),
     Refusal("thinking_token_budget", lambda request: request.thinking_token_budget is not None),
     Refusal("watermarking", lambda request: request.watermarking is not None),
     Refusal("kv_transfer_params", lambda request: bool(request.kv_transfer_params)),
@@ -52,12 +51,6 @@ _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
 )
 
 _COMPLETION: tuple[Refusal[CompletionRequest], ...] = (
-    # As many as are returned is what happens without it.
-    Refusal(
-        "best_of",
-        lambda request: request.best_of not in (None, 0, 1, request.n or 1),
-        "{} larger than n is not supported by this server",
-    ),
     Refusal("suffix", lambda request: request.suffix not in (None, "")),
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
 from api.params import SamplingParams
@@ -31,6 +32,7 @@ _SAME_NAME = (
     "ignore_eos",
     "min_tokens",
     "logprob_token_ids",
+    "repetition_detection",
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
@@ -43,6 +45,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    best_of: int | None = None,
 ) -> SamplingParams:
     """What a request asks for, then what the server prefers, then the built-in defaults.
 
@@ -52,6 +55,7 @@ def sampling_params(
         max_tokens: Longest completion.
         logprobs: Most likely tokens to report at each place.
         prompt_logprobs: The same for the prompt.
+        best_of: Completions of which the best are returned.
 
     Raises:
         RequestError: A field is out of range.
@@ -61,7 +65,11 @@ def sampling_params(
     if logprobs is None and request.logprob_token_ids:
         logprobs = 0
     return SamplingParams(
-        **{**defaults, **wanted}, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        **{**defaults, **wanted},
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        best_of=best_of,
     )
 
 
@@ -75,6 +83,24 @@ def check_stream_fields(request: GenerationRequest) -> None:
         raise RequestError("stream_options needs stream to be true", "stream_options")
     if request.stream and request.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    check_positive("stream_interval", request.stream_interval)
+
+
+def check_positive(name: str, value: int | None) -> None:
+    """Refuses a count that is not at least 1.
+
+    Raises:
+        RequestError: It names the field.
+    """
+    if value is not None and value < 1:
+        raise RequestError(f"{name} must be at least 1, got {value}", name)
+
+
+def stream_interval(config: ServerConfig, request: GenerationRequest) -> int:
+    """Tokens of a choice in each chunk; an answer in one piece has no use for it."""
+    if not request.stream:
+        return 1
+    return request.stream_interval or config.stream_interval
 
 
 def answer_id(prefix: str, request: Request, label: str | None) -> str:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.errors import EngineDeadError, RequestError
+from api.fanout import choose_best
 from api.openai.errors import KINDS, render, to_request_error
 from api.openai.protocol import PromptTokensDetails, Usage
 from api.output import Delta, RequestState
@@ -73,11 +74,15 @@ class Generation:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        stream_interval: int = 1,
     ) -> None:
-        """Prepares; see ``Serving.submit``. Nothing runs before ``start``."""
+        """Prepares; see ``Serving.submit``. Nothing runs before ``start``.
+
+        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one.
+        """
         self.request_id = request_id
         self.prompts = prompts
-        self.num_choices = len(prompts) * params.n
+        self.num_choices = len(prompts) * params.num_completions
         self.disconnected = False
         """The client is gone, and with it the requests."""
         self.states: list[RequestState] = []
@@ -85,7 +90,7 @@ class Generation:
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
-        self._channel = serving.client.open_channel()
+        self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self, receive: Receive, *, quiet: bool = False) -> None:
@@ -121,6 +126,10 @@ class Generation:
         """Waits for deltas; none come after ``wake`` and when the client is gone."""
         return await self._channel.take()
 
+    def choose(self, deltas: list[Delta]) -> list[Delta]:
+        """The deltas of the choices that are returned: all, or the best ones."""
+        return choose_best(deltas, self._params.n, self._params.num_completions)
+
     def wake(self) -> None:
         """Lets ``take`` return."""
         self._channel.wake()
@@ -148,7 +157,7 @@ class Generation:
         if num_output_tokens is None:
             num_output_tokens = sum(len(state.output_token_ids) for state in states)
         num_prompt_tokens = sum(map(len, self.prompts))
-        cached = sum(state.num_cached_tokens for state in states[:: self._params.n])
+        cached = sum(state.num_cached_tokens for state in states[:: self._params.num_completions])
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_output_tokens,
@@ -272,7 +281,7 @@ class WholeAnswer(Response):
                 deltas += new
         finally:
             generation.close()
-        self.body = self._reply.whole(deltas)
+        self.body = self._reply.whole(generation.choose(deltas))
         self.init_headers()
         await super().__call__(scope, receive, send)
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core.config import CacheConfig, SchedulerConfig
-from engine_core.messages import EngineCoreRequest, FinishReason, ResolvedParams, i32, i64
+from engine_core.messages import EngineCoreRequest, FinishReason, RepetitionDetection, ResolvedParams, i32, i64
 from engine_core.request import Request
 from engine_core.scheduler import CacheShape, InFlight, Scheduler
 from executor.messages import RowError, SchedulerOutput
+from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
 
 VOCAB = 50
@@ -420,3 +421,32 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
         else:
             assert engine.outputs[index] == expected
             assert engine.prompt_positions[index] == (list(range(1, len(prompt))) if index in asked else [])
+
+
+def until_loop(prompt: list[int], max_tokens: int, wanted: RepetitionDetection) -> list[int]:
+    """The output of a request that runs alone, up to its first loop."""
+    output = expected_output(prompt, max_tokens)
+    for length in range(1, len(output) + 1):
+        for size in range(wanted.min_pattern_size, wanted.max_pattern_size + 1):
+            tail = output[:length][-size * wanted.min_count :]
+            if len(tail) == size * wanted.min_count and tail == tail[:size] * wanted.min_count:
+                return output[:length]
+    return output
+
+
+def test_an_output_that_is_caught_in_a_loop_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a small range repeat by chance; few blocks let requests be preempted in the middle."""
+    monkeypatch.setattr(fake_device, "next_token", lambda tokens, vocab, stop: sum(tokens[-3:]) % 4 + 10)
+    monkeypatch.setitem(globals(), "next_token", lambda tokens, vocab, stop: sum(tokens[-3:]) % 4 + 10)
+    wanted = RepetitionDetection(max_pattern_size=6, min_pattern_size=2, min_count=3)
+    prompts = [[8 + i, 9 + i * i % 5, 10] for i in range(8)]
+    engine = Engine.create(num_blocks=20, block_size=4)
+    for index, prompt in enumerate(prompts):
+        engine.scheduler.add_request(make_request(index, prompt, 40, repetition_detection=wanted))
+    engine.run()
+    assert engine.scheduler.num_preemptions > 0
+    for index, prompt in enumerate(prompts):
+        expected = until_loop(prompt, 40, wanted)
+        assert engine.outputs[index] == expected
+        assert engine.reasons[index] == (FinishReason.REPETITION if len(expected) < 40 else FinishReason.LENGTH)
+    assert FinishReason.REPETITION in engine.reasons.values()

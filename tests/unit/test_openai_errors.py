@@ -256,11 +256,9 @@ async def test_bad_combinations(api: Api, path: str, fields: dict[str, Any], par
                 ("guided_grammar", "x"),
                 ("use_beam_search", True),
                 ("prompt_embeds", "AAAA"),
-                ("repetition_detection", {}),
             )
         ),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
-        (COMPLETIONS, {"best_of": 2}, "best_of"),
         (CHAT, {"tools": []}, "tools"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHAT, {"tool_choice": "auto"}, "tool_choice"),
