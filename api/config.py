@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from api.flags import ConfigError
+from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from engine_core.config import Config, EngineConfig, Positive
 
 ENVIRONMENT = {
@@ -53,6 +54,19 @@ class ServerConfig(Config, frozen=True):
     trust_request_chat_template: Annotated[
         bool, Meta(description="Let requests bring a chat template of their own.")
     ] = False
+    enable_auto_tool_choice: Annotated[
+        bool, Meta(description="Let models decide whether to call tools; needs --tool-call-parser.")
+    ] = False
+    tool_call_parser: Annotated[
+        str | None, Meta(description=f"How the model writes tool calls: {', '.join(sorted(TOOL_PARSERS))}.")
+    ] = None
+    exclude_tools_when_tool_choice_none: Annotated[
+        bool, Meta(description="Leave tools out of the prompt if tool_choice is none.")
+    ] = False
+    reasoning_parser: Annotated[
+        str | None,
+        Meta(description=f"How the model marks its reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none."),
+    ] = None
     response_role: Annotated[str, Meta(description="Role of the messages that the server writes.")] = "assistant"
     generation_config: Annotated[
         str,
@@ -104,6 +118,7 @@ def check_config(config: ServerConfig) -> None:
     Raises:
         ConfigError: Two values contradict each other, or what they ask for does not exist yet.
     """
+    _check_parsers(config)
     engine = config.engine
     parallel = engine.executor.parallel
     for name, size in (
@@ -120,3 +135,14 @@ def check_config(config: ServerConfig) -> None:
                 "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "
                 f"computed in one step of {budget} tokens"
             )
+
+
+def _check_parsers(config: ServerConfig) -> None:
+    for flag, name, known in (
+        ("--tool-call-parser", config.tool_call_parser, TOOL_PARSERS),
+        ("--reasoning-parser", config.reasoning_parser, REASONING_PARSERS),
+    ):
+        if name is not None and name not in known:
+            raise ConfigError(f"{flag}: there is no parser {name!r}, but {', '.join(sorted(known))}")
+    if config.enable_auto_tool_choice and config.tool_call_parser is None:
+        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, which says how the model writes calls")

@@ -42,15 +42,27 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """Prepares for a stream.
+
+        Args:
+            tokenizer: Whose ids they are.
+            prompt_token_ids: The prompt's last ids.
+            skip_special_tokens: Leave special tokens out of the text.
+            spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
+            kept_special_ids: Special tokens that are not left out, as they mean something to a parser of the text.
+        """
         decoder: _Decoder
         kind = tokenizer.decoding.kind
+        skipped: frozenset[int] = tokenizer.all_special_ids - kept_special_ids if skip_special_tokens else frozenset()
         if kind == "byte_level":
-            decoder = _ByteLevelDecoder(tokenizer, prompt_token_ids, skip_special_tokens)
+            decoder = _ByteLevelDecoder(tokenizer, prompt_token_ids, skipped)
         elif kind == "byte_fallback":
-            decoder = _ByteFallbackDecoder(tokenizer, prompt_token_ids, skip_special_tokens)
+            decoder = _ByteFallbackDecoder(tokenizer, prompt_token_ids, skipped)
         else:
-            decoder = _WindowDecoder(tokenizer, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens)
+            joins_added = not skip_special_tokens and not spaces_between_special_tokens
+            decoder = _WindowDecoder(tokenizer, prompt_token_ids, skipped, joins_added)
         # Bound here rather than delegated to: one call per token, not two.
         self.append: Callable[[int], str] = decoder.append
         self.extend: Callable[[Iterable[int]], str] = decoder.extend
@@ -69,11 +81,11 @@ class _Decoder(Protocol):
 class _ByteLevelTexts(dict[int, "str | None"]):
     """Text by token id; None for a token that begins or ends inside a character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         super().__init__()
         self._token_bytes = tokenizer.token_bytes
         self._vocab_size = tokenizer.vocab_size
-        self._skipped = tokenizer.all_special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
 
     def __missing__(self, token_id: int) -> str | None:
         if token_id in self._skipped or not 0 <= token_id < self._vocab_size:
@@ -88,8 +100,8 @@ class _ByteLevelTexts(dict[int, "str | None"]):
 
 
 @lru_cache(maxsize=16)
-def _byte_level_texts(tokenizer: Tokenizer, skip_special_tokens: bool) -> _ByteLevelTexts:
-    return _ByteLevelTexts(tokenizer, skip_special_tokens)
+def _byte_level_texts(tokenizer: Tokenizer, skipped: frozenset[int]) -> _ByteLevelTexts:
+    return _ByteLevelTexts(tokenizer, skipped)
 
 
 class _ByteLevelDecoder:
@@ -97,8 +109,8 @@ class _ByteLevelDecoder:
 
     __slots__ = ("_pending", "_prompt_text", "_texts", "_token_bytes")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
-        self._texts = _byte_level_texts(tokenizer, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skipped: frozenset[int]) -> None:
+        self._texts = _byte_level_texts(tokenizer, skipped)
         self._token_bytes = tokenizer.token_bytes
         self._pending = self._prompt_tail(prompt_token_ids)
         # What the backend makes of these bytes, if nothing completes them, belongs to the prompt.
@@ -147,10 +159,10 @@ class _ByteLevelDecoder:
 class _Pieces(dict[int, "str | int | None"]):
     """Text by token id; an int for a token that stands for one byte, None for one that is left out."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.all_special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
 
     def __missing__(self, token_id: int) -> str | int | None:
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
@@ -162,8 +174,8 @@ class _Pieces(dict[int, "str | int | None"]):
 
 
 @lru_cache(maxsize=16)
-def _pieces(tokenizer: Tokenizer, skip_special_tokens: bool) -> _Pieces:
-    return _Pieces(tokenizer, skip_special_tokens)
+def _pieces(tokenizer: Tokenizer, skipped: frozenset[int]) -> _Pieces:
+    return _Pieces(tokenizer, skipped)
 
 
 class _ByteFallbackDecoder:
@@ -175,8 +187,8 @@ class _ByteFallbackDecoder:
 
     __slots__ = ("_num_prompt_bytes", "_pieces", "_run", "_strip", "_strips_left")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
-        self._pieces = _pieces(tokenizer, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skipped: frozenset[int]) -> None:
+        self._pieces = _pieces(tokenizer, skipped)
         self._run = bytearray()
         self._strip, self._strips_left = tokenizer.decoding.strip_left
         for token_id in reversed(prompt_token_ids):
@@ -254,7 +266,6 @@ class _WindowDecoder:
         "_context_text",
         "_ids",
         "_last_added",
-        "_skip",
         "_skipped",
         "_vocab_size",
     )
@@ -263,15 +274,13 @@ class _WindowDecoder:
         self,
         tokenizer: Tokenizer,
         prompt_token_ids: Sequence[int],
-        skip_special_tokens: bool,
-        spaces_between_special_tokens: bool,
+        skipped: frozenset[int],
+        joins_added: bool,
     ) -> None:
         self._backend = tokenizer.backend
         self._vocab_size = tokenizer.vocab_size
-        self._skip = skip_special_tokens
-        self._skipped: frozenset[int] = tokenizer.all_special_ids if skip_special_tokens else frozenset()
-        join_added = not skip_special_tokens and not spaces_between_special_tokens
-        self._added: dict[int, str] = tokenizer.added_tokens if join_added else {}
+        self._skipped = skipped
+        self._added: dict[int, str] = tokenizer.added_tokens if joins_added else {}
         self._last_added = len(prompt_token_ids) > 0 and prompt_token_ids[-1] in self._added
         self._ids: list[int] = []
         self._context_text = ""
@@ -326,7 +335,8 @@ class _WindowDecoder:
         return 0 <= token_id < self._vocab_size and token_id not in self._skipped
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._backend.decode(token_ids, skip_special_tokens=self._skip)
+        # What is to be left out never gets here.
+        return self._backend.decode(token_ids, skip_special_tokens=False)
 
     def _move_context(self, text: str) -> None:
         """All ids are out; keep the fewest that still have text of their own."""

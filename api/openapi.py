@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.openai.protocol import ErrorResponse
+from api.openai.protocol import ChatTool, ErrorResponse
 from api.version import VERSION
 
 ERRORS = {
@@ -66,6 +66,7 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
         if kind is not None
     }
     types[ErrorResponse] = None
+    types[ChatTool] = None  # requests refer to it, though they keep tools as they came
     schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
     by_type: dict[type[msgspec.Struct], dict[str, Any]] = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}

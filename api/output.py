@@ -138,6 +138,8 @@ class OutputOptions(msgspec.Struct, frozen=True):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    kept_special_ids: frozenset[int] = frozenset()
+    """Special tokens that stay in the text although others are left out."""
     detokenize: bool = True
     min_tokens: int = 0
     """Stop strings do not count before this many tokens."""
@@ -196,6 +198,7 @@ class RequestState:
                 i32(message.prompt_token_ids)[-64:].tolist(),
                 options.skip_special_tokens,
                 options.spaces_between_special_tokens,
+                options.kept_special_ids,
             )
             if options.stop:
                 self.stop_checker = StopChecker(options.stop, options.include_stop_str_in_output)

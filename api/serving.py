@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,6 +101,11 @@ class Serving:
         except ValueError as error:
             raise RequestError(f"the prompt is no text: {error}", "prompt") from error
 
+    def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Ids of those texts that are special tokens here."""
+        ids = (self.tokenizer.token_to_id(token) for token in tokens)
+        return frozenset(token_id for token_id in ids if token_id in self.tokenizer.all_special_ids)
+
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """Refuses a prompt of token ids that the model does not have.
 
@@ -124,6 +129,7 @@ class Serving:
         priority: int = 0,
         cache_salt: str = "",
         first_choice: int = 0,
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> list[RequestState]:
         """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
 
@@ -151,6 +157,7 @@ class Serving:
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
+            kept_special_ids=kept_special_ids,
             detokenize=params.detokenize,
             min_tokens=params.min_tokens,
         )

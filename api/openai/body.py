@@ -22,7 +22,6 @@ UNREAD = frozenset(
     {
         "include_obfuscation",
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",

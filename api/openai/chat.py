@@ -10,10 +10,10 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import RequestError
+from api.openai.answer import ChatAnswer, prepare_answer
 from api.openai.body import read_json
 from api.openai.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
-from api.openai.prompts import adds_generation_prompt, prompt_token_ids, render_messages, text_of
+from api.openai.prompts import adds_generation_prompt, text_of
 from api.openai.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -23,13 +23,27 @@ from api.openai.protocol import (
     ChatCompletionResponse,
     ChatDelta,
     ChatLogprobs,
+    ChatToolCall,
+    CompletionTokensDetails,
+    FunctionCall,
+    FunctionDelta,
     PromptLogprobs,
+    ToolCallDelta,
     Usage,
 )
-from api.openai.refusals import refuse_chat
-from api.openai.sampling import answer_id, check_stream_fields, sampling_params, stream_interval, wants_usage
-from api.openai.stream import MARK, Generation, TokenStream, WholeAnswer, event, split_at_mark
+from api.openai.sampling import answer_id, wants_usage
+from api.openai.stream import (
+    DONE,
+    KEEP_ALIVE,
+    MARK,
+    TokenStream,
+    WholeAnswer,
+    error_event,
+    event,
+    split_at_mark,
+)
 from api.output import Delta
+from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
 from api.serving import Serving
 
 DECODER = msgspec.json.Decoder(ChatCompletionRequest)
@@ -40,40 +54,22 @@ async def create_chat_completion(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    refuse_chat(body)
-    check_stream_fields(body)
-    if body.top_logprobs and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = sampling_params(
-        body,
-        serving.defaults,
-        max_tokens=max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        prompt_logprobs=body.prompt_logprobs,
-    )
-    text = await render_messages(serving, body, body.messages)
-    prompt = await prompt_token_ids(serving, body, text, add_special_tokens=False, max_tokens=max_tokens)
-    generation = Generation(
-        serving,
-        answer_id("chatcmpl", request, body.request_id),
-        [prompt],
-        params,
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        stream_interval=stream_interval(serving.config, body),
-    )
-    reply = ChatReply(serving, body, generation)
+    answer = await prepare_answer(serving, body, answer_id("chatcmpl", request, body.request_id))
+    reply = ChatReply(serving, body, answer)
     if body.stream:
-        return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
-    return WholeAnswer(generation, reply)
+        return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)
+    return WholeAnswer(answer.generation, reply)
 
 
 class ChatReply:
     """The outputs of a chat completion, as chunks or folded into one answer."""
 
-    def __init__(self, serving: Serving, request: ChatCompletionRequest, generation: Generation) -> None:
-        self._generation = generation
+    keep_alive = KEEP_ALIVE
+    error_event = staticmethod(error_event)
+
+    def __init__(self, serving: Serving, request: ChatCompletionRequest, answer: ChatAnswer) -> None:
+        self._answer = answer
+        self._generation = generation = answer.generation
         last = request.messages[-1]
         self._role = serving.config.response_role if adds_generation_prompt(request) else last.role
         self._echo = text_of(last) if request.echo and last.role == self._role else ""
@@ -81,7 +77,11 @@ class ChatReply:
         self._has_prompt_logprobs = request.prompt_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
         self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
-        self._is_plain = not (self._has_logprobs or self._has_token_ids or self._has_usage)
+        self._is_bare = not (self._has_logprobs or self._has_token_ids or self._has_usage)
+        """Chunks say nothing of single tokens."""
+        self._is_content = answer.text_format.is_plain
+        """All text is content."""
+        self._is_plain = self._is_bare and self._is_content
         self._spelling = TokenSpelling(serving.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         self._num_output_tokens = 0
         self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
@@ -106,17 +106,32 @@ class ChatReply:
             pieces.append(ChatChunkChoice(index=index, delta=ChatDelta(content=self._echo)))
         return pieces
 
-    def _piece(self, delta: Delta) -> ChatChunkChoice:
+    def _pieces(self, delta: Delta) -> list[ChatChunkChoice]:
+        """One for each part of the text; none if that is held back and nothing else is to be said."""
         self._num_output_tokens += len(delta.token_ids)
-        piece = ChatChunkChoice(index=delta.choice, delta=ChatDelta(content=delta.text))
+        if self._is_content:
+            changes = [ChatDelta(content=delta.text)]
+        else:
+            changes = [change for each in self._answer.events(delta) if (change := _change(each)) is not None]
+            if not changes and (delta.finish_reason is not None or not self._is_bare):
+                changes = [ChatDelta(content="")]
+        pieces = [ChatChunkChoice(index=delta.choice, delta=change) for change in changes]
         if self._has_logprobs:
-            piece.logprobs = ChatLogprobs(content=chat_logprobs(delta.logprobs, self._spelling))
+            pieces[0].logprobs = ChatLogprobs(content=chat_logprobs(delta.logprobs, self._spelling))
         if self._has_token_ids:
-            piece.token_ids = list(delta.token_ids)
+            pieces[0].token_ids = list(delta.token_ids)
         if delta.finish_reason is not None:
-            piece.finish_reason = delta.finish_reason
-            piece.stop_reason = delta.stop_reason
-        return piece
+            pieces[-1].finish_reason = self._answer.finish_reason(delta)
+            pieces[-1].stop_reason = delta.stop_reason
+        return pieces
+
+    def _usage(self, num_output_tokens: int | None = None) -> Usage:
+        usage = self._generation.usage(num_output_tokens)
+        if self._answer.text_format.reasoning is not None:
+            usage.completion_tokens_details = CompletionTokensDetails(
+                reasoning_tokens=self._answer.num_reasoning_tokens
+            )
+        return usage
 
     # -- a stream --------------------------------------------------------------------------------------------
 
@@ -126,7 +141,7 @@ class ChatReply:
             return self._first_events(delta)
         if self._is_plain and delta.finish_reason is None:
             return constants[0] + self._encoder.encode(delta.text) + constants[1]
-        return self._encode(self._piece(delta))
+        return b"".join(map(self._encode, self._pieces(delta)))
 
     def _first_events(self, delta: Delta) -> bytes:
         beginning = self._begin(delta.choice)
@@ -136,7 +151,7 @@ class ChatReply:
         self._chunk.prompt_token_ids = UNSET
         marked = ChatChunkChoice(index=delta.choice, delta=ChatDelta(content=MARK))
         self._constants[delta.choice] = split_at_mark(self._encode_chunk(marked))
-        return data + b"".join(map(self._encode, (*beginning[1:], self._piece(delta))))
+        return data + b"".join(map(self._encode, (*beginning[1:], *self._pieces(delta))))
 
     def _encode(self, piece: ChatChunkChoice) -> bytes:
         return event(self._encode_chunk(piece))
@@ -145,15 +160,15 @@ class ChatReply:
         chunk = self._chunk
         chunk.choices = [piece]
         if self._has_usage:
-            chunk.usage = self._generation.usage(self._num_output_tokens)
+            chunk.usage = self._usage(self._num_output_tokens)
         return self._encoder.encode(chunk)
 
     def last_event(self) -> bytes:
         if not self._ends_with_usage:
-            return b""
+            return DONE
         self._chunk.choices = []
-        self._chunk.usage = self._generation.usage()
-        return event(self._encoder.encode(self._chunk))
+        self._chunk.usage = self._usage()
+        return event(self._encoder.encode(self._chunk)) + DONE
 
     # -- one answer ------------------------------------------------------------------------------------------
 
@@ -168,20 +183,36 @@ class ChatReply:
                     self._prompt_logprobs = prompt_logprobs(len(prompt), delta.prompt_logprobs, self._spelling)
                 for piece in self._begin(delta.choice):
                     fold.add(piece)
-            fold.add(self._piece(delta))
-        usage: Usage = self._generation.usage()
+            for piece in self._pieces(delta):
+                fold.add(piece)
         return self._encoder.encode(
             ChatCompletionResponse(
                 id=self._chunk.id,
                 created=self._chunk.created,
                 model=self._chunk.model,
                 choices=[choices[index].choice(index) for index in sorted(choices)],
-                usage=usage,
+                usage=self._usage(),
                 system_fingerprint=self._chunk.system_fingerprint,
                 prompt_token_ids=list(prompt) if self._has_token_ids else UNSET,
                 prompt_logprobs=self._prompt_logprobs,
             )
         )
+
+
+def _change(event: Event) -> ChatDelta | None:
+    """What a part of the text changes in the message."""
+    if isinstance(event, Content):
+        return ChatDelta(content=event.text)
+    if isinstance(event, Reasoning):
+        return ChatDelta(reasoning=event.text)
+    if isinstance(event, ToolCallStart):
+        call = ToolCallDelta(
+            index=event.index, id=event.id, type="function", function=FunctionDelta(name=event.name, arguments="")
+        )
+        return ChatDelta(tool_calls=[call])
+    if isinstance(event, ToolCallArguments):
+        return ChatDelta(tool_calls=[ToolCallDelta(index=event.index, function=FunctionDelta(arguments=event.text))])
+    return None
 
 
 class _Fold:
@@ -190,6 +221,9 @@ class _Fold:
     def __init__(self) -> None:
         self._role = ""
         self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[ToolCallDelta, list[str]]] = []
+        """Each call's beginning, and the pieces of its arguments."""
         self._logprobs: ChatLogprobs | None = None
         self._token_ids: list[int] = []
         self._last: ChatChunkChoice | None = None
@@ -199,6 +233,12 @@ class _Fold:
             self._role = piece.delta.role
         if isinstance(piece.delta.content, str):
             self._texts.append(piece.delta.content)
+        if isinstance(piece.delta.reasoning, str):
+            self._reasoning.append(piece.delta.reasoning)
+        for call in piece.delta.tool_calls or ():
+            if call.index == len(self._calls):
+                self._calls.append((call, []))
+            self._calls[call.index][1].append(call.function.arguments)
         if piece.logprobs is not None:
             if self._logprobs is None:
                 self._logprobs = piece.logprobs
@@ -213,9 +253,25 @@ class _Fold:
         stop_reason = self._last.stop_reason
         return ChatChoice(
             index=index,
-            message=AssistantMessage(role=self._role, content="".join(self._texts)),
+            message=self._message(),
             logprobs=self._logprobs,
             finish_reason=self._last.finish_reason,
             stop_reason=None if stop_reason is UNSET else stop_reason,
             token_ids=UNSET if self._last.token_ids is UNSET else self._token_ids,
         )
+
+    def _message(self) -> AssistantMessage:
+        content = "".join(self._texts)
+        message = AssistantMessage(role=self._role, content=content)
+        if self._reasoning:
+            message.reasoning = "".join(self._reasoning)
+        if self._calls:
+            message.tool_calls = [_whole_call(call, pieces) for call, pieces in self._calls]
+        if not content and (self._reasoning or self._calls):
+            message.content = None
+        return message
+
+
+def _whole_call(call: ToolCallDelta, pieces: list[str]) -> ChatToolCall:
+    assert isinstance(call.id, str) and isinstance(call.function.name, str)
+    return ChatToolCall(id=call.id, function=FunctionCall(name=call.function.name, arguments="".join(pieces)))

@@ -24,7 +24,17 @@ from api.openai.sampling import (
     stream_interval,
     wants_usage,
 )
-from api.openai.stream import MARK, Generation, TokenStream, WholeAnswer, event, split_at_mark
+from api.openai.stream import (
+    DONE,
+    KEEP_ALIVE,
+    MARK,
+    Generation,
+    TokenStream,
+    WholeAnswer,
+    error_event,
+    event,
+    split_at_mark,
+)
 from api.output import Delta
 from api.params import MAX_N
 from api.serving import Serving
@@ -134,6 +144,9 @@ def _echoes(
 class CompletionReply:
     """The outputs of completions, as chunks or folded into one answer."""
 
+    keep_alive = KEEP_ALIVE
+    error_event = staticmethod(error_event)
+
     def __init__(
         self, serving: Serving, request: CompletionRequest, generation: Generation, echoes: list[str], n: int
     ) -> None:
@@ -227,10 +240,10 @@ class CompletionReply:
 
     def last_event(self) -> bytes:
         if not self._ends_with_usage:
-            return b""
+            return DONE
         self._chunk.choices = []
         self._chunk.usage = self._usage()
-        return event(self._encoder.encode(self._chunk))
+        return event(self._encoder.encode(self._chunk)) + DONE
 
     def _usage(self) -> Usage:
         return self._generation.usage(0 if self._is_echo_only else None)

@@ -13,6 +13,7 @@ from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
 from api.params import truncate_prompt
+from api.parsers import Tool
 from api.serving import INLINE_TEXT, Serving
 
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -20,9 +21,18 @@ _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_mess
 
 
 async def render_messages(
-    serving: Serving, request: ChatCompletionRequest | TokenizeRequest, messages: Sequence[ChatMessage]
+    serving: Serving,
+    request: ChatCompletionRequest | TokenizeRequest,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] | None = None,
 ) -> str:
     """The text of a conversation.
+
+    Args:
+        serving: Has the template.
+        request: What else the template is told.
+        messages: The conversation.
+        tools: Those that the template shows to the model.
 
     Raises:
         RequestError: There is no template for it, or the template refuses it.
@@ -48,6 +58,7 @@ async def render_messages(
         render = partial(
             template.render,
             normalized,
+            tools=tools,
             documents=request.documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continues,

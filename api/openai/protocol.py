@@ -27,6 +27,12 @@ PositiveCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": 
 OffOrCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": -1})]
 
 JsonObject: TypeAlias = dict[str, Any]
+Tools: TypeAlias = Annotated[
+    list[Annotated[JsonObject, Meta(extra_json_schema={"$ref": "#/components/schemas/ChatTool"})]],
+    Meta(extra_json_schema={"minItems": 1}),
+]
+"""``ChatTool``s, kept as they came for the chat template."""
+ToolChoice: TypeAlias = Annotated[JsonObject, Meta(extra_json_schema={"required": ["type"]})]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -137,6 +143,24 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: Later = None
 
 
+class FunctionDefinition(msgspec.Struct, kw_only=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: JsonObject | bool | None = None
+    """JSON schema of the arguments. None: there are none."""
+    strict: bool | None = None
+    """Not read: arguments follow the schema whenever calls are forced."""
+
+
+class ChatTool(msgspec.Struct, kw_only=True):
+    """A tool. Chat templates see more fields, if there are more."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
 class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One message of a conversation, as the chat template sees it."""
 
@@ -178,8 +202,14 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     reasoning_effort: str | None = None
     """A variable for the template."""
 
-    tools: Later = None
-    tool_choice: Annotated[Any, Meta(extra_json_schema={"enum": [None, "none"]})] = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    """Default: auto with tools. A grammar forces calls if it is ``required`` or names a function."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call. Default: any number."""
+    include_reasoning: bool | None = None
+    """Whether the answer shows the model's reasoning. Default: yes."""
+
     functions: Later = None
     function_call: Annotated[Any, Meta(extra_json_schema={"enum": [None, "none"]})] = None
     modalities: Annotated[Any, Meta(extra_json_schema={"enum": [None, ["text"]]})] = None
@@ -204,7 +234,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     chat_template_kwargs: JsonObject | None = None
     documents: list[JsonObject] | None = None
     reasoning_effort: str | None = None
-    tools: Later = None
+    tools: Tools | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
@@ -223,12 +253,18 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
     """Prompt tokens that came from the prefix cache."""
 
 
+class CompletionTokensDetails(msgspec.Struct, kw_only=True):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     """Of all choices, up to and including the tokens that ended them."""
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """If the server tells reasoning from answers."""
 
 
 class PromptLogprob(msgspec.Struct, kw_only=True):
@@ -299,10 +335,26 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     refusal: None = None
 
 
+class FunctionCall(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str
+    """JSON, as the model wrote it: it may be cut off."""
+
+
+class ChatToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(msgspec.Struct, kw_only=True):
     role: str
-    content: str
+    content: str | None
+    """None if there are only reasoning or calls."""
     refusal: str | None = None
+    reasoning: str | UnsetType = UNSET
+    """What the model thought before it answered."""
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -326,10 +378,27 @@ class ChatCompletionResponse(msgspec.Struct, kw_only=True):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+    """The next piece of the JSON."""
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True):
+    """What a chunk adds to a call; the first of a call has its id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
     """In the first chunk of a choice."""
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

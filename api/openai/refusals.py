@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from api.errors import RequestError
-from api.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+from api.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
 RequestT = TypeVar("RequestT")
 
@@ -55,13 +55,12 @@ _COMPLETION: tuple[Refusal[CompletionRequest], ...] = (
 )
 
 _CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
-    Refusal("tools", lambda request: request.tools == [], "{} must not be an empty list"),
-    Refusal("tools", lambda request: request.tools is not None),
+    Refusal("functions", lambda request: bool(request.functions), "{} is the older form of tools: use tools"),
     Refusal(
-        "tool_choice", lambda request: request.tool_choice not in (None, "none"), "{} needs tools, and there are none"
+        "function_call",
+        lambda request: request.function_call not in (None, "none"),
+        "{} is the older form of tool_choice: use tools and tool_choice",
     ),
-    Refusal("functions", lambda request: bool(request.functions)),
-    Refusal("function_call", lambda request: request.function_call not in (None, "none")),
     Refusal(
         "modalities",
         lambda request: request.modalities not in (None, [], ["text"]),
@@ -72,8 +71,6 @@ _CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
     Refusal("return_prompt_text", lambda request: bool(request.return_prompt_text)),
     Refusal("return_assistant_tokens_mask", lambda request: bool(request.return_assistant_tokens_mask)),
 )
-
-_TOKENIZE: tuple[Refusal[TokenizeRequest], ...] = (Refusal("tools", lambda request: bool(request.tools)),)
 
 
 def refuse_completion(request: CompletionRequest) -> None:
@@ -94,15 +91,6 @@ def refuse_chat(request: ChatCompletionRequest) -> None:
     """
     _refuse(request, _GENERATION)
     _refuse(request, _CHAT)
-
-
-def refuse_tokenize(request: TokenizeRequest) -> None:
-    """Refuses what /tokenize cannot do yet.
-
-    Raises:
-        RequestError: It names the field.
-    """
-    _refuse(request, _TOKENIZE)
 
 
 def _refuse(request: RequestT, refusals: tuple[Refusal[RequestT], ...]) -> None:

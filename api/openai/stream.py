@@ -49,14 +49,26 @@ def split_at_mark(data: bytes) -> tuple[bytes, bytes]:
     return before, after
 
 
+def error_event(error: RequestError) -> bytes:
+    """How a stream of chat completions or completions ends that fails."""
+    return event(render(error)) + DONE
+
+
 class Reply(Protocol):
     """Gives the outputs of a generation the form of an endpoint."""
 
+    @property
+    def keep_alive(self) -> bytes:
+        """What is sent in a long silence."""
+
     def event(self, delta: Delta) -> bytes:
-        """One or more server-sent events."""
+        """One or more server-sent events, or none if the delta settles nothing."""
 
     def last_event(self) -> bytes:
         """What follows the last delta."""
+
+    def error_event(self, error: RequestError) -> bytes:
+        """What follows the last delta of a generation that fails."""
 
     def whole(self, deltas: Iterable[Delta]) -> bytes:
         """The body of an answer that is not streamed: all deltas, folded."""
@@ -75,6 +87,7 @@ class Generation:
         priority: int = 0,
         cache_salt: str = "",
         stream_interval: int = 1,
+        kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Prepares; see ``Serving.submit``. Nothing runs before ``start``.
 
@@ -90,6 +103,7 @@ class Generation:
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
+        self._kept_special_ids = kept_special_ids
         self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
@@ -112,6 +126,7 @@ class Generation:
             self._params,
             priority=self._priority,
             cache_salt=self._cache_salt,
+            kept_special_ids=self._kept_special_ids,
         )
         self._watcher = asyncio.create_task(self._watch(receive))
 
@@ -219,14 +234,16 @@ class TokenStream(EventSourceResponse):
                     data, num_finished = self._events(deltas)
                     num_open -= num_finished
                     if not num_open:
-                        data += self._reply.last_event() + DONE
+                        data += self._reply.last_event()
                 else:
-                    data = KEEP_ALIVE
+                    data = self._reply.keep_alive
             except Exception as error:
                 if not is_started:
                     raise
                 await self._end_with_error(error, send)
                 return
+            if not data and num_open:
+                continue  # what came may still turn out to be markup
             if not is_started:
                 is_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -249,7 +266,7 @@ class TokenStream(EventSourceResponse):
         """Tells the client what happened; the status is long gone."""
         if not isinstance(error, (RequestError, EngineDeadError)):
             logger.error("request %s failed", self._generation.request_id, exc_info=error)
-        data = event(render(to_request_error(error))) + DONE
+        data = self._reply.error_event(to_request_error(error))
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
 

@@ -10,7 +10,7 @@ from api.errors import RequestError
 from api.openai.body import read_json
 from api.openai.prompts import render_messages
 from api.openai.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from api.openai.refusals import refuse_tokenize
+from api.openai.tools import check_tools
 from api.serving import Serving
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
@@ -22,11 +22,12 @@ async def tokenize(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, TOKENIZE_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    refuse_tokenize(body)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
-        text = await render_messages(serving, body, body.messages)
+        if body.tools is not None:
+            check_tools(body.tools)
+        text = await render_messages(serving, body, body.messages, body.tools)
     else:
         text = body.prompt or ""
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens

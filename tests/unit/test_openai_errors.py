@@ -260,7 +260,6 @@ async def test_bad_combinations(api: Api, path: str, fields: dict[str, Any], par
         ),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (CHAT, {"tools": []}, "tools"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHAT, {"tool_choice": "auto"}, "tool_choice"),
         (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice"),
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),

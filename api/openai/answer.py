@@ -1,0 +1,207 @@
+"""From a conversation to an answer whose parts are known: what every endpoint that talks with a model shares.
+
+Chat completions, Anthropic's messages and responses differ in how they write a conversation and an answer. Each turns
+its request into a ``ChatCompletionRequest``, gets a ``ChatAnswer`` for it, and writes down the events of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from api.errors import RequestError
+from api.openai.prompts import prompt_token_ids, render_messages, text_of
+from api.openai.protocol import ChatCompletionRequest
+from api.openai.refusals import refuse_chat
+from api.openai.sampling import check_stream_fields, sampling_params, stream_interval
+from api.openai.stream import Generation
+from api.openai.tools import ToolUse, resolve_tools
+from api.output import Delta
+from api.params import SamplingParams, StructuredOutputsParams
+from api.parsers import (
+    Content,
+    Event,
+    ParserChain,
+    Reasoning,
+    Tool,
+    ToolCallStart,
+    create_parser,
+    merge,
+    prompt_opens_reasoning,
+)
+from api.serving import Serving
+
+
+class TextFormat(msgspec.Struct, frozen=True):
+    """How the text of an answer is to be read; see ``create_parser``."""
+
+    reasoning: str | None = None
+    tool: str | None = None
+    tools: Sequence[Tool] = ()
+    forced: bool = False
+    prompt_opened: bool | None = None
+    single_call: bool = False
+    """Calls after the first are left out."""
+    shows_reasoning: bool = True
+
+    @property
+    def is_plain(self) -> bool:
+        """All of it is content."""
+        return self.reasoning is None and self.tool is None and not self.forced
+
+    def parser(self) -> ParserChain:
+        """A parser for one choice."""
+        return create_parser(
+            self.reasoning, self.tool, self.tools, forced=self.forced, prompt_opened=self.prompt_opened
+        )
+
+
+class ChoiceText:
+    """The text of one choice, delta by delta.
+
+    Attributes:
+        num_calls: Tool calls that have begun.
+        num_reasoning_tokens: Tokens between the marks of reasoning.
+    """
+
+    __slots__ = ("_format", "_parser", "num_calls", "num_reasoning_tokens")
+
+    def __init__(self, text_format: TextFormat) -> None:
+        self._format = text_format
+        self._parser = text_format.parser()
+        self.num_calls = 0
+        self.num_reasoning_tokens = 0
+
+    def events(self, delta: Delta) -> list[Event]:
+        """What a delta settles; the last one settles all. Neighbours of a kind are one event."""
+        parser = self._parser
+        was_reasoning = parser.is_reasoning
+        events = parser.feed(delta.text)
+        if was_reasoning and parser.is_reasoning:
+            self.num_reasoning_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            events += parser.finish()
+        if not events:
+            return events
+        kept = [event for event in events if self._is_wanted(event)]
+        self.num_calls += sum(isinstance(event, ToolCallStart) for event in kept)
+        return merge(kept) if len(kept) > 1 else kept
+
+    def _is_wanted(self, event: Event) -> bool:
+        if isinstance(event, Content):
+            return True
+        if isinstance(event, Reasoning):
+            return self._format.shows_reasoning
+        return event.index == 0 or not self._format.single_call
+
+
+class ChatAnswer:
+    """A generation, and what the text of each of its choices means."""
+
+    def __init__(self, generation: Generation, text_format: TextFormat, *, names_call: bool = False) -> None:
+        """Prepares.
+
+        Args:
+            generation: It has not begun.
+            text_format: How its text is to be read.
+            names_call: The client chose the function that is called.
+        """
+        self.generation = generation
+        self.text_format = text_format
+        self._names_call = names_call
+        self._choices: dict[int, ChoiceText] = {}
+
+    def events(self, delta: Delta) -> list[Event]:
+        """What a delta settles; see ``ChoiceText``."""
+        text = self._choices.get(delta.choice)
+        if text is None:
+            text = self._choices[delta.choice] = ChoiceText(self.text_format)
+        return text.events(delta)
+
+    def has_calls(self, choice: int) -> bool:
+        """Whether a choice has called a tool so far."""
+        return choice in self._choices and self._choices[choice].num_calls > 0
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        """Why a choice ended, as chat completions say it; its events have been taken."""
+        if delta.finish_reason == "stop" and not self._names_call and self.has_calls(delta.choice):
+            return "tool_calls"
+        return delta.finish_reason
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of all choices so far."""
+        return sum(text.num_reasoning_tokens for text in self._choices.values())
+
+
+async def prepare_answer(
+    serving: Serving, request: ChatCompletionRequest, answer_id: str, *, fits_max_tokens: bool = False
+) -> ChatAnswer:
+    """Checks a request, renders and tokenises its conversation. Nothing runs yet.
+
+    Args:
+        serving: Where it is served; the model's name was checked.
+        request: The conversation and how to answer.
+        answer_id: Becomes the generation's id.
+        fits_max_tokens: Cut ``max_tokens`` to what the context has room for, rather than refuse it.
+
+    Raises:
+        RequestError: The request cannot be served as it is; it names the field of a chat completion.
+    """
+    refuse_chat(request)
+    check_stream_fields(request)
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    use = resolve_tools(request, serving.config)
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    params = _sampling_params(serving, request, use, max_tokens)
+    text = await render_messages(serving, request, request.messages, use.prompt_tools)
+    prompt = await prompt_token_ids(serving, request, text, add_special_tokens=False, max_tokens=max_tokens)
+    if fits_max_tokens and max_tokens is not None:
+        room = max(1, serving.limits.max_model_len - len(prompt))
+        params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
+    text_format = _text_format(serving, request, use, text)
+    kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
+    generation = Generation(
+        serving,
+        answer_id,
+        [prompt],
+        params,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+        stream_interval=stream_interval(serving.config, request),
+        kept_special_ids=kept,
+    )
+    return ChatAnswer(generation, text_format, names_call=use.is_named)
+
+
+def _sampling_params(
+    serving: Serving, request: ChatCompletionRequest, use: ToolUse, max_tokens: int | None
+) -> SamplingParams:
+    params = sampling_params(
+        request,
+        serving.defaults,
+        max_tokens=max_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=request.prompt_logprobs,
+    )
+    if use.schema is None:
+        return params
+    return msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=use.schema))
+
+
+def _text_format(serving: Serving, request: ChatCompletionRequest, use: ToolUse, prompt: str) -> TextFormat:
+    tool_format = TextFormat(
+        tool=use.parser if use.is_parsed else None,
+        tools=use.prompt_tools or (),
+        forced=use.schema is not None,
+        single_call=use.is_single,
+        shows_reasoning=request.include_reasoning is not False,
+    )
+    reasoning = serving.config.reasoning_parser
+    if reasoning is None or use.schema is not None:  # a grammar leaves no room for reasoning
+        return tool_format
+    final_text = text_of(request.messages[-1]) if request.continue_final_message else None
+    opened = prompt_opens_reasoning(reasoning, prompt, final_text)
+    return msgspec.structs.replace(tool_format, reasoning=reasoning, prompt_opened=opened)
