@@ -1,6 +1,7 @@
 """Octavo: LLM inference and serving."""
 
+from api.beam_search import BeamSearchParams
 from api.llm import LLM
 from api.params import SamplingParams
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams"]

@@ -191,8 +191,12 @@ class EngineClient:
         options: OutputOptions,
         priority: int = 0,
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
+
+        ``output_token_ids`` are taken for the beginning of its output; what comes goes on from there. Such a request
+        is part of something that has begun, so it need not wait in a queue that has room.
 
         Raises:
             EngineDeadError: The engine was given up.
@@ -200,7 +204,8 @@ class EngineClient:
         """
         if self.dead is not None:
             raise self.dead
-        self._check_queue()
+        if not output_token_ids:
+            self._check_queue()
         self._next_index += 1
         message = EngineCoreRequest(
             request_id=request_id,
@@ -210,6 +215,7 @@ class EngineClient:
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
+            resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
         )
         state = RequestState(message, options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there

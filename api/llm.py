@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.chat_template import normalize_messages
 from api.config import ServerConfig, check_config
 from api.engine_client import EngineClient
@@ -70,6 +71,30 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     num_cached_tokens: int = 0
+
+
+@dataclass
+class BeamSearchSequence:
+    """One of the best sequences of a search."""
+
+    tokens: list[int]
+    """Prompt and output."""
+    logprobs: list[dict[int, Logprob]]
+    """Of each output token; empty unless they were asked for."""
+    cum_logprob: float
+    text: str
+    """Prompt and output."""
+    finish_reason: str
+    """``stop`` or ``length``."""
+    stop_reason: int | None
+    """The token id that ended it."""
+
+
+@dataclass
+class BeamSearchOutput:
+    """The best sequences of a prompt, the best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 class LLM:
@@ -188,6 +213,89 @@ class LLM:
         inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Searches the most likely continuations.
+
+        Args:
+            prompts: See ``generate``.
+            params: How to search.
+            use_tqdm: Show a progress bar.
+            concurrency_limit: Prompts that are worked on at the same time. None: all.
+
+        Returns:
+            The best sequences of each prompt, in the order of the prompts.
+
+        Raises:
+            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
+            EngineDeadError: The engine was given up.
+        """
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise RequestError("concurrency_limit must be at least 1", "concurrency_limit")
+        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        return self._run(self._beam_search(inputs, params, use_tqdm, concurrency_limit or len(inputs)))
+
+    async def _beam_search(
+        self, inputs: list[_Input], params: BeamSearchParams, use_tqdm: bool, limit: int
+    ) -> list[BeamSearchOutput]:
+        serving = self._serving
+        prompts = [await self._token_ids(item, params.as_sampling()) for item in inputs]
+        searches = [
+            BeamSearch(serving, f"beam-search-{index}", ids, params, cache_salt=item.cache_salt)
+            for index, (ids, item) in enumerate(zip(prompts, inputs, strict=True))
+        ]
+        outputs: list[BeamSearchOutput] = []
+        with tqdm(total=len(searches), desc="Beam searches", unit="it", disable=not use_tqdm) as bar:
+            for begin in range(0, len(searches), max(1, limit)):
+                batch = searches[begin : begin + limit]
+                for search in batch:
+                    search.start()
+                try:
+                    found = await gather(batch)
+                except BeamSearchError as error:
+                    raise EngineDeadError(str(error)) from None
+                for ids, beams in zip(prompts[begin : begin + limit], found, strict=True):
+                    outputs.append(BeamSearchOutput([self._sequence(ids, beam) for beam in beams]))
+                    bar.update()
+        return outputs
+
+    def _sequence(self, prompt: list[int], beam: Beam) -> BeamSearchSequence:
+        tokenizer = self._serving.tokenizer
+        tokens = prompt + beam.token_ids
+        return BeamSearchSequence(
+            tokens=tokens,
+            logprobs=[describe_position(tokenizer, entry) for entry in beam.logprobs],
+            cum_logprob=beam.cum_logprob,
+            text=tokenizer.decode(tokens),
+            finish_reason=beam.finish_reason,
+            stop_reason=beam.stop_reason,
+        )
+
+    async def _token_ids(self, item: _Input, params: SamplingParams) -> list[int]:
+        """The tokens of a prompt, as many as are wanted."""
+        ids = item.token_ids
+        if ids is None:
+            assert item.text is not None
+            ids = await self._serving.tokenize(
+                item.text,
+                add_special_tokens=item.add_special_tokens,
+                any_length=params.truncate_prompt_tokens is not None,
+            )
+        kept = truncate_prompt(
+            ids,
+            params.truncate_prompt_tokens,
+            params.truncation_side,
+            self._serving.limits.max_model_len,
+            params.max_tokens,
+        )
+        return ids[kept.start : kept.stop]
+
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -234,21 +342,7 @@ class LLM:
         results: list[RequestOutput] = []
         try:
             for number, (item, sampling) in enumerate(zip(inputs, params, strict=True)):
-                ids = item.token_ids
-                if ids is None:
-                    assert item.text is not None
-                    any_length = sampling.truncate_prompt_tokens is not None
-                    ids = await serving.tokenize(
-                        item.text, add_special_tokens=item.add_special_tokens, any_length=any_length
-                    )
-                kept = truncate_prompt(
-                    ids,
-                    sampling.truncate_prompt_tokens,
-                    sampling.truncation_side,
-                    serving.limits.max_model_len,
-                    sampling.max_tokens,
-                )
-                ids = ids[kept.start : kept.stop]
+                ids = await self._token_ids(item, sampling)
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
@@ -346,24 +440,28 @@ class _Folder:
         output.token_ids += delta.token_ids
         for entry in delta.logprobs:
             if output.logprobs is not None and output.cumulative_logprob is not None:
-                position = self._position(entry)
+                position = describe_position(self._tokenizer, entry)
                 output.logprobs.append(position)
                 output.cumulative_logprob += position[int(i32(entry.token_ids)[0])].logprob
         if self._result.prompt_logprobs is not None and output.index == 0:
-            self._result.prompt_logprobs += [self._position(entry) for entry in delta.prompt_logprobs]
+            self._result.prompt_logprobs += [
+                describe_position(self._tokenizer, entry) for entry in delta.prompt_logprobs
+            ]
         if delta.finish_reason is not None:
             output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
             if delta.error is not None:
                 output.stop_reason = delta.error
 
-    def _position(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        ids, values = i32(entry.token_ids).tolist(), f32(entry.logprobs).tolist()
-        ranks = [entry.rank, *range(1, len(ids))]
-        position: dict[int, Logprob] = {}
-        for token_id, value, rank in zip(ids, values, ranks, strict=True):
-            if token_id not in position:
-                position[token_id] = Logprob(value, rank, self._tokenizer.decode([token_id], False))
-        return position
+
+def describe_position(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, Logprob]:
+    """The log probabilities at one position, those of the token that stands there first."""
+    ids, values = i32(entry.token_ids).tolist(), f32(entry.logprobs).tolist()
+    ranks = [entry.rank, *range(1, len(ids))]
+    position: dict[int, Logprob] = {}
+    for token_id, value, rank in zip(ids, values, ranks, strict=True):
+        if token_id not in position:
+            position[token_id] = Logprob(value, rank, tokenizer.decode([token_id], False))
+    return position
 
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["LLM", "BeamSearchOutput", "BeamSearchSequence", "CompletionOutput", "Logprob", "RequestOutput"]

@@ -213,6 +213,8 @@ class EngineMetrics:
         self._steps.latency_sum += seconds
 
     def on_first_token(self, state: RequestState, now: float) -> None:
+        if state.is_part:
+            return
         self._ttft.observe(now - state.arrival_time)
         self._prompt_tokens.inc(state.num_prompt_tokens)
         self._cached_tokens.inc(state.num_cached_tokens)
@@ -221,6 +223,8 @@ class EngineMetrics:
             self._prefill.observe(max(0.0, now - state.scheduled_time))
 
     def on_finished(self, state: RequestState, reason: str) -> None:
+        if state.is_part:
+            return
         now = time.monotonic()
         self._success.labels(self._model_name, reason).inc()
         self._e2e.observe(now - state.arrival_time)

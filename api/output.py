@@ -143,6 +143,8 @@ class OutputOptions(msgspec.Struct, frozen=True):
     detokenize: bool = True
     min_tokens: int = 0
     """Stop strings do not count before this many tokens."""
+    is_part: bool = False
+    """It is a part of a client's request, which is not counted as a request of its own."""
 
 
 class RequestState:
@@ -156,6 +158,7 @@ class RequestState:
         "finished",
         "first_token_time",
         "index",
+        "is_part",
         "last_token_time",
         "message",
         "min_tokens",
@@ -178,7 +181,7 @@ class RequestState:
         self.index = message.index
         self.message = message
         """What the engine was told: with ``output_token_ids`` the request's journal."""
-        self.output_token_ids = array("i")
+        self.output_token_ids = array("i", message.resumed_output_token_ids)
         self.channel = channel
         self.choice = choice
         self.num_prompt_tokens = len(message.prompt_token_ids) // 4
@@ -190,6 +193,7 @@ class RequestState:
         self.first_token_time: float | None = None
         self.last_token_time = 0.0
         self.min_tokens = options.min_tokens
+        self.is_part = options.is_part
         self.detokenizer: IncrementalDetokenizer | None = None
         self.stop_checker: StopChecker | None = None
         if options.detokenize and tokenizer is not None:

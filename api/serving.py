@@ -119,6 +119,15 @@ class Serving:
                 f"the prompt has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", "prompt"
             )
 
+    def check_priority(self, priority: int) -> None:
+        """Refuses a priority that would mean nothing.
+
+        Raises:
+            RequestError: Requests run in the order in which they come.
+        """
+        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
+            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
+
     def submit(
         self,
         channel: Channel,
@@ -140,8 +149,7 @@ class Serving:
             RequestError: A parameter does not suit the model or a prompt is too long.
             EngineDeadError: The engine was given up.
         """
-        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
-            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
+        self.check_priority(priority)
         for prompt in prompts:
             self.check_token_ids(prompt)
         num_completions = params.num_completions

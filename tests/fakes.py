@@ -113,10 +113,10 @@ def says(text: str, end: int | None = EOS) -> Script:
 
 
 class _Row:
-    def __init__(self, state: RequestState, tokens: Iterable[int]) -> None:
+    def __init__(self, state: RequestState, tokens: Iterable[int], num_tokens: int) -> None:
         self.state = state
         self.tokens = iter(tokens)
-        self.num_tokens = 0
+        self.num_tokens = num_tokens
 
 
 class FakeEngineClient:
@@ -135,6 +135,8 @@ class FakeEngineClient:
         """Every request there ever was."""
         self.aborted: list[int] = []
         """Indices of the requests that the consumer dropped."""
+        self.likely: Callable[[list[int]], dict[int, float]] | None = None
+        """The log probabilities of the tokens that may follow others; None: see ``fake_logprobs``."""
         self.max_queued: int | None = None
         self.num_cached_tokens = 0
         self.steps_left: int | None = None
@@ -167,10 +169,11 @@ class FakeEngineClient:
         options: OutputOptions,
         priority: int = 0,
         cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
     ) -> RequestState:
         if self.dead is not None:
             raise self.dead
-        if self.max_queued is not None and self.num_unfinished >= self.max_queued:
+        if not output_token_ids and self.max_queued is not None and self.num_unfinished >= self.max_queued:
             raise RequestError("The engine is currently busy.", status=503, kind="ServiceUnavailableError")
         self._next_index += 1
         message = EngineCoreRequest(
@@ -181,11 +184,13 @@ class FakeEngineClient:
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
+            resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
         )
         self.submitted.append(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
         self._processor.add(state)
-        self._rows[state.index] = _Row(state, self.script(list(prompt_token_ids), params))
+        tokens = self.script([*prompt_token_ids, *output_token_ids], params)
+        self._rows[state.index] = _Row(state, tokens, len(output_token_ids))
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._run())
         return state
@@ -269,12 +274,27 @@ class FakeEngineClient:
             new_token_ids=(token,),
             finish_reason=reason,
             stop_reason=token if stopped and token in params.stop_token_ids else None,
-            new_logprobs=()
-            if params.logprobs is None
-            else (fake_logprobs(token, 0, params.logprobs, params.logprob_token_ids),),
+            new_logprobs=() if params.logprobs is None else (self._logprobs(row, token, params),),
             prompt_logprobs=tuple(prompt_logprobs),
             num_cached_tokens=self.num_cached_tokens if number == 0 else None,
             scheduled_time=time.monotonic() if number == 0 else None,
+        )
+
+    def _logprobs(self, row: _Row, token: int, params: ResolvedParams) -> TokenLogprobs:
+        assert params.logprobs is not None
+        if self.likely is None:
+            return fake_logprobs(token, 0, params.logprobs, params.logprob_token_ids)
+        message = row.state.message
+        before = i32(message.prompt_token_ids).tolist() + i32(message.resumed_output_token_ids).tolist()
+        table = {token: -1000.0 - token for token in range(VOCAB_SIZE)} | self.likely(before)
+        ranked = sorted(table.items(), key=lambda item: -item[1])
+        best = ranked[: None if params.logprobs < 0 else params.logprobs]
+        return TokenLogprobs(
+            row=0,
+            position=0,
+            token_ids=array("i", [ranked[0][0], *(token for token, _ in best)]).tobytes(),
+            logprobs=array("f", [ranked[0][1], *(logprob for _, logprob in best)]).tobytes(),
+            rank=1,
         )
 
 

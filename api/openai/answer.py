@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from api.beam_search import BeamSearchParams
 from api.errors import RequestError
+from api.openai.beam import beam_search_params, create_generation
 from api.openai.prompts import prompt_token_ids, render_messages, text_of
 from api.openai.protocol import ChatCompletionRequest
 from api.openai.refusals import refuse_chat
-from api.openai.sampling import check_stream_fields, sampling_params, stream_interval
+from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.stream import Generation
 from api.openai.tools import ToolUse, resolve_tools
 from api.output import Delta
@@ -163,27 +165,23 @@ async def prepare_answer(
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
     text_format = _text_format(serving, request, use, text)
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
-    generation = Generation(
-        serving,
-        answer_id,
-        [prompt],
-        params,
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt or "",
-        stream_interval=stream_interval(serving.config, request),
-        kept_special_ids=kept,
-    )
+    generation = create_generation(serving, answer_id, [prompt], params, request, kept)
     return ChatAnswer(generation, text_format, names_call=use.is_named)
 
 
 def _sampling_params(
     serving: Serving, request: ChatCompletionRequest, use: ToolUse, max_tokens: int | None
-) -> SamplingParams:
+) -> SamplingParams | BeamSearchParams:
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if request.use_beam_search:
+        if use.schema is not None:
+            raise RequestError("a tool_choice that forces calls cannot be used with use_beam_search", "tool_choice")
+        return beam_search_params(request, max_tokens=max_tokens, logprobs=logprobs)
     params = sampling_params(
         request,
         serving.defaults,
         max_tokens=max_tokens,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
     )
     if use.schema is None:

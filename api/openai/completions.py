@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import RequestError
+from api.openai.beam import beam_search_params, create_generation
 from api.openai.body import read_json
 from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs
 from api.openai.prompts import prompt_token_ids
@@ -21,7 +22,6 @@ from api.openai.sampling import (
     check_positive,
     check_stream_fields,
     sampling_params,
-    stream_interval,
     wants_usage,
 )
 from api.openai.stream import (
@@ -62,23 +62,20 @@ async def create_completion(request: Request) -> Response:
         await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
         for prompt in prompts
     ]
-    params = sampling_params(
-        body,
-        serving.defaults,
-        max_tokens=_max_tokens(serving, body, max(map(len, token_ids))),
-        logprobs=body.logprobs,
-        prompt_logprobs=_num_prompt_logprobs(body),
-        best_of=body.best_of,
+    max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
+    params = (
+        beam_search_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
+        if body.use_beam_search
+        else sampling_params(
+            body,
+            serving.defaults,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=_num_prompt_logprobs(body),
+            best_of=body.best_of,
+        )
     )
-    generation = Generation(
-        serving,
-        answer_id("cmpl", request, body.request_id),
-        token_ids,
-        params,
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        stream_interval=stream_interval(serving.config, body),
-    )
+    generation = create_generation(serving, answer_id("cmpl", request, body.request_id), token_ids, params, body)
     reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)

@@ -70,6 +70,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
 
+    use_beam_search: bool | None = None
+    """Search for the ``n`` most likely sequences; not in a stream."""
+    length_penalty: float | None = None
+    """Of beam search: above 0 longer sequences score better. Default: 1."""
+
     # When it ends.
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -117,7 +122,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     guided_regex: Later = None
     guided_choice: Later = None
     guided_grammar: Later = None
-    use_beam_search: Annotated[Any, Meta(extra_json_schema={"enum": [None, False]})] = None
     prompt_embeds: Later = None
     logits_processors: Later = None
     thinking_token_budget: Later = None

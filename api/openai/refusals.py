@@ -41,7 +41,6 @@ _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
     Refusal("guided_regex", lambda request: request.guided_regex is not None),
     Refusal("guided_choice", lambda request: request.guided_choice is not None),
     Refusal("guided_grammar", lambda request: request.guided_grammar is not None),
-    Refusal("use_beam_search", lambda request: bool(request.use_beam_search)),
     Refusal("prompt_embeds", lambda request: request.prompt_embeds is not None),
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
     Refusal("thinking_token_budget", lambda request: request.thinking_token_budget is not None),

@@ -19,6 +19,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.beam_search import BeamSearchParams
 from api.errors import EngineDeadError, RequestError
 from api.fanout import choose_best
 from api.openai.errors import KINDS, render, to_request_error
@@ -82,7 +83,7 @@ class Generation:
         serving: Serving,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         *,
         priority: int = 0,
         cache_salt: str = "",
@@ -119,6 +120,12 @@ class Generation:
             EngineDeadError: The engine was given up.
         """
         self._channel.quiet = quiet
+        self.submit()
+        self._watcher = asyncio.create_task(self._watch(receive))
+
+    def submit(self) -> None:
+        """Starts the requests."""
+        assert isinstance(self._params, SamplingParams)
         self.states = self._serving.submit(
             self._channel,
             self.request_id,
@@ -128,13 +135,16 @@ class Generation:
             cache_salt=self._cache_salt,
             kept_special_ids=self._kept_special_ids,
         )
-        self._watcher = asyncio.create_task(self._watch(receive))
+
+    def drop(self) -> None:
+        """Ends what is unfinished."""
+        self._serving.client.abort(self.states)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.disconnected = True
-        self._serving.client.abort(self.states)
+        self.drop()
         self._channel.wake()
 
     async def take(self) -> list[Delta]:
@@ -153,7 +163,7 @@ class Generation:
         """Drops what is unfinished."""
         if self._watcher is not None:
             self._watcher.cancel()
-        self._serving.client.abort(self.states)
+        self.drop()
 
     def failure(self, message: str) -> RequestError | EngineDeadError:
         """The error that a delta's ``error`` amounts to."""
@@ -171,13 +181,18 @@ class Generation:
         states = self.states
         if num_output_tokens is None:
             num_output_tokens = sum(len(state.output_token_ids) for state in states)
+        return self.count_usage(
+            num_output_tokens, sum(state.num_cached_tokens for state in states[:: self._params.num_completions])
+        )
+
+    def count_usage(self, num_output_tokens: int, num_cached_tokens: int) -> Usage:
+        """The report of so many tokens."""
         num_prompt_tokens = sum(map(len, self.prompts))
-        cached = sum(state.num_cached_tokens for state in states[:: self._params.num_completions])
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_output_tokens,
             total_tokens=num_prompt_tokens + num_output_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached_tokens),
         )
 
 

@@ -254,7 +254,6 @@ async def test_bad_combinations(api: Api, path: str, fields: dict[str, Any], par
                 ("guided_regex", "x"),
                 ("guided_choice", ["a"]),
                 ("guided_grammar", "x"),
-                ("use_beam_search", True),
                 ("prompt_embeds", "AAAA"),
             )
         ),

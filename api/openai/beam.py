@@ -1,0 +1,189 @@
+"""Beam search over HTTP: a generation whose choices come in one piece each, when the search is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
+from api.detokenizer import IncrementalDetokenizer
+from api.errors import EngineDeadError, RequestError
+from api.openai.errors import INTERNAL
+from api.openai.protocol import GenerationRequest, Usage
+from api.openai.sampling import stream_interval
+from api.openai.stream import Generation
+from api.output import Delta
+from api.params import SamplingParams
+from api.serving import Serving
+from engine_core.launch import get_logger
+
+logger = get_logger()
+
+REFUSED = (
+    "best_of",
+    "stop",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "logprob_token_ids",
+    "repetition_detection",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+"""Fields that a search would have to leave out of account."""
+NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+
+
+def beam_search_params(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> BeamSearchParams:
+    """What a request asks for.
+
+    Args:
+        request: It has ``use_beam_search``.
+        max_tokens: Longest completion.
+        logprobs: Most likely tokens to report at each place.
+
+    Raises:
+        RequestError: A field is out of range, or makes no sense in a search.
+    """
+    if request.stream:
+        raise RequestError(
+            "use_beam_search cannot be streamed: which sequence is the best is known at the end", "use_beam_search"
+        )
+    if getattr(request, "echo", None) and logprobs is not None:
+        raise RequestError("logprobs with echo cannot be used with use_beam_search", "echo")
+    for name in REFUSED:
+        if getattr(request, name, None):
+            raise RequestError(f"{name} cannot be used with use_beam_search", name)
+    if request.response_format not in (None, {"type": "text"}):
+        raise RequestError("response_format cannot be used with use_beam_search", "response_format")
+    for name, neutral in NEUTRAL.items():
+        if getattr(request, name) not in (None, neutral):
+            raise RequestError(f"{name} cannot be used with use_beam_search", name)
+    return BeamSearchParams(
+        beam_width=1 if request.n is None else request.n,
+        max_tokens=max_tokens,
+        ignore_eos=bool(request.ignore_eos),
+        length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        stop_token_ids=request.stop_token_ids,
+        logprobs=logprobs,
+    )
+
+
+def create_generation(
+    serving: Serving,
+    request_id: str,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | BeamSearchParams,
+    request: GenerationRequest,
+    kept_special_ids: frozenset[int] = frozenset(),
+) -> Generation:
+    """What makes the tokens of a request; nothing runs before its ``start``.
+
+    ``kept_special_ids`` are special tokens that stay in the text although others are left out.
+    """
+    if isinstance(params, BeamSearchParams):
+        return BeamGeneration(serving, request_id, prompts, params, request, kept_special_ids)
+    return Generation(
+        serving,
+        request_id,
+        prompts,
+        params,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+        stream_interval=stream_interval(serving.config, request),
+        kept_special_ids=kept_special_ids,
+    )
+
+
+class BeamGeneration(Generation):
+    """A search for each prompt; choice ``p * width + i`` is the sequence of rank ``i`` of prompt ``p``."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: BeamSearchParams,
+        request: GenerationRequest,
+        kept_special_ids: frozenset[int],
+    ) -> None:
+        """Prepares. Nothing runs before ``start``."""
+        super().__init__(serving, request_id, prompts, params, kept_special_ids=kept_special_ids)
+        self._width = params.beam_width
+        self._beam_params = params
+        self._request = request
+        self._searches: list[BeamSearch] = []
+        self._task: asyncio.Task[None] | None = None
+        self._num_output_tokens = 0
+
+    def submit(self) -> None:
+        request = self._request
+        self._searches = [
+            BeamSearch(
+                self._serving,
+                f"{self.request_id}-{index}",
+                prompt,
+                self._beam_params,
+                priority=request.priority or 0,
+                cache_salt=request.cache_salt or "",
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+        for search in self._searches:
+            search.start()
+            self._serving.metrics.on_request(self._width, self._beam_params.max_tokens or 0)
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            for index, beams in enumerate(await gather(self._searches)):
+                self._deliver(index, beams)
+        except (BeamSearchError, EngineDeadError) as error:
+            self._channel.push(Delta(0, finish_reason="error", error=str(error)))
+        except Exception as error:
+            logger.error("request %s failed", self.request_id, exc_info=error)
+            self._channel.push(Delta(0, finish_reason="error", error=INTERNAL))
+
+    def _deliver(self, index: int, beams: list[Beam]) -> None:
+        """One delta for each sequence."""
+        for rank, beam in enumerate(beams):
+            self._num_output_tokens += len(beam.token_ids)
+            self._channel.push(
+                Delta(
+                    index * self._width + rank,
+                    self._text(index, beam),
+                    tuple(beam.token_ids),
+                    tuple(beam.logprobs),
+                    (),
+                    beam.finish_reason,
+                    beam.stop_reason,
+                )
+            )
+
+    def _text(self, index: int, beam: Beam) -> str:
+        request = self._request
+        detokenizer = IncrementalDetokenizer(
+            self._serving.tokenizer,
+            self.prompts[index][-64:],
+            request.skip_special_tokens is not False,
+            request.spaces_between_special_tokens is not False,
+            self._kept_special_ids,
+        )
+        return detokenizer.extend(beam.token_ids) + detokenizer.finish()
+
+    def drop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        for search in self._searches:
+            search.abort()
+
+    def usage(self, num_output_tokens: int | None = None) -> Usage:
+        """Tokens of all choices that are returned."""
+        cached = sum(search.num_cached_tokens for search in self._searches)
+        return self.count_usage(self._num_output_tokens if num_output_tokens is None else num_output_tokens, cached)
