@@ -19,6 +19,7 @@ import zmq
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.structured import vocabulary_frame
 from api.supervisor import Supervisor
 from api.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
@@ -30,6 +31,7 @@ from engine_core.messages import (
     EngineDead,
     EngineReady,
     FromEngineCore,
+    GrammarSpec,
     LoadProgress,
     Ping,
     ResetPrefixCache,
@@ -110,6 +112,11 @@ class EngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._fd = -1
+        self._vocabulary: bytes | None = None
+        """The encoded ``SetVocabulary``, made when the first request has a grammar."""
+        self._vocabulary_maker: asyncio.Task[None] | None = None
+        self._has_vocabulary = False
+        """The present engine core was sent it."""
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -137,6 +144,7 @@ class EngineClient:
     def _launch(self) -> None:
         self._epoch += 1
         self._serving = False
+        self._has_vocabulary = False
         self._last_words = None
         self._supervisor.start(self._epoch)
 
@@ -147,6 +155,8 @@ class EngineClient:
             self.dead = EngineDeadError("the server is shutting down")
         if self._pinger is not None:
             self._pinger.cancel()
+        if self._vocabulary_maker is not None:
+            self._vocabulary_maker.cancel()
         await self._supervisor.stop()
         if self._fd >= 0:
             assert self._loop is not None
@@ -192,11 +202,13 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        grammar: GrammarSpec | None = None,
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
 
         ``output_token_ids`` are taken for the beginning of its output; what comes goes on from there. Such a request
         is part of something that has begun, so it need not wait in a queue that has room.
+        A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
 
         Raises:
             EngineDeadError: The engine was given up.
@@ -216,13 +228,48 @@ class EngineClient:
             priority=priority,
             cache_salt=cache_salt,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
+            grammar=grammar,
         )
         state = RequestState(message, options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
         self._processor.add(state)
-        if self._serving:
+        if self._serving and self._send_vocabulary(state):
             self._send_frame(frame)
         return state
+
+    def _send_vocabulary(self, state: RequestState) -> bool:
+        """Lets the engine core know what grammars are about, if a request has one.
+
+        Returns:
+            False: that takes a moment; the request is sent from the journal when it is done.
+        """
+        if state.message.grammar is None or self._has_vocabulary:
+            return True
+        if self._vocabulary is None:
+            if self._vocabulary_maker is None:
+                self._vocabulary_maker = asyncio.create_task(self._make_vocabulary())
+            return False
+        self._send_frame(self._vocabulary)
+        self._has_vocabulary = True
+        return True
+
+    async def _make_vocabulary(self) -> None:
+        error = "structured outputs need a tokenizer"
+        try:
+            if self.tokenizer is not None:
+                loop = asyncio.get_running_loop()
+                self._vocabulary = await loop.run_in_executor(None, vocabulary_frame, self.tokenizer)
+        except Exception as problem:
+            logger.exception("the vocabulary cannot be told to the engine core")
+            error = f"internal error: {problem}"
+        self._vocabulary_maker = None
+        for state in list(self._processor.states.values()):
+            if state.message.grammar is None:
+                continue
+            if self._vocabulary is None:
+                self._processor.fail(state, error)
+            elif self._serving and self._send_vocabulary(state):
+                self._send(resumed_request(state))
 
     def _check_queue(self) -> None:
         bound = self._config.scheduler.max_num_queued_reqs
@@ -324,7 +371,8 @@ class EngineClient:
     def _on_ready(self, message: EngineReady) -> None:
         self._serving = True
         for state in self._processor.states.values():
-            self._send(resumed_request(state))
+            if self._send_vocabulary(state):
+                self._send(resumed_request(state))
         assert self._started is not None
         if not self._started.done():
             self._started.set_result(message)

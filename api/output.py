@@ -48,6 +48,8 @@ class Delta(msgspec.Struct, gc=False):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_param: str | None = None
+    """The error is the client's fault: the field that is to blame."""
 
 
 class Channel:
@@ -128,6 +130,7 @@ def _joined(first: Delta, second: Delta) -> Delta:
         second.finish_reason,
         second.stop_reason,
         second.error,
+        second.error_param,
     )
 
 
@@ -344,6 +347,7 @@ class OutputProcessor:
             reason,
             stop_reason,
             output.error if output is not None else None,
+            output.error_param if output is not None else None,
         )
         if reason is not None:
             self.remove(state.index)

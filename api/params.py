@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from api.errors import RequestError
+from api.structured import grammar_spec
 from api.tokenizer import Tokenizer
 from engine_core.messages import RepetitionDetection, ResolvedParams
 
@@ -196,6 +197,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
         if self.repetition_detection is not None:
             _check_repetition(self.repetition_detection)
+        if self.structured_outputs is not None:
+            grammar_spec(self.structured_outputs)
         for bias in (self.logit_bias or {}).values():
             _check(math.isfinite(bias), "logit_bias", "must hold finite numbers", bias)
 
@@ -259,8 +262,6 @@ def resolve_params(
     Raises:
         RequestError: A field does not suit the model, or the prompt is too long.
     """
-    if params.structured_outputs is not None:
-        raise RequestError("structured_outputs is not supported by this server", "structured_outputs")
     seed = secrets.randbits(64) if params.seed is None else params.seed % UINT64
     return ResolvedParams(
         temperature=params.temperature,

@@ -20,6 +20,7 @@ from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
+from api.structured import grammar_spec
 from api.tokenizer import Tokenizer
 from api.version import VERSION
 from engine_core.messages import EngineReady
@@ -139,11 +140,13 @@ class Serving:
         cache_salt: str = "",
         first_choice: int = 0,
         kept_special_ids: frozenset[int] = frozenset(),
+        grammar_param: str = "structured_outputs",
     ) -> list[RequestState]:
         """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
 
         Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is checked
-        before anything starts; when starting fails halfway, what has started is dropped.
+        before anything starts; when starting fails halfway, what has started is dropped. Errors of a grammar name
+        ``grammar_param``.
 
         Raises:
             RequestError: A parameter does not suit the model or a prompt is too long.
@@ -160,6 +163,8 @@ class Serving:
             for prompt in prompts
             for child in range(num_completions)
         ]
+        structured = params.structured_outputs
+        grammar = None if structured is None else grammar_spec(structured, grammar_param)
         options = OutputOptions(
             stop=tuple(params.stop_strings),
             include_stop_str_in_output=params.include_stop_str_in_output,
@@ -182,6 +187,7 @@ class Serving:
                         options=options,
                         priority=priority,
                         cache_salt=cache_salt,
+                        grammar=grammar,
                     )
                 )
                 self.metrics.on_request(params.n if choice % num_completions == 0 else None, engine_params.max_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import zmq
@@ -10,7 +12,6 @@ import zmq
 from engine_core.core import EngineCore, create_executor
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.messages import FromEngineCore, ToEngineCore
-from executor.base import Executor
 from executor.log import get_logger, setup_logging
 from executor.process import become_child, read_payload
 
@@ -30,14 +31,13 @@ class ZmqTransport:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngineCore)
         self._parent_pipe = sys.stdin.fileno()
-        self._watched: list[object] | None = None
+        self._watched: Sequence[Any] | None = None
         self._poller = zmq.Poller()
 
     def send(self, message: FromEngineCore) -> None:
         self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
 
-    def wait(self, executor: Executor, timeout: float | None) -> list[ToEngineCore] | None:
-        fds = executor.poll_fds()
+    def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
         if fds != self._watched:
             self._watched = fds
             self._poller = zmq.Poller()

@@ -12,8 +12,10 @@ import importlib
 import os
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from engine_core.config import EngineConfig
@@ -29,6 +31,7 @@ from engine_core.messages import (
     FromEngineCore,
     Ping,
     ResetPrefixCache,
+    SetVocabulary,
     Shutdown,
     StatusRequest,
     ToEngineCore,
@@ -37,11 +40,13 @@ from engine_core.messages import (
 )
 from engine_core.request import Request
 from engine_core.scheduler import InFlight, Scheduler
+from engine_core.structured.compiler import Compiled, GrammarCompiler
 from engine_core.validation import request_problem
 from executor.base import EXIT_MODEL, REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import get_logger
 from executor.messages import (
     FromWorker,
+    GrammarMask,
     InitKVCache,
     KVCacheReady,
     LoadProgress,
@@ -65,8 +70,8 @@ class Transport(Protocol):
 
     def send(self, message: FromEngineCore) -> None: ...
 
-    def wait(self, executor: Executor, timeout: float | None) -> list[ToEngineCore] | None:
-        """Waits for something to do: a message, an event of the executor, or the timeout in seconds.
+    def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
+        """Waits for something to do: a message, one of the sockets and descriptors, or the timeout in seconds.
 
         Returns:
             The messages that came, or None when the api is gone.
@@ -106,6 +111,8 @@ class EngineCore:
         self._restart_reason = ""
         self._checked_at = 0.0
         self._vocab_size = 0
+        self._vocabulary: SetVocabulary | None = None
+        self._grammars: GrammarCompiler | None = None
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -122,12 +129,14 @@ class EngineCore:
     def step(self) -> None:
         """One turn: hear what is new, retire finished steps, plan another."""
         room = self._serving and len(self.in_flight) < self.config.scheduler.max_in_flight_steps
-        messages = self.transport.wait(self.executor, 0 if room and self._may_schedule else None)
+        messages = self.transport.wait(*self._events(0 if room and self._may_schedule else None))
         if messages is None:
             self.exit_code = 0
             return
         for message in messages:
             self._handle(message)
+        if self._grammars is not None:
+            self._take_grammars(self._grammars)
         try:
             for answer in self.executor.receive():
                 self._handle_worker(answer)
@@ -137,6 +146,14 @@ class EngineCore:
             self._restart_workers(str(error))
         if self.exit_code is None and self._serving and not self.in_flight:
             self._rest(heard_nothing=not messages)
+
+    def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
+        """What to wait for beside the api, and how long."""
+        fds = self.executor.poll_fds()
+        grammars = self._grammars
+        if grammars is None:
+            return fds, timeout
+        return [*fds, grammars.fileno()], grammars.timeout if timeout is None else timeout
 
     def _rest(self, *, heard_nothing: bool) -> None:
         """Nothing is being computed: the moment to end if that was asked for, or to look whether all is in order."""
@@ -163,6 +180,28 @@ class EngineCore:
         plan, step = planned
         self.executor.submit(plan)
         self.in_flight.append(step)
+        if len(self.in_flight) == 1:
+            ended = self._send_mask()
+            if ended:
+                self._send_outputs(*ended)
+
+    def _send_mask(self) -> list[EngineCoreOutput]:
+        """Sends the mask of the oldest step in flight, if it has constrained rows: all tokens before it are known.
+
+        A worker computes the step meanwhile, and waits for the mask before it samples. So each step gets one, whatever
+        became of its requests.
+
+        Returns:
+            The outputs of requests that end here, as they can have no further token.
+        """
+        if not self.in_flight or not len(self.in_flight[0].grammar_rows):
+            return []
+        scheduler, step = self._scheduler, self.in_flight[0]
+        assert scheduler is not None and self._grammars is not None
+        masks, ended = self._grammars.masks.fill(scheduler.grammars(step))
+        self.executor.submit(GrammarMask(step_id=step.step_id, bitmask=masks.tobytes()))
+        rows = step.grammar_rows.tolist()
+        return [scheduler.end_row(step, rows[row], error) for row, error in ended]
 
     # -- messages from the api -----------------------------------------------------------------------------
 
@@ -171,6 +210,8 @@ class EngineCore:
             self._add_request(message)
         elif isinstance(message, AbortRequests):
             self._abort(message)
+        elif isinstance(message, SetVocabulary):
+            self._vocabulary = self._vocabulary or message
         elif isinstance(message, Ping):
             self.transport.send(UtilityOutput(call_id=message.call_id))
         elif isinstance(message, StatusRequest):
@@ -196,7 +237,10 @@ class EngineCore:
         try:
             problem = request_problem(message, self._vocab_size, scheduler.max_model_len)
             if problem is None:
-                scheduler.add_request(Request(message))
+                request = Request(message)
+                scheduler.add_request(request)
+                if message.grammar is not None:
+                    self._compile(request, scheduler)
         except Exception as error:  # one bad request must not reach the loop
             logger.exception("request %s could not be added", message.request_id)
             problem = f"internal error: {error}"
@@ -213,9 +257,36 @@ class EngineCore:
             return
         self._may_schedule = True
 
+    def _compile(self, request: Request, scheduler: Scheduler) -> None:
+        """Starts to compile a request's grammar; it is not scheduled before that is done."""
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._vocab_size)
+            if self._vocabulary is not None:
+                self._grammars.set_vocabulary(self._vocabulary)
+        self._grammars.start(request, scheduler.max_output_tokens(request))
+
+    def _take_grammars(self, grammars: GrammarCompiler) -> None:
+        """Queues requests whose grammar is there, and refuses those that will have none."""
+        for compiled in grammars.take():
+            assert self._scheduler is not None
+            if compiled.problem is None:
+                self._scheduler.grammar_is_there(compiled.request)
+                self._may_schedule = True
+            else:
+                self._refuse(compiled, self._scheduler)
+
+    def _refuse(self, compiled: Compiled, scheduler: Scheduler) -> None:
+        request, param = compiled.request, compiled.param
+        if param == "":
+            param = request.grammar_param
+        output = scheduler.fail_request(request, f"{param} {compiled.problem}" if param else str(compiled.problem))
+        self._send_outputs(msgspec.structs.replace(output, error_param=param))
+
     def _abort(self, message: AbortRequests) -> None:
         for index in message.indices:
             self._early.pop(index, None)
+            if self._grammars is not None:
+                self._grammars.forget(index)
             if self._scheduler is not None:
                 self._scheduler.abort_request(index)
         self._may_schedule = True
@@ -245,7 +316,7 @@ class EngineCore:
             integrity = str(error) or "inconsistent"
         return status | {
             "num_running_reqs": scheduler.num_running,
-            "num_waiting_reqs": len(scheduler.waiting),
+            "num_waiting_reqs": scheduler.num_waiting,
             "num_blocks": scheduler.shape.num_blocks,
             "num_free_blocks": scheduler.kv.pool.num_free,
             "num_preemptions": scheduler.num_preemptions,
@@ -276,7 +347,13 @@ class EngineCore:
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, f"result of step {result.step_id} came instead of {step.step_id}"
         outputs = scheduler.update_from_output(step, result)
-        self.transport.send(outputs)
+        ended: list[EngineCoreOutput] = []
+        try:
+            ended = self._send_mask()  # first: a worker may be waiting for it
+        finally:
+            self.transport.send(outputs)
+        if ended:
+            self._send_outputs(*ended)
         self._may_schedule = True
         if self.config.executor.check_every_step:
             scheduler.check_integrity()

@@ -36,6 +36,7 @@ __all__ = [
     "EngineReady",
     "FinishReason",
     "FromEngineCore",
+    "GrammarSpec",
     "LoRARequest",
     "LoadProgress",
     "Message",
@@ -46,6 +47,7 @@ __all__ = [
     "ResetPrefixCache",
     "ResolvedParams",
     "SchedulerStats",
+    "SetVocabulary",
     "Shutdown",
     "StatusRequest",
     "TensorRef",
@@ -73,6 +75,37 @@ class FinishReason(IntEnum):
 # api -> engine core
 
 
+class GrammarSpec(Message, frozen=True):
+    """The language that an output must be in."""
+
+    kind: str
+    """json, regex, choice or grammar."""
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, or a grammar in Lark's notation or GBNF."""
+    disable_any_whitespace: bool = False
+    """JSON without white space between its parts."""
+    whitespace_pattern: str | None = None
+    """Regular expression of the white space between parts of JSON."""
+    param: str = "structured_outputs"
+    """The field of the client's request, for errors."""
+
+    @property
+    def completes(self) -> bool:
+        """Whether an output must be complete when the request's tokens run out."""
+        return self.kind == "json"
+
+
+class SetVocabulary(Message, frozen=True):
+    """The tokens that grammars are about. Sent once to an engine core, before the first request that has a grammar."""
+
+    tokens: tuple[bytes, ...]
+    """By token id; empty: it stands for no text."""
+    special_token_ids: tuple[int, ...]
+    """They stand for no text either, whatever their bytes are."""
+    end_token_ids: tuple[int, ...]
+    """Tokens with which a model ends its output."""
+
+
 class EngineCoreRequest(Message, frozen=True):
     request_id: str
     index: int
@@ -90,6 +123,7 @@ class EngineCoreRequest(Message, frozen=True):
     """Prompts of different salts never share cached blocks."""
     resumed_output_token_ids: bytes = b""
     """int32: tokens generated in an earlier life of the request; numbering goes on after them."""
+    grammar: GrammarSpec | None = None
 
 
 class AbortRequests(Message, frozen=True):
@@ -115,7 +149,7 @@ class Shutdown(Message, frozen=True):
     """Let running requests finish first."""
 
 
-ToEngineCore = EngineCoreRequest | AbortRequests | Ping | ResetPrefixCache | StatusRequest | Shutdown
+ToEngineCore = EngineCoreRequest | SetVocabulary | AbortRequests | Ping | ResetPrefixCache | StatusRequest | Shutdown
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -173,6 +207,8 @@ class EngineCoreOutput(Message, frozen=True):
     scheduled_time: float | None = None
     """When the request first ran (CLOCK_MONOTONIC seconds); sent once."""
     error: str | None = None
+    error_param: str | None = None
+    """The error is the client's fault: the field that is to blame, or an empty text if it is none in particular."""
 
 
 class EngineCoreOutputs(Message, frozen=True):

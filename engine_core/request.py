@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, TokenLogprobs, i32
+
+if TYPE_CHECKING:
+    from engine_core.structured.request_grammar import RequestGrammar
 from engine_core.repetition import RepetitionDetector
 
 MAX_STOP_IDS = 8
@@ -21,6 +26,7 @@ class Request:
     __slots__ = (
         "block_hashes",
         "block_ids",
+        "grammar",
         "index",
         "message",
         "num_cached_tokens",
@@ -53,8 +59,16 @@ class Request:
         self.repetition = (
             None if wanted is None else RepetitionDetector(wanted, self.token_ids[self.num_prompt_tokens :])
         )
+        self.grammar: RequestGrammar | None = None
+        """What the output may still become; there once the message's grammar is compiled."""
         self.num_crashes = 0
         """Worker deaths while this request was in a step."""
+
+    @property
+    def grammar_param(self) -> str | None:
+        """The field of the client's request that is to blame if the grammar cannot be followed."""
+        grammar = self.message.grammar
+        return None if grammar is None else grammar.param
 
     @property
     def is_special(self) -> bool:

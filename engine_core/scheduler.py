@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +32,7 @@ from engine_core.messages import (
 )
 from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.request_queue import create_request_queue
+from engine_core.structured.request_grammar import RequestGrammar, Verdict
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 I64 = npt.NDArray[np.int64]
@@ -46,6 +48,8 @@ class InFlight:
     epochs: I64
     sampled: Bools
     """Rows that sample a token."""
+    grammar_rows: I64
+    """Rows whose sampling waits for the step's ``GrammarMask``, in its order."""
     num_tokens: int
     schedule_us: float
 
@@ -78,6 +82,8 @@ class Scheduler:
         self.kv = KVCacheManager(shape.num_blocks, shape.block_size, enable_prefix_caching=cache.enable_prefix_caching)
         self.requests: dict[int, Request] = {}
         self.waiting = create_request_queue(config.scheduling_policy)
+        self.compiling: dict[int, Request] = {}
+        """Requests whose grammar is not there yet: they wait beside the queue."""
         self.num_preemptions = 0
         self._step_id = 0
         self._finished_slots: list[int] = []
@@ -109,6 +115,7 @@ class Scheduler:
         self._is_special = np.zeros(size, np.bool_)
         """Rows that have more to say than their token: the first one, and those of special requests."""
         self._is_pooling = np.zeros(size, np.bool_)
+        self._has_grammar = np.zeros(size, np.bool_)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -120,12 +127,28 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.compiling)
+
     def add_request(self, request: Request) -> None:
-        """Queues a request. Its prompt must fit the model's and the cache's length."""
+        """Queues a request, or keeps it until its grammar is compiled. Its prompt must fit the model and the cache."""
         assert request.index not in self.requests
         assert 0 < len(request.token_ids) < self.max_model_len or request.is_pooling
         self.requests[request.index] = request
+        if request.message.grammar is not None and request.grammar is None:
+            self.compiling[request.index] = request
+        else:
+            self.waiting.add(request)
+
+    def grammar_is_there(self, request: Request) -> None:
+        """Queues a request whose grammar was being compiled."""
+        del self.compiling[request.index]
         self.waiting.add(request)
+
+    def max_output_tokens(self, request: Request) -> int:
+        """The most tokens that a request may generate, those of an earlier life included."""
+        return min(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
 
     def abort_request(self, index: int) -> bool:
         """Drops a request wherever it is. False: there is none (any more)."""
@@ -140,7 +163,7 @@ class Scheduler:
         if request.slot >= 0:
             self.kv.release(request)
             self._free_slot(request)
-        else:
+        elif self.compiling.pop(request.index, None) is None:
             self.waiting.remove(request)
 
     def _free_slot(self, request: Request) -> None:
@@ -193,6 +216,7 @@ class Scheduler:
         if not len(slots):
             return None
         sampled = self._note_samples(slots)
+        grammar_rows = np.flatnonzero(sampled & self._has_grammar[slots])
         self._step_id += 1
         plan = SchedulerOutput(
             step_id=self._step_id,
@@ -202,6 +226,7 @@ class Scheduler:
             finished_slots=np.array(self._finished_slots, np.int32).tobytes(),
             new_reqs=tuple(new_reqs),
             block_updates=(block_updates,) * self.shape.num_groups if block_updates else (),
+            grammar_slots=slots[grammar_rows].tobytes(),
         )
         self._finished_slots.clear()
         step = InFlight(
@@ -209,6 +234,7 @@ class Scheduler:
             slots=slots,
             epochs=self._epochs[slots],
             sampled=sampled,
+            grammar_rows=grammar_rows,
             num_tokens=int(counts.sum()),
             schedule_us=(time.perf_counter() - begin) * 1e6,
         )
@@ -329,10 +355,9 @@ class Scheduler:
         self._num_blocks[slot] = len(request.block_ids)
         self._num_published[slot] = num_computed // self.shape.block_size
         self._is_pooling[slot] = request.is_pooling
+        self._has_grammar[slot] = request.grammar is not None
         self._max_tokens[slot] = (
-            num_tokens + 1
-            if request.is_pooling
-            else min(request.num_prompt_tokens + params.max_tokens, self.max_model_len)
+            num_tokens + 1 if request.is_pooling else request.num_prompt_tokens + self.max_output_tokens(request)
         )
         self._min_known[slot] = request.num_prompt_tokens + params.min_tokens
         stop_ids = params.all_stop_token_ids
@@ -399,7 +424,11 @@ class Scheduler:
             usable[error.row] = False
         if result.prompt_logprobs:
             self._collect_prompt_logprobs(step, result.prompt_logprobs)
-        tokens = i32(result.sampled_token_ids)[usable[step.sampled]]
+        sampled_tokens = i32(result.sampled_token_ids)
+        ended: dict[int, FinishReason] = {}
+        if len(step.grammar_rows):
+            ended = self._judge(step, sampled_tokens, usable, outputs)
+        tokens = sampled_tokens[usable[step.sampled]]
         slots = step.slots[usable]
         known = self._num_known[slots]
         self._token_ids[slots, known] = tokens
@@ -412,14 +441,17 @@ class Scheduler:
             stopped &= (tokens[:, None] == self._stop_ids[slots]).any(axis=1) & (known >= self._min_known[slots])
         full = known >= self._max_tokens[slots]
         special = stopped | full | self._is_special[slots]
+        if ended:
+            special |= np.isin(slots, list(ended))
         if special.any():
             logprobs = {entry.row: entry for entry in result.logprobs}
             step_rows = np.flatnonzero(usable)
             for row in np.flatnonzero(special).tolist():
                 entry = logprobs.get(int(step_rows[row]))
+                slot = int(slots[row])
                 outputs.append(
                     self._describe_output(
-                        int(slots[row]), int(tokens[row]), int(output_indices[row]), bool(stopped[row]), entry
+                        slot, int(tokens[row]), int(output_indices[row]), bool(stopped[row]), ended.get(slot), entry
                     )
                 )
             plain = ~special
@@ -435,8 +467,46 @@ class Scheduler:
             timestamp=time.monotonic(),
         )
 
+    def _judge(
+        self, step: InFlight, tokens: I32, usable: Bools, outputs: list[EngineCoreOutput]
+    ) -> dict[int, FinishReason]:
+        """Lets the grammars of a step have their tokens. Rows whose token is not accepted are made unusable.
+
+        A worker has sampled and goes on with a token that is rejected; it hears of the truth when the request comes
+        back, as if it had been preempted.
+
+        Returns:
+            The slots whose outputs end here, and why.
+        """
+        ended: dict[int, FinishReason] = {}
+        places = np.cumsum(step.sampled) - 1
+        for row in step.grammar_rows[usable[step.grammar_rows]].tolist():
+            slot = int(step.slots[row])
+            request = self._owners[slot]
+            assert request is not None and request.grammar is not None
+            token = int(tokens[places[row]])
+            if token in request.params.all_stop_token_ids and self._num_known[slot] + 1 >= self._min_known[slot]:
+                continue
+            verdict = request.grammar.accept(token)
+            if verdict is Verdict.ENDED:
+                ended[slot] = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
+            elif verdict is not Verdict.GOES_ON:
+                usable[row] = False
+                if verdict is Verdict.REJECTED:
+                    self._preempt(request)
+                    self.num_preemptions -= 1
+                else:
+                    outputs.append(self.end_row(step, row, request.grammar.error))
+        return ended
+
     def _describe_output(
-        self, slot: int, token: int, output_index: int, stopped: bool, logprobs: TokenLogprobs | None
+        self,
+        slot: int,
+        token: int,
+        output_index: int,
+        stopped: bool,
+        ended: FinishReason | None,
+        logprobs: TokenLogprobs | None,
     ) -> EngineCoreOutput:
         """The output of a row that is done or has more to say than its token."""
         request = self._owners[slot]
@@ -444,10 +514,12 @@ class Scheduler:
         params = request.params
         if not stopped and self._num_known[slot] >= self._min_known[slot]:
             stopped = token in params.all_stop_token_ids[MAX_STOP_IDS:]
-        reason = None
+        reason = ended
         is_loop = self._is_loop(request, slot)
         if stopped:
             reason = FinishReason.STOP
+        elif ended is not None:
+            pass
         elif is_loop:
             reason = FinishReason.REPETITION
         elif self._num_known[slot] >= self._max_tokens[slot]:
@@ -480,6 +552,41 @@ class Scheduler:
         known = self._num_known[slot]
         found = request.repetition.append(self._token_ids[slot, request.num_prompt_tokens : known])
         return found and bool(known >= self._min_known[slot])
+
+    def grammars(self, step: InFlight) -> list[RequestGrammar | None]:
+        """The grammars of a step's constrained rows; None where the request is gone."""
+        return [
+            request.grammar if (request := self._owner(step, row)) is not None else None
+            for row in step.grammar_rows.tolist()
+        ]
+
+    def _owner(self, step: InFlight, row: int) -> Request | None:
+        slot = step.slots[row]
+        return self._owners[slot] if self._epochs[slot] == step.epochs[row] else None
+
+    def end_row(self, step: InFlight, row: int, error: str | None) -> EngineCoreOutput:
+        """Ends the request of a row between two tokens.
+
+        Args:
+            step: Has the row.
+            row: Its request is still there.
+            error: Why; None: it is complete.
+        """
+        slot = int(step.slots[row])
+        request = self._owners[slot]
+        assert request is not None
+        if error is not None:
+            return msgspec.structs.replace(self._fail(slot, error), error_param=request.grammar_param)
+        is_first = self._num_known[slot] == self._num_prompt[slot]
+        output = EngineCoreOutput(
+            index=request.index,
+            first_output_index=int(self._num_known[slot] - self._num_prompt[slot]),
+            finish_reason=FinishReason.STOP,
+            num_cached_tokens=request.num_cached_tokens if is_first else None,
+            scheduled_time=request.scheduled_time if is_first else None,
+        )
+        self._finish(request)
+        return output
 
     def _fail(self, slot: int, message: str) -> EngineCoreOutput:
         """Ends a request whose row went wrong; its blocks are not to be trusted."""
@@ -522,7 +629,7 @@ class Scheduler:
     def stats(self, step: InFlight | None = None, result: ModelRunnerOutput | None = None) -> SchedulerStats:
         return SchedulerStats(
             num_running_reqs=len(self._running),
-            num_waiting_reqs=len(self.waiting),
+            num_waiting_reqs=self.num_waiting,
             kv_cache_usage=self.kv.usage,
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,
@@ -545,5 +652,5 @@ class Scheduler:
             assert self._num_blocks[slot] == len(request.block_ids)
         waiting = list(self.waiting)
         assert all(request.slot < 0 and not request.block_ids for request in waiting)
-        assert len(waiting) + len(running) == len(self.requests)
+        assert len(waiting) + len(running) + len(self.compiling) == len(self.requests)
         self.kv.pool.check_integrity(request.block_ids for request in self.requests.values())

@@ -155,7 +155,7 @@ class GrammarMask(Message, frozen=True):
 
     step_id: int
     bitmask: bytes
-    """int32 [num_sampled_positions, ceil(vocab_size / 32)], bit set: allowed."""
+    """int32 [num_sampled_positions, ceil(vocab_size / 32)], bit set: allowed. In the order of ``grammar_slots``."""
 
 
 class InitKVCache(Message, frozen=True):

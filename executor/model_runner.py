@@ -9,6 +9,7 @@ launching the forward pass waits for the device.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from executor.input_batch import InputBatch
 from executor.loader import LoadedModel
 from executor.messages import (
     I32,
+    GrammarMask,
     InitKVCache,
     KVCacheGroupSpec,
     ModelRunnerOutput,
@@ -31,10 +33,25 @@ from executor.messages import (
     u8,
 )
 from executor.request_states import RequestStates
-from executor.sampling.sampler import Sampler
+from executor.sampling.sampler import Sampler, TokenMask
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
+
+
+@dataclass
+class StartedStep:
+    """A step before its tokens are sampled."""
+
+    plan: SchedulerOutput
+    slots: I32
+    """int32 [samples]: slots that sample."""
+    rows: I32
+    """int32 [samples]: their rows in the plan."""
+    logits: torch.Tensor
+    """float32 [samples, vocab_size]."""
+    prompt_logprobs: list[TokenLogprobs]
+    forward_ms: float
 
 
 class ModelRunner:
@@ -86,8 +103,12 @@ class ModelRunner:
         hidden = self.model.forward(batch).hidden
         return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
 
-    def execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+    def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
         """Computes a step: applies the plan, runs the model, samples."""
+        return self.finish(self.begin(plan), mask)
+
+    def begin(self, plan: SchedulerOutput) -> StartedStep:
+        """Applies a plan and runs the model. ``finish`` comes before the next plan."""
         begin = time.perf_counter()
         states = self.states
         states.apply(plan)
@@ -100,16 +121,33 @@ class ModelRunner:
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
         prompt_logprobs = self.prompt_logprobs(hidden, slots, counts)
         states.num_computed[slots] += counts
-        step_rows = np.flatnonzero(sampled).astype(np.int32)
-        output = self.sampler.sample(logits, slots[sampled], step_rows, states)
-        states.append(slots[sampled], output.token_ids)
+        return StartedStep(
+            plan=plan,
+            slots=slots[sampled],
+            rows=np.flatnonzero(sampled).astype(np.int32),
+            logits=logits,
+            prompt_logprobs=prompt_logprobs,
+            forward_ms=(time.perf_counter() - begin) * 1e3,
+        )
+
+    def finish(self, step: StartedStep, mask: GrammarMask | None = None) -> ModelRunnerOutput:
+        """Samples.
+
+        Args:
+            step: What ``begin`` returned.
+            mask: The step's, if it has constrained rows.
+        """
+        begin = time.perf_counter()
+        token_mask = None if mask is None else _token_mask(step, mask)
+        output = self.sampler.sample(step.logits, step.slots, step.rows, self.states, token_mask)
+        self.states.append(step.slots, output.token_ids)
         return ModelRunnerOutput(
-            step_id=plan.step_id,
+            step_id=step.plan.step_id,
             sampled_token_ids=output.token_ids.astype(np.int32).tobytes(),
             row_errors=tuple(output.row_errors),
             logprobs=tuple(output.logprobs),
-            prompt_logprobs=tuple(prompt_logprobs),
-            forward_ms=(time.perf_counter() - begin) * 1e3,
+            prompt_logprobs=tuple(step.prompt_logprobs),
+            forward_ms=step.forward_ms + (time.perf_counter() - begin) * 1e3,
         )
 
     def prepare(self, slots: I32, counts: I32, sampled: npt.NDArray[np.bool_]) -> InputBatch:
@@ -162,3 +200,11 @@ class ModelRunner:
                     results += self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1)
             start += count
         return results
+
+
+def _token_mask(step: StartedStep, mask: GrammarMask) -> TokenMask:
+    """A step's mask by rows of its logits."""
+    constrained = i32(step.plan.grammar_slots)
+    places = np.full(int(max(step.slots.max(), constrained.max())) + 1, -1, np.int32)
+    places[constrained] = np.arange(len(constrained), dtype=np.int32)
+    return TokenMask(bitmask=i32(mask.bitmask).reshape(len(constrained), -1), rows=places[step.slots])

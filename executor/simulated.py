@@ -19,6 +19,7 @@ from executor.config import ExecutorConfig, SimulatedDevice
 from executor.messages import (
     I32,
     FromWorker,
+    GrammarMask,
     InitKVCache,
     KVCacheGroupSpec,
     KVCacheReady,
@@ -51,7 +52,7 @@ class DeviceModel:
         """Applies a plan.
 
         Returns:
-            The sampled tokens, and the seconds that the step takes.
+            The sampled tokens, before any mask, and the seconds that the step takes.
         """
         for request in plan.new_reqs:
             if request.slot >= len(self._num_computed):
@@ -73,6 +74,20 @@ class DeviceModel:
         device = self.device
         micros = device.step_us + device.token_us * int(counts.sum()) + device.context_us * int(lengths.sum())
         return tokens, micros * 1e-6
+
+    def constrain(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask) -> I32:
+        """The sampled tokens where a grammar has a say: an allowed one, chosen by the token that it replaces."""
+        constrained = i32(plan.grammar_slots).tolist()
+        rows = i32(mask.bitmask).reshape(len(constrained), -1)
+        places = {slot: place for place, slot in enumerate(i32(plan.slots)[u8(plan.num_sampled) > 0].tolist())}
+        tokens = tokens.copy()
+        for slot, row in zip(constrained, rows, strict=True):
+            bits = np.unpackbits(row.view(np.uint8), bitorder="little", count=self.device.vocab_size)
+            allowed = np.flatnonzero(bits)
+            if len(allowed):
+                place = places[slot]
+                tokens[place] = allowed[int(tokens[place]) * 2654435761 % (1 << 32) % len(allowed)]
+        return tokens
 
     def ready(self) -> WorkerReady:
         """What a worker with this device would say at start."""
@@ -99,12 +114,14 @@ class SimulatedExecutor:
     def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
         self._device = config.simulated_device
         self._plans: queue.SimpleQueue[SchedulerOutput | None] = queue.SimpleQueue()
+        self._masks: queue.SimpleQueue[GrammarMask | None] = queue.SimpleQueue()
         self._results: deque[FromWorker] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         model = DeviceModel(self._device)
+        self._plans, self._masks = queue.SimpleQueue(), queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(model,), name="simulated device", daemon=True)
         self._thread.start()
         self._answer(model.ready())
@@ -112,6 +129,8 @@ class SimulatedExecutor:
     def submit(self, message: ToWorker) -> None:
         if isinstance(message, SchedulerOutput):
             self._plans.put(message)
+        elif isinstance(message, GrammarMask):
+            self._masks.put(message)
         elif isinstance(message, InitKVCache):
             self._answer(KVCacheReady(rank=0))
 
@@ -123,6 +142,11 @@ class SimulatedExecutor:
             delay = free_at - time.monotonic()
             if delay > 0:
                 time.sleep(delay)
+            if plan.grammar_slots:
+                mask = self._masks.get()
+                if mask is None:
+                    return
+                tokens = model.constrain(plan, tokens, mask)
             self._answer(
                 ModelRunnerOutput(step_id=plan.step_id, sampled_token_ids=tokens.tobytes(), forward_ms=seconds * 1e3)
             )
@@ -150,5 +174,6 @@ class SimulatedExecutor:
     def shutdown(self) -> None:
         if self._thread is not None:
             self._plans.put(None)
+            self._masks.put(None)
             self._thread.join()
             self._thread = None

@@ -10,6 +10,7 @@ import gc
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -25,6 +26,7 @@ from executor.loader import load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
     FromWorker,
+    GrammarMask,
     InitKVCache,
     KVCacheGroupSpec,
     KVCacheReady,
@@ -35,7 +37,7 @@ from executor.messages import (
     WorkerReady,
     WorkerShutdown,
 )
-from executor.model_runner import ModelRunner
+from executor.model_runner import ModelRunner, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import ParallelState
 from executor.process import become_child, read_payload
@@ -52,6 +54,10 @@ class Worker:
         self.rank = rank
         self.config = config
         self._send = send
+        self._plans: deque[SchedulerOutput] = deque()
+        self._masks: dict[int, GrammarMask] = {}
+        self._step: StartedStep | None = None
+        """The step whose logits are there and whose mask is not."""
 
     def start(self) -> None:
         """Loads the model, then says what it needs.
@@ -93,7 +99,11 @@ class Worker:
     def handle(self, message: ToWorker) -> bool:
         """Does what a message asks. False: it asks to end."""
         if isinstance(message, SchedulerOutput):
-            self._send(self.runner.execute(message))
+            self._plans.append(message)
+            self._work()
+        elif isinstance(message, GrammarMask):
+            self._masks[message.step_id] = message
+            self._work()
         elif isinstance(message, InitKVCache):
             begin = time.perf_counter()
             self.runner.initialize(message)
@@ -103,6 +113,16 @@ class Worker:
         elif isinstance(message, WorkerShutdown):
             return False
         return True
+
+    def _work(self) -> None:
+        """Computes plans in their order. A step with constrained rows waits for its mask before it samples."""
+        while self._step is not None or self._plans:
+            step = self._step = self._step or self.runner.begin(self._plans.popleft())
+            mask = self._masks.pop(step.plan.step_id, None)
+            if step.plan.grammar_slots and mask is None:
+                return
+            self._step = None
+            self._send(self.runner.finish(step, mask))
 
     def run(self, receive: Callable[[], ToWorker]) -> int:
         """Starts, then handles messages until told to end. Returns the exit code."""

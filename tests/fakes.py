@@ -32,6 +32,7 @@ from engine_core.messages import (
     EngineCoreRequest,
     EngineReady,
     FinishReason,
+    GrammarSpec,
     ResolvedParams,
     SchedulerStats,
     TokenLogprobs,
@@ -139,6 +140,8 @@ class FakeEngineClient:
         """The log probabilities of the tokens that may follow others; None: see ``fake_logprobs``."""
         self.max_queued: int | None = None
         self.num_cached_tokens = 0
+        self.refusal: tuple[str, str] | None = None
+        """Message and field with which every request ends at its first step."""
         self.steps_left: int | None = None
         """None: no bound. Requests wait at 0."""
         self._processor = OutputProcessor(metrics)
@@ -170,6 +173,7 @@ class FakeEngineClient:
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        grammar: GrammarSpec | None = None,
     ) -> RequestState:
         if self.dead is not None:
             raise self.dead
@@ -185,6 +189,7 @@ class FakeEngineClient:
             priority=priority,
             cache_salt=cache_salt,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
+            grammar=grammar,
         )
         self.submitted.append(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
@@ -254,6 +259,15 @@ class FakeEngineClient:
 
     def _output(self, row: _Row, token: int) -> EngineCoreOutput | None:
         """What a token has to say beside itself, if anything."""
+        if self.refusal is not None:
+            message, param = self.refusal
+            return EngineCoreOutput(
+                index=row.state.index,
+                first_output_index=row.num_tokens,
+                finish_reason=FinishReason.ERROR,
+                error=message,
+                error_param=param,
+            )
         params = row.state.message.sampling_params
         assert params is not None
         number = row.num_tokens

@@ -18,6 +18,7 @@ from api.openai.protocol import ChatCompletionRequest
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.stream import Generation
+from api.openai.structured import structured_outputs
 from api.openai.tools import ToolUse, resolve_tools
 from api.output import Delta
 from api.params import SamplingParams, StructuredOutputsParams
@@ -198,7 +199,8 @@ def _text_format(serving: Serving, request: ChatCompletionRequest, use: ToolUse,
         shows_reasoning=request.include_reasoning is not False,
     )
     reasoning = serving.config.reasoning_parser
-    if reasoning is None or use.schema is not None:  # a grammar leaves no room for reasoning
+    is_constrained = use.schema is not None or structured_outputs(request)[0] is not None
+    if reasoning is None or is_constrained:  # a grammar leaves no room for reasoning
         return tool_format
     final_text = text_of(request.messages[-1]) if request.continue_final_message else None
     opened = prompt_opens_reasoning(reasoning, prompt, final_text)

@@ -12,6 +12,7 @@ from api.openai.errors import INTERNAL
 from api.openai.protocol import GenerationRequest, Usage
 from api.openai.sampling import stream_interval
 from api.openai.stream import Generation
+from api.openai.structured import structured_outputs
 from api.output import Delta
 from api.params import SamplingParams
 from api.serving import Serving
@@ -29,11 +30,6 @@ REFUSED = (
     "prompt_logprobs",
     "logprob_token_ids",
     "repetition_detection",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
 )
 """Fields that a search would have to leave out of account."""
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
@@ -59,8 +55,9 @@ def beam_search_params(request: GenerationRequest, *, max_tokens: int | None, lo
     for name in REFUSED:
         if getattr(request, name, None):
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
-    if request.response_format not in (None, {"type": "text"}):
-        raise RequestError("response_format cannot be used with use_beam_search", "response_format")
+    structured, name = structured_outputs(request)
+    if structured is not None:
+        raise RequestError(f"{name} cannot be used with use_beam_search", name)
     for name, neutral in NEUTRAL.items():
         if getattr(request, name) not in (None, neutral):
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
@@ -98,7 +95,14 @@ def create_generation(
         cache_salt=request.cache_salt or "",
         stream_interval=stream_interval(serving.config, request),
         kept_special_ids=kept_special_ids,
+        grammar_param=_grammar_param(params, request),
     )
+
+
+def _grammar_param(params: SamplingParams, request: GenerationRequest) -> str:
+    """The field to blame if the engine cannot use a grammar."""
+    wanted, name = structured_outputs(request)
+    return name if wanted is not None or params.structured_outputs is None else "tools"
 
 
 class BeamGeneration(Generation):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from api.params import RepetitionDetectionParams
+from api.params import RepetitionDetectionParams, StructuredOutputsParams
 
 MAX_INT32 = (1 << 31) - 1
 Int32 = Annotated[int, Meta(ge=-(1 << 31), le=MAX_INT32)]
@@ -44,6 +44,25 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     """End the stream with a chunk that has no choices but the token usage."""
     continuous_usage_stats: bool | None = None
     """Every chunk has the usage so far."""
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    name: str | None = None
+    """Not read."""
+    description: str | None = None
+    """Not read."""
+    schema: JsonObject | bool | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Not read: answers always keep to the schema."""
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """The form of an answer."""
+
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text", "json_object", "json_schema"]})]
+    json_schema: JsonSchemaFormat | None = None
+    """With the type json_schema."""
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -85,6 +104,16 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     repetition_detection: RepetitionDetectionParams | None = None
     """End a completion that is caught in a loop, with the finish reason ``repetition``."""
 
+    # What language it is in: at most one of these.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_json: JsonObject | str | None = None
+    """Older name of ``structured_outputs.json``, and so on."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
     # What is reported.
     prompt_logprobs: OffOrCount | None = None
     """Log probabilities of this many tokens at each place of the prompt; not in a stream."""
@@ -116,12 +145,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """Not read."""
 
     # Refused, see refusals.py.
-    response_format: Annotated[Any, Meta(extra_json_schema={"enum": [None, {"type": "text"}]})] = None
-    structured_outputs: Later = None
-    guided_json: Later = None
-    guided_regex: Later = None
-    guided_choice: Later = None
-    guided_grammar: Later = None
     prompt_embeds: Later = None
     logits_processors: Later = None
     thinking_token_budget: Later = None

@@ -6,7 +6,7 @@ A feature that arrives deletes its rows here and gives its fields in ``protocol.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -26,21 +26,7 @@ class Refusal(msgspec.Struct, Generic[RequestT], frozen=True):
     message: str = NOT_SUPPORTED
 
 
-def _wants_format(value: Any) -> bool:
-    return value is not None and not (isinstance(value, dict) and value.get("type") == "text")
-
-
 _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
-    Refusal(
-        "response_format",
-        lambda request: _wants_format(request.response_format),
-        '{} other than {{"type": "text"}} is not supported by this server',
-    ),
-    Refusal("structured_outputs", lambda request: request.structured_outputs is not None),
-    Refusal("guided_json", lambda request: request.guided_json is not None),
-    Refusal("guided_regex", lambda request: request.guided_regex is not None),
-    Refusal("guided_choice", lambda request: request.guided_choice is not None),
-    Refusal("guided_grammar", lambda request: request.guided_grammar is not None),
     Refusal("prompt_embeds", lambda request: request.prompt_embeds is not None),
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
     Refusal("thinking_token_budget", lambda request: request.thinking_token_budget is not None),

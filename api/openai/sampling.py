@@ -11,6 +11,7 @@ from starlette.requests import Request
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
+from api.openai.structured import structured_outputs
 from api.params import SamplingParams
 
 _SAME_NAME = (
@@ -70,6 +71,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         best_of=best_of,
+        structured_outputs=structured_outputs(request)[0],
     )
 
 

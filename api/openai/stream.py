@@ -89,10 +89,12 @@ class Generation:
         cache_salt: str = "",
         stream_interval: int = 1,
         kept_special_ids: frozenset[int] = frozenset(),
+        grammar_param: str = "structured_outputs",
     ) -> None:
         """Prepares; see ``Serving.submit``. Nothing runs before ``start``.
 
-        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one.
+        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one;
+        ``grammar_param`` is the field that asks for structured outputs, if one does.
         """
         self.request_id = request_id
         self.prompts = prompts
@@ -105,6 +107,7 @@ class Generation:
         self._priority = priority
         self._cache_salt = cache_salt
         self._kept_special_ids = kept_special_ids
+        self._grammar_param = grammar_param
         self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
@@ -134,6 +137,7 @@ class Generation:
             priority=self._priority,
             cache_salt=self._cache_salt,
             kept_special_ids=self._kept_special_ids,
+            grammar_param=self._grammar_param,
         )
 
     def drop(self) -> None:
@@ -165,8 +169,11 @@ class Generation:
             self._watcher.cancel()
         self.drop()
 
-    def failure(self, message: str) -> RequestError | EngineDeadError:
+    def failure(self, delta: Delta) -> RequestError | EngineDeadError:
         """The error that a delta's ``error`` amounts to."""
+        message = delta.error or ""
+        if delta.error_param is not None:
+            return RequestError(message, delta.error_param)
         if self._serving.client.dead is not None:
             return self._serving.client.dead
         # The engine tried already, and more than once if that could help.
@@ -273,7 +280,7 @@ class TokenStream(EventSourceResponse):
             if delta.finish_reason is not None:
                 num_finished += 1
                 if delta.error is not None:
-                    raise self._generation.failure(delta.error)
+                    raise self._generation.failure(delta)
             parts.append(self._reply.event(delta))
         return b"".join(parts), num_finished
 
@@ -309,7 +316,7 @@ class WholeAnswer(Response):
                     if delta.finish_reason is not None:
                         num_open -= 1
                         if delta.error is not None:
-                            raise generation.failure(delta.error)
+                            raise generation.failure(delta)
                 deltas += new
         finally:
             generation.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +225,10 @@ class Harness:
         assert position == len(known), "no gap and no overlap"
         known += tokens
 
-    def wait(self, executor: FakeExecutor, timeout: float | None) -> list[ToEngineCore] | None:
+    def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
         if self.api_is_gone:
             return None
-        if timeout is None and not self.inbox and not executor.has_news:
+        if timeout is None and not self.inbox and not self.executor.has_news:
             raise NothingComesError
         messages, self.inbox = self.inbox, []
         return messages
@@ -692,14 +692,14 @@ def test_frames_that_are_no_messages_are_dropped(transport: tuple[ZmqTransport, 
         router.send_multipart((b"engine_core.1", frame))
     received: list[ToEngineCore] = []
     while not received:
-        received += core_side.wait(FakeExecutor(), 1.0) or []
+        received += core_side.wait([], 1.0) or []
     assert received == [make_request(1)]
 
 
 def test_the_end_of_the_api_is_noticed(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:
     core_side, _, writer = transport
-    assert core_side.wait(FakeExecutor(), 0) == []
+    assert core_side.wait([], 0) == []
     os.close(os.dup(writer))
-    assert core_side.wait(FakeExecutor(), 0) == []
+    assert core_side.wait([], 0) == []
     os.dup2(os.open(os.devnull, os.O_RDONLY), writer)
-    assert core_side.wait(FakeExecutor(), 5.0) is None
+    assert core_side.wait([], 5.0) is None

@@ -1,0 +1,53 @@
+"""The ways in which a request can say what language its output must be in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.errors import RequestError
+from api.openai.protocol import GenerationRequest, ResponseFormat
+from api.params import StructuredOutputsParams
+from api.structured import grammar_spec
+
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+
+
+def structured_outputs(request: GenerationRequest) -> tuple[StructuredOutputsParams | None, str]:
+    """What a request asks for, and the field that says so.
+
+    Raises:
+        RequestError: Several fields do, or one is malformed.
+    """
+    found: dict[str, StructuredOutputsParams] = {}
+    if request.structured_outputs is not None:
+        found["structured_outputs"] = request.structured_outputs
+    if request.response_format is not None:
+        wanted = _response_format(request.response_format)
+        if wanted is not None:
+            found["response_format"] = wanted
+    guided: dict[str, Any] = {name: getattr(request, name) for name in _GUIDED}
+    for name, value in guided.items():
+        if value is not None:
+            pattern = request.guided_whitespace_pattern
+            found[name] = StructuredOutputsParams(**{_GUIDED[name]: value}, whitespace_pattern=pattern)
+    if len(found) > 1:
+        raise RequestError(f"only one of {', '.join(found)} may be given", list(found)[1])
+    for name, params in found.items():
+        grammar_spec(params, name)
+        return params, name
+    return None, "structured_outputs"
+
+
+def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
+    name = "response_format"
+    if wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None or wanted.json_schema.schema is None:
+            raise RequestError("response_format of type json_schema needs json_schema.schema", name)
+        return StructuredOutputsParams(json=wanted.json_schema.schema)
+    raise RequestError(
+        f"response_format type {wanted.type[:40]!r} is not supported; use text, json_object or json_schema", name
+    )

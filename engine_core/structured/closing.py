@@ -1,0 +1,170 @@
+"""How an output can still be completed: paths of tokens from a state of a grammar to where it may end.
+
+A path is found by going on with whatever leads to the end soon: forced text whole, brackets and quotes that close,
+the shortest value where one must begin. Where none of that is allowed (in a string with a pattern, say), a byte that
+leads to a state not seen before, so that repetitions are left. What was known to complete an earlier state helps: as
+soon as it completes the present one, it is the rest of the path. So a new path costs as much as what the last token
+opened. Paths are short, not always shortest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_core.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+MAX_STEPS = 4096
+"""Steps of one search."""
+MAX_PROBES = 20_000
+"""States looked at in one search."""
+MAX_BYTES_PER_TOKEN = 4
+"""By how much a path may become shorter when its text is spelt anew."""
+RESYNC = 8
+"""How many tokens of the earlier path may be left out to find where it fits again."""
+
+_CLOSERS = b"}]"
+_WHITESPACE = b" \n\t\r"
+_ORDER = bytes(
+    dict.fromkeys(
+        b'":,0123456789' + bytes(range(ord("a"), ord("z") + 1)) + bytes(range(0x21, 0x7F)) + bytes(range(0x80, 256))
+    )
+)
+"""Bytes by how soon they may lead to an end."""
+
+
+class ClosingPaths:
+    """Finds paths with the tokens that a request may use."""
+
+    def __init__(self, vocabulary: Vocabulary, is_usable: Callable[[int], bool] | None = None) -> None:
+        self._vocabulary = vocabulary
+        self._is_usable = is_usable
+        tokens = vocabulary.byte_tokens
+        self._closers = self._usable(tokens.get(byte) for byte in _CLOSERS)
+        self._quote = tokens.get(ord('"'), -1)
+        self._zero = tokens.get(ord("0"), -1)
+        self._letter = tokens.get(ord("x"), -1)
+        self._ordered = np.array(self._usable(tokens.get(byte) for byte in _ORDER), np.int64)
+        self._whitespace = np.array(self._usable(tokens.get(byte) for byte in _WHITESPACE), np.int64)
+
+    def _usable(self, tokens: Iterable[int | None]) -> list[int]:
+        return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
+
+    def find(self, matcher: LLMatcher, known: list[int], limit: int) -> list[int] | None:
+        """Tokens that complete the output.
+
+        Args:
+            matcher: The present state; it is not changed.
+            known: What completed an earlier state, as a hint.
+            limit: Longest path that is of use.
+
+        Returns:
+            None: there is none, or it was not found.
+        """
+        end = self._vocabulary.end_token
+        hint = [*known, end]
+        search = _Search(self, matcher.deep_copy())
+        path: list[int] = []
+        for _ in range(MAX_STEPS):
+            probe = search.probe
+            if probe.is_accepting():
+                return self._respelt(matcher, path)
+            for skipped in range(min(len(known), RESYNC)):
+                rest = hint[skipped:]
+                if probe.validate_tokens(rest) == len(rest):
+                    path = self._respelt(matcher, path + rest[:-1])
+                    return path if len(path) <= limit else None
+            if len(path) > MAX_BYTES_PER_TOKEN * limit:
+                return None
+            step = search.advance()
+            if step is None:
+                return None
+            path += step
+        return None
+
+    def _respelt(self, matcher: LLMatcher, path: list[int]) -> list[int]:
+        """The same text in fewer tokens, if it can be."""
+        vocabulary = self._vocabulary
+        tokens = vocabulary.spell(vocabulary.tokenizer.decode_bytes(path), self._is_usable)
+        if len(tokens) < len(path):
+            whole = [*tokens, vocabulary.end_token]
+            if matcher.validate_tokens(whole) == len(whole):
+                return tokens
+        return path
+
+    def shortcut(self, allowed: npt.NDArray[np.uint8]) -> int | None:
+        """A token that closes something or is a short value, where there is one.
+
+        Args:
+            allowed: uint8 [tokens]: 1 where one is.
+        """
+        is_text = self._letter >= 0 and bool(allowed[self._letter])
+        if not is_text:
+            for token in self._closers:
+                if allowed[token]:
+                    return token
+            # A number is shorter than a text.
+            if self._zero >= 0 and allowed[self._zero] and self._quote >= 0 and allowed[self._quote]:
+                return self._zero
+        return self._quote if self._quote >= 0 and allowed[self._quote] else None
+
+    def candidates(self, allowed: npt.NDArray[np.uint8]) -> list[int]:
+        """Tokens to go on with otherwise, those that may lead to an end soon first."""
+        found: list[int] = self._ordered[allowed[self._ordered] != 0].tolist()
+        return found or self._whitespace[allowed[self._whitespace] != 0].tolist()
+
+    def forced(self, probe: LLMatcher) -> list[int]:
+        """Tokens of the text that must come next, if there is any."""
+        text = probe.compute_ff_bytes()
+        return self._vocabulary.spell(text, self._is_usable) if text else []
+
+
+class _Search:
+    """One search: the state it has come to, and those it has seen."""
+
+    def __init__(self, paths: ClosingPaths, probe: LLMatcher) -> None:
+        self.probe = probe
+        self._paths = paths
+        self._seen: set[int] = set()
+        self._dull: set[int] = set()
+        """States from which no byte leads to a new one."""
+        self._state = 0
+        self._num_probes = 0
+
+    def advance(self) -> list[int] | None:
+        """Goes on by a token or more."""
+        paths, probe = self._paths, self.probe
+        tokens = paths.forced(probe)
+        if not tokens:
+            mask = probe.compute_bitmask()
+            allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+            self._state = hash(mask)
+            token = None if self._state in self._seen else paths.shortcut(allowed)
+            self._seen.add(self._state)
+            if token is None:
+                candidates = paths.candidates(allowed)
+                if not candidates:
+                    return None
+                token = self.pick(candidates)
+            tokens = [token]
+        return tokens if probe.consume_tokens(tokens) else None
+
+    def pick(self, candidates: list[int]) -> int:
+        """A token that leads to a state not seen before; else any."""
+        if len(candidates) == 1 or self._state in self._dull:
+            return candidates[0]
+        for token in candidates:
+            self._num_probes += 1
+            if self._num_probes > MAX_PROBES:
+                break
+            trial = self.probe.deep_copy()
+            if trial.consume_token(token) and (trial.is_accepting() or hash(trial.compute_bitmask()) not in self._seen):
+                return token
+        self._dull.add(self._state)
+        return candidates[0]

@@ -1,0 +1,117 @@
+"""From what a request asks for to a compiled grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from engine_core.messages import GrammarSpec
+from engine_core.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits
+
+MAX_GRAMMAR_BYTES = 256 << 10
+"""Longest text of a grammar."""
+
+_HEADER = '%llguidance {"no_forcing": true}\n'
+"""Without it llguidance would spell forced text by itself; the model is the better judge of its own tokens."""
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+_PREFIXES = ("failed to compile JSON schema: ", "lexer error: ", "Lark error: ")
+MAX_ERROR_CHARS = 300
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used, which is the client's fault; the message says why."""
+
+
+def parser_limits() -> LLParserLimits:
+    """Bounds on what a grammar may cost: about 0.1 s of compiling beside the size of the text, 20 ms a token."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=2_000_000,
+        step_lexer_fuel=100_000,
+        step_max_items=50_000,
+        max_lexer_states=50_000,
+        max_grammar_size=300_000,
+        verbose_errors=False,
+    )
+
+
+def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary) -> LLMatcher:
+    """A matcher at the start of its grammar, to be copied for each request.
+
+    Raises:
+        GrammarError: The grammar is malformed, uses what is not supported, or is too large.
+    """
+    from llguidance import LLMatcher
+
+    if len(spec.text.encode()) > MAX_GRAMMAR_BYTES:
+        raise GrammarError(f"is longer than {MAX_GRAMMAR_BYTES} bytes")
+    matcher = LLMatcher(vocabulary.tokenizer, grammar_text(spec), log_level=0, limits=parser_limits())
+    if matcher.is_error():
+        raise GrammarError(short_error(matcher.get_error()))
+    return matcher
+
+
+def grammar_text(spec: GrammarSpec) -> str:
+    """The grammar in llguidance's dialect of Lark.
+
+    Raises:
+        GrammarError: It is malformed, as far as can be seen from here.
+    """
+    if spec.kind == "json":
+        return f"{_HEADER}start: %json {json.dumps(_schema(spec))}"
+    if spec.kind == "regex":
+        from llguidance import regex_to_lark
+
+        return f"{_HEADER}start: /{regex_to_lark(spec.text, '')}/"
+    if spec.kind == "choice":
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
+        return f"{_HEADER}start: {choices}"
+    if spec.kind == "grammar":
+        return _lark(spec.text)
+    raise GrammarError(f"has the unknown kind {spec.kind!r}")
+
+
+def _schema(spec: GrammarSpec) -> dict[str, Any]:
+    try:
+        schema = json.loads(spec.text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"is not valid JSON: {error}") from None
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise GrammarError("is not a JSON schema: that is an object")
+    if "x-guidance" in schema:
+        raise GrammarError("has the unsupported keyword x-guidance")
+    options: dict[str, Any] = {"whitespace_flexible": not spec.disable_any_whitespace}
+    if spec.whitespace_pattern is not None:
+        options["whitespace_pattern"] = spec.whitespace_pattern
+    return {**schema, "x-guidance": options}
+
+
+def _lark(text: str) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        text = any_to_lark(text)
+    except Exception as error:  # the converter raises whatever its parser meets
+        raise GrammarError(f"is neither Lark nor GBNF: {error}") from None
+    return text if "%llguidance" in text else _HEADER + text
+
+
+def short_error(message: str) -> str:
+    """What is wrong with a grammar, without the place in a text that the client never saw."""
+    lines = _PLACE.sub("", message.strip()).splitlines() or ["cannot be used"]
+    text = lines[0]
+    for line in lines[1:]:
+        if line.startswith("error: "):  # of the regular expressions' parser, whose first line says nothing
+            text = line
+            break
+    for prefix in _PREFIXES:
+        text = text.removeprefix(prefix)
+    return text[:MAX_ERROR_CHARS]

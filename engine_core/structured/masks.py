@@ -1,0 +1,76 @@
+"""The allowed tokens of a step's constrained rows, as bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine_core.messages import I32
+from engine_core.structured.grammar import short_error
+from engine_core.structured.request_grammar import RequestGrammar
+from engine_core.structured.vocabulary import Vocabulary, token_bits
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor
+
+NOTHING_ALLOWED = "the grammar allows no token here"
+ALL = np.int32(-1)
+
+
+class MaskBuilder:
+    """Fills the rows of a step in parallel, without the interpreter's lock."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from llguidance import LLExecutor
+
+        self._vocabulary = vocabulary
+        self._executor: LLExecutor = LLExecutor()
+        self._end_words, self._end_bits = token_bits(vocabulary.end_tokens)
+
+    def fill(self, grammars: Sequence[RequestGrammar | None]) -> tuple[I32, list[tuple[int, str | None]]]:
+        """Computes a mask for each row.
+
+        Args:
+            grammars: One per row; None: every token is allowed.
+
+        Returns:
+            int32 [rows, words], and rows whose requests end here: with an error, or with None if the output is
+            complete and can neither go on nor end with a token. The latter rows allow every token.
+        """
+        masks = np.zeros((len(grammars), self._vocabulary.mask_words), np.int32)
+        matchers = []
+        for row, grammar in enumerate(grammars):
+            if grammar is None:
+                masks[row] = ALL
+            elif (token := grammar.forced_token) is not None:
+                masks[row, token // 32] = token_bits([token])[1][0]
+            else:
+                matchers.append((grammar.matcher, row))
+        if not matchers:
+            return masks, []
+        width = 4 * masks.shape[1]
+        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, width, len(masks))
+        ended = []
+        for _, row in matchers:
+            grammar = grammars[row]
+            assert grammar is not None
+            problem = self._finish(masks[row], grammar)
+            if problem is not None:
+                ended.append((row, problem or None))
+                masks[row] = ALL
+        return masks, ended
+
+    def _finish(self, mask: I32, grammar: RequestGrammar) -> str | None:
+        """Replaces the vocabulary's end tokens by the request's. Returns why the row cannot go on; "": it is done."""
+        can_end = bool((mask[self._end_words] & self._end_bits).any())
+        np.bitwise_and.at(mask, self._end_words, ~self._end_bits)
+        if not mask.any():
+            if grammar.matcher.is_error():
+                return short_error(grammar.matcher.get_error()) or NOTHING_ALLOWED
+            return "" if can_end else NOTHING_ALLOWED
+        if can_end and grammar.stop_token_ids:
+            words, bits = token_bits(grammar.stop_token_ids)
+            np.bitwise_or.at(mask, words, bits)
+        return None

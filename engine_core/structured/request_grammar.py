@@ -1,0 +1,129 @@
+"""What one request's output may still become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from engine_core.messages import ResolvedParams
+from engine_core.structured.closing import ClosingPaths
+from engine_core.structured.grammar import GrammarError, short_error
+from engine_core.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class Verdict(IntEnum):
+    """What a sampled token does to an output."""
+
+    GOES_ON = 0
+    ENDED = 1
+    """The grammar allows nothing after it."""
+    REJECTED = 2
+    """It is not part of the output: what it begins could not be completed. Another is sampled in its place."""
+    FAILED = 3
+
+
+class BudgetError(GrammarError):
+    """The output cannot be completed within the tokens that the request allows."""
+
+
+class RequestGrammar:
+    """The state of a grammar after a request's output so far. It survives preemption.
+
+    With ``completes``, a closing path is known at all times: tokens that complete the output from its present state,
+    no more of them than the request may still have. A token is accepted only if there is such a path after it, too;
+    when the path is as long as what is left, it is followed.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, params: ResolvedParams, *, completes: bool) -> None:
+        """
+        Args:
+            matcher: At the start of the grammar; owned by this object from now on.
+            vocabulary: Of the matcher.
+            params: Of the request.
+            completes: Whether an output must be complete when the request's tokens run out.
+        """
+        self.matcher = matcher
+        self.vocabulary = vocabulary
+        self.stop_token_ids = params.all_stop_token_ids
+        self.was_cut = False
+        """The output was completed because its tokens ran out, not because the model was done."""
+        self.error = ""
+        """Why the grammar cannot go on, after ``FAILED``."""
+        self._paths = ClosingPaths(vocabulary, _usable_tokens(params)) if completes else None
+        self._path: list[int] = []
+        self._remaining = 0
+        self._forced: int | None = None
+
+    def start(self, remaining: int, outputs: Sequence[int] = ()) -> None:
+        """Finds out how the output can be completed, and takes in what an earlier life of the request generated.
+
+        Args:
+            remaining: Tokens that the request may have, ``outputs`` included.
+            outputs: What was generated before.
+
+        Raises:
+            BudgetError: They are too few.
+            GrammarError: The grammar cannot be completed with the request's tokens, or not followed by ``outputs``.
+        """
+        self._remaining = remaining
+        if self._paths is not None:
+            path = self._paths.find(self.matcher, [], max(remaining, 1 << 14))
+            if path is None:
+                raise GrammarError("has no output that can be completed with the tokens that the request allows")
+            if len(path) > remaining:
+                raise BudgetError(f"must be at least {len(path)} for this grammar to be completed, got {remaining}")
+            self._path = path
+        for token in outputs:
+            if self.accept(token) is not Verdict.GOES_ON:
+                raise GrammarError("does not fit the output so far")
+
+    @property
+    def forced_token(self) -> int | None:
+        """The one token that may come next, where the grammar has no say in it any more."""
+        if self._forced is None and self._path and len(self._path) == self._remaining:
+            return self._path[0]
+        return self._forced
+
+    def accept(self, token: int) -> Verdict:
+        """Takes in a token of the output."""
+        matcher = self.matcher
+        self.was_cut |= self.forced_token is not None
+        if not matcher.consume_token(token):
+            self.error = short_error(matcher.get_error())
+            return Verdict.FAILED
+        if self._paths is not None and not self._follow(token):
+            self.was_cut = True
+            if not self._path or not matcher.rollback(1):
+                self.error = short_error(matcher.get_error())
+                return Verdict.FAILED
+            self._forced = self._path[0]
+            return Verdict.REJECTED
+        self._remaining -= 1
+        self._forced = None
+        return Verdict.ENDED if matcher.is_stopped() else Verdict.GOES_ON
+
+    def _follow(self, token: int) -> bool:
+        """Brings the closing path up to date. False: there is none that is short enough."""
+        assert self._paths is not None
+        if self._path and token == self._path[0]:
+            del self._path[0]
+            return True
+        path = self._paths.find(self.matcher, self._path, self._remaining - 1)
+        if path is None or len(path) >= self._remaining:
+            return False
+        self._path = path
+        return True
+
+
+def _usable_tokens(params: ResolvedParams) -> Callable[[int], bool] | None:
+    """Which tokens a closing path may have, by the request's other constraints; None: all."""
+    last_of_bad_words = {word[-1] for word in params.bad_words_token_ids}
+    banned = last_of_bad_words | set(params.stop_token_ids)
+    if params.allowed_token_ids is None:
+        return (lambda token: token not in banned) if banned else None
+    allowed = set(params.allowed_token_ids) - banned
+    return lambda token: token in allowed
