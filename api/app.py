@@ -11,9 +11,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from api import monitoring
+from api.anthropic import messages
+from api.anthropic import protocol as anthropic
+from api.anthropic.errors import ANTHROPIC_ERRORS
 from api.middleware import Guard, RequestScope
 from api.openai import chat, completions, models, protocol, tokenize
-from api.openai.errors import EXCEPTION_HANDLERS
+from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
 from api.serving import Serving
 from api.traffic import Traffic
@@ -37,6 +40,25 @@ OPERATIONS = (
         request=protocol.CompletionRequest,
         response=protocol.CompletionResponse,
         chunk=protocol.CompletionResponse,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages",
+        messages.create_message,
+        "Answer a conversation, as Anthropic's API does",
+        request=anthropic.MessagesRequest,
+        response=anthropic.Message,
+        chunk=anthropic.StreamEvent,
+        errors=ANTHROPIC_ERRORS,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        "Count the tokens of a conversation, as Anthropic's API does",
+        request=anthropic.ConversationRequest,
+        response=anthropic.MessageTokensCount,
+        errors=ANTHROPIC_ERRORS,
     ),
     Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
     Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Show a model", response=protocol.ModelCard),
@@ -83,7 +105,10 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             operation.path,
             operation.handler,
             methods=[operation.method],
-            middleware=[] if operation.is_open else [guard],
+            middleware=[
+                *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
+                *([] if operation.is_open else [guard]),
+            ],
         )
         for operation in operations
     ]

@@ -83,7 +83,7 @@ class RequestScope:
             logger.exception("request %s failed", request_id)
             if status:
                 raise
-            await error_response(error)(scope, receive, send_counted)
+            await error_response(error, scope)(scope, receive, send_counted)
         finally:
             seconds = time.monotonic() - begin
             handler = self._handler_names.get(scope.get("endpoint"), NO_HANDLER)
@@ -109,7 +109,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._digests and not self._has_key(scope):
-            raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401, kind=KINDS[401])
+            raise RequestError(
+                "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY", status=401, kind=KINDS[401]
+            )
         if self._traffic.is_draining:
             raise RequestError(
                 "The server is shutting down.", status=503, kind=KINDS[503], headers={"Connection": "close"}
@@ -119,8 +121,12 @@ class Guard:
     def _has_key(self, scope: Scope) -> bool:
         values = header_values(scope, b"authorization")
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        key = key.strip()
+        is_bearer = self._is_key(key.strip()) and scheme.lower() == b"bearer"
+        values = header_values(scope, b"x-api-key")
+        return self._is_key(values[0].strip() if len(values) == 1 else b"") or is_bearer
+
+    def _is_key(self, key: bytes) -> bool:
         given = hashlib.sha256(key).digest()
         # All keys are compared, each in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(digest, given) for digest in self._digests]
-        return scheme.lower() == b"bearer" and any(matches) and bool(key)
+        return any(matches) and bool(key)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.openai.protocol import ChatTool, ErrorResponse
+from api.openai.errors import OPENAI_ERRORS, ErrorShape
+from api.openai.protocol import ChatTool
 from api.version import VERSION
 
 ERRORS = {
@@ -24,6 +25,8 @@ ERRORS = {
 _WITH_BODY_ONLY = (400, 413)
 _REF = "#/components/schemas/{name}"
 _KEY = "apiKey"
+Schemas: TypeAlias = dict[Any, dict[str, Any]]
+"""By type."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ class Operation:
     """Type of the JSON body."""
     response: type[msgspec.Struct] | None = None
     """Type of the answer's JSON body."""
-    chunk: type[msgspec.Struct] | None = None
-    """Type of the events, if the answer can be streamed."""
+    chunk: Any = None
+    """Type of the events, if the answer can be streamed; a struct or a union of them."""
     media_type: str | None = None
     """Of an answer that is no JSON."""
+    errors: ErrorShape = OPENAI_ERRORS
     is_open: bool = False
     """Needs no key, and is served while the server drains."""
 
@@ -62,13 +66,12 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     types = {
         kind: None
         for operation in table
-        for kind in (operation.request, operation.response, operation.chunk)
+        for kind in (operation.request, operation.response, operation.chunk, operation.errors.body)
         if kind is not None
     }
-    types[ErrorResponse] = None
     types[ChatTool] = None  # requests refer to it, though they keep tools as they came
     schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
-    by_type: dict[type[msgspec.Struct], dict[str, Any]] = dict(zip(types, schemas, strict=True))
+    by_type: Schemas = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:
         path = operation.path.replace(":path}", "}")
@@ -86,9 +89,7 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     return document
 
 
-def _describe(
-    operation: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]], *, has_keys: bool
-) -> dict[str, Any]:
+def _describe(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": operation.handler.__name__,
@@ -107,9 +108,7 @@ def _describe(
     return described
 
 
-def _responses(
-    operation: Operation, schemas: dict[type[msgspec.Struct], dict[str, Any]], *, has_keys: bool
-) -> dict[str, Any]:
+def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if operation.response is not None:
         content["application/json"] = {"schema": schemas[operation.response]}
@@ -121,7 +120,7 @@ def _responses(
     if content:
         good["content"] = content
     responses: dict[str, Any] = {"200": good}
-    error = {"application/json": {"schema": schemas[ErrorResponse]}}
+    error = {"application/json": {"schema": schemas[operation.errors.body]}}
     for status, description in ERRORS.items():
         if status in _WITH_BODY_ONLY and operation.request is None:
             continue

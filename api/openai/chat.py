@@ -150,7 +150,7 @@ class ChatReply:
         data = self._encode(beginning[0])
         self._chunk.prompt_token_ids = UNSET
         marked = ChatChunkChoice(index=delta.choice, delta=ChatDelta(content=MARK))
-        self._constants[delta.choice] = split_at_mark(self._encode_chunk(marked))
+        self._constants[delta.choice] = split_at_mark(self._encode(marked))
         return data + b"".join(map(self._encode, (*beginning[1:], *self._pieces(delta))))
 
     def _encode(self, piece: ChatChunkChoice) -> bytes:

@@ -219,7 +219,7 @@ class CompletionReply:
         constants = self._constants.get(delta.choice)
         if constants is None:
             marked = CompletionChoice(index=delta.choice, text=MARK)
-            self._constants[delta.choice] = split_at_mark(self._encode_chunk(marked))
+            self._constants[delta.choice] = split_at_mark(self._encode(marked))
             return b"".join(map(self._encode, self._first_pieces(delta)))
         if self._is_plain and delta.finish_reason is None:
             return constants[0] + self._encoder.encode(delta.text) + constants[1]

@@ -1,14 +1,16 @@
-"""Every error that a client sees, in one shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Every error that a client sees: ``{"error": {"message", "type", "param", "code"}}`` but where ``ErrorShape`` says."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import EngineDeadError, RequestError
 from api.openai.protocol import ErrorInfo, ErrorResponse
@@ -75,25 +77,50 @@ def to_request_error(error: BaseException) -> RequestError:
     return RequestError(INTERNAL, status=500, kind=KINDS[500])
 
 
+def shortened(message: str) -> str:
+    """A message, cut if it quotes too much."""
+    return message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "..."
+
+
 def render(error: RequestError) -> bytes:
     """The body of an error."""
-    message = error.message
-    if len(message) > MAX_MESSAGE_CHARS:
-        message = message[:MAX_MESSAGE_CHARS] + "..."
-    info = ErrorInfo(message=message, type=error.kind, param=error.param, code=error.status)
+    info = ErrorInfo(message=shortened(error.message), type=error.kind, param=error.param, code=error.status)
     return msgspec.json.encode(ErrorResponse(error=info))
 
 
-def error_response(error: BaseException) -> Response:
+class ErrorShape(NamedTuple):
+    """How an endpoint writes its errors."""
+
+    body: type[msgspec.Struct]
+    render: Callable[[RequestError], bytes]
+
+
+OPENAI_ERRORS = ErrorShape(ErrorResponse, render)
+
+
+class WithErrorShape:
+    """Stands before an endpoint whose clients know another shape of errors."""
+
+    def __init__(self, app: ASGIApp, shape: ErrorShape) -> None:
+        self._app = app
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["error_shape"] = self._shape
+        await self._app(scope, receive, send)
+
+
+def error_response(error: BaseException, scope: Scope) -> Response:
     """The answer to a request that failed before anything was sent."""
+    shape: ErrorShape = scope.get("state", {}).get("error_shape", OPENAI_ERRORS)
     request_error = to_request_error(error)
     headers = {**HEADERS.get(request_error.status, {}), **request_error.headers}
-    return Response(render(request_error), request_error.status, headers, "application/json")
+    return Response(shape.render(request_error), request_error.status, headers, "application/json")
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
     """``error_response`` as Starlette calls it."""
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 ExceptionHandler = Callable[[Request, Exception], Awaitable[Response]]

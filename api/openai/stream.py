@@ -44,9 +44,14 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-def split_at_mark(data: bytes) -> tuple[bytes, bytes]:
+def typed_event(name: str, data: bytes) -> bytes:
+    """The same with a name."""
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def split_at_mark(whole: bytes) -> tuple[bytes, bytes]:
     """The constant parts of an event whose text is ``MARK``."""
-    before, _, after = event(data).partition(_MARK_JSON)
+    before, _, after = whole.partition(_MARK_JSON)
     return before, after
 
 

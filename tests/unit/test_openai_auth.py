@@ -29,7 +29,10 @@ BAD_HEADERS: list[Headers] = [
     [(b"authorization", b"Bearer \xff\xfe")],
     [(b"authorization", b"Bearer " + b"x" * 100_000)],
     [(b"authorization", b"Bearer wrong"), (b"authorization", b"Bearer first-key")],
-    [(b"x-api-key", b"first-key")],
+    [(b"x-api-key", b"")],
+    [(b"x-api-key", b"Bearer first-key")],
+    [(b"x-api-key", b"wrong"), (b"x-api-key", b"first-key")],
+    [(b"x-api-key", b"wrong"), (b"authorization", b"first-key")],
     [(b"host", b"127.0.0.1")],
     [(b"host", b"evil.example/health")],
     [(b"host", b"")],
@@ -75,6 +78,13 @@ async def test_bad_keys(guarded: FakeServer, path: str, headers: Headers) -> Non
 async def test_good_keys(guarded: FakeServer, path: str, header: str) -> None:
     for method in methods(guarded, path):
         assert await status(guarded, method, path, [(b"authorization", header.encode())]) in (200, 400)
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_good_keys_in_the_other_header(guarded: FakeServer, path: str) -> None:
+    for headers in ([(b"x-api-key", b"first-key")], [(b"x-api-key", b"first-key"), (b"authorization", b"Bearer no")]):
+        for method in methods(guarded, path):
+            assert await status(guarded, method, path, headers) in (200, 400)
 
 
 @pytest.mark.parametrize("path", sorted(OPEN))

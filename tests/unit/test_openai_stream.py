@@ -261,5 +261,5 @@ async def test_draining(api: Api) -> None:
 
 
 def test_the_mark_is_never_part_of_a_chunk() -> None:
-    before, after = stream.split_at_mark(b'{"a":"\\u0000","b":1}')
+    before, after = stream.split_at_mark(stream.event(b'{"a":"\\u0000","b":1}'))
     assert (before, after) == (b'data: {"a":', b',"b":1}\n\n')

@@ -1,0 +1,195 @@
+"""From Anthropic's conversations to chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from api.anthropic.protocol import (
+    ConversationRequest,
+    DocumentBlock,
+    ImageBlock,
+    InputBlock,
+    InputMessage,
+    InputTool,
+    MessagesRequest,
+    PlainTextSource,
+    RedactedThinkingBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from api.errors import RequestError
+from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
+
+CLIENT_NOTE = "x-anthropic-billing-header"
+"""How a text of the system prompt begins that a client writes for its provider, anew for each request: it says nothing
+to the model, and would keep prompts from sharing their cached beginnings."""
+
+
+def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
+    """The chat completion that a request amounts to.
+
+    Raises:
+        RequestError: It holds what no model here can use; the message names the place.
+    """
+    messages = _system(request.system)
+    names: dict[str, str] = {}
+    for index, message in enumerate(request.messages):
+        _append(messages, message, f"messages[{index}]", names)
+    last = messages[-1] if messages else None
+    if last is None:
+        raise RequestError("messages: there is nothing in them", "messages")
+    continues = last.role == "assistant" and last.tool_calls is None
+    chat = ChatCompletionRequest(
+        model=request.model,
+        messages=messages,
+        tools=_tools(request.tools),
+        continue_final_message=continues or None,
+    )
+    _set_tool_choice(chat, request)
+    if request.thinking is not None:
+        is_on = request.thinking.type != "disabled"
+        chat.chat_template_kwargs = {"enable_thinking": is_on}
+        chat.include_reasoning = is_on
+    config = request.output_config
+    if config is not None and config.format is not None:
+        chat.response_format = ResponseFormat(
+            type="json_schema", json_schema=JsonSchemaFormat(schema=config.format.schema)
+        )
+    if config is not None:
+        chat.reasoning_effort = config.effort
+    if isinstance(request, MessagesRequest):
+        chat.max_completion_tokens = request.max_tokens
+        chat.stop = request.stop_sequences
+        chat.stream = request.stream
+        chat.temperature = request.temperature
+        chat.top_k = request.top_k
+        chat.top_p = request.top_p
+    return chat
+
+
+def _system(system: str | list[TextBlock] | None) -> list[ChatMessage]:
+    texts = [system] if isinstance(system, str) else [block.text for block in system or ()]
+    text = "\n".join(text for text in texts if text and not text.startswith(CLIENT_NOTE))
+    return [ChatMessage(role="system", content=text)] if text else []
+
+
+def _append(messages: list[ChatMessage], message: InputMessage, where: str, names: dict[str, str]) -> None:
+    """Adds what one message amounts to: results of calls are messages of their own.
+
+    Args:
+        messages: Those before it.
+        message: Which to add.
+        where: How errors name it.
+        names: Names of the functions that were called, by the ids of the calls.
+    """
+    if isinstance(message.content, str):
+        messages.append(ChatMessage(role=message.role, content=message.content))
+    elif message.role == "assistant":
+        messages.append(_assistant(message.content, where, names))
+    else:
+        _append_blocks(messages, message.role, message.content, where, names)
+
+
+def _assistant(blocks: Sequence[InputBlock], where: str, names: dict[str, str]) -> ChatMessage:
+    texts, thoughts = [], []
+    calls: list[JsonObject] = []
+    for index, block in enumerate(blocks):
+        match block:
+            case TextBlock(text=text):
+                texts.append(text)
+            case ThinkingBlock(thinking=thinking):
+                thoughts.append(thinking)
+            case RedactedThinkingBlock():
+                pass
+            case ToolUseBlock():
+                names[block.id] = block.name
+                function = {"name": block.name, "arguments": msgspec.json.encode(block.input).decode()}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            case _:
+                raise _misplaced(f"{where}.content[{index}]", block, "assistant")
+    return ChatMessage(
+        role="assistant",
+        content="".join(texts) if texts or not calls else None,
+        reasoning="\n".join(thoughts) or None,
+        tool_calls=calls or None,
+    )
+
+
+def _append_blocks(
+    messages: list[ChatMessage], role: str, blocks: Sequence[InputBlock], where: str, names: dict[str, str]
+) -> None:
+    parts: list[str | JsonObject] = []
+
+    def close() -> None:
+        if parts:
+            messages.append(ChatMessage(role=role, content=parts.copy()))
+            parts.clear()
+
+    for index, block in enumerate(blocks):
+        place = f"{where}.content[{index}]"
+        if isinstance(block, ToolResultBlock):
+            close()
+            content = block.content
+            if content is None or isinstance(content, str):
+                text = content or ""
+            else:
+                text = "\n".join(_text_of(part, f"{place}.content[{i}]") for i, part in enumerate(content))
+            messages.append(
+                ChatMessage(
+                    role="tool", content=text, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id)
+                )
+            )
+        elif isinstance(block, (TextBlock, ImageBlock, DocumentBlock)):
+            parts.append({"type": "text", "text": _text_of(block, place)})
+        else:
+            raise _misplaced(place, block, role)
+    close()
+
+
+def _text_of(block: TextBlock | ImageBlock | DocumentBlock, place: str) -> str:
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, DocumentBlock) and isinstance(block.source, PlainTextSource):
+        return block.source.data if block.title is None else f"{block.title}\n{block.source.data}"
+    kind = "an image" if isinstance(block, ImageBlock) else "a document other than plain text"
+    raise RequestError(f"{place}: {kind} is not supported by this model", "messages")
+
+
+def _misplaced(place: str, block: Any, role: str) -> RequestError:
+    kind = type(block).__struct_config__.tag
+    return RequestError(f"{place}: a message of the role {role!r} has no block of type {kind!r}", "messages")
+
+
+def _tools(tools: Sequence[InputTool] | None) -> list[JsonObject] | None:
+    result: list[JsonObject] = []
+    for index, tool in enumerate(tools or ()):
+        if tool.type not in (None, "custom"):
+            raise RequestError(f"tools[{index}].type: only custom tools are supported by this server", "tools")
+        function: JsonObject = {"name": tool.name}
+        if tool.description is not None:
+            function["description"] = tool.description
+        function["parameters"] = tool.input_schema or {"type": "object", "properties": {}}
+        result.append({"type": "function", "function": function})
+    return result or None
+
+
+def _set_tool_choice(chat: ChatCompletionRequest, request: ConversationRequest) -> None:
+    choice = request.tool_choice
+    if choice is None:
+        return
+    if choice.disable_parallel_tool_use:
+        chat.parallel_tool_calls = False
+    match choice.type:
+        case "any":
+            chat.tool_choice = "required"
+        case "tool":
+            chat.tool_choice = {"type": "function", "function": {"name": choice.name}}
+        case "none":
+            chat.tool_choice = "none"
+        case "auto" if chat.tools is not None:
+            chat.tool_choice = "auto"

@@ -1,0 +1,32 @@
+"""Errors as Anthropic's clients expect them: ``{"type": "error", "error": {"type", "message"}}``."""
+
+from __future__ import annotations
+
+import msgspec
+
+from api.anthropic.protocol import AnthropicError, AnthropicErrorResponse
+from api.errors import RequestError
+from api.openai.errors import ErrorShape, shortened
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def error_body(error: RequestError) -> AnthropicErrorResponse:
+    """An error as the clients expect it."""
+    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return AnthropicErrorResponse(error=AnthropicError(type=kind, message=shortened(error.message)))
+
+
+def render(error: RequestError) -> bytes:
+    """The body of an error."""
+    return msgspec.json.encode(error_body(error))
+
+
+ANTHROPIC_ERRORS = ErrorShape(AnthropicErrorResponse, render)

@@ -1,0 +1,244 @@
+"""POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.anthropic.convert import to_chat_request
+from api.anthropic.errors import error_body
+from api.anthropic.protocol import (
+    BlockDelta,
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    ConversationRequest,
+    InputJsonDelta,
+    Message,
+    MessageDelta,
+    MessagesRequest,
+    MessageStart,
+    MessageStop,
+    MessageTokensCount,
+    MessageUsage,
+    OutputBlock,
+    OutputTokensDetails,
+    Ping,
+    SignatureDelta,
+    StopDetails,
+    StopReason,
+    StreamEvent,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+)
+from api.errors import RequestError
+from api.openai.answer import ChatAnswer, prepare_answer
+from api.openai.body import read_json
+from api.openai.prompts import render_messages
+from api.openai.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
+from api.output import Delta
+from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
+from api.serving import Serving
+
+MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
+COUNT_DECODER = msgspec.json.Decoder(ConversationRequest)
+
+
+async def create_message(request: Request) -> Response:
+    """Answers a conversation."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    answer = await prepare_answer(serving, to_chat_request(body), f"msg_{secrets.token_hex(12)}", fits_max_tokens=True)
+    reply = MessagesReply(serving, body, answer)
+    if body.stream:
+        return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)
+    return WholeAnswer(answer.generation, reply)
+
+
+async def count_tokens(request: Request) -> Response:
+    """The length of a conversation's prompt, whatever it is."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, COUNT_DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    chat = to_chat_request(body)
+    text = await render_messages(serving, chat, chat.messages, chat.tools)
+    tokens = await serving.tokenize(text, add_special_tokens=False, any_length=True)
+    answer = MessageTokensCount(input_tokens=len(tokens))
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def _event(body: StreamEvent) -> bytes:
+    tag = type(body).__struct_config__.tag
+    assert isinstance(tag, str)
+    return typed_event(tag, msgspec.json.encode(body))
+
+
+def _signature(thinking: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for piece in thinking:
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+class MessagesReply:
+    """The outputs of a generation as Anthropic's events, or folded into one message."""
+
+    keep_alive = _event(Ping())
+
+    def __init__(self, serving: Serving, request: MessagesRequest, answer: ChatAnswer) -> None:
+        self._answer = answer
+        self._max_tokens = request.max_tokens
+        self._has_begun = False
+        self._index = -1
+        """Of the block that came last."""
+        self._kind: type[Event] | None = None
+        """What the open block is made of; None if none is open."""
+        self._around = (b"", b"")
+        """What stands before and after the text of the open block's deltas."""
+        self._thinking: list[str] = []
+        self._message = Message(
+            id=answer.generation.request_id, model=serving.model_name, content=[], usage=self._usage(0)
+        )
+        self._encoder = msgspec.json.Encoder()
+
+    def _usage(self, num_output_tokens: int | None = None) -> MessageUsage:
+        usage = self._answer.generation.usage(num_output_tokens)
+        cached = usage.prompt_tokens_details.cached_tokens
+        result = MessageUsage(
+            input_tokens=usage.prompt_tokens - cached,
+            cache_read_input_tokens=cached,
+            output_tokens=usage.completion_tokens,
+        )
+        if self._answer.text_format.reasoning is not None:
+            result.output_tokens_details = OutputTokensDetails(thinking_tokens=self._answer.num_reasoning_tokens)
+        return result
+
+    def _stop(self, delta: Delta) -> StopDetails:
+        reason: StopReason = "end_turn"
+        sequence = None
+        if delta.finish_reason == "length":
+            is_full = self._answer.generation.usage().completion_tokens >= self._max_tokens
+            reason = "max_tokens" if is_full else "model_context_window_exceeded"
+        elif isinstance(delta.stop_reason, str):
+            reason, sequence = "stop_sequence", delta.stop_reason
+        elif self._answer.has_calls(delta.choice):
+            reason = "tool_use"
+        return StopDetails(stop_reason=reason, stop_sequence=sequence)
+
+    # -- a stream --------------------------------------------------------------------------------------------
+
+    def event(self, delta: Delta) -> bytes:
+        parts = [] if self._has_begun else [self._begin()]
+        for each in self._answer.events(delta):
+            self._write(each, parts)
+        if delta.finish_reason is not None:
+            self._close(parts)
+            parts.append(_event(MessageDelta(delta=self._stop(delta), usage=self._usage())))
+        return b"".join(parts)
+
+    def _begin(self) -> bytes:
+        self._has_begun = True
+        self._message.usage = self._usage(0)  # now it is known how much was cached
+        return _event(MessageStart(message=self._message)) + self.keep_alive
+
+    def _write(self, event: Event, parts: list[bytes]) -> None:
+        match event:
+            case Content(text):
+                if self._kind is not Content:
+                    self._open(Content, TextBlock(text=""), TextDelta(text=MARK), parts)
+                parts.append(self._delta(text))
+            case Reasoning(text):
+                if self._kind is not Reasoning:
+                    self._open(Reasoning, ThinkingBlock(thinking=""), ThinkingDelta(thinking=MARK), parts)
+                self._thinking.append(text)
+                parts.append(self._delta(text))
+            case ToolCallStart(_, id, name):
+                block = ToolUseBlock(id=id, name=name, input={})
+                self._open(ToolCallArguments, block, InputJsonDelta(partial_json=MARK), parts)
+            case ToolCallArguments(_, text):
+                parts.append(self._delta(text))
+            case ToolCallEnd():
+                self._close(parts)
+
+    def _open(self, kind: type[Event], block: OutputBlock, marked: BlockDelta, parts: list[bytes]) -> None:
+        self._close(parts)
+        self._kind = kind
+        self._index += 1
+        parts.append(_event(ContentBlockStart(index=self._index, content_block=block)))
+        self._around = split_at_mark(_event(ContentBlockDelta(index=self._index, delta=marked)))
+
+    def _delta(self, text: str) -> bytes:
+        return self._around[0] + self._encoder.encode(text) + self._around[1]
+
+    def _close(self, parts: list[bytes]) -> None:
+        if self._kind is None:
+            return
+        if self._kind is Reasoning:
+            signature = SignatureDelta(signature=_signature(self._thinking))
+            parts.append(_event(ContentBlockDelta(index=self._index, delta=signature)))
+            self._thinking.clear()
+        parts.append(_event(ContentBlockStop(index=self._index)))
+        self._kind = None
+
+    def last_event(self) -> bytes:
+        return _event(MessageStop())
+
+    def error_event(self, error: RequestError) -> bytes:
+        return _event(error_body(error))
+
+    # -- one answer ------------------------------------------------------------------------------------------
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        message = self._message
+        pieces: list[str] = []
+        for delta in deltas:
+            for each in self._answer.events(delta):
+                if isinstance(each, (Content, Reasoning)) and type(each) is not self._kind:
+                    self._end_block(pieces)
+                    is_text = isinstance(each, Content)
+                    message.content.append(TextBlock(text="") if is_text else ThinkingBlock(thinking=""))
+                    self._kind = type(each)
+                if isinstance(each, (Content, Reasoning, ToolCallArguments)):
+                    pieces.append(each.text)
+                elif isinstance(each, ToolCallStart):
+                    self._end_block(pieces)
+                    message.content.append(ToolUseBlock(id=each.id, name=each.name, input={}))
+                    self._kind = ToolCallArguments
+            if delta.finish_reason is not None:
+                self._end_block(pieces)
+                stop = self._stop(delta)
+                message.stop_reason, message.stop_sequence = stop.stop_reason, stop.stop_sequence
+        message.usage = self._usage()
+        return self._encoder.encode(message)
+
+    def _end_block(self, pieces: list[str]) -> None:
+        if self._kind is None:
+            return
+        block, text = self._message.content[-1], "".join(pieces)
+        pieces.clear()
+        self._kind = None
+        if isinstance(block, TextBlock):
+            block.text = text
+        elif isinstance(block, ThinkingBlock):
+            block.thinking, block.signature = text, _signature([text])
+        else:
+            block.input = _whole_input(text)
+
+
+def _whole_input(arguments: str) -> dict[str, Any]:
+    """The arguments of a call; empty if they were cut off, which the stop reason tells."""
+    try:
+        value = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,260 @@
+"""Bodies of Anthropic's Messages API, types only. Unknown fields of a request are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from api.openai.protocol import MAX_INT32, JsonObject, OffOrCount, Share
+
+Effort: TypeAlias = Literal["low", "medium", "high", "xhigh", "max"]
+
+# ---------------------------------------------------------------------------------------------------------
+# Requests
+
+
+class TextBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
+    """A text, in a request or in an answer."""
+
+    text: str
+
+
+class ThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
+    """The model's reasoning, in a request or in an answer."""
+
+    thinking: str
+    signature: str = ""
+    """A digest of the text. Not read."""
+
+
+class RedactedThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="redacted_thinking"):
+    """Reasoning that nobody can read; it is left out of the conversation."""
+
+
+class ToolUseBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
+    """A call, in a request or in an answer."""
+
+    id: str
+    name: str
+    input: JsonObject
+
+
+class ToolResultBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_result"):
+    """What came of a call."""
+
+    tool_use_id: str
+    content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
+
+
+class ImageBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="image"):
+    """Refused: models here see texts only."""
+
+
+class PlainTextSource(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
+    data: str
+
+
+class Base64Source(msgspec.Struct, kw_only=True, tag_field="type", tag="base64"):
+    """Refused."""
+
+
+class UrlSource(msgspec.Struct, kw_only=True, tag_field="type", tag="url"):
+    """Refused."""
+
+
+class DocumentBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="document"):
+    """A document; only plain text is taken."""
+
+    source: PlainTextSource | Base64Source | UrlSource
+    title: str | None = None
+
+
+InputBlock: TypeAlias = (
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock | ImageBlock | DocumentBlock
+)
+
+
+class InputMessage(msgspec.Struct, kw_only=True):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[InputBlock]
+
+
+class InputTool(msgspec.Struct, kw_only=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    input_schema: JsonObject | None = None
+    type: str | None = None
+    """None or ``custom``: tools that a provider runs are refused."""
+
+
+class InputToolChoice(msgspec.Struct, kw_only=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    """The tool of type ``tool``."""
+    disable_parallel_tool_use: bool | None = None
+    """At most one call."""
+
+
+class Thinking(msgspec.Struct, kw_only=True):
+    type: Literal["enabled", "adaptive", "disabled"]
+    """The template's variable ``enable_thinking``; ``disabled`` also leaves out what the model thinks nevertheless."""
+    budget_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)] | None = None
+    """Not enforced."""
+
+
+class OutputFormat(msgspec.Struct, kw_only=True):
+    type: Literal["json_schema"]
+    schema: JsonObject
+
+
+class OutputConfig(msgspec.Struct, kw_only=True):
+    format: OutputFormat | None = None
+    """The answer is JSON of this schema."""
+    effort: Effort | None = None
+    """The template's variable ``reasoning_effort``."""
+
+
+class ConversationRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/messages/count_tokens."""
+
+    model: str
+    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    """The model goes on with the last message if that is the assistant's."""
+    system: str | list[TextBlock] | None = None
+    tools: list[InputTool] | None = None
+    tool_choice: InputToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+
+class MessagesRequest(ConversationRequest, kw_only=True):
+    """Body of POST /v1/messages."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)]
+    """An answer ends earlier if the context has no more room."""
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: Share | None = None
+    top_k: OffOrCount | None = None
+    top_p: Share | None = None
+    metadata: Any = None
+    """Not read."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answers
+
+OutputBlock: TypeAlias = TextBlock | ThinkingBlock | ToolUseBlock
+StopReason: TypeAlias = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+
+
+class OutputTokensDetails(msgspec.Struct, kw_only=True):
+    thinking_tokens: int
+
+
+class MessageUsage(msgspec.Struct, kw_only=True):
+    input_tokens: int
+    """Prompt tokens that did not come from the prefix cache."""
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails | None = None
+    """If the server tells reasoning from answers."""
+
+
+class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+    id: str
+    role: str = "assistant"
+    model: str
+    content: list[OutputBlock]
+    stop_reason: StopReason | None = None
+    stop_sequence: str | None = None
+    """The one of ``stop_sequences`` that ended it."""
+    usage: MessageUsage
+
+
+class MessageTokensCount(msgspec.Struct, kw_only=True):
+    input_tokens: int
+
+
+class MessageStart(msgspec.Struct, kw_only=True, tag_field="type", tag="message_start"):
+    message: Message
+
+
+class Ping(msgspec.Struct, kw_only=True, tag_field="type", tag="ping"):
+    pass
+
+
+class ContentBlockStart(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_start"):
+    index: int
+    content_block: OutputBlock
+
+
+class TextDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class ThinkingDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class SignatureDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="signature_delta"):
+    signature: str
+
+
+class InputJsonDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="input_json_delta"):
+    partial_json: str
+
+
+BlockDelta: TypeAlias = TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
+
+
+class ContentBlockDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_delta"):
+    index: int
+    delta: BlockDelta
+
+
+class ContentBlockStop(msgspec.Struct, kw_only=True, tag_field="type", tag="content_block_stop"):
+    index: int
+
+
+class StopDetails(msgspec.Struct, kw_only=True):
+    stop_reason: StopReason
+    stop_sequence: str | None = None
+
+
+class MessageDelta(msgspec.Struct, kw_only=True, tag_field="type", tag="message_delta"):
+    delta: StopDetails
+    usage: MessageUsage
+
+
+class MessageStop(msgspec.Struct, kw_only=True, tag_field="type", tag="message_stop"):
+    pass
+
+
+class AnthropicError(msgspec.Struct, kw_only=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(msgspec.Struct, kw_only=True, tag_field="type", tag="error"):
+    """The body of an error, and the event that ends a stream which fails."""
+
+    error: AnthropicError
+
+
+StreamEvent: TypeAlias = (
+    MessageStart
+    | Ping
+    | ContentBlockStart
+    | ContentBlockDelta
+    | ContentBlockStop
+    | MessageDelta
+    | MessageStop
+    | AnthropicErrorResponse
+)
