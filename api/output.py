@@ -13,6 +13,7 @@ import msgspec
 
 from api.detokenizer import IncrementalDetokenizer, StopChecker
 from api.metrics import EngineMetrics
+from api.stop_regex import StopRegexChecker
 from api.tokenizer import Tokenizer
 from engine_core.launch import get_logger
 from engine_core.messages import (
@@ -138,6 +139,7 @@ class OutputOptions(msgspec.Struct, frozen=True):
     """What is done with a request's tokens in this process."""
 
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -198,7 +200,7 @@ class RequestState:
         self.min_tokens = options.min_tokens
         self.is_part = options.is_part
         self.detokenizer: IncrementalDetokenizer | None = None
-        self.stop_checker: StopChecker | None = None
+        self.stop_checker: StopChecker | StopRegexChecker | None = None
         if options.detokenize and tokenizer is not None:
             self.detokenizer = IncrementalDetokenizer(
                 tokenizer,
@@ -207,7 +209,11 @@ class RequestState:
                 options.spaces_between_special_tokens,
                 options.kept_special_ids,
             )
-            if options.stop:
+            if options.stop_regex:
+                self.stop_checker = StopRegexChecker(
+                    options.stop, options.stop_regex, options.include_stop_str_in_output
+                )
+            elif options.stop:
                 self.stop_checker = StopChecker(options.stop, options.include_stop_str_in_output)
 
 

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import msgspec
 
 from api.errors import RequestError
+from api.stop_regex import StopRegexError, stop_automaton
 from api.structured import grammar_spec
 from api.tokenizer import Tokenizer
 from engine_core.messages import RepetitionDetection, ResolvedParams
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
+MAX_STOP_PATTERNS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024
@@ -80,6 +82,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         frequency_penalty: The same, times how often.
         repetition_penalty: Divides the logits of tokens in prompt and output; above 0, 1: off.
         stop: Strings that end the completion, and are not part of it.
+        stop_regex: Regular expressions that end the completion, as ``stop`` does; see ``api/stop_regex.py``.
         stop_token_ids: Tokens that end the completion.
         ignore_eos: Go on after the model's end token.
         max_tokens: Longest completion. None: what the context has room for.
@@ -96,6 +99,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
         structured_outputs: The language that the output must be in.
         repetition_detection: End a completion that is caught in a loop, with the finish reason ``repetition``.
+        thinking_token_budget: Tokens after which a section of thinking is ended. Needs ``reasoning_parser``.
         truncate_prompt_tokens: Keep this many tokens of a longer prompt; -1: as many as leave room for the output.
         truncation_side: ``left``: the last tokens stay; ``right``: the first ones.
     """
@@ -111,6 +115,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     stop: str | list[str] | None = None
+    stop_regex: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = 16
@@ -127,6 +132,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    thinking_token_budget: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
 
@@ -138,6 +144,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def stop_patterns(self) -> list[str]:
+        if self.stop_regex is None:
+            return []
+        return [self.stop_regex] if isinstance(self.stop_regex, str) else self.stop_regex
 
     @property
     def num_completions(self) -> int:
@@ -182,6 +194,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings", len(stops))
         _check(all(stops), "stop", "must not hold an empty string", stops)
         _check(self.detokenize or not stops, "stop", "needs detokenize", stops)
+        self._verify_patterns()
         stop_ids = self.stop_token_ids or []
         _check(
             len(stop_ids) <= MAX_STOP_TOKEN_IDS,
@@ -193,6 +206,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
         _check(all(words), "bad_words", "must not hold an empty string", words)
         _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
+        budget = self.thinking_token_budget
+        _check(budget is None or 0 <= budget <= MAX_INT, "thinking_token_budget", "must be at least 0", budget)
         keep = self.truncate_prompt_tokens
         _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
         if self.repetition_detection is not None:
@@ -201,6 +216,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             grammar_spec(self.structured_outputs)
         for bias in (self.logit_bias or {}).values():
             _check(math.isfinite(bias), "logit_bias", "must hold finite numbers", bias)
+
+    def _verify_patterns(self) -> None:
+        patterns = self.stop_patterns
+        if not patterns:
+            return
+        _check(self.detokenize, "stop_regex", "needs detokenize", patterns)
+        most = MAX_STOP_PATTERNS
+        _check(len(patterns) <= most, "stop_regex", f"may hold at most {most} patterns", len(patterns))
+        try:
+            stop_automaton(tuple(self.stop_strings), tuple(patterns))
+        except StopRegexError as error:
+            _check(False, "stop_regex", str(error), patterns)
 
 
 def _check_repetition(wanted: RepetitionDetectionParams) -> None:

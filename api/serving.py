@@ -21,9 +21,10 @@ from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
 from api.structured import grammar_spec
+from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
-from engine_core.messages import EngineReady
+from engine_core.messages import EngineReady, ResolvedParams
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
@@ -120,6 +121,21 @@ class Serving:
                 f"the prompt has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", "prompt"
             )
 
+    def _resolve(self, params: SamplingParams, prompt: Sequence[int], child: int) -> ResolvedParams:
+        resolved = resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
+        # A grammar holds from the first token on, so there is no thinking that could take too long.
+        if params.thinking_token_budget is None or params.structured_outputs is not None:
+            return resolved
+        budget = thinking_budget(
+            params.thinking_token_budget,
+            self.config.reasoning_parser,
+            self.tokenizer,
+            self.limits.vocab_size,
+            prompt,
+            resolved,
+        )
+        return msgspec.structs.replace(resolved, thinking_budget=budget)
+
     def check_priority(self, priority: int) -> None:
         """Refuses a priority that would mean nothing.
 
@@ -158,15 +174,12 @@ class Serving:
         num_completions = params.num_completions
         if num_completions > 1 and params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
-        resolved = [
-            resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
-            for prompt in prompts
-            for child in range(num_completions)
-        ]
+        resolved = [self._resolve(params, prompt, child) for prompt in prompts for child in range(num_completions)]
         structured = params.structured_outputs
         grammar = None if structured is None else grammar_spec(structured, grammar_param)
         options = OutputOptions(
             stop=tuple(params.stop_strings),
+            stop_regex=tuple(params.stop_patterns),
             include_stop_str_in_output=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,

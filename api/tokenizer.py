@@ -201,6 +201,15 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends in it, in characters; (0, 0) for one that was added to it.
+
+        Raises:
+            ValueError: The text holds a lone surrogate.
+        """
+        _check_unicode(text)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).offsets)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; unknown ids are left out.
 

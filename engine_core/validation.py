@@ -75,6 +75,9 @@ def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
             return f"{name} has a token id outside the vocabulary of {vocab_size}"
     if not all(params.bad_words_token_ids):
         return "bad_words has an empty word"
+    thinking = params.thinking_budget
+    if thinking is not None and (thinking.max_tokens < 0 or not thinking.end_token_ids):
+        return "thinking_budget is negative or has no end marker"
     loops = params.repetition_detection
     if loops is not None and not (
         1 <= loops.min_pattern_size <= loops.max_pattern_size <= MAX_PATTERN_SIZE and 2 <= loops.min_count <= INT32_MAX
@@ -91,4 +94,6 @@ def _token_id_fields(params: ResolvedParams) -> Iterable[tuple[str, Collection[i
     yield "logit_bias", [token_id for token_id, _ in params.logit_bias]
     yield "allowed_token_ids", params.allowed_token_ids or ()
     yield "logprob_token_ids", params.logprob_token_ids
+    if params.thinking_budget is not None:
+        yield "thinking_budget", params.thinking_budget.start_token_ids + params.thinking_budget.end_token_ids
     yield "bad_words", [token_id for word in params.bad_words_token_ids for token_id in word]

@@ -39,6 +39,18 @@ class RepetitionDetection(Message, frozen=True):
     min_count: int = 2
 
 
+class ThinkingBudget(Message, frozen=True):
+    """When thinking has to end: its end marker is forced, token by token."""
+
+    max_tokens: int
+    """Tokens that may stand between the markers."""
+    start_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
+    """At least one."""
+    starts_open: bool = False
+    """The output begins inside of thinking."""
+
+
 class ResolvedParams(Message, frozen=True):
     """Sampling parameters of one request after the api resolved names, defaults and the seed.
 
@@ -70,6 +82,7 @@ class ResolvedParams(Message, frozen=True):
     prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
     repetition_detection: RepetitionDetection | None = None
+    thinking_budget: ThinkingBudget | None = None
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from api.beam_search import BeamSearchParams
 from api.errors import RequestError
 from api.openai.beam import beam_search_params, create_generation
-from api.openai.prompts import prompt_token_ids, render_messages, text_of
-from api.openai.protocol import ChatCompletionRequest
+from api.openai.prompts import prompt_token_ids, prompt_token_offsets, render_messages, text_of
+from api.openai.protocol import ChatCompletionRequest, TokenOffsets
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.stream import Generation
@@ -102,14 +103,26 @@ class ChoiceText:
 class ChatAnswer:
     """A generation, and what the text of each of its choices means."""
 
-    def __init__(self, generation: Generation, text_format: TextFormat, *, names_call: bool = False) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        text_format: TextFormat,
+        *,
+        names_call: bool = False,
+        prompt_text: str = "",
+        prompt_token_offsets: TokenOffsets | UnsetType = UNSET,
+    ) -> None:
         """Prepares.
 
         Args:
             generation: It has not begun.
             text_format: How its text is to be read.
             names_call: The client chose the function that is called.
+            prompt_text: The conversation, as the chat template wrote it.
+            prompt_token_offsets: Where the prompt's tokens lie in that text, if the client wants to know.
         """
+        self.prompt_text = prompt_text
+        self.prompt_token_offsets = prompt_token_offsets
         self.generation = generation
         self.text_format = text_format
         self._names_call = names_call
@@ -167,7 +180,10 @@ async def prepare_answer(
     text_format = _text_format(serving, request, use, text)
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
     generation = create_generation(serving, answer_id, [prompt], params, request, kept)
-    return ChatAnswer(generation, text_format, names_call=use.is_named)
+    offsets: TokenOffsets | UnsetType = UNSET
+    if request.return_token_offsets:
+        offsets = prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
+    return ChatAnswer(generation, text_format, names_call=use.is_named, prompt_text=text, prompt_token_offsets=offsets)
 
 
 def _sampling_params(

@@ -23,6 +23,8 @@ logger = get_logger()
 REFUSED = (
     "best_of",
     "stop",
+    "stop_regex",
+    "thinking_token_budget",
     "min_tokens",
     "logit_bias",
     "allowed_token_ids",

@@ -84,6 +84,8 @@ class ChatReply:
         self._is_plain = self._is_bare and self._is_content
         self._spelling = TokenSpelling(serving.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         self._num_output_tokens = 0
+        self._prompt_token_ids = list(generation.prompts[0]) if self._has_token_ids else UNSET
+        self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET
         self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
         self._constants: dict[int, tuple[bytes, bytes]] = {}
         """By choice that has begun: what stands before and after the text of a plain chunk."""
@@ -145,10 +147,12 @@ class ChatReply:
 
     def _first_events(self, delta: Delta) -> bytes:
         beginning = self._begin(delta.choice)
-        if self._has_token_ids and not self._constants:
-            self._chunk.prompt_token_ids = list(self._generation.prompts[0])
+        chunk = self._chunk
+        if not self._constants:
+            chunk.prompt_token_ids, chunk.prompt_text = self._prompt_token_ids, self._prompt_text
+            chunk.prompt_token_offsets = self._answer.prompt_token_offsets
         data = self._encode(beginning[0])
-        self._chunk.prompt_token_ids = UNSET
+        chunk.prompt_token_ids = chunk.prompt_text = chunk.prompt_token_offsets = UNSET
         marked = ChatChunkChoice(index=delta.choice, delta=ChatDelta(content=MARK))
         self._constants[delta.choice] = split_at_mark(self._encode(marked))
         return data + b"".join(map(self._encode, (*beginning[1:], *self._pieces(delta))))
@@ -193,7 +197,9 @@ class ChatReply:
                 choices=[choices[index].choice(index) for index in sorted(choices)],
                 usage=self._usage(),
                 system_fingerprint=self._chunk.system_fingerprint,
-                prompt_token_ids=list(prompt) if self._has_token_ids else UNSET,
+                prompt_token_ids=self._prompt_token_ids,
+                prompt_token_offsets=self._answer.prompt_token_offsets,
+                prompt_text=self._prompt_text,
                 prompt_logprobs=self._prompt_logprobs,
             )
         )

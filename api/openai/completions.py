@@ -14,8 +14,15 @@ from api.errors import RequestError
 from api.openai.beam import beam_search_params, create_generation
 from api.openai.body import read_json
 from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs
-from api.openai.prompts import prompt_token_ids
-from api.openai.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage
+from api.openai.prompts import prompt_token_ids, prompt_token_offsets
+from api.openai.protocol import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+    TokenOffsets,
+    Usage,
+)
 from api.openai.refusals import refuse_completion
 from api.openai.sampling import (
     answer_id,
@@ -62,6 +69,12 @@ async def create_completion(request: Request) -> Response:
         await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
         for prompt in prompts
     ]
+    offsets = None
+    if body.return_token_offsets:
+        offsets = [
+            prompt_token_offsets(serving, body, prompt, len(ids), add_special_tokens=True)
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
     max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
     params = (
         beam_search_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
@@ -76,7 +89,7 @@ async def create_completion(request: Request) -> Response:
         )
     )
     generation = create_generation(serving, answer_id("cmpl", request, body.request_id), token_ids, params, body)
-    reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n)
+    reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n, offsets)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(generation, reply)
@@ -145,9 +158,16 @@ class CompletionReply:
     error_event = staticmethod(error_event)
 
     def __init__(
-        self, serving: Serving, request: CompletionRequest, generation: Generation, echoes: list[str], n: int
+        self,
+        serving: Serving,
+        request: CompletionRequest,
+        generation: Generation,
+        echoes: list[str],
+        n: int,
+        offsets: Sequence[TokenOffsets] | None,
     ) -> None:
         self._generation = generation
+        self._offsets = offsets
         self._echoes = echoes
         self._n = n
         self._has_echo = bool(request.echo)
@@ -193,6 +213,8 @@ class CompletionReply:
         pieces.append(self._piece(delta))
         if self._has_token_ids:
             pieces[0].prompt_token_ids = list(prompt)
+        if self._offsets is not None:
+            pieces[0].prompt_token_offsets = self._offsets[prompt_index]
         if self._has_prompt_logprobs:
             pieces[0].prompt_logprobs = prompt_logprobs(len(prompt), delta.prompt_logprobs, self._spelling)
         return pieces
@@ -276,6 +298,8 @@ class _Fold:
         whole.finish_reason, whole.stop_reason = piece.finish_reason, piece.stop_reason
         if piece.prompt_token_ids is not UNSET:
             whole.prompt_token_ids = piece.prompt_token_ids
+        if piece.prompt_token_offsets is not UNSET:
+            whole.prompt_token_offsets = piece.prompt_token_offsets
         if piece.prompt_logprobs is not UNSET:
             whole.prompt_logprobs = piece.prompt_logprobs
         if isinstance(piece.token_ids, list):

@@ -110,6 +110,27 @@ def text_of(message: ChatMessage) -> str:
     return "".join(part for part in parts if isinstance(part, str))
 
 
+def prompt_token_offsets(
+    serving: Serving,
+    request: GenerationRequest,
+    prompt: str | list[int],
+    num_tokens: int,
+    *,
+    add_special_tokens: bool,
+) -> list[tuple[int, int]]:
+    """Where the tokens that ``prompt_token_ids`` returned, so many, lie in a prompt's text.
+
+    Raises:
+        RequestError: The prompt has no text.
+    """
+    if not isinstance(prompt, str):
+        raise RequestError("return_token_offsets needs a prompt that is text", "return_token_offsets")
+    if request.add_special_tokens is not None:
+        add_special_tokens = request.add_special_tokens
+    offsets = serving.tokenizer.offsets(prompt, add_special_tokens)
+    return offsets[:num_tokens] if request.truncation_side == "right" else offsets[len(offsets) - num_tokens :]
+
+
 async def prompt_token_ids(
     serving: Serving,
     request: GenerationRequest,

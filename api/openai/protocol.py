@@ -96,6 +96,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     # When it ends.
     stop: str | list[str] | None = None
+    stop_regex: str | list[str] | None = None
+    """Regular expressions that end it like stop strings. No look-around, no ``$``."""
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -103,6 +105,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """No end token and no stop string before this many tokens."""
     repetition_detection: RepetitionDetectionParams | None = None
     """End a completion that is caught in a loop, with the finish reason ``repetition``."""
+
+    thinking_token_budget: Count | None = None
+    """Tokens after which thinking is ended; needs a server with a reasoning parser."""
 
     # What language it is in: at most one of these.
     response_format: ResponseFormat | None = None
@@ -123,6 +128,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """Spell tokens in log probabilities as ``token_id:17``."""
     return_token_ids: bool | None = None
     """Add ``token_ids`` and ``prompt_token_ids``."""
+    return_token_offsets: bool | None = None
+    """Add ``prompt_token_offsets``: where each token of the prompt begins and ends in its text, in characters."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
 
@@ -147,10 +154,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     # Refused, see refusals.py.
     prompt_embeds: Later = None
     logits_processors: Later = None
-    thinking_token_budget: Later = None
     watermarking: Later = None
     kv_transfer_params: Later = None
-    return_token_offsets: Annotated[Any, Meta(extra_json_schema={"enum": [None, False]})] = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -216,6 +221,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     echo: bool | None = None
     """The answer begins with the last message, if that has the answer's role."""
 
+    return_prompt_text: bool | None = None
+    """Add ``prompt_text``: the conversation as the chat template wrote it."""
+
     add_generation_prompt: bool | None = None
     """End with the header of an assistant message. Default: yes, unless ``continue_final_message``."""
     continue_final_message: bool | None = None
@@ -242,7 +250,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     modalities: Annotated[Any, Meta(extra_json_schema={"enum": [None, ["text"]]})] = None
     audio: Later = None
     web_search_options: Later = None
-    return_prompt_text: Annotated[Any, Meta(extra_json_schema={"enum": [None, False]})] = None
     return_assistant_tokens_mask: Annotated[Any, Meta(extra_json_schema={"enum": [None, False]})] = None
 
 
@@ -301,6 +308,8 @@ class PromptLogprob(msgspec.Struct, kw_only=True):
     decoded_token: str
 
 
+TokenOffsets: TypeAlias = list[tuple[int, int]]
+
 PromptLogprobs: TypeAlias = list[dict[int, PromptLogprob] | None]
 """By place in the prompt, then by token id. The first token has none."""
 
@@ -327,6 +336,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     """The stop string or the one of ``stop_token_ids`` that ended it."""
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_offsets: TokenOffsets | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
@@ -402,6 +412,8 @@ class ChatCompletionResponse(msgspec.Struct, kw_only=True):
     usage: Usage
     system_fingerprint: str
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_offsets: TokenOffsets | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
@@ -445,6 +457,8 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_offsets: TokenOffsets | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
     usage: Usage | None | UnsetType = UNSET
 
 

@@ -29,10 +29,8 @@ class Refusal(msgspec.Struct, Generic[RequestT], frozen=True):
 _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
     Refusal("prompt_embeds", lambda request: request.prompt_embeds is not None),
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
-    Refusal("thinking_token_budget", lambda request: request.thinking_token_budget is not None),
     Refusal("watermarking", lambda request: request.watermarking is not None),
     Refusal("kv_transfer_params", lambda request: bool(request.kv_transfer_params)),
-    Refusal("return_token_offsets", lambda request: bool(request.return_token_offsets)),
 )
 
 _COMPLETION: tuple[Refusal[CompletionRequest], ...] = (
@@ -53,7 +51,6 @@ _CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
     ),
     Refusal("audio", lambda request: request.audio is not None),
     Refusal("web_search_options", lambda request: request.web_search_options is not None),
-    Refusal("return_prompt_text", lambda request: bool(request.return_prompt_text)),
     Refusal("return_assistant_tokens_mask", lambda request: bool(request.return_assistant_tokens_mask)),
 )
 

@@ -12,6 +12,7 @@ from executor.sampling.base import SamplerBackend, SamplerOutput, SamplingStage,
 from executor.sampling.kernel import KernelSampler
 from executor.sampling.logprobs import token_logprobs
 from executor.sampling.reference import ReferenceSampler
+from executor.sampling.thinking import ThinkingBudgets
 from ops.cpu.sampling import sampling_kernels
 
 __all__ = ["Sampler", "SamplerOutput", "TokenMask", "token_logprobs"]
@@ -37,11 +38,13 @@ class Sampler:
             ReferenceSampler(max_num_seqs) if kernels is None else KernelSampler(max_num_seqs, kernels)
         )
         self._stages = tuple(stages)
+        self._thinking = ThinkingBudgets(max_num_seqs)
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         """A request entered a slot."""
         for stage in self._stages:
             stage.add(slot, params)
+        self._thinking.add(slot, params)
         self._backend.add(slot, params)
 
     def sample(
@@ -68,6 +71,7 @@ class Sampler:
                 if raw is logits:
                     raw = logits.clone()
                 stage.apply(logits, slots, rows, states)
+        mask = self._thinking.restrict(mask, slots, states, logits.shape[1])
         return self._backend.sample(logits, raw, slots, step_rows, states, mask)
 
     def prompt_logprobs(

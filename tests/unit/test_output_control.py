@@ -187,3 +187,59 @@ def test_sampling_params_check_the_same() -> None:
 async def test_a_body_of_the_wrong_type_says_so_first() -> None:
     api = Api(FakeServer(ServerConfig(strict=True)))
     assert error_of(await api.post(COMPLETIONS, {"prompt": 5, "nonsense": 1}), 400)["param"] == "body.prompt"
+
+
+# -- stop_regex
+
+
+async def test_a_pattern_ends_a_completion(api: Api) -> None:
+    api.server.engine.script = says("I have 12 apples and 3 pears")
+    choice = (await api.complete("x", max_tokens=64, stop_regex=r"\d+ apples"))["choices"][0]
+    assert choice["text"] == "I have " and choice["finish_reason"] == "stop"
+    assert choice["stop_reason"] == r"\d+ apples"
+    choice = (await api.chat("x", max_tokens=64, stop_regex=["zzz", r"\d p"], stop="12 ap"))["choices"][0]
+    assert choice["message"]["content"] == "I have " and choice["stop_reason"] == "12 ap"
+    choice = (await api.complete("x", max_tokens=64, stop_regex=r"\d+ p", include_stop_str_in_output=True))["choices"][
+        0
+    ]
+    assert choice["text"] == "I have 12 apples and 3 p"
+    # Nothing of a match is seen in a stream either.
+    events = await api.stream(COMPLETIONS, {"prompt": "x", "max_tokens": 64, "stop_regex": r"\d+ apples"})
+    assert "".join(event["choices"][0]["text"] for event in events) == "I have "
+    choice = (await api.complete("x", max_tokens=64, stop_regex=r"\d+ a", min_tokens=12))["choices"][0]
+    assert choice["text"] == "I have 12 apples and 3 pears"
+    assert api.server.engine.num_unfinished == 0
+
+
+@pytest.mark.parametrize("value", ["(", "a*", "a$", ["x"] * 17, r"(a)\1", "a{9999}"])
+async def test_patterns_that_are_refused(api: Api, value: Any) -> None:
+    assert (await api.error(COMPLETIONS, {"prompt": "x", "stop_regex": value}))["param"] == "stop_regex"
+
+
+# -- what is told of the prompt
+
+
+async def test_where_the_tokens_of_a_prompt_lie(api: Api) -> None:
+    answer = await api.complete(["the hé", "x"], return_token_offsets=True, return_token_ids=True)
+    first, second = answer["choices"]
+    assert first["prompt_token_offsets"] == [[0, 0], [0, 3], [3, 4], [4, 5], [5, 6], [5, 6]]
+    assert len(first["prompt_token_ids"]) == 6 and second["prompt_token_offsets"] == [[0, 0], [0, 1]]
+    body = {"prompt": "abcdef", "return_token_offsets": True, "truncate_prompt_tokens": 2}
+    assert (await api.ok(COMPLETIONS, body))["choices"][0]["prompt_token_offsets"] == [[4, 5], [5, 6]]
+    body["truncation_side"] = "right"
+    events = await api.stream(COMPLETIONS, body)
+    assert events[0]["choices"][0]["prompt_token_offsets"] == [[0, 0], [0, 1]]
+    assert "prompt_token_offsets" not in events[1]["choices"][0]
+    error = await api.error(COMPLETIONS, {"prompt": [5, 6], "return_token_offsets": True})
+    assert error["param"] == "return_token_offsets"
+
+
+async def test_the_prompt_that_the_template_wrote(api: Api) -> None:
+    answer = await api.chat("hi", return_prompt_text=True, return_token_offsets=True)
+    text = answer["prompt_text"]
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert answer["prompt_token_offsets"][:2] == [[0, 12], [12, 13]]
+    assert answer["prompt_token_offsets"][-1] == [len(text) - 1, len(text)]
+    events = await api.stream(CHAT, {"messages": HI, "return_prompt_text": True, "n": 2, "max_tokens": 2, "seed": 1})
+    assert [event.get("prompt_text") for event in events][:2] == [text, None]
+    assert "prompt_text" not in await api.chat("hi")
