@@ -319,12 +319,16 @@ private:
             top = max(top, x);
         }
         const float peak = largest(top * scale);
-        const Vec shift = splat(peak == -kInfinity ? 0.0f : peak);
+        // e^(scale x - peak) as a power of 2
+        constexpr float kLog2E = 1.44269504f;
+        const Vec factor = scale * splat(kLog2E);
+        const Vec shift = splat(peak == -kInfinity ? 0.0f : -kLog2E * peak);
         Vec total = zero(), others = zero();
         for (int i = 0; i < units; ++i) {
             const float* x = scores + i * stride;
             LeftOf<T>* y = weights_ + i * stride + row * kColumns;
-            const Vec first = exp(load(x) * scale - shift), second = exp(load(x + kLanes) * scale - shift);
+            const Vec first = exp2_below<kIsBFloat16<T>>(fma(load(x), factor, shift));
+            const Vec second = exp2_below<kIsBFloat16<T>>(fma(load(x + kLanes), factor, shift));
             total = total + first;
             others = others + second;
             store(y, first);

@@ -19,31 +19,43 @@ constexpr int kRowsOfBothHalves = 1;
 
 namespace {
 
-// One block of k for 16 columns: sums[r] += left[r] * right.
+// From so many rows on, their next block of k is fetched into the L1 cache: they may fill more than that.
+constexpr int kFetchedRows = 5;
+
+inline void advance(Fetch& fetch) {
+    prefetch(fetch.first);
+    fetch.first += fetch.step;
+}
+
+// One block of k for 16 columns, or for twice 16 that lie `half` apart: sums[r] += left[r] * right.
 //
 // Pairs of bfloat16, by the CPU's own instruction or as the even number and then the odd one.
-template <int kNumRows, class L>
-inline void add_block(Vec (&sums)[kNumRows], const L* left, int64_t row, const BFloat16* right, int64_t step,
-                      int64_t ahead) {
+template <int kNumRows, int kHalves, class L>
+inline void add_block(Vec (*sums)[kNumRows], const L* left, int64_t row, const BFloat16* right, int64_t step,
+                      int64_t half, Fetch& fetch) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSteps<BFloat16>; ++s, left += kPair<BFloat16>, right += step) {
-        prefetch(address_of(right) + ahead);
+        for (int h = 0; h < kHalves; ++h) advance(fetch);
 #if defined(__AVX512BF16__)
         if constexpr (std::is_same_v<L, BFloat16>) {
-            const __m512bh columns = (__m512bh)_mm512_loadu_si512(right);
+            __m512bh columns[kHalves];
+            for (int h = 0; h < kHalves; ++h) columns[h] = (__m512bh)_mm512_loadu_si512(right + h * half);
             for (int r = 0; r < kNumRows; ++r) {
                 int32_t pair;
                 std::memcpy(&pair, left + r * row, sizeof pair);
-                sums[r].v = _mm512_dpbf16_ps(sums[r].v, columns, (__m512bh)_mm512_set1_epi32(pair));
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                for (int h = 0; h < kHalves; ++h) sums[h][r].v = _mm512_dpbf16_ps(sums[h][r].v, columns[h], x);
             }
             continue;
         }
 #endif
         if constexpr (std::is_same_v<L, float>) {
-            const Vec even = load_even(right);
-            for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(left[r * row]), even, sums[r]);
-            const Vec odd = load_odd(right);
-            for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(left[r * row + 1]), odd, sums[r]);
+            for (int h = 0; h < kHalves; ++h) {
+                const Vec even = load_even(right + h * half);
+                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row]), even, sums[h][r]);
+                const Vec odd = load_odd(right + h * half);
+                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row + 1]), odd, sums[h][r]);
+            }
         }
     }
 }
@@ -53,32 +65,42 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, float* res
     // All 32 columns in one pass, if the registers hold so many sums, else 16 after 16.
     constexpr bool kBothHalves = kNumRows <= kRowsOfBothHalves;
     for (int first = 0; first < 2; first += kBothHalves ? 2 : 1) {
-        Vec sums[kNumRows], others[kNumRows];
-        for (int r = 0; r < kNumRows; ++r) sums[r] = others[r] = zero();
+        Vec sums[2][kNumRows];
+        for (int r = 0; r < kNumRows; ++r) sums[0][r] = sums[1][r] = zero();
+        Fetch fetch = right.fetch;
         for (int k = 0; k < blocks; ++k) {
             const LeftOf<T>* x = left.data + k * left.block;
-            const T* start = right.list ? right.list[k] : right.data + k * right.block;
-            const int64_t ahead = right.next ? distance(start, right.next[k]) : right.ahead;
-            const T* w = start + first * right.half;
-            if constexpr (kIsBFloat16<T>) {  // the halves lie one behind the other: read them in that order
-                add_block(sums, x, left.row, w, right.step, ahead);
-                if constexpr (kBothHalves) add_block(others, x, left.row, w + right.half, right.step, ahead);
+            const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first * right.half;
+            if (right.next) fetch.first = address_of(right.next[k]);
+            if constexpr (kNumRows >= kFetchedRows)
+                for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x + left.block + r * left.row));
+            if constexpr (kIsBFloat16<T>) {
+                // The halves lie one behind the other. With few rows memory counts, so they are read in that order;
+                // with many, loads of the rows do, so both share them.
+                if constexpr (kBothHalves && kNumRows >= kFetchedRows) {
+                    add_block<kNumRows, 2>(sums, x, left.row, w, right.step, right.half, fetch);
+                    continue;
+                }
+                add_block<kNumRows, 1>(sums, x, left.row, w, right.step, 0, fetch);
+                if constexpr (kBothHalves)
+                    add_block<kNumRows, 1>(sums + 1, x, left.row, w + right.half, right.step, 0, fetch);
                 continue;
             } else {
 #pragma GCC unroll 4
                 for (int s = 0; s < kSteps<T>; ++s, ++x, w += right.step) {
-                    prefetch(address_of(w) + ahead);
+                    advance(fetch);
+                    if constexpr (sizeof(T) * kColumns > kCacheLineBytes) advance(fetch);
                     const Vec columns = load(w);
-                    for (int r = 0; r < kNumRows; ++r) sums[r] = fma(splat(x[r * left.row]), columns, sums[r]);
+                    for (int r = 0; r < kNumRows; ++r) sums[0][r] = fma(splat(x[r * left.row]), columns, sums[0][r]);
                     if constexpr (!kBothHalves) continue;
                     const Vec more = load(w + right.half);
-                    for (int r = 0; r < kNumRows; ++r) others[r] = fma(splat(x[r * left.row]), more, others[r]);
+                    for (int r = 0; r < kNumRows; ++r) sums[1][r] = fma(splat(x[r * left.row]), more, sums[1][r]);
                 }
             }
         }
         for (int r = 0; r < kNumRows; ++r) {
-            store(result + r * kColumns + first * kLanes, sums[r]);
-            if constexpr (kBothHalves) store(result + r * kColumns + kLanes, others[r]);
+            store(result + r * kColumns + first * kLanes, sums[0][r]);
+            if constexpr (kBothHalves) store(result + r * kColumns + kLanes, sums[1][r]);
         }
     }
 }

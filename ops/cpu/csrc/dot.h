@@ -64,6 +64,13 @@ struct Left {
     int64_t block;  // from one block of k to the next
 };
 
+// What is fetched into the L2 cache while a right factor is being read: with each of its cache lines the line at
+// `first`, which then goes on by `step` bytes. The default costs nothing but the instruction: it fetches nothing.
+struct Fetch {
+    uintptr_t first = 0;
+    int64_t step = 0;
+};
+
 // The right factor: blocks of k, of 32 columns in two halves of 16. In a step, each column has kPair numbers.
 template <class T>
 struct Right {
@@ -72,8 +79,8 @@ struct Right {
     int64_t half;                    // from the first 16 columns to the others
     int64_t block;                   // from one block of k to the next
     const T* const* list = nullptr;  // instead of `data` and `block`: where each block starts
-    int64_t ahead = 0;               // fetches what lies so many bytes behind what is being read,
-    const T* const* next = nullptr;  // or these blocks while those of `list` are being read
+    Fetch fetch = {};
+    const T* const* next = nullptr;  // instead of `fetch.first`: what is fetched with each block of `list`
 };
 
 // sums[r][0..31] = left[r] * right, over `blocks` blocks of k. 1 <= rows <= kRows<T>.

@@ -8,8 +8,13 @@ namespace octavo {
 
 namespace {
 
-// Weights that stay in the L2 cache while all rows pass by.
-constexpr int64_t kChunkBytes = 512 << 10;
+// Weights that stay in the L2 cache while all rows pass by: with many rows as many as there is room for, beside those
+// that are fetched meanwhile; with few rows fewer, since those of the first chunk are waited for.
+constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkBytesPerTile = 32 << 10;
+
+// Weights come from memory in one long stream, of which the CPU alone does not fetch enough while it multiplies.
+constexpr int64_t kFetchAheadBytes = 4096;
 
 // Rows a multiple of this apart fall into the same few lines of the L1 cache.
 constexpr int64_t kAliasBytes = 4096;
@@ -76,6 +81,14 @@ Grid divide(int tiles, int blocks, int thread, int threads) {
     return {share(tiles, thread / best, threads / best), share(blocks, thread % best, best)};
 }
 
+// The part of a block that is fetched with one of the products that all read another block.
+Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
+    const int64_t step = blocks_of(kCacheLineBytes, parts);
+    const int64_t offset = part * step * (bytes / kCacheLineBytes);
+    if (offset >= bytes) return {};
+    return {block + offset, step};
+}
+
 // Turns the sums of a tile's rows and one block of columns into results.
 template <class T>
 void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows, int block, const float* sums) {
@@ -135,7 +148,9 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
 
     alignas(kCacheLine) float sums[kMostRows * kColumns];
     const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
-    const int chunk = static_cast<int>(std::max<int64_t>(1, kChunkBytes / block_bytes));
+    const int num_tiles = grid.tiles.end - grid.tiles.begin;
+    const int64_t chunk_bytes = std::min(kChunkBytes, kChunkBytesPerTile * num_tiles);
+    const int chunk = static_cast<int>(std::max<int64_t>(1, chunk_bytes / block_bytes));
     for (int first = grid.blocks.begin; first < grid.blocks.end; first += chunk) {
         const int last = std::min(first + chunk, grid.blocks.end);
         for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
@@ -147,7 +162,13 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
             else
                 left = {staged + begin * padded, kBlock, static_cast<int64_t>(count) * kBlock};
             for (int block = first; block < last; ++block) {
-                dot(count, left, packed_block(weight, shape, block), column_blocks, sums);
+                Fetch fetch;
+                if (num_tiles == 1 || (tile == grid.tiles.begin && first == grid.blocks.begin))
+                    fetch = {address_of(weight) + block * block_bytes + kFetchAheadBytes, kCacheLineBytes};
+                else if (block + chunk < grid.blocks.end)
+                    fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes,
+                                    tile - grid.tiles.begin, num_tiles);
+                dot(count, left, packed_block(weight, shape, block, fetch), column_blocks, sums);
                 finish<T>(op, shape, begin, count, block, sums);
             }
         }

@@ -62,18 +62,10 @@ constexpr int64_t kPackedStep = kColumns;  // elements; of bfloat16: 16 pairs
 template <class T>
 constexpr int64_t kPackedHalf = kIsBFloat16<T> ? kBlockElements / 2 : kLanes;
 
-// Weights come from memory in one long stream, of which the CPU alone does not fetch enough while it multiplies.
-constexpr int64_t kFetchAheadBytes = 4096;
-
 // The right factor of a product with 32 rows of a packed weight.
 template <class T>
-Right<T> packed_block(const T* packed, const PackedShape& shape, int block) {
-    return {packed + block * shape.block_stride(),
-            kPackedStep<T>,
-            kPackedHalf<T>,
-            kBlockElements,
-            nullptr,
-            kFetchAheadBytes};
+Right<T> packed_block(const T* packed, const PackedShape& shape, int block, Fetch fetch) {
+    return {packed + block * shape.block_stride(), kPackedStep<T>, kPackedHalf<T>, kBlockElements, nullptr, fetch};
 }
 
 // Offset of an element within the blocks of its 32 rows.

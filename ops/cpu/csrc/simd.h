@@ -21,12 +21,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Fetches a cache line into the L2 cache.
 inline void prefetch(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
 
-inline uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+inline void prefetch_l1(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3); }
 
-// Bytes from one place to another, which may lie in other memory.
-inline int64_t distance(const void* from, const void* to) {
-    return static_cast<int64_t>(address_of(to) - address_of(from));
-}
+constexpr int kCacheLineBytes = 64;
+
+inline uintptr_t address_of(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)

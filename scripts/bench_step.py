@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""Times whole steps of a model on this machine, without server and scheduler, against their floor.
+
+    python scripts/bench_step.py --model folder                        decode, 1 to 64 requests
+    python scripts/bench_step.py --model folder --decode 16 --context 1024
+    python scripts/bench_step.py --model folder --prefill 256 2048     prompts alone
+
+The floor of a step is the larger of two times: weights and KV cache read once at the bandwidth that all threads
+together read memory with, and the multiplications at the rate of the inner kernel. Bandwidth is measured before and
+after each batch of steps, for other programs take their part of it. ``python`` is the part of a step that is not spent
+in compiled kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from api.gguf_file import read_gguf
+from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
+from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
+from executor.worker import Worker
+from ops.cpu import library, memory
+
+BANDWIDTH_BYTES = 256 << 20
+
+
+class Steps:
+    """A worker in this process, and plans for it."""
+
+    def __init__(self, model: str, dtype: str, max_tokens: int, max_seqs: int, max_len: int) -> None:
+        path = Path(model)
+        gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
+        config = ExecutorConfig(model=ModelConfig(model=model, dtype=dtype, gguf=gguf), device=DeviceConfig())
+        self.answers: list[FromWorker] = []
+        self.worker = Worker(0, config, self.answers.append)
+        self.worker.start()
+        ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
+        self.weight_bytes = ready.weight_bytes
+        (group,) = ready.kv_cache_groups
+        self.block_size = group.block_size
+        self.bytes_per_token = group.bytes_per_block / group.block_size
+        self.vocab_size = ready.vocab_size
+        self.blocks_each = -(-max_len // self.block_size)
+        self.worker.handle(InitKVCache((max_seqs * self.blocks_each,), max_seqs, max_tokens, max_len))
+        self.step_id = 0
+
+    def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:
+        """One step; returns its seconds."""
+        self.step_id += 1
+        plan = SchedulerOutput(
+            step_id=self.step_id,
+            slots=np.array(slots, np.int32).tobytes(),
+            num_scheduled_tokens=np.array(counts, np.int32).tobytes(),
+            num_sampled=np.ones(len(slots), np.uint8).tobytes(),
+            **fields,
+        )
+        begin = time.perf_counter()
+        self.worker.handle(plan)
+        return time.perf_counter() - begin
+
+    def admit(self, slot: int, length: int) -> NewRequest:
+        blocks = np.arange(slot * self.blocks_each, (slot + 1) * self.blocks_each, dtype=np.int32)
+        tokens = np.random.default_rng(slot).integers(0, self.vocab_size, length).astype(np.int32)
+        return NewRequest(
+            slot=slot,
+            token_ids=tokens.tobytes(),
+            num_prompt_tokens=length,
+            num_computed_tokens=0,
+            block_ids=(blocks.tobytes(),),
+            params=ResolvedParams(temperature=0.0, max_tokens=1 << 20),
+        )
+
+    def fill(self, requests: int, length: int) -> None:
+        """Gives the first slots prompts, and computes these."""
+        for slot in range(requests):
+            free = np.array([slot], np.int32).tobytes() if self.step_id else b""
+            self.run([slot], [length], new_reqs=(self.admit(slot, length),), finished_slots=free)
+
+
+class Clock:
+    """Adds up the time that is spent in a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self.function(*args)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or GGUF file")
+    add("--dtype", default="auto", help="type of weights and activations (default: the model's)")
+    add("--decode", type=int, nargs="*", default=[1, 4, 8, 16, 32, 64], help="requests that get one token each")
+    add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
+    add("--context", type=int, default=256, help="tokens before the first decode step")
+    add("--steps", type=int, default=60, help="decode steps of a measurement")
+    options = parser.parse_args()
+    kernels = library.current()
+    if kernels is None:
+        sys.exit("there are no kernels for this machine")
+    clock = Clock(kernels.run)
+    kernels.run = clock  # type: ignore[assignment]
+    threads = torch.get_num_threads()
+    longest = max([options.context + options.steps + 1, *options.prefill])
+    steps = Steps(options.model, options.dtype, 2048, max([1, *options.decode]), longest)
+    dtype = next(iter(steps.worker.runner.model.parameters())).dtype
+    buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
+    peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], threads) for _ in range(8))
+    # Without the input embedding, unless that makes the logits as well.
+    parameters = steps.weight_bytes / dtype.itemsize
+
+    def bandwidth() -> float:
+        return float(np.median([kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), threads) for _ in range(5)]))
+
+    print(f"{kernels.capability}, {threads} threads, weights {steps.weight_bytes / 1e6:.1f} MB, {peak / 1e9:.0f} Gflop/s")
+    print(f"{'step':22} {'ms':>8} {'GB/s':>6} {'floor ms':>9} {'x floor':>8} {'python':>8}")
+
+    def show(name: str, times: list[float], clocked: float, read: float, num_bytes: float, operations: float) -> None:
+        floor = max(num_bytes / read, operations / peak)
+        seconds = statistics.median(times)
+        python = 1 - clocked / sum(times)
+        print(
+            f"{name:22} {seconds * 1e3:8.2f} {read / 1e9:6.1f} {floor * 1e3:9.2f} {seconds / floor:8.3f} {python:8.1%}",
+            flush=True,
+        )
+
+    for requests in options.decode:
+        steps.fill(requests, options.context)
+        before = bandwidth()
+        clock.seconds = 0.0
+        times = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
+        read = (before + bandwidth()) / 2
+        kv = requests * (options.context + options.steps / 2) * steps.bytes_per_token
+        show(f"decode {requests}", times, clock.seconds, read, steps.weight_bytes + kv, 2 * parameters * requests)
+    for length in options.prefill:
+        times = []
+        before = bandwidth()
+        clock.seconds = 0.0
+        for _ in range(5):
+            new = steps.admit(0, length)
+            free = np.array([0], np.int32).tobytes()
+            times.append(steps.run([0], [length], new_reqs=(new,), finished_slots=free))
+        read = (before + bandwidth()) / 2
+        show(f"prefill {length}", times, clock.seconds, read, steps.weight_bytes, 2 * parameters * length)
+
+
+if __name__ == "__main__":
+    main()
