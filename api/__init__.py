@@ -3,5 +3,6 @@
 from api.beam_search import BeamSearchParams
 from api.llm import LLM
 from api.params import SamplingParams
+from api.pooling import PoolingParams
 
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams"]
+__all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams"]

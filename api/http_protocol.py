@@ -28,9 +28,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        num_heads = self._num_heads
+        was_in_head, num_heads = self._is_in_head, self._num_heads
         super().data_received(data)
-        if not self._is_in_head or num_heads != self._num_heads or self.transport.is_closing():
+        # Data that ended a body is no head, even if the next one may begin now.
+        if not (was_in_head and self._is_in_head) or num_heads != self._num_heads or self.transport.is_closing():
             return
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:

@@ -7,7 +7,7 @@ import atexit
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +21,19 @@ from api.metrics import EngineMetrics
 from api.model_files import find_model, with_model
 from api.output import Delta, RequestState
 from api.params import SamplingParams, truncate_prompt
+from api.pooling import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    cosine,
+    cut,
+    pair_up,
+    resolve_pooling,
+)
 from api.progress import LoadBar
 from api.serving import Serving
 from api.tokenizer import Tokenizer
@@ -331,6 +344,135 @@ class LLM:
         if len(given) != count:
             raise RequestError(f"{count} prompts and {len(given)} sampling_params", "sampling_params")
         return list(given)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turns prompts into vectors, all together. How is the option ``pooler_config``'s to say.
+
+        Args:
+            prompts: As for ``generate``; a prompt may fill the whole context.
+            use_tqdm: Show a progress bar.
+            pooling_params: For all prompts.
+
+        Returns:
+            One result per prompt, in the order of the prompts; ``outputs.embedding`` is a list of floats.
+
+        Raises:
+            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
+            RuntimeError: The engine failed at one of the prompts.
+            EngineDeadError: The engine was given up.
+        """
+        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
+        return [
+            EmbeddingRequestOutput(
+                item.request_id,
+                EmbeddingOutput(item.outputs.data.tolist()),
+                item.prompt_token_ids,
+                item.num_cached_tokens,
+            )
+            for item in pooled
+        ]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        pooling_task: Literal["embed", "token_embed"] = "embed",
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Like ``embed``; ``outputs.data`` is a float32 array.
+
+        Args:
+            prompts: As for ``generate``.
+            pooling_params: For all prompts.
+            use_tqdm: Show a progress bar.
+            pooling_task: ``embed``: a vector for each prompt. ``token_embed``: one for each token of it.
+        """
+        if pooling_task not in ("embed", "token_embed"):
+            raise RequestError(f"pooling_task must be embed or token_embed, got {pooling_task!r}", "pooling_task")
+        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        params = pooling_params or PoolingParams()
+        return self._run(self._pool(inputs, params, use_tqdm, every_token=pooling_task == "token_embed"))
+
+    def score(
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """Tells how similar texts are: the cosine similarity of their embeddings.
+
+        Args:
+            data_1: One prompt, which is compared with each of ``data_2``; or as many as there are in ``data_2``.
+            data_2: The prompts on the other side.
+            truncate_prompt_tokens: Keep so many tokens of a longer prompt.
+            use_tqdm: Show a progress bar.
+
+        Returns:
+            One result per pair, in order; ``outputs.score`` is a float.
+
+        Raises:
+            RequestError: The numbers of prompts do not go together, or a prompt does not suit the model.
+            EngineDeadError: The engine was given up.
+        """
+        sides = [[_parse_prompt(prompt) for prompt in _as_list(data)] for data in (data_1, data_2)]
+        first, second = sides
+        pairs = pair_up(len(first), len(second), "data_2")
+        params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
+        pooled = self._run(self._pool([*first, *second], params, use_tqdm))
+        results = []
+        for one, other in ((pooled[i], pooled[len(first) + j]) for i, j in pairs):
+            score = ScoringOutput(cosine(one.outputs.data, other.outputs.data))
+            ids = one.prompt_token_ids + other.prompt_token_ids
+            cached = one.num_cached_tokens + other.num_cached_tokens
+            results.append(ScoringRequestOutput(f"{one.request_id}-{other.request_id}", score, ids, cached))
+        return results
+
+    async def _pool(
+        self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, every_token: bool = False
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        serving = self._serving
+        resolved = resolve_pooling(params, self._config.pooler_config, serving.limits, every_token=every_token)
+        keep = params.truncate_prompt_tokens
+        prompts = []
+        for item in inputs:
+            ids = item.token_ids
+            if ids is None:
+                assert item.text is not None
+                any_length = keep is not None
+                ids = await serving.tokenize(
+                    item.text, add_special_tokens=item.add_special_tokens, any_length=any_length
+                )
+            prompts.append(cut(ids, keep, serving.limits))
+        channel = serving.client.open_channel()
+        first_id, self._next_id = self._next_id, self._next_id + len(prompts)
+        states = serving.submit_pooling(channel, str(first_id), prompts, resolved, field="prompts")
+        try:
+            with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
+                unfinished = len(states)
+                while unfinished:
+                    for delta in await channel.take():
+                        if delta.error is not None:
+                            raise serving.client.dead or RuntimeError(delta.error)
+                        unfinished -= 1
+                        bar.update()
+        finally:
+            serving.client.abort(states)
+        results = []
+        for number, (state, prompt) in enumerate(zip(states, prompts, strict=True)):
+            assert state.pooling_output is not None
+            output = PoolingOutput(state.pooling_output)
+            results.append(PoolingRequestOutput(str(first_id + number), output, prompt, state.num_cached_tokens))
+        return results
 
     async def _generate(
         self, inputs: list[_Input], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int] | None

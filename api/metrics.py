@@ -216,6 +216,13 @@ class EngineMetrics:
         if state.is_part:
             return
         self._ttft.observe(now - state.arrival_time)
+        self._on_prompt(state, now)
+
+    def on_pooled(self, state: RequestState, now: float) -> None:
+        """Counts the prompt of a request that generates nothing, which is done with it."""
+        self._on_prompt(state, now)
+
+    def _on_prompt(self, state: RequestState, now: float) -> None:
         self._prompt_tokens.inc(state.num_prompt_tokens)
         self._cached_tokens.inc(state.num_cached_tokens)
         if state.scheduled_time is not None:
@@ -230,7 +237,8 @@ class EngineMetrics:
         self._e2e.observe(now - state.arrival_time)
         self._request_prompt.observe(state.num_prompt_tokens)
         num_tokens = len(state.output_token_ids)
-        self._request_output.observe(num_tokens)
+        if state.message.pooling_params is None:
+            self._request_output.observe(num_tokens)
         if state.scheduled_time is not None:
             self._inference.observe(now - state.scheduled_time)
         if state.first_token_time is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 from starlette.requests import Request
@@ -46,6 +46,8 @@ class Operation:
     media_type: str | None = None
     """Of an answer that is no JSON."""
     errors: ErrorShape = OPENAI_ERRORS
+    task: Literal["generate", "pool"] | None = None
+    """What the server must be configured to do; None: nothing in particular."""
     is_open: bool = False
     """Needs no key, and is served while the server drains."""
 

@@ -10,6 +10,8 @@ import asyncio
 from array import array
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from api.detokenizer import IncrementalDetokenizer, StopChecker
 from api.metrics import EngineMetrics
@@ -24,6 +26,7 @@ from engine_core.messages import (
     TokenLogprobs,
     i32,
     i64,
+    to_array,
 )
 
 logger = get_logger()
@@ -171,6 +174,7 @@ class RequestState:
         "num_crashes",
         "num_prompt_tokens",
         "output_token_ids",
+        "pooling_output",
         "scheduled_time",
         "stop_checker",
     )
@@ -192,6 +196,8 @@ class RequestState:
         self.num_prompt_tokens = len(message.prompt_token_ids) // 4
         self.num_cached_tokens = 0
         self.num_crashes = 0
+        self.pooling_output: npt.NDArray[np.float32] | None = None
+        """The result of a request that generates nothing."""
         self.finished = False
         self.arrival_time = message.arrival_time
         self.scheduled_time: float | None = None
@@ -310,6 +316,9 @@ class OutputProcessor:
             state.last_token_time = now
         elif output.finish_reason is None:
             return 0  # all of it was known already
+        if output.pooling_output is not None:
+            state.pooling_output = to_array(output.pooling_output)
+            self._metrics.on_pooled(state, now)
         known.extend(tokens)
         text = ""
         if state.detokenizer is not None:

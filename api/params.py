@@ -272,6 +272,8 @@ class ModelLimits(msgspec.Struct, frozen=True):
     max_output_tokens: int | None = None
     """Cap from the model's generation configuration."""
     eos_token_ids: tuple[int, ...] = ()
+    hidden_size: int = 0
+    """Width of pooled vectors; 0: the engine cannot pool."""
 
 
 def resolve_params(

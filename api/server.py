@@ -262,12 +262,15 @@ class _Run:
         headers = ["Content-Type: application/json"]
         if config.api_key:
             headers.append("Authorization: Bearer $OCTAVO_API_KEY")
-        if serving.chat_template is not None:
+        body: dict[str, object]
+        if not config.offers_generation:
+            path, body = "/v1/embeddings", {"input": "Hello"}
+        elif serving.chat_template is not None:
             path = "/v1/chat/completions"
-            body: dict[str, object] = {"messages": [{"role": "user", "content": "Hello!"}]}
+            body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         else:
-            path, body = "/v1/completions", {"prompt": "Hello"}
-        body = {"model": serving.model_name, **body, "max_tokens": 32}
+            path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 32}
+        body = {"model": serving.model_name, **body}
         command = [
             "curl",
             *map(shlex.quote, [*options, f"{target}{config.root_path}{path}"]),

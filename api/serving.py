@@ -20,14 +20,16 @@ from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
+from api.pooling import check_prompt_length
 from api.structured import grammar_spec
 from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
-from engine_core.messages import EngineReady, ResolvedParams
+from engine_core.messages import EngineReady, PoolingParams, ResolvedParams
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
+_NO_TEXT = OutputOptions(detokenize=False)
 
 
 def _fingerprint(model_name: str, ready: EngineReady) -> str:
@@ -61,6 +63,7 @@ class Serving:
             max_output_tokens=self.defaults.pop("max_new_tokens", None),
             # A tokenizer may name ids that the model has no logits for.
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
+            hidden_size=ready.hidden_size,
         )
         self.threads = ThreadPoolExecutor(2, "text")
 
@@ -108,17 +111,17 @@ class Serving:
         ids = (self.tokenizer.token_to_id(token) for token in tokens)
         return frozenset(token_id for token_id in ids if token_id in self.tokenizer.all_special_ids)
 
-    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], field: str = "prompt") -> None:
         """Refuses a prompt of token ids that the model does not have.
 
         Raises:
             RequestError: An id is outside the vocabulary, or there is none.
         """
         if not token_ids:
-            raise RequestError("the prompt is empty", "prompt")
+            raise RequestError(f"the {field} is empty", field)
         if min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size:
             raise RequestError(
-                f"the prompt has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", "prompt"
+                f"the {field} has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", field
             )
 
     def _resolve(self, params: SamplingParams, prompt: Sequence[int], child: int) -> ResolvedParams:
@@ -204,6 +207,60 @@ class Serving:
                     )
                 )
                 self.metrics.on_request(params.n if choice % num_completions == 0 else None, engine_params.max_tokens)
+        except BaseException:
+            self.client.abort(states)
+            raise
+        return states
+
+    def submit_pooling(
+        self,
+        channel: Channel,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: PoolingParams,
+        *,
+        field: str = "input",
+        priority: int = 0,
+        cache_salt: str = "",
+        first_choice: int = 0,
+    ) -> list[RequestState]:
+        """Starts requests that generate nothing: the vector of prompt ``p`` is choice ``first_choice + p``.
+
+        Everything is checked before anything starts; when starting fails halfway, what has started is dropped.
+
+        Args:
+            channel: Where their ends are told.
+            request_id: For people.
+            prompts: Token ids.
+            params: For all of them.
+            field: What the client calls the prompts.
+            priority: As in ``submit``.
+            cache_salt: As in ``submit``.
+            first_choice: Number of the first one.
+
+        Raises:
+            RequestError: A prompt does not suit the model.
+            EngineDeadError: The engine was given up.
+        """
+        self.check_priority(priority)
+        for prompt in prompts:
+            self.check_token_ids(prompt, field)
+            check_prompt_length(len(prompt), self.limits)
+        states: list[RequestState] = []
+        try:
+            for number, prompt in enumerate(prompts):
+                states.append(
+                    self.client.submit(
+                        channel,
+                        first_choice + number,
+                        request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
+                        prompt_token_ids=prompt,
+                        params=params,
+                        options=_NO_TEXT,
+                        priority=priority,
+                        cache_salt=cache_salt,
+                    )
+                )
         except BaseException:
             self.client.abort(states)
             raise

@@ -113,6 +113,7 @@ class EngineCore:
         self._vocab_size = 0
         self._vocabulary: SetVocabulary | None = None
         self._grammars: GrammarCompiler | None = None
+        self._hidden_size = 0
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -235,7 +236,7 @@ class EngineCore:
             logger.error("dropped request %s: its index %d is taken", message.request_id, message.index)
             return
         try:
-            problem = request_problem(message, self._vocab_size, scheduler.max_model_len)
+            problem = request_problem(message, self._vocab_size, scheduler.max_model_len, self._hidden_size)
             if problem is None:
                 request = Request(message)
                 scheduler.add_request(request)
@@ -367,6 +368,7 @@ class EngineCore:
                 return
             shape, max_model_len = planned
             self._vocab_size = min(worker.vocab_size for worker in ready)
+            self._hidden_size = min(worker.hidden_size for worker in ready)
             self._scheduler = Scheduler(
                 self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
             )
@@ -412,6 +414,7 @@ class EngineCore:
                 device=worker.device,
                 architecture=worker.architecture,
                 worker_pids=self.executor.worker_pids(),
+                hidden_size=self._hidden_size,
             )
         )
         early, self._early = self._early, {}

@@ -42,7 +42,7 @@ class KVCacheManager:
         return blocks
 
     def _reads_cache(self, request: Request) -> bool:
-        return self.enable_prefix_caching and not request.params.needs_all_positions and not request.is_pooling
+        return self.enable_prefix_caching and not request.needs_all_positions
 
     def can_fit(self, cached_blocks: list[int], num_tokens: int) -> bool:
         """Whether that many tokens fit when the request starts with these cached blocks."""

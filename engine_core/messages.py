@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from executor.messages import (
     I32,
+    POOLING_TYPES,
     LoadProgress,
     LoRARequest,
     Message,
@@ -20,15 +21,18 @@ from executor.messages import (
     PoolingParams,
     RepetitionDetection,
     ResolvedParams,
-    TensorRef,
+    Tensor,
     ThinkingBudget,
     TokenLogprobs,
     i32,
+    to_array,
+    to_tensor,
     u8,
 )
 
 __all__ = [
     "I32",
+    "POOLING_TYPES",
     "AbortRequests",
     "EngineCoreOutput",
     "EngineCoreOutputs",
@@ -51,7 +55,7 @@ __all__ = [
     "SetVocabulary",
     "Shutdown",
     "StatusRequest",
-    "TensorRef",
+    "Tensor",
     "ThinkingBudget",
     "ToEngineCore",
     "TokenLogprobs",
@@ -60,6 +64,8 @@ __all__ = [
     "f32",
     "i32",
     "i64",
+    "to_array",
+    "to_tensor",
     "u8",
 ]
 
@@ -172,6 +178,8 @@ class EngineReady(Message, frozen=True):
     device: str = ""
     architecture: str = ""
     worker_pids: tuple[int, ...] = ()
+    hidden_size: int = 0
+    """Width of pooled vectors. 0: the engine cannot pool."""
 
 
 class SchedulerStats(Message, frozen=True):
@@ -203,7 +211,8 @@ class EngineCoreOutput(Message, frozen=True):
     """The stop token id that ended the request, if one of ``stop_token_ids`` did."""
     new_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    pooling_output: TensorRef | None = None
+    pooling_output: Tensor | None = None
+    """The result of a pooling request, which ends with it."""
     num_cached_tokens: int | None = None
     """Prompt tokens that came from the prefix cache; sent once."""
     scheduled_time: float | None = None

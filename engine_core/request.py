@@ -82,6 +82,12 @@ class Request:
         return self.message.pooling_params is not None
 
     @property
+    def needs_all_positions(self) -> bool:
+        """Whether the whole prompt must be computed, whatever the prefix cache has of it."""
+        pooling = self.message.pooling_params
+        return self.params.needs_all_positions if pooling is None else pooling.needs_all_positions
+
+    @property
     def priority(self) -> tuple[int, float, int]:
         """Sorts requests from the most to the least urgent."""
         return self.message.priority, self.message.arrival_time, self.index

@@ -27,6 +27,7 @@ from engine_core.messages import (
     EngineCoreOutputs,
     FinishReason,
     SchedulerStats,
+    Tensor,
     TokenLogprobs,
     i32,
 )
@@ -314,7 +315,7 @@ class Scheduler:
             cached = self.kv.find_cached_blocks(request)
             num_computed = len(cached) * self.shape.block_size
             count = num_tokens - num_computed
-            whole = request.is_pooling or not self.config.enable_chunked_prefill
+            whole = not self.config.enable_chunked_prefill
             if whole and count > budget:
                 break
             if not self.kv.can_fit(cached, num_tokens):
@@ -403,7 +404,7 @@ class Scheduler:
         for row in np.flatnonzero(full > self._num_published[slots]).tolist():
             slot = int(slots[row])
             request = self._owners[slot]
-            if request is None or request.is_pooling:
+            if request is None:
                 continue
             count = int(full[row])
             self.kv.publish(request, self._token_ids[slot], int(self._num_published[slot]), count)
@@ -417,11 +418,15 @@ class Scheduler:
         Rows of requests that left their slot since the plan was made are dropped.
         """
         outputs: list[EngineCoreOutput] = []
-        usable = step.sampled & (self._epochs[step.slots] == step.epochs)
+        current = self._epochs[step.slots] == step.epochs
+        usable = step.sampled & current
         for error in result.row_errors:
-            if self._epochs[step.slots[error.row]] == step.epochs[error.row]:
+            if current[error.row]:
                 outputs.append(self._fail(int(step.slots[error.row]), error.message))
             usable[error.row] = False
+        outputs += [
+            self._finish_pooling(int(step.slots[row]), value) for row, value in result.pooler_output if current[row]
+        ]
         if result.prompt_logprobs:
             self._collect_prompt_logprobs(step, result.prompt_logprobs)
         sampled_tokens = i32(result.sampled_token_ids)
@@ -584,6 +589,21 @@ class Scheduler:
             finish_reason=FinishReason.STOP,
             num_cached_tokens=request.num_cached_tokens if is_first else None,
             scheduled_time=request.scheduled_time if is_first else None,
+        )
+        self._finish(request)
+        return output
+
+    def _finish_pooling(self, slot: int, value: Tensor) -> EngineCoreOutput:
+        """The only output of a request that generates nothing."""
+        request = self._owners[slot]
+        assert request is not None
+        output = EngineCoreOutput(
+            index=request.index,
+            first_output_index=0,
+            finish_reason=FinishReason.STOP,
+            pooling_output=value,
+            num_cached_tokens=request.num_cached_tokens,
+            scheduled_time=request.scheduled_time,
         )
         self._finish(request)
         return output

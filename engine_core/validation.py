@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-from engine_core.messages import EngineCoreRequest, ResolvedParams, i32
+from engine_core.messages import POOLING_TYPES, EngineCoreRequest, PoolingParams, ResolvedParams, i32
 
 MAX_TOKEN_IDS = 1 << 20
 """Ids in a list that every step looks at; no vocabulary is larger."""
@@ -19,8 +19,17 @@ FLOAT32_MAX = 3.4e38
 """Numbers of a request are float32 where they meet logits."""
 
 
-def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: int) -> str | None:
-    """What is wrong with a request, or None."""
+def request_problem(
+    request: EngineCoreRequest, vocab_size: int, max_model_len: int, hidden_size: int = 0
+) -> str | None:
+    """What is wrong with a request, or None.
+
+    Args:
+        request: Whatever came through the socket.
+        vocab_size: Width of the logits.
+        max_model_len: Longest sequence.
+        hidden_size: Width of pooled vectors; 0: the executor cannot pool.
+    """
     if not -(2**63) <= request.index < 2**63:
         return "index does not fit 64 bits"
     if not math.isfinite(request.arrival_time):
@@ -35,10 +44,14 @@ def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: 
     for ids in (prompt, outputs):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             return f"a token id is outside the vocabulary of {vocab_size}"
-    if request.pooling_params is not None:
-        return "pooling is not supported by this engine"
     if request.lora_request is not None or request.mm_features:
         return "adapters, images and sounds are not supported by this engine"
+    if request.pooling_params is not None:
+        if params is not None or len(outputs) or request.grammar is not None:
+            return "a request is pooled or generates, not both"
+        if len(prompt) > max_model_len:
+            return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
+        return _pooling_problem(request.pooling_params, hidden_size)
     if params is None:
         return "no sampling parameters"
     if len(prompt) >= max_model_len:
@@ -46,6 +59,16 @@ def request_problem(request: EngineCoreRequest, vocab_size: int, max_model_len: 
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
         return "nothing is left to generate"
     return _params_problem(params, vocab_size)
+
+
+def _pooling_problem(params: PoolingParams, hidden_size: int) -> str | None:
+    if not hidden_size:
+        return "pooling is not supported by this executor"
+    if params.pooling_type not in POOLING_TYPES:
+        return f"pooling_type is none of {', '.join(POOLING_TYPES)}"
+    if params.dimensions is not None and not 1 <= params.dimensions <= hidden_size:
+        return f"dimensions is not between 1 and {hidden_size}"
+    return None
 
 
 def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:

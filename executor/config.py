@@ -119,6 +119,8 @@ class SimulatedDevice(Config, frozen=True):
     token_us: Annotated[float, Meta(ge=0, description="Time per scheduled token in microseconds.")] = 20.0
     context_us: Annotated[float, Meta(ge=0, description="Time per token of context read in microseconds.")] = 0.002
     vocab_size: Positive = 49152
+    hidden_size: Positive = 64
+    """Width of pooled vectors."""
     max_model_len: Positive = 8192
     num_blocks: Positive = 65536
     block_size: Positive = 32

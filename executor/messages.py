@@ -7,6 +7,8 @@ step is not sent again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +20,14 @@ class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, gc=
     """Base of everything that crosses a process border."""
 
 
-class TensorRef(Message, frozen=True):
-    """A tensor that travels as an extra frame of the same multipart message."""
+class Tensor(Message, frozen=True):
+    """A tensor within a message. Copying its bytes costs less than a frame of its own would."""
 
     dtype: str
+    """As numpy names it."""
     shape: tuple[int, ...]
-    frame: int
+    data: bytes
+    """Row-major, little-endian."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -97,10 +101,21 @@ class ResolvedParams(Message, frozen=True):
 class PoolingParams(Message, frozen=True):
     """What to make of the hidden states of a request that generates nothing."""
 
-    task: str = "embed"
-    pooling: str = "last"
+    pooling_type: str = "LAST"
+    """One of ``POOLING_TYPES``."""
     normalize: bool = True
+    """Scale each vector to length 1."""
     dimensions: int | None = None
+    """Keep that many leading numbers of each vector (before it is scaled)."""
+
+    @property
+    def needs_all_positions(self) -> bool:
+        """Whether hidden states of more than the last position are wanted, so that none may come from the cache."""
+        return self.pooling_type != "LAST"
+
+
+POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")
+"""The last position, the mean of all, the first, or a vector for each position."""
 
 
 class LoRARequest(Message, frozen=True):
@@ -115,7 +130,7 @@ class MultiModalFeature(Message, frozen=True):
     identifier: str
     offset: int
     length: int
-    data: tuple[tuple[str, TensorRef], ...] = ()
+    data: tuple[tuple[str, Tensor], ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,6 +246,8 @@ class WorkerReady(Message, frozen=True):
     dtype: str = ""
     device: str = ""
     architecture: str = ""
+    hidden_size: int = 0
+    """Width of the hidden states. 0: they cannot be pooled."""
 
 
 class KVCacheReady(Message, frozen=True):
@@ -272,7 +289,8 @@ class ModelRunnerOutput(Message, frozen=True):
     row_errors: tuple[RowError, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    pooler_output: tuple[tuple[int, TensorRef], ...] = ()
+    pooler_output: tuple[tuple[int, Tensor], ...] = ()
+    """Rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
     finished_transfers: tuple[int, ...] = ()
     forward_ms: float = 0.0
 
@@ -287,6 +305,16 @@ class WorkerFailed(Message, frozen=True):
 
 
 FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | WorkerFailed
+
+
+def to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """The array as a part of a message."""
+    return Tensor(array.dtype.str, array.shape, array.tobytes())
+
+
+def to_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """A read-only view of a tensor of a message."""
+    return np.frombuffer(tensor.data, np.dtype(tensor.dtype)).reshape(tensor.shape)
 
 
 def i32(column: bytes) -> I32:

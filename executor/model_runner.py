@@ -2,8 +2,8 @@
 
 Constitution of this file: it stays small and stable. It knows slots, positions and blocks; it does not know model
 classes, devices, quantisation or sampling methods, and grows no ``if`` for one of them. State lives in
-``RequestStates`` and in the sampler, by slot; nothing here survives a step. Nothing between receiving a plan and
-launching the forward pass waits for the device.
+``RequestStates``, in the sampler and in the pooler, by slot; nothing here survives a step. Nothing between receiving a
+plan and launching the forward pass waits for the device.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from executor.messages import (
     i32,
     u8,
 )
+from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, TokenMask
 
@@ -51,6 +52,7 @@ class StartedStep:
     logits: torch.Tensor
     """float32 [samples, vocab_size]."""
     prompt_logprobs: list[TokenLogprobs]
+    pooled: PoolerOutput
     forward_ms: float
 
 
@@ -75,6 +77,7 @@ class ModelRunner:
         self.program: Program | None = None
         self.states = RequestStates(0, 0, [])
         self.sampler = Sampler(0)
+        self.pooler = Pooler(0)
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache and the slot arrays, then captures the program of a step."""
@@ -86,6 +89,7 @@ class ModelRunner:
                 layers[index].kv_cache = (keys, values)
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
         self.sampler = Sampler(init.max_num_seqs)
+        self.pooler = Pooler(init.max_num_seqs)
         if not self.enforce_eager:
             self.program = self.capture(init)
 
@@ -104,7 +108,7 @@ class ModelRunner:
         return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
-        """Computes a step: applies the plan, runs the model, samples."""
+        """Computes a step: applies the plan, runs the model, samples or pools."""
         return self.finish(self.begin(plan), mask)
 
     def begin(self, plan: SchedulerOutput) -> StartedStep:
@@ -112,14 +116,17 @@ class ModelRunner:
         begin = time.perf_counter()
         states = self.states
         states.apply(plan)
+        self.pooler.remove(i32(plan.finished_slots))
         for request in plan.new_reqs:
             if request.params is not None:
                 self.sampler.add(request.slot, request.params)
+            self.pooler.add(request.slot, request.pooling_params)
         slots, counts = i32(plan.slots), i32(plan.num_scheduled_tokens)
         sampled = u8(plan.num_sampled).astype(np.bool_)
         batch = self.prepare(slots, counts, sampled)
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
         prompt_logprobs = self.prompt_logprobs(hidden, slots, counts)
+        pooled = self.pooler.pool(hidden, slots, counts, states)
         states.num_computed[slots] += counts
         return StartedStep(
             plan=plan,
@@ -127,6 +134,7 @@ class ModelRunner:
             rows=np.flatnonzero(sampled).astype(np.int32),
             logits=logits,
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
             forward_ms=(time.perf_counter() - begin) * 1e3,
         )
 
@@ -144,9 +152,10 @@ class ModelRunner:
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
             sampled_token_ids=output.token_ids.astype(np.int32).tobytes(),
-            row_errors=tuple(output.row_errors),
+            row_errors=(*output.row_errors, *step.pooled.row_errors),
             logprobs=tuple(output.logprobs),
             prompt_logprobs=tuple(step.prompt_logprobs),
+            pooler_output=tuple(step.pooled.vectors),
             forward_ms=step.forward_ms + (time.perf_counter() - begin) * 1e3,
         )
 

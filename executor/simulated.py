@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
+from zlib import crc32
 
 import numpy as np
 
@@ -24,12 +25,16 @@ from executor.messages import (
     KVCacheGroupSpec,
     KVCacheReady,
     ModelRunnerOutput,
+    PoolingParams,
     SchedulerOutput,
+    Tensor,
     ToWorker,
     WorkerReady,
     i32,
+    to_tensor,
     u8,
 )
+from executor.pooling import finish
 
 FIRST_TOKEN_ID = 256
 """Lower ids are left out: in many vocabularies they are special."""
@@ -42,6 +47,8 @@ class DeviceModel:
         self.device = device
         self._num_computed = np.zeros(64, np.int64)
         self._seeds = np.zeros(64, np.uint64)
+        self._pooled: dict[int, tuple[PoolingParams, bytes]] = {}
+        """By slot: what is wanted of which prompt."""
 
     def _make_room(self, slot: int) -> None:
         missing = max(slot + 1, 2 * len(self._seeds)) - len(self._seeds)
@@ -54,7 +61,11 @@ class DeviceModel:
         Returns:
             The sampled tokens, before any mask, and the seconds that the step takes.
         """
+        for slot in i32(plan.finished_slots).tolist() if self._pooled else ():
+            self._pooled.pop(slot, None)
         for request in plan.new_reqs:
+            if request.pooling_params is not None:
+                self._pooled[request.slot] = request.pooling_params, request.token_ids
             if request.slot >= len(self._num_computed):
                 self._make_room(request.slot)
             self._num_computed[request.slot] = request.num_computed_tokens
@@ -89,6 +100,19 @@ class DeviceModel:
                 tokens[place] = allowed[int(tokens[place]) * 2654435761 % (1 << 32) % len(allowed)]
         return tokens
 
+    def pool(self, plan: SchedulerOutput) -> list[tuple[int, Tensor]]:
+        """Rows and vectors of the prompts that end in a step which was executed: a function of their tokens."""
+        vectors: list[tuple[int, Tensor]] = []
+        for row, slot in enumerate(i32(plan.slots).tolist() if self._pooled else ()):
+            params, token_ids = self._pooled.get(slot, (None, b""))
+            if params is None or self._num_computed[slot] < len(i32(token_ids)):
+                continue
+            size = self.device.hidden_size
+            shape = (len(i32(token_ids)), size) if params.pooling_type == "ALL" else (size,)
+            states = np.random.default_rng(crc32(token_ids)).standard_normal(shape, np.float32)
+            vectors.append((row, to_tensor(finish(states, params))))
+        return vectors
+
     def ready(self) -> WorkerReady:
         """What a worker with this device would say at start."""
         device = self.device
@@ -103,6 +127,7 @@ class DeviceModel:
             max_model_len=device.max_model_len,
             vocab_size=device.vocab_size,
             device="simulated",
+            hidden_size=device.hidden_size,
         )
 
 
@@ -148,7 +173,12 @@ class SimulatedExecutor:
                     return
                 tokens = model.constrain(plan, tokens, mask)
             self._answer(
-                ModelRunnerOutput(step_id=plan.step_id, sampled_token_ids=tokens.tobytes(), forward_ms=seconds * 1e3)
+                ModelRunnerOutput(
+                    step_id=plan.step_id,
+                    sampled_token_ids=tokens.tobytes(),
+                    pooler_output=tuple(model.pool(plan)),
+                    forward_ms=seconds * 1e3,
+                )
             )
 
     def _answer(self, message: FromWorker) -> None:

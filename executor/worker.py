@@ -90,6 +90,7 @@ class Worker:
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=device.name,
                 architecture=loaded.hf_config.architecture,
+                hidden_size=loaded.hf_config.hidden_size,
             )
         )
 

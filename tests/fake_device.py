@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs, i32, u8
+from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, Tensor, TokenLogprobs, i32, to_tensor, u8
 
 
 class FakeDevice:
@@ -51,10 +51,14 @@ class FakeDevice:
         for slot, count, _ in rows:  # all K and V of a step are written before any is read
             self._write(self.slots[slot], count)
         sampled = [self._sample(self.slots[slot]) for slot, _, wanted in rows if wanted]
+        pooled = [
+            (row, self._pool(self.slots[slot])) for row, (slot, _, _) in enumerate(rows) if self.slots[slot].is_pooled
+        ]
         return ModelRunnerOutput(
             step_id=plan.step_id,
             sampled_token_ids=np.array(sampled, np.int32).tobytes(),
             prompt_logprobs=tuple(prompt_logprobs),
+            pooler_output=tuple(pooled),
         )
 
     def _write(self, slot: _Slot, count: int) -> None:
@@ -65,6 +69,12 @@ class FakeDevice:
                 self.blocks[block] = -1
             self.blocks[block, position % self.block_size] = slot.tokens[position]
         slot.num_computed += count
+
+    def _pool(self, slot: _Slot) -> Tensor:
+        """The context as it lies in the blocks, and how many tokens of it were computed for this request."""
+        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed]
+        assert context.tolist() == slot.tokens, "the blocks hold the request's own tokens"
+        return to_tensor(np.append(context, slot.num_computed - slot.num_cached).astype(np.float32))
 
     def _sample(self, slot: _Slot) -> int:
         assert slot.num_computed == len(slot.tokens), "a row samples after its last token"
@@ -79,9 +89,15 @@ class _Slot:
     def __init__(self, request: NewRequest) -> None:
         self.tokens: list[int] = i32(request.token_ids).tolist()
         self.num_prompt = request.num_prompt_tokens
-        self.num_computed = request.num_computed_tokens
+        self.num_computed = self.num_cached = request.num_computed_tokens
+        self.pools = request.pooling_params is not None
         self.blocks: list[int] = i32(request.block_ids[0]).tolist()
         self.tells_prompt = request.params is not None and request.params.prompt_logprobs is not None
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the prompt of a request that generates nothing is complete."""
+        return self.pools and self.num_computed == self.num_prompt
 
     def told_positions(self, count: int) -> range:
         """The prompt tokens that follow the next ``count`` ones, if their log probabilities are wanted."""

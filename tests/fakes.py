@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from starlette.applications import Starlette
 from starlette.types import Message
@@ -33,10 +34,12 @@ from engine_core.messages import (
     EngineReady,
     FinishReason,
     GrammarSpec,
+    PoolingParams,
     ResolvedParams,
     SchedulerStats,
     TokenLogprobs,
     i32,
+    to_tensor,
 )
 
 BOS, EOS, IM_START, IM_END = 0, 1, 2, 3
@@ -46,6 +49,7 @@ MERGED = ("th", "he", "ll", "the")
 """Tokens of more than one byte."""
 VOCAB_SIZE = FIRST_BYTE + 256 + len(MERGED)
 MAX_MODEL_LEN = 512
+HIDDEN_SIZE = 16
 MODEL = "fake-model"
 
 CHAT_TEMPLATE = (
@@ -168,7 +172,7 @@ class FakeEngineClient:
         *,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: ResolvedParams,
+        params: ResolvedParams | PoolingParams,
         options: OutputOptions,
         priority: int = 0,
         cache_salt: str = "",
@@ -184,7 +188,8 @@ class FakeEngineClient:
             request_id=request_id,
             index=self._next_index,
             prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
-            sampling_params=params,
+            sampling_params=params if isinstance(params, ResolvedParams) else None,
+            pooling_params=params if isinstance(params, PoolingParams) else None,
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
@@ -194,7 +199,9 @@ class FakeEngineClient:
         self.submitted.append(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
         self._processor.add(state)
-        tokens = self.script([*prompt_token_ids, *output_token_ids], params)
+        tokens: Iterable[int] = ()
+        if isinstance(params, ResolvedParams):
+            tokens = self.script([*prompt_token_ids, *output_token_ids], params)
         self._rows[state.index] = _Row(state, tokens, len(output_token_ids))
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._run())
@@ -236,6 +243,10 @@ class FakeEngineClient:
         plain: list[tuple[int, int, int]] = []
         special: list[EngineCoreOutput] = []
         for index, row in list(self._rows.items()):
+            if row.state.message.pooling_params is not None:
+                special.append(self._pooled(row.state.message, row.state.message.pooling_params))
+                del self._rows[index]
+                continue
             token = next(row.tokens)
             output = self._output(row, token)
             if output is None:
@@ -256,6 +267,19 @@ class FakeEngineClient:
         )
         for index in self._processor.process(outputs):
             self._rows.pop(index, None)
+
+    def _pooled(self, message: EngineCoreRequest, params: PoolingParams) -> EngineCoreOutput:
+        vector = fake_vector(i32(message.prompt_token_ids).tolist())[: params.dimensions]
+        if params.normalize:
+            vector /= np.linalg.norm(vector)
+        return EngineCoreOutput(
+            index=message.index,
+            first_output_index=0,
+            finish_reason=FinishReason.STOP,
+            pooling_output=to_tensor(vector),
+            num_cached_tokens=self.num_cached_tokens,
+            scheduled_time=time.monotonic(),
+        )
 
     def _output(self, row: _Row, token: int) -> EngineCoreOutput | None:
         """What a token has to say beside itself, if anything."""
@@ -312,6 +336,12 @@ class FakeEngineClient:
         )
 
 
+def fake_vector(prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+    """How often each of the lower letters a to p stands in a prompt, plus a little that is the same for all."""
+    counts = [prompt.count(token_of(ord("a") + i)) for i in range(HIDDEN_SIZE)]
+    return np.array(counts, np.float32) + np.float32(0.125)
+
+
 def fake_logprobs(token: int, position: int, count: int, wanted: Sequence[int] = ()) -> TokenLogprobs:
     """The token itself with -1, the next ids in the vocabulary with -2, -3 and so on."""
     others = list(wanted) or [(token + 1 + i) % VOCAB_SIZE for i in range(VOCAB_SIZE if count < 0 else count)]
@@ -355,6 +385,7 @@ class FakeServer:
             kv_cache_bytes=1,
             weight_bytes=1,
             max_num_seqs=8,
+            hidden_size=HIDDEN_SIZE,
         )
         client = cast(EngineClient, self.engine)
         self.serving = Serving(config or ServerConfig(), files, client, self.metrics, ready)

@@ -59,6 +59,8 @@ async def create_completion(request: Request) -> Response:
     refuse_completion(body)
     check_stream_fields(body)
     prompts = list_prompts(body.prompt)
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}", "prompt")
     check_positive("best_of", body.best_of)
     if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
         raise RequestError("best_of larger than n cannot be streamed: the best are known at the end", "best_of")
@@ -95,25 +97,23 @@ async def create_completion(request: Request) -> Response:
     return WholeAnswer(generation, reply)
 
 
-def list_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The one or more prompts that a request may hold in four ways.
+def list_prompts(prompt: str | list[str | int | list[int]], field: str = "prompt") -> list[str | list[int]]:
+    """The one or more prompts that a request may hold in four ways, in the field of that name.
 
     Raises:
-        RequestError: There are none, too many, or a mixture.
+        RequestError: There are none, or a mixture.
     """
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise RequestError("the prompt is empty", "prompt")
+        raise RequestError(f"the {field} is empty", field)
     numbers = [item for item in prompt if isinstance(item, int)]
     if len(numbers) == len(prompt):
         return [numbers]
     texts: list[str | list[int]] = [item for item in prompt if isinstance(item, str)]
     lists: list[str | list[int]] = [item for item in prompt if isinstance(item, list)]
     if len(prompt) not in (len(texts), len(lists)):
-        raise RequestError("prompt must hold only texts, only token ids or only lists of token ids", "prompt")
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt")
+        raise RequestError(f"{field} must hold only texts, only token ids or only lists of token ids", field)
     return texts or lists
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
+from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
 from api.params import truncate_prompt
 from api.parsers import Tool
@@ -22,7 +23,7 @@ _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_mess
 
 async def render_messages(
     serving: Serving,
-    request: ChatCompletionRequest | TokenizeRequest,
+    request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest,
     messages: Sequence[ChatMessage],
     tools: Sequence[Tool] | None = None,
 ) -> str:
@@ -94,7 +95,7 @@ def _num_chars(messages: Sequence[dict[str, Any]]) -> int:
     return sum(len(message["content"]) for message in messages if isinstance(message.get("content"), str))
 
 
-def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest) -> bool:
+def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> bool:
     """Whether the prompt ends with the header of an answer."""
     if request.add_generation_prompt is not None:
         return request.add_generation_prompt

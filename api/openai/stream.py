@@ -11,6 +11,7 @@ four tasks per response and a cancel scope per event, a token takes the process 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Protocol
 
@@ -60,8 +61,15 @@ def error_event(error: RequestError) -> bytes:
     return event(render(error)) + DONE
 
 
-class Reply(Protocol):
-    """Gives the outputs of a generation the form of an endpoint."""
+class WholeReply(Protocol):
+    """Gives the outputs of requests the form of an endpoint."""
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        """The body of an answer that is not streamed: all deltas, folded."""
+
+
+class Reply(WholeReply, Protocol):
+    """The same for endpoints that can stream."""
 
     @property
     def keep_alive(self) -> bytes:
@@ -76,11 +84,8 @@ class Reply(Protocol):
     def error_event(self, error: RequestError) -> bytes:
         """What follows the last delta of a generation that fails."""
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        """The body of an answer that is not streamed: all deltas, folded."""
 
-
-class Generation:
+class EngineWork(ABC):
     """The engine requests behind one HTTP request. Whatever ends it, it leaves nothing running."""
 
     def __init__(
@@ -88,31 +93,20 @@ class Generation:
         serving: Serving,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | BeamSearchParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
+        num_choices: int,
         stream_interval: int = 1,
-        kept_special_ids: frozenset[int] = frozenset(),
-        grammar_param: str = "structured_outputs",
     ) -> None:
-        """Prepares; see ``Serving.submit``. Nothing runs before ``start``.
+        """Prepares. Nothing runs before ``start``.
 
-        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one;
-        ``grammar_param`` is the field that asks for structured outputs, if one does.
+        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one.
         """
         self.request_id = request_id
         self.prompts = prompts
-        self.num_choices = len(prompts) * params.num_completions
+        self.num_choices = num_choices
         self.disconnected = False
         """The client is gone, and with it the requests."""
         self.states: list[RequestState] = []
         self._serving = serving
-        self._params = params
-        self._priority = priority
-        self._cache_salt = cache_salt
-        self._kept_special_ids = kept_special_ids
-        self._grammar_param = grammar_param
         self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
@@ -131,19 +125,9 @@ class Generation:
         self.submit()
         self._watcher = asyncio.create_task(self._watch(receive))
 
+    @abstractmethod
     def submit(self) -> None:
-        """Starts the requests."""
-        assert isinstance(self._params, SamplingParams)
-        self.states = self._serving.submit(
-            self._channel,
-            self.request_id,
-            self.prompts,
-            self._params,
-            priority=self._priority,
-            cache_salt=self._cache_salt,
-            kept_special_ids=self._kept_special_ids,
-            grammar_param=self._grammar_param,
-        )
+        """Starts the requests, whose deltas come through the channel."""
 
     def drop(self) -> None:
         """Ends what is unfinished."""
@@ -161,8 +145,8 @@ class Generation:
         return await self._channel.take()
 
     def choose(self, deltas: list[Delta]) -> list[Delta]:
-        """The deltas of the choices that are returned: all, or the best ones."""
-        return choose_best(deltas, self._params.n, self._params.num_completions)
+        """The deltas of the choices that are returned."""
+        return deltas
 
     def wake(self) -> None:
         """Lets ``take`` return."""
@@ -183,6 +167,51 @@ class Generation:
             return self._serving.client.dead
         # The engine tried already, and more than once if that could help.
         return RequestError(message, status=500, kind=KINDS[500], headers={"x-should-retry": "false"})
+
+
+class Generation(EngineWork):
+    """Completions of prompts."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        stream_interval: int = 1,
+        kept_special_ids: frozenset[int] = frozenset(),
+        grammar_param: str = "structured_outputs",
+    ) -> None:
+        """Prepares; see ``Serving.submit``. ``grammar_param`` is the field that asks for structured outputs, if one
+        does.
+        """
+        super().__init__(serving, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
+        self._params = params
+        self._priority = priority
+        self._cache_salt = cache_salt
+        self._kept_special_ids = kept_special_ids
+        self._grammar_param = grammar_param
+
+    def submit(self) -> None:
+        """Starts the requests."""
+        assert isinstance(self._params, SamplingParams)
+        self.states = self._serving.submit(
+            self._channel,
+            self.request_id,
+            self.prompts,
+            self._params,
+            priority=self._priority,
+            cache_salt=self._cache_salt,
+            kept_special_ids=self._kept_special_ids,
+            grammar_param=self._grammar_param,
+        )
+
+    def choose(self, deltas: list[Delta]) -> list[Delta]:
+        """The deltas of the choices that are returned: all, or the best ones."""
+        return choose_best(deltas, self._params.n, self._params.num_completions)
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
         """Tokens of all choices.
@@ -302,7 +331,7 @@ class WholeAnswer(Response):
 
     media_type = "application/json"
 
-    def __init__(self, generation: Generation, reply: Reply) -> None:
+    def __init__(self, generation: EngineWork, reply: WholeReply) -> None:
         super().__init__()
         self._generation = generation
         self._reply = reply

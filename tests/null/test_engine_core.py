@@ -20,6 +20,7 @@ from engine_core.__main__ import ZmqTransport
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
 from engine_core.core import MAX_CRASHES, EngineCore
 from engine_core.messages import (
+    POOLING_TYPES,
     AbortRequests,
     EngineCoreOutputs,
     EngineCoreRequest,
@@ -41,6 +42,7 @@ from engine_core.messages import (
     WorkersRestarted,
     i32,
     i64,
+    to_array,
 )
 from executor.base import EXIT_MODEL, WorkerDiedError
 from executor.messages import (
@@ -62,6 +64,7 @@ STOP = 7
 MAX_LEN = 64
 NUM_BLOCKS = 64
 BLOCK_SIZE = 4
+HIDDEN_SIZE = 16
 
 PROMPT = [8, 9, 10, 11, 12]
 """Its output does not end by itself."""
@@ -123,8 +126,12 @@ class FakeExecutor:
         if self.dies_of(plan):
             raise WorkerDiedError("worker 0 ended with exit code -9")
         for request in plan.new_reqs:
-            assert request.params is not None
-            take_over(request.params)
+            if request.params is not None:
+                take_over(request.params)
+            else:
+                assert request.pooling_params is not None
+                assert request.pooling_params.pooling_type in POOLING_TYPES
+                assert 1 <= (request.pooling_params.dimensions or 1) <= HIDDEN_SIZE
         return [self.device.execute(plan)]
 
     def compute_one(self) -> ModelRunnerOutput:
@@ -172,6 +179,7 @@ def worker_ready(num_blocks: int = NUM_BLOCKS) -> WorkerReady:
         kv_cache_groups=(group,),
         max_model_len=MAX_LEN,
         vocab_size=VOCAB,
+        hidden_size=HIDDEN_SIZE,
     )
 
 
@@ -302,6 +310,44 @@ def test_requests_are_served(depth: int) -> None:
     assert (ready.max_model_len, ready.vocab_size, ready.num_kv_blocks) == (MAX_LEN, VOCAB, NUM_BLOCKS)
     assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(prompts(9))}
     assert harness.stats.num_running_reqs == 0 and harness.stats.kv_cache_usage == 0
+
+
+def test_pooling_requests_are_served_beside_others() -> None:
+    harness = Harness()
+    harness.inbox.append(make_request(1, params=None, pooling_params=PoolingParams(dimensions=3)))
+    harness.add(2)
+    harness.inbox.append(make_request(3, prompts(1)[0], params=None, pooling_params=PoolingParams()))
+    harness.inbox.append(AbortRequests((3,)))
+    harness.run_to_the_end()
+    (output,) = (
+        output
+        for message in harness.messages(EngineCoreOutputs)
+        for output in message.outputs
+        if output.pooling_output is not None
+    )
+    assert output.index == 1 and output.finish_reason == FinishReason.STOP and output.num_cached_tokens == 0
+    assert to_array(output.pooling_output).tolist() == [*PROMPT, len(PROMPT)]
+    assert harness.outputs[2] == expected()
+    (ready,) = harness.messages(EngineReady)
+    assert ready.hidden_size == HIDDEN_SIZE
+
+
+@pytest.mark.parametrize(
+    ("problem", "fields"),
+    [
+        ("dimensions", {"pooling_params": PoolingParams(dimensions=HIDDEN_SIZE + 1)}),
+        ("dimensions", {"pooling_params": PoolingParams(dimensions=0)}),
+        ("pooling_type", {"pooling_params": PoolingParams(pooling_type="MAX")}),
+        ("not both", {"pooling_params": PoolingParams(), "params": ResolvedParams()}),
+        ("not both", {"pooling_params": PoolingParams(), "resumed_output_token_ids": b"\1\0\0\0"}),
+        ("maximum context", {"pooling_params": PoolingParams(), "prompt": [9] * (MAX_LEN + 1)}),
+    ],
+)
+def test_pooling_requests_that_make_no_sense(problem: str, fields: dict[str, Any]) -> None:
+    harness = Harness()
+    harness.inbox.append(make_request(1, **{"params": None, **fields}))
+    harness.run_to_the_end()
+    assert harness.reasons == {1: FinishReason.ERROR} and problem in (harness.errors[1] or "")
 
 
 def test_it_ends_with_the_api() -> None:
@@ -611,7 +657,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "index": NUMBERS,
     "prompt_token_ids": COLUMNS,
     "sampling_params": st.none(),
-    "pooling_params": st.builds(PoolingParams, task=st.text(max_size=3), dimensions=NUMBERS),
+    "pooling_params": st.builds(
+        PoolingParams,
+        pooling_type=st.one_of(st.sampled_from(POOLING_TYPES), st.text(max_size=3)),
+        dimensions=st.one_of(st.none(), NUMBERS),
+    ),
     "arrival_time": FLOATS,
     "priority": NUMBERS,
     "lora_request": st.builds(LoRARequest, name=st.text(max_size=3), lora_id=NUMBERS, path=st.text(max_size=3)),

@@ -12,10 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core.config import CacheConfig, SchedulerConfig
-from engine_core.messages import EngineCoreRequest, FinishReason, RepetitionDetection, ResolvedParams, i32, i64
+from engine_core.messages import (
+    EngineCoreRequest,
+    FinishReason,
+    PoolingParams,
+    RepetitionDetection,
+    ResolvedParams,
+    i32,
+    i64,
+    to_array,
+)
 from engine_core.request import Request
 from engine_core.scheduler import CacheShape, InFlight, Scheduler
-from executor.messages import RowError, SchedulerOutput
+from executor.messages import ModelRunnerOutput, RowError, SchedulerOutput
 from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
 
@@ -32,6 +41,7 @@ def make_request(
     priority: int = 0,
     salt: str = "",
     resumed: list[int] | None = None,
+    pooling: str = "",
     **params: object,
 ) -> Request:
     resolved = ResolvedParams(max_tokens=max_tokens, eos_token_ids=(STOP,), **params)  # type: ignore[arg-type]
@@ -40,7 +50,8 @@ def make_request(
             request_id=f"request-{index}",
             index=index,
             prompt_token_ids=np.array(prompt, np.int32).tobytes(),
-            sampling_params=resolved,
+            sampling_params=None if pooling else resolved,
+            pooling_params=PoolingParams(pooling_type=pooling) if pooling else None,
             arrival_time=float(index),
             priority=priority,
             cache_salt=salt,
@@ -72,6 +83,7 @@ class Engine:
     cached: dict[int, int] = field(default_factory=dict)
     prompt_positions: dict[int, list[int]] = field(default_factory=dict)
     """Whose log probabilities were told."""
+    pooled: dict[int, list[float]] = field(default_factory=dict)
     max_scheduled: int = 0
 
     @classmethod
@@ -116,6 +128,8 @@ class Engine:
             told += [entry.position for entry in output.prompt_logprobs]
             if output.num_cached_tokens is not None:
                 self.cached[output.index] = output.num_cached_tokens
+            if output.pooling_output is not None:
+                self.pooled[output.index] = to_array(output.pooling_output).tolist()
             if output.finish_reason is not None:
                 assert output.index not in self.reasons
                 self.reasons[output.index] = output.finish_reason
@@ -270,6 +284,53 @@ def test_prompt_logprobs_are_told_once_whatever_happens(num_turns: int) -> None:
     assert engine.prompt_positions[0] == list(range(1, 17))
 
 
+@pytest.mark.parametrize(("pooling", "cached"), [("LAST", 16), ("MEAN", 0), ("CLS", 0), ("ALL", 0)])
+def test_pooling_ends_with_the_prompt(pooling: str, cached: int) -> None:
+    """All poolings fill the prefix cache; only that of the last position reads it."""
+    engine = Engine.create(max_num_batched_tokens=5)
+    prompt = prompts(1, 17)[0]
+    for index in range(2):
+        engine.scheduler.add_request(make_request(index, prompt, pooling=pooling))
+        engine.run()
+    assert engine.reasons == {0: FinishReason.STOP, 1: FinishReason.STOP} and engine.outputs == {0: [], 1: []}
+    assert engine.pooled == {0: [*prompt, 17], 1: [*prompt, 17 - cached]}
+    assert engine.cached == {0: 0, 1: cached}
+    engine.scheduler.add_request(make_request(2, prompt, 3))
+    engine.run()
+    assert engine.cached[2] == 16 and engine.outputs[2] == expected_output(prompt, 3)
+
+
+def test_a_pooled_prompt_may_fill_the_context() -> None:
+    engine = Engine.create()
+    prompt = prompts(1, MAX_LEN)[0]
+    engine.scheduler.add_request(make_request(0, prompt, pooling="MEAN"))
+    engine.run()
+    assert engine.pooled[0] == [*prompt, MAX_LEN]
+
+
+@pytest.mark.parametrize("num_turns", range(1, 10))
+def test_pooling_begins_anew_after_a_restart(num_turns: int) -> None:
+    engine = Engine.create(max_num_batched_tokens=5)
+    prompt = prompts(1, 30)[0]
+    engine.scheduler.add_request(make_request(0, prompt, pooling="MEAN"))
+    for _ in range(num_turns):
+        engine.turn()
+    engine.in_flight.clear()
+    engine.scheduler.restart()
+    engine.device = FakeDevice(64, 4, VOCAB, STOP)
+    engine.run()
+    assert engine.pooled[0] == [*prompt, 30]
+
+
+def test_a_pooled_row_that_failed_has_an_error() -> None:
+    engine = Engine.create()
+    engine.scheduler.add_request(make_request(0, prompts(1)[0], pooling="LAST"))
+    engine.plan()
+    engine.device.execute = lambda plan: ModelRunnerOutput(step_id=plan.step_id)  # type: ignore[method-assign]
+    engine.retire((RowError(row=0, message="not a number"),))
+    assert engine.reasons == {0: FinishReason.ERROR} and not engine.pooled
+
+
 def test_priority_goes_first_and_preempts_the_least_urgent() -> None:
     engine = Engine.create(scheduling_policy="priority", max_num_seqs=1)
     for index, priority in enumerate([5, 1, 3]):
@@ -387,6 +448,7 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
     )
     shared = prompts(1, 20, seed=3)[0]
     sent: dict[int, tuple[list[int], int, int]] = {}
+    poolings: dict[int, str] = {}
     asked: set[int] = set()
     aborted: set[int] = set()
     for index in range(draw(st.integers(1, 12))):
@@ -396,11 +458,14 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
         sent[index] = prompt, max_tokens, min_tokens
         if draw(st.integers(0, 3)) == 0:
             asked.add(index)
+        elif draw(st.integers(0, 3)) == 0:
+            poolings[index] = draw(st.sampled_from(["LAST", "MEAN"]))
         engine.scheduler.add_request(
             make_request(
                 index,
                 prompt,
                 max_tokens,
+                pooling=poolings.get(index, ""),
                 min_tokens=min_tokens,
                 priority=draw(st.integers(0, 3)),
                 prompt_logprobs=0 if index in asked else None,
@@ -416,7 +481,10 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
     engine.run()
     for index, (prompt, max_tokens, min_tokens) in sent.items():
         expected = expected_output(prompt, max_tokens, min_tokens)
-        if index in aborted:
+        if index in poolings:
+            assert index in aborted or engine.pooled[index][:-1] == prompt
+            assert poolings[index] == "LAST" or index in aborted or engine.pooled[index][-1] == len(prompt)
+        elif index in aborted:
             assert engine.outputs.get(index, []) == expected[: len(engine.outputs.get(index, []))]
         else:
             assert engine.outputs[index] == expected

@@ -126,6 +126,24 @@ async def test_heads_of_requests(server: FakeServer, monkeypatch: pytest.MonkeyP
     assert server.traffic.num_open == 0
 
 
+async def test_bodies_are_no_heads(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that comes apart from its head may be long, and so may its answer take."""
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    close = b"Connection: close\r\n\r\n"
+    async with running(server) as port:
+        large = b'{"prompt": "x", "max_tokens": 2, "user": "%b"}' % (b"a" * 2 * MAX_HEAD_BYTES)
+        assert b'"text":"xx"' in await talk(port, head % len(large) + close, large)
+        two = (head % len(large) + b"\r\n", large) * 2
+        assert (await talk(port, *two, head % len(large) + close, large)).count(b'"text":"xx"') == 3
+        server.engine.steps_left = 1
+        body = b'{"prompt": "x", "max_tokens": 2, "stream": true}'
+        answer = asyncio.create_task(talk(port, head % len(body) + close, body))
+        await asyncio.sleep(3 * http_protocol.HEAD_TIMEOUT)
+        server.engine.steps_left = None
+        assert b"[DONE]" in await answer
+
+
 async def test_a_dropped_connection_aborts(server: FakeServer) -> None:
     body = b'{"prompt": "x", "max_tokens": 400, "ignore_eos": true, "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

@@ -1,0 +1,126 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+import sys
+import time
+from collections.abc import Iterable
+from typing import cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import RequestError
+from api.openai.body import read_json
+from api.openai.completions import list_prompts
+from api.openai.pooling import PoolingWork, check_count, pooling_prompt
+from api.openai.pooling_protocol import Embedding, EmbeddingRequest, EmbeddingResponse
+from api.openai.prompts import render_messages
+from api.openai.protocol import ChatMessage
+from api.openai.sampling import answer_id
+from api.openai.stream import WholeAnswer
+from api.output import Delta
+from api.pooling import PoolingParams, resolve_pooling
+from api.serving import Serving
+
+DECODER = msgspec.json.Decoder(EmbeddingRequest)
+
+
+async def create_embedding(request: Request) -> Response:
+    """Turns texts or conversations into vectors."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    if (body.input is None) == (body.messages is None):
+        raise RequestError("give either input or messages", "input")
+    params = resolve_pooling(
+        PoolingParams(
+            dimensions=body.dimensions,
+            use_activation=body.normalize if body.use_activation is None else body.use_activation,
+        ),
+        serving.config.pooler_config,
+        serving.limits,
+    )
+    field = "input" if body.messages is None else "messages"
+    texts = await _texts(serving, body)
+    add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    prompts = [
+        await pooling_prompt(serving, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
+    ]
+    work = PoolingWork(serving, answer_id("embd", request, body.request_id), prompts, params, body, field=field)
+    return WholeAnswer(work, EmbeddingReply(serving, body, work))
+
+
+async def _texts(serving: Serving, body: EmbeddingRequest) -> list[str | list[int]]:
+    if body.messages is None:
+        assert body.input is not None
+        texts = list_prompts(body.input, "input")
+        check_count(len(texts), "input")
+        return texts
+    conversations = list_conversations(body.messages)
+    check_count(len(conversations), "messages")
+    if body.add_generation_prompt is None:
+        body.add_generation_prompt = False
+    return [await render_messages(serving, body, conversation) for conversation in conversations]
+
+
+def list_conversations(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:
+    """The one or more conversations that a request may hold.
+
+    Raises:
+        RequestError: One of them is empty, or there is a mixture.
+    """
+    several = [item for item in messages if isinstance(item, list)]
+    if not several:
+        return [cast("list[ChatMessage]", messages)]
+    if len(several) != len(messages):
+        raise RequestError("messages must hold only messages or only lists of messages", "messages")
+    if not all(several):
+        raise RequestError("messages must not hold an empty conversation", "messages")
+    return several
+
+
+class EmbeddingReply:
+    """Vectors as numbers or as base64."""
+
+    def __init__(self, serving: Serving, request: EmbeddingRequest, work: PoolingWork) -> None:
+        self._serving = serving
+        self._request = request
+        self._work = work
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        answer = EmbeddingResponse(
+            id=self._work.request_id,
+            created=int(time.time()),
+            model=self._serving.model_name,
+            data=[
+                Embedding(index=index, embedding=self._encode(vector))
+                for index, vector in enumerate(self._work.vectors())
+            ],
+            usage=self._work.usage(),
+        )
+        return msgspec.json.encode(answer)
+
+    def _encode(self, vector: npt.NDArray[np.float32]) -> list[float] | str:
+        if self._request.encoding_format != "base64":
+            numbers: list[float] = vector.tolist()
+            return numbers
+        data = to_dtype(vector, self._request.embed_dtype or "float32")
+        if (self._request.endianness or "native") not in ("native", sys.byteorder):
+            data = data.byteswap()
+        return base64.b64encode(data.tobytes()).decode()
+
+
+def to_dtype(vector: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
+    """The numbers in another type; bfloat16 as its bits, rounded to nearest even."""
+    if dtype == "bfloat16":
+        bits = vector.view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        halves: npt.NDArray[np.uint16] = np.right_shift(rounded, np.uint32(16)).astype(np.uint16)
+        return halves
+    result: npt.NDArray[np.generic] = vector.astype(dtype)
+    return result

@@ -1,0 +1,104 @@
+"""What the endpoints that pool have in common: texts become prompts, prompts become vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from api.errors import RequestError
+from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
+from api.openai.stream import EngineWork
+from api.pooling import cut
+from api.serving import Serving
+from engine_core.messages import PoolingParams
+
+MAX_INPUTS = 2048
+
+
+def check_count(count: int, field: str) -> None:
+    """Refuses more texts than one request may bring.
+
+    Raises:
+        RequestError: There are too many.
+    """
+    if count > MAX_INPUTS:
+        raise RequestError(f"{field} may hold at most {MAX_INPUTS} entries, got {count}", field)
+
+
+async def pooling_prompt(
+    serving: Serving,
+    request: PoolingRequest,
+    text: str | list[int],
+    *,
+    field: str,
+    add_special_tokens: bool,
+    max_tokens: int = 0,
+) -> list[int]:
+    """The token ids of a text, cut to the length that the request wants.
+
+    Args:
+        serving: Has the tokenizer and the model's limits.
+        request: Says how long a prompt may be.
+        text: A text or token ids.
+        field: What the client calls it.
+        add_special_tokens: Add what the tokenizer puts around a text.
+        max_tokens: Use the first so many tokens; 0: all.
+
+    Raises:
+        RequestError: It is too long, empty or no text.
+    """
+    keep = request.truncate_prompt_tokens
+    if isinstance(text, str):
+        any_length = keep is not None or max_tokens > 0
+        text = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
+    if max_tokens:
+        text = text[:max_tokens]
+    prompt = cut(text, keep, serving.limits, from_right=request.truncation_side == "right")
+    serving.check_token_ids(prompt, field)
+    return prompt
+
+
+class PoolingWork(EngineWork):
+    """The vectors of prompts."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: PoolingParams,
+        request: PoolingRequest,
+        *,
+        field: str,
+    ) -> None:
+        """Prepares; see ``Serving.submit_pooling``."""
+        super().__init__(serving, request_id, prompts, len(prompts))
+        self._params = params
+        self._request = request
+        self._field = field
+
+    def submit(self) -> None:
+        """Starts the requests."""
+        self.states = self._serving.submit_pooling(
+            self._channel,
+            self.request_id,
+            self.prompts,
+            self._params,
+            field=self._field,
+            priority=self._request.priority or 0,
+            cache_salt=self._request.cache_salt or "",
+        )
+
+    def vectors(self) -> list[npt.NDArray[np.float32]]:
+        """float32 [dimensions] of each prompt, once all are done."""
+        vectors = []
+        for state in self.states:
+            assert state.pooling_output is not None
+            vectors.append(state.pooling_output)
+        return vectors
+
+    def usage(self) -> PoolingUsage:
+        count = sum(map(len, self.prompts))
+        return PoolingUsage(prompt_tokens=count, total_tokens=count)
