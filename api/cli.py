@@ -1,11 +1,11 @@
-"""The command line: ``octavo [serve] [MODEL] [flags]``, ``octavo chat``, ``octavo complete``."""
+"""The command line: ``octavo [serve] [MODEL] [flags]`` and the commands of ``OVERVIEW``."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from api import client_cli
 from api.config import ENVIRONMENT, ServerConfig, check_config
 from api.errors import EngineDeadError, ModelFileError
 from api.flags import ConfigError, add_arguments, build
-from api.model_files import find_model, with_model
+from api.model_files import ModelFiles, find_model, with_model
 from api.server import PortInUseError, run_server
 from api.version import VERSION
 from engine_core.launch import setup_logging
@@ -29,6 +29,9 @@ OVERVIEW = """\
 usage: octavo [serve] [MODEL] [flags]     serve a model (the default)
        octavo chat [flags]                talk to a running server
        octavo complete [flags]            let a running server complete texts
+       octavo run-batch -i IN -o OUT      answer the requests of an OpenAI batch file, without a server
+       octavo bench serve [flags]         measure a running server under load
+       octavo collect-env                 print what a bug report needs to say of this machine
        octavo COMMAND --help              all flags of a command
        octavo --version
 """
@@ -46,13 +49,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in client_cli.COMMANDS:
         return client_cli.main(command, arguments[1:])
+    if command == "bench":
+        return bench(arguments[1:])
+    if command == "collect-env":
+        from api import collect_env
+
+        return collect_env.main(arguments[1:])
+    if command == "run-batch":
+        return batch(arguments[1:])
     return serve(arguments[1:] if command == "serve" else arguments)
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """``octavo bench``."""
+    if arguments and arguments[0] == "serve":
+        from api.bench import serve as load
+
+        return load.main(arguments[1:])
+    print("usage: octavo bench serve [flags]     measure a running server under load; --help shows the flags")
+    return 0 if arguments and arguments[0] in ("-h", "--help") else EXIT_USAGE
+
+
+def batch(arguments: Sequence[str]) -> int:
+    """``octavo run-batch``."""
+    from api import run_batch
+
+    parser = model_parser(
+        "octavo run-batch", "Answer the requests of a JSONL file in OpenAI's batch format, without a server."
+    )
+    run_batch.add_arguments(parser)
+    given = vars(parser.parse_args(arguments))
+    source, target, concurrency = (given.pop(name) for name in ("input_file", "output_file", "max_concurrency"))
+
+    def run(config: ServerConfig, files: ModelFiles) -> int:
+        try:
+            return run_batch.run_batch(config, files, source, target, concurrency)
+        except run_batch.BatchError as error:
+            return _fail(str(error), 1)
+        except KeyboardInterrupt:
+            return _fail("interrupted; what was answered is in the output", 130)
+
+    return _with_model(parser, given, "octavo batch", run)
+
+
 def serve_parser() -> argparse.ArgumentParser:
+    """The flags of ``octavo serve``."""
+    return model_parser("octavo serve", "Serve a model over the OpenAI API.")
+
+
+def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command that loads a model: every option is a flag."""
     parser = argparse.ArgumentParser(
-        prog="octavo serve",
-        description="Serve a model over the OpenAI API.",
+        prog=prog,
+        description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
@@ -69,17 +118,26 @@ def serve_parser() -> argparse.ArgumentParser:
 def serve(arguments: Sequence[str]) -> int:
     """``octavo serve``."""
     parser = serve_parser()
-    given = vars(parser.parse_args(arguments))
+    return _with_model(parser, vars(parser.parse_args(arguments)), "octavo api", run_server)
+
+
+def _with_model(
+    parser: argparse.ArgumentParser,
+    given: Mapping[str, Any],
+    title: str,
+    run: Callable[[ServerConfig, ModelFiles], int],
+) -> int:
+    """Resolves the configuration, finds the model and runs; every failure is one line and an exit code."""
     try:
         config = resolve(given, os.environ)
     except ConfigError as error:
         parser.print_usage(sys.stderr)
         return _fail(str(error), EXIT_USAGE)
-    setproctitle.setproctitle("octavo api")
+    setproctitle.setproctitle(title)
     setup_logging("api", config.log_level)
     try:
         files = find_model(config)
-        return run_server(with_model(config, files), files)
+        return run(with_model(config, files), files)
     except ModelFileError as error:
         return _fail(str(error), EXIT_MODEL)
     except EngineDeadError as error:

@@ -26,8 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_serve import Options, Result, run, run_loop
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from processes import Server, signals_as_exceptions
+
+from api.bench.serve import Options, Result, run, run_loop
 
 OCTAVO = "octavo"
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)

@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from bench_serve import WORDS, compare, describe, format_comparison, format_distributions, run_loop
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from processes import (
     Server,
     descendants,
@@ -45,7 +46,9 @@ from processes import (
     start_process,
 )
 from simulate import format_steady, measure_steady
-from sse_client import EventStream, HttpClient
+
+from api.bench.serve import WORDS, compare, describe, format_comparison, format_distributions, run_loop
+from api.bench.sse_client import EventStream, HttpClient
 
 EVENT = b"data: {"
 """Every event but the last starts so."""

@@ -125,3 +125,42 @@ def test_chat_and_complete_talk_to_a_server(demo_model: Path) -> None:
     assert result.returncode == 1 and "no server at" in result.stderr
     assert run_cli("--version").stdout.strip().count(".") == 2
     assert "--max-model-len" in run_cli("serve", "--help").stdout
+
+
+def test_a_batch_file(tiny_model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = [{"prompt": [5, 6, 7, i + 8], "max_tokens": 4, "temperature": 0} for i in range(20)]
+    lines = [{"custom_id": f"id-{i}", "method": "POST", "url": "/v1/completions", "body": bodies[i]} for i in range(20)]
+    lines.append({"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"prompt": []}})
+    embed = {"custom_id": "vector", "method": "POST", "url": "/v1/embeddings", "body": {"input": [5, 6, 7]}}
+    source.write_text("".join(json.dumps(line) + "\n" for line in [*lines, embed]))
+    result = run_cli(
+        "run-batch", "-i", str(source), "-o", str(target), str(tiny_model), "--kv-cache-memory", "16MiB", timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert "22 requests, 1 of them failed" in result.stderr
+    answers = {answer["custom_id"]: answer for answer in map(json.loads, target.read_text().splitlines())}
+    assert len(answers) == 22
+    assert answers["vector"]["response"]["body"]["data"][0]["embedding"]
+    for i in range(20):
+        assert answers[f"id-{i}"]["response"]["body"]["usage"]["completion_tokens"] >= 1
+    assert answers["bad"]["response"]["status_code"] == 400 and answers["bad"]["error"]["message"]
+    missing = run_cli("run-batch", "-i", str(tmp_path / "none"), "-o", str(target), str(tiny_model))
+    assert missing.returncode == 1 and "No such file" in missing.stderr
+    assert run_cli("run-batch", "--model", str(tiny_model)).returncode == 2
+
+
+def test_bench_serve_and_collect_env(tiny_model: Path) -> None:
+    with Server("--model", str(tiny_model), "--kv-cache-memory", "16MiB") as server:
+        flags = ["--num-prompts", "4", "--input-len", "8", "--output-len", "4", "--warmup", "1", "--token-ids"]
+        result = run_cli("bench", "serve", "--base-url", server.url, "--vocab-size", "256", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "4 requests" in result.stdout and "TTFT (ms)" in result.stdout
+    assert run_cli("bench").returncode == 2
+    result = run_cli("collect-env", timeout=300, OCTAVO_API_KEY="hidden")
+    assert result.returncode == 0, result.stderr
+    for word in ("octavo:", "CPU capabilities:", "CPU kernels:", "torch built for:", "OCTAVO_API_KEY: (set)"):
+        assert word in result.stdout
+    assert "hidden" not in result.stdout and "error:" not in result.stdout
+    overview = run_cli("--help").stdout
+    assert all(command in overview for command in ("run-batch", "bench serve", "collect-env"))

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from api.bench import serve as bench_serve
+from api.bench import sse_client
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -31,8 +33,6 @@ def load(name: str) -> ModuleType:
 
 
 processes = load("processes")
-sse_client = load("sse_client")
-bench_serve = load("bench_serve")
 simulate = load("simulate")
 bench_overhead = load("bench_overhead")
 

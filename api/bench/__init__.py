@@ -1,0 +1,1 @@
+"""Load generators: what ``octavo bench`` runs."""
