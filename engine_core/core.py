@@ -202,7 +202,10 @@ class EngineCore:
         masks, ended = self._grammars.masks.fill(scheduler.grammars(step))
         self.executor.submit(GrammarMask(step_id=step.step_id, bitmask=masks.tobytes()))
         rows = step.grammar_rows.tolist()
-        return [scheduler.end_row(step, rows[row], error) for row, error in ended]
+        return [
+            scheduler.end_row(step, rows[row], FinishReason.STOP if error is None else FinishReason.ERROR, error or "")
+            for row, error in ended
+        ]
 
     # -- messages from the api -----------------------------------------------------------------------------
 

@@ -500,8 +500,10 @@ class Scheduler:
                 if verdict is Verdict.REJECTED:
                     self._preempt(request)
                     self.num_preemptions -= 1
+                elif verdict is Verdict.COMPLETE:
+                    outputs.append(self.end_row(step, row, FinishReason.LENGTH))
                 else:
-                    outputs.append(self.end_row(step, row, request.grammar.error))
+                    outputs.append(self.end_row(step, row, FinishReason.ERROR, request.grammar.error))
         return ended
 
     def _describe_output(
@@ -569,24 +571,25 @@ class Scheduler:
         slot = step.slots[row]
         return self._owners[slot] if self._epochs[slot] == step.epochs[row] else None
 
-    def end_row(self, step: InFlight, row: int, error: str | None) -> EngineCoreOutput:
+    def end_row(self, step: InFlight, row: int, reason: FinishReason, error: str = "") -> EngineCoreOutput:
         """Ends the request of a row between two tokens.
 
         Args:
             step: Has the row.
             row: Its request is still there.
-            error: Why; None: it is complete.
+            reason: Why it ends.
+            error: What is wrong with the client's grammar, with the reason ``ERROR``.
         """
         slot = int(step.slots[row])
         request = self._owners[slot]
         assert request is not None
-        if error is not None:
+        if reason is FinishReason.ERROR:
             return msgspec.structs.replace(self._fail(slot, error), error_param=request.grammar_param)
         is_first = self._num_known[slot] == self._num_prompt[slot]
         output = EngineCoreOutput(
             index=request.index,
             first_output_index=int(self._num_known[slot] - self._num_prompt[slot]),
-            finish_reason=FinishReason.STOP,
+            finish_reason=reason,
             num_cached_tokens=request.num_cached_tokens if is_first else None,
             scheduled_time=request.scheduled_time if is_first else None,
         )

@@ -26,17 +26,17 @@ MAX_PROBES = 20_000
 """States looked at in one search."""
 MAX_BYTES_PER_TOKEN = 4
 """By how much a path may become shorter when its text is spelt anew."""
+MAX_SHORTCUTS = 256
 RESYNC = 8
 """How many tokens of the earlier path may be left out to find where it fits again."""
 
 _CLOSERS = b"}]"
-_WHITESPACE = b" \n\t\r"
-_ORDER = bytes(
-    dict.fromkeys(
-        b'":,0123456789' + bytes(range(ord("a"), ord("z") + 1)) + bytes(range(0x21, 0x7F)) + bytes(range(0x80, 256))
-    )
-)
+_PLAIN = bytes(
+    dict.fromkeys(b'":,0123456789abcdefghijklmnopqrstuvwxyz' + bytes(range(0x21, 0x7F)) + b" \n\t\r")
+).replace(b"\\", b"")
 """Bytes by how soon they may lead to an end."""
+_OTHERS = bytes(range(0x80, 256)) + b"\\"
+"""They begin or continue something longer: for where no other byte is allowed."""
 
 
 class ClosingPaths:
@@ -47,11 +47,10 @@ class ClosingPaths:
         self._is_usable = is_usable
         tokens = vocabulary.byte_tokens
         self._closers = self._usable(tokens.get(byte) for byte in _CLOSERS)
-        self._quote = tokens.get(ord('"'), -1)
-        self._zero = tokens.get(ord("0"), -1)
+        self._quote, self._zero = ((self._usable([tokens.get(byte)]) or [-1])[0] for byte in b'"0')
         self._letter = tokens.get(ord("x"), -1)
-        self._ordered = np.array(self._usable(tokens.get(byte) for byte in _ORDER), np.int64)
-        self._whitespace = np.array(self._usable(tokens.get(byte) for byte in _WHITESPACE), np.int64)
+        self._plain = np.array(self._usable(tokens.get(byte) for byte in _PLAIN), np.int64)
+        self._others = np.array(self._usable(tokens.get(byte) for byte in _OTHERS), np.int64)
 
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
@@ -98,26 +97,28 @@ class ClosingPaths:
                 return tokens
         return path
 
-    def shortcut(self, allowed: npt.NDArray[np.uint8]) -> int | None:
+    def shortcut(self, allowed: npt.NDArray[np.uint8], *, is_patient: bool) -> int | None:
         """A token that closes something or is a short value, where there is one.
 
         Args:
             allowed: uint8 [tokens]: 1 where one is.
+            is_patient: Brackets may be closed; not after many of them: they may be those of a text.
         """
+        has_quote = self._quote >= 0 and bool(allowed[self._quote])
         is_text = self._letter >= 0 and bool(allowed[self._letter])
-        if not is_text:
+        if not is_text and (is_patient or not has_quote):
             for token in self._closers:
                 if allowed[token]:
                     return token
             # A number is shorter than a text.
-            if self._zero >= 0 and allowed[self._zero] and self._quote >= 0 and allowed[self._quote]:
+            if has_quote and self._zero >= 0 and allowed[self._zero]:
                 return self._zero
-        return self._quote if self._quote >= 0 and allowed[self._quote] else None
+        return self._quote if has_quote else None
 
     def candidates(self, allowed: npt.NDArray[np.uint8]) -> list[int]:
         """Tokens to go on with otherwise, those that may lead to an end soon first."""
-        found: list[int] = self._ordered[allowed[self._ordered] != 0].tolist()
-        return found or self._whitespace[allowed[self._whitespace] != 0].tolist()
+        found: list[int] = self._plain[allowed[self._plain] != 0].tolist()
+        return found or self._others[allowed[self._others] != 0].tolist()
 
     def forced(self, probe: LLMatcher) -> list[int]:
         """Tokens of the text that must come next, if there is any."""
@@ -133,8 +134,12 @@ class _Search:
         self._paths = paths
         self._seen: set[int] = set()
         self._dull: set[int] = set()
-        """States from which no byte leads to a new one."""
+        """States from which no byte leads on."""
+        self._ways: set[tuple[int, int]] = set()
+        """From one state to another, where that was not new."""
         self._state = 0
+        self._num_shortcuts = 0
+        """How many were taken one after another."""
         self._num_probes = 0
 
     def advance(self) -> list[int] | None:
@@ -144,27 +149,47 @@ class _Search:
         if not tokens:
             mask = probe.compute_bitmask()
             allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
-            self._state = hash(mask)
-            token = None if self._state in self._seen else paths.shortcut(allowed)
-            self._seen.add(self._state)
-            if token is None:
+            token = paths.shortcut(allowed, is_patient=self._num_shortcuts < MAX_SHORTCUTS)
+            if token is not None:
+                self._num_shortcuts += 1
+                tokens = [token]
+            else:
                 candidates = paths.candidates(allowed)
                 if not candidates:
                     return None
+                self._num_shortcuts = 0
+                self._state = hash(mask)
+                self._seen.add(self._state)
                 token = self.pick(candidates)
-            tokens = [token]
+                return [token] if probe.consume_token(token) else None
+        self._seen.clear()  # what follows is another text or number
+        self._dull.clear()
+        self._ways.clear()
         return tokens if probe.consume_tokens(tokens) else None
 
     def pick(self, candidates: list[int]) -> int:
-        """A token that leads to a state not seen before; else any."""
-        if len(candidates) == 1 or self._state in self._dull:
+        """A token that leads to a state not seen before, or else to another one by a way not taken before, or any."""
+        state = self._state
+        if len(candidates) == 1 or state in self._dull:
             return candidates[0]
+        detour: tuple[int, int] | None = None
         for token in candidates:
             self._num_probes += 1
             if self._num_probes > MAX_PROBES:
                 break
             trial = self.probe.deep_copy()
-            if trial.consume_token(token) and (trial.is_accepting() or hash(trial.compute_bitmask()) not in self._seen):
+            if not trial.consume_token(token):
+                continue
+            if trial.is_accepting():
                 return token
-        self._dull.add(self._state)
+            reached = hash(trial.compute_bitmask())
+            if reached not in self._seen:
+                return token
+            if detour is None and reached != state and (state, reached) not in self._ways:
+                detour = (token, reached)
+        if detour is not None:
+            token, reached = detour
+            self._ways.add((state, reached))
+            return token
+        self._dull.add(state)
         return candidates[0]

@@ -23,7 +23,9 @@ class Verdict(IntEnum):
     """The grammar allows nothing after it."""
     REJECTED = 2
     """It is not part of the output: what it begins could not be completed. Another is sampled in its place."""
-    FAILED = 3
+    COMPLETE = 3
+    """It is not part of the output, which is complete without it."""
+    FAILED = 4
 
 
 class BudgetError(GrammarError):
@@ -97,7 +99,9 @@ class RequestGrammar:
             return Verdict.FAILED
         if self._paths is not None and not self._follow(token):
             self.was_cut = True
-            if not self._path or not matcher.rollback(1):
+            if not self._path:
+                return Verdict.COMPLETE
+            if not matcher.rollback(1):
                 self.error = short_error(matcher.get_error())
                 return Verdict.FAILED
             self._forced = self._path[0]

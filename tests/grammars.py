@@ -1,0 +1,220 @@
+"""Structured outputs without a model: random schemas, and an engine core over a simulated device."""
+
+from __future__ import annotations
+
+import random
+import select
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from api.structured import vocabulary_frame
+from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
+from engine_core.core import EngineCore
+from engine_core.messages import (
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineReady,
+    FromEngineCore,
+    GrammarSpec,
+    ResolvedParams,
+    SetVocabulary,
+    ToEngineCore,
+    i32,
+    i64,
+)
+from executor.simulated import SimulatedExecutor
+from tests.fakes import EOS, VOCAB_SIZE, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+VOCABULARY = msgspec.msgpack.decode(vocabulary_frame(TOKENIZER), type=SetVocabulary)
+MAX_LEN = 600
+PATTERNS = ["^[a-z]+@[a-z]+\\.com$", "^[0-9]{3}-[0-9]{2,4}$", "^(foo|ba[rz])+$", "^[^x]{2,5}x$", "^\\S+ \\S+$", "b"]
+
+
+class Engine:
+    """An engine core whose device takes any allowed token, chosen by seed and position."""
+
+    def __init__(self, *, depth: int = 2, max_num_seqs: int = 16, num_blocks: int = 2000) -> None:
+        config = EngineConfig(
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=512, max_in_flight_steps=depth),
+            cache=CacheConfig(num_gpu_blocks_override=num_blocks),
+            executor=ExecutorConfig(
+                check_every_step=True,
+                distributed_executor_backend="simulated",
+                simulated_device=SimulatedDevice(
+                    step_us=0,
+                    token_us=0,
+                    context_us=0,
+                    vocab_size=VOCAB_SIZE,
+                    block_size=16,
+                    num_blocks=num_blocks,
+                    max_model_len=MAX_LEN,
+                ),
+            ),
+        )
+        self.executor = SimulatedExecutor(config.executor, "")
+        self.inbox: list[ToEngineCore] = [VOCABULARY]
+        self.tokens: dict[int, list[int]] = {}
+        self.reasons: dict[int, int] = {}
+        self.errors: dict[int, tuple[str | None, str | None]] = {}
+        """By request: message and field."""
+        self.num_open = 0
+        self.is_ready = False
+        self.core = EngineCore(config, self.executor, self, engine_epoch=1)
+        self.executor.start()
+
+    # -- the transport
+
+    def send(self, message: FromEngineCore) -> None:
+        if isinstance(message, EngineReady):
+            self.is_ready = True
+        if not isinstance(message, EngineCoreOutputs):
+            return
+        columns = (i64(message.indices), i32(message.output_indices), i32(message.token_ids))
+        for index, position, token in zip(*(column.tolist() for column in columns), strict=True):
+            self._append(index, position, [token])
+        for output in message.outputs:
+            self._append(output.index, output.first_output_index, list(output.new_token_ids))
+            if output.finish_reason is not None:
+                self.reasons[output.index] = output.finish_reason
+                self.errors[output.index] = (output.error, output.error_param)
+                self.num_open -= 1
+
+    def _append(self, index: int, position: int, tokens: list[int]) -> None:
+        assert index not in self.reasons, "nothing comes after the end"
+        known = self.tokens.setdefault(index, [-1] * position)
+        assert position == len(known), "no gap and no overlap"
+        known += tokens
+
+    def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
+        if self.inbox:
+            timeout = 0
+        poller = select.poll()
+        for fd in fds:
+            poller.register(fd, select.POLLIN)
+        assert poller.poll(10_000 if timeout is None else timeout * 1000) or timeout is not None, "nothing happens"
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    # -- what tests do
+
+    def add(
+        self,
+        index: int,
+        grammar: GrammarSpec | None,
+        max_tokens: int = 64,
+        *,
+        prompt: Sequence[int] = (10, 11, 12),
+        resumed: Sequence[int] = (),
+        **params: Any,
+    ) -> None:
+        params = {"eos_token_ids": (EOS,), "seed": index, "max_tokens": max_tokens, **params}
+        self.num_open += 1
+        self.inbox.append(
+            EngineCoreRequest(
+                request_id=str(index),
+                index=index,
+                prompt_token_ids=np.array(prompt, np.int32).tobytes(),
+                sampling_params=ResolvedParams(**params),
+                resumed_output_token_ids=np.array(resumed, np.int32).tobytes(),
+                grammar=grammar,
+            )
+        )
+
+    def run(self) -> None:
+        """Until every request has ended."""
+        while self.num_open:
+            self.core.step()
+        scheduler = self.core._scheduler
+        assert scheduler is not None and not scheduler.has_unfinished and not scheduler.compiling
+        scheduler.check_integrity()
+
+    def text(self, index: int) -> bytes:
+        """What a request generated, without its end token."""
+        return text_of(self.tokens[index])
+
+    def close(self) -> None:
+        self.executor.shutdown()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def text_of(tokens: Sequence[int]) -> bytes:
+    """The text of an output, without its end token."""
+    return b"".join(VOCABULARY.tokens[token] for token in tokens if token != EOS)
+
+
+def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
+    """A JSON schema of what is supported, nested up to ``depth`` objects and arrays."""
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const"]
+    if depth > 0:
+        kinds += ["object", "object", "object", "array", "array", "anyOf", "union", "tree"]
+    kind = rng.choice(kinds)
+    schema: dict[str, Any] = {}
+    if kind == "enum":
+        return {
+            "enum": rng.sample(["red", "green", 1, 2.5, None, True, [1, 2], {"a": 1}, 'é"\\', ""], rng.randint(1, 5))
+        }
+    if kind == "const":
+        return {"const": rng.choice(["x" * 12, 17, {"k": [1, None]}, False])}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(rng, depth - 1) for _ in range(rng.randint(1, 3))]}
+    if kind == "union":
+        return {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {"type": {"const": name}, "value": random_schema(rng, depth - 1)},
+                    "required": ["type", "value"],
+                    "additionalProperties": False,
+                }
+                for name in ("cat", "dog", "category")[: rng.randint(1, 3)]
+            ]
+        }
+    if kind == "tree":
+        if depth < 3:  # references are resolved from the root
+            return {"type": "array", "items": {"type": "boolean"}}
+        properties = {"value": random_schema(rng, 0), "children": {"type": "array", "items": {"$ref": "#/$defs/n"}}}
+        required = rng.choice([["value"], ["value", "children"]])
+        node = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        return {"$defs": {"n": node}, "$ref": "#/$defs/n"}
+    schema["type"] = kind
+    if kind == "string":
+        choice = rng.randrange(6)
+        if choice == 0:
+            schema["minLength"] = rng.randint(0, 12)
+            if rng.random() < 0.5:
+                schema["maxLength"] = schema["minLength"] + rng.randint(0, 9)
+        elif choice == 1:
+            schema["pattern"] = rng.choice(PATTERNS)
+        elif choice == 2:
+            schema["format"] = rng.choice(["date", "time", "date-time", "uuid", "ipv4", "email"])
+    elif kind == "integer" or kind == "number":
+        if rng.random() < 0.5:
+            schema["minimum"] = rng.randint(-50, 200)
+        if rng.random() < 0.5:
+            schema["maximum"] = schema.get("minimum", 0) + rng.randint(0, 1000)
+        if kind == "integer" and rng.random() < 0.2:
+            schema = {"type": kind, "multipleOf": rng.choice([2, 7, 10])}
+    elif kind == "array":
+        schema["items"] = random_schema(rng, depth - 1)
+        if rng.random() < 0.4:
+            schema["minItems"] = rng.randint(0, 4)
+        if rng.random() < 0.4:
+            schema["maxItems"] = schema.get("minItems", 0) + rng.randint(0, 3)
+        if rng.random() < 0.2:
+            schema["prefixItems"] = [random_schema(rng, 0) for _ in range(2)]
+    elif kind == "object":
+        names = rng.sample(["a", "name", "long_property_name", "x-y", "ünï", "type", "ab", "abc"], rng.randint(0, 4))
+        schema["properties"] = {name: random_schema(rng, depth - 1) for name in names}
+        schema["required"] = [name for name in names if rng.random() < 0.6]
+        if rng.random() < 0.7:
+            schema["additionalProperties"] = rng.choice([False, random_schema(rng, 0)])
+    return schema
