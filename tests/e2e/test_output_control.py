@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from api import LLM, SamplingParams
+from api import LLM, BeamSearchParams, SamplingParams
 from api.llm import RequestOutput
 from api.params import RepetitionDetectionParams
 from engine_core.messages import StatusRequest
@@ -122,3 +127,45 @@ def test_what_the_fields_do(tiny_model: Path, alone: dict[str, RequestOutput]) -
     stopped = alone["stop"].outputs[0]
     assert stopped.finish_reason == "stop" and "e" not in stopped.text
     assert all(math.isfinite(output.outputs[0].cumulative_logprob or 0.0) for output in alone.values())
+
+
+def kill_in_the_middle(llm: LLM, num_tokens: int, work: Callable[[], Any]) -> Any:
+    """The result of some work during which the engine core is killed, once a request has that many tokens."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        while not result.done():
+            states = list(llm._client._processor.states.values())
+            if any(len(state.output_token_ids) >= num_tokens for state in states):
+                pid = llm._client.engine_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        else:
+            raise AssertionError("the work was done before anything could be killed")
+        return result.result()
+
+
+def test_fields_hold_after_the_death_of_the_engine_core(tiny_model: Path) -> None:
+    """What is forced, counted or searched goes on where it was."""
+    thinking = SamplingParams(**SAMPLED | {"thinking_token_budget": 200, "max_tokens": 400})
+    loop = SamplingParams(
+        **SAMPLED
+        | {
+            "allowed_token_ids": [40, 41],
+            "max_tokens": 400,
+            "seed": 3,
+            "repetition_detection": RepetitionDetectionParams(max_pattern_size=3, min_count=7),
+        }
+    )
+    beams = BeamSearchParams(beam_width=3, max_tokens=30)
+    with LLM(str(tiny_model), **OPTIONS) as llm:
+        prompts = [PROMPT, PROMPT]
+        expected = llm.generate(prompts, [thinking, loop], use_tqdm=False)
+        assert expected[1].outputs[0].finish_reason == "repetition"
+        half = len(expected[1].outputs[0].token_ids) // 2
+        got = kill_in_the_middle(llm, half, lambda: llm.generate(prompts, [thinking, loop], use_tqdm=False))
+        assert [output.outputs[0].token_ids for output in got] == [output.outputs[0].token_ids for output in expected]
+        assert [output.outputs[0].finish_reason for output in got] == ["length", "repetition"]
+        searched = llm.beam_search(PROMPT, beams)
+        assert kill_in_the_middle(llm, 12, lambda: llm.beam_search(PROMPT, beams)) == searched
