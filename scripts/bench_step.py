@@ -130,7 +130,8 @@ def main() -> None:
     def bandwidth() -> float:
         return float(np.median([kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), threads) for _ in range(5)]))
 
-    print(f"{kernels.capability}, {threads} threads, weights {steps.weight_bytes / 1e6:.1f} MB, {peak / 1e9:.0f} Gflop/s")
+    weights = f"weights {steps.weight_bytes / 1e6:.1f} MB"
+    print(f"{kernels.capability}, {threads} threads, {weights}, {peak / 1e9:.0f} Gflop/s")
     print(f"{'step':22} {'ms':>8} {'GB/s':>6} {'floor ms':>9} {'x floor':>8} {'python':>8}")
 
     def show(name: str, times: list[float], clocked: float, read: float, num_bytes: float, operations: float) -> None:

@@ -134,7 +134,7 @@ class KernelSampler:
             step.bitmask_stride = bitmask.shape[1]
             step.bitmask_rows = address(mask_rows)
         report = None
-        if self._reports:
+        if self._reports and num_rows:
             sizes = self._report_sizes[slots]
             report = _Report(np.where(self._reports_list[slots], sizes, np.minimum(sizes, vocab_size + 1)))
             report.attach(step)

@@ -69,7 +69,7 @@ class Worker:
         self, slots: list[int], logits: npt.NDArray[np.float32] | None = None, mask: TokenMask | None = None
     ) -> SamplerOutput:
         """Samples a token for each slot; its number in the step is ten times its row."""
-        given = torch.from_numpy(self.logits(slots) if logits is None else logits.copy())
+        given = torch.tensor(self.logits(slots) if logits is None else logits)
         rows = np.array(slots, np.int32)
         step_rows = 10 * np.arange(len(slots), dtype=np.int32)
         output = self.backend.sample(given, given, rows, step_rows, self.states, mask)
@@ -132,10 +132,11 @@ def random_life(worker: Worker, seed: int, steps: int = 60) -> list[tuple[Any, .
             else:
                 continue
             running[slot] = (prompt, params)
-        rows = [slot for slot in generator.permutation(sorted(running)).tolist() if generator.random() < 0.9]
-        if rows:
-            result = worker.step(rows)
-            history.append((rows, result.token_ids.tolist(), result.row_errors, result.logprobs))
+        chance = generator.choice([0.9, 0.1])
+        rows = [slot for slot in generator.permutation(sorted(running)).tolist() if generator.random() < chance]
+        # Without rows, too: a step may hold unfinished prompts alone.
+        result = worker.step(rows, None if rows else np.zeros((1, VOCAB_SIZE), np.float32)[:0])
+        history.append((rows, result.token_ids.tolist(), result.row_errors, result.logprobs))
     return history
 
 

@@ -25,13 +25,12 @@ inline Vec exp(Vec x) {
     return select(tiny, zero(), scale_by_power(p, n));
 }
 
-// 2^x for x up to 0, or a little above; 0 below -126, so exactly 0 for minus infinity. NaN stays NaN.
+// 2^x for x up to 0, or a little above; 0 where that is no float, so exactly 0 for minus infinity. NaN stays NaN.
 //
 // Minimax polynomials on [-0.5, 0.5]: relative error 2e-9 or, if the result is wanted as bfloat16 only, 3e-6.
 template <bool kRough>
 inline Vec exp2_below(Vec x) {
-    const Vec lowest = splat(-126.0f);
-    const Vec clamped = max(lowest, x);
+    const Vec clamped = max(splat(-252.0f), x);  // of a NaN, max keeps its second argument
     const Vec n = nearest(clamped);
     const Vec r = clamped - n;
     Vec p;
@@ -48,7 +47,7 @@ inline Vec exp2_below(Vec x) {
         p = fma(p, r, splat(6.931471825e-1f));
         p = fma(p, r, splat(1.0f));
     }
-    return select(less(x, lowest), zero(), scale_by_power(p, n));
+    return scale_down(p, n);
 }
 
 inline Vec negate(Vec x) { return zero() - x; }
