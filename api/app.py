@@ -18,6 +18,9 @@ from api.middleware import Guard, RequestScope
 from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
+from api.responses import endpoints as responses
+from api.responses import protocol as responses_protocol
+from api.responses.errors import RESPONSES_ERRORS
 from api.serving import Serving
 from api.traffic import Traffic
 from api.web_routes import WebPages
@@ -99,6 +102,45 @@ OPERATIONS = (
         request=anthropic.ConversationRequest,
         response=anthropic.MessageTokensCount,
         errors=ANTHROPIC_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "POST",
+        "/v1/responses",
+        responses.create_response,
+        "Answer a conversation, and remember it",
+        request=responses_protocol.ResponsesRequest,
+        response=responses_protocol.ResponseObject,
+        chunk=responses_protocol.ResponseEvent,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "GET",
+        "/v1/responses/{response_id}",
+        responses.retrieve_response,
+        "Show a response that is stored",
+        response=responses_protocol.ResponseObject,
+        chunk=responses_protocol.ResponseEvent,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "DELETE",
+        "/v1/responses/{response_id}",
+        responses.delete_response,
+        "Forget a response",
+        response=responses_protocol.DeletedResponse,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/{response_id}/cancel",
+        responses.cancel_response,
+        "End a response that is generated in the background",
+        response=responses_protocol.ResponseObject,
+        errors=RESPONSES_ERRORS,
         task="generate",
     ),
     Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),

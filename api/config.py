@@ -76,6 +76,12 @@ class ServerConfig(Config, frozen=True):
         str | None,
         Meta(description=f"How the model marks its reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none."),
     ] = None
+    max_stored_responses: Annotated[
+        int, Meta(ge=0, description="Most responses of /v1/responses that are kept in memory; 0: none.")
+    ] = 1024
+    max_stored_response_bytes: Annotated[
+        int, Meta(ge=0, description="Most memory for them, such as 64MiB.", extra={"parse": "bytes"})
+    ] = 64 << 20
     response_role: Annotated[str, Meta(description="Role of the messages that the server writes.")] = "assistant"
     generation_config: Annotated[
         str,

@@ -21,6 +21,7 @@ from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
 from api.pooling import check_prompt_length
+from api.responses.store import ResponseStore
 from api.structured import grammar_spec
 from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class Serving:
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
             hidden_size=ready.hidden_size,
         )
+        self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self.threads = ThreadPoolExecutor(2, "text")
 
     @property

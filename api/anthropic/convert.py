@@ -55,6 +55,8 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
         is_on = request.thinking.type != "disabled"
         chat.chat_template_kwargs = {"enable_thinking": is_on}
         chat.include_reasoning = is_on
+        if is_on:
+            chat.thinking_token_budget = request.thinking.budget_tokens
     config = request.output_config
     if config is not None and config.format is not None:
         chat.response_format = ResponseFormat(

@@ -22,13 +22,13 @@ from api.anthropic.protocol import (
     InputJsonDelta,
     Message,
     MessageDelta,
+    MessageOutputDetails,
     MessagesRequest,
     MessageStart,
     MessageStop,
     MessageTokensCount,
     MessageUsage,
     OutputBlock,
-    OutputTokensDetails,
     Ping,
     SignatureDelta,
     StopDetails,
@@ -58,7 +58,10 @@ async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    answer = await prepare_answer(serving, to_chat_request(body), f"msg_{secrets.token_hex(12)}", fits_max_tokens=True)
+    chat = to_chat_request(body)
+    if serving.config.reasoning_parser is None:
+        chat.thinking_token_budget = None  # a model that does not think keeps to any budget
+    answer = await prepare_answer(serving, chat, f"msg_{secrets.token_hex(12)}", fits_max_tokens=True)
     reply = MessagesReply(serving, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)
@@ -120,7 +123,7 @@ class MessagesReply:
             output_tokens=usage.completion_tokens,
         )
         if self._answer.text_format.reasoning is not None:
-            result.output_tokens_details = OutputTokensDetails(thinking_tokens=self._answer.num_reasoning_tokens)
+            result.output_tokens_details = MessageOutputDetails(thinking_tokens=self._answer.num_reasoning_tokens)
         return result
 
     def _stop(self, delta: Delta) -> StopDetails:

@@ -103,7 +103,7 @@ class Thinking(msgspec.Struct, kw_only=True):
     type: Literal["enabled", "adaptive", "disabled"]
     """The template's variable ``enable_thinking``; ``disabled`` also leaves out what the model thinks nevertheless."""
     budget_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)] | None = None
-    """Not enforced."""
+    """Thinking ends after so many tokens."""
 
 
 class OutputFormat(msgspec.Struct, kw_only=True):
@@ -152,7 +152,7 @@ OutputBlock: TypeAlias = TextBlock | ThinkingBlock | ToolUseBlock
 StopReason: TypeAlias = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
-class OutputTokensDetails(msgspec.Struct, kw_only=True):
+class MessageOutputDetails(msgspec.Struct, kw_only=True):
     thinking_tokens: int
 
 
@@ -163,7 +163,7 @@ class MessageUsage(msgspec.Struct, kw_only=True):
     cache_read_input_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     output_tokens: int
-    output_tokens_details: OutputTokensDetails | None = None
+    output_tokens_details: MessageOutputDetails | None = None
     """If the server tells reasoning from answers."""
 
 

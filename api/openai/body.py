@@ -21,6 +21,7 @@ logger = get_logger()
 UNREAD = frozenset(
     {
         "include_obfuscation",
+        "max_tool_calls",
         "metadata",
         "prediction",
         "prompt_cache_key",

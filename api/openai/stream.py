@@ -110,11 +110,11 @@ class EngineWork(ABC):
         self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
-    def start(self, receive: Receive, *, quiet: bool = False) -> None:
+    def start(self, receive: Receive | None, *, quiet: bool = False) -> None:
         """Starts the requests, and a watch over the connection.
 
         Args:
-            receive: Of the HTTP request, whose body was read.
+            receive: Of the HTTP request, whose body was read; None: nobody waits for the answer.
             quiet: ``take`` need only return at the end of choices.
 
         Raises:
@@ -123,7 +123,8 @@ class EngineWork(ABC):
         """
         self._channel.quiet = quiet
         self.submit()
-        self._watcher = asyncio.create_task(self._watch(receive))
+        if receive is not None:
+            self._watcher = asyncio.create_task(self._watch(receive))
 
     @abstractmethod
     def submit(self) -> None:
@@ -194,6 +195,11 @@ class Generation(EngineWork):
         self._cache_salt = cache_salt
         self._kept_special_ids = kept_special_ids
         self._grammar_param = grammar_param
+
+    @property
+    def params(self) -> SamplingParams | BeamSearchParams:
+        """How the tokens are chosen: what was asked for, with the server's defaults."""
+        return self._params
 
     def submit(self) -> None:
         """Starts the requests."""

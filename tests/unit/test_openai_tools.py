@@ -8,11 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-import api.serving
 from api.config import ServerConfig, check_config
 from api.flags import ConfigError
-from api.params import SamplingParams, StructuredOutputsParams
-from engine_core.messages import ResolvedParams
 from tests.fakes import CHAT_TEMPLATE, IM_END, IM_START, FakeServer, says
 from tests.unit.conftest import Api
 from tests.unit.test_openai_chat import prompt_of
@@ -230,54 +227,41 @@ async def test_markers_that_are_special_tokens() -> None:
 # -- calls that are forced
 
 
-@pytest.fixture
-def wanted(monkeypatch: pytest.MonkeyPatch) -> list[StructuredOutputsParams]:
-    """What grammars were asked for; the fake engine's script obeys them by itself."""
-    grammars: list[StructuredOutputsParams] = []
-    resolve = api.serving.resolve_params
-
-    def resolve_without(params: SamplingParams, *args: Any, **kwargs: Any) -> ResolvedParams:
-        if params.structured_outputs is not None:
-            grammars.append(params.structured_outputs)
-            params.structured_outputs = None
-        return resolve(params, *args, **kwargs)
-
-    monkeypatch.setattr(api.serving, "resolve_params", resolve_without)
-    return grammars
+def schema_of(api: Api) -> Any:
+    """The grammar that the first request asked for; the fake engine's script obeys it by itself."""
+    grammar = api.server.engine.submitted[0].grammar
+    assert grammar is not None and grammar.kind == "json"
+    return json.loads(grammar.text)
 
 
 @pytest.mark.parametrize("config", [ServerConfig(), AUTO, ServerConfig(reasoning_parser="deepseek_r1")])
-async def test_required(wanted: list[StructuredOutputsParams], config: ServerConfig) -> None:
+async def test_required(config: ServerConfig) -> None:
     text = '[{"name": "weather", "parameters": {"city": "x"}}, {"name": "time", "parameters": {}}]'
     api = caller(text, config)
     (choice,) = (await api.ok(PATH, body(tool_choice="required")))["choices"]
     assert calls_of(choice["message"]) == [("weather", {"city": "x"}), ("time", {})]
     assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
-    (grammar,) = wanted
-    assert isinstance(grammar.json, dict)
-    assert grammar.json["type"] == "array" and len(grammar.json["items"]["anyOf"]) == 2
+    schema = schema_of(api)
+    assert schema["type"] == "array" and len(schema["items"]["anyOf"]) == 2
     chunks = await api.stream(PATH, body(tool_choice="required"))
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-async def test_a_function_by_name(wanted: list[StructuredOutputsParams]) -> None:
+async def test_a_function_by_name() -> None:
     api = caller('{"name": "weather", "parameters": {"city": "x"}}', ServerConfig())
     (choice,) = (await api.ok(PATH, body(tool_choice=named("weather"))))["choices"]
     assert calls_of(choice["message"]) == [("weather", {"city": "x"})]
     assert choice["finish_reason"] == "stop"
-    (grammar,) = wanted
-    assert isinstance(grammar.json, dict)
-    assert grammar.json["properties"] == {"name": {"const": "weather"}, "parameters": CITY}
+    assert schema_of(api)["properties"] == {"name": {"const": "weather"}, "parameters": CITY}
 
 
-async def test_required_without_parallel_calls(wanted: list[StructuredOutputsParams]) -> None:
+async def test_required_without_parallel_calls() -> None:
     api = caller('{"name": "time", "parameters": {}}', ServerConfig())
     fields = {"tool_choice": "required", "parallel_tool_calls": False}
     (choice,) = (await api.ok(PATH, body(**fields)))["choices"]
     assert calls_of(choice["message"]) == [("time", {})]
     assert choice["finish_reason"] == "tool_calls"
-    (grammar,) = wanted
-    assert isinstance(grammar.json, dict) and "anyOf" in grammar.json
+    assert "anyOf" in schema_of(api)
 
 
 async def test_a_schema_that_is_too_deep(api: Api) -> None:

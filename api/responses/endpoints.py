@@ -1,0 +1,233 @@
+"""POST /v1/responses, and what can be done with a response that is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from api.errors import EngineDeadError, RequestError
+from api.openai.answer import ChatAnswer, prepare_answer
+from api.openai.body import read_json
+from api.openai.errors import to_request_error
+from api.openai.protocol import ChatMessage
+from api.openai.stream import KEEP_ALIVE, TokenStream, WholeAnswer
+from api.params import SamplingParams
+from api.responses.convert import input_messages, output_messages, to_chat_request
+from api.responses.errors import with_own_fields
+from api.responses.protocol import (
+    DeletedResponse,
+    ReasoningConfig,
+    ResponseObject,
+    ResponsesRequest,
+    TextConfig,
+)
+from api.responses.reply import ResponseReply
+from api.responses.store import EventLog, StoredResponse
+from api.serving import Serving
+from engine_core.launch import get_logger
+
+logger = get_logger()
+
+DECODER = msgspec.json.Decoder(ResponsesRequest)
+
+
+async def create_response(request: Request) -> Response:
+    """Answers a conversation."""
+    serving: Serving = request.app.state.serving
+    body = await read_json(request, DECODER, serving.config.max_body_size)
+    serving.check_model(body.model)
+    is_stored = body.store is not False and serving.response_store.is_enabled
+    _check(body, is_stored=is_stored)
+    previous: list[ChatMessage] = []
+    if body.previous_response_id is not None:
+        previous = _previous(serving, body.previous_response_id)
+    with with_own_fields():
+        answer = await prepare_answer(serving, to_chat_request(body, previous), f"resp_{secrets.token_hex(16)}")
+    response = _new_response(serving, body, answer, is_stored=is_stored)
+    conversation = [*previous, *input_messages(body.input)]
+    making = _Making(serving, body, answer, response, conversation)
+    if body.background:
+        return making.in_background()
+    if body.stream:
+        return TokenStream(answer.generation, making.reply, serving.config.sse_keep_alive_interval)
+    return WholeAnswer(answer.generation, making.reply)
+
+
+def _check(body: ResponsesRequest, *, is_stored: bool) -> None:
+    for name, value in (("conversation", body.conversation), ("prompt", body.prompt)):
+        if value is not None:
+            raise RequestError(f"{name} is not supported by this server", name)
+    if body.background and not is_stored:
+        raise RequestError("background needs store, and a server that stores responses", "background")
+
+
+def _previous(serving: Serving, response_id: str) -> list[ChatMessage]:
+    stored = serving.response_store.get(response_id, "previous_response_id")
+    if stored.is_running:
+        raise RequestError(f"the response {response_id} is still being generated", "previous_response_id")
+    return stored.conversation
+
+
+def _new_response(serving: Serving, body: ResponsesRequest, answer: ChatAnswer, *, is_stored: bool) -> ResponseObject:
+    params = answer.generation.params
+    assert isinstance(params, SamplingParams)  # there is no field that asks for beam search
+    return ResponseObject(
+        id=answer.generation.request_id,
+        created_at=int(time.time()),
+        background=bool(body.background),
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        metadata=body.metadata or {},
+        model=serving.model_name,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        reasoning=body.reasoning or ReasoningConfig(),
+        store=is_stored,
+        temperature=params.temperature,
+        text=body.text or TextConfig(),
+        tool_choice=body.tool_choice or "auto",
+        tools=body.tools or [],
+        top_logprobs=body.top_logprobs or 0,
+        top_p=params.top_p,
+        truncation=body.truncation or "disabled",
+        user=body.user,
+    )
+
+
+class _Making:
+    """One response on its way into the store, if it is to be stored."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        body: ResponsesRequest,
+        answer: ChatAnswer,
+        response: ResponseObject,
+        conversation: Sequence[ChatMessage],
+    ) -> None:
+        self._serving = serving
+        self._answer = answer
+        self._response = response
+        self._conversation = conversation
+        """Up to this response."""
+        self._stored: StoredResponse | None = None
+        self._is_streamed = bool(body.stream)
+        has_logprobs = "message.output_text.logprobs" in (body.include or ())
+        self.reply = ResponseReply(
+            serving, response, answer, has_logprobs=has_logprobs, on_done=self._store if response.store else None
+        )
+
+    def _store(self) -> None:
+        """The response is complete: keeps it as it is now."""
+        conversation = [*self._conversation, *output_messages(self._response.output)]
+        if self._stored is None:
+            self._serving.response_store.add(StoredResponse(self._response, conversation))
+        else:
+            self._serving.response_store.update(self._stored, conversation)
+
+    def in_background(self) -> Response:
+        """Starts it, and answers without waiting for it."""
+        response = self._response
+        response.status = "queued"
+        self._stored = stored = StoredResponse(response, self._conversation)
+        if self._is_streamed:
+            stored.log = EventLog()
+            stored.log.extend(self.reply.queued_events())
+        self._serving.response_store.add(stored)
+        try:
+            self._answer.generation.start(None, quiet=not self._is_streamed)
+        except BaseException:
+            self._serving.response_store.remove(response.id)
+            raise
+        stored.task = asyncio.create_task(self._generate(stored.log))
+        stored.task.add_done_callback(self._on_end)
+        if stored.log is not None:
+            return _follow(self._serving, stored.log, 0)
+        return _json(response)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """However it ended: a task that is cancelled may not even have begun."""
+        self._answer.generation.close()
+        assert self._stored is not None
+        if self._stored.is_running:
+            self.reply.cancel()
+        if self._stored.log is not None:
+            self._stored.log.close()
+
+    async def _generate(self, log: EventLog | None) -> None:
+        generation, reply = self._answer.generation, self.reply
+        is_open = True
+        try:
+            while is_open:
+                for delta in await generation.take():
+                    if delta.error is not None:
+                        raise generation.failure(delta)
+                    events = reply.events(delta)
+                    if log is not None:
+                        log.extend(events)
+                    is_open = is_open and delta.finish_reason is None
+            last = reply.last_event()
+        except Exception as error:
+            if not isinstance(error, (RequestError, EngineDeadError)):
+                logger.error("response %s failed", generation.request_id, exc_info=error)
+            last = reply.error_event(to_request_error(error))
+        if log is not None:
+            log.extend([last])
+
+
+def _json(body: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def _follow(serving: Serving, log: EventLog, place: int) -> Response:
+    async def events() -> AsyncIterator[bytes]:
+        async for data in log.follow(place, serving.config.sse_keep_alive_interval):
+            yield data or KEEP_ALIVE
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def retrieve_response(request: Request) -> Response:
+    """A response that was stored, or its events."""
+    serving: Serving = request.app.state.serving
+    stored = serving.response_store.get(request.path_params["response_id"])
+    if request.query_params.get("stream", "false") not in ("true", "1"):
+        return _json(stored.response)
+    if stored.log is None:
+        raise RequestError("only the events of responses made with background and stream can be read again", "stream")
+    after = request.query_params.get("starting_after", "-1")
+    try:
+        place = int(after) + 1
+    except ValueError:
+        raise RequestError("starting_after must be a sequence number", "starting_after") from None
+    return _follow(serving, stored.log, max(0, place))
+
+
+async def cancel_response(request: Request) -> Response:
+    """Ends a response that is generated in the background; one that is complete stays as it is."""
+    serving: Serving = request.app.state.serving
+    stored = serving.response_store.get(request.path_params["response_id"])
+    if stored.task is None:
+        raise RequestError("only responses made with background can be cancelled", "response_id")
+    await _cancel(stored)
+    return _json(stored.response)
+
+
+async def delete_response(request: Request) -> Response:
+    """Forgets a response; one that is being generated ends."""
+    serving: Serving = request.app.state.serving
+    stored = serving.response_store.remove(request.path_params["response_id"])
+    await _cancel(stored)
+    return _json(DeletedResponse(id=stored.response.id))
+
+
+async def _cancel(stored: StoredResponse) -> None:
+    if stored.task is not None and not stored.task.done():
+        stored.task.cancel()
+        await asyncio.wait([stored.task])

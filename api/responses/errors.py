@@ -1,0 +1,37 @@
+"""Errors of responses: the envelope of all OpenAI endpoints, with the types and fields of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from api.errors import RequestError
+from api.openai.errors import ErrorShape, render
+from api.openai.protocol import ErrorResponse
+
+_KINDS = {400: "invalid_request_error", 404: "not_found_error"}
+_FIELDS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+
+
+def render_response_error(error: RequestError) -> bytes:
+    """The body of an error."""
+    kind = _KINDS.get(error.status, error.kind)
+    return render(RequestError(error.message, error.param, status=error.status, kind=kind))
+
+
+RESPONSES_ERRORS = ErrorShape(ErrorResponse, render_response_error)
+
+
+@contextmanager
+def with_own_fields() -> Iterator[None]:
+    """Errors from inside name the fields of a response where they name those of a chat completion."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = _FIELDS.get(error.param or "", error.param)
+        raise

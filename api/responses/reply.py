@@ -1,0 +1,171 @@
+"""A response in the making: the reply of a stream or of an answer in one piece, and of the background."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from api.errors import RequestError
+from api.openai.answer import ChatAnswer
+from api.openai.logprobs import TokenSpelling, chat_logprobs
+from api.openai.protocol import ChatLogprob
+from api.openai.stream import KEEP_ALIVE
+from api.output import Delta
+from api.parsers import Content, merge
+from api.responses.protocol import (
+    IncompleteDetails,
+    InputTokensDetails,
+    OutputTokensDetails,
+    ResponseCompleted,
+    ResponseCreated,
+    ResponseError,
+    ResponseFailed,
+    ResponseIncomplete,
+    ResponseInProgress,
+    ResponseObject,
+    ResponseQueued,
+    ResponseUsage,
+)
+from api.responses.writer import ResponseWriter
+from api.serving import Serving
+
+
+class ResponseReply:
+    """The outputs of a generation as a response."""
+
+    keep_alive = KEEP_ALIVE
+
+    def __init__(
+        self,
+        serving: Serving,
+        response: ResponseObject,
+        answer: ChatAnswer,
+        *,
+        has_logprobs: bool = False,
+        on_done: Callable[[], None] | None = None,
+    ) -> None:
+        """Prepares.
+
+        Args:
+            serving: For the spelling of tokens.
+            response: Filled bit by bit.
+            answer: What it is filled with.
+            has_logprobs: Texts have log probabilities.
+            on_done: Called when the response is complete, or has failed.
+        """
+        self.response = response
+        self._answer = answer
+        self._writer = ResponseWriter(response)
+        self._spelling = TokenSpelling(serving.tokenizer)
+        self._has_logprobs = has_logprobs
+        self._on_done = on_done
+        self._has_begun = False
+
+    def _logprobs(self, delta: Delta) -> list[ChatLogprob]:
+        return chat_logprobs(delta.logprobs, self._spelling) if self._has_logprobs else []
+
+    def _finish(self, delta: Delta) -> None:
+        response = self.response
+        is_cut = delta.finish_reason == "length"
+        self._writer.close("incomplete" if is_cut else "completed")
+        response.status = "incomplete" if is_cut else "completed"
+        if is_cut:
+            response.incomplete_details = IncompleteDetails()
+        else:
+            response.completed_at = int(time.time())
+        self.measure()
+
+    def measure(self) -> None:
+        """Says in the response how many tokens it took."""
+        usage = self._answer.generation.usage()
+        self.response.usage = ResponseUsage(
+            input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=self._answer.num_reasoning_tokens),
+            total_tokens=usage.total_tokens,
+        )
+
+    def _done(self) -> None:
+        if self._on_done is not None:
+            self._on_done()
+
+    # -- a stream --------------------------------------------------------------------------------------------
+
+    def queued_events(self) -> list[bytes]:
+        """The events of a response that waits in the background."""
+        response = self.response
+        self._writer.emit(lambda number: ResponseCreated(response=response, sequence_number=number))
+        self._writer.emit(lambda number: ResponseQueued(response=response, sequence_number=number))
+        return self._writer.take()
+
+    def events(self, delta: Delta) -> list[bytes]:
+        """What a delta amounts to, event by event."""
+        writer, response = self._writer, self.response
+        if not self._has_begun:
+            self._has_begun = True
+            is_new = response.status != "queued"
+            response.status = "in_progress"
+            if is_new:
+                writer.emit(lambda number: ResponseCreated(response=response, sequence_number=number))
+            writer.emit(lambda number: ResponseInProgress(response=response, sequence_number=number))
+        logprobs = self._logprobs(delta)
+        for each in self._answer.events(delta):
+            writer.write(each, logprobs if isinstance(each, Content) else ())
+        if delta.finish_reason is not None:
+            self._finish(delta)
+        return writer.take()
+
+    def event(self, delta: Delta) -> bytes:
+        return b"".join(self.events(delta))
+
+    def last_event(self) -> bytes:
+        response = self.response
+        kind = ResponseIncomplete if response.status == "incomplete" else ResponseCompleted
+        self._writer.emit(lambda number: kind(response=response, sequence_number=number))
+        self._done()
+        return b"".join(self._writer.take())
+
+    def error_event(self, error: RequestError) -> bytes:
+        response = self.response
+        self._writer.close("incomplete")
+        response.status = "failed"
+        response.error = ResponseError(
+            code="server_error" if error.status >= 500 else "invalid_prompt", message=error.message
+        )
+        self.measure()
+        self._writer.emit(lambda number: ResponseFailed(response=response, sequence_number=number))
+        self._done()
+        return b"".join(self._writer.take())
+
+    def cancel(self) -> None:
+        """The response ends as it is. There is no event that says so."""
+        self._writer.close("incomplete")
+        self._writer.take()
+        self.response.status = "cancelled"
+        self.measure()
+        self._done()
+
+    # -- one answer ------------------------------------------------------------------------------------------
+
+    def whole(self, deltas: Iterable[Delta]) -> bytes:
+        last: Delta | None = None
+        events = []
+        for delta in deltas:
+            last = delta
+            new = self._answer.events(delta)
+            if not self._has_logprobs:
+                events += new
+                continue
+            logprobs = self._logprobs(delta)
+            for each in new:
+                self._writer.write(each, logprobs if isinstance(each, Content) else ())
+        for each in merge(events):
+            self._writer.write(each)
+        assert last is not None
+        self._finish(last)
+        self._writer.take()
+        self._done()
+        return msgspec.json.encode(self.response)
