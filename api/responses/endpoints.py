@@ -141,7 +141,7 @@ class _Making:
             stored.log.extend(self.reply.queued_events())
         self._serving.response_store.add(stored)
         try:
-            self._answer.generation.start(None, quiet=not self._is_streamed)
+            self._answer.generation.start(None)  # not quiet: clients may ask how far it is
         except BaseException:
             self._serving.response_store.remove(response.id)
             raise

@@ -316,6 +316,7 @@ async def test_background_is_cancelled() -> None:
     api.server.engine.steps_left = 5
     answer = await api.ok(PATH, {"input": "hello", "background": True, "stream": False})
     await until(lambda: api.server.engine.steps_left == 0)
+    assert (await status_of(api, answer["id"]))["status"] == "in_progress"
     cancelled = (await api.post(f"{PATH}/{answer['id']}/cancel")).json()
     assert cancelled["status"] == "cancelled"
     assert len(api.server.engine.aborted) == 1 and not api.server.engine.num_unfinished
