@@ -422,7 +422,8 @@ class Scheduler:
         usable = step.sampled & current
         for error in result.row_errors:
             if current[error.row]:
-                outputs.append(self._fail(int(step.slots[error.row]), error.message))
+                output = self._fail(int(step.slots[error.row]), error.message)
+                outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
             usable[error.row] = False
         outputs += [
             self._finish_pooling(int(step.slots[row]), value) for row, value in result.pooler_output if current[row]

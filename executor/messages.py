@@ -275,6 +275,8 @@ class RowError(Message, frozen=True):
 
     row: int
     message: str
+    is_request_fault: bool = False
+    """What the request asks for is to blame, not the model."""
 
 
 class ModelRunnerOutput(Message, frozen=True):

@@ -163,7 +163,7 @@ class EngineWork(ABC):
         """The error that a delta's ``error`` amounts to."""
         message = delta.error or ""
         if delta.error_param is not None:
-            return RequestError(message, delta.error_param)
+            return RequestError(message, delta.error_param or None)
         if self._serving.client.dead is not None:
             return self._serving.client.dead
         # The engine tried already, and more than once if that could help.

@@ -18,6 +18,11 @@ BAD_LOGITS = "the model produced logits that are not finite numbers"
 NOTHING_LEFT = "the request's own constraints forbid every token"
 
 
+def row_error(row: int, message: str) -> RowError:
+    """The error of a row for one of the reasons above."""
+    return RowError(row=row, message=message, is_request_fault=message == NOTHING_LEFT)
+
+
 @dataclass
 class SamplerOutput:
     token_ids: npt.NDArray[np.int64]

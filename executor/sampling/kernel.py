@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from executor.messages import I32, ResolvedParams, RowError, TokenLogprobs
+from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask
+from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask, row_error
 from ops.cpu.sampling import (
     ALL_LOGPROBS,
     NEUTRAL_PARAMS,
@@ -143,7 +143,7 @@ class KernelSampler:
         output = SamplerOutput(token_ids=self._tokens[:num_rows].copy())
         if num_failed:
             output.row_errors = [
-                RowError(row=row, message=BAD_LOGITS if status == ROW_NOT_FINITE else NOTHING_LEFT)
+                row_error(row, BAD_LOGITS if status == ROW_NOT_FINITE else NOTHING_LEFT)
                 for row, status in zip(step_rows.tolist(), self._status[:num_rows].tolist(), strict=True)
                 if status != ROW_OK
             ]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 import ops
-from executor.messages import I32, ResolvedParams, RowError, TokenLogprobs
+from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask
+from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask, row_error
 from executor.sampling.logprobs import describe
 from executor.sampling.stages import STAGES
 from ops.reference.sampling import uniform
@@ -84,7 +84,7 @@ class ReferenceSampler:
                 for row in wanted
                 if row not in errors
             ],
-            row_errors=[RowError(row=int(step_rows[row]), message=message) for row, message in sorted(errors.items())],
+            row_errors=[row_error(int(step_rows[row]), message) for row, message in sorted(errors.items())],
         )
 
     def prompt_logprobs(
