@@ -20,10 +20,10 @@ from engine_core.structured.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_STEPS = 4096
-"""Steps of one search."""
-MAX_PROBES = 20_000
-"""States looked at in one search."""
+FIRST_STEPS, FIRST_PROBES = 1 << 14, 20_000
+"""Steps of the first search for a request and states looked at beside its way: beside the engine core's loop."""
+STEPS, PROBES = 512, 1000
+"""Of later searches, which hold up the loop: some 10 ms at most."""
 MAX_BYTES_PER_TOKEN = 4
 """By how much a path may become shorter when its text is spelt anew."""
 MAX_SHORTCUTS = 256
@@ -55,22 +55,23 @@ class ClosingPaths:
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
 
-    def find(self, matcher: LLMatcher, known: list[int], limit: int) -> list[int] | None:
+    def find(self, matcher: LLMatcher, known: list[int], limit: int, *, is_first: bool = False) -> list[int] | None:
         """Tokens that complete the output.
 
         Args:
             matcher: The present state; it is not changed.
             known: What completed an earlier state, as a hint.
             limit: Longest path that is of use.
+            is_first: Take more time.
 
         Returns:
             None: there is none, or it was not found.
         """
         end = self._vocabulary.end_token
         hint = [*known, end]
-        search = _Search(self, matcher.deep_copy())
+        search = _Search(self, matcher.deep_copy(), FIRST_PROBES if is_first else PROBES)
         path: list[int] = []
-        for _ in range(MAX_STEPS):
+        for _ in range(FIRST_STEPS if is_first else STEPS):
             probe = search.probe
             if probe.is_accepting():
                 return self._respelt(matcher, path)
@@ -129,8 +130,9 @@ class ClosingPaths:
 class _Search:
     """One search: the state it has come to, and those it has seen."""
 
-    def __init__(self, paths: ClosingPaths, probe: LLMatcher) -> None:
+    def __init__(self, paths: ClosingPaths, probe: LLMatcher, max_probes: int) -> None:
         self.probe = probe
+        self._num_probes_left = max_probes
         self._paths = paths
         self._seen: set[int] = set()
         self._dull: set[int] = set()
@@ -140,7 +142,6 @@ class _Search:
         self._state = 0
         self._num_shortcuts = 0
         """How many were taken one after another."""
-        self._num_probes = 0
 
     def advance(self) -> list[int] | None:
         """Goes on by a token or more."""
@@ -174,8 +175,8 @@ class _Search:
             return candidates[0]
         detour: tuple[int, int] | None = None
         for token in candidates:
-            self._num_probes += 1
-            if self._num_probes > MAX_PROBES:
+            self._num_probes_left -= 1
+            if self._num_probes_left < 0:
                 break
             trial = self.probe.deep_copy()
             if not trial.consume_token(token):

@@ -73,9 +73,12 @@ class RequestGrammar:
         """
         self._remaining = remaining
         if self._paths is not None:
-            path = self._paths.find(self.matcher, [], max(remaining, 1 << 14))
+            path = self._paths.find(self.matcher, [], 1 << 14, is_first=True)
             if path is None:
-                raise GrammarError("has no output that can be completed with the tokens that the request allows")
+                raise GrammarError(
+                    "has no output that can be completed with the tokens that the request allows, or none was found: "
+                    "use simpler patterns, smaller bounds or other allowed tokens"
+                )
             if len(path) > remaining:
                 raise BudgetError(f"must be at least {len(path)} for this grammar to be completed, got {remaining}")
             self._path = path
