@@ -184,6 +184,7 @@ def plot(figures: dict[str, dict[str, Any]], loads: Sequence[Load], file: Path) 
     axes.set_yticks([place + height * (len(others) - 1) / 2 for place in range(len(loads))])
     axes.set_yticklabels([load.name for load in loads])
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the labels
     axes.set_xlabel(f"{OCTAVO} is better by")
     axes.legend()
     figure.tight_layout()
