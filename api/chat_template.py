@@ -146,7 +146,8 @@ def detect_content_format(source: str) -> ContentFormat:
 def normalize_messages(messages: Sequence[Mapping[str, Any]], content_format: ContentFormat) -> list[Message]:
     """Messages as a template expects them: content as one text or as text parts, tool arguments as objects.
 
-    Content that is a text already stays one. Empty content is left out, as templates print ``None``.
+    Content that is a text already stays one. Empty fields are left out, as templates print ``None``; only an assistant
+    that said nothing, as clients send it back after a tool call, has an empty text, since many templates add to it.
 
     Raises:
         ValueError: A message is malformed or has content that is no text; the text names the place.
@@ -166,6 +167,8 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], content_format: Co
                 copy["content"] = "\n".join(texts)
             else:
                 copy["content"] = [{"type": "text", "text": text} for text in texts]
+        if content is None and copy["role"] == "assistant":
+            copy["content"] = ""
         if "tool_calls" in copy:
             copy["tool_calls"] = _with_parsed_arguments(copy["tool_calls"], f"{where}.tool_calls")
         result.append(copy)

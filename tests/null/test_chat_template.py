@@ -93,10 +93,10 @@ def test_named_templates() -> None:
 def test_empty_fields_are_left_out_and_reasoning_has_its_names() -> None:
     message = {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
     source = (
-        "{% set m = messages[0] %}{{ m.content is defined }}{{ m.name is defined }}"
+        "{% set m = messages[0] %}{{ messages[1].content is defined }}{{ m.name is defined }}"
         "{{ m.reasoning_content }}{{ m.thinking }}"
     )
-    assert render(source, [message]) == "FalseFalsewhywhy"
+    assert render(source, [message, {"role": "user", "content": None}]) == "FalseFalsewhywhy"
     assert message == {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
 
 
@@ -223,7 +223,9 @@ def test_normalize_text_parts() -> None:
     ]
     for content_format in ("string", "openai"):
         assert normalize_messages(USER, content_format) == USER
-        assert normalize_messages([{"role": "assistant", "content": None}], content_format) == [{"role": "assistant"}]
+        assert normalize_messages([{"role": "user", "content": None}], content_format) == [{"role": "user"}]
+        for silent in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+            assert normalize_messages([silent], content_format) == [{"role": "assistant", "content": ""}]
     assert normalize_messages([{"role": "user", "content": []}], "string") == [{"role": "user", "content": ""}]
 
 
