@@ -52,6 +52,7 @@ OPERATIONS = (
         embeddings.create_embedding,
         "Turn texts into vectors",
         request=pooling_protocol.EmbeddingRequest,
+        example={"input": ["one text", "another"]},
         response=pooling_protocol.EmbeddingResponse,
         task="pool",
     ),
@@ -62,6 +63,7 @@ OPERATIONS = (
             handler,
             "Tell how similar texts are",
             request=pooling_protocol.ScoreRequest,
+            example={"queries": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.ScoreResponse,
             task="pool",
         )
@@ -74,6 +76,7 @@ OPERATIONS = (
             handler,
             "Sort documents by their similarity to a query",
             request=pooling_protocol.RerankRequest,
+            example={"query": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.RerankResponse,
             task="pool",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -39,6 +39,8 @@ class Operation:
     summary: str
     request: type[msgspec.Struct] | None = None
     """Type of the JSON body."""
+    example: Mapping[str, Any] | None = None
+    """Such a body, where the type does not show what goes together."""
     response: type[msgspec.Struct] | None = None
     """Type of the answer's JSON body."""
     chunk: Any = None
@@ -98,7 +100,9 @@ def _describe(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict
         "responses": _responses(operation, schemas, has_keys=has_keys),
     }
     if operation.request is not None:
-        content = {"application/json": {"schema": schemas[operation.request]}}
+        content: dict[str, dict[str, Any]] = {"application/json": {"schema": schemas[operation.request]}}
+        if operation.example is not None:
+            content["application/json"]["example"] = operation.example
         described["requestBody"] = {"required": True, "content": content}
     names = [part.strip("{}").partition(":")[0] for part in operation.path.split("/") if part.startswith("{")]
     if names:

@@ -23,6 +23,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 1024
 MAX_PATTERN_SIZE = 1024
 UINT64 = 1 << 64
+MAX_REPETITION_PENALTY = 1e20
 MAX_INT = (1 << 31) - 1
 """Counts travel as 32-bit numbers."""
 MAX_SHOWN = 200
@@ -80,7 +81,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         seed: The same seed gives the same tokens. None: one is drawn.
         presence_penalty: Taken from the logit of every token that the output holds already, -2 to 2.
         frequency_penalty: The same, times how often.
-        repetition_penalty: Divides the logits of tokens in prompt and output; above 0, 1: off.
+        repetition_penalty: Divides the logits of tokens in prompt and output; 1e-20 to 1e20, 1: off.
         stop: Strings that end the completion, and are not part of it.
         stop_regex: Regular expressions that end the completion, as ``stop`` does; see ``api/stop_regex.py``.
         stop_token_ids: Tokens that end the completion.
@@ -171,8 +172,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        _check(positive, "repetition_penalty", "must be above 0", self.repetition_penalty)
+        # Logits are float32: beyond these bounds they would be no numbers any more.
+        _check_range("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _check(self.n == 1 or self.temperature > 0, "n", "must be 1 with temperature 0", self.n)
         _check(
             self.num_completions == 1 or self.temperature > 0, "best_of", "must be 1 with temperature 0", self.best_of

@@ -84,7 +84,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     seed: int | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0})] | None = None
+    repetition_penalty: Annotated[float, Meta(extra_json_schema={"minimum": 1e-20, "maximum": 1e20})] | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None

@@ -50,7 +50,8 @@ with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
 with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as response:
     paths = set(json.load(response)["paths"])
 with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
-    counts = re.findall(r'^http_requests_total\{handler="(.*?)",.*status="(\d+)"', response.read().decode(), re.MULTILINE)
+    metrics = response.read().decode()
+counts = re.findall(r'^http_requests_total\{handler="(.*?)",.*status="(\d+)"', metrics, re.MULTILINE)
 assert not [entry for entry in counts if entry[1].startswith("5")], counts
 reached = {handler.replace(":path}", "}") for handler, status in counts if status == "200"}
 assert paths <= reached, f"no good answer of {paths - reached}"

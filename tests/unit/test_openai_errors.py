@@ -168,6 +168,8 @@ async def test_bodies_that_are_too_large() -> None:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"n": 16385}, "n"),
         ({"n": 2, "temperature": 0}, "n"),
