@@ -48,7 +48,7 @@ if result.returncode:
 with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
     assert response.status == 200
 with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as response:
-    paths = set(json.load(response)["paths"])
+    paths = {path for path in json.load(response)["paths"] if "{" not in path}  # who knows what is stored there
 with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
     metrics = response.read().decode()
 counts = re.findall(r'^http_requests_total\{handler="(.*?)",.*status="(\d+)"', metrics, re.MULTILINE)
