@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from engine_core.structured.vocabulary import Vocabulary
 
@@ -39,6 +38,21 @@ _OTHERS = bytes(range(0x80, 256)) + b"\\"
 """They begin or continue something longer: for where no other byte is allowed."""
 
 
+class _Tokens:
+    """A few tokens, to be looked up in masks."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        ids = np.array(token_ids, np.int64)
+        self._ids = ids
+        self._bytes = ids // 8
+        self._bits = (1 << (ids % 8)).astype(np.uint8)
+
+    def allowed(self, mask: bytes) -> list[int]:
+        """Those that a mask (a bit for each token) allows, in their order."""
+        found: list[int] = self._ids[np.frombuffer(mask, np.uint8)[self._bytes] & self._bits != 0].tolist()
+        return found
+
+
 class ClosingPaths:
     """Finds paths with the tokens that a request may use."""
 
@@ -49,8 +63,8 @@ class ClosingPaths:
         self._closers = self._usable(tokens.get(byte) for byte in _CLOSERS)
         self._quote, self._zero = ((self._usable([tokens.get(byte)]) or [-1])[0] for byte in b'"0')
         self._letter = tokens.get(ord("x"), -1)
-        self._plain = np.array(self._usable(tokens.get(byte) for byte in _PLAIN), np.int64)
-        self._others = np.array(self._usable(tokens.get(byte) for byte in _OTHERS), np.int64)
+        self._plain = _Tokens(self._usable(tokens.get(byte) for byte in _PLAIN))
+        self._others = _Tokens(self._usable(tokens.get(byte) for byte in _OTHERS))
 
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
@@ -74,11 +88,11 @@ class ClosingPaths:
         for _ in range(FIRST_STEPS if is_first else STEPS):
             probe = search.probe
             if probe.is_accepting():
-                return self._respelt(matcher, path)
+                return self._respelt(matcher, path, [])
             for skipped in range(min(len(known), RESYNC)):
                 rest = hint[skipped:]
                 if probe.validate_tokens(rest) == len(rest):
-                    path = self._respelt(matcher, path + rest[:-1])
+                    path = self._respelt(matcher, path, rest[:-1])
                     return path if len(path) <= limit else None
             if len(path) > MAX_BYTES_PER_TOKEN * limit:
                 return None
@@ -88,38 +102,38 @@ class ClosingPaths:
             path += step
         return None
 
-    def _respelt(self, matcher: LLMatcher, path: list[int]) -> list[int]:
-        """The same text in fewer tokens, if it can be."""
-        vocabulary = self._vocabulary
-        tokens = vocabulary.spell(vocabulary.tokenizer.decode_bytes(path), self._is_usable)
-        if len(tokens) < len(path):
-            whole = [*tokens, vocabulary.end_token]
-            if matcher.validate_tokens(whole) == len(whole):
-                return tokens
-        return path
+    def _respelt(self, matcher: LLMatcher, path: list[int], rest: list[int]) -> list[int]:
+        """A path, its first part in fewer tokens if it can be."""
+        if len(path) > 1:
+            vocabulary = self._vocabulary
+            tokens = vocabulary.spell(vocabulary.tokenizer.decode_bytes(path), self._is_usable)
+            if len(tokens) < len(path):
+                whole = [*tokens, *rest, vocabulary.end_token]
+                if matcher.validate_tokens(whole) == len(whole):
+                    return whole[:-1]
+        return path + rest
 
-    def shortcut(self, allowed: npt.NDArray[np.uint8], *, is_patient: bool) -> int | None:
+    def shortcut(self, probe: LLMatcher, *, is_patient: bool) -> int | None:
         """A token that closes something or is a short value, where there is one.
 
         Args:
-            allowed: uint8 [tokens]: 1 where one is.
+            probe: The state.
             is_patient: Brackets may be closed; not after many of them: they may be those of a text.
         """
-        has_quote = self._quote >= 0 and bool(allowed[self._quote])
-        is_text = self._letter >= 0 and bool(allowed[self._letter])
+        has_quote = self._quote >= 0 and probe.validate_tokens([self._quote]) == 1
+        is_text = self._letter >= 0 and probe.validate_tokens([self._letter]) == 1
         if not is_text and (is_patient or not has_quote):
             for token in self._closers:
-                if allowed[token]:
+                if probe.validate_tokens([token]) == 1:
                     return token
             # A number is shorter than a text.
-            if has_quote and self._zero >= 0 and allowed[self._zero]:
+            if has_quote and self._zero >= 0 and probe.validate_tokens([self._zero]) == 1:
                 return self._zero
         return self._quote if has_quote else None
 
-    def candidates(self, allowed: npt.NDArray[np.uint8]) -> list[int]:
+    def candidates(self, mask: bytes) -> list[int]:
         """Tokens to go on with otherwise, those that may lead to an end soon first."""
-        found: list[int] = self._plain[allowed[self._plain] != 0].tolist()
-        return found or self._others[allowed[self._others] != 0].tolist()
+        return self._plain.allowed(mask) or self._others.allowed(mask)
 
     def forced(self, probe: LLMatcher) -> list[int]:
         """Tokens of the text that must come next, if there is any."""
@@ -148,14 +162,13 @@ class _Search:
         paths, probe = self._paths, self.probe
         tokens = paths.forced(probe)
         if not tokens:
-            mask = probe.compute_bitmask()
-            allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
-            token = paths.shortcut(allowed, is_patient=self._num_shortcuts < MAX_SHORTCUTS)
+            token = paths.shortcut(probe, is_patient=self._num_shortcuts < MAX_SHORTCUTS)
             if token is not None:
                 self._num_shortcuts += 1
                 tokens = [token]
             else:
-                candidates = paths.candidates(allowed)
+                mask = probe.compute_bitmask()
+                candidates = paths.candidates(mask)
                 if not candidates:
                     return None
                 self._num_shortcuts = 0

@@ -10,7 +10,7 @@ import numpy as np
 from engine_core.messages import I32
 from engine_core.structured.grammar import short_error
 from engine_core.structured.request_grammar import RequestGrammar
-from engine_core.structured.vocabulary import Vocabulary, token_bits
+from engine_core.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor
@@ -27,7 +27,7 @@ class MaskBuilder:
 
         self._vocabulary = vocabulary
         self._executor: LLExecutor = LLExecutor()
-        self._end_words, self._end_bits = token_bits(vocabulary.end_tokens)
+        self._ends = _places(vocabulary.end_tokens)
 
     def fill(self, grammars: Sequence[RequestGrammar | None]) -> tuple[I32, list[tuple[int, str | None]]]:
         """Computes a mask for each row.
@@ -45,7 +45,8 @@ class MaskBuilder:
             if grammar is None:
                 masks[row] = ALL
             elif (token := grammar.forced_token) is not None:
-                masks[row, token // 32] = token_bits([token])[1][0]
+                ((word, bit),) = _places([token])
+                masks[row, word] = bit
             else:
                 matchers.append((grammar.matcher, row))
         if not matchers:
@@ -64,13 +65,22 @@ class MaskBuilder:
 
     def _finish(self, mask: I32, grammar: RequestGrammar) -> str | None:
         """Replaces the vocabulary's end tokens by the request's. Returns why the row cannot go on; "": it is done."""
-        can_end = bool((mask[self._end_words] & self._end_bits).any())
-        np.bitwise_and.at(mask, self._end_words, ~self._end_bits)
+        can_end = False
+        for word, bit in self._ends:
+            value = int(mask[word])
+            if value & bit:
+                can_end = True
+                mask[word] = value & ~bit
         if not mask.any():
             if grammar.matcher.is_error():
                 return short_error(grammar.matcher.get_error()) or NOTHING_ALLOWED
             return "" if can_end else NOTHING_ALLOWED
-        if can_end and grammar.stop_token_ids:
-            words, bits = token_bits(grammar.stop_token_ids)
-            np.bitwise_or.at(mask, words, bits)
+        if can_end:
+            for word, bit in _places(grammar.stop_token_ids):
+                mask[word] |= bit
         return None
+
+
+def _places(token_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Where tokens are in a row of a mask: words, and the bits there as int32 numbers."""
+    return [(token // 32, int(np.int32(np.uint32(1 << token % 32).view(np.int32)))) for token in token_ids]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from engine_core.messages import I32, SetVocabulary
+from engine_core.messages import SetVocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -98,10 +96,3 @@ class _Tokens:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._spell(text)
-
-
-def token_bits(token_ids: Sequence[int]) -> tuple[I32, I32]:
-    """Where tokens are in a row of a bitmask: words and, for each of them, a bit."""
-    ids = np.array(token_ids, np.int64)
-    bits = (np.uint32(1) << (ids % 32).astype(np.uint32)).view(np.int32)
-    return (ids // 32).astype(np.int32), bits
