@@ -149,11 +149,11 @@ async def test_unknown_fields_are_refused_where_that_is_wanted() -> None:
     await api.complete("x", **known)
     await api.chat("x", **known, stream_options=None)
     for path, prompt in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": HI})):
-        error = await api.error(path, {**prompt, "temprature": 0, "top_q": 1, "x" * 5000: None})
-        assert "temprature, top_q, xxx" in error["message"] and error["param"] == "temprature"
+        error = await api.error(path, {**prompt, "temp": 0, "top_q": 1, "x" * 5000: None})
+        assert "temp, top_q, xxx" in error["message"] and error["param"] == "temp"
     body = {"prompt": "x", "stream": True, "stream_options": {"include_usge": True, "include_obfuscation": False}}
     assert (await api.error(COMPLETIONS, body))["param"] == "stream_options.include_usge"
-    assert (await api.error("/tokenize", {"prompt": "x", "promt": 1}))["param"] == "promt"
+    assert (await api.error("/tokenize", {"prompt": "x", "text": 1}))["param"] == "text"
     many = {f"field{i}": i for i in range(50)}
     assert "field9, ..." in (await api.error(COMPLETIONS, {"prompt": "x", **many}))["message"]
     assert not api.server.engine.num_unfinished
