@@ -230,6 +230,7 @@ async def test_what_the_template_sees() -> None:
         {
             "role": "assistant",
             "tool_calls": [{"id": "1", "type": "function", "function": {"name": "time", "arguments": {"zone": "x"}}}],
+            "content": "",
         },
         {"role": "tool", "content": "d", "tool_call_id": "1", "name": "time"},
     ]
