@@ -78,7 +78,7 @@ def test_processes_without_torch(module: str) -> None:
 def test_public_names() -> None:
     import api
 
-    assert api.__all__ == ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams"]
+    assert api.__all__ == ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
 
 
 def test_files_stay_short() -> None:
