@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+import ops
 from ops import AttentionMetadata, AttentionShape
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -47,6 +48,31 @@ class AttentionBackend(Protocol):
         meta: AttentionMetadata,
     ) -> torch.Tensor:
         """Writes this step's K and V, then attends; see ``ops.paged_attention``."""
+
+
+class OpsAttention:
+    """What backends share that are ``ops.paged_attention`` on a KV cache of their own layout."""
+
+    def plan(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_size: int,
+    ) -> AttentionMetadata:
+        return AttentionMetadata(query_start_loc, seq_lens, block_table, slot_mapping, block_size)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: KVCache,
+        shape: AttentionShape,
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        return ops.paged_attention(q, k, v, kv_cache, meta, shape)
 
 
 REGISTRY = {

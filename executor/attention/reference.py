@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-import ops
-from executor.attention.base import KVCache
-from ops import AttentionMetadata, AttentionShape
+from executor.attention.base import OpsAttention
+from ops import AttentionShape
 
 
-class ReferenceAttention:
+class ReferenceAttention(OpsAttention):
     name = "reference"
     block_size = 32
     block_size_multiple = 1
@@ -22,24 +21,3 @@ class ReferenceAttention:
             (num_blocks, block_size, shape.num_kv_heads, shape.head_dim),
             (num_blocks, block_size, shape.num_kv_heads, shape.v_dim),
         )
-
-    def plan(
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        block_size: int,
-    ) -> AttentionMetadata:
-        return AttentionMetadata(query_start_loc, seq_lens, block_table, slot_mapping, block_size)
-
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: KVCache,
-        shape: AttentionShape,
-        meta: AttentionMetadata,
-    ) -> torch.Tensor:
-        return ops.paged_attention(q, k, v, kv_cache, meta, shape)

@@ -553,7 +553,7 @@ def test_nothing_is_wider_than_the_screen(chat: Browser, script: Script, width: 
     chat.resize(width, 700)
     for place in ("", "#dashboard", "docs"):
         chat.open(f"{script.url}/{place}" if place else chat.driver.current_url)
-        time.sleep(0.2)
+        chat.wait(lambda: chat.run("return document.readyState === 'complete' && document.body.innerText.length > 20"))
         assert chat.run("return document.documentElement.scrollWidth") <= width, place
 
 
