@@ -1,8 +1,53 @@
-"""Octavo: LLM inference and serving."""
+"""Octavo: LLM inference and serving. Public names are loaded when they are first used."""
 
-from api.beam_search import BeamSearchParams
-from api.llm import LLM
-from api.params import SamplingParams, StructuredOutputsParams
-from api.pooling import PoolingParams
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+TYPE_CHECKING = False  # typing itself is not needed, and every import here may be one from the user's folder
+if TYPE_CHECKING:
+    from api.beam_search import BeamSearchParams
+    from api.llm import LLM
+    from api.params import SamplingParams, StructuredOutputsParams
+    from api.pooling import PoolingParams
 
 __all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
+
+_HOMES = {
+    "LLM": "api.llm",
+    "BeamSearchParams": "api.beam_search",
+    "PoolingParams": "api.pooling",
+    "SamplingParams": "api.params",
+    "StructuredOutputsParams": "api.params",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _load_siblings() -> None:
+    """Takes the packages that belong to this one from beside it, whatever ``executor/`` a user's project has."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for name in ("executor", "engine_core"):
+        if name in sys.modules:
+            continue
+        spec = importlib.machinery.PathFinder.find_spec(name, [root])
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{name} is missing in {root}: install octavo again")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+_load_siblings()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from api.version import VERSION
+from engine_core.launch import child_command, child_environment
 
 PACKAGES = (
     "torch",
@@ -96,9 +97,15 @@ def _read(path: str) -> str:
 
 def _computing() -> Iterator[tuple[str, str]]:
     """Asked of a process of its own: this one has no torch."""
-    command = [sys.executable, "-m", "executor.describe"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        result = subprocess.run(
+            child_command("executor.describe"),
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         yield "error", str(error)
         return

@@ -1,4 +1,4 @@
-"""The engine core process: ``python -m engine_core`` with its start message on standard input."""
+"""The engine core process: started by ``launch.py``, with its start message on standard input."""
 
 from __future__ import annotations
 

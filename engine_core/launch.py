@@ -6,7 +6,7 @@ import msgspec
 
 from engine_core.config import Config, EngineConfig
 from executor.log import get_logger, setup_logging
-from executor.process import ChildProcess
+from executor.process import ChildProcess, child_command, child_environment
 
 
 class EngineCoreLaunch(Config, frozen=True):
@@ -22,7 +22,7 @@ class EngineCoreLaunch(Config, frozen=True):
 
 
 def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
-    """Starts ``python -m engine_core``. It dies with the calling process, and with the thread that called."""
+    """Starts ``engine_core/__main__.py``. It dies with the calling process, and with the thread that called."""
     return ChildProcess("engine_core", msgspec.msgpack.encode(launch))
 
 
@@ -34,6 +34,8 @@ def engine_identity(engine_epoch: int) -> bytes:
 __all__ = [
     "ChildProcess",
     "EngineCoreLaunch",
+    "child_command",
+    "child_environment",
     "engine_identity",
     "get_logger",
     "launch_engine_core",

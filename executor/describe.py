@@ -1,4 +1,4 @@
-"""``python -m executor.describe``: what computes on this machine, as one JSON object."""
+"""What ``octavo collect-env`` prints: what computes on this machine, as one JSON object."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Child processes that never outlive their parent.
 
-A child is ``python -m module`` with its start message on a pipe (its standard input). The pipe stays open: its end
-means that the parent is gone. On Linux the kernel's parent death signal says the same without the child's help.
-Neither fork nor pickle is involved.
+A child runs a module of this package (``child_command``) with its start message on a pipe (its standard input). The
+pipe stays open: its end means that the parent is gone. On Linux the kernel's parent death signal says the same without
+the child's help. Neither fork nor pickle is involved.
 """
 
 from __future__ import annotations
@@ -15,24 +15,51 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import setproctitle
 
 _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+_ROOT = str(Path(__file__).resolve().parent.parent)
+"""The folder of the four packages."""
+_BOOTSTRAP = (
+    "import sys; root, module = sys.argv[1:]; del sys.argv[1:]; "
+    "sys.path[:] = [root, *(entry for entry in sys.path if entry not in ('', root))]; "
+    "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
+)
+"""``python -m`` would look for modules in the current folder first, and run an ``ops.py`` or ``torch.py`` that lies
+there. ``-P`` needs Python 3.11, and ``-I`` drops PYTHONPATH and the user's site-packages."""
+
+
+def child_command(module: str) -> list[str]:
+    """The command that runs one of our modules as ``__main__``, and imports nothing from the current folder.
+
+    Args:
+        module: Its dotted name, such as ``executor.worker``.
+    """
+    return [sys.executable, "-c", _BOOTSTRAP, _ROOT, module]
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, with ``extra``, for a ``child_command``.
+
+    Entries of PYTHONPATH that are empty or relative go: they mean the current folder.
+    """
+    environment = {**os.environ, **(extra or {})}
+    entries = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    if absolute := [entry for entry in entries if os.path.isabs(entry)]:
+        environment["PYTHONPATH"] = os.pathsep.join(absolute)
+    return environment
 
 
 class ChildProcess:
     """A running child. Becomes readable (``fileno``) when it ends."""
 
     def __init__(self, module: str, payload: bytes, env: dict[str, str] | None = None) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, **(env or {})}
-        path = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = root if not path else f"{root}{os.pathsep}{path}"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, env=environment, start_new_session=True
+            child_command(module), stdin=subprocess.PIPE, env=child_environment(env), start_new_session=True
         )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)

@@ -1,4 +1,4 @@
-"""The worker process: ``python -m executor.worker`` with its start message on standard input.
+"""The worker process: started by ``multiproc.py``, with its start message on standard input.
 
 It takes plans in order, computes them, and sends results. Whatever goes wrong becomes a ``WorkerFailed``: one line for
 a person when the model or its configuration is at fault, a traceback otherwise.

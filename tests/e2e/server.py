@@ -22,12 +22,12 @@ START_TIMEOUT = 120
 
 
 class Server:
-    """``python -m api`` with some flags. Leaves no process behind, and says so if one stays."""
+    """``python -m api`` with some flags, in ``cwd``. Leaves no process behind, and says so if one stays."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "api", "--port", "0", *flags],
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -111,11 +111,11 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
-def run_cli(*arguments: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m api`` to its end."""
+def run_cli(*arguments: str, timeout: float = 60, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m api`` in ``cwd`` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "api", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
