@@ -52,7 +52,10 @@ class SchedulerConfig(Config, frozen=True):
     ] = 2
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"],
-        Meta(description="Order of waiting requests: first come first served, or by their priority (lower first)."),
+        Meta(
+            description="Order of waiting requests: first come first served, or by their priority (lower first). In "
+            "either case API keys take turns, and so do the users of a key."
+        ),
     ] = "fcfs"
     enable_chunked_prefill: Annotated[
         bool, Meta(description="Let a long prompt be computed over several steps, beside running requests.")

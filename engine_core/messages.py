@@ -125,6 +125,8 @@ class EngineCoreRequest(Message, frozen=True):
     """CLOCK_MONOTONIC seconds, comparable between processes of one machine."""
     priority: int = 0
     """Lower runs first under the priority policy."""
+    tenant: tuple[str, str] = ("", "")
+    """Who it is served to: a short name of the API key and one of its user. Tenants take turns."""
     lora_request: LoRARequest | None = None
     mm_features: tuple[MultiModalFeature, ...] = ()
     cache_salt: str = ""

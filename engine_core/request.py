@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine_core.fair_shares import Account
 from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, TokenLogprobs, i32
+from engine_core.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
     from engine_core.structured.request_grammar import RequestGrammar
-from engine_core.repetition import RepetitionDetector
 
 MAX_STOP_IDS = 8
 """Stop token ids that are compared for all rows at once; a request with more takes the slower way."""
@@ -24,6 +25,7 @@ class Request:
     """
 
     __slots__ = (
+        "account",
         "block_hashes",
         "block_ids",
         "grammar",
@@ -61,6 +63,8 @@ class Request:
         )
         self.grammar: RequestGrammar | None = None
         """What the output may still become; there once the message's grammar is compiled."""
+        self.account: Account
+        """Its tenant's, from when the scheduler has it."""
         self.num_crashes = 0
         """Worker deaths while this request was in a step."""
 

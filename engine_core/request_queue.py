@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Protocol
 
+from engine_core.fair_shares import Account
 from engine_core.request import Request
 
 
@@ -29,70 +30,175 @@ class RequestQueue(Protocol):
     def __iter__(self) -> Iterator[Request]: ...
 
 
-class FCFSQueue:
-    """First come, first served; requests that were preempted go first."""
+class _Turns:
+    """Tenants of one level that have waiting requests; the one that was served least has the next turn."""
+
+    __slots__ = ("children", "heap", "order", "requests")
+
+    def __init__(self, order: int = 0) -> None:
+        self.order = order
+        """When the tenant came to wait: of equals the earlier one is next."""
+        self.children: dict[Account, _Turns] = {}
+        self.heap: list[tuple[float, int, Account]] = []
+        """Each child with a virtual time that it had, which only grows, and its order. Entries of children that are
+        gone are skipped when they come up."""
+        self.requests: OrderedDict[int, Request] = OrderedDict()
+        """Of a tenant without children, in the order in which they came."""
+
+    def next_child(self) -> Account:
+        heap = self.heap
+        while True:
+            served, order, account = heap[0]
+            below = self.children.get(account)
+            if below is None or below.order != order:
+                heapq.heappop(heap)
+            elif served < account.served:
+                heapq.heapreplace(heap, (account.served, order, account))
+            else:
+                return account
+
+    def remove(self, account: Account) -> None:
+        del self.children[account]
+        if len(self.heap) > 2 * len(self.children) + 64:
+            self.heap = [(child.served, below.order, child) for child, below in self.children.items()]
+            heapq.heapify(self.heap)
+
+
+class FairQueue:
+    """Tenants take turns, and each of them is served in the order of arrival. What has begun goes first: requests that
+    were preempted, and those that go on from an earlier life.
+    """
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self._begun: OrderedDict[int, Request] = OrderedDict()
+        self._root = _Turns()
+        self._size = 0
+        """Requests that take turns."""
+        self._num_orders = 0
 
     def add(self, request: Request) -> None:
-        self._requests[request.index] = request
+        if request.message.resumed_output_token_ids:
+            self._begun[request.index] = request
+            return
+        self._size += 1
+        turns = self._root
+        for account in _path(request):
+            below = turns.children.get(account)
+            if below is None:
+                self._num_orders += 1
+                below = turns.children[account] = _Turns(self._num_orders)
+                heapq.heappush(turns.heap, (account.served, below.order, account))
+            turns = below
+        turns.requests[request.index] = request
 
     def put_back(self, request: Request) -> None:
-        self._requests[request.index] = request
-        self._requests.move_to_end(request.index, last=False)
+        self._begun[request.index] = request
+        self._begun.move_to_end(request.index, last=False)
 
     def peek(self) -> Request:
-        return next(iter(self._requests.values()))
+        if self._begun:
+            return next(iter(self._begun.values()))
+        turns = self._root
+        while turns.children:
+            turns = turns.children[turns.next_child()]
+        return next(iter(turns.requests.values()))
 
     def pop(self) -> Request:
-        return self._requests.popitem(last=False)[1]
-
-    def remove(self, request: Request) -> None:
-        del self._requests[request.index]
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests.values())
-
-
-class PriorityQueue:
-    """The lowest priority number first, then the earliest arrival."""
-
-    def __init__(self) -> None:
-        self._requests: dict[int, Request] = {}
-        self._heap: list[tuple[tuple[int, float, int], int]] = []
-        """May hold requests that were removed; they are skipped when they come up."""
-
-    def add(self, request: Request) -> None:
-        self._requests[request.index] = request
-        heapq.heappush(self._heap, (request.priority, request.index))
-
-    def put_back(self, request: Request) -> None:
-        self.add(request)
-
-    def peek(self) -> Request:
-        while self._heap[0][1] not in self._requests:
-            heapq.heappop(self._heap)
-        return self._requests[self._heap[0][1]]
-
-    def pop(self) -> Request:
+        if self._begun:
+            return self._begun.popitem(last=False)[1]
         request = self.peek()
-        heapq.heappop(self._heap)
-        del self._requests[request.index]
+        request.account.take_turn()
+        self.remove(request)
         return request
 
     def remove(self, request: Request) -> None:
-        del self._requests[request.index]
+        if self._begun.pop(request.index, None) is not None:
+            return
+        self._size -= 1
+        path = _path(request)
+        levels = [self._root]
+        for account in path:
+            levels.append(levels[-1].children[account])
+        del levels[-1].requests[request.index]
+        for account, level, below in reversed(list(zip(path, levels[:-1], levels[1:], strict=True))):
+            if below.requests or below.children:
+                return
+            level.remove(account)
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return self._size + len(self._begun)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests.values())
+        yield from self._begun.values()
+        stack = [self._root]
+        while stack:
+            turns = stack.pop()
+            yield from turns.requests.values()
+            stack += reversed(turns.children.values())
+
+
+def _path(request: Request) -> list[Account]:
+    """The accounts of a request's tenant, from the key to the user."""
+    path: deque[Account] = deque()
+    account = request.account
+    while account.parent is not None:
+        path.appendleft(account)
+        account = account.parent
+    return list(path)
+
+
+class PriorityQueue:
+    """The lowest priority number first; tenants take turns among requests of the same priority."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, FairQueue] = {}
+        self._heap: list[int] = []
+        """The same priorities, some of which may have no requests any more."""
+        self._size = 0
+
+    def _level(self, request: Request) -> FairQueue:
+        priority = request.message.priority
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = FairQueue()
+            heapq.heappush(self._heap, priority)
+        return level
+
+    def _first(self) -> FairQueue:
+        while not len(level := self._levels[self._heap[0]]):
+            del self._levels[heapq.heappop(self._heap)]
+        return level
+
+    def add(self, request: Request) -> None:
+        self._size += 1
+        self._level(request).add(request)
+
+    def put_back(self, request: Request) -> None:
+        self._size += 1
+        self._level(request).put_back(request)
+
+    def peek(self) -> Request:
+        return self._first().peek()
+
+    def pop(self) -> Request:
+        request = self._first().pop()
+        self._size -= 1
+        return request
+
+    def remove(self, request: Request) -> None:
+        self._size -= 1
+        self._levels[request.message.priority].remove(request)
+        if len(self._levels) > 2 * self._size + 64:
+            self._levels = {priority: level for priority, level in self._levels.items() if len(level)}
+            self._heap = sorted(self._levels)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in sorted(self._levels):
+            yield from self._levels[priority]
 
 
 def create_request_queue(policy: str) -> RequestQueue:
-    return PriorityQueue() if policy == "priority" else FCFSQueue()
+    return PriorityQueue() if policy == "priority" else FairQueue()

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.fair_shares import FairShares
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.messages import (
     I32,
@@ -38,6 +39,9 @@ from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+CHARGED_TOKENS = 64
+"""Tokens by which an output is longer than expected before its tenant is charged for more."""
 
 
 @dataclass
@@ -82,6 +86,7 @@ class Scheduler:
         self.engine_epoch = engine_epoch
         self.kv = KVCacheManager(shape.num_blocks, shape.block_size, enable_prefix_caching=cache.enable_prefix_caching)
         self.requests: dict[int, Request] = {}
+        self.shares = FairShares()
         self.waiting = create_request_queue(config.scheduling_policy)
         self.compiling: dict[int, Request] = {}
         """Requests whose grammar is not there yet: they wait beside the queue."""
@@ -109,6 +114,8 @@ class Scheduler:
         """Prompt and output together may not become longer."""
         self._min_known = np.zeros(size, np.int64)
         """Stop tokens do not count before the sequence is this long."""
+        self._num_charged = np.zeros(size, np.int64)
+        """Tokens that the request's tenant was charged for: prompt, and output so far or as it is expected."""
         self._num_blocks = np.zeros(size, np.int64)
         self._num_published = np.zeros(size, np.int64)
         self._stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
@@ -137,6 +144,7 @@ class Scheduler:
         assert request.index not in self.requests
         assert 0 < len(request.token_ids) < self.max_model_len or request.is_pooling
         self.requests[request.index] = request
+        request.account = self.shares.open(request.message.tenant)
         if request.message.grammar is not None and request.grammar is None:
             self.compiling[request.index] = request
         else:
@@ -162,13 +170,18 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         del self.requests[request.index]
         if request.slot >= 0:
+            num_output = int(self._num_known[request.slot]) - request.num_prompt_tokens
+            if num_output:
+                request.account.note_output(num_output)
             self.kv.release(request)
             self._free_slot(request)
         elif self.compiling.pop(request.index, None) is None:
             self.waiting.remove(request)
+        self.shares.close(request.account)
 
     def _free_slot(self, request: Request) -> None:
         slot = request.slot
+        request.account.charge(int(self._num_known[slot] - self._num_charged[slot]))
         request.slot = -1
         self._owners[slot] = None
         self._epochs[slot] += 1
@@ -309,6 +322,8 @@ class Scheduler:
         """Starts waiting requests while there are tokens in the budget, slots and blocks."""
         slots: list[int] = []
         counts: list[int] = []
+        if self._free_slots:
+            self._charge_long_outputs()
         while budget > 0 and self.waiting and self._free_slots:
             request = self.waiting.peek()
             num_tokens = len(request.token_ids)
@@ -333,12 +348,34 @@ class Scheduler:
             budget -= count
         return slots, counts
 
+    def _charge_long_outputs(self) -> None:
+        """Charges tenants for outputs that became longer than was expected of them."""
+        slots = self._running
+        excess = self._num_known[slots] - self._num_charged[slots]
+        for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
+            request = self._owners[slots[row]]
+            assert request is not None
+            request.account.charge(int(excess[row]))
+            self._num_charged[slots[row]] += excess[row]
+
+    def _charge_start(self, request: Request, num_computed: int) -> None:
+        """Charges a tenant for a request that got a slot. What is computed once more is not the tenant's fault."""
+        num_tokens = len(request.token_ids)
+        num_left = 0
+        if not request.is_pooling:
+            num_output = num_tokens - request.num_prompt_tokens
+            num_expected = min(int(request.account.mean_output), self.max_output_tokens(request))
+            num_left = max(0, num_expected - num_output)
+        request.account.charge((0 if request.scheduled_time else num_tokens - num_computed) + num_left)
+        self._num_charged[request.slot] = num_tokens + num_left
+
     def _occupy(self, request: Request, num_computed: int) -> int:
         """Gives a request a slot and fills its row of the arrays."""
         slot = self._free_slots.pop()
         params = request.params
         num_tokens = len(request.token_ids)
         request.slot = slot
+        self._charge_start(request, num_computed)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_computed
         if request.scheduled_time is None:

@@ -42,6 +42,7 @@ def make_request(
     salt: str = "",
     resumed: list[int] | None = None,
     pooling: str = "",
+    tenant: tuple[str, str] = ("", ""),
     **params: object,
 ) -> Request:
     resolved = ResolvedParams(max_tokens=max_tokens, eos_token_ids=(STOP,), **params)  # type: ignore[arg-type]
@@ -55,6 +56,7 @@ def make_request(
             arrival_time=float(index),
             priority=priority,
             cache_salt=salt,
+            tenant=tenant,
             resumed_output_token_ids=np.array(resumed or [], np.int32).tobytes(),
         )
     )
