@@ -29,12 +29,13 @@ class IncrementalDetokenizer:
     left unfinished. None of its own text is emitted.
 
     Attributes:
+        skipped: Ids that are left out of the text.
         append: Takes the next token id, returns the text that has become final.
         extend: The same for several ids.
         finish: Returns what was held back; nothing may follow.
     """
 
-    __slots__ = ("append", "extend", "finish")
+    __slots__ = ("append", "extend", "finish", "skipped")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class IncrementalDetokenizer:
         else:
             joins_added = not skip_special_tokens and not spaces_between_special_tokens
             decoder = _WindowDecoder(tokenizer, prompt_token_ids, skipped, joins_added)
+        self.skipped = skipped
         # Bound here rather than delegated to: one call per token, not two.
         self.append: Callable[[int], str] = decoder.append
         self.extend: Callable[[Iterable[int]], str] = decoder.extend
@@ -431,10 +433,16 @@ class StopChecker:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, delta: str) -> tuple[str, str | None]:
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held
+
+    def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
         """Take the next piece; return the text that may go out and the stop string that ends it, if any.
 
-        After a match everything else is dropped.
+        A stop string that ends in a piece that is not ``armed`` is passed over; one that begins there and ends later
+        is found. After a match everything else is dropped.
         """
         automaton = self._automaton
         if automaton is None:
@@ -453,7 +461,7 @@ class StopChecker:
             child = children[state].get(delta[position])
             state = automaton.step(state, delta[position]) if child is None else child
             position += 1
-            if match[state] is not None:
+            if armed and match[state] is not None:
                 return self._match(delta[:position], match[state])
             if state == 0:
                 found = automaton.first_char.search(delta, position)

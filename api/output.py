@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from api.detokenizer import IncrementalDetokenizer, StopChecker
+from api.detokenizer import IncrementalDetokenizer
 from api.metrics import EngineMetrics
-from api.stop_regex import StopRegexChecker
+from api.stop_search import StopSearch
 from api.tokenizer import Tokenizer
 from engine_core.launch import get_logger
 from engine_core.messages import (
@@ -165,6 +166,7 @@ class RequestState:
         "detokenizer",
         "finished",
         "first_token_time",
+        "hides_stop_token",
         "index",
         "is_part",
         "last_token_time",
@@ -176,7 +178,8 @@ class RequestState:
         "output_token_ids",
         "pooling_output",
         "scheduled_time",
-        "stop_checker",
+        "stop_search",
+        "tokenizer",
     )
 
     def __init__(
@@ -205,8 +208,11 @@ class RequestState:
         self.last_token_time = 0.0
         self.min_tokens = options.min_tokens
         self.is_part = options.is_part
+        self.hides_stop_token = not options.include_stop_str_in_output
+        """The token that ends the output is no part of the text."""
+        self.tokenizer = tokenizer
         self.detokenizer: IncrementalDetokenizer | None = None
-        self.stop_checker: StopChecker | StopRegexChecker | None = None
+        self.stop_search: StopSearch | None = None
         if options.detokenize and tokenizer is not None:
             self.detokenizer = IncrementalDetokenizer(
                 tokenizer,
@@ -215,12 +221,43 @@ class RequestState:
                 options.spaces_between_special_tokens,
                 options.kept_special_ids,
             )
-            if options.stop_regex:
-                self.stop_checker = StopRegexChecker(
-                    options.stop, options.stop_regex, options.include_stop_str_in_output
-                )
-            elif options.stop:
-                self.stop_checker = StopChecker(options.stop, options.include_stop_str_in_output)
+            if options.stop or options.stop_regex:
+                self.stop_search = StopSearch(options.stop, options.stop_regex, options.include_stop_str_in_output)
+
+    def append_text(self, tokens: Iterable[int], num_tokens: int) -> tuple[str, str | None]:
+        """Decodes tokens and searches their text for what ends the output.
+
+        Args:
+            tokens: They follow those that were decoded before.
+            num_tokens: Length of the output without them.
+
+        Returns:
+            The text that is final, and the stop string or pattern that ends it, if there is one.
+        """
+        detokenizer, search = self.detokenizer, self.stop_search
+        if detokenizer is None:
+            return "", None
+        if search is None:
+            return detokenizer.extend(tokens), None
+        assert self.tokenizer is not None
+        parts: list[str] = []
+        matched: str | None = None
+        for token in tokens:
+            num_tokens += 1
+            hidden = self.tokenizer.added_tokens.get(token, "") if token in detokenizer.skipped else ""
+            part, matched = search.feed(detokenizer.append(token), hidden, num_tokens >= self.min_tokens)
+            parts.append(part)
+            if matched is not None:
+                break
+        return "".join(parts), matched
+
+    def finish_text(self) -> tuple[str, str | None]:
+        """Text that was held back, and the stop that ends it, if there is one; nothing may follow."""
+        text = "" if self.detokenizer is None else self.detokenizer.finish()
+        if self.stop_search is None:
+            return text, None
+        text, matched = self.stop_search.feed(text, armed=len(self.output_token_ids) >= self.min_tokens)
+        return text if matched is not None else text + self.stop_search.finish(), matched
 
 
 class OutputProcessor:
@@ -278,10 +315,10 @@ class OutputProcessor:
             state.last_token_time = now
             detokenizer = state.detokenizer
             try:
-                text = "" if detokenizer is None else detokenizer.append(token)
-                if state.stop_checker is not None:
-                    self._emit_checked(state, text, (token,), (), None, aborts)
+                if state.stop_search is not None:
+                    self._emit(state, (token,), (), None, aborts)
                 else:
+                    text = "" if detokenizer is None else detokenizer.append(token)
                     state.channel.push(Delta(state.choice, text, (token,)))
             except Exception as error:
                 self._broken(state, error, aborts)
@@ -320,39 +357,35 @@ class OutputProcessor:
             state.pooling_output = to_array(output.pooling_output)
             self._metrics.on_pooled(state, now)
         known.extend(tokens)
-        text = ""
-        if state.detokenizer is not None:
-            text = state.detokenizer.extend(tokens)
-        self._emit_checked(state, text, tokens, output.new_logprobs[skip:], output, aborts)
+        self._emit(state, tokens, output.new_logprobs[skip:], output, aborts)
         return len(tokens)
 
-    def _emit_checked(
+    def _emit(
         self,
         state: RequestState,
-        text: str,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
         output: EngineCoreOutput | None,
         aborts: list[int],
     ) -> None:
         """Looks for stop strings, ends what is done, and hands over what is new."""
+        finish = output.finish_reason if output is not None else None
+        shown = tokens
+        if output is not None and output.ends_with_stop_token and state.hides_stop_token:
+            shown = tokens[:-1]
+        text, matched = state.append_text(shown, len(state.output_token_ids) - len(tokens))
         reason = None
         stop_reason: int | str | None = None
-        finish = output.finish_reason if output is not None else None
         if finish is not None:
             assert output is not None
             reason, stop_reason = FINISH_REASONS[FinishReason(finish)], output.stop_reason
-            if state.detokenizer is not None:
-                text += state.detokenizer.finish()
-        checker = state.stop_checker
-        if checker is not None and len(state.output_token_ids) >= state.min_tokens:
-            text, matched = checker.feed(text)
-            if matched is not None:
-                if finish is None:
-                    aborts.append(state.index)
-                reason, stop_reason = "stop", matched
-            elif finish is not None:
-                text += checker.finish()
+            if matched is None:
+                rest, matched = state.finish_text()
+                text += rest
+        if matched is not None:
+            if finish is None:
+                aborts.append(state.index)
+            reason, stop_reason = "stop", matched
         delta = Delta(
             state.choice,
             text,

@@ -317,8 +317,17 @@ class StopRegexChecker:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, delta: str) -> tuple[str, str | None]:
-        """Takes the next piece; returns the text that may go out and the stop that ends it, if any."""
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held
+
+    def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
+        """Takes the next piece; returns the text that may go out and the stop that ends it, if any.
+
+        A match that ends in a piece that is not ``armed`` is passed over; one that begins there and ends later is
+        found.
+        """
         if self.matched is not None:
             return "", self.matched
         automaton, state, begins = self._automaton, self._state, self._begins
@@ -329,7 +338,7 @@ class StopRegexChecker:
             found = tables[state].get(char)
             if found is None:
                 found = automaton.transition(state, char)
-            if found.pattern >= 0:
+            if armed and found.pattern >= 0:
                 begin = begins[found.matched] if begins else position
                 self.matched, self._held = automaton.sources[found.pattern], ""
                 return text[: position + 1 if self._include else begin], self.matched

@@ -211,6 +211,9 @@ class EngineCoreOutput(Message, frozen=True):
     """A ``FinishReason``."""
     stop_reason: int | None = None
     """The stop token id that ended the request, if one of ``stop_token_ids`` did."""
+    ends_with_stop_token: bool = False
+    """The last of ``new_token_ids`` is the end token or stop token that ended the output, which is not part of the
+    text."""
     new_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     pooling_output: Tensor | None = None

@@ -576,6 +576,7 @@ class Scheduler:
             new_token_ids=(token,),
             finish_reason=reason,
             stop_reason=token if stopped and token in params.stop_token_ids else None,
+            ends_with_stop_token=stopped,
             new_logprobs=(logprobs,) if logprobs else (),
             prompt_logprobs=tuple(request.prompt_logprobs),
             num_cached_tokens=request.num_cached_tokens if is_first else None,

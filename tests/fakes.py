@@ -73,7 +73,7 @@ def tokens_of(text: str) -> list[int]:
 def tiny_tokenizer() -> Tokenizer:
     """Byte-level, with four special tokens; puts a start token before a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelling = _byte_spelling()
+    spelling = byte_spelling()
     assert set(alphabet) == set(spelling)
     vocab = {"<s>": BOS, "</s>": EOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
     vocab |= {char: FIRST_BYTE + byte for byte, char in enumerate(spelling)}
@@ -91,7 +91,7 @@ def tiny_tokenizer() -> Tokenizer:
     )
 
 
-def _byte_spelling() -> list[str]:
+def byte_spelling() -> list[str]:
     """How GPT-2 spells each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
@@ -312,6 +312,7 @@ class FakeEngineClient:
             new_token_ids=(token,),
             finish_reason=reason,
             stop_reason=token if stopped and token in params.stop_token_ids else None,
+            ends_with_stop_token=stopped,
             new_logprobs=() if params.logprobs is None else (self._logprobs(row, token, params),),
             prompt_logprobs=tuple(prompt_logprobs),
             num_cached_tokens=self.num_cached_tokens if number == 0 else None,
@@ -363,8 +364,10 @@ class FakeServer:
         script: Script = echo_script,
         generation_config: dict[str, Any] | None = None,
         chat_template: str | None = CHAT_TEMPLATE,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int = VOCAB_SIZE,
     ) -> None:
-        tokenizer = tiny_tokenizer()
+        tokenizer = tokenizer or tiny_tokenizer()
         self.metrics = EngineMetrics(MODEL)
         self.engine = FakeEngineClient(tokenizer, self.metrics, script)
         files = ModelFiles(
@@ -379,7 +382,7 @@ class FakeServer:
             engine_epoch=1,
             pid=1,
             max_model_len=MAX_MODEL_LEN,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             num_kv_blocks=8,
             block_size=32,
             kv_cache_bytes=1,
