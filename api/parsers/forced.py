@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from api.parsers.base import MAX_DEPTH, Tool
 
 _NO_PARAMETERS: Final[dict[str, Any]] = {"type": "object", "properties": {}, "additionalProperties": False}
-_VALUES: Final = frozenset(("const", "default", "enum", "examples"))
-"""Keywords whose value is no schema."""
-_BY_NAME: Final = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
-"""Keywords whose value has schemas by name."""
+_IDENTIFIERS: Final = frozenset(("$ref", "$dynamicRef", "$id", "$anchor", "$dynamicAnchor"))
 
 
 def forced_tools(tools: Sequence[Tool], tool_choice: Any) -> list[Tool] | None:
@@ -61,60 +58,69 @@ def forced_calls_schema(tools: Sequence[Tool], *, single: bool = False) -> dict[
     Raises:
         ValueError: A tool has no name, or parameters that are no schema or too deep.
     """
-    definitions: dict[str, Any] = {}
-    calls = [_call_schema(tool, index, definitions) for index, tool in enumerate(tools)]
+    calls = [_call_schema(tool, index) for index, tool in enumerate(tools)]
     if not calls:
         raise ValueError("there are no tools to call")
     call: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    schema = call if single else {"type": "array", "items": call, "minItems": 1}
-    return {**schema, "$defs": definitions} if definitions else schema
+    return call if single else {"type": "array", "items": call, "minItems": 1}
 
 
-def _call_schema(tool: Tool, index: int, definitions: dict[str, Any]) -> dict[str, Any]:
+def _call_schema(tool: Tool, index: int) -> dict[str, Any]:
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ValueError(f"tools[{index}] has no function with a name")
     assert isinstance(function, Mapping)
-    parameters = function.get("parameters")
-    if parameters is None:
-        parameters = _NO_PARAMETERS
-    if not isinstance(parameters, (Mapping, bool)):
-        raise ValueError(f"tools[{index}].function.parameters is no JSON schema")
-    references: list[str] = []
-    # A reference is relative to the root, which the tool's schema is no longer: it gets a place that can be named.
-    place = f"tool{index}"
-    parameters = _moved(parameters, f"#/$defs/{place}", references, MAX_DEPTH)
-    if references:
-        definitions[place] = parameters
-        parameters = {"$ref": f"#/$defs/{place}"}
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, "parameters": parameters},
+        "properties": {"name": {"const": name}, "parameters": _arguments_schema(function.get("parameters"), index)},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
 
 
-def _moved(schema: Any, root: str, references: list[str], depth: int) -> Any:
-    """A copy of a schema whose references begin at ``root``; they are added to ``references``."""
+def _arguments_schema(parameters: Any, index: int) -> dict[str, Any]:
+    """The schema of a tool's arguments, as part of another schema. Arguments are an object, even if it does not say."""
+    place = f"tools[{index}].function.parameters"
+    if parameters is None:
+        return _NO_PARAMETERS
+    if parameters is True:
+        return {"type": "object"}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"{place} is not a JSON schema of an object")
+    schema = dict(parameters)
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise ValueError(f'{place} must have the type "object": arguments are an object')
+    schema["type"] = "object"
+    if _has_identifiers(schema, MAX_DEPTH):
+        # References are relative to the tool's schema, which an id of its own makes a resource by itself (JSON Schema
+        # 2020-12, 9.2). Older drafts ignore what stands beside a reference.
+        schema["$id"] = f"octavo:tool/{index}" if "$id" not in schema else _with_fragment_dropped(schema["$id"])
+        if "$ref" in schema:
+            also = schema.get("allOf")
+            schema["allOf"] = [*(also if isinstance(also, list) else ()), {"$ref": schema.pop("$ref")}]
+    return schema
+
+
+def _with_fragment_dropped(identifier: Any) -> Any:
+    """An id without the empty fragment that older drafts end it with."""
+    return identifier.removesuffix("#") if isinstance(identifier, str) else identifier
+
+
+def _has_identifiers(schema: Any, depth: int) -> bool:
+    """Whether a schema refers to parts of itself, or names them."""
     if not depth:
         raise ValueError("a tool's JSON schema is nested too deeply")
     if isinstance(schema, list):
-        return [_moved(item, root, references, depth - 1) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    result: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            references.append(value)
-            value = root + value[1:]
-        elif key in _BY_NAME and isinstance(value, Mapping):
-            value = {name: _moved(item, root, references, depth - 1) for name, item in value.items()}
-        elif key not in _VALUES:
-            value = _moved(value, root, references, depth - 1)
-        result[key] = value
-    return result
+        parts: Iterable[Any] = schema
+    elif isinstance(schema, Mapping):
+        if any(isinstance(schema.get(key), str) for key in _IDENTIFIERS):
+            return True
+        parts = schema.values()
+    else:
+        return False
+    return any(_has_identifiers(part, depth - 1) for part in parts)
 
 
 def _tool_of(tools: Sequence[Tool], choice: Any) -> Tool:

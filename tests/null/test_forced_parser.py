@@ -94,18 +94,21 @@ def test_schema() -> None:
     assert without["properties"]["parameters"] == {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-def test_references_move_along() -> None:
+def test_references_stay_within_their_tool() -> None:
     schema = forced_calls_schema([*TOOLS, NODE_TOOL])
-    assert schema["items"]["anyOf"][3]["properties"]["parameters"] == {"$ref": "#/$defs/tool3"}
-    properties = schema["$defs"]["tool3"]["properties"]
-    assert properties["value"] == {"$ref": "#/$defs/tool3/$defs/value"}
-    assert properties["next"] == {"$ref": "#/$defs/tool3"}
-    assert properties["$ref"] == NODE["properties"]["$ref"]
-    assert NODE["properties"]["next"] == {"$ref": "#"}  # the request's own is untouched
+    parameters = schema["items"]["anyOf"][3]["properties"]["parameters"]
+    assert parameters == {**NODE, "$id": "octavo:tool/3"}
+    assert "$id" not in NODE  # the request's own is untouched
 
 
 @pytest.mark.parametrize(
-    "tools", [[], [{}], [{"function": {"name": ""}}], [{"function": {"name": "f", "parameters": [1]}}]]
+    "tools",
+    [
+        [],
+        [{}],
+        [{"function": {"name": ""}}],
+        *([{"function": {"name": "f", "parameters": bad}}] for bad in ([1], False, {"type": "string"})),
+    ],
 )
 def test_bad_tools(tools: list[Any]) -> None:
     with pytest.raises(ValueError, match="tool"):
@@ -120,20 +123,64 @@ def test_schemas_may_not_be_nested_forever() -> None:
         forced_calls_schema([tool("f", a=schema)])
 
 
-def test_the_grammar_takes_the_schema() -> None:
+def accepts(tools: list[Any], text: str, single: bool = False) -> bool:
+    """Whether the grammar of forced calls takes a text."""
     llguidance = pytest.importorskip("llguidance")
     tokenizer = llguidance.LLTokenizer("byte")
+    schema = forced_calls_schema(tools, single=single)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
-    def accepts(text: str, single: bool = False) -> bool:
-        schema = forced_calls_schema([*TOOLS, NODE_TOOL], single=single)
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        matcher = llguidance.LLMatcher(tokenizer, grammar)
-        assert not matcher.is_error(), matcher.get_error()
-        return bool(matcher.consume_tokens(list(text.encode())) and matcher.is_accepting())
 
-    assert accepts(COMPLETE["json_forced"])
-    assert accepts('[{"name": "node", "parameters": {"value": 1, "next": {"value": 2}}}]')
-    assert not accepts('[{"name": "node", "parameters": {"value": 1, "next": {"value": "x"}}}]')
-    assert not accepts("[]")
-    assert not accepts('[{"name": "nope", "parameters": {}}]')
-    assert accepts('{"name": "get_time", "parameters": {}}', single=True)
+def test_the_grammar_takes_the_schema() -> None:
+    tools = [*TOOLS, NODE_TOOL]
+    assert accepts(tools, COMPLETE["json_forced"])
+    assert accepts(tools, '[{"name": "node", "parameters": {"value": 1, "next": {"value": 2}}}]')
+    assert not accepts(tools, '[{"name": "node", "parameters": {"value": 1, "next": {"value": "x"}}}]')
+    assert not accepts(tools, "[]")
+    assert not accepts(tools, '[{"name": "nope", "parameters": {}}]')
+    assert accepts(tools, '{"name": "get_time", "parameters": {}}', single=True)
+
+
+INTEGER: dict[str, Any] = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "takes_any"),
+    [
+        (True, True),
+        ({}, True),
+        ({"properties": {"a": INTEGER}}, False),
+        ({"type": ["object", "null"], "properties": {"a": INTEGER}}, False),
+        ({"anyOf": [{"properties": {"a": INTEGER}}, {"type": "array"}]}, False),
+        ({"$ref": "#/$defs/r", "$defs": {"r": {"properties": {"a": INTEGER}}}}, False),
+        ({"$ref": "#r", "$defs": {"r": {"$anchor": "r", "properties": {"a": INTEGER}}}}, False),
+        ({"$id": "https://x.org/f", "properties": {"a": {"$ref": "#/$defs/r"}}, "$defs": {"r": INTEGER}}, False),
+        (
+            {"$id": "https://x.org/f#", "properties": {"a": {"$ref": "/r"}}, "$defs": {"r": {"$id": "/r", **INTEGER}}},
+            False,
+        ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "$ref": "#/definitions/r",
+                "definitions": {"r": {"properties": {"a": INTEGER}}},
+            },
+            False,
+        ),
+    ],
+)
+def test_arguments_are_an_object_whatever_their_schema_leaves_open(parameters: Any, takes_any: bool) -> None:
+    tools = [{"function": {"name": "f", "parameters": parameters}}, NODE_TOOL]
+    for arguments, is_good in (
+        ('{"a": 1}', True),
+        ('{"a": "x"}', takes_any),
+        ("[1]", False),
+        ("3", False),
+        ('"x"', False),
+        ("null", False),
+    ):
+        assert accepts(tools, f'[{{"name": "f", "parameters": {arguments}}}]') == is_good, arguments
+    assert accepts(tools, '[{"name": "node", "parameters": {"value": 1}}]')

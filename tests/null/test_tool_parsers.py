@@ -338,6 +338,70 @@ def test_types_of_values(schema: Any, text: str, value: Any) -> None:
         assert json.loads(arguments) == {"v": value}
 
 
+EDITOR: list[Tool] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "edit",
+            "parameters": {"type": "object", "properties": {"old": {"type": "string"}, "new": {"type": "string"}}},
+        },
+    }
+]
+
+
+VALUES_WITH_TAGS = [
+    "old </parameter> new",
+    "old </parameter>",
+    "</parameter>\n\nfoo",
+    "line\n</function>\nmore",
+    "line\n<parameter=bogus>\nx",
+    "line\n<parameter=\n",
+    "line\n<parameter=a<b>c",
+    "</parameter></parameter>",
+    "<tool_call></parameter>x",
+    "</para",
+]
+
+
+# Without <tool_call> there is nothing that must follow </function>, so that ends a value.
+@pytest.mark.parametrize(
+    ("value", "is_wrapped"),
+    [(value, True) for value in VALUES_WITH_TAGS]
+    + [(value, False) for value in VALUES_WITH_TAGS if "</function>" not in value],
+)
+def test_qwen3_coder_values_hold_tags(value: str, is_wrapped: bool) -> None:
+    text = f"<function=edit>\n<parameter=old>\n{value}\n</parameter>\n<parameter=new>\nb\n</parameter>\n</function>"
+    if is_wrapped:
+        text = f"<tool_call>\n{text}\n</tool_call>"
+    events = parse("qwen3_coder", text, tools=EDITOR)
+    parsed = collect(events)
+    assert [json.loads(call.arguments) for call in parsed.tool_calls] == [{"old": value, "new": "b"}]
+    assert not parsed.content and parsed.tool_calls[0].complete
+    assert parse("qwen3_coder", list(text), tools=EDITOR) == events
+
+
+@pytest.mark.parametrize(
+    ("root", "value"),
+    [
+        ({"$ref": "#/$defs/Root", "$defs": {"Root": {"properties": {"v": {"type": "integer"}}}}}, 3),
+        ({"allOf": [{"properties": {"w": {}}}, {"properties": {"v": {"type": "integer"}}}]}, 3),
+        ({"anyOf": [{"properties": {"v": {"type": "null"}}}, {"properties": {"v": {"type": "integer"}}}]}, 3),
+        ({"additionalProperties": {"type": "integer"}}, 3),
+        ({"properties": {"w": {"type": "string"}}, "additionalProperties": {"type": "integer"}}, 3),
+        ({"properties": {"v": {"type": "string"}}, "additionalProperties": {"type": "integer"}}, "3"),
+        ({"patternProperties": {"^[a-z]$": {"type": "integer"}}}, 3),
+        ({"patternProperties": {"^[a-z]{2}$": {"type": "integer"}}}, "3"),
+        ({"patternProperties": {"(?=v)v": {"type": "integer"}, "(": {}, "(a+)+$": {}}}, "3"),
+        ({"$ref": "#"}, "3"),
+        ({"properties": {"v": {"$ref": "#/$defs/a%20b"}}, "$defs": {"a b": {"type": "integer"}}}, 3),
+    ],
+)
+def test_types_wherever_the_schema_declares_them(root: Any, value: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": root}}]
+    arguments = collect(parse("qwen3_coder", qwen("f", v="3"), tools=tools)).tool_calls[0].arguments
+    assert json.loads(arguments) == {"v": value}
+
+
 @pytest.mark.parametrize("tools", [[], [{}], [{"function": None}], [{"function": {"name": "f", "parameters": []}}]])
 def test_tools_may_be_anything(tools: list[Tool]) -> None:
     check("qwen3_coder", qwen("f", a="1"), ("f", {"a": "1"}), tools=tools)
@@ -379,6 +443,23 @@ def test_a_text_that_is_cut_off(name: str) -> None:
     assert not parsed.content
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>\n{"name": "edit", "arguments": {'),
+        ("json_forced", '[{"name": "edit", "parameters": {'),
+        ("llama3_json", '{"name": "edit", "parameters": {'),
+        ("mistral", "[TOOL_CALLS]edit[ARGS]{"),
+        ("mistral", '[TOOL_CALLS][{"name": "edit", "arguments": {'),
+    ],
+)
+def test_a_brace_begins_a_call(name: str, text: str) -> None:
+    parsed = collect(parse(name, text))
+    assert [(call.name, call.arguments, call.complete) for call in parsed.tool_calls] == [("edit", "{", False)]
+    assert not parsed.content
+    assert collect(parse(name, text[:-1])).content == text[:-1]
+
+
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 def test_arguments_are_streamed(name: str) -> None:
     parser = create_parser(None, name, TOOLS)
@@ -410,9 +491,9 @@ def test_json_is_passed_on_as_it_is(name: str) -> None:
         ("pythonic", "[f(a=1, b=c)]", '{"a": 1', ", b=c)]"),
         (
             "qwen3_coder",
-            "<function=f>\n<parameter=a>1</parameter>\noops\n</function>",
+            "<function=f>\n<parameter=a>1</parameter>\n<parameter=>2</parameter>\n</function>",
             '{"a": "1"',
-            "\noops\n</function>",
+            "<parameter=>2</parameter>\n</function>",
         ),
     ],
 )

@@ -34,6 +34,8 @@ class HermesParser:
 
     def finish(self) -> list[Event]:
         """Ends the text."""
+        if self._steps.state == self._object:
+            self._call.finish()
         rest = self._steps.rest()
         # A call is as good without all of its end tag.
         return self._out.finish("" if self._steps.state == self._after and _CLOSE.startswith(rest) else rest)

@@ -60,6 +60,12 @@ class ArgumentsObject:
             self._out.end(complete=self.done)
         return end
 
+    def finish(self) -> None:
+        """The text is over: with its brace the call has begun, though nothing follows."""
+        if self._size == 1 and not self.failed:
+            self._size = 2
+            self._start()
+
     def named(self, name: str) -> None:
         """Tells the name of the function."""
         self._name = name
@@ -150,6 +156,11 @@ class JsonCall:
                 if pos < len(text):
                     pos = self._punctuation(text[pos], pos)
         return pos
+
+    def finish(self) -> None:
+        """The text is over; see ``ArgumentsObject``."""
+        if self._in_arguments and self._arguments is not None:
+            self._arguments.finish()
 
     def _punctuation(self, char: str, pos: int) -> int:
         expects = self._expects
@@ -284,6 +295,11 @@ class JsonCalls:
             if pos < len(text):
                 pos = self._punctuation(text[pos], pos)
         return pos
+
+    def finish(self) -> None:
+        """The text is over; see ``ArgumentsObject``."""
+        if self._call is not None:
+            self._call.finish()
 
     def _feed_call(self, call: JsonCall, text: str, pos: int) -> int:
         end = call.feed(text, pos)

@@ -33,6 +33,8 @@ class JsonForcedParser:
 
     def finish(self) -> list[Event]:
         """Ends the text."""
+        if self._steps.state == self._list:
+            self._calls.finish()
         return self._out.finish(self._steps.rest())
 
     def _list(self, text: str, pos: int) -> int:

@@ -40,6 +40,8 @@ class Llama3JsonParser:
 
     def finish(self) -> list[Event]:
         """Ends the text."""
+        if self._steps.state == self._object:
+            self._call.finish()
         if self._steps.state == self._separators and not self._steps.rest():
             self._out.drop()
         return self._out.finish(self._steps.rest())

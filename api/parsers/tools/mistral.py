@@ -44,6 +44,10 @@ class MistralParser:
 
     def finish(self) -> list[Event]:
         """Ends the text."""
+        if self._steps.state == self._list:
+            self._calls.finish()
+        elif self._steps.state == self._object:
+            self._arguments.finish()
         return self._out.finish(self._steps.rest())
 
     def _content(self, text: str, pos: int) -> int:

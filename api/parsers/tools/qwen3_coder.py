@@ -2,6 +2,9 @@
 
 Each value stands on lines of its own as it is, without quotes or escapes; what it means depends on its type in the
 tool's schema. It is passed on when it is complete. The end tags that models forget are not insisted on.
+
+A value may hold tags, as code about this format does. So a closing tag ends a value only if the next tag of the format
+follows, and an opening tag only if it names a parameter of the tool.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _PARAMETER_END: Final = "</parameter>"
 _OPENING: Final = Markers(_OPEN, _FUNCTION)
 _CLOSING: Final = Markers(_OPEN, _FUNCTION, _CLOSE)
 _NAME_END: Final = Markers(">", "<", "\n")
-# A value may hold tags, but hardly where a line begins.
+# Without its own closing tag a value ends at another tag, if that begins a line.
 _VALUE_END: Final = Markers(_PARAMETER_END, "\n" + _PARAMETER, "\n" + _FUNCTION_END, "\n" + _CLOSE)
 
 
@@ -41,10 +44,14 @@ class Qwen3CoderParser:
         self._parameters = Parameters(tools)
         self._name: list[str] = []
         self._size = 0
+        self._is_wrapped = False
+        """The function stands in ``<tool_call>``."""
         self._function = ""
         self._parameter = ""
         self._num_parameters = 0
         self._value: list[str] = []
+        self._tail: list[str] = []
+        """What ends the value, unless it turns out to be part of it."""
 
     def feed(self, text: str, /) -> list[Event]:
         """Takes the next piece."""
@@ -54,6 +61,11 @@ class Qwen3CoderParser:
     def finish(self) -> list[Event]:
         """Ends the text."""
         rest = self._steps.rest()
+        if not rest and self._steps.state in (self._after_value, self._after_function):
+            is_whole = self._steps.state == self._after_function
+            self._end_value()
+            if is_whole:
+                self._end_call()
         # A call is as good without all of its end tag.
         return self._out.finish("" if self._steps.state == self._after and _CLOSE.startswith(rest) else rest)
 
@@ -74,8 +86,10 @@ class Qwen3CoderParser:
             self._steps.state = self._content
         elif marker == _OPEN:
             self._out.hold(marker)
+            self._is_wrapped = True
             self._steps.state = self._opened
         elif marker == _FUNCTION:
+            self._is_wrapped = self._is_wrapped and self._steps.state == self._after
             return self._take(marker, end, self._function_name)
         return end + len(marker)
 
@@ -141,12 +155,15 @@ class Qwen3CoderParser:
             return self._give_up(end, self._after if self._num_parameters else self._content)
         if tag == _PARAMETER:
             return self._take(tag, end, self._parameter_name)
+        self._end_call()
+        return end + len(tag) if tag == _FUNCTION_END else end
+
+    def _end_call(self) -> None:
         self._begin_call()
         self._out.drop()
         self._out.arguments("}" if self._num_parameters else "{}")
         self._out.end()
         self._steps.state = self._after
-        return end + len(tag) if tag == _FUNCTION_END else end
 
     def _begin_call(self) -> None:
         if not self._num_parameters:
@@ -163,14 +180,81 @@ class Qwen3CoderParser:
         self._steps.state = self._read_value
         return end
 
+    # -- values ----------------------------------------------------------------------------------------------
+
     def _read_value(self, text: str, pos: int) -> int:
         end, marker = _VALUE_END.find(text, pos)
         self._value.append(text[pos:end])
         self._out.hold(text[pos:end])
         if not marker:
             return end
-        value = "".join(self._value).removeprefix("\n")
+        if marker == "\n" + _CLOSE:
+            self._end_value()
+            return end
+        self._tail = [marker]
+        self._out.hold(marker)
         if marker == _PARAMETER_END:
+            self._steps.state = self._after_value
+        elif marker == "\n" + _FUNCTION_END:
+            self._steps.state = self._after_function
+        else:
+            self._name.clear()
+            self._size = 0
+            self._steps.state = self._next_name
+        return end + len(marker)
+
+    def _resume_value(self) -> None:
+        """What looked like the end of the value is part of it."""
+        self._value += self._tail
+        self._steps.state = self._read_value
+
+    def _tag_behind(self, text: str, pos: int, *tags: str) -> tuple[int, str | None]:
+        """Skips space. Returns where it ends, and the tag there: empty if there is none, None if that takes more."""
+        end = skip_space(text, pos)
+        self._tail.append(text[pos:end])
+        self._out.hold(text[pos:end])
+        return end, None if end == len(text) else marker_at(text, end, *tags)
+
+    def _after_value(self, text: str, pos: int) -> int:
+        """Behind a closing tag of the parameter."""
+        end, tag = self._tag_behind(text, pos, _PARAMETER, _FUNCTION_END, _CLOSE)
+        if tag:
+            self._end_value()
+        elif tag is not None:
+            self._resume_value()
+        return end
+
+    def _after_function(self, text: str, pos: int) -> int:
+        """Behind a closing tag of the function, with the parameter's own closing tag missing."""
+        end, tag = self._tag_behind(text, pos, _CLOSE, _OPEN, _FUNCTION)
+        if tag or (tag is not None and not self._is_wrapped):
+            self._end_value()
+            self._end_call()
+        elif tag is not None:
+            self._resume_value()
+        return end
+
+    def _next_name(self, text: str, pos: int) -> int:
+        """In the opening tag of a parameter, with the closing tag of the one before missing."""
+        end, name = self._read_name(text, pos)
+        if name is None:
+            return end
+        if name and self._parameters.may_have(self._function, name):
+            self._end_value()
+            self._parameter = name
+            self._value.clear()
+            self._steps.state = self._read_value
+            return end
+        self._tail += self._name
+        if name:
+            self._tail.append(">")
+        self._resume_value()
+        return end
+
+    def _end_value(self) -> None:
+        """Passes the value on."""
+        value = "".join(self._value).removeprefix("\n")
+        if self._tail[:1] == [_PARAMETER_END]:
             value = value.removesuffix("\n")
         json = self._parameters.json(self._function, self._parameter, value)
         self._begin_call()
@@ -178,5 +262,5 @@ class Qwen3CoderParser:
         opening = ", " if self._num_parameters else "{"
         self._out.arguments(f"{opening}{json_string(self._parameter)}: {json}")
         self._num_parameters += 1
+        self._tail = []
         self._steps.state = self._body
-        return end + len(marker) if marker == _PARAMETER_END else end

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
+from urllib.parse import unquote
 
 from api.parsers.base import Tool
 from api.parsers.json_text import json_string, kind_of
 from api.parsers.python_literal import to_json
+from api.stop_regex import StopRegexChecker, StopRegexError
 
 _TYPES: Final = frozenset(("string", "number", "integer", "boolean", "object", "array", "null"))
 _NAMES: Final = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
 _MAX_HOPS: Final = 16
+_END: Final = "\0"
 _INTEGER: Final = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")
 _WORDS: Final = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
@@ -37,10 +40,52 @@ class Parameters:
             text: As the model wrote it.
         """
         root = self._schemas.get(function)
-        properties = root.get("properties") if isinstance(root, Mapping) else None
-        schema = properties.get(parameter) if isinstance(properties, Mapping) else None
-        types = _types(schema, root, _MAX_HOPS) or {"object", "array", "string"}
+        types = set[str]()
+        for schema in _property_schemas(root, parameter, root, _MAX_HOPS):
+            types |= _types(schema, root, _MAX_HOPS)
+        types = types or {"object", "array", "string"}
         return json_string(text) if types == {"string"} else _convert(text, types)
+
+    def may_have(self, function: str, parameter: str) -> bool:
+        """Whether a tool has a parameter, as far as is known."""
+        root = self._schemas.get(function)
+        return not isinstance(root, Mapping) or bool(_property_schemas(root, parameter, root, _MAX_HOPS))
+
+
+def _property_schemas(schema: Any, name: str, root: Any, hops: int) -> list[Any]:
+    """The schemas of an object's property, wherever the object's own schema declares it; see ``_types``."""
+    if not isinstance(schema, Mapping) or not hops:
+        return []
+    found = []
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping) and name in properties:
+        found.append(properties[name])
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, Mapping):
+        found += [patterns[pattern] for pattern in list(patterns)[:_MAX_HOPS] if _matches(pattern, name)]
+    if not found and isinstance(schema.get("additionalProperties"), Mapping):
+        found.append(schema["additionalProperties"])
+    for key in ("allOf", "anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            for part in schema[key][:_MAX_HOPS]:
+                found += _property_schemas(part, name, root, hops - 1)
+    if "$ref" in schema:
+        found += _property_schemas(_resolve(schema["$ref"], root), name, root, hops - 1)
+    return found
+
+
+def _matches(pattern: Any, name: str) -> bool:
+    """Whether a pattern matches somewhere in a name, in time linear in the name."""
+    if not isinstance(pattern, str):
+        return False
+    if pattern.endswith("$") and not pattern.endswith("\\$"):
+        # Only beginnings have an anchor there: a character that no name has stands for the end.
+        pattern, name = pattern[:-1] + _END, name + _END
+    try:
+        checker = StopRegexChecker((), (pattern,), False)
+    except StopRegexError:
+        return False
+    return checker.feed(name)[1] is not None
 
 
 def _types(schema: Any, root: Any, hops: int) -> set[str]:
@@ -69,10 +114,12 @@ def _types(schema: Any, root: Any, hops: int) -> set[str]:
 
 
 def _resolve(reference: Any, root: Any) -> Any:
+    if reference == "#":
+        return root
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     target = root
-    for key in reference[2:].split("/"):
+    for key in unquote(reference[2:]).split("/"):
         target = target.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
     return target
 
