@@ -14,7 +14,7 @@ from api import monitoring
 from api.anthropic import messages
 from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
-from api.middleware import Guard, RequestScope
+from api.middleware import AllowedHosts, Guard, RequestScope, allowed_hosts
 from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
@@ -209,6 +209,9 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             log_requests=not config.disable_access_log,
         )
     ]
+    hosts = allowed_hosts(config)
+    if hosts is not None:
+        middleware.append(Middleware(AllowedHosts, names=hosts))
     if config.allowed_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])

@@ -129,6 +129,14 @@ class ServerConfig(Config, frozen=True):
     allowed_origins: Annotated[
         list[str], Meta(description="Origins of web pages that may call the server (CORS); * for all.")
     ] = []
+    allowed_hosts: Annotated[
+        list[str],
+        Meta(
+            description="Names by which browsers and others may call the server, beside addresses. A server without "
+            "keys on a loopback address answers to localhost, --host and these; others to any name unless this is "
+            "given. '*' for any."
+        ),
+    ] = []
     enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
     enable_force_include_usage: Annotated[
         bool, Meta(description="End every stream with its token usage, asked for or not.")

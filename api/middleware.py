@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.errors import KINDS, error_response
 from api.traffic import CLIENT_GONE, NO_HANDLER, Traffic
@@ -97,6 +100,84 @@ def _request_id(scope: Scope) -> str:
     if len(values) == 1 and _LABEL.fullmatch(values[0]):
         return values[0].decode("ascii")
     return secrets.token_hex(16)
+
+
+class AllowedHosts:
+    """Answers only requests for a name that is known to mean this server.
+
+    A page whose own name is made to resolve to a loopback address (DNS rebinding) is no stranger to the browser, which
+    lets it read every answer. Its name in ``Host`` gives it away. Addresses are no names, so they pass; so does a
+    request without the header, which no browser sends.
+    """
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        """Prepares. ``names`` are those that are allowed, without ports."""
+        self._app = app
+        self._names = frozenset(map(_host_name, names))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for value in header_values(scope, b"host"):
+                if not self._is_allowed(value.decode("latin-1")):
+                    await error_response(self._refusal(value.decode("latin-1")), scope)(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, host: str) -> bool:
+        name = _host_name(host)
+        if name in self._names or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    @staticmethod
+    def _refusal(host: str) -> RequestError:
+        name = _host_name(host)[:128]
+        return RequestError(
+            f"this server does not answer to the name {name!r} in the request's Host header; if it should, start it "
+            f"with --allowed-hosts {name} (or with '*' for any name)",
+            status=403,
+            kind=KINDS[403],
+        )
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, or on the command line: without port, brackets and the dot of the root."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    name, _, port = host.rpartition(":")
+    if not name or not port.isdecimal() or ":" in name:
+        name = host.removesuffix(":")
+    return name.removesuffix(".").lower()
+
+
+def allowed_hosts(config: ServerConfig) -> list[str] | None:
+    """The names to which a server answers; None: any.
+
+    By default that is any, unless everybody who reaches it may use it and that should be this machine alone.
+    """
+    is_private = not config.api_key and config.uds is None and _is_loopback(config.host)
+    if "*" in config.allowed_hosts or not (is_private or config.allowed_hosts):
+        return None
+    return ["localhost", "host.docker.internal", config.host, *config.allowed_hosts]
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address to listen on."""
+    if not host:
+        return False  # all addresses
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 class Guard:

@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -24,7 +25,7 @@ from api.app import create_app
 from api.config import ServerConfig
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError
-from api.http_protocol import BoundedHttpProtocol
+from api.http_protocol import MAX_CONNECTIONS, Connections, Limits
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.progress import LoadBar
@@ -38,6 +39,10 @@ T = TypeVar("T")
 BACKLOG = 2048
 KEEP_ALIVE_TIMEOUT = 65
 """Seconds that an idle connection stays open: longer than proxies keep theirs, who would else run into its end."""
+MAX_UNSENT_BYTES = 128 << 10
+"""Of each connection that the kernel holds beside what is on its way."""
+FILES_APART = 256
+"""File descriptors that are no connections, at most."""
 FLUSH_TIMEOUT = 2.0
 """Seconds that answers which were ended have to reach their clients."""
 SHUTTING_DOWN = "the server is shutting down"
@@ -100,6 +105,8 @@ def open_listener(config: ServerConfig) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Else the kernel would take megabytes for a client that does not read.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         listener.bind(address)
     except OSError as error:
         listener.close()
@@ -291,11 +298,25 @@ def _url(config: ServerConfig, listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _limits() -> Limits:
+    """As many connections as there may be file descriptors for."""
+    wanted = MAX_CONNECTIONS + FILES_APART
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return Limits()
+    return Limits(connections=max(min(MAX_CONNECTIONS, soft - FILES_APART), 16))
+
+
 def _uvicorn_config(config: ServerConfig, serving: Serving, traffic: Traffic) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(serving, traffic),
         loop="none",
-        http=BoundedHttpProtocol,
+        http=Connections(_limits()).protocol,  # type: ignore[arg-type]  # a factory does
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,10 +1,12 @@
-"""What passes through the server: open requests, whether new ones are taken, and counters of both."""
+"""What passes through the server: open requests, their bodies, whether new ones are taken, and counters."""
 
 from __future__ import annotations
 
 import asyncio
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from api.openai.body_budget import BodyBudget
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_HANDLER = "none"
@@ -20,6 +22,8 @@ class Traffic:
         self.num_open = 0
         self.is_draining = False
         """No new requests are taken, as the server is about to stop."""
+        self.bodies = BodyBudget()
+        """Memory of request bodies while they are read."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)

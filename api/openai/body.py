@@ -10,8 +10,10 @@ import msgspec
 from starlette.requests import Request
 
 from api.errors import RequestError
+from api.openai.body_budget import HeldBody
 from api.openai.errors import KINDS, decode_error, malformed
 from api.serving import Serving
+from api.traffic import Traffic
 from engine_core.launch import get_logger
 
 T = TypeVar("T")
@@ -49,16 +51,20 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
         max_size: Most bytes that are read.
 
     Raises:
-        RequestError: 400 if it is no JSON of that type, 413 if it is too large.
+        RequestError: 400 if it is no JSON of that type, 408 if it comes too slowly, 413 if it is too large, 503 if
+            there is no memory for it.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise malformed("Unsupported media type: only application/json is allowed as Content-Type")
-    body = await _read(request, max_size)
-    try:
-        result = decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise decode_error(error) from None
+    traffic: Traffic = request.app.state.traffic
+    with traffic.bodies.open() as held:
+        body = await _read(request, max_size, held)
+        held.complete()
+        try:
+            result = decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise decode_error(error) from None
     serving: Serving = request.app.state.serving
     if serving.config.strict or logger.isEnabledFor(logging.DEBUG):
         _look_for_unknown_fields(body, decoder.type, refuse=serving.config.strict)
@@ -94,7 +100,7 @@ def shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
 
 
-async def _read(request: Request, max_size: int) -> bytes:
+async def _read(request: Request, max_size: int, held: HeldBody) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > max_size):
         raise _too_large(max_size)
@@ -103,6 +109,7 @@ async def _read(request: Request, max_size: int) -> bytes:
         if len(body) + len(chunk) > max_size:
             raise _too_large(max_size)
         body += chunk
+        await held.grow(len(chunk))
     return bytes(body)
 
 

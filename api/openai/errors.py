@@ -21,12 +21,16 @@ MAX_MESSAGE_CHARS = 1000
 KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "Not Found",
     405: "Method Not Allowed",
+    408: "Request Timeout",
     413: "Request Entity Too Large",
+    431: "Request Header Fields Too Large",
     500: "InternalServerError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
+    505: "HTTP Version Not Supported",
 }
 """The ``type`` of an error that brings none of its own."""
 

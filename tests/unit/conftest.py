@@ -24,7 +24,7 @@ class Api:
 
     def __init__(self, server: FakeServer) -> None:
         self.server = server
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.app), base_url="http://test")
+        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=server.app), base_url="http://localhost")
 
     async def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return await self._client.get(path, **kwargs)

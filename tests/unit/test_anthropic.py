@@ -41,9 +41,9 @@ def body(**fields: Any) -> dict[str, Any]:
 
 def client_of(api: Api, **options: Any) -> anthropic.AsyncAnthropic:
     transport = httpx2.ASGITransport(app=api.server.app)
-    http_client = httpx2.AsyncClient(transport=transport, base_url="http://test")
+    http_client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
     options = {"api_key": "x", **options}
-    return anthropic.AsyncAnthropic(base_url="http://test", http_client=http_client, max_retries=0, **options)
+    return anthropic.AsyncAnthropic(base_url="http://localhost", http_client=http_client, max_retries=0, **options)
 
 
 async def events_of(api: Api, request: dict[str, Any]) -> list[Any]:

@@ -144,7 +144,7 @@ async def test_bodies_that_are_too_large() -> None:
             yield b" " * 10
 
     transport = httpx.ASGITransport(app=api.server.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         headers = {"content-type": "application/json"}
         error_of(await client.post(COMPLETIONS, content=endless(), headers=headers), 413)
         assert num_read <= 12

@@ -277,7 +277,7 @@ async def test_a_schema_that_is_too_deep(api: Api) -> None:
 
 
 def client_of(api: Api) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=api._client, max_retries=0)
+    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="x", http_client=api._client, max_retries=0)
 
 
 async def test_the_client_s_parsed_tools() -> None:

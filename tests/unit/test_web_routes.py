@@ -22,7 +22,7 @@ def client(pages: WebPages) -> httpx.AsyncClient:
     routes = [Route(row.path, row.handler, methods=[row.method]) for row in pages.operations()]
     app = Starlette(routes=routes, exception_handlers=dict(EXCEPTION_HANDLERS))
     app.router.redirect_slashes = False
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ async def test_nothing_else_can_be_had(path: str, tmp_path: Path) -> None:
     pages = WebPages(folder)
     assert pages.names == {"index.html", "docs.html", "app.js"}
     async with client(pages) as http:
-        response = await http.get(httpx.URL("http://test").copy_with(raw_path=path.encode()))
+        response = await http.get(httpx.URL("http://localhost").copy_with(raw_path=path.encode()))
     assert response.status_code == 404
     assert b"secret" not in response.content
 
