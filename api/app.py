@@ -22,6 +22,7 @@ from api.responses import endpoints as responses
 from api.responses import protocol as responses_protocol
 from api.responses.errors import RESPONSES_ERRORS
 from api.serving import Serving
+from api.tenants import QueueGate
 from api.traffic import Traffic
 from api.web_routes import WebPages
 
@@ -35,6 +36,7 @@ OPERATIONS = (
         response=protocol.ChatCompletionResponse,
         chunk=protocol.ChatCompletionChunk,
         task="generate",
+        queues=True,
     ),
     Operation(
         "POST",
@@ -45,6 +47,7 @@ OPERATIONS = (
         response=protocol.CompletionResponse,
         chunk=protocol.CompletionResponse,
         task="generate",
+        queues=True,
     ),
     Operation(
         "POST",
@@ -55,6 +58,7 @@ OPERATIONS = (
         example={"input": ["one text", "another"]},
         response=pooling_protocol.EmbeddingResponse,
         task="pool",
+        queues=True,
     ),
     *(
         Operation(
@@ -66,6 +70,7 @@ OPERATIONS = (
             example={"queries": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.ScoreResponse,
             task="pool",
+            queues=True,
         )
         for path, handler in (("/score", scoring.score), ("/v1/score", scoring.v1_score))
     ),
@@ -79,6 +84,7 @@ OPERATIONS = (
             example={"query": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.RerankResponse,
             task="pool",
+            queues=True,
         )
         for path, handler in (
             ("/rerank", scoring.rerank),
@@ -96,6 +102,7 @@ OPERATIONS = (
         chunk=anthropic.StreamEvent,
         errors=ANTHROPIC_ERRORS,
         task="generate",
+        queues=True,
     ),
     Operation(
         "POST",
@@ -117,6 +124,7 @@ OPERATIONS = (
         chunk=responses_protocol.ResponseEvent,
         errors=RESPONSES_ERRORS,
         task="generate",
+        queues=True,
     ),
     Operation(
         "GET",
@@ -196,6 +204,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             middleware=[
                 *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
                 *([] if operation.is_open else [guard]),
+                *([Middleware(QueueGate)] if operation.queues else []),
             ],
         )
         for operation in operations

@@ -19,6 +19,7 @@ from api.engine_client import EngineClient
 from api.errors import RequestError
 from api.output import Channel, OutputOptions, RequestState
 from api.params import SamplingParams, resolve_params
+from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.messages import ResolvedParams, TokenLogprobs, f32, i32
 
@@ -112,6 +113,7 @@ class BeamSearch:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: Tenant = NOBODY,
     ) -> None:
         """Prepares; nothing runs before ``start``.
 
@@ -128,6 +130,7 @@ class BeamSearch:
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
+        self._tenant = tenant
         limits = serving.limits
         if params.beam_width > limits.vocab_size:
             raise RequestError(
@@ -155,7 +158,8 @@ class BeamSearch:
             EngineDeadError: The engine was given up.
             RequestError: Too many requests wait already.
         """
-        self._submit([Beam()])
+        is_extra = self._client.check_queue(self._tenant, 1, len(self._prompt))
+        self._submit([Beam()], is_extra=is_extra)
 
     async def run(self) -> list[Beam]:
         """Searches.
@@ -187,7 +191,7 @@ class BeamSearch:
         self._client.abort(self._states)
         self._states = []
 
-    def _submit(self, beams: list[Beam]) -> None:
+    def _submit(self, beams: list[Beam], *, is_extra: bool = False) -> None:
         self._states = []
         for choice, beam in enumerate(beams):
             self._states.append(
@@ -200,6 +204,8 @@ class BeamSearch:
                     options=OutputOptions(detokenize=False, is_part=True),
                     priority=self._priority,
                     cache_salt=self._cache_salt,
+                    tenant=self._tenant,
+                    is_extra=is_extra,
                     output_token_ids=beam.token_ids,
                 )
             )

@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 import zmq
 
-from api.errors import EngineDeadError, RequestError
+from api.errors import EngineDeadError
 from api.metrics import EngineMetrics
 from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.queue_bound import NOBODY, QueueBound, Tenant
 from api.structured import vocabulary_frame
 from api.supervisor import Supervisor
 from api.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ class EngineClient:
         *,
         on_progress: Callable[[LoadProgress], None] | None = None,
         on_fatal: Callable[[EngineDeadError], None] | None = None,
+        bounds_queue: bool = False,
         log_level: str = "info",
     ) -> None:
         """Prepares a client; ``start`` launches the engine.
@@ -84,6 +86,7 @@ class EngineClient:
             metrics: Where everything is counted.
             on_progress: Called while the model loads.
             on_fatal: Called once when the engine is given up after it had been ready.
+            bounds_queue: ``check_queue`` refuses requests when too many wait.
             log_level: Of the child processes.
         """
         self.tokenizer = tokenizer
@@ -95,7 +98,8 @@ class EngineClient:
         self._metrics = metrics
         self._on_progress = on_progress
         self._on_fatal = on_fatal
-        self._processor = OutputProcessor(metrics)
+        self._queue = QueueBound(config.scheduler, enabled=bounds_queue)
+        self._processor = OutputProcessor(metrics, self._queue)
         self._supervisor = Supervisor(config, self._on_exit, log_level)
         self._epoch = 0
         self._serving = False
@@ -139,6 +143,7 @@ class EngineClient:
         self._launch()
         self.ready = await self._started
         self._metrics.on_ready(self.ready)
+        self._queue.on_ready(self.ready)
         self._pinger = asyncio.create_task(self._watch_heartbeat())
         return self.ready
 
@@ -203,22 +208,22 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        tenant: Tenant = NOBODY,
+        is_extra: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
 
         ``output_token_ids`` are taken for the beginning of its output; what comes goes on from there. Such a request
-        is part of something that has begun, so it need not wait in a queue that has room.
+        is part of something that has begun, so it does not count as waiting.
+        ``is_extra`` is what ``check_queue`` said, which comes before: nothing is refused here.
         A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
 
         Raises:
             EngineDeadError: The engine was given up.
-            RequestError: Too many requests wait already.
         """
         if self.dead is not None:
             raise self.dead
-        if not output_token_ids:
-            self._check_queue()
         self._next_index += 1
         message = EngineCoreRequest(
             request_id=request_id,
@@ -229,12 +234,15 @@ class EngineClient:
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
         )
         state = RequestState(message, options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
         self._processor.add(state)
+        if not output_token_ids:
+            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
         if self._serving and self._send_vocabulary(state):
             self._send_frame(frame)
         return state
@@ -273,14 +281,38 @@ class EngineClient:
             elif self._serving and self._send_vocabulary(state):
                 self._send(resumed_request(state))
 
-    def _check_queue(self) -> None:
-        bound = self._config.scheduler.max_num_queued_reqs
-        if bound is not None and self.num_unfinished >= self._config.scheduler.max_num_seqs + bound:
-            raise RequestError(
-                "The engine is currently busy and cannot accept new requests. Please try again later.",
-                status=503,
-                kind="ServiceUnavailableError",
-            )
+    def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
+        """Refuses requests when too many wait already.
+
+        Args:
+            tenant: Who they are for.
+            count: How many there are; they come in together or not at all.
+            num_tokens: Of all their prompts; 0: not known yet.
+
+        Returns:
+            ``is_extra`` of ``submit``: they come in although the queue is full, as others have more than their share.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: 429.
+        """
+        return self._present_queue().check(tenant, count, num_tokens)
+
+    def check_key(self, key: str) -> None:
+        """Refuses a request of a key, whoever it is for, when too many wait already.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: 429.
+        """
+        self._present_queue().check_key(key)
+
+    def _present_queue(self) -> QueueBound:
+        if self.dead is not None:
+            raise self.dead
+        self._queue.num_unfinished = self.num_unfinished
+        self._queue.is_saturated = self._metrics.scheduler_stats.num_waiting_reqs > 0
+        return self._queue
 
     def abort(self, states: Iterable[RequestState]) -> None:
         """Drops requests; those that are finished already are left alone."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.errors import KINDS, error_response
+from api.tenants import short_name
 from api.traffic import CLIENT_GONE, NO_HANDLER, Traffic
 from engine_core.launch import get_logger
 
@@ -186,28 +187,34 @@ class Guard:
     def __init__(self, app: ASGIApp, traffic: Traffic, keys: Iterable[str]) -> None:
         self._app = app
         self._traffic = traffic
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = {hashlib.sha256(key.encode()).digest(): short_name(key) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._digests and not self._has_key(scope):
-            raise RequestError(
-                "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY", status=401, kind=KINDS[401]
-            )
+        if self._digests:
+            name = self._find_key(scope)
+            if name is None:
+                raise RequestError(
+                    "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
+                    status=401,
+                    kind=KINDS[401],
+                )
+            scope["state"]["key_name"] = name
         if self._traffic.is_draining:
             raise RequestError(
                 "The server is shutting down.", status=503, kind=KINDS[503], headers={"Connection": "close"}
             )
         await self._app(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _find_key(self, scope: Scope) -> str | None:
+        """The short name of the key that a request has; None if it has no valid one."""
         values = header_values(scope, b"authorization")
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        is_bearer = self._is_key(key.strip()) and scheme.lower() == b"bearer"
+        bearer = self._name_of(key.strip()) if scheme.lower() == b"bearer" else None
         values = header_values(scope, b"x-api-key")
-        return self._is_key(values[0].strip() if len(values) == 1 else b"") or is_bearer
+        return self._name_of(values[0].strip() if len(values) == 1 else b"") or bearer
 
-    def _is_key(self, key: bytes) -> bool:
+    def _name_of(self, key: bytes) -> str | None:
         given = hashlib.sha256(key).digest()
         # All keys are compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(digest, given) for digest in self._digests]
-        return any(matches) and bool(key)
+        matches = [name for digest, name in self._digests.items() if hmac.compare_digest(digest, given)]
+        return matches[0] if matches and key else None

@@ -19,6 +19,7 @@ ERRORS = {
     401: "No valid API key.",
     404: "There is no such model.",
     413: "The body is too large.",
+    429: "Too many requests are waiting.",
     500: "The server is at fault.",
     503: "The server is busy or about to stop.",
 }
@@ -50,6 +51,8 @@ class Operation:
     errors: ErrorShape = OPENAI_ERRORS
     task: Literal["generate", "pool"] | None = None
     """What the server must be configured to do; None: nothing in particular."""
+    queues: bool = False
+    """Its requests wait for the engine, so they are refused when too many do."""
     is_open: bool = False
     """Needs no key, and is served while the server drains."""
 

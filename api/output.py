@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from api.detokenizer import IncrementalDetokenizer
 from api.metrics import EngineMetrics
+from api.queue_bound import QueueBound
 from api.stop_search import StopSearch
 from api.tokenizer import Tokenizer
 from engine_core.launch import get_logger
@@ -263,9 +264,11 @@ class RequestState:
 class OutputProcessor:
     """Owns the table of requests and the text of each."""
 
-    def __init__(self, metrics: EngineMetrics) -> None:
+    def __init__(self, metrics: EngineMetrics, queue: QueueBound) -> None:
+        """Prepares. ``queue`` is told when requests have their first output or end without one."""
         self.states: dict[int, RequestState] = {}
         self._metrics = metrics
+        self._queue = queue
 
     def add(self, state: RequestState) -> None:
         self.states[state.index] = state
@@ -275,6 +278,7 @@ class OutputProcessor:
         state = self.states.pop(index, None)
         if state is not None:
             state.finished = True
+            self._queue.leave(index)
         return state
 
     def abort(self, state: RequestState) -> bool:
@@ -342,6 +346,7 @@ class OutputProcessor:
             return 0
         tokens = output.new_token_ids[skip:]
         if output.scheduled_time is not None and state.scheduled_time is None:
+            self._queue.begin(state.index)
             state.scheduled_time = output.scheduled_time
             state.num_cached_tokens = output.num_cached_tokens or 0
         if tokens:

@@ -187,6 +187,7 @@ class _Run:
             self._metrics,
             on_progress=self._bar.update,
             on_fatal=self._on_fatal,
+            bounds_queue=True,
             log_level=config.log_level,
         )
 

@@ -21,6 +21,7 @@ from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
 from api.params import ModelLimits, SamplingParams, default_params, resolve_params
 from api.pooling import check_prompt_length
+from api.queue_bound import NOBODY, Tenant
 from api.responses.store import ResponseStore
 from api.structured import grammar_spec
 from api.thinking import thinking_budget
@@ -161,6 +162,7 @@ class Serving:
         cache_salt: str = "",
         first_choice: int = 0,
         kept_special_ids: frozenset[int] = frozenset(),
+        tenant: Tenant = NOBODY,
         grammar_param: str = "structured_outputs",
     ) -> list[RequestState]:
         """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
@@ -170,7 +172,7 @@ class Serving:
         ``grammar_param``.
 
         Raises:
-            RequestError: A parameter does not suit the model or a prompt is too long.
+            RequestError: A parameter does not suit the model, a prompt is too long, or too many requests wait.
             EngineDeadError: The engine was given up.
         """
         self.check_priority(priority)
@@ -192,6 +194,8 @@ class Serving:
             detokenize=params.detokenize,
             min_tokens=params.min_tokens,
         )
+        num_tokens = num_completions * sum(map(len, prompts))
+        is_extra = self.client.check_queue(tenant, len(resolved), num_tokens)
         states: list[RequestState] = []
         try:
             for choice, engine_params in enumerate(resolved):
@@ -205,6 +209,8 @@ class Serving:
                         options=options,
                         priority=priority,
                         cache_salt=cache_salt,
+                        tenant=tenant,
+                        is_extra=is_extra,
                         grammar=grammar,
                     )
                 )
@@ -225,6 +231,7 @@ class Serving:
         priority: int = 0,
         cache_salt: str = "",
         first_choice: int = 0,
+        tenant: Tenant = NOBODY,
     ) -> list[RequestState]:
         """Starts requests that generate nothing: the vector of prompt ``p`` is choice ``first_choice + p``.
 
@@ -239,15 +246,17 @@ class Serving:
             priority: As in ``submit``.
             cache_salt: As in ``submit``.
             first_choice: Number of the first one.
+            tenant: Who they are for.
 
         Raises:
-            RequestError: A prompt does not suit the model.
+            RequestError: A prompt does not suit the model, or too many requests wait.
             EngineDeadError: The engine was given up.
         """
         self.check_priority(priority)
         for prompt in prompts:
             self.check_token_ids(prompt, field)
             check_prompt_length(len(prompt), self.limits)
+        is_extra = self.client.check_queue(tenant, len(prompts), sum(map(len, prompts)))
         states: list[RequestState] = []
         try:
             for number, prompt in enumerate(prompts):
@@ -261,6 +270,8 @@ class Serving:
                         options=_NO_TEXT,
                         priority=priority,
                         cache_salt=cache_salt,
+                        tenant=tenant,
+                        is_extra=is_extra,
                     )
                 )
         except BaseException:

@@ -69,8 +69,19 @@ class SchedulerConfig(Config, frozen=True):
         ),
     ] = 0
     max_num_queued_reqs: Annotated[
-        Positive | None,
-        Meta(description="Requests that may wait; one more is refused with status 503. Default: no bound."),
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="Requests that may wait for the server; one more is refused with status 429, unless it is of "
+            "somebody who has less than their share waiting. Default: what is served in a minute, by measured rates, "
+            "but at least --max-num-seqs. Not for run-batch."
+        ),
+    ] = None
+    max_num_queued_tokens: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="Prompt tokens that may wait, in the same way. Default: as for requests, but at least what the "
+            "KV cache holds; no bound if --max-num-queued-reqs is given."
+        ),
     ] = None
 
 

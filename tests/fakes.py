@@ -20,13 +20,15 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from api.app import create_app
 from api.config import ServerConfig
 from api.engine_client import EngineClient
-from api.errors import EngineDeadError, RequestError
+from api.errors import EngineDeadError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.serving import Serving
 from api.tokenizer import Tokenizer
 from api.traffic import Traffic
+from engine_core.config import SchedulerConfig
 from engine_core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -143,12 +145,15 @@ class FakeEngineClient:
         self.likely: Callable[[list[int]], dict[int, float]] | None = None
         """The log probabilities of the tokens that may follow others; None: see ``fake_logprobs``."""
         self.max_queued: int | None = None
+        """Requests that may be unfinished."""
+        self.checked: list[tuple[Tenant, int]] = []
+        """What asked for room in the queue: who, and for how many requests."""
         self.num_cached_tokens = 0
         self.refusal: tuple[str, str] | None = None
         """Message and field with which every request ends at its first step."""
         self.steps_left: int | None = None
         """None: no bound. Requests wait at 0."""
-        self._processor = OutputProcessor(metrics)
+        self._processor = OutputProcessor(metrics, QueueBound(SchedulerConfig()))
         self._rows: dict[int, _Row] = {}
         self._stepper: asyncio.Task[None] | None = None
         self._next_index = 0
@@ -160,6 +165,17 @@ class FakeEngineClient:
     @property
     def is_serving(self) -> bool:
         return self.dead is None
+
+    def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
+        if self.dead is not None:
+            raise self.dead
+        self.checked.append((tenant, count))
+        if self.max_queued is not None and self.num_unfinished + count > self.max_queued:
+            raise queue_full(7)
+        return False
+
+    def check_key(self, key: str) -> None:
+        pass
 
     def open_channel(self, stream_interval: int = 1) -> Channel:
         loop = asyncio.get_running_loop()
@@ -177,12 +193,12 @@ class FakeEngineClient:
         priority: int = 0,
         cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
+        tenant: Tenant = NOBODY,
+        is_extra: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> RequestState:
         if self.dead is not None:
             raise self.dead
-        if not output_token_ids and self.max_queued is not None and self.num_unfinished >= self.max_queued:
-            raise RequestError("The engine is currently busy.", status=503, kind="ServiceUnavailableError")
         self._next_index += 1
         message = EngineCoreRequest(
             request_id=request_id,
@@ -193,6 +209,7 @@ class FakeEngineClient:
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
         )

@@ -48,6 +48,7 @@ from api.openai.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typ
 from api.output import Delta
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from api.serving import Serving
+from api.tenants import enter_queue
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
 COUNT_DECODER = msgspec.json.Decoder(ConversationRequest)
@@ -58,10 +59,11 @@ async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
+    tenant = enter_queue(request, None if body.metadata is None else body.metadata.user_id)
     chat = to_chat_request(body)
     if serving.config.reasoning_parser is None:
         chat.thinking_token_budget = None  # a model that does not think keeps to any budget
-    answer = await prepare_answer(serving, chat, f"msg_{secrets.token_hex(12)}", fits_max_tokens=True)
+    answer = await prepare_answer(serving, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, fits_max_tokens=True)
     reply = MessagesReply(serving, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)

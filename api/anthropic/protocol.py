@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -131,6 +131,13 @@ class ConversationRequest(msgspec.Struct, kw_only=True):
     output_config: OutputConfig | None = None
 
 
+class RequestMetadata(msgspec.Struct, kw_only=True):
+    """What a client says about a request."""
+
+    user_id: str | None = None
+    """Who it is for: users of an API key take turns."""
+
+
 class MessagesRequest(ConversationRequest, kw_only=True):
     """Body of POST /v1/messages."""
 
@@ -141,8 +148,7 @@ class MessagesRequest(ConversationRequest, kw_only=True):
     temperature: Share | None = None
     top_k: OffOrCount | None = None
     top_p: Share | None = None
-    metadata: Any = None
-    """Not read."""
+    metadata: RequestMetadata | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------

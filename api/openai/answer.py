@@ -34,6 +34,7 @@ from api.parsers import (
     merge,
     prompt_opens_reasoning,
 )
+from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 
 
@@ -152,7 +153,12 @@ class ChatAnswer:
 
 
 async def prepare_answer(
-    serving: Serving, request: ChatCompletionRequest, answer_id: str, *, fits_max_tokens: bool = False
+    serving: Serving,
+    request: ChatCompletionRequest,
+    answer_id: str,
+    *,
+    tenant: Tenant = NOBODY,
+    fits_max_tokens: bool = False,
 ) -> ChatAnswer:
     """Checks a request, renders and tokenises its conversation. Nothing runs yet.
 
@@ -160,6 +166,7 @@ async def prepare_answer(
         serving: Where it is served; the model's name was checked.
         request: The conversation and how to answer.
         answer_id: Becomes the generation's id.
+        tenant: Who it is for.
         fits_max_tokens: Cut ``max_tokens`` to what the context has room for, rather than refuse it.
 
     Raises:
@@ -179,7 +186,7 @@ async def prepare_answer(
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
     text_format = _text_format(serving, request, use, text)
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
-    generation = create_generation(serving, answer_id, [prompt], params, request, kept)
+    generation = create_generation(serving, answer_id, [prompt], params, request, kept, tenant=tenant)
     offsets: TokenOffsets | UnsetType = UNSET
     if request.return_token_offsets:
         offsets = prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)

@@ -15,6 +15,7 @@ from api.openai.stream import Generation
 from api.openai.structured import structured_outputs
 from api.output import Delta
 from api.params import SamplingParams
+from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.launch import get_logger
 
@@ -81,13 +82,15 @@ def create_generation(
     params: SamplingParams | BeamSearchParams,
     request: GenerationRequest,
     kept_special_ids: frozenset[int] = frozenset(),
+    *,
+    tenant: Tenant = NOBODY,
 ) -> Generation:
     """What makes the tokens of a request; nothing runs before its ``start``.
 
     ``kept_special_ids`` are special tokens that stay in the text although others are left out.
     """
     if isinstance(params, BeamSearchParams):
-        return BeamGeneration(serving, request_id, prompts, params, request, kept_special_ids)
+        return BeamGeneration(serving, request_id, prompts, params, request, kept_special_ids, tenant)
     return Generation(
         serving,
         request_id,
@@ -97,6 +100,7 @@ def create_generation(
         cache_salt=request.cache_salt or "",
         stream_interval=stream_interval(serving.config, request),
         kept_special_ids=kept_special_ids,
+        tenant=tenant,
         grammar_param=_grammar_param(params, request),
     )
 
@@ -118,9 +122,10 @@ class BeamGeneration(Generation):
         params: BeamSearchParams,
         request: GenerationRequest,
         kept_special_ids: frozenset[int],
+        tenant: Tenant,
     ) -> None:
         """Prepares. Nothing runs before ``start``."""
-        super().__init__(serving, request_id, prompts, params, kept_special_ids=kept_special_ids)
+        super().__init__(serving, request_id, prompts, params, kept_special_ids=kept_special_ids, tenant=tenant)
         self._width = params.beam_width
         self._beam_params = params
         self._request = request
@@ -138,6 +143,7 @@ class BeamGeneration(Generation):
                 self._beam_params,
                 priority=request.priority or 0,
                 cache_salt=request.cache_salt or "",
+                tenant=self._tenant,
             )
             for index, prompt in enumerate(self.prompts)
         ]

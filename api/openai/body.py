@@ -28,7 +28,6 @@ UNREAD = frozenset(
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "safety_identifier",
         "service_tier",
         "session_id",
         "store",

@@ -45,6 +45,7 @@ from api.openai.stream import (
 from api.output import Delta
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
 from api.serving import Serving
+from api.tenants import enter_queue
 
 DECODER = msgspec.json.Decoder(ChatCompletionRequest)
 
@@ -54,7 +55,9 @@ async def create_chat_completion(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    answer = await prepare_answer(serving, body, answer_id("chatcmpl", request, body.request_id))
+    count = 1 if body.use_beam_search else body.n or 1
+    tenant = enter_queue(request, body.safety_identifier or body.user, count)
+    answer = await prepare_answer(serving, body, answer_id("chatcmpl", request, body.request_id), tenant=tenant)
     reply = ChatReply(serving, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)

@@ -45,6 +45,7 @@ from api.openai.stream import (
 from api.output import Delta
 from api.params import MAX_N
 from api.serving import Serving
+from api.tenants import enter_queue
 
 DECODER = msgspec.json.Decoder(CompletionRequest)
 DEFAULT_MAX_TOKENS = 16
@@ -67,6 +68,8 @@ async def create_completion(request: Request) -> Response:
     if len(prompts) * max(1, body.n or 1, body.best_of or 1) > MAX_N:
         name = "n" if body.best_of is None else "best_of"
         raise RequestError(f"prompts times {name} must be at most {MAX_N}", name)
+    count = len(prompts) * (1 if body.use_beam_search else max(1, body.n or 1, body.best_of or 1))
+    tenant = enter_queue(request, body.safety_identifier or body.user, count)
     token_ids = [
         await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
         for prompt in prompts
@@ -90,7 +93,9 @@ async def create_completion(request: Request) -> Response:
             best_of=body.best_of,
         )
     )
-    generation = create_generation(serving, answer_id("cmpl", request, body.request_id), token_ids, params, body)
+    generation = create_generation(
+        serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, tenant=tenant
+    )
     reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n, offsets)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)

@@ -26,6 +26,7 @@ from api.openai.stream import WholeAnswer
 from api.output import Delta
 from api.pooling import PoolingParams, resolve_pooling
 from api.serving import Serving
+from api.tenants import enter_queue
 
 DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -46,12 +47,16 @@ async def create_embedding(request: Request) -> Response:
         serving.limits,
     )
     field = "input" if body.messages is None else "messages"
+    enter_queue(request, body.user)
     texts = await _texts(serving, body)
+    tenant = enter_queue(request, body.user, len(texts))
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     prompts = [
         await pooling_prompt(serving, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
     ]
-    work = PoolingWork(serving, answer_id("embd", request, body.request_id), prompts, params, body, field=field)
+    work = PoolingWork(
+        serving, answer_id("embd", request, body.request_id), prompts, params, body, field=field, tenant=tenant
+    )
     return WholeAnswer(work, EmbeddingReply(serving, body, work))
 
 

@@ -11,6 +11,7 @@ from api.errors import RequestError
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
 from api.openai.stream import EngineWork
 from api.pooling import cut
+from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.messages import PoolingParams
 
@@ -72,12 +73,14 @@ class PoolingWork(EngineWork):
         request: PoolingRequest,
         *,
         field: str,
+        tenant: Tenant = NOBODY,
     ) -> None:
         """Prepares; see ``Serving.submit_pooling``."""
         super().__init__(serving, request_id, prompts, len(prompts))
         self._params = params
         self._request = request
         self._field = field
+        self._tenant = tenant
 
     def submit(self) -> None:
         """Starts the requests."""
@@ -89,6 +92,7 @@ class PoolingWork(EngineWork):
             field=self._field,
             priority=self._request.priority or 0,
             cache_salt=self._request.cache_salt or "",
+            tenant=self._tenant,
         )
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:

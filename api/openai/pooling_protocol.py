@@ -31,7 +31,7 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     request_id: Label | None = None
     """Becomes part of the answer's id. Default: the X-Request-Id header, else a random one."""
     user: str | None = None
-    """Not read."""
+    """Who the request is for: users of an API key take turns."""
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True):

@@ -149,7 +149,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     request_id: Label | None = None
     """Becomes part of the answer's id. Default: the X-Request-Id header, else a random one."""
     user: str | None = None
-    """Not read."""
+    """Who the request is for: users of an API key take turns."""
+    safety_identifier: str | None = None
+    """Newer name of ``user``."""
 
     # Refused, see refusals.py.
     prompt_embeds: Later = None

@@ -30,6 +30,7 @@ from api.openai.stream import WholeAnswer
 from api.output import Delta
 from api.pooling import PoolingParams, cosine, pair_up, resolve_pooling
 from api.serving import Serving
+from api.tenants import enter_queue
 
 SCORE_DECODER = msgspec.json.Decoder(ScoreRequest)
 RERANK_DECODER = msgspec.json.Decoder(RerankRequest)
@@ -106,9 +107,11 @@ async def _start(
         (fields[1], documents, body.max_tokens_per_doc or 0),
     )
     params = resolve_pooling(PoolingParams(), serving.config.pooler_config, serving.limits)
+    for field, texts, _ in sides:
+        check_count(len(texts), field)
+    tenant = enter_queue(request, body.user, len(queries) + len(documents))
     prompts = []
     for field, texts, max_tokens in sides:
-        check_count(len(texts), field)
         prompts += [
             await pooling_prompt(
                 serving,
@@ -120,7 +123,8 @@ async def _start(
             )
             for text in texts
         ]
-    return PoolingWork(serving, answer_id(prefix, request, body.request_id), prompts, params, body, field=fields[1])
+    work_id = answer_id(prefix, request, body.request_id)
+    return PoolingWork(serving, work_id, prompts, params, body, field=fields[1], tenant=tenant)
 
 
 class ScoreReply:

@@ -27,6 +27,7 @@ from api.openai.errors import KINDS, render, to_request_error
 from api.openai.protocol import PromptTokensDetails, Usage
 from api.output import Delta, RequestState
 from api.params import SamplingParams
+from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.launch import get_logger
 
@@ -184,6 +185,7 @@ class Generation(EngineWork):
         cache_salt: str = "",
         stream_interval: int = 1,
         kept_special_ids: frozenset[int] = frozenset(),
+        tenant: Tenant = NOBODY,
         grammar_param: str = "structured_outputs",
     ) -> None:
         """Prepares; see ``Serving.submit``. ``grammar_param`` is the field that asks for structured outputs, if one
@@ -194,6 +196,7 @@ class Generation(EngineWork):
         self._priority = priority
         self._cache_salt = cache_salt
         self._kept_special_ids = kept_special_ids
+        self._tenant = tenant
         self._grammar_param = grammar_param
 
     @property
@@ -212,6 +215,7 @@ class Generation(EngineWork):
             priority=self._priority,
             cache_salt=self._cache_salt,
             kept_special_ids=self._kept_special_ids,
+            tenant=self._tenant,
             grammar_param=self._grammar_param,
         )
 

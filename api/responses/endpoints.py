@@ -30,6 +30,7 @@ from api.responses.protocol import (
 from api.responses.reply import ResponseReply
 from api.responses.store import EventLog, StoredResponse
 from api.serving import Serving
+from api.tenants import enter_queue
 from engine_core.launch import get_logger
 
 logger = get_logger()
@@ -44,11 +45,13 @@ async def create_response(request: Request) -> Response:
     serving.check_model(body.model)
     is_stored = body.store is not False and serving.response_store.is_enabled
     _check(body, is_stored=is_stored)
+    tenant = enter_queue(request, body.safety_identifier or body.user)
     previous: list[ChatMessage] = []
     if body.previous_response_id is not None:
         previous = _previous(serving, body.previous_response_id)
     with with_own_fields():
-        answer = await prepare_answer(serving, to_chat_request(body, previous), f"resp_{secrets.token_hex(16)}")
+        chat = to_chat_request(body, previous)
+        answer = await prepare_answer(serving, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant)
     response = _new_response(serving, body, answer, is_stored=is_stored)
     conversation = [*previous, *input_messages(body.input)]
     making = _Making(serving, body, answer, response, conversation)

@@ -9,7 +9,7 @@ from api.errors import RequestError
 from api.openai.errors import ErrorShape, render
 from api.openai.protocol import ErrorResponse
 
-_KINDS = {400: "invalid_request_error", 404: "not_found_error"}
+_KINDS = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_exceeded"}
 _FIELDS = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",

@@ -98,7 +98,9 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     metadata: dict[str, str] | None = None
     """Comes back with the response."""
     user: str | None = None
-    """Comes back with the response."""
+    """Who the request is for: users of an API key take turns. Comes back with the response."""
+    safety_identifier: str | None = None
+    """Newer name of ``user``."""
 
     chat_template_kwargs: JsonObject | None = None
     """More variables for the template."""

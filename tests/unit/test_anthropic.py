@@ -335,7 +335,8 @@ async def test_the_shape_of_errors() -> None:
     assert (response.status_code, response.json()["error"]["type"]) == (413, "request_too_large")
     server.engine.max_queued = 0
     response = await api.post(PATH, body(), headers=key)
-    assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")
+    assert (response.status_code, response.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert response.headers["retry-after"] == "7"
     server.traffic.is_draining = True
     response = await api.post(PATH, body(), headers=key)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")

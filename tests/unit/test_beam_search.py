@@ -192,7 +192,7 @@ async def test_queue_limits_hold_for_the_start_alone() -> None:
     api = Api(FakeServer(ServerConfig(engine=EngineConfig(scheduler=SchedulerConfig(max_num_queued_reqs=1)))))
     api.server.engine.max_queued = 1
     await api.complete("x", n=4, use_beam_search=True)
-    await api.error(COMPLETIONS, {"prompt": ["x", "y"], "use_beam_search": True}, 503)
+    await api.error(COMPLETIONS, {"prompt": ["x", "y"], "use_beam_search": True}, 429)
     assert api.server.engine.num_unfinished == 0
 
 

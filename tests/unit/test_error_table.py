@@ -107,6 +107,6 @@ async def test_mistakes_of_a_call() -> None:
 async def test_faults_that_are_not_the_clients(api: Api) -> None:
     api.server.engine.max_queued = 0
     busy = await api.post(COMPLETIONS, {"prompt": "x"})
-    assert error_of(busy, 503)["type"] == "ServiceUnavailableError" and busy.headers["retry-after"]
+    assert error_of(busy, 429)["type"] == "RateLimitError" and busy.headers["retry-after"]
     api.server.engine.dead = EngineDeadError("gone")
     assert (await api.error(COMPLETIONS, {"prompt": "x"}, 503))["type"] == "ServiceUnavailableError"

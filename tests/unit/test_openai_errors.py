@@ -326,15 +326,15 @@ async def test_wrong_methods(api: Api) -> None:
 async def test_a_busy_engine(api: Api) -> None:
     api.server.engine.max_queued = 0
     response = await api.post(COMPLETIONS, {"prompt": "x"})
-    assert error_of(response, 503)["type"] == "ServiceUnavailableError"
-    assert response.headers["retry-after"] == "1"
+    assert error_of(response, 429)["type"] == "RateLimitError"
+    assert response.headers["retry-after"] == "7"
 
 
-async def test_the_queue_fills_up_halfway(api: Api) -> None:
+async def test_a_queue_with_room_for_some(api: Api) -> None:
     api.server.engine.max_queued = 3
-    error = await api.error(COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, 503)
-    assert error["type"] == "ServiceUnavailableError"
-    assert api.server.engine.num_unfinished == 0
+    error = await api.error(COMPLETIONS, {"prompt": ["a", "b", "c", "d"]}, 429)
+    assert error["type"] == "RateLimitError"
+    assert not api.server.engine.submitted
 
 
 async def test_a_dead_engine(api: Api) -> None:

@@ -211,7 +211,7 @@ async def test_the_engine_fails_or_is_busy(api: Api) -> None:
     assert api.server.engine.num_unfinished == 0 and len(api.server.engine.aborted) == 1
     api.server.engine.steps_left = None
     api.server.engine.max_queued = 1
-    error_of(await api.post(EMBEDDINGS, {"input": ["a", "b"]}), 503)
+    error_of(await api.post(EMBEDDINGS, {"input": ["a", "b"]}), 429)
     assert api.server.engine.num_unfinished == 0
     api.server.engine.fail_all("dead")
     error_of(await api.post(EMBEDDINGS, {"input": "a"}), 503)

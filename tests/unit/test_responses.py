@@ -336,7 +336,7 @@ async def test_background_fails() -> None:
     error = await api.error(PATH, {"input": "x" * 600, "background": True})
     assert "maximum context length" in error["message"]
     api.server.engine.max_queued = 0
-    await api.error(PATH, {"input": "x", "background": True}, 503)
+    await api.error(PATH, {"input": "x", "background": True}, 429)
     assert len(api.server.serving.response_store) == 1
 
 
