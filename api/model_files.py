@@ -69,6 +69,9 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
     model = replace(executor.model, model=str(files.path), gguf=header)
+    if not config.offers_generation:
+        # Logits are never computed: models that were saved without an output layer need none.
+        model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
 
 

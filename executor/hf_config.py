@@ -30,14 +30,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object with typed access. A field that is null counts as missing."""
+    """A JSON object with typed access. A field that is null, or an empty object, counts as missing."""
 
     values: Mapping[str, Any]
     source: str
     """What to call the object in an error: the file, and the path in it."""
 
     def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self.values.get(name) not in (None, {})
 
     def integer(self, name: str, default: int | None = None) -> int:
         """A whole number, at least 0. Without a default the field is required; so for all that follow."""
@@ -264,3 +264,12 @@ class HFConfig(Fields):
         if scaled in ("linear", "dynamic"):
             return int(self.max_position_embeddings * factor)
         return self.max_position_embeddings  # llama3 and the others give the length after scaling
+
+    @property
+    def default_max_model_len(self) -> int:
+        """The longest sequence that is served unless another is asked for.
+
+        Up to ``max_position_embeddings`` dynamic scaling leaves the angles alone.
+        """
+        is_dynamic = self.rope.string("rope_type") == "dynamic"
+        return self.max_position_embeddings if is_dynamic else self.max_position

@@ -136,9 +136,9 @@ def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
 
 def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
     """The length asked for, which must not be more than the model was made for."""
-    longest = hf_config.max_position
     if config.max_model_len is None or config.max_model_len < 0:
-        return longest
+        return hf_config.default_max_model_len
+    longest = hf_config.max_position
     if config.max_model_len > longest:
         raise ModelError(
             f"--max-model-len {config.max_model_len} is more than the {longest} tokens that the model was made for "

@@ -85,7 +85,7 @@ class Worker:
                 weight_bytes=loaded.weight_bytes,
                 default_kv_bytes=device.default_kv_bytes(),
                 kv_cache_groups=groups,
-                max_model_len=loaded.hf_config.max_position,
+                max_model_len=loaded.max_model_len,
                 vocab_size=loaded.hf_config.vocab_size,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=device.name,

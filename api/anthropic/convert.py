@@ -25,9 +25,9 @@ from api.anthropic.protocol import (
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
 
-CLIENT_NOTE = "x-anthropic-billing-header"
-"""How a text of the system prompt begins that a client writes for its provider, anew for each request: it says nothing
-to the model, and would keep prompts from sharing their cached beginnings."""
+CLIENT_NOTE = "x-anthropic-billing-header:"
+"""Beginning of the line that a client puts before its system prompt for its provider, anew for each request: it says
+nothing to the model, and would keep prompts from sharing their cached beginnings."""
 
 
 def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
@@ -76,8 +76,13 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
 
 def _system(system: str | list[TextBlock] | None) -> list[ChatMessage]:
     texts = [system] if isinstance(system, str) else [block.text for block in system or ()]
-    text = "\n".join(text for text in texts if text and not text.startswith(CLIENT_NOTE))
+    text = "\n".join(text for text in map(_without_note, texts) if text)
     return [ChatMessage(role="system", content=text)] if text else []
+
+
+def _without_note(text: str) -> str:
+    """A system text without the line of metadata that a client puts before it."""
+    return text.partition("\n")[2].lstrip("\n") if text.startswith(CLIENT_NOTE) else text
 
 
 def _append(messages: list[ChatMessage], message: InputMessage, where: str, names: dict[str, str]) -> None:

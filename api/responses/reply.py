@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -13,7 +13,7 @@ from api.openai.logprobs import TokenSpelling, chat_logprobs
 from api.openai.protocol import ChatLogprob
 from api.openai.stream import KEEP_ALIVE
 from api.output import Delta
-from api.parsers import Content, merge
+from api.parsers import Content, Event, merge
 from api.responses.protocol import (
     IncompleteDetails,
     InputTokensDetails,
@@ -62,9 +62,20 @@ class ResponseReply:
         self._has_logprobs = has_logprobs
         self._on_done = on_done
         self._has_begun = False
+        self._logprobs: list[ChatLogprob] = []
+        """Of tokens whose text is still held back."""
 
-    def _logprobs(self, delta: Delta) -> list[ChatLogprob]:
-        return chat_logprobs(delta.logprobs, self._spelling) if self._has_logprobs else []
+    def _write(self, delta: Delta, events: Sequence[Event]) -> None:
+        """Writes what a delta settles; text goes with the log probabilities of all tokens since the last."""
+        if self._has_logprobs:
+            self._logprobs += chat_logprobs(delta.logprobs, self._spelling)
+        for each in events:
+            logprobs: list[ChatLogprob] = []
+            if isinstance(each, Content):
+                logprobs, self._logprobs = self._logprobs, logprobs
+            self._writer.write(each, logprobs)
+        if events:  # what is left belongs to thoughts or calls
+            self._logprobs = []
 
     def _finish(self, delta: Delta) -> None:
         response = self.response
@@ -111,9 +122,7 @@ class ResponseReply:
             if is_new:
                 writer.emit(lambda number: ResponseCreated(response=response, sequence_number=number))
             writer.emit(lambda number: ResponseInProgress(response=response, sequence_number=number))
-        logprobs = self._logprobs(delta)
-        for each in self._answer.events(delta):
-            writer.write(each, logprobs if isinstance(each, Content) else ())
+        self._write(delta, self._answer.events(delta))
         if delta.finish_reason is not None:
             self._finish(delta)
         return writer.take()
@@ -156,12 +165,10 @@ class ResponseReply:
         for delta in deltas:
             last = delta
             new = self._answer.events(delta)
-            if not self._has_logprobs:
+            if self._has_logprobs:
+                self._write(delta, new)
+            else:
                 events += new
-                continue
-            logprobs = self._logprobs(delta)
-            for each in new:
-                self._writer.write(each, logprobs if isinstance(each, Content) else ())
         for each in merge(events):
             self._writer.write(each)
         assert last is not None

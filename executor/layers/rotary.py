@@ -15,6 +15,9 @@ from torch import Tensor, nn
 import ops
 from executor.hf_config import Fields
 from executor.layers.context import ModelContext
+from executor.log import get_logger
+
+logger = get_logger()
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,21 @@ def linear(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def dynamic(given: RopeInput) -> tuple[Tensor, float]:
-    """NTK-aware scaling of the base.
+    """NTK-aware scaling of the base; up to ``max_position_embeddings`` there is none.
 
-    The base is chosen once, for the longest sequence that is served: K in the cache was turned by it, and a request's
-    tokens must not depend on how long it, or a neighbour, is at the moment.
+    transformers chooses the base anew as a sequence grows. Here it is chosen once, for the longest sequence that is
+    served: K in the cache was rotated by it, and a request's tokens must not depend on how long it, or a neighbour, is
+    at the moment. So only a server that was asked for longer sequences scales it, then for all.
     """
     factor, dim = given.rope.number("factor"), given.rotary_dim
     length = max(given.max_model_len, given.max_position)
+    if length > given.max_position:
+        logger.warning(
+            "dynamic NTK: angles are scaled for --max-model-len %d, those of shorter prompts too; up to %d (the "
+            "default) they are those that the model was trained with",
+            length,
+            given.max_position,
+        )
     stretch: float = ((factor * length / given.max_position) - (factor - 1)) ** (dim / (dim - 2))
     return given.frequencies(given.base * stretch), 1.0
 

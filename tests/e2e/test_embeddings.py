@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from api import LLM, PoolingParams
+from tests import tiny
 from tests.e2e.server import Server
 
 TEXTS = [
@@ -163,3 +165,15 @@ def test_simulated_device(tiny_model: Path) -> None:
         answers = [server.post("/v1/embeddings", {"input": [TEXTS[0], TEXTS[1]]}).json() for _ in range(2)]
         assert answers[0]["data"] == answers[1]["data"] and len(answers[0]["data"][0]["embedding"]) == 64
         assert answers[0]["data"][0]["embedding"] != answers[0]["data"][1]["embedding"]
+
+
+def test_a_model_without_an_output_layer(tiny_model: Path, tmp_path: Path) -> None:
+    """What only pools needs none."""
+    folder = tiny.copy_of(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    assert weights.pop("lm_head.weight") is not None
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "64MiB"}
+    with LLM(str(folder), runner="pooling", **options) as llm, LLM(str(tiny_model), **options) as whole:
+        ours, theirs = (each.embed(TEXTS[1], use_tqdm=False)[0].outputs.embedding for each in (llm, whole))
+        assert ours == theirs

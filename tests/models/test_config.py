@@ -134,6 +134,7 @@ def test_every_registered_model_exists() -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, 1000),
         ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 2500),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 2000),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2}}, 2000),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 500}}, 1000),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 1000}}, 4000),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 250}}, 1000),
@@ -141,7 +142,18 @@ def test_every_registered_model_exists() -> None:
     ],
 )
 def test_longest_sequence(fields: dict[str, Any], expected: int) -> None:
-    assert config_of(**fields).max_position == expected
+    config = config_of(**fields)
+    assert config.max_position == expected
+    is_dynamic = fields.get("rope_scaling", {}).get("rope_type") == "dynamic"
+    assert config.default_max_model_len == (1000 if is_dynamic else expected)
+
+
+def test_an_empty_object_is_absent() -> None:
+    config = config_of(
+        rope_scaling={}, rope_parameters={"rope_type": "llama3", "rope_theta": 5.0}, quantization_config={}
+    )
+    assert (config.rope.string("rope_type"), config.rope.number("rope_theta")) == ("llama3", 5.0)
+    assert config.quantization is None
 
 
 def test_overrides() -> None:

@@ -245,6 +245,21 @@ async def test_system_prompts_and_documents() -> None:
     assert tools is None
 
 
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        ("x-anthropic-billing-header: cc_version=2.1; cch=1;\nBe brief.\n\nAlways.", "Be brief.\n\nAlways."),
+        ([{"type": "text", "text": "x-anthropic-billing-header: 17\n\nBe brief."}], "Be brief."),
+        ("x-anthropic-billing-header is what clients send.", "x-anthropic-billing-header is what clients send."),
+        ("Never send\nx-anthropic-billing-header: 17", "Never send\nx-anthropic-billing-header: 17"),
+        ("x-anthropic-billing-header: 17", None),
+    ],
+)
+async def test_a_clients_note_is_one_line(system: Any, expected: str | None) -> None:
+    seen, _, _ = await conversation_of(system=system)
+    assert [message["content"] for message in seen if message["role"] == "system"] == [expected][: expected is not None]
+
+
 async def test_the_answer_goes_on_with_a_message_of_the_assistant() -> None:
     api = talker("ris.")
     answer = await api.ok(PATH, body(messages=[*HI, {"role": "assistant", "content": "It is Pa"}]))

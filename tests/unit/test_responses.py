@@ -27,6 +27,7 @@ from api.responses.protocol import (
 )
 from api.responses.store import ResponseStore, StoredResponse
 from tests.fakes import CHAT_TEMPLATE, FakeServer, says
+from tests.scripted import EOS, ScriptedModel
 from tests.unit.conftest import Api, error_of
 from tests.unit.test_openai_stream import until
 from tests.unit.test_openai_tools import CITY, client_of
@@ -491,3 +492,22 @@ async def test_the_client_in_the_background() -> None:
         assert [event async for event in rest] == seen[5:]
         response = await client.responses.cancel(first.response.id)
         assert response.status == "completed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_token_of_a_text_has_its_log_probability(stream: bool) -> None:
+    """Tokens that settle no text by themselves: parts of a character, and text that may begin a stop string."""
+    model = ScriptedModel()
+    emoji = [bytes([byte]) for byte in "😀".encode()]
+    marker = model.says("emoji", "a", *emoji, "S", "T", "x", EOS)
+    body = {"input": marker, "stop": ["STOP"], "include": ["message.output_text.logprobs"], "stream": stream}
+    api = Api(model.fake())
+    if stream:
+        response = await api.post(PATH, body)
+        deltas = [event for event in events_in(response.text) if event["type"] == "response.output_text.delta"]
+        entries = [entry for delta in deltas for entry in delta["logprobs"]]
+    else:
+        answer = await api.ok(PATH, body)
+        entries = answer["output"][0]["content"][0]["logprobs"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "a😀STx"
+    assert len(entries) == 8
