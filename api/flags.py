@@ -7,18 +7,25 @@ A field's name, type, default and ``Meta`` make its flag, so a new option is one
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+
+from engine_core.config import Config
 
 _BYTES = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)", re.IGNORECASE)
+
+
+_FLAG = re.compile(r"(--[A-Za-z][\w-]*)((?:\.[\w+-]+)*)(?:=(.*))?", re.DOTALL)
 
 
 class ConfigError(Exception):
@@ -36,6 +43,8 @@ class Option:
     default: Any
     description: str
     extra: Mapping[str, Any]
+    group: str
+    """Its heading in ``--help``."""
 
     @property
     def name(self) -> str:
@@ -51,6 +60,11 @@ class Option:
         return [*(alias for alias in aliases if not alias.startswith("--")), self.flag] + [
             alias for alias in aliases if alias.startswith("--")
         ]
+
+    @property
+    def names(self) -> list[str]:
+        """What a file or a keyword argument may call it: the long flags with underscores."""
+        return [flag[2:].replace("-", "_") for flag in self.flags if flag.startswith("--")]
 
     @property
     def base_type(self) -> Any:
@@ -74,23 +88,38 @@ class Option:
             base = self.base_type
             if isinstance(value, str) and (get_origin(base) is dict or _is_struct(base)):
                 value = json.loads(value)
+            if get_origin(base) is list:
+                value = _as_list(value)
             return msgspec.convert(value, self.hint, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
             raise ConfigError(f"{self.flag}: {_explain(error)}, got {value!r}") from None
+
+
+def _as_list(value: Any) -> Any:
+    """One name, or a list as JSON (which is how vLLM's flags want some), is a list too."""
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, list | tuple) and len(words) == 1 and isinstance(words[0], str) and words[0][:1] == "[":
+        return json.loads(words[0])
+    return words
 
 
 def _explain(error: Exception) -> str:
     return str(error).replace("`", "").replace("Expected", "expected")
 
 
-def options(struct: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Iterator[Option]:
+@functools.cache
+def options(struct: type[Config]) -> tuple[Option, ...]:
     """All options of a struct and of the structs it contains."""
+    return tuple(_options(struct, ()))
+
+
+def _options(struct: type[Config], path: tuple[str, ...]) -> Iterator[Option]:
     hints = get_type_hints(struct, include_extras=True)
     for field in msgspec.structs.fields(struct):
         hint = hints[field.name]
         here = (*path, field.name)
-        if _is_struct(hint):
-            yield from options(hint, here)
+        if isinstance(hint, type) and issubclass(hint, Config):
+            yield from _options(hint, here)
             continue
         description = ""
         extra: dict[str, Any] = {}
@@ -101,25 +130,129 @@ def options(struct: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Iterato
         if extra.get("internal"):
             continue
         default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-        yield Option(here, hint, default, description, extra)
+        yield Option(here, hint, default, description, extra, extra.get("group", struct.group))
 
 
-def add_arguments(parser: argparse.ArgumentParser, struct: type[msgspec.Struct]) -> None:
-    """Adds a flag for each option; a flag that is not given leaves nothing in the namespace."""
+def add_arguments(parser: argparse.ArgumentParser, struct: type[Config], groups: Sequence[str] = ()) -> None:
+    """Adds a flag for each option; a flag that is not given leaves nothing in the namespace.
+
+    Args:
+        parser: Gets the flags.
+        struct: Has the options.
+        groups: The headings in the order in which ``--help`` shows them; others follow.
+    """
+    headings = {name: parser.add_argument_group(name) for name in groups}
     for option in options(struct):
+        if option.group not in headings:
+            headings[option.group] = parser.add_argument_group(option.group)
         base = option.base_type
         text = option.description.replace("%", "%%")
-        if option.default not in (None, "", [], {}) and not _is_struct(base):
-            text += f" (default: {option.default})"
-        common: dict[str, Any] = {"dest": option.name, "help": text, "default": argparse.SUPPRESS}
         if base is bool:
-            parser.add_argument(*option.flags, action=argparse.BooleanOptionalAction, **common)
+            text += " (default: on)" if option.default else ""
+        elif option.default not in (None, "", [], {}) and not _is_struct(base):
+            text += f" (default: {_spell(option.default)})"
+        common: dict[str, Any] = {"dest": option.name, "help": text, "default": argparse.SUPPRESS}
+        add = headings[option.group].add_argument
+        if base is bool:
+            add(*option.flags, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(base) is list:
-            parser.add_argument(*option.flags, nargs="+", metavar=_metavar(option), **common)
+            add(*option.flags, nargs="+", metavar=_metavar(option), **common)
         elif get_origin(base) is Literal:
-            parser.add_argument(*option.flags, choices=get_args(base), **common)
+            add(*option.flags, choices=get_args(base), **common)
         else:
-            parser.add_argument(*option.flags, metavar=_metavar(option), **common)
+            add(*option.flags, metavar=_metavar(option), **common)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows what a flag takes once, not behind each of its spellings."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {metavar}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line, and reads flags as vLLM does.
+
+    ``--max_model_len`` is ``--max-model-len``. ``--pooler-config.pooling_type MEAN`` sets a key of a JSON object, and a
+    ``+`` behind the key appends to a list.
+    """
+
+    def __init__(self, prog: str, description: str, usage: str = "[flags]") -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=110),
+        )
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Values by name. Ends the process with one line about what is wrong."""
+        known, unknown = self.parse_known_args(_spelt(arguments))
+        flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        if flag is not None:
+            self.error(f"unknown option {flag}{did_you_mean(flag, self._visible_flags())}")
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return vars(known)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"octavo: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
+
+    def _visible_flags(self) -> list[str]:
+        return [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+
+
+def _spelt(arguments: Sequence[str]) -> list[str]:
+    """Arguments with dashes in their flags, and keys of JSON objects collected into one value for each flag."""
+    result: list[str] = []
+    objects: dict[str, dict[str, Any]] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*result, *_as_flags(objects), word, *rest]
+        match = _FLAG.fullmatch(word)
+        if match is None:
+            result.append(word)
+            continue
+        flag, keys, value = match[1].replace("_", "-"), match[2], match[3]
+        if not keys:
+            result.append(flag if value is None else f"{flag}={value}")
+            continue
+        if value is None:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        _put(objects.setdefault(flag, {}), keys[1:].split("."), value)
+    return [*result, *_as_flags(objects)]
+
+
+def _as_flags(objects: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    return (f"{flag}={json.dumps(value)}" for flag, value in objects.items())
+
+
+def _put(target: dict[str, Any], keys: Sequence[str], text: str) -> None:
+    """Sets a value under a path of keys; text that is not JSON is a string."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *outer, last = keys
+    for key in outer:
+        if not isinstance(target.get(key), dict):
+            target[key] = {}
+        target = target[key]
+    if last.endswith("+"):
+        known = target.setdefault(last[:-1], [])
+        target[last[:-1]] = [*known, *(value if isinstance(value, list) else [value])]
+    else:
+        target[last] = value
+
+
+def _spell(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _metavar(option: Option) -> str:
@@ -131,18 +264,18 @@ def _metavar(option: Option) -> str:
     return {int: "N", float: "X", dict: "JSON"}.get(get_origin(base) or base, "TEXT")
 
 
-def build(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> Any:
+def build(struct: type[Config], values: Mapping[str, Any]) -> Any:
     """Makes the struct from option values by name.
 
     Raises:
         ConfigError: A name is unknown or a value does not suit its option.
     """
-    known = {option.name: option for option in options(struct)}
+    known = {name: option for option in options(struct) for name in option.names}
     tree: dict[str, Any] = {}
     for key, value in values.items():
         option = known.get(key)
         if option is None:
-            raise ConfigError(f"unknown option {key!r}")
+            raise ConfigError(f"unknown option {key!r}{did_you_mean(key, known)}")
         node = tree
         for part in option.path[:-1]:
             node = node.setdefault(part, {})
@@ -151,12 +284,23 @@ def build(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> Any:
 
 
 def _make(struct: type[msgspec.Struct], tree: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(struct)
+    hints = _hints(struct)
     fields = {
         name: _make(hints[name], value) if isinstance(value, dict) and _is_struct(hints[name]) else value
         for name, value in tree.items()
     }
     return struct(**fields)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing if no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+@functools.cache
+def _hints(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    return get_type_hints(struct)
 
 
 def parse_size(text: str, *, binary: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ from tqdm import tqdm
 
 from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.chat_template import normalize_messages
-from api.config import ServerConfig, check_config
+from api.config import from_environment, make_config
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError, RequestError
-from api.flags import ConfigError, build
+from api.flags import ConfigError
 from api.metrics import EngineMetrics
 from api.model_files import find_model, with_model
 from api.output import Delta, RequestState
@@ -37,7 +38,7 @@ from api.pooling import (
 from api.progress import LoadBar
 from api.serving import Serving
 from api.tokenizer import Tokenizer
-from engine_core.launch import setup_logging
+from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class LLM:
 
         Args:
             model: Hub id, folder or GGUF file; without it the demo model.
-            **options: The server's flags with underscores, such as ``max_model_len=4096``.
+            **options: The server's flags with underscores, such as ``max_model_len=4096``; vLLM's names work.
 
         Raises:
             ValueError: An option is unknown or out of range.
@@ -131,11 +132,13 @@ class LLM:
             EngineDeadError: The engine cannot be started.
         """
         try:
-            config: ServerConfig = build(ServerConfig, {"log_level": "warning", **options, "model": model})
-            check_config(config)
+            values = {"log_level": "warning", **from_environment(os.environ), **options, "model": model}
+            config, notes = make_config(values)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         setup_logging("api", config.log_level)
+        if notes:
+            get_logger().warning("options without effect here: %s", "; ".join(notes))
         self._files = find_model(config)
         self._config = with_model(config, self._files)
         self._next_id = 0

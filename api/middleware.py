@@ -181,6 +181,19 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
+class UnderPrefix:
+    """Serves every path also under a prefix, for proxies that do not take it off."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self._prefix  # routes match without it
+        await self._app(scope, receive, send)
+
+
 class Guard:
     """Stands before an endpoint: only clients with a key come in, and none while the server drains."""
 

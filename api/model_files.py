@@ -53,7 +53,10 @@ def find_model(config: ServerConfig) -> ModelFiles:
         tokenizer = Tokenizer.from_folder(path)
     template = tokenizer.chat_template
     if config.chat_template is not None:
-        template = load_chat_template(config.chat_template)
+        try:
+            template = load_chat_template(config.chat_template)
+        except ValueError as error:
+            raise ModelFileError("--chat-template", str(error)) from error
     return ModelFiles(
         name=name,
         path=path,
@@ -72,6 +75,8 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     if not config.offers_generation:
         # Logits are never computed: models that were saved without an output layer need none.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
+    if header is not None and model.quantization == "gguf":
+        model = replace(model, quantization=None)  # the file says it itself
     return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
 
 
@@ -98,8 +103,8 @@ def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) ->
         if path.suffix != ".gguf":
             raise ModelFileError(path, "a model is a folder or a .gguf file")
         return path.resolve()
-    if not HUB_ID.fullmatch(name):
-        raise ModelFileError(name, "there is no such folder or file, and it is no hub id (organisation/name)")
+    if name[0] in "./~" or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise ModelFileError(name, "no such folder or file (a hub id looks like organisation/name)")
     return _download(name, config, tokenizer_only=tokenizer_only)
 
 
@@ -111,7 +116,8 @@ def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Pat
     try:
         folder = huggingface_hub.snapshot_download(
             hub_id,
-            revision=None if tokenizer_only else config.revision,
+            revision=config.tokenizer_revision if tokenizer_only else config.revision,
+            token=_token(config),
             cache_dir=config.download_dir,
             allow_patterns=patterns,
             ignore_patterns=["original/*", "consolidated*"],
@@ -122,17 +128,22 @@ def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Pat
         raise ModelFileError(hub_id, f"could not be downloaded: {error}") from error
     path = Path(folder)
     if not tokenizer_only and not (path / "config.json").exists():
-        ggufs = ", ".join(_list_ggufs(hub_id, config.revision)[:8])
+        ggufs = ", ".join(_list_ggufs(hub_id, config)[:8])
         hint = f"; it has GGUF files: download one and give its path ({ggufs})" if ggufs else ""
         raise ModelFileError(hub_id, f"it has no config.json{hint}")
     return path
 
 
-def _list_ggufs(hub_id: str, revision: str | None) -> list[str]:
+def _token(config: ServerConfig) -> str | bool | None:
+    """For huggingface_hub: None leaves it to HF_TOKEN and to who is logged in, which True asks for by name."""
+    return True if config.hf_token in ("True", "true") else config.hf_token
+
+
+def _list_ggufs(hub_id: str, config: ServerConfig) -> list[str]:
     import huggingface_hub
 
     try:
-        files = huggingface_hub.list_repo_files(hub_id, revision=revision)
+        files = huggingface_hub.list_repo_files(hub_id, revision=config.revision, token=_token(config))
     except Exception:  # only a hint hangs on it
         return []
     return [file for file in files if file.endswith(".gguf")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import gc
 import os
@@ -11,6 +12,7 @@ import resource
 import shlex
 import signal
 import socket
+import ssl
 import stat
 import sys
 import time
@@ -25,6 +27,7 @@ from api.app import create_app
 from api.config import ServerConfig
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError
+from api.flags import ConfigError
 from api.http_protocol import MAX_CONNECTIONS, Connections, Limits
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
@@ -45,6 +48,7 @@ FILES_APART = 256
 """File descriptors that are no connections, at most."""
 FLUSH_TIMEOUT = 2.0
 """Seconds that answers which were ended have to reach their clients."""
+_HOST_ADVICE = "use 127.0.0.1 for this machine only, or 0.0.0.0 for all its addresses"
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -68,9 +72,11 @@ def run_server(
 
     Raises:
         PortInUseError: Nothing was started.
+        ConfigError: Key or certificate cannot be used; nothing was started.
         EngineDeadError: The engine cannot be started.
     """
     faulthandler.register(signal.SIGUSR1)
+    check_tls(config)
     listener = open_listener(config)
     try:
         return uvloop.run(_Run(config, files, listener, announce or _write, progress=progress).serve())
@@ -84,6 +90,35 @@ def run_server(
 def _write(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Reads key and certificates before anything expensive starts.
+
+    Raises:
+        ConfigError: One cannot be read, or they do not fit together.
+    """
+    if config.ssl_keyfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path = config.ssl_certfile or config.ssl_keyfile
+    flag = "--ssl-certfile" if config.ssl_certfile else "--ssl-keyfile"
+    try:
+        # Asking for a passphrase would wait for somebody at a terminal.
+        context.load_cert_chain(path, config.ssl_keyfile, password=lambda: b"")
+        if config.ssl_ca_certs is not None:
+            flag, path = "--ssl-ca-certs", config.ssl_ca_certs
+            context.load_verify_locations(path)
+        if config.ssl_ciphers is not None:
+            flag, path = "--ssl-ciphers", config.ssl_ciphers
+            context.set_ciphers(path)
+    except OSError as error:  # ssl.SSLError too
+        hint = (
+            ""
+            if flag == "--ssl-ciphers"
+            else f"; PEM files are expected, the key ({config.ssl_keyfile}) without a passphrase"
+        )
+        raise ConfigError(f"{flag} {path}: {error.strerror or error}{hint}") from error
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
@@ -100,7 +135,9 @@ def open_listener(config: ServerConfig) -> socket.socket:
             config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
         )
     except OSError as error:
-        raise PortInUseError(f"cannot listen on {where}: {error}") from error
+        raise PortInUseError(
+            f"cannot listen on {where}: --host {config.host} is not known here ({error.strerror}); {_HOST_ADVICE}"
+        ) from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -110,8 +147,17 @@ def open_listener(config: ServerConfig) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise PortInUseError(f"cannot listen on {where}: {error.strerror}; choose another with --port") from error
+        raise PortInUseError(f"cannot listen on {where}: {error.strerror}; {_advice(error, config)}") from error
     return listener
+
+
+def _advice(error: OSError, config: ServerConfig) -> str:
+    """What to do when an address cannot be had."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {config.host} is no address of this machine; {_HOST_ADVICE}"
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need privileges; choose a higher one with --port"
+    return "choose another port with --port, or 0 for a free one"
 
 
 def _open_unix(path: str) -> socket.socket:
@@ -264,7 +310,8 @@ class _Run:
         """What a person wants to know now, with a command to try."""
         seconds = time.monotonic() - self._begin
         config = self._config
-        target, options = _url(config, self._listener), ["-s"]
+        # The name in a certificate is hardly that of the loopback.
+        target, options = _url(config, self._listener), ["-s" if config.ssl_keyfile is None else "-sk"]
         if config.uds is not None:
             options += ["--unix-socket", config.uds]
         headers = ["Content-Type: application/json"]
@@ -292,11 +339,12 @@ class _Run:
 
 def _url(config: ServerConfig, listener: socket.socket) -> str:
     if config.uds is not None:
-        return "http://localhost"
+        return "http://localhost" if config.ssl_keyfile is None else "https://localhost"
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "http" if config.ssl_keyfile is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _limits() -> Limits:
@@ -325,7 +373,11 @@ def _uvicorn_config(config: ServerConfig, serving: Serving, traffic: Traffic) ->
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        root_path=config.root_path,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+        ssl_ciphers=config.ssl_ciphers or "TLSv1",  # which is uvicorn's default
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
         timeout_graceful_shutdown=int(FLUSH_TIMEOUT),

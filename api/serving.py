@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -69,6 +70,8 @@ class Serving:
         )
         self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self.threads = ThreadPoolExecutor(2, "text")
+        self._seeds = None if config.seed is None else random.Random(config.seed)
+        """Where requests without a seed get theirs, if it must be the same after each start."""
 
     @property
     def model_name(self) -> str:
@@ -128,6 +131,8 @@ class Serving:
             )
 
     def _resolve(self, params: SamplingParams, prompt: Sequence[int], child: int) -> ResolvedParams:
+        if params.seed is None and self._seeds is not None:
+            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         resolved = resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
         # A grammar holds from the first token on, so there is no thinking that could take too long.
         if params.thinking_token_budget is None or params.structured_outputs is not None:
@@ -180,7 +185,8 @@ class Serving:
             self.check_token_ids(prompt)
         num_completions = params.num_completions
         if num_completions > 1 and params.seed is None:
-            params = msgspec.structs.replace(params, seed=secrets.randbits(63))
+            seed = secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
+            params = msgspec.structs.replace(params, seed=seed)
         resolved = [self._resolve(params, prompt, child) for prompt in prompts for child in range(num_completions)]
         structured = params.structured_outputs
         grammar = None if structured is None else grammar_spec(structured, grammar_param)

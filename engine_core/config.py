@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -36,6 +36,8 @@ __all__ = [
 
 class SchedulerConfig(Config, frozen=True):
     """What may run together in a step."""
+
+    group: ClassVar[str] = "Scheduler"
 
     max_num_seqs: Annotated[Positive, Meta(description="Requests that run at the same time.")] = 256
     max_num_batched_tokens: Annotated[
@@ -88,23 +90,26 @@ class SchedulerConfig(Config, frozen=True):
 class CacheConfig(Config, frozen=True):
     """The paged KV cache."""
 
+    group: ClassVar[str] = "Cache"
+
     enable_prefix_caching: Annotated[bool, Meta(description="Reuse the KV blocks of prompts that start alike.")] = True
     gpu_memory_utilization: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
         Meta(
             description="Share of the device's memory for weights and KV cache together. "
-            "Default: 0.92 on a GPU; on CPU the KV cache takes min(4 GiB, a quarter of the memory available)."
+            "Default: the KV cache takes min(4 GiB, a quarter of the memory available)."
         ),
     ] = None
     kv_cache_memory: Annotated[
         Positive | None,
         Meta(
-            description="Size of the KV cache, such as 4GiB; goes before --gpu-memory-utilization.",
+            description="Size of the KV cache, such as 4GiB; overrides --gpu-memory-utilization.",
             extra={"parse": "bytes", "flags": ["--kv-cache-memory-bytes"]},
         ),
     ] = None
     num_gpu_blocks_override: Annotated[
-        Positive | None, Meta(description="Number of KV blocks, whatever the memory would allow (for tests).")
+        Positive | None,
+        Meta(description="Number of KV blocks, whatever the memory would allow.", extra={"group": "Testing"}),
     ] = None
 
 

@@ -3,13 +3,14 @@
 Frozen msgspec Structs. The command line is derived from the fields: name, type, default, range and
 help text (``Meta.description``) of a field become a flag, so a new option is one new field here.
 ``Meta.extra`` may hold ``flags`` (short or alternative spellings), ``parse`` (``"bytes"`` or
-``"tokens"`` for human sizes such as ``4GiB`` or ``32k``), ``env`` (a default from the environment)
-and ``internal`` (no flag: filled in while the configuration is resolved).
+``"tokens"`` for human sizes such as ``4GiB`` or ``32k``), ``auto`` (the value that the word stands for),
+``group`` (its heading in ``--help``, if it is not the struct's) and ``internal`` (no flag: filled in while
+the configuration is resolved).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -18,6 +19,9 @@ Positive = Annotated[int, Meta(ge=1)]
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every configuration struct."""
+
+    group: ClassVar[str] = "Engine"
+    """The heading of its flags in ``--help``."""
 
 
 class GGUFTensor(Config, frozen=True, array_like=True):
@@ -44,6 +48,8 @@ class GGUFHeader(Config, frozen=True):
 
 class ModelConfig(Config, frozen=True):
     """Which weights to load, and how."""
+
+    group: ClassVar[str] = "Model"
 
     model: Annotated[
         str,
@@ -102,7 +108,7 @@ class DeviceConfig(Config, frozen=True):
         str | None, Meta(description="Attention backend. Default: the first that supports the model.")
     ] = None
     block_size: Annotated[
-        Positive | None, Meta(description="Tokens in a KV block. Default: what the attention backend likes best.")
+        Positive | None, Meta(description="Tokens in a KV block. Default: the attention backend's preferred size.")
     ] = None
     num_threads: Annotated[
         Positive | None, Meta(description="Threads of each worker on CPU. Default: one per usable core.")
@@ -138,17 +144,30 @@ class ExecutorConfig(Config, frozen=True):
         Literal["mp", "inline", "simulated"],
         Meta(
             description="mp: worker processes. inline: the worker inside the engine core (pdb works). "
-            "simulated: no model, a modelled device."
+            "simulated: no model, a modelled device.",
+            extra={"group": "Testing"},
         ),
     ] = "mp"
     simulated_device: Annotated[
         SimulatedDevice,
-        Meta(description="JSON object: the device that --distributed-executor-backend simulated models."),
+        Meta(
+            description="JSON object: the device that --distributed-executor-backend simulated models.",
+            extra={"group": "Testing"},
+        ),
     ] = SimulatedDevice()
     check_every_step: Annotated[
-        bool, Meta(description="Check blocks, slots and results for integrity after every step (slow).")
+        bool,
+        Meta(
+            description="Check blocks, slots and results for integrity after every step (slow).",
+            extra={"group": "Testing"},
+        ),
     ] = False
     debug_level: Annotated[
         int,
-        Meta(ge=0, le=4, description="1: configuration and memory plan, 2: a line per step, 3: requests, 4: shapes."),
+        Meta(
+            ge=0,
+            le=4,
+            description="1: configuration and memory plan, 2: a line per step, 3: requests, 4: shapes.",
+            extra={"group": "Testing"},
+        ),
     ] = 0

@@ -82,7 +82,7 @@ def test_a_context_that_does_not_fit(tiny_model: Path) -> None:
     [
         (["--max-num-seqs", "0"], "--max-num-seqs: expected int >= 1"),
         (["--dtype", "int3"], "--dtype: invalid choice"),
-        (["--nonesuch"], "unrecognized arguments: --nonesuch"),
+        (["--nonesuch"], "unknown option --nonesuch"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
         (["--hf-overrides", "{"], "--hf-overrides"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),

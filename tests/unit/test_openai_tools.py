@@ -197,8 +197,8 @@ async def test_auto_needs_a_parser() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ServerConfig(tool_call_parser="nope"), "--tool-call-parser: there is no parser 'nope', but hermes"),
-        (ServerConfig(reasoning_parser="nope"), "--reasoning-parser: there is no parser 'nope', but deepseek_r1"),
+        (ServerConfig(tool_call_parser="nope"), "--tool-call-parser: unknown parser 'nope'; choose from hermes"),
+        (ServerConfig(reasoning_parser="nope"), "--reasoning-parser: unknown parser 'nope'; choose from deepseek_r1"),
         (ServerConfig(enable_auto_tool_choice=True), "--enable-auto-tool-choice needs --tool-call-parser"),
     ],
 )

@@ -1,0 +1,202 @@
+"""Flags, files, environment variables and keyword arguments: one configuration, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.cli import resolve, serve_parser
+from api.config import GROUPS, ServerConfig, from_environment, make_config
+from api.flags import ConfigError, options
+from api.vllm_options import FOREIGN, WORKING, Verdict
+from scripts import vllm_flags
+
+
+def config_of(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[ServerConfig, list[str]]:
+    return resolve(serve_parser().parse(arguments), environment or {})
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a bad command line gives."""
+    try:
+        config_of(*arguments)
+    except ConfigError as error:
+        return str(error)
+    except SystemExit as end:
+        assert end.code == 2
+        captured = capsys.readouterr()
+        assert not captured.out and captured.err.count("\n") == 1, captured.err
+        return captured.err
+    raise AssertionError(f"{arguments} was taken")
+
+
+def test_flags_are_spelt_as_people_spell_them() -> None:
+    config, notes = config_of(
+        "--max_model_len=4k", "--served_model_name", "a_b", "--no_enable_prefix_caching", "m/odel"
+    )
+    assert config.engine.executor.model.max_model_len == 4000 and config.served_model_name == ["a_b"]
+    assert not config.engine.cache.enable_prefix_caching and config.engine.executor.model.model == "m/odel"
+    assert not notes
+
+
+def test_keys_of_json_objects_are_flags_too() -> None:
+    config, _ = config_of(
+        "--pooler-config.pooling_type", "MEAN", "--hf-overrides.rope.theta=2.5", "--hf-overrides.rope.kind", "x",
+        "--hf-overrides.ids+", "1", "--hf-overrides.ids+=[2,3]", "--hf-overrides.on", "--port", "1",
+    )  # fmt: skip
+    assert config.pooler_config.pooling_type == "MEAN" and config.port == 1
+    assert config.engine.executor.model.hf_overrides == {
+        "rope": {"theta": 2.5, "kind": "x"},
+        "ids": [1, 2, 3],
+        "on": True,
+    }
+
+
+def test_every_default_is_valid() -> None:
+    for option in options(ServerConfig):
+        assert option.convert(option.default) == option.default, option.flag
+
+
+def test_other_spellings_of_an_option() -> None:
+    config, _ = make_config({"task": "embed", "kv_cache_memory_bytes": 5 << 20, "allowed_origins": '["a", "b"]'})
+    assert config.runner == "embed" and config.engine.cache.kv_cache_memory == 5 << 20
+    assert config.allowed_origins == ["a", "b"]
+    assert config_of("--allowed-origins", '["*"]')[0].allowed_origins == ["*"]
+    assert make_config({"served_model_name": "one"})[0].served_model_name == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-modle-len", "5"], "octavo: unknown option --max-modle-len; did you mean --max-model-len?"),
+        (["--max_modle_len=5"], "unknown option --max-modle-len; did you mean --max-model-len?"),
+        (["--xyzzy"], "unknown option --xyzzy (see octavo serve --help)"),
+        (["a/b", "c/d"], "unexpected argument 'c/d'"),
+        (["--port"], "--port: expected one argument"),
+        (["--port", "70000"], "--port: expected int <= 65535, got '70000'"),
+        (["--root-path", "llm"], "--root-path llm: expected a path such as /llm"),
+        (["--ssl-certfile", "x"], "HTTPS needs --ssl-keyfile"),
+        (["a/b", "--model", "c/d"], "two models are named"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+def test_help_has_groups_and_hides_what_does_not_work() -> None:
+    text = serve_parser().format_help()
+    headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings[-len(GROUPS) :] == list(GROUPS)
+    assert {option.group for option in options(ServerConfig)} <= set(GROUPS)
+    assert text.index("--simulated-device") > text.index("Testing:") > text.index("--port ")
+    assert "--enable-lora" not in text and "--swap-space" not in text
+    assert len(serve_parser().format_usage().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--enable-lora"], "--enable-lora: adapters are not supported yet"),
+        (["--quantization", "awq"], "--quantization awq: quantised weights are read from GGUF files only"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: more than one worker is not supported yet"),
+        (["-tp=2"], "--tensor-parallel-size 2"),
+        (["--speculative-config", '{"method": "ngram"}'], "--speculative-config {"),
+        (["--speculative-config.method", "ngram"], "--speculative-config {"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: the KV cache has the model's type; use auto"),
+        (["--api-server-count", "2"], "--api-server-count 2"),
+        (["--data-parallel-size=4"], "--data-parallel-size 4: several engines are not supported yet"),
+        (["--cpu-offload-gb", "4"], "--cpu-offload-gb 4"),
+    ],
+)
+def test_features_that_do_not_exist_are_refused_by_name(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, *arguments)
+
+
+ORDINARY = """
+m/odel --seed 0 --swap-space 4 --disable-log-requests --disable-log-stats --trust-remote-code --tokenizer-mode auto
+--enable-prompt-tokens-details --kv-cache-dtype auto --async-scheduling --limit-mm-per-prompt.image 0 -tp 1 -O3
+--gpu-memory-utilization 0.9 --api-server-count 1 --cpu-offload-gb 0 --no-enable-lora --uvicorn-log-level info
+"""
+
+
+def test_an_ordinary_command_line_of_vllm() -> None:
+    config, notes = config_of(*shlex.split(ORDINARY))
+    assert config.seed == 0 and config.engine.cache.gpu_memory_utilization == 0.9
+    flags = {note.partition(" (")[0] for note in notes}
+    assert {"--swap-space 4", "--trust-remote-code", '--limit-mm-per-prompt {"image": 0}'} <= flags
+    assert not flags & {"--disable-log-requests", "--async-scheduling", "--kv-cache-dtype auto"}
+
+
+def test_keyword_arguments_of_vllm() -> None:
+    config, notes = make_config(
+        {
+            "trust_remote_code": False,
+            "seed": 0,
+            "swap_space": 4,
+            "disable_log_stats": True,
+            "tokenizer_mode": "auto",
+            "task": "generate",
+            "skip_tokenizer_init": False,
+            "enforce_eager": True,
+            "tensor_parallel_size": 1,
+            "quantization": None,
+            "cpu_offload_gb": 0,
+            "compilation_config": {"mode": 3},
+            "disable_custom_all_reduce": True,
+        }
+    )
+    assert config.runner == "generate" and config.engine.executor.model.enforce_eager
+    assert any(note.startswith("--swap-space 4 (a preempted request is computed again") for note in notes)
+    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "ngram"}}, {"kv_cache_dtype": "fp8"}):
+        with pytest.raises(ConfigError, match="not supported yet|use auto"):
+            make_config(options_)
+    with pytest.raises(ConfigError, match="unknown option 'max_modle_len'; did you mean max_model_len?"):
+        make_config({"max_modle_len": 5})
+
+
+@pytest.mark.parametrize("option", FOREIGN.values(), ids=FOREIGN)
+def test_every_foreign_option_does_what_its_verdict_says(option: Any) -> None:
+    ours = {name for option in options(ServerConfig) for name in option.names}
+    assert option.name not in ours, "it works by now: take it out of the table"
+    value: Any = {"bool": True, "list": ["x"], "value": "x"}[option.kind]
+    if option.verdict is Verdict.REFUSED:
+        with pytest.raises(ConfigError, match=option.flag):
+            make_config({option.name: value})
+    else:
+        config, notes = make_config({option.name: value})
+        assert config == ServerConfig() and len(notes) == (option.verdict is Verdict.NOTED)
+    for neutral in (None, *option.neutral):
+        assert make_config({option.name: neutral}) == (ServerConfig(), [])
+
+
+def test_the_table_in_the_documents() -> None:
+    ours = {name for option in options(ServerConfig) for name in option.names}
+    assert ours >= WORKING
+    assert vllm_flags.TARGET.read_text() == vllm_flags.text(), "run scripts/vllm_flags.py"
+
+
+def test_environment() -> None:
+    found = from_environment(
+        {"VLLM_API_KEY": "k", "VLLM_LOGGING_LEVEL": "WARN", "VLLM_CPU_KVCACHE_SPACE": "2", "OCTAVO_LOG_LEVEL": ""}
+    )
+    assert found == {"api_key": ["k"], "log_level": "warning", "kv_cache_memory": 2 << 30}
+    assert from_environment({"VLLM_CPU_KVCACHE_SPACE": "0"}) == {}
+    with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE: expected"):
+        from_environment({"VLLM_CPU_KVCACHE_SPACE": "much"})
+    config, _ = config_of("--log-level", "debug", environment={"OCTAVO_LOG_LEVEL": "error"})
+    assert config.log_level == "debug"
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("port: 5\nmax-model-len: 8K\nswap_space: 4\ntrust-remote-code: true\n")
+    config, notes = config_of("--config", str(file), "--port", "6")
+    assert config.port == 6 and config.engine.executor.model.max_model_len == 8192 and len(notes) == 2
+    file.write_text("prot: 5\n")
+    assert "unknown option 'prot'; did you mean port?" in refusal(capsys, "--config", str(file))
