@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import numpy as np
 import zmq
 
+from api.blame import CULPRIT_ERROR, Culprits, fingerprint
 from api.errors import EngineDeadError
 from api.metrics import EngineMetrics
 from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
@@ -24,7 +24,7 @@ from api.structured import vocabulary_frame
 from api.supervisor import Supervisor
 from api.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
-from engine_core.launch import engine_identity, get_logger
+from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, engine_identity, get_logger
 from engine_core.messages import (
     AbortRequests,
     EngineCoreOutputs,
@@ -41,20 +41,21 @@ from engine_core.messages import (
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
+    WorkersLost,
     WorkersRestarted,
 )
+from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, RestartBudget, suspect
 
 logger = get_logger()
 
-MAX_RESTARTS = 5
-RESTART_WINDOW = 600.0
-"""Seconds over which restarts are counted."""
-MAX_CRASHES = 3
-"""A request that was unfinished at that many deaths of the engine core is ended."""
-PING_INTERVAL = 5.0
-PING_TIMEOUT = 60.0
-"""Seconds without an answer after which an engine core counts as hung. It never waits for a forward pass, so even a
-heavily loaded machine answers much sooner."""
+PING_INTERVAL = 1.0
+PING_TIMEOUT = 10.0
+"""Seconds without a word after which an engine core counts as hung: seconds that it could have used, see
+``ProcessWatch``. It never waits for a forward pass, so it answers much sooner however long a step takes."""
+LOAD_PING_TIMEOUT = 60.0
+"""The same for one that is starting."""
+UNREADY_TIME = 3.0
+"""Seconds without a word after which the engine does not count as ready."""
 
 LAST_WORDS_TIMEOUT = 200
 """Milliseconds to wait for the reason of an engine core that has ended with an error."""
@@ -106,7 +107,13 @@ class EngineClient:
         self._next_index = 0
         self._next_call_id = 0
         self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
-        self._deaths: deque[float] = deque()
+        self._budget = RestartBudget()
+        self._culprits = Culprits()
+        self._watch: ProcessWatch | None = None
+        """Of the engine core."""
+        self._is_hung = False
+        """The engine core was killed because it did not answer."""
+        self._has_workers = False
         self._last_words: EngineDead | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
@@ -141,18 +148,22 @@ class EngineClient:
         self._loop.add_reader(self._fd, self._receive)
         self._started = self._loop.create_future()
         self._launch()
+        self._pinger = asyncio.create_task(self._watch_heartbeat())
         self.ready = await self._started
         self._metrics.on_ready(self.ready)
         self._queue.on_ready(self.ready)
-        self._pinger = asyncio.create_task(self._watch_heartbeat())
         return self.ready
 
     def _launch(self) -> None:
         self._epoch += 1
         self._serving = False
+        self._has_workers = False
         self._has_vocabulary = False
+        self._is_hung = False
         self._last_words = None
         self._supervisor.start(self._epoch)
+        pid = self._supervisor.pid
+        self._watch = None if pid is None else ProcessWatch(pid)
 
     async def close(self) -> None:
         """Ends the engine. Unfinished requests end with an error."""
@@ -184,6 +195,12 @@ class EngineClient:
     def is_serving(self) -> bool:
         """Whether the engine takes and computes requests at this moment; requests that come meanwhile wait."""
         return self._serving
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests that come now are computed without a pause: engine core and workers are there and answer."""
+        is_silent = self._watch is not None and self._watch.waited > UNREADY_TIME
+        return self.dead is None and self._serving and self._has_workers and not is_silent
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -221,6 +238,7 @@ class EngineClient:
 
         Raises:
             EngineDeadError: The engine was given up.
+            RequestError: This request ended the engine not long ago.
         """
         if self.dead is not None:
             raise self.dead
@@ -238,6 +256,7 @@ class EngineClient:
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
         )
+        self._culprits.check(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
         self._processor.add(state)
@@ -378,6 +397,8 @@ class EngineClient:
                 return False
             if identity != expected:
                 continue
+            if self._watch is not None:
+                self._watch.heard()
             try:
                 self._handle(self._decoder.decode(frame))
             except Exception:  # ZeroMQ's descriptor stays silent until everything was taken: go on
@@ -386,7 +407,7 @@ class EngineClient:
 
     def _handle(self, message: FromEngineCore) -> None:
         if isinstance(message, EngineCoreOutputs):
-            self._abort(self._processor.process(message))
+            self._on_outputs(message)
         elif isinstance(message, UtilityOutput):
             future = self._calls.pop(message.call_id, None)
             if future is not None and not future.done():
@@ -396,15 +417,33 @@ class EngineClient:
                 self._on_progress(message)
         elif isinstance(message, EngineReady):
             self._on_ready(message)
+        elif isinstance(message, WorkersLost):
+            self._has_workers = False
         elif isinstance(message, WorkersRestarted):
+            self._has_workers = True
             self._metrics.on_restart("worker", self.num_unfinished)
             logger.warning("workers were restarted: %s; %d requests go on", message.reason, self.num_unfinished)
         elif isinstance(message, EngineDead):
             self._last_words = message
 
+    def _on_outputs(self, message: EngineCoreOutputs) -> None:
+        stats = message.scheduler_stats
+        if stats is not None and stats.num_scheduled_tokens:
+            self._budget.progress()
+        culprits = [
+            state
+            for output in message.outputs
+            if output.is_culprit and (state := self._processor.states.get(output.index)) is not None
+        ]
+        for culprit in culprits:
+            self._convict(culprit)
+        self._abort(self._processor.process(message))
+
     def _on_ready(self, message: EngineReady) -> None:
-        self._serving = True
-        for state in self._processor.states.values():
+        self._serving = self._has_workers = True
+        self._budget.serves()
+        states = list(self._processor.states.values())
+        for state in sorted(states, key=lambda state: not runs_alone(state)):
             if self._send_vocabulary(state):
                 self._send(resumed_request(state))
         assert self._started is not None
@@ -426,31 +465,48 @@ class EngineClient:
         self._fail_calls()
         words = self._last_words
         assert self._started is not None
-        if words is not None or not self._started.done():
+        if words is not None or (code >= 0 and not self._started.done()):
             message = words.message if words is not None else f"the engine core ended with exit code {code}"
             self._give_up(EngineDeadError(message, words.exit_code if words is not None else max(code, 1)))
             return
-        now = time.monotonic()
-        while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
-            self._deaths.popleft()
-        self._deaths.append(now)
-        if len(self._deaths) > MAX_RESTARTS:
-            self._give_up(EngineDeadError(f"the engine core died {len(self._deaths)} times; gave up"))
+        if was_serving:
+            self._blame()
+        cause = "hung" if self._is_hung else "died" if was_serving else "loading"
+        if not self._budget.spend(cause):
+            count = self._budget.limit + 1
+            self._give_up(
+                EngineDeadError(f"the engine core {cause} {count} times and got nothing done in between; gave up")
+                if was_serving
+                else EngineDeadError(f"the engine core ended {count} times while it loaded; gave up")
+            )
             return
         logger.error("the engine core ended with exit code %d; starting it again", code)
-        if was_serving:  # one that died while it loaded had none of the requests
-            self._blame()
         try:
             self._launch()
         except OSError as error:
             self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
 
     def _blame(self) -> None:
-        """Counts a death for each unfinished request; ends those that were there at too many."""
-        for state in list(self._processor.states.values()):
-            state.num_crashes += 1
-            if state.num_crashes >= MAX_CRASHES:
-                self._processor.fail(state, "the engine failed repeatedly while it computed this request")
+        """Finds out which requests may have ended the engine core, and ends the one that does."""
+        states = self._processor.states
+        suspects = {index: place for index, place in self._supervisor.last_work().suspects.items() if index in states}
+        for index, (first, last) in suspects.items():
+            state = states[index]
+            state.suspicion = suspect(state.suspicion, first, last)
+            state.suspected_at = len(state.output_token_ids)
+            if state.suspicion.num_deaths >= MAX_DEATHS and len(suspects) == 1:
+                self._convict(state)
+                self._budget.explained()
+                return
+
+    def _convict(self, culprit: RequestState) -> None:
+        """Ends a request that ends the engine, and those that ask the same."""
+        logger.error("request %s ends the engine; refused from now on", culprit.message.request_id)
+        known = self._culprits.add(culprit.message)
+        same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
+        for state in same:
+            self._processor.fail(state, CULPRIT_ERROR)
+        self._abort([state.index for state in same])
 
     def _fail_calls(self) -> None:
         for future in self._calls.values():
@@ -469,19 +525,45 @@ class EngineClient:
 
     async def _watch_heartbeat(self) -> None:
         """Kills an engine core that does not answer, which starts it again."""
+        ping = self._encoder.encode(Ping(call_id=0))
         while True:
             await asyncio.sleep(PING_INTERVAL)
-            if not self._serving or not self.num_unfinished:
+            watch = self._watch
+            if watch is None:
                 continue
-            try:
-                await asyncio.wait_for(self.call(Ping), PING_TIMEOUT)
-            except asyncio.TimeoutError:
-                logger.error("the engine core does not answer; killing it")
+            watch.tick()
+            problem = self._hung(watch)
+            if problem is not None:
+                logger.error("the engine core %s; killing it", problem)
+                self._is_hung = True
+                self._watch = None
                 self._supervisor.kill()
-            except EngineDeadError:
-                continue
+            else:
+                self._send_frame(ping)
+
+    def _hung(self, watch: ProcessWatch) -> str | None:
+        """What is wrong with the engine core, if anything."""
+        if watch.stopped >= STOPPED_TIMEOUT:
+            return f"has been stopped for {watch.stopped:.0f} s"
+        limit = PING_TIMEOUT if self._serving else LOAD_PING_TIMEOUT
+        if watch.waited >= limit and self._config.executor.distributed_executor_backend != "inline":
+            return f"has not answered for {watch.waited:.0f} s"
+        return None
+
+
+def runs_alone(state: RequestState) -> bool:
+    """Whether the engine core has to isolate a request, since deaths point at it."""
+    return state.suspicion is not None and state.suspicion.num_deaths >= ISOLATE_DEATHS
 
 
 def resumed_request(state: RequestState) -> EngineCoreRequest:
     """The request as another engine core has to hear of it: with what it emitted already."""
-    return msgspec.structs.replace(state.message, resumed_output_token_ids=state.output_token_ids.tobytes())
+    num_outputs = len(state.output_token_ids)
+    num_known = state.num_prompt_tokens + num_outputs
+    if state.suspicion is not None and num_outputs > state.suspected_at and num_known > state.suspicion.last:
+        state.suspicion = None  # it got past the place in question
+    return msgspec.structs.replace(
+        state.message,
+        resumed_output_token_ids=state.output_token_ids.tobytes(),
+        suspicion=state.suspicion,
+    )

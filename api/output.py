@@ -25,6 +25,7 @@ from engine_core.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     FinishReason,
+    Suspicion,
     TokenLogprobs,
     i32,
     i64,
@@ -174,12 +175,13 @@ class RequestState:
         "message",
         "min_tokens",
         "num_cached_tokens",
-        "num_crashes",
         "num_prompt_tokens",
         "output_token_ids",
         "pooling_output",
         "scheduled_time",
         "stop_search",
+        "suspected_at",
+        "suspicion",
         "tokenizer",
     )
 
@@ -199,7 +201,10 @@ class RequestState:
         self.choice = choice
         self.num_prompt_tokens = len(message.prompt_token_ids) // 4
         self.num_cached_tokens = 0
-        self.num_crashes = 0
+        self.suspicion: Suspicion | None = None
+        """Deaths of engine cores that point at it."""
+        self.suspected_at = 0
+        """Output tokens at the last of them."""
         self.pooling_output: npt.NDArray[np.float32] | None = None
         """The result of a request that generates nothing."""
         self.finished = False

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 
 from engine_core.config import EngineConfig
-from engine_core.launch import ChildProcess, EngineCoreLaunch, launch_engine_core
+from engine_core.launch import ChildProcess, EngineCoreLaunch, LastWork, launch_engine_core, read_flight_record
 
 MAX_SOCKET_PATH = 100
 """Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
@@ -31,6 +31,7 @@ class Supervisor:
         self._on_exit = on_exit
         self._log_level = log_level
         self._child: ChildProcess | None = None
+        self._record_path = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ipc_dir = _make_ipc_dir()
         self.address = f"ipc://{self.ipc_dir}/api"
@@ -50,6 +51,7 @@ class Supervisor:
             engine_epoch=engine_epoch,
             log_level=self._log_level,
         )
+        self._record_path = launch.record_path
         self._loop = asyncio.get_running_loop()
         self._child = launch_engine_core(launch)
         self._loop.add_reader(self._child.fileno(), self._ended)
@@ -65,6 +67,10 @@ class Supervisor:
             self._loop.remove_reader(child.fileno())
         self._child = None
         return child.wait()
+
+    def last_work(self) -> LastWork:
+        """What the last engine core was doing when it ended."""
+        return read_flight_record(self._record_path)
 
     def kill(self) -> None:
         """Ends a process that does not answer; its end is then noticed as any other."""

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from engine_core.core import EngineCore, create_executor
+from engine_core.flight_record import FlightRecord
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.messages import FromEngineCore, ToEngineCore
 from executor.log import get_logger, setup_logging
@@ -70,7 +71,8 @@ def main() -> int:
     transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
     executor = create_executor(launch.config, launch.ipc_dir, launch.log_level)
     try:
-        return EngineCore(launch.config, executor, transport, launch.engine_epoch).run()
+        record = FlightRecord(launch.record_path)
+        return EngineCore(launch.config, executor, transport, launch.engine_epoch, record).run()
     finally:
         transport.close()
 

@@ -120,5 +120,6 @@ class EngineConfig(Config, frozen=True):
     cache: CacheConfig = CacheConfig()
     executor: ExecutorConfig = ExecutorConfig()
     max_worker_restarts: Annotated[
-        int, Meta(ge=0, description="Restarts of a dead worker within ten minutes before the server gives up.")
+        int,
+        Meta(ge=0, description="Restarts of dead workers, with no progress in between, before the server gives up."),
     ] = 5

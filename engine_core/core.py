@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from engine_core.config import EngineConfig
+from engine_core.flight_record import FlightRecord
 from engine_core.memory import plan_kv_cache
 from engine_core.messages import (
     AbortRequests,
@@ -36,12 +36,16 @@ from engine_core.messages import (
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
+    WorkersLost,
     WorkersRestarted,
 )
 from engine_core.request import Request
+from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, RestartBudget, suspect
 from engine_core.scheduler import InFlight, Scheduler
 from engine_core.structured.compiler import Compiled, GrammarCompiler
+from engine_core.suspects import lost_requests
 from engine_core.validation import request_problem
+from engine_core.worker_watch import WorkerWatch
 from executor.base import EXIT_MODEL, REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import get_logger
 from executor.messages import (
@@ -57,10 +61,8 @@ from executor.messages import (
 
 logger = get_logger()
 
-MAX_CRASHES = 3
-"""A request that was in a step at that many worker deaths is ended instead of queued again."""
-RESTART_WINDOW = 600.0
-"""Seconds over which worker restarts are counted."""
+OUTPUT_RANK = 0
+"""The worker whose results count; of the others it is enough to hear that they have computed the step."""
 CHECK_INTERVAL = 10.0
 """Seconds between two looks at the books of an idle engine: with many blocks one takes as long as some steps."""
 
@@ -85,10 +87,32 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Execu
     return factory(config.executor, ipc_dir, log_level)
 
 
+class WorkerHungError(WorkerDiedError):
+    """A worker is there and does nothing."""
+
+
 class EngineCore:
     """Drives an executor with the plans of a scheduler."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, transport: Transport, engine_epoch: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        transport: Transport,
+        engine_epoch: int,
+        record: FlightRecord | None = None,
+        watch: WorkerWatch | None = None,
+    ) -> None:
+        """Prepares; ``run`` starts the workers.
+
+        Args:
+            config: As the api resolved it.
+            executor: Computes the plans.
+            transport: To the api.
+            engine_epoch: Which life of the engine core this is.
+            record: Where to write down what is worked on.
+            watch: Of the workers.
+        """
         self.config = config
         self.executor = executor
         self.transport = transport
@@ -107,7 +131,11 @@ class EngineCore:
         """The workers are loaded and take plans."""
         self._may_schedule = False
         self._draining = False
-        self._restarts: deque[float] = deque()
+        self._record = record
+        self._watch = watch or WorkerWatch()
+        self._suspects: deque[EngineCoreRequest] = deque()
+        """They killed engine cores, perhaps: each is added when the one before has shown that it does not."""
+        self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason = ""
         self._checked_at = 0.0
         self._vocab_size = 0
@@ -119,13 +147,17 @@ class EngineCore:
 
     def run(self) -> int:
         """Serves until it is told to stop. Returns the exit code."""
-        self.executor.start()
+        self._start_workers()
         try:
             while self.exit_code is None:
                 self.step()
         finally:
             self.executor.shutdown()
         return self.exit_code
+
+    def _start_workers(self) -> None:
+        self.executor.start()
+        self._watch.started(self.executor.worker_pids())
 
     def step(self) -> None:
         """One turn: hear what is new, retire finished steps, plan another."""
@@ -141,26 +173,29 @@ class EngineCore:
         try:
             for answer in self.executor.receive():
                 self._handle_worker(answer)
+            self._look_after_workers()
             if self.exit_code is None and self._serving:
                 self._plan()
         except WorkerDiedError as error:
-            self._restart_workers(str(error))
+            self._restart_workers(error)
         if self.exit_code is None and self._serving and not self.in_flight:
             self._rest(heard_nothing=not messages)
 
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for beside the api, and how long."""
         fds = self.executor.poll_fds()
+        limits = [timeout, self._watch.interval if self.in_flight or not self._serving else None]
         grammars = self._grammars
-        if grammars is None:
-            return fds, timeout
-        return [*fds, grammars.fileno()], grammars.timeout if timeout is None else timeout
+        if grammars is not None:
+            fds = [*fds, grammars.fileno()]
+            limits.append(grammars.timeout)
+        return fds, min((limit for limit in limits if limit is not None), default=None)
 
     def _rest(self, *, heard_nothing: bool) -> None:
         """Nothing is being computed: the moment to end if that was asked for, or to look whether all is in order."""
         scheduler = self._scheduler
         assert scheduler is not None
-        if scheduler.has_unfinished:
+        if scheduler.has_unfinished or self._suspects:
             return
         if self._draining:
             self.exit_code = 0
@@ -174,17 +209,40 @@ class EngineCore:
         assert scheduler is not None
         if not self._may_schedule or len(self.in_flight) >= self.config.scheduler.max_in_flight_steps:
             return
+        if self._suspects or scheduler.suspects.is_isolating:
+            if not self.in_flight:
+                self._next_trial(scheduler)
+            if scheduler.suspects.current is None and (self._suspects or self.in_flight):
+                self._may_schedule = False  # nobody runs beside the next one: wait for what is in flight
+                return
         planned = scheduler.schedule()
+        if self._record is not None:
+            self._record.adding(0)
         if planned is None:
             self._may_schedule = False
             return
         plan, step = planned
-        self.executor.submit(plan)
         self.in_flight.append(step)
+        if self._record is not None:
+            self._record.computing(self.in_flight)
+        self.executor.submit(plan)
         if len(self.in_flight) == 1:
             ended = self._send_mask()
             if ended:
                 self._send_outputs(*ended)
+
+    def _note_compiling(self, scheduler: Scheduler) -> None:
+        if self._record is not None:
+            self._record.compiling(scheduler.compiling)
+
+    def _next_trial(self, scheduler: Scheduler) -> None:
+        """Begins the trial of the next suspect. Nobody else's steps are in flight."""
+        scheduler.suspects.next_trial()
+        while self._suspects and not scheduler.suspects.is_isolating:
+            request = self._admit(self._suspects.popleft())
+            if request is not None:
+                scheduler.suspects.isolate([request])
+                scheduler.suspects.next_trial()
 
     def _send_mask(self) -> list[EngineCoreOutput]:
         """Sends the mask of the oldest step in flight, if it has constrained rows: all tokens before it are known.
@@ -237,8 +295,20 @@ class EngineCore:
         if message.index in scheduler.requests:
             # An answer would end the first one: to the api an index is a request.
             logger.error("dropped request %s: its index %d is taken", message.request_id, message.index)
-            return
+        elif message.suspicion is not None and message.suspicion.num_deaths >= ISOLATE_DEATHS:
+            self._suspects.append(message)
+            self._may_schedule = True
+        else:
+            self._admit(message)
+
+    def _admit(self, message: EngineCoreRequest) -> Request | None:
+        """Checks a request once more and queues it; None: it was refused."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        request = None
         try:
+            if self._record is not None:
+                self._record.adding(message.index)
             problem = request_problem(message, self._vocab_size, scheduler.max_model_len, self._hidden_size)
             if problem is None:
                 request = Request(message)
@@ -248,6 +318,8 @@ class EngineCore:
         except Exception as error:  # one bad request must not reach the loop
             logger.exception("request %s could not be added", message.request_id)
             problem = f"internal error: {error}"
+        if self._record is not None:
+            self._record.adding(0)
         if problem is not None:
             num_outputs = len(message.resumed_output_token_ids) // 4
             self._send_outputs(
@@ -258,8 +330,9 @@ class EngineCore:
                     error=problem,
                 )
             )
-            return
+            return None
         self._may_schedule = True
+        return request
 
     def _compile(self, request: Request, scheduler: Scheduler) -> None:
         """Starts to compile a request's grammar; it is not scheduled before that is done."""
@@ -267,6 +340,7 @@ class EngineCore:
             self._grammars = GrammarCompiler(self._vocab_size)
             if self._vocabulary is not None:
                 self._grammars.set_vocabulary(self._vocabulary)
+        self._note_compiling(scheduler)
         self._grammars.start(request, scheduler.max_output_tokens(request))
 
     def _take_grammars(self, grammars: GrammarCompiler) -> None:
@@ -278,6 +352,7 @@ class EngineCore:
                 self._may_schedule = True
             else:
                 self._refuse(compiled, self._scheduler)
+            self._note_compiling(self._scheduler)
 
     def _refuse(self, compiled: Compiled, scheduler: Scheduler) -> None:
         request, param = compiled.request, compiled.param
@@ -289,6 +364,7 @@ class EngineCore:
     def _abort(self, message: AbortRequests) -> None:
         for index in message.indices:
             self._early.pop(index, None)
+            self._suspects = deque(suspect for suspect in self._suspects if suspect.index != index)
             if self._grammars is not None:
                 self._grammars.forget(index)
             if self._scheduler is not None:
@@ -330,8 +406,12 @@ class EngineCore:
     # -- messages from the workers -------------------------------------------------------------------------
 
     def _handle_worker(self, message: FromWorker) -> None:
+        if not isinstance(message, ModelRunnerOutput):
+            self._watch.heard(message.rank)
         if isinstance(message, ModelRunnerOutput):
-            self._retire(message)
+            self._watch.heard(message.rank, message.step_id)
+            if message.rank == OUTPUT_RANK:
+                self._retire(message)
         elif isinstance(message, LoadProgress):
             self.transport.send(message)
         elif isinstance(message, WorkerReady):
@@ -350,6 +430,8 @@ class EngineCore:
         assert scheduler is not None
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, f"result of step {result.step_id} came instead of {step.step_id}"
+        self._watch.step_done(step, result.forward_ms * 1e-3)
+        self._restarts.progress()
         outputs = scheduler.update_from_output(step, result)
         ended: list[EngineCoreOutput] = []
         try:
@@ -375,6 +457,7 @@ class EngineCore:
             self._scheduler = Scheduler(
                 self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
             )
+            self._scheduler.on_admit = None if self._record is None else self._record.adding
         shape = self._scheduler.shape
         self.executor.submit(
             InitKVCache(
@@ -391,6 +474,7 @@ class EngineCore:
         worker = self._ready[0]
         self._serving = True
         self._may_schedule = True
+        self._restarts.serves()
         reason, self._restart_reason = self._restart_reason, ""
         if self._announced:
             logger.info("workers are back (%s)", reason)
@@ -439,40 +523,57 @@ class EngineCore:
         else:
             raise WorkerDiedError(f"worker {message.rank} failed: {message.message}")
 
-    def _restart_workers(self, reason: str) -> None:
+    def _look_after_workers(self) -> None:
+        """Looks for workers that hang.
+
+        Raises:
+            WorkerDiedError: There is one.
+        """
+        problem = self._watch.hung(self.in_flight, is_loading=not self._serving)
+        if problem is not None:
+            raise WorkerHungError(problem)
+
+    def _restart_workers(self, error: WorkerDiedError) -> None:
         """Starts all workers again and queues what ran, as if it had been preempted."""
-        now = time.monotonic()
-        while self._restarts and now - self._restarts[0] > RESTART_WINDOW:
-            self._restarts.popleft()
-        self._restarts.append(now)
-        if len(self._restarts) > self.config.max_worker_restarts:
-            self._die(f"{reason}; gave up after {self.config.max_worker_restarts} restarts", 1)
+        reason = str(error)
+        was_serving, self._serving = self._serving, False
+        self._may_schedule = False
+        if self._scheduler is not None:
+            if was_serving:
+                self._blame(self._scheduler)
+            self._scheduler.restart()
+        self.in_flight.clear()
+        cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"
+        if not self._restarts.spend(cause):
+            self._die(f"{reason}; gave up after {self._restarts.limit} restarts without any progress", 1)
             return
         logger.error("%s; starting the workers again", reason)
         self._restart_reason = reason
-        self._serving = False
         self._ready.clear()
         self._kv_ready.clear()
+        if self._announced:
+            self.transport.send(WorkersLost(engine_epoch=self.engine_epoch, reason=reason))
         if self._scheduler is not None:
-            self._blame(self._scheduler)
-            self._scheduler.restart()
             self._send_outputs()  # nothing runs for now
-        self.in_flight.clear()
-        self.executor.shutdown()
-        self.executor.start()
+        self.executor.kill()
+        self._start_workers()
 
     def _blame(self, scheduler: Scheduler) -> None:
-        """Counts a crash for each request of the steps that were lost; ends those that were in too many."""
-        suspects = np.unique(np.concatenate([step.slots for step in self.in_flight])) if self.in_flight else ()
-        for request in scheduler.running_requests():
-            if request.slot not in suspects:
-                continue
-            request.num_crashes += 1
-            if request.num_crashes >= MAX_CRASHES:
-                logger.error("request %s was in %d steps that killed a worker", request.message.request_id, MAX_CRASHES)
-                self._send_outputs(
-                    scheduler.fail_request(request, "the engine failed repeatedly while it computed this request")
-                )
+        """Finds out which requests of the steps that were lost may be the reason, and ends the one that is."""
+        lost = lost_requests(self.in_flight, scheduler.owner)
+        for request, first, last in lost:
+            after = request.suspicion = suspect(request.suspicion, first, last)
+            if after.num_deaths >= MAX_DEATHS and len(lost) == 1:
+                logger.error("request %s kills workers; ended it", request.message.request_id)
+                output = scheduler.fail_request(request, "the engine failed repeatedly while it computed this request")
+                self._send_outputs(msgspec.structs.replace(output, is_culprit=True))
+                self._restarts.explained()
+                return
+        scheduler.suspects.isolate(
+            request
+            for request, _, _ in lost
+            if request.suspicion is not None and request.suspicion.num_deaths >= ISOLATE_DEATHS
+        )
 
     def _die(self, message: str, exit_code: int) -> None:
         self.transport.send(EngineDead(engine_epoch=self.engine_epoch, message=message, exit_code=exit_code))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from engine_core.config import Config, EngineConfig
+from engine_core.flight_record import LastWork, read_flight_record
+from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, setup_logging
 from executor.process import ChildProcess, child_command, child_environment
 
@@ -20,6 +22,11 @@ class EngineCoreLaunch(Config, frozen=True):
     engine_epoch: int
     log_level: str = "info"
 
+    @property
+    def record_path(self) -> str:
+        """Where the engine core keeps its ``FlightRecord``."""
+        return f"{self.ipc_dir}/record"
+
 
 def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
     """Starts ``engine_core/__main__.py``. It dies with the calling process, and with the thread that called."""
@@ -32,12 +39,16 @@ def engine_identity(engine_epoch: int) -> bytes:
 
 
 __all__ = [
+    "STOPPED_TIMEOUT",
     "ChildProcess",
     "EngineCoreLaunch",
+    "LastWork",
+    "ProcessWatch",
     "child_command",
     "child_environment",
     "engine_identity",
     "get_logger",
     "launch_engine_core",
+    "read_flight_record",
     "setup_logging",
 ]

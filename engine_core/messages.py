@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from engine_core.restart import Suspicion
 from executor.messages import (
     I32,
     POOLING_TYPES,
@@ -55,11 +56,13 @@ __all__ = [
     "SetVocabulary",
     "Shutdown",
     "StatusRequest",
+    "Suspicion",
     "Tensor",
     "ThinkingBudget",
     "ToEngineCore",
     "TokenLogprobs",
     "UtilityOutput",
+    "WorkersLost",
     "WorkersRestarted",
     "f32",
     "i32",
@@ -133,6 +136,8 @@ class EngineCoreRequest(Message, frozen=True):
     """Prompts of different salts never share cached blocks."""
     resumed_output_token_ids: bytes = b""
     """int32: tokens generated in an earlier life of the request; numbering goes on after them."""
+    suspicion: Suspicion | None = None
+    """Deaths of engine cores that point at it. Requests that have to run alone are sent before all others."""
     grammar: GrammarSpec | None = None
 
 
@@ -225,6 +230,8 @@ class EngineCoreOutput(Message, frozen=True):
     error: str | None = None
     error_param: str | None = None
     """The error is the client's fault: the field that is to blame, or an empty text if it is none in particular."""
+    is_culprit: bool = False
+    """The request killed workers, again and again; it must not come back soon."""
 
 
 class EngineCoreOutputs(Message, frozen=True):
@@ -249,6 +256,13 @@ class UtilityOutput(Message, frozen=True):
     error: str | None = None
 
 
+class WorkersLost(Message, frozen=True):
+    """Workers died or hung and are being started again; ``WorkersRestarted`` follows."""
+
+    engine_epoch: int
+    reason: str
+
+
 class WorkersRestarted(Message, frozen=True):
     """Workers died and were started again; what ran was queued again. A pause, not an error."""
 
@@ -263,7 +277,9 @@ class EngineDead(Message, frozen=True):
     exit_code: int = 1
 
 
-FromEngineCore = EngineReady | LoadProgress | EngineCoreOutputs | UtilityOutput | WorkersRestarted | EngineDead
+FromEngineCore = (
+    EngineReady | LoadProgress | EngineCoreOutputs | UtilityOutput | WorkersLost | WorkersRestarted | EngineDead
+)
 
 
 def f32(column: bytes) -> npt.NDArray[np.float32]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine_core.fair_shares import Account
-from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, TokenLogprobs, i32
+from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, Suspicion, TokenLogprobs, i32
 from engine_core.repetition import RepetitionDetector
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ class Request:
         "index",
         "message",
         "num_cached_tokens",
-        "num_crashes",
         "num_prompt_tokens",
         "params",
         "prompt_logprobs",
         "repetition",
         "scheduled_time",
         "slot",
+        "suspicion",
         "token_ids",
     )
 
@@ -65,8 +65,8 @@ class Request:
         """What the output may still become; there once the message's grammar is compiled."""
         self.account: Account
         """Its tenant's, from when the scheduler has it."""
-        self.num_crashes = 0
-        """Worker deaths while this request was in a step."""
+        self.suspicion: Suspicion | None = message.suspicion
+        """Deaths that point at this request; None once it has got past the place where they happened."""
 
     @property
     def grammar_param(self) -> str | None:

@@ -13,6 +13,7 @@ token costs a few numpy calls however many run. Plans are made before the result
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -35,6 +36,7 @@ from engine_core.messages import (
 from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.request_queue import create_request_queue
 from engine_core.structured.request_grammar import RequestGrammar, Verdict
+from engine_core.suspects import Suspects, allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 I64 = npt.NDArray[np.int64]
@@ -51,11 +53,19 @@ class InFlight:
     step_id: int
     slots: I32
     epochs: I64
+    indices: I64
+    """The requests of the rows."""
+    counts: I64
+    """Tokens that are computed of each row's request."""
+    ends: I64
+    """How many of its tokens are computed once the step is done."""
     sampled: Bools
     """Rows that sample a token."""
     grammar_rows: I64
     """Rows whose sampling waits for the step's ``GrammarMask``, in its order."""
     num_tokens: int
+    num_attended: int
+    """Pairs of a token and one that it attends to, at most."""
     schedule_us: float
 
 
@@ -90,6 +100,9 @@ class Scheduler:
         self.waiting = create_request_queue(config.scheduling_policy)
         self.compiling: dict[int, Request] = {}
         """Requests whose grammar is not there yet: they wait beside the queue."""
+        self.suspects = Suspects()
+        self.on_admit: Callable[[int], None] | None = None
+        """Told which request is about to get a slot."""
         self.num_preemptions = 0
         self._step_id = 0
         self._finished_slots: list[int] = []
@@ -169,6 +182,7 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         del self.requests[request.index]
+        self.suspects.forget(request)
         if request.slot >= 0:
             num_output = int(self._num_known[request.slot]) - request.num_prompt_tokens
             if num_output:
@@ -184,6 +198,7 @@ class Scheduler:
         request.account.charge(int(self._num_known[slot] - self._num_charged[slot]))
         request.slot = -1
         self._owners[slot] = None
+        self.suspects.stopped(slot)
         self._epochs[slot] += 1
         self._running = self._running[self._running != slot]
         self._finished_slots.append(slot)
@@ -208,6 +223,7 @@ class Scheduler:
             self.num_preemptions -= 1
         self._finished_slots.clear()
         self.kv.pool.forget_all()
+        self.suspects.restart()
 
     def running_requests(self) -> list[Request]:
         return [request for slot in self._running.tolist() if (request := self._owners[slot]) is not None]
@@ -231,6 +247,7 @@ class Scheduler:
             return None
         sampled = self._note_samples(slots)
         grammar_rows = np.flatnonzero(sampled & self._has_grammar[slots])
+        ends = self._num_computed[slots]
         self._step_id += 1
         plan = SchedulerOutput(
             step_id=self._step_id,
@@ -247,9 +264,13 @@ class Scheduler:
             step_id=self._step_id,
             slots=slots,
             epochs=self._epochs[slots],
+            indices=self._indices[slots],
+            counts=counts,
+            ends=ends,
             sampled=sampled,
             grammar_rows=grammar_rows,
             num_tokens=int(counts.sum()),
+            num_attended=int(counts @ ends),
             schedule_us=(time.perf_counter() - begin) * 1e6,
         )
         return plan, step
@@ -260,9 +281,14 @@ class Scheduler:
         The last token that a request may have is never computed: nothing comes after it.
         """
         slots = self._running
+        if self.suspects.is_isolating:
+            request = self.suspects.current
+            slots = slots[:0] if request is None or request.slot < 0 else np.array([request.slot], np.int32)
         counts = np.minimum(self._num_tokens[slots], self._max_tokens[slots] - 1) - self._num_computed[slots]
         if self.config.long_prefill_token_threshold:
             counts = np.minimum(counts, self.config.long_prefill_token_threshold)
+        if self.suspects:
+            counts = self.suspects.limit(slots, counts, self._num_computed[slots])
         active = counts > 0
         if not active.all():
             slots, counts = slots[active], counts[active]
@@ -314,6 +340,8 @@ class Scheduler:
 
     def _choose_victim(self) -> Request:
         running = self.running_requests()
+        if self.suspects.is_isolating:
+            return next((other for other in reversed(running) if other is not self.suspects.current), running[-1])
         if self.config.scheduling_policy == "priority":
             return max(running, key=lambda request: request.priority)
         return running[-1]
@@ -324,8 +352,10 @@ class Scheduler:
         counts: list[int] = []
         if self._free_slots:
             self._charge_long_outputs()
-        while budget > 0 and self.waiting and self._free_slots:
-            request = self.waiting.peek()
+        while budget > 0 and self.waiting and (self._free_slots or self.suspects.is_isolating):
+            request = self._next_waiting()
+            if request is None:
+                break
             num_tokens = len(request.token_ids)
             cached = self.kv.find_cached_blocks(request)
             num_computed = len(cached) * self.shape.block_size
@@ -333,12 +363,21 @@ class Scheduler:
             whole = not self.config.enable_chunked_prefill
             if whole and count > budget:
                 break
+            if self.suspects.is_isolating:
+                self._make_room(cached, num_tokens)
             if not self.kv.can_fit(cached, num_tokens):
                 break
             if self.config.long_prefill_token_threshold and not whole:
                 count = min(count, self.config.long_prefill_token_threshold)
             count = min(count, budget)
-            self.waiting.pop()
+            if request.suspicion is not None:
+                count = allowed(request, count, num_computed, num_computed)
+            if self.suspects.is_isolating:
+                self.waiting.remove(request)
+            else:
+                self.waiting.pop()
+            if self.on_admit is not None:
+                self.on_admit(request.index)
             self.kv.start(request, cached, num_computed + count)
             slot = self._occupy(request, num_computed)
             new_reqs.append(self._describe(request, slot, num_computed))
@@ -369,6 +408,19 @@ class Scheduler:
         request.account.charge((0 if request.scheduled_time else num_tokens - num_computed) + num_left)
         self._num_charged[request.slot] = num_tokens + num_left
 
+    def _next_waiting(self) -> Request | None:
+        """The request that may start now; None: nobody."""
+        if not self.suspects.is_isolating:
+            return self.waiting.peek()
+        request = self.suspects.current
+        is_ready = request is not None and request.slot < 0 and request.index not in self.compiling
+        return request if is_ready else None
+
+    def _make_room(self, cached: list[int], num_tokens: int) -> None:
+        """Preempts those that wait for the trial of a request, as far as it needs what they hold."""
+        while len(self._running) and not (self._free_slots and self.kv.can_fit(cached, num_tokens)):
+            self._preempt(self.running_requests()[-1])
+
     def _occupy(self, request: Request, num_computed: int) -> int:
         """Gives a request a slot and fills its row of the arrays."""
         slot = self._free_slots.pop()
@@ -384,6 +436,8 @@ class Scheduler:
         else:
             is_first = num_tokens == request.num_prompt_tokens
         self._owners[slot] = request
+        if request.suspicion is not None:
+            self.suspects.started(request, num_computed)
         self._running = np.append(self._running, np.int32(slot))
         self._indices[slot] = request.index
         self._token_ids[slot, :num_tokens] = request.token_ids
@@ -456,6 +510,8 @@ class Scheduler:
         """
         outputs: list[EngineCoreOutput] = []
         current = self._epochs[step.slots] == step.epochs
+        if self.suspects:
+            self.suspects.computed(step.slots, step.ends, current)
         usable = step.sampled & current
         for error in result.row_errors:
             if current[error.row]:
@@ -602,11 +658,12 @@ class Scheduler:
     def grammars(self, step: InFlight) -> list[RequestGrammar | None]:
         """The grammars of a step's constrained rows; None where the request is gone."""
         return [
-            request.grammar if (request := self._owner(step, row)) is not None else None
+            request.grammar if (request := self.owner(step, row)) is not None else None
             for row in step.grammar_rows.tolist()
         ]
 
-    def _owner(self, step: InFlight, row: int) -> Request | None:
+    def owner(self, step: InFlight, row: int) -> Request | None:
+        """The request of a row, if it still has its slot."""
         slot = step.slots[row]
         return self._owners[slot] if self._epochs[slot] == step.epochs[row] else None
 

@@ -54,6 +54,9 @@ class Executor(Protocol):
     def shutdown(self) -> None:
         """Stops the workers, waiting for them a moment, then killing them."""
 
+    def kill(self) -> None:
+        """Ends workers that are of no use any more, at once."""
+
 
 REGISTRY = {
     "mp": "executor.multiproc:MultiprocExecutor",

@@ -59,3 +59,7 @@ class InlineExecutor:
     def shutdown(self) -> None:
         self._worker = None
         self._pending.clear()
+        self._answers.clear()
+
+    def kill(self) -> None:
+        self.shutdown()

@@ -283,6 +283,8 @@ class ModelRunnerOutput(Message, frozen=True):
     """The result of one step."""
 
     step_id: int
+    rank: int = 0
+    """Whose it is: every answer of a worker says so."""
     sampled_token_ids: bytes = b""
     """int32: the rows' sampled tokens one after another, ``num_sampled`` for each row."""
     num_accepted: bytes = b""

@@ -67,7 +67,9 @@ class ModelRunner:
         groups: tuple[KVCacheGroupSpec, ...],
         *,
         enforce_eager: bool,
+        rank: int = 0,
     ) -> None:
+        self.rank = rank
         self.model = loaded.model
         self.dtype = loaded.dtype
         self.device = device
@@ -151,6 +153,7 @@ class ModelRunner:
         self.states.append(step.slots, output.token_ids)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
+            rank=self.rank,
             sampled_token_ids=output.token_ids.astype(np.int32).tobytes(),
             row_errors=(*output.row_errors, *step.pooled.row_errors),
             logprobs=tuple(output.logprobs),

@@ -120,6 +120,17 @@ class MultiprocExecutor:
                 child.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 child.kill()
+        self._close()
+
+    def kill(self) -> None:
+        if self._output is None:
+            return
+        for child in self._children:
+            child.kill()
+        self._close()
+
+    def _close(self) -> None:
+        assert self._output is not None
         for socket in (*self._inputs, self._output):
             address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
             socket.close(linger=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -22,6 +23,8 @@ import setproctitle
 
 _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+_F_SETPIPE_SZ = 1031
+_PIPE_BYTES = 1 << 20
 _ROOT = str(Path(__file__).resolve().parent.parent)
 """The folder of the four packages."""
 _BOOTSTRAP = (
@@ -65,6 +68,8 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
+        with contextlib.suppress(OSError):  # else a long start message holds us up until the child has its modules
+            fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
         try:
             self._pipe.write(_LENGTH.pack(len(payload)) + payload)
             self._pipe.flush()

@@ -207,3 +207,6 @@ class SimulatedExecutor:
             self._masks.put(None)
             self._thread.join()
             self._thread = None
+
+    def kill(self) -> None:
+        self.shutdown()

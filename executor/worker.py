@@ -75,7 +75,9 @@ class Worker:
         layers = loaded.model.attention_layers()
         backend = layers[0].backend
         groups = kv_cache_groups(layers, backend, loaded.dtype, config.device.block_size)
-        self.runner = ModelRunner(loaded, device, backend, groups, enforce_eager=config.model.enforce_eager)
+        self.runner = ModelRunner(
+            loaded, device, backend, groups, enforce_eager=config.model.enforce_eager, rank=self.rank
+        )
         memory = device.memory()
         self._send(
             WorkerReady(

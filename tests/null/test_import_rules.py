@@ -19,11 +19,11 @@ FORBIDDEN = {
     "ops": {"api", "engine_core", "executor"},
 }
 CONTRACTS = {
-    "api": {"engine_core": {"messages", "config", "launch"}},
-    "engine_core": {"executor": {"messages", "config", "base", "log", "multiproc", "simulated", "process"}},
+    "api": {"engine_core": {"messages", "config", "launch", "restart"}},
+    "engine_core": {"executor": {"messages", "config", "base", "log", "multiproc", "simulated", "process", "liveness"}},
 }
 """What a floor may import of the one below."""
-TORCH_FREE = ["messages", "config", "base", "log", "multiproc", "simulated", "pooling", "process"]
+TORCH_FREE = ["messages", "config", "base", "log", "multiproc", "simulated", "pooling", "process", "liveness"]
 NO_PICKLE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 
 

@@ -14,12 +14,13 @@ import pytest
 import zmq
 
 from api import engine_client
-from api.engine_client import MAX_CRASHES, EngineClient
-from api.errors import EngineDeadError
+from api.blame import REFUSAL_TIME, Culprits
+from api.engine_client import EngineClient
+from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.output import Delta, OutputOptions, RequestState
 from engine_core.config import EngineConfig
-from engine_core.launch import engine_identity
+from engine_core.launch import LastWork, engine_identity
 from engine_core.messages import (
     AbortRequests,
     EngineCoreOutput,
@@ -32,9 +33,14 @@ from engine_core.messages import (
     LoadProgress,
     Ping,
     ResolvedParams,
+    SchedulerStats,
     ToEngineCore,
+    WorkersLost,
+    WorkersRestarted,
     i32,
 )
+from engine_core.restart import MAX_DEATHS, MAX_RESTARTS
+from executor.liveness import ProcessSample, ProcessWatch
 
 
 class Core:
@@ -64,6 +70,7 @@ class Core:
                     indices=np.array([state.index], np.int64).tobytes(),
                     output_indices=np.array([first + number], np.int32).tobytes(),
                     token_ids=np.array([token], np.int32).tobytes(),
+                    scheduler_stats=SchedulerStats(num_scheduled_tokens=1),
                 )
             )
 
@@ -95,6 +102,8 @@ class FakeSupervisor:
         self.on_exit = on_exit
         self.context = zmq.Context()
         self.cores: list[Core] = []
+        self.work = LastWork()
+        self.num_kills = 0
         FakeSupervisor.current = self
 
     @property
@@ -106,7 +115,16 @@ class FakeSupervisor:
             raise self.error
         self.cores.append(Core(self.context, self.address, epoch))
 
-    def die(self, code: int = -9) -> None:
+    def last_work(self) -> LastWork:
+        return self.work
+
+    def kill(self) -> None:
+        self.num_kills += 1
+        self.die()
+
+    def die(self, code: int = -9, **work: Any) -> None:
+        """The core ends; ``work`` is what it leaves word of."""
+        self.work = LastWork(**work)
         self.core.close()
         self.on_exit(code)
 
@@ -174,6 +192,7 @@ class Harness:
 async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
     FakeSupervisor.folder = tmp_path
     monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(engine_client, "PING_INTERVAL", 1000)
     result = Harness()
     await result.start()
     yield result
@@ -234,23 +253,193 @@ async def test_an_abort_during_a_restart_holds(harness: Harness) -> None:
     assert indices == [stays.index, new.index]
 
 
-async def test_a_core_that_dies_while_it_loads_is_not_the_fault_of_requests(harness: Harness) -> None:
-    state = harness.submit()
-    for _ in range(MAX_CRASHES + 1):
-        harness.supervisor.die()
+async def back(harness: Harness) -> list[EngineCoreRequest]:
+    """A new core is there; gives the requests that it is told."""
     harness.supervisor.core.ready()
     await harness.serving()
-    assert state.num_crashes == 1 and not state.finished
+    return [message for message in harness.supervisor.core.received() if isinstance(message, EngineCoreRequest)]
 
 
-async def test_a_request_that_was_there_at_too_many_deaths_is_ended(harness: Harness) -> None:
-    harness.submit()
-    for _ in range(MAX_CRASHES):
+async def test_a_core_that_dies_while_it_loads_is_not_the_fault_of_requests(harness: Harness) -> None:
+    state = harness.submit()
+    harness.supervisor.die(computing={state.index: (0, 3)})
+    for _ in range(MAX_DEATHS + 1):
         harness.supervisor.die()
+    (again,) = await back(harness)
+    assert again.suspicion is not None and again.suspicion.num_deaths == 1 and not state.finished
+
+
+async def test_unrelated_deaths_never_add_up(harness: Harness) -> None:
+    state = harness.submit()
+    for number in range(20):
+        harness.supervisor.core.tokens(state, number, 5)
+        await harness.take(1)
+        harness.supervisor.die(computing={state.index: (number + 3, number + 5)})
+        (again,) = await back(harness)
+        assert again.suspicion is not None and again.suspicion.num_deaths < MAX_DEATHS
+    assert not state.finished and harness.client.dead is None and not harness.fatal
+
+
+async def test_the_request_that_ends_cores_is_found_and_refused(harness: Harness) -> None:
+    innocent, waiting = harness.submit(1, 2), harness.submit(1, 2, 3, 4)
+    poison, twin = harness.submit(9, 9), harness.submit(9, 9)
+    harness.supervisor.core.tokens(innocent, 0, 5)
+    await harness.take(1)
+    both = {innocent.index: (2, 4), poison.index: (0, 2)}
+    harness.supervisor.die(computing=both)
+    assert [again.suspicion is not None for again in await back(harness)] == [True, False, True, False]
+    harness.supervisor.die(computing={innocent.index: (0, 3), poison.index: (0, 2)})
+    # The suspects come first, to run alone.
+    assert {again.index for again in (await back(harness))[:2]} == {innocent.index, poison.index}
+    harness.supervisor.core.tokens(innocent, 1, 6, 7, 8)
+    await harness.take(3)
+    harness.supervisor.die(computing={poison.index: (0, 2)})
+    failed = await harness.take(2)
+    assert {delta.finish_reason for delta in failed} == {"error"} and "10 minutes" in str(failed[0].error)
+    assert poison.finished and twin.finished
+    again = await back(harness)
+    assert [(request.index, request.suspicion) for request in again] == [(innocent.index, None), (waiting.index, None)]
+    with pytest.raises(RequestError, match="refused for another 600 s") as refusal:
+        harness.submit(9, 9)
+    assert refusal.value.status == 422 and refusal.value.headers["Retry-After"] == "600"
+    harness.submit(9, 9, 9)
+
+
+async def test_a_request_that_ends_cores_when_it_is_taken_in_is_found(harness: Harness) -> None:
+    innocent, poison = harness.submit(), harness.submit(9)
+    harness.supervisor.core.tokens(innocent, 0, 5)
+    await harness.take(1)
+    for _ in range(MAX_DEATHS):
+        harness.supervisor.die(adding=poison.index, computing={innocent.index: (3, 4)})
+        assert innocent.index in [again.index for again in await back(harness)]
+    assert poison.finished and not innocent.finished and innocent.suspicion is None
+
+
+async def test_a_core_that_dies_again_and_again_for_no_reason_is_given_up(harness: Harness) -> None:
+    for _ in range(MAX_RESTARTS):
+        harness.supervisor.die()
+        await back(harness)
+    assert harness.client.dead is None
+    harness.supervisor.die()
+    assert harness.client.dead is not None and "got nothing done" in str(harness.client.dead)
+    assert harness.fatal == [harness.client.dead]
+
+
+async def test_requests_that_kill_workers_are_refused_too(harness: Harness) -> None:
+    state, twin = harness.submit(9), harness.submit(9)
+    output = EngineCoreOutput(state.index, 0, (), FinishReason.ERROR, error="no", is_culprit=True)
+    harness.supervisor.core.send(EngineCoreOutputs(1, outputs=(output,)))
+    assert all(delta.finish_reason == "error" for delta in await harness.take(2))
+    assert AbortRequests((state.index, twin.index)) in harness.supervisor.core.received()
+    with pytest.raises(RequestError, match="refused"):
+        harness.submit(9)
+
+
+def test_culprits_are_forgiven() -> None:
+    now = 0.0
+    culprits = Culprits(lambda: now)
+    request = EngineCoreRequest("a", 1, b"12345678", ResolvedParams(seed=1))
+    culprits.add(request)
+    for same in (request, EngineCoreRequest("b", 2, b"12345678", ResolvedParams(seed=2), arrival_time=3.0)):
+        with pytest.raises(RequestError):
+            culprits.check(same)
+    for other in (
+        EngineCoreRequest("a", 1, b"12345679", ResolvedParams(seed=1)),
+        EngineCoreRequest("a", 1, b"12345678", ResolvedParams(seed=1, temperature=0.5)),
+    ):
+        culprits.check(other)
+    now = REFUSAL_TIME
+    culprits.check(request)
+
+
+async def test_readiness_is_the_truth(harness: Harness) -> None:
+    core = harness.supervisor.core
+    assert harness.client.is_ready
+    core.send(WorkersLost(1, "worker 0 is gone"))
+    await until(lambda: not harness.client.is_ready)
+    core.send(WorkersRestarted(1, (2,), "worker 0 is gone"))
+    await until(lambda: harness.client.is_ready)
+    harness.supervisor.die()
+    assert not harness.client.is_ready
+    await back(harness)
+    assert harness.client.is_ready
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+@pytest.mark.parametrize("is_serving", [True, False])
+async def test_a_core_that_does_not_answer_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_serving: bool
+) -> None:
+    now = 0.0
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.001)
+    monkeypatch.setattr(
+        engine_client, "ProcessWatch", lambda pid: ProcessWatch(pid, lambda: now, lambda pid: ProcessSample("S", 1.0))
+    )
+    harness = Harness()
+    start = asyncio.create_task(harness.client.start())
+    await asyncio.sleep(0)
+    if is_serving:
         harness.supervisor.core.ready()
-        await harness.serving()
-    (delta,) = await harness.take(1)
-    assert delta.finish_reason == "error" and harness.client.dead is None
+        await start
+        state = harness.submit()
+    limit = engine_client.PING_TIMEOUT if is_serving else engine_client.LOAD_PING_TIMEOUT
+    now = 60.0  # the watcher stood still; that does not count
+    await asyncio.sleep(0.05)
+    assert harness.supervisor.num_kills == 0
+    while harness.supervisor.num_kills == 0:
+        now += 1.0
+        await asyncio.sleep(0.01)
+    assert limit - 3 < now - 60 < limit + 10
+    now = 0.0
+    harness.supervisor.core.ready()
+    await (start if not is_serving else harness.serving())
+    if is_serving:
+        assert any(
+            isinstance(message, EngineCoreRequest) and message.index == state.index
+            for message in harness.supervisor.core.received()
+        )
+    await harness.close()
+
+
+async def test_a_core_that_is_killed_while_the_model_loads_first_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    harness = Harness()
+    start = asyncio.create_task(harness.client.start())
+    await asyncio.sleep(0)
+    for _ in range(MAX_RESTARTS):
+        harness.supervisor.die(-9)
+    harness.supervisor.core.ready()
+    assert (await start).pid == 1 and harness.client.is_ready
+    await harness.close()
+
+
+@pytest.mark.parametrize(("code", "num_deaths"), [(1, 1), (-9, MAX_RESTARTS + 1)])
+async def test_a_core_that_never_loads_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, num_deaths: int
+) -> None:
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    harness = Harness()
+    start = asyncio.create_task(harness.client.start())
+    await asyncio.sleep(0)
+    for _ in range(num_deaths):
+        assert harness.client.dead is None
+        harness.supervisor.die(code)
+    with pytest.raises(EngineDeadError, match="ended"):
+        await start
+    await harness.close()
 
 
 async def test_a_core_that_cannot_be_started_again_is_given_up(harness: Harness) -> None:

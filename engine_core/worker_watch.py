@@ -1,0 +1,103 @@
+"""Finds workers that hang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from engine_core.step_times import StepTimes
+from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
+
+TICK = 1.0
+"""Seconds between two looks."""
+LOAD_TIMEOUT = 300.0
+"""Seconds that a worker may load without a word and without using a processor or a disk; a compiler may be at work."""
+
+
+class Step(Protocol):
+    """What is looked at of a step in flight."""
+
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_attended(self) -> int: ...
+
+
+class WorkerWatch:
+    """Watches the processes of an executor. One that has none is left alone."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[int], ProcessWatch] = ProcessWatch,
+    ) -> None:
+        """Watches nobody yet.
+
+        Args:
+            clock: Seconds that never go back.
+            watch: Starts to watch a process id.
+        """
+        self.times = StepTimes()
+        self._clock = clock
+        self._watch = watch
+        self._watches: list[ProcessWatch] = []
+        self._answered: list[int] = []
+        """By rank: the last step it answered."""
+        self._num_steps = 0
+        self._ticked_at = 0.0
+
+    def started(self, pids: Sequence[int]) -> None:
+        """Workers were started; their ranks are the places of their ids."""
+        self._watches = [self._watch(pid) for pid in pids]
+        self._answered = [0] * len(pids)
+        self._num_steps = 0
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds between two calls of ``hung`` while somebody is waited for; None: no need to call it."""
+        return TICK if self._watches else None
+
+    def heard(self, rank: int, step_id: int = 0) -> None:
+        """A worker said something: that a step is done, or how far it is with loading."""
+        if rank < len(self._watches):
+            self._watches[rank].heard()
+            self._answered[rank] = max(step_id, self._answered[rank])
+
+    def step_done(self, step: Step, seconds: float) -> None:
+        """All of a step is known."""
+        self._num_steps += 1
+        self.times.add(step.num_tokens, step.num_attended, seconds)
+
+    def hung(self, steps: Sequence[Step], *, is_loading: bool) -> str | None:
+        """Looks at the workers, at most once a second.
+
+        Args:
+            steps: In flight, the oldest first.
+            is_loading: The workers are not ready for steps.
+
+        Returns:
+            What is wrong with one of them, or None.
+        """
+        now = self._clock()
+        if now - self._ticked_at < TICK:
+            return None
+        self._ticked_at = now
+        for rank, watch in enumerate(self._watches):
+            watch.tick()
+            if watch.stopped >= STOPPED_TIMEOUT:
+                return f"worker {rank} (pid {watch.pid}) has been stopped for {watch.stopped:.0f} s"
+            if is_loading:
+                if min(watch.idle, watch.waited) >= LOAD_TIMEOUT:
+                    return f"worker {rank} (pid {watch.pid}) did nothing for {watch.idle:.0f} s while it loaded"
+                continue
+            step = next((step for step in steps if step.step_id > self._answered[rank]), None)
+            if step is None:
+                watch.heard()
+                continue
+            limit = self.times.deadline(step.num_tokens, step.num_attended, self._num_steps)
+            if watch.waited >= limit:
+                return f"worker {rank} (pid {watch.pid}) has not finished a step within {limit:.0f} s"
+        return None
