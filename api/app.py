@@ -14,7 +14,7 @@ from api import monitoring
 from api.anthropic import messages
 from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
-from api.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, allowed_hosts
+from api.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
 from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
@@ -204,6 +204,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             middleware=[
                 *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
                 *([] if operation.is_open else [guard]),
+                Middleware(WhileConnected),
                 *([Middleware(QueueGate)] if operation.queues else []),
             ],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -231,3 +232,62 @@ class Guard:
         # All keys are compared, each in constant time: how long it takes tells nothing.
         matches = [name for digest, name in self._digests.items() if hmac.compare_digest(digest, given)]
         return matches[0] if matches and key else None
+
+
+class WhileConnected:
+    """Ends the work on a request whose client is gone, whatever it is at.
+
+    From the end of the body on somebody listens for the end of the connection. An answer that waits for it is told;
+    before there is one, the request's task is cancelled.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = _Connection(receive)
+        try:
+            await self._app(scope, connection.receive, send)
+        except asyncio.CancelledError:
+            if not connection.is_lost:
+                raise
+            raise ClientDisconnect from None
+        finally:
+            connection.close()
+
+
+class _Connection:
+    """The receiving side of a request, watched from the end of its body on."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.is_lost = False
+        """The client is gone, and the request's task was cancelled for that."""
+        self._receive = receive
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[Message] | None = None
+        self._num_waiting = 0
+
+    async def receive(self) -> Message:
+        if self._watcher is None:
+            message = await self._receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                self._watcher = asyncio.create_task(self._watch())
+            return message
+        self._num_waiting += 1
+        try:
+            return await asyncio.shield(self._watcher)
+        finally:
+            self._num_waiting -= 1
+
+    async def _watch(self) -> Message:
+        while (message := await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._num_waiting:
+            self.is_lost = True
+            assert self._task is not None
+            self._task.cancel()
+        return message
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()

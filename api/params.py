@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -17,10 +17,18 @@ from engine_core.messages import RepetitionDetection, ResolvedParams
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096
+"""Of all stop strings of a request together: the automaton that finds them has as many states."""
 MAX_STOP_PATTERNS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 16384
+"""Of all bad words together, before they are tokenised."""
 MAX_BAD_WORD_TOKENS = 1024
+MAX_LOGIT_BIAS = 1 << 16
+MAX_BIAS = 100.0
+MAX_CHILD_ENTRIES = 1 << 24
+"""Entries of lists such as ``logit_bias``, times the completions that have them."""
 MAX_PATTERN_SIZE = 1024
 UINT64 = 1 << 64
 MAX_REPETITION_PENALTY = 1e20
@@ -193,6 +201,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             _check(count is None or count >= -1, name, "must be at least 0, or -1 for the whole vocabulary", count)
         stops = self.stop_strings
         _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings", len(stops))
+        num_chars = sum(map(len, stops))
+        _check(num_chars <= MAX_STOP_CHARS, "stop", f"may hold at most {MAX_STOP_CHARS} characters in all", num_chars)
         _check(all(stops), "stop", "must not hold an empty string", stops)
         _check(self.detokenize or not stops, "stop", "needs detokenize", stops)
         self._verify_patterns()
@@ -205,6 +215,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
         words = self.bad_words or []
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
+        num_chars = sum(map(len, words))
+        _check(
+            num_chars <= MAX_BAD_WORD_CHARS,
+            "bad_words",
+            f"may hold at most {MAX_BAD_WORD_CHARS} characters in all",
+            num_chars,
+        )
         _check(all(words), "bad_words", "must not hold an empty string", words)
         _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
         budget = self.thinking_token_budget
@@ -215,8 +232,25 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             _check_repetition(self.repetition_detection)
         if self.structured_outputs is not None:
             grammar_spec(self.structured_outputs)
-        for bias in (self.logit_bias or {}).values():
-            _check(math.isfinite(bias), "logit_bias", "must hold finite numbers", bias)
+        biases = self.logit_bias or {}
+        _check(
+            len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases)
+        )
+        if not all(map(math.isfinite, biases.values())):
+            bad = next(bias for bias in biases.values() if not math.isfinite(bias))
+            _check(False, "logit_bias", "must hold finite numbers", bad)
+        self._verify_children()
+
+    def _verify_children(self) -> None:
+        """What every completion brings along is bounded for all of them together."""
+        most = MAX_CHILD_ENTRIES // self.num_completions
+        for name, items in (("logit_bias", self.logit_bias), ("allowed_token_ids", self.allowed_token_ids)):
+            if items is not None and len(items) > most:
+                raise RequestError(
+                    f"{name} may hold at most {most} token ids with {self.num_completions} completions, "
+                    f"got {len(items)}",
+                    name,
+                )
 
     def _verify_patterns(self) -> None:
         patterns = self.stop_patterns
@@ -306,12 +340,7 @@ def resolve_params(
         min_tokens=params.min_tokens,
         stop_token_ids=_token_ids("stop_token_ids", params.stop_token_ids, limits),
         eos_token_ids=() if params.ignore_eos else limits.eos_token_ids,
-        logit_bias=tuple(
-            (token_id, max(-100.0, min(100.0, bias)))
-            for token_id, bias in zip(
-                _token_ids("logit_bias", params.logit_bias, limits), (params.logit_bias or {}).values(), strict=True
-            )
-        ),
+        logit_bias=_logit_bias(params.logit_bias or {}, limits),
         allowed_token_ids=None
         if params.allowed_token_ids is None
         else tuple(dict.fromkeys(_token_ids("allowed_token_ids", params.allowed_token_ids, limits))),
@@ -359,12 +388,17 @@ def _max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLim
 
 def _token_ids(name: str, ids: Iterable[int] | None, limits: ModelLimits) -> tuple[int, ...]:
     result = tuple(ids or ())
-    for token_id in result:
-        if not 0 <= token_id < limits.vocab_size:
-            raise RequestError(
-                f"{name} has token id {token_id}, but the vocabulary ends at {limits.vocab_size - 1}", name
-            )
+    if result and not (min(result) >= 0 and max(result) < limits.vocab_size):
+        bad = next(token_id for token_id in result if not 0 <= token_id < limits.vocab_size)
+        raise RequestError(f"{name} has token id {bad}, but the vocabulary ends at {limits.vocab_size - 1}", name)
     return result
+
+
+def _logit_bias(biases: Mapping[int, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
+    ids = _token_ids("logit_bias", biases, limits)
+    if not ids or (min(biases.values()) >= -MAX_BIAS and max(biases.values()) <= MAX_BIAS):
+        return tuple(zip(ids, biases.values(), strict=True))
+    return tuple((token_id, max(-MAX_BIAS, min(MAX_BIAS, bias))) for token_id, bias in biases.items())
 
 
 def _num_logprobs(name: str, count: int | None, limits: ModelLimits) -> int | None:
@@ -375,13 +409,13 @@ def _num_logprobs(name: str, count: int | None, limits: ModelLimits) -> int | No
 
 
 def _logprob_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int, ...]:
-    ids = _token_ids("logprob_token_ids", params.logprob_token_ids, limits)
+    ids = params.logprob_token_ids or ()
     most = limits.vocab_size if limits.max_logprobs < 0 else limits.max_logprobs
     if len(ids) > most:
         raise RequestError(
             f"logprob_token_ids may hold at most {most} ids (--max-logprobs), got {len(ids)}", "logprob_token_ids"
         )
-    return ids
+    return _token_ids("logprob_token_ids", ids, limits)
 
 
 def _repetition_detection(wanted: RepetitionDetectionParams | None) -> RepetitionDetection | None:
@@ -431,13 +465,12 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple
     """The token sequences that spell the words, at the start of a text and after a space."""
     if words and tokenizer is None:
         raise RequestError("bad_words needs a tokenizer", "bad_words")
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        assert tokenizer is not None
-        for text in (word.lstrip(), " " + word.lstrip()):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if ids:
-                found[ids] = None
+    if not words:
+        return ()
+    assert tokenizer is not None
+    texts = [text for word in words for text in (word.lstrip(), " " + word.lstrip())]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    found: dict[tuple[int, ...], None] = {tuple(ids): None for ids in encoded if ids}
     if sum(map(len, found)) > MAX_BAD_WORD_TOKENS:
         raise RequestError(f"bad_words are longer than {MAX_BAD_WORD_TOKENS} tokens together", "bad_words")
     return tuple(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from api.admission import MAX_MESSAGES, MAX_TOOLS, check_number
 from api.anthropic.protocol import (
     ConversationRequest,
     DocumentBlock,
@@ -36,6 +37,8 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
     Raises:
         RequestError: It holds what no model here can use; the message names the place.
     """
+    check_number(len(request.messages), MAX_MESSAGES, "messages", "messages")
+    check_number(len(request.tools or ()), MAX_TOOLS, "tools", "tools")
     messages = _system(request.system)
     names: dict[str, str] = {}
     for index, message in enumerate(request.messages):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from starlette.requests import Request
 
+from api.admission import MAX_JSON_VALUES, JsonMeter
 from api.errors import RequestError
 from api.openai.body_budget import HeldBody
 from api.openai.errors import KINDS, decode_error, malformed
@@ -36,6 +37,8 @@ UNREAD = frozenset(
     }
 )
 """Fields of OpenAI's and vLLM's requests that are known and mean nothing here."""
+ROOM = 4096
+"""JSON values that a prompt of token ids may have beside them."""
 MAX_NAME = 64
 MAX_NAMED = 10
 """Unknown fields that an error lists."""
@@ -50,27 +53,28 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
         max_size: Most bytes that are read.
 
     Raises:
-        RequestError: 400 if it is no JSON of that type, 408 if it comes too slowly, 413 if it is too large, 503 if
-            there is no memory for it.
+        RequestError: 400 if it is no JSON of that type, 408 if it comes too slowly, 413 if it is too large or would
+            take too long to decode, 503 if there is no memory for it.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise malformed("Unsupported media type: only application/json is allowed as Content-Type")
     traffic: Traffic = request.app.state.traffic
+    serving: Serving = request.app.state.serving
+    meter = JsonMeter(max(MAX_JSON_VALUES, serving.limits.max_model_len + ROOM))
     with traffic.bodies.open() as held:
-        body = await _read(request, max_size, held)
+        body = await _read(request, max_size, held, meter)
         held.complete()
         try:
             result = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise decode_error(error) from None
-    serving: Serving = request.app.state.serving
     if serving.config.strict or logger.isEnabledFor(logging.DEBUG):
         _look_for_unknown_fields(body, decoder.type, refuse=serving.config.strict)
     return result
 
 
-def _look_for_unknown_fields(body: bytes, kind: type[Any], *, refuse: bool) -> None:
+def _look_for_unknown_fields(body: bytearray, kind: type[Any], *, refuse: bool) -> None:
     """Refuses fields that ``kind`` does not have, or says in the log that they are ignored."""
     names = [shorten(name) for name in unknown_fields(msgspec.json.decode(body), kind)]
     if not names:
@@ -99,7 +103,7 @@ def shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
 
 
-async def _read(request: Request, max_size: int, held: HeldBody) -> bytes:
+async def _read(request: Request, max_size: int, held: HeldBody, meter: JsonMeter) -> bytearray:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > max_size):
         raise _too_large(max_size)
@@ -107,9 +111,10 @@ async def _read(request: Request, max_size: int, held: HeldBody) -> bytes:
     async for chunk in request.stream():
         if len(body) + len(chunk) > max_size:
             raise _too_large(max_size)
+        meter.feed(chunk)
         body += chunk
         await held.grow(len(chunk))
-    return bytes(body)
+    return body
 
 
 def _too_large(max_size: int) -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import msgspec
 from msgspec import UNSET
@@ -112,14 +113,10 @@ def list_prompts(prompt: str | list[str | int | list[int]], field: str = "prompt
         return [prompt]
     if not prompt:
         raise RequestError(f"the {field} is empty", field)
-    numbers = [item for item in prompt if isinstance(item, int)]
-    if len(numbers) == len(prompt):
-        return [numbers]
-    texts: list[str | list[int]] = [item for item in prompt if isinstance(item, str)]
-    lists: list[str | list[int]] = [item for item in prompt if isinstance(item, list)]
-    if len(prompt) not in (len(texts), len(lists)):
+    kinds = set(map(type, prompt))  # quick: there may be hundreds of thousands of token ids
+    if len(kinds) > 1:
         raise RequestError(f"{field} must hold only texts, only token ids or only lists of token ids", field)
-    return texts or lists
+    return [cast("list[int]", prompt)] if int in kinds else cast("list[str | list[int]]", prompt)
 
 
 def _max_tokens(serving: Serving, request: CompletionRequest, num_prompt_tokens: int) -> int:

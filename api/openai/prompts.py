@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from api.admission import MAX_MESSAGES, check_number
 from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
@@ -36,8 +37,9 @@ async def render_messages(
         tools: Those that the template shows to the model.
 
     Raises:
-        RequestError: There is no template for it, or the template refuses it.
+        RequestError: There is no template for it, it is too long, or the template refuses it.
     """
+    check_number(len(messages), MAX_MESSAGES, "messages", "messages")
     template = _template(serving, request.chat_template)
     continues = bool(request.continue_final_message)
     add_generation_prompt = adds_generation_prompt(request)

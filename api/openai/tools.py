@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from api.admission import MAX_TOOLS, check_number
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatTool, JsonObject
@@ -88,6 +89,7 @@ def check_tools(tools: list[JsonObject]) -> None:
     """
     if not tools:
         raise RequestError("tools must not be an empty list", "tools")
+    check_number(len(tools), MAX_TOOLS, "tools", "tools")
     try:
         msgspec.convert(tools, list[ChatTool])
     except msgspec.ValidationError as error:

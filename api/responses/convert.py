@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from api.admission import MAX_MESSAGES, MAX_TOOLS, check_number
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
 from api.responses.protocol import (
@@ -39,6 +40,7 @@ def to_chat_request(request: ResponsesRequest, previous: Sequence[ChatMessage] =
     Raises:
         RequestError: It holds what no model here can use; the message names the place.
     """
+    check_number(len(request.tools or ()), MAX_TOOLS, "tools", "tools")
     messages = [*previous, *input_messages(request.input)]
     if request.instructions:
         messages.insert(0, ChatMessage(role="system", content=request.instructions))
@@ -75,10 +77,11 @@ def input_messages(items: str | Sequence[JsonObject]) -> list[ChatMessage]:
     """The messages of a request's input.
 
     Raises:
-        RequestError: An item is malformed or of a type that is not supported.
+        RequestError: There are too many items, or one is malformed or of a type that is not supported.
     """
     if isinstance(items, str):
         return [ChatMessage(role="user", content=items)]
+    check_number(len(items), MAX_MESSAGES, "input", "items")
     conversation = _Conversation()
     for index, item in enumerate(items):
         kind = item.get("type", "message")
@@ -134,7 +137,9 @@ class _Conversation:
     def call(self, call_id: str, name: str, arguments: str) -> None:
         turn = self._model()
         call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        turn.tool_calls = [*(turn.tool_calls or ()), call]
+        if turn.tool_calls is None:
+            turn.tool_calls = []
+        turn.tool_calls.append(call)
         self._names[call_id] = name
 
     def add(self, message: ChatMessage) -> None:

@@ -49,7 +49,7 @@ HI: list[Any] = [{"role": "user", "content": "hi"}]
         b'\xef\xbb\xbf{"prompt": "x"}',
         b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"unknown": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"prompt": "x", "response_format": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"prompt": "x", "response_format": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}",
         '{"prompt": "x"}'.encode("utf-16"),
         b"\0" * 64,
     ],
