@@ -233,9 +233,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.structured_outputs is not None:
             grammar_spec(self.structured_outputs)
         biases = self.logit_bias or {}
-        _check(
-            len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases)
-        )
+        _check(len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases))
         if not all(map(math.isfinite, biases.values())):
             bad = next(bias for bias in biases.values() if not math.isfinite(bias))
             _check(False, "logit_bias", "must hold finite numbers", bad)

@@ -1,0 +1,181 @@
+"""What is refused before any work, and work that ends with its client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from api.admission import MAX_MESSAGES, MAX_TOOLS
+from api.errors import RequestError
+from api.middleware import WhileConnected
+from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
+from tests.fakes import FakeServer
+from tests.unit.conftest import Api
+
+MESSAGE = {"role": "user", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+REFUSED: list[tuple[str, dict[str, Any], str, int]] = [
+    (CHAT, {"messages": [MESSAGE] * (MAX_MESSAGES + 1)}, "messages", MAX_MESSAGES),
+    ("/tokenize", {"messages": [MESSAGE] * (MAX_MESSAGES + 1)}, "messages", MAX_MESSAGES),
+    ("/v1/responses", {"input": [MESSAGE] * (MAX_MESSAGES + 1)}, "input", MAX_MESSAGES),
+    (CHAT, {"messages": [MESSAGE], "tools": [TOOL] * (MAX_TOOLS + 1)}, "tools", MAX_TOOLS),
+    ("/tokenize", {"messages": [MESSAGE], "tools": [TOOL] * (MAX_TOOLS + 1)}, "tools", MAX_TOOLS),
+    (COMPLETIONS, {"prompt": "x", "stop": "x" * (MAX_STOP_CHARS + 1)}, "stop", MAX_STOP_CHARS),
+    (COMPLETIONS, {"prompt": "x", "stop": ["x" * (MAX_STOP_CHARS // 2)] * 3}, "stop", MAX_STOP_CHARS),
+    (COMPLETIONS, {"prompt": "x", "bad_words": ["x" * 1000] * 128}, "bad_words", MAX_BAD_WORD_CHARS),
+    (
+        COMPLETIONS,
+        {"prompt": "x", "logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1)},
+        "logit_bias",
+        MAX_LOGIT_BIAS,
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": "x", "n": 16384, "logit_bias": dict.fromkeys(range(1025), 1)},
+        "logit_bias",
+        1024,
+    ),
+    (COMPLETIONS, {"prompt": "x", "n": 16384, "allowed_token_ids": [1] * 1025}, "allowed_token_ids", 1024),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field", "bound"), REFUSED)
+async def test_errors_name_field_and_bound(api: Api, path: str, body: dict[str, Any], field: str, bound: int) -> None:
+    error = await api.error(path, {"max_tokens": 1, **body})
+    assert error["param"] == field
+    assert f"at most {bound}" in error["message"]
+    assert not api.server.engine.submitted
+
+
+async def test_messages_of_anthropic_are_counted_too(api: Api) -> None:
+    body = {"model": "fake-model", "max_tokens": 1, "messages": [MESSAGE] * (MAX_MESSAGES + 1)}
+    response = await api.post("/v1/messages", body)
+    assert response.status_code == 400
+    assert f"at most {MAX_MESSAGES}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/detokenize", "/v1/embeddings", "/v1/responses", "/v1/messages"])
+async def test_bodies_that_take_long_to_decode_are_refused(api: Api, path: str) -> None:
+    body = b'{"unknown": [' + b"1," * 600_000 + b"1]}"
+    response = await api.raw(path, body)
+    assert response.status_code == 413
+    assert "send several smaller requests" in response.json()["error"]["message"]
+
+
+async def test_a_body_within_all_bounds_is_served(api: Api) -> None:
+    await api.complete(
+        logit_bias=dict.fromkeys(range(200), 1),
+        stop=["y" * (MAX_STOP_CHARS // 64)] * 64,
+        bad_words=["zz"] * 128,
+        allowed_token_ids=[*range(200)] * 1000,
+    )
+
+
+def test_values_of_a_refused_list_are_not_repeated() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(logit_bias=dict.fromkeys(range(100_000), 1.0))
+    assert len(str(caught.value)) < 200
+
+
+# -- the client is gone ------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """The server's side of one request: its body comes, then the client goes when it is told to."""
+
+    def __init__(self, body: bytes) -> None:
+        self.goes = asyncio.Event()
+        self.sent: list[Message] = []
+        self._messages: list[Message] = [
+            {"type": "http.request", "body": body[:10], "more_body": True},
+            {"type": "http.request", "body": body[10:], "more_body": False},
+        ]
+
+    async def receive(self) -> Message:
+        if self._messages:
+            return self._messages.pop(0)
+        await self.goes.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+def post_scope(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        "client": None,
+        "server": None,
+    }
+
+
+async def test_work_before_the_answer_ends_when_the_client_goes(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client goes while its prompt is tokenised; nothing is submitted afterwards."""
+    begun, may_end = threading.Event(), threading.Event()
+    encode = server.serving.tokenizer.encode
+
+    def slow_encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        begun.set()
+        assert may_end.wait(30)
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(server.serving.tokenizer, "encode", slow_encode)
+    body = json.dumps({"prompt": "word " * 1000, "max_tokens": 1, "truncate_prompt_tokens": 4}).encode()
+    connection = Connection(body)
+    task = asyncio.ensure_future(server.app(post_scope(COMPLETIONS), connection.receive, connection.send))
+    assert await asyncio.get_running_loop().run_in_executor(None, begun.wait, 30)
+    connection.goes.set()
+    await asyncio.wait_for(task, 30)  # although the tokenizer is not done
+    may_end.set()
+    assert not connection.sent
+    assert not server.engine.submitted
+
+
+async def test_an_answer_that_waits_for_the_end_of_the_connection_is_told() -> None:
+    told = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            pass
+        told.append(message)
+
+    connection = Connection(b"{}")
+    connection.goes.set()
+    await WhileConnected(app)({"type": "http"}, connection.receive, connection.send)
+    assert told == [{"type": "http.disconnect"}]
+
+
+async def test_only_the_end_of_the_connection_is_taken_for_it() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await receive()
+        await asyncio.Event().wait()
+
+    connection = Connection(b"{}" * 10)
+    task = asyncio.ensure_future(WhileConnected(app)({"type": "http"}, connection.receive, connection.send))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    connection = Connection(b"{}" * 10)
+    connection.goes.set()
+    with pytest.raises(ClientDisconnect):
+        await WhileConnected(app)({"type": "http"}, connection.receive, connection.send)
