@@ -34,6 +34,8 @@ from api.serving import Serving
 from api.traffic import Traffic
 
 DEFAULT_CONCURRENCY = 512
+MAX_WAITING_BYTES = 64 << 20
+"""Of answers that wait in memory for those before them."""
 TRANSFER_TIMEOUT = 600
 """Seconds that a download or an upload may stand still."""
 
@@ -202,7 +204,9 @@ async def _serve_batch(
 async def answer_lines(
     app: Starlette, lines: IO[bytes], output: IO[bytes], max_concurrency: int, max_line: int
 ) -> Counts:
-    """Answers each line of a batch, and writes the answers down as they come.
+    """Answers each line of a batch, and writes the answers down in the order of the lines, as soon as that is possible.
+
+    An answer that is early waits for those before it, in a temporary file if they are many.
 
     Args:
         app: The application.
@@ -213,21 +217,18 @@ async def answer_lines(
     """
     counts = Counts()
     encoder = msgspec.json.Encoder()
-    numbered = iter(enumerate(lines, 1))
+    numbered = enumerate((number, line) for number, line in enumerate(lines, 1) if line.strip())
     seen: set[str] = set()
 
     async def work() -> None:
-        for number, line in numbered:
-            if not line.strip():
-                continue
+        for place, (number, line) in numbered:
             result = await _answer(app, number, line, seen, max_line)
-            output.write(encoder.encode(result) + b"\n")
-            output.flush()  # what was paid for must not be lost with the process
+            in_order.put(place, encoder.encode(result) + b"\n")
             counts.done += 1
             counts.failed += result.error is not None
             progress.update()
 
-    with tqdm(desc="Requests", unit="req", delay=1) as progress:
+    with tqdm(desc="Requests", unit="req", delay=1) as progress, InOrder(output) as in_order:
         workers = [asyncio.create_task(work()) for _ in range(max_concurrency)]
         try:
             await asyncio.gather(*workers)
@@ -235,6 +236,64 @@ async def answer_lines(
             for worker in workers:
                 worker.cancel()
     return counts
+
+
+class InOrder:
+    """Writes lines in the order of their places. Those that are early wait, and are written at the end in any case."""
+
+    def __init__(self, output: IO[bytes], memory: int = MAX_WAITING_BYTES) -> None:
+        """Prepares. ``memory`` is how many bytes of lines may wait in memory; others wait in a temporary file."""
+        self._output = output
+        self._memory = memory
+        self._next = 0
+        """The place that is written next."""
+        self._waiting: dict[int, bytes | tuple[int, int]] = {}
+        """By place: lines, or offset and length in the file."""
+        self._num_bytes = 0
+        """Of lines that wait in memory."""
+        self._end = 0
+        """Of the file."""
+        self._file = tempfile.SpooledTemporaryFile[bytes](1)
+
+    def put(self, place: int, line: bytes) -> None:
+        """Takes the line of a place; each comes once."""
+        if place != self._next:
+            self._keep(place, line)
+            return
+        self._output.write(line)
+        self._next += 1
+        while self._next in self._waiting:
+            self._write(self._next)
+            self._next += 1
+        self._output.flush()  # what was paid for must not be lost with the process
+
+    def _keep(self, place: int, line: bytes) -> None:
+        if self._num_bytes + len(line) <= self._memory:
+            self._waiting[place] = line
+            self._num_bytes += len(line)
+            return
+        self._waiting[place] = (self._end, len(line))
+        self._file.seek(self._end)
+        self._end += self._file.write(line)
+
+    def _write(self, place: int) -> None:
+        line = self._waiting.pop(place)
+        if isinstance(line, bytes):
+            self._num_bytes -= len(line)
+        else:
+            self._file.seek(line[0])
+            line = self._file.read(line[1])
+        self._output.write(line)
+
+    def __enter__(self) -> InOrder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Also after a failure: lines whose predecessors never came are written all the same."""
+        with self._file:
+            for place in sorted(self._waiting):
+                self._write(place)
+            self._output.flush()
 
 
 async def _answer(app: Starlette, number: int, line: bytes, seen: set[str], max_line: int) -> BatchResult:

@@ -28,7 +28,10 @@ from api.structured import grammar_spec
 from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
+from engine_core.launch import get_logger
 from engine_core.messages import EngineReady, PoolingParams, ResolvedParams
+
+logger = get_logger()
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
@@ -72,10 +75,17 @@ class Serving:
         self.threads = ThreadPoolExecutor(2, "text")
         self._seeds = None if config.seed is None else random.Random(config.seed)
         """Where requests without a seed get theirs, if it must be the same after each start."""
+        self._warnings: set[str] = set()
 
     @property
     def model_name(self) -> str:
         return self.model_names[0]
+
+    def warn_once(self, message: str) -> None:
+        """Logs a warning, unless it was logged before. ``message`` comes from a closed set, not from clients."""
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning("%s", message)
 
     def check_model(self, name: str | None) -> None:
         """Refuses a request for a model that is not served here.

@@ -37,6 +37,8 @@ from api.parsers import (
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 
+TOOLS_IGNORED = "the model's chat template ignores tools, so the model does not know them; see --chat-template"
+
 
 class TextFormat(msgspec.Struct, frozen=True):
     """How the text of an answer is to be read; see ``create_parser``."""
@@ -187,10 +189,23 @@ async def prepare_answer(
     text_format = _text_format(serving, request, use, text)
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
     generation = create_generation(serving, answer_id, [prompt], params, request, kept, tenant=tenant)
+    if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
+        serving.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
+        generation.headers["x-octavo-warning"] = TOOLS_IGNORED
     offsets: TokenOffsets | UnsetType = UNSET
     if request.return_token_offsets:
         offsets = prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
     return ChatAnswer(generation, text_format, names_call=use.is_named, prompt_text=text, prompt_token_offsets=offsets)
+
+
+def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequest) -> bool:
+    """Whether the chat template told the model of a tool: its name is there more often than in the conversation."""
+    said = [text_of(message) for message in request.messages]
+    for tool in tools:
+        name = str(tool["function"]["name"])
+        if prompt.count(name) > sum(text.count(name) for text in said):
+            return True
+    return False
 
 
 def _sampling_params(

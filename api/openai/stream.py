@@ -104,6 +104,8 @@ class EngineWork(ABC):
         self.request_id = request_id
         self.prompts = prompts
         self.num_choices = num_choices
+        self.headers: dict[str, str] = {}
+        """More headers of the answer."""
         self.disconnected = False
         """The client is gone, and with it the requests."""
         self.states: list[RequestState] = []
@@ -257,6 +259,7 @@ class TokenStream(EventSourceResponse):
     def __init__(self, generation: Generation, reply: Reply, keep_alive_interval: float) -> None:
         super().__init__(_no_content(), ping=keep_alive_interval, sep="\n")
         del self.headers["connection"]  # the server knows better, when it is about to stop
+        self.headers.update(generation.headers)
         self._generation = generation
         self._reply = reply
         self._last_write = 0.0
@@ -365,7 +368,7 @@ class WholeAnswer(Response):
         finally:
             generation.close()
         self.body = self._reply.whole(generation.choose(deltas))
-        self.init_headers()
+        self.init_headers(generation.headers)
         await super().__call__(scope, receive, send)
 
 

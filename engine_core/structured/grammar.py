@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from engine_core.messages import GrammarSpec
@@ -17,8 +18,14 @@ MAX_GRAMMAR_BYTES = 256 << 10
 
 _HEADER = '%llguidance {"no_forcing": true}\n'
 """Without it llguidance would spell forced text by itself; the model is the better judge of its own tokens."""
+WHITE_SPACE = r"[ ]|\n([ ]{0,64}|\t{0,32})"
+"""Between parts of JSON, unless the client says otherwise: a space, or a line break with its indent. Some models, left
+alone, write white space to the end of their tokens."""
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _PREFIXES = ("failed to compile JSON schema: ", "lexer error: ", "Lark error: ")
+_UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[.*\])")
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("enum", "const", "default", "examples")
 MAX_ERROR_CHARS = 300
 
 
@@ -53,8 +60,41 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary) -> LLMatcher:
         raise GrammarError(f"is longer than {MAX_GRAMMAR_BYTES} bytes")
     matcher = LLMatcher(vocabulary.tokenizer, grammar_text(spec), log_level=0, limits=parser_limits())
     if matcher.is_error():
-        raise GrammarError(short_error(matcher.get_error()))
+        raise GrammarError(_explained(short_error(matcher.get_error()), spec))
     return matcher
+
+
+def _explained(error: str, spec: GrammarSpec) -> str:
+    """An error about a schema in the words of its author: where it is, and what to do."""
+    if match := _UNIMPLEMENTED.fullmatch(error):
+        keys = json.loads(match[1])
+        places = ", ".join(f"{key} (at {_place_of(key, json.loads(spec.text))})" for key in keys)
+        one = "a keyword that is" if len(keys) == 1 else "keywords that are"
+        return f"has {one} not supported: {places}; leave it out and check the answer yourself"[:MAX_ERROR_CHARS]
+    if error.startswith("Unknown format: "):
+        name = error.removeprefix("Unknown format: ")
+        return f"has the unknown format {name!r}; leave it out, or write it as a pattern"
+    if error.startswith("oneOf constraints are not supported"):
+        return "has a oneOf whose alternatives may overlap, which is not supported; use anyOf"
+    return f"cannot be used: {error}" if error[:1].isupper() else error
+
+
+def _place_of(keyword: str, schema: Any) -> str:
+    """Where a keyword stands first in a schema: ``$`` and the names on the way."""
+    pending = deque([("$", schema, True)])
+    while pending:
+        place, value, is_schema = pending.popleft()
+        if isinstance(value, list):
+            pending += [(f"{place}[{i}]", inner, True) for i, inner in enumerate(value)]
+        elif isinstance(value, dict):
+            if is_schema and keyword in value:
+                return place
+            pending += [
+                (f"{place}.{name}", inner, not is_schema or name not in _SCHEMAS_BY_NAME)
+                for name, inner in value.items()
+                if not is_schema or name not in _VALUES
+            ]
+    return "$"
 
 
 def grammar_text(spec: GrammarSpec) -> str:
@@ -91,6 +131,8 @@ def _schema(spec: GrammarSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"whitespace_flexible": not spec.disable_any_whitespace}
     if spec.whitespace_pattern is not None:
         options["whitespace_pattern"] = spec.whitespace_pattern
+    elif not spec.disable_any_whitespace:
+        options["whitespace_pattern"] = WHITE_SPACE
     return {**schema, "x-guidance": options}
 
 

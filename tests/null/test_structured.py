@@ -11,8 +11,10 @@ import jsonschema
 import pytest
 
 from engine_core.messages import AbortRequests, FinishReason, GrammarSpec
-from tests.fakes import token_of, tokens_of
-from tests.grammars import Engine, random_schema, text_of
+from engine_core.structured.grammar import GrammarError, compile_grammar
+from engine_core.structured.vocabulary import Vocabulary
+from tests.fakes import VOCAB_SIZE, token_of, tokens_of
+from tests.grammars import VOCABULARY, Engine, random_schema, text_of
 
 NUM_SCHEMAS = 300
 BUDGETS = (1, 2, 4, 7, 12, 20, 33, 60)
@@ -164,3 +166,60 @@ def test_requests_go_while_their_grammar_is_compiled() -> None:
         engine.run()
         assert set(engine.reasons) - {1, 2} <= set(range(10, 40))
         assert engine.core._status()["integrity"] == ""
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, {"type": "array", "items": {"type": "integer"}}])
+def test_white_space_is_bounded(schema: Any) -> None:
+    """A space, or a line break with its indent; not by the line, as some models would have it."""
+    numbers = {"type": "integer"}
+    num_runs = 0
+    spec = schema_spec({**schema, "additionalProperties": numbers, "minItems": 3, "minProperties": 3})
+    with Engine() as engine:
+        for seed in range(1, 60):
+            engine.add(seed, spec, 400)
+        engine.run()
+        for seed in range(1, 60):
+            text = engine.text(seed).decode()
+            json.loads(text)
+            runs = re.findall(r"\s+", re.sub(r'"(?:[^"\\]|\\.)*"', "x", text))
+            assert all(re.fullmatch(r" |\n( {0,64}|\t{0,32})", run) for run in runs), text
+            num_runs += len(runs)
+        assert num_runs > 20
+
+
+def accepts(spec: GrammarSpec, text: str) -> bool:
+    matcher = compile_grammar(spec, Vocabulary(VOCABULARY, VOCAB_SIZE))
+    return all(matcher.consume_tokens([token]) for token in tokens_of(text)) and matcher.is_accepting()
+
+
+def test_white_space_as_json_is_written() -> None:
+    value = {"a": [1, {"b": [True, "x"]}], "c": {}}
+    usual = [json.dumps(value, indent=indent) for indent in (None, 0, 1, 2, 4, 8, "\t")]
+    compact = json.dumps(value, separators=(",", ":"))
+    spec = schema_spec({"type": "object"})
+    assert all(accepts(spec, text) for text in (*usual, compact))
+    assert not accepts(spec, '{  "a": 1}') and not accepts(spec, '{\n\n"a": 1}') and not accepts(spec, '{"a":1}\n')
+    tight = schema_spec({"type": "object"}, disable_any_whitespace=True)
+    assert accepts(tight, compact) and not any(accepts(tight, text) for text in usual)
+    own = schema_spec({"type": "object"}, whitespace_pattern=r"\s{3}")
+    assert accepts(own, '{   "a":   1}') and not accepts(own, '{ "a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (
+            {"properties": {"not": {"items": {"anyOf": [{"type": "null"}, {"type": "array", "uniqueItems": True}]}}}},
+            "has a keyword that is not supported: uniqueItems (at $.properties.not.items.anyOf[1]); leave it out",
+        ),
+        ({"enum": [{"if": 1}], "if": {}, "then": {}}, "has keywords that are not supported: if (at $), then (at $);"),
+        ({"$defs": {"not": {"not": {}}}, "$ref": "#/$defs/not"}, "not (at $.$defs.not)"),
+        ({"type": "string", "format": "zip"}, "has the unknown format 'zip'; leave it out, or write it as a pattern"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "has a oneOf whose alternatives may overlap, which is"),
+        ({"type": "thing"}, "cannot be used: Invalid type: thing"),
+    ],
+)
+def test_errors_say_what_is_wrong_with_a_schema(schema: Any, expected: str) -> None:
+    with pytest.raises(GrammarError) as caught:
+        compile_grammar(schema_spec(schema), Vocabulary(VOCABULARY, VOCAB_SIZE))
+    assert expected in str(caught.value)

@@ -300,3 +300,27 @@ async def test_the_client_s_parsed_tools() -> None:
         assert choice.message.tool_calls is not None
         assert choice.message.tool_calls[0].function.parsed_arguments == Weather(city="Löwen")
     assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [PATH, "/v1/messages", "/v1/responses"])
+async def test_a_template_that_ignores_tools_is_told(path: str, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The model cannot know them, so the client should: by a header, and once in the log."""
+    fields: dict[str, Any] = {"messages": HI, "tools": TOOLS}
+    if path == "/v1/messages":
+        fields["tools"] = [{"name": "weather", "input_schema": CITY}]
+        fields |= {"model": "fake-model", "max_tokens": 8}
+    elif path == "/v1/responses":
+        fields = {
+            "input": "What is the weather?",
+            "tools": [{"type": "function", "name": "weather", "parameters": CITY}],
+        }
+    for template, ignores in ((TEMPLATE, False), (CHAT_TEMPLATE, True)):
+        api = caller("Sunny.", template=template)
+        for _ in range(2):
+            response = await api.post(path, {**fields, "stream": stream})
+            assert response.status_code == 200, response.text
+            assert ("ignores tools" in response.headers.get("x-octavo-warning", "")) == ignores
+        assert caplog.text.count("ignores tools") == ignores
+        without = await api.post(PATH, {"messages": HI})
+        assert "x-octavo-warning" not in without.headers

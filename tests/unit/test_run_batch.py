@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
-from api.run_batch import BatchError, _opened, answer_lines
+from api.run_batch import BatchError, InOrder, _opened, answer_lines
 from tests.fakes import FakeServer, says
 
 HI = [{"role": "user", "content": "hi"}]
@@ -79,6 +79,34 @@ async def test_a_bad_line_fails_alone() -> None:
     unnamed = [result["error"]["message"] for result in by_id[None]]
     assert len(unnamed) == 5 and all(message.startswith("line ") for message in unnamed)
     assert any("--max-body-size" in message for message in unnamed)
+
+
+async def test_answers_come_in_the_order_of_the_lines() -> None:
+    """However long each takes."""
+    lengths = [90, 1, 40, 3, 200, 2, 2, 60, 1, 1, 120, 5]
+    lines = [line(str(i), messages=HI, max_tokens=length) for i, length in enumerate(lengths)]
+    lines.insert(3, b"  ")
+    lines.insert(7, b"{")
+    results = await run(lines, FakeServer(script=says("x" * 300)))
+    names = [str(i) for i in range(len(lengths))]
+    names.insert(6, None)  # type: ignore[arg-type]
+    assert [result["custom_id"] for result in results] == names
+
+
+@pytest.mark.parametrize("memory", [0, 3, 1 << 20])
+def test_lines_that_are_early_wait(memory: int) -> None:
+    output = io.BytesIO()
+    with InOrder(output, memory) as in_order:
+        for place in (3, 1, 0):
+            in_order.put(place, b"%d\n" % place)
+        assert output.getvalue() == b"0\n1\n"
+        in_order.put(2, b"2" * 100_000 + b"\n")
+        assert output.getvalue().splitlines() == [b"0", b"1", b"2" * 100_000, b"3"]
+        for place in (8, 6, 4):
+            in_order.put(place, b"%d\n" % place)
+        assert output.getvalue().endswith(b"3\n4\n")
+    # 5 and 7 never came: the run was broken off.
+    assert output.getvalue().endswith(b"3\n4\n6\n8\n")
 
 
 async def test_no_more_requests_are_open_than_allowed() -> None:
