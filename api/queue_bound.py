@@ -21,9 +21,9 @@ from api.errors import RequestError
 from engine_core.config import SchedulerConfig
 from engine_core.messages import EngineReady
 
-MAX_WAIT = 60.0
+MAX_WAIT = 30.0
 """Seconds that requests may have to wait by the measured rates."""
-MAX_QUEUED_REQS = 4096
+MAX_QUEUED_REQS = 2048
 """Bound where none is configured, however fast the engine is: each has a connection and a prompt in memory."""
 AVERAGING_TIME = 30.0
 """Seconds of work over which rates are averaged."""
@@ -282,4 +282,4 @@ class QueueBound:
         wait = max(excess / rate if rate else 1.0, excess_tokens / token_rate if token_rate else 1.0, 1.0)
         after = self._promised + (count / rate if rate else 0.0)
         self._promised = min(max(now + wait, after), now + MAX_RETRY_AFTER)
-        return queue_full(math.ceil(self._promised - now))
+        return queue_full(min(math.ceil(self._promised - now), MAX_RETRY_AFTER))

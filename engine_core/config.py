@@ -74,8 +74,8 @@ class SchedulerConfig(Config, frozen=True):
         Annotated[int, Meta(ge=0)] | None,
         Meta(
             description="Requests that may wait for the server; one more is refused with status 429, unless it is of "
-            "somebody who has less than their share waiting. Default: what is served in a minute, by measured rates, "
-            "but at least --max-num-seqs. Not for run-batch."
+            "somebody who has less than their share waiting. Default: what is served in half a minute, by measured "
+            "rates, but at least --max-num-seqs. Not for run-batch."
         ),
     ] = None
     max_num_queued_tokens: Annotated[
