@@ -6,6 +6,7 @@ import msgspec
 
 from engine_core.config import Config, EngineConfig
 from engine_core.flight_record import LastWork, read_flight_record
+from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, setup_logging
 from executor.process import ChildProcess, child_command, child_environment
@@ -42,6 +43,10 @@ __all__ = [
     "STOPPED_TIMEOUT",
     "ChildProcess",
     "EngineCoreLaunch",
+    "Helper",
+    "HelperError",
+    "HelperLimits",
+    "JobError",
     "LastWork",
     "ProcessWatch",
     "child_command",

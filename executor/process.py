@@ -60,9 +60,30 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 class ChildProcess:
     """A running child. Becomes readable (``fileno``) when it ends."""
 
-    def __init__(self, module: str, payload: bytes, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        payload: bytes,
+        env: dict[str, str] | None = None,
+        *,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> None:
+        """
+        Args:
+            module: What runs.
+            payload: Its start message.
+            env: Added to its environment.
+            stdout: A descriptor for what it writes. None: where this process writes.
+            stderr: The same for its errors.
+        """
         self._process = subprocess.Popen(
-            child_command(module), stdin=subprocess.PIPE, env=child_environment(env), start_new_session=True
+            child_command(module),
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            env=child_environment(env),
+            start_new_session=True,
         )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
@@ -78,6 +99,11 @@ class ChildProcess:
 
     def fileno(self) -> int:
         return self._pidfd
+
+    @property
+    def stdin(self) -> int:
+        """The descriptor of our end of its pipe."""
+        return self._pipe.fileno()
 
     def poll(self) -> int | None:
         """The exit code, or None while the process runs."""
@@ -112,7 +138,7 @@ class ChildProcess:
 
 
 def read_payload() -> bytes:
-    """In the child: the start message.
+    """In the child: the start message, or the next message after it.
 
     Raises:
         EOFError: The parent went away before it was complete.
@@ -122,13 +148,13 @@ def read_payload() -> bytes:
 
 
 def _read_exactly(count: int) -> bytes:
-    data = b""
+    data = bytearray()
     while len(data) < count:
-        part = os.read(0, count - len(data))
+        part = os.read(0, min(count - len(data), 1 << 20))
         if not part:
             raise EOFError("the parent process went away")
         data += part
-    return data
+    return bytes(data)
 
 
 def become_child(title: str) -> None:

@@ -20,10 +20,24 @@ FORBIDDEN = {
 }
 CONTRACTS = {
     "api": {"engine_core": {"messages", "config", "launch", "restart"}},
-    "engine_core": {"executor": {"messages", "config", "base", "log", "multiproc", "simulated", "process", "liveness"}},
+    "engine_core": {
+        "executor": {"messages", "config", "base", "log", "multiproc", "simulated", "process", "liveness", "helper"}
+    },
 }
 """What a floor may import of the one below."""
-TORCH_FREE = ["messages", "config", "base", "log", "multiproc", "simulated", "pooling", "process", "liveness"]
+TORCH_FREE = [
+    "messages",
+    "config",
+    "base",
+    "log",
+    "multiproc",
+    "simulated",
+    "pooling",
+    "process",
+    "liveness",
+    "helper",
+    "helper_process",
+]
 NO_PICKLE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 
 

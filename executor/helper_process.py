@@ -1,0 +1,139 @@
+"""The process of a ``Helper``: ``executor.helper_process`` with its start message on standard input.
+
+Requests come on standard input, replies go to standard output. Limits that the kernel keeps end the process; which one
+it was, the parent sees by the signal: SIGPROF for CPU time, SIGSEGV for the stack.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import msgspec
+
+from executor.helper import MAX_ERROR_CHARS, HelperLaunch, HelperLimits, HelperReply, HelperRequest
+from executor.process import become_child, read_payload
+
+MAX_GROWTH = 48 << 20
+"""Bytes that a process may have grown since it was prepared; then its place is taken by a fresh one."""
+_ADDRESS_ROOM = 256 << 20
+"""Address space beside the memory: allocators and threads reserve what they never use."""
+_MAX_FILE_BYTES = 1 << 20
+_LENGTH = struct.Struct("<Q")
+
+Job = Callable[[bytes], bytes]
+
+
+def main() -> int:
+    launch = msgspec.msgpack.decode(read_payload(), type=HelperLaunch)
+    become_child(launch.title)
+    output = os.dup(1)
+    os.dup2(2, 1)  # whatever a job prints is no reply
+    _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
+    jobs: dict[str, Job] = {}
+    _send(output, HelperReply())
+    base = _resident_bytes()
+    while True:
+        try:
+            request = msgspec.msgpack.decode(read_payload(), type=HelperRequest)
+        except EOFError:
+            return 0
+        if request.job not in jobs:
+            jobs[request.job] = _resolve(launch.jobs[request.job])
+            base = max(base, _resident_bytes())
+        reply = _run(jobs[request.job], request)
+        if request.limits is None:
+            base = _resident_bytes()
+        elif _resident_bytes() - base > MAX_GROWTH:
+            ctypes.CDLL(None).malloc_trim(0)
+            reply = msgspec.structs.replace(reply, retires=_resident_bytes() - base > MAX_GROWTH)
+        _send(output, reply)
+
+
+def _resolve(name: str) -> Job:
+    module, _, attribute = name.partition(":")
+    job: Job = getattr(importlib.import_module(module), attribute)
+    return job
+
+
+def _run(job: Job, request: HelperRequest) -> HelperReply:
+    begin = time.process_time()
+    try:
+        with _Limits(request.limits):
+            data = job(request.data)
+    except ValueError as error:
+        return HelperReply(refusal=str(error)[:MAX_ERROR_CHARS])
+    except MemoryError:
+        return HelperReply(limit="memory")
+    except RecursionError:
+        return HelperReply(limit="stack")
+    except Exception:
+        return HelperReply(limit="crash", error=traceback.format_exc()[-MAX_ERROR_CHARS:])
+    except BaseException as error:  # extensions in Rust raise their panics as such
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        return HelperReply(limit="crash", error=traceback.format_exc()[-MAX_ERROR_CHARS:])
+    if request.limits is not None and len(data) > request.limits.max_output_bytes:
+        return HelperReply(limit="output")
+    return HelperReply(data=data, cpu_seconds=time.process_time() - begin)
+
+
+class _Limits:
+    """Holds the process to what a call may use."""
+
+    def __init__(self, limits: HelperLimits | None) -> None:
+        self._limits = limits
+
+    def __enter__(self) -> None:
+        limits = self._limits
+        if limits is None:
+            return
+        size, _, _, _, _, data, _ = (int(pages) * resource.getpagesize() for pages in _statm())
+        _set_limit(resource.RLIMIT_DATA, data + limits.memory_bytes)
+        _set_limit(resource.RLIMIT_AS, size + limits.memory_bytes + _ADDRESS_ROOM)
+        _set_limit(resource.RLIMIT_STACK, limits.stack_bytes)
+        signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
+
+    def __exit__(self, *_: object) -> None:
+        if self._limits is None:
+            return
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_STACK):
+            _set_limit(kind, resource.RLIM_INFINITY)
+
+
+def _set_limit(kind: int, value: int) -> None:
+    """Sets a soft limit, as far as the hard one allows it."""
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY and (value == resource.RLIM_INFINITY or value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
+
+
+def _statm() -> list[bytes]:
+    with open("/proc/self/statm", "rb") as file:
+        return file.read().split()
+
+
+def _resident_bytes() -> int:
+    return int(_statm()[1]) * resource.getpagesize()
+
+
+def _send(output: int, reply: HelperReply) -> None:
+    frame = msgspec.msgpack.encode(reply)
+    view = memoryview(_LENGTH.pack(len(frame)) + frame)
+    while view:
+        view = view[os.write(output, view) :]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
