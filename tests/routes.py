@@ -129,7 +129,8 @@ def _message(answer: Any) -> Reply:
         elif block["type"] == "thinking":
             reply.reasoning += block["thinking"]
         else:
-            reply.calls.append((block["name"], json.dumps(block["input"])))
+            arguments = block["input"]
+            reply.calls.append((block["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
     return reply
 
 
@@ -150,7 +151,7 @@ def _message_stream(events: list[Any]) -> Reply:
         elif event["type"] == "message_delta":
             stop_reason = event["delta"]["stop_reason"]
     for index, text in arguments.items():
-        blocks[index]["input"] = json.loads(text or "{}")
+        blocks[index]["input"] = text  # it may have been cut off
     return _message({"content": blocks, "stop_reason": stop_reason})
 
 

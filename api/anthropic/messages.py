@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -102,7 +101,6 @@ class MessagesReply:
 
     def __init__(self, serving: Serving, request: MessagesRequest, answer: ChatAnswer) -> None:
         self._answer = answer
-        self._max_tokens = request.max_tokens
         self._has_begun = False
         self._index = -1
         """Of the block that came last."""
@@ -129,16 +127,15 @@ class MessagesReply:
         return result
 
     def _stop(self, delta: Delta) -> StopDetails:
+        ending = self._answer.ending(delta)
         reason: StopReason = "end_turn"
-        sequence = None
-        if delta.finish_reason == "length":
-            is_full = self._answer.generation.usage().completion_tokens >= self._max_tokens
-            reason = "max_tokens" if is_full else "model_context_window_exceeded"
-        elif isinstance(delta.stop_reason, str):
-            reason, sequence = "stop_sequence", delta.stop_reason
-        elif self._answer.has_calls(delta.choice):
+        if ending.reason == "length":
+            reason = "model_context_window_exceeded" if ending.is_context_full else "max_tokens"
+        elif ending.reason == "tool_calls":
             reason = "tool_use"
-        return StopDetails(stop_reason=reason, stop_sequence=sequence)
+        elif ending.stop_string is not None:
+            reason = "stop_sequence"
+        return StopDetails(stop_reason=reason, stop_sequence=ending.stop_string)
 
     # -- a stream --------------------------------------------------------------------------------------------
 
@@ -206,6 +203,7 @@ class MessagesReply:
     def whole(self, deltas: Iterable[Delta]) -> bytes:
         message = self._message
         pieces: list[str] = []
+        self._answer.use_whole_calls()
         for delta in deltas:
             for each in self._answer.events(delta):
                 if isinstance(each, (Content, Reasoning)) and type(each) is not self._kind:
@@ -237,13 +235,7 @@ class MessagesReply:
         elif isinstance(block, ThinkingBlock):
             block.thinking, block.signature = text, _signature([text])
         else:
-            block.input = _whole_input(text)
-
-
-def _whole_input(arguments: str) -> dict[str, Any]:
-    """The arguments of a call; empty if they were cut off, which the stop reason tells."""
-    try:
-        value = msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+            try:
+                block.input = msgspec.json.decode(text)
+            except (msgspec.DecodeError, RecursionError):  # halves of a surrogate pair: this JSON has no UTF-8
+                self._message.content[-1] = TextBlock(text=text)

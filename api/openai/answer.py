@@ -6,7 +6,7 @@ its request into a ``ChatCompletionRequest``, gets a ``ChatAnswer`` for it, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -29,6 +29,8 @@ from api.parsers import (
     ParserChain,
     Reasoning,
     Tool,
+    ToolCallArguments,
+    ToolCallEnd,
     ToolCallStart,
     create_parser,
     merge,
@@ -64,36 +66,105 @@ class TextFormat(msgspec.Struct, frozen=True):
         )
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """Why a choice ended: the one judgement that every protocol puts into words of its own."""
+
+    reason: str
+    """``stop``, ``tool_calls``, ``length``, ``repetition``, ``abort`` or ``error``."""
+    stop_string: str | None = None
+    """The stop string or pattern that ended it."""
+    is_context_full: bool = False
+    """With ``length``: the context was full before ``max_tokens``."""
+
+
 class ChoiceText:
     """The text of one choice, delta by delta.
 
     Attributes:
-        num_calls: Tool calls that have begun.
-        num_reasoning_tokens: Tokens between the marks of reasoning.
+        num_tokens: Tokens so far.
+        num_reasoning_tokens: Those of them between the marks of reasoning.
     """
 
-    __slots__ = ("_format", "_parser", "num_calls", "num_reasoning_tokens")
+    __slots__ = (
+        "_format",
+        "_num_broken_calls",
+        "_num_calls",
+        "_only_whole_calls",
+        "_open_call",
+        "_parser",
+        "num_reasoning_tokens",
+        "num_tokens",
+    )
 
-    def __init__(self, text_format: TextFormat) -> None:
+    def __init__(self, text_format: TextFormat, *, only_whole_calls: bool = False) -> None:
+        """Begins.
+
+        Args:
+            text_format: How the text is to be read.
+            only_whole_calls: Tool calls are passed on once they are whole; one that never is becomes content, as the
+                model wrote it. For protocols that have no place for half a call.
+        """
         self._format = text_format
         self._parser = text_format.parser()
-        self.num_calls = 0
+        self._only_whole_calls = only_whole_calls
+        self._open_call: list[Event] | None = None
+        """What is known of a call that may still break off."""
+        self._num_calls = 0
+        self._num_broken_calls = 0
+        self.num_tokens = 0
         self.num_reasoning_tokens = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the choice calls tools: it has calls, and all of them are whole."""
+        return self._num_calls > 0 and not self._num_broken_calls
 
     def events(self, delta: Delta) -> list[Event]:
         """What a delta settles; the last one settles all. Neighbours of a kind are one event."""
         parser = self._parser
         was_reasoning = parser.is_reasoning
         events = parser.feed(delta.text)
+        self.num_tokens += len(delta.token_ids)
         if was_reasoning and parser.is_reasoning:
             self.num_reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             events += parser.finish()
         if not events:
             return events
+        if self._only_whole_calls:
+            events = self._whole_calls(events)
+        else:
+            for event in events:
+                self._count(event)
         kept = [event for event in events if self._is_wanted(event)]
-        self.num_calls += sum(isinstance(event, ToolCallStart) for event in kept)
         return merge(kept) if len(kept) > 1 else kept
+
+    def _count(self, event: Event) -> None:
+        if isinstance(event, ToolCallStart):
+            self._num_calls += 1
+        elif isinstance(event, ToolCallEnd) and not event.complete and self._is_wanted(event):
+            self._num_broken_calls += 1
+
+    def _whole_calls(self, events: Iterable[Event]) -> list[Event]:
+        """The events with calls held back until they are whole."""
+        result: list[Event] = []
+        for event in events:
+            if isinstance(event, ToolCallStart):
+                self._open_call = [msgspec.structs.replace(event, index=self._num_calls)]
+            elif isinstance(event, ToolCallArguments):
+                assert self._open_call is not None
+                self._open_call.append(msgspec.structs.replace(event, index=self._num_calls))
+            elif isinstance(event, ToolCallEnd):
+                assert self._open_call is not None
+                if event.complete:
+                    result += [*self._open_call, ToolCallEnd(self._num_calls)]
+                    self._num_calls += 1
+                else:
+                    result.append(Content(event.text))
+                self._open_call = None
+            else:
+                result.append(event)
+        return result
 
     def _is_wanted(self, event: Event) -> bool:
         if isinstance(event, Content):
@@ -112,6 +183,7 @@ class ChatAnswer:
         text_format: TextFormat,
         *,
         names_call: bool = False,
+        max_tokens: int | None = None,
         prompt_text: str = "",
         prompt_token_offsets: TokenOffsets | UnsetType = UNSET,
     ) -> None:
@@ -121,6 +193,7 @@ class ChatAnswer:
             generation: It has not begun.
             text_format: How its text is to be read.
             names_call: The client chose the function that is called.
+            max_tokens: What the client allowed; None: as many as the context has room for.
             prompt_text: The conversation, as the chat template wrote it.
             prompt_token_offsets: Where the prompt's tokens lie in that text, if the client wants to know.
         """
@@ -128,25 +201,40 @@ class ChatAnswer:
         self.prompt_token_offsets = prompt_token_offsets
         self.generation = generation
         self.text_format = text_format
-        self._names_call = names_call
+        self.names_call = names_call
+        self._max_tokens = max_tokens
+        self._only_whole_calls = False
         self._choices: dict[int, ChoiceText] = {}
+
+    def use_whole_calls(self) -> None:
+        """From the beginning on, only whole tool calls are calls; see ``ChoiceText``."""
+        self._only_whole_calls = True
 
     def events(self, delta: Delta) -> list[Event]:
         """What a delta settles; see ``ChoiceText``."""
         text = self._choices.get(delta.choice)
         if text is None:
-            text = self._choices[delta.choice] = ChoiceText(self.text_format)
+            text = ChoiceText(self.text_format, only_whole_calls=self._only_whole_calls)
+            self._choices[delta.choice] = text
         return text.events(delta)
 
-    def has_calls(self, choice: int) -> bool:
-        """Whether a choice has called a tool so far."""
-        return choice in self._choices and self._choices[choice].num_calls > 0
-
     def finish_reason(self, delta: Delta) -> str | None:
-        """Why a choice ended, as chat completions say it; its events have been taken."""
-        if delta.finish_reason == "stop" and not self._names_call and self.has_calls(delta.choice):
-            return "tool_calls"
-        return delta.finish_reason
+        """Why a choice ended, as chat completions say it: ``stop`` if the client chose the function that is called."""
+        if delta.finish_reason is None:
+            return None
+        reason = self.ending(delta).reason
+        return "stop" if reason == "tool_calls" and self.names_call else reason
+
+    def ending(self, delta: Delta) -> Ending:
+        """Why a choice ended, given its last delta, whose events were taken."""
+        text = self._choices.get(delta.choice)
+        reason = delta.finish_reason or ""
+        if reason == "stop" and text is not None and text.has_calls:
+            return Ending("tool_calls")
+        if reason == "length":
+            num_tokens = 0 if text is None else text.num_tokens
+            return Ending(reason, is_context_full=self._max_tokens is None or num_tokens < self._max_tokens)
+        return Ending(reason, delta.stop_reason if isinstance(delta.stop_reason, str) else None)
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -195,7 +283,14 @@ async def prepare_answer(
     offsets: TokenOffsets | UnsetType = UNSET
     if request.return_token_offsets:
         offsets = prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
-    return ChatAnswer(generation, text_format, names_call=use.is_named, prompt_text=text, prompt_token_offsets=offsets)
+    return ChatAnswer(
+        generation,
+        text_format,
+        names_call=use.is_named,
+        max_tokens=max_tokens,
+        prompt_text=text,
+        prompt_token_offsets=offsets,
+    )
 
 
 def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequest) -> bool:

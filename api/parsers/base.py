@@ -57,6 +57,8 @@ class ToolCallEnd(msgspec.Struct, frozen=True, gc=False):
     index: int
     complete: bool = True
     """Whether the arguments are whole, rather than cut off by the end of the text or by something malformed."""
+    text: str = ""
+    """Of a call that is not complete: what the model wrote, markup included."""
 
 
 Event: TypeAlias = Content | Reasoning | ToolCallStart | ToolCallArguments | ToolCallEnd
@@ -164,7 +166,7 @@ def collect(events: Iterable[Event]) -> Parsed:
                 parsed.tool_calls.append(ToolCall(id, name))
             case ToolCallArguments(_, text):
                 arguments.append(text)
-            case ToolCallEnd(_, complete):
+            case ToolCallEnd(_, complete, _):
                 call = parsed.tool_calls[-1]
                 call.arguments, call.complete = "".join(arguments), complete
                 arguments.clear()

@@ -102,7 +102,17 @@ class Output:
         num_calls: Calls that have begun.
     """
 
-    __slots__ = ("_blank", "_events", "_held", "_is_open", "_make_id", "_pieces", "_pieces_kind", "num_calls")
+    __slots__ = (
+        "_blank",
+        "_events",
+        "_held",
+        "_is_open",
+        "_make_id",
+        "_pieces",
+        "_pieces_kind",
+        "_written",
+        "num_calls",
+    )
 
     def __init__(self, make_id: MakeId) -> None:
         self.num_calls = 0
@@ -112,6 +122,8 @@ class Output:
         self._pieces: list[str] = []
         self._pieces_kind = ""
         self._held: list[str] = []
+        self._written: list[str] = []
+        """The text of the call that is open, as far as it has been understood."""
         self._blank: list[str] | None = []
         """White space that may be layout; None once there is text."""
 
@@ -144,20 +156,29 @@ class Output:
 
     def drop(self) -> None:
         """What is held back is markup that has been understood."""
+        if self._is_open:
+            self._written += self._held
         self._held.clear()
 
     def start(self, name: str) -> None:
         """Begins a call; what is held back belongs to it."""
-        self.drop()
+        self._written, self._held = self._held, []
         self._blank = []
         self._flush()
         self._events.append(ToolCallStart(self.num_calls, self._make_id(), name))
         self.num_calls += 1
         self._is_open = True
 
-    def arguments(self, text: str) -> None:
-        """Adds a piece of the arguments of the call that is open."""
+    def arguments(self, text: str, written: str = "") -> None:
+        """Adds a piece of the arguments of the call that is open.
+
+        Args:
+            text: JSON.
+            written: What the model wrote for it, unless that is or was held back.
+        """
         assert self._is_open
+        if written:
+            self._written.append(written)
         self._add("arguments", text)
 
     def end(self, *, complete: bool = True) -> None:
@@ -165,7 +186,8 @@ class Output:
         if self._is_open:
             self._is_open = False
             self._flush()
-            self._events.append(ToolCallEnd(self.num_calls - 1, complete))
+            self._events.append(ToolCallEnd(self.num_calls - 1, complete, "" if complete else "".join(self._written)))
+            self._written.clear()
 
     def take(self) -> list[Event]:
         """The events since the last time."""

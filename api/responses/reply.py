@@ -79,11 +79,14 @@ class ResponseReply:
 
     def _finish(self, delta: Delta) -> None:
         response = self.response
-        is_cut = delta.finish_reason == "length"
+        ending = self._answer.ending(delta)
+        is_cut = ending.reason == "length"
         self._writer.close("incomplete" if is_cut else "completed")
         response.status = "incomplete" if is_cut else "completed"
         if is_cut:
-            response.incomplete_details = IncompleteDetails()
+            response.incomplete_details = IncompleteDetails(
+                reason="context_length_exceeded" if ending.is_context_full else "max_output_tokens"
+            )
         else:
             response.completed_at = int(time.time())
         self.measure()

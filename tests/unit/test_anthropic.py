@@ -149,7 +149,8 @@ async def test_how_an_answer_ends() -> None:
     assert answer["usage"]["input_tokens"] + answer["usage"]["output_tokens"] == MAX_MODEL_LEN
     cut = await talker().ok(PATH, body(tools=TOOLS, max_tokens=TEXT.encode().index(b"wen")))
     assert cut["stop_reason"] == "max_tokens"
-    assert cut["content"][-1]["input"] == {}
+    assert cut["content"][-1]["type"] == "text"
+    assert cut["content"][-1]["text"].endswith('<tool_call>\n{"name": "weather", "arguments": {"city": "Lö')
 
 
 async def test_cached_tokens() -> None:

@@ -25,7 +25,7 @@ class ArgumentsObject:
         started: The call has begun.
     """
 
-    __slots__ = ("_name", "_out", "_pending", "_scanner", "_size", "done", "failed", "started")
+    __slots__ = ("_name", "_out", "_pending", "_pieces", "_scanner", "_size", "done", "failed", "started")
 
     def __init__(self, out: Output, name: str | None) -> None:
         """Prepares for the opening brace.
@@ -41,6 +41,7 @@ class ArgumentsObject:
         self._name = name
         self._scanner = JsonScanner()
         self._pending: list[str] = []
+        self._pieces: list[str] = []
         self._size = 0
         """Characters that are no space, up to two: a brace, and something that may follow one."""
 
@@ -48,8 +49,9 @@ class ArgumentsObject:
         """Reads up to the end of the object or of the text, or to what is malformed."""
         end = self._scanner.feed(text, pos)
         piece = self._scanner.take()
+        self._pieces.append(piece)
         if self.started:
-            self._out.arguments(piece)
+            self._out.arguments(piece, text[pos:end])
         else:
             self._out.hold(text[pos:end])
             self._pending.append(piece)
@@ -57,8 +59,12 @@ class ArgumentsObject:
             self._start()
         self.done, self.failed = self._scanner.done, self._scanner.failed
         if self.started and (self.done or self.failed):
-            self._out.end(complete=self.done)
+            self._end()
         return end
+
+    def _end(self) -> None:
+        """Ends the call. It is whole if its arguments are JSON: the scanner followed their structure alone."""
+        self._out.end(complete=self.done and kind_of("".join(self._pieces)) == "object")
 
     def finish(self) -> None:
         """The text is over: with its brace the call has begun, though nothing follows."""
@@ -71,7 +77,7 @@ class ArgumentsObject:
         self._name = name
         self._start()
         if self.started and self.done:
-            self._out.end()
+            self._end()
 
     def _start(self) -> None:
         if self._name is not None and self._size == 2:
