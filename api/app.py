@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -174,6 +171,14 @@ OPERATIONS = (
     ),
     Operation("GET", "/health", monitoring.health, "Tell whether requests are taken", is_open=True),
     Operation("GET", "/ping", monitoring.ping, "The same as /health", is_open=True),
+    *(
+        Operation("GET", path, handler, summary, media_type="text/plain", is_open=True)
+        for path, handler, summary in (
+            ("/livez", monitoring.livez, "Tell whether the server works, or has to be started again"),
+            ("/readyz", monitoring.readyz, "Tell whether requests are computed at this moment"),
+            ("/startupz", monitoring.startupz, "Tell whether the model is loaded"),
+        )
+    ),
     Operation(
         "GET", "/version", monitoring.version, "Show the version", response=protocol.VersionResponse, is_open=True
     ),
@@ -235,14 +240,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             )
         )
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        serving.threads.shutdown(wait=False, cancel_futures=True)
-
-    app = Starlette(
-        routes=routes, middleware=middleware, exception_handlers=dict(EXCEPTION_HANDLERS), lifespan=lifespan
-    )
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=dict(EXCEPTION_HANDLERS))
     # A redirect would send clients to whatever host their request names.
     app.router.redirect_slashes = False
     app.state.serving = serving

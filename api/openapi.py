@@ -19,11 +19,12 @@ ERRORS = {
     401: "No valid API key.",
     404: "There is no such model.",
     413: "The body is too large.",
+    422: "The request made the engine fail and is refused for a while.",
     429: "Too many requests are waiting.",
     500: "The server is at fault.",
     503: "The server is busy or about to stop.",
 }
-_WITH_BODY_ONLY = (400, 413)
+_WITH_BODY_ONLY = (400, 413, 422)
 _REF = "#/components/schemas/{name}"
 _KEY = "apiKey"
 Schemas: TypeAlias = dict[Any, dict[str, Any]]

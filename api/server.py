@@ -33,8 +33,10 @@ from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.progress import LoadBar
 from api.serving import Serving
+from api.startup import StartupApp
 from api.traffic import Traffic
 from engine_core.launch import get_logger
+from engine_core.messages import LoadProgress
 
 logger = get_logger()
 T = TypeVar("T")
@@ -186,9 +188,9 @@ def _open_unix(path: str) -> socket.socket:
 class _HttpServer(uvicorn.Server):
     """uvicorn without its own idea of signals."""
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._on_listening = on_listening
+        self._is_listening = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -199,7 +201,21 @@ class _HttpServer(uvicorn.Server):
             await super().startup(sockets)
         except OSError as error:  # two servers may hold a port as long as neither listens
             raise PortInUseError(f"cannot listen: {error.strerror}") from error
-        self._on_listening()
+        self._is_listening.set()
+
+    async def start(self, listener: socket.socket) -> asyncio.Task[None]:
+        """Serves from now on. Returns what ends with the server.
+
+        Raises:
+            PortInUseError: Somebody else listens already.
+        """
+        task = asyncio.create_task(self.serve(sockets=[listener]))
+        listening = asyncio.create_task(self._is_listening.wait())
+        await asyncio.wait((task, listening), return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if task.done():
+            task.result()
+        return task
 
 
 class _Run:
@@ -219,6 +235,7 @@ class _Run:
         self._listener = listener
         self._announce = announce
         self._bar = LoadBar(enabled=progress)
+        self._app = StartupApp(config.root_path)
         self._begin = time.monotonic()
         self._stop = asyncio.Event()
         """The first signal, or the end of the engine."""
@@ -231,7 +248,7 @@ class _Run:
             config.engine,
             files.tokenizer,
             self._metrics,
-            on_progress=self._bar.update,
+            on_progress=self._on_progress,
             on_fatal=self._on_fatal,
             bounds_queue=True,
             log_level=config.log_level,
@@ -242,27 +259,41 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
         try:
-            ready = await self._unless_stopped(self._client.start())
-            self._bar.close()
-            if ready is None:
-                return self._exit_code
-            serving = Serving(self._config, self._files, self._client, self._metrics, ready)
-            traffic = Traffic(self._metrics.registry)
-            server = _HttpServer(
-                _uvicorn_config(self._config, serving, traffic), lambda: self._announce(self._ready_text(serving))
-            )
-            # What lives now lives as long as the server: the collector need not look at it again.
-            gc.collect()
-            gc.freeze()
-            stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
+            server = _HttpServer(_uvicorn_config(self._config, self._app))
+            http = await server.start(self._listener)
             try:
-                await server.serve(sockets=[self._listener])
+                await self._serve(server, http)
             finally:
-                stopper.cancel()
+                server.should_exit = True
+                await http
             return self._exit_code
         finally:
             self._bar.close()
             await self._client.close()
+
+    async def _serve(self, server: _HttpServer, http: asyncio.Task[None]) -> None:
+        """Starts the engine, then serves until the end."""
+        ready = await self._unless_stopped(self._client.start())
+        self._bar.close()
+        if ready is None:
+            return
+        serving = Serving(self._config, self._files, self._client, self._metrics, ready)
+        traffic = Traffic(self._metrics.registry)
+        self._app.app = create_app(serving, traffic)
+        # What lives now lives as long as the server: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
+        self._announce(self._ready_text(serving))
+        try:
+            await http
+        finally:
+            stopper.cancel()
+            serving.threads.shutdown(wait=False, cancel_futures=True)
+
+    def _on_progress(self, progress: LoadProgress) -> None:
+        self._bar.update(progress)
+        self._app.update(progress)
 
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
@@ -361,9 +392,9 @@ def _limits() -> Limits:
     return Limits(connections=max(min(MAX_CONNECTIONS, soft - FILES_APART), 16))
 
 
-def _uvicorn_config(config: ServerConfig, serving: Serving, traffic: Traffic) -> uvicorn.Config:
+def _uvicorn_config(config: ServerConfig, app: StartupApp) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(serving, traffic),
+        app,
         loop="none",
         http=Connections(_limits()).protocol,  # type: ignore[arg-type]  # a factory does
         ws="none",

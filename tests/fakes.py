@@ -144,6 +144,7 @@ class FakeEngineClient:
         """Indices of the requests that the consumer dropped."""
         self.likely: Callable[[list[int]], dict[int, float]] | None = None
         """The log probabilities of the tokens that may follow others; None: see ``fake_logprobs``."""
+        self.is_restarting = False
         self.max_queued: int | None = None
         """Requests that may be unfinished."""
         self.checked: list[tuple[Tenant, int]] = []
@@ -163,8 +164,8 @@ class FakeEngineClient:
         return len(self._processor.states)
 
     @property
-    def is_serving(self) -> bool:
-        return self.dead is None
+    def is_ready(self) -> bool:
+        return self.dead is None and not self.is_restarting
 
     def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
         if self.dead is not None:

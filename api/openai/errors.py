@@ -26,6 +26,7 @@ KINDS = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     413: "Request Entity Too Large",
+    422: "UnprocessableEntityError",
     429: "RateLimitError",
     431: "Request Header Fields Too Large",
     500: "InternalServerError",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.server import Server
+from tests.e2e.poison.sitecustomize import POISON
+from tests.e2e.server import ROOT, Server
 
 NUM_STREAMS = 8
 MAX_TOKENS = 300
+STILL_SECONDS = 15.0
+"""Longer than anything may hang."""
 
 
 def body(number: int, **fields: Any) -> dict[str, Any]:
@@ -59,19 +67,23 @@ class Stream:
                     self.usage = event["usage"]
 
 
+async def under_way(streams: list[Stream], tasks: list[asyncio.Task[None]], least: int = 20) -> None:
+    """Waits until each stream has so many tokens."""
+    while min(len(stream.tokens) for stream in streams) < least:
+        for task in tasks:
+            if task.done():
+                task.result()
+        await asyncio.sleep(0.01)
+    assert not any(task.done() for task in tasks), "the streams were too short for this test"
+
+
 async def run_streams(server: Server, kill: signal.Signals | None = None, *titles: str) -> list[Stream]:
     """Runs the streams; once they are under way, kills processes one after another."""
     streams = [Stream() for _ in range(NUM_STREAMS)]
     async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
         tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
-        for number, title in enumerate(titles):
-            least = 20 * (number + 1)
-            while any(len(stream.tokens) < least for stream in streams):
-                for task in tasks:
-                    if task.done():
-                        task.result()
-                await asyncio.sleep(0.01)
-            assert not any(task.done() for task in tasks), "the streams were too short for this test"
+        for title in titles:
+            await under_way(streams, tasks, min(len(stream.tokens) for stream in streams) + 20)
             assert kill is not None
             server.child(title).send_signal(kill)
         await asyncio.gather(*tasks)
@@ -90,7 +102,7 @@ def test_streams_survive_the_death_of_every_process_behind_the_api(flags: list[s
         for titles in (
             ("octavo engine_core",),
             ("octavo worker 0",),
-            ("octavo worker 0", "octavo engine_core", "octavo worker 0"),
+            ("octavo worker 0", "octavo engine_core", "octavo worker 0") * 2,
         ):
             streams = asyncio.run(run_streams(server, signal.SIGKILL, *titles))
             for before, after in zip(undisturbed, streams, strict=True):
@@ -98,7 +110,7 @@ def test_streams_survive_the_death_of_every_process_behind_the_api(flags: list[s
                 assert after.text == before.text
                 assert after.finish_reason == before.finish_reason == "length"
                 assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-        assert server.metric("octavo:engine_restarts_total") == 5
+        assert 5 <= server.metric("octavo:engine_restarts_total") <= 8  # two deaths at once are one restart
         assert server.metric("vllm:num_requests_running") == 0
         assert server.metric("vllm:kv_cache_usage_perc") == 0
         assert httpx.get(f"{server.url}/health").status_code == 200
@@ -112,6 +124,119 @@ def test_requests_that_come_during_a_restart_are_served(flags: list[str]) -> Non
         server.child("octavo engine_core").kill()
         answer = server.post("/v1/completions", request)
         assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected
+
+
+def poisonous(what: str) -> dict[str, str]:
+    """The environment of a server that ``POISON`` does something to."""
+    path = os.pathsep.join([str(ROOT / "tests/e2e/poison"), str(ROOT)])
+    return {"PYTHONPATH": path, "OCTAVO_TEST_POISON": what}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", ["worker", "core"])
+def test_a_poison_request_is_found_among_others(flags: list[str], what: str) -> None:
+    async def run(server: Server) -> tuple[list[Stream], httpx.Response]:
+        streams = [Stream() for _ in range(NUM_STREAMS)]
+        async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
+            tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
+            await under_way(streams, tasks)
+            answer = await client.post("/v1/completions", json={"prompt": POISON, "max_tokens": 5})
+            assert not any(task.done() for task in tasks), "the streams were too short for this test"
+            await asyncio.gather(*tasks)
+        return streams, answer
+
+    with Server(*flags, env=poisonous(what)) as server:
+        undisturbed = asyncio.run(run_streams(server))
+        streams, answer = asyncio.run(run(server))
+        for before, after in zip(undisturbed, streams, strict=True):
+            assert (after.tokens, after.text, after.finish_reason) == (before.tokens, before.text, "length")
+        assert answer.status_code == 500 and "10 minutes" in answer.json()["error"]["message"]
+        assert server.metric("octavo:engine_restarts_total") == 3
+        refused = server.post("/v1/completions", {"prompt": POISON, "max_tokens": 5, "seed": 3})
+        assert refused.status_code == 422 and int(refused.headers["retry-after"]) > 500
+        assert server.metric("octavo:engine_restarts_total") == 3
+
+
+@pytest.mark.timeout(300)
+def test_processes_that_hang_are_replaced(flags: list[str]) -> None:
+    with Server(*flags) as server:
+        undisturbed = asyncio.run(run_streams(server))
+        readiness: set[int] = set()
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.1):
+                readiness.add(httpx.get(f"{server.url}/readyz").status_code)
+                assert httpx.get(f"{server.url}/livez").status_code == 200
+
+        with ThreadPoolExecutor(1) as threads:
+            watching = threads.submit(watch)
+            try:
+                for title in ("octavo worker 0", "octavo engine_core"):
+                    streams = asyncio.run(run_streams(server, signal.SIGSTOP, title))
+                    assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
+            finally:
+                stop.set()
+            watching.result()
+        assert server.metric("octavo:engine_restarts_total") == 2
+        assert readiness == {200, 503}
+
+
+@pytest.mark.timeout(300)
+def test_a_machine_that_stands_still_is_not_hung(flags: list[str]) -> None:
+    with Server(*flags) as server:
+        undisturbed = asyncio.run(run_streams(server))
+        streams = [Stream() for _ in range(NUM_STREAMS)]
+        tree = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+
+        async def run() -> None:
+            async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
+                tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
+                await under_way(streams, tasks)
+                for process in tree:
+                    process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(STILL_SECONDS)
+                for process in tree:
+                    process.send_signal(signal.SIGCONT)
+                await asyncio.gather(*tasks)
+
+        asyncio.run(run())
+        assert [stream.tokens for stream in streams] == [stream.tokens for stream in undisturbed]
+        assert server.metric("octavo:engine_restarts_total") == 0
+
+
+@pytest.mark.timeout(300)
+def test_a_core_that_is_killed_while_the_model_loads_first(flags: list[str]) -> None:
+    """What answers meanwhile says so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    killed: list[int] = []
+    seen: set[tuple[str, int]] = set()
+
+    def disturb() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for path in ("/livez", "/readyz", "/startupz"):
+                with contextlib.suppress(httpx.HTTPError):
+                    seen.add((path, httpx.get(f"http://127.0.0.1:{port}{path}").status_code))
+            if ("/startupz", 200) in seen:
+                return
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if not killed and seen and "octavo engine_core" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(1) as threads:
+        disturbing = threads.submit(disturb)
+        with Server(*flags, "--port", str(port)) as server:
+            assert server.post("/v1/completions", {**body(1), "stream": False}).status_code == 200
+            disturbing.result()
+    assert killed
+    assert {("/livez", 200), ("/readyz", 503), ("/startupz", 503), ("/startupz", 200)} <= seen
+    assert ("/livez", 503) not in seen
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ from tests.fakes import Connection, FakeServer
 from tests.unit.conftest import Api, error_of
 
 KEYS = ["first-key", "zwölf"]
-OPEN = {"/health", "/ping", "/version", "/load", "/metrics"}
+OPEN = {"/health", "/ping", "/livez", "/readyz", "/startupz", "/version", "/load", "/metrics"}
 PATHS = sorted(
     {operation.path.replace("{model:path}", "fake-model") for operation in OPERATIONS if "_id}" not in operation.path}
     | {"/openapi.json"}

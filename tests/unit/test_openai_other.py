@@ -6,11 +6,15 @@ import logging
 import re
 from typing import Any
 
+import httpx
 import pytest
 
 from api.app import OPERATIONS
 from api.config import ServerConfig
+from api.errors import EngineDeadError
+from api.startup import StartupApp
 from api.version import VERSION
+from engine_core.messages import LoadProgress
 from tests.fakes import BOS, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeServer, tokens_of
 from tests.unit.conftest import Api, error_of
 
@@ -69,6 +73,41 @@ async def test_health_and_version(api: Api) -> None:
         response = await api.get(path)
         assert (response.status_code, response.content) == (200, b"")
     assert (await api.get("/version")).json() == {"version": VERSION}
+
+
+async def test_probes_tell_the_truth(api: Api) -> None:
+    async def probes() -> list[int]:
+        return [(await api.get(path)).status_code for path in ("/livez", "/readyz", "/startupz")]
+
+    assert await probes() == [200, 200, 200]
+    api.server.engine.is_restarting = True
+    assert await probes() == [200, 503, 200]
+    assert (await api.get("/readyz")).text == "the engine restarts"
+    assert (await api.get("/health")).status_code == 200  # requests are taken, and wait
+    api.server.engine.is_restarting = False
+    api.server.traffic.is_draining = True
+    assert await probes() == [200, 503, 200]
+    api.server.traffic.is_draining = False
+    api.server.engine.dead = EngineDeadError("it died too often")
+    assert await probes() == [503, 503, 200]
+    assert (await api.get("/livez")).text == "the engine was given up"
+
+
+async def test_what_answers_while_the_model_loads() -> None:
+    app = StartupApp("/llm")
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost")
+    assert (await client.get("/livez")).status_code == 200
+    for path in ("/readyz", "/startupz", "/health", "/ping", "/llm/readyz"):
+        response = await client.get(path)
+        assert (response.status_code, response.text) == (503, "starting")
+    app.update(LoadProgress(0, "weights", 45, 99))
+    assert (await client.get("/startupz")).text == "loading weights: 45 %"
+    response = await client.post("/v1/completions", json={"prompt": "x"})
+    assert response.status_code == 503 and response.headers["retry-after"]
+    assert "loading weights: 45 %" in response.json()["error"]["message"]
+    app.app = FakeServer().app
+    assert (await client.get("/readyz")).status_code == 200
+    assert (await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})).status_code == 200
 
 
 async def test_metrics_have_closed_labels(api: Api) -> None:
@@ -132,9 +171,9 @@ async def test_the_openapi_document(api: Api) -> None:
         described = document["paths"][operation.path.replace(":path}", "}")][operation.method.lower()]
         assert ("requestBody" in described) == (operation.request is not None)
         statuses = set(described["responses"])
-        expected = {"200", "500", "503"}
+        expected = {"200", "429", "500", "503"}
         if operation.request is not None:
-            expected |= {"400", "404", "413"}
+            expected |= {"400", "404", "413", "422"}
         if "{" in operation.path:
             expected |= {"404"}
         assert statuses == expected
