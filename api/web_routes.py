@@ -18,6 +18,8 @@ from starlette.responses import Response
 from api.openapi import Operation
 
 FOLDER = Path(__file__).parent / "web"
+VENDORED = "katex"
+"""A folder in it with files of others, as they are published, and their licence."""
 CHAT_PAGE = "index.html"
 DOCS_PAGE = "docs.html"
 CONTENT_TYPES = {
@@ -25,6 +27,7 @@ CONTENT_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
 }
 """Files with other endings are not served."""
 
@@ -64,11 +67,11 @@ class WebPages:
         """Reads all files.
 
         Args:
-            folder: Where they are; folders in it are left out.
+            folder: Where they are; folders in it are left out, but for ``VENDORED``.
         """
         self._files = {
             path.name: _read(path)
-            for path in sorted(folder.iterdir())
+            for path in sorted((*folder.glob("*"), *folder.glob(f"{VENDORED}/*")))
             if path.suffix in CONTENT_TYPES and path.is_file()
         }
 

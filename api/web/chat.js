@@ -16,7 +16,8 @@ import { Thread } from "./thread.js";
 
 const SAVE_MS = 2000;
 /** How often an answer is kept while it grows. */
-const HAS_KEYBOARD = matchMedia("(pointer: fine)");
+const HAS_KEYBOARD = matchMedia("not all and (pointer: coarse)");
+/** Where fingers do the typing, a field with the focus brings up a keyboard that hides half of the page. */
 
 export class Chat {
   #store = new ConversationStore();
@@ -277,7 +278,7 @@ export class Chat {
   #edit(message, text) {
     const conversation = this.#current;
     if (message.role === "assistant") {
-      message.content = text;
+      Object.assign(message, { content: text, stats: null, finishReason: null, isEdited: true }); // no longer what it cost
       this.#save(conversation);
       this.#thread.update(message);
       return;

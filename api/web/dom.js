@@ -1,7 +1,8 @@
 // Building elements. Text only ever goes in as text: nothing here, or anywhere else on the page, parses HTML.
 
+import { ICONS } from "./icons.js";
+
 const SVG = "http://www.w3.org/2000/svg";
-const SPRITE = new URL("icons.svg", import.meta.url).href;
 
 /**
  * Makes an element.
@@ -37,14 +38,24 @@ function append(node, children) {
   }
 }
 
-/** A drawing of icons.svg; decoration for those who see, so screen readers pass over it. */
+/** A drawing of icons.js; decoration for those who see, so screen readers pass over it. */
 export function icon(name) {
-  return svg("svg", { class: "icon", "aria-hidden": "true" }, svg("use", { href: `${SPRITE}#${name}` }));
+  return draw(svg("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": "true" }), name);
 }
 
 /** Shows another drawing. */
 export function setIcon(holder, name) {
-  holder.querySelector("use").setAttribute("href", `${SPRITE}#${name}`);
+  draw(holder.querySelector(".icon"), name);
+}
+
+/** Draws the icons that the page itself has, each named by its attribute `data-icon`. */
+export function drawIcons() {
+  for (const place of document.querySelectorAll("svg[data-icon]")) draw(place, place.dataset.icon);
+}
+
+function draw(place, name) {
+  place.replaceChildren(...ICONS[name].map(([tag, attributes]) => svg(tag, attributes)));
+  return place;
 }
 
 /** A button that shows an icon and has its name as a tooltip and for screen readers. */

@@ -1,8 +1,9 @@
-// What the pages have in common at the top: the switch between light and dark.
+// What the pages have in common at the top: icons, and the switch between light and dark.
 
-import { byId, setIcon, setLabel } from "./dom.js";
+import { byId, drawIcons, setIcon, setLabel } from "./dom.js";
 
 export function setUpHeader() {
+  drawIcons();
   const button = byId("theme-toggle");
   const show = () => {
     const isDark = document.documentElement.dataset.theme === "dark";

@@ -3,6 +3,8 @@
 // forward for good or is remembered, and nesting has a limit.
 
 import { element } from "./dom.js";
+import { formula } from "./formula.js";
+import { MAX_ADDRESS, Targets } from "./targets.js";
 
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const SPACE = /[\s\u00a0]/u;
@@ -36,9 +38,11 @@ const ENTITIES = {
   middot: "·",
 };
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
+const PRICE = /^\d[\d.,]*\s+\p{L}{2,}/u;
+const VARIABLE = /^\{?[A-Z_]{2,}/;
+const CODE_OR_GAP = /`|\n[ \t]*\n/;
 const MAX_OPEN = 48;
 /** Emphasis that may be open at once, and so the depth of elements. */
-const MAX_ADDRESS = 2000;
 
 /**
  * The address that a link may have, or null. Only absolute ones of harmless schemes: a relative one would lead to some
@@ -88,6 +92,8 @@ class Inline {
   #ticks = null;
   /** Closers of formulas that are known not to come again. */
   #missing = new Set();
+  /** Where links may lead, found at the first. */
+  #targets = null;
 
   constructor(text, parent, hasLinks) {
     this.#text = text;
@@ -117,7 +123,7 @@ class Inline {
       case "\\":
         return this.#formula("\\(", "\\)") || this.#formula("\\[", "\\]") || this.#escape();
       case "$":
-        return this.#formula("$$", "$$");
+        return this.#formula("$$", "$$") || this.#dollars();
       case "`":
         return this.#code();
       case "*":
@@ -164,7 +170,7 @@ class Inline {
     return true;
   }
 
-  /** A formula is shown as it was written: nothing in it is Markdown. */
+  /** Nothing in a formula is Markdown. */
   #formula(start, end) {
     if (!this.#text.startsWith(start, this.#at) || this.#missing.has(end)) return false;
     const close = this.#text.indexOf(end, this.#at + start.length);
@@ -174,8 +180,32 @@ class Inline {
     }
     const body = this.#text.slice(this.#at + start.length, close).trim();
     if (body === "") return false;
-    this.#add(element("span", { class: "formula" }, body));
+    this.#add(formula(body, start !== "\\("));
     this.#at = close + end.length;
+    return true;
+  }
+
+  /**
+   * A formula between single dollars. They are prices as often, so there must be no space at its ends, no digit behind
+   * it, no letter before it, and no number with a word at its begin: "$5 and $6", "US$5-$10", "$5 or less, not 6$".
+   */
+  #dollars() {
+    const text = this.#text;
+    const first = this.#at + 1;
+    if (this.#missing.has("$") || first >= text.length || SPACE.test(text[first]) || text[first] === "$") return false;
+    if (/[\p{L}\p{N}]/u.test(text[this.#at - 1] ?? "")) return false;
+    let close = text.indexOf("$", first);
+    while (close > 0 && isEscaped(text, close)) close = text.indexOf("$", close + 1);
+    if (close < 0) {
+      this.#missing.add("$");
+      return false;
+    }
+    const body = text.slice(first, close);
+    const next = text[close + 1] ?? "";
+    if (SPACE.test(body.at(-1)) || /\d/.test(next) || (VARIABLE.test(body) && /\p{L}/u.test(next))) return false;
+    if (PRICE.test(body) || CODE_OR_GAP.test(body)) return false;
+    this.#add(formula(body, false));
+    this.#at = close + 1;
     return true;
   }
 
@@ -247,8 +277,10 @@ class Inline {
     this.#brackets ??= matchBrackets(text);
     const close = this.#brackets.get(bracket);
     if (close === undefined || text[close + 1] !== "(") return false;
-    const target = parseTarget(text, close + 2);
-    if (target === null || (!this.#hasLinks && !isImage)) return false;
+    if (!this.#hasLinks && !isImage) return false;
+    this.#targets ??= new Targets(text);
+    const target = this.#targets.at(close + 2);
+    if (target === null) return false;
     const label = text.slice(bracket + 1, close);
     this.#add(isImage ? this.#image(label, target.address) : this.#anchor(label, target.address));
     this.#at = target.end;
@@ -390,33 +422,11 @@ function skipCode(text, start) {
   return close < 0 || close - start > MAX_ADDRESS ? start + length - 1 : close + length - 1;
 }
 
-/** What stands in the parentheses of a link: an address, perhaps in angle brackets, and perhaps a title. */
-function parseTarget(text, start) {
-  const limit = Math.min(text.length, start + MAX_ADDRESS);
-  let at = start;
-  while (at < limit && SPACE.test(text[at])) at++;
-  let address;
-  if (text[at] === "<") {
-    const close = text.slice(at, limit).search(/[>\n]/);
-    if (close < 0 || text[at + close] !== ">") return null;
-    address = text.slice(at + 1, at + close);
-    at += close + 1;
-  } else {
-    const first = at;
-    for (let depth = 0; at < limit && !SPACE.test(text[at]); at++) {
-      if (text[at] === "(") depth++;
-      else if (text[at] === ")" && --depth < 0) break;
-    }
-    address = text.slice(first, at);
-  }
-  while (at < limit && SPACE.test(text[at])) at++;
-  if (text[at] === '"' || text[at] === "'") {
-    const close = text.slice(0, limit).indexOf(text[at], at + 1);
-    if (close < 0) return null;
-    at = close + 1;
-    while (at < limit && SPACE.test(text[at])) at++;
-  }
-  return text[at] === ")" ? { address, end: at + 1 } : null;
+/** Whether an odd number of backslashes stands before a place. */
+function isEscaped(text, index) {
+  let start = index;
+  while (text[start - 1] === "\\") start--;
+  return (index - start) % 2 === 1;
 }
 
 /** An address in running text without the punctuation that belongs to the sentence. */

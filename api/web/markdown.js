@@ -3,6 +3,7 @@
 // earlier blocks stays selected.
 
 import { copyButton, element } from "./dom.js";
+import { formula } from "./formula.js";
 import { highlight } from "./highlight.js";
 import { renderInline } from "./inline.js";
 
@@ -290,7 +291,7 @@ function renderBlock(block, depth) {
     case "table":
       return { node: table(block) };
     case "formula":
-      return { node: element("p", { class: "formula block" }, block.text) };
+      return { node: formula(block.text, true, "p") };
     default:
       return { node: withInline("p", block.text) };
   }

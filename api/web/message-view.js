@@ -259,14 +259,14 @@ const REASONS = {
 };
 
 /** What an answer cost. */
-function stats({ stats: values, status, finishReason, model }) {
-  const parts = [];
+function stats({ stats: values, status, finishReason, model, isEdited }) {
+  const parts = isEdited ? ["edited"] : [];
   if (values !== null) {
     parts.push(`${number(values.tokens)} token${values.tokens === 1 ? "" : "s"}`);
     if (values.rate) parts.push(`${number(values.rate)} tokens/s`);
     if (Number.isFinite(values.firstToken)) parts.push(`first after ${seconds(values.firstToken)}`);
   }
-  if (status === "stopped") parts.push("stopped");
+  if (status === "stopped" && !isEdited) parts.push("stopped");
   else if (finishReason !== null && finishReason in REASONS) parts.push(REASONS[finishReason]);
   if (parts.length === 0) return null;
   const more = [model];

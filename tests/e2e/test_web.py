@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
@@ -192,6 +193,83 @@ def test_two_conversations_at_once(chat: Browser, script: Script) -> None:
     assert chat.text(".from-assistant .message-body").split() == ["a"] * 60
 
 
+def test_an_answer_that_was_edited_has_no_price(chat: Browser, script: Script) -> None:
+    """What it cost was another text's."""
+    chat.ask("one")
+    assert "3 tokens" in chat.text(".stats")
+    for _ in range(2):
+        chat.run("document.querySelector('.from-assistant [aria-label=\"Edit answer\"]').click()")
+        chat.type(Keys.CONTROL, "a", Keys.NULL, "Mine.", Keys.CONTROL, Keys.ENTER)
+        chat.wait(lambda: chat.text(".from-assistant .message-body") == "Mine.")
+        assert chat.text(".stats") == "edited"
+        chat.driver.refresh()
+        chat.wait(lambda: len(chat.all(".message")) == 2)
+    chat.click('[aria-label="Write the answer again"]')
+    chat.finish()
+    assert "3 tokens" in chat.text(".stats") and "edited" not in chat.text(".stats")
+
+
+def test_the_message_field_has_the_focus(chat: Browser, script: Script) -> None:
+    """One may type at once, except where a keyboard would come up and hide half of the page."""
+    field = "return document.activeElement.id"
+    for place in ("", "#chat"):
+        chat.open(f"{script.url}/{place}")
+        chat.wait(lambda: chat.run(field) == "composer-input")
+    chat.type("Hi", Keys.ENTER)
+    chat.finish()
+    assert script.requests[-1]["messages"] == [{"role": "user", "content": "Hi"}]
+    chat.driver.refresh()
+    chat.wait(lambda: chat.run(field) == "composer-input")
+
+
+def test_icons_stay_when_the_server_is_gone(chat: Browser) -> None:
+    """Nothing that is drawn later is fetched."""
+    chat.ask("hi")
+    chat.driver.set_network_conditions(offline=True, latency=0, throughput=0)
+    try:
+        chat.run("document.querySelector('.from-user [aria-label=\"Edit message\"]').click()")
+        chat.send("more")
+        chat.wait(lambda: chat.all("#messages .error-box .icon"))
+        for icon in chat.all("svg.icon"):
+            assert chat.run("return arguments[0].querySelectorAll('path, rect, circle').length", icon)
+        assert not chat.all("use")
+    finally:
+        chat.driver.delete_network_conditions()
+
+
+FORMULAS = r"""
+The roots of $ax^2 + bx + c = 0$ are
+
+$$
+x_{1,2} = \frac{-b \pm \sqrt{b^2 - 4ac}}{2a}
+$$
+
+and \(e^{i\pi} = -1\) costs $5, not $6. Also
+
+\[ \int_0^\infty e^{-x^2}\,dx = \frac{\sqrt{\pi}}{2}, \qquad
+\begin{pmatrix} a & b \\ c & d \end{pmatrix} \]
+
+- in a list $\sum_{k=1}^n k$
+- wrong: $\frac{1$
+"""
+
+
+def test_formulas(chat: Browser, script: Script) -> None:
+    """They are set by KaTeX, under the page's policy; what it does not understand stays as it was written."""
+    script.deltas = [{"content": FORMULAS[at : at + 5]} for at in range(0, len(FORMULAS), 5)]
+    chat.ask("math")
+    chat.wait(lambda: len(chat.all(".formula.is-set .katex")) == 5)
+    assert len(chat.all(".formula.block.is-set .katex-display")) == 2
+    assert "costs $5, not $6." in chat.text(".from-assistant .message-body")
+    assert [found.text for found in chat.all(".formula:not(.is-set)")] == ["\\frac{1"]
+    fonts = "return document.fonts.ready.then(() => [...document.fonts].filter((f) => f.status === 'loaded').length)"
+    assert chat.wait(lambda: chat.run(fonts) >= 3)
+    styled = "return [...document.querySelectorAll('.katex-html [style]')].map((n) => n.getAttribute('style'))"
+    assert any("vertical-align" in style for style in chat.run(styled))  # the policy let it through
+    if (folder := os.environ.get("OCTAVO_SCREENSHOTS")) is not None:
+        chat.driver.save_screenshot(f"{folder}/formulas.png")
+
+
 def test_edit_and_undo(chat: Browser, script: Script) -> None:
     chat.ask("one")
     chat.ask("two")
@@ -353,7 +431,10 @@ LOOK = """
     const nodes = [...place.querySelectorAll("*")];
     return {
       tags: [...new Set(nodes.map((node) => node.localName))],
-      attributes: [...new Set(nodes.flatMap((node) => [...node.attributes].map(({ name }) => name)))],
+      attributes: [...new Set(nodes.filter((node) => !node.closest(".katex")).flatMap((node) =>
+        [...node.attributes].map(({ name }) => name)))],
+      formulas: [...new Set([...place.querySelectorAll(".katex *")].flatMap((node) =>
+        [...node.attributes].map(({ name }) => name)))],
       links: [...place.querySelectorAll("a")].map((node) => [node.protocol, node.rel, node.target]),
     };
 """
@@ -369,6 +450,7 @@ def test_hostile_text_is_inert(chat: Browser, script: Script) -> None:
     seen = chat.run(LOOK)
     assert not {"script", "img", "iframe", "style", "base", "object", "embed", "link"} & set(seen["tags"])
     assert not [name for name in seen["attributes"] if name.startswith("on") or name in ("style", "srcdoc", "src")]
+    assert not [name for name in seen["formulas"] if name.startswith("on") or name in ("srcdoc", "src", "href")]
     assert seen["links"]
     for protocol, rel, target in seen["links"]:
         assert protocol in ("http:", "https:", "mailto:") and "noopener" in rel and target == "_blank"
@@ -405,6 +487,11 @@ RENDER = """
     for (let at = step; at < text.length; at += step) view.update(text.slice(0, at));
     view.update(text);
     for (const copy of place.querySelectorAll(".code-head")) copy.remove();
+    for (const node of place.querySelectorAll(".formula")) {
+      node.textContent = node.dataset.source;
+      node.removeAttribute("data-source");
+      node.classList.remove("is-set");
+    }
     for (const node of place.querySelectorAll("a, [class^=heading], th, td, p, li")) {
       if (!node.className.startsWith("align")) node.removeAttribute("class");
       for (const name of ["rel", "target", "title"]) node.removeAttribute(name);
@@ -443,6 +530,15 @@ MARKDOWN = [
      "a<br>b</p>"),
     ("x \\(a_1 * b_2\\) y", '<p>x <span class="formula">a_1 * b_2</span> y</p>'),
     ("$$\na^2\n$$", "<p>a^2</p>"),
+    ("\\[\na_1*b*\n\\]", "<p>a_1*b*</p>"),
+    ("x $a_1 * b_2$, $n$-th $$y$$.", '<p>x <span class="formula">a_1 * b_2</span>, <span class="formula">n</span>-th '
+     '<span class="formula block">y</span>.</p>'),
+    ("$5 and $6, US$5-$10, $5 or less, not 6$, $3.50/$4", "<p>$5 and $6, US$5-$10, $5 or less, not 6$, $3.50/$4</p>"),
+    ("`$a$` \\$b$ $ c$ $d $ $HOME/$PATH $e", "<p><code>$a$</code> $b$ $ c$ $d $ $HOME/$PATH $e</p>"),
+    ("$3 x + 4$ $\\$5$ **$f$**", '<p><span class="formula">3 x + 4</span> <span class="formula">\\$5</span> '
+     '<strong><span class="formula">f</span></strong></p>'),
+    ("[a]( <b c> 'd' ) [e](f (g)) [h]( i(j) ) ![k](https://l.example)", '<p><span>a</span> [e](f (g)) <span>h</span> '
+     '<a href="https://l.example/">k</a></p>'),
     ("- [x] done", '<ul><li><input type="checkbox" disabled="" aria-label="done"> done</li></ul>'),
 ]  # fmt: skip
 
@@ -465,6 +561,8 @@ def test_code_has_colours_and_no_other_letters(chat: Browser) -> None:
 
 TANGLED = [
     "*a " * 30000, "**" * 30000, "_a*b" * 20000, "~~a" * 20000, "[" * 60000, "[a](" * 20000, "![" * 30000,
+    "![a](" * 90000, ("![a](" * 400 + ")") * 75, "[a](<" * 20000, "[a](x '" * 20000, "[a]( " * 20000, "$a " * 30000,
+    "\\(x\\)" * 3000, "$" + "\\sqrt" * 600 + "x$", "$" + "{" * 3000 + "$", "$\\def\\a{\\a\\a}\\a$", "$x_" * 30000,
     "`" + "a``" * 20000, "<" * 60000, "\\(" * 30000, "$$" * 30000, "&" * 60000, "> " * 30000 + "x", "- " * 30000 + "x",
     "  " * 50000 + "x", "|" * 60000 + "\n" + "|-" * 60000, "```" + " " * 60000 + "`", "# " + "#" * 60000,
     "https://x/" + "(" * 60000, "1. a\n" * 15000, "\n> a\n- b" * 8000, "a\n|\n" * 15000,
