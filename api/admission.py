@@ -7,6 +7,7 @@ between them.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -115,6 +116,21 @@ def check_number(number: int, most: int, field: str, what: str) -> None:
     """
     if number > most:
         raise RequestError(f"{field} may hold at most {most} {what}, got {number}", field)
+
+
+class Turns:
+    """Counts what a task does on the event loop, and gives others their turn when it is enough."""
+
+    def __init__(self, budget: int = TURN) -> None:
+        """Begins a turn of so many token ids, or of steps that cost as little."""
+        self._budget = self._left = budget
+
+    async def spend(self, cost: int) -> None:
+        """Takes note of work that was done."""
+        self._left -= cost
+        if self._left <= 0:
+            self._left = self._budget
+            await asyncio.sleep(0)
 
 
 def pieces(items: Sequence[T], size: int = TURN) -> Iterator[Sequence[T]]:

@@ -38,6 +38,7 @@ from engine_core.messages import (
     PoolingParams,
     ResetPrefixCache,
     ResolvedParams,
+    SiblingRequests,
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
@@ -61,6 +62,7 @@ LAST_WORDS_TIMEOUT = 200
 """Milliseconds to wait for the reason of an engine core that has ended with an error."""
 
 MAX_MESSAGES_PER_TURN = 2
+MAX_ABORTS_PER_TURN = 256
 
 ControlMessage = Ping | StatusRequest | ResetPrefixCache
 
@@ -266,6 +268,68 @@ class EngineClient:
             self._send_frame(frame)
         return state
 
+    def submit_siblings(
+        self,
+        channel: Channel,
+        first_choice: int,
+        *,
+        request_ids: Sequence[str],
+        prompt_token_ids: bytes,
+        params: ResolvedParams,
+        seeds: Sequence[int],
+        options: OutputOptions,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: Tenant = NOBODY,
+        is_extra: bool = False,
+        grammar: GrammarSpec | None = None,
+    ) -> list[RequestState]:
+        """Starts completions of one prompt that differ in name and seed alone: one message, and nothing is copied.
+
+        ``prompt_token_ids`` are int32; the rest is as for ``submit``. Choices are numbered from ``first_choice``.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: This request ended the engine not long ago.
+        """
+        if self.dead is not None:
+            raise self.dead
+        first = EngineCoreRequest(
+            request_id=request_ids[0],
+            index=self._next_index + 1,
+            prompt_token_ids=prompt_token_ids,
+            sampling_params=msgspec.structs.replace(params, seed=seeds[0]),
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            grammar=grammar,
+        )
+        self._culprits.check(first)
+        indices = range(first.index, first.index + len(seeds))
+        message: EngineCoreRequest | SiblingRequests = first
+        requests: Iterable[EngineCoreRequest] = (first,)
+        if len(seeds) > 1:
+            message = SiblingRequests(
+                first=first,
+                request_ids=tuple(request_ids),
+                indices=np.array(indices, np.int64).tobytes(),
+                seeds=tuple(seeds),
+            )
+            requests = message.requests()
+        states = [
+            RequestState(request, options, self.tokenizer, channel, first_choice + number)
+            for number, request in enumerate(requests)
+        ]
+        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
+        self._next_index = indices[-1]
+        for state in states:
+            self._processor.add(state)
+            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
+        if self._serving and self._send_vocabulary(states[0]):
+            self._send_frame(frame)
+        return states
+
     def _send_vocabulary(self, state: RequestState) -> bool:
         """Lets the engine core know what grammars are about, if a request has one.
 
@@ -334,8 +398,13 @@ class EngineClient:
         return self._queue
 
     def abort(self, states: Iterable[RequestState]) -> None:
-        """Drops requests; those that are finished already are left alone."""
-        self._abort([state.index for state in states if self._processor.abort(state)])
+        """Drops requests, many of them in several turns; those that are finished already are left alone."""
+        rest = list(states)
+        now, rest = rest[:MAX_ABORTS_PER_TURN], rest[MAX_ABORTS_PER_TURN:]
+        self._abort([state.index for state in now if self._processor.abort(state)])
+        if rest:
+            assert self._loop is not None
+            self._loop.call_soon(self.abort, rest)
 
     def fail_all(self, message: str) -> None:
         """Ends all requests with an error, and refuses those to come."""

@@ -458,8 +458,9 @@ class LLM:
             prompts.append(cut(ids, keep, serving.limits))
         channel = serving.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
-        states = serving.submit_pooling(channel, str(first_id), prompts, resolved, field="prompts")
+        states: list[RequestState] = []
         try:
+            await serving.submit_pooling(channel, str(first_id), prompts, resolved, states, field="prompts")
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)
                 while unfinished:
@@ -491,15 +492,10 @@ class LLM:
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
-                states += serving.submit(
-                    channel,
-                    result.request_id,
-                    [ids],
-                    sampling,
-                    priority=0 if priority is None else priority[number],
-                    cache_salt=item.cache_salt,
-                    first_choice=len(folders),
+                request = serving.resolve(
+                    sampling, priority=0 if priority is None else priority[number], cache_salt=item.cache_salt
                 )
+                await serving.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
                     result.outputs.append(output)

@@ -310,31 +310,43 @@ class ModelLimits(msgspec.Struct, frozen=True):
 
 
 def resolve_params(
-    params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits, tokenizer: Tokenizer | None, child: int = 0
+    params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits, tokenizer: Tokenizer | None
 ) -> ResolvedParams:
-    """Turns a user's parameters into numbers and token ids.
+    """Turns a user's parameters into numbers and token ids, for a completion of one prompt.
 
     Args:
         params: What the user wants.
         num_prompt_tokens: Length of the prompt.
         limits: What bounds the request.
         tokenizer: For ``bad_words``; may be missing without them.
-        child: Which of ``n`` completions it is; each has a seed of its own, derived from the parent's.
 
     Raises:
         RequestError: A field does not suit the model, or the prompt is too long.
     """
-    seed = secrets.randbits(64) if params.seed is None else params.seed % UINT64
+    resolved = resolve_shared_params(params, limits, tokenizer)
+    return msgspec.structs.replace(
+        resolved,
+        seed=secrets.randbits(64) if params.seed is None else resolved.seed,
+        max_tokens=resolve_max_tokens(params, num_prompt_tokens, limits),
+    )
+
+
+def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer: Tokenizer | None) -> ResolvedParams:
+    """What all completions of a request have in common: all but the seed, if none is given, and ``max_tokens``.
+
+    Raises:
+        RequestError: A field does not suit the model.
+    """
     return ResolvedParams(
         temperature=params.temperature,
         top_k=max(0, params.top_k),
         top_p=params.top_p,
         min_p=params.min_p,
-        seed=child_seed(seed, child),
+        seed=(params.seed or 0) % UINT64,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,
-        max_tokens=_max_tokens(params, num_prompt_tokens, limits),
+        max_tokens=1,
         min_tokens=params.min_tokens,
         stop_token_ids=_token_ids("stop_token_ids", params.stop_token_ids, limits),
         eos_token_ids=() if params.ignore_eos else limits.eos_token_ids,
@@ -363,7 +375,12 @@ def child_seed(seed: int, child: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
+def resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
+    """Longest completion of a prompt of that length.
+
+    Raises:
+        RequestError: There is no room for it.
+    """
     room = limits.max_model_len - num_prompt_tokens
     if room < 1:
         raise RequestError(

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from api.admission import Turns
 from api.chat_template import ChatTemplate
 from api.config import ServerConfig
 from api.engine_client import EngineClient
@@ -20,21 +22,33 @@ from api.errors import RequestError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState
-from api.params import ModelLimits, SamplingParams, default_params, resolve_params
+from api.params import (
+    ModelLimits,
+    SamplingParams,
+    child_seed,
+    default_params,
+    resolve_max_tokens,
+    resolve_shared_params,
+)
 from api.pooling import check_prompt_length
 from api.queue_bound import NOBODY, Tenant
+from api.resolved import ResolvedRequest
 from api.responses.store import ResponseStore
 from api.structured import grammar_spec
 from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
 from engine_core.launch import get_logger
-from engine_core.messages import EngineReady, PoolingParams, ResolvedParams
+from engine_core.messages import EngineReady, GrammarSpec, PoolingParams, ResolvedParams
 
 logger = get_logger()
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
+MAX_SIBLINGS = 256
+"""Completions of a prompt that are submitted in one piece: some milliseconds here and in the engine core."""
+SUBMIT_COST = 128
+"""What it costs to submit a request, in token ids that are looked at."""
 _NO_TEXT = OutputOptions(detokenize=False)
 
 
@@ -140,12 +154,65 @@ class Serving:
                 f"the {field} has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", field
             )
 
-    def _resolve(self, params: SamplingParams, prompt: Sequence[int], child: int) -> ResolvedParams:
-        if params.seed is None and self._seeds is not None:
-            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
-        resolved = resolve_params(params, len(prompt), self.limits, self.tokenizer, child)
+    def check_priority(self, priority: int) -> None:
+        """Refuses a priority that would mean nothing.
+
+        Raises:
+            RequestError: Requests run in the order in which they come.
+        """
+        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
+            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
+
+    def resolve(
+        self,
+        params: SamplingParams,
+        *,
+        grammar: GrammarSpec | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        kept_special_ids: frozenset[int] = frozenset(),
+        tenant: Tenant = NOBODY,
+    ) -> ResolvedRequest:
+        """Works out what all completions of a request share.
+
+        Args:
+            params: What is asked for.
+            grammar: The language that outputs must be in, if ``params`` does not say it.
+            priority: Lower runs first.
+            cache_salt: Requests share cached prompts with those of the same salt only.
+            kept_special_ids: Special tokens that stay in the text although others are left out.
+            tenant: Who it is for.
+
+        Raises:
+            RequestError: A parameter does not suit the model.
+        """
+        self.check_priority(priority)
+        if grammar is None and params.structured_outputs is not None:
+            grammar = grammar_spec(params.structured_outputs)
+        options = OutputOptions(
+            stop=tuple(params.stop_strings),
+            stop_regex=tuple(params.stop_patterns),
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            kept_special_ids=kept_special_ids,
+            detokenize=params.detokenize,
+            min_tokens=params.min_tokens,
+        )
+        engine_params = resolve_shared_params(params, self.limits, self.tokenizer)
+        return ResolvedRequest(params, engine_params, options, grammar, priority, cache_salt, tenant)
+
+    def _resolve_prompt(self, request: ResolvedRequest, prompt: Sequence[int]) -> ResolvedParams:
+        """The parameters of the first completion of a prompt; others have other seeds."""
+        self.check_token_ids(prompt)
+        params = request.params
+        resolved = msgspec.structs.replace(
+            request.engine_params,
+            seed=self._draw_seed() if params.seed is None else request.engine_params.seed,
+            max_tokens=resolve_max_tokens(params, len(prompt), self.limits),
+        )
         # A grammar holds from the first token on, so there is no thinking that could take too long.
-        if params.thinking_token_budget is None or params.structured_outputs is not None:
+        if params.thinking_token_budget is None or request.grammar is not None:
             return resolved
         budget = thinking_budget(
             params.thinking_token_budget,
@@ -157,107 +224,95 @@ class Serving:
         )
         return msgspec.structs.replace(resolved, thinking_budget=budget)
 
-    def check_priority(self, priority: int) -> None:
-        """Refuses a priority that would mean nothing.
+    def _draw_seed(self) -> int:
+        return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
 
-        Raises:
-            RequestError: Requests run in the order in which they come.
-        """
-        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
-            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
-
-    def submit(
+    async def submit(
         self,
         channel: Channel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
+        request: ResolvedRequest,
+        states: list[RequestState],
         *,
-        priority: int = 0,
-        cache_salt: str = "",
         first_choice: int = 0,
-        kept_special_ids: frozenset[int] = frozenset(),
-        tenant: Tenant = NOBODY,
-        grammar_param: str = "structured_outputs",
-    ) -> list[RequestState]:
+    ) -> None:
         """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
 
         Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is checked
-        before anything starts; when starting fails halfway, what has started is dropped. Errors of a grammar name
-        ``grammar_param``.
+        before anything starts. If there are many, others get their turns meanwhile.
+
+        Args:
+            channel: Where deltas go.
+            request_id: For people.
+            prompts: Token ids.
+            request: What the completions share.
+            states: Takes what has started, which the caller ends if this fails or is cancelled halfway.
+            first_choice: Number of the first completion.
 
         Raises:
-            RequestError: A parameter does not suit the model, a prompt is too long, or too many requests wait.
+            RequestError: A prompt does not suit the model, or too many requests wait.
             EngineDeadError: The engine was given up.
         """
-        self.check_priority(priority)
+        turns = Turns()
+        resolved = []
         for prompt in prompts:
-            self.check_token_ids(prompt)
-        num_completions = params.num_completions
-        if num_completions > 1 and params.seed is None:
-            seed = secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
-            params = msgspec.structs.replace(params, seed=seed)
-        resolved = [self._resolve(params, prompt, child) for prompt in prompts for child in range(num_completions)]
-        structured = params.structured_outputs
-        grammar = None if structured is None else grammar_spec(structured, grammar_param)
-        options = OutputOptions(
-            stop=tuple(params.stop_strings),
-            stop_regex=tuple(params.stop_patterns),
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            kept_special_ids=kept_special_ids,
-            detokenize=params.detokenize,
-            min_tokens=params.min_tokens,
-        )
-        num_tokens = num_completions * sum(map(len, prompts))
-        is_extra = self.client.check_queue(tenant, len(resolved), num_tokens)
-        states: list[RequestState] = []
-        try:
-            for choice, engine_params in enumerate(resolved):
-                states.append(
-                    self.client.submit(
-                        channel,
-                        first_choice + choice,
-                        request_id=f"{request_id}-{choice}" if len(resolved) > 1 else request_id,
-                        prompt_token_ids=prompts[choice // num_completions],
-                        params=engine_params,
-                        options=options,
-                        priority=priority,
-                        cache_salt=cache_salt,
-                        tenant=tenant,
-                        is_extra=is_extra,
-                        grammar=grammar,
-                    )
+            resolved.append(self._resolve_prompt(request, prompt))
+            await turns.spend(len(prompt))
+        params = request.params
+        num_children = params.num_completions
+        count = num_children * len(prompts)
+        is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
+        for place, (prompt, engine_params) in enumerate(zip(prompts, resolved, strict=True)):
+            token_ids = np.asarray(prompt, np.int32).tobytes()
+            for begin in range(0, num_children, MAX_SIBLINGS):
+                children = range(begin, min(begin + MAX_SIBLINGS, num_children))
+                first = place * num_children + begin
+                states += self.client.submit_siblings(
+                    channel,
+                    first_choice + first,
+                    request_ids=[
+                        f"{request_id}-{choice}" if count > 1 else request_id
+                        for choice in range(first, first + len(children))
+                    ],
+                    prompt_token_ids=token_ids,
+                    params=engine_params,
+                    seeds=[child_seed(engine_params.seed, child) for child in children],
+                    options=request.options,
+                    priority=request.priority,
+                    cache_salt=request.cache_salt,
+                    tenant=request.tenant,
+                    is_extra=is_extra,
+                    grammar=request.grammar,
                 )
-                self.metrics.on_request(params.n if choice % num_completions == 0 else None, engine_params.max_tokens)
-        except BaseException:
-            self.client.abort(states)
-            raise
-        return states
+                for child in children:
+                    self.metrics.on_request(None if child else params.n, engine_params.max_tokens)
+                await turns.spend(SUBMIT_COST * len(children) + len(prompt))
 
-    def submit_pooling(
+    async def submit_pooling(
         self,
         channel: Channel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: PoolingParams,
+        states: list[RequestState],
         *,
         field: str = "input",
         priority: int = 0,
         cache_salt: str = "",
         first_choice: int = 0,
         tenant: Tenant = NOBODY,
-    ) -> list[RequestState]:
+    ) -> None:
         """Starts requests that generate nothing: the vector of prompt ``p`` is choice ``first_choice + p``.
 
-        Everything is checked before anything starts; when starting fails halfway, what has started is dropped.
+        Everything is checked before anything starts. If there are many, others get their turns meanwhile.
 
         Args:
             channel: Where their ends are told.
             request_id: For people.
             prompts: Token ids.
             params: For all of them.
+            states: As in ``submit``.
             field: What the client calls the prompts.
             priority: As in ``submit``.
             cache_salt: As in ``submit``.
@@ -269,28 +324,25 @@ class Serving:
             EngineDeadError: The engine was given up.
         """
         self.check_priority(priority)
+        turns = Turns()
         for prompt in prompts:
             self.check_token_ids(prompt, field)
             check_prompt_length(len(prompt), self.limits)
+            await turns.spend(len(prompt))
         is_extra = self.client.check_queue(tenant, len(prompts), sum(map(len, prompts)))
-        states: list[RequestState] = []
-        try:
-            for number, prompt in enumerate(prompts):
-                states.append(
-                    self.client.submit(
-                        channel,
-                        first_choice + number,
-                        request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
-                        prompt_token_ids=prompt,
-                        params=params,
-                        options=_NO_TEXT,
-                        priority=priority,
-                        cache_salt=cache_salt,
-                        tenant=tenant,
-                        is_extra=is_extra,
-                    )
+        for number, prompt in enumerate(prompts):
+            states.append(
+                self.client.submit(
+                    channel,
+                    first_choice + number,
+                    request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
+                    prompt_token_ids=prompt,
+                    params=params,
+                    options=_NO_TEXT,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    tenant=tenant,
+                    is_extra=is_extra,
                 )
-        except BaseException:
-            self.client.abort(states)
-            raise
-        return states
+            )
+            await turns.spend(SUBMIT_COST + len(prompt))

@@ -33,6 +33,7 @@ from engine_core.messages import (
     ResetPrefixCache,
     SetVocabulary,
     Shutdown,
+    SiblingRequests,
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
@@ -270,6 +271,8 @@ class EngineCore:
     def _handle(self, message: ToEngineCore) -> None:
         if isinstance(message, EngineCoreRequest):
             self._add_request(message)
+        elif isinstance(message, SiblingRequests):
+            self._add_siblings(message)
         elif isinstance(message, AbortRequests):
             self._abort(message)
         elif isinstance(message, SetVocabulary):
@@ -287,11 +290,18 @@ class EngineCore:
             if not message.drain:
                 self.exit_code = 0
 
-    def _add_request(self, message: EngineCoreRequest) -> None:
+    def _add_siblings(self, message: SiblingRequests) -> None:
+        """Adds requests that are all as good as the first: what they share is checked once."""
+        is_checked = False
+        for request in message.requests():
+            is_checked = self._add_request(request, is_checked=is_checked)
+
+    def _add_request(self, message: EngineCoreRequest, *, is_checked: bool = False) -> bool:
+        """Takes a request; False: it was not admitted, or not yet."""
         scheduler = self._scheduler
         if scheduler is None or not self._announced:
             self._early.setdefault(message.index, message)
-            return
+            return False
         if message.index in scheduler.requests:
             # An answer would end the first one: to the api an index is a request.
             logger.error("dropped request %s: its index %d is taken", message.request_id, message.index)
@@ -299,17 +309,20 @@ class EngineCore:
             self._suspects.append(message)
             self._may_schedule = True
         else:
-            self._admit(message)
+            return self._admit(message, is_checked=is_checked) is not None
+        return False
 
-    def _admit(self, message: EngineCoreRequest) -> Request | None:
-        """Checks a request once more and queues it; None: it was refused."""
+    def _admit(self, message: EngineCoreRequest, *, is_checked: bool = False) -> Request | None:
+        """Checks a request once more, unless that was done, and queues it; None: it was refused."""
         scheduler = self._scheduler
         assert scheduler is not None
         request = None
         try:
             if self._record is not None:
                 self._record.adding(message.index)
-            problem = request_problem(message, self._vocab_size, scheduler.max_model_len, self._hidden_size)
+            problem = None
+            if not is_checked:
+                problem = request_problem(message, self._vocab_size, scheduler.max_model_len, self._hidden_size)
             if problem is None:
                 request = Request(message)
                 scheduler.add_request(request)

@@ -6,8 +6,10 @@ See ``executor/messages.py`` for how columns are encoded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -55,6 +57,7 @@ __all__ = [
     "SchedulerStats",
     "SetVocabulary",
     "Shutdown",
+    "SiblingRequests",
     "StatusRequest",
     "Suspicion",
     "Tensor",
@@ -141,6 +144,24 @@ class EngineCoreRequest(Message, frozen=True):
     grammar: GrammarSpec | None = None
 
 
+class SiblingRequests(Message, frozen=True):
+    """Completions of one prompt: they are ``first`` but for name, index and seed, and share all the rest."""
+
+    first: EngineCoreRequest
+    """One that generates and has no output yet."""
+    request_ids: tuple[str, ...]
+    indices: bytes
+    """int64 [n]"""
+    seeds: tuple[int, ...]
+
+    def requests(self) -> Iterator[EngineCoreRequest]:
+        """Each of them by itself."""
+        params = self.first.sampling_params or ResolvedParams(max_tokens=1)
+        for request_id, index, seed in zip(self.request_ids, i64(self.indices).tolist(), self.seeds, strict=True):
+            own = msgspec.structs.replace(params, seed=seed)
+            yield msgspec.structs.replace(self.first, request_id=request_id, index=index, sampling_params=own)
+
+
 class AbortRequests(Message, frozen=True):
     indices: tuple[int, ...]
 
@@ -164,7 +185,16 @@ class Shutdown(Message, frozen=True):
     """Let running requests finish first."""
 
 
-ToEngineCore = EngineCoreRequest | SetVocabulary | AbortRequests | Ping | ResetPrefixCache | StatusRequest | Shutdown
+ToEngineCore = (
+    EngineCoreRequest
+    | SiblingRequests
+    | SetVocabulary
+    | AbortRequests
+    | Ping
+    | ResetPrefixCache
+    | StatusRequest
+    | Shutdown
+)
 
 
 # ---------------------------------------------------------------------------------------------------------

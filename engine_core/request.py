@@ -48,8 +48,10 @@ class Request:
         self.params = message.sampling_params or ResolvedParams(max_tokens=1)
         prompt = i32(message.prompt_token_ids)
         self.num_prompt_tokens = len(prompt)
-        self.token_ids: I32 = np.concatenate((prompt, i32(message.resumed_output_token_ids)))
-        """Prompt and confirmed output, up to date while the request waits."""
+        outputs = i32(message.resumed_output_token_ids)
+        # Completions of one prompt share its bytes, so they are not copied without need.
+        self.token_ids: I32 = np.concatenate((prompt, outputs)) if len(outputs) else prompt
+        """Prompt and confirmed output, up to date while the request waits. Read only."""
         self.slot = -1
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tokenizers
@@ -224,6 +225,30 @@ class FakeEngineClient:
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._run())
         return state
+
+    def submit_siblings(
+        self,
+        channel: Channel,
+        first_choice: int,
+        *,
+        request_ids: Sequence[str],
+        prompt_token_ids: bytes,
+        params: ResolvedParams,
+        seeds: Sequence[int],
+        **shared: Any,
+    ) -> list[RequestState]:
+        prompt = i32(prompt_token_ids).tolist()
+        return [
+            self.submit(
+                channel,
+                first_choice + number,
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                params=msgspec.structs.replace(params, seed=seed),
+                **shared,
+            )
+            for number, (request_id, seed) in enumerate(zip(request_ids, seeds, strict=True))
+        ]
 
     def abort(self, states: Iterable[RequestState]) -> None:
         for state in states:

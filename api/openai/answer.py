@@ -19,7 +19,7 @@ from api.openai.protocol import ChatCompletionRequest, TokenOffsets
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.stream import Generation
-from api.openai.structured import structured_outputs
+from api.openai.structured import requested_grammar
 from api.openai.tools import ToolUse, resolve_tools
 from api.output import Delta
 from api.params import SamplingParams, StructuredOutputsParams
@@ -38,7 +38,11 @@ from api.parsers import (
 )
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
+from api.structured import grammar_spec
+from engine_core.messages import GrammarSpec
 
+MAX_TOOLS_LOOKED_FOR = 8
+"""A template that shows tools shows the first ones; looking for all of a thousand would take long."""
 TOOLS_IGNORED = "the model's chat template ignores tools, so the model does not know them; see --chat-template"
 
 
@@ -268,15 +272,20 @@ async def prepare_answer(
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
     use = resolve_tools(request, serving.config)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    params = _sampling_params(serving, request, use, max_tokens)
+    grammar = requested_grammar(request)
+    params = _sampling_params(serving, request, use, grammar, max_tokens)
+    if use.schema is not None:
+        grammar = grammar_spec(StructuredOutputsParams(json=use.schema), "tools")
     text = await render_messages(serving, request, request.messages, use.prompt_tools)
     prompt = await prompt_token_ids(serving, request, text, add_special_tokens=False, max_tokens=max_tokens)
     if fits_max_tokens and max_tokens is not None:
         room = max(1, serving.limits.max_model_len - len(prompt))
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
-    text_format = _text_format(serving, request, use, text)
+    text_format = _text_format(serving, request, use, text, is_constrained=grammar is not None)
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
-    generation = create_generation(serving, answer_id, [prompt], params, request, kept, tenant=tenant)
+    generation = create_generation(
+        serving, answer_id, [prompt], params, request, grammar, kept_special_ids=kept, tenant=tenant
+    )
     if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
         serving.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
         generation.headers["x-octavo-warning"] = TOOLS_IGNORED
@@ -296,7 +305,7 @@ async def prepare_answer(
 def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequest) -> bool:
     """Whether the chat template told the model of a tool: its name is there more often than in the conversation."""
     said = [text_of(message) for message in request.messages]
-    for tool in tools:
+    for tool in tools[:MAX_TOOLS_LOOKED_FOR]:
         name = str(tool["function"]["name"])
         if prompt.count(name) > sum(text.count(name) for text in said):
             return True
@@ -304,26 +313,29 @@ def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequ
 
 
 def _sampling_params(
-    serving: Serving, request: ChatCompletionRequest, use: ToolUse, max_tokens: int | None
+    serving: Serving,
+    request: ChatCompletionRequest,
+    use: ToolUse,
+    grammar: GrammarSpec | None,
+    max_tokens: int | None,
 ) -> SamplingParams | BeamSearchParams:
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     if request.use_beam_search:
         if use.schema is not None:
             raise RequestError("a tool_choice that forces calls cannot be used with use_beam_search", "tool_choice")
-        return beam_search_params(request, max_tokens=max_tokens, logprobs=logprobs)
-    params = sampling_params(
+        return beam_search_params(request, grammar, max_tokens=max_tokens, logprobs=logprobs)
+    return sampling_params(
         request,
         serving.defaults,
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
     )
-    if use.schema is None:
-        return params
-    return msgspec.structs.replace(params, structured_outputs=StructuredOutputsParams(json=use.schema))
 
 
-def _text_format(serving: Serving, request: ChatCompletionRequest, use: ToolUse, prompt: str) -> TextFormat:
+def _text_format(
+    serving: Serving, request: ChatCompletionRequest, use: ToolUse, prompt: str, *, is_constrained: bool
+) -> TextFormat:
     tool_format = TextFormat(
         tool=use.parser if use.is_parsed else None,
         tools=use.prompt_tools or (),
@@ -332,7 +344,6 @@ def _text_format(serving: Serving, request: ChatCompletionRequest, use: ToolUse,
         shows_reasoning=request.include_reasoning is not False,
     )
     reasoning = serving.config.reasoning_parser
-    is_constrained = use.schema is not None or structured_outputs(request)[0] is not None
     if reasoning is None or is_constrained:  # a grammar leaves no room for reasoning
         return tool_format
     final_text = text_of(request.messages[-1]) if request.continue_final_message else None

@@ -12,12 +12,12 @@ from api.openai.errors import INTERNAL
 from api.openai.protocol import GenerationRequest, Usage
 from api.openai.sampling import stream_interval
 from api.openai.stream import Generation
-from api.openai.structured import structured_outputs
 from api.output import Delta
 from api.params import SamplingParams
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.launch import get_logger
+from engine_core.messages import GrammarSpec
 
 logger = get_logger()
 
@@ -38,11 +38,14 @@ REFUSED = (
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
 
 
-def beam_search_params(request: GenerationRequest, *, max_tokens: int | None, logprobs: int | None) -> BeamSearchParams:
+def beam_search_params(
+    request: GenerationRequest, grammar: GrammarSpec | None, *, max_tokens: int | None, logprobs: int | None
+) -> BeamSearchParams:
     """What a request asks for.
 
     Args:
         request: It has ``use_beam_search``.
+        grammar: What it asks for, which is refused.
         max_tokens: Longest completion.
         logprobs: Most likely tokens to report at each place.
 
@@ -58,9 +61,8 @@ def beam_search_params(request: GenerationRequest, *, max_tokens: int | None, lo
     for name in REFUSED:
         if getattr(request, name, None):
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
-    structured, name = structured_outputs(request)
-    if structured is not None:
-        raise RequestError(f"{name} cannot be used with use_beam_search", name)
+    if grammar is not None:
+        raise RequestError(f"{grammar.param} cannot be used with use_beam_search", grammar.param)
     for name, neutral in NEUTRAL.items():
         if getattr(request, name) not in (None, neutral):
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
@@ -81,34 +83,38 @@ def create_generation(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | BeamSearchParams,
     request: GenerationRequest,
-    kept_special_ids: frozenset[int] = frozenset(),
+    grammar: GrammarSpec | None,
     *,
+    kept_special_ids: frozenset[int] = frozenset(),
     tenant: Tenant = NOBODY,
 ) -> Generation:
-    """What makes the tokens of a request; nothing runs before its ``start``.
+    """What makes the tokens of a request, which is resolved here; nothing runs before its ``start``.
 
-    ``kept_special_ids`` are special tokens that stay in the text although others are left out.
+    Args:
+        serving: Where it is served.
+        request_id: Becomes the answer's id.
+        prompts: Token ids.
+        params: How the tokens are chosen.
+        request: What else it asks for.
+        grammar: The language that outputs must be in.
+        kept_special_ids: Special tokens that stay in the text although others are left out.
+        tenant: Who it is for.
+
+    Raises:
+        RequestError: A parameter does not suit the model.
     """
     if isinstance(params, BeamSearchParams):
         return BeamGeneration(serving, request_id, prompts, params, request, kept_special_ids, tenant)
-    return Generation(
-        serving,
-        request_id,
-        prompts,
+    resolved = serving.resolve(
         params,
+        grammar=grammar,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
-        stream_interval=stream_interval(serving.config, request),
         kept_special_ids=kept_special_ids,
         tenant=tenant,
-        grammar_param=_grammar_param(params, request),
     )
-
-
-def _grammar_param(params: SamplingParams, request: GenerationRequest) -> str:
-    """The field to blame if the engine cannot use a grammar."""
-    wanted, name = structured_outputs(request)
-    return name if wanted is not None or params.structured_outputs is None else "tools"
+    interval = stream_interval(serving.config, request)
+    return Generation(serving, request_id, prompts, params, resolved, stream_interval=interval)
 
 
 class BeamGeneration(Generation):
@@ -125,16 +131,18 @@ class BeamGeneration(Generation):
         tenant: Tenant,
     ) -> None:
         """Prepares. Nothing runs before ``start``."""
-        super().__init__(serving, request_id, prompts, params, kept_special_ids=kept_special_ids, tenant=tenant)
+        super().__init__(serving, request_id, prompts, params, None)
         self._width = params.beam_width
         self._beam_params = params
-        self._request = request
+        self._fields = request
+        self._kept_special_ids = kept_special_ids
+        self._tenant = tenant
         self._searches: list[BeamSearch] = []
         self._task: asyncio.Task[None] | None = None
         self._num_output_tokens = 0
 
-    def submit(self) -> None:
-        request = self._request
+    async def submit(self) -> None:
+        request = self._fields
         self._searches = [
             BeamSearch(
                 self._serving,
@@ -179,7 +187,7 @@ class BeamGeneration(Generation):
             )
 
     def _text(self, index: int, beam: Beam) -> str:
-        request = self._request
+        request = self._fields
         detokenizer = IncrementalDetokenizer(
             self._serving.tokenizer,
             self.prompts[index][-64:],

@@ -43,6 +43,7 @@ from api.openai.stream import (
     event,
     split_at_mark,
 )
+from api.openai.structured import requested_grammar
 from api.output import Delta
 from api.params import MAX_N
 from api.serving import Serving
@@ -82,8 +83,9 @@ async def create_completion(request: Request) -> Response:
             for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
     max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
+    grammar = requested_grammar(body)
     params = (
-        beam_search_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
+        beam_search_params(body, grammar, max_tokens=max_tokens, logprobs=body.logprobs)
         if body.use_beam_search
         else sampling_params(
             body,
@@ -95,7 +97,7 @@ async def create_completion(request: Request) -> Response:
         )
     )
     generation = create_generation(
-        serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, tenant=tenant
+        serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, grammar, tenant=tenant
     )
     reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n, offsets)
     if body.stream:

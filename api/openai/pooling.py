@@ -82,13 +82,14 @@ class PoolingWork(EngineWork):
         self._field = field
         self._tenant = tenant
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Starts the requests."""
-        self.states = self._serving.submit_pooling(
+        await self._serving.submit_pooling(
             self._channel,
             self.request_id,
             self.prompts,
             self._params,
+            self.states,
             field=self._field,
             priority=self._request.priority or 0,
             cache_salt=self._request.cache_salt or "",

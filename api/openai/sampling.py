@@ -11,7 +11,6 @@ from starlette.requests import Request
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
-from api.openai.structured import structured_outputs
 from api.params import SamplingParams
 
 _SAME_NAME = (
@@ -52,6 +51,8 @@ def sampling_params(
 ) -> SamplingParams:
     """What a request asks for, then what the server prefers, then the built-in defaults.
 
+    Its grammar is not among them, see ``requested_grammar``.
+
     Args:
         request: Has the fields whose names and meanings are those of ``SamplingParams``.
         defaults: The server's.
@@ -73,7 +74,6 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         best_of=best_of,
-        structured_outputs=structured_outputs(request)[0],
     )
 
 

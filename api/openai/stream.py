@@ -27,7 +27,7 @@ from api.openai.errors import KINDS, render, to_request_error
 from api.openai.protocol import PromptTokensDetails, Usage
 from api.output import Delta, RequestState
 from api.params import SamplingParams
-from api.queue_bound import NOBODY, Tenant
+from api.resolved import ResolvedRequest
 from api.serving import Serving
 from engine_core.launch import get_logger
 
@@ -113,7 +113,7 @@ class EngineWork(ABC):
         self._channel = serving.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
-    def start(self, receive: Receive | None, *, quiet: bool = False) -> None:
+    async def start(self, receive: Receive | None, *, quiet: bool = False) -> None:
         """Starts the requests, and a watch over the connection.
 
         Args:
@@ -125,12 +125,12 @@ class EngineWork(ABC):
             EngineDeadError: The engine was given up.
         """
         self._channel.quiet = quiet
-        self.submit()
+        await self.submit()
         if receive is not None:
             self._watcher = asyncio.create_task(self._watch(receive))
 
     @abstractmethod
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Starts the requests, whose deltas come through the channel."""
 
     def drop(self) -> None:
@@ -182,48 +182,32 @@ class Generation(EngineWork):
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | BeamSearchParams,
+        request: ResolvedRequest | None,
         *,
-        priority: int = 0,
-        cache_salt: str = "",
         stream_interval: int = 1,
-        kept_special_ids: frozenset[int] = frozenset(),
-        tenant: Tenant = NOBODY,
-        grammar_param: str = "structured_outputs",
     ) -> None:
-        """Prepares; see ``Serving.submit``. ``grammar_param`` is the field that asks for structured outputs, if one
-        does.
+        """Prepares.
+
+        Args:
+            serving: Where it runs.
+            request_id: Becomes the answer's id.
+            prompts: Token ids.
+            params: How the tokens are chosen: what was asked for, with the server's defaults.
+            request: What all completions share; None: a subclass knows.
+            stream_interval: Tokens that a delta brings.
         """
         super().__init__(serving, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
-        self._params = params
-        self._priority = priority
-        self._cache_salt = cache_salt
-        self._kept_special_ids = kept_special_ids
-        self._tenant = tenant
-        self._grammar_param = grammar_param
+        self.params = params
+        self._request = request
 
-    @property
-    def params(self) -> SamplingParams | BeamSearchParams:
-        """How the tokens are chosen: what was asked for, with the server's defaults."""
-        return self._params
-
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Starts the requests."""
-        assert isinstance(self._params, SamplingParams)
-        self.states = self._serving.submit(
-            self._channel,
-            self.request_id,
-            self.prompts,
-            self._params,
-            priority=self._priority,
-            cache_salt=self._cache_salt,
-            kept_special_ids=self._kept_special_ids,
-            tenant=self._tenant,
-            grammar_param=self._grammar_param,
-        )
+        assert self._request is not None
+        await self._serving.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
 
     def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned: all, or the best ones."""
-        return choose_best(deltas, self._params.n, self._params.num_completions)
+        return choose_best(deltas, self.params.n, self.params.num_completions)
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
         """Tokens of all choices.
@@ -235,7 +219,7 @@ class Generation(EngineWork):
         if num_output_tokens is None:
             num_output_tokens = sum(len(state.output_token_ids) for state in states)
         return self.count_usage(
-            num_output_tokens, sum(state.num_cached_tokens for state in states[:: self._params.num_completions])
+            num_output_tokens, sum(state.num_cached_tokens for state in states[:: self.params.num_completions])
         )
 
     def count_usage(self, num_output_tokens: int, num_cached_tokens: int) -> Usage:
@@ -269,7 +253,7 @@ class TokenStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            generation.start(receive)
+            await generation.start(receive)
             self._last_write = self._loop.time()
             if self.ping_interval > 0:
                 self._timer = self._loop.call_later(self.ping_interval, self._watch_silence)
@@ -353,7 +337,7 @@ class WholeAnswer(Response):
         generation = self._generation
         deltas: list[Delta] = []
         try:
-            generation.start(receive, quiet=True)
+            await generation.start(receive, quiet=True)
             num_open = generation.num_choices
             while num_open:
                 new = await generation.take()

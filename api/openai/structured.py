@@ -8,12 +8,15 @@ from api.errors import RequestError
 from api.openai.protocol import GenerationRequest, ResponseFormat
 from api.params import StructuredOutputsParams
 from api.structured import grammar_spec
+from engine_core.messages import GrammarSpec
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
-def structured_outputs(request: GenerationRequest) -> tuple[StructuredOutputsParams | None, str]:
-    """What a request asks for, and the field that says so.
+def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
+    """The language that a request asks for; its ``param`` is the field that does.
+
+    It is worked out once for a request, as schemas may be large.
 
     Raises:
         RequestError: Several fields do, or one is malformed.
@@ -33,9 +36,8 @@ def structured_outputs(request: GenerationRequest) -> tuple[StructuredOutputsPar
     if len(found) > 1:
         raise RequestError(f"only one of {', '.join(found)} may be given", list(found)[1])
     for name, params in found.items():
-        grammar_spec(params, name)
-        return params, name
-    return None, "structured_outputs"
+        return grammar_spec(params, name)
+    return None
 
 
 def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:

@@ -56,7 +56,7 @@ async def create_response(request: Request) -> Response:
     conversation = [*previous, *input_messages(body.input)]
     making = _Making(serving, body, answer, response, conversation)
     if body.background:
-        return making.in_background()
+        return await making.in_background()
     if body.stream:
         return TokenStream(answer.generation, making.reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(answer.generation, making.reply)
@@ -134,7 +134,7 @@ class _Making:
         else:
             self._serving.response_store.update(self._stored, conversation)
 
-    def in_background(self) -> Response:
+    async def in_background(self) -> Response:
         """Starts it, and answers without waiting for it."""
         response = self._response
         response.status = "queued"
@@ -144,8 +144,9 @@ class _Making:
             stored.log.extend(self.reply.queued_events())
         self._serving.response_store.add(stored)
         try:
-            self._answer.generation.start(None)  # not quiet: clients may ask how far it is
+            await self._answer.generation.start(None)  # not quiet: clients may ask how far it is
         except BaseException:
+            self._answer.generation.close()
             self._serving.response_store.remove(response.id)
             raise
         stored.task = asyncio.create_task(self._generate(stored.log))

@@ -15,6 +15,7 @@ import zmq
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine_core import core, validation
 from engine_core.__main__ import ZmqTransport
 from engine_core.messages import (
     POOLING_TYPES,
@@ -30,6 +31,7 @@ from engine_core.messages import (
     ResetPrefixCache,
     ResolvedParams,
     Shutdown,
+    SiblingRequests,
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
@@ -282,6 +284,49 @@ def test_an_index_that_is_taken_does_not_end_its_owner() -> None:
     harness.add(1, [20, 21])
     harness.run_to_the_end()
     assert harness.outputs == {1: expected()} and harness.errors == {1: None}
+
+
+def siblings(first: Any, indices: list[int]) -> ToEngineCore:
+    message = SiblingRequests(
+        first=first,
+        request_ids=tuple(map(str, indices)),
+        indices=np.array(indices, np.int64).tobytes(),
+        seeds=tuple(indices),
+    )
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToEngineCore)  # type: ignore[no-any-return]
+
+
+def test_siblings_share_their_prompt_and_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
+    def request_problem(request: Any, *args: Any) -> str | None:
+        checked.append(request.index)
+        return validation.request_problem(request, *args)
+
+    monkeypatch.setattr(core, "request_problem", request_problem)
+    harness = Harness()
+    harness.run()  # the model is loaded
+    harness.inbox.append(siblings(make_request(1), [1, 2, 3, 4, 5, 6]))
+    harness.turns(1)
+    scheduler = harness.core._scheduler
+    assert scheduler is not None
+    requests = list(scheduler.requests.values())
+    assert [request.params.seed for request in requests] == [1, 2, 3, 4, 5, 6]
+    assert len({request.token_ids.__array_interface__["data"][0] for request in requests}) == 1
+    harness.run_to_the_end()
+    assert checked == [1]
+    assert harness.outputs == {index: expected() for index in range(1, 7)}
+
+
+@pytest.mark.parametrize("first", [{"prompt_token_ids": b""}, {"sampling_params": None, "prompt_token_ids": b""}])
+def test_bad_siblings_harm_nobody(first: dict[str, Any]) -> None:
+    harness = Harness()
+    harness.add(9)
+    harness.turns(4)
+    harness.inbox.append(siblings(msgspec.structs.replace(make_request(1), **first), [1, 2]))
+    harness.run_to_the_end()
+    assert harness.outputs[9] == expected() and harness.errors[9] is None
+    assert harness.errors[1] is not None and harness.errors[2] is not None
 
 
 # -- the socket -----------------------------------------------------------------------------------------------

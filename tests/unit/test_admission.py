@@ -11,9 +11,11 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from api import params, serving
 from api.admission import MAX_MESSAGES, MAX_TOOLS
 from api.errors import RequestError
 from api.middleware import WhileConnected
+from api.openai import structured
 from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api
@@ -82,6 +84,85 @@ def test_values_of_a_refused_list_are_not_repeated() -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(logit_bias=dict.fromkeys(range(100_000), 1.0))
     assert len(str(caught.value)) < 200
+
+
+# -- resolved once ----------------------------------------------------------------------------------------------
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, *places: tuple[Any, str]) -> dict[str, int]:
+    """Counts the calls of functions, by their names."""
+    counts: dict[str, int] = {}
+    for module, name in places:
+        function = getattr(module, name)
+        counts[name] = 0
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return counts
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(("path", "prompt"), [(CHAT, {"messages": [MESSAGE]}), (COMPLETIONS, {"prompt": "hi"})])
+@pytest.mark.parametrize("n", [1, 700])
+async def test_a_request_is_resolved_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch, path: str, prompt: dict[str, Any], n: int
+) -> None:
+    counts = count_calls(
+        monkeypatch,
+        (structured, "grammar_spec"),
+        (serving, "grammar_spec"),
+        (params, "grammar_spec"),
+        (serving, "resolve_shared_params"),
+        (serving, "resolve_max_tokens"),
+    )
+    fields = {"response_format": SCHEMA, "logit_bias": {"5": 1}, "bad_words": ["abc"], "max_tokens": 1, "n": n}
+    answer = await api.ok(path, {**prompt, **fields})
+    assert len(answer["choices"]) == n
+    assert counts == {"grammar_spec": 1, "resolve_shared_params": 1, "resolve_max_tokens": 1}
+
+
+async def test_children_share_all_but_their_seeds(api: Api) -> None:
+    await api.complete([5, 6, 7], n=600, logit_bias={"5": 1}, bad_words=["abc"], guided_choice=["a"], seed=7)
+    messages = api.server.engine.submitted
+    assert len(messages) == 600
+    assert len({id(message.sampling_params.logit_bias) for message in messages if message.sampling_params}) == 1
+    assert len({id(message.grammar) for message in messages}) == 1
+    seeds = [message.sampling_params.seed for message in messages if message.sampling_params]
+    assert seeds == [params.child_seed(7, child) for child in range(600)]
+    assert len({message.request_id for message in messages}) == 600
+
+
+async def test_others_have_their_turns_while_children_are_submitted(api: Api) -> None:
+    engine = api.server.engine
+    seen = set()
+
+    async def watch() -> None:
+        while len(engine.submitted) < 4000:
+            seen.add(len(engine.submitted))
+            await asyncio.sleep(0)
+
+    watcher = asyncio.ensure_future(watch())
+    await api.complete([5, 6, 7], n=4000, max_tokens=1)
+    await asyncio.wait_for(watcher, 30)
+    assert len(seen) > 10
+
+
+async def test_what_has_started_ends_when_the_client_goes_halfway(server: FakeServer) -> None:
+    server.engine.steps_left = 0
+    connection = Connection(json.dumps({"prompt": [5, 6], "n": 4000, "max_tokens": 4}).encode())
+    task = asyncio.ensure_future(server.app(post_scope(COMPLETIONS), connection.receive, connection.send))
+    while not server.engine.submitted:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    connection.goes.set()
+    await asyncio.wait_for(task, 30)
+    assert len(server.engine.submitted) < 4000
+    assert not server.engine.num_unfinished
+    assert not connection.sent
 
 
 # -- the client is gone ------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from engine_core.messages import (
     Ping,
     ResolvedParams,
     SchedulerStats,
+    SiblingRequests,
     ToEngineCore,
     WorkersLost,
     WorkersRestarted,
@@ -227,6 +228,47 @@ async def test_tokens_that_come_twice_are_dropped_and_a_gap_is_an_error(harness:
     assert [delta.token_ids for delta in deltas] == [(5,), (6,), ()]
     assert "tokens 2 to 2 of the output were lost" in str(deltas[-1].error)
     assert harness.supervisor.core.received()[-1] == AbortRequests((state.index,))
+
+
+async def test_siblings_are_one_message_and_share_their_prompt(harness: Harness) -> None:
+    states = harness.client.submit_siblings(
+        harness.channel,
+        3,
+        request_ids=[f"r-{number}" for number in range(600)],
+        prompt_token_ids=np.arange(1, 1000, dtype=np.int32).tobytes(),
+        params=ResolvedParams(logit_bias=((1, 0.5),) * 1000),
+        seeds=range(600),
+        options=OutputOptions(),
+    )
+    assert [state.choice for state in states] == list(range(3, 603))
+    assert len({id(state.message.prompt_token_ids) for state in states}) == 1
+    (message,) = harness.supervisor.core.received()
+    assert isinstance(message, SiblingRequests)
+    assert [state.message for state in states] == list(message.requests())
+    assert len({id(request.prompt_token_ids) for request in message.requests()}) == 1
+    assert len(msgspec.msgpack.encode(message)) < 60_000
+    harness.client.abort(states)
+    while harness.client.num_unfinished:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    aborted = [m.indices for m in harness.supervisor.core.received() if isinstance(m, AbortRequests)]
+    assert [index for indices in aborted for index in indices] == [state.index for state in states]
+    assert len(aborted) > 1
+
+
+async def test_siblings_are_resumed_one_by_one(harness: Harness) -> None:
+    states = harness.client.submit_siblings(
+        harness.channel,
+        0,
+        request_ids=["a", "b"],
+        prompt_token_ids=np.array([1, 2], np.int32).tobytes(),
+        params=ResolvedParams(),
+        seeds=[11, 12],
+        options=OutputOptions(),
+    )
+    harness.supervisor.die()
+    again = await back(harness)
+    assert [request.index for request in again] == [state.index for state in states]
+    assert [request.sampling_params.seed for request in again if request.sampling_params] == [11, 12]
 
 
 async def test_what_an_earlier_life_still_sends_is_dropped(harness: Harness) -> None:

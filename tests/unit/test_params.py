@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from api.config import ServerConfig, check_config
@@ -17,7 +18,8 @@ LIMITS = ModelLimits(max_model_len=64, vocab_size=5000, max_logprobs=20)
 
 
 def resolve(params: SamplingParams, child: int = 0) -> ResolvedParams:
-    return resolve_params(params, 4, LIMITS, None, child)
+    resolved = resolve_params(params, 4, LIMITS, None)
+    return msgspec.structs.replace(resolved, seed=child_seed(resolved.seed, child))
 
 
 def test_lists_that_every_step_looks_at_are_bounded() -> None:
