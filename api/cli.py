@@ -73,16 +73,16 @@ def _may_be_model(word: str) -> bool:
 
 def chat(arguments: Sequence[str]) -> int:
     """``octavo chat``."""
-    from api import client_cli
+    from api.commands import talk
 
-    return client_cli.main("chat", arguments)
+    return talk.main("chat", arguments)
 
 
 def complete(arguments: Sequence[str]) -> int:
     """``octavo complete``."""
-    from api import client_cli
+    from api.commands import talk
 
-    return client_cli.main("complete", arguments)
+    return talk.main("complete", arguments)
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -238,8 +238,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 COMMANDS = {
     "serve": Command("[serve] [MODEL] [flags]", "serve a model over the OpenAI API", serve),
-    "chat": Command("chat [flags]", "talk to a running server", chat),
-    "complete": Command("complete [flags]", "let a running server complete texts", complete),
+    "chat": Command("chat [MODEL] [TEXT]", "talk to a model, on a running server or one of its own", chat),
+    "complete": Command("complete [MODEL] [TEXT]", "let a model complete texts", complete),
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "answer an OpenAI batch file, without a server", batch),
     "bench": Command("bench serve [flags]", "measure a running server under load", bench),
     "collect-env": Command("collect-env", "print what a bug report needs to say of this machine", collect_env),

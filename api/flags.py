@@ -189,9 +189,15 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=110),
         )
 
-    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Values by name. Ends the process with one line about what is wrong."""
-        known, unknown = self.parse_known_args(_spelt(arguments))
+    def parse(self, arguments: Sequence[str], *, intermixed: bool = False) -> dict[str, Any]:
+        """Values by name. Ends the process with one line about what is wrong.
+
+        Args:
+            arguments: The command line.
+            intermixed: Flags may stand between words that belong to one list.
+        """
+        parse = self.parse_known_intermixed_args if intermixed else self.parse_known_args
+        known, unknown = parse(_spelt(arguments))
         flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
         if flag is not None:
             self.error(f"unknown option {flag}{did_you_mean(flag, self._visible_flags())}")

@@ -1,0 +1,1 @@
+"""Commands other than ``serve``. They speak to a server over HTTP and import no engine."""

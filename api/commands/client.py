@@ -1,0 +1,198 @@
+"""A small client of OpenAI-compatible servers: blocking, over TCP, TLS or a Unix socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT = 10.0
+"""Seconds to connect, and to answer what is not streamed. Streams have no bound: a server may be loading or restarting
+its engine, and whoever waits can press Ctrl-C."""
+
+
+class ServerError(Exception):
+    """A server cannot be reached, refused a request or broke off; the message is for a person."""
+
+
+class NoServerError(ServerError):
+    """Nothing that speaks the API listens there."""
+
+
+class LostConnectionError(ServerError):
+    """The connection ended before the answer did."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One entry of ``/v1/models``."""
+
+    name: str
+    root: str
+    """What the server loaded, if it says so: a hub id or a path."""
+    max_model_len: int | None
+    """Longest context in tokens, if the server says so."""
+
+
+class Client:
+    """Speaks with one server. Every request has a connection of its own."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            url: Such as ``http://127.0.0.1:8000``, with or without ``/v1``, or ``unix:PATH`` for a Unix socket.
+            api_key: Sent as a bearer token.
+
+        Raises:
+            ServerError: The URL is not one of these.
+        """
+        self.url = url if "//" in url or url.startswith("unix:") else f"http://{url}"
+        self._socket_path = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+        parts = urlsplit("http://localhost" if self._socket_path else self.url)
+        try:
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            self._host = ""
+        if parts.scheme not in ("http", "https") or not self._host:
+            raise ServerError(f"--url {url}: expected something like {DEFAULT_URL} or unix:/path/of/socket")
+        self._is_tls = parts.scheme == "https"
+        path = parts.path.rstrip("/")
+        self._path = path if path.endswith("/v1") else f"{path}/v1"
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def models(self) -> list[ServedModel]:
+        """The models that the server has, at least one.
+
+        Raises:
+            NoServerError: Nothing listens there, or it does not speak the API.
+            ServerError: The request was refused.
+        """
+        connection = self._connect()
+        try:
+            response = self._request(connection, "GET", "/models", None)
+            if response.status in (404, 405):
+                raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server")
+            _check(response)
+            return _read_models(response.read())
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server") from error
+        finally:
+            connection.close()
+
+    def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
+        """Sends a request and yields the events of its stream. Closing the iterator ends the request.
+
+        Args:
+            path: Below ``/v1``, such as ``/chat/completions``.
+            body: The request; ``stream`` is added.
+
+        Raises:
+            NoServerError: Nothing listens there.
+            LostConnectionError: The stream broke off.
+            ServerError: The server refused the request, or reports an error in the stream.
+        """
+        connection = self._connect()
+        try:
+            connection.sock.settimeout(None)
+            response = self._request(connection, "POST", path, {**body, "stream": True})
+            _check(response)
+            yield from _events(response)
+        except (OSError, http.client.HTTPException) as error:
+            raise LostConnectionError(f"the connection to the server was lost ({_reason(error)})") from error
+        finally:
+            connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._socket_path is not None:
+            connection: http.client.HTTPConnection = _UnixConnection(self._socket_path)
+        else:
+            kind = http.client.HTTPSConnection if self._is_tls else http.client.HTTPConnection
+            connection = kind(self._host, self._port, timeout=CONNECT_TIMEOUT)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise NoServerError(f"no server at {self.url}: {_reason(error)}") from error
+        return connection
+
+    def _request(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
+    ) -> http.client.HTTPResponse:
+        data = None if body is None else json.dumps(body).encode()
+        connection.request(method, self._path + path, data, self._headers)
+        return connection.getresponse()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=CONNECT_TIMEOUT)
+        self._socket_path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._socket_path)
+
+
+def _read_models(content: bytes) -> list[ServedModel]:
+    models = []
+    for entry in json.loads(content)["data"]:
+        length = entry.get("max_model_len")
+        root = entry.get("root")
+        models.append(
+            ServedModel(str(entry["id"]), str(root or entry["id"]), length if isinstance(length, int) else None)
+        )
+    if not models:
+        raise ValueError("no models")
+    return models
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The events of an event stream up to its ``[DONE]``."""
+    for line in response:
+        field, _, value = line.strip().partition(b":")
+        if field != b"data":
+            continue  # a comment that keeps the connection alive, or the end of an event
+        value = value.strip()
+        if value == b"[DONE]":
+            return
+        try:
+            event = json.loads(value)
+        except ValueError:
+            raise ServerError("the server sent an event that is not JSON") from None
+        if not isinstance(event, dict):
+            raise ServerError("the server sent an event that is not a JSON object")
+        if event.get("error"):
+            raise ServerError(_message(event) or "the server reports an error without a message")
+        yield event
+    raise LostConnectionError("the connection to the server was lost")
+
+
+def _check(response: http.client.HTTPResponse) -> None:
+    if response.status >= 300:
+        try:
+            message = _message(json.loads(response.read(1 << 16)))
+        except ValueError:
+            message = None
+        hint = "; give the server's key with --api-key" if response.status == 401 else ""
+        raise ServerError(f"{message or response.reason} (status {response.status}{hint})")
+
+
+def _message(body: Any) -> str | None:
+    """The message of an error in OpenAI's shape, as one line."""
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(message.split()) if isinstance(message, str) else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

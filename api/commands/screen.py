@@ -1,0 +1,150 @@
+"""What a chat shows: notes, errors, and answers while they arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from rich.console import Console
+from rich.text import Text
+
+from api.commands.terminal import ERROR, GREY, MarkdownOutput, Output, PlainOutput, visible
+
+SPINNER_DELAY = 0.5
+"""Seconds of silence after which something moves."""
+
+
+class Screen:
+    """A terminal for reading and writing."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, markup=False, emoji=False)
+
+    def note(self, text: str) -> None:
+        """Something that the program says, in grey."""
+        self.console.print(Text(visible(text), GREY))
+
+    def show(self, text: str) -> None:
+        """What was asked for."""
+        self.console.print(Text(visible(text)))
+
+    def error(self, text: str) -> None:
+        self.console.print(Text(visible(text), ERROR))
+
+    def answer(self, *, think: bool, markdown: bool) -> Answer:
+        """A place for the next answer."""
+        return Answer(self.console, think=think, markdown=markdown)
+
+
+class Answer:
+    """Shows an answer while it arrives; a context that ends what it has begun."""
+
+    def __init__(self, console: Console, *, think: bool, markdown: bool) -> None:
+        self._console = console
+        self._think = think
+        self._thoughts: Output | None = None
+        self._thinking_since: float | None = None
+        self._text: Output = MarkdownOutput(console) if markdown else PlainOutput(console)
+        self._spinner = Spinner(console)
+        self._is_empty = True
+
+    def __enter__(self) -> Answer:
+        self._spinner.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._spinner.stop()
+        self._end_thinking()
+        self._text.finish()
+
+    def feed(self, kind: str, text: str) -> None:
+        """Shows a piece: ``reasoning`` or ``content``."""
+        self._spinner.stop()
+        if kind == "reasoning":
+            self._feed_thoughts(text)
+            return
+        self._end_thinking()
+        if self._is_empty:
+            text = text.lstrip("\n")  # what stands between reasoning and answer
+            self._is_empty = not text
+        self._text.feed(text)
+
+    def _feed_thoughts(self, text: str) -> None:
+        if self._thinking_since is None:
+            self._thinking_since = time.monotonic()
+            self._console.print(Text("Thinking...", GREY), end="\n" if self._think else "")
+            self._console.file.flush()
+        if self._thoughts is None:
+            self._thoughts = PlainOutput(self._console, GREY)
+            text = text.lstrip("\n")
+        if self._think:
+            self._thoughts.feed(text)
+
+    def _end_thinking(self) -> None:
+        if self._thinking_since is None or self._thoughts is None:
+            return
+        seconds = time.monotonic() - self._thinking_since
+        self._thoughts.finish()
+        self._thoughts = self._thinking_since = None
+        self._console.print(Text(f"...thought for {seconds:.1f} s" if self._think else f" {seconds:.1f} s", GREY))
+        if self._think:
+            self._console.print()
+
+
+class Spinner:
+    """Something that moves after a moment of silence. Does nothing where a terminal cannot do it."""
+
+    def __init__(self, console: Console, text: str = "", delay: float = SPINNER_DELAY) -> None:
+        self._works = console.is_terminal and not console.is_dumb_terminal
+        self._status = console.status(Text(text, GREY), spinner_style=GREY)
+        self._timer = threading.Timer(delay, self._begin)
+        self._timer.daemon = True
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def start(self) -> None:
+        if self._works:
+            self._timer.start()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._stopped:
+                self._status.start()
+
+    def update(self, text: str) -> None:
+        """Changes the text beside it."""
+        self._status.update(Text(visible(text), GREY))
+
+    def stop(self) -> None:
+        """Takes it off the screen; it does not come back."""
+        if not self._stopped:
+            with self._lock:
+                self._stopped = True
+                self._timer.cancel()
+                self._status.stop()
+
+
+@contextlib.contextmanager
+def quiet_input() -> Iterator[None]:
+    """Between prompts, keys are not echoed into answers. They are kept for the next line; Ctrl-C still interrupts."""
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+    quiet = list(before)
+    quiet[0] &= ~termios.ICRNL  # the Enter key stays one
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)

@@ -1,0 +1,188 @@
+"""The commands of a chat: what begins with a slash."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from api.commands.conversation import DISPLAY, SETTINGS, UNSET, Conversation, InputError, setting
+
+if TYPE_CHECKING:
+    from api.commands.chat import Chat
+
+SHOWN = ("messages", "log")
+"""What ``/show`` can show beside the overview."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command."""
+
+    name: str
+    arguments: str
+    help: str
+    run: Callable[[Chat, str], bool | None]
+    """Gets what follows the name. Returns False to leave."""
+    aliases: tuple[str, ...] = ()
+
+
+def run(chat: Chat, line: str) -> bool:
+    """Follows a line that begins with a slash. Returns whether the chat goes on.
+
+    Raises:
+        InputError: There is no such command, or it cannot be followed.
+        ServerError: The server cannot do what the command needs.
+    """
+    name, _, rest = line[1:].partition(" ")
+    name = name.split("\n")[0]
+    for command in COMMANDS:
+        if name in (command.name, *command.aliases):
+            return command.run(chat, rest.strip()) is not False
+    names = [name for command in COMMANDS for name in (command.name, *command.aliases)]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean /{close[0]}?" if close else "/help lists the commands."
+    raise InputError(f"unknown command /{name}; {hint} To send a text that begins with a slash, begin it with //")
+
+
+def setting_names() -> Iterable[str]:
+    """The names that ``/set`` knows."""
+    return SETTINGS
+
+
+def _help(chat: Chat, rest: str) -> None:
+    lines = [(f"/{command.name} {command.arguments}".strip(), command.help) for command in COMMANDS]
+    lines += [
+        ('"""', 'begins a text of several lines, which ends with """; or Alt-Enter, Ctrl-J for a new line'),
+        ("//...", "sends a text that begins with one slash"),
+        ("Ctrl-C", "stops an answer; the conversation goes on"),
+        ("Ctrl-D", "leaves"),
+    ]
+    chat.screen.show("\n".join(f"  {left:20}{right}" for left, right in lines))
+
+
+def _clear(chat: Chat, rest: str) -> None:
+    chat.conversation.clear()
+    chat.screen.note("A new conversation. The system prompt and the settings stay.")
+
+
+def _system(chat: Chat, rest: str) -> None:
+    conversation = chat.conversation
+    if rest:
+        conversation.system = "" if rest.lower() in UNSET else rest.strip('"')
+    system = conversation.system
+    chat.screen.note(f"System prompt: {system}" if system else "There is no system prompt. /system TEXT sets one.")
+
+
+def _set(chat: Chat, rest: str) -> None:
+    settings = chat.conversation.settings
+    name, _, text = rest.partition(" ")
+    text = text.strip()
+    if not name:
+        lines = [f"  {name:20}{_value(chat, name):12}{known.help}" for name, known in SETTINGS.items()]
+        chat.screen.show("\n".join([*lines, "  /set NAME default  takes a value back"]))
+        return
+    known = setting(name)
+    if not text:
+        chat.screen.show(f"  {name:20}{_value(chat, name):12}{known.help}")
+    elif text.lower() in UNSET:
+        settings.pop(name, None)
+        chat.screen.note(f"{name}: {_value(chat, name)}")
+    else:
+        settings[name] = known.parse(name, text)
+        chat.screen.note(f"{name}: {_value(chat, name)}")
+
+
+def _value(chat: Chat, name: str) -> str:
+    value = chat.conversation.settings.get(name, DISPLAY.get(name))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "default" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _show(chat: Chat, rest: str) -> None:
+    conversation, backend = chat.conversation, chat.backend
+    if rest == "messages":
+        for message in conversation.messages:
+            chat.screen.note(f"{message['role']}:")
+            chat.screen.show(message["content"])
+        if not conversation.messages:
+            chat.screen.note("Nothing was said yet.")
+    elif rest == "log":
+        if backend.own is None:
+            raise InputError("the server is not one of this chat's, so its log is elsewhere")
+        chat.screen.show("\n".join(backend.own.log()[-40:]) or "The server wrote nothing.")
+    elif rest:
+        raise InputError(f"/show: expected nothing or one of {', '.join(SHOWN)}, got {rest!r}")
+    else:
+        model = backend.model
+        settings = [f"{name} {_value(chat, name)}" for name in conversation.settings]
+        lines = {
+            "model": model.name,
+            "context": f"{model.max_model_len:,} tokens" if model.max_model_len else "not known",
+            "server": backend.client.url if backend.own is None else f"started by this chat, process {backend.own.pid}",
+            "system prompt": conversation.system or "none",
+            "settings": ", ".join(settings) or "defaults",
+            "messages": str(len(conversation.messages)),
+        }
+        chat.screen.show("\n".join(f"  {left:16}{right}" for left, right in lines.items()))
+
+
+def _save(chat: Chat, rest: str) -> None:
+    path = _path("save", rest)
+    chat.conversation.save(path, chat.backend.model.name)
+    chat.screen.note(f"Saved {_messages(chat.conversation)} to {path}.")
+
+
+def _load(chat: Chat, rest: str) -> None:
+    path = _path("load", rest)
+    chat.conversation = Conversation.load(path)
+    chat.screen.note(f"Loaded {_messages(chat.conversation)} from {path}; /show messages shows them.")
+
+
+def _path(command: str, rest: str) -> Path:
+    if not rest:
+        raise InputError(f"/{command} needs a file name")
+    return Path(rest).expanduser()
+
+
+def _messages(conversation: Conversation) -> str:
+    count = len(conversation.messages)
+    return f"{count} message{'' if count == 1 else 's'}"
+
+
+def _model(chat: Chat, rest: str) -> None:
+    backend = chat.backend
+    if rest:
+        backend.model = backend.find(rest)
+    else:
+        backend.models = backend.client.models()
+    for model in backend.models:
+        chat.screen.show(f"{'*' if model.name == backend.model.name else ' '} {model.name}")
+
+
+def _regenerate(chat: Chat, rest: str) -> None:
+    if not chat.conversation.take_back():
+        raise InputError("there is no question to answer again")
+    chat.answer()
+
+
+def _bye(chat: Chat, rest: str) -> bool:
+    return False
+
+
+COMMANDS = (
+    Command("help", "", "list the commands", _help, ("?",)),
+    Command("clear", "", "begin a new conversation", _clear),
+    Command("system", "TEXT", "set or show the system prompt; /system none removes it", _system),
+    Command("set", "NAME VALUE", "set a parameter; /set lists them", _set),
+    Command("show", "[messages|log]", "show model, server and settings; the conversation; the server's log", _show),
+    Command("save", "FILE", "save the conversation", _save),
+    Command("load", "FILE", "go on with a saved conversation", _load),
+    Command("model", "[NAME]", "list the server's models, or choose another", _model),
+    Command("regenerate", "", "answer the last question again", _regenerate, ("retry",)),
+    Command("bye", "", "leave", _bye, ("exit", "quit")),
+)
