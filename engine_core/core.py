@@ -48,7 +48,7 @@ from engine_core.suspects import lost_requests
 from engine_core.validation import request_problem
 from engine_core.worker_watch import WorkerWatch
 from executor.base import EXIT_MODEL, REGISTRY, Executor, ExecutorFactory, WorkerDiedError
-from executor.log import get_logger
+from executor.log import DETAILS, get_logger
 from executor.messages import (
     FromWorker,
     GrammarMask,
@@ -530,7 +530,7 @@ class EngineCore:
             WorkerDiedError: New workers may do better. What else these ones sent is not looked at.
         """
         if message.traceback:
-            logger.error("worker %d failed:\n%s", message.rank, message.traceback)
+            logger.error("worker %d failed", message.rank, extra={DETAILS: message.traceback})
         if message.exit_code == EXIT_MODEL or not self._serving and not self._restart_reason:
             self._die(message.message, message.exit_code)
         else:

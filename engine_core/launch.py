@@ -6,10 +6,13 @@ import msgspec
 
 from engine_core.config import Config, EngineConfig
 from engine_core.flight_record import LastWork, read_flight_record
+from executor.base import ModelError
+from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
-from executor.log import get_logger, setup_logging
+from executor.log import get_logger, printable, setup_logging
 from executor.process import ChildProcess, child_command, child_environment
+from executor.supported import check_supported
 
 
 class EngineCoreLaunch(Config, frozen=True):
@@ -49,11 +52,18 @@ __all__ = [
     "JobError",
     "LastWork",
     "ProcessWatch",
+    "ModelError",
+    "check_supported",
     "child_command",
     "child_environment",
     "engine_identity",
     "get_logger",
     "launch_engine_core",
     "read_flight_record",
+    "open_regular",
+    "printable",
+    "read_document",
+    "read_json",
     "setup_logging",
+    "why",
 ]

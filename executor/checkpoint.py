@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from executor.base import ModelError
+from executor.files import open_regular, read_json, why
+from executor.hf_config import shorten
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ class Checkpoint(Protocol):
 def map_file(path: Path) -> mmap.mmap:
     """A private mapping of a file, which the system starts to read ahead."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             # A writable (copy on write) mapping, as torch.frombuffer warns about read-only ones.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+        raise ModelError(f"{path}: cannot be read: {why(error)}") from error
     mapped.madvise(mmap.MADV_WILLNEED)
     return mapped
 
@@ -124,10 +126,18 @@ class SafetensorsCheckpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        index = msgspec.json.decode(path.read_bytes())
-        return msgspec.convert(index["weight_map"], dict[str, str])
-    except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
-        raise ModelError(f"{path}: not an index of safetensors files: {error}") from error
+        index = read_json(path)
+        file_of = msgspec.convert(index["weight_map"], dict[str, str])
+    except (OSError, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+        reason = why(error) if isinstance(error, OSError) else error
+        raise ModelError(f"{path}: not an index of safetensors files: {reason}") from error
+    for name, file in file_of.items():
+        # A file of the folder (which may be a link, as in the hub's cache), and nothing that a path can lead to.
+        if not file.endswith(".safetensors") or Path(file).name != file:
+            raise ModelError(
+                f"{path}: tensor {shorten(name)!r} is in {shorten(file)!r}, not a safetensors file beside it"
+            )
+    return file_of
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -162,7 +172,7 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         header: dict[str, Any] = msgspec.json.decode(mapped[8:start], type=dict[str, Any])
         header.pop("__metadata__", None)
         entries = msgspec.convert(header, dict[str, Entry])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ModelError(f"{path}: corrupt header: {error}") from error
     end = 0
     stored = []

@@ -23,7 +23,7 @@ from torch import Tensor
 from executor.base import ModelError
 from executor.checkpoint import StoredTensor, map_file
 from executor.config import GGUFHeader, GGUFTensor
-from executor.hf_config import Fields
+from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """``general.architecture`` -> ``architectures`` of config.json. Mistral's files call themselves llama."""
@@ -78,9 +78,9 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": fields.size(key(Keys.LLM.EMBEDDING_LENGTH)),
         "intermediate_size": fields.size(key(Keys.LLM.FEED_FORWARD_LENGTH)),
-        "num_hidden_layers": fields.size(key(Keys.LLM.BLOCK_COUNT)),
+        "num_hidden_layers": fields.size(key(Keys.LLM.BLOCK_COUNT), most=MAX_LAYERS),
         "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)),
-        "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH)),
+        "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH), most=MAX_POSITIONS),
         "rms_norm_eps": fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS)),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
@@ -113,8 +113,10 @@ def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
     }
     if kind != "none":
         rope["factor"] = fields.number(key(Keys.Rope.SCALING_FACTOR))
+        if rope["factor"] <= 0:
+            fields.bad(key(Keys.Rope.SCALING_FACTOR), "more than 0")
     if fields.has(key(Keys.Rope.SCALING_ORIG_CTX_LEN)):
-        rope["original_max_position_embeddings"] = fields.size(key(Keys.Rope.SCALING_ORIG_CTX_LEN))
+        rope["original_max_position_embeddings"] = fields.size(key(Keys.Rope.SCALING_ORIG_CTX_LEN), most=MAX_POSITIONS)
     if fields.has(key(Keys.Rope.SCALING_ATTN_FACTOR)):  # llama.cpp multiplies it with YaRN's own factor
         own = 1.0 + 0.1 * math.log(rope["factor"]) if kind == "yarn" else 1.0
         rope["attention_factor"] = fields.number(key(Keys.Rope.SCALING_ATTN_FACTOR)) * own

@@ -6,15 +6,16 @@ file and the field. Defaults are those of the model's class (``Model.config_defa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import msgspec
 import torch
 
 from executor.base import ModelError
+from executor.files import read_json, why
 
 T = TypeVar("T")
 
@@ -26,6 +27,24 @@ DTYPES = {
     "float": torch.float32,
 }
 """Names in config.json and of ``--dtype``."""
+
+# What no model comes near. Larger numbers are mistakes, or meant to take the machine's memory or time.
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1 << 10
+MAX_POSITIONS = (1 << 31) - 1
+"""Positions are int32."""
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that float can hold; ``1e999`` is read as infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 1023
+
+
+def shorten(text: str, length: int = 100) -> str:
+    """The beginning of a text of unknown length, for messages of one line."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 @dataclass(frozen=True)
@@ -46,18 +65,21 @@ class Fields:
             self.bad(name, "a whole number")
         return value
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 1."""
+    def size(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+        """A whole number, at least 1 and at most ``most``."""
         value = self.integer(name, default)
         if value == 0:
             self.bad(name, "at least 1")
+        if value > most:
+            self.bad(name, f"at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             self.bad(name, "a number")
-        return value
+        number: float = value
+        return number
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
         value = self._value(name, default)
@@ -80,7 +102,7 @@ class Fields:
 
     def numbers(self, name: str) -> list[float]:
         value = self._value(name, None)
-        if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
+        if not isinstance(value, list) or not all(map(is_number, value)):
             self.bad(name, "a list of numbers")
         return value
 
@@ -99,7 +121,7 @@ class Fields:
 
     def bad(self, name: str, expected: str) -> NoReturn:
         """Reports the value of a field as unusable."""
-        raise ModelError(f"{self.source}: {name} must be {expected}, not {self.values.get(name)!r}")
+        raise ModelError(f"{self.source}: {name} must be {expected}, not {shorten(repr(self.values.get(name)))}")
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
@@ -135,11 +157,9 @@ class HFConfig(Fields):
         """Reads ``config.json``."""
         path = folder / "config.json"
         try:
-            fields = msgspec.json.decode(path.read_bytes())
-        except OSError as error:
-            raise ModelError(f"{path}: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ModelError(f"{path}: {error}") from error
+            fields = read_json(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {why(error)}") from error
         if not isinstance(fields, dict):
             raise ModelError(f"{path}: not a JSON object")
         return cls.from_fields(fields, overrides, str(path))
@@ -186,7 +206,7 @@ class HFConfig(Fields):
 
     @property
     def num_layers(self) -> int:
-        return self.size("num_hidden_layers")
+        return self.size("num_hidden_layers", most=MAX_LAYERS)
 
     @property
     def num_heads(self) -> int:
@@ -219,7 +239,7 @@ class HFConfig(Fields):
     def eos_token_ids(self) -> tuple[int, ...]:
         value = self.values.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, int) for item in ids):
+        if not all(isinstance(item, int) and 0 <= item <= MAX_POSITIONS for item in ids):
             self.bad("eos_token_id", "a token id or a list of them")
         return tuple(ids)
 
@@ -251,19 +271,23 @@ class HFConfig(Fields):
     @property
     def max_position_embeddings(self) -> int:
         """Sometimes the longest sequence before the angles are scaled, sometimes after; see ``max_position``."""
-        return self.size("max_position_embeddings")
+        return self.size("max_position_embeddings", most=MAX_POSITIONS)
 
     @property
     def max_position(self) -> int:
         """The longest sequence that the model was made for."""
         rope = self.rope
-        factor = rope.number("factor", 1.0)
         scaled = rope.string("rope_type")
         if scaled == "yarn":
-            return int(rope.size("original_max_position_embeddings", self.max_position_embeddings) * factor)
-        if scaled in ("linear", "dynamic"):
-            return int(self.max_position_embeddings * factor)
-        return self.max_position_embeddings  # llama3 and the others give the length after scaling
+            length = rope.size("original_max_position_embeddings", self.max_position_embeddings, most=MAX_POSITIONS)
+        else:
+            length = self.max_position_embeddings
+        if scaled not in ("yarn", "linear", "dynamic"):
+            return length  # llama3 and the others give the length after scaling
+        longest = length * rope.number("factor", 1.0)
+        if not 1 <= longest <= MAX_POSITIONS:
+            rope.bad("factor", f"a number that makes of {length} positions 1 to {MAX_POSITIONS}")
+        return int(longest)
 
     @property
     def default_max_model_len(self) -> int:

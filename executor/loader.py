@@ -49,7 +49,7 @@ class LoadedModel:
     dtype: torch.dtype
     attention_backend: AttentionBackend
     max_model_len: int
-    """Longest sequence that the model's tables serve: as configured, else what it was made for."""
+    """Longest sequence: as configured, else what the model was made for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def load_model(
     device: torch.device,
     attention_backend: str | None,
     progress: Progress,
+    memory_bytes: int | None = None,
 ) -> LoadedModel:
     """Builds a model and loads its weights.
 
@@ -75,6 +76,7 @@ def load_model(
         device: Where the weights go.
         attention_backend: Name of a backend; None: the first that supports the model.
         progress: Told about the bytes read so far.
+        memory_bytes: What the device has in all; a model whose weights need more is refused before they are read.
 
     Raises:
         ModelError: The model cannot be loaded; one line that names the file and what is wrong with it.
@@ -90,14 +92,13 @@ def load_model(
         quantization=choose_quantization(config.quantization, hf_config.quantization),
         max_model_len=choose_max_model_len(config, hf_config),
     )
-    try:
-        model = model_class(context)
-        layers = model.attention_layers()
-        backend = choose_backend(device.type, [layer.shape for layer in layers], context.dtype, attention_backend)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    for layer in layers:
-        layer.backend = backend
+    model, backend = build_model(model_class, context, attention_backend)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if memory_bytes is not None and weight_bytes > memory_bytes:
+        raise ModelError(
+            f"{hf_config.source}: the weights take {weight_bytes / 2**30:.4g} GiB as {context.dtype}, and the "
+            f"{device.type} has {memory_bytes / 2**30:.4g} GiB"
+        )
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
@@ -107,6 +108,32 @@ def load_model(
             module.process_weights_after_loading()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, backend, context.max_model_len)
+
+
+def build_model(
+    model_class: type[Model], context: ModelContext, attention_backend: str | None
+) -> tuple[Model, AttentionBackend]:
+    """The model with uninitialised weights, and the backend of its attention layers.
+
+    Raises:
+        ModelError: No model can be made of these numbers.
+    """
+    try:
+        model = model_class(context)
+        layers = model.attention_layers()
+        backend = choose_backend(
+            context.device.type, [layer.shape for layer in layers], context.dtype, attention_backend
+        )
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        # Sizes that fit no memory, or formulas without a result. Whatever it is, it comes from the configuration.
+        logger.debug("the model cannot be built", exc_info=error)
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise ModelError(f"{context.config.source}: no model can be built of these numbers: {reason}") from error
+    for layer in layers:
+        layer.backend = backend
+    return model, backend
 
 
 # ---------------------------------------------------------------------------------------------------------

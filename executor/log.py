@@ -1,11 +1,49 @@
-"""Logging of all processes: one format, to standard error."""
+"""Logging of all processes: one format, to standard error.
+
+A log is read in terminals and by programs that take a line for an entry, and some of what it quotes comes from clients
+and from files. So whatever could move the cursor, hide text or start a line is written as an escape.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 NAME = "octavo"
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, ends of lines, marks that change the direction of text, and what UTF-8 cannot write."""
+
+_CONTINUED = "\n  | "
+
+DETAILS = "details"
+"""Key of ``extra`` for a text of several lines that belongs to an entry."""
+
+
+def printable(text: str) -> str:
+    """A text as one line that no terminal takes for commands."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class _Formatter(logging.Formatter):
+    """One line per entry; what follows (``details``, a traceback) is marked line by line as part of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        text = printable(self.formatMessage(record))
+        if DETAILS in record.__dict__:
+            text += _block(str(record.__dict__[DETAILS]))
+        if record.exc_info:
+            text += _block(self.formatException(record.exc_info))
+        if record.stack_info:
+            text += _block(self.formatStack(record.stack_info))
+        return text
+
+
+def _block(text: str) -> str:
+    return "".join(_CONTINUED + printable(line) for line in text.rstrip().split("\n"))
 
 
 def setup_logging(process: str, level: str = "info") -> None:
@@ -16,9 +54,7 @@ def setup_logging(process: str, level: str = "info") -> None:
         level: ``debug``, ``info``, ``warning`` or ``error``.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter(f"%(levelname).1s %(asctime)s.%(msecs)03d [{process}] %(message)s", "%H:%M:%S")
-    )
+    handler.setFormatter(_Formatter(f"%(levelname).1s %(asctime)s.%(msecs)03d [{process}] %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

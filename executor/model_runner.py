@@ -82,13 +82,14 @@ class ModelRunner:
         self.pooler = Pooler(0)
 
     def initialize(self, init: InitKVCache) -> None:
-        """Allocates the KV cache and the slot arrays, then captures the program of a step."""
+        """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
         layers = self.model.attention_layers()
         for group, num_blocks in zip(self.groups, init.num_blocks, strict=True):
             for index in group.layers:
                 shapes = self.backend.kv_shape(num_blocks, group.block_size, layers[index].shape)
                 keys, values = (self.device.allocate_kv(shape, self.dtype) for shape in shapes)
                 layers[index].kv_cache = (keys, values)
+        self.model.reserve_positions(init.max_model_len)
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
         self.sampler = Sampler(init.max_num_seqs)
         self.pooler = Pooler(init.max_num_seqs)

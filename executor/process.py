@@ -160,8 +160,9 @@ def _read_exactly(count: int) -> bytes:
 def become_child(title: str) -> None:
     """In the child, first thing: name the process and tie its life to the parent's."""
     setproctitle.setproctitle(title)
-    # Ctrl-C reaches a whole terminal, and service managers end whole groups: the parent decides what that means.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C and the end of a terminal reach all its processes, and service managers end whole groups: the parent
+    # decides what that means.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -70,7 +70,12 @@ class Worker:
         device = create_device(config.device.device)
         device.initialize(config.device, self.rank)
         loaded = load_model(
-            config.model, ParallelState(), device.torch_device, config.device.attention_backend, self._progress
+            config.model,
+            ParallelState(),
+            device.torch_device,
+            config.device.attention_backend,
+            self._progress,
+            device.memory().total_bytes,
         )
         layers = loaded.model.attention_layers()
         backend = layers[0].backend

@@ -22,4 +22,4 @@ class ModelContext:
     device: torch.device
     quantization: QuantizationConfig
     max_model_len: int
-    """Longest sequence: the rotary table has this many rows."""
+    """Longest sequence: as configured, else what the model was made for. What is served may be less."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from executor.hf_config import Fields
+from executor.base import ModelError
+from executor.hf_config import MAX_POSITIONS, Fields
 from executor.layers.context import ModelContext
 from executor.log import get_logger
 
@@ -39,7 +40,7 @@ class RopeInput:
 
     @property
     def original_max_position(self) -> int:
-        return self.rope.size("original_max_position_embeddings", self.max_position)
+        return self.rope.size("original_max_position_embeddings", self.max_position, most=MAX_POSITIONS)
 
     def frequencies(self, base: float) -> Tensor:
         """``base ** (-2i / rotary_dim)``, float32 [rotary_dim / 2]."""
@@ -149,7 +150,7 @@ class RotaryEmbedding(nn.Module):
     """Turns the heads of q and k by their tokens' positions. One for all layers of a model."""
 
     cos_sin: Tensor
-    """float32 [max_model_len, rotary_dim]: cosines, then sines."""
+    """float32 [positions, rotary_dim]: cosines, then sines. Without rows until ``reserve``."""
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__()
@@ -157,13 +158,22 @@ class RotaryEmbedding(nn.Module):
         rope = config.rope
         self.head_dim = config.head_dim
         rotary_dim = int(self.head_dim * rope.number("partial_rotary_factor"))
+        if not 2 <= rotary_dim <= self.head_dim:
+            rope.bad("partial_rotary_factor", f"a share of head_dim ({self.head_dim}) that is at least 2 and not more")
         compute = rope.choice("rope_type", ROPE_TYPES)
-        frequencies, factor = compute(
+        self._frequencies, self._factor = compute(
             RopeInput(rope, rotary_dim, config.max_position_embeddings, context.max_model_len)
         )
-        angles = torch.outer(torch.arange(context.max_model_len, dtype=torch.float32), frequencies)
-        table = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1)
-        self.register_buffer("cos_sin", table.to(context.device), persistent=False)
+        if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
+            raise ModelError(f"{rope.source}: these numbers make angles that are not finite")
+        table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
+        self.register_buffer("cos_sin", table, persistent=False)
+
+    def reserve(self, num_positions: int) -> None:
+        """Makes the table for so many positions: what is served, which may be far less than what the model allows."""
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), self._frequencies)
+        table = torch.cat((angles.cos() * self._factor, angles.sin() * self._factor), dim=-1)
+        self.cos_sin = table.to(self.cos_sin.device)
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], turned."""

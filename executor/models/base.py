@@ -12,6 +12,7 @@ from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.parameter import ShardId
+from executor.layers.rotary import RotaryEmbedding
 
 __all__ = ["Model", "ModelContext", "WeightMap"]
 
@@ -48,3 +49,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def attention_layers(self) -> list[Attention]:
         """In the order of the layers."""
+
+    def reserve_positions(self, num_positions: int) -> None:
+        """Makes the tables that have a row per position, before the first forward pass.
+
+        Args:
+            num_positions: Longest sequence that is served. It is known when the KV cache is.
+        """
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.reserve(num_positions)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from executor.base import ModelError
-from executor.models.base import Model
+
+if TYPE_CHECKING:  # the names are known without torch
+    from executor.models.base import Model
 
 REGISTRY = {
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
@@ -16,14 +19,24 @@ REGISTRY = {
 """The ``architectures`` of config.json."""
 
 
+def check_architecture(architecture: str) -> None:
+    """Whether there is a class of that architecture.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if architecture not in REGISTRY:
+        shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
+        raise ModelError(f"architecture {shown} is not supported; supported: {', '.join(sorted(REGISTRY))}")
+
+
 def resolve_model(architecture: str) -> type[Model]:
     """The class of that architecture.
 
     Raises:
         ModelError: It is unknown.
     """
-    if architecture not in REGISTRY:
-        raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(REGISTRY))}")
+    check_architecture(architecture)
     module, _, attribute = REGISTRY[architecture].partition(":")
     result: type[Model] = getattr(importlib.import_module(module), attribute)
     return result

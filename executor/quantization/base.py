@@ -6,12 +6,12 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
 from executor.base import ModelError
 
-if TYPE_CHECKING:  # the layers import this module
+if TYPE_CHECKING:  # the layers import this module, and the names are known without torch
+    import torch
+    from torch import Tensor
+
     from executor.layers.embedding import VocabParallelEmbedding
     from executor.layers.linear import LinearLayer
 
@@ -79,12 +79,17 @@ def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> Q
     Raises:
         ModelError: The method is unknown, or the two contradict each other.
     """
+    module, _, attribute = REGISTRY[quantization_name(name, fields)].partition(":")
+    factory: type[QuantizationConfig] = getattr(importlib.import_module(module), attribute)
+    return factory(fields or {})
+
+
+def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
+    """The method that ``choose_quantization`` would choose, by name. Raises as it does."""
     saved = None if fields is None else str(fields.get("quant_method"))
     chosen = saved or name or "unquantized"
     if name is not None and name != chosen:
         raise ModelError(f"--quantization is {name}, but the model's config.json says quant_method: {saved}")
     if chosen not in REGISTRY:
         raise ModelError(f"quantisation method {chosen!r} is not supported; supported: {', '.join(sorted(REGISTRY))}")
-    module, _, attribute = REGISTRY[chosen].partition(":")
-    factory: type[QuantizationConfig] = getattr(importlib.import_module(module), attribute)
-    return factory(fields or {})
+    return chosen

@@ -9,11 +9,14 @@ This is the one place of the floor that reads the environment: ``OCTAVO_CACHE_DI
 
 from __future__ import annotations
 
+import atexit
+import errno
 import fcntl
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -128,7 +131,9 @@ def build(capability: Capability) -> Path:
         except OSError:  # read-only or full: try the next folder
             continue
         return library
-    raise BuildError("there is no folder to keep compiled kernels in")
+    raise BuildError(
+        "no folder to keep compiled kernels in can be written; set OCTAVO_CACHE_DIR to one with 20 MB free"
+    )
 
 
 def find_compiler() -> str:
@@ -153,13 +158,30 @@ def _folders() -> Iterator[Path]:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         yield Path(base) / "octavo" / "kernels"
-    yield _temporary_folder()
+    yield _users_folder() or _own_folder()
+
+
+def _users_folder() -> Path | None:
+    """A temporary folder for all processes of this user, so that a restart finds what is compiled.
+
+    Whoever can write there runs code here, and everybody may make folders in /tmp: None if somebody else took the name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return None
+    is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return folder if is_private else None
 
 
 @cache
-def _temporary_folder() -> Path:
-    """A folder of this process: one that others could have prepared would run their code here."""
-    return Path(tempfile.mkdtemp(prefix="octavo-kernels-"))
+def _own_folder() -> Path:
+    """A temporary folder that ends with this process."""
+    folder = tempfile.mkdtemp(prefix="octavo-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _key(capability: Capability, compiler: str) -> str:
@@ -182,27 +204,37 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compile(capability: Capability, compiler: str, library: Path) -> None:
     flags = [*FLAGS, *capability.flags]
-    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-        folder = Path(temporary)
+    # The lock is held, so whoever left such a folder was killed.
+    folder = library.with_name(f"{library.name}.building")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        _compile_in(folder, flags, compiler, library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-        def compile_one(source: Path) -> Path:
-            target = folder / f"{source.stem}.o"
-            _run([compiler, *flags, "-c", str(source), "-o", str(target)])
-            return target
 
-        # The largest first: they take longest.
-        sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            objects = list(threads.map(compile_one, sources))
-        result = folder / library.name
-        _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(result)])
-        os.replace(result, library)
+def _compile_in(folder: Path, flags: list[str], compiler: str, library: Path) -> None:
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        _run([compiler, *flags, "-c", str(source), "-o", str(target)])
+        return target
+
+    # The largest first: they take longest.
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        objects = list(threads.map(compile_one, sources))
+    result = folder / library.name
+    _run([compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(result)])
+    os.replace(result, library)
 
 
 def _run(command: list[str]) -> None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
     except OSError as error:
         raise BuildError(f"{command[0]}: {error}") from error
     if result.returncode:
+        if os.strerror(errno.ENOSPC) in result.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()}")

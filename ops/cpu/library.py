@@ -263,7 +263,12 @@ def _chosen() -> Library | None:
                 reason = error
         raise reason
     except build.BuildError as error:
-        logger.warning("no CPU kernels, plain torch is used instead and is much slower: %s", error)
+        line, *output = str(error).split("\n", 1)
+        logger.warning(
+            "no CPU kernels, plain torch is used instead and is much slower: %s",
+            line,
+            extra={"details": output[0]} if output else None,
+        )
         return None
 
 

@@ -72,6 +72,7 @@ class Runner:
             # What an earlier owner left in a block must not matter.
             keys, values = (torch.full(shape, float("nan"), dtype=loaded.dtype) for shape in shapes)
             layer.kv_cache = (keys, values)
+        self.model.reserve_positions(loaded.max_model_len)
         self.lengths = [0] * num_requests
         self.program = self._capture() if captured else None
 

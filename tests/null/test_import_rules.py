@@ -21,7 +21,19 @@ FORBIDDEN = {
 CONTRACTS = {
     "api": {"engine_core": {"messages", "config", "launch", "restart"}},
     "engine_core": {
-        "executor": {"messages", "config", "base", "log", "multiproc", "simulated", "process", "liveness", "helper"}
+        "executor": {
+            "messages",
+            "config",
+            "base",
+            "log",
+            "multiproc",
+            "simulated",
+            "process",
+            "liveness",
+            "helper",
+            "files",
+            "supported",
+        }
     },
 }
 """What a floor may import of the one below."""
@@ -33,6 +45,8 @@ TORCH_FREE = [
     "multiproc",
     "simulated",
     "pooling",
+    "files",
+    "supported",
     "process",
     "liveness",
     "helper",

@@ -80,10 +80,62 @@ def test_several_builders_at_once(compiler: Path) -> None:
 def test_a_cache_that_cannot_be_written(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path / "file"))
-    path = build.build(PORTABLE)
-    assert path.exists()
-    assert not path.is_relative_to(tmp_path)
-    path.unlink()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    # Each process stands for one life of a worker.
+    code = "from ops.cpu import build; print(build.build(build.CAPABILITIES['portable']))"
+    paths = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert paths[0] == paths[1] and Path(paths[0]).exists()
+    assert len(compiler.read_text().splitlines()) == 1 + len(list(build.SOURCES.glob("*.cpp")))
+    (folder,) = temporary.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    name = tmp_path / f"octavo-kernels-{os.getuid()}"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    name.symlink_to(elsewhere)
+    assert build._users_folder() is None
+    name.unlink()
+    name.mkdir(mode=0o700)
+    assert build._users_folder() == name
+    name.chmod(0o777)
+    assert build._users_folder() is None
+
+
+def test_what_a_killed_builder_left_is_removed(compiler: Path) -> None:
+    library = build.build(PORTABLE)
+    library.unlink()
+    left = library.with_name(f"{library.name}.building")
+    left.mkdir()
+    (left / "dot.o").touch()
+    assert build.build(PORTABLE) == library
+    assert not left.exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_compiler(
+    compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next folder is tried; kernels would otherwise be given up for plain torch."""
+    monkeypatch.setattr(build, "_users_folder", lambda: tmp_path / "other")
+    script = Path(os.environ["CXX"])
+    full = (
+        'case "$*" in *cache*) echo "fatal error: error writing to x.s: No space left on device" >&2; exit 1;; esac\n'
+    )
+    script.write_text(script.read_text().replace('echo "$@"', full + 'echo "$@"'))
+    assert build.build(PORTABLE).is_relative_to(tmp_path / "other")
 
 
 def test_a_compiler_that_fails(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,86 @@
+"""Reading files that somebody else made.
+
+A model comes from a hub or a shared disk, so its files may be anything: a pipe that nobody writes to, a device, a
+document of any size or depth. Whatever is wrong ends in an ``OSError`` or a ``ValueError`` with a short message that
+does not name the file; the caller knows how to call it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+MAX_DOCUMENT = 64 << 20
+"""Bytes of a JSON document or a template. The largest in use, indexes of sharded weights, have some megabytes."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading, links to one included. Never waits.
+
+    Raises:
+        OSError: It cannot be opened, or is something else: opening a pipe would wait for a writer.
+    """
+    _check_kind(path, os.stat(path))  # before it is opened: that alone has effects on some devices
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
+    try:
+        _check_kind(path, os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_kind(path: str | Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_document(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is longer than ``max_bytes``.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"longer than {max_bytes >> 20} MiB")
+    return content
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> Any:
+    """The value of a JSON document.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not JSON (``NaN`` and ``Infinity`` are not), nested too deeply or too long.
+    """
+    content = read_document(path, max_bytes)
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is no number")
+
+
+def why(error: OSError | ValueError) -> str:
+    """What an error of this module says, without the path."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

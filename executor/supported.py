@@ -1,0 +1,30 @@
+"""Whether a model can be served, as far as its config.json tells: asked before its weights are downloaded. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from executor.base import ModelError
+from executor.models.registry import check_architecture
+from executor.quantization.base import quantization_name
+
+
+def check_supported(fields: Mapping[str, Any], quantization: str | None = None) -> None:
+    """Checks architecture and quantisation; everything else is found when the model is loaded.
+
+    Args:
+        fields: Of config.json, with the user's overrides.
+        quantization: ``--quantization``.
+
+    Raises:
+        ModelError: They are missing or not supported.
+    """
+    names = fields.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelError("architectures must be a list of at least one name")
+    check_architecture(names[0])
+    saved = fields.get("quantization_config")
+    if saved is not None and not isinstance(saved, dict):
+        raise ModelError("quantization_config must be an object")
+    quantization_name(quantization, saved)
