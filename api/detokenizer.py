@@ -16,7 +16,7 @@ from functools import lru_cache
 from os.path import commonprefix
 from typing import Final, Protocol
 
-from api.tokenizer import Tokenizer
+from api.tokenizer import Tokenizer, guarded
 
 _REPLACEMENT: Final = "\ufffd"
 _REPLACEMENT_BYTES: Final = _REPLACEMENT.encode()
@@ -338,7 +338,7 @@ class _WindowDecoder:
 
     def _decode(self, token_ids: list[int]) -> str:
         # What is to be left out never gets here.
-        return self._backend.decode(token_ids, skip_special_tokens=False)
+        return guarded(self._backend.decode, token_ids, skip_special_tokens=False)
 
     def _move_context(self, text: str) -> None:
         """All ids are out; keep the fewest that still have text of their own."""

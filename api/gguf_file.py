@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 
 from api.errors import ModelFileError
 from engine_core.config import GGUFHeader, GGUFTensor
+from engine_core.launch import open_regular
 
 GGML_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4),
@@ -104,7 +105,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         ModelFileError: The file cannot be read, is damaged or is of an unsupported version.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < _FIXED_HEADER_BYTES:
                 raise ModelFileError(path, f"not a GGUF file: only {size} bytes")

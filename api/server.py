@@ -256,7 +256,10 @@ class _Run:
 
     async def serve(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the server outlives its terminal
+            signals.append(signal.SIGHUP)
+        for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             server = _HttpServer(_uvicorn_config(self._config, self._app))

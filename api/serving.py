@@ -134,7 +134,7 @@ class Serving:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
-            raise RequestError(f"the prompt is no text: {error}", "prompt") from error
+            raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
 
     def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
         """Ids of those texts that are special tokens here."""

@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 
+from api.socket_dir import SocketDir
 from engine_core.config import EngineConfig
 from engine_core.launch import ChildProcess, EngineCoreLaunch, LastWork, launch_engine_core, read_flight_record
-
-MAX_SOCKET_PATH = 100
-"""Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
 
 
 class Supervisor:
@@ -33,7 +29,8 @@ class Supervisor:
         self._child: ChildProcess | None = None
         self._record_path = ""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.ipc_dir = _make_ipc_dir()
+        self._socket_dir = SocketDir()
+        self.ipc_dir = self._socket_dir.path
         self.address = f"ipc://{self.ipc_dir}/api"
 
     @property
@@ -90,18 +87,9 @@ class Supervisor:
                 await asyncio.wait_for(ended, timeout)
             self._loop.remove_reader(child.fileno())
             child.kill()
-        shutil.rmtree(self.ipc_dir, ignore_errors=True)
+        self._socket_dir.close()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _make_ipc_dir() -> str:
-    """A directory that only this user can enter, with a path short enough for sockets."""
-    path = tempfile.mkdtemp(prefix="octavo-")
-    if len(path) > MAX_SOCKET_PATH - 20:
-        os.rmdir(path)
-        path = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
-    return path

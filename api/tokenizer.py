@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken
@@ -22,6 +22,11 @@ from tokenizers import AddedToken
 from api.errors import ModelFileError
 from api.gguf_file import GGUFFile
 from api.gguf_tokenizer import convert_gguf_tokenizer
+from api.tokenizer_check import check_tokenizer_file
+from engine_core.launch import read_document, read_json, why
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAMED_SPECIAL_TOKENS: Final = (
     "bos_token",
@@ -151,21 +156,28 @@ class Tokenizer:
         config = _read_json(folder / _CONFIG_FILE)
         if not (folder / _TOKENIZER_FILE).is_file():
             return _convert_slow_tokenizer(folder, _chat_template(folder, config))
+        check_tokenizer_file(folder / _TOKENIZER_FILE, config)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
+            backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
         except Exception as error:  # the Rust library raises nothing more precise
             raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
         try:
-            special_tokens_map = _add_special_tokens(backend, config, _read_json(folder / "special_tokens_map.json"))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            more = _read_json(folder / "special_tokens_map.json")
+            special_tokens_map = guarded(_add_special_tokens, backend, config, more)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise ModelFileError(folder / _CONFIG_FILE, f"special tokens: {error!r}") from error
-        return cls(
-            backend,
-            special_tokens_map=special_tokens_map,
-            eos_token_ids=_generation_eos_token_ids(folder),
-            chat_template=_chat_template(folder, config),
-            model_max_length=_model_max_length(config.get("model_max_length")),
-        )
+        eos_token_ids = _generation_eos_token_ids(folder)
+        chat_template = _chat_template(folder, config)
+        try:
+            return cls(
+                backend,
+                special_tokens_map=special_tokens_map,
+                eos_token_ids=eos_token_ids,
+                chat_template=chat_template,
+                model_max_length=_model_max_length(config.get("model_max_length")),
+            )
+        except ValueError as error:
+            raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -186,7 +198,7 @@ class Tokenizer:
         """Token ids of a text.
 
         Raises:
-            ValueError: The text holds a lone surrogate.
+            ValueError: The text holds a lone surrogate, or is one on which the tokenizer's patterns give up.
         """
         return self.encode_batch([text], add_special_tokens)[0]
 
@@ -194,30 +206,30 @@ class Tokenizer:
         """Token ids of several texts, computed in parallel.
 
         Raises:
-            ValueError: A text holds a lone surrogate.
+            ValueError: As for ``encode``.
         """
         for text in texts:
             _check_unicode(text)
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        encodings = guarded(self.backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int]]:
         """Where each token of a text begins and ends in it, in characters; (0, 0) for one that was added to it.
 
         Raises:
-            ValueError: The text holds a lone surrogate.
+            ValueError: As for ``encode``.
         """
         _check_unicode(text)
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).offsets)
+        return list(guarded(self.backend.encode, text, add_special_tokens=add_special_tokens).offsets)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; unknown ids are left out.
 
         Raises:
-            ValueError: An id is negative or larger than any vocabulary.
+            ValueError: An id is negative or larger than any vocabulary, or the decoder gives up.
         """
         try:
-            return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            return guarded(self.backend.decode, token_ids, skip_special_tokens=skip_special_tokens)
         except OverflowError:
             raise ValueError("a token id is negative or too large") from None
 
@@ -275,7 +287,7 @@ class Tokenizer:
         # A token once added as special stays so for the backend, whatever its entry says later.
         if token.special:
             return True
-        return bool(self.backend.decode([token_id], False)) and not self.backend.decode([token_id], True)
+        return bool(self.decode([token_id], False)) and not self.decode([token_id], True)
 
 
 class _TokenBytes(dict[int, bytes]):
@@ -302,13 +314,13 @@ class _TokenBytes(dict[int, bytes]):
         return value
 
     def _decode_after_another(self, token_id: int) -> bytes:
-        backend = self._tokenizer.backend
+        decode = self._tokenizer.decode
         if self._anchor is None:
             ids = range(self._tokenizer.vocab_size)
-            self._anchor = next((i for i in ids if backend.decode([i], False).isalnum()), token_id)
-        before = backend.decode([self._anchor], False)
-        both = backend.decode([self._anchor, token_id], False)
-        return (both[len(before) :] if both.startswith(before) else backend.decode([token_id], False)).encode()
+            self._anchor = next((i for i in ids if decode([i], False).isalnum()), token_id)
+        before = decode([self._anchor], False)
+        both = decode([self._anchor, token_id], False)
+        return (both[len(before) :] if both.startswith(before) else decode([token_id], False)).encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -327,6 +339,20 @@ def byte_level_bytes(token: str) -> bytes:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:  # an added token, which is plain text
         return token.encode()
+
+
+def guarded(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Calls the Rust library. Its panics are no ``Exception``: they would pass every handler and end a thread.
+
+    Raises:
+        ValueError: It panicked, as it does when a regular expression takes too many steps on a text.
+    """
+    try:
+        return function(*args, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # each extension has a class of its own, which has no module
+            raise
+        raise ValueError(f"the tokenizer gave up: {error}") from None
 
 
 def _check_unicode(text: str) -> None:
@@ -361,11 +387,11 @@ def _steps(state: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(path, f"cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ModelFileError(path, f"cannot be read: {why(error)}") from error
     if not isinstance(value, dict):
         raise ModelFileError(path, "is not a JSON object")
     return value
@@ -419,7 +445,7 @@ def _generation_eos_token_ids(folder: Path) -> list[int]:
         nested = text_config.get("eos_token_id") if isinstance(text_config, dict) else None
         value = config.get("eos_token_id", nested)
         ids = value if isinstance(value, list) else [value]
-        found = [item for item in ids if isinstance(item, int) and item >= 0]
+        found = [item for item in ids if isinstance(item, int) and 0 <= item < 1 << 31]
         if found:
             return found
     return []
@@ -430,11 +456,11 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     found: dict[str, str] = {}
     try:
         if (folder / "chat_template.jinja").is_file():
-            found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            found["default"] = read_document(folder / "chat_template.jinja").decode()
         for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-            found[file.stem] = file.read_text(encoding="utf-8")
+            found[file.stem] = read_document(file).decode()
     except (OSError, ValueError) as error:
-        raise ModelFileError(folder, f"chat template cannot be read: {error}") from error
+        raise ModelFileError(folder, f"chat template cannot be read: {why(error)}") from error
     if not found:
         entry = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
         if isinstance(entry, str):
@@ -457,6 +483,9 @@ def _convert_slow_tokenizer(folder: Path, chat_template: str | dict[str, str] | 
     if not any(next(folder.glob(pattern), None) for pattern in _OLDER_VOCABULARIES):
         # transformers would make up a tokenizer with an empty vocabulary.
         raise ModelFileError(folder, f"no {_TOKENIZER_FILE} and no vocabulary of an older kind")
+    for file in folder.iterdir():  # transformers opens them by their names
+        if not file.is_file() and not file.is_dir():
+            raise ModelFileError(file, "not a regular file")
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
