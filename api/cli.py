@@ -186,7 +186,9 @@ def _with_model(
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"octavo: {message}", file=sys.stderr)
+    from engine_core.launch import printable
+
+    print(f"octavo: {printable(message)}", file=sys.stderr)
     return code
 
 

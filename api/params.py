@@ -484,7 +484,10 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple
         return ()
     assert tokenizer is not None
     texts = [text for word in words for text in (word.lstrip(), " " + word.lstrip())]
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    try:
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except ValueError as error:
+        raise RequestError(f"a word of bad_words cannot be tokenized: {error}", "bad_words") from error
     found: dict[tuple[int, ...], None] = {tuple(ids): None for ids in encoded if ids}
     if sum(map(len, found)) > MAX_BAD_WORD_TOKENS:
         raise RequestError(f"bad_words are longer than {MAX_BAD_WORD_TOKENS} tokens together", "bad_words")
