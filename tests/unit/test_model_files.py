@@ -92,8 +92,8 @@ class Hub:
         """``find_model`` in a process of its own: the package reads its endpoint when it is imported."""
         code = (
             "import sys; from api.cli import resolve, serve_parser; from api.model_files import find_model\n"
-            "given = vars(serve_parser().parse_args(sys.argv[1:]))\n"
-            "try: print(find_model(resolve(given, {})).path)\n"
+            "given = serve_parser().parse(sys.argv[1:])\n"
+            "try: print(find_model(resolve(given, {})[0]).path)\n"
             "except Exception as error: sys.exit(f'{type(error).__name__}: {error}')"
         )
         environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
@@ -180,7 +180,7 @@ def test_a_model_without_configuration(hub: Hub, tmp_path: Path) -> None:
 
 
 def find(model: Path | str = "", **options: Any) -> ModelFiles:
-    return find_model(resolve({"model": str(model), **options}, {}))
+    return find_model(resolve({"model": str(model), **options}, {})[0])
 
 
 def refusal(model: Path | str, **options: Any) -> str:
