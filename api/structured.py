@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from api.errors import RequestError
+from api.regex_dialect import translate
 from api.tokenizer import Tokenizer
 from engine_core.messages import GrammarSpec, SetVocabulary
 
@@ -22,6 +23,22 @@ MAX_MULTIPLE = 1000
 """Largest ``multipleOf`` without its decimal point: the automaton that divides has as many states."""
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+_FORMATS = frozenset(
+    (
+        "date-time",
+        "time",
+        "date",
+        "duration",
+        "email",
+        "hostname",
+        "ipv4",
+        "ipv6",
+        "uuid",
+        "uri",
+    )
+)
+"""Formats of strings that the engine keeps to."""
 
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -60,6 +77,8 @@ def grammar_spec(params: StructuredOutputsParams, name: str = "structured_output
         text = (params.regex if kind == "regex" else params.grammar) or ""
         if not text:
             raise RequestError(f"{name} has an empty {kind}", name)
+        if kind == "regex":
+            text = translate(text)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -88,14 +107,41 @@ def _schema_text(params: StructuredOutputsParams, name: str) -> str:
         raise RequestError(f"{name} is the schema false, which allows nothing", name)
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise RequestError(f"{name} must not be nested more than {MAX_SCHEMA_DEPTH} deep", name)
+    schema = json.loads(json.dumps(schema))
     for part in _subschemas(schema):
         _check_multiple(part.get("multipleOf"), name)
-    if params.disable_additional_properties:
-        schema = json.loads(json.dumps(schema))
-        for part in _subschemas(schema):
-            if "properties" in part and "patternProperties" not in part:
-                part.setdefault("additionalProperties", False)
+        if params.disable_additional_properties and "properties" in part and "patternProperties" not in part:
+            part.setdefault("additionalProperties", False)
+        _check_min_properties(part, name)
+        _put_into_engines_terms(part)
     return json.dumps(schema, ensure_ascii=False)
+
+
+def _check_min_properties(schema: dict[str, Any], name: str) -> None:
+    """Refuses a number of properties that the same name, written several times, would make up."""
+    least = schema.get("minProperties")
+    required = schema.get("required")
+    num_required = len(set(required)) if isinstance(required, list) else 0
+    has_free_names = schema.get("additionalProperties") is not False or "patternProperties" in schema
+    if isinstance(least, int) and has_free_names and least > num_required + 1:
+        raise RequestError(
+            f"{name} has minProperties {least} where names are free, which cannot be promised: a name may come twice; "
+            "name the properties under required, or leave minProperties out and check the answer",
+            name,
+        )
+
+
+def _put_into_engines_terms(schema: dict[str, Any]) -> None:
+    """Takes out annotations that the engine takes for unknown constraints, and translates patterns."""
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
+        del schema["format"]  # an annotation, as the standard has it (2020-12 Validation, 7.2.3)
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = translate(schema["pattern"])
+    by_pattern = schema.get("patternProperties")
+    if isinstance(by_pattern, dict):
+        schema["patternProperties"] = {translate(pattern): part for pattern, part in by_pattern.items()}
 
 
 def _check_multiple(value: Any, name: str) -> None:

@@ -34,8 +34,12 @@ _PLAIN = bytes(
     dict.fromkeys(b'":,0123456789abcdefghijklmnopqrstuvwxyz' + bytes(range(0x21, 0x7F)) + b" \n\t\r")
 ).replace(b"\\", b"")
 """Bytes by how soon they may lead to an end."""
-_OTHERS = bytes(range(0x80, 256)) + b"\\"
-"""They begin or continue something longer: for where no other byte is allowed."""
+_OTHERS = b"\\" + bytes(range(0x80, 256))
+"""They begin or continue something longer: for where no other byte leads on."""
+
+
+_ESCAPES = b'\\"/bfnrtu'
+"""What may follow a backslash, the shortest first."""
 
 
 class _Tokens:
@@ -63,8 +67,10 @@ class ClosingPaths:
         self._closers = self._usable(tokens.get(byte) for byte in _CLOSERS)
         self._quote, self._zero = ((self._usable([tokens.get(byte)]) or [-1])[0] for byte in b'"0')
         self._letter = tokens.get(ord("x"), -1)
+        self.backslash = tokens.get(ord("\\"), -1)
         self._plain = _Tokens(self._usable(tokens.get(byte) for byte in _PLAIN))
         self._others = _Tokens(self._usable(tokens.get(byte) for byte in _OTHERS))
+        self._escapes = _Tokens(self._usable(tokens.get(byte) for byte in _ESCAPES))
 
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
@@ -131,9 +137,11 @@ class ClosingPaths:
                 return self._zero
         return self._quote if has_quote else None
 
-    def candidates(self, mask: bytes) -> list[int]:
+    def candidates(self, mask: bytes, *, is_escaped: bool) -> list[int]:
         """Tokens to go on with otherwise, those that may lead to an end soon first."""
-        return self._plain.allowed(mask) or self._others.allowed(mask)
+        if is_escaped:
+            return self._escapes.allowed(mask) or self._plain.allowed(mask)
+        return self._plain.allowed(mask) + self._others.allowed(mask)
 
     def forced(self, probe: LLMatcher) -> list[int]:
         """Tokens of the text that must come next, if there is any."""
@@ -156,26 +164,32 @@ class _Search:
         self._state = 0
         self._num_shortcuts = 0
         """How many were taken one after another."""
+        self._is_escaped = False
+        """A backslash came before: a quote would be part of the text, and end nothing."""
 
     def advance(self) -> list[int] | None:
         """Goes on by a token or more."""
         paths, probe = self._paths, self.probe
         tokens = paths.forced(probe)
         if not tokens:
-            token = paths.shortcut(probe, is_patient=self._num_shortcuts < MAX_SHORTCUTS)
+            token = None
+            if not self._is_escaped:
+                token = paths.shortcut(probe, is_patient=self._num_shortcuts < MAX_SHORTCUTS)
             if token is not None:
                 self._num_shortcuts += 1
                 tokens = [token]
             else:
                 mask = probe.compute_bitmask()
-                candidates = paths.candidates(mask)
+                candidates = paths.candidates(mask, is_escaped=self._is_escaped)
                 if not candidates:
                     return None
                 self._num_shortcuts = 0
                 self._state = hash(mask)
                 self._seen.add(self._state)
                 token = self.pick(candidates)
+                self._is_escaped = token == paths.backslash and not self._is_escaped
                 return [token] if probe.consume_token(token) else None
+        self._is_escaped = False
         self._seen.clear()  # what follows is another text or number
         self._dull.clear()
         self._ways.clear()

@@ -223,3 +223,13 @@ def test_errors_say_what_is_wrong_with_a_schema(schema: Any, expected: str) -> N
     with pytest.raises(GrammarError) as caught:
         compile_grammar(schema_spec(schema), Vocabulary(VOCABULARY, VOCAB_SIZE))
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ['"', r"\\", r"\n", r"^[\\\"]{3}$", "\t"])
+def test_patterns_that_need_an_escape(pattern: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    with Engine() as engine:
+        engine.add(1, schema_spec(schema), 60)
+        engine.run()
+        assert engine.reasons[1] in (FinishReason.STOP, FinishReason.LENGTH), engine.errors[1]
+        check_valid(engine.text(1), schema)
