@@ -12,19 +12,22 @@ from starlette.responses import Response
 
 from api.openai.errors import OPENAI_ERRORS, ErrorShape
 from api.openai.protocol import ChatTool
+from api.openapi_fields import describe_fields
 from api.version import VERSION
 
 ERRORS = {
     400: "The request cannot be served as it is.",
     401: "No valid API key.",
+    403: "The server does not answer to the name in Host; see --allowed-hosts.",
     404: "There is no such model.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     422: "The request made the engine fail and is refused for a while.",
     429: "Too many requests are waiting.",
     500: "The server is at fault.",
     503: "The server is busy or about to stop.",
 }
-_WITH_BODY_ONLY = (400, 413, 422)
+_WITH_BODY_ONLY = (400, 408, 413, 422)
 _REF = "#/components/schemas/{name}"
 _KEY = "apiKey"
 Schemas: TypeAlias = dict[Any, dict[str, Any]]
@@ -79,6 +82,7 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     }
     types[ChatTool] = None  # requests refer to it, though they keep tools as they came
     schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
+    describe_fields(components)
     by_type: Schemas = dict(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:

@@ -4,6 +4,7 @@ import { address, getJson } from "./api.js";
 import { byId, copyButton, element, icon, offerFile } from "./dom.js";
 import { setUpHeader } from "./header.js";
 import { Schemas } from "./schema.js";
+import { tryIt } from "./try-it.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const SAMPLES = {
@@ -17,6 +18,8 @@ const SAMPLES = {
   text_2: "Another text",
 };
 /** Values for the examples, by name of the field. */
+const BOUNDS = ["max_completion_tokens", "max_output_tokens", "max_tokens"];
+const MAX_TOKENS = 64;
 
 setUpHeader();
 load();
@@ -25,7 +28,9 @@ async function load() {
   const place = byId("operations");
   place.replaceChildren(element("p", { class: "quiet" }, "Loading"));
   try {
-    show(await getJson("openapi.json"));
+    const document_ = await getJson("openapi.json");
+    const models = await getJson("v1/models", { quiet: true }).catch(() => null);
+    show(document_, models?.data?.[0]?.id ?? "model");
   } catch (error) {
     const again = element("button", { type: "button", class: "button small", click: load }, "Try again");
     const box = element(
@@ -39,7 +44,8 @@ async function load() {
   }
 }
 
-function show(document_) {
+function show(document_, model) {
+  SAMPLES.model = model;
   const schemas = new Schemas(document_);
   const operations = [];
   for (const [path, methods] of Object.entries(document_.paths ?? {})) {
@@ -85,14 +91,17 @@ function methodTag(method) {
 function section(operation, schemas) {
   const { path, method, summary, description, parameters = [], requestBody, responses = {}, security } = operation;
   const needsKey = (security ?? []).length > 0;
-  const body = Object.values(requestBody?.content ?? {})[0]?.schema;
+  const content = Object.values(requestBody?.content ?? {})[0];
+  const body = content?.schema;
+  const sample = body === undefined ? null : (content.example ?? exampleBody(body, schemas));
   return element(
     "section",
     { class: "operation", id: idOf(operation), "aria-labelledby": `${idOf(operation)}-title` },
     element("h2", { id: `${idOf(operation)}-title` }, methodTag(method), " ", element("code", {}, path)),
     element("p", { class: "summary" }, summary ?? "", needsKey ? keyTag() : null),
     description && description !== summary ? element("p", { class: "quiet" }, description) : null,
-    part("Example", example(operation, body, needsKey, schemas)),
+    part("Example", example(operation, sample, needsKey)),
+    tryIt(operation, parameters, sample),
     parameters.length > 0 ? part("Parameters", parameterList(parameters, schemas)) : null,
     body === undefined ? null : part("Body", schemas.fields(body), schemas.resolve(body).description),
     part("Answers", answers(responses, schemas)),
@@ -118,13 +127,13 @@ function parameterList(parameters, schemas) {
   return schemas.fields({ properties, required });
 }
 
-function example({ path, method }, body, needsKey, schemas) {
+function example({ path, method }, body, needsKey) {
   const lines = [`curl ${quoted(decodeURI(address(path.slice(1))))}`];
   if (method !== "get") lines[0] += ` -X ${method.toUpperCase()}`;
   if (needsKey) lines.push('-H "Authorization: Bearer $OCTAVO_API_KEY"');
-  if (body !== undefined) {
+  if (body !== null) {
     lines[0] = lines[0].replace(" -X POST", "");
-    lines.push('-H "Content-Type: application/json"', `-d ${quoted(JSON.stringify(exampleBody(body, schemas)))}`);
+    lines.push('-H "Content-Type: application/json"', `-d ${quoted(JSON.stringify(body))}`);
   }
   const text = lines.join(" \\\n  ");
   return element(
@@ -140,12 +149,16 @@ function example({ path, method }, body, needsKey, schemas) {
   );
 }
 
-/** What is required; if nothing is, the first field that there is a good value for. */
+/** What is required; if nothing is, the first field that there is a good value for. Answers are short. */
 function exampleBody(body, schemas) {
-  const value = schemas.example(body, SAMPLES);
-  if (Object.keys(value ?? {}).length > 0) return value;
-  const name = Object.keys(schemas.resolve(body).properties ?? {}).find((field) => field in SAMPLES);
-  return name === undefined ? {} : { [name]: SAMPLES[name] };
+  const names = Object.keys(schemas.resolve(body).properties ?? {});
+  let value = schemas.example(body, SAMPLES) ?? {};
+  if (Object.keys(value).length === 0) {
+    const name = names.find((field) => field !== "model" && field in SAMPLES);
+    value = name === undefined ? {} : { [name]: SAMPLES[name] };
+  }
+  const bound = BOUNDS.find((field) => names.includes(field));
+  return bound === undefined ? value : { ...value, [bound]: MAX_TOKENS };
 }
 
 /** A word of a shell command: safe in single quotes, whatever is in it. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -135,3 +136,38 @@ def test_docs(page: Browser, server: Server) -> None:
     assert "Authorization: Bearer" in example
     page.all("#post-v1-chat-completions details.field summary")[0].click()
     assert "role" in page.text("#post-v1-chat-completions details.field[open] .fields")
+
+
+def test_every_endpoint_can_be_tried(page: Browser, server: Server) -> None:
+    """As the page offers it, each request is a good one."""
+    page.open(f"{server.url}/docs")
+    page.find("#key-input").send_keys(KEY, Keys.ENTER)
+    page.wait(lambda: page.all(".operation"))
+    assert len(page.all(".operation > .try-it")) == len(page.all(".operation"))
+    page.run("for (const node of document.querySelectorAll('.try-it')) node.open = true")
+    names = page.run(
+        """
+        const nodes = [...document.querySelectorAll(".operation")].filter((node) => !node.querySelector("input"));
+        return nodes.map((node) => {
+          node.querySelector(".try-it button[type=submit]").click();
+          return node.id;
+        });
+        """
+    )
+    assert len(names) > 10
+    status = "return document.querySelector(`#${arguments[0]} .try-status`).textContent"
+    page.wait(lambda: all(re.match(r"\d+ [^,]*, [^,]*(?<!so far)$", page.run(status, name)) for name in names))
+    answers = {name: page.run(status, name) for name in names}
+    assert not {name: answer for name, answer in answers.items() if not answer.startswith("200 OK, ")}
+    assert '"choices"' in page.text("#post-v1-chat-completions .try-output")
+    model = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}".encode()}).json()["data"][0]
+    field = page.find("#get-v1-models-model input")
+    field.send_keys(model["id"], Keys.ENTER)
+    page.wait(lambda: page.run(status, "get-v1-models-model").startswith("200 OK, "))
+    area = page.find("#post-v1-chat-completions textarea")
+    page.run("arguments[0].value = '{'", area)
+    page.run("arguments[0].closest('form').requestSubmit()", area)
+    assert page.run("return arguments[0].validationMessage", area).startswith("This is not valid JSON")
+    if (folder := os.environ.get("OCTAVO_SCREENSHOTS")) is not None:
+        page.run("document.getElementById('post-v1-chat-completions').scrollIntoView()")
+        page.driver.save_screenshot(f"{folder}/docs.png")

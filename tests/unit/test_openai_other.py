@@ -171,15 +171,21 @@ async def test_the_openapi_document(api: Api) -> None:
         described = document["paths"][operation.path.replace(":path}", "}")][operation.method.lower()]
         assert ("requestBody" in described) == (operation.request is not None)
         statuses = set(described["responses"])
-        expected = {"200", "429", "500", "503"}
+        expected = {"200", "403", "429", "500", "503"}
         if operation.request is not None:
-            expected |= {"400", "404", "413", "422"}
+            expected |= {"400", "404", "408", "413", "422"}
         if "{" in operation.path:
             expected |= {"404"}
         assert statuses == expected
         assert "security" not in described
     references = set(re.findall(r'"#/components/schemas/(\w+)"', (await api.get("/openapi.json")).text))
     assert references == set(document["components"]["schemas"])
+    fields = {
+        f"{kind}.{name}": field
+        for kind, schema in document["components"]["schemas"].items()
+        for name, field in schema.get("properties", {}).items()
+    }
+    assert not [name for name, field in fields.items() if not field.get("description", "").endswith(".")]
     guarded = Api(FakeServer(ServerConfig(api_key=["k"])))
     document = (await guarded.get("/openapi.json", headers={"Authorization": "Bearer k"})).json()
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
