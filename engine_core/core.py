@@ -153,8 +153,14 @@ class EngineCore:
             while self.exit_code is None:
                 self.step()
         finally:
-            self.executor.shutdown()
+            self.close()
         return self.exit_code
+
+    def close(self) -> None:
+        """Ends all child processes."""
+        if self._grammars is not None:
+            self._grammars.close()
+        self.executor.shutdown()
 
     def _start_workers(self) -> None:
         self.executor.start()

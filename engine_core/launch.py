@@ -14,6 +14,9 @@ from executor.log import get_logger, printable, setup_logging
 from executor.process import ChildProcess, child_command, child_environment
 from executor.supported import check_supported
 
+RUST_STACK_BYTES = 16 << 20
+"""Of threads that compute masks of grammars: as large as those have that compile them."""
+
 
 class EngineCoreLaunch(Config, frozen=True):
     """The start message of an engine core process."""
@@ -34,7 +37,7 @@ class EngineCoreLaunch(Config, frozen=True):
 
 def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
     """Starts ``engine_core/__main__.py``. It dies with the calling process, and with the thread that called."""
-    return ChildProcess("engine_core", msgspec.msgpack.encode(launch))
+    return ChildProcess("engine_core", msgspec.msgpack.encode(launch), {"RUST_MIN_STACK": str(RUST_STACK_BYTES)})
 
 
 def engine_identity(engine_epoch: int) -> bytes:

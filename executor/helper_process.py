@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from executor.helper import MAX_ERROR_CHARS, HelperLaunch, HelperLimits, HelperReply, HelperRequest
+from executor.helper import MAX_ERROR_CHARS, HelperLaunch, HelperLimits, HelperReply, HelperRequest, resident_bytes
 from executor.process import become_child, read_payload
 
 MAX_GROWTH = 48 << 20
@@ -41,7 +41,7 @@ def main() -> int:
     _set_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
     jobs: dict[str, Job] = {}
     _send(output, HelperReply())
-    base = _resident_bytes()
+    base = resident_bytes()
     while True:
         try:
             request = msgspec.msgpack.decode(read_payload(), type=HelperRequest)
@@ -49,13 +49,13 @@ def main() -> int:
             return 0
         if request.job not in jobs:
             jobs[request.job] = _resolve(launch.jobs[request.job])
-            base = max(base, _resident_bytes())
+            base = max(base, resident_bytes())
         reply = _run(jobs[request.job], request)
         if request.limits is None:
-            base = _resident_bytes()
-        elif _resident_bytes() - base > MAX_GROWTH:
+            base = resident_bytes()
+        elif resident_bytes() - base > MAX_GROWTH:
             ctypes.CDLL(None).malloc_trim(0)
-            reply = msgspec.structs.replace(reply, retires=_resident_bytes() - base > MAX_GROWTH)
+            reply = msgspec.structs.replace(reply, retires=resident_bytes() - base > MAX_GROWTH)
         _send(output, reply)
 
 
@@ -122,10 +122,6 @@ def _set_limit(kind: int, value: int) -> None:
 def _statm() -> list[bytes]:
     with open("/proc/self/statm", "rb") as file:
         return file.read().split()
-
-
-def _resident_bytes() -> int:
-    return int(_statm()[1]) * resource.getpagesize()
 
 
 def _send(output: int, reply: HelperReply) -> None:

@@ -137,7 +137,7 @@ class Engine:
         return text_of(self.tokens[index])
 
     def close(self) -> None:
-        self.executor.shutdown()
+        self.core.close()
 
     def __enter__(self) -> Engine:
         return self

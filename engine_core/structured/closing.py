@@ -9,11 +9,13 @@ opened. Paths are short, not always shortest.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine_core.structured.grammar import GrammarError
 from engine_core.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ FIRST_STEPS, FIRST_PROBES = 1 << 14, 20_000
 """Steps of the first search for a request and states looked at beside its way: beside the engine core's loop."""
 STEPS, PROBES = 512, 1000
 """Of later searches, which hold up the loop: some 10 ms at most."""
+FIRST_SECONDS, SECONDS = 2.0, 0.25
+"""CPU time after which a request is ended, far more than the bounds above leave to ordinary grammars: a hostile one may
+make each state cost what llguidance allows. It ends the request, since tokens must not depend on time."""
 MAX_BYTES_PER_TOKEN = 4
 """By how much a path may become shorter when its text is spelt anew."""
 MAX_SHORTCUTS = 256
@@ -86,10 +91,14 @@ class ClosingPaths:
 
         Returns:
             None: there is none, or it was not found.
+
+        Raises:
+            GrammarError: The search takes too long.
         """
         end = self._vocabulary.end_token
         hint = [*known, end]
-        search = _Search(self, matcher.deep_copy(), FIRST_PROBES if is_first else PROBES)
+        limits = (FIRST_PROBES, FIRST_SECONDS) if is_first else (PROBES, SECONDS)
+        search = _Search(self, matcher.deep_copy(), *limits)
         path: list[int] = []
         for _ in range(FIRST_STEPS if is_first else STEPS):
             probe = search.probe
@@ -152,8 +161,9 @@ class ClosingPaths:
 class _Search:
     """One search: the state it has come to, and those it has seen."""
 
-    def __init__(self, paths: ClosingPaths, probe: LLMatcher, max_probes: int) -> None:
+    def __init__(self, paths: ClosingPaths, probe: LLMatcher, max_probes: int, max_seconds: float) -> None:
         self.probe = probe
+        self._end = time.thread_time() + max_seconds
         self._num_probes_left = max_probes
         self._paths = paths
         self._seen: set[int] = set()
@@ -169,6 +179,7 @@ class _Search:
 
     def advance(self) -> list[int] | None:
         """Goes on by a token or more."""
+        self._check_time()
         paths, probe = self._paths, self.probe
         tokens = paths.forced(probe)
         if not tokens:
@@ -205,6 +216,7 @@ class _Search:
             self._num_probes_left -= 1
             if self._num_probes_left < 0:
                 break
+            self._check_time()
             trial = self.probe.deep_copy()
             if not trial.consume_token(token):
                 continue
@@ -221,3 +233,7 @@ class _Search:
             return token
         self._dull.add(state)
         return candidates[0]
+
+    def _check_time(self) -> None:
+        if time.thread_time() > self._end:
+            raise GrammarError("takes too long to find out how an output can be completed; simplify it")

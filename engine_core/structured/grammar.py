@@ -48,8 +48,13 @@ def parser_limits() -> LLParserLimits:
     )
 
 
-def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary) -> LLMatcher:
+def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, text: str = "") -> LLMatcher:
     """A matcher at the start of its grammar, to be copied for each request.
+
+    Args:
+        spec: What was asked for.
+        vocabulary: Its tokens.
+        text: What ``grammar_text`` makes of it, if that is known.
 
     Raises:
         GrammarError: The grammar is malformed, uses what is not supported, or is too large.
@@ -58,7 +63,7 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary) -> LLMatcher:
 
     if len(spec.text.encode()) > MAX_GRAMMAR_BYTES:
         raise GrammarError(f"is longer than {MAX_GRAMMAR_BYTES} bytes")
-    matcher = LLMatcher(vocabulary.tokenizer, grammar_text(spec), log_level=0, limits=parser_limits())
+    matcher = LLMatcher(vocabulary.tokenizer, text or grammar_text(spec), log_level=0, limits=parser_limits())
     if matcher.is_error():
         raise GrammarError(_explained(short_error(matcher.get_error()), spec))
     return matcher

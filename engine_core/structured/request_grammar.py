@@ -100,7 +100,12 @@ class RequestGrammar:
         if not matcher.consume_token(token):
             self.error = short_error(matcher.get_error())
             return Verdict.FAILED
-        if self._paths is not None and not self._follow(token):
+        try:
+            follows = self._paths is None or self._follow(token)
+        except GrammarError as error:
+            self.error = str(error)
+            return Verdict.FAILED
+        if not follows:
             self.was_cut = True
             if not self._path:
                 return Verdict.COMPLETE
