@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-READY = re.compile(r"Serving \S+ at (http://\S+)/v1 ")
+READY = re.compile(r"Serving \S+ at (https?://\S+)/v1 ")
 START_TIMEOUT = 120
 
 
