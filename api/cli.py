@@ -21,6 +21,13 @@ EXIT_MODEL = 78
 """The model or its configuration is at fault (EX_CONFIG): starting again does not help."""
 
 
+BENCHES = """\
+usage: octavo bench serve [flags]                measure a running server under load
+       octavo bench latency [MODEL] [flags]      measure how long one batch takes, without a server
+       octavo bench throughput [MODEL] [flags]   measure many requests at once, without a server
+       octavo bench BENCHMARK --help             all flags of a benchmark"""
+
+
 @dataclass(frozen=True)
 class Command:
     """A word after ``octavo``."""
@@ -87,9 +94,42 @@ def complete(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """``octavo bench``."""
-    from api import bench as benches
+    word = arguments[0] if arguments else ""
+    if word == "serve":
+        from api.bench import serve as load
 
-    return benches.main(arguments)
+        return load.main(arguments[1:])
+    if word in ("latency", "throughput"):
+        return _offline_bench(word, arguments[1:])
+    if word in ("-h", "--help"):
+        print(BENCHES)
+        return 0
+    return _fail(f"{f'unknown benchmark {word!r}' if word else 'which benchmark?'}\n{BENCHES}", EXIT_USAGE)
+
+
+def _offline_bench(name: str, arguments: Sequence[str]) -> int:
+    from api.bench import latency, throughput
+    from api.errors import EngineDeadError, ModelFileError
+    from api.flags import ConfigError
+    from api.llm import LLM
+
+    module = latency if name == "latency" else throughput
+    parser = model_parser(f"octavo bench {name}", module.DESCRIPTION)
+    module.add_arguments(parser)
+    given = parser.parse(arguments)
+    settings = {field: given.pop(field) for field in module.Settings.__dataclass_fields__ if field in given}
+    try:
+        # What was computed for one batch must not speed up the next.
+        values = {"enable_prefix_caching": False, **option_values(given, os.environ)}
+        with LLM(**values) as llm:
+            module.run(llm, module.Settings(**settings))
+    except ModelFileError as error:
+        return _fail(str(error), EXIT_MODEL)
+    except EngineDeadError as error:
+        return _fail(str(error), error.exit_code)
+    except (ConfigError, ValueError) as error:  # requests that do not fit the model, too
+        return _fail(str(error), EXIT_USAGE)
+    return 0
 
 
 def collect_env(arguments: Sequence[str]) -> int:
@@ -205,7 +245,18 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[S
     Raises:
         ConfigError: A value is bad, or two contradict each other.
     """
-    from api.config import CONFIG_VARIABLE, from_environment, make_config
+    from api.config import make_config
+
+    return make_config(option_values(given, environment))
+
+
+def option_values(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Values by option name, from the same sources as ``resolve``.
+
+    Raises:
+        ConfigError: A value of the environment is bad, or the file or the model is.
+    """
+    from api.config import CONFIG_VARIABLE, from_environment
     from api.flags import ConfigError
 
     flags = dict(given)
@@ -214,7 +265,7 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[S
         raise ConfigError(f"two models are named: {tag} and --model {flags['model']}")
     file = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
     from_file = read_config_file(Path(file)) if file else {}
-    return make_config({**from_environment(environment), **from_file, **flags})
+    return {**from_environment(environment), **from_file, **flags}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -243,7 +294,7 @@ COMMANDS = {
     "chat": Command("chat [MODEL] [TEXT]", "talk to a model, on a running server or one of its own", chat),
     "complete": Command("complete [MODEL] [TEXT]", "let a model complete texts", complete),
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "answer an OpenAI batch file, without a server", batch),
-    "bench": Command("bench serve [flags]", "measure a running server under load", bench),
+    "bench": Command("bench BENCHMARK [flags]", "measure a server (serve) or a model (latency, throughput)", bench),
     "collect-env": Command("collect-env", "print what a bug report needs to say of this machine", collect_env),
 }
 """By the word that starts them."""

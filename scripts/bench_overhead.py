@@ -47,7 +47,8 @@ from processes import (
 )
 from simulate import format_steady, measure_steady
 
-from api.bench.serve import WORDS, compare, describe, format_comparison, format_distributions, run_loop
+from api.bench.figures import compare, describe, format_comparison, format_distributions
+from api.bench.serve import WORDS, run_loop
 from api.bench.sse_client import EventStream, HttpClient
 
 EVENT = b"data: {"

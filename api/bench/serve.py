@@ -18,22 +18,21 @@ tens of thousands of events a second; with uvloop, if it is there, it costs less
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
-import json
 import math
-import os
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
+from api.bench.datasets import Sample, plain, random_ids, read_samples, vary
+from api.bench.figures import describe
+from api.bench.options import Options, parse
 from api.bench.sse_client import MAX_ERROR_TEXT, EventStream, HttpClient, shorten
 
 try:
@@ -61,43 +60,6 @@ PROBE_WORDS = (12, 84)
 # -- prompts ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to send. Lengths are in tokens, times in seconds."""
-
-    base_url: str = "http://127.0.0.1:8000"
-    api_key: str | None = None
-    model: str = ""
-    """Default: the first that the server lists."""
-    endpoint: str = "completions"
-    """completions or chat."""
-    num_prompts: int = 200
-    max_concurrency: int | None = None
-    """Requests that are open at the same time at most. None: 32 in the closed loop, no bound in the open one."""
-    request_rate: float = math.inf
-    """Arrivals per second; infinite: the closed loop."""
-    input_len: int = 128
-    output_len: int = 128
-    range_ratio: float = 0.0
-    """Lengths are drawn evenly between (1 - r) and (1 + r) times the given ones."""
-    prefix_len: int = 0
-    """Tokens at the start that prompts share, beside ``input_len``."""
-    num_prefixes: int = 1
-    prompts: str = ""
-    """A JSONL file with a ``question``, ``prompt``, ``text`` or ``messages`` on each line."""
-    token_ids: bool = False
-    vocab_size: int = 32000
-    ignore_eos: bool = True
-    temperature: float = 0.0
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    warmup: int = 8
-    """Requests before the clock starts, with prompts of their own."""
-    seed: int = 0
-    timeout: float = 600.0
-    keep_text: bool = False
-    label: str = ""
-
-
 @dataclass(frozen=True)
 class TextLength:
     """How many tokens a text of words takes: ``offset + words * per_word``."""
@@ -119,12 +81,17 @@ class Workload:
         self._random = random.Random(seed)
         prefixes = random.Random(options.seed)  # those of the measured run, also while warming up
         self._prefixes = [self._make_prefix(prefixes) for _ in range(max(1, options.num_prefixes))]
-        self._lines = [json.loads(line) for line in _lines(options.prompts)] if options.prompts else []
+        is_file = options.dataset_name != "random"
+        self._samples = read_samples(options.dataset_name, options.dataset_path) if is_file else []
 
     def bodies(self, count: int) -> Iterator[dict[str, Any]]:
         """Request bodies."""
         for index in range(count):
-            yield self.body(self._prompt(index), self._vary(self._options.output_len))
+            if self._samples:
+                sample = self._samples[index % len(self._samples)]
+                yield self.body(sample.prompt, self._output_len(sample))
+            else:
+                yield self.body(self._prompt(), vary(self._random, self._options.output_len, self._options.range_ratio))
 
     def body(self, prompt: Any, max_tokens: int, *, stream: bool = True) -> dict[str, Any]:
         """A request body: ``prompt`` is text, token ids or chat messages."""
@@ -133,58 +100,39 @@ class Workload:
         if options.endpoint == "chat":
             body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         else:
-            body["prompt"] = prompt
+            body["prompt"] = plain(prompt)
         if options.ignore_eos:
             body["ignore_eos"] = True
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body | options.extra_body
 
-    def _vary(self, length: int) -> int:
-        ratio = self._options.range_ratio
-        return max(1, round(length * self._random.uniform(1 - ratio, 1 + ratio))) if ratio else length
+    def _output_len(self, sample: Sample) -> int:
+        """Tokens to ask for: the number that is given, else that of the file, else about those of its answer."""
+        length = self._options.dataset_output_len or sample.output_len
+        if length is None and sample.answer:
+            length = round(len(sample.answer.split()) * self._length.per_word)
+        return max(1, length or self._options.output_len)
 
-    def _prompt(self, index: int) -> Any:
+    def _prompt(self) -> Any:
         options = self._options
-        if self._lines:
-            return prompt_of(self._lines[index % len(self._lines)])
         prefix = self._random.choice(self._prefixes) if options.num_prefixes > 1 else self._prefixes[0]
-        count = self._vary(options.input_len)
+        count = vary(self._random, options.input_len, options.range_ratio)
         if options.token_ids:
-            return prefix + self._ids(self._random, count)
+            return [*prefix, *random_ids(self._random, count, options.vocab_size)]
         is_start = not prefix
-        return " ".join(prefix + self._words(self._random, self._length.words_for(count, is_start=is_start)))
+        return " ".join([*prefix, *self._words(self._random, self._length.words_for(count, is_start=is_start))])
 
-    def _make_prefix(self, source: random.Random) -> list[Any]:
+    def _make_prefix(self, source: random.Random) -> Sequence[Any]:
         count = self._options.prefix_len
         if not count:
             return []
         if self._options.token_ids:
-            return self._ids(source, count)
+            return random_ids(source, count, self._options.vocab_size)
         return self._words(source, self._length.words_for(count))
-
-    def _ids(self, source: random.Random, count: int) -> list[Any]:
-        low = min(256, self._options.vocab_size - 1)  # the lowest are special tokens in many vocabularies
-        return [source.randrange(low, self._options.vocab_size) for _ in range(count)]
 
     def _words(self, source: random.Random, count: int) -> list[Any]:
         return source.choices(WORDS, k=max(1, count))
-
-
-def _lines(path: str) -> list[str]:
-    return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def prompt_of(line: dict[str, Any]) -> Any:
-    """The prompt on a line of a JSONL file.
-
-    Raises:
-        ValueError: None of the known keys is there.
-    """
-    for key in ("question", "prompt", "text", "messages"):
-        if key in line:
-            return line[key]
-    raise ValueError(f"a line has none of question, prompt, text, messages: {str(line)[:80]}")
 
 
 async def measure_text_length(client: HttpClient, options: Options, model: str) -> TextLength:
@@ -194,17 +142,13 @@ async def measure_text_length(client: HttpClient, options: Options, model: str) 
     for num_words in PROBE_WORDS:
         words = (WORDS * (num_words // len(WORDS) + 1))[:num_words]
         body = workload.body(" ".join(words), 1, stream=False)
-        answer = await client.call("POST", _path(options), body)
+        answer = await client.call("POST", options.path, body)
         counts.append((answer.get("usage") or {}).get("prompt_tokens", 0))
     per_word = (counts[1] - counts[0]) / (PROBE_WORDS[1] - PROBE_WORDS[0])
     if per_word <= 0:
         print("the server does not say how long prompts are; counting a token per word", file=sys.stderr)
         return TextLength()
     return TextLength(per_word, max(0.0, counts[0] - per_word * PROBE_WORDS[0]))
-
-
-def _path(options: Options) -> str:
-    return "/v1/chat/completions" if options.endpoint == "chat" else "/v1/completions"
 
 
 # -- the run ---------------------------------------------------------------------------------------------------
@@ -272,9 +216,15 @@ class Result:
             "itl_ms": describe([itl * 1e3 for request in good for itl in request.itls]),
             "tpot_ms": describe([tpot * 1e3 for tpot in tpots]),
             "e2e_ms": describe([request.e2e * 1e3 for request in good]),
+            "goodput_requests_per_s": sum(map(self.is_good, good)) / seconds,
             "generator_cpu_share": self.cpu_seconds / seconds,
             "generator_us_per_event": self.cpu_seconds * 1e6 / num_events if num_events else 0.0,
         }
+
+    def is_good(self, request: RequestResult) -> bool:
+        """Whether a request that succeeded kept the bounds of ``--goodput``."""
+        found = {"ttft": request.ttft, "tpot": request.tpot or 0.0, "e2el": request.e2e}
+        return all(found[name] * 1e3 <= bound for name, bound in self.options.goodput.items())
 
     def errors(self) -> dict[str, int]:
         """Failures and how often each happened."""
@@ -333,7 +283,11 @@ class Generator:
         due = self._origin
         tasks = []
         for data in requests:
-            due += gaps.expovariate(request_rate)
+            shape = self._options.burstiness
+            is_poisson = shape == 1
+            due += (
+                gaps.expovariate(request_rate) if is_poisson else gaps.gammavariate(shape, 1 / (request_rate * shape))
+            )
             delay = due - time.perf_counter()
             if delay > 0:
                 await asyncio.sleep(delay)
@@ -377,12 +331,13 @@ async def run(options: Options) -> Result:
     Raises:
         OSError: The server cannot be reached or refused a request before the clock started.
     """
-    client = HttpClient(options.base_url, options.api_key, options.timeout)
+    client = HttpClient(options.base_url, options.api_key, options.timeout, insecure=options.insecure)
     try:
         model = options.model or (await client.call("GET", "/v1/models"))["data"][0]["id"]
-        needs_length = not options.token_ids and not options.prompts
+        # The answers in ShareGPT's file are texts, too.
+        needs_length = not options.token_ids and options.dataset_name != "custom"
         length = await measure_text_length(client, options, model) if needs_length else TextLength()
-        path = _path(options)
+        path = options.path
 
         def encode(seed: int, count: int) -> list[bytes]:
             workload = Workload(options, model, length, seed)
@@ -406,155 +361,22 @@ async def run(options: Options) -> Result:
 # -- figures ---------------------------------------------------------------------------------------------------
 
 
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which that share of sorted values lies, interpolated between neighbours."""
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def describe(values: Sequence[float]) -> dict[str, float]:
-    """Mean, percentiles and maximum; empty for no values."""
-    if not values:
-        return {}
-    ordered = sorted(values)
-    figures = {"mean": math.fsum(ordered) / len(ordered), "median": percentile(ordered, 50)}
-    figures |= {f"p{percent}": percentile(ordered, percent) for percent in (90, 95, 99)}
-    return figures | {"max": ordered[-1]}
-
-
-def flatten(figures: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested figures as one table: ``{"ttft_ms": {"p99": 3}}`` becomes ``{"ttft_ms.p99": 3}``."""
-    flat: dict[str, float] = {}
-    for key, value in figures.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[prefix + key] = value
-    return flat
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float, float, float]]:
-    """Figures that both runs have and that are not 0 in both: name, old, new, new divided by old (NaN if that is 0)."""
-    before, after = flatten(old), flatten(new)
-    return [
-        (key, before[key], after[key], after[key] / before[key] if before[key] else math.nan)
-        for key in after
-        if key in before and (before[key] or after[key])
-    ]
-
-
-def format_comparison(rows: Sequence[tuple[str, float, float, float]], old_name: str, new_name: str) -> str:
-    """The table that ``compare`` makes, as text."""
-    lines = [f"{'':28} {old_name[:14]:>14} {new_name[:14]:>14}    ratio"]
-    lines += [f"{key:28} {before:14.6g} {after:14.6g} {ratio:8.3f}" for key, before, after, ratio in rows]
-    return "\n".join(lines)
-
-
-def format_distributions(named: dict[str, dict[str, float]]) -> str:
-    """Distributions as a table, one a line."""
-    columns = ("mean", "median", "p90", "p95", "p99", "max")
-    lines = [f"{'':22}" + "".join(f"{column:>10}" for column in columns)]
-    for name, figures in named.items():
-        cells = "".join(f"{figures[column]:10.3f}" if figures else f"{'-':>10}" for column in columns)
-        lines.append(f"{name:22}{cells}")
-    return "\n".join(lines)
-
-
-def format_report(result: Result) -> str:
-    """What a person wants to know of a run."""
-    figures = result.summary()
-    lines = [
-        f"{result.options.label or result.model}: {figures['completed']} requests in {figures['duration_s']:.2f} s, "
-        f"{figures['failed']} failed, at most {figures['peak_concurrency']} at once",
-        f"requests/s {figures['requests_per_s']:.2f}   output tokens/s {figures['output_tokens_per_s']:.1f}   "
-        f"total tokens/s {figures['total_tokens_per_s']:.1f}",
-        f"prompt tokens {figures['prompt_tokens']} (mean {figures['mean_prompt_tokens']:.1f}, "
-        f"{figures['cached_tokens']} cached)   output tokens {figures['output_tokens']} in {figures['events']} events "
-        f"({figures['tokens_per_event']:.3f} per event)",
-        format_distributions(
-            {
-                "TTFT (ms)": figures["ttft_ms"],
-                "ITL (ms)": figures["itl_ms"],
-                "TPOT (ms)": figures["tpot_ms"],
-                "E2E (ms)": figures["e2e_ms"],
-            }
-        ),
-        f"generator: {figures['generator_cpu_share']:.0%} of a core, "
-        f"{figures['generator_us_per_event']:.1f} us per event",
-    ]
-    if figures["generator_cpu_share"] > 0.8:
-        lines.append("the generator itself was busy most of the time: the server may be faster than this shows")
-    lines += [f"failed {count} times: {error}" for error, count in result.errors().items()]
-    return "\n".join(lines)
-
-
 def run_loop(main: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine on uvloop where that is installed."""
     return asyncio.run(main) if uvloop is None else uvloop.run(main)
 
 
-def parse_options(arguments: argparse.Namespace) -> Options:
-    """Command line to options."""
-    values = {key: value for key, value in vars(arguments).items() if key in Options.__dataclass_fields__}
-    values["extra_body"] = json.loads(arguments.extra_body)
-    return Options(**values)
-
-
-def create_parser() -> argparse.ArgumentParser:
-    """The command line; each flag is a field of ``Options``."""
-    parser = argparse.ArgumentParser(
-        prog="octavo bench serve", description="Measure a running server that speaks OpenAI's protocol under load."
-    )
-    defaults = Options()
-    add = parser.add_argument
-    add("--base-url", default=defaults.base_url, help="server, such as http://127.0.0.1:8000")
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: OPENAI_API_KEY")
-    add("--model", default="", help="default: the first that the server lists")
-    add("--endpoint", choices=("completions", "chat"), default=defaults.endpoint)
-    add("--num-prompts", type=int, default=defaults.num_prompts, metavar="N", help="requests to measure")
-    add("--max-concurrency", type=int, metavar="N", help="open requests at most (closed loop: 32 if not given)")
-    add("--request-rate", type=float, default=math.inf, metavar="R", help="Poisson arrivals per second (open loop)")
-    add("--input-len", type=int, default=defaults.input_len, metavar="N", help="prompt tokens, about")
-    add("--output-len", type=int, default=defaults.output_len, metavar="N", help="output tokens, exactly")
-    add("--range-ratio", type=float, default=0.0, metavar="R", help="vary lengths evenly by this share")
-    add("--prefix-len", type=int, default=0, metavar="N", help="tokens that prompts share, beside --input-len")
-    add("--num-prefixes", type=int, default=1, metavar="N", help="different shared prefixes")
-    add("--prompts", default="", metavar="FILE", help="JSONL with question, prompt, text or messages on each line")
-    add("--token-ids", action="store_true", help="send random token ids instead of text (completions only)")
-    add("--vocab-size", type=int, default=defaults.vocab_size, metavar="N", help="bound of the random token ids")
-    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="fixed output length (an extension)")
-    add("--temperature", type=float, default=defaults.temperature)
-    add("--extra-body", default="{}", metavar="JSON", help="more fields of every request")
-    add("--warmup", type=int, default=defaults.warmup, metavar="N", help="requests before the clock starts")
-    add("--seed", type=int, default=0)
-    add("--timeout", type=float, default=defaults.timeout, metavar="SECONDS", help="for each request")
-    add("--label", default="", help="name of the run")
-    add("--json", metavar="FILE", help="write all figures there")
-    add("--compare", metavar="OLD.json", help="print ratios to an earlier run")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and compares. Returns the exit code."""
-    parser = create_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.token_ids and arguments.endpoint == "chat":
-        parser.error("--token-ids needs --endpoint completions")
-    options = parse_options(arguments)
+    from api.bench import report as reports  # which knows this module
+
+    options, output = parse(sys.argv[1:] if argv is None else argv)
     gc.freeze()
     try:
         result = run_loop(run(options))
-    except OSError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(reports.format_report(result))
+        reports.write(result, output)
+    except (OSError, ValueError) as error:
+        print(f"octavo: {error}", file=sys.stderr)
         return 1
-    print(format_report(result))
-    report = result.to_dict()
-    if arguments.compare:
-        old = json.loads(Path(arguments.compare).read_text())
-        rows = compare(old["summary"], report["summary"])
-        print(format_comparison(rows, old.get("label") or "old", options.label or "new"))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if report["summary"]["completed"] else 1
+    return 0 if result.summary()["completed"] else 1

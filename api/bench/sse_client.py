@@ -233,16 +233,22 @@ class HttpConnection(asyncio.Protocol):
 class HttpClient:
     """Keep-alive connections to one server."""
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout: float | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, timeout: float | None = None, *, insecure: bool = False
+    ) -> None:
         """Connects later.
 
         Args:
             base_url: Such as ``http://127.0.0.1:8000``; a path, without ``/v1``, goes before those of requests.
             api_key: Sent as a bearer token.
             timeout: Seconds that a request may take.
+            insecure: Trust any certificate.
         """
         url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
+        if self._ssl is not None and insecure:
+            self._ssl.check_hostname = False
+            self._ssl.verify_mode = ssl.CERT_NONE
         self._host = url.hostname or "127.0.0.1"
         self._port = url.port or (443 if self._ssl else 80)
         self._prefix = url.path.rstrip("/").removesuffix("/v1")

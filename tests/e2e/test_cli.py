@@ -154,6 +154,8 @@ def test_bench_serve_and_collect_env(tiny_model: Path) -> None:
     with Server("--model", str(tiny_model), "--kv-cache-memory", "16MiB") as server:
         flags = ["--num-prompts", "4", "--input-len", "8", "--output-len", "4", "--warmup", "1", "--token-ids"]
         result = run_cli("bench", "serve", "--base-url", server.url, "--vocab-size", "256", *flags)
+        again = run_cli("bench", "serve", "--port", server.url.rpartition(":")[2], "--vocab-size", "256", *flags)
+        assert again.returncode == 0, again.stderr
     assert result.returncode == 0, result.stderr
     assert "4 requests" in result.stdout and "TTFT (ms)" in result.stdout
     assert run_cli("bench").returncode == 2
@@ -163,4 +165,18 @@ def test_bench_serve_and_collect_env(tiny_model: Path) -> None:
         assert word in result.stdout
     assert "hidden" not in result.stdout and "error:" not in result.stdout
     overview = run_cli("--help").stdout
-    assert all(command in overview for command in ("run-batch", "bench serve", "collect-env"))
+    assert all(command in overview for command in ("run-batch", "bench", "collect-env"))
+
+
+def test_bench_without_a_server(tiny_model: Path, tmp_path: Path) -> None:
+    flags = [str(tiny_model), "--distributed-executor-backend", "simulated", "--input-len", "8", "--output-len", "4"]
+    figures = tmp_path / "figures.json"
+    result = run_cli("bench", "throughput", *flags, "--num-prompts", "5", "--output-json", str(figures))
+    assert result.returncode == 0, result.stderr
+    assert "Throughput: " in result.stdout and json.loads(figures.read_text())["total_num_tokens"] == 60
+    counts = ["--num-iters", "2", "--num-iters-warmup", "1", "--batch-size", "3", "--swap-space", "4"]
+    result = run_cli("bench", "latency", *flags, *counts)
+    assert result.returncode == 0, result.stderr
+    assert "Avg latency: " in result.stdout and "--swap-space 4" in result.stderr
+    result = run_cli("bench", "latency", str(tiny_model), "--enable-lora")
+    assert result.returncode == 2 and result.stderr.startswith("octavo: --enable-lora: adapters")

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from api.bench import datasets, figures, latency, report, sse_client, throughput
+from api.bench import options as bench_options
 from api.bench import serve as bench_serve
-from api.bench import sse_client
+from api.bench.options import Options
+from api.params import SamplingParams
+from api.tokenizer import Tokenizer
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
+from tests.fakes import tiny_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -176,7 +182,7 @@ async def answer_awkwardly(path: str, body: Any, writer: asyncio.StreamWriter) -
 
 async def test_a_run_over_an_awkward_server() -> None:
     async with toy_server(answer_awkwardly) as (toy, url):
-        options = bench_serve.Options(
+        options = Options(
             base_url=url, num_prompts=12, max_concurrency=3, input_len=20, output_len=8, prefix_len=10, keep_text=True
         )
         result = await bench_serve.run(options)
@@ -185,7 +191,7 @@ async def test_a_run_over_an_awkward_server() -> None:
     assert {request.text for request in result.requests} == {"".join(TEXTS)}
     assert summary["output_tokens"] == summary["events"] == 12 * len(TEXTS)
     assert summary["prompt_tokens"] == 12 * 5 and summary["cached_tokens"] == 12 * 2
-    assert summary["peak_concurrency"] == 3 and toy.num_connections <= bench_serve.Options().warmup + 3
+    assert summary["peak_concurrency"] == 3 and toy.num_connections <= Options().warmup + 3
     assert len(result.requests[0].itls) == len(TEXTS) - 1
     sent = [body for _, body in toy.requests if body and body.get("stream")]
     assert len(sent) == 20 and {body["max_tokens"] for body in sent} == {8}
@@ -195,12 +201,12 @@ async def test_a_run_over_an_awkward_server() -> None:
     assert len({tuple(words[:4]) for words in prompts}) == 1
     assert len({tuple(words) for words in prompts}) == 20
     json.dumps(result.to_dict(), allow_nan=False)
-    assert "12 requests" in bench_serve.format_report(result)
+    assert "12 requests" in report.format_report(result)
 
 
 async def test_open_loop_sends_by_the_clock() -> None:
     async with toy_server(answer_awkwardly) as (_, url):
-        options = bench_serve.Options(
+        options = Options(
             base_url=url, model="toy", token_ids=True, request_rate=200.0, num_prompts=10, warmup=0, output_len=8
         )
         result = await bench_serve.run(options)
@@ -219,13 +225,161 @@ async def test_failures_are_counted_by_their_reason() -> None:
 
     async with toy_server(answer) as (_, url):
         options = {"base_url": url, "model": "toy", "token_ids": True, "warmup": 0, "num_prompts": 4}
-        refused = await bench_serve.run(bench_serve.Options(input_len=3, **options))
-        broken = await bench_serve.run(bench_serve.Options(input_len=4, **options))
+        refused = await bench_serve.run(Options(input_len=3, **options))
+        broken = await bench_serve.run(Options(input_len=4, **options))
         with pytest.raises(OSError, match="warming up: status 503"):
-            await bench_serve.run(bench_serve.Options(input_len=3, **options | {"warmup": 1}))
+            await bench_serve.run(Options(input_len=3, **options | {"warmup": 1}))
     assert refused.errors() == {'status 503: {"error": "no place"}': 4}
     assert broken.errors() == {"ConnectionError: the server closed the connection": 4}
     assert refused.summary()["failed"] == broken.summary()["failed"] == 4
+
+
+# -- command lines of vLLM's benchmarks ------------------------------------------------------------------------
+
+
+def options_of(line: str) -> tuple[Options, bench_options.Output]:
+    return bench_options.parse(shlex.split(line))
+
+
+def test_flags_of_vllm_bench_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    options, output = options_of(
+        "--backend openai-chat --endpoint /v1/chat/completions --host ::1 --port 81 --model m/odel "
+        "--dataset-name random --random_input_len 9 --random-output-len=7 --random-range-ratio 0.5 "
+        "--random-prefix-len 3 --num-warmups 0 --request-rate inf --burstiness 0.5 --top-p 0.9 --top-k 5 "
+        "--temperature 0.3 --goodput ttft:500 e2el:9e3 --save-result --result-dir out --metadata a=b c=d "
+        "--percentile-metrics ttft,tpot --tokenizer t --disable-tqdm"
+    )
+    assert options.base_url == "http://[::1]:81" and options.endpoint == "chat" and options.model == "m/odel"
+    assert (options.input_len, options.output_len, options.range_ratio, options.prefix_len) == (9, 7, 0.5, 3)
+    assert options.warmup == 0 and options.burstiness == 0.5 and options.goodput == {"ttft": 500, "e2el": 9000}
+    assert options.extra_body == {"top_p": 0.9, "top_k": 5} and options.temperature == 0.3
+    assert output == bench_options.Output(save_result=True, result_dir="out", metadata=("a=b", "c=d"))
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split()[1] for note in notes] == ["--tokenizer", "--disable-tqdm", "--percentile-metrics"]
+    assert options_of("") == (Options(api_key=options_of("")[0].api_key), bench_options.Output())
+    assert options_of("--prompts x.jsonl --output-len 5")[0].dataset_output_len == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dataset-name sharegpt", "--dataset-name sharegpt needs --dataset-path"),
+        ("--dataset-name sonnet", "--dataset-name: invalid choice: 'sonnet'"),
+        ("--endpoint /v1/nope", "--endpoint /v1/nope: choose from /v1/completions"),
+        ("--goodput ttft", "--goodput ttft: expected ttft:MS"),
+        ("--token-ids --endpoint chat", "--token-ids needs --endpoint completions"),
+        ("--request-rate 0", "--request-rate and --burstiness must be greater than 0"),
+        ("--extra-body [", "--extra-body: a JSON object is expected"),
+        ("--num-promts 3", "unknown option --num-promts; did you mean --num-prompts?"),
+    ],
+)
+def test_mistakes_in_them(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        options_of(line)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+SHAREGPT = [
+    {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c d e f"}]},
+    {"conversations": [{"from": "human", "value": "alone"}]},
+    {"conversations": [{"from": "human", "value": "g"}, {"from": "gpt", "value": "h i"}, {"from": "human"}]},
+]
+
+
+def test_datasets(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    file.write_text(json.dumps(SHAREGPT))
+    assert datasets.read_samples("sharegpt", str(file)) == [
+        datasets.Sample("a b", answer="c d e f"),
+        datasets.Sample("g", answer="h i"),
+    ]
+    file.write_text('{"prompt": "x", "output_tokens": 3}\n\n{"messages": [{"role": "user", "content": "y"}]}\n')
+    first, second = datasets.read_samples("custom", str(file))
+    assert first == ("x", 3, "") and second.output_len is None and datasets.plain(second.prompt) == "y"
+    for kind, content, message in (
+        ("custom", "{}", "line 1: a line has none of"),
+        ("custom", "nonsense", "line 1: "),
+        ("custom", "", "no prompt in it"),
+        ("sharegpt", "{}", "a list of conversations is expected"),
+        ("sharegpt", "[]", "no prompt in it"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            datasets.read_samples(kind, str(file))
+
+
+async def test_a_run_of_sharegpt_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(SHAREGPT))
+    async with toy_server(answer_awkwardly) as (toy, url):
+        options = Options(
+            base_url=url, num_prompts=4, warmup=0, dataset_name="sharegpt", dataset_path=str(file), burstiness=0.5,
+            request_rate=500.0, goodput={"ttft": 1e6},
+        )  # fmt: skip
+        result = await bench_serve.run(options)
+    sent = [body for _, body in toy.requests if body and body.get("stream")]
+    # The server counts two tokens a word.
+    assert [(body["prompt"], body["max_tokens"]) for body in sent] == [("a b", 8), ("g", 4)] * 2
+    output = bench_options.Output(save_detailed=True, result_dir=str(tmp_path / "out"), metadata=("tag=x",))
+    report.write(result, output)
+    (written,) = (tmp_path / "out").iterdir()
+    content = json.loads(written.read_text())
+    assert content["completed"] == 4 and content["tag"] == "x" and len(content["ttfts"]) == 4
+    assert content["request_goodput"] == content["request_throughput"] > 0 and content["p99_tpot_ms"] >= 0
+    assert "within ttft 1e+06 ms" in report.format_report(result)
+
+
+class InstantEngine:
+    """Answers at once, with as many tokens as were asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Sequence[Any], Sequence[SamplingParams]]] = []
+
+    def get_tokenizer(self) -> Tokenizer:
+        return tiny_tokenizer()
+
+    def generate(self, prompts: Sequence[Any], params: Sequence[SamplingParams], *, use_tqdm: bool = True) -> list[Any]:
+        self.calls.append((prompts, params))
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"] if isinstance(prompt, dict) else [0] * 5,
+                outputs=[SimpleNamespace(token_ids=[0] * (wanted.max_tokens or 0))] * wanted.n,
+            )
+            for prompt, wanted in zip(prompts, params, strict=True)
+        ]
+
+
+def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = InstantEngine()
+    settings = latency.Settings(
+        input_len=5, output_len=7, batch_size=3, n=2, num_iters=4, num_iters_warmup=1, output_json=str(tmp_path / "x")
+    )
+    found = latency.run(engine, settings)
+    assert json.loads((tmp_path / "x").read_text()) == found and len(found["latencies"]) == 4
+    assert len(engine.calls) == 5 and all(len(prompts) == 3 for prompts, _ in engine.calls)
+    prompts = {tuple(prompt["prompt_token_ids"]) for prompts, _ in engine.calls for prompt in prompts}
+    assert len(prompts) > 1 and {len(prompt) for prompt in prompts} == {5}
+    assert {(params.n, params.max_tokens, params.ignore_eos) for _, every in engine.calls for params in every} == {
+        (2, 7, True)
+    }
+    assert "Avg latency: " in capsys.readouterr().out
+
+
+def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = InstantEngine()
+    settings = throughput.Settings(num_prompts=6, input_len=5, output_len=7, output_json=str(tmp_path / "x"))
+    found = throughput.run(engine, settings)
+    assert found["total_num_tokens"] == 6 * 12 and json.loads((tmp_path / "x").read_text()) == found
+    assert "Total num output tokens: 42" in capsys.readouterr().out
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(SHAREGPT))
+    throughput.run(engine, throughput.Settings(dataset_name="sharegpt", dataset_path=str(file), num_prompts=3))
+    prompts, params = engine.calls[-1]
+    assert prompts == ["a b", "g", "a b"] and all(1 <= (every.max_tokens or 0) <= 8 for every in params)
+    with pytest.raises(ValueError, match="needs --dataset-path"):
+        throughput.run(engine, throughput.Settings(dataset_name="custom"))
 
 
 # -- figures ---------------------------------------------------------------------------------------------------
@@ -233,20 +387,20 @@ async def test_failures_are_counted_by_their_reason() -> None:
 
 def test_distributions_agree_with_numpy() -> None:
     values = np.random.default_rng(0).exponential(1.0, 501).tolist()
-    figures = bench_serve.describe(values)
-    assert figures["mean"] == pytest.approx(np.mean(values)) and figures["max"] == max(values)
+    found = figures.describe(values)
+    assert found["mean"] == pytest.approx(np.mean(values)) and found["max"] == max(values)
     for name, percent in {"median": 50, "p90": 90, "p95": 95, "p99": 99}.items():
-        assert figures[name] == pytest.approx(np.percentile(values, percent))
-    assert bench_serve.describe([]) == {}
-    assert set(bench_serve.describe([3.0]).values()) == {3.0}
+        assert found[name] == pytest.approx(np.percentile(values, percent))
+    assert figures.describe([]) == {}
+    assert set(figures.describe([3.0]).values()) == {3.0}
 
 
 def test_comparison_has_what_both_runs_have() -> None:
     old = {"rate": 100, "ttft_ms": {"p99": 8.0}, "gone": 1, "failed": 0, "name": "a"}
     new = {"rate": 150, "ttft_ms": {"p99": 4.0}, "added": 2, "failed": 0, "name": "b"}
-    rows = bench_serve.compare(old, new)
+    rows = figures.compare(old, new)
     assert rows == [("rate", 100, 150, 1.5), ("ttft_ms.p99", 8.0, 4.0, 0.5)]
-    assert "1.500" in bench_serve.format_comparison(rows, "old", "new")
+    assert "1.500" in figures.format_comparison(rows, "old", "new")
 
 
 # -- the simulation --------------------------------------------------------------------------------------------
