@@ -552,7 +552,8 @@ class EngineClient:
         logger.error("the engine core ended with exit code %d; starting it again", code)
         try:
             self._launch()
-        except OSError as error:
+        except Exception as error:  # nobody would ever try again
+            logger.exception("the engine core cannot be started again")
             self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
 
     def _blame(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 
 from api.socket_dir import SocketDir
@@ -41,6 +42,8 @@ class Supervisor:
         """Starts the engine core."""
         worker_dir = f"{self.ipc_dir}/{engine_epoch}"
         os.mkdir(worker_dir, 0o700)
+        if self._record_path:  # what the engine core before left has been read
+            shutil.rmtree(os.path.dirname(self._record_path), ignore_errors=True)
         launch = EngineCoreLaunch(
             config=self._config,
             address=self.address,

@@ -8,7 +8,7 @@ SLOWER = 10.0
 """A step may take this many times as long as predicted."""
 NEW_WORKER_STEPS = 3
 """The first steps of a worker touch memory for the first time, and may compile."""
-NEW_WORKER_DEADLINE = 60.0
+NEW_WORKER_DEADLINE = 30.0
 UNKNOWN_DEADLINE = 600.0
 """Seconds of a step when there was none to learn from."""
 

@@ -1,0 +1,239 @@
+"""Kills the processes of a server under seeded streams, and compares every token with an undisturbed run.
+
+    python scripts/check_faults.py --kills 100                  # the demo model
+    python scripts/check_faults.py --kills 12 --tiny            # random weights, seconds instead of minutes
+    python scripts/check_faults.py --kills 8 --targets worker --signals STOP -- --max-num-seqs 4
+
+The engine core, workers and helpers take turns, and so do the signals. The next kill comes up to a second after the
+server is ready again, so that some of them hit a restart. What stands after ``--`` goes to the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from processes import ROOT, Server, descendants, signals_as_exceptions
+
+TITLES = {"core": "octavo engine_core", "worker": "octavo worker", "helper": "octavo helper"}
+SIGNALS = ("KILL", "SEGV", "ABRT", "STOP")
+PATIENCE = 120.0
+"""Seconds in which the server must be ready again."""
+
+
+class Stream(threading.Thread):
+    """One seeded stream and what came of it."""
+
+    def __init__(self, port: int, number: int, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.tokens: list[int] = []
+        self.error = ""
+        self._port = port
+        self._body = {
+            "prompt": [(number * 7 + i * i) % 250 + 3 for i in range(20 + number)],
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "seed": number,
+            "temperature": 0.8 if number % 2 else 0,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        if number % 4 == 3:
+            self._body["structured_outputs"] = {"regex": f"([a-z]{{1,9}} ){{{max_tokens}}}"}
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(self._body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                self.error = f"status {response.status}: {response.read(300)!r}"
+            while not self.error and (line := response.readline()):
+                if line.startswith(b"data: {"):
+                    self._take(json.loads(line[6:]))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.error = f"{type(error).__name__}: {error}"
+        finally:
+            connection.close()
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "error" in event:
+            self.error = str(event["error"])
+        for choice in event.get("choices", ()):
+            self.tokens += choice["token_ids"]
+
+
+@dataclass
+class Kill:
+    """One of them, and how it went."""
+
+    target: str
+    signal: str
+    streams: list[Stream] = field(default_factory=list)
+    """Those that were open."""
+    seconds: float = 0.0
+    """Until the process was replaced and the server was ready."""
+
+
+def find(server: Server, target: str) -> tuple[int, str] | None:
+    """Process id and start time of one of the server's processes."""
+    for pid, started in sorted(descendants(server.pid)):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            if title.startswith(TITLES[target]):
+                return pid, started
+    return None
+
+
+def is_ready(server: Server) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def kill(server: Server, target: str, signal_name: str, streams: list[Stream]) -> Kill | None:
+    """Sends a signal and waits until the server is whole again; None: there is no such process now.
+
+    Raises:
+        RuntimeError: It does not recover.
+    """
+    victim = find(server, target)
+    if victim is None:
+        return None
+    result = Kill(target, signal_name, [stream for stream in streams if stream.is_alive()])
+    begin = time.monotonic()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim[0], signal.Signals[f"SIG{signal_name}"])
+    # A helper that nobody needs may stay away, and a stopped one may stay as it is.
+    while time.monotonic() - begin < PATIENCE:
+        is_replaced = target == "helper" or find(server, target) not in (None, victim)
+        if is_replaced and is_ready(server):
+            result.seconds = time.monotonic() - begin
+            return result
+        time.sleep(0.02)
+    raise RuntimeError(f"the server did not recover from SIG{signal_name} to the {target}:\n{server.log()}")
+
+
+def start_streams(server: Server, options: argparse.Namespace) -> list[Stream]:
+    streams = [Stream(server.port, number, options.max_tokens) for number in range(options.streams)]
+    for stream in streams:
+        stream.start()
+    return streams
+
+
+def finish(streams: list[Stream]) -> list[list[int]]:
+    """Waits for streams; gives their tokens.
+
+    Raises:
+        RuntimeError: One ended with an error.
+    """
+    for stream in streams:
+        stream.join()
+        if stream.error:
+            raise RuntimeError(f"an undisturbed stream ended with {stream.error}")
+    return [stream.tokens for stream in streams]
+
+
+def disturb(server: Server, options: argparse.Namespace) -> tuple[list[Kill], list[str]]:
+    """Runs streams and kills processes until there were enough.
+
+    Returns:
+        The kills, and what was wrong with streams.
+    """
+    turns = [(target, name) for name in options.signals for target in options.targets]
+    rng = random.Random(options.seed)
+    expected = finish(start_streams(server, options))
+    kills: list[Kill] = []
+    problems: list[str] = []
+    turn = num_missing = 0
+    while len(kills) < options.kills:
+        streams = start_streams(server, options)
+        while len(kills) < options.kills and any(stream.is_alive() for stream in streams):
+            time.sleep(rng.uniform(0.0, 1.0))
+            done = kill(server, *turns[turn % len(turns)], streams)
+            turn += 1
+            num_missing += 1
+            if done is not None:
+                num_missing = 0
+                kills.append(done)
+                print(f"{len(kills):4} {done.target:7} {done.signal:5} {done.seconds:6.1f} s", flush=True)
+            elif num_missing > len(turns):
+                raise RuntimeError(f"there is no process of {', '.join(options.targets)}")
+        for number, stream in enumerate(streams):
+            stream.join()
+            if stream.tokens != expected[number]:
+                stream.error = stream.error or "other tokens"
+                problems.append(f"stream {number}: {stream.error}")
+    return kills, problems
+
+
+def print_table(kills: list[Kill]) -> None:
+    rows: dict[tuple[str, str], list[Kill]] = defaultdict(list)
+    for one in kills:
+        rows[one.target, one.signal].append(one)
+    print(f"\n{'process':8} {'signal':6} {'kills':>6} {'exact':>6} {'median':>8} {'longest':>8}")
+    for (target, name), group in sorted(rows.items()):
+        exact = sum(not any(stream.error for stream in one.streams) for one in group)
+        seconds = [one.seconds for one in group]
+        print(f"{target:8} {name:6} {len(group):6} {exact:6} {statistics.median(seconds):6.1f} s {max(seconds):6.1f} s")
+    exact = sum(not any(stream.error for stream in one.streams) for one in kills)
+    print(f"\n{exact} of {len(kills)} kills left every open stream exact")
+
+
+def tiny_model() -> str:
+    """A folder with a model of random weights."""
+    sys.path.insert(0, str(ROOT))
+    from tests import tiny
+
+    return str(tiny.checkpoint("llama"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=400, help="of each stream; longer ones see more kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--targets", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
+    parser.add_argument("--model", default="", help="default: the demo model")
+    parser.add_argument("--tiny", action="store_true", help="a model of random weights")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:split])
+    model = tiny_model() if options.tiny else options.model
+    command = [sys.executable, "-m", "api", "--port", "{port}", "--max-num-seqs", str(options.streams)]
+    command += [*(["--model", model, "--kv-cache-memory", "256MiB"] if model else []), *arguments[split + 1 :]]
+    with signals_as_exceptions():
+        server = Server(command)
+        try:
+            server.wait_ready("/readyz")
+            kills, problems = disturb(server, options)
+        finally:
+            server.stop()
+    print_table(kills)
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
