@@ -314,7 +314,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rate = arguments.slots / (arguments.output_len * arguments.step_us * 1e-6)
     num_blocks = arguments.slots * ((2 * arguments.input_len + arguments.output_len) // 32 + 4)
     device = {"step_us": arguments.step_us, "token_us": 0, "context_us": 0, "vocab_size": arguments.vocab_size}
-    device["num_blocks"] = num_blocks
+    device["num_blocks"] = max(num_blocks, 1024)
     flags = {
         "--distributed-executor-backend": "simulated",
         "--simulated-device": json.dumps(device),
