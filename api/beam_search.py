@@ -9,6 +9,7 @@ length penalty; all beams go on until ``max_tokens``, or until none of those tha
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ import msgspec
 import numpy as np
 
 from api.engine_client import EngineClient
-from api.errors import RequestError
+from api.errors import EngineDeadError, RequestError
+from api.metrics import EngineMetrics, FinishedRequest
 from api.output import Channel, OutputOptions, RequestState
 from api.params import SamplingParams, resolve_params
 from api.queue_bound import NOBODY, Tenant
@@ -150,6 +152,12 @@ class BeamSearch:
         self._channel: Channel = serving.client.open_channel()
         self._states: list[RequestState] = []
         self._completed: list[Beam] = []
+        self._metrics: EngineMetrics = serving.metrics
+        self._arrival_time = time.monotonic()
+        self._first: RequestState | None = None
+        """The request that began the search, once it is done."""
+        self._num_generated = 0
+        """Tokens that the engine made for the search."""
 
     def start(self) -> None:
         """Sends the first request.
@@ -171,20 +179,45 @@ class BeamSearch:
             BeamSearchError: The engine failed.
             EngineDeadError: The engine was given up.
         """
-        beams = [Beam()]
+        best: list[Beam] = []
+        reason = "abort"
         try:
-            for length in range(1, self._max_tokens + 1):
-                if length > 1:
-                    self._submit(beams)
-                beams = self._extend(beams, await self._results(len(beams)))
-                if not beams or self._is_decided(beams):
-                    break
+            best = await self._search()
+            reason = best[0].finish_reason
+        except (BeamSearchError, EngineDeadError):
+            reason = "error"
+            raise
         finally:
             self.abort()
+            self._count(reason, best)
+        return best
+
+    async def _search(self) -> list[Beam]:
+        beams = [Beam()]
+        for length in range(1, self._max_tokens + 1):
+            if length > 1:
+                self._submit(beams)
+            beams = self._extend(beams, await self._results(len(beams)))
+            if not beams or self._is_decided(beams):
+                break
         best = self._best(self._completed + beams)
         if len(best) < self._params.beam_width:
             raise BeamSearchError(f"the model allows no more than {len(best)} sequences")
         return best
+
+    def _count(self, reason: str, best: Sequence[Beam]) -> None:
+        """Counts the search as one request: its parts are none."""
+        first = self._first
+        request = FinishedRequest(
+            reason,
+            self._arrival_time,
+            None if first is None else first.scheduled_time,
+            None if first is None else first.first_token_time,
+            len(self._prompt),
+            self.num_cached_tokens,
+            self._num_generated,
+        )
+        self._metrics.on_search(request, max((len(beam.token_ids) for beam in best), default=0))
 
     def abort(self) -> None:
         """Drops the requests that run."""
@@ -220,7 +253,9 @@ class BeamSearch:
                         raise self._client.dead
                     raise BeamSearchError(delta.error or "the engine gave no log probabilities")
                 results[delta.choice] = delta.logprobs[-1]
-        if not self.num_cached_tokens:
+        self._num_generated += count
+        if self._first is None:
+            self._first = self._states[0]
             self.num_cached_tokens = min(self._states[0].num_cached_tokens, len(self._prompt))
         return [results[choice] for choice in range(count)]
 

@@ -101,7 +101,7 @@ class EngineClient:
         self._metrics = metrics
         self._on_progress = on_progress
         self._on_fatal = on_fatal
-        self._queue = QueueBound(config.scheduler, enabled=bounds_queue)
+        self._queue = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
         self._processor = OutputProcessor(metrics, self._queue)
         self._supervisor = Supervisor(config, self._on_exit, log_level)
         self._epoch = 0

@@ -141,6 +141,8 @@ def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dic
             continue
         if status == 404 and operation.request is None and "{" not in operation.path:
             continue
+        if status == 429 and not operation.queues:
+            continue
         if status == 401 and (operation.is_open or not has_keys):
             continue
         if status == 503 and operation.is_open:

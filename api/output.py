@@ -158,6 +158,22 @@ class OutputOptions(msgspec.Struct, frozen=True):
     """It is a part of a client's request, which is not counted as a request of its own."""
 
 
+class Siblings:
+    """The completions of one prompt that a client asked for together."""
+
+    __slots__ = ("_longest", "_num_left")
+
+    def __init__(self, count: int) -> None:
+        self._num_left = count
+        self._longest = 0
+
+    def end(self, num_tokens: int) -> int | None:
+        """One of them is over. Returns the tokens of the longest one once all are."""
+        self._num_left -= 1
+        self._longest = max(self._longest, num_tokens)
+        return None if self._num_left else self._longest
+
+
 class RequestState:
     """One engine request as the api knows it: its journal, and the state of its text."""
 
@@ -179,6 +195,7 @@ class RequestState:
         "output_token_ids",
         "pooling_output",
         "scheduled_time",
+        "siblings",
         "stop_search",
         "suspected_at",
         "suspicion",
@@ -209,6 +226,8 @@ class RequestState:
         """The result of a request that generates nothing."""
         self.finished = False
         self.arrival_time = message.arrival_time
+        self.siblings: Siblings | None = None
+        """Those that a client asked for together with it, itself included."""
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.last_token_time = 0.0

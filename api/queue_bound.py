@@ -116,13 +116,19 @@ class QueueBound:
     """The queue of one engine as the api sees it: requests that had no output yet."""
 
     def __init__(
-        self, config: SchedulerConfig, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SchedulerConfig,
+        *,
+        enabled: bool = True,
+        on_refused: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepares.
 
         Args:
             config: The bounds, where they are given.
             enabled: False: everything may wait.
+            on_refused: Called for each refusal.
             clock: Seconds.
         """
         self.num_unfinished = 0
@@ -131,6 +137,7 @@ class QueueBound:
         """The engine said last that requests wait: what comes now waits as well, even if there are slots."""
         self._config = config
         self._enabled = enabled
+        self._on_refused = on_refused
         self._clock = clock
         self._rates = _Rates()
         self._entries: dict[int, _Entry] = {}
@@ -275,6 +282,7 @@ class QueueBound:
 
     def _refuse(self, bounds: _Bounds, count: int, num_tokens: int) -> RequestError:
         """Tells when there will be room: those who are told one after another come back one after another."""
+        self._on_refused()
         now = self._clock()
         rate, token_rate = self._rates.requests, self._rates.tokens
         excess = len(self._entries) + count - bounds.num_reqs

@@ -21,7 +21,7 @@ from api.engine_client import EngineClient
 from api.errors import RequestError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
-from api.output import Channel, OutputOptions, RequestState
+from api.output import Channel, OutputOptions, RequestState, Siblings
 from api.params import (
     ModelLimits,
     SamplingParams,
@@ -265,10 +265,11 @@ class Serving:
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
         for place, (prompt, engine_params) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
+            siblings = Siblings(num_children)
             for begin in range(0, num_children, MAX_SIBLINGS):
                 children = range(begin, min(begin + MAX_SIBLINGS, num_children))
                 first = place * num_children + begin
-                states += self.client.submit_siblings(
+                started = self.client.submit_siblings(
                     channel,
                     first_choice + first,
                     request_ids=[
@@ -285,6 +286,9 @@ class Serving:
                     is_extra=is_extra,
                     grammar=request.grammar,
                 )
+                states += started
+                for state in started:
+                    state.siblings = siblings
                 for child in children:
                     self.metrics.on_request(None if child else params.n, engine_params.max_tokens)
                 await turns.spend(SUBMIT_COST * len(children) + len(prompt))

@@ -49,7 +49,7 @@ class Traffic:
         if not self.num_open:
             self._idle.set()
         method = method if method in METHODS else "OTHER"
-        self._requests.labels(handler, method, str(status)).inc()
+        self._requests.labels(handler, method, f"{status // 100}xx").inc()
         self._durations.labels(handler, method).observe(seconds)
 
     async def wait_idle(self, timeout: float) -> bool:

@@ -222,6 +222,8 @@ class EngineReady(Message, frozen=True):
 class SchedulerStats(Message, frozen=True):
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
+    num_deferred_reqs: int = 0
+    """Of these, requests that wait for something of their own, not for room: their grammar is being compiled."""
     kv_cache_usage: float = 0.0
     """Share of blocks in use, 0 to 1; blocks that are only cached count as free."""
     prefix_cache_queries: int = 0

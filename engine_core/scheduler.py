@@ -749,6 +749,7 @@ class Scheduler:
         return SchedulerStats(
             num_running_reqs=len(self._running),
             num_waiting_reqs=self.num_waiting,
+            num_deferred_reqs=len(self.compiling),
             kv_cache_usage=self.kv.usage,
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,

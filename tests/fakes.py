@@ -252,7 +252,7 @@ class FakeEngineClient:
 
     def abort(self, states: Iterable[RequestState]) -> None:
         for state in states:
-            if self._processor.remove(state.index) is not None:
+            if self._processor.abort(state):
                 self.aborted.append(state.index)
                 self._rows.pop(state.index, None)
 

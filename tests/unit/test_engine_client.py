@@ -186,7 +186,7 @@ class Harness:
         raise AssertionError("the client does not serve")
 
     def sample(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, {"model_name": "model", **labels}) or 0
+        return self.metrics.registry.get_sample_value(name, {"model_name": "model", "engine": "0", **labels}) or 0
 
 
 @pytest.fixture

@@ -229,9 +229,9 @@ async def test_a_client_that_leaves(api: Api) -> None:
 async def test_metrics(api: Api) -> None:
     await api.ok(EMBEDDINGS, {"input": ["abc", "d"]})
     text = (await api.get("/metrics")).text
-    label = f'{{model_name="{MODEL}"}}'
+    label = f'{{engine="0",model_name="{MODEL}"}}'
     assert f"vllm:prompt_tokens_total{label} 6.0" in text
-    assert f'vllm:request_success_total{{finished_reason="stop",model_name="{MODEL}"}} 2.0' in text
+    assert f'vllm:request_success_total{{engine="0",finished_reason="stop",model_name="{MODEL}"}} 2.0' in text
     assert f"vllm:request_prompt_tokens_count{label} 2.0" in text
     assert f"vllm:request_generation_tokens_count{label} 0.0" in text
     assert f"vllm:time_to_first_token_seconds_count{label} 0.0" in text

@@ -52,7 +52,7 @@ async def test_n_is_counted_once_per_prompt(server: FakeServer, api: Api) -> Non
     counts = {"n": 2, "max_tokens": 6}
     for name, count in counts.items():
         sample = f"vllm:request_params_{name}_count"
-        assert server.metrics.registry.get_sample_value(sample, {"model_name": "fake-model"}) == count
+        assert server.metrics.registry.get_sample_value(sample, {"model_name": "fake-model", "engine": "0"}) == count
 
 
 OPTIONS = [
