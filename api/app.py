@@ -201,6 +201,8 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     shown = Operation("GET", "/openapi.json", document.show, "Show this document")
     operations = (*public, shown, *WebPages().operations())
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
+    watch_guard = Middleware(Guard, traffic=traffic, keys=config.api_key, drains=False)
+    guarded = ("/metrics", "/load") if config.metrics_require_key else ()
     routes = [
         Route(
             operation.path,
@@ -209,6 +211,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
             middleware=[
                 *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
                 *([] if operation.is_open else [guard]),
+                *([watch_guard] if operation.path in guarded else []),
                 Middleware(WhileConnected),
                 *([Middleware(QueueGate)] if operation.queues else []),
             ],

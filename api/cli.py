@@ -209,7 +209,7 @@ def _with_model(
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
     setproctitle.setproctitle(title)
-    setup_logging("api", config.log_level)
+    setup_logging("api", config.log_level, config.log_format)
     if notes:
         get_logger().warning("options without effect here: %s", "; ".join(notes))
     try:

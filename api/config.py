@@ -18,6 +18,7 @@ from engine_core.config import Config, EngineConfig, Positive
 ENVIRONMENT = {
     "api_key": ("OCTAVO_API_KEY", "VLLM_API_KEY"),
     "log_level": ("OCTAVO_LOG_LEVEL", "VLLM_LOGGING_LEVEL"),
+    "log_format": ("OCTAVO_LOG_FORMAT",),
     "max_body_size": ("VLLM_HTTP_MAX_REQUEST_BODY_SIZE",),
     "kv_cache_memory": ("VLLM_CPU_KVCACHE_SPACE",),
 }
@@ -254,6 +255,26 @@ class ServerConfig(Config, frozen=True):
         Literal["debug", "info", "warning", "error"],
         Meta(description="Least severe messages to log.", extra={"group": "Logging"}),
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(description="Log lines for people, or one JSON object per line.", extra={"group": "Logging"}),
+    ] = "text"
+    disable_log_stats: Annotated[
+        bool,
+        Meta(
+            description="Log no line about throughput every ten seconds while there is traffic.",
+            extra={"group": "Logging"},
+        ),
+    ] = False
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Meta(
+            description="URL of an OpenTelemetry collector that gets a trace of each request, such as "
+            "http://localhost:4317. Needs pip install 'octavo[otel]'.",
+            extra={"group": "Logging"},
+        ),
+    ] = None
+    metrics_require_key: Annotated[bool, Meta(description="Ask for an API key at /metrics and /load as well.")] = False
     engine: EngineConfig = EngineConfig()
 
     @property
@@ -313,6 +334,12 @@ def check_config(config: ServerConfig) -> None:
         ConfigError: Two values contradict each other, or what they ask for does not exist yet.
     """
     _check_parsers(config)
+    if config.otlp_traces_endpoint is not None:
+        from api.tracing import check_packages  # only then: the server does without
+
+        check_packages()
+    if config.metrics_require_key and not config.api_key:
+        raise ConfigError("--metrics-require-key needs --api-key")
     if not config.offers_generation and not config.offers_pooling:
         raise ConfigError(f"--runner {config.runner} with --convert none leaves no endpoint; drop one of them")
     engine = config.engine

@@ -136,7 +136,7 @@ class LLM:
             config, notes = make_config(values)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        setup_logging("api", config.log_level)
+        setup_logging("api", config.log_level, config.log_format)
         if notes:
             get_logger().warning("options without effect here: %s", "; ".join(notes))
         self._files = find_model(config)

@@ -198,9 +198,11 @@ class UnderPrefix:
 class Guard:
     """Stands before an endpoint: only clients with a key come in, and none while the server drains."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, traffic: Traffic, keys: Iterable[str], *, drains: bool = True) -> None:
+        """Prepares. Without ``drains`` it lets clients with a key in while the server drains."""
         self._app = app
         self._traffic = traffic
+        self._drains = drains
         self._digests = {hashlib.sha256(key.encode()).digest(): short_name(key) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -213,7 +215,7 @@ class Guard:
                     kind=KINDS[401],
                 )
             scope["state"]["key_name"] = name
-        if self._traffic.is_draining:
+        if self._drains and self._traffic.is_draining:
             raise RequestError(
                 "The server is shutting down.", status=503, kind=KINDS[503], headers={"Connection": "close"}
             )

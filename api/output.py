@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -197,6 +197,7 @@ class RequestState:
         "scheduled_time",
         "siblings",
         "stop_search",
+        "trace_headers",
         "suspected_at",
         "suspicion",
         "tokenizer",
@@ -228,6 +229,8 @@ class RequestState:
         self.arrival_time = message.arrival_time
         self.siblings: Siblings | None = None
         """Those that a client asked for together with it, itself included."""
+        self.trace_headers: Mapping[str, str] | None = None
+        """The client's headers that say which trace it is part of, where there are traces."""
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.last_token_time = 0.0

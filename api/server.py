@@ -34,6 +34,8 @@ from api.model_files import ModelFiles
 from api.progress import LoadBar
 from api.serving import Serving
 from api.startup import StartupApp
+from api.stats_log import StatsLog
+from api.tracing import Tracer, create_tracer
 from api.traffic import Traffic
 from engine_core.launch import get_logger
 from engine_core.messages import LoadProgress
@@ -242,6 +244,7 @@ class _Run:
         self._stop_now = asyncio.Event()
         """The second."""
         self._exit_code = 0
+        self._tracer: Tracer | None = None
         names = config.served_model_name
         self._metrics = EngineMetrics(names[0] if names else files.name)
         self._client = EngineClient(
@@ -273,6 +276,8 @@ class _Run:
         finally:
             self._bar.close()
             await self._client.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
 
     async def _serve(self, server: _HttpServer, http: asyncio.Task[None]) -> None:
         """Starts the engine, then serves until the end."""
@@ -286,12 +291,18 @@ class _Run:
         # What lives now lives as long as the server: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        if self._config.otlp_traces_endpoint is not None:
+            self._tracer = create_tracer(self._config.otlp_traces_endpoint, serving.model_name)
+            self._metrics.on_trace = self._tracer.record
+        helpers = [] if self._config.disable_log_stats else [asyncio.create_task(StatsLog(self._metrics).run())]
         stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
         self._announce(self._ready_text(serving))
         try:
             await http
         finally:
             stopper.cancel()
+            for helper in helpers:
+                helper.cancel()
             serving.threads.shutdown(wait=False, cancel_futures=True)
 
     def _on_progress(self, progress: LoadProgress) -> None:

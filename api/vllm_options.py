@@ -92,7 +92,7 @@ TABLE = (
     (
         Verdict.NOTED,
         "metrics are always on, see /metrics",
-        "disable_log_stats:bool kv_cache_metrics:bool kv_cache_metrics_sample "
+        "kv_cache_metrics:bool kv_cache_metrics_sample "
         "show_hidden_metrics_for_version enable_mfu_metrics:bool cudagraph_metrics:bool "
         "enable_logging_iteration_details:bool aggregate_engine_logging:bool custom_histogram_buckets "
         "per_request_spec_decode_metrics=none collect_detailed_traces:list enable_layerwise_nvtx_tracing:bool",
@@ -281,7 +281,7 @@ TABLE = (
         Verdict.REFUSED,
         "not supported yet; leave it out",
         "enable_tokenizer_info_endpoint:bool enable_per_request_metrics:bool disable_fastapi_docs:bool "
-        "otlp_traces_endpoint profiler_config max_num_active_seqs "
+        "profiler_config max_num_active_seqs "
         "enable_return_routed_experts:bool aux_output_config return_sampling_mask:bool "
         "enable_trace_replay:bool watermark_config disable_sliding_window:bool",
     ),
@@ -308,12 +308,12 @@ before them. False is neutral for a bool; where the verdict is DONE, True is."""
 _WORKING = """
     allow_credentials allowed_headers allowed_methods allowed_origins api_key attention_backend block_size
     chat_template chat_template_content_format convert device disable_uvicorn_access_log
-    distributed_executor_backend download_dir dtype enable_auto_tool_choice enable_chunked_prefill
+    disable_log_stats distributed_executor_backend download_dir dtype enable_auto_tool_choice enable_chunked_prefill
     enable_force_include_usage enable_prefix_caching enable_request_id_headers enforce_eager
     exclude_tools_when_tool_choice_none generation_config gpu_memory_utilization hf_overrides hf_token host
     kv_cache_memory_bytes load_format log_level long_prefill_token_threshold max_logprobs max_model_len
     max_num_batched_tokens max_num_queued_reqs max_num_queued_tokens max_num_seqs model
-    num_gpu_blocks_override override_generation_config
+    num_gpu_blocks_override otlp_traces_endpoint override_generation_config
     pipeline_parallel_size pooler_config port quantization reasoning_parser response_role revision root_path runner
     scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs ssl_certfile ssl_ciphers
     ssl_keyfile stream_interval task tensor_parallel_size tokenizer tokenizer_revision tool_call_parser

@@ -7,8 +7,11 @@ and from files. So whatever could move the cursor, hide text or start a line is 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+
+from executor.json_log import LOG_FORMAT_VARIABLE, JsonFormatter
 
 NAME = "octavo"
 
@@ -46,15 +49,20 @@ def _block(text: str) -> str:
     return "".join(_CONTINUED + printable(line) for line in text.rstrip().split("\n"))
 
 
-def setup_logging(process: str, level: str = "info") -> None:
+def setup_logging(process: str, level: str = "info", log_format: str | None = None) -> None:
     """Configures the root logger of this process.
 
     Args:
         process: Short name that starts every line, such as ``api`` or ``worker 0``.
         level: ``debug``, ``info``, ``warning`` or ``error``.
+        log_format: ``text`` or ``json``. Child processes inherit it: None takes the parent's.
     """
+    if log_format is not None:
+        os.environ[LOG_FORMAT_VARIABLE] = log_format
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"%(levelname).1s %(asctime)s.%(msecs)03d [{process}] %(message)s", "%H:%M:%S"))
+    if os.environ.get(LOG_FORMAT_VARIABLE) == "json":
+        handler.setFormatter(JsonFormatter(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

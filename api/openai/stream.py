@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -23,12 +23,14 @@ from starlette.types import Receive, Scope, Send
 from api.beam_search import BeamSearchParams
 from api.errors import EngineDeadError, RequestError
 from api.fanout import choose_best
+from api.load_header import LOAD_HEADER, load_header
 from api.openai.errors import KINDS, render, to_request_error
 from api.openai.protocol import PromptTokensDetails, Usage
 from api.output import Delta, RequestState
 from api.params import SamplingParams
 from api.resolved import ResolvedRequest
 from api.serving import Serving
+from api.tracing import trace_headers
 from engine_core.launch import get_logger
 
 logger = get_logger()
@@ -106,6 +108,7 @@ class EngineWork(ABC):
         self.num_choices = num_choices
         self.headers: dict[str, str] = {}
         """More headers of the answer."""
+        self._trace_headers: Mapping[str, str] | None = None
         self.disconnected = False
         """The client is gone, and with it the requests."""
         self.states: list[RequestState] = []
@@ -126,8 +129,21 @@ class EngineWork(ABC):
         """
         self._channel.quiet = quiet
         await self.submit()
+        if self._trace_headers is not None:
+            for state in self.states:
+                state.trace_headers = self._trace_headers
         if receive is not None:
             self._watcher = asyncio.create_task(self._watch(receive))
+
+    def look_at(self, scope: Scope) -> None:
+        """Takes from the HTTP request, before ``start``, what traces want to know of it."""
+        if self._serving.metrics.on_trace is not None:
+            self._trace_headers = trace_headers(scope)
+
+    def load_header(self, scope: Scope) -> dict[str, str]:
+        """How busy the server is, as a header of the answer to a request that asks for it."""
+        load = load_header(scope, self._serving.metrics.scheduler_stats)
+        return {} if load is None else {LOAD_HEADER: load}
 
     @abstractmethod
     async def submit(self) -> None:
@@ -253,6 +269,7 @@ class TokenStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
+            generation.look_at(scope)
             await generation.start(receive)
             self._last_write = self._loop.time()
             if self.ping_interval > 0:
@@ -337,6 +354,7 @@ class WholeAnswer(Response):
         generation = self._generation
         deltas: list[Delta] = []
         try:
+            generation.look_at(scope)
             await generation.start(receive, quiet=True)
             num_open = generation.num_choices
             while num_open:
@@ -352,7 +370,7 @@ class WholeAnswer(Response):
         finally:
             generation.close()
         self.body = self._reply.whole(generation.choose(deltas))
-        self.init_headers(generation.headers)
+        self.init_headers({**generation.headers, **generation.load_header(scope)})
         await super().__call__(scope, receive, send)
 
 

@@ -1,0 +1,23 @@
+"""The ORCA header: load balancers that ask for it learn from each answer how busy the server is."""
+
+from __future__ import annotations
+
+import json
+
+from starlette.types import Scope
+
+from engine_core.messages import SchedulerStats
+
+FORMAT_HEADER = b"endpoint-load-metrics-format"
+LOAD_HEADER = "endpoint-load-metrics"
+
+
+def load_header(scope: Scope, stats: SchedulerStats) -> str | None:
+    """The value of ``LOAD_HEADER`` in the form, TEXT or JSON, that a request asks for; None if it asks for none."""
+    wanted = next((value for name, value in scope["headers"] if name == FORMAT_HEADER), b"").upper()
+    if wanted not in (b"TEXT", b"JSON"):
+        return None
+    named = {"kv_cache_usage_perc": stats.kv_cache_usage, "num_requests_waiting": stats.num_waiting_reqs}
+    if wanted == b"JSON":
+        return f"JSON {json.dumps({'named_metrics': named})}"
+    return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in named.items())
