@@ -265,7 +265,7 @@ class _Connection:
         self.is_lost = False
         """The client is gone, and the request's task was cancelled for that."""
         self._receive = receive
-        self._task = asyncio.current_task()
+        self._task: asyncio.Task[object] | None = asyncio.current_task()
         self._watcher: asyncio.Task[Message] | None = None
         self._num_waiting = 0
 
@@ -293,3 +293,6 @@ class _Connection:
     def close(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
+        # A task keeps the frames in which it was cancelled. Without a way back from them to the task nothing goes round
+        # in a circle, and nothing is left for the garbage collector, which stops the whole server while it runs.
+        self._watcher = self._task = None

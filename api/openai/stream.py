@@ -176,6 +176,7 @@ class EngineWork(ABC):
         """Drops what is unfinished."""
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # which would be a circle, see ``api/middleware.py``
         self.drop()
 
     def failure(self, delta: Delta) -> RequestError | EngineDeadError:
