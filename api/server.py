@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
-import gc
 import os
 import resource
 import shlex
@@ -28,6 +27,7 @@ from api.config import ServerConfig
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError
 from api.flags import ConfigError
+from api.garbage import Collector, keep_what_lives
 from api.http_protocol import MAX_CONNECTIONS, Connections, Limits
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
@@ -288,13 +288,13 @@ class _Run:
         serving = Serving(self._config, self._files, self._client, self._metrics, ready)
         traffic = Traffic(self._metrics.registry)
         self._app.app = create_app(serving, traffic)
-        # What lives now lives as long as the server: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        keep_what_lives()
         if self._config.otlp_traces_endpoint is not None:
             self._tracer = create_tracer(self._config.otlp_traces_endpoint, serving.model_name)
             self._metrics.on_trace = self._tracer.record
-        helpers = [] if self._config.disable_log_stats else [asyncio.create_task(StatsLog(self._metrics).run())]
+        helpers = [asyncio.create_task(Collector(lambda: traffic.num_open).run())]
+        if not self._config.disable_log_stats:
+            helpers.append(asyncio.create_task(StatsLog(self._metrics).run()))
         stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
         self._announce(self._ready_text(serving))
         try:

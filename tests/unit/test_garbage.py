@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from api.garbage import MAX_BUSY_TIME, Collector
 from tests.fakes import Connection, FakeServer
 
 BODY = {"prompt": "hi there", "max_tokens": 3}
@@ -34,3 +35,20 @@ async def test_no_circle_is_left(server: FakeServer, kind: str) -> None:
         gc.enable()
     # What the test's own connection consists of is a circle.
     assert not [name for name in left if name.startswith(("api.", "starlette.")) or "frame" in name], left
+
+
+def test_everything_is_looked_at_in_quiet_moments() -> None:
+    num_open, now = 0, 0.0
+    collector = Collector(lambda: num_open, lambda: now)
+    assert not collector.look(), "nothing happened"
+    num_open = 3
+    assert not collector.look()
+    num_open = 0
+    assert collector.look() and not collector.look(), "once"
+    num_open = 3
+    now = MAX_BUSY_TIME / 2
+    assert not collector.look()
+    now = 2 * MAX_BUSY_TIME
+    assert collector.look() and not collector.look(), "it has waited for long"
+    num_open = 0
+    assert collector.look()
