@@ -198,6 +198,7 @@ def _with_model(
     """Resolves the configuration, finds the model and runs; every failure is one line and an exit code."""
     import setproctitle
 
+    from api.config import unused_variables
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from api.model_files import find_model, with_model
@@ -212,6 +213,8 @@ def _with_model(
     setup_logging("api", config.log_level, config.log_format)
     if notes:
         get_logger().warning("options without effect here: %s", "; ".join(notes))
+    if unused := unused_variables(os.environ):
+        get_logger().debug("environment variables of vLLM without effect here: %s", ", ".join(unused))
     try:
         files = find_model(config)
         return run(with_model(config, files), files)

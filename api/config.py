@@ -231,7 +231,10 @@ class ServerConfig(Config, frozen=True):
     allow_credentials: Annotated[bool, Meta(description="Let such pages send cookies and authorization.")] = False
     enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
     enable_force_include_usage: Annotated[
-        bool, Meta(description="End every stream with its token usage, asked for or not.", extra={"group": "Output"})
+        bool,
+        Meta(
+            description="Put token usage in every chunk of every stream, asked for or not.", extra={"group": "Output"}
+        ),
     ] = False
     sse_keep_alive_interval: Annotated[
         float,
@@ -310,6 +313,12 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{variable}: {str(error).partition(': ')[2]}") from None
     return found
+
+
+def unused_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names of vLLM's variables that are set and mean nothing here."""
+    used = {variable for variables in ENVIRONMENT.values() for variable in variables}
+    return sorted(name for name in environment if name.startswith("VLLM_") and name not in used)
 
 
 def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:

@@ -111,6 +111,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         thinking_token_budget: Tokens after which a section of thinking is ended. Needs ``reasoning_parser``.
         truncate_prompt_tokens: Keep this many tokens of a longer prompt; -1: as many as leave room for the output.
         truncation_side: ``left``: the last tokens stay; ``right``: the first ones.
+        output_kind: Taken from programs written for vLLM and ignored: results are complete.
+        flat_logprobs: The same: log probabilities are a list by position.
+        extra_args: The same: there are no logits processors that could read it.
     """
 
     n: int = 1
@@ -144,6 +147,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     thinking_token_budget: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
+    output_kind: Any = None
+    flat_logprobs: bool = False
+    extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.verify()

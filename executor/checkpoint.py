@@ -149,8 +149,11 @@ def _find_files(folder: Path) -> list[Path]:
     if files:
         return files
     other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    hint = f" (found {', '.join(other[:3])}: only safetensors and GGUF are supported)" if other else ""
-    raise ModelError(f"{folder}: no *.safetensors file{hint}")
+    hint = (
+        f" (found {', '.join(other[:3])}, which may run code when it is read: save the model again with transformers' "
+        "save_pretrained, or serve a GGUF file of it)"
+    )
+    raise ModelError(f"{folder}: no *.safetensors file{hint if other else ''}")
 
 
 def read_safetensors(path: Path) -> list[StoredTensor]:

@@ -98,7 +98,9 @@ def _architecture(fields: Fields) -> str:
     arch = fields.string(Keys.General.ARCHITECTURE)
     if arch not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES))
-        raise ModelError(f"{fields.source}: architecture {arch!r} is not supported; supported: {supported}")
+        raise ModelError(
+            f"{fields.source}: architecture {arch!r} is not supported yet; choose a file with one of: {supported}"
+        )
     return arch
 
 

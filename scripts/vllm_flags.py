@@ -28,6 +28,9 @@ may be flags (`--hf-overrides.rope_theta 1e6`). `octavo serve --help` explains t
 * **refused**: the feature does not exist yet. The server does not start, and says so by name. The default values, and
   `false` for a switch, are fine.
 
+Of vLLM's environment variables, `VLLM_API_KEY`, `VLLM_LOGGING_LEVEL`, `VLLM_CPU_KVCACHE_SPACE` and
+`VLLM_HTTP_MAX_REQUEST_BODY_SIZE` do what they do there; with `--log-level debug`, the log names others that are set.
+
 `scripts/vllm_flags.py` writes this file.
 
 | option | | |

@@ -113,9 +113,9 @@ def answer_id(prefix: str, request: Request, label: str | None) -> str:
 
 
 def wants_usage(request: GenerationRequest, *, always: bool) -> tuple[bool, bool]:
-    """Whether a stream ends with its usage, and whether every chunk has it."""
+    """Whether a stream ends with its usage, and whether every chunk has it. ``always``: both, as with vLLM."""
     options = request.stream_options
-    if options is None:
-        return always, False
-    continuous = bool(options.continuous_usage_stats)
-    return always or bool(options.include_usage) or continuous, continuous
+    if always or options is None:
+        return always, always
+    has_usage = bool(options.include_usage)
+    return has_usage, has_usage and bool(options.continuous_usage_stats)

@@ -27,7 +27,9 @@ def check_architecture(architecture: str) -> None:
     """
     if architecture not in REGISTRY:
         shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
-        raise ModelError(f"architecture {shown} is not supported; supported: {', '.join(sorted(REGISTRY))}")
+        raise ModelError(
+            f"architecture {shown} is not supported yet; choose a model with one of: {', '.join(sorted(REGISTRY))}"
+        )
 
 
 def resolve_model(architecture: str) -> type[Model]:

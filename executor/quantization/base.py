@@ -91,5 +91,8 @@ def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str
     if name is not None and name != chosen:
         raise ModelError(f"--quantization is {name}, but the model's config.json says quant_method: {saved}")
     if chosen not in REGISTRY:
-        raise ModelError(f"quantisation method {chosen!r} is not supported; supported: {', '.join(sorted(REGISTRY))}")
+        raise ModelError(
+            f"weights quantised with {chosen!r} are not supported yet; serve the model without quantisation, or a GGUF "
+            "file of it"
+        )
     return chosen

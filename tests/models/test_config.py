@@ -104,8 +104,8 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     assert "GPT5ForCausalLM" in message
     assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in message
     quantized = reconfigured(tmp_path / "b", quantization_config={"quant_method": "awq"})
-    assert "'awq' is not supported; supported: unquantized" in refusal(quantized)
-    assert "'fp8' is not supported" in refusal(tiny.checkpoint("llama"), quantization="fp8")
+    assert "weights quantised with 'awq' are not supported yet; serve the model without" in refusal(quantized)
+    assert "quantised with 'fp8' are not supported yet" in refusal(tiny.checkpoint("llama"), quantization="fp8")
     config = ModelConfig(model=str(tiny.checkpoint("llama")))
     with pytest.raises(ModelError, match="'telepathy'; supported: .*reference"):
         load_model(config, ParallelState(), CPU, "telepathy", lambda *_: None)

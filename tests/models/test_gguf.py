@@ -132,7 +132,10 @@ def test_gguf_configuration() -> None:
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported: llama, qwen2, qwen3"),
+        (
+            {"general.architecture": "mamba"},
+            "architecture 'mamba' is not supported yet; choose a file with one of: llama, qwen2, qwen3",
+        ),
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.cli import resolve, serve_parser
-from api.config import GROUPS, ServerConfig, from_environment, make_config
+from api.config import GROUPS, ServerConfig, from_environment, make_config, unused_variables
 from api.flags import ConfigError, options
 from api.vllm_options import FOREIGN, WORKING, Verdict
 from scripts import vllm_flags
@@ -189,6 +189,7 @@ def test_environment() -> None:
     assert from_environment({"VLLM_CPU_KVCACHE_SPACE": "0"}) == {}
     with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE: expected"):
         from_environment({"VLLM_CPU_KVCACHE_SPACE": "much"})
+    assert unused_variables({"VLLM_USE_V1": "1", "VLLM_API_KEY": "k", "HOME": "/"}) == ["VLLM_USE_V1"]
     config, _ = config_of("--log-level", "debug", environment={"OCTAVO_LOG_LEVEL": "error"})
     assert config.log_level == "debug"
 

@@ -131,9 +131,12 @@ def test_a_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture 'MambaForCausalLM' is not supported; supported: Llama"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "architecture 'MambaForCausalLM' is not supported yet; choose a model with one of: Llama",
+        ),
         ({"architectures": None}, "architectures must be a list"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantisation method 'awq' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights quantised with 'awq' are not supported yet"),
     ],
 )
 def test_what_cannot_be_served_is_not_downloaded(

@@ -108,8 +108,16 @@ async def test_chunks() -> None:
     *chunks, last = await api.stream(PATH, {"messages": HI, "stream_options": {"include_usage": True}})
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
-    chunks = await api.stream(PATH, {"messages": HI, "stream_options": {"continuous_usage_stats": True}})
+    chunks = await api.stream(
+        PATH, {"messages": HI, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    )
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 4, 4]
+
+
+async def test_continuous_usage_needs_include_usage() -> None:
+    options = {"continuous_usage_stats": True}
+    chunks = await talker("ok").stream(PATH, {"messages": HI, "stream_options": options})
+    assert all(chunk.get("usage") is None and chunk["choices"] for chunk in chunks)
 
 
 async def test_token_ids_in_a_stream() -> None:

@@ -123,14 +123,17 @@ async def test_usage_in_a_stream(api: Api) -> None:
         "prompt_tokens_details": {"cached_tokens": 6},
     }
     assert last["usage"] == (await api.ok(PATH, body))["usage"]
-    chunks = await api.stream(PATH, {"prompt": "ab", "stream_options": {"continuous_usage_stats": True}})
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await api.stream(PATH, {"prompt": "ab", "stream_options": options})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == [*range(1, 17), 16]
 
 
-async def test_usage_at_the_end_of_every_stream() -> None:
+async def test_usage_in_every_stream() -> None:
     api = Api(FakeServer(ServerConfig(enable_force_include_usage=True)))
-    assert (await api.stream(PATH, {"prompt": "ab", "max_tokens": 2}))[-1]["usage"]["total_tokens"] == 5
+    for options in (None, {"include_usage": False}, {"continuous_usage_stats": False}):
+        chunks = await api.stream(PATH, {"prompt": "ab", "max_tokens": 2, "stream_options": options})
+        assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 2]
 
 
 async def test_stop_strings_that_span_tokens() -> None:

@@ -48,7 +48,7 @@ async def test_a_stream() -> None:
 
 
 async def test_continuous_usage_says_each_token() -> None:
-    fields = {"stream_options": {"continuous_usage_stats": True}, "max_tokens": 9}
+    fields = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "max_tokens": 9}
     chunks = await thinker().stream(PATH, {"messages": HI, **fields})
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, *range(1, 10), 9]
 

@@ -55,6 +55,11 @@ async def test_n_is_counted_once_per_prompt(server: FakeServer, api: Api) -> Non
         assert server.metrics.registry.get_sample_value(sample, {"model_name": "fake-model", "engine": "0"}) == count
 
 
+def test_names_of_vllm_without_effect() -> None:
+    given = SamplingParams(output_kind=2, flat_logprobs=True, extra_args={"a": 1}, seed=1)
+    assert resolve(given) == resolve(SamplingParams(seed=1))
+
+
 OPTIONS = [
     ({"tensor_parallel_size": 2}, "more than one worker"),
     ({"enable_chunked_prefill": False}, "needs --max-num-batched-tokens"),
