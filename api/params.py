@@ -381,19 +381,28 @@ def child_seed(seed: int, child: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+def check_room(num_prompt_tokens: int, limits: ModelLimits) -> None:
+    """Refuses a prompt that is as long as the context, or longer.
+
+    Raises:
+        RequestError: There is no room for a token.
+    """
+    if num_prompt_tokens >= limits.max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
+            f"{num_prompt_tokens} input tokens, which leaves no room for output. Please shorten the prompt.",
+            "input_tokens",
+        )
+
+
 def resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
     """Longest completion of a prompt of that length.
 
     Raises:
         RequestError: There is no room for it.
     """
+    check_room(num_prompt_tokens, limits)
     room = limits.max_model_len - num_prompt_tokens
-    if room < 1:
-        raise RequestError(
-            f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
-            f"{num_prompt_tokens} input tokens, which leaves no room for output. Please shorten the prompt.",
-            "input_tokens",
-        )
     if params.max_tokens is None:
         return min(room, limits.max_output_tokens or room)
     if params.max_tokens > room:

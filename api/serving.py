@@ -7,16 +7,17 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from api.admission import Turns
+from api.admission import MAX_TEXT_CHARS, Turns, check_number
 from api.chat_template import ChatTemplate
 from api.config import ServerConfig
+from api.detokenizer import IncrementalDetokenizer
 from api.engine_client import EngineClient
 from api.errors import RequestError
 from api.metrics import EngineMetrics
@@ -41,10 +42,14 @@ from api.version import VERSION
 from engine_core.launch import get_logger
 from engine_core.messages import EngineReady, GrammarSpec, PoolingParams, ResolvedParams
 
+T = TypeVar("T")
+
 logger = get_logger()
 
 INLINE_TEXT = 2048
 """Characters up to which a text is tokenised in the event loop: a thread costs more."""
+INLINE_STEPS = 4096
+"""Steps of about a tenth of a microsecond up to which work is done in the event loop."""
 MAX_SIBLINGS = 256
 """Completions of a prompt that are submitted in one piece: some milliseconds here and in the engine core."""
 SUBMIT_COST = 128
@@ -121,6 +126,8 @@ class Serving:
         Raises:
             RequestError: It is too long, by its characters already, or is no text.
         """
+        if any_length:
+            check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         per_token = None if any_length else self.tokenizer.max_chars_per_token
         if per_token is not None and len(text) > self.limits.max_model_len * per_token:
             raise RequestError(
@@ -135,6 +142,32 @@ class Serving:
             return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
             raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
+
+    async def apart(self, size: int, function: Callable[..., T], *args: Any) -> T:
+        """Calls a function whose work is about that many steps: beside the event loop, unless they are few.
+
+        It may be Python, since threads take turns. A single call that keeps the interpreter's lock for long may not.
+        """
+        if size <= INLINE_STEPS:
+            return function(*args)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
+        """The text of token ids, however many.
+
+        Raises:
+            RequestError: An id is outside the vocabulary.
+        """
+
+        def decode() -> str:
+            self.check_token_ids(token_ids, field)
+            if len(token_ids) <= INLINE_STEPS:
+                return self.tokenizer.decode(token_ids, skip_special_tokens)
+            # One call of the backend would keep the interpreter's lock all the time.
+            detokenizer = IncrementalDetokenizer(self.tokenizer, (), skip_special_tokens)
+            return detokenizer.extend(token_ids) + detokenizer.finish()
+
+        return await self.apart(len(token_ids), decode)
 
     def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
         """Ids of those texts that are special tokens here."""

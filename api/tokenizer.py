@@ -213,14 +213,33 @@ class Tokenizer:
         encodings = guarded(self.backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int]]:
+    def offsets(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        num_tokens: int | None = None,
+        truncation_side: Literal["left", "right"] = "left",
+    ) -> list[tuple[int, int]]:
         """Where each token of a text begins and ends in it, in characters; (0, 0) for one that was added to it.
+
+        Args:
+            text: The text.
+            add_special_tokens: See ``encode``.
+            num_tokens: Only of so many tokens; None: of all.
+            truncation_side: Where the others are left out.
 
         Raises:
             ValueError: As for ``encode``.
         """
         _check_unicode(text)
-        return list(guarded(self.backend.encode, text, add_special_tokens=add_special_tokens).offsets)
+        # Unlike encode, a batch of one releases the interpreter's lock.
+        (encoding,) = guarded(self.backend.encode_batch, [text], add_special_tokens=add_special_tokens)
+        count = len(encoding)
+        num_tokens = count if num_tokens is None else min(num_tokens, count)
+        first = count - num_tokens if truncation_side == "left" else 0
+        # One by one, as a list of all of them takes long in one piece.
+        places = (encoding.token_to_chars(token) for token in range(first, first + num_tokens))
+        return [place or (0, 0) for place in places]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; unknown ids are left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from starlette.requests import Request
@@ -41,7 +41,7 @@ from api.anthropic.protocol import (
 )
 from api.errors import RequestError
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json
+from api.openai.body import read_json, work_on
 from api.openai.prompts import render_messages
 from api.openai.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
 from api.output import Delta
@@ -59,7 +59,7 @@ async def create_message(request: Request) -> Response:
     body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
     tenant = enter_queue(request, None if body.metadata is None else body.metadata.user_id)
-    chat = to_chat_request(body)
+    chat = await serving.apart(work_on(request), to_chat_request, body)
     if serving.config.reasoning_parser is None:
         chat.thinking_token_budget = None  # a model that does not think keeps to any budget
     answer = await prepare_answer(serving, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, fits_max_tokens=True)
@@ -74,7 +74,7 @@ async def count_tokens(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, COUNT_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    chat = to_chat_request(body)
+    chat = await serving.apart(work_on(request), to_chat_request, body)
     text = await render_messages(serving, chat, chat.messages, chat.tools)
     tokens = await serving.tokenize(text, add_special_tokens=False, any_length=True)
     answer = MessageTokensCount(input_tokens=len(tokens))
@@ -109,6 +109,8 @@ class MessagesReply:
         self._around = (b"", b"")
         """What stands before and after the text of the open block's deltas."""
         self._thinking: list[str] = []
+        self._pieces: list[str] = []
+        """The text of the open block of a message in one piece."""
         self._message = Message(
             id=answer.generation.request_id, model=serving.model_name, content=[], usage=self._usage(0)
         )
@@ -200,9 +202,8 @@ class MessagesReply:
 
     # -- one answer ------------------------------------------------------------------------------------------
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        message = self._message
-        pieces: list[str] = []
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        message, pieces = self._message, self._pieces
         self._answer.use_whole_calls()
         for delta in deltas:
             for each in self._answer.events(delta):
@@ -221,8 +222,10 @@ class MessagesReply:
                 self._end_block(pieces)
                 stop = self._stop(delta)
                 message.stop_reason, message.stop_sequence = stop.stop_reason, stop.stop_sequence
-        message.usage = self._usage()
-        return self._encoder.encode(message)
+
+    def whole(self) -> bytes:
+        self._message.usage = self._usage()
+        return self._encoder.encode(self._message)
 
     def _end_block(self, pieces: list[str]) -> None:
         if self._kind is None:

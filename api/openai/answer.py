@@ -291,7 +291,7 @@ async def prepare_answer(
         generation.headers["x-octavo-warning"] = TOOLS_IGNORED
     offsets: TokenOffsets | UnsetType = UNSET
     if request.return_token_offsets:
-        offsets = prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
+        offsets = await prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
     return ChatAnswer(
         generation,
         text_format,

@@ -39,6 +39,7 @@ UNREAD = frozenset(
 """Fields of OpenAI's and vLLM's requests that are known and mean nothing here."""
 ROOM = 4096
 """JSON values that a prompt of token ids may have beside them."""
+_STEPS_PER_VALUE = 4
 MAX_NAME = 64
 MAX_NAMED = 10
 """Unknown fields that an error lists."""
@@ -69,6 +70,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
             result = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise decode_error(error) from None
+    request.state.json_weight = int(meter.weight)
     if serving.config.strict or logger.isEnabledFor(logging.DEBUG):
         _look_for_unknown_fields(body, decoder.type, refuse=serving.config.strict)
     return result
@@ -101,6 +103,11 @@ def unknown_fields(value: Any, kind: Any) -> Iterable[str]:
 def shorten(name: str) -> str:
     """A client's name for a field, as far as an error repeats it."""
     return name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
+
+
+def work_on(request: Request) -> int:
+    """About how many steps a walk over the decoded body takes; see ``Serving.apart``."""
+    return _STEPS_PER_VALUE * int(request.state.json_weight)
 
 
 async def _read(request: Request, max_size: int, held: HeldBody, meter: JsonMeter) -> bytearray:

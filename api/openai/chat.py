@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -90,6 +90,8 @@ class ChatReply:
         self._prompt_token_ids = list(generation.prompts[0]) if self._has_token_ids else UNSET
         self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET
         self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+        self._folds: dict[int, _Fold] = {}
+        """By choice, of an answer in one piece."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
         """By choice that has begun: what stands before and after the text of a plain chunk."""
         self._chunk = ChatCompletionChunk(
@@ -179,8 +181,8 @@ class ChatReply:
 
     # -- one answer ------------------------------------------------------------------------------------------
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        choices: dict[int, _Fold] = {}
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        choices = self._folds
         prompt = self._generation.prompts[0]
         for delta in deltas:
             fold = choices.get(delta.choice)
@@ -192,6 +194,9 @@ class ChatReply:
                     fold.add(piece)
             for piece in self._pieces(delta):
                 fold.add(piece)
+
+    def whole(self) -> bytes:
+        choices = self._folds
         return self._encoder.encode(
             ChatCompletionResponse(
                 id=self._chunk.id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -79,7 +79,7 @@ async def create_completion(request: Request) -> Response:
     offsets = None
     if body.return_token_offsets:
         offsets = [
-            prompt_token_offsets(serving, body, prompt, len(ids), add_special_tokens=True)
+            await prompt_token_offsets(serving, body, prompt, len(ids), add_special_tokens=True)
             for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
     max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
@@ -99,7 +99,8 @@ async def create_completion(request: Request) -> Response:
     generation = create_generation(
         serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, grammar, tenant=tenant
     )
-    reply = CompletionReply(serving, body, generation, _echoes(serving, body, prompts, token_ids), params.n, offsets)
+    echoes = await _echoes(serving, body, prompts, token_ids)
+    reply = CompletionReply(serving, body, generation, echoes, params.n, offsets)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(generation, reply)
@@ -139,7 +140,7 @@ def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
     return -1 if -1 in counts else max(counts, default=None)
 
 
-def _echoes(
+async def _echoes(
     serving: Serving, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[str]:
     """The texts that the completions begin with."""
@@ -150,8 +151,8 @@ def _echoes(
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
             echoes.append(prompt)
         else:
-            serving.check_token_ids(ids)
-            echoes.append(serving.tokenizer.decode(ids, request.skip_special_tokens is not False))
+            skips = request.skip_special_tokens is not False
+            echoes.append(await serving.detokenize(ids, skip_special_tokens=skips, field="prompt"))
     return echoes
 
 
@@ -188,6 +189,8 @@ class CompletionReply:
         )
         self._num_output_tokens = 0
         self._columns: dict[int, CompletionColumns] = {}
+        self._folds: dict[int, _Fold] = {}
+        """By choice, of an answer in one piece."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
         """By choice that has begun: what stands before and after the text of a plain chunk."""
         self._chunk = CompletionResponse(
@@ -273,17 +276,18 @@ class CompletionReply:
 
     # -- one answer ------------------------------------------------------------------------------------------
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        choices: dict[int, _Fold] = {}
+    def fold(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:
-            fold = choices.get(delta.choice)
+            fold = self._folds.get(delta.choice)
             if fold is None:
-                fold = choices[delta.choice] = _Fold(delta.choice)
+                fold = self._folds[delta.choice] = _Fold(delta.choice)
                 for piece in self._first_pieces(delta):
                     fold.add(piece)
             else:
                 fold.add(self._piece(delta))
-        self._chunk.choices = [choices[index].choice() for index in sorted(choices)]
+
+    def whole(self) -> bytes:
+        self._chunk.choices = [self._folds[index].choice() for index in sorted(self._folds)]
         self._chunk.usage = self._usage()
         return self._encoder.encode(self._chunk)
 

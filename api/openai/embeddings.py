@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import cast
 
 import msgspec
@@ -97,7 +97,10 @@ class EmbeddingReply:
         self._request = request
         self._work = work
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        """Deltas say that a vector is there, and nothing else."""
+
+    def whole(self) -> bytes:
         answer = EmbeddingResponse(
             id=self._work.request_id,
             created=int(time.time()),

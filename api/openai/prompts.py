@@ -14,10 +14,13 @@ from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
-from api.params import truncate_prompt
+from api.params import check_room, truncate_prompt
 from api.parsers import Tool
 from api.serving import INLINE_TEXT, Serving
 
+MAX_INLINE_MESSAGES = 64
+"""A longer conversation is rendered in a thread."""
+_CHARS_PER_TOOL = 64
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of the template that are fields of the request."""
 
@@ -55,21 +58,24 @@ async def render_messages(
         variables["reasoning_effort"] = request.reasoning_effort
     wanted = serving.config.chat_template_content_format
     content_format = template.content_format if wanted == "auto" else wanted
-    plain: list[dict[str, Any]] = msgspec.to_builtins(list(messages))
+    render = partial(
+        template.render,
+        tools=tools,
+        documents=request.documents,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continues,
+        **variables,
+    )
+
+    def normalize_and_render() -> str:
+        plain: list[dict[str, Any]] = msgspec.to_builtins(list(messages))
+        return render(normalize_messages(plain, content_format))
+
     try:
-        normalized = normalize_messages(plain, content_format)
-        render = partial(
-            template.render,
-            normalized,
-            tools=tools,
-            documents=request.documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continues,
-            **variables,
-        )
-        if _num_chars(normalized) <= INLINE_TEXT:
-            return render()
-        return await asyncio.get_running_loop().run_in_executor(serving.threads, render)
+        is_small = len(messages) <= MAX_INLINE_MESSAGES and not request.chat_template_kwargs and not request.documents
+        if is_small and _num_chars(messages, tools) <= INLINE_TEXT:
+            return normalize_and_render()
+        return await asyncio.get_running_loop().run_in_executor(serving.threads, normalize_and_render)
     except ValueError as error:  # a TemplateError is one
         raise RequestError(str(error), "messages") from error
     except RecursionError as error:
@@ -93,8 +99,25 @@ def _template(serving: Serving, source: str | None) -> ChatTemplate:
     return serving.chat_template
 
 
-def _num_chars(messages: Sequence[dict[str, Any]]) -> int:
-    return sum(len(message["content"]) for message in messages if isinstance(message.get("content"), str))
+def _num_chars(messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> int:
+    """About how long a conversation is; structure counts as so many characters."""
+    num_chars = _CHARS_PER_TOOL * len(tools or ())
+    for message in messages:
+        content = message.content
+        if isinstance(content, str):
+            num_chars += len(content)
+        for part in content if isinstance(content, list) else ():
+            num_chars += len(part) if isinstance(part, str) else len(part.get("text") or "")
+            if num_chars > INLINE_TEXT:
+                return num_chars
+        num_chars += sum(_num_arguments(call) for call in message.tool_calls or ())
+    return num_chars
+
+
+def _num_arguments(call: dict[str, Any]) -> int:
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return _CHARS_PER_TOOL + (len(arguments) if isinstance(arguments, str) else INLINE_TEXT)
 
 
 def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> bool:
@@ -113,7 +136,7 @@ def text_of(message: ChatMessage) -> str:
     return "".join(part for part in parts if isinstance(part, str))
 
 
-def prompt_token_offsets(
+async def prompt_token_offsets(
     serving: Serving,
     request: GenerationRequest,
     prompt: str | list[int],
@@ -130,8 +153,8 @@ def prompt_token_offsets(
         raise RequestError("return_token_offsets needs a prompt that is text", "return_token_offsets")
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
-    offsets = serving.tokenizer.offsets(prompt, add_special_tokens)
-    return offsets[:num_tokens] if request.truncation_side == "right" else offsets[len(offsets) - num_tokens :]
+    side = request.truncation_side or "left"
+    return await serving.apart(len(prompt), serving.tokenizer.offsets, prompt, add_special_tokens, num_tokens, side)
 
 
 async def prompt_token_ids(
@@ -153,4 +176,6 @@ async def prompt_token_ids(
     if isinstance(prompt, str):
         prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
     kept = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens)
-    return prompt[kept.start : kept.stop]
+    prompt = prompt[kept.start : kept.stop]
+    check_room(len(prompt), serving.limits)
+    return prompt

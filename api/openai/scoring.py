@@ -6,7 +6,7 @@ Models that generate have no output for relevance, so a score is the cosine simi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from starlette.requests import Request
@@ -136,7 +136,10 @@ class ScoreReply:
         self._pairs = pairs
         self._num_queries = num_queries
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        """Deltas say that a vector is there, and nothing else."""
+
+    def whole(self) -> bytes:
         vectors = self._work.vectors()
         queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
         answer = ScoreResponse(
@@ -161,7 +164,10 @@ class RerankReply:
         self._work = work
         self._texts = texts
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        """Deltas say that a vector is there, and nothing else."""
+
+    def whole(self) -> bytes:
         query, *documents = self._work.vectors()
         results = [
             RerankResult(index=index, relevance_score=cosine(query, document))

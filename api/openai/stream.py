@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,6 +20,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.admission import pieces
 from api.beam_search import BeamSearchParams
 from api.errors import EngineDeadError, RequestError
 from api.fanout import choose_best
@@ -35,6 +36,8 @@ from engine_core.launch import get_logger
 
 logger = get_logger()
 
+FOLDED_AT_ONCE = 1024
+"""Deltas of an answer in one piece that are folded in one go: some milliseconds."""
 DONE = ServerSentEvent("[DONE]", sep="\n").encode()
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 MARK = "\0"
@@ -67,8 +70,11 @@ def error_event(error: RequestError) -> bytes:
 class WholeReply(Protocol):
     """Gives the outputs of requests the form of an endpoint."""
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        """The body of an answer that is not streamed: all deltas, folded."""
+    def fold(self, deltas: Sequence[Delta]) -> None:
+        """Takes the next deltas of an answer that is not streamed; several times, so that each takes a moment only."""
+
+    def whole(self) -> bytes:
+        """The body of that answer."""
 
 
 class Reply(WholeReply, Protocol):
@@ -370,7 +376,11 @@ class WholeAnswer(Response):
                 deltas += new
         finally:
             generation.close()
-        self.body = self._reply.whole(generation.choose(deltas))
+        for piece in pieces(generation.choose(deltas), FOLDED_AT_ONCE):
+            self._reply.fold(piece)
+            if len(piece) == FOLDED_AT_ONCE:
+                await asyncio.sleep(0)  # others have their turn
+        self.body = self._reply.whole()
         self.init_headers({**generation.headers, **generation.load_header(scope)})
         await super().__call__(scope, receive, send)
 

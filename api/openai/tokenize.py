@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.admission import pieces
 from api.errors import RequestError
 from api.openai.body import read_json
 from api.openai.prompts import render_messages
 from api.openai.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from api.openai.tools import check_tools
 from api.serving import Serving
+from api.tokenizer import Tokenizer
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
 DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
@@ -34,8 +38,25 @@ async def tokenize(request: Request) -> Response:
     tokens = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=True)
     answer = TokenizeResponse(count=len(tokens), max_model_len=serving.limits.max_model_len, tokens=tokens)
     if body.return_token_strs:
-        answer.token_strs = [serving.tokenizer.id_to_token(token_id) or "" for token_id in tokens]
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+        answer.token_strs = await serving.apart(len(tokens), _spell, serving.tokenizer, tokens)
+    return Response(await serving.apart(len(tokens), _encode, answer), media_type="application/json")
+
+
+def _encode(answer: TokenizeResponse) -> bytes:
+    """The answer as JSON; its lists in pieces, as others wait while one is encoded."""
+    ids, strings = answer.tokens, answer.token_strs
+    parts = [b'{"count":%d,"max_model_len":%d,"tokens":' % (answer.count, answer.max_model_len), *_encode_list(ids)]
+    parts += [b',"token_strs":', *(_encode_list(strings) if strings is not None else [b"null"]), b"}"]
+    return b"".join(parts)
+
+
+def _encode_list(values: Sequence[int | str]) -> list[bytes]:
+    encoded = [msgspec.json.encode(piece)[1:-1] for piece in pieces(values)]
+    return [b"[", b",".join(encoded), b"]"]
+
+
+def _spell(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
 
 async def detokenize(request: Request) -> Response:
@@ -43,8 +64,7 @@ async def detokenize(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, DETOKENIZE_DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    size = serving.limits.vocab_size
-    if body.tokens and (min(body.tokens) < 0 or max(body.tokens) >= size):
-        raise RequestError(f"tokens must be between 0 and {size - 1}", "tokens")
-    text = serving.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = ""
+    if body.tokens:
+        text = await serving.detokenize(body.tokens, skip_special_tokens=False, field="tokens")
     return Response(msgspec.json.encode(DetokenizeResponse(prompt=text)), media_type="application/json")

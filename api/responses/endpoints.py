@@ -13,12 +13,12 @@ from starlette.responses import Response, StreamingResponse
 
 from api.errors import EngineDeadError, RequestError
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json
+from api.openai.body import read_json, work_on
 from api.openai.errors import to_request_error
 from api.openai.protocol import ChatMessage
 from api.openai.stream import KEEP_ALIVE, TokenStream, WholeAnswer
 from api.params import SamplingParams
-from api.responses.convert import input_messages, output_messages, to_chat_request
+from api.responses.convert import output_messages, to_chat_request
 from api.responses.errors import with_own_fields
 from api.responses.protocol import (
     DeletedResponse,
@@ -50,10 +50,11 @@ async def create_response(request: Request) -> Response:
     if body.previous_response_id is not None:
         previous = _previous(serving, body.previous_response_id)
     with with_own_fields():
-        chat = to_chat_request(body, previous)
+        chat = await serving.apart(work_on(request), to_chat_request, body, previous)
         answer = await prepare_answer(serving, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant)
     response = _new_response(serving, body, answer, is_stored=is_stored)
-    conversation = [*previous, *input_messages(body.input)]
+    # Instructions come first, and are not remembered.
+    conversation = chat.messages[1:] if body.instructions else chat.messages
     making = _Making(serving, body, answer, response, conversation)
     if body.background:
         return await making.in_background()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -62,6 +62,9 @@ class ResponseReply:
         self._has_logprobs = has_logprobs
         self._on_done = on_done
         self._has_begun = False
+        self._events: list[Event] = []
+        """Of an answer in one piece, and its last delta."""
+        self._last: Delta | None = None
         self._logprobs: list[ChatLogprob] = []
         """Of tokens whose text is still held back."""
 
@@ -162,20 +165,20 @@ class ResponseReply:
 
     # -- one answer ------------------------------------------------------------------------------------------
 
-    def whole(self, deltas: Iterable[Delta]) -> bytes:
-        last: Delta | None = None
-        events = []
+    def fold(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:
-            last = delta
+            self._last = delta
             new = self._answer.events(delta)
             if self._has_logprobs:
                 self._write(delta, new)
             else:
-                events += new
-        for each in merge(events):
+                self._events += new
+
+    def whole(self) -> bytes:
+        for each in merge(self._events):
             self._writer.write(each)
-        assert last is not None
-        self._finish(last)
+        assert self._last is not None
+        self._finish(self._last)
         self._writer.take()
         self._done()
         return msgspec.json.encode(self.response)

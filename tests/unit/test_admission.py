@@ -12,10 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from api import params, serving
-from api.admission import MAX_MESSAGES, MAX_TOOLS
+from api.admission import MAX_MESSAGES, MAX_TEXT_CHARS, MAX_TOOLS
 from api.errors import RequestError
 from api.middleware import WhileConnected
 from api.openai import structured
+from api.openai.completions import CompletionReply
+from api.openai.stream import FOLDED_AT_ONCE
 from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api
@@ -163,6 +165,65 @@ async def test_what_has_started_ends_when_the_client_goes_halfway(server: FakeSe
     assert len(server.engine.submitted) < 4000
     assert not server.engine.num_unfinished
     assert not connection.sent
+
+
+# -- long inputs -------------------------------------------------------------------------------------------------
+
+
+async def test_long_lists_of_ids_become_the_same_text(api: Api) -> None:
+    tokenizer = api.server.serving.tokenizer
+    ids = [token for token in range(256) if token not in tokenizer.all_special_ids] * 40
+    answer = await api.ok("/detokenize", {"tokens": ids})
+    assert answer["prompt"] == tokenizer.decode(ids, False)
+    error = await api.error("/detokenize", {"tokens": [*ids, 1 << 40]})
+    assert error["param"] == "tokens"
+
+
+async def test_long_texts_become_the_same_tokens(api: Api) -> None:
+    tokenizer = api.server.serving.tokenizer
+    text = "Grüße aus Köln, " * 4000
+    answer = await api.ok("/tokenize", {"prompt": text, "return_token_strs": True})
+    ids = tokenizer.encode(text)
+    assert answer["tokens"] == ids and answer["count"] == len(ids)
+    assert answer["token_strs"] == [tokenizer.id_to_token(token) for token in ids]
+    assert (await api.ok("/tokenize", {"prompt": "ab"}))["token_strs"] is None
+
+
+async def test_texts_of_any_length_have_a_bound(api: Api) -> None:
+    error = await api.error("/tokenize", {"prompt": "x" * (MAX_TEXT_CHARS + 1)})
+    assert error["param"] == "prompt" and f"at most {MAX_TEXT_CHARS}" in error["message"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+async def test_offsets_of_a_truncated_prompt(api: Api, side: str) -> None:
+    text = "one two three " * 1000
+    fields = {"return_token_offsets": True, "truncate_prompt_tokens": 7, "truncation_side": side}
+    answer = await api.complete(text, **fields)
+    offsets = api.server.serving.tokenizer.offsets(text)
+    expected = offsets[-7:] if side == "left" else offsets[:7]
+    assert answer["choices"][0]["prompt_token_offsets"] == [list(pair) for pair in expected]
+
+
+async def test_a_prompt_that_does_not_fit_is_not_echoed(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(api.server.serving), "detokenize", None)
+    body = {"prompt": [5] * (api.server.serving.limits.max_model_len + 1), "echo": True, "max_tokens": 1}
+    error = await api.error(COMPLETIONS, body)
+    assert "maximum context length" in error["message"]
+
+
+async def test_answers_in_one_piece_are_folded_in_turns(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    fold = CompletionReply.fold
+
+    def counted(self: CompletionReply, deltas: Any) -> None:
+        sizes.append(len(deltas))
+        fold(self, deltas)
+
+    monkeypatch.setattr(CompletionReply, "fold", counted)
+    answer = await api.complete("ab", n=900, max_tokens=3)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(900))
+    assert answer["usage"]["completion_tokens"] == 2700
+    assert len(sizes) > 1 and max(sizes) <= FOLDED_AT_ONCE
 
 
 # -- the client is gone ------------------------------------------------------------------------------------------
