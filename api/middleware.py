@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.admission import release_memory
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.errors import KINDS, error_response
@@ -23,6 +24,9 @@ from api.traffic import CLIENT_GONE, NO_HANDLER, Traffic
 from engine_core.launch import get_logger
 
 logger = get_logger()
+
+LARGE_BODY = 1 << 20
+"""Bytes of a body after which memory is given back to the system."""
 
 _LABEL = re.compile(rb"[!-~]{1,128}")
 """What is taken as X-Request-Id: it becomes part of ids and log lines."""
@@ -256,6 +260,9 @@ class WhileConnected:
             raise ClientDisconnect from None
         finally:
             connection.close()
+            if connection.size > LARGE_BODY:
+                # What was made of it is many times as large, and the C library would keep it.
+                asyncio.get_running_loop().run_in_executor(None, release_memory)
 
 
 class _Connection:
@@ -264,6 +271,8 @@ class _Connection:
     def __init__(self, receive: Receive) -> None:
         self.is_lost = False
         """The client is gone, and the request's task was cancelled for that."""
+        self.size = 0
+        """Bytes of the body so far."""
         self._receive = receive
         self._task: asyncio.Task[object] | None = asyncio.current_task()
         self._watcher: asyncio.Task[Message] | None = None
@@ -272,6 +281,7 @@ class _Connection:
     async def receive(self) -> Message:
         if self._watcher is None:
             message = await self._receive()
+            self.size += len(message.get("body", b""))
             if message["type"] == "http.request" and not message.get("more_body", False):
                 self._watcher = asyncio.create_task(self._watch())
             return message

@@ -91,6 +91,8 @@ class Serving:
             hidden_size=ready.hidden_size,
         )
         self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
+        self._turns = Turns(2 * INLINE_TEXT)
+        """Of texts that are tokenised in the event loop."""
         self.threads = ThreadPoolExecutor(2, "text")
         self._seeds = None if config.seed is None else random.Random(config.seed)
         """Where requests without a seed get theirs, if it must be the same after each start."""
@@ -137,6 +139,7 @@ class Serving:
             )
         try:
             if len(text) <= INLINE_TEXT:
+                await self._turns.spend(len(text))  # one request may have thousands of them
                 return self.tokenizer.encode(text, add_special_tokens)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)

@@ -343,6 +343,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
         "--simulated-device": json.dumps(device),
         "--max-num-seqs": 256,
         "--max-num-batched-tokens": 8192,
+        "--served-model-name": "m",
         "--log-level": "warning",
     }
     command = [sys.executable, "-m", "api", "serve", "--port", "{port}"]

@@ -62,7 +62,9 @@ async def create_message(request: Request) -> Response:
     chat = await serving.apart(work_on(request), to_chat_request, body)
     if serving.config.reasoning_parser is None:
         chat.thinking_token_budget = None  # a model that does not think keeps to any budget
-    answer = await prepare_answer(serving, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, fits_max_tokens=True)
+    answer = await prepare_answer(
+        serving, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, work=work_on(request), fits_max_tokens=True
+    )
     reply = MessagesReply(serving, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)

@@ -253,6 +253,7 @@ async def prepare_answer(
     *,
     tenant: Tenant = NOBODY,
     fits_max_tokens: bool = False,
+    work: int = 0,
 ) -> ChatAnswer:
     """Checks a request, renders and tokenises its conversation. Nothing runs yet.
 
@@ -261,6 +262,7 @@ async def prepare_answer(
         request: The conversation and how to answer.
         answer_id: Becomes the generation's id.
         tenant: Who it is for.
+        work: About how many steps a walk over the request takes.
         fits_max_tokens: Cut ``max_tokens`` to what the context has room for, rather than refuse it.
 
     Raises:
@@ -270,12 +272,12 @@ async def prepare_answer(
     check_stream_fields(request)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    use = resolve_tools(request, serving.config)
+    use = await serving.apart(work, resolve_tools, request, serving.config)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    grammar = requested_grammar(request)
+    grammar = await serving.apart(work, requested_grammar, request)
     params = _sampling_params(serving, request, use, grammar, max_tokens)
     if use.schema is not None:
-        grammar = grammar_spec(StructuredOutputsParams(json=use.schema), "tools")
+        grammar = await serving.apart(work, grammar_spec, StructuredOutputsParams(json=use.schema), "tools")
     text = await render_messages(serving, request, request.messages, use.prompt_tools)
     prompt = await prompt_token_ids(serving, request, text, add_special_tokens=False, max_tokens=max_tokens)
     if fits_max_tokens and max_tokens is not None:

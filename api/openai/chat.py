@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json
+from api.openai.body import read_json, work_on
 from api.openai.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from api.openai.prompts import adds_generation_prompt, text_of
 from api.openai.protocol import (
@@ -57,7 +57,9 @@ async def create_chat_completion(request: Request) -> Response:
     serving.check_model(body.model)
     count = 1 if body.use_beam_search else body.n or 1
     tenant = enter_queue(request, body.safety_identifier or body.user, count)
-    answer = await prepare_answer(serving, body, answer_id("chatcmpl", request, body.request_id), tenant=tenant)
+    answer = await prepare_answer(
+        serving, body, answer_id("chatcmpl", request, body.request_id), tenant=tenant, work=work_on(request)
+    )
     reply = ChatReply(serving, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)

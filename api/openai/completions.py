@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from api.errors import RequestError
 from api.openai.beam import beam_search_params, create_generation
-from api.openai.body import read_json
+from api.openai.body import read_json, work_on
 from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs
 from api.openai.prompts import prompt_token_ids, prompt_token_offsets
 from api.openai.protocol import (
@@ -83,7 +83,7 @@ async def create_completion(request: Request) -> Response:
             for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
     max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
-    grammar = requested_grammar(body)
+    grammar = await serving.apart(work_on(request), requested_grammar, body)
     params = (
         beam_search_params(body, grammar, max_tokens=max_tokens, logprobs=body.logprobs)
         if body.use_beam_search

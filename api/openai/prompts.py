@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from api.admission import MAX_MESSAGES, check_number
+from api.admission import MAX_MESSAGES, JsonMeter, check_number
 from api.chat_template import ChatTemplate, TemplateError, normalize_messages
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
@@ -21,6 +21,7 @@ from api.serving import INLINE_TEXT, Serving
 MAX_INLINE_MESSAGES = 64
 """A longer conversation is rendered in a thread."""
 _CHARS_PER_TOOL = 64
+MAX_TEMPLATE_KWARGS = 256
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of the template that are fields of the request."""
 
@@ -51,6 +52,7 @@ async def render_messages(
             "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
         )
     variables = dict(request.chat_template_kwargs or {})
+    check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
     for name in _RESERVED:
         if name in variables:
             raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
@@ -69,13 +71,16 @@ async def render_messages(
 
     def normalize_and_render() -> str:
         plain: list[dict[str, Any]] = msgspec.to_builtins(list(messages))
+        _weigh_arguments(messages)
         return render(normalize_messages(plain, content_format))
 
     try:
-        is_small = len(messages) <= MAX_INLINE_MESSAGES and not request.chat_template_kwargs and not request.documents
-        if is_small and _num_chars(messages, tools) <= INLINE_TEXT:
+        is_small = len(messages) <= MAX_INLINE_MESSAGES and not request.documents
+        if is_small and all(map(_is_short, variables.values())) and _num_chars(messages, tools) <= INLINE_TEXT:
             return normalize_and_render()
         return await asyncio.get_running_loop().run_in_executor(serving.threads, normalize_and_render)
+    except RequestError:
+        raise
     except ValueError as error:  # a TemplateError is one
         raise RequestError(str(error), "messages") from error
     except RecursionError as error:
@@ -97,6 +102,21 @@ def _template(serving: Serving, source: str | None) -> ChatTemplate:
             "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
         )
     return serving.chat_template
+
+
+def _weigh_arguments(messages: Sequence[ChatMessage]) -> None:
+    """Refuses arguments of calls, JSON within JSON, that take long to decode in one piece."""
+    meter = JsonMeter()
+    for message in messages:
+        for call in message.tool_calls or ():
+            function = call.get("function")
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                meter.feed(arguments.encode("utf-8", "surrogatepass"))
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 256)
 
 
 def _num_chars(messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> int:

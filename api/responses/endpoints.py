@@ -51,7 +51,9 @@ async def create_response(request: Request) -> Response:
         previous = _previous(serving, body.previous_response_id)
     with with_own_fields():
         chat = await serving.apart(work_on(request), to_chat_request, body, previous)
-        answer = await prepare_answer(serving, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant)
+        answer = await prepare_answer(
+            serving, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant, work=work_on(request)
+        )
     response = _new_response(serving, body, answer, is_stored=is_stored)
     # Instructions come first, and are not remembered.
     conversation = chat.messages[1:] if body.instructions else chat.messages
