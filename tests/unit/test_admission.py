@@ -17,6 +17,7 @@ from api.errors import RequestError
 from api.middleware import WhileConnected
 from api.openai import structured
 from api.openai.completions import CompletionReply
+from api.openai.prompts import MAX_TEMPLATE_KWARGS
 from api.openai.stream import FOLDED_AT_ONCE
 from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
 from tests.fakes import FakeServer
@@ -165,6 +166,19 @@ async def test_what_has_started_ends_when_the_client_goes_halfway(server: FakeSe
     assert len(server.engine.submitted) < 4000
     assert not server.engine.num_unfinished
     assert not connection.sent
+
+
+async def test_arguments_of_calls_that_take_long_to_decode_are_refused(api: Api) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" + "1," * 600_000 + "1]"}}
+    body = {"messages": [MESSAGE, {"role": "assistant", "tool_calls": [call]}, MESSAGE], "max_tokens": 1}
+    error = await api.error(CHAT, body, 413)
+    assert "values that one request may have" in error["message"]
+
+
+async def test_variables_of_templates_are_counted(api: Api) -> None:
+    kwargs = {f"a{number}": number for number in range(MAX_TEMPLATE_KWARGS + 1)}
+    error = await api.error(CHAT, {"messages": [MESSAGE], "chat_template_kwargs": kwargs})
+    assert error["param"] == "chat_template_kwargs" and f"at most {MAX_TEMPLATE_KWARGS}" in error["message"]
 
 
 # -- long inputs -------------------------------------------------------------------------------------------------
