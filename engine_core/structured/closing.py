@@ -65,7 +65,18 @@ class _Tokens:
 class ClosingPaths:
     """Finds paths with the tokens that a request may use."""
 
-    def __init__(self, vocabulary: Vocabulary, is_usable: Callable[[int], bool] | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        is_usable: Callable[[int], bool] | None = None,
+        examples: Iterable[bytes] = (),
+    ) -> None:
+        """
+        Args:
+            vocabulary: Of the grammar.
+            is_usable: Whether the request may have a token; None: any.
+            examples: Inner parts of strings that may be what a string lacks; see ``examples.py``.
+        """
         self._vocabulary = vocabulary
         self._is_usable = is_usable
         tokens = vocabulary.byte_tokens
@@ -76,6 +87,13 @@ class ClosingPaths:
         self._plain = _Tokens(self._usable(tokens.get(byte) for byte in _PLAIN))
         self._others = _Tokens(self._usable(tokens.get(byte) for byte in _OTHERS))
         self._escapes = _Tokens(self._usable(tokens.get(byte) for byte in _ESCAPES))
+
+        self._examples = [spelt for example in examples if (spelt := self._spelt(example + b'"'))]
+
+    def _spelt(self, text: bytes) -> list[int]:
+        """Usable tokens for all of a text, none if there are not."""
+        tokens = self._vocabulary.spell(text, self._is_usable)
+        return tokens if self._vocabulary.tokenizer.decode_bytes(tokens) == text else []
 
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
@@ -146,6 +164,10 @@ class ClosingPaths:
                 return self._zero
         return self._quote if has_quote else None
 
+    def example(self, probe: LLMatcher) -> list[int]:
+        """Tokens that give a string what it lacks and end it, if an example does."""
+        return next((tokens for tokens in self._examples if probe.validate_tokens(tokens) == len(tokens)), [])
+
     def candidates(self, mask: bytes, *, is_escaped: bool) -> list[int]:
         """Tokens to go on with otherwise, those that may lead to an end soon first."""
         if is_escaped:
@@ -189,6 +211,8 @@ class _Search:
             if token is not None:
                 self._num_shortcuts += 1
                 tokens = [token]
+            elif not self._is_escaped and (tokens := paths.example(probe)):
+                pass
             else:
                 mask = probe.compute_bitmask()
                 candidates = paths.candidates(mask, is_escaped=self._is_escaped)

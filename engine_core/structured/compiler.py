@@ -19,6 +19,7 @@ import msgspec
 from engine_core.messages import GrammarSpec, SetVocabulary, i32
 from engine_core.request import Request
 from engine_core.structured.cost import is_cheap
+from engine_core.structured.examples import pattern_examples
 from engine_core.structured.grammar import GrammarError, compile_grammar
 from engine_core.structured.masks import MaskBuilder
 from engine_core.structured.request_grammar import BudgetError, RequestGrammar
@@ -202,7 +203,8 @@ class GrammarCompiler:
             if verdict is not None and verdict.problem:
                 raise GrammarError(verdict.problem)
             matcher = self._matcher(key, spec, vocabulary, verdict).deep_copy()
-            grammar = RequestGrammar(matcher, vocabulary, request.params, completes=spec.completes)
+            examples = pattern_examples(spec, vocabulary)
+            grammar = RequestGrammar(matcher, vocabulary, request.params, completes=spec.completes, examples=examples)
             grammar.start(remaining, i32(request.message.resumed_output_token_ids).tolist())
         except BudgetError as error:
             return Compiled(request, str(error), "max_tokens")

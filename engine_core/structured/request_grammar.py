@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -40,13 +40,22 @@ class RequestGrammar:
     when the path is as long as what is left, it is followed.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, params: ResolvedParams, *, completes: bool) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        params: ResolvedParams,
+        *,
+        completes: bool,
+        examples: Iterable[bytes] = (),
+    ) -> None:
         """
         Args:
             matcher: At the start of the grammar; owned by this object from now on.
             vocabulary: Of the matcher.
             params: Of the request.
             completes: Whether an output must be complete when the request's tokens run out.
+            examples: See ``ClosingPaths``.
         """
         self.matcher = matcher
         self.vocabulary = vocabulary
@@ -55,7 +64,7 @@ class RequestGrammar:
         """The output was completed because its tokens ran out, not because the model was done."""
         self.error = ""
         """Why the grammar cannot go on, after ``FAILED``."""
-        self._paths = ClosingPaths(vocabulary, _usable_tokens(params)) if completes else None
+        self._paths = ClosingPaths(vocabulary, _usable_tokens(params), examples) if completes else None
         self._path: list[int] = []
         self._remaining = 0
         self._forced: int | None = None

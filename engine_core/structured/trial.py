@@ -10,6 +10,7 @@ import msgspec
 
 from engine_core.messages import GrammarSpec, Message, ResolvedParams, SetVocabulary
 from engine_core.structured.cost import is_cheap
+from engine_core.structured.examples import pattern_examples
 from engine_core.structured.grammar import GrammarError, compile_grammar, grammar_text, short_error
 from engine_core.structured.request_grammar import RequestGrammar
 from engine_core.structured.vocabulary import Vocabulary
@@ -80,7 +81,9 @@ def try_grammar(data: bytes) -> bytes:
     if first.is_error():
         raise GrammarError(short_error(first.get_error()))
     params = ResolvedParams(max_tokens=_LONGEST_OUTPUT, eos_token_ids=_vocabulary.end_tokens)
-    RequestGrammar(matcher.deep_copy(), _vocabulary, params, completes=spec.completes).start(_LONGEST_OUTPUT)
+    examples = pattern_examples(spec, _vocabulary)
+    grammar = RequestGrammar(matcher.deep_copy(), _vocabulary, params, completes=spec.completes, examples=examples)
+    grammar.start(_LONGEST_OUTPUT)
     return msgspec.msgpack.encode(
         Proof(text=text if spec.kind == "grammar" else "", num_bytes=resident_bytes() - before)
     )

@@ -225,8 +225,11 @@ def test_errors_say_what_is_wrong_with_a_schema(schema: Any, expected: str) -> N
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("pattern", ['"', r"\\", r"\n", r"^[\\\"]{3}$", "\t"])
-def test_patterns_that_need_an_escape(pattern: str) -> None:
+@pytest.mark.parametrize(
+    "pattern",
+    ['"', r"\\", r"\n", r"^[\\\"]{3}$", "\t", r"a\\b", "abc", "a@b", "https?://", "(x|y)+z", "foo-[0-9]+", "é"],
+)
+def test_patterns_that_nothing_but_a_match_completes(pattern: str) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
     with Engine() as engine:
         engine.add(1, schema_spec(schema), 60)
