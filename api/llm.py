@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
+import inspect
 import os
-import threading
+import time
+import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_type_hints
 
 from tqdm import tqdm
 
 from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.chat_template import normalize_messages
-from api.config import from_environment, make_config
+from api.config import ServerConfig, from_environment, make_config
 from api.engine_client import EngineClient
+from api.engine_thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
+from api.llm_options import LLMOptions
 from api.metrics import EngineMetrics
-from api.model_files import find_model, with_model
+from api.model_files import ModelFiles, find_model, with_model
 from api.output import Delta, RequestState
 from api.params import SamplingParams, truncate_prompt
 from api.pooling import (
@@ -40,6 +42,9 @@ from api.serving import Serving
 from api.tokenizer import Tokenizer
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 
@@ -119,7 +124,7 @@ class LLM:
         >>> llm.generate("Hello, my name is", SamplingParams(temperature=0))[0].outputs[0].text
     """
 
-    def __init__(self, model: str = "", **options: Any) -> None:
+    def __init__(self, model: str = "", **options: Unpack[LLMOptions]) -> None:
         """Starts the engine and loads the model.
 
         Args:
@@ -139,56 +144,33 @@ class LLM:
         setup_logging("api", config.log_level, config.log_format)
         if notes:
             get_logger().warning("options without effect here: %s", "; ".join(notes))
-        self._files = find_model(config)
-        self._config = with_model(config, self._files)
+        files = find_model(config)
+        self._config = with_model(config, files)
         self._next_id = 0
-        self._loop = asyncio.new_event_loop()
-        # The engine core dies with the thread that starts it, so this thread lives as long as the object.
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine client", daemon=True)
-        self._thread.start()
-        self._closed = False
-        atexit.register(self.close)
+        self._engine = EngineThread()
+        # When nobody holds this object any more, and when the interpreter exits.
+        self._finalizer = weakref.finalize(self, self._engine.close)
         try:
-            self._serving = self._run(self._start())
+            self._serving = self._run(_start(self._engine, self._config, files))
         except BaseException:
             self.close()
             raise
 
-    async def _start(self) -> Serving:
-        metrics = EngineMetrics(self._files.name)
-        bar = LoadBar()
-        client = EngineClient(
-            self._config.engine,
-            self._files.tokenizer,
-            metrics,
-            on_progress=bar.update,
-            log_level=self._config.log_level,
+    def __repr__(self) -> str:
+        serving = self._serving
+        ready = serving.ready
+        state = "" if self._finalizer.alive else ", closed"
+        return (
+            f"LLM(model={serving.model_name!r}, dtype={ready.dtype!r}, device={ready.device!r}, "
+            f"max_model_len={ready.max_model_len}{state})"
         )
-        self._client = client
-        try:
-            ready: EngineReady = await client.start()
-        finally:
-            bar.close()
-        return Serving(self._config, self._files, client, metrics, ready)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # on Ctrl-C: nobody waits for the work any more
-            raise
+        return self._engine.run(work)
 
     def close(self) -> None:
-        """Ends the engine. Also done when the interpreter exits, and by ``with``."""
-        if self._closed:
-            return
-        self._closed = True
-        atexit.unregister(self.close)
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Ends the engine. Also done when the object is collected, when the interpreter exits, and by ``with``."""
+        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self
@@ -461,6 +443,7 @@ class LLM:
         states: list[RequestState] = []
         try:
             await serving.submit_pooling(channel, str(first_id), prompts, resolved, states, field="prompts")
+            meter = _Meter()
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)
                 while unfinished:
@@ -468,6 +451,7 @@ class LLM:
                         if delta.error is not None:
                             raise serving.client.dead or RuntimeError(delta.error)
                         unfinished -= 1
+                        meter.add(bar, len(prompts[delta.choice]), 0)
                         bar.update()
         finally:
             serving.client.abort(states)
@@ -500,13 +484,16 @@ class LLM:
                     output = CompletionOutput(index)
                     result.outputs.append(output)
                     folders.append(_Folder(serving.tokenizer, result, output, sampling))
+            meter = _Meter()
             with tqdm(total=len(folders), desc="Completions", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(folders)
                 while unfinished:
                     for delta in await channel.take():
-                        folders[delta.choice].add(delta)
+                        folder = folders[delta.choice]
+                        folder.add(delta)
                         if delta.finish_reason is not None:
                             unfinished -= 1
+                            meter.add(bar, folder.num_new_prompt_tokens, len(folder.output.token_ids))
                             bar.update()
                             if delta.error is not None and serving.client.dead is not None:
                                 raise EngineDeadError(delta.error)
@@ -561,6 +548,35 @@ def _parse_prompt(prompt: Prompt) -> _Input:
     return _Input(None, list(prompt))
 
 
+async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> Serving:
+    metrics = EngineMetrics(files.name)
+    bar = LoadBar()
+    client = EngineClient(config.engine, files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level)
+    engine.client = client
+    try:
+        ready: EngineReady = await client.start()
+    finally:
+        bar.close()
+    return Serving(config, files, client, metrics, ready)
+
+
+class _Meter:
+    """Tokens per second beside a progress bar, in vLLM's words."""
+
+    def __init__(self) -> None:
+        self._input = self._output = 0
+        self._begin = time.monotonic()
+
+    def add(self, bar: tqdm[NoReturn], num_input: int, num_output: int) -> None:
+        """Counts the tokens of something that is done."""
+        self._input += num_input
+        self._output += num_output
+        seconds = max(time.monotonic() - self._begin, 1e-6)
+        bar.postfix = (
+            f"est. speed input: {self._input / seconds:.2f} toks/s, output: {self._output / seconds:.2f} toks/s"
+        )
+
+
 class _Folder:
     """Folds the deltas of one completion into its output."""
 
@@ -569,14 +585,19 @@ class _Folder:
     ) -> None:
         self._tokenizer = tokenizer
         self._result = result
-        self._output = output
+        self.output = output
         if params.logprobs is not None or params.num_completions > params.n:
             output.logprobs, output.cumulative_logprob = [], 0.0
         if params.prompt_logprobs is not None and output.index == 0:
             result.prompt_logprobs = [None]
 
+    @property
+    def num_new_prompt_tokens(self) -> int:
+        """Tokens of the prompt, counted for the first of its completions."""
+        return 0 if self.output.index else len(self._result.prompt_token_ids)
+
     def add(self, delta: Delta) -> None:
-        output = self._output
+        output = self.output
         output.text += delta.text
         output.token_ids += delta.token_ids
         for entry in delta.logprobs:
@@ -604,5 +625,15 @@ def describe_position(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, L
             position[token_id] = Logprob(value, rank, tokenizer.decode([token_id], False))
     return position
 
+
+def _signature() -> inspect.Signature:
+    """What consoles and notebooks complete, which look at the object and not at types."""
+    hints = get_type_hints(LLMOptions)
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
+    model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)
+    return inspect.Signature([model, *(parameter.replace(default=...) for parameter in named)])
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]
 
 __all__ = ["LLM", "BeamSearchOutput", "BeamSearchSequence", "CompletionOutput", "Logprob", "RequestOutput"]
