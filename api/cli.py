@@ -104,7 +104,9 @@ def bench(arguments: Sequence[str]) -> int:
     if word in ("-h", "--help"):
         print(BENCHES)
         return 0
-    return _fail(f"{f'unknown benchmark {word!r}' if word else 'which benchmark?'}\n{BENCHES}", EXIT_USAGE)
+    _fail(f"unknown benchmark {word!r}" if word else "which benchmark?", EXIT_USAGE)
+    print(BENCHES, file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _offline_bench(name: str, arguments: Sequence[str]) -> int:
@@ -114,9 +116,7 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
     from api.llm import LLM
 
     module = latency if name == "latency" else throughput
-    parser = model_parser(f"octavo bench {name}", module.DESCRIPTION)
-    module.add_arguments(parser)
-    given = parser.parse(arguments)
+    given = _offline_parser(name).parse(arguments)
     settings = {field: given.pop(field) for field in module.Settings.__dataclass_fields__ if field in given}
     try:
         # What was computed for one batch must not speed up the next.
@@ -132,6 +132,15 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _offline_parser(name: str) -> Parser:
+    from api.bench import latency, throughput
+
+    module = latency if name == "latency" else throughput
+    parser = model_parser(f"octavo bench {name}", module.DESCRIPTION)
+    module.add_arguments(parser)
+    return parser
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
     from api import collect_env as environment
@@ -139,14 +148,39 @@ def collect_env(arguments: Sequence[str]) -> int:
     return environment.main(arguments)
 
 
-def batch(arguments: Sequence[str]) -> int:
-    """``octavo run-batch``."""
+def completion(arguments: Sequence[str]) -> int:
+    """``octavo completion``."""
+    from api.bench.options import create_parser
+    from api.commands import completion, talk
+
+    parsers = {
+        "serve": serve_parser(),
+        "chat": talk.short_parser("chat"),
+        "complete": talk.short_parser("complete"),
+        "run-batch": batch_parser(),
+        "bench serve": create_parser(),
+        "bench latency": _offline_parser("latency"),
+        "bench throughput": _offline_parser("throughput"),
+    }
+    return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
+
+
+def batch_parser() -> Parser:
+    """The flags of ``octavo run-batch``."""
     from api import run_batch
 
     parser = model_parser(
         "octavo run-batch", "Answer the requests of a JSONL file in OpenAI's batch format, without a server."
     )
     run_batch.add_arguments(parser)
+    return parser
+
+
+def batch(arguments: Sequence[str]) -> int:
+    """``octavo run-batch``."""
+    from api import run_batch
+
+    parser = batch_parser()
     given = parser.parse(arguments)
     source, target, concurrency = (given.pop(name) for name in ("input_file", "output_file", "max_concurrency"))
 
@@ -298,6 +332,7 @@ COMMANDS = {
     "complete": Command("complete [MODEL] [TEXT]", "let a model complete texts", complete),
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "answer an OpenAI batch file, without a server", batch),
     "bench": Command("bench BENCHMARK [flags]", "measure a server (serve) or a model (latency, throughput)", bench),
+    "completion": Command("completion SHELL", "print a script that completes flags in bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print what a bug report needs to say of this machine", collect_env),
 }
 """By the word that starts them."""

@@ -60,6 +60,10 @@ class LLMOptions(TypedDict, total=False):
     disable_access_log: bool
     disable_uvicorn_access_log: bool
     log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
+    disable_log_stats: bool
+    otlp_traces_endpoint: str | None
+    metrics_require_key: bool
     max_num_seqs: int
     max_num_batched_tokens: int | str
     max_in_flight_steps: int
@@ -99,7 +103,6 @@ class LLMOptions(TypedDict, total=False):
     code_revision: object
     swap_space: object
     preemption_mode: object
-    disable_log_stats: object
     kv_cache_metrics: object
     kv_cache_metrics_sample: object
     show_hidden_metrics_for_version: object

@@ -32,6 +32,7 @@ from api.http_protocol import MAX_CONNECTIONS, Connections, Limits
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.progress import LoadBar
+from api.service_manager import notify
 from api.serving import Serving
 from api.startup import StartupApp
 from api.stats_log import StatsLog
@@ -297,6 +298,7 @@ class _Run:
             helpers.append(asyncio.create_task(StatsLog(self._metrics).run()))
         stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
         self._announce(self._ready_text(serving))
+        notify("READY=1")
         try:
             await http
         finally:
@@ -315,6 +317,7 @@ class _Run:
             self._stop_now.set()
         else:
             logger.info("%s: stopping; once more to stop now", signal.Signals(number).name)
+            notify("STOPPING=1")
             self._stop.set()
 
     def _on_fatal(self, error: EngineDeadError) -> None:

@@ -69,6 +69,11 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, l
     return options, _as_flags(given)
 
 
+def short_parser(command: str) -> Parser:
+    """The flags of ``octavo chat`` or ``octavo complete``, without those of a server."""
+    return _parser(command, is_full=False)
+
+
 def _parser(command: str, *, is_full: bool) -> Parser:
     """The flags of a command; the full one also takes those of ``octavo serve``, where none of ours has their name."""
     is_chat = command == "chat"

@@ -9,7 +9,13 @@ import torch
 
 from executor.config import DeviceConfig
 from executor.device.base import Memory
+from executor.log import get_logger
 from ops.cpu.memory import map_zeros
+
+logger = get_logger()
+
+TESTED_TORCH = "2.13"
+"""The series that constraints.txt pins."""
 
 _GIB = 1 << 30
 _UNLIMITED = 1 << 60
@@ -21,6 +27,9 @@ class CpuDevice:
     torch_device = torch.device("cpu")
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
+        advice = about_torch(torch.__version__, torch.version.cuda)
+        if advice is not None:
+            logger.warning("%s", advice)
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
 
     def memory(self) -> Memory:
@@ -34,6 +43,23 @@ class CpuDevice:
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
         return map_zeros(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
+
+
+def about_torch(version: str, cuda: str | None) -> str | None:
+    """What to say about the installed torch: nothing if it is the build that is tested.
+
+    Args:
+        version: ``torch.__version__``.
+        cuda: ``torch.version.cuda``.
+    """
+    faults = []
+    if cuda is not None:
+        faults.append(f"is built for CUDA {cuda}, gigabytes that this device never uses")
+    if not version.startswith(f"{TESTED_TORCH}."):
+        faults.append(f"is not the series {TESTED_TORCH} that Octavo is tested with")
+    if not faults:
+        return None
+    return f"torch {version} {' and '.join(faults)}; the README's section Install says how to get the CPU build"
 
 
 def _system_memory() -> tuple[int, int]:

@@ -123,6 +123,8 @@ def build(capability: Capability) -> Path:
     name = f"{capability.name}-{_key(capability, compiler)}.so"
     for folder in _folders():
         library = folder / name
+        if library.exists():  # it got its name when it was complete; the folder may be read-only
+            return library
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _lock(folder / f"{name}.lock"):
