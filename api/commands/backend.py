@@ -73,6 +73,8 @@ class Backend:
             else:
                 if wish.model is None or any(_is_same(model, wish.model) for model in models):
                     self.models = models
+                    if wish.serve_flags:
+                        self._note(f"Not used, as that server runs already: {' '.join(wish.serve_flags)}")
                 else:
                     self._note(f"The server at {self.client.url} serves {_names(models)}, not {wish.model}.")
                     self._start()

@@ -26,7 +26,7 @@ MAX_SOCKET_PATH = 100
 LOG_LINES = 400
 STOP_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
-PROGRESS = re.compile(r"([^:|]{1,60}): +(\d+)%\|")
+_PROGRESS = re.compile(r"([^:|]{1,60}): +(\d+)%\|")
 """A progress bar of tqdm: what goes on, and how far it is."""
 _PR_SET_PDEATHSIG = 1
 _START = (
@@ -132,15 +132,22 @@ class LocalServer:
                 *lines, rest = re.split(r"[\r\n]", (rest + data.decode("utf-8", "replace"))[-(1 << 16) :])
                 for line in lines:
                     self._take(line)
-                if PROGRESS.match(rest):  # bars are drawn before their line ends
+                if read_progress(rest) is not None:  # bars are drawn before their line ends
                     self._take(rest)
         self._take(rest)
 
     def _take(self, line: str) -> None:
-        if bar := PROGRESS.match(line):
-            self.progress = f"{bar[1].strip()} {bar[2]} %"
+        progress = read_progress(line)
+        if progress is not None:
+            self.progress = progress
         elif line.strip():
             self._log.append(line)
+
+
+def read_progress(line: str) -> str | None:
+    """What a progress bar says, without the bar; None for other lines of the log."""
+    bar = _PROGRESS.match(line)
+    return None if bar is None else f"{bar[1].strip()} {bar[2]} %"
 
 
 def run_child(parent: int, arguments: Sequence[str]) -> int:

@@ -7,10 +7,11 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from api.commands.terminal import ERROR, GREY, MarkdownOutput, Output, PlainOutput, visible
@@ -32,6 +33,15 @@ class Screen:
     def show(self, text: str) -> None:
         """What was asked for."""
         self.console.print(Text(visible(text)))
+
+    def table(self, rows: Iterable[Sequence[str]]) -> None:
+        """Columns, the last of which is wrapped."""
+        grid = Table.grid(padding=(0, 2), pad_edge=True)
+        for row in rows:
+            grid.add_row(*(Text(visible(cell)) for cell in row))
+        for column in grid.columns[:-1]:
+            column.no_wrap = True
+        self.console.print(grid)
 
     def error(self, text: str) -> None:
         self.console.print(Text(visible(text), ERROR))

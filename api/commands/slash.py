@@ -61,7 +61,7 @@ def _help(chat: Chat, rest: str) -> None:
         ("Ctrl-C", "stops an answer; the conversation goes on"),
         ("Ctrl-D", "leaves"),
     ]
-    chat.screen.show("\n".join(f"  {left:20}{right}" for left, right in lines))
+    chat.screen.table(lines)
 
 
 def _clear(chat: Chat, rest: str) -> None:
@@ -82,12 +82,12 @@ def _set(chat: Chat, rest: str) -> None:
     name, _, text = rest.partition(" ")
     text = text.strip()
     if not name:
-        lines = [f"  {name:20}{_value(chat, name):12}{known.help}" for name, known in SETTINGS.items()]
-        chat.screen.show("\n".join([*lines, "  /set NAME default  takes a value back"]))
+        chat.screen.table((name, _value(chat, name), known.help) for name, known in SETTINGS.items())
+        chat.screen.note("/set NAME VALUE sets one, /set NAME default takes it back.")
         return
     known = setting(name)
     if not text:
-        chat.screen.show(f"  {name:20}{_value(chat, name):12}{known.help}")
+        chat.screen.table([(name, _value(chat, name), known.help)])
     elif text.lower() in UNSET:
         settings.pop(name, None)
         chat.screen.note(f"{name}: {_value(chat, name)}")
@@ -128,7 +128,7 @@ def _show(chat: Chat, rest: str) -> None:
             "settings": ", ".join(settings) or "defaults",
             "messages": str(len(conversation.messages)),
         }
-        chat.screen.show("\n".join(f"  {left:16}{right}" for left, right in lines.items()))
+        chat.screen.table(lines.items())
 
 
 def _save(chat: Chat, rest: str) -> None:

@@ -19,6 +19,7 @@ from api.commands.backend import Backend, Wish
 from api.commands.chat import Chat
 from api.commands.client import Client, ServerError
 from api.commands.conversation import SETTINGS, Conversation, InputError, Reply, setting
+from api.commands.local_server import read_progress
 from api.commands.prompt import MAX_HISTORY_BYTES, history_path, is_complete, open_history, unquote
 from api.commands.screen import Screen
 from api.commands.talk import parse
@@ -305,6 +306,12 @@ def test_bad_flags_of_chat(arguments: list[str], problem: str, capsys: pytest.Ca
 def test_bad_urls(url: str) -> None:
     with pytest.raises(ServerError, match="expected something like http://127.0.0.1:8000"):
         Client(url)
+
+
+def test_progress_is_read_from_the_log() -> None:
+    assert read_progress("Loading weights:  45%|####5     | 1.2G/2.7G [00:03<00:04]") == "Loading weights 45 %"
+    assert read_progress("Fetching 12 files:   8%|8  | 1/12") == "Fetching 12 files 8 %"
+    assert read_progress("WARNING api: 45% of nothing") is None
 
 
 def test_commands_import_no_engine() -> None:
