@@ -12,12 +12,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.text import Text
 
-from api.commands.client import DEFAULT_URL, Client, NoServerError, ServedModel, ServerError
+from api.commands.client import DEFAULT_URL, Client, NoServerError, NotReadyError, ServedModel, ServerError
 from api.commands.local_server import LocalServer
 from api.commands.screen import Spinner
 from api.commands.terminal import GREY, visible
 
 DEMO = "the demo model"
+POLL_INTERVAL = 0.1
+"""Seconds between two looks at a server that starts."""
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Backend:
             self._start()
         else:
             try:
-                models = self.client.models()
+                models = self._models()
             except NoServerError:
                 if wish.url is not None:
                     raise
@@ -79,6 +81,13 @@ class Backend:
                     self._note(f"The server at {self.client.url} serves {_names(models)}, not {wish.model}.")
                     self._start()
         self.model = self._choose()
+
+    def _models(self) -> list[ServedModel]:
+        """The models of the server that runs, once it has loaded them."""
+        try:
+            return self.client.models()
+        except NotReadyError:
+            return self._wait(f"Waiting for the server at {self.client.url}")
 
     def ensure(self) -> None:
         """Starts a server of one's own again if it has ended.
@@ -127,22 +136,44 @@ class Backend:
         wish = self._wish
         name = short_name(wish.model or DEMO)
         environment = {"OCTAVO_API_KEY": wish.api_key} if wish.api_key else None
-        begin = time.monotonic()
         self.own = LocalServer([*([wish.model] if wish.model else []), *wish.serve_flags], environment)
         self.client = Client(self.own.url, wish.api_key)
-        spinner = Spinner(self._console, f"Starting a server with {visible(name)}", delay=0.0)
-        spinner.start()
-
-        def show(progress: str) -> None:
-            parts = [f"Starting a server with {name}", progress, f"{time.monotonic() - begin:.0f} s"]
-            spinner.update(" · ".join(part for part in parts if part))
-
         try:
-            self.own.wait_ready(self.client, show)
-            self.models = self.client.models()
+            self.models = self._wait(f"Starting a server with {name}")
         except BaseException:
             self.close()
             raise
+
+    def _wait(self, what: str) -> list[ServedModel]:
+        """Waits until the server takes requests; without a bound, as models may have to be downloaded.
+
+        Args:
+            what: Is shown meanwhile.
+
+        Returns:
+            Its models.
+
+        Raises:
+            ServerError: It ended.
+        """
+        begin = time.monotonic()
+        spinner = Spinner(self._console, visible(what), delay=0.0)
+        spinner.start()
+        try:
+            while True:
+                try:
+                    return self.client.models()
+                except NotReadyError:
+                    progress = self.client.startup()
+                except NoServerError:
+                    if self.own is None:
+                        raise
+                    progress = self.own.progress
+                if self.own is not None and self.own.exit_code() is not None:
+                    raise ServerError(self.own.last_words())
+                parts = [what, progress, f"{time.monotonic() - begin:.0f} s"]
+                spinner.update(" · ".join(part for part in parts if part))
+                time.sleep(POLL_INTERVAL)
         finally:
             spinner.stop()
 

@@ -24,6 +24,10 @@ class NoServerError(ServerError):
     """Nothing that speaks the API listens there."""
 
 
+class NotReadyError(ServerError):
+    """The server has not loaded its model yet, or is about to end (status 503)."""
+
+
 class LostConnectionError(ServerError):
     """The connection ended before the answer did."""
 
@@ -73,17 +77,33 @@ class Client:
 
         Raises:
             NoServerError: Nothing listens there, or it does not speak the API.
+            NotReadyError: The server is still loading.
             ServerError: The request was refused.
         """
         connection = self._connect()
         try:
-            response = self._request(connection, "GET", "/models", None)
+            response = self._request(connection, "GET", f"{self._path}/models", None)
             if response.status in (404, 405):
                 raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server")
             _check(response)
             return _read_models(response.read())
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server") from error
+        finally:
+            connection.close()
+
+    def startup(self) -> str:
+        """How far a server is that is not ready, in its own words; empty if it does not say."""
+        try:
+            connection = self._connect()
+        except NoServerError:
+            return ""
+        try:
+            response = self._request(connection, "GET", f"{self._path.removesuffix('/v1')}/startupz", None)
+            is_text = response.getheader("Content-Type", "").startswith("text/plain")
+            return response.read(200).decode("utf-8", "replace") if response.status == 503 and is_text else ""
+        except (OSError, http.client.HTTPException):
+            return ""
         finally:
             connection.close()
 
@@ -102,7 +122,7 @@ class Client:
         connection = self._connect()
         try:
             connection.sock.settimeout(None)
-            response = self._request(connection, "POST", path, {**body, "stream": True})
+            response = self._request(connection, "POST", self._path + path, {**body, "stream": True})
             _check(response)
             yield from _events(response)
         except (OSError, http.client.HTTPException) as error:
@@ -126,7 +146,7 @@ class Client:
         self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
     ) -> http.client.HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
-        connection.request(method, self._path + path, data, self._headers)
+        connection.request(method, path, data, self._headers)
         return connection.getresponse()
 
 
@@ -182,7 +202,8 @@ def _check(response: http.client.HTTPResponse) -> None:
         except ValueError:
             message = None
         hint = "; give the server's key with --api-key" if response.status == 401 else ""
-        raise ServerError(f"{message or response.reason} (status {response.status}{hint})")
+        kind = NotReadyError if response.status == 503 else ServerError
+        raise kind(f"{message or response.reason} (status {response.status}{hint})")
 
 
 def _message(body: Any) -> str | None:

@@ -13,19 +13,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-
-from api.commands.client import Client, NoServerError, ServerError
 
 ROOT = str(Path(__file__).resolve().parents[2])
 MAX_SOCKET_PATH = 100
 """Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
 LOG_LINES = 400
 STOP_TIMEOUT = 10.0
-POLL_INTERVAL = 0.05
 _PROGRESS = re.compile(r"([^:|]{1,60}): +(\d+)%\|")
 """A progress bar of tqdm: what goes on, and how far it is."""
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +47,7 @@ class LocalServer:
         self.url = f"unix:{path}"
         self._log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
         self.progress = ""
-        """What the server is busy with while it starts; empty if it does not say."""
+        """What the server is busy with before it listens, such as downloads; empty if it does not say."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(os.getpid()), ROOT, *arguments, "--uds", path],
             stdin=subprocess.DEVNULL,
@@ -70,26 +66,6 @@ class LocalServer:
     def exit_code(self) -> int | None:
         """None while the server runs."""
         return self._process.poll()
-
-    def wait_ready(self, client: Client, on_progress: Callable[[str], None]) -> None:
-        """Waits until the server takes requests; there is no bound, as models may have to be downloaded.
-
-        Args:
-            client: Of this server.
-            on_progress: Told what the server is busy with, again and again.
-
-        Raises:
-            ServerError: The server ended; the message is its own.
-        """
-        while True:
-            if self.exit_code() is not None:
-                raise ServerError(self.last_words())
-            try:
-                client.models()
-                return
-            except NoServerError:
-                on_progress(self.progress)
-                time.sleep(POLL_INTERVAL)
 
     def log(self) -> list[str]:
         """The last lines that the server wrote."""

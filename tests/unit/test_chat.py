@@ -29,6 +29,8 @@ class ScriptedServer:
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.loading = 0
+        """Times that the server still says that it is not ready."""
         self.stopped = threading.Event()
         """Set when a client has left in the middle of an answer."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -52,8 +54,17 @@ class ScriptedServer:
                 pass
 
             def do_GET(self) -> None:
+                if self.path == "/startupz":
+                    scripted.loading -= 1
+                    self.send_response(503)
+                    self.send_header("Content-Type", "text/plain; charset=utf-8")
+                    self.end_headers()
+                    self.wfile.write(b"loading weights: 40 %")
+                    return None
+                if scripted.loading:
+                    return self.answer(503, {"error": {"message": "not ready"}})
                 models = [{"id": "first", "root": "/models/first", "max_model_len": 100}, {"id": "second"}]
-                self.answer(200, {"data": models})
+                return self.answer(200, {"data": models})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -342,6 +353,14 @@ def test_in_a_pipe_only_the_answer_is_printed(server: ScriptedServer) -> None:
     assert server.requests[-1]["model"] == "second"
     assert piped(server, "--system-prompt", "s", "--temperature", "0", text="x").returncode == 0
     assert server.texts() == ["s", "x"] and server.requests[-1]["temperature"] == 0
+
+
+def test_a_server_that_is_loading_is_waited_for(server: ScriptedServer, tmp_path: Path) -> None:
+    server.loading = 3
+    with terminal(server.url, tmp_path) as chat:
+        chat.expect("Waiting for the server at .*loading weights: 40 %")
+        chat.expect(PROMPT)
+    assert server.loading == 0
 
 
 def test_errors_in_a_pipe(server: ScriptedServer) -> None:
