@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -25,6 +26,8 @@ from api.vllm_options import add_foreign_arguments
 COMMANDS = ("chat", "complete")
 ADDRESS_FLAGS = ("host", "port", "uds")
 COMPLETION_TOKENS = 128
+LEAVE_TIMEOUT = 15.0
+"""Seconds from a signal to the end, whatever happens."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -229,9 +232,16 @@ def _output(*, has_markdown: bool) -> Output:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the stack, so that a server of our own is stopped."""
+    """Lets SIGTERM and SIGHUP unwind the stack, so that a server of our own is stopped.
+
+    Code that happens to run may swallow an exception that comes out of nowhere, so there is a deadline, too; the kernel
+    stops the server then.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
+        deadline = threading.Timer(LEAVE_TIMEOUT, os._exit, [128 + number])
+        deadline.daemon = True
+        deadline.start()
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
