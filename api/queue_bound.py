@@ -3,7 +3,7 @@
 What would wait longer than anybody waits is better refused at once. By Little's law that is a number of requests: the
 rate at which they leave the queue, which is measured, times the longest wait; the same with prompt tokens, so that a
 few long prompts count for what they are. As much may always wait as may run: such a queue takes no longer than the
-requests before it.
+requests before it. What comes at once to a server that had room may wait, too, within wider bounds.
 
 A full queue still takes requests of tenants who have less than their share of it waiting. Those are counted apart, and
 bounded as well.
@@ -25,6 +25,10 @@ MAX_WAIT = 30.0
 """Seconds that requests may have to wait by the measured rates."""
 MAX_QUEUED_REQS = 2048
 """Bound where none is configured, however fast the engine is: each has a connection and a prompt in memory."""
+MAX_QUEUED_TOKENS = 16 << 20
+"""The same for prompt tokens, of which each takes four bytes in two processes."""
+BURST_TIME = 5.0
+"""Seconds after a calm moment in which only these two bounds hold: many requests at once are no overload yet."""
 AVERAGING_TIME = 30.0
 """Seconds of work over which rates are averaged."""
 MIN_MEASURED = 1.0
@@ -148,6 +152,8 @@ class QueueBound:
         """What came in although the queue was full."""
         self._kv_tokens = 0
         self._seen_at = clock()
+        self._calm_at = -math.inf
+        """When a request came last that found a slot free."""
         self._promised = 0.0
         """When the last of those who were told to come back will come."""
 
@@ -245,7 +251,10 @@ class QueueBound:
         """What may wait, if that is too little; None if there is room."""
         num_slots = 0 if self.is_saturated else self._config.max_num_seqs - self.num_unfinished
         num_waiting = len(self._entries) if self.is_saturated else min(len(self._entries), max(0, -num_slots))
-        if not self._enabled or (num_slots > 0 and not num_waiting):
+        if not self._enabled:
+            return None
+        if num_slots > 0 and not num_waiting:
+            self._calm_at = self._clock()
             return None
         bounds = self._bounds()
         fits = num_waiting + count <= bounds.num_reqs and self._all.num_tokens + num_tokens <= bounds.num_tokens
@@ -255,11 +264,14 @@ class QueueBound:
         config, rates = self._config, self._rates
         num_reqs = config.max_num_queued_reqs
         num_tokens: float | None = config.max_num_queued_tokens
+        is_burst = self._clock() - self._calm_at < BURST_TIME
         if num_tokens is None:
             is_given = num_reqs is not None
-            num_tokens = math.inf if is_given else max(rates.tokens * MAX_WAIT, self._kv_tokens)
+            measured = MAX_QUEUED_TOKENS if is_burst else min(rates.tokens * MAX_WAIT, MAX_QUEUED_TOKENS)
+            num_tokens = math.inf if is_given else max(measured, self._kv_tokens)
         if num_reqs is None:
-            num_reqs = max(min(int(rates.requests * MAX_WAIT), MAX_QUEUED_REQS), config.max_num_seqs)
+            measured = MAX_QUEUED_REQS if is_burst else min(rates.requests * MAX_WAIT, MAX_QUEUED_REQS)
+            num_reqs = max(int(measured), config.max_num_seqs)
         return _Bounds(num_reqs, num_tokens)
 
     def _has_share(self, bounds: _Bounds, tenant: Tenant, count: int, num_tokens: int) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from api.config import ServerConfig
 from api.errors import RequestError
-from api.queue_bound import MAX_RETRY_AFTER, MAX_WAIT, QueueBound, Tenant
+from api.queue_bound import BURST_TIME, MAX_RETRY_AFTER, MAX_WAIT, QueueBound, Tenant
 from api.tenants import short_name
 from engine_core.config import SchedulerConfig
 from engine_core.messages import EngineReady
@@ -103,6 +103,21 @@ def test_a_prompt_longer_than_everything_may_wait_alone() -> None:
     queue = Queue(num_kv_blocks=2)
     queue.bound.is_saturated, queue.bound.num_unfinished = False, 0
     assert queue.come(num_tokens=1000) is None
+
+
+def test_many_at_once_are_no_overload_yet() -> None:
+    queue = Queue(num_slots=4)
+    queue.bound.is_saturated, queue.bound.num_unfinished = False, 3
+    assert queue.come() is None, "a slot was free"
+    queue.bound.is_saturated, queue.bound.num_unfinished = True, 4
+    assert queue.come(count=1000) is None
+    queue.clock.now += BURST_TIME + 1
+    assert queue.come() is not None
+    given = Queue(num_slots=4, max_num_queued_reqs=10)
+    given.bound.is_saturated, given.bound.num_unfinished = False, 3
+    assert given.come() is None
+    given.bound.is_saturated, given.bound.num_unfinished = True, 4
+    assert given.fill() == 9
 
 
 def test_given_bounds() -> None:
