@@ -41,6 +41,7 @@ def load(name: str) -> ModuleType:
 processes = load("processes")
 simulate = load("simulate")
 bench_overhead = load("bench_overhead")
+load("bench_overload")  # it can be imported
 
 TEXTS = ["Grüße", " ", "aus ", "Köln 🚀", "", " data: {", '"\n\n"', "end"]
 """What the tokens of a stream say: characters of several bytes, none, and what looks like framing."""
