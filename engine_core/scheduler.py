@@ -42,6 +42,9 @@ from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+MAX_DESCRIBED_TOKENS = 1 << 17
+"""Tokens of prompts, and of lists that come with them, of requests that start in one step, cached ones included: beyond
+it only one more starts. Hashing, looking up and describing so many takes some 20 ms."""
 CHARGED_TOKENS = 64
 """Tokens by which an output is longer than expected before its tenant is charged for more."""
 
@@ -352,7 +355,10 @@ class Scheduler:
         counts: list[int] = []
         if self._free_slots:
             self._charge_long_outputs()
+        num_described = 0
         while budget > 0 and self.waiting and (self._free_slots or self.suspects.is_isolating):
+            if num_described >= MAX_DESCRIBED_TOKENS:
+                break  # the others in the next step: this one must not hold up those that run
             request = self._next_waiting()
             if request is None:
                 break
@@ -381,6 +387,7 @@ class Scheduler:
             self.kv.start(request, cached, num_computed + count)
             slot = self._occupy(request, num_computed)
             new_reqs.append(self._describe(request, slot, num_computed))
+            num_described += num_tokens + len(request.params.logit_bias)
             self._advance(np.array([slot], np.int32), np.array([count], np.int64))
             slots.append(slot)
             counts.append(count)

@@ -105,9 +105,10 @@ class EmbeddingReply:
             id=self._work.request_id,
             created=int(time.time()),
             model=self._serving.model_name,
+            # Each by itself: in one piece, all of them would keep the interpreter's lock for long.
             data=[
-                Embedding(index=index, embedding=self._encode(vector))
-                for index, vector in enumerate(self._work.vectors())
+                cast("Embedding", msgspec.Raw(msgspec.json.encode(Embedding(index=index, embedding=numbers))))
+                for index, numbers in enumerate(map(self._encode, self._work.vectors()))
             ],
             usage=self._work.usage(),
         )

@@ -9,13 +9,14 @@ import numpy.typing as npt
 
 from api.errors import RequestError
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
-from api.openai.stream import EngineWork
+from api.openai.stream import EngineWork, WholeReply
 from api.pooling import cut
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
 from engine_core.messages import PoolingParams
 
 MAX_INPUTS = 2048
+STEPS_PER_VECTOR = 512
 
 
 def check_count(count: int, field: str) -> None:
@@ -95,6 +96,10 @@ class PoolingWork(EngineWork):
             cache_salt=self._request.cache_salt or "",
             tenant=self._tenant,
         )
+
+    async def build(self, reply: WholeReply) -> bytes:
+        """Writing down many vectors takes long, and nobody else has to do with them."""
+        return await self._serving.apart(STEPS_PER_VECTOR * len(self.prompts), reply.whole)
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:
         """float32 [dimensions] of each prompt, once all are done."""

@@ -174,6 +174,10 @@ class EngineWork(ABC):
         """The deltas of the choices that are returned."""
         return deltas
 
+    async def build(self, reply: WholeReply) -> bytes:
+        """The body of an answer that is not streamed, whose deltas were folded."""
+        return reply.whole()
+
     def wake(self) -> None:
         """Lets ``take`` return."""
         self._channel.wake()
@@ -380,7 +384,7 @@ class WholeAnswer(Response):
             self._reply.fold(piece)
             if len(piece) == FOLDED_AT_ONCE:
                 await asyncio.sleep(0)  # others have their turn
-        self.body = self._reply.whole()
+        self.body = await generation.build(self._reply)
         self.init_headers({**generation.headers, **generation.load_header(scope)})
         await super().__call__(scope, receive, send)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_core import scheduler
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import (
     EngineCoreRequest,
@@ -368,6 +369,20 @@ def test_without_chunked_prefill_prompts_are_whole() -> None:
     for index, prompt in enumerate(inputs):
         engine.scheduler.add_request(make_request(index, prompt, 4))
     assert engine.plan() and i32(engine.in_flight[0][0].num_scheduled_tokens).tolist() == [20]
+    engine.run()
+    for index, prompt in enumerate(inputs):
+        assert engine.outputs[index] == expected_output(prompt, 4)
+
+
+def test_a_step_starts_a_bounded_number_of_prompt_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached tokens cost no budget; still somebody has to look them up."""
+    monkeypatch.setattr(scheduler, "MAX_DESCRIBED_TOKENS", 40)
+    engine = Engine.create()
+    inputs = prompts(4, 20)
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 4))
+    assert engine.plan() and len(engine.in_flight[0][0].new_reqs) == 2
+    assert engine.plan() and len(engine.in_flight[1][0].new_reqs) == 2
     engine.run()
     for index, prompt in enumerate(inputs):
         assert engine.outputs[index] == expected_output(prompt, 4)

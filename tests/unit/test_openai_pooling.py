@@ -380,3 +380,13 @@ async def test_runner(fields: Any, offered: set[str]) -> None:
     for path in GENERATION | POOLING:
         status = (await api.post(path, {})).status_code
         assert status == (400 if path in offered else 404)
+
+
+async def test_many_vectors_are_those_of_each_text_alone(api: Api) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    answer = await api.ok("/v1/embeddings", {"input": texts})
+    assert [entry["index"] for entry in answer["data"]] == list(range(40))
+    for entry, text in list(zip(answer["data"], texts, strict=True))[::13]:
+        alone = await api.ok("/v1/embeddings", {"input": text})
+        assert entry["embedding"] == alone["data"][0]["embedding"]
+        assert entry["object"] == "embedding"
