@@ -191,7 +191,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, all together.
 
@@ -199,7 +199,7 @@ class LLM:
             prompts: One prompt or several; a list of integers is one prompt of token ids.
             sampling_params: For all prompts, or one for each. Default: the model's.
             use_tqdm: Show a progress bar.
-            priority: One number per prompt, lower first (with ``scheduling_policy="priority"``).
+            priority: A number, or one per prompt; lower ones first (with ``scheduling_policy="priority"``).
 
         Returns:
             One result per prompt, in the order of the prompts.
@@ -303,6 +303,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several. See ``generate``."""
         template = self._serving.chat_template
@@ -318,7 +319,7 @@ class LLM:
                 **(chat_template_kwargs or {}),
             )
             inputs.append(_Input(text, None, add_special_tokens=False))
-        return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, None))
+        return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
@@ -463,8 +464,11 @@ class LLM:
         return results
 
     async def _generate(
-        self, inputs: list[_Input], params: list[SamplingParams], use_tqdm: bool, priority: Sequence[int] | None
+        self, inputs: list[_Input], params: list[SamplingParams], use_tqdm: bool, priority: int | Sequence[int] | None
     ) -> list[RequestOutput]:
+        priorities = [priority or 0] * len(inputs) if priority is None or isinstance(priority, int) else list(priority)
+        if len(priorities) != len(inputs):
+            raise RequestError(f"{len(inputs)} prompts and {len(priorities)} priorities", "priority")
         serving = self._serving
         channel = serving.client.open_channel()
         folders: list[_Folder] = []
@@ -476,9 +480,7 @@ class LLM:
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
-                request = serving.resolve(
-                    sampling, priority=0 if priority is None else priority[number], cache_salt=item.cache_salt
-                )
+                request = serving.resolve(sampling, priority=priorities[number], cache_salt=item.cache_salt)
                 await serving.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from engine_core.launch import child_environment
+
 ROOT = str(Path(__file__).resolve().parents[2])
 MAX_SOCKET_PATH = 100
 """Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
@@ -53,7 +55,7 @@ class LocalServer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
+            env=child_environment(environment),
             start_new_session=True,  # Ctrl-C is for the chat
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)

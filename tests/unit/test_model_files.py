@@ -111,7 +111,7 @@ class Hub:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     folder = tiny.checkpoint("llama")
-    hub = Hub({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    hub = Hub({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".gguf"})
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
