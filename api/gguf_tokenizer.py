@@ -96,7 +96,7 @@ def _cased_words(suffix: str, digits: str) -> str:
 
 
 @dataclass(frozen=True)
-class _PreRule:
+class PreRule:
     """``splits`` are applied one after the other, then bytes are spelt out; ``gpt2`` splits once more before that."""
 
     splits: tuple[str | pre_tokenizers.PreTokenizer, ...] = ()
@@ -120,23 +120,23 @@ class _PreRule:
 
 
 _SINGLE_DIGITS: Final = pre_tokenizers.Digits(individual_digits=True)
-_GPT2: Final = _PreRule(gpt2=True)
-_GPT2_NFC: Final = _PreRule(gpt2=True, nfc=True)
-_DIGITS_GPT2: Final = _PreRule((_SINGLE_DIGITS,), gpt2=True)
-_LLAMA3: Final = _PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
-_LLAMA3_MERGES: Final = _PreRule((_words(r"\p{N}{1,3}"),))
-_QWEN2: Final = _PreRule((_words(r"\p{N}"),), nfc=True)
-_QWEN2_PLAIN: Final = _PreRule((_words(r"\p{N}"),))
-_QWEN35: Final = _PreRule(
+_GPT2: Final = PreRule(gpt2=True)
+_GPT2_NFC: Final = PreRule(gpt2=True, nfc=True)
+_DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
+_LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
+_LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
+_QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
+_QWEN2_PLAIN: Final = PreRule((_words(r"\p{N}"),))
+_QWEN35: Final = PreRule(
     (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
         rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
     ),
     nfc=True,
 )
-_GPT4O: Final = _PreRule((_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),))
-_TEKKEN: Final = _PreRule((_cased_words("", r"\p{N}"),), ignore_merges=True, add_bos=True)
-_DEEPSEEK_LLM: Final = _PreRule(
+_GPT4O: Final = PreRule((_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),))
+_TEKKEN: Final = PreRule((_cased_words("", r"\p{N}"),), ignore_merges=True, add_bos=True)
+_DEEPSEEK_LLM: Final = PreRule(
     (
         r"[\r\n]",
         r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7FF}]]+",
@@ -146,8 +146,8 @@ _DEEPSEEK_LLM: Final = _PreRule(
         _SINGLE_DIGITS,
     )
 )
-_DEEPSEEK_CODER: Final = _PreRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _SINGLE_DIGITS))
-_DEEPSEEK_V3: Final = _PreRule(
+_DEEPSEEK_CODER: Final = PreRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _SINGLE_DIGITS))
+_DEEPSEEK_V3: Final = PreRule(
     (
         r"\p{N}{1,3}",
         r"[一-龥぀-ゟ゠-ヿ]+",
@@ -155,7 +155,7 @@ _DEEPSEEK_V3: Final = _PreRule(
         rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
     )
 )
-_FALCON: Final = _PreRule(
+_FALCON: Final = PreRule(
     (
         pre_tokenizers.Punctuation(behavior="contiguous"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -164,19 +164,19 @@ _FALCON: Final = _PreRule(
     ),
     spells_bytes=True,
 )
-_BLOOM: Final = _PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+",))
-_VIKING: Final = _PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+", _SINGLE_DIGITS))
-_BAILING: Final = _PreRule(
+_BLOOM: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+",))
+_VIKING: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+", _SINGLE_DIGITS))
+_BAILING: Final = PreRule(
     (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     )
 )
-_SEED_CODER: Final = _PreRule(
+_SEED_CODER: Final = PreRule(
     (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
 )
 
-_PRE_RULES: Final[dict[str, _PreRule]] = {
+_PRE_RULES: Final[dict[str, PreRule]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "gpt2": _GPT2,
@@ -205,7 +205,7 @@ _PRE_RULES: Final[dict[str, _PreRule]] = {
     "exaone": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
     "mellum2": _DIGITS_GPT2,
-    "command-r": _PreRule((_SINGLE_DIGITS,), gpt2=True, nfc=True),
+    "command-r": PreRule((_SINGLE_DIGITS,), gpt2=True, nfc=True),
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,

@@ -23,6 +23,7 @@ from api.errors import ModelFileError
 from api.gguf_file import GGUFFile
 from api.gguf_tokenizer import convert_gguf_tokenizer
 from api.tokenizer_check import check_tokenizer_file
+from api.tokenizer_trial import try_tokenizer
 from engine_core.launch import read_document, read_json, why
 
 P = ParamSpec("P")
@@ -156,7 +157,7 @@ class Tokenizer:
         config = _read_json(folder / _CONFIG_FILE)
         if not (folder / _TOKENIZER_FILE).is_file():
             return _convert_slow_tokenizer(folder, _chat_template(folder, config))
-        check_tokenizer_file(folder / _TOKENIZER_FILE, config)
+        try_tokenizer(folder / _TOKENIZER_FILE, check_tokenizer_file(folder / _TOKENIZER_FILE, config))
         try:
             backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
         except Exception as error:  # the Rust library raises nothing more precise

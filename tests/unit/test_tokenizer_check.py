@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
+from api import tokenizer_trial
 from api.errors import ModelFileError
 from api.tokenizer import Tokenizer
 
@@ -112,13 +113,33 @@ def test_a_pattern_that_gives_up_is_an_error_of_the_text() -> None:
     assert tokenizer.encode("aaa")
 
 
+@pytest.mark.parametrize("pattern", [CATASTROPHIC, "([A-Z]+)+$", "a*a*a*a*a*$"])
+def test_unknown_patterns_are_tried(tmp_path: Path, pattern: str) -> None:
+    """In a process that may die of them; what this one would need is seen there."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    message = refusal(write(tmp_path, pre_tokenizer=split))
+    assert message.startswith(str(tmp_path / "tokenizer.json"))
+    assert "cost too much" in message or "retry-limit" in message
+
+
+def test_harmless_patterns_pass_and_known_ones_need_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = pre_tokenizers.Split(Regex("[xyz]+|[0-9]{1,2}"), "isolated")
+    assert Tokenizer.from_folder(write(tmp_path, pre_tokenizer=harmless)).encode("xa12")
+    monkeypatch.setattr(tokenizer_trial, "Helper", None)  # none may be started
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    assert Tokenizer.from_folder(write(tmp_path, pre_tokenizer=pre_tokenizers.Split(Regex(words), "isolated")))
+
+
 def test_a_pattern_that_gives_up_while_the_file_is_loaded(tmp_path: Path) -> None:
     """Added tokens are normalized when the file is loaded."""
-    folder = write(tmp_path, normalizer=normalizers.Replace(Regex(CATASTROPHIC), "a"))
+    folder = write(tmp_path, normalizer=normalizers.Replace(Regex("(ß+)+$"), "a"))
 
     def add(config: dict[str, Any]) -> None:
         flags = {"special": False, "normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
-        config["added_tokens_decoder"] = {"95": {"content": TRAP, **flags}}
+        config["added_tokens_decoder"] = {"95": {"content": TRAP.replace("a", "ß"), **flags}}
 
     config = json.loads((folder / "tokenizer_config.json").read_text())
     add(config)
