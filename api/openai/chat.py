@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -79,6 +79,7 @@ class ChatReply:
         self._role = serving.config.response_role if adds_generation_prompt(request) else last.role
         self._echo = text_of(last) if request.echo and last.role == self._role else ""
         self._has_logprobs = bool(request.logprobs or request.logprob_token_ids)
+        self._lists_sampled = bool(request.logprob_token_ids)
         self._has_prompt_logprobs = request.prompt_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
         self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
@@ -91,7 +92,7 @@ class ChatReply:
         self._num_output_tokens = 0
         self._prompt_token_ids = list(generation.prompts[0]) if self._has_token_ids else UNSET
         self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET
-        self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+        self._prompt_logprobs: PromptLogprobs | None = None
         self._folds: dict[int, _Fold] = {}
         """By choice, of an answer in one piece."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
@@ -126,7 +127,9 @@ class ChatReply:
                 changes = [ChatDelta(content="")]
         pieces = [ChatChunkChoice(index=delta.choice, delta=change) for change in changes]
         if self._has_logprobs:
-            pieces[0].logprobs = ChatLogprobs(content=chat_logprobs(delta.logprobs, self._spelling))
+            pieces[0].logprobs = ChatLogprobs(
+                content=chat_logprobs(delta.logprobs, self._spelling, lists_sampled=self._lists_sampled)
+            )
         if self._has_token_ids:
             pieces[0].token_ids = list(delta.token_ids)
         if delta.finish_reason is not None:
@@ -207,7 +210,7 @@ class ChatReply:
                 choices=[choices[index].choice(index) for index in sorted(choices)],
                 usage=self._usage(),
                 system_fingerprint=self._chunk.system_fingerprint,
-                prompt_token_ids=self._prompt_token_ids,
+                prompt_token_ids=self._prompt_token_ids or None,
                 prompt_token_offsets=self._answer.prompt_token_offsets,
                 prompt_text=self._prompt_text,
                 prompt_logprobs=self._prompt_logprobs,
@@ -273,7 +276,7 @@ class _Fold:
             logprobs=self._logprobs,
             finish_reason=self._last.finish_reason,
             stop_reason=None if stop_reason is UNSET else stop_reason,
-            token_ids=UNSET if self._last.token_ids is UNSET else self._token_ids,
+            token_ids=None if self._last.token_ids is UNSET else self._token_ids,
         )
 
     def _message(self) -> AssistantMessage:

@@ -100,7 +100,8 @@ async def create_completion(request: Request) -> Response:
         serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, grammar, tenant=tenant
     )
     echoes = await _echoes(serving, body, prompts, token_ids)
-    reply = CompletionReply(serving, body, generation, echoes, params.n, offsets)
+    places = await _echo_offsets(serving, body, prompts, token_ids)
+    reply = CompletionReply(serving, body, generation, echoes, params.n, offsets, places)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(generation, reply)
@@ -151,9 +152,32 @@ async def _echoes(
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
             echoes.append(prompt)
         else:
-            skips = request.skip_special_tokens is not False
-            echoes.append(await serving.detokenize(ids, skip_special_tokens=skips, field="prompt"))
+            echoes.append(await serving.detokenize(ids, skip_special_tokens=False, field="prompt"))
     return echoes
+
+
+async def _echo_offsets(
+    serving: Serving, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
+) -> list[list[int] | None]:
+    """Where each token of an echoed text begins in it; None for prompts that are echoed as their tokens spell them."""
+    result: list[list[int] | None] = [None] * len(prompts)
+    if not request.echo or request.logprobs is None or request.truncate_prompt_tokens is not None:
+        return result
+    for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
+        if isinstance(prompt, str):
+            offsets = await prompt_token_offsets(serving, request, prompt, len(ids), add_special_tokens=True)
+            result[index] = _beginnings(offsets, len(prompt))
+    return result
+
+
+def _beginnings(offsets: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """Of tokens; one that was added to the text, whose place is (0, 0), begins where the one before it ended."""
+    beginnings = []
+    end = 0
+    for begin, token_end in offsets:
+        beginnings.append(min(begin if token_end else end, length))
+        end = max(end, token_end)
+    return beginnings
 
 
 class CompletionReply:
@@ -170,9 +194,11 @@ class CompletionReply:
         echoes: list[str],
         n: int,
         offsets: Sequence[TokenOffsets] | None,
+        echo_offsets: Sequence[list[int] | None],
     ) -> None:
         self._generation = generation
         self._offsets = offsets
+        self._echo_offsets = echo_offsets
         self._echoes = echoes
         self._n = n
         self._has_echo = bool(request.echo)
@@ -213,7 +239,9 @@ class CompletionReply:
         if self._has_echo:
             echo = CompletionChoice(index=delta.choice, text=self._echoes[prompt_index])
             if self._has_logprobs:
-                echo.logprobs = columns.prompt(prompt, echo.text, delta.prompt_logprobs)
+                echo.logprobs = columns.prompt(
+                    prompt, echo.text, delta.prompt_logprobs, self._echo_offsets[prompt_index]
+                )
             if self._has_token_ids:
                 echo.token_ids = []
             pieces.append(echo)
@@ -296,7 +324,9 @@ class _Fold:
     """The pieces of one choice, put together."""
 
     def __init__(self, index: int) -> None:
-        self._whole = CompletionChoice(index=index, text="")
+        self._whole = CompletionChoice(
+            index=index, text="", token_ids=None, prompt_token_ids=None, prompt_logprobs=None
+        )
         self._texts: list[str] = []
         self._token_ids: list[int] = []
 

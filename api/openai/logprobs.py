@@ -45,22 +45,33 @@ class TokenSpelling:
         if self._as_ids:
             return f"token_id:{token_id}"
         data = self._tokenizer.token_bytes(token_id)
+        if not data and self._tokenizer.id_to_token(token_id) is None:
+            return f"token_id:{token_id}"  # the model has more ids than the tokenizer
         try:
             return data.decode()
         except UnicodeDecodeError:
             return self._broken_prefix + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def chat_logprobs(entries: Iterable[TokenLogprobs], spelling: TokenSpelling) -> list[ChatLogprob]:
-    """One entry for each token."""
+def chat_logprobs(
+    entries: Iterable[TokenLogprobs], spelling: TokenSpelling, *, lists_sampled: bool = False
+) -> list[ChatLogprob]:
+    """One entry for each token.
+
+    Args:
+        entries: What the engine said of each token.
+        spelling: How tokens are written.
+        lists_sampled: The sampled token is the first of ``top_logprobs``, before those that were asked for by id.
+    """
     result = []
+    first = 0 if lists_sampled else 1
     for entry in entries:
         ids, logprobs = columns(entry)
         texts = [spelling.text(token_id) for token_id in ids]
         data = [list(spelling.bytes(token_id)) for token_id in ids]
         top = [
             TopLogprob(token=token, logprob=logprob, bytes=numbers)
-            for token, logprob, numbers in zip(texts[1:], logprobs[1:], data[1:], strict=True)
+            for token, logprob, numbers in zip(texts[first:], logprobs[first:], data[first:], strict=True)
         ]
         result.append(ChatLogprob(token=texts[0], logprob=logprobs[0], bytes=data[0], top_logprobs=top))
     return result
@@ -90,37 +101,52 @@ class CompletionColumns:
 
         Args:
             spelling: How tokens are written.
-            skipped_ids: Tokens that have no place in the text.
+            skipped_ids: Tokens that have no place in the text of an output.
         """
         self._spelling = spelling
         self._skipped_ids = skipped_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
 
-    def prompt(self, token_ids: Sequence[int], text: str, entries: Iterable[TokenLogprobs]) -> CompletionLogprobs:
-        """The columns of an echoed prompt."""
+    def prompt(
+        self,
+        token_ids: Sequence[int],
+        text: str,
+        entries: Iterable[TokenLogprobs],
+        offsets: Sequence[int] | None = None,
+    ) -> CompletionLogprobs:
+        """The columns of an echoed prompt.
+
+        Args:
+            token_ids: Of the prompt.
+            text: As it is echoed.
+            entries: What the engine said of tokens.
+            offsets: Where each token begins in the text; None: the text is what all the tokens spell.
+        """
         by_position = {entry.position: entry for entry in entries}
-        spelled = b"".join(
-            self._spelling.bytes(token_id) for token_id in token_ids if token_id not in self._skipped_ids
-        )
-        # Some tokenizers put a space before a text, which is in its tokens and not in it.
-        self._length = len(text) - len(spelled.decode("utf-8", "replace"))
         result = CompletionLogprobs()
+        if offsets is None:
+            spelled = b"".join(map(self._spelling.bytes, token_ids))
+            # Some tokenizers put a space before a text, which is in its tokens and not in it.
+            self._length = len(text) - len(spelled.decode("utf-8", "replace"))
         for position, token_id in enumerate(token_ids):
-            self._append(result, token_id, by_position.get(position))
+            if offsets is not None:
+                self._length = offsets[position]
+            self._append(result, token_id, by_position.get(position), is_shown=offsets is None)
+        self._length = len(text)
         return result
 
     def output(self, token_ids: Iterable[int], entries: Iterable[TokenLogprobs]) -> CompletionLogprobs:
         """The columns of generated tokens."""
         result = CompletionLogprobs()
         for token_id, entry in _pairs(token_ids, entries):
-            self._append(result, token_id, entry)
+            self._append(result, token_id, entry, is_shown=token_id not in self._skipped_ids)
         return result
 
-    def _append(self, into: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None) -> None:
+    def _append(self, into: CompletionLogprobs, token_id: int, entry: TokenLogprobs | None, *, is_shown: bool) -> None:
         into.tokens.append(self._spelling.text(token_id))
         into.text_offset.append(max(0, self._length))
-        if token_id not in self._skipped_ids:
+        if is_shown:
             # A character that several tokens spell counts where it ends.
             self._length += len(self._decoder.decode(self._spelling.bytes(token_id)))
         if entry is None:
@@ -129,9 +155,9 @@ class CompletionColumns:
             return
         ids, logprobs = columns(entry)
         into.token_logprobs.append(logprobs[0])
-        # Without wish for likely tokens there is no dictionary; with it the token itself is always in it.
-        order = [*range(1, len(ids)), 0] if len(ids) > 1 else []
-        into.top_logprobs.append({self._spelling.text(ids[i]): logprobs[i] for i in order})
+        into.top_logprobs.append(
+            {self._spelling.text(token): logprob for token, logprob in zip(ids, logprobs, strict=True)}
+        )
 
 
 def _pairs(token_ids: Iterable[int], entries: Iterable[TokenLogprobs]) -> Iterator[tuple[int, TokenLogprobs | None]]:

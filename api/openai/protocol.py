@@ -336,10 +336,11 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     """stop, length or abort; None while it goes on."""
     stop_reason: int | str | None = None
     """The stop string or the one of ``stop_token_ids`` that ended it."""
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None | UnsetType = UNSET
+    """This and what follows are null in whole answers and absent in chunks, unless they were asked for."""
+    prompt_token_ids: list[int] | None | UnsetType = UNSET
     prompt_token_offsets: TokenOffsets | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | None | UnsetType = UNSET
 
 
 class CompletionResponse(msgspec.Struct, kw_only=True):
@@ -402,7 +403,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionResponse(msgspec.Struct, kw_only=True):
@@ -413,10 +414,10 @@ class ChatCompletionResponse(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | None = None
     prompt_token_offsets: TokenOffsets | UnsetType = UNSET
     prompt_text: str | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class FunctionDelta(msgspec.Struct, kw_only=True):

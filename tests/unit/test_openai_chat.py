@@ -58,8 +58,10 @@ async def test_an_answer() -> None:
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
+            "token_ids": None,
         }
     ]
+    assert answer["prompt_logprobs"] is answer["prompt_token_ids"] is None  # clients read them as attributes
     assert answer["usage"]["completion_tokens"] == 7
     assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + 7
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
@@ -92,7 +94,7 @@ async def test_streamed_is_whole(fields: dict[str, Any]) -> None:
         assert piece["content"] == choice["message"]["content"]
         for name in ("finish_reason", "stop_reason", "logprobs"):
             assert piece[name] == choice[name], name
-        assert piece["token_ids"] == choice.get("token_ids", [])
+        assert piece["token_ids"] == (choice["token_ids"] or [])
 
 
 async def test_chunks() -> None:
@@ -143,7 +145,7 @@ async def test_logprobs() -> None:
     assert content[2]["token"] == f"token_id:{token_of(ord('!'))}"
     x = token_of(ord("x"))
     content = (await api.chat(logprob_token_ids=[x]))["choices"][0]["logprobs"]["content"]
-    assert [entry["token"] for entry in content[0]["top_logprobs"]] == ["x"]
+    assert [entry["token"] for entry in content[0]["top_logprobs"]] == [content[0]["token"], "x"]
 
 
 async def test_prompt_logprobs(api: Api) -> None:

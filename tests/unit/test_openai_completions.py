@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
-from tests.fakes import BOS, EOS, MAX_MODEL_LEN, MODEL, FakeServer, says, token_of, tokens_of
+from tests.fakes import BOS, EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeServer, says, token_of, tokens_of
 from tests.unit.conftest import Api
 
 PATH = "/v1/completions"
@@ -37,7 +37,16 @@ async def test_a_completion(api: Api) -> None:
     assert answer["id"].startswith("cmpl-")
     assert answer["model"] == MODEL
     assert answer["choices"] == [
-        {"index": 0, "text": "abcab", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        {
+            "index": 0,
+            "text": "abcab",
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
+        }
     ]
     assert answer["usage"] == {
         "prompt_tokens": 4,
@@ -99,7 +108,7 @@ async def test_streamed_is_whole(fields: dict[str, Any]) -> None:
         piece = choices[choice["index"]]
         for name in ("text", "finish_reason", "stop_reason", "logprobs"):
             assert piece[name] == choice[name], name
-        assert piece["token_ids"] == choice.get("token_ids", [])
+        assert piece["token_ids"] == (choice["token_ids"] or [])
         assert piece.get("prompt_token_ids") == choice.get("prompt_token_ids")
 
 
@@ -219,9 +228,35 @@ async def test_echo_with_logprobs_scores_the_prompt(api: Api) -> None:
 
 
 async def test_echo_of_token_ids_and_of_a_cut_prompt(api: Api) -> None:
-    assert (await api.complete([BOS, *tokens_of("ab")], max_tokens=1, echo=True))["choices"][0]["text"] == "aba"
+    assert (await api.complete([BOS, *tokens_of("ab")], max_tokens=1, echo=True))["choices"][0]["text"] == "<s>aba"
     answer = await api.complete("abcdef", max_tokens=1, echo=True, truncate_prompt_tokens=2)
     assert answer["choices"][0]["text"] == "efe"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "offsets"),
+    [
+        ("h</s>i", ["<s>", "h", "</s>", "i"], [0, 0, 1, 5]),
+        ([token_of(ord("h")), EOS, token_of(ord("i"))], ["h", "</s>", "i"], [0, 1, 5]),
+        ("é!", ["<s>", "bytes:\\xc3", "bytes:\\xa9", "!"], [0, 0, 0, 1]),
+    ],
+)
+async def test_where_the_tokens_of_an_echo_lie(api: Api, prompt: Any, tokens: list[str], offsets: list[int]) -> None:
+    answer = await api.complete(prompt, max_tokens=2, echo=True, logprobs=0)
+    logprobs, text = answer["choices"][0]["logprobs"], answer["choices"][0]["text"]
+    assert logprobs["tokens"][: len(tokens)] == tokens
+    assert logprobs["text_offset"][: len(tokens)] == offsets
+    echo = prompt if isinstance(prompt, str) else "h</s>i"
+    assert text.startswith(echo) and logprobs["text_offset"][len(tokens)] == len(echo)
+    assert [list(entry) for entry in logprobs["top_logprobs"][-2:]] == [[token] for token in logprobs["tokens"][-2:]]
+
+
+async def test_ids_beyond_the_tokenizer_have_entries_of_their_own() -> None:
+    server = FakeServer(vocab_size=VOCAB_SIZE + 8)
+    server.engine.likely = lambda before: {VOCAB_SIZE + 1: -1.0, VOCAB_SIZE + 2: -2.0}
+    answer = await Api(server).complete("a", max_tokens=1, logprobs=2)
+    (entry,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+    assert entry == {f"token_id:{VOCAB_SIZE + 1}": -1.0, f"token_id:{VOCAB_SIZE + 2}": -2.0}
 
 
 async def test_prompt_logprobs(api: Api) -> None:
