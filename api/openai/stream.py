@@ -36,7 +36,7 @@ from engine_core.launch import get_logger
 
 logger = get_logger()
 
-FOLDED_AT_ONCE = 1024
+FOLDED_AT_ONCE = 256
 """Deltas of an answer in one piece that are folded in one go: some milliseconds."""
 DONE = ServerSentEvent("[DONE]", sep="\n").encode()
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
