@@ -512,7 +512,9 @@ class EngineClient:
         self._serving = self._has_workers = True
         self._budget.serves()
         states = list(self._processor.states.values())
-        for state in sorted(states, key=lambda state: not runs_alone(state)):
+        for state in states:
+            clear_suspicion(state)
+        for state in sorted(states, key=trial_order):
             if self._send_vocabulary(state):
                 self._send(resumed_request(state))
         assert self._started is not None
@@ -626,12 +628,21 @@ def runs_alone(state: RequestState) -> bool:
     return state.suspicion is not None and state.suspicion.num_deaths >= ISOLATE_DEATHS
 
 
-def resumed_request(state: RequestState) -> EngineCoreRequest:
-    """The request as another engine core has to hear of it: with what it emitted already."""
+def trial_order(state: RequestState) -> int:
+    """Sorts requests as a new engine core has to hear of them: those that run alone first, the worst suspects last."""
+    return state.suspicion.num_deaths if state.suspicion is not None and runs_alone(state) else MAX_DEATHS
+
+
+def clear_suspicion(state: RequestState) -> None:
+    """Takes note of it if a request got past the place where it was suspected to end engine cores."""
     num_outputs = len(state.output_token_ids)
     num_known = state.num_prompt_tokens + num_outputs
     if state.suspicion is not None and num_outputs > state.suspected_at and num_known > state.suspicion.last:
-        state.suspicion = None  # it got past the place in question
+        state.suspicion = None
+
+
+def resumed_request(state: RequestState) -> EngineCoreRequest:
+    """The request as another engine core has to hear of it: with what it emitted already."""
     return msgspec.structs.replace(
         state.message,
         resumed_output_token_ids=state.output_token_ids.tobytes(),

@@ -21,7 +21,7 @@ STABLE_TIME = 10.0
 
 ISOLATE_DEATHS = 2
 """A request that this many deaths point at runs alone. The first death is most often bad luck, and costs nothing."""
-MAX_DEATHS = 3
+MAX_DEATHS = 4
 """A request that this many deaths point at, the last of them while it ran alone, is the culprit."""
 
 

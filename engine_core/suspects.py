@@ -42,13 +42,14 @@ class Suspects:
 
     def isolate(self, requests: Iterable[Request]) -> None:
         """These have to run alone, each by itself."""
-        self._waiting += [request for request in requests if request not in self._waiting]
+        known = {self.current, *self._waiting}
+        self._waiting += [request for request in requests if request not in known]
 
     def restart(self) -> None:
-        """The workers are new: nobody's trial is done."""
+        """The workers are new. Whoever was on trial has another one when all others have had theirs."""
         self._confirmed.clear()
         if self.current is not None:
-            self._waiting.appendleft(self.current)
+            self._waiting.append(self.current)
             self.current = None
 
     def next_trial(self) -> None:

@@ -335,6 +335,9 @@ async def test_the_request_that_ends_cores_is_found_and_refused(harness: Harness
     assert {again.index for again in (await back(harness))[:2]} == {innocent.index, poison.index}
     harness.supervisor.core.tokens(innocent, 1, 6, 7, 8)
     await harness.take(3)
+    for _ in range(MAX_DEATHS - 3):
+        harness.supervisor.die(computing={poison.index: (0, 2)})
+        assert (await back(harness))[0].index == poison.index and not poison.finished
     harness.supervisor.die(computing={poison.index: (0, 2)})
     failed = await harness.take(2)
     assert {delta.finish_reason for delta in failed} == {"error"} and "10 minutes" in str(failed[0].error)
