@@ -20,6 +20,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.utils import Namespace
 
+from api.bounded_template import BeyondBoundsError, bound_filters, make_bounded, start_budget
+
 ContentFormat: TypeAlias = Literal["string", "openai"]
 Message: TypeAlias = dict[str, Any]
 
@@ -37,19 +39,42 @@ class TemplateError(ValueError):
     """A chat template is wrong, or refused or could not render the conversation it was given."""
 
 
+class BrokenTemplateError(TemplateError):
+    """The template itself is at fault, whatever the conversation: it is no valid one, or costs too much."""
+
+
 class ChatTemplate:
     """A compiled chat template, or several by name.
 
     Attributes:
+        source: What it was compiled from.
+        special_tokens: By the names that templates know.
         content_format: How the default template wants the content of a message.
     """
 
-    def __init__(self, source: str | Mapping[str, str], special_tokens_map: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Mapping[str, str],
+        special_tokens_map: Mapping[str, str] | None = None,
+        *,
+        is_bounded: bool = False,
+    ) -> None:
+        """
+        Args:
+            source: Jinja text, or several by name.
+            special_tokens_map: What templates know as ``bos_token`` and so on.
+            is_bounded: Renderings that would take long, or much memory, end with ``BeyondBoundsError``. Otherwise only
+                a process that may be killed is a safe place for them.
+
+        Raises:
+            TemplateError: It is no valid template.
+        """
+        self.source = source
         sources = {"default": source} if isinstance(source, str) else dict(source)
         if not sources:
             raise TemplateError("no chat template given")
-        self._templates = {name: _Template(text) for name, text in sources.items()}
-        self._special_tokens = dict(special_tokens_map or {})
+        self._templates = {name: _Template(text, is_bounded) for name, text in sources.items()}
+        self.special_tokens = dict(special_tokens_map or {})
         default = self._templates.get("default")
         self.content_format: ContentFormat = "string" if default is None else default.content_format
 
@@ -76,6 +101,7 @@ class ChatTemplate:
 
         Raises:
             TemplateError: The template fails, refuses the conversation or exceeds a limit.
+            BeyondBoundsError: It is bounded, and this would cost more.
         """
         if not messages:
             raise TemplateError("there are no messages")
@@ -89,7 +115,7 @@ class ChatTemplate:
                     message["content"] = [{"type": "text", "text": message["content"]}]
         final_text = _mark_final_message(chat[-1]) if continue_final_message else ""
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             **_plain(kwargs),
             "messages": chat,
             # Templates ask whether there are tools by "is not none".
@@ -335,10 +361,8 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _make_environment() -> SandboxedEnvironment:
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
+def _make_environment(kind: type[SandboxedEnvironment] = _Environment) -> SandboxedEnvironment:
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -348,6 +372,8 @@ def _make_environment() -> SandboxedEnvironment:
 
 
 _ENVIRONMENT: Final = _make_environment()
+_BOUNDED_ENVIRONMENT: Final = _make_environment(make_bounded(_Environment))
+bound_filters(_BOUNDED_ENVIRONMENT, _ENVIRONMENT)
 
 
 def _make_range() -> Callable[..., range]:
@@ -368,17 +394,25 @@ def _make_range() -> Callable[..., range]:
 class _Template:
     """One compiled template."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, is_bounded: bool) -> None:
         uses = _ContentUses(_parse(source))
         self.content_format: ContentFormat = "openai" if uses.loops else "string"
         # A template that never asks whether content is a text would loop over its characters.
         self.needs_parts = uses.loops and not uses.tests_type
+        self._is_bounded = is_bounded
+        self._template: jinja2.Template | None = None
         try:
-            self._template = _ENVIRONMENT.from_string(source)
+            self._template = (_BOUNDED_ENVIRONMENT if is_bounded else _ENVIRONMENT).from_string(source)
+        except BeyondBoundsError:
+            pass  # so is each rendering
         except Exception as error:
-            raise TemplateError(f"chat template: {_describe(error)}") from error
+            raise BrokenTemplateError(f"chat template: {_describe(error)}") from error
 
     def render(self, variables: dict[str, Any]) -> str:
+        if self._template is None:
+            raise BeyondBoundsError
+        if self._is_bounded:
+            start_budget()
         pieces: list[str] = []
         num_chars = 0
         try:
@@ -387,9 +421,11 @@ class _Template:
                 if num_chars > MAX_OUTPUT_CHARS:
                     raise TemplateError(f"chat template: the text exceeds {MAX_OUTPUT_CHARS} characters")
                 pieces.append(piece)
-        except TemplateError:
+        except (TemplateError, BeyondBoundsError):
             raise
         except Exception as error:  # an expression of a template may raise anything
+            if self._is_bounded and isinstance(error, (RecursionError, SecurityError)):
+                raise BeyondBoundsError from error
             raise TemplateError(f"chat template: {_describe(error)}") from error
         return "".join(pieces)
 
@@ -410,7 +446,7 @@ def _parse(source: str) -> nodes.Template:
     try:
         return _ENVIRONMENT.parse(source)
     except Exception as error:  # a parser that meets hostile text may overflow the stack, too
-        raise TemplateError(f"chat template: {_describe(error)}") from error
+        raise BrokenTemplateError(f"chat template: {_describe(error)}") from error
 
 
 class _ContentUses:

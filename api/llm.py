@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_type_hint
 from tqdm import tqdm
 
 from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
-from api.chat_template import normalize_messages
 from api.config import ServerConfig, from_environment, make_config
 from api.engine_client import EngineClient
 from api.engine_thread import EngineThread
@@ -155,6 +154,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        weakref.finalize(self, self._serving.close)
 
     def __repr__(self) -> str:
         serving = self._serving
@@ -312,11 +312,14 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         inputs = []
         for conversation in conversations:
-            text = template.render(
-                normalize_messages(conversation, template.content_format),  # type: ignore[arg-type]
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+            text = self._serving.templates.render_blocking(
+                template,
+                conversation,  # type: ignore[arg-type]
+                {
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                    "continue_final_message": continue_final_message,
+                },
+                chat_template_kwargs or {},
             )
             inputs.append(_Input(text, None, add_special_tokens=False))
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))

@@ -193,7 +193,7 @@ async def _serve_batch(
             app = create_app(serving, Traffic(metrics.registry))
             counts = await answer_lines(app, lines, output, max_concurrency, config.max_body_size)
         finally:
-            serving.threads.shutdown(wait=False, cancel_futures=True)
+            serving.close()
         if client.dead is not None:
             raise client.dead
         return counts

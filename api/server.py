@@ -305,7 +305,7 @@ class _Run:
             stopper.cancel()
             for helper in helpers:
                 helper.cancel()
-            serving.threads.shutdown(wait=False, cancel_futures=True)
+            serving.close()
 
     def _on_progress(self, progress: LoadProgress) -> None:
         self._bar.update(progress)

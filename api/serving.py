@@ -36,6 +36,7 @@ from api.queue_bound import NOBODY, Tenant
 from api.resolved import ResolvedRequest
 from api.responses.store import ResponseStore
 from api.structured import grammar_spec
+from api.template_renderer import TemplateRenderer
 from api.thinking import thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
@@ -79,7 +80,10 @@ class Serving:
         self.created = int(time.time())
         self.system_fingerprint = _fingerprint(self.model_name, ready)
         template = files.chat_template
-        self.chat_template = None if template is None else ChatTemplate(template, files.tokenizer.special_tokens_map)
+        self.chat_template = (
+            None if template is None else ChatTemplate(template, files.tokenizer.special_tokens_map, is_bounded=True)
+        )
+        self.templates = TemplateRenderer()
         self.defaults: dict[str, Any] = default_params(files.generation_config)
         self.limits = ModelLimits(
             max_model_len=ready.max_model_len,
@@ -97,6 +101,11 @@ class Serving:
         self._seeds = None if config.seed is None else random.Random(config.seed)
         """Where requests without a seed get theirs, if it must be the same after each start."""
         self._warnings: set[str] = set()
+
+    def close(self) -> None:
+        """Ends threads and helper processes."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.templates.close()
 
     @property
     def model_name(self) -> str:

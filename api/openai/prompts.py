@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import msgspec
-
 from api.admission import MAX_MESSAGES, JsonMeter, check_number
-from api.chat_template import ChatTemplate, TemplateError, normalize_messages
+from api.chat_template import BrokenTemplateError, ChatTemplate
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
 from api.params import check_room, truncate_prompt
 from api.parsers import Tool
 from api.serving import INLINE_TEXT, Serving
+from engine_core.launch import HelperError
 
 MAX_INLINE_MESSAGES = 64
-"""A longer conversation is rendered in a thread."""
+"""A longer conversation is rendered in a helper process."""
 _CHARS_PER_TOOL = 64
 MAX_TEMPLATE_KWARGS = 256
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -58,45 +56,51 @@ async def render_messages(
             raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
-    wanted = serving.config.chat_template_content_format
-    content_format = template.content_format if wanted == "auto" else wanted
-    render = partial(
-        template.render,
-        tools=tools,
-        documents=request.documents,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continues,
-        **variables,
-    )
-
-    def normalize_and_render() -> str:
-        plain: list[dict[str, Any]] = msgspec.to_builtins(list(messages))
-        _weigh_arguments(messages)
-        return render(normalize_messages(plain, content_format))
-
+    options = {
+        "tools": tools,
+        "documents": request.documents,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continues,
+    }
+    is_short = len(messages) <= MAX_INLINE_MESSAGES and not request.documents
+    is_short = is_short and all(map(_is_short, variables.values())) and _num_chars(messages, tools) <= INLINE_TEXT
     try:
-        is_small = len(messages) <= MAX_INLINE_MESSAGES and not request.documents
-        if is_small and all(map(_is_short, variables.values())) and _num_chars(messages, tools) <= INLINE_TEXT:
-            return normalize_and_render()
-        return await asyncio.get_running_loop().run_in_executor(serving.threads, normalize_and_render)
+        if is_short:
+            _weigh_arguments(messages)
+        else:
+            await asyncio.get_running_loop().run_in_executor(serving.threads, _weigh_arguments, messages)
+        return await serving.templates.render(
+            template,
+            messages,
+            serving.config.chat_template_content_format,
+            options,
+            variables,
+            is_short=is_short,
+            special_tokens=serving.tokenizer.special_tokens_map,
+            threads=serving.threads,
+        )
     except RequestError:
         raise
+    except HelperError as error:
+        raise RequestError(
+            f"the conversation cannot be rendered now: {error}", status=503, kind="ServiceUnavailableError"
+        ) from error
+    except BrokenTemplateError as error:
+        raise RequestError(str(error), "messages" if request.chat_template is None else "chat_template") from error
     except ValueError as error:  # a TemplateError is one
         raise RequestError(str(error), "messages") from error
     except RecursionError as error:
         raise RequestError("the conversation is nested too deeply", "messages") from error
 
 
-def _template(serving: Serving, source: str | None) -> ChatTemplate:
+def _template(serving: Serving, source: str | None) -> ChatTemplate | str:
+    """The server's template, or the source of the request's own."""
     if source is not None:
         if not serving.config.trust_request_chat_template:
             raise RequestError(
                 "chat_template needs a server started with --trust-request-chat-template", "chat_template"
             )
-        try:
-            return ChatTemplate(source, serving.tokenizer.special_tokens_map)
-        except TemplateError as error:
-            raise RequestError(str(error), "chat_template") from error
+        return source
     if serving.chat_template is None:
         raise RequestError(
             "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
