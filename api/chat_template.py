@@ -421,8 +421,8 @@ class _Template:
                 if num_chars > MAX_OUTPUT_CHARS:
                     raise TemplateError(f"chat template: the text exceeds {MAX_OUTPUT_CHARS} characters")
                 pieces.append(piece)
-        except (TemplateError, BeyondBoundsError):
-            raise
+        except (TemplateError, BeyondBoundsError, MemoryError):
+            raise  # memory runs out in a helper process only, which names its limit
         except Exception as error:  # an expression of a template may raise anything
             if self._is_bounded and isinstance(error, (RecursionError, SecurityError)):
                 raise BeyondBoundsError from error

@@ -112,7 +112,7 @@ def test_what_costs_much_is_not_rendered_where_others_wait(name: str) -> None:
 
 
 async def test_hostile_templates_end_and_the_loop_goes_on(renderer: TemplateRenderer) -> None:
-    names = ["center", "percent", "nested list", "macro", "indented JSON", "slice", "doubled by ~", "listed"]
+    names = ["center", "nested list", "indented JSON", "listed"]
     with ThreadPoolExecutor(1) as threads:
 
         async def render(source: ChatTemplate | str, **options: Any) -> str:
@@ -132,7 +132,7 @@ async def test_hostile_templates_end_and_the_loop_goes_on(renderer: TemplateRend
         for name in names:
             source = HOSTILE[name]
             for template in (source, ChatTemplate(source, is_bounded=True)) if name == "center" else (source,):
-                with pytest.raises(TemplateError, match=r"memory|CPU time|large|exceeds|Memory"):
+                with pytest.raises(TemplateError, match=r"MiB of memory|CPU time|large|exceeds"):
                     await render(template)
         counter.cancel()
         assert ticks > 20
