@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import re
+import socket
 import struct
 import termios
 import time
@@ -37,6 +38,8 @@ SWEEP_INTERVAL = 1.0
 
 _PIECE = 16 << 10
 """Bytes that the parser is fed at once: as far as a bound may be passed before anybody notices."""
+_BYTES_ACKED = 120
+"""Offset of tcpi_bytes_acked in Linux's struct tcp_info."""
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 """RFC 3986's host and port, roughly: nothing that begins a path, a query or a user name."""
 
@@ -143,13 +146,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The request that is answered; the base class only knows the last one that came."""
         self._refusal: RequestError | None = None
         """Set before an exception leaves a callback of the parser."""
+        self._is_known_head = False
+        """The parser is told a head once more."""
         self._is_deaf = False
         """What still comes is thrown away."""
         self._ends_at: float | None = None
         """When the connection is cut, if that is settled."""
-        self._unsent = 0
+        self._taken = 0
+        """Grows when the client takes something."""
         self._stuck_since: float | None = None
-        """Since when none of ``_unsent`` was taken."""
+        """Since when it did not, though there was something to take."""
 
     # -- the connection ------------------------------------------------------------------------------------------
 
@@ -187,27 +193,37 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         limits = self._shared.limits
         if self._ends_at is not None and now >= self._ends_at:
             self.transport.abort()
-        elif self.flow.write_paused or self.transport.is_closing():
+        elif self._must_read():
             self._check_reader(now)
         else:
             self._stuck_since = None
-            if self._since is None:
-                if is_crowded and self._part is _Part.HEAD and self.timeout_keep_alive_task is not None:
-                    self.transport.close()
-            elif self.flow.read_paused:
-                self._since = now  # it is us who do not read
-            elif now - self._since >= limits.head:
-                self._refuse_slow_head(limits.head)
+        if self._since is None:
+            if is_crowded and self._part is _Part.HEAD and self.timeout_keep_alive_task is not None:
+                self.transport.close()
+        elif self.flow.read_paused:
+            self._since = now  # it is us who do not read
+        elif now - self._since >= limits.head:
+            self._refuse_slow_head(limits.head)
+
+    def _must_read(self) -> bool:
+        """Whether the client has an answer to read."""
+        is_answering = self._running is not None and not self._running.response_complete
+        return is_answering or self.flow.write_paused or self.transport.is_closing()
 
     def _check_reader(self, now: float) -> None:
-        # Nothing is added while writing is paused, so what is not sent can only become less.
         unsent = self.transport.get_write_buffer_size() + _unsent_by_kernel(self.transport)
-        if self._stuck_since is None or unsent != self._unsent:
-            self._unsent, self._stuck_since = unsent, now
+        taken = _bytes_taken(self.transport)
+        if taken is None:
+            # While writing is paused, what is not sent can only become less.
+            taken = -unsent if self.flow.write_paused or self.transport.is_closing() else self._taken + 1
+        if self._stuck_since is None or not unsent or taken != self._taken:
+            self._taken, self._stuck_since = taken, now
         elif now - self._stuck_since >= self._shared.limits.reader:
             self.transport.abort()
 
     def _refuse_slow_head(self, seconds: float) -> None:
+        if self._is_deaf or self.transport.is_closing():
+            return
         if self._bare_bytes:
             self._refuse(_error(408, f"the head of the request did not come within {seconds:g} s"))
         else:
@@ -235,9 +251,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._wire_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # The parser leaves HTTP here. The request is answered as if it had not asked, and is the last one.
-            self._stop_listening()
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(self._refusal or _error(400, "the request is not valid HTTP"))
         else:
@@ -247,16 +262,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             ):
                 self._refuse(_too_large())
 
+    def _go_on_without_upgrade(self, rest: bytes | memoryview) -> None:
+        """A request asked for another protocol, as Java's client asks for HTTP/2. It is answered in this one.
+
+        The parser takes what follows such a head for the other protocol, so another parser reads it as what it is.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        framing = [
+            name + b": " + value + b"\r\n"
+            for name, value in self.headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+        self._is_known_head = True
+        self._feed(b"POST / HTTP/1.1\r\nHost: x\r\n" + b"".join(framing) + b"\r\n")
+        if rest and not self._is_deaf:
+            self._feed(rest)
+
     def on_message_begin(self) -> None:
+        if self._is_known_head:
+            return
         super().on_message_begin()
         if self._since is None:
             self._since = self._shared.clock()
 
     def on_url(self, url: bytes) -> None:
+        if self._is_known_head:
+            return
         self._count_head(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_known_head:
+            return
         self._count_head(len(name) + len(value) + 4)
         if self._part is _Part.BODY:
             # A trailer. Nobody here reads any, and among the headers it could pass for one.
@@ -269,8 +307,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._fail(_error(431, f"the request has more than {MAX_HEADERS} headers"))
 
     def on_headers_complete(self) -> None:
-        self._check_head()
-        super().on_headers_complete()
+        if self._is_known_head:
+            self._is_known_head = False
+            self.cycle.more_body = True  # nobody has looked yet: its task begins after this turn of the loop
+        else:
+            self._check_head()
+            super().on_headers_complete()
         # From here on, counts are those of body and trailers.
         self._part = _Part.BODY
         self._since = None
@@ -366,6 +408,18 @@ def _error(status: int, message: str) -> RequestError:
 
 def _too_large() -> RequestError:
     return _error(431, f"the head of the request, or what surrounds its body, is larger than {MAX_HEAD_BYTES} bytes")
+
+
+def _bytes_taken(transport: asyncio.Transport) -> int | None:
+    """Bytes that the peer's kernel acknowledged, which it does until its own buffer is full; None: it is not known."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+    except OSError:
+        return None
+    return int(struct.unpack_from("=Q", info, _BYTES_ACKED)[0]) if len(info) == _BYTES_ACKED + 8 else None
 
 
 def _unsent_by_kernel(transport: asyncio.Transport) -> int:

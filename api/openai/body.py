@@ -115,12 +115,16 @@ async def _read(request: Request, max_size: int, held: HeldBody, meter: JsonMete
     if length.isdecimal() and (len(length) > 18 or int(length) > max_size):
         raise _too_large(max_size)
     body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > max_size:
-            raise _too_large(max_size)
-        meter.feed(chunk)
-        body += chunk
-        await held.grow(len(chunk))
+    try:
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > max_size:
+                raise _too_large(max_size)
+            meter.feed(chunk)
+            body += chunk
+            await held.grow(len(chunk))
+    except BaseException:
+        body.clear()  # the traceback may keep it for a while
+        raise
     return body
 
 

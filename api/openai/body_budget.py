@@ -148,8 +148,8 @@ class HeldBody:
         self.waiter: asyncio.Future[None] | None = None
         """Set while the body waits for room."""
         self._budget = budget
-        self._error: RequestError | None = None
-        """Why it was ended."""
+        self._too_slow: tuple[float, int] | None = None
+        """Seconds, and bytes that did not come in them, if it was ended for that."""
         self._task: asyncio.Task[object] | None = None
         self._last_size = 0
         self._window_size = 0
@@ -166,10 +166,10 @@ class HeldBody:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._budget.discard(self)
-        if self._error is not None and isinstance(error, asyncio.CancelledError):
+        if self._too_slow is not None and isinstance(error, asyncio.CancelledError):
             if sys.version_info >= (3, 11) and self._task is not None:
                 self._task.uncancel()
-            raise self._error from None
+            raise _too_slow(*self._too_slow) from None
 
     async def grow(self, size: int) -> None:
         """Takes note of bytes that came, and waits until more may come.
@@ -194,7 +194,7 @@ class HeldBody:
                 self.waiter.set_exception(_no_memory())
             return
         self._waits_since = None
-        if self._is_complete or self._error is not None:
+        if self._is_complete or self._too_slow is not None:
             return
         seconds, least = (limits.idle_pressed, limits.least_pressed) if is_pressed else (limits.idle, limits.least)
         if self.size != self._last_size:
@@ -204,7 +204,7 @@ class HeldBody:
             is_idle = is_idle or self.size - self._window_size < least
             self._window_begin, self._window_size = now, self.size
         if is_idle and self._task is not None:
-            self._error = _too_slow(seconds, least)
+            self._too_slow = seconds, least
             self._task.cancel()
 
 

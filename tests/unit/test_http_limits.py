@@ -7,11 +7,15 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any, ClassVar, cast
 
 import pytest
 
+from api.admission import JsonMeter
 from api.config import ServerConfig
+from api.errors import RequestError
 from api.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connections, Limits
+from api.openai import body as body_module
 from api.openai.body_budget import BodyBudget, BodyLimits
 from tests.fakes import Connection, FakeServer
 from tests.unit.sockets import DEADLINE, Clock, running, talk, until
@@ -168,6 +172,31 @@ async def test_who_leaves_with_requests_in_line(server: FakeServer) -> None:
         await until(lambda: not server.engine.num_unfinished)
 
 
+async def test_clients_that_ask_for_another_protocol(server: FakeServer) -> None:
+    """Java's asks for HTTP/2 with each request. It gets its answer in HTTP/1.1, and its body is no second request."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    head = POST + upgrade + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    chunked = CHUNKED + upgrade + b"\r\n"
+    async with running(server) as port:
+        for parts in (
+            (head + BODY + GET + CLOSE,),
+            (head, BODY, GET + CLOSE),
+            (head + BODY[:5], BODY[5:] + GET + CLOSE),
+            (chunked + ONE_CHUNK + b"0\r\n\r\n" + GET + CLOSE,),
+            (chunked, ONE_CHUNK, b"0\r\nX: 1\r\n\r\n", GET + CLOSE),
+        ):
+            answer = await talk(port, *parts)
+            assert b'"text":"xx"' in answer and answer.count(b"HTTP/1.1 200") == 2, answer
+        answer = await talk(port, GET + upgrade + b"\r\n" + GET + CLOSE)
+        assert answer.count(b"HTTP/1.1 200") == 2
+        socket_head = GET + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        assert (await talk(port, socket_head + GET + CLOSE)).count(b"HTTP/1.1 200") == 2
+        hidden = GET + b"\r\n"
+        answer = await talk(port, POST + upgrade + b"Content-Length: %d\r\n\r\n" % len(hidden), hidden, GET + CLOSE)
+        assert answer.count(b"HTTP/1.1 400") == 1 and answer.count(b"HTTP/1.1 200") == 1
+    assert server.traffic.num_open == 0
+
+
 async def test_slow_heads(server: FakeServer) -> None:
     clock = Clock()
     connections = Connections(clock=clock)
@@ -260,6 +289,34 @@ async def test_readers_that_do_not_read() -> None:
         assert connections.num_open == 1
         slow.close()
         deaf.close()
+        await until(lambda: not server.engine.num_unfinished)
+
+
+async def test_a_reader_that_takes_nothing_of_a_short_answer(server: FakeServer) -> None:
+    """So short that no buffer of ours is full: it still has nobody to read it."""
+    clock = Clock()
+    connections = Connections(clock=clock)
+    loop = asyncio.get_running_loop()
+    body = b'{"prompt": "x", "max_tokens": 400, "ignore_eos": true, "stream": true, "n": 2}'
+    async with running(server, connections) as port:
+        server.engine.steps_left = 60
+        deaf, slow, idle = narrow_socket(port), narrow_socket(port), narrow_socket(port)
+        for sock in (deaf, slow):
+            await loop.sock_sendall(sock, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await until(lambda: server.engine.steps_left == 0)
+        assert not any(one.flow.write_paused for one in connections.all())
+        connections.sweep()
+        for _ in range(8):
+            assert await loop.sock_recv(slow, 1500)
+            await asyncio.sleep(0.02)
+            clock.now += 10
+            await loop.sock_sendall(idle, b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")  # not about to be cut
+            assert await loop.sock_recv(idle, 4096)
+            connections.sweep()
+        await until(lambda: server.engine.num_unfinished == 2)
+        assert connections.num_open == 2
+        for sock in (deaf, slow, idle):
+            sock.close()
         await until(lambda: not server.engine.num_unfinished)
 
 
@@ -466,3 +523,19 @@ async def test_a_server_for_this_machine_answers_to_its_names(path: str) -> None
 )
 async def test_who_answers_to_any_name(config: ServerConfig, is_open: bool) -> None:
     assert await status(FakeServer(config), b"attacker.example") == (200 if is_open else 403)
+
+
+async def test_a_body_that_is_refused_is_gone_at_once() -> None:
+    """Even while the error, whose traceback knows the frame that read it, is still being answered."""
+
+    class Coming:
+        headers: ClassVar[dict[str, str]] = {}
+
+        async def stream(self) -> AsyncIterator[bytes]:
+            for _ in range(9):
+                yield b" " * 1000
+
+    with BodyBudget().open() as held, pytest.raises(RequestError) as caught:
+        await body_module._read(cast(Any, Coming()), 5000, held, JsonMeter(1000))
+    sizes = [len(entry.frame.f_locals["body"]) for entry in caught.traceback if entry.name == "_read"]
+    assert sizes == [0]
