@@ -367,4 +367,4 @@ async def test_a_request_that_breaks_in_the_middle_of_its_body(api: Api) -> None
     connection.leave()
     await connection.task
     assert connection.sent == []
-    assert 'status="499"' in (await api.get("/metrics")).text
+    assert 'status="4xx"' in (await api.get("/metrics")).text
