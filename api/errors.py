@@ -28,6 +28,7 @@ class RequestError(ValueError):
         param: The field at fault, if it is one.
         status: HTTP status.
         kind: The ``type`` of the error body.
+        code: The ``code`` of the error body; the status unless clients know a word for it.
         headers: More headers of the answer.
     """
 
@@ -38,14 +39,26 @@ class RequestError(ValueError):
         *,
         status: int = 400,
         kind: str = "BadRequestError",
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.message = message
         self.param = param
         self.status = status
         self.kind = kind
+        self.code: int | str = status if code is None else code
         self.headers = dict(headers or {})
         super().__init__(message)
+
+
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt and the output that was asked for, is longer than the model's context.
+
+    Clients that shorten a conversation by themselves look for this ``code``, which is OpenAI's.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "input_tokens", code="context_length_exceeded")
 
 
 class EngineDeadError(Exception):

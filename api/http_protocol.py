@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import re
+import select
 import socket
 import struct
 import termios
@@ -35,6 +36,10 @@ MAX_FRAMING_RATIO = 16
 """Bytes of chunk headers and extensions for each byte of a body, beside one head's worth. One chunk a byte takes 6."""
 MAX_CONNECTIONS = 8192
 SWEEP_INTERVAL = 1.0
+
+FIRST_LOOK = 0.005
+"""Seconds until it is seen whether a client that sends no more is still there; the next looks double them."""
+LAST_LOOK = 1.0
 
 _PIECE = 16 << 10
 """Bytes that the parser is fed at once: as far as a bound may be passed before anybody notices."""
@@ -156,6 +161,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Grows when the client takes something."""
         self._stuck_since: float | None = None
         """Since when it did not, though there was something to take."""
+        self._is_half_closed = False
+        """The client sends no more, but may wait for its answer."""
 
     # -- the connection ------------------------------------------------------------------------------------------
 
@@ -172,6 +179,36 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. If it waits for an answer the connection stays open until it has that.
+
+        A client that is gone looks the same until something is sent to it: then its system answers that nobody is
+        there. So a client that has no part of its answer yet is sent ``100 Continue``, which says nothing and may come
+        before any answer. HTTP/1.0 has no such thing, and TLS no half of a connection: there it counts as gone.
+        """
+        if self._is_half_closed:
+            return True
+        is_over = self.cycle is None or self.cycle.response_complete or self._ends_at is not None
+        if is_over or self._part is _Part.BODY or self.transport.get_extra_info("ssl_object") is not None:
+            return False
+        assert self._running is not None
+        if self._running.scope["http_version"] == "1.0":
+            return False
+        self._is_half_closed = True
+        self.cycle.keep_alive = False
+        if not self._running.response_started:
+            self.transport.write(STATUS_LINE[100] + b"\r\n")
+        self._look_for_client(FIRST_LOOK)
+        return True
+
+    def _look_for_client(self, delay: float) -> None:
+        if self.transport.is_closing():
+            return
+        if _is_hung_up(self.transport):
+            self.transport.abort()
+        else:
+            self.loop.call_later(delay, self._look_for_client, min(2 * delay, LAST_LOOK))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
@@ -420,6 +457,13 @@ def _bytes_taken(transport: asyncio.Transport) -> int | None:
     except OSError:
         return None
     return int(struct.unpack_from("=Q", info, _BYTES_ACKED)[0]) if len(info) == _BYTES_ACKED + 8 else None
+
+
+def _is_hung_up(transport: asyncio.Transport) -> bool:
+    """Whether the peer neither sends nor reads. Loops do not tell once they have read the end of what it sent."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)  # hang-ups and errors are told unasked
+    return bool(poll.poll(0))
 
 
 def _unsent_by_kernel(transport: asyncio.Transport) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from api.errors import RequestError
+from api.errors import ContextLengthError, RequestError
 from api.stop_regex import StopRegexError, stop_automaton
 from api.structured import grammar_spec
 from api.tokenizer import Tokenizer
@@ -360,7 +360,7 @@ def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer
         allowed_token_ids=None
         if params.allowed_token_ids is None
         else tuple(dict.fromkeys(_token_ids("allowed_token_ids", params.allowed_token_ids, limits))),
-        bad_words_token_ids=_bad_words(params.bad_words or [], tokenizer),
+        bad_words_token_ids=_bad_words(params.bad_words or [], limits, tokenizer),
         # The log probability of each token decides which completions are the best.
         logprobs=0
         if params.logprobs is None and params.num_completions > params.n
@@ -388,10 +388,9 @@ def check_room(num_prompt_tokens: int, limits: ModelLimits) -> None:
         RequestError: There is no room for a token.
     """
     if num_prompt_tokens >= limits.max_model_len:
-        raise RequestError(
+        raise ContextLengthError(
             f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
             f"{num_prompt_tokens} input tokens, which leaves no room for output. Please shorten the prompt.",
-            "input_tokens",
         )
 
 
@@ -406,12 +405,11 @@ def resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: M
     if params.max_tokens is None:
         return min(room, limits.max_output_tokens or room)
     if params.max_tokens > room:
-        raise RequestError(
+        raise ContextLengthError(
             f"This model's maximum context length is {limits.max_model_len} tokens. However, you requested "
             f"{params.max_tokens} output tokens and your prompt contains {num_prompt_tokens} input tokens, "
             f"{num_prompt_tokens + params.max_tokens} in all. Please shorten the prompt or set max_tokens to {room} "
             "or less.",
-            "input_tokens",
         )
     return min(params.max_tokens, limits.max_output_tokens or params.max_tokens)
 
@@ -491,7 +489,7 @@ def truncate_prompt(
     return range(keep) if side == "right" else range(len(prompt) - keep, len(prompt))
 
 
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
     """The token sequences that spell the words, at the start of a text and after a space."""
     if words and tokenizer is None:
         raise RequestError("bad_words needs a tokenizer", "bad_words")
@@ -506,6 +504,13 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple
     found: dict[tuple[int, ...], None] = {tuple(ids): None for ids in encoded if ids}
     if sum(map(len, found)) > MAX_BAD_WORD_TOKENS:
         raise RequestError(f"bad_words are longer than {MAX_BAD_WORD_TOKENS} tokens together", "bad_words")
+    for ids in found:
+        if max(ids) >= limits.vocab_size:
+            raise RequestError(
+                f"a word of bad_words has the token {max(ids)}, which this model cannot generate: its vocabulary ends "
+                f"before {limits.vocab_size}",
+                "bad_words",
+            )
     return tuple(found)
 
 

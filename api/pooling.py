@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from api.config import PoolerConfig
-from api.errors import RequestError
+from api.errors import ContextLengthError, RequestError
 from api.params import ModelLimits, truncate_prompt
 from engine_core.messages import PoolingParams as ResolvedPoolingParams
 
@@ -64,10 +64,9 @@ def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
         RequestError: It is too long.
     """
     if num_tokens > limits.max_model_len:
-        raise RequestError(
+        raise ContextLengthError(
             f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
             f"{num_tokens} input tokens. Please shorten the prompt or set truncate_prompt_tokens.",
-            "input_tokens",
         )
 
 

@@ -19,7 +19,7 @@ from api.chat_template import ChatTemplate
 from api.config import ServerConfig
 from api.detokenizer import IncrementalDetokenizer
 from api.engine_client import EngineClient
-from api.errors import RequestError
+from api.errors import ContextLengthError, RequestError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
 from api.output import Channel, OutputOptions, RequestState, Siblings
@@ -141,10 +141,9 @@ class Serving:
             check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         per_token = None if any_length else self.tokenizer.max_chars_per_token
         if per_token is not None and len(text) > self.limits.max_model_len * per_token:
-            raise RequestError(
+            raise ContextLengthError(
                 f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
                 f"{len(text)} characters, which is more than that many tokens can hold. Please shorten the prompt.",
-                "input_tokens",
             )
         try:
             if len(text) <= INLINE_TEXT:

@@ -90,7 +90,7 @@ def shortened(message: str) -> str:
 
 def render(error: RequestError) -> bytes:
     """The body of an error."""
-    info = ErrorInfo(message=shortened(error.message), type=error.kind, param=error.param, code=error.status)
+    info = ErrorInfo(message=shortened(error.message), type=error.kind, param=error.param, code=error.code)
     return msgspec.json.encode(ErrorResponse(error=info))
 
 

@@ -85,7 +85,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(extra_json_schema={"minimum": 1e-20, "maximum": 1e20})] | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
 
@@ -515,8 +515,8 @@ class ErrorInfo(msgspec.Struct, kw_only=True):
     type: str
     param: str | None
     """The field at fault."""
-    code: int
-    """The HTTP status."""
+    code: int | str
+    """The HTTP status, or ``context_length_exceeded``."""
 
 
 class ErrorResponse(msgspec.Struct, kw_only=True):

@@ -13,6 +13,10 @@ from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
 from api.params import SamplingParams
 
+MAX_KEY_DIGITS = 20
+MAX_SHOWN_KEY = 40
+"""Characters of a client's key that an error repeats."""
+
 _SAME_NAME = (
     "n",
     "temperature",
@@ -66,6 +70,8 @@ def sampling_params(
     """
     fields = msgspec.structs.asdict(request)
     wanted = {name: fields[name] for name in _SAME_NAME if fields[name] is not None}
+    if request.logit_bias is not None:
+        wanted["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
     if logprobs is None and request.logprob_token_ids:
         logprobs = 0
     return SamplingParams(
@@ -75,6 +81,15 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         best_of=best_of,
     )
+
+
+def _token_id(key: str) -> int:
+    """A key of ``logit_bias``. JSON has texts only for keys, so the decoder could not say which one is no number."""
+    digits = key.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= MAX_KEY_DIGITS):
+        shown = key if len(key) <= MAX_SHOWN_KEY else key[:MAX_SHOWN_KEY] + "..."
+        raise RequestError(f'logit_bias has the key {shown!r}, which is not a token id such as "42"', "logit_bias")
+    return int(key)
 
 
 def check_stream_fields(request: GenerationRequest) -> None:

@@ -63,8 +63,8 @@ def split_at_mark(whole: bytes) -> tuple[bytes, bytes]:
 
 
 def error_event(error: RequestError) -> bytes:
-    """How a stream of chat completions or completions ends that fails."""
-    return event(render(error)) + DONE
+    """How a stream of completions ends that fails: without ``DONE``, which says that an answer is whole."""
+    return event(render(error))
 
 
 class WholeReply(Protocol):

@@ -21,7 +21,8 @@ _FIELDS = {
 def render_response_error(error: RequestError) -> bytes:
     """The body of an error."""
     kind = _KINDS.get(error.status, error.kind)
-    return render(RequestError(error.message, error.param, status=error.status, kind=kind))
+    code = error.code if isinstance(error.code, str) else None
+    return render(RequestError(error.message, error.param, status=error.status, kind=kind, code=code))
 
 
 RESPONSES_ERRORS = ErrorShape(ErrorResponse, render_response_error)

@@ -77,7 +77,8 @@ def error_of(response: httpx.Response, status: int) -> Any:
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
+    is_too_long = "maximum context length" in error["message"] and error["param"] == "input_tokens"
+    assert error["code"] == ("context_length_exceeded" if is_too_long else status)
     assert error["message"] and len(error["message"]) < 1100
     return error
 

@@ -197,6 +197,41 @@ async def test_clients_that_ask_for_another_protocol(server: FakeServer) -> None
     assert server.traffic.num_open == 0
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_who_sends_no_more_has_its_answers(server: FakeServer, is_streamed: bool) -> None:
+    """As `nc -N` and shells' scripts do: the end of what a client sends is not the end of the client."""
+    server.engine.steps_left = 0
+    body = BODY[:-1] + b', "stream": true}' if is_streamed else BODY
+    async with running(server) as port, client(port) as one:
+        one.writer.write((POST + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 2 + b"\r\n")
+        one.writer.write_eof()
+        await until(lambda: server.engine.num_unfinished)
+        begin = await asyncio.wait_for(one.reader.readuntil(b"\r\n\r\n"), DEADLINE)
+        assert begin.startswith(b"HTTP/1.1 100 ")
+        server.engine.steps_left = None
+        rest = await one.rest()
+        assert rest.count(b"HTTP/1.1 200") == 2 and rest.count(b"connection: close") == 1
+        assert rest.count(b"[DONE]" if is_streamed else b'"text":"xx"') == 2
+
+
+async def test_who_sends_no_more_and_leaves(server: FakeServer) -> None:
+    server.engine.steps_left = 0
+    for version, body in ((b"HTTP/1.1", BODY), (b"HTTP/1.1", ENDLESS), (b"HTTP/1.0", BODY)):
+        async with running(server) as port, client(port) as one:
+            post = POST.replace(b"HTTP/1.1", version)
+            one.writer.write(post + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            await until(lambda: server.engine.num_unfinished)
+            one.writer.close()
+            await until(lambda: not server.engine.num_unfinished)
+
+
+async def test_half_a_body_is_no_request(server: FakeServer) -> None:
+    async with running(server) as port, client(port) as one:
+        one.writer.write(POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY[:-1])
+        one.writer.write_eof()
+        assert await one.rest() == b""
+
+
 async def test_slow_heads(server: FakeServer) -> None:
     clock = Clock()
     connections = Connections(clock=clock)

@@ -88,7 +88,6 @@ async def test_a_deep_conversation_is_a_bad_request(depth: int) -> None:
         (COMPLETIONS, {"prompt": [[1, "x"]]}, "body.prompt[0][1]"),
         (COMPLETIONS, {"prompt": "x", "n": "many"}, "body.n"),
         (COMPLETIONS, {"prompt": "x", "stream": "yes"}, "body.stream"),
-        (COMPLETIONS, {"prompt": "x", "logit_bias": {"foo": 1}}, "body.logit_bias"),
         (COMPLETIONS, {"prompt": "x", "logit_bias": {"1": "x"}}, "body.logit_bias[...]"),
         (COMPLETIONS, {"prompt": "x", "stop": [1]}, "body.stop[0]"),
         (COMPLETIONS, {"prompt": "x", "cache_salt": ""}, "body.cache_salt"),
@@ -183,6 +182,7 @@ async def test_bodies_that_are_too_large() -> None:
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"logit_bias": {"-1": 0}}, "logit_bias"),
+        ({"logit_bias": {"1": 0, "foo": 0}}, "logit_bias"),
         ({"logit_bias": {str(VOCAB_SIZE): 0}}, "logit_bias"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [10**30]}, "allowed_token_ids"),
@@ -368,3 +368,10 @@ async def test_a_request_that_breaks_in_the_middle_of_its_body(api: Api) -> None
     await connection.task
     assert connection.sent == []
     assert 'status="4xx"' in (await api.get("/metrics")).text
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_key_that_is_no_token_id_is_named(api: Api, path: str) -> None:
+    prompt: dict[str, Any] = {"messages": HI} if path == CHAT else {"prompt": "x"}
+    error = await api.error(path, {**prompt, "logit_bias": {"1": 0, "foo": 0, "2": 0}})
+    assert "the key 'foo'" in error["message"]

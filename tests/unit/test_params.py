@@ -72,3 +72,13 @@ def test_the_offline_class_checks_its_options_as_the_server_does(options: dict[s
         check_config(build(ServerConfig, options))
     with pytest.raises(ValueError, match=message):
         LLM(**options)
+
+
+def test_words_of_tokens_that_the_model_does_not_have() -> None:
+    """A tokenizer may know more tokens than the model has rows for."""
+    tokenizer = FakeServer().serving.tokenizer
+    (ids,) = tokenizer.encode_batch(["bad"], add_special_tokens=False)
+    small = ModelLimits(max_model_len=8, vocab_size=max(ids))
+    with pytest.raises(RequestError, match=f"the token {max(ids)}") as caught:
+        resolve_params(SamplingParams(max_tokens=1, bad_words=["bad"]), 1, small, tokenizer)
+    assert caught.value.param == "bad_words"
