@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from engine_core.config import Config, EngineConfig
-from engine_core.flight_record import LastWork, read_flight_record
+from engine_core.last_work import LastWork, read_flight_record
 from executor.base import ModelError
 from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError

@@ -7,10 +7,12 @@ the caller's process) and ``simulated`` (a modelled device).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from executor.config import ExecutorConfig
-from executor.messages import FromWorker, ToWorker
+
+if TYPE_CHECKING:
+    from executor.messages import FromWorker, ToWorker
 
 EXIT_MODEL = 78
 """Exit code when the model or its configuration is at fault (EX_CONFIG): starting again does not help."""
