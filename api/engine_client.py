@@ -533,6 +533,7 @@ class EngineClient:
         while self._take(MAX_MESSAGES_PER_TURN):
             pass
         was_serving, self._serving = self._serving, False
+        was_stopped = self._watch is not None and self._watch.stopped >= STOPPED_TIMEOUT
         self._fail_calls()
         words = self._last_words
         assert self._started is not None
@@ -540,7 +541,7 @@ class EngineClient:
             message = words.message if words is not None else f"the engine core ended with exit code {code}"
             self._give_up(EngineDeadError(message, words.exit_code if words is not None else max(code, 1)))
             return
-        if was_serving:
+        if was_serving and not was_stopped:
             self._blame()
         cause = "hung" if self._is_hung else "died" if was_serving else "loading"
         if not self._budget.spend(cause):
@@ -608,7 +609,6 @@ class EngineClient:
             if problem is not None:
                 logger.error("the engine core %s; killing it", problem)
                 self._is_hung = True
-                self._watch = None
                 self._supervisor.kill()
             else:
                 self._send_frame(ping)

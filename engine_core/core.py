@@ -41,7 +41,7 @@ from engine_core.messages import (
     WorkersRestarted,
 )
 from engine_core.request import Request
-from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, RestartBudget, suspect
+from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, PROBATION_TIME, RestartBudget, suspect
 from engine_core.scheduler import InFlight, Scheduler
 from engine_core.structured.compiler import Compiled, GrammarCompiler
 from engine_core.suspects import lost_requests
@@ -64,6 +64,8 @@ logger = get_logger()
 
 OUTPUT_RANK = 0
 """The worker whose results count; of the others it is enough to hear that they have computed the step."""
+TRIAL_INTERVAL = 0.5
+"""Seconds between two looks whether the next trial may begin."""
 CHECK_INTERVAL = 10.0
 """Seconds between two looks at the books of an idle engine: with many blocks one takes as long as some steps."""
 
@@ -90,6 +92,10 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Execu
 
 class WorkerHungError(WorkerDiedError):
     """A worker is there and does nothing."""
+
+    def __init__(self, reason: str, *, was_stopped: bool) -> None:
+        super().__init__(reason)
+        self.was_stopped = was_stopped
 
 
 class EngineCore:
@@ -138,6 +144,8 @@ class EngineCore:
         """They killed engine cores, perhaps: each is added when the one before has shown that it does not."""
         self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason = ""
+        self._serving_since = 0.0
+        self.probation = PROBATION_TIME
         self._checked_at = 0.0
         self._vocab_size = 0
         self._vocabulary: SetVocabulary | None = None
@@ -181,6 +189,7 @@ class EngineCore:
             for answer in self.executor.receive():
                 self._handle_worker(answer)
             self._look_after_workers()
+            self._may_schedule |= self._isolates and not self.in_flight
             if self.exit_code is None and self._serving:
                 self._plan()
         except WorkerDiedError as error:
@@ -192,6 +201,8 @@ class EngineCore:
         """What to wait for beside the api, and how long."""
         fds = self.executor.poll_fds()
         limits = [timeout, self._watch.interval if self.in_flight or not self._serving else None]
+        if self._isolates:
+            limits.append(TRIAL_INTERVAL)
         grammars = self._grammars
         if grammars is not None:
             fds = [*fds, grammars.fileno()]
@@ -216,11 +227,11 @@ class EngineCore:
         assert scheduler is not None
         if not self._may_schedule or len(self.in_flight) >= self.config.scheduler.max_in_flight_steps:
             return
-        if self._suspects or scheduler.suspects.is_isolating:
+        if self._isolates:
             if not self.in_flight:
                 self._next_trial(scheduler)
-            if scheduler.suspects.current is None and (self._suspects or self.in_flight):
-                self._may_schedule = False  # nobody runs beside the next one: wait for what is in flight
+            if scheduler.suspects.current is None and (self._isolates or self.in_flight):
+                self._may_schedule = False  # nobody runs beside the next one: wait for what is in flight, or for time
                 return
         planned = scheduler.schedule()
         if self._record is not None:
@@ -242,10 +253,19 @@ class EngineCore:
         if self._record is not None:
             self._record.compiling(scheduler.compiling)
 
+    @property
+    def _isolates(self) -> bool:
+        """Whether a request runs alone, or waits for that."""
+        return bool(self._suspects) or (self._scheduler is not None and self._scheduler.suspects.is_isolating)
+
     def _next_trial(self, scheduler: Scheduler) -> None:
         """Begins the trial of the next suspect. Nobody else's steps are in flight."""
-        scheduler.suspects.next_trial()
+        may_convict = time.monotonic() - self._serving_since >= self.probation
+        scheduler.suspects.next_trial(may_convict=may_convict)
         while self._suspects and not scheduler.suspects.is_isolating:
+            suspicion = self._suspects[0].suspicion
+            if suspicion is not None and suspicion.is_grave and not may_convict:
+                return
             request = self._admit(self._suspects.popleft())
             if request is not None:
                 scheduler.suspects.isolate([request])
@@ -494,6 +514,7 @@ class EngineCore:
         self._serving = True
         self._may_schedule = True
         self._restarts.serves()
+        self._serving_since = time.monotonic()
         reason, self._restart_reason = self._restart_reason, ""
         if self._announced:
             logger.info("workers are back (%s)", reason)
@@ -550,7 +571,7 @@ class EngineCore:
         """
         problem = self._watch.hung(self.in_flight, is_loading=not self._serving)
         if problem is not None:
-            raise WorkerHungError(problem)
+            raise WorkerHungError(problem.reason, was_stopped=problem.was_stopped)
 
     def _restart_workers(self, error: WorkerDiedError) -> None:
         """Starts all workers again and queues what ran, as if it had been preempted."""
@@ -558,7 +579,7 @@ class EngineCore:
         was_serving, self._serving = self._serving, False
         self._may_schedule = False
         if self._scheduler is not None:
-            if was_serving:
+            if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
             self._scheduler.restart()
         self.in_flight.clear()

@@ -23,6 +23,9 @@ ISOLATE_DEATHS = 2
 """A request that this many deaths point at runs alone. The first death is most often bad luck, and costs nothing."""
 MAX_DEATHS = 4
 """A request that this many deaths point at, the last of them while it ran alone, is the culprit."""
+PROBATION_TIME = 5.0
+"""Seconds that new workers have to live before the trial in which a request may be found guilty: whoever kills them for
+another reason, again and again and soon after each start, does it within that time."""
 
 
 class RestartBudget:
@@ -84,6 +87,11 @@ class Suspicion(Message, frozen=True):
     last: int
     """Positions first <= position < last of the request's tokens were being computed at each of the deaths. Before
     position 0 it is taken in and its grammar is compiled."""
+
+    @property
+    def is_grave(self) -> bool:
+        """Whether the next death would find the request guilty."""
+        return self.num_deaths >= MAX_DEATHS - 1
 
     def after_death(self, first: int, last: int) -> Suspicion:
         """What is left of it when the process dies again while positions from ``first`` to ``last`` are computed.

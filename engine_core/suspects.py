@@ -52,11 +52,18 @@ class Suspects:
             self._waiting.append(self.current)
             self.current = None
 
-    def next_trial(self) -> None:
-        """Begins the next trial if none is under way. No step may be in flight."""
+    def next_trial(self, *, may_convict: bool = True) -> None:
+        """Begins the next trial if none is under way. No step may be in flight.
+
+        Args:
+            may_convict: Begin also one in which the request may be found guilty.
+        """
         while self.current is None and self._waiting:
+            suspicion = self._waiting[0].suspicion
+            if suspicion is not None and suspicion.is_grave and not may_convict:
+                return
             request = self._waiting.popleft()
-            if request.suspicion is not None:
+            if suspicion is not None:
                 self.current = request
 
     def forget(self, request: Request) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine_core.step_times import StepTimes
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
@@ -24,6 +24,14 @@ class Step(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def num_attended(self) -> int: ...
+
+
+class Hang(NamedTuple):
+    """A worker that does nothing."""
+
+    reason: str
+    was_stopped: bool
+    """Somebody stopped it (SIGSTOP): nothing that it computed is to blame."""
 
 
 class WorkerWatch:
@@ -71,7 +79,7 @@ class WorkerWatch:
         self._num_steps += 1
         self.times.add(step.num_tokens, step.num_attended, seconds)
 
-    def hung(self, steps: Sequence[Step], *, is_loading: bool) -> str | None:
+    def hung(self, steps: Sequence[Step], *, is_loading: bool) -> Hang | None:
         """Looks at the workers, at most once a second.
 
         Args:
@@ -88,10 +96,12 @@ class WorkerWatch:
         for rank, watch in enumerate(self._watches):
             watch.tick()
             if watch.stopped >= STOPPED_TIMEOUT:
-                return f"worker {rank} (pid {watch.pid}) has been stopped for {watch.stopped:.0f} s"
+                reason = f"worker {rank} (pid {watch.pid}) has been stopped for {watch.stopped:.0f} s"
+                return Hang(reason, was_stopped=True)
             if is_loading:
                 if min(watch.idle, watch.waited) >= LOAD_TIMEOUT:
-                    return f"worker {rank} (pid {watch.pid}) did nothing for {watch.idle:.0f} s while it loaded"
+                    reason = f"worker {rank} (pid {watch.pid}) did nothing for {watch.idle:.0f} s while it loaded"
+                    return Hang(reason, was_stopped=False)
                 continue
             step = next((step for step in steps if step.step_id > self._answered[rank]), None)
             if step is None:
@@ -99,5 +109,6 @@ class WorkerWatch:
                 continue
             limit = self.times.deadline(step.num_tokens, step.num_attended, self._num_steps)
             if watch.waited >= limit:
-                return f"worker {rank} (pid {watch.pid}) has not finished a step within {limit:.0f} s"
+                reason = f"worker {rank} (pid {watch.pid}) has not finished a step within {limit:.0f} s"
+                return Hang(reason, was_stopped=False)
         return None

@@ -192,6 +192,7 @@ class Harness:
         self.stats = SchedulerStats()
         self.api_is_gone = False
         self.core = EngineCore(config, self.executor, self, engine_epoch=1)
+        self.core.probation = 0.0
         self.executor.start()
 
     # -- the transport

@@ -174,7 +174,8 @@ def seconds_until_hung(
         machine.passes(1.0, used)
         problem = watch.hung(steps, is_loading=is_loading)
         if problem is not None:
-            return machine.now - begin, problem
+            assert problem.was_stopped == ("has been stopped" in problem.reason)
+            return machine.now - begin, problem.reason
     return float("inf"), ""
 
 

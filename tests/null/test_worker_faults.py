@@ -23,7 +23,7 @@ from engine_core.messages import (
     i32,
 )
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS
-from engine_core.worker_watch import WorkerWatch
+from engine_core.worker_watch import Hang, WorkerWatch
 from executor.base import EXIT_MODEL, WorkerDiedError
 from executor.messages import (
     FromWorker,
@@ -183,6 +183,29 @@ def test_a_request_that_kills_workers_is_ended_and_others_are_not(depth: int, pl
     assert culprit == 9
 
 
+@pytest.mark.parametrize("from_api", [True, False])
+def test_a_trial_that_may_convict_comes_when_the_workers_have_lived_a_while(from_api: bool) -> None:
+    harness = Harness()
+    harness.core.probation = 3600.0
+    harness.add(0)
+    harness.turns(5)
+    suspicion = Suspicion(MAX_DEATHS - 1, 0, 5)
+    if from_api:
+        harness.inbox.append(make_request(1, POISON, 4, suspicion=suspicion))
+        harness.run()
+    else:
+        harness.executor.dies_of = kills_at(harness.executor, 5)
+        harness.add(1, POISON, max_tokens=4)
+        harness.run()
+        harness.executor.dies_of = lambda plan: False
+    assert not harness.outputs.get(1) and 1 not in harness.reasons
+    harness.core.probation = 0.0
+    harness.inbox.append(Ping(1))
+    harness.run_to_the_end()
+    assert harness.outputs == {0: expected(), 1: expected(POISON, 4)}
+    assert harness.executor.lives == (1 if from_api else MAX_DEATHS)
+
+
 def test_two_requests_that_kill_workers_are_both_found() -> None:
     harness = Harness()
     harness.add(0)
@@ -273,9 +296,9 @@ class FakeWatch(WorkerWatch):
 
     def __init__(self) -> None:
         super().__init__()
-        self.problem: str | None = None
+        self.problem: Hang | None = None
 
-    def hung(self, steps: Sequence[Any], *, is_loading: bool) -> str | None:
+    def hung(self, steps: Sequence[Any], *, is_loading: bool) -> Hang | None:
         problem, self.problem = self.problem, None
         return problem
 
@@ -291,7 +314,8 @@ def test_a_worker_that_hangs_is_replaced(is_loading: bool) -> None:
         harness.turns(6)
         harness.executor.computes = False
     harness.run()
-    reason = watch.problem = "worker 0 has not finished a step within 10 s"
+    reason = "worker 0 has not finished a step within 10 s"
+    watch.problem = Hang(reason, was_stopped=False)
     harness.executor.computes = True
     harness.inbox.append(Ping(1))
     harness.core.step()
@@ -370,3 +394,16 @@ def test_looking_at_the_books_does_not_keep_requests_waiting(monkeypatch: pytest
         harness.add(index, max_tokens=3)
         harness.run()
     assert len(harness.outputs) == 3
+
+
+def test_a_worker_that_was_stopped_points_at_nobody() -> None:
+    harness = Harness()
+    harness.core._watch = watch = FakeWatch()
+    harness.add(0, max_tokens=30)
+    for _ in range(MAX_DEATHS + 1):
+        harness.turns(6)
+        watch.problem = Hang("worker 0 has been stopped for 10 s", was_stopped=True)
+        harness.core.step()
+        assert all(request.suspicion is None for request in harness.core._scheduler.requests.values())  # type: ignore[union-attr]
+    harness.run_to_the_end()
+    assert harness.executor.lives == MAX_DEATHS + 2 and harness.outputs[0] == expected(max_tokens=30)
