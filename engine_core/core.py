@@ -249,6 +249,11 @@ class EngineCore:
             if ended:
                 self._send_outputs(*ended)
 
+    def _note_idle(self) -> None:
+        """A death that comes now points at nobody, if no step is in flight."""
+        if self._record is not None and not self.in_flight:
+            self._record.computing(())
+
     def _note_compiling(self, scheduler: Scheduler) -> None:
         if self._record is not None:
             self._record.compiling(scheduler.compiling)
@@ -479,6 +484,7 @@ class EngineCore:
             self.transport.send(outputs)
         if ended:
             self._send_outputs(*ended)
+        self._note_idle()
         self._may_schedule = True
         if self.config.executor.check_every_step:
             scheduler.check_integrity()
@@ -583,6 +589,7 @@ class EngineCore:
                 self._blame(self._scheduler)
             self._scheduler.restart()
         self.in_flight.clear()
+        self._note_idle()
         cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"
         if not self._restarts.spend(cause):
             self._die(f"{reason}; gave up after {self._restarts.limit} restarts without any progress", 1)

@@ -40,6 +40,7 @@ class FlightRecord:
         """These steps are in flight. What is being compiled has to be said again."""
         num_rows = sum(len(step.indices) for step in steps)
         if HEADER + num_rows * COLUMNS > len(self._words):
+            self._words[1] = 0
             return
         begin = HEADER
         for step in steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core.config import EngineConfig
+from engine_core.flight_record import FlightRecord
+from engine_core.last_work import LastWork, read_flight_record
 from engine_core.messages import (
     AbortRequests,
     EngineCoreOutputs,
@@ -407,3 +410,25 @@ def test_a_worker_that_was_stopped_points_at_nobody() -> None:
         assert all(request.suspicion is None for request in harness.core._scheduler.requests.values())  # type: ignore[union-attr]
     harness.run_to_the_end()
     assert harness.executor.lives == MAX_DEATHS + 2 and harness.outputs[0] == expected(max_tokens=30)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_record_of_a_core_names_what_is_in_flight_and_nothing_else(tmp_path: Path, depth: int) -> None:
+    path = str(tmp_path / "record")
+    harness = Harness(depth=depth)
+    harness.core._record = FlightRecord(path)
+    assert read_flight_record(path) == LastWork()
+    harness.add(3, max_tokens=30)
+    while not harness.core.in_flight:
+        harness.core.step()
+    assert read_flight_record(path).suspects == {3: (0, 5)}
+    for _ in range(9):
+        harness.core.step()
+    (first, last) = read_flight_record(path).suspects[3]
+    steps = harness.core.in_flight
+    assert first <= steps[0].ends[0] - 1 and last == steps[-1].ends[0]
+    harness.executor.inbox.append(WorkerDiedError("worker 0 ended with exit code -9"))
+    harness.core.step()
+    assert not harness.core.in_flight and read_flight_record(path) == LastWork()
+    harness.run_to_the_end()
+    assert read_flight_record(path) == LastWork()
