@@ -41,12 +41,12 @@ DEMO_GENERATION: dict[str, object] = {"temperature": 0.2, "top_p": 0.9}
 
 
 class PoolerConfig(Config, frozen=True):
-    """How prompts become vectors, where a request does not say."""
+    """How prompts become vectors, where a request does not say. None: as the model's files say, else as below."""
 
-    pooling_type: Literal["LAST", "MEAN", "CLS"] = "LAST"
-    """The last position, the mean of all, or the first."""
-    use_activation: bool = True
-    """Scale vectors to length 1."""
+    pooling_type: Literal["LAST", "MEAN", "CLS"] | None = None
+    """The last position, the mean of all, or the first. Default: LAST."""
+    use_activation: bool | None = None
+    """Scale vectors to length 1. Default: yes."""
 
 
 class ServerConfig(Config, frozen=True):
@@ -191,8 +191,8 @@ class ServerConfig(Config, frozen=True):
     pooler_config: Annotated[
         PoolerConfig,
         Meta(
-            description='JSON object: how prompts become vectors. "pooling_type": LAST (default), MEAN or CLS; '
-            '"use_activation": false leaves their length as it is.',
+            description='JSON object: how prompts become vectors. "pooling_type": LAST, MEAN or CLS; "use_activation": '
+            "false leaves their length as it is. Default: as the model's modules.json says, else LAST with length 1.",
             extra={"group": "Model"},
         ),
     ] = PoolerConfig()

@@ -430,7 +430,7 @@ class LLM:
         self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, every_token: bool = False
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         serving = self._serving
-        resolved = resolve_pooling(params, self._config.pooler_config, serving.limits, every_token=every_token)
+        resolved = resolve_pooling(params, serving.pooler, serving.limits, every_token=every_token)
         keep = params.truncate_prompt_tokens
         prompts = []
         for item in inputs:

@@ -13,12 +13,15 @@ import msgspec
 from msgspec.structs import replace
 
 from api.chat_template import load_chat_template
-from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, ServerConfig
+from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
 from api.errors import ModelFileError
 from api.gguf_file import GGUFFile, read_gguf
+from api.model_pooler import ModelPooler, find_pooler
 from api.params import SamplingParams, default_params
 from api.tokenizer import Tokenizer
-from engine_core.launch import ModelError, check_supported, read_json, why
+from engine_core.launch import ModelError, check_supported, get_logger, read_json, why
+
+logger = get_logger()
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -36,6 +39,8 @@ class ModelFiles(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     chat_template: str | dict[str, str] | None
     generation_config: dict[str, Any]
+    pooler: PoolerConfig = PoolerConfig()
+    """How the model's files say that prompts become vectors."""
 
 
 def find_model(config: ServerConfig) -> ModelFiles:
@@ -62,6 +67,9 @@ def find_model(config: ServerConfig) -> ModelFiles:
             template = load_chat_template(config.chat_template)
         except ValueError as error:
             raise ModelFileError("--chat-template", str(error)) from error
+    pooler = find_pooler(path, gguf) if config.offers_pooling else ModelPooler()
+    for note in pooler.notes:
+        logger.warning("%s", note)
     return ModelFiles(
         name=name,
         path=path,
@@ -69,6 +77,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
         tokenizer=tokenizer,
         chat_template=template,
         generation_config=_generation_config(config, path, {} if wanted else DEMO_GENERATION),
+        pooler=pooler.config,
     )
 
 

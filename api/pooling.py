@@ -39,7 +39,7 @@ def resolve_pooling(
 
     Args:
         params: What the user wants.
-        pooler: What the server is configured for.
+        pooler: What the server is configured for, and the model's files say.
         limits: What the model can do.
         every_token: A vector for each token instead of one for the prompt.
 
@@ -52,9 +52,9 @@ def resolve_pooling(
             f"dimensions must be between 1 and the model's hidden size of {limits.hidden_size}, got {dimensions}",
             "dimensions",
         )
-    normalize = pooler.use_activation if params.use_activation is None else params.use_activation
-    pooling_type = "ALL" if every_token else pooler.pooling_type
-    return ResolvedPoolingParams(pooling_type=pooling_type, normalize=normalize, dimensions=dimensions)
+    wanted = pooler.use_activation if params.use_activation is None else params.use_activation
+    pooling_type = "ALL" if every_token else pooler.pooling_type or "LAST"
+    return ResolvedPoolingParams(pooling_type=pooling_type, normalize=wanted is not False, dimensions=dimensions)
 
 
 def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:

@@ -22,6 +22,7 @@ from api.engine_client import EngineClient
 from api.errors import ContextLengthError, RequestError
 from api.metrics import EngineMetrics
 from api.model_files import ModelFiles
+from api.model_pooler import merge_pooler
 from api.output import Channel, OutputOptions, RequestState, Siblings
 from api.params import (
     ModelLimits,
@@ -94,6 +95,7 @@ class Serving:
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
             hidden_size=ready.hidden_size,
         )
+        self.pooler = merge_pooler(config.pooler_config, files.pooler)
         self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self._turns = Turns(2 * INLINE_TEXT)
         """Of texts that are tokenised in the event loop."""

@@ -94,7 +94,11 @@ class Entry(msgspec.Struct):
 
 
 class SafetensorsCheckpoint:
-    """A folder with one safetensors file, or several and an index."""
+    """A folder with one safetensors file, or several and an index.
+
+    With an index, each tensor that it lists comes from the file that it names; copies elsewhere are not looked at. What
+    it does not list is only looked at if the model needs it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,6 +114,8 @@ class SafetensorsCheckpoint:
         stored: dict[str, StoredTensor] = {}
         for path in self.files:
             for tensor in read_safetensors(path):
+                if not self._counts(tensor.name, path, wanted):
+                    continue
                 if tensor.name in stored:
                     raise ModelError(f"{tensor.origin} is also in another file")
                 stored[tensor.name] = tensor
@@ -117,6 +123,12 @@ class SafetensorsCheckpoint:
             if name not in stored:
                 raise ModelError(f"{self.origin(name)} is missing, although {self.index.name} lists it")
         return list(stored.values())
+
+    def _counts(self, name: str, path: Path, wanted: Collection[str]) -> bool:
+        if not self.file_of:
+            return True
+        listed = self.file_of.get(name)
+        return name in wanted if listed is None else listed == path.name
 
     def origin(self, name: str) -> str:
         if name in self.file_of:

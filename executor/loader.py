@@ -102,7 +102,10 @@ def load_model(
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
-        load_weights(model, checkpoint, context, progress)
+        # Whoever overrides what the file says knows that it is another.
+        load_weights(
+            model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
+        )
     for module in model.modules():
         if isinstance(module, WeightedLayer):
             module.process_weights_after_loading()
@@ -178,11 +181,32 @@ def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
 # weights
 
 
-def load_weights(model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress) -> None:
-    """Fills every parameter from a checkpoint that holds exactly the model's tensors."""
+def load_weights(
+    model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress, *, is_tied_by_file: bool = True
+) -> None:
+    """Fills every parameter from a checkpoint that holds exactly the model's tensors.
+
+    Args:
+        model: Has the parameters.
+        checkpoint: The weights.
+        context: How the model was built.
+        progress: Told about the bytes read so far.
+        is_tied_by_file: The model's own configuration ties tensors, so one that is stored twice, and differs, is news.
+    """
     targets = find_targets(model)
     tied = model.tied_weights if context.config.tie_word_embeddings else {}
-    found = match_names(checkpoint.tensors(targets.keys() | tied.keys()), targets, model.ignored_weights, tied)
+    stored = checkpoint.tensors(targets.keys() | tied.keys())
+    found, doubles = match_names(stored, targets, model.ignored_weights, tied)
+    for name, double in doubles.items():
+        if name not in found:
+            found[name] = double
+        elif is_tied_by_file and _differ(double, found[name], context.dtype):
+            logger.warning(
+                "%s is ignored: it differs from %r, which the model's configuration uses in its place "
+                "(tie_word_embeddings; --hf-overrides '{\"tie_word_embeddings\": false}' uses both)",
+                double.origin,
+                name,
+            )
     for name in targets:
         if name not in found:
             raise ModelError(f"{checkpoint.origin(name)} is missing")
@@ -222,10 +246,19 @@ def find_targets(model: Model) -> dict[str, Target]:
     return targets
 
 
+def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors hold other numbers. Reads them as far as they are equal."""
+    try:
+        first, second = one.read(dtype), other.read(dtype)
+    except ValueError:
+        return True
+    return first.shape != second.shape or not torch.equal(first.to(second.dtype), second)
+
+
 def match_names(
     stored: Iterable[StoredTensor], targets: dict[str, Target], ignored: tuple[str, ...], tied: Mapping[str, str]
-) -> dict[str, StoredTensor]:
-    """The tensors that the model needs, by name.
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The tensors that the model needs, by name, and those that are stored under the other name of a tied one.
 
     Raises:
         ModelError: There is one that it does not know.
@@ -239,7 +272,7 @@ def match_names(
             doubles[tied[tensor.name]] = tensor
         elif not tensor.name.endswith(ignored):
             raise ModelError(f"{tensor.origin} is not part of this model")
-    return {**doubles, **found}  # a tied tensor may be stored under either name, or both
+    return found, doubles  # a tied tensor may be stored under either name, or both
 
 
 _NORM = re.compile(r"norm\.weight$")

@@ -43,7 +43,7 @@ async def create_embedding(request: Request) -> Response:
             dimensions=body.dimensions,
             use_activation=body.normalize if body.use_activation is None else body.use_activation,
         ),
-        serving.config.pooler_config,
+        serving.pooler,
         serving.limits,
     )
     field = "input" if body.messages is None else "messages"

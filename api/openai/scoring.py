@@ -106,7 +106,7 @@ async def _start(
         (fields[0], queries, body.max_tokens_per_query or 0),
         (fields[1], documents, body.max_tokens_per_doc or 0),
     )
-    params = resolve_pooling(PoolingParams(), serving.config.pooler_config, serving.limits)
+    params = resolve_pooling(PoolingParams(), serving.pooler, serving.limits)
     for field, texts, _ in sides:
         check_count(len(texts), field)
     tenant = enter_queue(request, body.user, len(queries) + len(documents))

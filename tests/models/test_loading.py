@@ -208,6 +208,47 @@ def test_shard_that_lacks_what_the_index_lists(tmp_path: Path) -> None:
     assert str(index) in refusal(folder)
 
 
+def test_the_index_decides(tmp_path: Path) -> None:
+    """Merged and converted checkpoints have left-overs in their shards."""
+    folder = tiny.copy_of(tiny.checkpoint("llama", shard_size="100KB"), tmp_path / "model")
+    expected = weights_of(load(folder))
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in sorted(set(weight_map.values())) if file != weight_map[NORM])
+    tensors = load_file(folder / other)
+    save_file({**tensors, NORM: torch.full((64,), 7.0), "model.visual.weight": torch.ones(3)}, folder / other)
+    found = weights_of(load(folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tensor_that_the_index_forgot(tmp_path: Path) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("llama", shard_size="100KB"), tmp_path / "model")
+    expected = weights_of(load(folder))[NORM]
+
+    def forget(index: dict[str, Any]) -> None:
+        del index["weight_map"][NORM]
+
+    tiny.edit_json(folder / "model.safetensors.index.json", forget)
+    assert torch.equal(weights_of(load(folder))[NORM], expected)
+
+
+@pytest.mark.parametrize(("factor", "is_told"), [(1.0, False), (1.5, True)])
+def test_a_second_head_of_a_tied_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, factor: float, is_told: bool
+) -> None:
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+
+    folder = edited(tmp_path, add_head, tied=True)
+    expected = logits_of(load(tiny.checkpoint("llama", tied=True)), random_tokens(20))
+    caplog.clear()
+    assert torch.equal(logits_of(load(folder), random_tokens(20)), expected)
+    assert ("'lm_head.weight' is ignored: it differs from 'model.embed_tokens.weight'" in caplog.text) == is_told
+    caplog.clear()
+    load(folder, hf_overrides={"tie_word_embeddings": True})
+    assert not caplog.text
+
+
 def test_tensor_in_two_files(tmp_path: Path) -> None:
     folder = tiny.copy_of(tiny.checkpoint("llama", shard_size="100KB"), tmp_path / "model")
     (folder / "model.safetensors.index.json").unlink()

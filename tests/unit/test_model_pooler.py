@@ -1,0 +1,107 @@
+"""What a model's own files say about its vectors is done, or told to be ignored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.cli import resolve
+from api.config import PoolerConfig
+from api.gguf_file import GGUFFile
+from api.model_files import find_model
+from api.model_pooler import find_pooler, merge_pooler
+from tests import tiny
+
+MEAN, CLS, LAST = "pooling_mode_mean_tokens", "pooling_mode_cls_token", "pooling_mode_lasttoken"
+
+
+def modules(*kinds: str, package: str = "sentence_transformers.models.") -> list[dict[str, Any]]:
+    return [
+        {"idx": index, "name": str(index), "path": f"{index}_{kind}" if index else "", "type": package + kind}
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooling", "config"),
+    [
+        (("Transformer", "Pooling", "Normalize"), {MEAN: True, CLS: False}, ("MEAN", True)),
+        (("Transformer", "Pooling"), {CLS: True, "include_prompt": True}, ("CLS", False)),
+        (("Transformer", "Pooling", "Normalize"), {"word_embedding_dimension": 8, LAST: True}, ("LAST", True)),
+        (("Transformer", "Pooling"), {"pooling_mode": "mean"}, ("MEAN", False)),
+        (("Transformer",), {}, (None, None)),
+    ],
+)
+def test_what_is_read(tmp_path: Path, kinds: tuple[str, ...], pooling: Any, config: tuple[Any, Any]) -> None:
+    folder = write(tmp_path, {"modules.json": modules(*kinds), "1_Pooling/config.json": pooling})
+    found = find_pooler(folder, None)
+    assert (found.config.pooling_type, found.config.use_activation) == config
+    assert not found.notes
+
+
+WHOLE = modules("Transformer", "Pooling", "Normalize")
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"modules.json": modules("Transformer", "Pooling", "Dense", "Normalize")}, "Dense"),
+        ({"modules.json": modules("CLIPModel")}, "CLIPModel"),
+        ({"modules.json": WHOLE, "1_Pooling/config.json": {MEAN: True, CLS: True}}, CLS),
+        ({"modules.json": WHOLE, "1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "max_tokens"),
+        ({"modules.json": WHOLE}, "1_Pooling/config.json"),
+        ({"modules.json": [{**WHOLE[0]}, {**WHOLE[1], "path": "../1_Pooling"}]}, "modules.json"),
+        ({"modules.json": "[{"}, "modules.json"),
+        ({"modules.json": {"a": 1}}, "modules.json"),
+        ({"1_Pooling/config.json": {MEAN: True}}, "1_Pooling/config.json"),
+        ({"config_sentence_transformers.json": {"default_prompt_name": "query"}}, "'query'"),
+    ],
+)
+def test_what_is_ignored(tmp_path: Path, files: dict[str, Any], named: str) -> None:
+    found = find_pooler(write(tmp_path, files), None)
+    assert found.config == PoolerConfig()
+    (note,) = found.notes
+    assert named in note and str(tmp_path) in note and "\n" not in note
+
+
+def test_ordinary_models_say_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None}})
+    assert find_pooler(folder, None) == find_pooler(tmp_path / "none", None) == (PoolerConfig(), ())
+
+
+@pytest.mark.parametrize(("number", "pooling_type", "is_told"), [(1, "MEAN", False), (0, None, False), (4, None, True)])
+def test_gguf(number: int, pooling_type: str | None, is_told: bool) -> None:
+    gguf = GGUFFile(path="m.gguf", metadata={"general.architecture": "qwen3", "qwen3.pooling_type": number}, tensors=[])
+    found = find_pooler(Path("m.gguf"), gguf)
+    assert (found.config.pooling_type, bool(found.notes)) == (pooling_type, is_told)
+
+
+def test_the_servers_option_wins() -> None:
+    own = PoolerConfig(pooling_type="MEAN", use_activation=False)
+    assert merge_pooler(PoolerConfig(), own) == own
+    assert merge_pooler(PoolerConfig(pooling_type="CLS"), own) == PoolerConfig(pooling_type="CLS", use_activation=False)
+    assert merge_pooler(PoolerConfig(use_activation=True), own) == PoolerConfig(
+        pooling_type="MEAN", use_activation=True
+    )
+
+
+def test_the_log_names_what_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
+    write(folder, {"modules.json": modules("Transformer", "Pooling", "Dense")})
+    find_model(resolve({"model": str(folder)}, {})[0])
+    assert "Dense" in caplog.text and "it is ignored" in caplog.text
+    caplog.clear()
+    find_model(resolve({"model": str(folder), "runner": "generate"}, {})[0])
+    assert not caplog.text
+    write(folder, {"modules.json": WHOLE, "1_Pooling/config.json": {MEAN: True}})
+    assert find_model(resolve({"model": str(folder)}, {})[0]).pooler.pooling_type == "MEAN"
