@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import jinja2
 import jinja2.ext
@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.utils import Namespace
 
 from api.bounded_template import BeyondBoundsError, bound_filters, make_bounded, start_budget
+from api.template_uses import TemplateUses, find_uses
 
-ContentFormat: TypeAlias = Literal["string", "openai"]
 Message: TypeAlias = dict[str, Any]
 
 MAX_OUTPUT_CHARS: Final = 32 << 20
@@ -32,7 +32,6 @@ MAX_RANGE_ITEMS: Final = 1_000_000
 _MAX_MESSAGE_CHARS: Final = 400
 _CONTINUE_TAG: Final = "\ue000continue-here\ue000 "
 _REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
-_TEXT_PARTS: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class TemplateError(ValueError):
@@ -49,7 +48,6 @@ class ChatTemplate:
     Attributes:
         source: What it was compiled from.
         special_tokens: By the names that templates know.
-        content_format: How the default template wants the content of a message.
     """
 
     def __init__(
@@ -75,8 +73,14 @@ class ChatTemplate:
             raise TemplateError("no chat template given")
         self._templates = {name: _Template(text, is_bounded) for name, text in sources.items()}
         self.special_tokens = dict(special_tokens_map or {})
-        default = self._templates.get("default")
-        self.content_format: ContentFormat = "string" if default is None else default.content_format
+
+    def uses(self, *, has_tools: bool) -> TemplateUses:
+        """How the template of conversations with or without tools wants them.
+
+        Raises:
+            TemplateError: There is none.
+        """
+        return self._choose(has_tools).uses
 
     def render(
         self,
@@ -92,7 +96,7 @@ class ChatTemplate:
         """Render a conversation.
 
         Args:
-            messages: The conversation; values are plain JSON.
+            messages: The conversation as ``normalize_messages`` returns it; values are plain JSON.
             tools: Function definitions. A template called ``tool_use`` is taken if there are any.
             documents: Documents for retrieval-augmented templates.
             add_generation_prompt: End with the header of an assistant message.
@@ -109,9 +113,10 @@ class ChatTemplate:
             raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
         template = self._choose(bool(tools))
         chat = [_prepared(_plain(message)) for message in messages]
-        if template.needs_parts:
+        if template.uses.needs_parts:
             for message in chat:
-                if isinstance(message.get("content"), str):
+                prints = message.get("role") == "tool" and template.uses.tool_content_format == "string"
+                if isinstance(message.get("content"), str) and not prints:
                     message["content"] = [{"type": "text", "text": message["content"]}]
         final_text = _mark_final_message(chat[-1]) if continue_final_message else ""
         variables = {
@@ -158,82 +163,6 @@ def load_chat_template(argument: str) -> str:
     if not isinstance(source, str):
         raise ValueError(f"{argument}: not a JSON object with a text under 'chat_template'")
     return source
-
-
-def detect_content_format(source: str) -> ContentFormat:
-    """``openai`` if a template loops over the content of a message, else ``string``.
-
-    Raises:
-        TemplateError: The template is no valid Jinja.
-    """
-    return "openai" if _ContentUses(_parse(source)).loops else "string"
-
-
-def normalize_messages(messages: Sequence[Mapping[str, Any]], content_format: ContentFormat) -> list[Message]:
-    """Messages as a template expects them: content as one text or as text parts, tool arguments as objects.
-
-    Content that is a text already stays one. Empty fields are left out, as templates print ``None``; only an assistant
-    that said nothing, as clients send it back after a tool call, has an empty text, since many templates add to it.
-
-    Raises:
-        ValueError: A message is malformed or has content that is no text; the text names the place.
-    """
-    result: list[Message] = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: not an object with a 'role'")
-        copy = {key: value for key, value in message.items() if value is not None}
-        content = copy.get("content")
-        if content is not None and not isinstance(content, str):
-            if not isinstance(content, (list, tuple)):
-                raise ValueError(f"{where}.content: neither a text nor a list of parts")
-            texts = [_text_of_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
-            if content_format == "string":
-                copy["content"] = "\n".join(texts)
-            else:
-                copy["content"] = [{"type": "text", "text": text} for text in texts]
-        if content is None and copy["role"] == "assistant":
-            copy["content"] = ""
-        if "tool_calls" in copy:
-            copy["tool_calls"] = _with_parsed_arguments(copy["tool_calls"], f"{where}.tool_calls")
-        result.append(copy)
-    return result
-
-
-def _text_of_part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{where}: not an object with a 'type'")
-    kind = part.get("type", "text")
-    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
-    if key is None:
-        raise ValueError(f"{where}: content of type {str(kind)[:40]!r} is not supported by this model")
-    text = part.get(key)
-    if not isinstance(text, str):
-        raise ValueError(f"{where}.{key}: not a text")
-    return text
-
-
-def _with_parsed_arguments(tool_calls: Any, where: str) -> list[Any]:
-    """Clients send the arguments of a call as JSON text, templates expect the object."""
-    if not isinstance(tool_calls, (list, tuple)):
-        raise ValueError(f"{where}: not a list")
-    result = []
-    for index, call in enumerate(tool_calls):
-        if not isinstance(call, Mapping):
-            raise ValueError(f"{where}[{index}]: not an object")
-        function = call.get("function")
-        if isinstance(function, Mapping) and isinstance(function.get("arguments", ""), str):
-            try:
-                arguments = json.loads(function.get("arguments") or "{}")
-            except (ValueError, RecursionError):
-                arguments = None  # the model wrote it, and may have been cut off: keep its text
-            if isinstance(arguments, dict):
-                call = {**call, "function": {**function, "arguments": arguments}}
-        result.append(call)
-    return result
 
 
 # Preparing a conversation
@@ -395,10 +324,7 @@ class _Template:
     """One compiled template."""
 
     def __init__(self, source: str, is_bounded: bool) -> None:
-        uses = _ContentUses(_parse(source))
-        self.content_format: ContentFormat = "openai" if uses.loops else "string"
-        # A template that never asks whether content is a text would loop over its characters.
-        self.needs_parts = uses.loops and not uses.tests_type
+        self.uses = find_uses(_parse(source))
         self._is_bounded = is_bounded
         self._template: jinja2.Template | None = None
         try:
@@ -439,58 +365,8 @@ def _describe(error: Exception) -> str:
     return text if len(text) <= _MAX_MESSAGE_CHARS else f"{text[:_MAX_MESSAGE_CHARS]}..."
 
 
-# What a template does with content
-
-
 def _parse(source: str) -> nodes.Template:
     try:
         return _ENVIRONMENT.parse(source)
     except Exception as error:  # a parser that meets hostile text may overflow the stack, too
         raise BrokenTemplateError(f"chat template: {_describe(error)}") from error
-
-
-class _ContentUses:
-    """What a template does with the content of messages.
-
-    Attributes:
-        loops: It loops over content as over a list.
-        tests_type: It asks whether content is a text.
-    """
-
-    def __init__(self, tree: nodes.Template) -> None:
-        self._names: set[str] = set()
-        self._follow(tree)
-        self.loops = any(self._is_content(loop.iter) for loop in tree.find_all(nodes.For))
-        self.tests_type = any(
-            test.name in ("string", "iterable", "sequence", "mapping") and self._is_content(test.node)
-            for test in tree.find_all(nodes.Test)
-        )
-
-    def _follow(self, tree: nodes.Template) -> None:
-        """Collect the names that content goes by: {% set text = message.content %}, {{ show(message.content) }}."""
-        macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-        assignments = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
-        for call in tree.find_all(nodes.Call):
-            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-            if macro is not None:
-                assignments += zip(macro.args, call.args, strict=False)
-        num_names = -1
-        while num_names < len(self._names):
-            num_names = len(self._names)
-            for target, value in assignments:
-                if isinstance(target, nodes.Name) and self._is_content(value):
-                    self._names.add(target.name)
-
-    def _is_content(self, node: nodes.Node | None) -> bool:
-        """Whether an expression is the content of a message, perhaps filtered or sliced."""
-        if isinstance(node, nodes.Filter):
-            return self._is_content(node.node)
-        if isinstance(node, nodes.Getattr):
-            return node.attr == "content"
-        if isinstance(node, nodes.Getitem):
-            if isinstance(node.arg, nodes.Slice):
-                return self._is_content(node.node)
-            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-        if isinstance(node, nodes.CondExpr):
-            return self._is_content(node.expr1) or self._is_content(node.expr2)
-        return isinstance(node, nodes.Name) and node.name in self._names

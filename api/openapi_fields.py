@@ -142,6 +142,7 @@ FIELDS: Mapping[str, str] = {
     "input_schema": "JSON schema of the arguments.",
     "arguments": "Arguments of a call, as JSON text.",
     "tool_calls": "Calls of tools.",
+    "is_error": "Whether a tool's call failed; the template, or the text, tells the model.",
     "tool_call_id": "The call that this is the result of.",
     "tool_use_id": "The call that this is the result of.",
     "call_id": "Names a call, for its result.",

@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from api.bounded_template import BeyondBoundsError
-from api.chat_template import BrokenTemplateError, ChatTemplate, ContentFormat, TemplateError, normalize_messages
+from api.chat_template import BrokenTemplateError, ChatTemplate, TemplateError
+from api.history import normalize_messages
+from api.template_uses import ContentFormat
 from engine_core.launch import Helper, HelperError, HelperLimits, JobError
 
 LIMITS = HelperLimits(cpu_seconds=1.5, deadline=6.0, memory_bytes=160 << 20, max_output_bytes=96 << 20)
@@ -128,10 +131,11 @@ def render_inline(
         ValueError: The conversation is malformed, or the template refuses it.
         BeyondBoundsError: The template is bounded, and this would cost more.
     """
-    wanted: ContentFormat = template.content_format
+    uses = template.uses(has_tools=bool(options.get("tools")))
     if content_format != "auto":
-        wanted = "openai" if content_format == "openai" else "string"
-    return template.render(normalize_messages(messages, wanted), **options, **variables)
+        wanted: ContentFormat = "openai" if content_format == "openai" else "string"
+        uses = replace(uses, content_format=wanted, tool_content_format=wanted)
+    return template.render(normalize_messages(messages, uses), **options, **variables)
 
 
 def render_job(data: bytes) -> bytes:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import msgspec
 
 from api.admission import MAX_MESSAGES, MAX_TOOLS, check_number
 from api.anthropic.protocol import (
@@ -118,7 +117,8 @@ def _assistant(blocks: Sequence[InputBlock], where: str, names: dict[str, str]) 
                 pass
             case ToolUseBlock():
                 names[block.id] = block.name
-                function = {"name": block.name, "arguments": msgspec.json.encode(block.input).decode()}
+                # As templates write objects, for those that take the text.
+                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
                 calls.append({"id": block.id, "type": "function", "function": function})
             case _:
                 raise _misplaced(f"{where}.content[{index}]", block, "assistant")
@@ -144,21 +144,28 @@ def _append_blocks(
         place = f"{where}.content[{index}]"
         if isinstance(block, ToolResultBlock):
             close()
-            content = block.content
-            if content is None or isinstance(content, str):
-                text = content or ""
-            else:
-                text = "\n".join(_text_of(part, f"{place}.content[{i}]") for i, part in enumerate(content))
-            messages.append(
-                ChatMessage(
-                    role="tool", content=text, tool_call_id=block.tool_use_id, name=names.get(block.tool_use_id)
-                )
-            )
+            messages.append(_tool_result(block, place, names))
         elif isinstance(block, (TextBlock, ImageBlock, DocumentBlock)):
             parts.append({"type": "text", "text": _text_of(block, place)})
         else:
             raise _misplaced(place, block, role)
     close()
+
+
+def _tool_result(block: ToolResultBlock, place: str, names: dict[str, str]) -> ChatMessage:
+    content: str | list[str | JsonObject]
+    if block.content is None or isinstance(block.content, str):
+        content = block.content or ""
+    else:
+        texts = [_text_of(part, f"{place}.content[{i}]") for i, part in enumerate(block.content)]
+        content = [{"type": "text", "text": text} for text in texts]
+    return ChatMessage(
+        role="tool",
+        content=content,
+        tool_call_id=block.tool_use_id,
+        name=names.get(block.tool_use_id),
+        is_error=block.is_error or None,
+    )
 
 
 def _text_of(block: TextBlock | ImageBlock | DocumentBlock, place: str) -> str:
@@ -201,5 +208,5 @@ def _set_tool_choice(chat: ChatCompletionRequest, request: ConversationRequest) 
             chat.tool_choice = {"type": "function", "function": {"name": choice.name}}
         case "none":
             chat.tool_choice = "none"
-        case "auto" if chat.tools is not None:
+        case "auto":
             chat.tool_choice = "auto"

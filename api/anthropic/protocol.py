@@ -46,6 +46,8 @@ class ToolResultBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_
 
     tool_use_id: str
     content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
+    is_error: bool | None = None
+    """The text begins with "Error: ", unless the chat template looks for this itself."""
 
 
 class ImageBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="image"):

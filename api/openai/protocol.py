@@ -27,10 +27,7 @@ PositiveCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": 
 OffOrCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": -1})]
 
 JsonObject: TypeAlias = dict[str, Any]
-Tools: TypeAlias = Annotated[
-    list[Annotated[JsonObject, Meta(extra_json_schema={"$ref": "#/components/schemas/ChatTool"})]],
-    Meta(extra_json_schema={"minItems": 1}),
-]
+Tools: TypeAlias = list[Annotated[JsonObject, Meta(extra_json_schema={"$ref": "#/components/schemas/ChatTool"})],]
 """``ChatTool``s, kept as they came for the chat template."""
 ToolChoice: TypeAlias = Annotated[JsonObject, Meta(extra_json_schema={"required": ["type"]})]
 
@@ -207,6 +204,8 @@ class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    is_error: bool | None = None
+    """Of a tool's result: the call failed. The text begins with "Error: ", unless the template reads this itself."""
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):

@@ -41,8 +41,8 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
         RequestError: They are malformed, contradict ``tool_choice``, or need a server with other flags.
     """
     choice = request.tool_choice
-    if request.tools is None:
-        if choice not in (None, "none"):
+    if not request.tools:
+        if choice not in (None, "none", "auto"):
             raise RequestError("tool_choice needs tools, and there are none", "tool_choice")
         return ToolUse()
     check_tools(request.tools)
@@ -87,8 +87,6 @@ def check_tools(tools: list[JsonObject]) -> None:
     Raises:
         RequestError: It names the place.
     """
-    if not tools:
-        raise RequestError("tools must not be an empty list", "tools")
     check_number(len(tools), MAX_TOOLS, "tools", "tools")
     try:
         msgspec.convert(tools, list[ChatTool])

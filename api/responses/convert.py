@@ -60,14 +60,13 @@ def to_chat_request(request: ResponsesRequest, previous: Sequence[ChatMessage] =
         logprobs=wants_logprobs or None,
         top_logprobs=request.top_logprobs if wants_logprobs else None,
         tools=_tools(request.tools),
+        tool_choice=_tool_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         chat_template_kwargs=request.chat_template_kwargs,
         reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
         cache_salt=request.cache_salt,
         priority=request.priority,
     )
-    if chat.tools is not None or request.tool_choice != "auto":
-        chat.tool_choice = _tool_choice(request.tool_choice)
     if request.text is not None:
         chat.response_format = _response_format(request.text.format)
     return chat
@@ -154,8 +153,7 @@ class _Conversation:
         if message.role == "assistant":
             self.say(content if isinstance(content, str) else "".join(part["text"] for part in content))
         else:
-            role = "system" if message.role == "developer" else message.role
-            self.add(ChatMessage(role=role, content=content if isinstance(content, str) else [*content]))
+            self.add(ChatMessage(role=message.role, content=content if isinstance(content, str) else [*content]))
 
     def add_call(self, item: JsonObject, where: str) -> None:
         call = _converted(item, InputFunctionCall, where)
@@ -164,10 +162,14 @@ class _Conversation:
     def add_call_output(self, item: JsonObject, where: str) -> None:
         result = _converted(item, InputFunctionCallOutput, where)
         content = _content(result.output, f"{where}.output")
-        if not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content)
-        name = self._names.get(result.call_id)
-        self.add(ChatMessage(role="tool", content=content, tool_call_id=result.call_id, name=name))
+        self.add(
+            ChatMessage(
+                role="tool",
+                content=content if isinstance(content, str) else [*content],
+                tool_call_id=result.call_id,
+                name=self._names.get(result.call_id),
+            )
+        )
 
     def add_reasoning(self, item: JsonObject, where: str) -> None:
         reasoning = _converted(item, InputReasoning, where)

@@ -12,9 +12,7 @@ import pytest
 from api.chat_template import (
     ChatTemplate,
     TemplateError,
-    detect_content_format,
     load_chat_template,
-    normalize_messages,
 )
 
 CHATML = (
@@ -163,8 +161,6 @@ def test_hostile_and_broken_templates(source: str) -> None:
 def test_templates_that_are_no_jinja(source: str) -> None:
     with pytest.raises(TemplateError):
         ChatTemplate(source)
-    with pytest.raises(TemplateError):
-        detect_content_format(source)
 
 
 def test_a_template_sees_json_values_only() -> None:
@@ -176,97 +172,10 @@ def test_a_template_sees_json_values_only() -> None:
         render(CHATML, [])
 
 
-# Content formats
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        (CHATML, "string"),
-        (TRIMMING, "string"),
-        (PARTS, "openai"),
-        (TEXT_OR_PARTS, "openai"),
-        (
-            "{% for m in messages %}{% set c = m.content %}{% for p in c | list %}{{ p }}{% endfor %}{% endfor %}",
-            "openai",
-        ),
-        (
-            "{% for m in messages %}{% set c = m.content if m.content else [] %}{% for p in c %}{% endfor %}"
-            "{% endfor %}",
-            "openai",
-        ),
-        (
-            "{% macro show(c) %}{% for p in c %}{{ p }}{% endfor %}{% endmacro %}{{ show(messages[0].content) }}",
-            "openai",
-        ),
-        ("{% for line in messages[0].content.split('x') %}{{ line }}{% endfor %}", "string"),
-        ("{% for m in messages[1:] %}{% for call in m.tool_calls %}{{ call }}{% endfor %}{% endfor %}", "string"),
-    ],
-)
-def test_detect_content_format(source: str, expected: str) -> None:
-    assert detect_content_format(source) == expected
-    assert ChatTemplate(source).content_format == expected
-
-
 def test_text_is_wrapped_for_templates_that_only_know_parts() -> None:
     assert render(PARTS) == "Hi;"
     assert render(TEXT_OR_PARTS) == "T:Hi"
     assert render(TEXT_OR_PARTS, [{"role": "user", "content": [{"type": "text", "text": "x"}]}]) == "P:x"
-
-
-def test_normalize_text_parts() -> None:
-    parts = [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}, {"text": "d"}]
-    message = {"role": "user", "content": parts, "name": None}
-    assert normalize_messages([message], "string") == [{"role": "user", "content": "a\nb\nc\nd"}]
-    assert normalize_messages([message], "openai") == [
-        {"role": "user", "content": [{"type": "text", "text": text} for text in "abcd"]}
-    ]
-    for content_format in ("string", "openai"):
-        assert normalize_messages(USER, content_format) == USER
-        assert normalize_messages([{"role": "user", "content": None}], content_format) == [{"role": "user"}]
-        for silent in ({"role": "assistant", "content": None}, {"role": "assistant"}):
-            assert normalize_messages([silent], content_format) == [{"role": "assistant", "content": ""}]
-    assert normalize_messages([{"role": "user", "content": []}], "string") == [{"role": "user", "content": ""}]
-
-
-def test_normalize_tool_arguments() -> None:
-    def call(arguments: Any) -> dict[str, Any]:
-        return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
-
-    def arguments_of(messages: list[dict[str, Any]]) -> Any:
-        return messages[0]["tool_calls"][0]["function"]["arguments"]
-
-    assert arguments_of(normalize_messages([call('{"x": 1}')], "string")) == {"x": 1}
-    assert arguments_of(normalize_messages([call("")], "string")) == {}
-    assert arguments_of(normalize_messages([call({"x": 1})], "string")) == {"x": 1}
-    for text in ('{"x": ', "[1]", "3"):
-        assert arguments_of(normalize_messages([call(text)], "string")) == text
-    original = call('{"x": 1}')
-    normalize_messages([original], "string")
-    assert arguments_of([original]) == '{"x": 1}'
-
-
-@pytest.mark.parametrize(
-    ("message", "place"),
-    [
-        ({"content": "x"}, "messages[1]: "),
-        ("text", "messages[1]: "),
-        ({"role": "user", "content": 5}, "messages[1].content: "),
-        (
-            {"role": "user", "content": ["a", {"type": "image_url", "image_url": {}}]},
-            "messages[1].content[1]: .*image_url",
-        ),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[1].content[0]: .*input_audio"),
-        ({"role": "user", "content": [{"type": ["x"]}]}, "messages[1].content[0]: "),
-        ({"role": "user", "content": [5]}, "messages[1].content[0]: "),
-        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[1].content[0].text: "),
-        ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls: "),
-        ({"role": "assistant", "tool_calls": ["x"]}, "messages[1].tool_calls[0]: "),
-    ],
-)
-def test_malformed_messages_are_named(message: Any, place: str) -> None:
-    with pytest.raises(ValueError, match=place.replace("[", r"\[").replace("]", r"\]")):
-        normalize_messages([*USER, message], "string")
 
 
 # --chat-template

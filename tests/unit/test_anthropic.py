@@ -206,11 +206,11 @@ async def test_a_conversation() -> None:
             "content": "c",
             "reasoning": "t",
             "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"x"}'}}
+                {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "x"}'}}
             ],
         },
-        {"role": "tool", "name": "weather", "content": "d", "tool_call_id": "1"},
-        {"role": "tool", "content": "", "tool_call_id": "2"},
+        {"role": "tool", "name": "weather", "content": [{"type": "text", "text": "d"}], "tool_call_id": "1"},
+        {"role": "tool", "content": "", "tool_call_id": "2", "is_error": True},
         {"role": "user", "content": [{"type": "text", "text": "e"}]},
     ]
     parameters = {"type": "object", "properties": {}}

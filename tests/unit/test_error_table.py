@@ -67,7 +67,7 @@ ONE: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_logprobs": 2}, BAD, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, BAD, "logprobs"),
     (CHAT, {"messages": []}, SCHEMA, "body.messages"),
-    (CHAT, {"tools": []}, BAD, "tools"),
+    (CHAT, {"tools": [{}]}, BAD, "tools"),
     (CHAT, {"tool_choice": "required"}, BAD, "tool_choice"),
     (CHAT, {"response_format": {"type": "json_schema"}}, BAD, "response_format"),
     (CHAT, {"chat_template": "x"}, BAD, "chat_template"),

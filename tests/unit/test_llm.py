@@ -105,3 +105,20 @@ def test_editors_know_the_options() -> None:
     assert set(signature.parameters) >= {name for option in options(ServerConfig) for name in option.names}
     assert list(signature.parameters)[0] == "model"
     assert str(signature.parameters["max_model_len"].annotation) == "int | str | None"
+
+
+def test_a_conversation_reaches_the_template_as_online() -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ '[' + c.function.arguments + ']' }}{% endfor %}{% endfor %}"
+    )
+    llm = LLM(str(tiny.checkpoint("llama")), chat_template=template, **OPTIONS)
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x":1}'}}]},
+        {"role": "tool", "content": [{"type": "text", "text": "c"}], "is_error": True},
+        {"role": "assistant", "content": "d", "tool_calls": []},
+    ]
+    (output,) = llm.chat(messages, SamplingParams(max_tokens=1))
+    assert output.prompt == '<system>a\n\nb<assistant>[{"x":1}]<tool>Error: c<assistant>d'

@@ -250,8 +250,9 @@ async def test_bad_combinations(api: Api, path: str, fields: dict[str, Any], par
             for field, value in (("prompt_embeds", "AAAA"),)
         ),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
-        (CHAT, {"tools": []}, "tools"),
-        (CHAT, {"tool_choice": "auto"}, "tool_choice"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [], "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice"),
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),

@@ -201,11 +201,11 @@ def test_input() -> None:
         return {"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}}
 
     assert messages_of(items) == [
-        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
         {"role": "assistant", "content": "b", "reasoning": "t", "tool_calls": [call("1", "f"), call("2", "g")]},
         {"role": "tool", "content": "x", "tool_call_id": "1", "name": "f"},
-        {"role": "tool", "content": "y", "tool_call_id": "2", "name": "g"},
+        {"role": "tool", "content": [{"type": "text", "text": "y"}], "tool_call_id": "2", "name": "g"},
         {"role": "assistant", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]

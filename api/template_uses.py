@@ -1,0 +1,163 @@
+"""What a chat template does with a conversation, read from its source once.
+
+Clients write the same history in several ways, and templates know one of them each: content is a text or a list of
+parts, the arguments of a call are an object or JSON text, instructions come from the system or from a developer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, Literal, TypeAlias
+
+from jinja2 import nodes
+
+ContentFormat: TypeAlias = Literal["string", "openai"]
+ArgumentsFormat: TypeAlias = Literal["object", "text"]
+
+_TYPE_TESTS: Final = ("string", "iterable", "sequence", "mapping")
+_SAME_VALUE_FILTERS: Final = ("d", "default", "safe", "string", "trim")
+"""What they return is still a value as far as the next expression is concerned."""
+_TEXT_FILTERS: Final = ("e", "escape", "indent", "lower", "replace", "string", "trim", "upper")
+_OBJECT_FILTERS: Final = ("dictsort", "items", "tojson", "xmlattr")
+
+_MAX_PASSES: Final = 4
+"""Over assignments; names that are given on against the order of the text, more often than that, are not followed."""
+
+
+@dataclass(frozen=True)
+class TemplateUses:
+    """How a template wants a conversation.
+
+    Attributes:
+        content_format: ``openai``: it loops over content.
+        needs_parts: It never asks whether content is a text, so it would loop over the characters of one.
+        tool_content_format: The same for results of calls; a template may loop over what users say and print results.
+        arguments_format: ``text``: it adds the arguments of calls to a text, or prints them. ``object`` if it writes
+            them as JSON, looks into them, asks for their type, or does nothing with them alone.
+        knows_developer: It names the role ``developer``.
+        reads_is_error: It looks whether a call failed.
+    """
+
+    content_format: ContentFormat = "string"
+    needs_parts: bool = False
+    tool_content_format: ContentFormat = "string"
+    arguments_format: ArgumentsFormat = "object"
+    knows_developer: bool = False
+    reads_is_error: bool = False
+
+
+def find_uses(tree: nodes.Template) -> TemplateUses:
+    """Reads a template that was parsed."""
+    content = _Uses(tree, "content", follows_filter=lambda _: True)
+    loops = content.are_looped_over(tree)
+    content_format: ContentFormat = "openai" if loops else "string"
+    arguments = _Uses(tree, "arguments", follows_filter=lambda name: name in _SAME_VALUE_FILTERS)
+    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return TemplateUses(
+        content_format=content_format,
+        needs_parts=loops and not content.are_tested(tree),
+        tool_content_format="string" if loops and _prints_results(tree, content) else content_format,
+        arguments_format=_arguments_format(tree, arguments),
+        knows_developer="developer" in constants,
+        reads_is_error="is_error" in constants or any(node.attr == "is_error" for node in tree.find_all(nodes.Getattr)),
+    )
+
+
+def _arguments_format(tree: nodes.Template, arguments: _Uses) -> ArgumentsFormat:
+    if arguments.are_tested(tree) or arguments.are_objects(tree):
+        return "object"
+    return "text" if arguments.are_texts(tree) else "object"
+
+
+def _prints_results(tree: nodes.Template, content: _Uses) -> bool:
+    """Whether what a template does for the role ``tool`` takes content as a text."""
+    branches = [branch.body for branch in tree.find_all(nodes.If) if _asks_for_role(branch.test, "tool")]
+    body = nodes.Template([node for branch in branches for node in branch])
+    return content.are_texts(body) and not content.are_looped_over(body) and not content.are_tested(body)
+
+
+def _asks_for_role(test: nodes.Node, role: str) -> bool:
+    compares = ([test] if isinstance(test, nodes.Compare) else []) + list(test.find_all(nodes.Compare))
+    for compare in compares:
+        operands = [operand.expr for operand in compare.ops if operand.op in ("eq", "in")]
+        named = [node for expr in operands for node in (expr, *expr.find_all(nodes.Const))] + [compare.expr]
+        if any(isinstance(node, nodes.Const) and node.value == role for node in named):
+            return True
+    return False
+
+
+class _Uses:
+    """What a template does with one field of messages or calls, by whatever names it goes."""
+
+    def __init__(self, tree: nodes.Template, field: str, follows_filter: Callable[[str], bool]) -> None:
+        self._field = field
+        self._follows_filter = follows_filter
+        self._names: set[str] = set()
+        self._follow(tree)
+
+    def _follow(self, tree: nodes.Template) -> None:
+        """Collect the names: {% set text = message.content %}, {{ show(message.content) }}."""
+        macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+        assignments = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+        for call in tree.find_all(nodes.Call):
+            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+            if macro is not None:
+                assignments += zip(macro.args, call.args, strict=False)
+                named = {keyword.key: keyword.value for keyword in call.kwargs}
+                assignments += [(arg, named[arg.name]) for arg in macro.args if arg.name in named]
+        for _ in range(_MAX_PASSES):
+            for target, value in assignments:
+                if not self.holds(value):
+                    continue
+                if isinstance(target, nodes.Name):
+                    self._names.add(target.name)
+                elif isinstance(target, nodes.NSRef):
+                    self._names.add(f"{target.name}.{target.attr}")
+
+    def holds(self, node: nodes.Node | None) -> bool:
+        """Whether an expression is the field, perhaps filtered or sliced."""
+        if isinstance(node, nodes.Filter):
+            return self._follows_filter(node.name) and self.holds(node.node)
+        if isinstance(node, nodes.Getattr):
+            is_named = isinstance(node.node, nodes.Name) and f"{node.node.name}.{node.attr}" in self._names
+            return node.attr == self._field or is_named
+        if isinstance(node, nodes.Getitem):
+            if isinstance(node.arg, nodes.Slice):
+                return self.holds(node.node)
+            return isinstance(node.arg, nodes.Const) and node.arg.value == self._field
+        if isinstance(node, nodes.CondExpr):
+            return self.holds(node.expr1) or self.holds(node.expr2)
+        if isinstance(node, nodes.Or):
+            return self.holds(node.left)
+        return isinstance(node, nodes.Name) and node.name in self._names
+
+    def are_looped_over(self, tree: nodes.Node) -> bool:
+        return any(self.holds(loop.iter) for loop in tree.find_all(nodes.For))
+
+    def are_tested(self, tree: nodes.Node) -> bool:
+        """Whether it asks for the type."""
+        return any(test.name in _TYPE_TESTS and self.holds(test.node) for test in tree.find_all(nodes.Test))
+
+    def are_objects(self, tree: nodes.Node) -> bool:
+        """Whether it does what only an object can."""
+        return (
+            self.are_looped_over(tree)
+            or any(node.name in _OBJECT_FILTERS and self.holds(node.node) for node in tree.find_all(nodes.Filter))
+            or any(self.holds(node.node) and not hasattr(str, node.attr) for node in tree.find_all(nodes.Getattr))
+            or any(
+                self.holds(node.node) and not isinstance(node.arg, nodes.Slice) for node in tree.find_all(nodes.Getitem)
+            )
+        )
+
+    def are_texts(self, tree: nodes.Node) -> bool:
+        """Whether it does what only a text can, or prints it."""
+        pieces = chain(
+            (side for node in tree.find_all(nodes.Add) for side in (node.left, node.right)),
+            (part for node in tree.find_all(nodes.Concat) for part in node.nodes),
+            (part for node in tree.find_all(nodes.Output) for part in node.nodes),
+            (node.node for node in tree.find_all(nodes.Filter) if node.name in _TEXT_FILTERS),
+            (node.node for node in tree.find_all(nodes.Getattr) if hasattr(str, node.attr)),
+        )
+        return any(map(self.holds, pieces))
