@@ -18,11 +18,12 @@ import zmq
 from api.blame import CULPRIT_ERROR, Culprits, fingerprint
 from api.errors import EngineDeadError
 from api.metrics import EngineMetrics
+from api.outbox import Outbox
 from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
 from api.queue_bound import NOBODY, QueueBound, Tenant
-from api.structured import vocabulary_frame
 from api.supervisor import Supervisor
 from api.tokenizer import Tokenizer
+from api.vocabulary import VocabularyFrame
 from engine_core.config import EngineConfig
 from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, engine_identity, get_logger
 from engine_core.messages import (
@@ -126,9 +127,8 @@ class EngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._fd = -1
-        self._vocabulary: bytes | None = None
-        """The encoded ``SetVocabulary``, made when the first request has a grammar."""
-        self._vocabulary_maker: asyncio.Task[None] | None = None
+        self._outbox = Outbox(self._send_again)
+        self._vocabulary = VocabularyFrame(tokenizer, self._on_vocabulary)
         self._has_vocabulary = False
         """The present engine core was sent it."""
 
@@ -163,6 +163,7 @@ class EngineClient:
         self._has_vocabulary = False
         self._is_hung = False
         self._last_words = None
+        self._outbox.clear()
         self._supervisor.start(self._epoch)
         pid = self._supervisor.pid
         self._watch = None if pid is None else ProcessWatch(pid)
@@ -174,8 +175,8 @@ class EngineClient:
             self.dead = EngineDeadError("the server is shutting down")
         if self._pinger is not None:
             self._pinger.cancel()
-        if self._vocabulary_maker is not None:
-            self._vocabulary_maker.cancel()
+        self._vocabulary.close()
+        self._outbox.clear()
         await self._supervisor.stop()
         if self._fd >= 0:
             assert self._loop is not None
@@ -264,8 +265,7 @@ class EngineClient:
         self._processor.add(state)
         if not output_token_ids:
             self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
-        if self._serving and self._send_vocabulary(state):
-            self._send_frame(frame)
+        self._send_new([state], frame)
         return state
 
     def submit_siblings(
@@ -326,9 +326,22 @@ class EngineClient:
         for state in states:
             self._processor.add(state)
             self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
-        if self._serving and self._send_vocabulary(states[0]):
-            self._send_frame(frame)
+        self._send_new(states, frame)
         return states
+
+    def _send_new(self, states: list[RequestState], frame: bytes) -> None:
+        """Sends requests that are in the journal now, unless an engine core has to hear of others before."""
+        if not self._serving:
+            return  # all of the journal is sent when there is one
+        if self._outbox:
+            self._outbox.add(states)
+        elif self._send_vocabulary(states[0]):
+            self._send_frame(frame)
+
+    def _send_again(self, state: RequestState) -> None:
+        """Sends a request of the journal, with what it emitted already."""
+        if self._send_vocabulary(state):
+            self._send(resumed_request(state))
 
     def _send_vocabulary(self, state: RequestState) -> bool:
         """Lets the engine core know what grammars are about, if a request has one.
@@ -338,31 +351,21 @@ class EngineClient:
         """
         if state.message.grammar is None or self._has_vocabulary:
             return True
-        if self._vocabulary is None:
-            if self._vocabulary_maker is None:
-                self._vocabulary_maker = asyncio.create_task(self._make_vocabulary())
+        if self._vocabulary.frame is None:
+            self._vocabulary.make()
             return False
-        self._send_frame(self._vocabulary)
+        self._send_frame(self._vocabulary.frame)
         self._has_vocabulary = True
         return True
 
-    async def _make_vocabulary(self) -> None:
-        error = "structured outputs need a tokenizer"
-        try:
-            if self.tokenizer is not None:
-                loop = asyncio.get_running_loop()
-                self._vocabulary = await loop.run_in_executor(None, vocabulary_frame, self.tokenizer)
-        except Exception as problem:
-            logger.exception("the vocabulary cannot be told to the engine core")
-            error = f"internal error: {problem}"
-        self._vocabulary_maker = None
-        for state in list(self._processor.states.values()):
-            if state.message.grammar is None:
-                continue
-            if self._vocabulary is None:
+    def _on_vocabulary(self, error: str) -> None:
+        """Sends the requests that waited for it, or ends them with an error."""
+        waiting = [state for state in self._processor.states.values() if state.message.grammar is not None]
+        if error:
+            for state in waiting:
                 self._processor.fail(state, error)
-            elif self._serving and self._send_vocabulary(state):
-                self._send(resumed_request(state))
+        elif self._serving:
+            self._outbox.add(waiting)
 
     def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
         """Refuses requests when too many wait already.
@@ -514,9 +517,7 @@ class EngineClient:
         states = list(self._processor.states.values())
         for state in states:
             clear_suspicion(state)
-        for state in sorted(states, key=trial_order):
-            if self._send_vocabulary(state):
-                self._send(resumed_request(state))
+        self._outbox.add(sorted(states, key=trial_order))
         assert self._started is not None
         if not self._started.done():
             self._started.set_result(message)

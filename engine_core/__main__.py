@@ -12,11 +12,14 @@ import zmq
 from engine_core.core import EngineCore, create_executor
 from engine_core.flight_record import FlightRecord
 from engine_core.launch import EngineCoreLaunch, engine_identity
-from engine_core.messages import FromEngineCore, ToEngineCore
+from engine_core.messages import FromEngineCore, SiblingRequests, ToEngineCore
 from executor.log import get_logger, setup_logging
 from executor.process import become_child, read_payload
 
 logger = get_logger()
+
+REQUESTS_PER_TURN = 256
+"""Requests that are taken in before the loop goes on: some milliseconds."""
 
 
 class ZmqTransport:
@@ -50,9 +53,12 @@ class ZmqTransport:
         if self._parent_pipe in events:
             return None
         messages: list[ToEngineCore] = []
-        while self._socket in events:
+        room = REQUESTS_PER_TURN
+        while self._socket in events and room > 0:  # what is left is there the next time
             try:
-                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+                messages.append(message)
+                room -= len(message.seeds) if isinstance(message, SiblingRequests) else 1
             except zmq.Again:
                 break
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -481,7 +481,8 @@ class EngineCore:
         try:
             ended = self._send_mask()  # first: a worker may be waiting for it
         finally:
-            self.transport.send(outputs)
+            for piece in outputs.pieces():
+                self.transport.send(piece)
         if ended:
             self._send_outputs(*ended)
         self._note_idle()

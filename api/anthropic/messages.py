@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 from starlette.requests import Request
@@ -225,9 +225,9 @@ class MessagesReply:
                 stop = self._stop(delta)
                 message.stop_reason, message.stop_sequence = stop.stop_reason, stop.stop_sequence
 
-    def whole(self) -> bytes:
+    def whole(self) -> Iterator[bytes]:
         self._message.usage = self._usage()
-        return self._encoder.encode(self._message)
+        yield self._encoder.encode(self._message)
 
     def _end_block(self, pieces: list[str]) -> None:
         if self._kind is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET
@@ -38,8 +39,10 @@ from api.openai.stream import (
     MARK,
     TokenStream,
     WholeAnswer,
+    around_choices,
     error_event,
     event,
+    joined,
     split_at_mark,
 )
 from api.output import Delta
@@ -200,22 +203,24 @@ class ChatReply:
             for piece in self._pieces(delta):
                 fold.add(piece)
 
-    def whole(self) -> bytes:
-        choices = self._folds
-        return self._encoder.encode(
-            ChatCompletionResponse(
-                id=self._chunk.id,
-                created=self._chunk.created,
-                model=self._chunk.model,
-                choices=[choices[index].choice(index) for index in sorted(choices)],
-                usage=self._usage(),
-                system_fingerprint=self._chunk.system_fingerprint,
-                prompt_token_ids=self._prompt_token_ids or None,
-                prompt_token_offsets=self._answer.prompt_token_offsets,
-                prompt_text=self._prompt_text,
-                prompt_logprobs=self._prompt_logprobs,
-            )
+    def whole(self) -> Iterator[bytes]:
+        answer = ChatCompletionResponse(
+            id=self._chunk.id,
+            created=self._chunk.created,
+            model=self._chunk.model,
+            choices=[],
+            usage=self._usage(),
+            system_fingerprint=self._chunk.system_fingerprint,
+            prompt_token_ids=self._prompt_token_ids or None,
+            prompt_token_offsets=self._answer.prompt_token_offsets,
+            prompt_text=self._prompt_text,
+            prompt_logprobs=self._prompt_logprobs,
         )
+        before, after = around_choices(self._encoder.encode(answer))
+        yield before
+        for number, index in enumerate(sorted(self._folds)):
+            yield (b"," if number else b"") + self._encoder.encode(self._folds.pop(index).choice(index))
+        yield after
 
 
 def _change(event: Event) -> ChatDelta | None:
@@ -243,7 +248,8 @@ class _Fold:
         self._reasoning: list[str] = []
         self._calls: list[tuple[ToolCallDelta, list[str]]] = []
         """Each call's beginning, and the pieces of its arguments."""
-        self._logprobs: ChatLogprobs | None = None
+        self._logprobs: list[bytes] | None = None
+        """Pieces of them, which are written down at once: they are thousands of objects."""
         self._token_ids: list[int] = []
         self._last: ChatChunkChoice | None = None
 
@@ -260,9 +266,8 @@ class _Fold:
             self._calls[call.index][1].append(call.function.arguments)
         if piece.logprobs is not None:
             if self._logprobs is None:
-                self._logprobs = piece.logprobs
-            else:
-                self._logprobs.content += piece.logprobs.content
+                self._logprobs = []
+            self._logprobs.append(msgspec.json.encode(piece.logprobs.content)[1:-1])
         if isinstance(piece.token_ids, list):
             self._token_ids += piece.token_ids
         self._last = piece
@@ -270,10 +275,11 @@ class _Fold:
     def choice(self, index: int) -> ChatChoice:
         assert self._last is not None
         stop_reason = self._last.stop_reason
+        logprobs = None if self._logprobs is None else ChatLogprobs(content=cast("Any", joined(self._logprobs)))
         return ChatChoice(
             index=index,
             message=self._message(),
-            logprobs=self._logprobs,
+            logprobs=logprobs,
             finish_reason=self._last.finish_reason,
             stop_reason=None if stop_reason is UNSET else stop_reason,
             token_ids=None if self._last.token_ids is UNSET else self._token_ids,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET
@@ -39,8 +39,10 @@ from api.openai.stream import (
     Generation,
     TokenStream,
     WholeAnswer,
+    around_choices,
     error_event,
     event,
+    joined,
     split_at_mark,
 )
 from api.openai.structured import requested_grammar
@@ -234,7 +236,8 @@ class CompletionReply:
     def _first_pieces(self, delta: Delta) -> list[CompletionChoice]:
         prompt_index = delta.choice // self._n
         prompt = self._generation.prompts[prompt_index]
-        columns = self._columns[delta.choice] = CompletionColumns(self._spelling, self._skipped_ids)
+        if self._has_logprobs:
+            columns = self._columns[delta.choice] = CompletionColumns(self._spelling, self._skipped_ids)
         pieces = []
         if self._has_echo:
             echo = CompletionChoice(index=delta.choice, text=self._echoes[prompt_index])
@@ -314,10 +317,14 @@ class CompletionReply:
             else:
                 fold.add(self._piece(delta))
 
-    def whole(self) -> bytes:
-        self._chunk.choices = [self._folds[index].choice() for index in sorted(self._folds)]
+    def whole(self) -> Iterator[bytes]:
         self._chunk.usage = self._usage()
-        return self._encoder.encode(self._chunk)
+        before, after = around_choices(self._encoder.encode(self._chunk))
+        yield before
+        for number, index in enumerate(sorted(self._folds)):
+            self._columns.pop(index, None)
+            yield (b"," if number else b"") + self._encoder.encode(self._folds.pop(index).choice())
+        yield after
 
 
 class _Fold:
@@ -329,6 +336,8 @@ class _Fold:
         )
         self._texts: list[str] = []
         self._token_ids: list[int] = []
+        self._columns: list[list[bytes]] | None = None
+        """Pieces of the log probabilities' columns, which are written down at once: they are thousands of objects."""
 
     def add(self, piece: CompletionChoice) -> None:
         whole = self._whole
@@ -344,17 +353,16 @@ class _Fold:
             self._token_ids += piece.token_ids
             whole.token_ids = self._token_ids
         if piece.logprobs is not None:
-            if whole.logprobs is None:
-                whole.logprobs = CompletionLogprobs()
-            _extend(whole.logprobs, piece.logprobs)
+            if self._columns is None:
+                self._columns = [[] for _ in CompletionLogprobs.__struct_fields__]
+            for column, more in zip(self._columns, msgspec.structs.astuple(piece.logprobs), strict=True):
+                column.append(msgspec.json.encode(more)[1:-1])
 
     def choice(self) -> CompletionChoice:
         self._whole.text = "".join(self._texts)
+        if self._columns is not None:
+            columns: list[Any] = [joined(column) for column in self._columns]
+            self._whole.logprobs = CompletionLogprobs(
+                **dict(zip(CompletionLogprobs.__struct_fields__, columns, strict=True))
+            )
         return self._whole
-
-
-def _extend(columns: CompletionLogprobs, more: CompletionLogprobs) -> None:
-    columns.tokens += more.tokens
-    columns.text_offset += more.text_offset
-    columns.token_logprobs += more.token_logprobs
-    columns.top_logprobs += more.top_logprobs

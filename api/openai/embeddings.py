@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import msgspec
@@ -100,7 +100,7 @@ class EmbeddingReply:
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Deltas say that a vector is there, and nothing else."""
 
-    def whole(self) -> bytes:
+    def whole(self) -> Iterator[bytes]:
         answer = EmbeddingResponse(
             id=self._work.request_id,
             created=int(time.time()),
@@ -112,7 +112,7 @@ class EmbeddingReply:
             ],
             usage=self._work.usage(),
         )
-        return msgspec.json.encode(answer)
+        yield msgspec.json.encode(answer)
 
     def _encode(self, vector: npt.NDArray[np.float32]) -> list[float] | str:
         if self._request.encoding_format != "base64":

@@ -99,7 +99,7 @@ class PoolingWork(EngineWork):
 
     async def build(self, reply: WholeReply) -> bytes:
         """Writing down many vectors takes long, and nobody else has to do with them."""
-        return await self._serving.apart(STEPS_PER_VECTOR * len(self.prompts), reply.whole)
+        return await self._serving.apart(STEPS_PER_VECTOR * len(self.prompts), b"".join, reply.whole())
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:
         """float32 [dimensions] of each prompt, once all are done."""

@@ -6,7 +6,7 @@ Models that generate have no output for relevance, so a score is the cosine simi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 from starlette.requests import Request
@@ -139,7 +139,7 @@ class ScoreReply:
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Deltas say that a vector is there, and nothing else."""
 
-    def whole(self) -> bytes:
+    def whole(self) -> Iterator[bytes]:
         vectors = self._work.vectors()
         queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
         answer = ScoreResponse(
@@ -152,7 +152,7 @@ class ScoreReply:
             ],
             usage=self._work.usage(),
         )
-        return msgspec.json.encode(answer)
+        yield msgspec.json.encode(answer)
 
 
 class RerankReply:
@@ -167,7 +167,7 @@ class RerankReply:
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Deltas say that a vector is there, and nothing else."""
 
-    def whole(self) -> bytes:
+    def whole(self) -> Iterator[bytes]:
         query, *documents = self._work.vectors()
         results = [
             RerankResult(index=index, relevance_score=cosine(query, document))
@@ -181,4 +181,4 @@ class RerankReply:
         answer = RerankResponse(
             id=self._work.request_id, model=self._serving.model_name, usage=self._work.usage(), results=results
         )
-        return msgspec.json.encode(answer)
+        yield msgspec.json.encode(answer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,7 +20,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.admission import pieces
+from api.admission import Turns
 from api.beam_search import BeamSearchParams
 from api.errors import EngineDeadError, RequestError
 from api.fanout import choose_best
@@ -38,12 +38,19 @@ logger = get_logger()
 
 FOLDED_AT_ONCE = 256
 """Deltas of an answer in one piece that are folded in one go: some milliseconds."""
+ENCODED_AT_ONCE = 1 << 19
+"""Bytes of such an answer that are written down in one go."""
+PART_COST = 256
+"""What each part of it costs beside its bytes, in bytes."""
+CHOSEN_STEPS = 16
+"""Steps that it takes to look at a delta when the best completions are chosen."""
 DONE = ServerSentEvent("[DONE]", sep="\n").encode()
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 MARK = "\0"
 """Stands for the text while the constant parts of an event are encoded."""
 
 _MARK_JSON = msgspec.json.encode(MARK)
+_NO_CHOICES = b'"choices":[]'
 
 
 def event(data: bytes) -> bytes:
@@ -62,6 +69,17 @@ def split_at_mark(whole: bytes) -> tuple[bytes, bytes]:
     return before, after
 
 
+def around_choices(whole: bytes) -> tuple[bytes, bytes]:
+    """The parts of an answer before and after its choices, of which it has none yet."""
+    before, _, after = whole.partition(_NO_CHOICES)  # in a string its quotation marks would be escaped
+    return before + _NO_CHOICES[:-1], _NO_CHOICES[-1:] + after
+
+
+def joined(lists: Iterable[bytes]) -> msgspec.Raw:
+    """Lists that were encoded one by one, without their brackets, as one."""
+    return msgspec.Raw(b"[" + b",".join(filter(None, lists)) + b"]")
+
+
 def error_event(error: RequestError) -> bytes:
     """How a stream of completions ends that fails: without ``DONE``, which says that an answer is whole."""
     return event(render(error))
@@ -73,8 +91,8 @@ class WholeReply(Protocol):
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Takes the next deltas of an answer that is not streamed; several times, so that each takes a moment only."""
 
-    def whole(self) -> bytes:
-        """The body of that answer."""
+    def whole(self) -> Iterator[bytes]:
+        """The body of that answer, in parts that each take a moment only. What was folded is gone afterwards."""
 
 
 class Reply(WholeReply, Protocol):
@@ -170,24 +188,30 @@ class EngineWork(ABC):
         """Waits for deltas; none come after ``wake`` and when the client is gone."""
         return await self._channel.take()
 
-    def choose(self, deltas: list[Delta]) -> list[Delta]:
+    async def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned."""
         return deltas
 
     async def build(self, reply: WholeReply) -> bytes:
         """The body of an answer that is not streamed, whose deltas were folded."""
-        return reply.whole()
+        turns = Turns(ENCODED_AT_ONCE)
+        parts = []
+        for part in reply.whole():
+            parts.append(part)
+            await turns.spend(PART_COST + len(part))
+        return b"".join(parts)
 
     def wake(self) -> None:
         """Lets ``take`` return."""
         self._channel.wake()
 
     def close(self) -> None:
-        """Drops what is unfinished."""
+        """Drops what is unfinished, and forgets the requests: thousands of them are not freed in one go."""
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None  # which would be a circle, see ``api/middleware.py``
         self.drop()
+        self.states = []
 
     def failure(self, delta: Delta) -> RequestError | EngineDeadError:
         """The error that a delta's ``error`` amounts to."""
@@ -232,9 +256,12 @@ class Generation(EngineWork):
         assert self._request is not None
         await self._serving.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
 
-    def choose(self, deltas: list[Delta]) -> list[Delta]:
+    async def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned: all, or the best ones."""
-        return choose_best(deltas, self.params.n, self.params.num_completions)
+        n, best_of = self.params.n, self.params.num_completions
+        if n == best_of:
+            return deltas
+        return await self._serving.apart(CHOSEN_STEPS * len(deltas), choose_best, deltas, n, best_of)
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
         """Tokens of all choices.
@@ -363,30 +390,43 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
-        deltas: list[Delta] = []
         try:
             generation.look_at(scope)
             await generation.start(receive, quiet=True)
-            num_open = generation.num_choices
-            while num_open:
-                new = await generation.take()
-                if generation.disconnected:
-                    return
-                for delta in new:
-                    if delta.finish_reason is not None:
-                        num_open -= 1
-                        if delta.error is not None:
-                            raise generation.failure(delta)
-                deltas += new
+            await self._fold(await generation.choose(await self._collect()))
+            if generation.disconnected:
+                return
+            self.body = await generation.build(self._reply)
+            self.init_headers({**generation.headers, **generation.load_header(scope)})
+            await super().__call__(scope, receive, send)
         finally:
             generation.close()
-        for piece in pieces(generation.choose(deltas), FOLDED_AT_ONCE):
-            self._reply.fold(piece)
-            if len(piece) == FOLDED_AT_ONCE:
-                await asyncio.sleep(0)  # others have their turn
-        self.body = await generation.build(self._reply)
-        self.init_headers({**generation.headers, **generation.load_header(scope)})
-        await super().__call__(scope, receive, send)
+
+    async def _collect(self) -> list[Delta]:
+        """All deltas of all choices; fewer if the client goes."""
+        generation = self._generation
+        deltas: list[Delta] = []
+        num_open = generation.num_choices
+        while num_open:
+            new = await generation.take()
+            if generation.disconnected:
+                break
+            for delta in new:
+                if delta.finish_reason is not None:
+                    num_open -= 1
+                    if delta.error is not None:
+                        raise generation.failure(delta)
+            deltas += new
+        return deltas
+
+    async def _fold(self, deltas: list[Delta]) -> None:
+        """Folds deltas and empties their list: neither is done in one go, so that others have their turns."""
+        deltas.reverse()
+        while deltas and not self._generation.disconnected:
+            self._reply.fold(deltas[: -FOLDED_AT_ONCE - 1 : -1])
+            del deltas[-FOLDED_AT_ONCE:]
+            if deltas:
+                await asyncio.sleep(0)
 
 
 async def _no_content() -> AsyncIterator[bytes]:

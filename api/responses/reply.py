@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -174,11 +174,11 @@ class ResponseReply:
             else:
                 self._events += new
 
-    def whole(self) -> bytes:
+    def whole(self) -> Iterator[bytes]:
         for each in merge(self._events):
             self._writer.write(each)
         assert self._last is not None
         self._finish(self._last)
         self._writer.take()
         self._done()
-        return msgspec.json.encode(self.response)
+        yield msgspec.json.encode(self.response)

@@ -16,10 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine_core import core, validation
-from engine_core.__main__ import ZmqTransport
+from engine_core.__main__ import REQUESTS_PER_TURN, ZmqTransport
 from engine_core.messages import (
+    MAX_OUTPUTS,
     POOLING_TYPES,
     AbortRequests,
+    EngineCoreOutput,
     EngineCoreOutputs,
     EngineDead,
     EngineReady,
@@ -30,6 +32,7 @@ from engine_core.messages import (
     PoolingParams,
     ResetPrefixCache,
     ResolvedParams,
+    SchedulerStats,
     Shutdown,
     SiblingRequests,
     StatusRequest,
@@ -360,6 +363,32 @@ def test_frames_that_are_no_messages_are_dropped(transport: tuple[ZmqTransport, 
     while not received:
         received += core_side.wait([], 1.0) or []
     assert received == [make_request(1)]
+
+
+def test_many_requests_are_taken_in_turns(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:
+    core_side, router, _ = transport
+    for number in range(2 * REQUESTS_PER_TURN):
+        router.send_multipart((b"engine_core.1", msgspec.msgpack.encode(make_request(number))))
+    sizes = []
+    while sum(sizes) < 2 * REQUESTS_PER_TURN:
+        messages = core_side.wait([], 1.0)
+        assert messages
+        sizes.append(len(messages))
+    assert max(sizes) <= REQUESTS_PER_TURN
+
+
+def test_outputs_of_a_step_travel_in_pieces() -> None:
+    stats = SchedulerStats(num_running_reqs=7)
+    outputs = tuple(EngineCoreOutput(index, 0) for index in range(2 * MAX_OUTPUTS + 1))
+    columns = b"12345678", b"1234", b"1234"
+    for count, sizes in ((0, [0]), (1, [1]), (64, [64]), (65, [64, 1]), (129, [64, 64, 1]), (128, [64, 64])):
+        pieces = list(EngineCoreOutputs(1, *columns, outputs[:count], stats, 2.0).pieces())
+        assert [len(piece.outputs) for piece in pieces] == sizes
+        assert sum((piece.outputs for piece in pieces), ()) == outputs[:count]
+        *others, last = pieces
+        assert (last.indices, last.output_indices, last.token_ids, last.scheduler_stats) == (*columns, stats)
+        assert all(not piece.indices and piece.scheduler_stats is None for piece in others)
+        assert {(piece.engine_epoch, piece.timestamp) for piece in pieces} == {(1, 2.0)}
 
 
 def test_the_end_of_the_api_is_noticed(transport: tuple[ZmqTransport, zmq.Socket[bytes], int]) -> None:

@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from api import params, serving
-from api.admission import MAX_MESSAGES, MAX_TEXT_CHARS, MAX_TOOLS
+from api.admission import MAX_MESSAGES, MAX_TEXT_CHARS, MAX_TOOLS, Turns
 from api.errors import RequestError
 from api.middleware import WhileConnected
-from api.openai import structured
+from api.openai import stream, structured
 from api.openai.completions import CompletionReply
 from api.openai.prompts import MAX_TEMPLATE_KWARGS
 from api.openai.stream import FOLDED_AT_ONCE
@@ -238,6 +238,24 @@ async def test_answers_in_one_piece_are_folded_in_turns(api: Api, monkeypatch: p
     assert [choice["index"] for choice in answer["choices"]] == list(range(900))
     assert answer["usage"]["completion_tokens"] == 2700
     assert len(sizes) > 1 and max(sizes) <= FOLDED_AT_ONCE
+
+
+async def test_answers_in_one_piece_are_written_down_in_turns(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = await api.complete("ab", n=40, max_tokens=3, logprobs=2, seed=1)
+    turns = []
+    monkeypatch.setattr(stream, "Turns", lambda budget: turns.append(Turns(1)) or turns[-1])
+    spend = Turns.spend
+    costs = []
+
+    async def counted(self: Turns, cost: int) -> None:
+        if self in turns:
+            costs.append(cost)
+        await spend(self, cost)
+
+    monkeypatch.setattr(Turns, "spend", counted)
+    answer = await api.complete("ab", n=40, max_tokens=3, logprobs=2, seed=1)
+    assert answer["choices"] == plain["choices"]
+    assert len(costs) == 42  # the choices, and what is around them
 
 
 # -- the client is gone ------------------------------------------------------------------------------------------

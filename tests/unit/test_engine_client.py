@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from api.blame import REFUSAL_TIME, Culprits
 from api.engine_client import EngineClient
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
+from api.outbox import REQUESTS_PER_TURN
 from api.output import Delta, OutputOptions, RequestState
 from engine_core.config import EngineConfig
 from engine_core.launch import LastWork, engine_identity
@@ -177,12 +179,13 @@ class Harness:
             deltas += await asyncio.wait_for(self.channel.take(), 5)
         return deltas
 
-    async def serving(self) -> None:
-        """Waits until a restarted core is heard of."""
-        for _ in range(500):
+    async def serving(self, interval: float = 0.01) -> None:
+        """Waits until a restarted core is heard of; an interval of 0 waits no turn of the loop longer."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
             if self.client.is_serving:
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(interval)
         raise AssertionError("the client does not serve")
 
     def sample(self, name: str, **labels: str) -> float:
@@ -269,6 +272,34 @@ async def test_siblings_are_resumed_one_by_one(harness: Harness) -> None:
     again = await back(harness)
     assert [request.index for request in again] == [state.index for state in states]
     assert [request.sampling_params.seed for request in again if request.sampling_params] == [11, 12]
+
+
+async def test_a_new_core_hears_of_many_requests_in_turns(harness: Harness) -> None:
+    states = [harness.submit() for _ in range(3 * REQUESTS_PER_TURN)]
+    harness.supervisor.die()
+    harness.supervisor.core.ready()
+    await harness.serving(interval=0)
+    told = [request for request in harness.supervisor.core.received() if isinstance(request, EngineCoreRequest)]
+    assert len(told) <= REQUESTS_PER_TURN
+    states.append(harness.submit())  # it comes after all those that were there before
+    harness.client.abort(states[-3:-1])
+    while len(told) < len(states) - 2:
+        await asyncio.sleep(0.001)
+        told += [request for request in harness.supervisor.core.received() if isinstance(request, EngineCoreRequest)]
+    assert [request.index for request in told] == [state.index for state in (*states[:-3], states[-1])]
+
+
+async def test_what_was_left_to_say_to_a_core_dies_with_it(harness: Harness) -> None:
+    states = [harness.submit() for _ in range(3 * REQUESTS_PER_TURN)]
+    harness.supervisor.die()
+    harness.supervisor.core.ready()
+    await harness.serving(interval=0)
+    harness.supervisor.die()
+    again = await back(harness)
+    while len(again) < len(states):
+        await asyncio.sleep(0.001)
+        again += [request for request in harness.supervisor.core.received() if isinstance(request, EngineCoreRequest)]
+    assert [request.index for request in again] == [state.index for state in states]
 
 
 async def test_what_an_earlier_life_still_sends_is_dropped(harness: Harness) -> None:
