@@ -16,6 +16,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -28,7 +29,7 @@ from typing import Any
 
 from processes import ROOT, Server, descendants, signals_as_exceptions
 
-TITLES = {"core": "octavo engine_core", "worker": "octavo worker", "helper": "octavo helper"}
+TITLES = {"core": r"octavo engine_core", "worker": r"octavo worker \d+", "helper": r"octavo \w+ helper"}
 SIGNALS = ("KILL", "SEGV", "ABRT", "STOP")
 PATIENCE = 120.0
 """Seconds in which the server must be ready again."""
@@ -93,7 +94,7 @@ def find(server: Server, target: str) -> tuple[int, str] | None:
     for pid, started in sorted(descendants(server.pid)):
         with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-            if title.startswith(TITLES[target]):
+            if re.match(TITLES[target], title):
                 return pid, started
     return None
 
