@@ -96,7 +96,7 @@ class Chat:
     def _explain(self, problem: ServerError) -> None:
         """One line that says what went wrong, and one that says how to go on."""
         self.screen.error(str(problem))
-        if "context length" in str(problem):
+        if problem.is_context_full:
             self.screen.note("The context is full. /clear begins a new conversation.")
         elif self.backend.own is not None and self.backend.own.exit_code() is not None:
             self.screen.note("The conversation is kept: /regenerate starts the server again and asks again.")

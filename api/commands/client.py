@@ -19,6 +19,19 @@ its engine, and whoever waits can press Ctrl-C."""
 class ServerError(Exception):
     """A server cannot be reached, refused a request or broke off; the message is for a person."""
 
+    def __init__(self, message: str, code: str | None = None) -> None:
+        """Args:
+        message: For a person.
+        code: The ``code`` of an error in OpenAI's shape, if it is a word.
+        """
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def is_context_full(self) -> bool:
+        """Whether the conversation is too long for the model. Other servers tell it in words only."""
+        return self.code == "context_length_exceeded" or "context length" in str(self)
+
 
 class NoServerError(ServerError):
     """Nothing that speaks the API listens there."""
@@ -190,7 +203,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         if not isinstance(event, dict):
             raise ServerError("the server sent an event that is not a JSON object")
         if event.get("error"):
-            raise ServerError(_message(event) or "the server reports an error without a message")
+            raise ServerError(_message(event) or "the server reports an error without a message", _code(event))
         yield event
     raise LostConnectionError("the connection to the server was lost")
 
@@ -198,12 +211,12 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 def _check(response: http.client.HTTPResponse) -> None:
     if response.status >= 300:
         try:
-            message = _message(json.loads(response.read(1 << 16)))
-        except ValueError:
-            message = None
+            body = json.loads(response.read(1 << 16))
+        except (ValueError, RecursionError):
+            body = None
         hint = "; give the server's key with --api-key" if response.status == 401 else ""
         kind = NotReadyError if response.status == 503 else ServerError
-        raise kind(f"{message or response.reason} (status {response.status}{hint})")
+        raise kind(f"{_message(body) or response.reason} (status {response.status}{hint})", _code(body))
 
 
 def _message(body: Any) -> str | None:
@@ -211,6 +224,12 @@ def _message(body: Any) -> str | None:
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(message.split()) if isinstance(message, str) else None
+
+
+def _code(body: Any) -> str | None:
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, str) else None
 
 
 def _reason(error: Exception) -> str:

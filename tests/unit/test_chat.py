@@ -94,8 +94,8 @@ class ScriptedServer:
 
             def chat(self, text: str) -> None:
                 if text == "too long":
-                    message = "This model's maximum context length is 100 tokens."
-                    return self.answer(400, {"error": {"message": message}})
+                    message = "This model has room for 100 tokens."
+                    return self.answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()
@@ -289,7 +289,7 @@ def test_what_goes_wrong_is_one_line_and_the_conversation_goes_on(chat: Terminal
     chat.expect("The conversation is kept: /regenerate")
     chat.expect(PROMPT)
     chat.enter("too long")
-    chat.expect("maximum context length is 100 tokens")
+    chat.expect("has room for 100 tokens")
     chat.expect("/clear begins a new")
     chat.expect(PROMPT)
     chat.enter("fill")
@@ -365,7 +365,7 @@ def test_a_server_that_is_loading_is_waited_for(server: ScriptedServer, tmp_path
 
 def test_errors_in_a_pipe(server: ScriptedServer) -> None:
     for result, problem in [
-        (piped(server, text="too long"), "maximum context length is 100 tokens. (status 400)"),
+        (piped(server, text="too long"), "has room for 100 tokens. (status 400)"),
         (piped(server, text="fail"), "the engine failed"),
         (piped(server, text=" \n"), "the text is empty"),
         (piped(server, "--model-name", "third", text="x"), "the server has no model third, it has first, second"),
