@@ -26,6 +26,8 @@ MAX_MESSAGES = 16384
 MAX_TOOLS = 1024
 MAX_TEXT_CHARS = 4 << 20
 """Characters of a text that is tokenised although it need not fit the model."""
+MAX_OFFSET_CHARS = 1 << 20
+"""Characters of a text whose tokens are found in it, although it need not fit the model; freeing them takes long."""
 TURN = 1 << 15
 """Token ids, or steps that cost as little, that are worked off before others get their turn."""
 

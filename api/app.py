@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -11,6 +13,7 @@ from api import monitoring
 from api.anthropic import messages
 from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
+from api.config import ServerConfig
 from api.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
 from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
@@ -200,10 +203,24 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     document = Document(public, has_keys=bool(config.api_key), root_path=config.root_path)
     shown = Operation("GET", "/openapi.json", document.show, "Show this document")
     operations = (*public, shown, *WebPages().operations())
+    app = Starlette(
+        routes=_routes(operations, config, traffic),
+        middleware=_middleware(operations, config, traffic),
+        exception_handlers=dict(EXCEPTION_HANDLERS),
+    )
+    # A redirect would send clients to whatever host their request names.
+    app.router.redirect_slashes = False
+    app.state.serving = serving
+    app.state.traffic = traffic
+    return app
+
+
+def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Route]:
+    """Each endpoint, behind what guards it."""
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
     watch_guard = Middleware(Guard, traffic=traffic, keys=config.api_key, drains=False)
     guarded = ("/metrics", "/load") if config.metrics_require_key else ()
-    routes = [
+    return [
         Route(
             operation.path,
             operation.handler,
@@ -218,6 +235,10 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
         )
         for operation in operations
     ]
+
+
+def _middleware(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Middleware]:
+    """What stands before all endpoints, the outermost first."""
     middleware = [
         Middleware(
             RequestScope,
@@ -242,10 +263,4 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
                 allow_credentials=config.allow_credentials,
             )
         )
-
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=dict(EXCEPTION_HANDLERS))
-    # A redirect would send clients to whatever host their request names.
-    app.router.redirect_slashes = False
-    app.state.serving = serving
-    app.state.traffic = traffic
-    return app
+    return middleware

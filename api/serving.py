@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from api.admission import MAX_TEXT_CHARS, Turns, check_number
+from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
 from api.chat_template import ChatTemplate
 from api.config import ServerConfig
 from api.detokenizer import IncrementalDetokenizer
@@ -98,7 +98,7 @@ class Serving:
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
         self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self._turns = Turns(2 * INLINE_TEXT)
-        """Of texts that are tokenised in the event loop."""
+        """Of texts that are tokenised in the event loop, and of what costs as much."""
         self.threads = ThreadPoolExecutor(2, "text")
         self._seeds = None if config.seed is None else random.Random(config.seed)
         """Where requests without a seed get theirs, if it must be the same after each start."""
@@ -149,12 +149,20 @@ class Serving:
             )
         try:
             if len(text) <= INLINE_TEXT:
-                await self._turns.spend(len(text))  # one request may have thousands of them
+                await self.spend_turn(len(text))  # one request may have thousands of them
                 return self.tokenizer.encode(text, add_special_tokens)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
             raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
+
+    async def spend_turn(self, cost: int) -> None:
+        """Takes note of work that was done in the event loop, and gives others their turn when it is enough.
+
+        Args:
+            cost: About how many characters could have been tokenised instead.
+        """
+        await self._turns.spend(cost)
 
     async def apart(self, size: int, function: Callable[..., T], *args: Any) -> T:
         """Calls a function whose work is about that many steps: beside the event loop, unless they are few.
@@ -273,6 +281,15 @@ class Serving:
     def _draw_seed(self) -> int:
         return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
 
+    async def _resolve_prompts(
+        self, request: ResolvedRequest, prompts: Sequence[Sequence[int]], turns: Turns
+    ) -> list[ResolvedParams]:
+        resolved = []
+        for prompt in prompts:
+            resolved.append(self._resolve_prompt(request, prompt))
+            await turns.spend(len(prompt))
+        return resolved
+
     async def submit(
         self,
         channel: Channel,
@@ -301,10 +318,7 @@ class Serving:
             EngineDeadError: The engine was given up.
         """
         turns = Turns()
-        resolved = []
-        for prompt in prompts:
-            resolved.append(self._resolve_prompt(request, prompt))
-            await turns.spend(len(prompt))
+        resolved = await self._resolve_prompts(request, prompts, turns)
         params = request.params
         num_children = params.num_completions
         count = num_children * len(prompts)
@@ -312,16 +326,12 @@ class Serving:
         for place, (prompt, engine_params) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
             siblings = Siblings(num_children)
-            for begin in range(0, num_children, MAX_SIBLINGS):
-                children = range(begin, min(begin + MAX_SIBLINGS, num_children))
-                first = place * num_children + begin
+            for children in pieces(range(num_children), MAX_SIBLINGS):
+                numbers = [place * num_children + child for child in children]
                 started = self.client.submit_siblings(
                     channel,
-                    first_choice + first,
-                    request_ids=[
-                        f"{request_id}-{choice}" if count > 1 else request_id
-                        for choice in range(first, first + len(children))
-                    ],
+                    first_choice + numbers[0],
+                    request_ids=[f"{request_id}-{number}" if count > 1 else request_id for number in numbers],
                     prompt_token_ids=token_ids,
                     params=engine_params,
                     seeds=[child_seed(engine_params.seed, child) for child in children],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable
 from typing import Any, TypeVar, get_args
@@ -40,6 +41,7 @@ UNREAD = frozenset(
 ROOM = 4096
 """JSON values that a prompt of token ids may have beside them."""
 _STEPS_PER_VALUE = 4
+_LARGE = 1 << 20
 MAX_NAME = 64
 MAX_NAMED = 10
 """Unknown fields that an error lists."""
@@ -66,10 +68,15 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
     with traffic.bodies.open() as held:
         body = await _read(request, max_size, held, meter)
         held.complete()
+        is_large = len(body) > _LARGE
+        if is_large:
+            await asyncio.sleep(0)  # it is decoded in one piece: a turn of its own
         try:
             result = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise decode_error(error) from None
+        if is_large:
+            await asyncio.sleep(0)
     request.state.json_weight = int(meter.weight)
     if serving.config.strict or logger.isEnabledFor(logging.DEBUG):
         _look_for_unknown_fields(body, decoder.type, refuse=serving.config.strict)

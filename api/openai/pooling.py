@@ -17,6 +17,8 @@ from engine_core.messages import PoolingParams
 
 MAX_INPUTS = 2048
 STEPS_PER_VECTOR = 512
+IDS_PER_CHAR = 4
+"""Token ids that are checked in about the time in which a character is tokenised."""
 
 
 def check_count(count: int, field: str) -> None:
@@ -59,6 +61,7 @@ async def pooling_prompt(
         text = text[:max_tokens]
     prompt = cut(text, keep, serving.limits, from_right=request.truncation_side == "right")
     serving.check_token_ids(prompt, field)
+    await serving.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
     return prompt
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from api.admission import MAX_MESSAGES, JsonMeter, check_number
+from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, JsonMeter, check_number
 from api.chat_template import BrokenTemplateError, ChatTemplate
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
@@ -19,6 +19,7 @@ from engine_core.launch import HelperError
 MAX_INLINE_MESSAGES = 64
 """A longer conversation is rendered in a helper process."""
 _CHARS_PER_TOOL = 64
+_CHARS_PER_TOKEN = 8
 MAX_TEMPLATE_KWARGS = 256
 _RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of the template that are fields of the request."""
@@ -171,12 +172,14 @@ async def prompt_token_offsets(
     """Where the tokens that ``prompt_token_ids`` returned, so many, lie in a prompt's text.
 
     Raises:
-        RequestError: The prompt has no text.
+        RequestError: The prompt has no text, or a very long one.
     """
     if not isinstance(prompt, str):
         raise RequestError("return_token_offsets needs a prompt that is text", "return_token_offsets")
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
+    most = max(MAX_OFFSET_CHARS, _CHARS_PER_TOKEN * serving.limits.max_model_len)
+    check_number(len(prompt), most, "prompt", "characters with return_token_offsets or echoed logprobs")
     side = request.truncation_side or "left"
     return await serving.apart(len(prompt), serving.tokenizer.offsets, prompt, add_special_tokens, num_tokens, side)
 

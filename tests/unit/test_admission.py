@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from api import params, serving
-from api.admission import MAX_MESSAGES, MAX_TEXT_CHARS, MAX_TOOLS, Turns
+from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, MAX_TEXT_CHARS, MAX_TOOLS, Turns
 from api.errors import RequestError
 from api.middleware import WhileConnected
 from api.openai import stream, structured
@@ -216,6 +216,12 @@ async def test_offsets_of_a_truncated_prompt(api: Api, side: str) -> None:
     offsets = api.server.serving.tokenizer.offsets(text)
     expected = offsets[-7:] if side == "left" else offsets[:7]
     assert answer["choices"][0]["prompt_token_offsets"] == [list(pair) for pair in expected]
+
+
+async def test_offsets_in_a_very_long_text_are_refused(api: Api) -> None:
+    fields = {"return_token_offsets": True, "truncate_prompt_tokens": 7}
+    error = await api.error(COMPLETIONS, {"prompt": "x" * (MAX_OFFSET_CHARS + 1), **fields})
+    assert error["param"] == "prompt" and f"at most {MAX_OFFSET_CHARS}" in error["message"]
 
 
 async def test_a_prompt_that_does_not_fit_is_not_echoed(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,13 @@ async def test_bodies_that_are_no_json_of_the_type(api: Api, body: bytes) -> Non
     assert not api.server.engine.submitted
 
 
+@pytest.mark.parametrize("depth", [200_000, 8_000_000])
+async def test_what_is_nested_very_deeply_is_not_even_decoded(api: Api, depth: int) -> None:
+    for opening in (b"[", b'{"a":'):
+        error_of(await api.raw(COMPLETIONS, b'{"unknown": ' + opening * min(depth, 30_000_000 // len(opening))), 413)
+    assert not api.server.engine.submitted
+
+
 @pytest.mark.parametrize("depth", [20, 100, 200, 300, 400, 450, 480, 490, 500, 600])
 async def test_a_deep_conversation_is_a_bad_request(depth: int) -> None:
     """Shallow enough for the decoder, too deep for what comes after it: never a 500."""
