@@ -6,8 +6,8 @@
 
 Chats and completions, streamed and not, with log probabilities, stops, schemas, forced tools and several choices;
 embeddings, responses that go on, token counts; clients that leave, requests that are wrong, bodies that are refused.
-The memory of a process is what it has in use (RSS). Its slope is fitted over the second half of the run, as KV pages and
-caches fill up in the first. Linux only. Everything that is started here is stopped here.
+The memory of a process is what it has in use (RSS). Its slope is fitted over the second half of the run, when KV pages
+and caches are full. Linux only. Everything that is started here is stopped here.
 """
 
 from __future__ import annotations
