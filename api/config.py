@@ -27,6 +27,9 @@ ENVIRONMENT = {
 LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug"}
 """Other names of log levels."""
 
+TEMPLATE_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables of chat templates that fields of requests set, and nothing else."""
+
 CONFIG_VARIABLE = "OCTAVO_CONFIG"
 """A file of options that a server reads if ``--config`` names none."""
 
@@ -102,6 +105,14 @@ class ServerConfig(Config, frozen=True):
             extra={"group": "Chat"},
         ),
     ] = "auto"
+    default_chat_template_kwargs: Annotated[
+        dict[str, object],
+        Meta(
+            description='JSON object of variables for the chat template, such as {"enable_thinking": false}, where a '
+            "request does not set them.",
+            extra={"group": "Chat"},
+        ),
+    ] = {}
     trust_request_chat_template: Annotated[
         bool, Meta(description="Let requests bring a chat template of their own.", extra={"group": "Chat"})
     ] = False
@@ -159,6 +170,13 @@ class ServerConfig(Config, frozen=True):
             extra={"group": "Output"},
         ),
     ] = 20
+    return_tokens_as_token_ids: Annotated[
+        bool,
+        Meta(
+            description="Spell tokens in log probabilities as token_id:17, where a request does not say.",
+            extra={"group": "Output"},
+        ),
+    ] = False
     stream_interval: Annotated[
         Positive,
         Meta(
@@ -229,6 +247,12 @@ class ServerConfig(Config, frozen=True):
         default_factory=lambda: ["*"]
     )
     allow_credentials: Annotated[bool, Meta(description="Let such pages send cookies and authorization.")] = False
+    disable_fastapi_docs: Annotated[
+        bool, Meta(description="Offer no API reference: neither /docs nor /openapi.json.")
+    ] = False
+    enable_tokenizer_info_endpoint: Annotated[
+        bool, Meta(description="Offer /tokenizer_info, which shows the tokenizer's configuration and the template.")
+    ] = False
     enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
     enable_force_include_usage: Annotated[
         bool,
@@ -343,6 +367,9 @@ def check_config(config: ServerConfig) -> None:
         ConfigError: Two values contradict each other, or what they ask for does not exist yet.
     """
     _check_parsers(config)
+    for name in TEMPLATE_FIELDS:
+        if name in config.default_chat_template_kwargs:
+            raise ConfigError(f"--default-chat-template-kwargs must not hold {name}, which requests have a field for")
     if config.otlp_traces_endpoint is not None:
         from api.tracing import check_packages  # only then: the server does without
 

@@ -319,7 +319,7 @@ class LLM:
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                     "continue_final_message": continue_final_message,
                 },
-                chat_template_kwargs or {},
+                {**self._config.default_chat_template_kwargs, **(chat_template_kwargs or {})},
             )
             inputs.append(_Input(text, None, add_special_tokens=False))
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))

@@ -274,13 +274,13 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "not supported yet; set it in each request",
-        "return_tokens_as_token_ids:bool default_chat_template_kwargs logprobs_mode=raw_logprobs",
+        "log probabilities are those of the model's own scores; leave it out",
+        "logprobs_mode=raw_logprobs",
     ),
     (
         Verdict.REFUSED,
         "not supported yet; leave it out",
-        "enable_tokenizer_info_endpoint:bool enable_per_request_metrics:bool disable_fastapi_docs:bool "
+        "enable_per_request_metrics:bool "
         "profiler_config max_num_active_seqs "
         "enable_return_routed_experts:bool aux_output_config return_sampling_mask:bool "
         "enable_trace_replay:bool watermark_config disable_sliding_window:bool",
@@ -307,17 +307,17 @@ before them. False is neutral for a bool; where the verdict is DONE, True is."""
 
 _WORKING = """
     allow_credentials allowed_headers allowed_methods allowed_origins api_key attention_backend block_size
-    chat_template chat_template_content_format convert device disable_uvicorn_access_log
-    disable_log_stats distributed_executor_backend download_dir dtype enable_auto_tool_choice enable_chunked_prefill
-    enable_force_include_usage enable_prefix_caching enable_request_id_headers enforce_eager
-    exclude_tools_when_tool_choice_none generation_config gpu_memory_utilization hf_overrides hf_token host
-    kv_cache_memory_bytes load_format log_level long_prefill_token_threshold max_logprobs max_model_len
-    max_num_batched_tokens max_num_queued_reqs max_num_queued_tokens max_num_seqs model
-    num_gpu_blocks_override otlp_traces_endpoint override_generation_config
-    pipeline_parallel_size pooler_config port quantization reasoning_parser response_role revision root_path runner
-    scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs ssl_certfile ssl_ciphers
-    ssl_keyfile stream_interval task tensor_parallel_size tokenizer tokenizer_revision tool_call_parser
-    trust_request_chat_template uds
+    chat_template chat_template_content_format convert default_chat_template_kwargs device disable_fastapi_docs
+    disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype
+    enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
+    enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
+    generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_memory_bytes load_format log_level
+    long_prefill_token_threshold max_logprobs max_model_len max_num_batched_tokens max_num_queued_reqs
+    max_num_queued_tokens max_num_seqs model num_gpu_blocks_override otlp_traces_endpoint override_generation_config
+    pipeline_parallel_size pooler_config port quantization reasoning_parser response_role return_tokens_as_token_ids
+    revision root_path runner scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs
+    ssl_certfile ssl_ciphers ssl_keyfile stream_interval task tensor_parallel_size tokenizer tokenizer_revision
+    tool_call_parser trust_request_chat_template uds
 """
 WORKING = frozenset(_WORKING.split())
 """Names of vLLM's that ``ServerConfig`` has. Its other options are Octavo's own."""

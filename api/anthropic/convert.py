@@ -50,12 +50,13 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
         model=request.model,
         messages=messages,
         tools=_tools(request.tools),
+        chat_template_kwargs=request.chat_template_kwargs,
         continue_final_message=continues or None,
     )
     _set_tool_choice(chat, request)
     if request.thinking is not None:
         is_on = request.thinking.type != "disabled"
-        chat.chat_template_kwargs = {"enable_thinking": is_on}
+        chat.chat_template_kwargs = {"enable_thinking": is_on, **(request.chat_template_kwargs or {})}
         chat.include_reasoning = is_on
         if is_on:
             chat.thinking_token_budget = request.thinking.budget_tokens
@@ -73,6 +74,7 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
         chat.temperature = request.temperature
         chat.top_k = request.top_k
         chat.top_p = request.top_p
+        chat.cache_salt = request.cache_salt
     return chat
 
 

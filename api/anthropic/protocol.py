@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from api.openai.protocol import MAX_INT32, JsonObject, OffOrCount, Share
+from api.openai.protocol import MAX_INT32, CacheSalt, JsonObject, OffOrCount, Share
 
 Effort: TypeAlias = Literal["low", "medium", "high", "xhigh", "max"]
 
@@ -130,6 +130,8 @@ class ConversationRequest(msgspec.Struct, kw_only=True):
     tools: list[InputTool] | None = None
     tool_choice: InputToolChoice | None = None
     thinking: Thinking | None = None
+    chat_template_kwargs: JsonObject | None = None
+    """More variables for the template; they win over what ``thinking`` sets."""
     output_config: OutputConfig | None = None
 
 
@@ -151,6 +153,8 @@ class MessagesRequest(ConversationRequest, kw_only=True):
     top_k: OffOrCount | None = None
     top_p: Share | None = None
     metadata: RequestMetadata | None = None
+    cache_salt: CacheSalt | None = None
+    """Requests share cached prompts with those of the same salt only."""
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from api.openai.answer import ChatAnswer, prepare_answer
 from api.openai.body import read_json, work_on
-from api.openai.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
+from api.openai.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs, spells_ids
 from api.openai.prompts import adds_generation_prompt, text_of
 from api.openai.protocol import (
     AssistantMessage,
@@ -91,7 +91,7 @@ class ChatReply:
         self._is_content = answer.text_format.is_plain
         """All text is content."""
         self._is_plain = self._is_bare and self._is_content
-        self._spelling = TokenSpelling(serving.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+        self._spelling = TokenSpelling(serving.tokenizer, as_ids=spells_ids(serving.config, request))
         self._num_output_tokens = 0
         self._prompt_token_ids = list(generation.prompts[0]) if self._has_token_ids else UNSET
         self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from api.errors import RequestError
 from api.openai.beam import beam_search_params, create_generation
 from api.openai.body import read_json, work_on
-from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs
+from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs, spells_ids
 from api.openai.prompts import prompt_token_ids, prompt_token_offsets
 from api.openai.protocol import (
     CompletionChoice,
@@ -210,7 +210,7 @@ class CompletionReply:
         self._has_token_ids = bool(request.return_token_ids)
         self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
         self._is_plain = not (self._has_logprobs or self._has_token_ids or self._has_usage or self._is_echo_only)
-        as_ids = bool(request.return_tokens_as_token_ids)
+        as_ids = spells_ids(serving.config, request)
         self._spelling = TokenSpelling(serving.tokenizer, as_ids=as_ids, broken_prefix="bytes:")
         self._skipped_ids = (
             frozenset[int]() if request.skip_special_tokens is False else serving.tokenizer.all_special_ids

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from api.openai.protocol import ChatLogprob, CompletionLogprobs, PromptLogprob, PromptLogprobs, TopLogprob
+from api.config import ServerConfig
+from api.openai.protocol import (
+    ChatLogprob,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    SamplingFields,
+    TopLogprob,
+)
 from api.tokenizer import Tokenizer
 from engine_core.messages import TokenLogprobs, i32
 
@@ -20,6 +28,12 @@ def columns(entry: TokenLogprobs) -> tuple[list[int], list[float]]:
     logprobs = np.frombuffer(entry.logprobs, np.float32).tolist()
     # Not max(): of a NaN and a number that gives the first.
     return i32(entry.token_ids).tolist(), [value if value > LEAST_LOGPROB else LEAST_LOGPROB for value in logprobs]
+
+
+def spells_ids(config: ServerConfig, request: SamplingFields) -> bool:
+    """Whether log probabilities name tokens by their ids: as the request says, else the server."""
+    wanted = request.return_tokens_as_token_ids
+    return config.return_tokens_as_token_ids if wanted is None else wanted
 
 
 class TokenSpelling:

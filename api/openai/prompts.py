@@ -8,6 +8,7 @@ from typing import Any
 
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, JsonMeter, check_number
 from api.chat_template import BrokenTemplateError, ChatTemplate
+from api.config import TEMPLATE_FIELDS
 from api.errors import RequestError
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
@@ -21,8 +22,6 @@ MAX_INLINE_MESSAGES = 64
 _CHARS_PER_TOOL = 64
 _CHARS_PER_TOKEN = 8
 MAX_TEMPLATE_KWARGS = 256
-_RESERVED = ("tools", "documents", "add_generation_prompt", "continue_final_message")
-"""Variables of the template that are fields of the request."""
 
 
 async def render_messages(
@@ -52,9 +51,10 @@ async def render_messages(
         )
     variables = dict(request.chat_template_kwargs or {})
     check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
-    for name in _RESERVED:
+    for name in TEMPLATE_FIELDS:
         if name in variables:
             raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
+    variables = {**serving.config.default_chat_template_kwargs, **variables}
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
     options = {

@@ -24,6 +24,7 @@ Share = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
 Temperature = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 2})]
 Count = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": 0})]
 PositiveCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": 1})]
+CacheSalt = Annotated[str, Meta(min_length=1, max_length=1024)]
 OffOrCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": -1})]
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -62,14 +63,9 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     """With the type json_schema."""
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What completions and chat completions have in common."""
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What means the same in every protocol of OpenAI's, whatever an answer looks like."""
 
-    model: str | None = None
-    """None: the model that is served."""
-    n: PositiveCount | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     stream_interval: PositiveCount | None = None
     """Tokens of a choice in each chunk of a stream, but for the first and the last one. Default: the server's."""
 
@@ -86,11 +82,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
 
-    use_beam_search: bool | None = None
-    """Search for the ``n`` most likely sequences; not in a stream."""
-    length_penalty: float | None = None
-    """Of beam search: above 0 longer sequences score better. Default: 1."""
-
     # When it ends.
     stop: str | list[str] | None = None
     stop_regex: str | list[str] | None = None
@@ -106,9 +97,38 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     thinking_token_budget: Count | None = None
     """Tokens after which thinking is ended; needs a server with a reasoning parser."""
 
-    # What language it is in: at most one of these.
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    """What language it is in."""
+
+    # What is reported.
+    return_tokens_as_token_ids: bool | None = None
+    """Spell tokens in log probabilities as ``token_id:17``. Default: the server's."""
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+
+    # How it is scheduled and cached.
+    priority: Int32 | None = None
+    """Lower runs first; needs a server with that policy."""
+    cache_salt: CacheSalt | None = None
+    """Requests share cached prompts with those of the same salt only."""
+
+
+class GenerationRequest(SamplingFields, kw_only=True):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    """None: the model that is served."""
+    n: PositiveCount | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    use_beam_search: bool | None = None
+    """Search for the ``n`` most likely sequences; not in a stream."""
+    length_penalty: float | None = None
+    """Of beam search: above 0 longer sequences score better. Default: 1."""
+
+    # What language it is in: at most one of these and ``structured_outputs``.
+    response_format: ResponseFormat | None = None
     guided_json: JsonObject | str | None = None
     """Older name of ``structured_outputs.json``, and so on."""
     guided_regex: str | None = None
@@ -121,14 +141,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """Log probabilities of this many tokens at each place of the prompt; not in a stream."""
     logprob_token_ids: list[int] | None = None
     """Report these tokens instead of the most likely ones."""
-    return_tokens_as_token_ids: bool | None = None
-    """Spell tokens in log probabilities as ``token_id:17``."""
     return_token_ids: bool | None = None
     """Add ``token_ids`` and ``prompt_token_ids``."""
     return_token_offsets: bool | None = None
     """Add ``prompt_token_offsets``: where each token of the prompt begins and ends in its text, in characters."""
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
 
     # The prompt.
     add_special_tokens: bool | None = None
@@ -138,11 +154,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     """Where tokens are cut off. Default: left, the last tokens stay."""
 
-    # How it is scheduled and cached.
-    priority: Int32 | None = None
-    """Lower runs first; needs a server with that policy."""
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
-    """Requests share cached prompts with those of the same salt only."""
     request_id: Label | None = None
     """Becomes part of the answer's id. Default: the X-Request-Id header, else a random one."""
     user: str | None = None

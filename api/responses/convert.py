@@ -9,7 +9,14 @@ import msgspec
 
 from api.admission import MAX_MESSAGES, MAX_TOOLS, check_number
 from api.errors import RequestError
-from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
+from api.openai.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    JsonObject,
+    JsonSchemaFormat,
+    ResponseFormat,
+    SamplingFields,
+)
 from api.responses.protocol import (
     FunctionCallItem,
     FunctionTool,
@@ -46,26 +53,20 @@ def to_chat_request(request: ResponsesRequest, previous: Sequence[ChatMessage] =
         messages.insert(0, ChatMessage(role="system", content=request.instructions))
     wants_logprobs = "message.output_text.logprobs" in (request.include or ())
     chat = ChatCompletionRequest(
+        **{name: getattr(request, name) for name in SamplingFields.__struct_fields__},
         model=request.model,
         messages=messages,
         max_completion_tokens=request.max_output_tokens,
         stream=request.stream,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed,
-        stop=request.stop,
-        ignore_eos=request.ignore_eos,
-        repetition_penalty=request.repetition_penalty,
         logprobs=wants_logprobs or None,
         top_logprobs=request.top_logprobs if wants_logprobs else None,
         tools=_tools(request.tools),
         tool_choice=_tool_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
+        include_reasoning=request.include_reasoning,
+        chat_template=request.chat_template,
         chat_template_kwargs=request.chat_template_kwargs,
         reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
-        cache_salt=request.cache_salt,
-        priority=request.priority,
     )
     if request.text is not None:
         chat.response_format = _response_format(request.text.format)

@@ -15,6 +15,7 @@ from api.errors import EngineDeadError, RequestError
 from api.openai.answer import ChatAnswer, prepare_answer
 from api.openai.body import read_json, work_on
 from api.openai.errors import to_request_error
+from api.openai.logprobs import spells_ids
 from api.openai.protocol import ChatMessage
 from api.openai.stream import KEEP_ALIVE, TokenStream, WholeAnswer
 from api.params import SamplingParams
@@ -126,7 +127,12 @@ class _Making:
         self._is_streamed = bool(body.stream)
         has_logprobs = "message.output_text.logprobs" in (body.include or ())
         self.reply = ResponseReply(
-            serving, response, answer, has_logprobs=has_logprobs, on_done=self._store if response.store else None
+            serving,
+            response,
+            answer,
+            has_logprobs=has_logprobs,
+            spells_ids=spells_ids(serving.config, body),
+            on_done=self._store if response.store else None,
         )
 
     def _store(self) -> None:

@@ -9,13 +9,11 @@ from msgspec import Meta
 
 from api.openai.protocol import (
     ChatLogprob,
-    Int32,
     JsonObject,
     Later,
     OffOrCount,
     PositiveCount,
-    Share,
-    Temperature,
+    SamplingFields,
 )
 
 Status: TypeAlias = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
@@ -57,7 +55,7 @@ class FunctionTool(msgspec.Struct, kw_only=True):
     strict: bool | None = None
 
 
-class ResponsesRequest(msgspec.Struct, kw_only=True):
+class ResponsesRequest(SamplingFields, kw_only=True):
     """Body of POST /v1/responses."""
 
     model: str | None = None
@@ -76,13 +74,6 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 
     max_output_tokens: PositiveCount | None = None
     """None: what the context has room for."""
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: OffOrCount | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-    repetition_penalty: Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0})] | None = None
 
     tools: list[JsonObject] | None = None
     """``FunctionTool``s."""
@@ -102,10 +93,12 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     safety_identifier: str | None = None
     """Newer name of ``user``."""
 
+    include_reasoning: bool | None = None
+    """Whether the response shows the model's reasoning. Default: yes."""
+    chat_template: str | None = None
+    """A template of the request's own; needs a server that trusts such templates."""
     chat_template_kwargs: JsonObject | None = None
     """More variables for the template."""
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
-    priority: Int32 | None = None
 
     # Refused.
     conversation: Later = None

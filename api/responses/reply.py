@@ -44,6 +44,7 @@ class ResponseReply:
         answer: ChatAnswer,
         *,
         has_logprobs: bool = False,
+        spells_ids: bool = False,
         on_done: Callable[[], None] | None = None,
     ) -> None:
         """Prepares.
@@ -53,12 +54,13 @@ class ResponseReply:
             response: Filled bit by bit.
             answer: What it is filled with.
             has_logprobs: Texts have log probabilities.
+            spells_ids: They name tokens by their ids.
             on_done: Called when the response is complete, or has failed.
         """
         self.response = response
         self._answer = answer
         self._writer = ResponseWriter(response)
-        self._spelling = TokenSpelling(serving.tokenizer)
+        self._spelling = TokenSpelling(serving.tokenizer, as_ids=spells_ids)
         self._has_logprobs = has_logprobs
         self._on_done = on_done
         self._has_begun = False
