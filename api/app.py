@@ -15,7 +15,7 @@ from api.anthropic import protocol as anthropic
 from api.anthropic.errors import ANTHROPIC_ERRORS
 from api.config import ServerConfig
 from api.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
-from api.openai import chat, completions, embeddings, models, pooling_protocol, protocol, scoring, tokenize
+from api.openai import chat, completions, embeddings, invocations, models, pooling_protocol, protocol, scoring, tokenize
 from api.openai.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.openapi import Document, Operation
 from api.responses import endpoints as responses
@@ -172,6 +172,23 @@ OPERATIONS = (
         request=protocol.DetokenizeRequest,
         response=protocol.DetokenizeResponse,
     ),
+    Operation(
+        "GET",
+        "/tokenizer_info",
+        tokenize.tokenizer_info,
+        "Show the tokenizer's configuration",
+        response=protocol.TokenizerInfo,
+        is_wanted=lambda config: config.enable_tokenizer_info_endpoint,
+    ),
+    Operation(
+        "POST",
+        "/invocations",
+        invocations.invoke,
+        "Answer as the endpoint does that the fields of the body are for (SageMaker)",
+        request=invocations.Invocation,
+        example={"prompt": "Hi", "max_tokens": 8},
+        queues=True,
+    ),
     Operation("GET", "/health", monitoring.health, "Tell whether requests are taken", is_open=True),
     Operation("GET", "/ping", monitoring.ping, "The same as /health", is_open=True),
     *(
@@ -190,6 +207,10 @@ OPERATIONS = (
 )
 
 
+DOCS_PATHS = ("/docs", "/openapi.json")
+"""What ``--disable-fastapi-docs`` leaves out."""
+
+
 def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     """Builds the application.
 
@@ -199,10 +220,15 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     """
     config = serving.config
     offered = {"generate": config.offers_generation, "pool": config.offers_pooling}
-    public = [operation for operation in OPERATIONS if operation.task is None or offered[operation.task]]
+    public = [
+        operation
+        for operation in OPERATIONS
+        if (operation.task is None or offered[operation.task]) and operation.is_wanted(config)
+    ]
     document = Document(public, has_keys=bool(config.api_key), root_path=config.root_path)
     shown = Operation("GET", "/openapi.json", document.show, "Show this document")
-    operations = (*public, shown, *WebPages().operations())
+    hidden = DOCS_PATHS if config.disable_fastapi_docs else ()
+    operations = (*public, *(row for row in (shown, *WebPages().operations()) if row.path not in hidden))
     app = Starlette(
         routes=_routes(operations, config, traffic),
         middleware=_middleware(operations, config, traffic),

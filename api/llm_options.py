@@ -24,6 +24,7 @@ class LLMOptions(TypedDict, total=False):
     download_dir: str | None
     chat_template: str | None
     chat_template_content_format: Literal["auto", "string", "openai"]
+    default_chat_template_kwargs: dict[str, object]
     trust_request_chat_template: bool
     enable_auto_tool_choice: bool
     tool_call_parser: str | None
@@ -35,6 +36,7 @@ class LLMOptions(TypedDict, total=False):
     generation_config: str
     override_generation_config: dict[str, object]
     max_logprobs: int
+    return_tokens_as_token_ids: bool
     stream_interval: int
     strict: bool
     runner: Literal["auto", "generate", "pooling", "embed", "embedding", "score"]
@@ -53,6 +55,8 @@ class LLMOptions(TypedDict, total=False):
     allowed_methods: list[str] | str
     allowed_headers: list[str] | str
     allow_credentials: bool
+    disable_fastapi_docs: bool
+    enable_tokenizer_info_endpoint: bool
     enable_request_id_headers: bool
     enable_force_include_usage: bool
     sse_keep_alive_interval: float

@@ -10,6 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.config import ServerConfig
 from api.openai.errors import OPENAI_ERRORS, ErrorShape
 from api.openai.protocol import ChatTool
 from api.openapi_fields import describe_fields
@@ -55,6 +56,8 @@ class Operation:
     errors: ErrorShape = OPENAI_ERRORS
     task: Literal["generate", "pool"] | None = None
     """What the server must be configured to do; None: nothing in particular."""
+    is_wanted: Callable[[ServerConfig], bool] = lambda config: True
+    """Whether options ask for it."""
     queues: bool = False
     """Its requests wait for the engine, so they are refused when too many do."""
     is_open: bool = False

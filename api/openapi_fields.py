@@ -121,6 +121,7 @@ FIELDS: Mapping[str, str] = {
     "add_generation_prompt": "End the conversation with the header of an answer.",
     "continue_final_message": "Let the model go on with the last message.",
     "chat_template": "A chat template for this request, with --trust-request-chat-template.",
+    "tokenizer_class": "The class that transformers has for it.",
     "chat_template_kwargs": "More variables of the chat template, such as enable_thinking.",
     "reasoning_effort": "A variable of the chat template: how much to think.",
     "truncate_prompt_tokens": "Tokens of the prompt that are kept; -1: as many as fit.",

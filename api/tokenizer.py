@@ -123,6 +123,7 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
         chat_template: str | dict[str, str] | None = None,
         model_max_length: int | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -131,6 +132,7 @@ class Tokenizer:
         self.special_tokens_map = dict(special_tokens_map or {})
         self.chat_template = chat_template
         self.model_max_length = model_max_length
+        self.config = dict(config or {})
         self.bos_token_id = self._special_token_id("bos_token")
         eos_token_id = self._special_token_id("eos_token")
         found = [] if eos_token_id is None else [eos_token_id]
@@ -156,7 +158,7 @@ class Tokenizer:
         folder = Path(path)
         config = _read_json(folder / _CONFIG_FILE)
         if not (folder / _TOKENIZER_FILE).is_file():
-            return _convert_slow_tokenizer(folder, _chat_template(folder, config))
+            return _convert_slow_tokenizer(folder, config)
         try_tokenizer(folder / _TOKENIZER_FILE, check_tokenizer_file(folder / _TOKENIZER_FILE, config))
         try:
             backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
@@ -176,6 +178,7 @@ class Tokenizer:
                 eos_token_ids=eos_token_ids,
                 chat_template=chat_template,
                 model_max_length=_model_max_length(config.get("model_max_length")),
+                config=config,
             )
         except ValueError as error:
             raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
@@ -496,7 +499,7 @@ def _model_max_length(value: Any) -> int | None:
     return int(value) if isinstance(value, (int, float)) and 0 < value < _MAX_MODEL_LENGTH else None
 
 
-def _convert_slow_tokenizer(folder: Path, chat_template: str | dict[str, str] | None) -> Tokenizer:
+def _convert_slow_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Let transformers convert an older kind of tokenizer. Code of the model's own is never run."""
     if not folder.is_dir():
         raise ModelFileError(folder, "no such folder")
@@ -518,6 +521,7 @@ def _convert_slow_tokenizer(folder: Path, chat_template: str | dict[str, str] | 
         slow.backend_tokenizer,
         special_tokens_map={k: v for k, v in slow.special_tokens_map.items() if isinstance(v, str)},
         eos_token_ids=_generation_eos_token_ids(folder),
-        chat_template=chat_template,
+        chat_template=_chat_template(folder, config),
         model_max_length=_model_max_length(slow.model_max_length),
+        config=config,
     )

@@ -283,6 +283,14 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     tools: Tools | None = None
 
 
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """Answer of GET /tokenizer_info: what ``tokenizer_config.json`` holds, and always these two."""
+
+    tokenizer_class: str
+    chat_template: str | dict[str, str] | None
+    """The template in use, or several by name."""
+
+
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /detokenize."""
 

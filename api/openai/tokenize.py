@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from api.admission import pieces
 from api.errors import RequestError
@@ -18,6 +18,8 @@ from api.serving import Serving
 from api.tokenizer import Tokenizer
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
+DEFAULT_CLASS = "PreTrainedTokenizerFast"
+"""Of tokenizers whose files name none, as transformers calls it."""
 DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
 
 
@@ -57,6 +59,19 @@ def _encode_list(values: Sequence[int | str]) -> list[bytes]:
 
 def _spell(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """What the tokenizer's configuration says, and the chat template in use."""
+    serving: Serving = request.app.state.serving
+    tokenizer, template = serving.tokenizer, serving.chat_template
+    info = {
+        "tokenizer_class": DEFAULT_CLASS,
+        **tokenizer.special_tokens_map,
+        **tokenizer.config,
+        "chat_template": None if template is None else template.source,
+    }
+    return JSONResponse(info)  # msgspec knows no integers as large as some of these files hold
 
 
 async def detokenize(request: Request) -> Response:

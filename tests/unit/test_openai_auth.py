@@ -50,7 +50,7 @@ BAD_HEADERS: list[Headers] = [
 
 @pytest.fixture(scope="module")
 def guarded() -> FakeServer:
-    return FakeServer(ServerConfig(api_key=KEYS))
+    return FakeServer(ServerConfig(api_key=KEYS, enable_tokenizer_info_endpoint=True))
 
 
 async def status(server: FakeServer, method: str, path: str, headers: Headers) -> int | None:

@@ -163,7 +163,8 @@ async def test_a_line_per_request_if_wanted(caplog: pytest.LogCaptureFixture) ->
     assert re.fullmatch(r"GET /health 200 \d+\.\d{3}s mine", lines[0])
 
 
-async def test_the_openapi_document(api: Api) -> None:
+async def test_the_openapi_document() -> None:
+    api = Api(FakeServer(ServerConfig(enable_tokenizer_info_endpoint=True)))
     document = (await api.get("/openapi.json")).json()
     assert document["openapi"].startswith("3.1")
     assert set(document["paths"]) == {operation.path.replace(":path}", "}") for operation in OPERATIONS}

@@ -1,0 +1,80 @@
+"""POST /invocations, the one path that SageMaker calls: the fields of a body tell which endpoint it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message
+
+from api.errors import RequestError
+from api.openai.body import read_json
+from api.openai.chat import create_chat_completion
+from api.openai.completions import create_completion
+from api.openai.embeddings import create_embedding
+from api.openai.scoring import rerank, score
+from api.serving import Serving
+
+
+class Invocation(msgspec.Struct, kw_only=True):
+    """A body of one of the endpoints that generate or pool. The first of these fields that it has tells which one."""
+
+    messages: msgspec.Raw | None = None
+    """Chat completions, or embeddings if the server offers only those."""
+    prompt: msgspec.Raw | None = None
+    """Completions."""
+    input: msgspec.Raw | None = None
+    """Embeddings."""
+    query: msgspec.Raw | None = None
+    """A ranking."""
+
+
+class _Target(NamedTuple):
+    fields: tuple[str, ...]
+    """A body that has one of them is meant for it."""
+    generates: bool
+    handler: Callable[[Request], Awaitable[Response]]
+
+
+_TARGETS = (
+    _Target(("messages",), True, create_chat_completion),
+    _Target(("prompt",), True, create_completion),
+    _Target(("input", "messages"), False, create_embedding),
+    _Target(("query",), False, rerank),
+    _Target(("queries", "text_1", "data_1"), False, score),
+)
+DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+async def invoke(request: Request) -> Response:
+    """Answers as the endpoint does that the body is for.
+
+    Raises:
+        RequestError: It is for none that is offered, or that endpoint refuses it.
+    """
+    serving: Serving = request.app.state.serving
+    fields = await read_json(request, DECODER, serving.config.max_body_size)
+    offered = {True: serving.config.offers_generation, False: serving.config.offers_pooling}
+    targets = [target for target in _TARGETS if offered[target.generates]]
+    for target in targets:
+        if any(name in fields for name in target.fields):
+            return await target.handler(Request(request.scope, _Replay(request, msgspec.json.encode(fields))))
+    names = ", ".join(dict.fromkeys(name for target in targets for name in target.fields))
+    raise RequestError(f"the body has none of the fields that tell what it asks for: {names}", "body")
+
+
+class _Replay:
+    """Receives a body that was read already, then whatever comes after it."""
+
+    def __init__(self, request: Request, body: bytes) -> None:
+        self._request = request
+        self._body: bytes | None = body
+
+    async def __call__(self) -> Message:
+        body, self._body = self._body, None
+        if body is None:
+            return await self._request.receive()
+        return {"type": "http.request", "body": body, "more_body": False}
