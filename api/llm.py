@@ -38,7 +38,7 @@ from api.pooling import (
 )
 from api.progress import LoadBar
 from api.serving import Serving
-from api.tokenizer import Tokenizer
+from api.tokenizer import NOTHING_ADDED, Tokenizer
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
 
@@ -277,22 +277,23 @@ class LLM:
 
     async def _token_ids(self, item: _Input, params: SamplingParams) -> list[int]:
         """The tokens of a prompt, as many as are wanted."""
-        ids = item.token_ids
+        ids, around = item.token_ids, NOTHING_ADDED
         if ids is None:
             assert item.text is not None
+            around = self._serving.tokenizer.added_around(item.add_special_tokens)
             ids = await self._serving.tokenize(
                 item.text,
                 add_special_tokens=item.add_special_tokens,
                 any_length=params.truncate_prompt_tokens is not None,
             )
-        kept = truncate_prompt(
+        return truncate_prompt(
             ids,
             params.truncate_prompt_tokens,
             params.truncation_side,
             self._serving.limits.max_model_len,
             params.max_tokens,
+            around,
         )
-        return ids[kept.start : kept.stop]
 
     def chat(
         self,
@@ -434,14 +435,15 @@ class LLM:
         keep = params.truncate_prompt_tokens
         prompts = []
         for item in inputs:
-            ids = item.token_ids
+            ids, around = item.token_ids, NOTHING_ADDED
             if ids is None:
                 assert item.text is not None
                 any_length = keep is not None
+                around = serving.tokenizer.added_around(item.add_special_tokens)
                 ids = await serving.tokenize(
                     item.text, add_special_tokens=item.add_special_tokens, any_length=any_length
                 )
-            prompts.append(cut(ids, keep, serving.limits))
+            prompts.append(cut(ids, keep, serving.limits, around))
         channel = serving.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
         states: list[RequestState] = []

@@ -12,7 +12,7 @@ import msgspec
 from api.errors import ContextLengthError, RequestError
 from api.stop_regex import StopRegexError, stop_automaton
 from api.structured import grammar_spec
-from api.tokenizer import Tokenizer
+from api.tokenizer import AddedAround, Tokenizer, kept_tokens
 from engine_core.messages import RepetitionDetection, ResolvedParams
 
 MAX_N = 16384
@@ -109,7 +109,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         structured_outputs: The language that the output must be in.
         repetition_detection: End a completion that is caught in a loop, with the finish reason ``repetition``.
         thinking_token_budget: Tokens after which a section of thinking is ended. Needs ``reasoning_parser``.
-        truncate_prompt_tokens: Keep this many tokens of a longer prompt; -1: as many as leave room for the output.
+        truncate_prompt_tokens: Keep this many tokens of a longer prompt, with those that the tokenizer adds; -1: as
+            many as leave room for the output.
         truncation_side: ``left``: the last tokens stay; ``right``: the first ones.
         output_kind: Taken from programs written for vLLM and ignored: results are complete.
         flat_logprobs: The same: log probabilities are a list by position.
@@ -462,8 +463,9 @@ def truncate_prompt(
     side: Literal["left", "right"] | None,
     max_model_len: int,
     max_tokens: int | None,
-) -> range:
-    """Which tokens of a prompt stay.
+    around: AddedAround,
+) -> list[int]:
+    """The tokens of a prompt that stay.
 
     Args:
         prompt: Its token ids.
@@ -471,12 +473,13 @@ def truncate_prompt(
         side: Where the others are cut off; None: left.
         max_model_len: Longest context.
         max_tokens: Longest output, as far as is known.
+        around: What the tokenizer added to the text; it stays.
 
     Raises:
         RequestError: ``keep`` is more than the model can take.
     """
     if keep is None:
-        return range(len(prompt))
+        return prompt
     if keep > max_model_len:
         raise RequestError(
             f"truncate_prompt_tokens must be at most the maximum context length of {max_model_len}",
@@ -484,9 +487,7 @@ def truncate_prompt(
         )
     if keep < 0:
         keep = max(1, max_model_len - max(1, max_tokens or 1))
-    if len(prompt) <= keep:
-        return range(len(prompt))
-    return range(keep) if side == "right" else range(len(prompt) - keep, len(prompt))
+    return [prompt[place] for place in kept_tokens(len(prompt), keep, side or "left", around)]
 
 
 def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from api.config import PoolerConfig
 from api.errors import ContextLengthError, RequestError
 from api.params import ModelLimits, truncate_prompt
+from api.tokenizer import AddedAround, kept_tokens
 from engine_core.messages import PoolingParams as ResolvedPoolingParams
 
 T = TypeVar("T")
@@ -70,18 +71,31 @@ def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
         )
 
 
-def cut(token_ids: list[int], keep: int | None, limits: ModelLimits, *, from_right: bool = False) -> list[int]:
+def cut(
+    token_ids: list[int],
+    keep: int | None,
+    limits: ModelLimits,
+    around: AddedAround,
+    *,
+    from_right: bool = False,
+    max_own: int = 0,
+) -> list[int]:
     """A prompt, cut to the length that the request wants.
 
     Args:
         token_ids: The prompt.
         keep: Most tokens; None: all of them, -1: as many as the model takes.
         limits: What the model takes.
+        around: What the tokenizer added to the text; it stays.
         from_right: Drop the last tokens instead of the first.
+        max_own: Before that, use the first so many tokens of the text itself; 0: all.
 
     Raises:
         RequestError: ``keep`` is more than the model takes, or 0.
     """
+    if max_own:
+        most = max_own + sum(around)
+        token_ids = [token_ids[place] for place in kept_tokens(len(token_ids), most, "right", around)]
     if keep is None:
         return token_ids
     if keep > limits.max_model_len or keep < -1 or keep == 0:
@@ -91,8 +105,7 @@ def cut(token_ids: list[int], keep: int | None, limits: ModelLimits, *, from_rig
             "truncate_prompt_tokens",
         )
     keep = limits.max_model_len if keep == -1 else keep  # unlike a completion, nothing needs room behind it
-    kept = truncate_prompt(token_ids, keep, "right" if from_right else "left", limits.max_model_len, None)
-    return token_ids[kept.start : kept.stop]
+    return truncate_prompt(token_ids, keep, "right" if from_right else "left", limits.max_model_len, None, around)
 
 
 def cosine(x: F32, y: F32) -> float:

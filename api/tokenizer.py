@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, ParamSpec, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken
@@ -97,6 +97,31 @@ class TokenDecoding:
         for old, new in self.replacements:
             token = token.replace(old, new)
         return token
+
+
+AddedAround: TypeAlias = tuple[int, int]
+"""How many tokens there are before and after those of a text itself."""
+NOTHING_ADDED: Final[AddedAround] = (0, 0)
+
+
+def kept_tokens(
+    count: int, keep: int, side: Literal["left", "right"], around: AddedAround = NOTHING_ADDED
+) -> Sequence[int]:
+    """Places of the tokens that stay when a prompt is cut.
+
+    Args:
+        count: Tokens of the prompt.
+        keep: Most tokens that may stay.
+        side: Where others are cut off.
+        around: Of them, what the tokenizer put around the text: it stays, and the text is cut.
+    """
+    if count <= keep:
+        return range(count)
+    before, after = around
+    room = max(0, keep - before - after)
+    end = count - after
+    own = range(before, before + room) if side == "right" else range(end - room, end)
+    return [*range(before), *own, *range(end, count)][:keep]
 
 
 class Tokenizer:
@@ -239,11 +264,22 @@ class Tokenizer:
         # Unlike encode, a batch of one releases the interpreter's lock.
         (encoding,) = guarded(self.backend.encode_batch, [text], add_special_tokens=add_special_tokens)
         count = len(encoding)
-        num_tokens = count if num_tokens is None else min(num_tokens, count)
-        first = count - num_tokens if truncation_side == "left" else 0
+        kept = kept_tokens(
+            count, count if num_tokens is None else num_tokens, truncation_side, self.added_around(add_special_tokens)
+        )
         # One by one, as a list of all of them takes long in one piece.
-        places = (encoding.token_to_chars(token) for token in range(first, first + num_tokens))
+        places = map(encoding.token_to_chars, kept)
         return [place or (0, 0) for place in places]
+
+    def added_around(self, add_special_tokens: bool) -> AddedAround:
+        """How many tokens ``encode`` puts before and after those of a text."""
+        return self._added_around if add_special_tokens else NOTHING_ADDED
+
+    @cached_property
+    def _added_around(self) -> AddedAround:
+        masks = (self.backend.encode(text).special_tokens_mask for text in ("a", "0", "."))
+        mask = next((mask for mask in masks if 0 in mask), None)
+        return NOTHING_ADDED if mask is None else (mask.index(0), mask[::-1].index(0))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; unknown ids are left out.

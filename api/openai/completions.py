@@ -50,6 +50,7 @@ from api.output import Delta
 from api.params import MAX_N
 from api.serving import Serving
 from api.tenants import enter_queue
+from api.tokenizer import AddedAround
 
 DECODER = msgspec.json.Decoder(CompletionRequest)
 DEFAULT_MAX_TOKENS = 16
@@ -153,9 +154,16 @@ async def _echoes(
     for prompt, ids in zip(prompts, token_ids, strict=True):
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
             echoes.append(prompt)
-        else:
-            echoes.append(await serving.detokenize(ids, skip_special_tokens=False, field="prompt"))
+            continue
+        before, after = _added_around(serving, request, prompt)
+        own = ids[before : len(ids) - after]  # of the text; what was put around it is not echoed
+        echoes.append(await serving.detokenize(own, skip_special_tokens=False, field="prompt") if own else "")
     return echoes
+
+
+def _added_around(serving: Serving, request: CompletionRequest, prompt: str | list[int]) -> AddedAround:
+    adds = isinstance(prompt, str) and request.add_special_tokens is not False
+    return serving.tokenizer.added_around(adds)
 
 
 async def _echo_offsets(
@@ -163,12 +171,15 @@ async def _echo_offsets(
 ) -> list[list[int] | None]:
     """Where each token of an echoed text begins in it; None for prompts that are echoed as their tokens spell them."""
     result: list[list[int] | None] = [None] * len(prompts)
-    if not request.echo or request.logprobs is None or request.truncate_prompt_tokens is not None:
+    if not request.echo or request.logprobs is None:
         return result
+    is_cut = request.truncate_prompt_tokens is not None
     for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
         if isinstance(prompt, str):
             offsets = await prompt_token_offsets(serving, request, prompt, len(ids), add_special_tokens=True)
-            result[index] = _beginnings(offsets, len(prompt))
+            start = min((begin for begin, end in offsets if end), default=0) if is_cut else 0
+            own = [(begin - start, end - start) if end else (0, 0) for begin, end in offsets]
+            result[index] = _beginnings(own, len(prompt))
     return result
 
 

@@ -13,6 +13,7 @@ from api.openai.stream import EngineWork, WholeReply
 from api.pooling import cut
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
+from api.tokenizer import NOTHING_ADDED
 from engine_core.messages import PoolingParams
 
 MAX_INPUTS = 2048
@@ -48,18 +49,18 @@ async def pooling_prompt(
         text: A text or token ids.
         field: What the client calls it.
         add_special_tokens: Add what the tokenizer puts around a text.
-        max_tokens: Use the first so many tokens; 0: all.
+        max_tokens: Use the first so many tokens of the text; 0: all.
 
     Raises:
         RequestError: It is too long, empty or no text.
     """
     keep = request.truncate_prompt_tokens
+    around = NOTHING_ADDED
     if isinstance(text, str):
+        around = serving.tokenizer.added_around(add_special_tokens)
         any_length = keep is not None or max_tokens > 0
         text = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
-    if max_tokens:
-        text = text[:max_tokens]
-    prompt = cut(text, keep, serving.limits, from_right=request.truncation_side == "right")
+    prompt = cut(text, keep, serving.limits, around, from_right=request.truncation_side == "right", max_own=max_tokens)
     serving.check_token_ids(prompt, field)
     await serving.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
     return prompt

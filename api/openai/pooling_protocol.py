@@ -21,7 +21,7 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     """None: the model that is served."""
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
-    """Keep so many tokens of a longer text; -1: as many as the model takes."""
+    """Keep so many tokens of a longer text, with those that the tokenizer adds; -1: as many as the model takes."""
     truncation_side: Literal["left", "right"] | None = None
     """Where tokens are cut off. Default: left, the last tokens stay."""
     priority: Int32 | None = None
@@ -85,7 +85,7 @@ class ScoreRequest(PoolingRequest, kw_only=True):
     max_tokens_per_query: Limit | None = None
     """Use the first so many tokens of a query; 0: all."""
     max_tokens_per_doc: Limit | None = None
-    """Use the first so many tokens of a document; 0: all."""
+    """Use the first so many tokens of a document, those that the tokenizer adds not counted; 0: all."""
     add_special_tokens: bool | None = None
     """Let the tokenizer add its start token. Default: yes."""
     instruction: Later = None
@@ -107,7 +107,7 @@ class RerankRequest(PoolingRequest, kw_only=True):
     max_tokens_per_query: Limit | None = None
     """Use the first so many tokens of the query; 0: all."""
     max_tokens_per_doc: Limit | None = None
-    """Use the first so many tokens of a document; 0: all."""
+    """Use the first so many tokens of a document, those that the tokenizer adds not counted; 0: all."""
     add_special_tokens: bool | None = None
     """Let the tokenizer add its start token. Default: yes."""
     instruction: Later = None

@@ -15,6 +15,7 @@ from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRe
 from api.params import check_room, truncate_prompt
 from api.parsers import Tool
 from api.serving import INLINE_TEXT, Serving
+from api.tokenizer import NOTHING_ADDED
 from engine_core.launch import HelperError
 
 MAX_INLINE_MESSAGES = 64
@@ -200,9 +201,10 @@ async def prompt_token_ids(
     keep = request.truncate_prompt_tokens
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
+    around = NOTHING_ADDED
     if isinstance(prompt, str):
+        around = serving.tokenizer.added_around(add_special_tokens)
         prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
-    kept = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens)
-    prompt = prompt[kept.start : kept.stop]
+    prompt = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens, around)
     check_room(len(prompt), serving.limits)
     return prompt

@@ -150,7 +150,8 @@ class GenerationRequest(SamplingFields, kw_only=True):
     add_special_tokens: bool | None = None
     """Let the tokenizer add its start token. Default: for a prompt, not for messages, whose template has it."""
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
-    """Keep so many tokens of a longer prompt; -1: as many as leave room for the output."""
+    """Keep so many tokens of a longer prompt, with those that the tokenizer adds; -1: as many as leave room
+    for the output."""
     truncation_side: Literal["left", "right"] | None = None
     """Where tokens are cut off. Default: left, the last tokens stay."""
 

@@ -229,8 +229,14 @@ async def test_echo_with_logprobs_scores_the_prompt(api: Api) -> None:
 
 async def test_echo_of_token_ids_and_of_a_cut_prompt(api: Api) -> None:
     assert (await api.complete([BOS, *tokens_of("ab")], max_tokens=1, echo=True))["choices"][0]["text"] == "<s>aba"
-    answer = await api.complete("abcdef", max_tokens=1, echo=True, truncate_prompt_tokens=2)
-    assert answer["choices"][0]["text"] == "efe"
+    for side, echo in (("left", "efe"), ("right", "aba")):
+        fields = {"truncate_prompt_tokens": 3, "truncation_side": side}
+        (choice,) = (await api.complete("abcdef", max_tokens=1, echo=True, logprobs=0, **fields))["choices"]
+        assert choice["text"] == echo
+        assert choice["logprobs"]["tokens"] == ["<s>", *echo]
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+    answer = await api.complete("abcdef", max_tokens=1, echo=True, truncate_prompt_tokens=1)
+    assert answer["choices"][0]["text"] == "."  # the start token is no text
 
 
 @pytest.mark.parametrize(
@@ -288,7 +294,8 @@ async def test_truncation(api: Api) -> None:
 
     assert await prompt() == [BOS, *tokens_of("abcdef")]
     assert await prompt(add_special_tokens=False) == tokens_of("abcdef")
-    assert await prompt(truncate_prompt_tokens=3) == tokens_of("def")
+    assert await prompt(truncate_prompt_tokens=3) == [BOS, *tokens_of("ef")]
+    assert await prompt(truncate_prompt_tokens=3, add_special_tokens=False) == tokens_of("def")
     assert await prompt(truncate_prompt_tokens=3, truncation_side="right") == [BOS, *tokens_of("ab")]
     assert await prompt(truncate_prompt_tokens=-1) == [BOS, *tokens_of("abcdef")]
     long = await api.complete("x" * 9000, max_tokens=12, return_token_ids=True, truncate_prompt_tokens=-1)

@@ -117,7 +117,8 @@ async def test_special_tokens_and_truncation(api: Api) -> None:
     text = "abcdef"
     for fields, prompt in (
         ({"add_special_tokens": False}, tokens_of(text)),
-        ({"truncate_prompt_tokens": 3}, tokens_of("def")),
+        ({"truncate_prompt_tokens": 3}, [BOS, *tokens_of("ef")]),
+        ({"truncate_prompt_tokens": 3, "add_special_tokens": False}, tokens_of("def")),
         ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, [BOS, *tokens_of("ab")]),
         ({"truncate_prompt_tokens": 100}, [BOS, *tokens_of(text)]),
         ({"truncate_prompt_tokens": -1}, [BOS, *tokens_of(text)]),
@@ -273,7 +274,7 @@ async def test_score_of_a_text_with_itself_is_one(api: Api) -> None:
 async def test_tokens_per_query_and_document(api: Api) -> None:
     body = {"queries": "abcdef", "documents": ["fedcba", "x"], "max_tokens_per_query": 2, "max_tokens_per_doc": 3}
     await api.ok("/score", body)
-    cut = [[BOS, token_of(ord("a"))], [BOS, *tokens_of("fe")], [BOS, token_of(ord("x"))]]
+    cut = [[BOS, *tokens_of("ab")], [BOS, *tokens_of("fed")], [BOS, token_of(ord("x"))]]
     assert prompts_of(api.server) == cut
     await api.ok("/rerank", {"query": "abcdef", "documents": ["fedcba", "x"], **{k: body[k] for k in list(body)[2:]}})
     assert prompts_of(api.server)[3:] == cut

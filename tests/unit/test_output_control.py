@@ -225,7 +225,7 @@ async def test_where_the_tokens_of_a_prompt_lie(api: Api) -> None:
     assert first["prompt_token_offsets"] == [[0, 0], [0, 3], [3, 4], [4, 5], [5, 6], [5, 6]]
     assert len(first["prompt_token_ids"]) == 6 and second["prompt_token_offsets"] == [[0, 0], [0, 1]]
     body = {"prompt": "abcdef", "return_token_offsets": True, "truncate_prompt_tokens": 2}
-    assert (await api.ok(COMPLETIONS, body))["choices"][0]["prompt_token_offsets"] == [[4, 5], [5, 6]]
+    assert (await api.ok(COMPLETIONS, body))["choices"][0]["prompt_token_offsets"] == [[0, 0], [5, 6]]
     body["truncation_side"] = "right"
     events = await api.stream(COMPLETIONS, body)
     assert events[0]["choices"][0]["prompt_token_offsets"] == [[0, 0], [0, 1]]
