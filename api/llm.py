@@ -37,6 +37,7 @@ from api.pooling import (
     resolve_pooling,
 )
 from api.progress import LoadBar
+from api.request_stats import RequestStateStats, request_stats
 from api.serving import Serving
 from api.tokenizer import NOTHING_ADDED, Tokenizer
 from engine_core.launch import get_logger, setup_logging
@@ -89,6 +90,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     num_cached_tokens: int = 0
+    metrics: RequestStateStats = field(default_factory=RequestStateStats, compare=False)
+    """When what happened."""
 
 
 @dataclass
@@ -508,7 +511,9 @@ class LLM:
             serving.client.abort(states)
         position = 0
         for result in results:
-            result.num_cached_tokens = states[position].num_cached_tokens
+            own = states[position : position + len(result.outputs)]
+            result.num_cached_tokens = own[0].num_cached_tokens
+            result.metrics = request_stats(own)
             position += len(result.outputs)
         for result, sampling in zip(results, params, strict=True):
             if sampling.num_completions > sampling.n:

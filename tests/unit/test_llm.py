@@ -93,6 +93,23 @@ def test_the_bar_shows_tokens_per_second(llm: LLM, monkeypatch: pytest.MonkeyPat
         llm.embed(["a", "b"])
 
 
+def test_outputs_tell_when_what_happened(llm: LLM) -> None:
+    before = time.time(), time.monotonic()
+    with llm:
+        first, second = llm.generate(
+            ["a", "b"],
+            [SamplingParams(max_tokens=4, ignore_eos=True, n=2), SamplingParams(max_tokens=1, ignore_eos=True)],
+            use_tqdm=False,
+        )
+    after = time.time(), time.monotonic()
+    assert (first.metrics.num_generation_tokens, second.metrics.num_generation_tokens) == (8, 1)
+    for stats in (first.metrics, second.metrics):
+        assert before[0] - 1 <= stats.arrival_time <= after[0] + 1  # the clocks may drift apart
+        moments = [stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts]
+        assert moments == sorted(moments) and before[1] <= moments[0] and moments[-1] <= after[1]
+        assert stats.first_token_latency == stats.first_token_ts - stats.queued_ts
+
+
 def test_editors_know_the_options() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
