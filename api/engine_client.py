@@ -80,6 +80,7 @@ class EngineClient:
         on_progress: Callable[[LoadProgress], None] | None = None,
         on_fatal: Callable[[EngineDeadError], None] | None = None,
         bounds_queue: bool = False,
+        prepares_grammars: bool = False,
         log_level: str = "info",
     ) -> None:
         """Prepares a client; ``start`` launches the engine.
@@ -91,6 +92,8 @@ class EngineClient:
             on_progress: Called while the model loads.
             on_fatal: Called once when the engine is given up after it had been ready.
             bounds_queue: ``check_queue`` refuses requests when too many wait.
+            prepares_grammars: The engine hears the vocabulary while it loads, rather than with the first request that
+                has a grammar, which would hold up all others for some tenths of a second.
             log_level: Of the child processes.
         """
         self.tokenizer = tokenizer
@@ -106,9 +109,8 @@ class EngineClient:
         self._processor = OutputProcessor(metrics, self._queue)
         self._supervisor = Supervisor(config, self._on_exit, log_level)
         self._epoch = 0
-        self._serving = False
-        self._next_index = 0
-        self._next_call_id = 0
+        self._serving = self._has_workers = self._closing = False
+        self._next_index = self._next_call_id = 0
         self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
         self._budget = RestartBudget()
         self._culprits = Culprits()
@@ -116,7 +118,6 @@ class EngineClient:
         """Of the engine core."""
         self._is_hung = False
         """The engine core was killed because it did not answer."""
-        self._has_workers = False
         self._last_words: EngineDead | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
@@ -125,12 +126,14 @@ class EngineClient:
         self._started: asyncio.Future[EngineReady] | None = None
         self._pinger: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closing = False
         self._fd = -1
         self._outbox = Outbox(self._send_again)
         self._vocabulary = VocabularyFrame(tokenizer, self._on_vocabulary)
+        self._prepares_grammars = prepares_grammars
         self._has_vocabulary = False
         """The present engine core was sent it."""
+        self._is_connected = False
+        """The present engine core said something."""
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -150,6 +153,8 @@ class EngineClient:
         self._loop.add_reader(self._fd, self._receive)
         self._started = self._loop.create_future()
         self._launch()
+        if self._prepares_grammars:
+            self._vocabulary.make()
         self._pinger = asyncio.create_task(self._watch_heartbeat())
         self.ready = await self._started
         self._metrics.on_ready(self.ready)
@@ -160,7 +165,7 @@ class EngineClient:
         self._epoch += 1
         self._serving = False
         self._has_workers = False
-        self._has_vocabulary = False
+        self._has_vocabulary = self._is_connected = False
         self._is_hung = False
         self._last_words = None
         self._outbox.clear()
@@ -358,8 +363,16 @@ class EngineClient:
         self._has_vocabulary = True
         return True
 
+    def _offer_vocabulary(self) -> None:
+        """Sends the vocabulary before it is needed, as soon as there are both it and an engine core."""
+        frame = self._vocabulary.frame
+        if self._prepares_grammars and self._is_connected and not self._has_vocabulary and frame is not None:
+            self._send_frame(frame)
+            self._has_vocabulary = True
+
     def _on_vocabulary(self, error: str) -> None:
         """Sends the requests that waited for it, or ends them with an error."""
+        self._offer_vocabulary()
         waiting = [state for state in self._processor.states.values() if state.message.grammar is not None]
         if error:
             for state in waiting:
@@ -485,6 +498,8 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(message.result)
         elif isinstance(message, LoadProgress):
+            self._is_connected = True
+            self._offer_vocabulary()
             if self._on_progress is not None and self.ready is None:
                 self._on_progress(message)
         elif isinstance(message, EngineReady):
@@ -512,8 +527,9 @@ class EngineClient:
         self._abort(self._processor.process(message))
 
     def _on_ready(self, message: EngineReady) -> None:
-        self._serving = self._has_workers = True
+        self._serving = self._has_workers = self._is_connected = True
         self._budget.serves()
+        self._offer_vocabulary()
         states = list(self._processor.states.values())
         for state in states:
             clear_suspicion(state)

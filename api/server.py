@@ -255,6 +255,7 @@ class _Run:
             on_progress=self._on_progress,
             on_fatal=self._on_fatal,
             bounds_queue=True,
+            prepares_grammars=config.offers_generation,
             log_level=config.log_level,
         )
 

@@ -150,6 +150,9 @@ class EngineCore:
         self._vocab_size = 0
         self._vocabulary: SetVocabulary | None = None
         self._grammars: GrammarCompiler | None = None
+        """Of no concern to the loop until a request has a grammar."""
+        self._prepared_grammars: GrammarCompiler | None = None
+        """The same as soon as the vocabulary is known."""
         self._hidden_size = 0
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -166,8 +169,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Ends all child processes."""
-        if self._grammars is not None:
-            self._grammars.close()
+        if self._prepared_grammars is not None:
+            self._prepared_grammars.close()
         self.executor.shutdown()
 
     def _start_workers(self) -> None:
@@ -308,6 +311,7 @@ class EngineCore:
             self._abort(message)
         elif isinstance(message, SetVocabulary):
             self._vocabulary = self._vocabulary or message
+            self._prepare_grammars()
         elif isinstance(message, Ping):
             self.transport.send(UtilityOutput(call_id=message.call_id))
         elif isinstance(message, StatusRequest):
@@ -378,12 +382,16 @@ class EngineCore:
         self._may_schedule = True
         return request
 
+    def _prepare_grammars(self) -> None:
+        """Starts to build what all grammars need: one call that keeps the interpreter's lock for long."""
+        if self._vocabulary is not None and self._vocab_size and self._prepared_grammars is None:
+            self._prepared_grammars = GrammarCompiler(self._vocab_size)
+            self._prepared_grammars.set_vocabulary(self._vocabulary)
+
     def _compile(self, request: Request, scheduler: Scheduler) -> None:
         """Starts to compile a request's grammar; it is not scheduled before that is done."""
         if self._grammars is None:
-            self._grammars = GrammarCompiler(self._vocab_size)
-            if self._vocabulary is not None:
-                self._grammars.set_vocabulary(self._vocabulary)
+            self._grammars = self._prepared_grammars or GrammarCompiler(self._vocab_size)
         self._note_compiling(scheduler)
         self._grammars.start(request, scheduler.max_output_tokens(request))
 
@@ -504,6 +512,7 @@ class EngineCore:
                 self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
+            self._prepare_grammars()  # while the workers warm up
         shape = self._scheduler.shape
         self.executor.submit(
             InitKVCache(

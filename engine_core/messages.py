@@ -110,7 +110,8 @@ class GrammarSpec(Message, frozen=True):
 
 
 class SetVocabulary(Message, frozen=True):
-    """The tokens that grammars are about. Sent once to an engine core, before the first request that has a grammar."""
+    """The tokens that grammars are about. Sent once to an engine core, no later than the first request that has a
+    grammar."""
 
     tokens: tuple[bytes, ...]
     """By token id; empty: it stands for no text."""

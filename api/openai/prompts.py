@@ -21,7 +21,6 @@ from engine_core.launch import HelperError
 MAX_INLINE_MESSAGES = 64
 """A longer conversation is rendered in a helper process."""
 _CHARS_PER_TOOL = 64
-_CHARS_PER_TOKEN = 8
 MAX_TEMPLATE_KWARGS = 256
 
 
@@ -173,14 +172,12 @@ async def prompt_token_offsets(
     """Where the tokens that ``prompt_token_ids`` returned, so many, lie in a prompt's text.
 
     Raises:
-        RequestError: The prompt has no text, or a very long one.
+        RequestError: The prompt has no text.
     """
     if not isinstance(prompt, str):
         raise RequestError("return_token_offsets needs a prompt that is text", "return_token_offsets")
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
-    most = max(MAX_OFFSET_CHARS, _CHARS_PER_TOKEN * serving.limits.max_model_len)
-    check_number(len(prompt), most, "prompt", "characters with return_token_offsets or echoed logprobs")
     side = request.truncation_side or "left"
     return await serving.apart(len(prompt), serving.tokenizer.offsets, prompt, add_special_tokens, num_tokens, side)
 
@@ -204,6 +201,9 @@ async def prompt_token_ids(
     around = NOTHING_ADDED
     if isinstance(prompt, str):
         around = serving.tokenizer.added_around(add_special_tokens)
+        if keep is not None and request.return_token_offsets:
+            most = max(MAX_OFFSET_CHARS, serving.limits.max_model_len)
+            check_number(len(prompt), most, "prompt", "characters if it is truncated and return_token_offsets is set")
         prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
     prompt = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens, around)
     check_room(len(prompt), serving.limits)

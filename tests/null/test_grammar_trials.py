@@ -99,6 +99,18 @@ def test_a_grammar_that_passes_its_trial_is_used() -> None:
         assert engine.text(1)[-1:] == b"d"
 
 
+def test_what_grammars_need_is_there_before_them() -> None:
+    with Engine() as engine:
+        engine.add(0, None, 4)
+        engine.run()
+        prepared = engine.core._prepared_grammars
+        assert prepared is not None and prepared._vocabulary is not None
+        assert engine.core._grammars is None, "the loop has nothing to do with it yet"
+        engine.add(1, OBJECT, 40)
+        engine.run()
+        assert engine.core._grammars is prepared
+
+
 def test_cheap_grammars_start_no_process() -> None:
     with Engine() as engine:
         engine.add(1, OBJECT, 40)

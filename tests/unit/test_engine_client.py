@@ -21,6 +21,7 @@ from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.outbox import REQUESTS_PER_TURN
 from api.output import Delta, OutputOptions, RequestState
+from api.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import LastWork, engine_identity
 from engine_core.messages import (
@@ -32,10 +33,12 @@ from engine_core.messages import (
     EngineReady,
     FinishReason,
     FromEngineCore,
+    GrammarSpec,
     LoadProgress,
     Ping,
     ResolvedParams,
     SchedulerStats,
+    SetVocabulary,
     SiblingRequests,
     ToEngineCore,
     WorkersLost,
@@ -44,6 +47,7 @@ from engine_core.messages import (
 )
 from engine_core.restart import MAX_DEATHS, MAX_RESTARTS
 from executor.liveness import ProcessSample, ProcessWatch
+from tests.fakes import tiny_tokenizer
 
 
 class Core:
@@ -138,13 +142,18 @@ class FakeSupervisor:
 class Harness:
     """A client that serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self.is_closed = False
         self.fatal: list[EngineDeadError] = []
         self.progress: list[LoadProgress] = []
         self.metrics = EngineMetrics("model")
         self.client = EngineClient(
-            EngineConfig(), None, self.metrics, on_fatal=self.fatal.append, on_progress=self.progress.append
+            EngineConfig(),
+            tokenizer,
+            self.metrics,
+            on_fatal=self.fatal.append,
+            on_progress=self.progress.append,
+            prepares_grammars=tokenizer is not None,
         )
         self.supervisor = FakeSupervisor.current
         self.channel = self.client.open_channel()
@@ -272,6 +281,28 @@ async def test_siblings_are_resumed_one_by_one(harness: Harness) -> None:
     again = await back(harness)
     assert [request.index for request in again] == [state.index for state in states]
     assert [request.sampling_params.seed for request in again if request.sampling_params] == [11, 12]
+
+
+async def test_every_core_hears_the_vocabulary_before_it_is_needed(harness: Harness) -> None:
+    await harness.close()
+    prepared = Harness(tiny_tokenizer())
+    try:
+        await prepared.start()
+        core = prepared.supervisor.core
+        deadline = time.monotonic() + 5
+        told: list[ToEngineCore] = []
+        while not told and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            told = core.received()
+        assert [type(message) for message in told] == [SetVocabulary]
+        prepared.submit(grammar=GrammarSpec("choice", "[]"))
+        assert [type(message) for message in core.received()] == [EngineCoreRequest]
+        prepared.supervisor.die()
+        prepared.supervisor.core.ready()
+        await prepared.serving()
+        assert [type(message) for message in prepared.supervisor.core.received()] == [SetVocabulary, EngineCoreRequest]
+    finally:
+        await prepared.close()
 
 
 async def test_a_new_core_hears_of_many_requests_in_turns(harness: Harness) -> None:
