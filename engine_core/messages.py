@@ -62,6 +62,7 @@ __all__ = [
     "Suspicion",
     "Tensor",
     "ThinkingBudget",
+    "Thought",
     "ToEngineCore",
     "TokenLogprobs",
     "UtilityOutput",
@@ -89,6 +90,21 @@ class FinishReason(IntEnum):
 # api -> engine core
 
 
+class Thought(Message, frozen=True):
+    """What may stand in an output before the part that must be in a language."""
+
+    end: bytes
+    """The text that ends it."""
+    end_token_ids: tuple[int, ...]
+    """That text in tokens, for when it has to end."""
+    start_token_ids: tuple[int, ...] = ()
+    """What begins it."""
+    is_open: bool = False
+    """The output begins inside of it, not with ``start_token_ids`` or the language."""
+    max_tokens: int | None = None
+    """Tokens that it may have before its end is forced."""
+
+
 class GrammarSpec(Message, frozen=True):
     """The language that an output must be in."""
 
@@ -102,6 +118,8 @@ class GrammarSpec(Message, frozen=True):
     """Regular expression of the white space between parts of JSON."""
     param: str = "structured_outputs"
     """The field of the client's request, for errors."""
+    thought: Thought | None = None
+    """What may come before; None: the first token is in the language."""
 
     @property
     def completes(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-from engine_core.messages import POOLING_TYPES, EngineCoreRequest, PoolingParams, ResolvedParams, i32
+from engine_core.messages import POOLING_TYPES, EngineCoreRequest, PoolingParams, ResolvedParams, Thought, i32
 
 MAX_TOKEN_IDS = 1 << 20
 """Ids in a list that every step looks at; no vocabulary is larger."""
@@ -58,7 +58,18 @@ def request_problem(
         return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
         return "nothing is left to generate"
-    return _params_problem(params, vocab_size)
+    thought = None if request.grammar is None else request.grammar.thought
+    return _params_problem(params, vocab_size) or (thought and _thought_problem(thought, vocab_size))
+
+
+def _thought_problem(thought: Thought, vocab_size: int) -> str | None:
+    if not thought.end or not thought.end_token_ids or not (thought.is_open or thought.start_token_ids):
+        return "grammar.thought has no beginning or no end"
+    if any(not 0 <= token_id < vocab_size for token_id in thought.start_token_ids + thought.end_token_ids):
+        return f"grammar.thought has a token id outside the vocabulary of {vocab_size}"
+    if thought.max_tokens is not None and thought.max_tokens < 0:
+        return "grammar.thought has a negative max_tokens"
+    return None
 
 
 def _pooling_problem(params: PoolingParams, hidden_size: int) -> str | None:

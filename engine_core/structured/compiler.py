@@ -194,6 +194,7 @@ class GrammarCompiler:
         assert spec is not None and self._vocabulary is not None
         try:
             vocabulary = self._vocabulary.result()
+            thought, spec = spec.thought, msgspec.structs.replace(spec, thought=None)  # it is not compiled
             key = hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=16).digest()
             with self._lock:
                 verdict = self._verdicts.get(key)
@@ -204,7 +205,9 @@ class GrammarCompiler:
                 raise GrammarError(verdict.problem)
             matcher = self._matcher(key, spec, vocabulary, verdict).deep_copy()
             examples = pattern_examples(spec, vocabulary)
-            grammar = RequestGrammar(matcher, vocabulary, request.params, completes=spec.completes, examples=examples)
+            grammar = RequestGrammar(
+                matcher, vocabulary, request.params, completes=spec.completes, examples=examples, thought=thought
+            )
             grammar.start(remaining, i32(request.message.resumed_output_token_ids).tolist())
         except BudgetError as error:
             return Compiled(request, str(error), "max_tokens")

@@ -28,6 +28,7 @@ class MaskBuilder:
         self._vocabulary = vocabulary
         self._executor: LLExecutor = LLExecutor()
         self._ends = _places(vocabulary.end_tokens)
+        self._end_ids = [token for token in vocabulary.end_tokens if token < vocabulary.size]
 
     def fill(self, grammars: Sequence[RequestGrammar | None]) -> tuple[I32, list[tuple[int, str | None]]]:
         """Computes a mask for each row.
@@ -47,6 +48,10 @@ class MaskBuilder:
             elif (token := grammar.forced_token) is not None:
                 ((word, bit),) = _places([token])
                 masks[row, word] = bit
+            elif grammar.is_thinking:
+                masks[row] = ALL
+                for word, bit in _places([*self._end_ids, *grammar.stop_token_ids]):
+                    masks[row, word] &= ~bit
             else:
                 matchers.append((grammar.matcher, row))
         if not matchers:
@@ -61,6 +66,9 @@ class MaskBuilder:
             if problem is not None:
                 ended.append((row, problem or None))
                 masks[row] = ALL
+            elif grammar.may_begin_thought is not None:
+                ((word, bit),) = _places([grammar.may_begin_thought])
+                masks[row, word] |= bit
         return masks, ended
 
     def _finish(self, mask: I32, grammar: RequestGrammar) -> str | None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from engine_core.messages import ResolvedParams
+from engine_core.messages import ResolvedParams, Thought
 from engine_core.structured.closing import ClosingPaths
 from engine_core.structured.grammar import GrammarError, short_error
+from engine_core.structured.thinking import Thinking
 from engine_core.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class RequestGrammar:
     With ``completes``, a closing path is known at all times: tokens that complete the output from its present state,
     no more of them than the request may still have. A token is accepted only if there is such a path after it, too;
     when the path is as long as what is left, it is followed.
+
+    A thought may come first, in which all tokens are allowed but those that end an output. It has to end when what is
+    left is just enough for that and for the path.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class RequestGrammar:
         *,
         completes: bool,
         examples: Iterable[bytes] = (),
+        thought: Thought | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +61,7 @@ class RequestGrammar:
             params: Of the request.
             completes: Whether an output must be complete when the request's tokens run out.
             examples: See ``ClosingPaths``.
+            thought: What may come before.
         """
         self.matcher = matcher
         self.vocabulary = vocabulary
@@ -66,6 +72,10 @@ class RequestGrammar:
         """Why the grammar cannot go on, after ``FAILED``."""
         self._paths = ClosingPaths(vocabulary, _usable_tokens(params), examples) if completes else None
         self._path: list[int] = []
+        self._first_path: tuple[int, ...] = ()
+        """The path where the grammar begins."""
+        self._thinking = None if thought is None else Thinking(thought, vocabulary)
+        """None once a thought is over, or cannot begin any more."""
         self._remaining = 0
         self._forced: int | None = None
 
@@ -88,22 +98,90 @@ class RequestGrammar:
                     "has no output that can be completed with the tokens that the request allows, or none was found: "
                     "use simpler patterns, smaller bounds or other allowed tokens"
                 )
-            if len(path) > remaining:
-                raise BudgetError(f"must be at least {len(path)} for this grammar to be completed, got {remaining}")
-            self._path = path
+            self._path, self._first_path = path, tuple(path)
+        self._start_thinking()
         for token in outputs:
             if self.accept(token) is not Verdict.GOES_ON:
                 raise GrammarError("does not fit the output so far")
 
+    def _start_thinking(self) -> None:
+        """Makes sure that there is room for the path, and for a thought before it."""
+        thinking = self._thinking
+        is_inside = thinking is not None and thinking.is_inside
+        num_needed = len(self._path) + (thinking.num_needed if thinking is not None else 0)
+        if thinking is not None and not is_inside and num_needed > self._remaining:
+            self._thinking = None  # it may not begin
+            num_needed = len(self._path)
+        if self._paths is not None and num_needed > self._remaining:
+            what = "the thought to end and this grammar" if is_inside else "this grammar"
+            raise BudgetError(f"must be at least {num_needed} for {what} to be completed, got {self._remaining}")
+
+    @property
+    def is_thinking(self) -> bool:
+        """All tokens are allowed but those that end an output."""
+        return self._thinking is not None and self._thinking.is_inside
+
+    @property
+    def may_begin_thought(self) -> int | None:
+        """A token that is allowed beside those of the grammar, if there is one."""
+        return None if self._thinking is None else self._thinking.expected
+
     @property
     def forced_token(self) -> int | None:
         """The one token that may come next, where the grammar has no say in it any more."""
-        if self._forced is None and self._path and len(self._path) == self._remaining:
+        if self._forced is not None:
+            return self._forced
+        thinking = self._thinking
+        if thinking is not None and thinking.is_inside:
+            return thinking.next_end_token if thinking.is_spent or self._must_answer else None
+        if self._path and len(self._path) == self._remaining:
             return self._path[0]
-        return self._forced
+        return None
+
+    @property
+    def _must_answer(self) -> bool:
+        """What is left is just enough to end the thought and to follow the path."""
+        assert self._thinking is not None
+        return self._paths is not None and self._remaining <= self._thinking.num_end_tokens + len(self._path)
+
+    def _think(self, token: int, thinking: Thinking) -> Verdict:
+        """Takes in a token of the thought."""
+        was_cut = self._must_answer and not thinking.is_spent
+        if not thinking.think(token):
+            self._forced = thinking.next_end_token
+            return Verdict.REJECTED
+        self.was_cut |= was_cut
+        self._remaining -= 1
+        self._forced = None
+        if not thinking.is_inside:
+            self._thinking = None
+        return Verdict.GOES_ON
+
+    def _begin_thought(self, token: int, thinking: Thinking) -> bool:
+        """Whether a token is part of what begins a thought, and of nothing else."""
+        if token != thinking.expected:
+            self._thinking = None
+            return False
+        thinking.begin()
+        if thinking.is_inside:
+            self.matcher.reset()
+            self._path = list(self._first_path)
+            self._forced = None
+        elif self._paths is None and self.matcher.validate_tokens([token]) == 1:
+            return False  # the language may begin so, too: what comes next tells
+        else:
+            self._forced = thinking.expected
+        self._remaining -= 1
+        return True
 
     def accept(self, token: int) -> Verdict:
         """Takes in a token of the output."""
+        thinking = self._thinking
+        if thinking is not None:
+            if thinking.is_inside:
+                return self._think(token, thinking)
+            if self._begin_thought(token, thinking):
+                return Verdict.GOES_ON
         matcher = self.matcher
         self.was_cut |= self.forced_token is not None
         if not matcher.consume_token(token):

@@ -21,6 +21,7 @@ class Vocabulary:
         size: Width of the logits; ids that the tokenizer does not know have no bytes and are never allowed.
         end_token: A token that llguidance allows where an output may end.
         mask_words: int32 words in a row of a bitmask.
+        special_tokens: Tokens that stand for no text.
     """
 
     def __init__(self, message: SetVocabulary, size: int) -> None:
@@ -37,7 +38,8 @@ class Vocabulary:
         self.size = size
         self.mask_words = -(-size // 32)
         tokens = list(message.tokens[:size])
-        special = {token for token in message.special_token_ids if token < size}
+        self.token_bytes = message.tokens
+        self.special_tokens = special = {token for token in message.special_token_ids if token < size}
         self.end_tokens = tuple(token for token in message.end_token_ids if token < size)
         if not self.end_tokens:
             # A model without one: an id that no request knows as its end stands for it.
