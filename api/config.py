@@ -52,6 +52,19 @@ class PoolerConfig(Config, frozen=True):
     """Scale vectors to length 1. Default: yes."""
 
 
+class StructuredOutputsConfig(Config, frozen=True):
+    """How constraints of outputs hold, where a request does not say."""
+
+    enable_in_reasoning: bool = False
+    """They hold from the first token on, so that a model cannot think before."""
+    disable_any_whitespace: bool = False
+    """JSON without white space between its parts."""
+    backend: str = "auto"
+    """vLLM's; there is one."""
+    disable_fallback: bool = False
+    """vLLM's; there is nothing to fall back to."""
+
+
 class ServerConfig(Config, frozen=True):
     """Everything the api process is told at start."""
 
@@ -136,6 +149,14 @@ class ServerConfig(Config, frozen=True):
             extra={"group": "Chat"},
         ),
     ] = None
+    structured_outputs_config: Annotated[
+        StructuredOutputsConfig,
+        Meta(
+            description='JSON object: how constraints hold. "enable_in_reasoning": true lets them begin with the first '
+            'token, not after the thought; "disable_any_whitespace": true leaves out white space of JSON.',
+            extra={"group": "Chat"},
+        ),
+    ] = StructuredOutputsConfig()
     max_stored_responses: Annotated[
         int,
         Meta(

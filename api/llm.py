@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_type_hints
 
+from msgspec import UNSET, UnsetType
 from tqdm import tqdm
 
 from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
@@ -39,6 +40,7 @@ from api.pooling import (
 from api.progress import LoadBar
 from api.request_stats import RequestStateStats, request_stats
 from api.serving import Serving
+from api.thinking import conversation_opens_reasoning
 from api.tokenizer import NOTHING_ADDED, Tokenizer
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
@@ -314,18 +316,42 @@ class LLM:
         if template is None:
             raise RequestError("the model has no chat template; give one with chat_template=", "messages")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
+        variables = {**self._config.default_chat_template_kwargs, **(chat_template_kwargs or {})}
+
+        async def render(messages: Sequence[Mapping[str, Any]], **others: bool) -> str:
+            return await self._serving.templates.render(
+                template,
+                messages,
+                "auto",
+                {**options, **others},
+                variables,
+                is_short=True,
+                special_tokens=template.special_tokens,
+                threads=self._serving.threads,
+            )
+
         inputs = []
         for conversation in conversations:
             text = self._serving.templates.render_blocking(
                 template,
                 conversation,  # type: ignore[arg-type]
-                {
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                    "continue_final_message": continue_final_message,
-                },
-                {**self._config.default_chat_template_kwargs, **(chat_template_kwargs or {})},
+                options,
+                variables,
             )
-            inputs.append(_Input(text, None, add_special_tokens=False))
+            opened = self._run(
+                conversation_opens_reasoning(
+                    self._config.reasoning_parser,
+                    render,
+                    conversation,  # type: ignore[arg-type]
+                    text,
+                    continues=continue_final_message,
+                )
+            )
+            inputs.append(_Input(text, None, add_special_tokens=False, opened=opened))
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -488,7 +514,9 @@ class LLM:
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
-                request = serving.resolve(sampling, priority=priorities[number], cache_salt=item.cache_salt)
+                request = serving.resolve(
+                    sampling, opened=item.opened, priority=priorities[number], cache_salt=item.cache_salt
+                )
                 await serving.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
@@ -537,6 +565,8 @@ class _Input:
     token_ids: list[int] | None
     add_special_tokens: bool = True
     cache_salt: str = ""
+    opened: bool | UnsetType | None = UNSET
+    """See ``Serving.resolve``."""
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -30,6 +30,7 @@ class LLMOptions(TypedDict, total=False):
     tool_call_parser: str | None
     exclude_tools_when_tool_choice_none: bool
     reasoning_parser: str | None
+    structured_outputs_config: dict[str, object]
     max_stored_responses: int
     max_stored_response_bytes: int | str
     response_role: str
@@ -258,7 +259,6 @@ class LLMOptions(TypedDict, total=False):
     ignore_patterns: object
     pt_load_map_location: object
     model_loader_extra_config: object
-    structured_outputs_config: object
     guided_decoding_backend: object
     guided_decoding_disable_fallback: object
     guided_decoding_disable_any_whitespace: object

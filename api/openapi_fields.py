@@ -152,6 +152,8 @@ FIELDS: Mapping[str, str] = {
     "effort": "How much to think.",
     "summary": "Accepted; reasoning is shown as it is.",
     "output_config": "The form that an answer must have.",
+    "output_format": "The same as output_config.format.",
+    "enable_in_reasoning": "Whether the language holds from the first token on, not once the model has thought.",
     "format": "The form that an answer must have.",
     "verbosity": "Accepted and ignored.",
     "background": "Answer later: the response is polled for.",

@@ -50,6 +50,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
         disable_any_whitespace: JSON without white space between its parts.
         disable_additional_properties: Objects of a schema that says nothing of further properties have none.
         whitespace_pattern: Regular expression of the white space between parts of JSON.
+        enable_in_reasoning: Whether the output is in it from the first token on, rather than once the model has
+            thought. Default: what the server was told.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -60,6 +62,13 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    enable_in_reasoning: bool | None = None
+
+    @property
+    def says_only_when(self) -> bool:
+        """It tells when the language of another field holds, and names none itself."""
+        when = self.enable_in_reasoning
+        return when is not None and self == StructuredOutputsParams(enable_in_reasoning=when)
 
 
 class RepetitionDetectionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import UNSET, UnsetType
+
 from api.output import OutputOptions
 from api.params import SamplingParams
 from api.queue_bound import NOBODY, Tenant
@@ -25,3 +27,7 @@ class ResolvedRequest:
     cache_salt: str = ""
     tenant: Tenant = NOBODY
     """Who it is for."""
+    opened: bool | UnsetType | None = UNSET
+    """Whether the prompt of a conversation has begun the reasoning or ended it; unset: it is no conversation."""
+    holds_in_reasoning: bool = False
+    """The grammar holds from the first token on."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
 from api.chat_template import ChatTemplate
@@ -27,6 +28,7 @@ from api.output import Channel, OutputOptions, RequestState, Siblings
 from api.params import (
     ModelLimits,
     SamplingParams,
+    StructuredOutputsParams,
     child_seed,
     default_params,
     resolve_max_tokens,
@@ -38,7 +40,7 @@ from api.resolved import ResolvedRequest
 from api.responses.store import ResponseStore
 from api.structured import grammar_spec
 from api.template_renderer import TemplateRenderer
-from api.thinking import thinking_budget
+from api.thinking import PromptEnd, after_thought, thinking_budget
 from api.tokenizer import Tokenizer
 from api.version import VERSION
 from engine_core.launch import get_logger
@@ -222,6 +224,8 @@ class Serving:
         params: SamplingParams,
         *,
         grammar: GrammarSpec | None = None,
+        when: StructuredOutputsParams | None = None,
+        opened: bool | UnsetType | None = UNSET,
         priority: int = 0,
         cache_salt: str = "",
         kept_special_ids: frozenset[int] = frozenset(),
@@ -232,6 +236,9 @@ class Serving:
         Args:
             params: What is asked for.
             grammar: The language that outputs must be in, if ``params`` does not say it.
+            when: Where the request may say from when on, if it is not ``params``.
+            opened: Whether the prompt of a conversation has begun the reasoning or ended it; see
+                ``prompt_opens_reasoning``. Unset: it is no conversation, and its tokens tell.
             priority: Lower runs first.
             cache_salt: Requests share cached prompts with those of the same salt only.
             kept_special_ids: Special tokens that stay in the text although others are left out.
@@ -243,6 +250,8 @@ class Serving:
         self.check_priority(priority)
         if grammar is None and params.structured_outputs is not None:
             grammar = grammar_spec(params.structured_outputs)
+        if grammar is not None and self.config.structured_outputs_config.disable_any_whitespace:
+            grammar = msgspec.structs.replace(grammar, disable_any_whitespace=True)
         options = OutputOptions(
             stop=tuple(params.stop_strings),
             stop_regex=tuple(params.stop_patterns),
@@ -254,10 +263,27 @@ class Serving:
             min_tokens=params.min_tokens,
         )
         engine_params = resolve_shared_params(params, self.limits, self.tokenizer)
-        return ResolvedRequest(params, engine_params, options, grammar, priority, cache_salt, tenant)
+        return ResolvedRequest(
+            params,
+            engine_params,
+            options,
+            grammar,
+            priority,
+            cache_salt,
+            tenant,
+            opened,
+            self.holds_in_reasoning(when or params.structured_outputs),
+        )
 
-    def _resolve_prompt(self, request: ResolvedRequest, prompt: Sequence[int]) -> ResolvedParams:
-        """The parameters of the first completion of a prompt; others have other seeds."""
+    def holds_in_reasoning(self, wanted: StructuredOutputsParams | None) -> bool:
+        """Whether a grammar holds from the first token on, rather than once the model has thought."""
+        own = None if wanted is None else wanted.enable_in_reasoning
+        return self.config.structured_outputs_config.enable_in_reasoning if own is None else own
+
+    def _resolve_prompt(
+        self, request: ResolvedRequest, prompt: Sequence[int]
+    ) -> tuple[ResolvedParams, GrammarSpec | None]:
+        """The parameters of the first completion of a prompt, others have other seeds; and the grammar of all."""
         self.check_token_ids(prompt)
         params = request.params
         resolved = msgspec.structs.replace(
@@ -265,25 +291,23 @@ class Serving:
             seed=self._draw_seed() if params.seed is None else request.engine_params.seed,
             max_tokens=resolve_max_tokens(params, len(prompt), self.limits),
         )
-        # A grammar holds from the first token on, so there is no thinking that could take too long.
-        if params.thinking_token_budget is None or request.grammar is not None:
-            return resolved
-        budget = thinking_budget(
-            params.thinking_token_budget,
-            self.config.reasoning_parser,
-            self.tokenizer,
-            self.limits.vocab_size,
-            prompt,
-            resolved,
-        )
-        return msgspec.structs.replace(resolved, thinking_budget=budget)
+        place = PromptEnd(self.config.reasoning_parser, self.tokenizer, self.limits.vocab_size, prompt, request.opened)
+        num_tokens = params.thinking_token_budget
+        grammar = request.grammar
+        if grammar is not None:
+            if not request.holds_in_reasoning:
+                grammar = after_thought(grammar, num_tokens, place, resolved)
+            return resolved, grammar
+        if num_tokens is None:
+            return resolved, None
+        return msgspec.structs.replace(resolved, thinking_budget=thinking_budget(num_tokens, place, resolved)), None
 
     def _draw_seed(self) -> int:
         return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
 
     async def _resolve_prompts(
         self, request: ResolvedRequest, prompts: Sequence[Sequence[int]], turns: Turns
-    ) -> list[ResolvedParams]:
+    ) -> list[tuple[ResolvedParams, GrammarSpec | None]]:
         resolved = []
         for prompt in prompts:
             resolved.append(self._resolve_prompt(request, prompt))
@@ -323,7 +347,7 @@ class Serving:
         num_children = params.num_completions
         count = num_children * len(prompts)
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
-        for place, (prompt, engine_params) in enumerate(zip(prompts, resolved, strict=True)):
+        for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
             siblings = Siblings(num_children)
             for children in pieces(range(num_children), MAX_SIBLINGS):
@@ -340,7 +364,7 @@ class Serving:
                     cache_salt=request.cache_salt,
                     tenant=request.tenant,
                     is_extra=is_extra,
-                    grammar=request.grammar,
+                    grammar=grammar,
                 )
                 states += started
                 for state in started:

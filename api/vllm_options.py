@@ -174,7 +174,7 @@ TABLE = (
     (
         Verdict.NOTED,
         "grammars have one backend, which needs no configuration",
-        "structured_outputs_config guided_decoding_backend guided_decoding_disable_fallback:bool "
+        "guided_decoding_backend guided_decoding_disable_fallback:bool "
         "guided_decoding_disable_any_whitespace:bool guided_decoding_disable_additional_properties:bool "
         "reasoning_config enable_reasoning:bool",
     ),
@@ -316,8 +316,8 @@ _WORKING = """
     max_num_queued_tokens max_num_seqs model num_gpu_blocks_override otlp_traces_endpoint override_generation_config
     pipeline_parallel_size pooler_config port quantization reasoning_parser response_role return_tokens_as_token_ids
     revision root_path runner scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs
-    ssl_certfile ssl_ciphers ssl_keyfile stream_interval task tensor_parallel_size tokenizer tokenizer_revision
-    tool_call_parser trust_request_chat_template uds
+    ssl_certfile ssl_ciphers ssl_keyfile stream_interval structured_outputs_config task tensor_parallel_size
+    tokenizer tokenizer_revision tool_call_parser trust_request_chat_template uds
 """
 WORKING = frozenset(_WORKING.split())
 """Names of vLLM's that ``ServerConfig`` has. Its other options are Octavo's own."""

@@ -58,8 +58,11 @@ def request_problem(
         return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
         return "nothing is left to generate"
-    thought = None if request.grammar is None else request.grammar.thought
-    return _params_problem(params, vocab_size) or (thought and _thought_problem(thought, vocab_size))
+    if request.grammar is not None and request.grammar.thought is not None:
+        problem = _thought_problem(request.grammar.thought, vocab_size)
+        if problem is not None:
+            return problem
+    return _params_problem(params, vocab_size)
 
 
 def _thought_problem(thought: Thought, vocab_size: int) -> str | None:

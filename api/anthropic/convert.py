@@ -61,10 +61,9 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
         if is_on:
             chat.thinking_token_budget = request.thinking.budget_tokens
     config = request.output_config
-    if config is not None and config.format is not None:
-        chat.response_format = ResponseFormat(
-            type="json_schema", json_schema=JsonSchemaFormat(schema=config.format.schema)
-        )
+    wanted = request.output_format if config is None or config.format is None else config.format
+    if wanted is not None:
+        chat.response_format = ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=wanted.schema))
     if config is not None:
         chat.reasoning_effort = config.effort
     if isinstance(request, MessagesRequest):

@@ -133,6 +133,8 @@ class ConversationRequest(msgspec.Struct, kw_only=True):
     chat_template_kwargs: JsonObject | None = None
     """More variables for the template; they win over what ``thinking`` sets."""
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """Older name of ``output_config.format``."""
 
 
 class RequestMetadata(msgspec.Struct, kw_only=True):

@@ -14,7 +14,13 @@ from msgspec import UNSET, UnsetType
 from api.beam_search import BeamSearchParams
 from api.errors import RequestError
 from api.openai.beam import beam_search_params, create_generation
-from api.openai.prompts import prompt_token_ids, prompt_token_offsets, render_messages, text_of
+from api.openai.prompts import (
+    prompt_opened,
+    prompt_token_ids,
+    prompt_token_offsets,
+    render_messages,
+    text_of,
+)
 from api.openai.protocol import ChatCompletionRequest, TokenOffsets
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
@@ -34,7 +40,6 @@ from api.parsers import (
     ToolCallStart,
     create_parser,
     merge,
-    prompt_opens_reasoning,
 )
 from api.queue_bound import NOBODY, Tenant
 from api.serving import Serving
@@ -54,6 +59,8 @@ class TextFormat(msgspec.Struct, frozen=True):
     tools: Sequence[Tool] = ()
     forced: bool = False
     prompt_opened: bool | None = None
+    is_constrained: bool = False
+    """What comes after the reasoning follows a grammar."""
     single_call: bool = False
     """Calls after the first are left out."""
     shows_reasoning: bool = True
@@ -66,7 +73,12 @@ class TextFormat(msgspec.Struct, frozen=True):
     def parser(self) -> ParserChain:
         """A parser for one choice."""
         return create_parser(
-            self.reasoning, self.tool, self.tools, forced=self.forced, prompt_opened=self.prompt_opened
+            self.reasoning,
+            self.tool,
+            self.tools,
+            forced=self.forced,
+            prompt_opened=self.prompt_opened,
+            needs_mark=self.is_constrained,
         )
 
 
@@ -283,10 +295,21 @@ async def prepare_answer(
     if fits_max_tokens and max_tokens is not None:
         room = max(1, serving.limits.max_model_len - len(prompt))
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
-    text_format = _text_format(serving, request, use, text, is_constrained=grammar is not None)
+    opened = await prompt_opened(serving, request, use.prompt_tools, text)
+    is_thoughtless = grammar is not None and serving.holds_in_reasoning(request.structured_outputs)
+    text_format = TextFormat(
+        reasoning=None if is_thoughtless else serving.config.reasoning_parser,
+        tool=use.parser if use.is_parsed else None,
+        tools=use.prompt_tools or (),
+        forced=use.schema is not None,
+        prompt_opened=opened,
+        is_constrained=grammar is not None,
+        single_call=use.is_single,
+        shows_reasoning=request.include_reasoning is not False,
+    )
     kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
     generation = create_generation(
-        serving, answer_id, [prompt], params, request, grammar, kept_special_ids=kept, tenant=tenant
+        serving, answer_id, [prompt], params, request, grammar, opened=opened, kept_special_ids=kept, tenant=tenant
     )
     if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
         serving.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
@@ -333,21 +356,3 @@ def _sampling_params(
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
     )
-
-
-def _text_format(
-    serving: Serving, request: ChatCompletionRequest, use: ToolUse, prompt: str, *, is_constrained: bool
-) -> TextFormat:
-    tool_format = TextFormat(
-        tool=use.parser if use.is_parsed else None,
-        tools=use.prompt_tools or (),
-        forced=use.schema is not None,
-        single_call=use.is_single,
-        shows_reasoning=request.include_reasoning is not False,
-    )
-    reasoning = serving.config.reasoning_parser
-    if reasoning is None or is_constrained:  # a grammar leaves no room for reasoning
-        return tool_format
-    final_text = text_of(request.messages[-1]) if request.continue_final_message else None
-    opened = prompt_opens_reasoning(reasoning, prompt, final_text)
-    return msgspec.structs.replace(tool_format, reasoning=reasoning, prompt_opened=opened)

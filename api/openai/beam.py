@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from msgspec import UNSET, UnsetType
+
 from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.detokenizer import IncrementalDetokenizer
 from api.errors import EngineDeadError, RequestError
@@ -85,6 +87,7 @@ def create_generation(
     request: GenerationRequest,
     grammar: GrammarSpec | None,
     *,
+    opened: bool | UnsetType | None = UNSET,
     kept_special_ids: frozenset[int] = frozenset(),
     tenant: Tenant = NOBODY,
 ) -> Generation:
@@ -97,6 +100,7 @@ def create_generation(
         params: How the tokens are chosen.
         request: What else it asks for.
         grammar: The language that outputs must be in.
+        opened: Whether the prompt of a conversation has begun the reasoning or ended it; see ``Serving.resolve``.
         kept_special_ids: Special tokens that stay in the text although others are left out.
         tenant: Who it is for.
 
@@ -108,6 +112,8 @@ def create_generation(
     resolved = serving.resolve(
         params,
         grammar=grammar,
+        when=request.structured_outputs,
+        opened=opened,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         kept_special_ids=kept_special_ids,

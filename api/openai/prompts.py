@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, JsonMeter, check_number
 from api.chat_template import BrokenTemplateError, ChatTemplate
 from api.config import TEMPLATE_FIELDS
@@ -15,6 +17,7 @@ from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRe
 from api.params import check_room, truncate_prompt
 from api.parsers import Tool
 from api.serving import INLINE_TEXT, Serving
+from api.thinking import conversation_opens_reasoning
 from api.tokenizer import NOTHING_ADDED
 from engine_core.launch import HelperError
 
@@ -92,6 +95,30 @@ async def render_messages(
         raise RequestError(str(error), "messages") from error
     except RecursionError as error:
         raise RequestError("the conversation is nested too deeply", "messages") from error
+
+
+async def prompt_opened(
+    serving: Serving, request: ChatCompletionRequest, tools: Sequence[Tool] | None, prompt: str
+) -> bool | None:
+    """Whether a conversation's prompt leaves the model in the middle of reasoning; see ``prompt_opens_reasoning``.
+
+    Args:
+        serving: Names the reasoning parser.
+        request: The conversation.
+        tools: Those that the template was shown.
+        prompt: What ``render_messages`` made of it.
+
+    Raises:
+        RequestError: It cannot be rendered now.
+    """
+
+    async def render(messages: Sequence[ChatMessage], **others: bool) -> str:
+        return await render_messages(serving, msgspec.structs.replace(request, **others), messages, tools)
+
+    continues = bool(request.continue_final_message)
+    return await conversation_opens_reasoning(
+        serving.config.reasoning_parser, render, request.messages, prompt, continues=continues
+    )
 
 
 def _template(serving: Serving, source: str | None) -> ChatTemplate | str:

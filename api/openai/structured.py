@@ -22,8 +22,9 @@ def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
         RequestError: Several fields do, or one is malformed.
     """
     found: dict[str, StructuredOutputsParams] = {}
-    if request.structured_outputs is not None:
-        found["structured_outputs"] = request.structured_outputs
+    own = request.structured_outputs
+    if own is not None and not own.says_only_when:
+        found["structured_outputs"] = own
     if request.response_format is not None:
         wanted = _response_format(request.response_format)
         if wanted is not None:

@@ -93,10 +93,10 @@ class ReasoningParserClass(Protocol):
     def special_tokens(self) -> tuple[str, ...]:
         """See ``Parser``."""
 
-    def __call__(self, prompt_opened: bool | None) -> ReasoningParser:
+    def __call__(self, prompt_opened: bool | None, *, needs_mark: bool = False) -> ReasoningParser:
         """Makes a parser for one choice; see ``create_parser``."""
 
-    def opened_by(self, prompt: str, final_text: str | None) -> bool | None:
+    def opened_by(self, turn: str) -> bool | None:
         """See ``prompt_opens_reasoning``."""
 
 

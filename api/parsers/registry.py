@@ -52,6 +52,7 @@ def create_parser(
     *,
     forced: bool = False,
     prompt_opened: bool | None = None,
+    needs_mark: bool = False,
     make_id: MakeId | None = None,
 ) -> ParserChain:
     """Makes the parser of one choice.
@@ -65,6 +66,8 @@ def create_parser(
             to. The tool parser, if there is one, only gives ids their form.
         prompt_opened: Whether the prompt has begun the reasoning (True) or has ended it, too (False); None if it has
             done neither. See ``prompt_opens_reasoning``.
+        needs_mark: An answer that does not begin with the mark of reasoning has none, unless the prompt has begun it,
+            whatever the model is used to: a grammar sees to that.
         make_id: Makes the ids of calls, instead of the tool parser.
 
     Raises:
@@ -77,18 +80,18 @@ def create_parser(
     if forced:
         tool_class = JsonForcedParser
     return ParserChain(
-        None if reasoning_class is None else reasoning_class(prompt_opened),
+        None if reasoning_class is None else reasoning_class(prompt_opened, needs_mark=needs_mark),
         None if tool_class is None else tool_class(tools, make_id),
     )
 
 
-def prompt_opens_reasoning(reasoning: str, prompt: str, final_text: str | None = None) -> bool | None:
-    """Whether a prompt leaves the model in the middle of reasoning.
+def prompt_opens_reasoning(reasoning: str, turn: str) -> bool | None:
+    """Whether a prompt leaves the model in the middle of reasoning: its last mark decides.
 
     Args:
         reasoning: The name of the reasoning parser.
-        prompt: The prompt's text, as the template made it. Only its end counts, which is the template's own.
-        final_text: The text of the last message, if the model goes on with that message.
+        turn: What the prompt has of the turn that the model goes on with, as the template made it. What stands before,
+            others have said, who may use the marks as words.
 
     Returns:
         True: reasoning has begun; False: it has ended; None: neither.
@@ -96,7 +99,13 @@ def prompt_opens_reasoning(reasoning: str, prompt: str, final_text: str | None =
     Raises:
         ValueError: There is no parser of that name.
     """
-    return resolve_reasoning_parser(reasoning).opened_by(prompt, final_text)
+    return resolve_reasoning_parser(reasoning).opened_by(turn)
+
+
+def is_last_turn_needed(reasoning: str, prompt: str) -> bool:
+    """Whether a prompt has marks, of which it must be known in whose turn they are. A mark at its end is the last."""
+    marks = resolve_reasoning_parser(reasoning).special_tokens
+    return any(mark in prompt for mark in marks) and not prompt.rstrip().endswith(marks)
 
 
 def _resolve(registry: dict[str, str], kind: str, name: str) -> Any:

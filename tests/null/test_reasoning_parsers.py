@@ -8,6 +8,7 @@ from api.parsers import (
     REASONING_PARSERS,
     collect,
     create_parser,
+    is_last_turn_needed,
     prompt_opens_reasoning,
     resolve_reasoning_parser,
 )
@@ -81,10 +82,13 @@ def test_is_reasoning() -> None:
 def test_what_the_prompt_says(name: str) -> None:
     assert prompt_opens_reasoning(name, "<|User|>Hi <think><|Assistant|><think>\n") is True
     assert prompt_opens_reasoning(name, "<|im_start|>assistant\n<think>\n\n</think>\n\n") is False
-    assert prompt_opens_reasoning(name, "What is <think>?<|im_end|>\n<|im_start|>assistant\n") is None
-    assert prompt_opens_reasoning(name, "...", "<think>\nI was about to") is True
-    assert prompt_opens_reasoning(name, "...", "<think>\nHm\n</think>\nYes, ") is False
-    assert prompt_opens_reasoning(name, "<think>", "Yes, ") is None
+    assert prompt_opens_reasoning(name, "<think>\nOkay,") is True
+    assert prompt_opens_reasoning(name, "<think>\nHm\n</think>\nYes, ") is False
+    assert prompt_opens_reasoning(name, "Yes, ") is None
+    assert is_last_turn_needed(name, "What is <think>?<|im_end|>\n<|im_start|>assistant\n")
+    assert is_last_turn_needed(name, "<|im_start|>assistant\n<think>\nOkay,")
+    assert not is_last_turn_needed(name, "<|im_start|>assistant\n<think>\n")
+    assert not is_last_turn_needed(name, "<|im_start|>assistant\n")
 
 
 def test_names() -> None:

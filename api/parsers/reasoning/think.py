@@ -16,15 +16,10 @@ _CLOSE: Final = "</think>"
 _CLOSING: Final = Markers(_CLOSE)
 
 
-def think_opened_by(prompt: str, final_text: str | None) -> bool | None:
+def think_opened_by(turn: str) -> bool | None:
     """See ``prompt_opens_reasoning``."""
-    if final_text is not None:
-        opening, closing = final_text.rfind(_OPEN), final_text.rfind(_CLOSE)
-        return None if opening == closing else opening > closing
-    prompt = prompt[-256:].rstrip()
-    if prompt.endswith(_OPEN):
-        return True
-    return False if prompt.endswith(_CLOSE) else None
+    opening, closing = turn.rfind(_OPEN), turn.rfind(_CLOSE)
+    return None if opening == closing else opening > closing
 
 
 class ThinkSection:
@@ -129,8 +124,8 @@ class DeepSeekR1Parser:
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
     opened_by = staticmethod(think_opened_by)
 
-    def __init__(self, prompt_opened: bool | None) -> None:
-        self._section = ThinkSection(needs_tag=False, skip=prompt_opened is False)
+    def __init__(self, prompt_opened: bool | None, *, needs_mark: bool = False) -> None:
+        self._section = ThinkSection(needs_tag=needs_mark and not prompt_opened, skip=prompt_opened is False)
         self.feed: Callable[[str], list[Event]] = self._section.feed
         self.finish: Callable[[], list[Event]] = self._section.finish
 
@@ -146,7 +141,7 @@ class Qwen3Parser:
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
     opened_by = staticmethod(think_opened_by)
 
-    def __init__(self, prompt_opened: bool | None) -> None:
+    def __init__(self, prompt_opened: bool | None, *, needs_mark: bool = False) -> None:
         self._section = ThinkSection(needs_tag=not prompt_opened, skip=prompt_opened is False)
         self.feed: Callable[[str], list[Event]] = self._section.feed
         self.finish: Callable[[], list[Event]] = self._section.finish
