@@ -324,7 +324,10 @@ class _Template:
     """One compiled template."""
 
     def __init__(self, source: str, is_bounded: bool) -> None:
-        self.uses = find_uses(_parse(source))
+        try:
+            self.uses = find_uses(_parse(source))
+        except RecursionError as error:
+            raise BrokenTemplateError("chat template: it is nested too deeply") from error
         self._is_bounded = is_bounded
         self._template: jinja2.Template | None = None
         try:

@@ -33,7 +33,8 @@ class TemplateUses:
     Attributes:
         content_format: ``openai``: it loops over content.
         needs_parts: It never asks whether content is a text, so it would loop over the characters of one.
-        tool_content_format: The same for results of calls; a template may loop over what users say and print results.
+        tool_content_format: The same for results of calls: a template may loop over what users say and print results. A
+            text where it takes both, as some templates have parts of their own kind there.
         arguments_format: ``text``: it adds the arguments of calls to a text, or prints them. ``object`` if it writes
             them as JSON, looks into them, asks for their type, or does nothing with them alone.
         knows_developer: It names the role ``developer``.
@@ -52,13 +53,13 @@ def find_uses(tree: nodes.Template) -> TemplateUses:
     """Reads a template that was parsed."""
     content = _Uses(tree, "content", follows_filter=lambda _: True)
     loops = content.are_looped_over(tree)
-    content_format: ContentFormat = "openai" if loops else "string"
+    needs_parts = loops and not content.are_tested(tree)
     arguments = _Uses(tree, "arguments", follows_filter=lambda name: name in _SAME_VALUE_FILTERS)
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return TemplateUses(
-        content_format=content_format,
-        needs_parts=loops and not content.are_tested(tree),
-        tool_content_format="string" if loops and _prints_results(tree, content) else content_format,
+        content_format="openai" if loops else "string",
+        needs_parts=needs_parts,
+        tool_content_format="openai" if needs_parts and not _prints_results(tree, content) else "string",
         arguments_format=_arguments_format(tree, arguments),
         knows_developer="developer" in constants,
         reads_is_error="is_error" in constants or any(node.attr == "is_error" for node in tree.find_all(nodes.Getattr)),
@@ -75,7 +76,7 @@ def _prints_results(tree: nodes.Template, content: _Uses) -> bool:
     """Whether what a template does for the role ``tool`` takes content as a text."""
     branches = [branch.body for branch in tree.find_all(nodes.If) if _asks_for_role(branch.test, "tool")]
     body = nodes.Template([node for branch in branches for node in branch])
-    return content.are_texts(body) and not content.are_looped_over(body) and not content.are_tested(body)
+    return content.are_texts(body) and not content.are_looped_over(body)
 
 
 def _asks_for_role(test: nodes.Node, role: str) -> bool:

@@ -156,7 +156,15 @@ def test_hostile_and_broken_templates(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{% if %}", "{{ 'a }}", "{% unknown %}", "{{" + "(" * 5000 + "}}", "{% include 'x' %"]
+    "source",
+    [
+        "{% if %}",
+        "{{ 'a }}",
+        "{% unknown %}",
+        "{{" + "(" * 5000 + "}}",
+        "{{ x" + "|trim" * 5000 + "}}",
+        "{% include 'x' %",
+    ],
 )
 def test_templates_that_are_no_jinja(source: str) -> None:
     with pytest.raises(TemplateError):

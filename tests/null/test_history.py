@@ -111,7 +111,7 @@ def test_arguments_format(body: str, expected: str) -> None:
         ("{{ '<' ~ m['content'] | string }}", "string"),
         ("{% set c = m.content | trim %}{{ c }}", "string"),
         ("{% for p in m.content %}{{ p.text }}{% endfor %}", "openai"),
-        ("{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}", "openai"),
+        ("{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].output }}{% endif %}", "string"),
         ("{{ show(m.content) }}", "openai"),
     ],
 )
@@ -134,6 +134,18 @@ def test_a_result_is_a_text_where_it_is_printed() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     for result in (parts, "a\nb"):
         assert render(source, {"role": "user", "content": parts}, {"role": "tool", "content": result}) == "[a][b]<a\nb>"
+
+
+def test_a_result_is_a_text_where_the_template_takes_both() -> None:
+    """GLM's templates take results in parts, but not parts of text."""
+    source = (
+        "{% macro show(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}[{{ p.text }}]{% endfor %}{% endif %}"
+        "{% endmacro %}{% for m in messages %}{% if m.role == 'tool' %}{% if m.content is string %}<{{ m.content }}>"
+        "{% else %}{% for r in m.content %}<{{ r.output if r.output is defined else r }}>{% endfor %}{% endif %}"
+        "{% else %}{{ show(m.content) }}{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert render(source, {"role": "user", "content": parts}, {"role": "tool", "content": parts}) == "[a][b]<a\nb>"
 
 
 def test_roles_and_errors_that_a_template_knows() -> None:
