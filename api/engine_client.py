@@ -109,7 +109,7 @@ class EngineClient:
         self._processor = OutputProcessor(metrics, self._queue)
         self._supervisor = Supervisor(config, self._on_exit, log_level)
         self._epoch = 0
-        self._serving = self._has_workers = self._closing = False
+        self._serving = self._has_workers = self._closing = self._receives_soon = False
         self._next_index = self._next_call_id = 0
         self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
         self._budget = RestartBudget()
@@ -150,7 +150,7 @@ class EngineClient:
         socket.set_hwm(0)
         socket.bind(self._supervisor.address)
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._receive)
+        self._loop.add_reader(self._fd, self._on_readable)
         self._started = self._loop.create_future()
         self._launch()
         if self._prepares_grammars:
@@ -462,13 +462,24 @@ class EngineClient:
         # ZeroMQ's descriptor tells of events once; sending may have swallowed one.
         assert self._loop is not None
         if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._receive_soon()
+
+    def _receive_soon(self) -> None:
+        """Takes messages in the next turn of the loop: once, however many requests are sent in this one."""
+        if not self._receives_soon:
+            self._receives_soon = True
+            assert self._loop is not None
             self._loop.call_soon(self._receive)
+
+    def _on_readable(self) -> None:
+        if not self._receives_soon:
+            self._receive()
 
     def _receive(self) -> None:
         """Takes messages that are there, a few at a time: their consumers and new connections must get their turns."""
+        self._receives_soon = False
         if self._take(MAX_MESSAGES_PER_TURN):
-            assert self._loop is not None
-            self._loop.call_soon(self._receive)
+            self._receive_soon()
 
     def _take(self, limit: int) -> bool:
         """Handles up to ``limit`` messages. False: there are no more."""
@@ -547,8 +558,12 @@ class EngineClient:
         """The engine core process ended unasked: start another, unless it said that this is of no use."""
         if code > 0 and self._last_words is None:
             self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
-        while self._take(MAX_MESSAGES_PER_TURN):
-            pass
+        if self._take(MAX_MESSAGES_PER_TURN):
+            assert self._loop is not None
+            self._loop.call_soon(self._on_exit, code)  # it left more
+            return
+        if self._closing:
+            return
         was_serving, self._serving = self._serving, False
         was_stopped = self._watch is not None and self._watch.stopped >= STOPPED_TIMEOUT
         self._fail_calls()

@@ -59,6 +59,10 @@ class Delta(msgspec.Struct, gc=False):
     """The error is the client's fault: the field that is to blame."""
 
 
+MAX_TAKEN = 256
+"""Deltas that a consumer takes in one go: after a pause, as when a reader was slow, there may be any number."""
+
+
 class Channel:
     """Where the deltas of one or more completions wait for their one consumer.
 
@@ -66,10 +70,11 @@ class Channel:
         quiet: Wake the consumer at the end of completions only: it does not care before.
     """
 
-    __slots__ = ("_items", "_loop", "_waiter", "quiet")
+    __slots__ = ("_is_behind", "_items", "_loop", "_waiter", "quiet")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.quiet = False
+        self._is_behind = False
         self._loop = loop
         self._items: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -88,11 +93,20 @@ class Channel:
                 waiter.set_result(None)
 
     async def take(self) -> list[Delta]:
-        """Waits until there is something, then returns all of it in order; nothing after ``wake``."""
+        """Waits until there is something, then returns it in order; nothing after ``wake``.
+
+        More than ``MAX_TAKEN`` are left for the next time, before which others have their turn.
+        """
         if not self._items:
             self._waiter = self._loop.create_future()
             await self._waiter
+        elif self._is_behind:
+            await asyncio.sleep(0)
         items, self._items = self._items, []
+        self._is_behind = len(items) > MAX_TAKEN
+        if self._is_behind:
+            self._items = items[MAX_TAKEN:]
+            del items[MAX_TAKEN:]
         return items
 
 

@@ -422,8 +422,9 @@ class WholeAnswer(Response):
     async def _fold(self, deltas: list[Delta]) -> None:
         """Folds deltas and empties their list: neither is done in one go, so that others have their turns."""
         deltas.reverse()
-        while deltas and not self._generation.disconnected:
-            self._reply.fold(deltas[: -FOLDED_AT_ONCE - 1 : -1])
+        while deltas:
+            if not self._generation.disconnected:
+                self._reply.fold(deltas[: -FOLDED_AT_ONCE - 1 : -1])
             del deltas[-FOLDED_AT_ONCE:]
             if deltas:
                 await asyncio.sleep(0)

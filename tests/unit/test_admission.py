@@ -19,6 +19,7 @@ from api.openai import stream, structured
 from api.openai.completions import CompletionReply
 from api.openai.prompts import MAX_TEMPLATE_KWARGS
 from api.openai.stream import FOLDED_AT_ONCE
+from api.output import MAX_TAKEN, Channel, Delta
 from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api
@@ -262,6 +263,29 @@ async def test_answers_in_one_piece_are_written_down_in_turns(api: Api, monkeypa
     answer = await api.complete("ab", n=40, max_tokens=3, logprobs=2, seed=1)
     assert answer["choices"] == plain["choices"]
     assert len(costs) == 42  # the choices, and what is around them
+
+
+async def test_what_waits_for_a_slow_reader_is_taken_in_pieces() -> None:
+    channel = Channel(asyncio.get_running_loop())
+    for number in range(3 * MAX_TAKEN + 1):
+        channel.push(Delta(number))
+    sizes, turns = [], 0
+    taken: list[int] = []
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counter = asyncio.create_task(count())
+    while len(taken) < 3 * MAX_TAKEN + 1:
+        deltas = await channel.take()
+        sizes.append(len(deltas))
+        taken += [delta.choice for delta in deltas]
+    counter.cancel()
+    assert sizes == [MAX_TAKEN] * 3 + [1] and taken == list(range(3 * MAX_TAKEN + 1))
+    assert turns >= 3, "others had their turns between them"
 
 
 # -- the client is gone ------------------------------------------------------------------------------------------

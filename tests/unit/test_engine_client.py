@@ -16,7 +16,7 @@ import zmq
 
 from api import engine_client
 from api.blame import REFUSAL_TIME, Culprits
-from api.engine_client import EngineClient
+from api.engine_client import MAX_MESSAGES_PER_TURN, EngineClient
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.outbox import REQUESTS_PER_TURN
@@ -303,6 +303,45 @@ async def test_every_core_hears_the_vocabulary_before_it_is_needed(harness: Harn
         assert [type(message) for message in prepared.supervisor.core.received()] == [SetVocabulary, EngineCoreRequest]
     finally:
         await prepared.close()
+
+
+async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = harness.submit()
+    harness.supervisor.core.received()
+    num_taken = 0
+    take = harness.client._take
+
+    def counted(limit: int) -> bool:
+        nonlocal num_taken
+        num_taken += 1
+        return take(limit)
+
+    monkeypatch.setattr(harness.client, "_take", counted)
+    harness.supervisor.core.tokens(state, 0, *range(40))
+    deadline = time.monotonic() + 5
+    while len(state.output_token_ids) < 40 and time.monotonic() < deadline:
+        before = num_taken
+        for _ in range(10):
+            harness.submit()  # sees that there is something to take
+        await asyncio.sleep(0)
+        assert num_taken <= before + 2  # that, and the loop's own notice
+    assert len(state.output_token_ids) == 40
+
+
+async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None:
+    state = harness.submit()
+    harness.supervisor.core.tokens(state, 0, *range(40))
+    assert harness.client._socket.poll(5000)
+    harness.supervisor.die()
+    assert len(state.output_token_ids) <= 2 * MAX_MESSAGES_PER_TURN
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if len(harness.supervisor.cores) > 1:
+            break
+        await asyncio.sleep(0.001)
+    assert len(state.output_token_ids) == 40, "all of it, before another core is started"
 
 
 async def test_a_new_core_hears_of_many_requests_in_turns(harness: Harness) -> None:
