@@ -82,9 +82,14 @@ async def ask(api: Api, route: str, prompt: str, *, stream: bool = False, **fiel
     path, body = request(route, prompt, stream=stream, **fields)
     response = await api.post(path, body)
     assert response.status_code == 200, response.text
+    return reply_of(route, response.text, stream=stream)
+
+
+def reply_of(route: str, text: str, *, stream: bool = False) -> Reply:
+    """What a client reads of the body of an answer."""
     if not stream:
-        return _WHOLE[route](response.json())
-    lines = [line[len("data: ") :] for line in response.text.split("\n") if line.startswith("data: ")]
+        return _WHOLE[route](json.loads(text))
+    lines = [line[len("data: ") :] for line in text.split("\n") if line.startswith("data: ")]
     return _STREAMED[route]([json.loads(line) for line in lines if line != "[DONE]"])
 
 
