@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from api.admission import check_number
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
-from api.params import SamplingParams
+from api.params import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_KEY_DIGITS = 20
 MAX_SHOWN_KEY = 40
@@ -71,7 +72,7 @@ def sampling_params(
     fields = msgspec.structs.asdict(request)
     wanted = {name: fields[name] for name in _SAME_NAME if fields[name] is not None}
     if request.logit_bias is not None:
-        wanted["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
+        wanted["logit_bias"] = _logit_bias(request.logit_bias)
     if logprobs is None and request.logprob_token_ids:
         logprobs = 0
     return SamplingParams(
@@ -83,13 +84,20 @@ def sampling_params(
     )
 
 
-def _token_id(key: str) -> int:
-    """A key of ``logit_bias``. JSON has texts only for keys, so the decoder could not say which one is no number."""
-    digits = key.removeprefix("-")
-    if not (digits.isascii() and digits.isdecimal() and len(digits) <= MAX_KEY_DIGITS):
-        shown = key if len(key) <= MAX_SHOWN_KEY else key[:MAX_SHOWN_KEY] + "..."
+def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
+    """By token id. JSON knows texts as keys only; the decoder could not say which one is no number.
+
+    Raises:
+        RequestError: There are too many, or a key is not a token id.
+    """
+    check_number(len(biases), MAX_LOGIT_BIAS, "logit_bias", "token ids")
+    # There may be many, so they are walked through without a line of Python for each.
+    is_good = all(map(str.isdecimal, biases)) and all(map(str.isascii, biases))
+    if not is_good or max(map(len, biases), default=0) > MAX_KEY_DIGITS:
+        bad = next(key for key in biases if not (key.isdecimal() and key.isascii() and len(key) <= MAX_KEY_DIGITS))
+        shown = bad if len(bad) <= MAX_SHOWN_KEY else bad[:MAX_SHOWN_KEY] + "..."
         raise RequestError(f'logit_bias has the key {shown!r}, which is not a token id such as "42"', "logit_bias")
-    return int(key)
+    return dict(zip(map(int, biases), biases.values(), strict=True))
 
 
 def check_stream_fields(request: GenerationRequest) -> None:

@@ -38,6 +38,8 @@ GENERATION: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_interval": 0, "stream": True}, BAD, "stream_interval"),
     ({"logit_bias": {"word": 1}}, BAD, "logit_bias"),
     ({"logit_bias": {"1_0": 1}}, BAD, "logit_bias"),
+    ({"logit_bias": {"1": 0, "-1": 1}}, BAD, "logit_bias"),
+    ({"logit_bias": {"9" * 30: 1}}, BAD, "logit_bias"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, BAD, "logit_bias"),
     ({"allowed_token_ids": []}, BAD, "allowed_token_ids"),
     ({"bad_words": ["x"] * 129}, BAD, "bad_words"),
