@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ _SCHEMAS = (
     "then",
     "else",
 )
+
+_APPLICATORS = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"))
+"""Keywords that apply other schemas to the same value."""
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
 
 
 def grammar_spec(params: StructuredOutputsParams, name: str = "structured_outputs") -> GrammarSpec:
@@ -113,6 +118,7 @@ def _schema_text(params: StructuredOutputsParams, name: str) -> str:
         if params.disable_additional_properties and "properties" in part and "patternProperties" not in part:
             part.setdefault("additionalProperties", False)
         _check_min_properties(part, name)
+        _say_otherwise(part)
         _put_into_engines_terms(part)
     return json.dumps(schema, ensure_ascii=False)
 
@@ -129,6 +135,59 @@ def _check_min_properties(schema: dict[str, Any], name: str) -> None:
             "name the properties under required, or leave minProperties out and check the answer",
             name,
         )
+
+
+def _say_otherwise(schema: dict[str, Any]) -> None:
+    """Puts keywords that the engine does not know into those that it knows, where they mean the same, or nothing."""
+    if schema.get("not") in (False, {"not": {}}):
+        del schema["not"]
+    elif "not" in schema and schema["not"] in (True, {}):
+        schema.clear()
+        schema["enum"] = []  # nothing, as zod writes z.never()
+    for keyword in ("dependentRequired", "dependentSchemas"):
+        if schema.get(keyword) == {}:
+            del schema[keyword]
+    if "if" not in schema:
+        schema.pop("then", None)
+        schema.pop("else", None)
+    elif "then" not in schema and "else" not in schema:
+        del schema["if"]
+    for keyword in ("unevaluatedProperties", "unevaluatedItems"):
+        if keyword in schema and schema[keyword] in (True, {}):
+            del schema[keyword]
+    if schema.get("unevaluatedProperties") is False and not schema.keys() & _APPLICATORS:
+        del schema["unevaluatedProperties"]
+        schema.setdefault("additionalProperties", False)
+    _say_names_otherwise(schema)
+
+
+def _say_names_otherwise(schema: dict[str, Any]) -> None:
+    """Makes ``propertyNames``, which zod writes for every record, a pattern of properties."""
+    names = schema.get("propertyNames")
+    if names is True:
+        names = {}
+    if not isinstance(names, dict) or names.get("type", "string") != "string":
+        return  # absent, or the engine says that it is not supported
+    constraints = names.keys() - _ANNOTATIONS - {"type"}
+    if constraints and not schema.keys() & {"properties", "patternProperties", *_APPLICATORS}:
+        if constraints == {"pattern"} and isinstance(names["pattern"], str):
+            pattern = names["pattern"]
+        elif constraints <= {"enum", "const"} and all(isinstance(name, str) for name in _allowed(names)):
+            pattern = f"^({'|'.join(re.escape(name) for name in _allowed(names))})$"
+        else:
+            return
+        schema["patternProperties"] = {pattern: schema.get("additionalProperties", True)}
+        schema["additionalProperties"] = False
+        constraints = set()
+    if not constraints:
+        del schema["propertyNames"]
+
+
+def _allowed(names: dict[str, Any]) -> list[Any]:
+    """The values of ``const`` or of ``enum``."""
+    if "const" in names:
+        return [names["const"]] if "enum" not in names or names["const"] in names["enum"] else [None]
+    return names["enum"] if isinstance(names["enum"], list) and names["enum"] else [None]
 
 
 def _put_into_engines_terms(schema: dict[str, Any]) -> None:
