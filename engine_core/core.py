@@ -365,6 +365,8 @@ class EngineCore:
                     self._compile(request, scheduler)
         except Exception as error:  # one bad request must not reach the loop
             logger.exception("request %s could not be added", message.request_id)
+            if request is not None:
+                scheduler.abort_request(request.index)
             problem = f"internal error: {error}"
         if self._record is not None:
             self._record.adding(0)
@@ -392,19 +394,23 @@ class EngineCore:
         """Starts to compile a request's grammar; it is not scheduled before that is done."""
         if self._grammars is None:
             self._grammars = self._prepared_grammars or GrammarCompiler(self._vocab_size)
-        self._note_compiling(scheduler)
+        if self._record is not None:
+            self._record.also_compiling(request.index)
         self._grammars.start(request, scheduler.max_output_tokens(request))
 
     def _take_grammars(self, grammars: GrammarCompiler) -> None:
         """Queues requests whose grammar is there, and refuses those that will have none."""
-        for compiled in grammars.take():
-            assert self._scheduler is not None
+        results = grammars.take()
+        if not results:
+            return
+        assert self._scheduler is not None
+        for compiled in results:
             if compiled.problem is None:
                 self._scheduler.grammar_is_there(compiled.request)
-                self._may_schedule = True
             else:
                 self._refuse(compiled, self._scheduler)
-            self._note_compiling(self._scheduler)
+        self._note_compiling(self._scheduler)
+        self._may_schedule = True  # whoever is refused may have been on trial, with others waiting for its end
 
     def _refuse(self, compiled: Compiled, scheduler: Scheduler) -> None:
         request, param = compiled.request, compiled.param
@@ -422,6 +428,8 @@ class EngineCore:
             if self._scheduler is not None:
                 self._scheduler.abort_request(index)
         self._may_schedule = True
+        if self._scheduler is not None and self._grammars is not None:
+            self._note_compiling(self._scheduler)
         if self._scheduler is not None and not self.in_flight:
             self._send_outputs()  # no step will come that tells how many requests are left
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine_core.last_work import COLUMNS, HEADER, SIZE
+from engine_core.last_work import COLUMNS, HEADER, MAX_COMPILING, SIZE
 
 if TYPE_CHECKING:
     from engine_core.scheduler import InFlight
@@ -37,9 +37,9 @@ class FlightRecord:
         self._words[0] = index
 
     def computing(self, steps: Collection[InFlight]) -> None:
-        """These steps are in flight. What is being compiled has to be said again."""
+        """These steps are in flight."""
         num_rows = sum(len(step.indices) for step in steps)
-        if HEADER + num_rows * COLUMNS > len(self._words):
+        if HEADER + num_rows * COLUMNS > len(self._words) - MAX_COMPILING:
             self._words[1] = 0
             return
         begin = HEADER
@@ -53,7 +53,14 @@ class FlightRecord:
         self._words[1] = num_rows
 
     def compiling(self, indices: Collection[int]) -> None:
-        """The grammars of these requests are being compiled."""
-        kept = list(indices)[: len(self._words) // 4]
+        """The grammars of these requests are being compiled, and no others."""
+        kept = list(indices)[MAX_COMPILING - 1 :: -1]
         self._words[len(self._words) - len(kept) :] = kept
         self._words[2] = len(kept)
+
+    def also_compiling(self, index: int) -> None:
+        """The grammar of one more request is about to be compiled."""
+        count = int(self._words[2])
+        if count < MAX_COMPILING:
+            self._words[len(self._words) - count - 1] = index
+            self._words[2] = count + 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SIZE = 1 << 16
+SIZE = 1 << 17
 """Bytes. What finds no room is left out."""
+MAX_COMPILING = 1 << 11
+"""Requests whose grammars are being compiled: they have the end of the file for themselves."""
 HEADER = 3
 """int64: the request that is being taken in or 0, the number of rows computed, of requests compiled."""
 COLUMNS = 3

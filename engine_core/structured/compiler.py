@@ -77,7 +77,8 @@ class _Trial:
     __slots__ = ("future", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Request, int]] = []
+        self.waiting: dict[int, tuple[Request, int]] = {}
+        """By index: the request, and how many tokens it may have."""
         self.future: Future[bytes] | None = None
 
 
@@ -93,6 +94,8 @@ class GrammarCompiler:
         self._cached_bytes = 0
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._trials: dict[bytes, _Trial] = {}
+        self._trial_of: dict[int, _Trial] = {}
+        """By index of the request that waits for it."""
         self._lock = threading.Lock()
         """For cache, verdicts and trials."""
         self._done: deque[Compiled] = deque()
@@ -142,12 +145,13 @@ class GrammarCompiler:
         if self._started.pop(index, None) is None:
             return
         with self._lock:
-            trials = list(self._trials.values())
-            for trial in trials:
-                trial.waiting = [entry for entry in trial.waiting if entry[0].index != index]
-        for trial in trials:
-            if not trial.waiting and trial.future is not None:
-                trial.future.cancel()  # unless it runs
+            trial = self._trial_of.pop(index, None)
+            if trial is None:
+                return
+            trial.waiting.pop(index, None)
+            is_over = not trial.waiting
+        if is_over and trial.future is not None:
+            trial.future.cancel()  # unless it runs
 
     def take(self) -> list[Compiled]:
         """Requests whose grammars are compiled, or never will be."""
@@ -160,9 +164,10 @@ class GrammarCompiler:
             if started is not None and started[1] is result.request:
                 results.append(result)
         now = time.monotonic()
-        for index, (since, request) in list(self._started.items()):
+        while self._started:  # they are in the order in which they came
+            index, (since, request) = next(iter(self._started.items()))
             if now - since < MAX_WAIT:
-                break  # they are in the order in which they came
+                break
             del self._started[index]
             results.append(Compiled(request, f"was not compiled within {MAX_WAIT:.0f} s; simplify it", ""))
         return results
@@ -224,7 +229,8 @@ class GrammarCompiler:
             is_first = trial is None
             if trial is None:
                 trial = self._trials[key] = _Trial()
-            trial.waiting.append((request, remaining))
+            trial.waiting[request.index] = request, remaining
+            self._trial_of[request.index] = trial
         if not is_first:
             return None
         owner = "\0".join(request.message.tenant)
@@ -232,7 +238,7 @@ class GrammarCompiler:
             trial.future = self._helper.submit(
                 "try_grammar", msgspec.msgpack.encode(spec), owner=owner, patience=MAX_WAIT
             )
-        except HelperError as error:
+        except Exception as error:  # also that no thread can be started: nobody else would end the trial
             failure: Future[bytes] = Future()
             failure.set_exception(error)
             self._tried(key, spec, failure)
@@ -256,11 +262,13 @@ class GrammarCompiler:
             trouble = f"could not be checked: {error}"
         with self._lock:
             waiting = self._trials.pop(key).waiting
+            for index in waiting:
+                self._trial_of.pop(index, None)
             if verdict is not None:
                 self._verdicts[key] = verdict
                 while len(self._verdicts) > MAX_VERDICTS:
                     self._verdicts.popitem(last=False)
-        for request, remaining in waiting:
+        for request, remaining in waiting.values():
             if trouble:
                 self._finish(Compiled(request, f"the grammar {trouble}"))
             else:

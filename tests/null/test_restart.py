@@ -108,6 +108,8 @@ def test_a_record_tells_what_was_worked_on(tmp_path: Path) -> None:
     record.adding(2**40)
     assert read_flight_record(path).suspects == {2**40: (-1, 0)}
     record.adding(0)
+    record.also_compiling(10)
+    assert read_flight_record(path).compiling == {8, 9, 10}
     record.computing([step(3, {7: (2, 3)})])
     record.compiling([])
     assert read_flight_record(path) == LastWork(0, {7: (2, 3)})
@@ -119,5 +121,9 @@ def test_a_record_that_is_full_or_damaged(tmp_path: Path) -> None:
     record.computing([step(1, dict.fromkeys(range(1, SIZE), (0, 1)))])
     record.compiling(range(1, SIZE))
     assert not read_flight_record(str(path)).computing
+    record.compiling([7])
+    for num_rows in range(0, SIZE, 97):
+        record.computing([step(1, dict.fromkeys(range(1, num_rows + 1), (0, 1)))])
+        assert read_flight_record(str(path)).compiling == {7}, "rows leave it its place"
     path.write_bytes(b"")
     assert read_flight_record(str(path)) == LastWork()

@@ -19,6 +19,7 @@ from engine_core.messages import (
     EngineDead,
     EngineReady,
     FinishReason,
+    GrammarSpec,
     Ping,
     Suspicion,
     WorkersLost,
@@ -26,6 +27,7 @@ from engine_core.messages import (
     i32,
 )
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS
+from engine_core.structured.compiler import GrammarCompiler
 from engine_core.worker_watch import Hang, WorkerWatch
 from executor.base import EXIT_MODEL, WorkerDiedError
 from executor.messages import (
@@ -432,3 +434,30 @@ def test_the_record_of_a_core_names_what_is_in_flight_and_nothing_else(tmp_path:
     assert not harness.core.in_flight and read_flight_record(path) == LastWork()
     harness.run_to_the_end()
     assert read_flight_record(path) == LastWork()
+
+
+def test_others_go_on_when_a_suspect_is_refused_during_its_trial() -> None:
+    harness = Harness()
+    harness.run()
+    harness.add(1, grammar=GrammarSpec("regex", "a"), suspicion=Suspicion(ISOLATE_DEATHS, -1, 0))
+    harness.add(2)
+    harness.core.step()
+    assert not harness.reasons, "it waits for its grammar"
+    harness.inbox.append(Ping(1))
+    harness.core.step()
+    assert harness.reasons == {1: FinishReason.ERROR}
+    harness.run_to_the_end()
+    assert harness.outputs[2] == expected()
+
+
+def test_a_request_whose_grammar_cannot_be_started_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(GrammarCompiler, "start", start)
+    harness = Harness()
+    harness.run()
+    harness.add(1, grammar=GrammarSpec("regex", "a"))
+    harness.add(2)
+    harness.run_to_the_end()
+    assert "can't start new thread" in str(harness.errors[1]) and harness.outputs[2] == expected()
