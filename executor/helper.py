@@ -173,7 +173,9 @@ class Helper:
         self._num_waiting_bytes = 0
         self._num_idle = 0
         self._used: dict[str, float] = {}
-        """Seconds by owner, of those that have calls and those that used more than the least of them."""
+        """Seconds by owner, of those that have calls and of those that used the most."""
+        self._floor = 0.0
+        """Seconds of the owner that had the last turn: whoever was away starts there."""
         self._slots: list[_Slot] = []
         self._is_closed = False
 
@@ -219,8 +221,7 @@ class Helper:
                 raise HelperError("queue", "too much of this kind waits already; try again later")
             if owner not in self._waiting:
                 # Who was away is not owed the time that the others used meanwhile.
-                least = min((self._used.get(name, 0.0) for name in self._waiting), default=0.0)
-                self._used[owner] = max(self._used.get(owner, 0.0), least)
+                self._used[owner] = max(self._used.get(owner, 0.0), self._floor)
                 self._waiting[owner] = deque()
             self._waiting[owner].append(call)
             self._num_waiting += 1
@@ -278,6 +279,7 @@ class Helper:
             if not self._waiting:
                 return None
             owner = min(self._waiting, key=lambda name: self._used.get(name, 0.0))
+            self._floor = max(self._floor, self._used.get(owner, 0.0))
             queue = self._waiting[owner]
             call = queue.popleft()
             if not queue:
@@ -388,8 +390,8 @@ class _Slot:
             return
         self._end()
         helper = self._helper
-        read, write = os.pipe()
         self._errors = os.memfd_create("helper-stderr", os.MFD_CLOEXEC)
+        read, write = os.pipe()
         try:
             self.child = ChildProcess(
                 "executor.helper_process",

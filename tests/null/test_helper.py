@@ -144,6 +144,19 @@ def test_callers_take_turns(helper: Helper) -> None:
     assert all(isinstance(future.exception(), HelperError) for future in hostile)
 
 
+def test_who_was_away_is_owed_nothing(helper: Helper) -> None:
+    """Neither what others used meanwhile, nor what they used when nobody else was there."""
+    helper.submit("sleep", b"0.3", owner="early").result()
+    helper.call("echo", b"", owner="early")
+    late = [helper.submit("sleep", b"0.05", owner="late") for _ in range(4)]
+    early = helper.submit("echo", b"", owner="early")
+    is_early_first: list[bool] = []
+    late[-1].add_done_callback(lambda _: is_early_first.append(early.done()))
+    early.result()
+    late[-1].result()
+    assert is_early_first == [True]
+
+
 def test_the_queue_is_bounded_in_calls_bytes_and_time() -> None:
     helper = Helper("octavo test helper", JOBS, LIMITS, max_waiting=3, max_waiting_bytes=1000)
     try:
