@@ -410,7 +410,9 @@ class EngineClient:
         if self.dead is not None:
             raise self.dead
         self._queue.num_unfinished = self.num_unfinished
-        self._queue.is_saturated = self._metrics.scheduler_stats.num_waiting_reqs > 0
+        stats = self._metrics.scheduler_stats
+        # Requests whose grammar is being compiled hold up nobody.
+        self._queue.is_saturated = stats.num_waiting_reqs > stats.num_deferred_reqs
         return self._queue
 
     def abort(self, states: Iterable[RequestState]) -> None:
@@ -566,6 +568,7 @@ class EngineClient:
             return
         was_serving, self._serving = self._serving, False
         was_stopped = self._watch is not None and self._watch.stopped >= STOPPED_TIMEOUT
+        self._watch = None
         self._fail_calls()
         words = self._last_words
         assert self._started is not None
@@ -597,6 +600,7 @@ class EngineClient:
         suspects = {index: place for index, place in self._supervisor.last_work().suspects.items() if index in states}
         for index, (first, last) in suspects.items():
             state = states[index]
+            clear_suspicion(state)
             state.suspicion = suspect(state.suspicion, first, last)
             state.suspected_at = len(state.output_token_ids)
             if state.suspicion.num_deaths >= MAX_DEATHS and len(suspects) == 1:

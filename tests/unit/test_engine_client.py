@@ -21,6 +21,7 @@ from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.outbox import REQUESTS_PER_TURN
 from api.output import Delta, OutputOptions, RequestState
+from api.queue_bound import NOBODY
 from api.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import LastWork, engine_identity
@@ -40,6 +41,7 @@ from engine_core.messages import (
     SchedulerStats,
     SetVocabulary,
     SiblingRequests,
+    Suspicion,
     ToEngineCore,
     WorkersLost,
     WorkersRestarted,
@@ -423,6 +425,17 @@ async def test_unrelated_deaths_never_add_up(harness: Harness) -> None:
     assert not state.finished and harness.client.dead is None and not harness.fatal
 
 
+async def test_whoever_got_past_the_place_is_cleared_even_if_it_is_computed_again(harness: Harness) -> None:
+    state = harness.submit()
+    harness.supervisor.die(computing={state.index: (0, 3)})
+    await back(harness)
+    harness.supervisor.core.tokens(state, 0, 5, 6)
+    await harness.take(2)
+    harness.supervisor.die(computing={state.index: (0, 5)})  # it had been preempted
+    (again,) = await back(harness)
+    assert again.suspicion == Suspicion(1, 0, 5)
+
+
 async def test_the_request_that_ends_cores_is_found_and_refused(harness: Harness) -> None:
     innocent, waiting = harness.submit(1, 2), harness.submit(1, 2, 3, 4)
     poison, twin = harness.submit(9, 9), harness.submit(9, 9)
@@ -469,6 +482,15 @@ async def test_a_core_that_dies_again_and_again_for_no_reason_is_given_up(harnes
     harness.supervisor.die()
     assert harness.client.dead is not None and "got nothing done" in str(harness.client.dead)
     assert harness.fatal == [harness.client.dead]
+    assert harness.client._watch is None, "nobody is watched any more"
+
+
+async def test_requests_that_wait_for_their_grammar_saturate_nothing(harness: Harness) -> None:
+    for num_deferred, is_saturated in ((2, False), (1, True)):
+        stats = SchedulerStats(num_waiting_reqs=2, num_deferred_reqs=num_deferred)
+        harness.metrics.on_step(stats, 0, [])
+        harness.client.check_queue(NOBODY)
+        assert harness.client._queue.is_saturated == is_saturated
 
 
 async def test_requests_that_kill_workers_are_refused_too(harness: Harness) -> None:
