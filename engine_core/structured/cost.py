@@ -22,7 +22,7 @@ _CHEAP_NODES = 2000
 _CHEAP_DEPTH = 96
 _CHEAP_PATTERN_CHARS = 200
 _CHEAP_COUNT = 1000
-"""Product of the counts in a pattern."""
+"""Product of the counts in a pattern, and the sum of these over a schema: a text that matches is looked for, too."""
 _CHEAP_LENGTH = 10_000
 _CHEAP_MIN_LENGTH = 1000
 _CHEAP_MIN_ITEMS = 256
@@ -67,19 +67,25 @@ def is_cheap(spec: GrammarSpec) -> bool:
 
 
 def _is_cheap_pattern(pattern: str) -> bool:
+    return _pattern_cost(pattern) <= _CHEAP_COUNT
+
+
+def _pattern_cost(pattern: str) -> float:
+    """The product of its counts; infinite if it is too long to tell."""
     if len(pattern) > _CHEAP_PATTERN_CHARS:
-        return False
+        return math.inf
     product = 1
     for least, most in _COUNT.findall(pattern):
         if len(least) > 6 or len(most) > 6:
-            return False
+            return math.inf
         product *= max(int(least or 1), int(most or 1), 1)
-    return product <= _CHEAP_COUNT
+    return product
 
 
 def _is_cheap_schema(schema: Any) -> bool:
     num_nodes = num_branches = num_merged = 0
     least = 1
+    pattern_cost = 0.0
     pending = [schema]
     while pending:
         node = pending.pop()
@@ -102,8 +108,10 @@ def _is_cheap_schema(schema: Any) -> bool:
         least *= math.prod(max(1, _number(node.get(key))) for key in _LEAST)
         patterns = node.get("patternProperties")
         for pattern in (node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
-            if isinstance(pattern, str) and not _is_cheap_pattern(pattern):
-                return False
+            if isinstance(pattern, str):
+                pattern_cost += _pattern_cost(pattern)
+        if pattern_cost > _CHEAP_COUNT:
+            return False
         num_branches += sum(len(node[key]) for key in ("anyOf", "oneOf") if isinstance(node.get(key), list))
         num_merged += len(node["allOf"]) if isinstance(node.get("allOf"), list) else 0
     limit = _CHEAP_BRANCHES_TO_MERGE if num_merged else _CHEAP_BRANCHES

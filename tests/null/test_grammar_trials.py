@@ -111,6 +111,13 @@ def test_what_grammars_need_is_there_before_them() -> None:
         assert engine.core._grammars is prepared
 
 
+def test_patterns_of_a_schema_are_cheap_together() -> None:
+    """For each of them a text that matches is looked for, which took a second for each of these."""
+    patterns = [{"pattern": f"^{number}(\\w\\d?){{300}}!$"} for number in range(4)]
+    assert is_cheap(GrammarSpec("json", json.dumps({"anyOf": patterns[:3]})))
+    assert not is_cheap(GrammarSpec("json", json.dumps({"anyOf": patterns})))
+
+
 def test_cheap_grammars_start_no_process() -> None:
     with Engine() as engine:
         engine.add(1, OBJECT, 40)
