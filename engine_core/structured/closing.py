@@ -98,7 +98,15 @@ class ClosingPaths:
     def _usable(self, tokens: Iterable[int | None]) -> list[int]:
         return [t for t in tokens if t is not None and (self._is_usable is None or self._is_usable(t))]
 
-    def find(self, matcher: LLMatcher, known: list[int], limit: int, *, is_first: bool = False) -> list[int] | None:
+    def find(
+        self,
+        matcher: LLMatcher,
+        known: list[int],
+        limit: int,
+        *,
+        is_first: bool = False,
+        seconds: float | None = None,
+    ) -> list[int] | None:
         """Tokens that complete the output.
 
         Args:
@@ -106,6 +114,7 @@ class ClosingPaths:
             known: What completed an earlier state, as a hint.
             limit: Longest path that is of use.
             is_first: Take more time.
+            seconds: Processor time that the search may take, unless it is the usual one.
 
         Returns:
             None: there is none, or it was not found.
@@ -115,8 +124,8 @@ class ClosingPaths:
         """
         end = self._vocabulary.end_token
         hint = [*known, end]
-        limits = (FIRST_PROBES, FIRST_SECONDS) if is_first else (PROBES, SECONDS)
-        search = _Search(self, matcher.deep_copy(), *limits)
+        num_probes, usual_seconds = (FIRST_PROBES, FIRST_SECONDS) if is_first else (PROBES, SECONDS)
+        search = _Search(self, matcher.deep_copy(), num_probes, usual_seconds if seconds is None else seconds)
         path: list[int] = []
         for _ in range(FIRST_STEPS if is_first else STEPS):
             probe = search.probe

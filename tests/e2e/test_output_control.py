@@ -134,9 +134,9 @@ def kill_in_the_middle(llm: LLM, num_tokens: int, work: Callable[[], Any]) -> An
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(work)
         while not result.done():
-            states = list(llm._client._processor.states.values())
+            states = list(llm._serving.client._processor.states.values())
             if any(len(state.output_token_ids) >= num_tokens for state in states):
-                pid = llm._client.engine_pid
+                pid = llm._serving.client.engine_pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 break

@@ -343,7 +343,8 @@ async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None
         if len(harness.supervisor.cores) > 1:
             break
         await asyncio.sleep(0.001)
-    assert len(state.output_token_ids) == 40, "all of it, before another core is started"
+    # As far as it had arrived: what had not is computed again.
+    assert state.output_token_ids.tolist() == list(range(len(state.output_token_ids)))
 
 
 async def test_a_new_core_hears_of_many_requests_in_turns(harness: Harness) -> None:
