@@ -141,6 +141,8 @@ class EngineCore:
         self._record = record
         self._watch = watch or WorkerWatch()
         self._suspects: deque[EngineCoreRequest] = deque()
+        self._held: dict[int, EngineCoreRequest] = {}
+        """Requests whose grammars must not be compiled beside a trial, which would no longer be of one alone."""
         """They killed engine cores, perhaps: each is added when the one before has shown that it does not."""
         self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason = ""
@@ -179,6 +181,10 @@ class EngineCore:
 
     def step(self) -> None:
         """One turn: hear what is new, retire finished steps, plan another."""
+        if self._held and not self._isolates:
+            held, self._held = self._held, {}
+            for request in held.values():
+                self._admit(request)
         room = self._serving and len(self.in_flight) < self.config.scheduler.max_in_flight_steps
         messages = self.transport.wait(*self._events(0 if room and self._may_schedule else None))
         if messages is None:
@@ -216,7 +222,7 @@ class EngineCore:
         """Nothing is being computed: the moment to end if that was asked for, or to look whether all is in order."""
         scheduler = self._scheduler
         assert scheduler is not None
-        if scheduler.has_unfinished or self._suspects:
+        if scheduler.has_unfinished or self._suspects or self._held:
             return
         if self._draining:
             self.exit_code = 0
@@ -343,6 +349,8 @@ class EngineCore:
         elif message.suspicion is not None and message.suspicion.num_deaths >= ISOLATE_DEATHS:
             self._suspects.append(message)
             self._may_schedule = True
+        elif message.grammar is not None and self._isolates:
+            self._held[message.index] = message
         else:
             return self._admit(message, is_checked=is_checked) is not None
         return False
@@ -422,6 +430,7 @@ class EngineCore:
     def _abort(self, message: AbortRequests) -> None:
         for index in message.indices:
             self._early.pop(index, None)
+            self._held.pop(index, None)
             self._suspects = deque(suspect for suspect in self._suspects if suspect.index != index)
             if self._grammars is not None:
                 self._grammars.forget(index)

@@ -461,3 +461,18 @@ def test_a_request_whose_grammar_cannot_be_started_is_gone(monkeypatch: pytest.M
     harness.add(2)
     harness.run_to_the_end()
     assert "can't start new thread" in str(harness.errors[1]) and harness.outputs[2] == expected()
+
+
+def test_no_grammar_is_compiled_beside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that dies meanwhile would have two suspects, and convict neither."""
+    harness = Harness()
+    harness.run()
+    compiled_beside: list[bool] = []
+    monkeypatch.setattr(GrammarCompiler, "start", lambda *_: compiled_beside.append(harness.core._isolates))
+    harness.add(1, suspicion=Suspicion(ISOLATE_DEATHS, -1, 0))
+    harness.add(2, grammar=GrammarSpec("regex", "a"))
+    harness.add(3, grammar=GrammarSpec("regex", "b"))
+    harness.inbox.append(AbortRequests((3,)))
+    harness.run()
+    assert harness.outputs[1] == expected()
+    assert compiled_beside == [False]
