@@ -44,7 +44,7 @@ class EngineThread:
         """
         if self._is_closed:
             work.close()
-            raise RuntimeError("this LLM is closed; make another")
+            raise RuntimeError("this LLM is closed; create a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -38,7 +38,7 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses
 
 def _normalized(message: Mapping[str, Any], where: str, uses: TemplateUses) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: not an object with a 'role'")
+        raise ValueError(f"{where} must be an object with a 'role'")
     copy = {key: value for key, value in message.items() if value is not None}
     role = copy["role"]
     if role == "developer" and not uses.knows_developer:
@@ -61,7 +61,7 @@ def _content(content: Any, where: str, content_format: ContentFormat) -> str | l
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: neither a text nor a list of parts")
+        raise ValueError(f"{where} must be a string or a list of parts")
     texts = [_text_of_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
     return "\n".join(texts) if content_format == "string" else list(map(_part, texts))
 
@@ -74,14 +74,14 @@ def _text_of_part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ValueError(f"{where}: not an object with a 'type'")
+        raise ValueError(f"{where} must be an object with a 'type'")
     kind = part.get("type", "text")
     key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
         raise ValueError(f"{where}: content of type {str(kind)[:40]!r} is not supported by this model")
     text = part.get(key)
     if not isinstance(text, str):
-        raise ValueError(f"{where}.{key}: not a text")
+        raise ValueError(f"{where}.{key} must be a string")
     return text
 
 
@@ -96,11 +96,11 @@ def _as_error(content: str | list[Message]) -> str | list[Message]:
 
 def _tool_calls(calls: Any, where: str, arguments_format: ArgumentsFormat) -> list[Any]:
     if not isinstance(calls, (list, tuple)):
-        raise ValueError(f"{where}: not a list")
+        raise ValueError(f"{where} must be a list")
     result = []
     for index, call in enumerate(calls):
         if not isinstance(call, Mapping):
-            raise ValueError(f"{where}[{index}]: not an object")
+            raise ValueError(f"{where}[{index}] must be an object")
         function = call.get("function")
         if isinstance(function, Mapping):
             call = {**call, "function": {**function, "arguments": _arguments(function, arguments_format)}}

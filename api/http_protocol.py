@@ -376,7 +376,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _check_head(self) -> None:
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            self._fail(_error(505, f"HTTP/{version} is not spoken here; use HTTP/1.1"))
+            self._fail(_error(505, f"HTTP/{version} is not supported; use HTTP/1.1"))
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version == "1.1"):
             self._fail(_error(400, f"the request has {len(hosts)} Host headers; it needs one"))

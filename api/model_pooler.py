@@ -121,7 +121,7 @@ def _pooling_type(folder: Path, name: str) -> PoolingType:
     if isinstance(named, str) and not modes and named in _NAMED_MODES:
         return _NAMED_MODES[named]
     shown = ", ".join(modes) or str(named)
-    raise _UnclearError(f"{name} asks for {shown[:200]}, and supported is one of cls, mean and lasttoken")
+    raise _UnclearError(f"{name} asks for {shown[:200]}, and only cls, mean and lasttoken are supported")
 
 
 def _read(folder: Path, name: str) -> Any:

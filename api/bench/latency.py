@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=defaults.num_iters_warmup,
-        help="Batches before (default: 2).",
+        help="Warm-up batches (default: 2).",
     )
     add("--num-iters", type=int, metavar="N", default=defaults.num_iters, help="Batches that count (default: 10).")
     add("--disable-detokenize", action="store_true", help="Make token ids only, no text.")

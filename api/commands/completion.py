@@ -32,7 +32,7 @@ def main(arguments: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser
         summaries: A line for each command.
     """
     parser = Parser("octavo completion", "Print a script that completes commands and flags in a shell.", usage="SHELL")
-    parser.add_argument("shell", choices=SHELLS, help="The shell.")
+    parser.add_argument("shell", choices=SHELLS, help="bash, zsh or fish.")
     parser.epilog = "Where it goes: " + "; ".join(HOWTO.splitlines())
     print(script(str(parser.parse(arguments)["shell"]), parsers, summaries), end="")
     return 0

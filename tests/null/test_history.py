@@ -196,19 +196,19 @@ def test_normalize_tool_arguments() -> None:
 @pytest.mark.parametrize(
     ("message", "place"),
     [
-        ({"content": "x"}, "messages[1]: "),
-        ("text", "messages[1]: "),
-        ({"role": "user", "content": 5}, "messages[1].content: "),
+        ({"content": "x"}, "messages[1] must be"),
+        ("text", "messages[1] must be"),
+        ({"role": "user", "content": 5}, "messages[1].content must be"),
         (
             {"role": "user", "content": ["a", {"type": "image_url", "image_url": {}}]},
             "messages[1].content[1]: .*image_url",
         ),
         ({"role": "user", "content": [{"type": "input_audio"}]}, "messages[1].content[0]: .*input_audio"),
         ({"role": "user", "content": [{"type": ["x"]}]}, "messages[1].content[0]: "),
-        ({"role": "user", "content": [5]}, "messages[1].content[0]: "),
-        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[1].content[0].text: "),
-        ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls: "),
-        ({"role": "assistant", "tool_calls": ["x"]}, "messages[1].tool_calls[0]: "),
+        ({"role": "user", "content": [5]}, "messages[1].content[0] must be"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[1].content[0].text must be"),
+        ({"role": "assistant", "tool_calls": {}}, "messages[1].tool_calls must be"),
+        ({"role": "assistant", "tool_calls": ["x"]}, "messages[1].tool_calls[0] must be"),
     ],
 )
 def test_malformed_messages_are_named(message: Any, place: str) -> None:
