@@ -127,7 +127,8 @@ def after_thought(
     """A grammar that begins once the model has thought, where it does.
 
     It thinks if the prompt has begun a thought, and may begin to if the prompt of a conversation has neither begun nor
-    ended one: the output begins with the marker, or is in the language. Elsewhere nobody tells thoughts from answers.
+    ended one, and the marker is one token: the output begins with it, or is in the language. Elsewhere nobody tells
+    thoughts from answers.
 
     Args:
         grammar: The language of what comes then.
@@ -142,7 +143,8 @@ def after_thought(
         return grammar
     start, end = _markers(place.reasoning_parser, place.tokenizer)
     is_open = bool(_opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened)
-    if not is_open and (place.opened is UNSET or not start):
+    # A marker of several tokens begins as other markup does ("<tool_call>"): its first one would decide for a thought.
+    if not is_open and (place.opened is UNSET or len(start) != 1):
         return grammar
     obstacle = "reasoning" if not end or max((*start, *end)) >= place.vocab_size else _obstacle(end, params)
     if not obstacle and set(end) & set(params.all_stop_token_ids):

@@ -73,8 +73,8 @@ def tokens_of(text: str) -> list[int]:
     return [token_of(byte) for byte in text.encode()]
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """Byte-level, with four special tokens; puts a start token before a text."""
+def tiny_tokenizer(*added: str) -> Tokenizer:
+    """Byte-level, with four special tokens and perhaps more that are not special; puts a start token before a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spelling = byte_spelling()
     assert set(alphabet) == set(spelling)
@@ -83,6 +83,7 @@ def tiny_tokenizer() -> Tokenizer:
     vocab |= {token: FIRST_BYTE + 256 + i for i, token in enumerate(MERGED)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("h", "e"), ("l", "l"), ("th", "e")]))
     backend.add_special_tokens([AddedToken(token, special=True) for token in list(vocab)[:4]])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])

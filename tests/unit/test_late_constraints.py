@@ -9,13 +9,14 @@ import pytest
 
 from api.config import ServerConfig, StructuredOutputsConfig
 from engine_core.messages import Thought
-from tests.fakes import CHAT_TEMPLATE, FakeServer, says, tiny_tokenizer, tokens_of
+from tests.fakes import CHAT_TEMPLATE, VOCAB_SIZE, FakeServer, says, tiny_tokenizer, tokens_of
 from tests.routes import CHATS, Reply, ask
 from tests.unit.conftest import Api
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOLS: list[Any] = [{"name": "f", "parameters": SCHEMA}]
-START, END = (tuple(tiny_tokenizer().encode(tag, False)) for tag in ("<think>", "</think>"))
+TAGS = ("<think>", "</think>")
+START, END = (tuple(tiny_tokenizer(*TAGS).encode(tag, False)) for tag in TAGS)
 OPEN = Thought(b"</think>", END, START, is_open=True)
 FREE = Thought(b"</think>", END, START)
 HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -40,7 +41,14 @@ EVERYWHERE = pytest.mark.parametrize(
 
 
 def thinker(text: str, template: str = OPENS, parser: str = "qwen3", **config: Any) -> Api:
-    return Api(FakeServer(ServerConfig(reasoning_parser=parser, **config), script=says(text), chat_template=template))
+    server = FakeServer(
+        ServerConfig(reasoning_parser=parser, **config),
+        script=says(text),
+        chat_template=template,
+        tokenizer=tiny_tokenizer(*TAGS),
+        vocab_size=VOCAB_SIZE + len(TAGS),
+    )
+    return Api(server)
 
 
 def thought_of(api: Api) -> Thought | None:
@@ -195,7 +203,7 @@ async def test_completions_think_if_their_prompt_does() -> None:
     [
         ({"allowed_token_ids": tokens_of('{"a":1}')}, "allowed_token_ids"),
         ({"bad_words": ["</think>"]}, "bad_words"),
-        ({"stop_token_ids": tokens_of(">")}, "stop_token_ids"),
+        ({"stop_token_ids": list(END)}, "stop_token_ids"),
     ],
 )
 async def test_a_thought_must_be_able_to_end(fields: dict[str, Any], param: str) -> None:
@@ -208,6 +216,14 @@ async def test_a_thought_must_be_able_to_end(fields: dict[str, Any], param: str)
     api = thinker("x", CHAT_TEMPLATE)
     await api.ok("/v1/chat/completions", {**body, "max_tokens": 4})
     assert thought_of(api) is None, "none begins that could not end"
+
+
+async def test_no_thought_begins_with_half_a_marker() -> None:
+    """Where the marker is several tokens, its first one may as well begin other markup, such as <tool_call>."""
+    server = FakeServer(ServerConfig(reasoning_parser="qwen3"), script=says('{"a": 1}'))
+    api = Api(server)
+    await api.ok("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **FIELDS["chat"][0]})
+    assert thought_of(api) is None
 
 
 async def test_nothing_changes_without_a_reasoning_parser() -> None:
