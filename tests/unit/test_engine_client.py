@@ -16,7 +16,7 @@ import zmq
 
 from api import engine_client
 from api.blame import REFUSAL_TIME, Culprits
-from api.engine_client import MAX_MESSAGES_PER_TURN, EngineClient
+from api.engine_client import ROWS_PER_TURN, EngineClient
 from api.errors import EngineDeadError, RequestError
 from api.metrics import EngineMetrics
 from api.outbox import REQUESTS_PER_TURN
@@ -321,7 +321,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
         return take(limit)
 
     monkeypatch.setattr(harness.client, "_take", counted)
-    harness.supervisor.core.tokens(state, 0, *range(40))
+    harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
     deadline = time.monotonic() + 5
     while len(state.output_token_ids) < 40 and time.monotonic() < deadline:
         before = num_taken
@@ -334,10 +334,10 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
 
 async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None:
     state = harness.submit()
-    harness.supervisor.core.tokens(state, 0, *range(40))
+    harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
     assert harness.client._socket.poll(5000)
     harness.supervisor.die()
-    assert len(state.output_token_ids) <= 2 * MAX_MESSAGES_PER_TURN
+    assert len(state.output_token_ids) < ROWS_PER_TURN
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         if len(harness.supervisor.cores) > 1:
