@@ -315,10 +315,10 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
     num_taken = 0
     take = harness.client._take
 
-    def counted(limit: int) -> bool:
+    def counted() -> bool:
         nonlocal num_taken
         num_taken += 1
-        return take(limit)
+        return take()
 
     monkeypatch.setattr(harness.client, "_take", counted)
     harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
