@@ -321,7 +321,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
         return take()
 
     monkeypatch.setattr(harness.client, "_take", counted)
-    harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
+    harness.supervisor.core.tokens(state, 0, *range(40))
     deadline = time.monotonic() + 5
     while len(state.output_token_ids) < 40 and time.monotonic() < deadline:
         before = num_taken
