@@ -26,6 +26,7 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses
       fields are left out, as templates print ``None``; only an assistant that said nothing, as clients send it back
       after a tool call, has an empty text, since many templates add to it.
     * Arguments of calls are objects, or the client's own text. An empty list of calls is left out.
+    * ``function_call`` and the role ``function``, the older form of calls, become ``tool_calls`` and ``tool``.
     * A result with ``is_error`` begins with "Error: ", unless the template looks for the field itself.
     * ``developer`` is ``system`` to a template that does not know it. Systems that lead the conversation become one, as
       templates look at the first message only.
@@ -33,7 +34,32 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses
     Raises:
         ValueError: A message is malformed or has content that is no text; the text names the place.
     """
+    messages = _without_functions(messages)
     return _with_one_system([_normalized(message, f"messages[{i}]", uses) for i, message in enumerate(messages)])
+
+
+def _without_functions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages in which calls have their present form. The older one has no ids: a call's is made of its place.
+
+    Raises:
+        ValueError: A result answers no call.
+    """
+    result: list[Mapping[str, Any]] = []
+    call_id = None
+    for index, message in enumerate(messages):
+        if isinstance(message, Mapping):
+            call = message.get("function_call")
+            if call is not None:
+                message = {key: value for key, value in message.items() if key != "function_call"}
+                if not message.get("tool_calls"):
+                    call_id = f"{index:09}"  # templates of Mistral want nine characters
+                    message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
+            elif message.get("role") == "function":
+                if call_id is None:
+                    raise ValueError(f"messages[{index}] has the role 'function' and no function_call before it")
+                message, call_id = {**message, "role": "tool", "tool_call_id": call_id}, None
+        result.append(message)
+    return result
 
 
 def _normalized(message: Mapping[str, Any], where: str, uses: TemplateUses) -> Message:

@@ -137,7 +137,7 @@ FIELDS: Mapping[str, str] = {
     "disable_parallel_tool_use": "An answer calls one tool at most.",
     "function": "A function.",
     "functions": "Not supported; use tools.",
-    "function_call": "Not supported; use tool_choice.",
+    "function_call": "In a message: older form of tool_calls. In a request: not supported, use tool_choice.",
     "description": "What it is for, in words that the model reads.",
     "parameters": "JSON schema of the arguments.",
     "input_schema": "JSON schema of the arguments.",

@@ -135,6 +135,9 @@ class GenerationRequest(SamplingFields, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    grammar: Later = None
+    json_schema: Later = None
+    format: Annotated[Any, Meta(extra_json_schema={"enum": [None, ""]})] = None
 
     # What is reported.
     prompt_logprobs: OffOrCount | None = None
@@ -213,6 +216,8 @@ class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: str | None = None
     tool_calls: list[JsonObject] | None = None
     tool_call_id: str | None = None
+    function_call: JsonObject | None = None
+    """Older form of ``tool_calls``, with one call; the role of its result is ``function``."""
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None

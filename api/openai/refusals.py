@@ -31,6 +31,14 @@ _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
     Refusal("watermarking", lambda request: request.watermarking is not None),
     Refusal("kv_transfer_params", lambda request: bool(request.kv_transfer_params)),
+    # How other servers spell these: an answer that follows no grammar would mislead.
+    Refusal("grammar", lambda request: bool(request.grammar), "{} is not a field here: use structured_outputs.grammar"),
+    Refusal("json_schema", lambda request: bool(request.json_schema), "{} is not a field here: use response_format"),
+    Refusal(
+        "format",
+        lambda request: request.format == "json" or isinstance(request.format, dict),
+        "{} is not a field here: use response_format",
+    ),
 )
 
 _COMPLETION: tuple[Refusal[CompletionRequest], ...] = (

@@ -298,3 +298,30 @@ def test_a_template_of_one_system_hears_all_instructions(source: str) -> None:
     only_first = "{% if messages[1].role == 'system' %}{{ raise_exception('only one') }}{% endif %}"
     text = render(only_first + source, said("system", "A"), said("developer", "B"), *USER)
     assert "A\n\nB" in text and "developer" not in text
+
+
+# The older form of calls
+
+
+def test_function_calls_become_tool_calls() -> None:
+    conversation = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "f", "content": "r"},
+    ]
+    _, asked, told = normalize_messages(conversation, STRING)
+    (called,) = asked["tool_calls"]
+    assert "function_call" not in asked and called["type"] == "function"
+    assert called["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert told == {"role": "tool", "name": "f", "content": "r", "tool_call_id": called["id"]}
+    assert len(called["id"]) == 9 and called["id"].isalnum()
+
+
+def test_tool_calls_win_over_a_function_call() -> None:
+    both = call({"a": 1}) | {"function_call": {"name": "g", "arguments": "{}"}}
+    assert normalize_messages([both], STRING) == normalize_messages([call({"a": 1})], STRING)
+
+
+def test_the_result_of_no_function() -> None:
+    with pytest.raises(ValueError, match=r"messages\[0\] has the role 'function'"):
+        normalize_messages([{"role": "function", "name": "f", "content": "r"}], STRING)

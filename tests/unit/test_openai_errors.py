@@ -264,6 +264,9 @@ async def test_bad_combinations(api: Api, path: str, fields: dict[str, Any], par
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"audio": {"voice": "x"}}, "audio"),
+        (CHAT, {"grammar": 'root ::= "x"'}, "grammar"),
+        (COMPLETIONS, {"json_schema": {"type": "object"}}, "json_schema"),
+        (CHAT, {"format": "json"}, "format"),
         ("/tokenize", {"messages": HI, "tools": [{}]}, "tools"),
     ],
 )
@@ -279,7 +282,7 @@ async def test_what_is_not_there_yet_is_refused_by_name(
 async def test_harmless_values_of_refused_fields(api: Api) -> None:
     await api.chat(tools=None, tool_choice="none", response_format={"type": "text"}, modalities=["text"])
     await api.chat(use_beam_search=False, functions=[], function_call="none", structured_outputs=None)
-    await api.complete(suffix=None, best_of=1, response_format=None)
+    await api.complete(suffix=None, best_of=1, response_format=None, grammar="", format="")
     await api.complete(suffix="", best_of=2, n=2, seed=1)
 
 
