@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,8 +41,10 @@ async def pooling_prompt(
     field: str,
     add_special_tokens: bool,
     max_tokens: int = 0,
-) -> list[int]:
+) -> array[int]:
     """The token ids of a text, cut to the length that the request wants.
+
+    They are packed: to free millions of integers, as lists have them, would keep everybody waiting.
 
     Args:
         serving: Has the tokenizer and the model's limits.
@@ -63,7 +66,7 @@ async def pooling_prompt(
     prompt = cut(text, keep, serving.limits, around, from_right=request.truncation_side == "right", max_own=max_tokens)
     serving.check_token_ids(prompt, field)
     await serving.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
-    return prompt
+    return array("i", prompt)
 
 
 class PoolingWork(EngineWork):
