@@ -78,10 +78,16 @@ __all__ = [
 
 
 class FinishReason(IntEnum):
+    """Why a request ended."""
+
     STOP = 0
+    """A stop string or token, an end token, or a grammar that is complete."""
     LENGTH = 1
+    """``max_tokens`` or the context is used up."""
     ABORT = 2
+    """The client went away, or the server is shutting down."""
     ERROR = 3
+    """``EngineCoreOutput.error`` says what went wrong."""
     REPETITION = 4
     """The output is caught in a loop, see ``RepetitionDetection``."""
 
@@ -140,12 +146,18 @@ class SetVocabulary(Message, frozen=True):
 
 
 class EngineCoreRequest(Message, frozen=True):
+    """A request to compute. It is answered in ``EngineCoreOutputs`` until one has a ``finish_reason``."""
+
     request_id: str
+    """For logs and metrics; two requests may share one."""
     index: int
+    """The number that all other messages know it by."""
     prompt_token_ids: bytes
     """int32 [num_prompt_tokens], at least one."""
     sampling_params: ResolvedParams | None = None
+    """Of a request that generates."""
     pooling_params: PoolingParams | None = None
+    """Of a request that is pooled instead. Exactly one of the two is given."""
     arrival_time: float = 0.0
     """CLOCK_MONOTONIC seconds, comparable between processes of one machine."""
     priority: int = 0
@@ -153,7 +165,9 @@ class EngineCoreRequest(Message, frozen=True):
     tenant: tuple[str, str] = ("", "")
     """Who it is served to: a short name of the API key and one of its user. Tenants take turns."""
     lora_request: LoRARequest | None = None
+    """The adapter to compute it with; None: the base model."""
     mm_features: tuple[MultiModalFeature, ...] = ()
+    """Images and sounds of the prompt, in its order."""
     cache_salt: str = ""
     """Prompts of different salts never share cached blocks."""
     resumed_output_token_ids: bytes = b""
@@ -161,6 +175,7 @@ class EngineCoreRequest(Message, frozen=True):
     suspicion: Suspicion | None = None
     """Deaths of engine cores that point at it. Requests that have to run alone are sent before all others."""
     grammar: GrammarSpec | None = None
+    """The language of the output; None: any text."""
 
 
 class SiblingRequests(Message, frozen=True):
@@ -169,9 +184,11 @@ class SiblingRequests(Message, frozen=True):
     first: EngineCoreRequest
     """One that generates and has no output yet."""
     request_ids: tuple[str, ...]
+    """One for each request."""
     indices: bytes
     """int64 [n]"""
     seeds: tuple[int, ...]
+    """One for each request."""
 
     def requests(self) -> Iterator[EngineCoreRequest]:
         """Each of them by itself."""
@@ -182,24 +199,36 @@ class SiblingRequests(Message, frozen=True):
 
 
 class AbortRequests(Message, frozen=True):
+    """Ends requests whose clients are gone."""
+
     indices: tuple[int, ...]
+    """Requests to end without another word; unknown ones are ignored."""
 
 
 class Ping(Message, frozen=True):
+    """Asks whether the loop still turns; answered with an empty ``UtilityOutput``."""
+
     call_id: int
+    """Comes back in the answer."""
 
 
 class ResetPrefixCache(Message, frozen=True):
+    """Forgets all cached blocks; answered with a ``UtilityOutput``."""
+
     call_id: int
+    """Comes back in the answer."""
 
 
 class StatusRequest(Message, frozen=True):
     """Asks for counts that tests and operators look at (free blocks, slots, queues, integrity)."""
 
     call_id: int
+    """Comes back in the answer."""
 
 
 class Shutdown(Message, frozen=True):
+    """Ends the engine core and its workers."""
+
     drain: bool = False
     """Let running requests finish first."""
 
@@ -221,26 +250,44 @@ ToEngineCore = (
 
 
 class EngineReady(Message, frozen=True):
+    """The model is loaded; requests are computed from now on."""
+
     engine_epoch: int
+    """Number of this engine core, counted over restarts."""
     pid: int
     max_model_len: int
+    """Longest sequence that is served, prompt and output together."""
     vocab_size: int
+    """Width of the logits."""
     num_kv_blocks: int
+    """Of the prefix cache and running requests together."""
     block_size: int
+    """Tokens in a block."""
     kv_cache_bytes: int
+    """Device memory of all blocks."""
     weight_bytes: int
+    """Device memory of the weights."""
     max_num_seqs: int
+    """Requests that run at the same time."""
     dtype: str = ""
+    """Of weights and activations, as torch names it."""
     device: str = ""
+    """Its name among the devices, such as cpu."""
     architecture: str = ""
+    """As config.json names it."""
     worker_pids: tuple[int, ...] = ()
+    """By rank; none without processes of their own."""
     hidden_size: int = 0
     """Width of pooled vectors. 0: the engine cannot pool."""
 
 
 class SchedulerStats(Message, frozen=True):
+    """The state of the scheduler, for metrics."""
+
     num_running_reqs: int = 0
+    """Requests that hold a slot."""
     num_waiting_reqs: int = 0
+    """Requests that wait for one."""
     num_deferred_reqs: int = 0
     """Of these, requests that wait for something of their own, not for room: their grammar is being compiled."""
     kv_cache_usage: float = 0.0
@@ -250,16 +297,20 @@ class SchedulerStats(Message, frozen=True):
     prefix_cache_hits: int = 0
     """Tokens found since start."""
     num_preemptions: int = 0
+    """Requests that had to start over for lack of blocks, since start."""
     num_scheduled_tokens: int = 0
     """Of this step."""
     schedule_us: float = 0.0
+    """Microseconds that planning the step took."""
     forward_ms: float = 0.0
+    """Milliseconds that the worker spent on it."""
 
 
 class EngineCoreOutput(Message, frozen=True):
     """A row that has more to say than its next token."""
 
     index: int
+    """The request."""
     first_output_index: int
     """Number of output tokens before ``new_token_ids``."""
     new_token_ids: tuple[int, ...] = ()
@@ -271,7 +322,9 @@ class EngineCoreOutput(Message, frozen=True):
     """The last of ``new_token_ids`` is the end token or stop token that ended the output, which is not part of the
     text."""
     new_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of ``new_token_ids``, if the request asked for them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of prompt tokens that this step computed, if the request asked for them."""
     pooling_output: Tensor | None = None
     """The result of a pooling request, which ends with it."""
     num_cached_tokens: int | None = None
@@ -279,6 +332,7 @@ class EngineCoreOutput(Message, frozen=True):
     scheduled_time: float | None = None
     """When the request first ran (CLOCK_MONOTONIC seconds); sent once."""
     error: str | None = None
+    """What went wrong, for the client; the request has ended."""
     error_param: str | None = None
     """The error is the client's fault: the field that is to blame, or an empty text if it is none in particular."""
     is_culprit: bool = False
@@ -293,6 +347,7 @@ class EngineCoreOutputs(Message, frozen=True):
     """All that one step brought. Rows that only got their next token are three columns."""
 
     engine_epoch: int
+    """Number of the engine core that sends it."""
     indices: bytes = b""
     """int64 [n]: requests."""
     output_indices: bytes = b""
@@ -300,7 +355,9 @@ class EngineCoreOutputs(Message, frozen=True):
     token_ids: bytes = b""
     """int32 [n]."""
     outputs: tuple[EngineCoreOutput, ...] = ()
+    """Rows that have more to say, see ``EngineCoreOutput``."""
     scheduler_stats: SchedulerStats | None = None
+    """Counts after the step; not in every message."""
     timestamp: float = 0.0
     """CLOCK_MONOTONIC seconds."""
 
@@ -321,30 +378,45 @@ class EngineCoreOutputs(Message, frozen=True):
 
 
 class UtilityOutput(Message, frozen=True):
+    """The answer to a message with a ``call_id``."""
+
     call_id: int
+    """The call that it answers."""
     result: dict[str, int | float | str | bool] = {}
+    """Names and values, as the call defines them."""
     error: str | None = None
+    """Why there is no result."""
 
 
 class WorkersLost(Message, frozen=True):
     """Workers died or hung and are being started again; ``WorkersRestarted`` follows."""
 
     engine_epoch: int
+    """Number of the engine core that sends it."""
     reason: str
+    """For the log."""
 
 
 class WorkersRestarted(Message, frozen=True):
     """Workers died and were started again; what ran was queued again. A pause, not an error."""
 
     engine_epoch: int
+    """Number of the engine core that sends it."""
     worker_pids: tuple[int, ...]
+    """By rank."""
     reason: str
+    """Why they were started again, for the log."""
 
 
 class EngineDead(Message, frozen=True):
+    """The engine core gives up and ends; every open request ends with it."""
+
     engine_epoch: int
+    """Number of the engine core that sends it."""
     message: str
+    """For people, in one line where it can be."""
     exit_code: int = 1
+    """What the process ends with; 78: the model or its configuration is at fault."""
 
 
 FromEngineCore = (

@@ -40,7 +40,9 @@ class RepetitionDetection(Message, frozen=True):
     max_pattern_size: int
     """Tokens of the longest pattern that is looked for."""
     min_pattern_size: int = 1
+    """Tokens of the shortest."""
     min_count: int = 2
+    """Times that the pattern must occur one after another, at least 2."""
 
 
 class ThinkingBudget(Message, frozen=True):
@@ -49,6 +51,7 @@ class ThinkingBudget(Message, frozen=True):
     max_tokens: int
     """Tokens that may stand between the markers."""
     start_token_ids: tuple[int, ...]
+    """The marker that begins the thought."""
     end_token_ids: tuple[int, ...]
     """At least one."""
     starts_open: bool = False
@@ -66,27 +69,41 @@ class ResolvedParams(Message, frozen=True):
     top_k: int = 0
     """0: off."""
     top_p: float = 1.0
+    """Sample from the most likely tokens whose probabilities add up to this; 1: off."""
     min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one; 0: off."""
     seed: int = 0
     """Key of the counter-based random numbers, 0 <= seed < 2**64."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the output holds, -2 to 2."""
     frequency_penalty: float = 0.0
+    """Subtracted once per occurrence of the token in the output, -2 to 2."""
     repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt and output, multiplies negative ones; 1: off."""
     max_tokens: int = 16
+    """Output tokens after which the request ends with ``FinishReason.LENGTH``."""
     min_tokens: int = 0
+    """Output tokens before which no end or stop token is sampled."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the request and are reported as its stop reason."""
     eos_token_ids: tuple[int, ...] = ()
     """Ids that end the request silently; empty with ``ignore_eos``."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit), each id at most once."""
     allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may be sampled; None: all."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the output must not hold."""
     logprobs: int | None = None
     """Number of most likely tokens to report beside the sampled one; -1: the whole vocabulary."""
     prompt_logprobs: int | None = None
+    """As ``logprobs``, for each prompt token but the first; None: none at all."""
     logprob_token_ids: tuple[int, ...] = ()
+    """Tokens whose log probabilities are reported beside the ``logprobs`` most likely ones."""
     repetition_detection: RepetitionDetection | None = None
+    """Ends an output that is caught in a loop; None: off."""
     thinking_budget: ThinkingBudget | None = None
+    """Bounds the thought of a request without a grammar; None: no bound."""
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:
@@ -119,18 +136,27 @@ POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")
 
 
 class LoRARequest(Message, frozen=True):
+    """The adapter that a request is computed with."""
+
     name: str
+    """What clients call it."""
     lora_id: int
+    """Number of the adapter, at least 1: 0 stands for the base model."""
     path: str
+    """Folder of its weights."""
 
 
 class MultiModalFeature(Message, frozen=True):
     """One image or sound of a prompt, already processed."""
 
     identifier: str
+    """Hash of the content: equal inputs are encoded once and share cached blocks."""
     offset: int
+    """Index in the prompt of its first placeholder token."""
     length: int
+    """Number of its placeholder tokens."""
     data: tuple[tuple[str, Tensor], ...] = ()
+    """Inputs of the encoder by name."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -141,23 +167,30 @@ class NewRequest(Message, frozen=True):
     """A request enters a slot: new, or back after a preemption or a restart."""
 
     slot: int
+    """Row of the worker's tables that the request holds until it is in ``finished_slots``."""
     token_ids: bytes
     """int32 [num_tokens]: the prompt, then what was generated so far."""
     num_prompt_tokens: int
+    """How many of ``token_ids`` are the prompt."""
     num_computed_tokens: int
     """Tokens whose K and V already lie in the blocks (prefix cache hit)."""
     block_ids: tuple[bytes, ...]
     """One int32 [num_blocks] per KV cache group."""
     params: ResolvedParams | None = None
+    """Of a request that generates."""
     pooling_params: PoolingParams | None = None
+    """Of a request that is pooled."""
     lora_id: int = 0
+    """0: no adapter."""
     mm_features: tuple[MultiModalFeature, ...] = ()
+    """Images and sounds of the prompt, in its order."""
 
 
 class SchedulerOutput(Message, frozen=True):
     """The plan of one step. Workers execute plans strictly in the order of ``step_id``."""
 
     step_id: int
+    """Number of the step, one more than that of the plan before."""
     slots: bytes
     """int32 [num_rows]: the requests of the step, in the order of the rows."""
     num_scheduled_tokens: bytes
@@ -182,6 +215,7 @@ class GrammarMask(Message, frozen=True):
     """Allowed tokens of one step's constrained rows."""
 
     step_id: int
+    """The step whose sampling waits for it."""
     bitmask: bytes
     """int32 [num_sampled_positions, ceil(vocab_size / 32)], bit set: allowed. In the order of ``grammar_slots``."""
 
@@ -192,12 +226,15 @@ class InitKVCache(Message, frozen=True):
     num_blocks: tuple[int, ...]
     """Blocks of each KV cache group."""
     max_num_seqs: int
+    """Slots: requests that run at the same time."""
     max_num_batched_tokens: int
+    """Most tokens of a step."""
     max_model_len: int
+    """Longest sequence that is served, prompt and output together."""
 
 
 class WorkerShutdown(Message, frozen=True):
-    pass
+    """The worker ends at once; plans that still wait in it are not computed."""
 
 
 ToWorker = SchedulerOutput | GrammarMask | InitKVCache | WorkerShutdown
@@ -213,10 +250,13 @@ class KVCacheGroupSpec(Message, frozen=True):
     kind: str
     """full, sliding_window, mla or draft."""
     block_size: int
+    """Tokens in a block."""
     bytes_per_block: int
     """Of all layers of the group together, on this rank."""
     layers: tuple[int, ...]
+    """Indices of the model's layers."""
     sliding_window: int | None = None
+    """Tokens that a token of these layers attends to, itself included; None: all."""
 
 
 class LoadProgress(Message, frozen=True):
@@ -224,8 +264,11 @@ class LoadProgress(Message, frozen=True):
 
     rank: int
     stage: str
+    """What it is doing, for people."""
     done: int
+    """How much of ``total``; the unit is the stage's."""
     total: int
+    """All that there is to do."""
 
 
 class WorkerReady(Message, frozen=True):
@@ -235,24 +278,33 @@ class WorkerReady(Message, frozen=True):
     free_bytes: int
     """Device memory that is available now."""
     total_bytes: int
+    """All memory of the device."""
     weight_bytes: int
+    """Device memory of the weights."""
     default_kv_bytes: int
     """Size of the KV cache that the device advises when nothing is configured."""
     kv_cache_groups: tuple[KVCacheGroupSpec, ...]
+    """What the model's layers need, one group per kind of cache."""
     max_model_len: int
     """What the model was made for."""
     vocab_size: int
     """Width of the logits."""
     dtype: str = ""
+    """Of weights and activations, as torch names it."""
     device: str = ""
+    """Its name among the devices, such as cpu."""
     architecture: str = ""
+    """As config.json names it."""
     hidden_size: int = 0
     """Width of the hidden states. 0: they cannot be pooled."""
 
 
 class KVCacheReady(Message, frozen=True):
+    """The KV cache is allocated and programs are captured; plans may come."""
+
     rank: int
     capture_ms: float = 0.0
+    """Milliseconds that allocating and capturing took."""
 
 
 class TokenLogprobs(Message, frozen=True):
@@ -274,7 +326,9 @@ class RowError(Message, frozen=True):
     """A row whose result is not usable; the step's other rows are unharmed."""
 
     row: int
+    """Row of the step."""
     message: str
+    """For the client."""
     is_request_fault: bool = False
     """What the request asks for is to blame, not the model."""
 
@@ -283,6 +337,7 @@ class ModelRunnerOutput(Message, frozen=True):
     """The result of one step."""
 
     step_id: int
+    """The plan that it answers."""
     rank: int = 0
     """Whose it is: every answer of a worker says so."""
     sampled_token_ids: bytes = b""
@@ -291,12 +346,16 @@ class ModelRunnerOutput(Message, frozen=True):
     """uint8 [num_rows] when drafts were verified: tokens of each row that hold. Empty: all."""
     draft_token_ids: bytes = b""
     row_errors: tuple[RowError, ...] = ()
+    """At most one for a row."""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of sampled tokens, for rows that asked for them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the step's prompt tokens, for rows that asked for them."""
     pooler_output: tuple[tuple[int, Tensor], ...] = ()
     """Rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
     finished_transfers: tuple[int, ...] = ()
     forward_ms: float = 0.0
+    """Milliseconds that the worker spent on the step."""
 
 
 class WorkerFailed(Message, frozen=True):
@@ -304,8 +363,11 @@ class WorkerFailed(Message, frozen=True):
 
     rank: int
     message: str
+    """For people, in one line where it can be."""
     exit_code: int = 1
+    """What the worker's process ends with."""
     traceback: str = ""
+    """Empty where the message says it all."""
 
 
 FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | WorkerFailed

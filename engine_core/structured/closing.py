@@ -5,6 +5,12 @@ the shortest value where one must begin. Where none of that is allowed (in a str
 leads to a state not seen before, so that repetitions are left. What was known to complete an earlier state helps: as
 soon as it completes the present one, it is the rest of the path. So a new path costs as much as what the last token
 opened. Paths are short, not always shortest.
+
+The shortest completion of a context-free grammar could be computed outright (Knuth, A generalization of Dijkstra's
+algorithm, 1977), but llguidance shows a grammar only through a matcher: the tokens that are allowed, the bytes that are
+forced, whether given tokens would be taken. So this is a greedy search over states, told apart by the hash of their
+token mask. Two states with equal masks may be taken for one; then a path may be missed, never a wrong one be found,
+since each token of a path was taken by the matcher.
 """
 
 from __future__ import annotations

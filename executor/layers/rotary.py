@@ -28,7 +28,7 @@ class RopeInput:
     rope: Fields
     """``rope_type``, ``rope_theta`` and the numbers of that type."""
     rotary_dim: int
-    """Columns of a head that turn."""
+    """Columns of each head that are rotated."""
     max_position: int
     """``max_position_embeddings`` of config.json."""
     max_model_len: int
@@ -53,6 +53,7 @@ class RopeInput:
 
 
 def default(given: RopeInput) -> tuple[Tensor, float]:
+    """Rotary position embedding (Su et al., arXiv:2104.09864)."""
     return given.frequencies(given.base), 1.0
 
 
@@ -62,7 +63,13 @@ def linear(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def dynamic(given: RopeInput) -> tuple[Tensor, float]:
-    """NTK-aware scaling of the base; up to ``max_position_embeddings`` there is none.
+    """Dynamic NTK-aware scaling of the base; up to ``max_position_embeddings`` there is none.
+
+    With L = ``max_position_embeddings``, l the length, s = ``factor`` and d = ``rotary_dim``, the base is multiplied by
+    ``(s * l / L - (s - 1)) ** (d / (d - 2))``. The power divides the lowest frequency, ``base ** -((d - 2) / d)``, by
+    exactly the number in brackets, as position interpolation does all of them, and leaves the highest, 1, as it is.
+    Sections 3.1 (NTK-aware) and 3.3 (dynamic) of YaRN (Peng et al., arXiv:2309.00071) describe it; the number in
+    brackets, which is 1 at l = L, is transformers' form of the scale.
 
     transformers chooses the base anew as a sequence grows. Here it is chosen once, for the longest sequence that is
     served: K in the cache was rotated by it, and a request's tokens must not depend on how long it, or a neighbour, is
@@ -82,7 +89,10 @@ def dynamic(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def llama3(given: RopeInput) -> tuple[Tensor, float]:
-    """Long wavelengths are stretched, short ones are not, those between by interpolation (Llama 3.1)."""
+    """Long wavelengths are stretched, short ones are not, those between by interpolation.
+
+    As in the reference code of Llama 3.1 (``apply_scaling`` in ``reference_impl/model.py`` of llama-models).
+    """
     rope, frequencies = given.rope, given.frequencies(given.base)
     factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
     length = given.original_max_position
@@ -95,7 +105,7 @@ def llama3(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def yarn(given: RopeInput) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., arXiv:2309.00071)."""
+    """YaRN (Peng et al., arXiv:2309.00071): NTK-by-parts (section 3.2) and a factor of attention (3.4)."""
     rope, dim, base = given.rope, given.rotary_dim, given.base
     length = given.original_max_position
     factor = rope.number("factor", given.max_position / length)
@@ -128,7 +138,7 @@ def yarn(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def frequency_factors(given: RopeInput) -> tuple[Tensor, float]:
-    """Each frequency divided by a factor of its own, as GGUF files store Llama 3's scaling."""
+    """Each frequency divided by a factor of its own, as GGUF files store Llama 3's scaling (``rope_freqs.weight``)."""
     factors = torch.tensor(given.rope.numbers("factors"), dtype=torch.float32)
     if 2 * len(factors) != given.rotary_dim:
         given.rope.bad("factors", f"a list of {given.rotary_dim // 2} numbers")
@@ -147,7 +157,7 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns the heads of q and k by their tokens' positions. One for all layers of a model."""
+    """Rotates the heads of q and k by their tokens' positions. One for all layers of a model."""
 
     cos_sin: Tensor
     """float32 [positions, rotary_dim]: cosines, then sines. Without rows until ``reserve``."""
@@ -176,7 +186,7 @@ class RotaryEmbedding(nn.Module):
         self.cos_sin = table.to(self.cos_sin.device)
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], turned."""
+        """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
         return (
             ops.rotary_embedding(q, positions, self.cos_sin, self.head_dim),
             ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim),
