@@ -8,7 +8,6 @@ is what overlaps planning with computing. Be careful with this file: everything 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import time
 from collections import deque
@@ -59,6 +58,7 @@ from executor.messages import (
     WorkerFailed,
     WorkerReady,
 )
+from executor.registry import resolve
 
 logger = get_logger()
 
@@ -85,8 +85,7 @@ class Transport(Protocol):
 
 def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
     """The executor that the configuration names."""
-    module, _, attribute = REGISTRY[config.executor.distributed_executor_backend].partition(":")
-    factory: ExecutorFactory = getattr(importlib.import_module(module), attribute)
+    factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
     return factory(config.executor, ipc_dir, log_level)
 
 

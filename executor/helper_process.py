@@ -7,7 +7,6 @@ it was, the parent sees by the signal: SIGPROF for CPU time, SIGSEGV for the sta
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import resource
 import signal
@@ -21,6 +20,7 @@ import msgspec
 
 from executor.helper import MAX_ERROR_CHARS, HelperLaunch, HelperLimits, HelperReply, HelperRequest, resident_bytes
 from executor.process import become_child, read_payload
+from executor.registry import resolve
 
 MAX_GROWTH = 48 << 20
 """Bytes that a process may have grown since it was prepared; then its place is taken by a fresh one."""
@@ -48,7 +48,7 @@ def main() -> int:
         except EOFError:
             return 0
         if request.job not in jobs:
-            jobs[request.job] = _resolve(launch.jobs[request.job])
+            jobs[request.job] = resolve(launch.jobs, request.job, "job")
             base = max(base, resident_bytes())
         reply = _run(jobs[request.job], request)
         if request.limits is None:
@@ -57,12 +57,6 @@ def main() -> int:
             ctypes.CDLL(None).malloc_trim(0)
             reply = msgspec.structs.replace(reply, retires=resident_bytes() - base > MAX_GROWTH)
         _send(output, reply)
-
-
-def _resolve(name: str) -> Job:
-    module, _, attribute = name.partition(":")
-    job: Job = getattr(importlib.import_module(module), attribute)
-    return job
 
 
 def _run(job: Job, request: HelperRequest) -> HelperReply:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol
 
 import torch
 
 import ops
+from executor.registry import resolve
 from ops import AttentionMetadata, AttentionShape
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -91,12 +91,9 @@ def choose_backend(
     Raises:
         ValueError: There is none; the message says why each was refused.
     """
-    if name is not None and name not in REGISTRY:
-        raise ValueError(f"unknown attention backend {name!r}; supported: {', '.join(sorted(REGISTRY))}")
     refused = []
     for candidate in [name] if name else PREFERENCE[device_type]:
-        module, _, attribute = REGISTRY[candidate].partition(":")
-        backend: AttentionBackend = getattr(importlib.import_module(module), attribute)()
+        backend: AttentionBackend = resolve(REGISTRY, candidate, "attention backend")()
         reason = next((why for shape in shapes if (why := backend.supports(shape, dtype))), None)
         if reason is None:
             return backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 
 from executor.base import ModelError
 from executor.config import DeviceConfig
+from executor.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def create_device(name: str) -> Device:
     """
     if name == "auto":
         name = "cpu"
-    if name not in REGISTRY:
-        raise ModelError(f"unknown device {name!r}; supported: {', '.join(sorted(REGISTRY))}")
-    module, _, attribute = REGISTRY[name].partition(":")
-    device: Device = getattr(importlib.import_module(module), attribute)()
-    return device
+    try:
+        factory: type[Device] = resolve(REGISTRY, name, "device")
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    return factory()

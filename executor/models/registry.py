@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from executor.base import ModelError
+from executor.registry import resolve
 
 if TYPE_CHECKING:  # the names are known without torch
     from executor.models.base import Model
@@ -39,6 +39,5 @@ def resolve_model(architecture: str) -> type[Model]:
         ModelError: It is unknown.
     """
     check_architecture(architecture)
-    module, _, attribute = REGISTRY[architecture].partition(":")
-    result: type[Model] = getattr(importlib.import_module(module), attribute)
+    result: type[Model] = resolve(REGISTRY, architecture, "architecture")
     return result

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from executor.base import ModelError
+from executor.registry import resolve
 
 if TYPE_CHECKING:  # the layers import this module, and the names are known without torch
     import torch
@@ -79,8 +79,7 @@ def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> Q
     Raises:
         ModelError: The method is unknown, or the two contradict each other.
     """
-    module, _, attribute = REGISTRY[quantization_name(name, fields)].partition(":")
-    factory: type[QuantizationConfig] = getattr(importlib.import_module(module), attribute)
+    factory: type[QuantizationConfig] = resolve(REGISTRY, quantization_name(name, fields), "quantization")
     return factory(fields or {})
 
 

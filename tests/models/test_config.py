@@ -107,7 +107,7 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     assert "weights quantised with 'awq' are not supported yet; serve the model without" in refusal(quantized)
     assert "quantised with 'fp8' are not supported yet" in refusal(tiny.checkpoint("llama"), quantization="fp8")
     config = ModelConfig(model=str(tiny.checkpoint("llama")))
-    with pytest.raises(ModelError, match="'telepathy'; supported: .*reference"):
+    with pytest.raises(ModelError, match="'telepathy'; choose from .*reference"):
         load_model(config, ParallelState(), CPU, "telepathy", lambda *_: None)
 
 

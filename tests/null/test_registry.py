@@ -1,0 +1,16 @@
+"""Names that stand for implementations."""
+
+from __future__ import annotations
+
+import pytest
+
+from executor.registry import resolve
+
+
+def test_names_stand_for_what_a_module_has() -> None:
+    assert resolve({"own": f"{__name__}:{resolve.__name__}"}, "own", "function") is resolve
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^unknown colour 'red'; choose from blue, green$"):
+        resolve({"green": "nowhere:nothing", "blue": "nowhere:nothing"}, "red", "colour")
