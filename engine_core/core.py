@@ -18,6 +18,7 @@ import msgspec
 
 from engine_core.config import EngineConfig
 from engine_core.flight_record import FlightRecord
+from engine_core.in_flight import InFlight
 from engine_core.memory import plan_kv_cache
 from engine_core.messages import (
     AbortRequests,
@@ -41,7 +42,7 @@ from engine_core.messages import (
 )
 from engine_core.request import Request
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, PROBATION_TIME, RestartBudget, suspect
-from engine_core.scheduler import InFlight, Scheduler
+from engine_core.scheduler import Scheduler
 from engine_core.structured.compiler import Compiled, GrammarCompiler
 from engine_core.suspects import lost_requests
 from engine_core.validation import request_problem

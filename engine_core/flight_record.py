@@ -16,7 +16,7 @@ import numpy as np
 from engine_core.last_work import COLUMNS, HEADER, MAX_COMPILING, SIZE
 
 if TYPE_CHECKING:
-    from engine_core.scheduler import InFlight
+    from engine_core.in_flight import InFlight
 
 
 class FlightRecord:

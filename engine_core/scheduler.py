@@ -5,9 +5,8 @@ one place-holder for each token that a planned step will sample) and tokens that
 number catch up with the first, within a budget. Chunked prefill, prefix cache hits, decode and resumption after a
 preemption are all this one subtraction.
 
-State that changes every step lives in arrays indexed by slot, so that a step in which requests only get their next
-token costs a few numpy calls however many run. Plans are made before the results of earlier ones are known; see
-``InFlight`` for how results find their way.
+State that changes every step lives in the ``SlotTable``. Plans are made before the results of earlier ones are known;
+see ``InFlight`` for how results find their way, and ``step_outputs.py`` for what the api is told of them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.fair_shares import FairShares
+from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.messages import (
     I32,
@@ -29,47 +28,21 @@ from engine_core.messages import (
     EngineCoreOutputs,
     FinishReason,
     SchedulerStats,
-    Tensor,
-    TokenLogprobs,
     i32,
 )
-from engine_core.request import MAX_STOP_IDS, Request
+from engine_core.request import Request
 from engine_core.request_queue import create_request_queue
+from engine_core.slot_table import SlotTable
+from engine_core.step_outputs import end_output, error_output, keep_prompt_logprobs, pooling_output, token_output
 from engine_core.structured.request_grammar import RequestGrammar, Verdict
 from engine_core.suspects import Suspects, allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
-
-I64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 MAX_DESCRIBED_TOKENS = 1 << 17
 """Tokens of prompts, and of lists that come with them, of requests that start in one step, cached ones included: beyond
 it only one more starts. Hashing, looking up and describing so many takes some 20 ms."""
 CHARGED_TOKENS = 64
 """Tokens by which an output is longer than expected before its tenant is charged for more."""
-
-
-@dataclass
-class InFlight:
-    """A plan that is being computed. Slots may change hands before its result is there: epochs tell."""
-
-    step_id: int
-    slots: I32
-    epochs: I64
-    indices: I64
-    """The requests of the rows."""
-    counts: I64
-    """Tokens that are computed of each row's request."""
-    ends: I64
-    """How many of its tokens are computed once the step is done."""
-    sampled: Bools
-    """Rows that sample a token."""
-    grammar_rows: I64
-    """Rows whose sampling waits for the step's ``GrammarMask``, in its order."""
-    num_tokens: int
-    num_attended: int
-    """Pairs of a token and one that it attends to, at most."""
-    schedule_us: float
 
 
 @dataclass(frozen=True)
@@ -108,44 +81,13 @@ class Scheduler:
         """Told which request is about to get a slot."""
         self.num_preemptions = 0
         self._step_id = 0
-        self._finished_slots: list[int] = []
-
-        size = config.max_num_seqs
-        self._owners: list[Request | None] = [None] * size
-        self._free_slots = list(range(size - 1, -1, -1))
-        self._running: I32 = np.empty(0, np.int32)
-        """Slots in the order in which their requests started."""
-        self._epochs = np.zeros(size, np.int64)
-        """Counted up when a slot changes hands, so that results of its former owner are recognised."""
-        self._indices = np.zeros(size, np.int64)
-        self._token_ids = np.zeros((size, max_model_len), np.int32)
-        self._num_prompt = np.zeros(size, np.int64)
-        self._num_known = np.zeros(size, np.int64)
-        """Prompt and confirmed output."""
-        self._num_tokens = np.zeros(size, np.int64)
-        """Known tokens and those that plans in flight will sample."""
-        self._num_computed = np.zeros(size, np.int64)
-        """Tokens whose K and V are in the cache once the plans in flight are done."""
-        self._max_tokens = np.zeros(size, np.int64)
-        """Prompt and output together may not become longer."""
-        self._min_known = np.zeros(size, np.int64)
-        """Stop tokens do not count before the sequence is this long."""
-        self._num_charged = np.zeros(size, np.int64)
-        """Tokens that the request's tenant was charged for: prompt, and output so far or as it is expected."""
-        self._num_blocks = np.zeros(size, np.int64)
-        self._num_published = np.zeros(size, np.int64)
-        self._stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
-        self._has_stop_ids = np.zeros(size, np.bool_)
-        self._is_special = np.zeros(size, np.bool_)
-        """Rows that have more to say than their token: the first one, and those of special requests."""
-        self._is_pooling = np.zeros(size, np.bool_)
-        self._has_grammar = np.zeros(size, np.bool_)
+        self.table = SlotTable(config.max_num_seqs, max_model_len)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self.table.running)
 
     @property
     def has_unfinished(self) -> bool:
@@ -187,7 +129,7 @@ class Scheduler:
         del self.requests[request.index]
         self.suspects.forget(request)
         if request.slot >= 0:
-            num_output = int(self._num_known[request.slot]) - request.num_prompt_tokens
+            num_output = int(self.table.num_tokens[request.slot]) - request.num_prompt_tokens
             if num_output:
                 request.account.note_output(num_output)
             self.kv.release(request)
@@ -197,20 +139,15 @@ class Scheduler:
         self.shares.close(request.account)
 
     def _free_slot(self, request: Request) -> None:
-        slot = request.slot
-        request.account.charge(int(self._num_known[slot] - self._num_charged[slot]))
-        request.slot = -1
-        self._owners[slot] = None
+        table, slot = self.table, request.slot
+        request.account.charge(int(table.num_tokens[slot] - table.num_charged[slot]))
         self.suspects.stopped(slot)
-        self._epochs[slot] += 1
-        self._running = self._running[self._running != slot]
-        self._finished_slots.append(slot)
-        self._free_slots.append(slot)
+        table.release(request)
 
     def _preempt(self, request: Request) -> None:
         """Takes blocks and slot from a running request; it starts over with the tokens it has."""
         slot = request.slot
-        request.token_ids = self._token_ids[slot, : self._num_known[slot]].copy()
+        request.token_ids = self.table.token_ids[slot, : self.table.num_tokens[slot]].copy()
         request.prompt_logprobs = []  # the prompt is computed again
         self.kv.release(request)
         self._free_slot(request)
@@ -219,23 +156,28 @@ class Scheduler:
 
     def restart(self) -> None:
         """The workers are new and empty: everything that ran is queued again and nothing is cached."""
-        for slot in reversed(self._running.tolist()):
-            request = self._owners[slot]
+        for slot in reversed(self.table.running.tolist()):
+            request = self.table.owners[slot]
             assert request is not None
             self._preempt(request)
             self.num_preemptions -= 1
-        self._finished_slots.clear()
+        self.table.finished_slots.clear()
         self.kv.pool.forget_all()
         self.suspects.restart()
 
     def running_requests(self) -> list[Request]:
-        return [request for slot in self._running.tolist() if (request := self._owners[slot]) is not None]
+        return self.table.running_requests()
+
+    def owner(self, step: InFlight, row: int) -> Request | None:
+        """The request of a row, if it still has its slot."""
+        return self.table.owner(step, row)
 
     # -- planning ------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[SchedulerOutput, InFlight] | None:
         """Plans a step, or returns None when no request can make progress."""
         begin = time.perf_counter()
+        table = self.table
         slots, counts = self._wanted_by_running()
         slots, counts, block_updates, preempted = self._give_blocks(slots, counts)
         self._advance(slots, counts)
@@ -248,26 +190,26 @@ class Scheduler:
                 counts = np.concatenate((counts, np.array(new_counts, np.int64)))
         if not len(slots):
             return None
-        sampled = self._note_samples(slots)
-        grammar_rows = np.flatnonzero(sampled & self._has_grammar[slots])
-        ends = self._num_computed[slots]
+        sampled = table.note_samples(slots)
+        grammar_rows = np.flatnonzero(sampled & table.has_grammar[slots])
+        ends = table.num_scheduled[slots]
         self._step_id += 1
         plan = SchedulerOutput(
             step_id=self._step_id,
             slots=slots.tobytes(),
             num_scheduled_tokens=counts.astype(np.int32).tobytes(),
             num_sampled=sampled.tobytes(),
-            finished_slots=np.array(self._finished_slots, np.int32).tobytes(),
+            finished_slots=np.array(table.finished_slots, np.int32).tobytes(),
             new_reqs=tuple(new_reqs),
             block_updates=(block_updates,) * self.shape.num_groups if block_updates else (),
             grammar_slots=slots[grammar_rows].tobytes(),
         )
-        self._finished_slots.clear()
+        table.finished_slots.clear()
         step = InFlight(
             step_id=self._step_id,
             slots=slots,
-            epochs=self._epochs[slots],
-            indices=self._indices[slots],
+            epochs=table.epochs[slots],
+            indices=table.indices[slots],
             counts=counts,
             ends=ends,
             sampled=sampled,
@@ -283,15 +225,17 @@ class Scheduler:
 
         The last token that a request may have is never computed: nothing comes after it.
         """
-        slots = self._running
+        table = self.table
+        slots = table.running
         if self.suspects.is_isolating:
             request = self.suspects.current
             slots = slots[:0] if request is None or request.slot < 0 else np.array([request.slot], np.int32)
-        counts = np.minimum(self._num_tokens[slots], self._max_tokens[slots] - 1) - self._num_computed[slots]
+        scheduled = table.num_scheduled[slots]
+        counts = np.minimum(table.num_planned[slots], table.max_tokens[slots] - 1) - scheduled
         if self.config.long_prefill_token_threshold:
             counts = np.minimum(counts, self.config.long_prefill_token_threshold)
         if self.suspects:
-            counts = self.suspects.limit(slots, counts, self._num_computed[slots])
+            counts = self.suspects.limit(slots, counts, scheduled)
         active = counts > 0
         if not active.all():
             slots, counts = slots[active], counts[active]
@@ -313,13 +257,13 @@ class Scheduler:
             The rows that are left, the block updates of the plan, and whether a request was preempted.
         """
         size = self.shape.block_size
-        needed = -(-(self._num_computed[slots] + counts) // size) - self._num_blocks[slots]
+        needed = -(-(self.table.num_scheduled[slots] + counts) // size) - self.table.num_blocks[slots]
         rows = np.flatnonzero(needed > 0).tolist()
         updates: list[tuple[int, int, int]] = []
         dropped: set[int] = set()
         for row in rows:
             slot = int(slots[row])
-            request = self._owners[slot]
+            request = self.table.owners[slot]
             if request is None:
                 continue  # preempted for the sake of an earlier row
             count = int(needed[row])
@@ -333,7 +277,7 @@ class Scheduler:
                 continue
             first = len(request.block_ids)
             new_blocks = self.kv.grow(request, count)
-            self._num_blocks[slot] = first + count
+            self.table.num_blocks[slot] = first + count
             updates += [(slot, first + i, block_id) for i, block_id in enumerate(new_blocks)]
         if dropped:
             kept = ~np.isin(slots, list(dropped))
@@ -353,10 +297,10 @@ class Scheduler:
         """Starts waiting requests while there are tokens in the budget, slots and blocks."""
         slots: list[int] = []
         counts: list[int] = []
-        if self._free_slots:
+        if self.table.free_slots:
             self._charge_long_outputs()
         num_described = 0
-        while budget > 0 and self.waiting and (self._free_slots or self.suspects.is_isolating):
+        while budget > 0 and self.waiting and (self.table.free_slots or self.suspects.is_isolating):
             if num_described >= MAX_DESCRIBED_TOKENS:
                 break  # the others in the next step: this one must not hold up those that run
             request = self._next_waiting()
@@ -396,24 +340,13 @@ class Scheduler:
 
     def _charge_long_outputs(self) -> None:
         """Charges tenants for outputs that became longer than was expected of them."""
-        slots = self._running
-        excess = self._num_known[slots] - self._num_charged[slots]
+        slots = self.table.running
+        excess = self.table.num_tokens[slots] - self.table.num_charged[slots]
         for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
-            request = self._owners[slots[row]]
+            request = self.table.owners[slots[row]]
             assert request is not None
             request.account.charge(int(excess[row]))
-            self._num_charged[slots[row]] += excess[row]
-
-    def _charge_start(self, request: Request, num_computed: int) -> None:
-        """Charges a tenant for a request that got a slot. What is computed once more is not the tenant's fault."""
-        num_tokens = len(request.token_ids)
-        num_left = 0
-        if not request.is_pooling:
-            num_output = num_tokens - request.num_prompt_tokens
-            num_expected = min(int(request.account.mean_output), self.max_output_tokens(request))
-            num_left = max(0, num_expected - num_output)
-        request.account.charge((0 if request.scheduled_time else num_tokens - num_computed) + num_left)
-        self._num_charged[request.slot] = num_tokens + num_left
+            self.table.num_charged[slots[row]] += excess[row]
 
     def _next_waiting(self) -> Request | None:
         """The request that may start now; None: nobody."""
@@ -425,45 +358,25 @@ class Scheduler:
 
     def _make_room(self, cached: list[int], num_tokens: int) -> None:
         """Preempts those that wait for the trial of a request, as far as it needs what they hold."""
-        while len(self._running) and not (self._free_slots and self.kv.can_fit(cached, num_tokens)):
+        while len(self.table.running) and not (self.table.free_slots and self.kv.can_fit(cached, num_tokens)):
             self._preempt(self.running_requests()[-1])
 
     def _occupy(self, request: Request, num_computed: int) -> int:
-        """Gives a request a slot and fills its row of the arrays."""
-        slot = self._free_slots.pop()
-        params = request.params
+        """Gives a request a slot, and charges its tenant. What is computed once more is not the tenant's fault."""
         num_tokens = len(request.token_ids)
-        request.slot = slot
-        self._charge_start(request, num_computed)
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_computed
-        if request.scheduled_time is None:
-            request.scheduled_time = time.monotonic()
-            is_first = True
+        num_new = 0 if request.scheduled_time else num_tokens - num_computed
+        if request.is_pooling:
+            max_tokens, num_left = num_tokens + 1, 0
         else:
-            is_first = num_tokens == request.num_prompt_tokens
-        self._owners[slot] = request
+            max_output = self.max_output_tokens(request)
+            max_tokens = request.num_prompt_tokens + max_output
+            num_expected = min(int(request.account.mean_output), max_output)
+            num_left = max(0, num_expected - (num_tokens - request.num_prompt_tokens))
+        slot = self.table.occupy(request, num_computed, max_tokens, self.shape.block_size)
+        request.account.charge(num_new + num_left)
+        self.table.num_charged[slot] = num_tokens + num_left
         if request.suspicion is not None:
             self.suspects.started(request, num_computed)
-        self._running = np.append(self._running, np.int32(slot))
-        self._indices[slot] = request.index
-        self._token_ids[slot, :num_tokens] = request.token_ids
-        self._num_prompt[slot] = request.num_prompt_tokens
-        self._num_known[slot] = self._num_tokens[slot] = num_tokens
-        self._num_computed[slot] = num_computed
-        self._num_blocks[slot] = len(request.block_ids)
-        self._num_published[slot] = num_computed // self.shape.block_size
-        self._is_pooling[slot] = request.is_pooling
-        self._has_grammar[slot] = request.grammar is not None
-        self._max_tokens[slot] = (
-            num_tokens + 1 if request.is_pooling else request.num_prompt_tokens + self.max_output_tokens(request)
-        )
-        self._min_known[slot] = request.num_prompt_tokens + params.min_tokens
-        stop_ids = params.all_stop_token_ids
-        self._stop_ids[slot] = -1
-        self._stop_ids[slot, : min(len(stop_ids), MAX_STOP_IDS)] = stop_ids[:MAX_STOP_IDS]
-        self._has_stop_ids[slot] = bool(stop_ids)
-        self._is_special[slot] = is_first or request.is_special
         return slot
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
@@ -481,14 +394,8 @@ class Scheduler:
 
     def _advance(self, slots: I32, counts: I64) -> None:
         """Counts planned tokens as computed and publishes the blocks that they fill."""
-        self._num_computed[slots] += counts
+        self.table.num_scheduled[slots] += counts
         self._publish(slots)
-
-    def _note_samples(self, slots: I32) -> Bools:
-        """Which rows of the plan sample; each of them has one token more from now on."""
-        sampled: Bools = (self._num_computed[slots] == self._num_tokens[slots]) & ~self._is_pooling[slots]
-        self._num_tokens[slots[sampled]] += 1
-        return sampled
 
     def _publish(self, slots: I32) -> None:
         """Makes full blocks of known tokens findable as soon as the plan that computes them is made.
@@ -498,15 +405,15 @@ class Scheduler:
         """
         if not self.kv.enable_prefix_caching:
             return
-        full = np.minimum(self._num_computed[slots], self._num_known[slots]) // self.shape.block_size
-        for row in np.flatnonzero(full > self._num_published[slots]).tolist():
+        full = np.minimum(self.table.num_scheduled[slots], self.table.num_tokens[slots]) // self.shape.block_size
+        for row in np.flatnonzero(full > self.table.num_published[slots]).tolist():
             slot = int(slots[row])
-            request = self._owners[slot]
+            request = self.table.owners[slot]
             if request is None:
                 continue
             count = int(full[row])
-            self.kv.publish(request, self._token_ids[slot], int(self._num_published[slot]), count)
-            self._num_published[slot] = count
+            self.kv.publish(request, self.table.token_ids[slot], int(self.table.num_published[slot]), count)
+            self.table.num_published[slot] = count
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -515,63 +422,86 @@ class Scheduler:
 
         Rows of requests that left their slot since the plan was made are dropped.
         """
-        outputs: list[EngineCoreOutput] = []
-        current = self._epochs[step.slots] == step.epochs
+        table = self.table
+        current = table.epochs[step.slots] == step.epochs
+        table.num_computed[step.slots[current]] = step.ends[current]
         if self.suspects:
             self.suspects.computed(step.slots, step.ends, current)
         usable = step.sampled & current
-        for error in result.row_errors:
-            if current[error.row]:
-                output = self._fail(int(step.slots[error.row]), error.message)
-                outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
-            usable[error.row] = False
-        outputs += [
-            self._finish_pooling(int(step.slots[row]), value) for row, value in result.pooler_output if current[row]
-        ]
-        if result.prompt_logprobs:
-            self._collect_prompt_logprobs(step, result.prompt_logprobs)
+        outputs = self._take_verdicts(step, result, current, usable)
         sampled_tokens = i32(result.sampled_token_ids)
         ended: dict[int, FinishReason] = {}
         if len(step.grammar_rows):
             ended = self._judge(step, sampled_tokens, usable, outputs)
-        tokens = sampled_tokens[usable[step.sampled]]
-        slots = step.slots[usable]
-        known = self._num_known[slots]
-        self._token_ids[slots, known] = tokens
-        output_indices = (known - self._num_prompt[slots]).astype(np.int32)
-        known += 1
-        self._num_known[slots] = known
-
-        stopped = self._has_stop_ids[slots]
-        if stopped.any():
-            stopped &= (tokens[:, None] == self._stop_ids[slots]).any(axis=1) & (known >= self._min_known[slots])
-        full = known >= self._max_tokens[slots]
-        special = stopped | full | self._is_special[slots]
+        slots, tokens = step.slots[usable], sampled_tokens[usable[step.sampled]]
+        output_indices = table.append(slots, tokens)
+        stopped = table.stops(slots, tokens)
+        special = stopped | (table.num_tokens[slots] >= table.max_tokens[slots]) | table.is_special[slots]
         if ended:
             special |= np.isin(slots, list(ended))
         if special.any():
             logprobs = {entry.row: entry for entry in result.logprobs}
             step_rows = np.flatnonzero(usable)
             for row in np.flatnonzero(special).tolist():
-                entry = logprobs.get(int(step_rows[row]))
                 slot = int(slots[row])
-                outputs.append(
-                    self._describe_output(
-                        slot, int(tokens[row]), int(output_indices[row]), bool(stopped[row]), ended.get(slot), entry
-                    )
+                output = token_output(
+                    table,
+                    slot,
+                    int(tokens[row]),
+                    int(output_indices[row]),
+                    stopped=bool(stopped[row]),
+                    ended=ended.get(slot),
+                    logprobs=logprobs.get(int(step_rows[row])),
                 )
+                outputs.append(output)
+                self._after_output(slot, output)
             plain = ~special
             slots, tokens, output_indices = slots[plain], tokens[plain], output_indices[plain]
         self._publish(slots)
         return EngineCoreOutputs(
             engine_epoch=self.engine_epoch,
-            indices=self._indices[slots].tobytes(),
+            indices=table.indices[slots].tobytes(),
             output_indices=output_indices.tobytes(),
             token_ids=tokens.tobytes(),
             outputs=tuple(outputs),
             scheduler_stats=self.stats(step, result),
             timestamp=time.monotonic(),
         )
+
+    def _take_verdicts(
+        self, step: InFlight, result: ModelRunnerOutput, current: Bools, usable: Bools
+    ) -> list[EngineCoreOutput]:
+        """Ends the requests whose rows went wrong or whose prompts are pooled, and keeps what is told of prompts.
+
+        Args:
+            step: The plan.
+            result: Its result.
+            current: bool [rows]: the request still has its slot.
+            usable: bool [rows]: rows whose token counts; those that went wrong are taken out.
+        """
+        outputs: list[EngineCoreOutput] = []
+        for error in result.row_errors:
+            if current[error.row]:
+                output = self._fail(int(step.slots[error.row]), error.message)
+                outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
+            usable[error.row] = False
+        for row, value in result.pooler_output:
+            if current[row]:
+                request = self.table.request(int(step.slots[row]))
+                outputs.append(pooling_output(request, value))
+                self._finish(request)
+        if result.prompt_logprobs:
+            keep_prompt_logprobs(self.table, step, result.prompt_logprobs)
+        return outputs
+
+    def _after_output(self, slot: int, output: EngineCoreOutput) -> None:
+        """A row was described by itself: ends its request if it is done."""
+        request = self.table.request(slot)
+        self._publish(np.array([slot], np.int32))
+        if output.finish_reason is not None:
+            self._finish(request)
+        else:
+            self.table.is_special[slot] = request.is_special
 
     def _judge(
         self, step: InFlight, tokens: I32, usable: Bools, outputs: list[EngineCoreOutput]
@@ -584,14 +514,16 @@ class Scheduler:
         Returns:
             The slots whose outputs end here, and why.
         """
+        table = self.table
         ended: dict[int, FinishReason] = {}
         places = np.cumsum(step.sampled) - 1
         for row in step.grammar_rows[usable[step.grammar_rows]].tolist():
             slot = int(step.slots[row])
-            request = self._owners[slot]
-            assert request is not None and request.grammar is not None
+            request = table.request(slot)
+            assert request.grammar is not None
             token = int(tokens[places[row]])
-            if token in request.params.all_stop_token_ids and self._num_known[slot] + 1 >= self._min_known[slot]:
+            is_stop = token in request.params.all_stop_token_ids
+            if is_stop and table.num_tokens[slot] + 1 >= table.min_tokens[slot]:
                 continue
             verdict = request.grammar.accept(token)
             if verdict is Verdict.ENDED:
@@ -607,72 +539,12 @@ class Scheduler:
                     outputs.append(self.end_row(step, row, FinishReason.ERROR, request.grammar.error))
         return ended
 
-    def _describe_output(
-        self,
-        slot: int,
-        token: int,
-        output_index: int,
-        stopped: bool,
-        ended: FinishReason | None,
-        logprobs: TokenLogprobs | None,
-    ) -> EngineCoreOutput:
-        """The output of a row that is done or has more to say than its token."""
-        request = self._owners[slot]
-        assert request is not None
-        params = request.params
-        if not stopped and self._num_known[slot] >= self._min_known[slot]:
-            stopped = token in params.all_stop_token_ids[MAX_STOP_IDS:]
-        reason = ended
-        is_loop = self._is_loop(request, slot)
-        if stopped:
-            reason = FinishReason.STOP
-        elif ended is not None:
-            pass
-        elif is_loop:
-            reason = FinishReason.REPETITION
-        elif self._num_known[slot] >= self._max_tokens[slot]:
-            reason = FinishReason.LENGTH
-        is_first = output_index == 0 or bool(request.prompt_logprobs)
-        output = EngineCoreOutput(
-            index=request.index,
-            first_output_index=output_index,
-            new_token_ids=(token,),
-            finish_reason=reason,
-            stop_reason=token if stopped and token in params.stop_token_ids else None,
-            ends_with_stop_token=stopped,
-            new_logprobs=(logprobs,) if logprobs else (),
-            prompt_logprobs=tuple(request.prompt_logprobs),
-            num_cached_tokens=request.num_cached_tokens if is_first else None,
-            scheduled_time=request.scheduled_time if is_first else None,
-        )
-        request.prompt_logprobs = []
-        if reason is not None:
-            self._publish(np.array([slot], np.int32))
-            self._finish(request)
-        else:
-            self._is_special[slot] = request.is_special
-            self._publish(np.array([slot], np.int32))
-        return output
-
-    def _is_loop(self, request: Request, slot: int) -> bool:
-        """Takes note of a request's last token; whether its output goes round in circles."""
-        if request.repetition is None:
-            return False
-        known = self._num_known[slot]
-        found = request.repetition.append(self._token_ids[slot, request.num_prompt_tokens : known])
-        return found and bool(known >= self._min_known[slot])
-
     def grammars(self, step: InFlight) -> list[RequestGrammar | None]:
         """The grammars of a step's constrained rows; None where the request is gone."""
         return [
             request.grammar if (request := self.owner(step, row)) is not None else None
             for row in step.grammar_rows.tolist()
         ]
-
-    def owner(self, step: InFlight, row: int) -> Request | None:
-        """The request of a row, if it still has its slot."""
-        slot = step.slots[row]
-        return self._owners[slot] if self._epochs[slot] == step.epochs[row] else None
 
     def end_row(self, step: InFlight, row: int, reason: FinishReason, error: str = "") -> EngineCoreOutput:
         """Ends the request of a row between two tokens.
@@ -683,47 +555,17 @@ class Scheduler:
             reason: Why it ends.
             error: What is wrong with the client's grammar, with the reason ``ERROR``.
         """
-        slot = int(step.slots[row])
-        request = self._owners[slot]
-        assert request is not None
+        request = self.table.request(int(step.slots[row]))
         if reason is FinishReason.ERROR:
-            return msgspec.structs.replace(self._fail(slot, error), error_param=request.grammar_param)
-        is_first = self._num_known[slot] == self._num_prompt[slot]
-        output = EngineCoreOutput(
-            index=request.index,
-            first_output_index=int(self._num_known[slot] - self._num_prompt[slot]),
-            finish_reason=reason,
-            num_cached_tokens=request.num_cached_tokens if is_first else None,
-            scheduled_time=request.scheduled_time if is_first else None,
-        )
-        self._finish(request)
-        return output
-
-    def _finish_pooling(self, slot: int, value: Tensor) -> EngineCoreOutput:
-        """The only output of a request that generates nothing."""
-        request = self._owners[slot]
-        assert request is not None
-        output = EngineCoreOutput(
-            index=request.index,
-            first_output_index=0,
-            finish_reason=FinishReason.STOP,
-            pooling_output=value,
-            num_cached_tokens=request.num_cached_tokens,
-            scheduled_time=request.scheduled_time,
-        )
+            return msgspec.structs.replace(self._fail(request.slot, error), error_param=request.grammar_param)
+        output = end_output(self.table, request, reason)
         self._finish(request)
         return output
 
     def _fail(self, slot: int, message: str) -> EngineCoreOutput:
         """Ends a request whose row went wrong; its blocks are not to be trusted."""
-        request = self._owners[slot]
-        assert request is not None
-        output = EngineCoreOutput(
-            index=request.index,
-            first_output_index=int(self._num_known[slot] - self._num_prompt[slot]),
-            finish_reason=FinishReason.ERROR,
-            error=message,
-        )
+        request = self.table.request(slot)
+        output = error_output(request, int(self.table.num_tokens[slot]), message)
         self.kv.discard(request)
         self._finish(request)
         return output
@@ -733,28 +575,13 @@ class Scheduler:
         if request.slot >= 0:
             return self._fail(request.slot, message)
         self._finish(request)
-        return EngineCoreOutput(
-            index=request.index,
-            first_output_index=len(request.token_ids) - request.num_prompt_tokens,
-            finish_reason=FinishReason.ERROR,
-            error=message,
-        )
-
-    def _collect_prompt_logprobs(self, step: InFlight, entries: tuple[TokenLogprobs, ...]) -> None:
-        """Keeps them for the first token's output. A prompt that is computed again after that has told them already."""
-        for entry in entries:
-            slot = step.slots[entry.row]
-            request = self._owners[slot]
-            is_current = self._epochs[slot] == step.epochs[entry.row]
-            if request is not None and is_current and self._num_known[slot] == self._num_prompt[slot]:
-                request.prompt_logprobs.append(entry)
-                self._is_special[slot] = True
+        return error_output(request, len(request.token_ids), message)
 
     # -- facts ---------------------------------------------------------------------------------------------
 
     def stats(self, step: InFlight | None = None, result: ModelRunnerOutput | None = None) -> SchedulerStats:
         return SchedulerStats(
-            num_running_reqs=len(self._running),
+            num_running_reqs=len(self.table.running),
             num_waiting_reqs=self.num_waiting,
             num_deferred_reqs=len(self.compiling),
             kv_cache_usage=self.kv.usage,
@@ -768,16 +595,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts that slots, queues and blocks agree with each other."""
-        running = self._running.tolist()
-        owners = {slot: request for slot, request in enumerate(self._owners) if request is not None}
-        assert sorted(running) == sorted(owners), "running slots differ from the slots that have an owner"
-        assert sorted(self._free_slots) == sorted(set(range(len(self._owners))) - set(running)), "free slots differ"
-        for slot, request in owners.items():
-            assert request.slot == slot and self.requests[request.index] is request
-            assert self._num_known[slot] <= self._num_tokens[slot] <= self._max_tokens[slot]
-            assert self._num_computed[slot] <= len(request.block_ids) * self.shape.block_size
-            assert self._num_blocks[slot] == len(request.block_ids)
-        waiting = list(self.waiting)
+        self.table.check_integrity(self.shape.block_size)
+        running, waiting = self.running_requests(), list(self.waiting)
+        assert all(self.requests[request.index] is request for request in running)
         assert all(request.slot < 0 and not request.block_ids for request in waiting)
         assert len(waiting) + len(running) + len(self.compiling) == len(self.requests)
         self.kv.pool.check_integrity(request.block_ids for request in self.requests.values())

@@ -19,7 +19,7 @@ from engine_core.messages import I32
 from engine_core.request import Request
 
 if TYPE_CHECKING:
-    from engine_core.scheduler import InFlight
+    from engine_core.in_flight import InFlight
 
 I64 = npt.NDArray[np.int64]
 

@@ -41,10 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from api.bench.figures import describe, format_distributions
 from api.flags import ConfigError, add_arguments, build, options
 from engine_core.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedDevice
+from engine_core.in_flight import InFlight
 from engine_core.memory import plan_kv_cache
 from engine_core.messages import EngineCoreOutputs, EngineCoreRequest, ResolvedParams, i64
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, InFlight, Scheduler
+from engine_core.scheduler import CacheShape, Scheduler
 from executor.messages import ModelRunnerOutput, SchedulerOutput
 from executor.simulated import FIRST_TOKEN_ID, DeviceModel
 

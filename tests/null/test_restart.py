@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from engine_core.flight_record import FlightRecord
+from engine_core.in_flight import InFlight
 from engine_core.last_work import SIZE, LastWork, read_flight_record
 from engine_core.restart import MAX_RESTARTS, RESTART_WINDOW, STABLE_TIME, RestartBudget, Suspicion, suspect
-from engine_core.scheduler import InFlight
 
 
 class Clock:

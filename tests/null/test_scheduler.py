@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine_core import scheduler
 from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.in_flight import InFlight
 from engine_core.messages import (
     EngineCoreRequest,
     FinishReason,
@@ -24,7 +25,7 @@ from engine_core.messages import (
     to_array,
 )
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, InFlight, Scheduler
+from engine_core.scheduler import CacheShape, Scheduler
 from executor.messages import ModelRunnerOutput, RowError, SchedulerOutput
 from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
