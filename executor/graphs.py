@@ -46,10 +46,11 @@ class Program:
         self.inputs[name] = value.index
         return value
 
-    def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-        value = self._new_value(op.infer(*args, **kwargs))
-        self._append(op.name, op.implementation(self.device_type), args, kwargs, value)
-        return value
+    def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value | tuple[Value, ...]:
+        specs = op.infer(*args, **kwargs)
+        out = self._new_value(specs) if isinstance(specs, Spec) else tuple(map(self._new_value, specs))
+        self._append(op.name, op.implementation(self.device_type), args, kwargs, out)
+        return out
 
     def slice_columns(self, value: Value, start: int, width: int) -> Value:
         part = self._new_value(Spec(value.spec.rows, width, value.spec.dtype))
@@ -60,10 +61,13 @@ class Program:
         self.specs.append(spec)
         return Value(self, len(self.specs) - 1, spec)
 
-    def _append(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Value) -> None:
+    def _append(
+        self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Value | tuple[Value, ...]
+    ) -> None:
         refs = tuple(_reference(arg) for arg in args)
         named = {key: _reference(arg) for key, arg in kwargs.items()}
-        self.nodes.append(Node(name, function, refs, named, Ref(out.index, out.spec)))
+        outs = tuple(map(_reference, out)) if isinstance(out, tuple) else _reference(out)
+        self.nodes.append(Node(name, function, refs, named, outs))
 
     def finish(self, *outputs: Any) -> None:
         """Ends the capture with the values that ``replay`` returns; what no node reads any more is dropped then."""
@@ -74,7 +78,7 @@ class Program:
             return
         seen = set(self.outputs)
         for node in reversed(self.nodes):
-            used = {ref.index for ref in (*node.references(), node.out)}
+            used = {ref.index for ref in (*node.references(), *node.outs)}
             self._dead.append(tuple(used - seen))
             seen |= used
         self._dead.reverse()
@@ -110,7 +114,8 @@ class Program:
         for node, dead in zip(self.nodes, self._dead, strict=True):
             args = [_resolve(arg, values, inputs) for arg in node.args]
             kwargs = {name: _resolve(arg, values, inputs) for name, arg in node.kwargs.items()}
-            values[node.out.index] = node.function(*args, **kwargs)
+            for index, tensor in node.results(node.function(*args, **kwargs)):
+                values[index] = tensor
             for index in dead:
                 values[index] = None
         return [values[index] for index in self.outputs]

@@ -10,7 +10,7 @@ program instead: the mode travels with the data, so there is no ambient state an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -28,6 +28,10 @@ class Spec:
     """What the rows are: ``tokens`` or ``samples``."""
     width: int
     dtype: torch.dtype
+
+
+Specs = Spec | tuple[Spec, ...]
+"""What an op returns: one tensor, or a tuple of them."""
 
 
 class Recorder(Protocol):
@@ -103,23 +107,35 @@ class Ref:
 
 @dataclass
 class Node:
-    """One recorded call: ``values[out] = function(*args, **kwargs)`` with references and step inputs filled in."""
+    """One recorded call: ``out = function(*args, **kwargs)`` with references and step inputs filled in."""
 
     name: str
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    out: Ref
+    out: Ref | tuple[Ref, ...]
+    """In the form of what the function returns: one result, or a tuple of them."""
+
+    @property
+    def outs(self) -> tuple[Ref, ...]:
+        """The values that the node makes."""
+        return (self.out,) if type(self.out) is Ref else self.out  # type: ignore[return-value]
 
     def references(self) -> list[Ref]:
         """The values that the node reads."""
         return [arg for arg in (*self.args, *self.kwargs.values()) if type(arg) is Ref]
 
+    def results(self, returned: Any) -> Iterable[tuple[int, Any]]:
+        """What the function returned, by the values' indexes."""
+        if type(self.out) is Ref:
+            return ((self.out.index, returned),)
+        return zip((ref.index for ref in self.outs), returned, strict=True)
+
 
 class Op(Generic[P, R]):
     """A tensor function with one implementation per device."""
 
-    def __init__(self, reference: Callable[P, R], infer: Callable[..., Spec]) -> None:
+    def __init__(self, reference: Callable[P, R], infer: Callable[..., Specs]) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.infer = infer
@@ -145,11 +161,12 @@ class Op(Generic[P, R]):
         return f"<op {self.name}>"
 
 
-def op(infer: Callable[..., Spec]) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declares an op by its reference.
+def op(infer: Callable[..., Specs]) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declares an op by its reference. What it returns shares no memory with its arguments: that is used again.
 
     Args:
-        infer: Takes the op's arguments, with ``Value``s for tensors of the step, and returns the result's ``Spec``.
+        infer: Takes the op's arguments, with ``Value``s for tensors of the step, and returns the result's ``Spec``, or
+            a tuple of them for an op with several results.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:

@@ -28,7 +28,9 @@ class Item:
 
     @property
     def out(self) -> Ref:
-        return self.node.out
+        """The one value that an instruction makes."""
+        (out,) = self.node.outs
+        return out
 
     def reads(self) -> list[int]:
         """Values that it reads."""
@@ -51,11 +53,10 @@ class Fusion:
         result: list[Item] = []
         gone: set[int] = set()
         for item in self._items:
-            for absorbed in self._absorb(item):
-                gone.add(absorbed.out.index)
-            self._made_by[item.out.index] = item
+            gone.update(id(absorbed) for absorbed in self._absorb(item))
+            self._made_by.update({out.index: item for out in item.node.outs})
             result.append(item)
-        return [item for item in result if item.out.index not in gone]
+        return [item for item in result if id(item) not in gone]
 
     def _absorb(self, item: Item) -> list[Item]:
         """Lets an item take over what makes its operands; returns those items."""

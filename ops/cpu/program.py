@@ -166,6 +166,7 @@ class NativeProgram:
         """Values that the kernels read and something else makes."""
         self._arena = Arena(specs)
         self._place(items)
+        self._dead = self._last_python_reads()
         self._views: dict[int, Tensor] = {}
         self._groups = (Group * max(1, len(self._group_names)))()
         self._step = Step(groups=self._groups)
@@ -179,7 +180,7 @@ class NativeProgram:
             if node.name == SLICE:
                 value, _, start, _ = node.args
                 source = self._places[value.index]
-                self._places[node.out.index] = Place(source.base, source.column + start)
+                self._places[node.outs[0].index] = Place(source.base, source.column + start)
             else:
                 items.append(Item(node, self._instruction(node)))
         return items
@@ -213,7 +214,8 @@ class NativeProgram:
 
     def _place(self, items: list[Item]) -> None:
         """Gives every value that a kernel reads or writes a place for as long as it is needed."""
-        used = [{self._base(index) for index in (item.out.index, *item.reads())} for item in items]
+        made = [{out.index for out in item.node.outs} for item in items]
+        used = [made[i] | {self._base(index) for index in item.reads()} for i, item in enumerate(items)]
         last_use = {index: i for i, values in enumerate(used) for index in values}
         kept = {self._base(index) for index in self._outputs}
         placed = set()
@@ -221,12 +223,24 @@ class NativeProgram:
             self._arena.allocate(index)
             placed.add(index)
         for i, item in enumerate(items):
-            if item.instruction is not None or item.out.index in self._imported:
-                self._arena.allocate(item.out.index)
-                placed.add(item.out.index)
+            for index in sorted(made[i] if item.instruction is not None else made[i] & self._imported):
+                self._arena.allocate(index)
+                placed.add(index)
             for index in sorted(used[i] & placed - kept):
                 if last_use[index] == i:
                     self._arena.release(index)
+
+    def _last_python_reads(self) -> list[tuple[int, ...]]:
+        """For each part, the tensors that Python holds and nothing reads any more. What kernels read is a copy."""
+        seen = {self._base(index) for index in self._outputs}
+        result: list[tuple[int, ...]] = []
+        for part in reversed(self._parts):
+            used: set[int] = set()
+            if isinstance(part, Node):
+                used = {self._base(ref.index) for ref in (*part.references(), *part.outs)}
+            result.append(tuple(sorted(used - seen)))
+            seen |= used
+        return result[::-1]
 
     def _reserve(self, rows: dict[str, int]) -> None:
         if not self._arena.reserve(rows):
@@ -257,15 +271,22 @@ class NativeProgram:
         for name, index in self._inputs.items():
             self._set(index, inputs[name], values, rows)
         step = ctypes.addressof(self._step)
-        for part in self._parts:
+        for part, dead in zip(self._parts, self._dead, strict=True):
             if isinstance(part, Segment):
                 self._kernels.run(part.nodes, len(part.items), step, 0)
-            else:
-                args = [self._argument(arg, values, inputs, rows) for arg in part.args]
-                kwargs = {name: self._argument(arg, values, inputs, rows) for name, arg in part.kwargs.items()}
-                self._set(part.out.index, part.function(*args, **kwargs), values, rows)
+                continue
+            self._call(part, values, inputs, rows)
+            for index in dead:
+                values.pop(index, None)
         del keep
         return [self._tensor(index, values, rows) for index in self._outputs]
+
+    def _call(self, node: Node, values: dict[int, Tensor], inputs: dict[str, Any], rows: dict[str, int]) -> None:
+        """Runs a node in Python."""
+        args = [self._argument(arg, values, inputs, rows) for arg in node.args]
+        kwargs = {name: self._argument(arg, values, inputs, rows) for name, arg in node.kwargs.items()}
+        for index, tensor in node.results(node.function(*args, **kwargs)):
+            self._set(index, tensor, values, rows)
 
     def _read_step(self, inputs: dict[str, Any]) -> tuple[dict[str, int], list[Any]]:
         """Points the step descriptor at a step's inputs.
