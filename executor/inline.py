@@ -43,6 +43,8 @@ class InlineExecutor:
         assert self._worker is not None
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event)
+        if self._worker.results_fd is not None:
+            self._worker.take_results()
         if self._pending and not self._answers:
             self._worker.handle(self._pending.popleft())
         answers, self._answers = self._answers, []
@@ -51,7 +53,8 @@ class InlineExecutor:
         return answers
 
     def poll_fds(self) -> list[int]:
-        return [self._event]
+        results = None if self._worker is None else self._worker.results_fd
+        return [self._event] if results is None else [self._event, results]
 
     def worker_pids(self) -> tuple[int, ...]:
         return ()

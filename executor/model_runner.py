@@ -3,7 +3,8 @@
 Constitution of this file: it stays small and stable. It knows slots, positions and blocks; it does not know model
 classes, devices, quantisation or sampling methods, and grows no ``if`` for one of them. State lives in
 ``RequestStates``, in the sampler and in the pooler, by slot; nothing here survives a step. Nothing between receiving a
-plan and launching the forward pass waits for the device.
+plan and launching what it asks for waits for the device: a step goes up through a ``StepChannel``, and what it computed
+is read by ``PendingOutput.collect``, which may be after later steps have begun.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 
 import ops
 from executor.attention.base import AttentionBackend
+from executor.deferred import Array, Deferred, Together
 from executor.device.base import Device
+from executor.device.steps import Pending
 from executor.graphs import Program
 from executor.input_batch import InputBatch
 from executor.loader import LoadedModel
 from executor.messages import (
     I32,
+    I64,
     GrammarMask,
     InitKVCache,
     KVCacheGroupSpec,
@@ -34,7 +38,7 @@ from executor.messages import (
 )
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
-from executor.sampling.sampler import Sampler, TokenMask
+from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
@@ -45,15 +49,51 @@ class StartedStep:
     """A step before its tokens are sampled."""
 
     plan: SchedulerOutput
-    slots: I32
-    """int32 [samples]: slots that sample."""
-    rows: I32
-    """int32 [samples]: their rows in the plan."""
+    rows: SampleRows
+    """The rows of ``logits``."""
+    epochs: I64
+    """int64 [samples]: epochs of their slots."""
     logits: torch.Tensor
     """float32 [samples, vocab_size]."""
-    prompt_logprobs: list[TokenLogprobs]
-    pooled: PoolerOutput
-    forward_ms: float
+    prompt_logprobs: Deferred[list[TokenLogprobs]]
+    pooled: Deferred[PoolerOutput]
+    launch_ms: float
+
+
+class PendingOutput:
+    """The answer to a step, as far as the device has come. Outputs are collected in the order of the steps."""
+
+    def __init__(
+        self, step: StartedStep, states: RequestStates, results: Together, pending: Pending, rank: int
+    ) -> None:
+        self._step = step
+        self._states = states
+        self._results = results
+        self._pending = pending
+        self._rank = rank
+
+    def is_ready(self) -> bool:
+        """Whether ``collect`` returns at once."""
+        return self._pending.is_ready()
+
+    def collect(self) -> ModelRunnerOutput:
+        """Waits for the results, and fills the tokens in."""
+        begin = time.perf_counter()
+        sampled: SamplerOutput
+        pooled: PoolerOutput
+        sampled, prompt_logprobs, pooled = self._results.make(self._pending.collect())
+        step = self._step
+        self._states.fill(step.rows.slots, step.epochs, step.rows.positions, sampled.token_ids)
+        return ModelRunnerOutput(
+            step_id=step.plan.step_id,
+            rank=self._rank,
+            sampled_token_ids=sampled.token_ids.astype(np.int32).tobytes(),
+            row_errors=(*sampled.row_errors, *pooled.row_errors),
+            logprobs=tuple(sampled.logprobs),
+            prompt_logprobs=tuple(prompt_logprobs),
+            pooler_output=tuple(pooled.vectors),
+            forward_ms=step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3,
+        )
 
 
 class ModelRunner:
@@ -77,7 +117,9 @@ class ModelRunner:
         self.groups = groups
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
+        self.channel = device.steps()
         self.states = RequestStates(0, 0, [])
+        self.recent = self.channel.recent_tokens(0)
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
 
@@ -91,7 +133,8 @@ class ModelRunner:
                 layers[index].kv_cache = (keys, values)
         self.model.reserve_positions(init.max_model_len)
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
-        self.sampler = Sampler(init.max_num_seqs)
+        self.recent = self.channel.recent_tokens(init.max_num_seqs)
+        self.sampler = Sampler(init.max_num_seqs, self.device.torch_device.type, channel=self.channel)
         self.pooler = Pooler(init.max_num_seqs)
         if not self.enforce_eager:
             self.program = self.capture(init)
@@ -112,10 +155,10 @@ class ModelRunner:
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
         """Computes a step: applies the plan, runs the model, samples or pools."""
-        return self.finish(self.begin(plan), mask)
+        return self.finish(self.begin(plan), mask).collect()
 
     def begin(self, plan: SchedulerOutput) -> StartedStep:
-        """Applies a plan and runs the model. ``finish`` comes before the next plan."""
+        """Applies a plan and launches the model. ``finish`` comes before the next plan."""
         begin = time.perf_counter()
         states = self.states
         states.apply(plan)
@@ -124,25 +167,30 @@ class ModelRunner:
             if request.params is not None:
                 self.sampler.add(request.slot, request.params)
             self.pooler.add(request.slot, request.pooling_params)
-        slots, counts = i32(plan.slots), i32(plan.num_scheduled_tokens)
-        sampled = u8(plan.num_sampled).astype(np.bool_)
-        batch = self.prepare(slots, counts, sampled)
+        slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
+        rows = np.repeat(np.arange(len(slots), dtype=np.int32), num_sampled)
+        sampled = SampleRows(slots[rows], _ranges(states.num_tokens[slots], num_sampled), rows)
+        batch = self.prepare(slots, counts, num_sampled)
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
         prompt_logprobs = self.prompt_logprobs(hidden, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
-        states.num_computed[slots] += counts
+        states.advance(slots, counts, num_sampled)
         return StartedStep(
             plan=plan,
-            slots=slots[sampled],
-            rows=np.flatnonzero(sampled).astype(np.int32),
+            rows=sampled,
+            epochs=states.epochs[sampled.slots],
             logits=logits,
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
-            forward_ms=(time.perf_counter() - begin) * 1e3,
+            launch_ms=(time.perf_counter() - begin) * 1e3,
         )
 
-    def finish(self, step: StartedStep, mask: GrammarMask | None = None) -> ModelRunnerOutput:
-        """Samples.
+    def lacks_tokens(self, step: StartedStep) -> bool:
+        """Whether ``finish`` has to wait until earlier outputs are collected, since it looks at their tokens."""
+        return self.sampler.lacks_tokens(step.rows, self.states)
+
+    def finish(self, step: StartedStep, mask: GrammarMask | None = None) -> PendingOutput:
+        """Launches the sampling. Not while the step ``lacks_tokens``.
 
         Args:
             step: What ``begin`` returned.
@@ -150,74 +198,87 @@ class ModelRunner:
         """
         begin = time.perf_counter()
         token_mask = None if mask is None else _token_mask(step, mask)
-        output = self.sampler.sample(step.logits, step.slots, step.rows, self.states, token_mask)
-        self.states.append(step.slots, output.token_ids)
-        return ModelRunnerOutput(
-            step_id=step.plan.step_id,
-            rank=self.rank,
-            sampled_token_ids=output.token_ids.astype(np.int32).tobytes(),
-            row_errors=(*output.row_errors, *step.pooled.row_errors),
-            logprobs=tuple(output.logprobs),
-            prompt_logprobs=tuple(step.prompt_logprobs),
-            pooler_output=tuple(step.pooled.vectors),
-            forward_ms=step.forward_ms + (time.perf_counter() - begin) * 1e3,
-        )
+        sampled = self.sampler.sample(step.logits, step.rows, self.states, token_mask)
+        self.recent.store(step.rows.slots, step.rows.positions, sampled.token_ids)
+        results = Together((sampled.output, step.prompt_logprobs, step.pooled))
+        pending = self.channel.download(results.tensors)
+        step.launch_ms += (time.perf_counter() - begin) * 1e3
+        return PendingOutput(step, self.states, results, pending, self.rank)
 
-    def prepare(self, slots: I32, counts: I32, sampled: npt.NDArray[np.bool_]) -> InputBatch:
+    def prepare(self, slots: I32, counts: I32, num_sampled: npt.NDArray[np.uint8]) -> InputBatch:
         """The inputs of the forward pass for a plan's rows."""
         states = self.states
         ends = np.cumsum(counts)
-        starts = ends - counts
         computed = states.num_computed[slots]
-        num_tokens = int(ends[-1])
         token_rows = np.repeat(np.arange(len(slots)), counts)
-        positions = np.arange(num_tokens) - np.repeat(starts - computed, counts)
-        query_start_loc = torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32))
-        seq_lens = torch.from_numpy((computed + counts).astype(np.int32))
-        attention = []
-        for table, group in zip(states.block_tables, self.groups, strict=True):
+        token_slots = slots[token_rows]
+        positions = _ranges(computed, counts)
+        columns: dict[str, Array] = {
+            "input_ids": states.token_ids[token_slots, positions],
+            "positions": positions.astype(np.int32),
+            "logits_rows": _ranges(ends - num_sampled, num_sampled),
+            "query_start_loc": np.concatenate(([0], ends)).astype(np.int32),
+            "seq_lens": (computed + counts).astype(np.int32),
+            **self.recent.columns(token_slots, positions, states.num_known),
+        }
+        for index, (table, group) in enumerate(zip(states.block_tables, self.groups, strict=True)):
             block_table = table[slots]  # [num_rows, max_blocks]
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
-            slot_mapping = blocks * group.block_size + positions % group.block_size
-            attention.append(
-                self.backend.plan(
-                    query_start_loc,
-                    seq_lens,
-                    torch.from_numpy(block_table),
-                    torch.from_numpy(slot_mapping),
-                    group.block_size,
-                )
+            columns[f"block_table.{index}"] = block_table
+            columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
+        views = self.channel.upload(columns)
+        attention = [
+            self.backend.plan(
+                views["query_start_loc"],
+                views["seq_lens"],
+                views[f"block_table.{index}"],
+                views[f"slot_mapping.{index}"],
+                group.block_size,
             )
+            for index, group in enumerate(self.groups)
+        ]
         return InputBatch(
-            input_ids=torch.from_numpy(states.token_ids[slots[token_rows], positions]),
-            positions=torch.from_numpy(positions.astype(np.int32)),
+            input_ids=self.recent.input_ids(views),
+            positions=views["positions"],
             attention=attention,
-            logits_rows=torch.from_numpy((ends - 1)[sampled].astype(np.int64)),
+            logits_rows=views["logits_rows"],
         )
 
-    def prompt_logprobs(self, hidden: torch.Tensor, slots: I32, counts: I32) -> list[TokenLogprobs]:
+    def prompt_logprobs(self, hidden: torch.Tensor, slots: I32, counts: I32) -> Deferred[list[TokenLogprobs]]:
         """Log probabilities of the prompt tokens that follow the positions of this step, where they are wanted."""
         states = self.states
-        results: list[TokenLogprobs] = []
-        start = 0
-        for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True)):
+        wanted = np.flatnonzero(states.reports_prompt[slots]).tolist()
+        if not wanted:
+            return Deferred.known([])
+        starts = np.cumsum(counts) - counts
+        parts: list[Deferred[list[TokenLogprobs]]] = []
+        for row in wanted:
+            slot, start = int(slots[row]), int(starts[row])
             params = states.params[slot]
-            if params is not None and params.prompt_logprobs is not None:
-                first = int(states.num_computed[slot])
-                last = min(first + count, int(states.num_prompt[slot]) - 1)
-                for begin in range(first, last, PROMPT_LOGITS_CHUNK):
-                    end = min(begin + PROMPT_LOGITS_CHUNK, last)
-                    rows = torch.arange(start + begin - first, start + end - first)
-                    logits = self.model.compute_logits(ops.gather_rows(hidden, rows))
-                    tokens = states.token_ids[slot, begin + 1 : end + 1]
-                    results += self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1)
-            start += count
-        return results
+            assert params is not None and params.prompt_logprobs is not None
+            first = int(states.num_computed[slot])
+            last = min(first + int(counts[row]), int(states.num_prompt[slot]) - 1)
+            for begin in range(first, last, PROMPT_LOGITS_CHUNK):
+                end = min(begin + PROMPT_LOGITS_CHUNK, last)
+                rows = self.channel.upload({"rows": np.arange(start + begin - first, start + end - first)})["rows"]
+                logits = self.model.compute_logits(ops.gather_rows(hidden, rows))
+                tokens = states.token_ids[slot, begin + 1 : end + 1]
+                parts.append(self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1))
+        together = Together(parts)
+        return Deferred(together.tensors, lambda arrays: [entry for part in together.make(arrays) for entry in part])
+
+
+def _ranges(firsts: I64, counts: Array) -> I64:
+    """For each first number as many consecutive ones as the counts say, one after another: int64 [sum of counts]."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    numbers: I64 = np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
+    return numbers
 
 
 def _token_mask(step: StartedStep, mask: GrammarMask) -> TokenMask:
     """A step's mask by rows of its logits."""
     constrained = i32(step.plan.grammar_slots)
-    places = np.full(int(max(step.slots.max(), constrained.max())) + 1, -1, np.int32)
+    slots = step.rows.slots
+    places = np.full(int(max(slots.max(), constrained.max())) + 1, -1, np.int32)
     places[constrained] = np.arange(len(constrained), dtype=np.int32)
-    return TokenMask(bitmask=i32(mask.bitmask).reshape(len(constrained), -1), rows=places[step.slots])
+    return TokenMask(bitmask=i32(mask.bitmask).reshape(len(constrained), -1), rows=places[slots])

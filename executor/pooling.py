@@ -6,13 +6,14 @@ pooling takes the rows of its request in the order of their positions and never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from executor.deferred import Deferred
 from executor.messages import I32, PoolingParams, RowError, Tensor, to_tensor
 
 if TYPE_CHECKING:  # the simulated device pools as well, and runs without torch
@@ -30,24 +31,31 @@ SMALLEST_LENGTH = 1e-12
 class Pooling(Protocol):
     """What becomes of the hidden states of one request."""
 
-    def take(self, hidden: torch.Tensor, *, is_last: bool) -> None:
-        """Takes the next positions, [count, hidden_size]; what is kept of them is copied."""
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        """Which of the next positions it takes.
+
+        Args:
+            first: Position of the first of them in the prompt.
+            count: How many they are.
+            is_last: Whether they end the prompt.
+        """
+
+    def take(self, rows: F32) -> None:
+        """Takes the wanted ones, float32 [any, hidden_size]; what is kept of them is copied."""
 
     def result(self) -> F32:
         """float32 [hidden_size], or [positions, hidden_size]; called once, after the last position."""
 
 
-def _rows(hidden: torch.Tensor) -> F32:
-    rows: F32 = hidden.float().cpu().numpy()
-    return rows
-
-
 class LastPooling:
     """The state of the last position, which in a causal model has seen all others."""
 
-    def take(self, hidden: torch.Tensor, *, is_last: bool) -> None:
-        if is_last:
-            self._row: F32 = _rows(hidden[-1]).copy()
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(count - 1 if is_last else count, count)
+
+    def take(self, rows: F32) -> None:
+        for row in rows:
+            self._row: F32 = row.copy()
 
     def result(self) -> F32:
         return self._row
@@ -56,15 +64,14 @@ class LastPooling:
 class FirstPooling:
     """The state of the first position."""
 
-    def __init__(self) -> None:
-        self._row: F32 | None = None
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, 1 if first == 0 else 0)
 
-    def take(self, hidden: torch.Tensor, *, is_last: bool) -> None:
-        if self._row is None:
-            self._row = _rows(hidden[0]).copy()
+    def take(self, rows: F32) -> None:
+        for row in rows:
+            self._row: F32 = row.copy()
 
     def result(self) -> F32:
-        assert self._row is not None
         return self._row
 
 
@@ -75,8 +82,10 @@ class MeanPooling:
         self._sum: F32 | None = None
         self._count = 0
 
-    def take(self, hidden: torch.Tensor, *, is_last: bool) -> None:
-        rows = _rows(hidden)
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, count)
+
+    def take(self, rows: F32) -> None:
         if self._sum is None:
             self._sum = np.zeros(rows.shape[1], np.float32)
         # Not rows.sum(): its order would depend on the size of the chunk.
@@ -96,8 +105,11 @@ class AllPooling:
     def __init__(self) -> None:
         self._parts: list[F32] = []
 
-    def take(self, hidden: torch.Tensor, *, is_last: bool) -> None:
-        self._parts.append(_rows(hidden).copy())
+    def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
+        return slice(0, count)
+
+    def take(self, rows: F32) -> None:
+        self._parts.append(rows.copy())
 
     def result(self) -> F32:
         return np.concatenate(self._parts)
@@ -149,7 +161,7 @@ class Pooler:
         for slot in slots[self._is_active[slots]].tolist():
             self.add(slot, None)
 
-    def pool(self, hidden: torch.Tensor, slots: I32, counts: I32, states: RequestStates) -> PoolerOutput:
+    def pool(self, hidden: torch.Tensor, slots: I32, counts: I32, states: RequestStates) -> Deferred[PoolerOutput]:
         """Takes the hidden states of a step.
 
         Args:
@@ -161,23 +173,44 @@ class Pooler:
         Returns:
             The vectors of the requests whose prompts end in this step.
         """
-        output = PoolerOutput()
-        rows = np.flatnonzero(self._is_active[slots])
-        if not len(rows):
-            return output
+        active = np.flatnonzero(self._is_active[slots]).tolist()
+        if not active:
+            return Deferred.known(PoolerOutput())
         ends = np.cumsum(counts)
-        for row in rows.tolist():
+        taken: list[_Taken] = []
+        tensors: list[torch.Tensor] = []
+        for row in active:
             slot, count, end = int(slots[row]), int(counts[row]), int(ends[row])
             params, pooling = self._params[slot], self._poolings[slot]
             assert params is not None and pooling is not None
-            is_last = int(states.num_computed[slot]) + count == int(states.num_prompt[slot])
-            pooling.take(hidden[end - count : end], is_last=is_last)
-            if not is_last:
-                continue
-            result = pooling.result()
-            self._poolings[slot] = None
-            if np.isfinite(result).all():
-                output.vectors.append((row, to_tensor(finish(result, params))))
-            else:
-                output.row_errors.append(RowError(row=row, message=BAD_STATES))
-        return output
+            first = int(states.num_computed[slot])
+            is_last = first + count == int(states.num_prompt[slot])
+            tensors.append(hidden[end - count : end][pooling.wanted(first, count, is_last=is_last)].float())
+            taken.append(_Taken(row, params, pooling, is_last))
+            if is_last:
+                self._poolings[slot] = None
+        return Deferred(tensors, lambda arrays: _pooled(taken, arrays))
+
+
+@dataclass
+class _Taken:
+    """A row of a step whose hidden states are on their way."""
+
+    row: int
+    params: PoolingParams
+    pooling: Pooling
+    is_last: bool
+
+
+def _pooled(taken: list[_Taken], arrays: Sequence[F32]) -> PoolerOutput:
+    output = PoolerOutput()
+    for entry, rows in zip(taken, arrays, strict=True):
+        entry.pooling.take(rows)
+        if not entry.is_last:
+            continue
+        result = entry.pooling.result()
+        if np.isfinite(result).all():
+            output.vectors.append((entry.row, to_tensor(finish(result, entry.params))))
+        else:
+            output.row_errors.append(RowError(row=entry.row, message=BAD_STATES))
+    return output

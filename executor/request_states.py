@@ -1,7 +1,8 @@
 """What a worker knows of each running request: arrays indexed by slot.
 
 Rows are written only from plans and from the step's own tokens, so preemption, restart and slot reuse need no
-backup and no reordering.
+backup and no reordering. Counts advance when a step begins; its tokens are filled in when its results arrive, which on
+some devices is after later steps have begun.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput, i32
+from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOutput, i32
 
 
 class RequestStates:
@@ -17,13 +18,19 @@ class RequestStates:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_sizes: list[int]) -> None:
         self.token_ids: I32 = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        """int32 [slots, positions]: prompt and output."""
+        """int32 [slots, positions]: prompt and output, as far as they are known."""
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        """Tokens in the table."""
+        """Tokens of prompt and output, those of the steps that have begun included."""
+        self.num_known = np.zeros(max_num_seqs, np.int64)
+        """Tokens in the table: the others are still on the device."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         """Tokens whose K and V are in the cache."""
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
+        self.epochs = np.zeros(max_num_seqs, np.int64)
+        """How many requests have had the slot: results of an earlier one must not reach its successor."""
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
+        self.reports_prompt = np.zeros(max_num_seqs, np.bool_)
+        """Whether log probabilities of the prompt are wanted."""
         self.block_tables: list[I32] = [
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
@@ -33,6 +40,7 @@ class RequestStates:
         """Takes over what a plan says of requests and their blocks."""
         for slot in i32(plan.finished_slots).tolist():
             self.params[slot] = None
+            self.reports_prompt[slot] = False
         for request in plan.new_reqs:
             self._add(request)
         for table, column in zip(self.block_tables, plan.block_updates, strict=False):
@@ -43,15 +51,38 @@ class RequestStates:
         slot = request.slot
         tokens = i32(request.token_ids)
         self.token_ids[slot, : len(tokens)] = tokens
-        self.num_tokens[slot] = len(tokens)
+        self.num_tokens[slot] = self.num_known[slot] = len(tokens)
+        self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
         self.params[slot] = request.params
+        self.reports_prompt[slot] = request.params is not None and request.params.prompt_logprobs is not None
         for table, column in zip(self.block_tables, request.block_ids, strict=True):
             blocks = i32(column)
             table[slot, : len(blocks)] = blocks
 
-    def append(self, slots: I32, tokens: npt.NDArray[np.int64]) -> None:
-        """Adds a sampled token to each slot."""
-        self.token_ids[slots, self.num_tokens[slots]] = tokens
-        self.num_tokens[slots] += 1
+    def advance(self, slots: I32, num_scheduled: I32, num_sampled: npt.NDArray[np.uint8]) -> None:
+        """A step has begun.
+
+        Args:
+            slots: int32 [rows], each at most once.
+            num_scheduled: int32 [rows]: tokens whose K and V it computes.
+            num_sampled: uint8 [rows]: tokens that it samples.
+        """
+        self.num_computed[slots] += num_scheduled
+        self.num_tokens[slots] += num_sampled
+
+    def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
+        """The tokens of a step have arrived. Those of a request that has left its slot are dropped.
+
+        Args:
+            slots: int32 [samples]; a slot may come several times, with ascending positions.
+            epochs: int64 [samples]: the slots' epochs when the step began.
+            positions: int64 [samples]: places of the tokens in prompt and output.
+            tokens: int64 [samples].
+        """
+        is_current = self.epochs[slots] == epochs
+        if not is_current.all():
+            slots, positions, tokens = slots[is_current], positions[is_current], tokens[is_current]
+        self.token_ids[slots, positions] = tokens
+        self.num_known[slots] = positions + 1

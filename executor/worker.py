@@ -1,6 +1,7 @@
 """The worker process: started by ``multiproc.py``, with its start message on standard input.
 
-It takes plans in order, computes them, and sends results. Whatever goes wrong becomes a ``WorkerFailed``: one line for
+It takes plans in order, launches them, and sends results in the same order, as they come from the device. Whatever
+goes wrong becomes a ``WorkerFailed``: one line for
 a person when the model or its configuration is at fault, a traceback otherwise.
 """
 
@@ -37,7 +38,7 @@ from executor.messages import (
     WorkerReady,
     WorkerShutdown,
 )
-from executor.model_runner import ModelRunner, StartedStep
+from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import ParallelState
 from executor.process import become_child, read_payload
@@ -49,6 +50,9 @@ class Worker:
     """Loads a model and executes plans. Answers go through ``send``."""
 
     runner: ModelRunner
+    results_fd: int | None = None
+    """A descriptor that is readable when ``take_results`` has something to do. None: results never have to be waited
+    for, or there is no device yet."""
 
     def __init__(self, rank: int, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
         self.rank = rank
@@ -57,7 +61,9 @@ class Worker:
         self._plans: deque[SchedulerOutput] = deque()
         self._masks: dict[int, GrammarMask] = {}
         self._step: StartedStep | None = None
-        """The step whose logits are there and whose mask is not."""
+        """The step that is launched and cannot be sampled yet."""
+        self._outputs: deque[PendingOutput] = deque()
+        """Those of launched steps, on their way from the device."""
 
     def start(self) -> None:
         """Loads the model, then says what it needs.
@@ -83,6 +89,7 @@ class Worker:
         self.runner = ModelRunner(
             loaded, device, backend, groups, enforce_eager=config.model.enforce_eager, rank=self.rank
         )
+        self.results_fd = self.runner.channel.fileno()
         memory = device.memory()
         self._send(
             WorkerReady(
@@ -123,27 +130,54 @@ class Worker:
         return True
 
     def _work(self) -> None:
-        """Computes plans in their order. A step with constrained rows waits for its mask before it samples."""
+        """Launches plans in their order.
+
+        A step with constrained rows waits for its mask before it samples, and one that looks at tokens for the results
+        of the steps before it.
+        """
         while self._step is not None or self._plans:
             step = self._step = self._step or self.runner.begin(self._plans.popleft())
+            if self._outputs and self.runner.lacks_tokens(step):
+                return
             mask = self._masks.pop(step.plan.step_id, None)
             if step.plan.grammar_slots and mask is None:
                 return
             self._step = None
-            self._send(self.runner.finish(step, mask))
+            self._outputs.append(self.runner.finish(step, mask))
+            self._send_results()
 
-    def run(self, receive: Callable[[], ToWorker]) -> int:
-        """Starts, then handles messages until told to end. Returns the exit code."""
+    def take_results(self) -> None:
+        """Sends what has come from the device, and goes on with what waited for it."""
+        self._send_results()
+        self._work()
+
+    def _send_results(self) -> None:
+        while self._outputs and self._outputs[0].is_ready():
+            self._send(self._outputs.popleft().collect())
+
+    def run(self, receive: Callable[[int | None], ToWorker | None]) -> int:
+        """Starts, then handles messages until told to end.
+
+        Args:
+            receive: Waits for a message, or until the descriptor that it is given becomes readable: None.
+
+        Returns:
+            The exit code.
+        """
         try:
             self.start()
-            while self.handle(receive()):
-                pass
+            while True:
+                message = receive(self.results_fd)
+                if message is None:
+                    self.take_results()
+                elif not self.handle(message):
+                    break
         except ModelError as error:
             self._send(WorkerFailed(rank=self.rank, message=str(error), exit_code=EXIT_MODEL))
             return EXIT_MODEL
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            self._send(WorkerFailed(rank=self.rank, message=message, traceback=traceback.format_exc()))
+            reason = f"{type(error).__name__}: {error}"
+            self._send(WorkerFailed(rank=self.rank, message=reason, traceback=traceback.format_exc()))
             return 1
         return 0
 
@@ -201,8 +235,12 @@ def main() -> int:
     def send(message: FromWorker) -> None:
         outputs.send(encoder.encode(message))
 
-    def receive() -> ToWorker:
+    def receive(results_fd: int | None) -> ToWorker | None:
+        if results_fd is not None and results_fd not in poller:
+            poller.register(results_fd, zmq.POLLIN)
         events = dict(poller.poll())
+        if results_fd in events:  # results first: who waits for them may be about to send us more
+            return None
         if inputs in events:
             message: ToWorker = decoder.decode(inputs.recv())
             return message

@@ -11,7 +11,7 @@ from ops.reference.attention import paged_attention
 from ops.reference.basic import act_and_mul, activation, add, embedding, gather_rows, linear, logits, pack_linear
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.rotary import rotary_embedding
-from ops.reference.sampling import sample
+from ops.reference.sampling import sample, weight_sum
 
 __all__ = [
     "AttentionMetadata",
@@ -31,6 +31,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "sample",
+    "weight_sum",
 ]
 
 for _op in (

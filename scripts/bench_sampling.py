@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from executor.messages import ResolvedParams
 from executor.request_states import RequestStates
-from executor.sampling.sampler import Sampler
+from executor.sampling.sampler import Sampler, SampleRows
 from ops.cpu.library import current, forced
 
 PROMPT_TOKENS = 1000
@@ -77,11 +77,11 @@ def step(rows: int, vocab_size: int, params: ResolvedParams, logits: torch.Tenso
     states = RequestStates(rows, 2 * PROMPT_TOKENS, [])
     states.token_ids[:] = np.random.default_rng(0).integers(0, vocab_size, states.token_ids.shape)
     states.num_prompt[:] = PROMPT_TOKENS
-    states.num_tokens[:] = PROMPT_TOKENS + 100
     for slot in range(rows):
         sampler.add(slot, params)
     slots = np.arange(rows, dtype=np.int32)
-    return lambda: sampler.sample(logits, slots, slots, states)
+    step_rows = SampleRows(slots, np.full(rows, PROMPT_TOKENS + 100), slots)
+    return lambda: sampler.sample(logits, step_rows, states)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from executor.base import ModelError
 from executor.config import DeviceConfig
+from executor.device.steps import StepChannel
 from executor.registry import resolve
 
 
@@ -31,6 +32,9 @@ class Device(Protocol):
 
     def default_kv_bytes(self) -> int:
         """Size of the KV cache when nothing is configured."""
+
+    def steps(self) -> StepChannel:
+        """A channel to a model's device; called once for each."""
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor that costs memory only where it is written, if the device can do that."""

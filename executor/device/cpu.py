@@ -9,6 +9,7 @@ import torch
 
 from executor.config import DeviceConfig
 from executor.device.base import Memory
+from executor.device.steps import ImmediateSteps
 from executor.log import get_logger
 from ops.cpu.memory import map_zeros
 
@@ -39,6 +40,9 @@ class CpuDevice:
 
     def default_kv_bytes(self) -> int:
         return min(4 * _GIB, self.memory().free_bytes // 4)
+
+    def steps(self) -> ImmediateSteps:
+        return ImmediateSteps()
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.

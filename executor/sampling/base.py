@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from executor.messages import I32, ResolvedParams, RowError, TokenLogprobs
+from executor.deferred import Deferred
+from executor.device.steps import StepChannel
+from executor.messages import I32, I64, ResolvedParams, RowError, TokenLogprobs
 from executor.request_states import RequestStates
 
 Rows = npt.NDArray[np.intp]
@@ -24,11 +26,35 @@ def row_error(row: int, message: str) -> RowError:
 
 
 @dataclass
+class SampleRows:
+    """The rows of logits from which tokens are picked."""
+
+    slots: I32
+    """int32 [rows]: whose tokens they are."""
+    positions: I64
+    """int64 [rows]: their places in prompt and output. What stands before them is known to whoever has to read it."""
+    step_rows: I32
+    """int32 [rows]: their rows in the step, for the results."""
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+@dataclass
 class SamplerOutput:
-    token_ids: npt.NDArray[np.int64]
+    token_ids: I64
     """int64 [rows]; 0 where ``row_errors`` says that the row is not usable."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     row_errors: list[RowError] = field(default_factory=list)
+
+
+@dataclass
+class Sampled:
+    """Tokens that have been picked, or will have been when the device comes to it."""
+
+    token_ids: torch.Tensor
+    """int64 [rows], where the logits are."""
+    output: Deferred[SamplerOutput]
 
 
 @dataclass(frozen=True)
@@ -50,8 +76,18 @@ class SamplingStage(Protocol):
     def active(self, slots: I32) -> Rows:
         """Which of these rows want the stage."""
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        """Changes ``logits`` (float32 [rows of the step, vocab_size]) in place at ``rows``."""
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        """Changes logits in place, without reading them.
+
+        Args:
+            logits: float32 [rows of the step, vocab_size], on the channel's device.
+            rows: Whose they are.
+            active: The rows that want the stage.
+            states: The tokens so far.
+            channel: Brings numbers to the device.
+        """
 
 
 class SamplerBackend(Protocol):
@@ -63,12 +99,11 @@ class SamplerBackend(Protocol):
         self,
         logits: torch.Tensor,
         raw_logits: torch.Tensor,
-        slots: I32,
-        step_rows: I32,
+        rows: SampleRows,
         states: RequestStates,
         mask: TokenMask | None,
-    ) -> SamplerOutput: ...
+    ) -> Sampled: ...
 
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
-    ) -> list[TokenLogprobs]: ...
+    ) -> Deferred[list[TokenLogprobs]]: ...

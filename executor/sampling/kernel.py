@@ -12,9 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from executor.deferred import Deferred
 from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask, row_error
+from executor.sampling.base import (
+    BAD_LOGITS,
+    NOTHING_LEFT,
+    Sampled,
+    SamplerOutput,
+    SampleRows,
+    TokenMask,
+    row_error,
+)
 from ops.cpu.sampling import (
     ALL_LOGPROBS,
     NEUTRAL_PARAMS,
@@ -46,6 +55,8 @@ class KernelSampler:
         self._reports = 0
         """How many slots want some; slots whose request is gone count until they are given out again."""
         self._slots = np.zeros(max_num_seqs, np.int32)
+        self._lengths = np.zeros(max_num_seqs, np.int64)
+        """Tokens before the one that is picked, by slot."""
         self._tokens = np.zeros(max_num_seqs, np.int64)
         self._status = np.zeros(max_num_seqs, np.int32)
         self._ranks = np.zeros(max_num_seqs, np.int32)
@@ -55,6 +66,7 @@ class KernelSampler:
             slots=address(self._slots),
             params=address(self._params),
             history=self._history.handle,
+            num_tokens=address(self._lengths),
             tokens=address(self._tokens),
             status=address(self._status),
             ranks=address(self._ranks),
@@ -110,11 +122,10 @@ class KernelSampler:
         self,
         logits: torch.Tensor,
         raw_logits: torch.Tensor,
-        slots: I32,
-        step_rows: I32,
+        rows: SampleRows,
         states: RequestStates,
         mask: TokenMask | None,
-    ) -> SamplerOutput:
+    ) -> Sampled:
         num_rows, vocab_size = logits.shape
         assert logits.dtype == torch.float32 and logits.stride(1) == 1 and raw_logits.stride() == logits.stride()
         assert vocab_size <= MAX_VOCAB_SIZE
@@ -126,7 +137,9 @@ class KernelSampler:
         step.row_stride = logits.stride(0)
         step.num_rows = num_rows
         step.vocab_size = vocab_size
+        slots, step_rows = rows.slots, rows.step_rows
         self._slots[:num_rows] = slots
+        self._lengths[slots] = rows.positions
         if mask is not None:
             bitmask, mask_rows = np.ascontiguousarray(mask.bitmask), np.ascontiguousarray(mask.rows)
             assert bitmask.dtype == mask_rows.dtype == np.int32 and bitmask.shape[1] * 32 >= vocab_size
@@ -140,7 +153,8 @@ class KernelSampler:
             report.attach(step)
         num_failed = self._sample(self._step_address, torch.get_num_threads())
         step.bitmask = step.logprob_starts = None
-        output = SamplerOutput(token_ids=self._tokens[:num_rows].copy())
+        token_ids = self._tokens[:num_rows].copy()
+        output = SamplerOutput(token_ids)
         if num_failed:
             output.row_errors = [
                 row_error(row, BAD_LOGITS if status == ROW_NOT_FINITE else NOTHING_LEFT)
@@ -153,11 +167,11 @@ class KernelSampler:
                 for index in np.flatnonzero(report.sizes).tolist()
                 if self._status[index] == ROW_OK
             ]
-        return output
+        return Sampled(torch.from_numpy(token_ids), Deferred.known(output))
 
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
-    ) -> list[TokenLogprobs]:
+    ) -> Deferred[list[TokenLogprobs]]:
         num_rows, vocab_size = logits.shape
         assert logits.dtype == torch.float32 and logits.stride(1) == 1
         params = NEUTRAL_PARAMS.copy()
@@ -181,16 +195,17 @@ class KernelSampler:
         )
         report.attach(step)
         self._sample(ctypes.addressof(step), torch.get_num_threads())
-        return [report.entry(index, row, first_position + index, int(ranks[index])) for index in range(num_rows)]
+        return Deferred.known(
+            [report.entry(index, row, first_position + index, int(ranks[index])) for index in range(num_rows)]
+        )
 
     def _bind(self, states: RequestStates) -> None:
         """Notes where the tokens lie: for the life of the states."""
         assert states.token_ids.flags.c_contiguous and states.token_ids.dtype == np.int32
-        assert states.num_tokens.dtype == states.num_prompt.dtype == np.int64
+        assert states.num_prompt.dtype == np.int64
         self._states = states
         self._step.token_ids = address(states.token_ids)
         self._step.token_stride = states.token_ids.shape[1]
-        self._step.num_tokens = address(states.num_tokens)
         self._step.num_prompt = address(states.num_prompt)
 
 

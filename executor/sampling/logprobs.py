@@ -1,53 +1,80 @@
-"""What is reported of log probabilities."""
+"""What is reported of log probabilities.
+
+The device says which tokens, with their logits and the sums that these are measured by; logarithms are taken on the
+host, in float64, so that they are the same everywhere (see ``ops.reference.sampling.log_probs``).
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+import ops
+from executor.deferred import Array, Deferred
+from executor.device.steps import StepChannel
 from executor.messages import TokenLogprobs
-from ops.reference.sampling import log_probs
+from ops.reference.sampling import UNIT_BITS
 
 
-def describe(
-    logits: torch.Tensor, token: int, count: int, row: int, position: int = 0, extra_ids: tuple[int, ...] = ()
-) -> TokenLogprobs:
-    """What a position has to say of log probabilities.
+def report(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    counts: Sequence[int],
+    listed: Sequence[tuple[int, ...]],
+    places: Sequence[tuple[int, int]],
+    channel: StepChannel,
+) -> Deferred[list[TokenLogprobs | None]]:
+    """What rows have to say of log probabilities; None for a row without a finite largest logit.
 
     Args:
-        logits: float32 [vocab_size], as the model made them.
-        token: The token that stands there.
-        count: Number of most likely tokens to report, low ids first among equals; -1: all.
-        row: Row of the step.
-        position: See ``TokenLogprobs.position``.
-        extra_ids: Tokens to report instead of the most likely ones.
+        logits: float32 [rows, vocab_size], as the model made them.
+        token_ids: int64 [rows], beside them: the tokens that stand there.
+        counts: For each row, how many of the most likely tokens to report, low ids first among equals; -1: all.
+        listed: For each row, tokens to report instead of the most likely ones.
+        places: For each row, its row in the step and ``TokenLogprobs.position``.
+        channel: The way to the device of the logits.
     """
-    return token_logprobs(log_probs(logits), token, count, row, position, extra_ids, order_by=logits)
+    vocab_size = logits.shape[1]
+    sizes = [
+        len(ids) or (vocab_size if count < 0 else min(count, vocab_size))
+        for count, ids in zip(counts, listed, strict=True)
+    ]
+    most = max((size for size, ids in zip(sizes, listed, strict=True) if not ids), default=0)
+    columns = [token_ids.unsqueeze(1)]
+    if most:
+        columns.append(torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :most])
+    if any(listed):
+        longest = max(map(len, listed))
+        padded = np.array([[*ids, *[0] * (longest - len(ids))] for ids in listed], np.int64)
+        columns.append(channel.upload({"listed": padded})["listed"])
+    ids = torch.cat(columns, dim=1)
+    chosen = logits.gather(1, ids)
+    ranks = (logits > chosen[:, :1]).sum(dim=1) + 1
+    tensors = (ids, chosen, ranks, logits.amax(dim=1), ops.weight_sum(logits))
 
+    def make(arrays: Sequence[Array]) -> list[TokenLogprobs | None]:
+        all_ids, all_logits, all_ranks, tops, sums = arrays
+        entries: list[TokenLogprobs | None] = []
+        for index, (row, position) in enumerate(places):
+            if not np.isfinite(tops[index]):
+                entries.append(None)
+                continue
+            start = 1 + most if listed[index] else 1
+            columns = [0, *range(start, start + sizes[index])]
+            values = all_logits[index, columns].astype(np.float64)
+            logprobs = values - float(tops[index]) - math.log(int(sums[index]) / 2.0**UNIT_BITS)
+            entries.append(
+                TokenLogprobs(
+                    row=row,
+                    position=position,
+                    token_ids=all_ids[index, columns].astype(np.int32).tobytes(),
+                    logprobs=logprobs.astype(np.float32).tobytes(),
+                    rank=int(all_ranks[index]),
+                )
+            )
+        return entries
 
-def token_logprobs(
-    logprobs: torch.Tensor,
-    token: int,
-    count: int,
-    row: int,
-    position: int,
-    extra_ids: tuple[int, ...] = (),
-    *,
-    order_by: torch.Tensor | None = None,
-) -> TokenLogprobs:
-    """The same of log probabilities (float32 [vocab_size]) that are there already. ``order_by`` ranks the tokens."""
-    scores = logprobs if order_by is None else order_by
-    if extra_ids:
-        others = torch.tensor(extra_ids)
-    elif count:
-        others = torch.sort(scores, descending=True, stable=True).indices[: None if count < 0 else count]
-    else:
-        others = torch.empty(0, dtype=torch.int64)
-    ids = torch.cat((torch.tensor([token]), others))
-    return TokenLogprobs(
-        row=row,
-        position=position,
-        token_ids=ids.numpy().astype(np.int32).tobytes(),
-        logprobs=logprobs[ids].numpy().astype(np.float32).tobytes(),
-        rank=int((scores > scores[token]).sum()) + 1,
-    )
+    return Deferred(tensors, make)

@@ -1,27 +1,35 @@
-"""Sampling in plain torch, stage by stage: the definition, and what runs where there are no kernels."""
+"""Sampling as a list of stages in torch, on any device.
+
+Nothing here reads what the device holds: what requests ask for goes up, tokens and reports come back.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 import ops
+from executor.deferred import Array, Deferred
+from executor.device.steps import ImmediateSteps, StepChannel
 from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, SamplerOutput, TokenMask, row_error
-from executor.sampling.logprobs import describe
+from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, Sampled, SamplerOutput, SampleRows, TokenMask, row_error
+from executor.sampling.logprobs import report
 from executor.sampling.stages import STAGES
 from ops.reference.sampling import uniform
 
 _INT32_MAX = np.iinfo(np.int32).max
+_OK, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
+_MESSAGES = {_NOT_FINITE: BAD_LOGITS, _NOTHING_LEFT: NOTHING_LEFT}
 
 
 class ReferenceSampler:
     """See ``executor.sampling.sampler.Sampler``."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, channel: StepChannel | None = None) -> None:
+        self._channel = channel or ImmediateSteps()
         self._stages = [stage(max_num_seqs) for stage in STAGES]
         self._temperature = np.ones(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int32)
@@ -29,6 +37,7 @@ class ReferenceSampler:
         self._min_p = np.zeros(max_num_seqs, np.float32)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._params: list[ResolvedParams] = [ResolvedParams()] * max_num_seqs
+        self._reports = np.zeros(max_num_seqs, np.bool_)
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         for stage in self._stages:
@@ -39,74 +48,117 @@ class ReferenceSampler:
         self._min_p[slot] = params.min_p
         self._seeds[slot] = params.seed
         self._params[slot] = params
+        self._reports[slot] = params.logprobs is not None
 
     def sample(
         self,
         logits: torch.Tensor,
         raw_logits: torch.Tensor,
-        slots: I32,
-        step_rows: I32,
+        rows: SampleRows,
         states: RequestStates,
         mask: TokenMask | None,
-    ) -> SamplerOutput:
-        params = [self._params[slot] for slot in slots.tolist()]
-        wanted = [row for row, row_params in enumerate(params) if row_params.logprobs is not None]
-        raw = {row: raw_logits[row].clone() for row in wanted}
-        errors: dict[int, str] = {}
-        self._exclude(raw_logits, logits, BAD_LOGITS, errors)
+    ) -> Sampled:
+        slots = rows.slots
+        wanted = np.flatnonzero(self._reports[slots])
+        views = self._upload(rows, states, mask, wanted)
+        raw = raw_logits[views["wanted"]] if len(wanted) else None
+        is_bad = ~torch.isfinite(raw_logits.amax(dim=-1))
+        logits.masked_fill_(is_bad.unsqueeze(1), 0.0)
         if mask is not None:
-            _apply_mask(logits, mask)
+            _apply_mask(logits, views)
         for stage in self._stages:
-            rows = stage.active(slots)
-            if len(rows):
-                stage.apply(logits, slots, rows, states)
-        self._exclude(logits, logits, NOTHING_LEFT, errors)
-        positions = states.num_tokens[slots] - states.num_prompt[slots]
-        tokens = ops.sample(
-            logits,
-            torch.from_numpy(self._temperature[slots]),
-            torch.from_numpy(self._top_k[slots]),
-            torch.from_numpy(self._top_p[slots]),
-            torch.from_numpy(self._min_p[slots]),
-            torch.from_numpy(uniform(self._seeds[slots], positions)),
-        ).numpy()
-        tokens[list(errors)] = 0
-        return SamplerOutput(
-            token_ids=tokens,
-            logprobs=[
-                describe(
-                    raw[row],
-                    int(tokens[row]),
-                    params[row].logprobs or 0,
-                    int(step_rows[row]),
-                    extra_ids=params[row].logprob_token_ids,
-                )
-                for row in wanted
-                if row not in errors
-            ],
-            row_errors=[row_error(int(step_rows[row]), message) for row, message in sorted(errors.items())],
+            active = stage.active(slots)
+            if len(active):
+                stage.apply(logits, rows, active, states, self._channel)
+        largest = logits.amax(dim=-1)
+        is_left = torch.isfinite(largest)
+        status = torch.where(largest == float("-inf"), _NOTHING_LEFT, _NOT_FINITE)
+        status = torch.where(is_bad, _NOT_FINITE, torch.where(is_left, _OK, status))
+        logits.masked_fill_(~is_left.unsqueeze(1), 0.0)
+        tokens = ops.sample(logits, *(views[name] for name in ("temperature", "top_k", "top_p", "min_p", "numbers")))
+        tokens = tokens.masked_fill(status != _OK, 0)
+        reports = None if raw is None else self._report(raw, tokens[views["wanted"]], rows, wanted)
+        return Sampled(tokens, _output(tokens, status, rows, wanted, reports))
+
+    def _upload(
+        self, rows: SampleRows, states: RequestStates, mask: TokenMask | None, wanted: Array
+    ) -> Mapping[str, torch.Tensor]:
+        slots = rows.slots
+        columns: dict[str, Array] = {
+            "temperature": self._temperature[slots],
+            "top_k": self._top_k[slots],
+            "top_p": self._top_p[slots],
+            "min_p": self._min_p[slots],
+            "numbers": uniform(self._seeds[slots], rows.positions - states.num_prompt[slots]),
+            "wanted": wanted,
+        }
+        if mask is not None:
+            masked = np.flatnonzero(mask.rows >= 0)
+            columns |= {
+                "masked": masked,
+                "bitmask": mask.bitmask[mask.rows[masked]],
+                "bits": np.arange(32, dtype=np.int32),
+            }
+        return self._channel.upload(columns)
+
+    def _report(
+        self, raw: torch.Tensor, tokens: torch.Tensor, rows: SampleRows, wanted: Array
+    ) -> Deferred[list[TokenLogprobs | None]]:
+        params = [self._params[slot] for slot in rows.slots[wanted].tolist()]
+        return report(
+            raw,
+            tokens,
+            [row.logprobs or 0 for row in params],
+            [row.logprob_token_ids for row in params],
+            [(row, 0) for row in rows.step_rows[wanted].tolist()],
+            self._channel,
         )
 
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
-    ) -> list[TokenLogprobs]:
-        return [
-            describe(logits[index], token, count, row, first_position + index)
-            for index, token in enumerate(tokens.tolist())
-        ]
+    ) -> Deferred[list[TokenLogprobs]]:
+        num_rows = len(tokens)
+        deferred = report(
+            logits,
+            self._channel.upload({"tokens": tokens.astype(np.int64)})["tokens"],
+            [count] * num_rows,
+            [()] * num_rows,
+            [(row, first_position + index) for index in range(num_rows)],
+            self._channel,
+        )
+        return Deferred(
+            deferred.tensors, lambda arrays: [entry for entry in deferred.make(arrays) if entry is not None]
+        )
 
-    def _exclude(self, looked_at: Any, logits: torch.Tensor, nothing_left: str, errors: dict[int, str]) -> None:
-        """Notes rows without a finite largest logit, and makes them harmless. A NaN carries through to the largest."""
-        largest = looked_at.amax(dim=-1)
-        for row in torch.nonzero(~torch.isfinite(largest)).flatten().tolist():
-            only_masked = float(largest[row]) == float("-inf")
-            errors.setdefault(row, nothing_left if only_masked else BAD_LOGITS)
-            logits[row] = 0.0
+
+def _output(
+    tokens: torch.Tensor,
+    status: torch.Tensor,
+    rows: SampleRows,
+    wanted: Array,
+    reports: Deferred[list[TokenLogprobs | None]] | None,
+) -> Deferred[SamplerOutput]:
+    def make(arrays: Sequence[Array]) -> SamplerOutput:
+        token_ids, states = arrays[:2]
+        entries = [] if reports is None else reports.make(arrays[2:])
+        return SamplerOutput(
+            token_ids=token_ids,
+            logprobs=[
+                entry
+                for index, entry in zip(wanted.tolist(), entries, strict=True)
+                if entry is not None and states[index] == _OK
+            ],
+            row_errors=[
+                row_error(int(rows.step_rows[index]), _MESSAGES[int(states[index])])
+                for index in np.flatnonzero(states != _OK).tolist()
+            ],
+        )
+
+    return Deferred((tokens, status, *(() if reports is None else reports.tensors)), make)
 
 
-def _apply_mask(logits: torch.Tensor, mask: TokenMask) -> None:
-    vocab_size = logits.shape[1]
-    for row in np.flatnonzero(mask.rows >= 0).tolist():
-        words = mask.bitmask[mask.rows[row]].astype("<i4")
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
-        logits[row, torch.from_numpy(bits == 0)] = float("-inf")
+def _apply_mask(logits: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+    words = views["bitmask"].unsqueeze(2)  # [masked rows, words, 1]
+    is_allowed = ((words >> views["bits"]) & 1).flatten(1)[:, : logits.shape[1]] != 0
+    rows = views["masked"]
+    logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from executor.deferred import Deferred
+from executor.device.steps import ImmediateSteps, StepChannel
 from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import SamplerBackend, SamplerOutput, SamplingStage, TokenMask
+from executor.sampling.base import Sampled, SamplerBackend, SamplerOutput, SampleRows, SamplingStage, TokenMask
 from executor.sampling.kernel import KernelSampler
-from executor.sampling.logprobs import token_logprobs
 from executor.sampling.reference import ReferenceSampler
+from executor.sampling.stages import reads_tokens
 from executor.sampling.thinking import ThinkingBudgets
 from ops.cpu.sampling import sampling_kernels
 
-__all__ = ["Sampler", "SamplerOutput", "TokenMask", "token_logprobs"]
+__all__ = ["SampleRows", "Sampled", "Sampler", "SamplerOutput", "TokenMask"]
 
 
 class Sampler:
@@ -26,19 +29,28 @@ class Sampler:
     (``executor/sampling/reference.py``). Both give the same tokens.
     """
 
-    def __init__(self, max_num_seqs: int, device_type: str = "cpu", stages: Sequence[SamplingStage] = ()) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        device_type: str = "cpu",
+        stages: Sequence[SamplingStage] = (),
+        channel: StepChannel | None = None,
+    ) -> None:
         """
         Args:
             max_num_seqs: Number of slots.
             device_type: Where the logits will be.
             stages: Changes to the logits that no kernel knows. They come before all others.
+            channel: The way there. Default: the host's memory.
         """
+        self._channel = channel or ImmediateSteps()
         kernels = sampling_kernels() if device_type == "cpu" else None
         self._backend: SamplerBackend = (
-            ReferenceSampler(max_num_seqs) if kernels is None else KernelSampler(max_num_seqs, kernels)
+            ReferenceSampler(max_num_seqs, channel) if kernels is None else KernelSampler(max_num_seqs, kernels)
         )
         self._stages = tuple(stages)
         self._thinking = ThinkingBudgets(max_num_seqs)
+        self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         """A request entered a slot."""
@@ -46,37 +58,37 @@ class Sampler:
             stage.add(slot, params)
         self._thinking.add(slot, params)
         self._backend.add(slot, params)
+        self._reads_tokens[slot] = bool(self._stages) or reads_tokens(params)
+
+    def lacks_tokens(self, rows: SampleRows, states: RequestStates) -> bool:
+        """Whether a row's next token depends on tokens that the host does not have yet."""
+        slots = rows.slots
+        return bool((self._reads_tokens[slots] & (states.num_known[slots] < rows.positions)).any())
 
     def sample(
-        self,
-        logits: torch.Tensor,
-        slots: I32,
-        step_rows: I32,
-        states: RequestStates,
-        mask: TokenMask | None = None,
-    ) -> SamplerOutput:
-        """Picks the next token of each row.
+        self, logits: torch.Tensor, rows: SampleRows, states: RequestStates, mask: TokenMask | None = None
+    ) -> Sampled:
+        """Picks the next token of each row. Rows that ``lacks_tokens`` cannot be sampled yet.
 
         Args:
             logits: float32 [rows, vocab_size]; changed in place.
-            slots: int32 [rows]: whose next token it is; each slot at most once.
-            step_rows: int32 [rows]: the rows' numbers in the step, for the results.
+            rows: Whose next tokens they are; each slot at most once.
             states: The tokens so far.
             mask: Tokens that a grammar allows.
         """
         raw = logits
         for stage in self._stages:
-            rows = stage.active(slots)
-            if len(rows):
+            active = stage.active(rows.slots)
+            if len(active):
                 if raw is logits:
                     raw = logits.clone()
-                stage.apply(logits, slots, rows, states)
-        mask = self._thinking.restrict(mask, slots, states, logits.shape[1])
-        return self._backend.sample(logits, raw, slots, step_rows, states, mask)
+                stage.apply(logits, rows, active, states, self._channel)
+        mask = self._thinking.restrict(mask, rows, states, logits.shape[1])
+        return self._backend.sample(logits, raw, rows, states, mask)
 
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
-    ) -> list[TokenLogprobs]:
+    ) -> Deferred[list[TokenLogprobs]]:
         """Log probabilities of given tokens at positions that follow one another.
 
         Args:

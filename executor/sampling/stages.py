@@ -1,19 +1,22 @@
 """The stages in plain torch, in the order in which they are applied: see ``STAGES``.
 
 They define what the kernels do (``ops/cpu/csrc/sampling_edits.h``) and serve where there are none. Numbers of a
-request are float32 where they meet logits, as there.
+request are float32 where they meet logits, as there. Each stage collects the places that it changes, a row and a token
+each, and changes them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
+from executor.deferred import Array
+from executor.device.steps import StepChannel
 from executor.messages import I32, ResolvedParams
 from executor.request_states import RequestStates
-from executor.sampling.base import Rows, SamplingStage
+from executor.sampling.base import Rows, SampleRows, SamplingStage
 
 MINUS_INFINITY = float("-inf")
 
@@ -33,18 +36,36 @@ class _Flagged:
         return np.flatnonzero(self._wanted[slots])
 
 
+def _places(entries: Iterable[tuple[int, Sequence[int] | Array]]) -> dict[str, Array]:
+    """Rows and tokens as two columns, from tokens by row."""
+    pairs = [(row, np.asarray(tokens, np.int64)) for row, tokens in entries]
+    return {
+        "rows": np.repeat(
+            np.array([row for row, _ in pairs], np.int64), np.array([len(tokens) for _, tokens in pairs], np.int64)
+        ),
+        "tokens": np.concatenate([np.empty(0, np.int64), *(tokens for _, tokens in pairs)]),
+    }
+
+
+def _forbid(logits: torch.Tensor, places: dict[str, Array], channel: StepChannel) -> None:
+    views = channel.upload(places)
+    logits[views["rows"], views["tokens"]] = MINUS_INFINITY
+
+
 class AllowedTokens(_Flagged):
     """Leaves only ``allowed_token_ids``."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, params.allowed_token_ids is not None)
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            allowed = list(self._params[slots[row]].allowed_token_ids or ())
-            kept = logits[row, allowed]
-            logits[row] = MINUS_INFINITY
-            logits[row, allowed] = kept
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        allowed = ((row, self._params[rows.slots[row]].allowed_token_ids or ()) for row in active.tolist())
+        views = channel.upload({**_places(allowed), "active": active})
+        kept = logits[views["rows"], views["tokens"]]
+        logits[views["active"]] = MINUS_INFINITY
+        logits[views["rows"], views["tokens"]] = kept
 
 
 class BadWords(_Flagged):
@@ -53,14 +74,18 @@ class BadWords(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, bool(params.bad_words_token_ids))
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            slot = int(slots[row])
-            output = states.token_ids[slot, states.num_prompt[slot] : states.num_tokens[slot]]
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        bad = []
+        for row in active.tolist():
+            slot = int(rows.slots[row])
+            output = states.token_ids[slot, states.num_prompt[slot] : rows.positions[row]]
             for word in self._params[slot].bad_words_token_ids:
                 before = len(word) - 1
                 if before <= len(output) and tuple(output[len(output) - before :].tolist()) == word[:-1]:
-                    logits[row, word[-1]] = MINUS_INFINITY
+                    bad.append((row, word[-1:]))
+        _forbid(logits, _places(bad), channel)
 
 
 class MinTokens(_Flagged):
@@ -69,14 +94,16 @@ class MinTokens(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, params.min_tokens > 0 and bool(params.all_stop_token_ids))
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            slot = int(slots[row])
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        stops = []
+        for row in active.tolist():
+            slot = int(rows.slots[row])
             params = self._params[slot]
-            if states.num_tokens[slot] - states.num_prompt[slot] < params.min_tokens:
-                logits[row, list(params.all_stop_token_ids)] = MINUS_INFINITY
-            else:
-                self._wanted[slot] = False
+            if rows.positions[row] - states.num_prompt[slot] < params.min_tokens:
+                stops.append((row, params.all_stop_token_ids))
+        _forbid(logits, _places(stops), channel)
 
 
 class LogitBias(_Flagged):
@@ -85,10 +112,14 @@ class LogitBias(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, bool(params.logit_bias))
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            ids, biases = zip(*self._params[slots[row]].logit_bias, strict=True)
-            logits[row, list(ids)] += torch.tensor(biases, dtype=logits.dtype)
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        biases = {row: self._params[rows.slots[row]].logit_bias for row in active.tolist()}
+        places = _places((row, [token for token, _ in pairs]) for row, pairs in biases.items())
+        values = np.array([bias for pairs in biases.values() for _, bias in pairs], np.float32)
+        views = channel.upload({**places, "values": values})
+        logits[views["rows"], views["tokens"]] += views["values"]
 
 
 class Penalties(_Flagged):
@@ -99,20 +130,39 @@ class Penalties(_Flagged):
         wanted = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
         self._set(slot, params, wanted)
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            slot = int(slots[row])
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        seen: list[tuple[int, Array]] = []
+        penalties: list[Array] = []
+        counted: list[tuple[int, Array]] = []
+        changes: list[Array] = []
+        for row in active.tolist():
+            slot = int(rows.slots[row])
             params = self._params[slot]
-            tokens = states.token_ids[slot, : states.num_tokens[slot]]
+            tokens = states.token_ids[slot, : rows.positions[row]]
             if params.repetition_penalty != 1.0:
-                seen = torch.from_numpy(np.unique(tokens).astype(np.int64))
-                values = logits[row, seen]
-                penalty = params.repetition_penalty
-                logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+                ids = np.unique(tokens)
+                seen.append((row, ids))
+                penalties.append(np.full(len(ids), params.repetition_penalty, np.float32))
             if params.frequency_penalty or params.presence_penalty:
                 ids, counts = np.unique(tokens[states.num_prompt[slot] :], return_counts=True)
-                change = params.frequency_penalty * counts + params.presence_penalty
-                logits[row, torch.from_numpy(ids.astype(np.int64))] -= torch.from_numpy(change.astype(np.float32))
+                counted.append((row, ids))
+                changes.append((params.frequency_penalty * counts + params.presence_penalty).astype(np.float32))
+        if seen:
+            views = channel.upload({**_places(seen), "penalty": np.concatenate(penalties)})
+            values, penalty = logits[views["rows"], views["tokens"]], views["penalty"]
+            values = torch.where(values > 0, values / penalty, values * penalty)
+            logits[views["rows"], views["tokens"]] = values
+        if counted:
+            views = channel.upload({**_places(counted), "change": np.concatenate(changes)})
+            logits[views["rows"], views["tokens"]] -= views["change"]
 
 
 STAGES: list[Callable[[int], SamplingStage]] = [AllowedTokens, BadWords, MinTokens, LogitBias, Penalties]
+
+
+def reads_tokens(params: ResolvedParams) -> bool:
+    """Whether a stage looks at the tokens so far, so that the host must have them."""
+    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+    return bool(params.bad_words_token_ids) or penalties != (1.0, 0.0, 0.0) or params.thinking_budget is not None

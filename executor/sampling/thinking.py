@@ -9,7 +9,7 @@ import numpy as np
 
 from executor.messages import I32, ResolvedParams, ThinkingBudget
 from executor.request_states import RequestStates
-from executor.sampling.base import TokenMask
+from executor.sampling.base import SampleRows, TokenMask
 
 
 class ThinkingBudgets:
@@ -25,22 +25,25 @@ class ThinkingBudgets:
         budget = self._budgets[slot] = params.thinking_budget
         self._least[slot] = np.iinfo(np.int64).max if budget is None else budget.max_tokens
 
-    def restrict(self, mask: TokenMask | None, slots: I32, states: RequestStates, vocab_size: int) -> TokenMask | None:
+    def restrict(
+        self, mask: TokenMask | None, rows: SampleRows, states: RequestStates, vocab_size: int
+    ) -> TokenMask | None:
         """Adds the rows whose next token is forced to a step's mask.
 
         Args:
             mask: What else restricts the step's tokens; not changed.
-            slots: int32 [rows]: whose next token it is.
+            rows: Whose next tokens they are.
             states: The tokens so far.
             vocab_size: Width of the logits.
         """
-        num_outputs = states.num_tokens[slots] - states.num_prompt[slots]
+        slots = rows.slots
+        num_outputs = rows.positions - states.num_prompt[slots]
         forced: list[tuple[int, int]] = []
         for row in np.flatnonzero(num_outputs >= self._least[slots]).tolist():
             slot = int(slots[row])
             budget = self._budgets[slot]
             assert budget is not None
-            output = states.token_ids[slot, states.num_prompt[slot] : states.num_tokens[slot]]
+            output = states.token_ids[slot, states.num_prompt[slot] : rows.positions[row]]
             token = forced_token(budget, output)
             if token is not None:
                 forced.append((row, token))
@@ -49,11 +52,11 @@ class ThinkingBudgets:
         if mask is None:
             mask = TokenMask(np.zeros((0, -(-vocab_size // 32)), np.int32), np.full(len(slots), -1, np.int32))
         extra = np.zeros((len(forced), mask.bitmask.shape[1]), np.uint32)
-        rows = mask.rows.copy()
+        mask_rows = mask.rows.copy()
         for index, (row, token) in enumerate(forced):
             extra[index, token // 32] = 1 << (token % 32)
-            rows[row] = len(mask.bitmask) + index
-        return TokenMask(np.concatenate((mask.bitmask, extra.view(np.int32))), rows)
+            mask_rows[row] = len(mask.bitmask) + index
+        return TokenMask(np.concatenate((mask.bitmask, extra.view(np.int32))), mask_rows)
 
 
 def forced_token(budget: ThinkingBudget, output: I32) -> int | None:

@@ -160,7 +160,23 @@ def kept_tokens(logits: Tensor, weights: Tensor, top_k: int, top_p: float, min_p
     return kept
 
 
+@op(lambda logits: Spec("samples", 1, torch.int64))
+def weight_sum(logits: Tensor) -> Tensor:
+    """The units of all tokens at temperature 1, which log probabilities are measured by.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+
+    Returns:
+        int64 [rows].
+    """
+    sums = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for row in range(len(logits)):
+        sums[row] = units(token_weights(logits[row], 1.0)).sum()
+    return sums
+
+
 def log_probs(logits: Tensor) -> Tensor:
     """Log probabilities of a row at temperature 1, float32 [vocab_size]: their sum is counted in units too."""
-    total = int(units(token_weights(logits, 1.0)).sum())
+    total = int(weight_sum(logits.unsqueeze(0))[0])
     return (logits.double() - logits.amax().double() - math.log(total / 2.0**UNIT_BITS)).float()

@@ -10,9 +10,18 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from executor.device.steps import ImmediateSteps, StepChannel, wait_for
 from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput, TokenLogprobs
 from executor.request_states import RequestStates
-from executor.sampling.base import BAD_LOGITS, NOTHING_LEFT, Rows, SamplerBackend, SamplerOutput, TokenMask
+from executor.sampling.base import (
+    BAD_LOGITS,
+    NOTHING_LEFT,
+    Rows,
+    SamplerBackend,
+    SamplerOutput,
+    SampleRows,
+    TokenMask,
+)
 from executor.sampling.kernel import KernelSampler
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
@@ -36,6 +45,9 @@ def new_kernel_sampler(max_num_seqs: int) -> SamplerBackend:
 @pytest.fixture(params=["kernel", "reference"])
 def new_backend(request: pytest.FixtureRequest) -> NewBackend:
     return new_kernel_sampler if request.param == "kernel" else ReferenceSampler
+
+
+CHANNEL = ImmediateSteps()
 
 
 class Worker:
@@ -70,10 +82,13 @@ class Worker:
     ) -> SamplerOutput:
         """Samples a token for each slot; its number in the step is ten times its row."""
         given = torch.tensor(self.logits(slots) if logits is None else logits)
-        rows = np.array(slots, np.int32)
-        step_rows = 10 * np.arange(len(slots), dtype=np.int32)
-        output = self.backend.sample(given, given, rows, step_rows, self.states, mask)
-        self.states.append(rows, output.token_ids)
+        states, where = self.states, np.array(slots, np.int32)
+        rows = SampleRows(where, states.num_tokens[where], 10 * np.arange(len(slots), dtype=np.int32))
+        states.advance(where, np.zeros_like(where), np.ones(len(where), np.uint8))
+        sampled = self.backend.sample(given, given, rows, states, mask)
+        output = wait_for(sampled.output, CHANNEL)
+        assert sampled.token_ids.tolist() == output.token_ids.tolist()
+        states.fill(where, states.epochs[where], rows.positions, output.token_ids)
         return output
 
 
@@ -273,7 +288,7 @@ def test_prompt_log_probabilities(new_backend: NewBackend) -> None:
     tokens = np.array([3, 9, 0, 49, 20], np.int32)
     backend = new_backend(1)
     for count in (0, 3, -1):
-        entries = backend.prompt_logprobs(logits, tokens, count, 7, 100)
+        entries = wait_for(backend.prompt_logprobs(logits, tokens, count, 7, 100), CHANNEL)
         for index, (entry, token) in enumerate(zip(entries, tokens.tolist(), strict=True)):
             order = logits[index].sort(descending=True).indices[: 50 if count < 0 else count].tolist()
             exact = log_probs(logits[index]).tolist()
@@ -308,21 +323,24 @@ class Shift:
     def active(self, slots: I32) -> Rows:
         return np.flatnonzero([bool(self.slots[slot].logit_bias) for slot in slots.tolist()])
 
-    def apply(self, logits: torch.Tensor, slots: I32, rows: Rows, states: RequestStates) -> None:
-        for row in rows.tolist():
-            logits[row, [token for token, _ in self.slots[int(slots[row])].logit_bias]] += 10
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        for row in active.tolist():
+            logits[row, [token for token, _ in self.slots[int(rows.slots[row])].logit_bias]] += 10
 
 
 def test_stages_without_a_kernel_come_first() -> None:
     sampler = Sampler(NUM_SLOTS, stages=[Shift()])
     states = RequestStates(NUM_SLOTS, MAX_MODEL_LEN, [])
-    states.num_prompt[:] = states.num_tokens[:] = 1
+    states.num_prompt[:] = 1
     sampler.add(0, ResolvedParams(temperature=0.0, logit_bias=((2, 1.0),), logprobs=1))
     sampler.add(1, ResolvedParams(temperature=0.0, logprobs=1))
     logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     raw = logits.clone()
     slots = np.array([0, 1], np.int32)
-    result = sampler.sample(logits, slots, slots, states)
+    rows = SampleRows(slots, np.ones(2, np.int64), slots)
+    result = wait_for(sampler.sample(logits, rows, states).output, CHANNEL)
     assert result.token_ids.tolist() == [2, 1]
     assert logits[0, 2] == 11
     for entry, ids, row in zip(result.logprobs, [[2, 1], [1, 1]], raw, strict=True):

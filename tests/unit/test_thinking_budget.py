@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from api.config import ServerConfig
+from executor.device.steps import ImmediateSteps, wait_for
 from executor.messages import NewRequest, ResolvedParams, ThinkingBudget
 from executor.request_states import RequestStates
-from executor.sampling.base import TokenMask
+from executor.sampling.base import SampleRows, TokenMask
 from executor.sampling.sampler import Sampler
 from executor.sampling.thinking import forced_token
 from tests.fakes import FakeServer, tiny_tokenizer, tokens_of
@@ -78,18 +79,20 @@ def test_the_sampler_takes_forced_tokens_and_leaves_other_rows_alone(
         states._add(request)
         sampler.add(slot, params)
     slots = np.array([3, 1, 2], np.int32)
+    rows = SampleRows(slots, states.num_tokens[slots], np.arange(3, dtype=np.int32))
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     bitmask = np.zeros((1, 5), np.int32)
     bitmask[0, 0] = 1 << 6
     for mask in (None, TokenMask(bitmask, np.array([-1, -1, 0], np.int32))):
-        result = sampler.sample(logits.clone(), slots, np.arange(3, dtype=np.int32), states, mask)
+        result = wait_for(sampler.sample(logits.clone(), rows, states, mask).output, ImmediateSteps())
         assert not result.row_errors
         assert result.token_ids[1] == 149
         if mask is not None:
             assert result.token_ids[2] == 6
         free = Sampler(4)
         free.add(3, ResolvedParams(temperature=0.8, seed=3, logprobs=1))
-        alone = free.sample(logits[:1].clone(), slots[:1], np.zeros(1, np.int32), states)
+        first = SampleRows(slots[:1], rows.positions[:1], np.zeros(1, np.int32))
+        alone = wait_for(free.sample(logits[:1].clone(), first, states).output, ImmediateSteps())
         assert result.token_ids[0] == alone.token_ids[0] and result.logprobs[0] == alone.logprobs[0]
         expected = torch.log_softmax(logits[1], 0)[149].item()  # of what the model said
         assert np.frombuffer(result.logprobs[1].logprobs, np.float32)[0] == pytest.approx(expected, abs=1e-4)
