@@ -31,7 +31,15 @@ class StoredTensor:
     """File and name there, for errors."""
     num_bytes: int
     read: Callable[[torch.dtype], Tensor]
-    """Returns the tensor in the type given, or in its own where that costs nothing."""
+    """Returns the tensor for a parameter of the type given.
+
+    For one of ``FLOATS`` it may be stored as any of them, and comes in its own where converting would cost a copy. Any
+    other type must be the stored one: codes are not numbers that can be rounded. Raises ValueError if it is not.
+    """
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Types of plain numbers, as which weights, scales and biases may be stored."""
 
 
 class Checkpoint(Protocol):
@@ -68,18 +76,24 @@ DTYPES = {
     "BOOL": torch.bool,
     "F16": torch.float16,
     "F32": torch.float32,
+    "F4": torch.float4_e2m1fn_x2,
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
     "I8": torch.int8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "U8": torch.uint8,
 }
-
-WEIGHT_TYPES = ("BF16", "F16", "F32", "F64")
-"""Types that weights may have. Others are fine in tensors that nobody reads."""
+"""Types of the format."""
+PAIRED = ("F4",)
+"""Types of which torch has two numbers in one element."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
 """Larger headers are refused, as the safetensors library does."""
@@ -91,6 +105,18 @@ class Entry(msgspec.Struct):
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
+
+    @property
+    def elements(self) -> list[int]:
+        """The shape that it has in torch."""
+        if self.dtype not in PAIRED or not self.shape:
+            return self.shape
+        *outer, last = self.shape
+        return [*outer, last // 2]  # an odd row would not begin at a byte, and then ``num_bytes`` is wrong
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.elements) * DTYPES[self.dtype].itemsize
 
 
 class SafetensorsCheckpoint:
@@ -196,8 +222,7 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         if entry.dtype not in DTYPES:
             raise ModelError(f"{origin} has an unknown type ({entry.dtype})")
         begin, previous, end = entry.data_offsets[0], end, entry.data_offsets[1]
-        count = math.prod(entry.shape)
-        if begin != previous or end - begin != count * DTYPES[entry.dtype].itemsize or min(entry.shape, default=0) < 0:
+        if begin != previous or min(entry.shape, default=0) < 0 or end - begin != entry.num_bytes:
             raise ModelError(f"{origin}: corrupt header: shape {entry.shape} does not fit bytes {begin} to {end}")
         if start + end > len(mapped):
             missing = start + end - len(mapped)
@@ -210,12 +235,14 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
 
 def _reader(mapped: mmap.mmap, offset: int, entry: Entry) -> Callable[[torch.dtype], Tensor]:
     def read(dtype: torch.dtype) -> Tensor:
-        if entry.dtype not in WEIGHT_TYPES:
-            raise ValueError(f"has type {entry.dtype}; supported: {', '.join(WEIGHT_TYPES)}")
-        count = math.prod(entry.shape)
+        stored = DTYPES[entry.dtype]
+        fitting = FLOATS if dtype in FLOATS else (dtype,)
+        if stored not in fitting:
+            raise ValueError(f"has type {entry.dtype}; supported: {', '.join(NAMES[each] for each in fitting)}")
+        count = math.prod(entry.elements)
         if not count:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        flat = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=count, offset=offset)
-        return flat.view(entry.shape)
+            return torch.empty(entry.elements, dtype=stored)
+        flat = torch.frombuffer(mapped, dtype=stored, count=count, offset=offset)
+        return flat.view(entry.elements)
 
     return read

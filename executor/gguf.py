@@ -21,7 +21,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 
 from executor.base import ModelError
-from executor.checkpoint import StoredTensor, map_file
+from executor.checkpoint import FLOATS, StoredTensor, map_file
 from executor.config import GGUFHeader, GGUFTensor
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
 
@@ -185,6 +185,8 @@ class GGUFCheckpoint:
 
     def _read(self, tensor: GGUFTensor, hf_name: str | None, dtype: torch.dtype) -> Tensor:
         kind = _type_of(tensor, self._origin(tensor.name))
+        if dtype not in FLOATS:
+            raise ValueError(f"has type {kind.name}; the model needs {dtype}")
         raw = np.frombuffer(self.mapped, np.uint8, tensor.num_bytes, tensor.offset)
         role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
         if role in self.permuted:

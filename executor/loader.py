@@ -20,12 +20,12 @@ import torch
 
 from executor.attention.base import AttentionBackend, choose_backend
 from executor.base import ModelError
-from executor.checkpoint import Checkpoint, SafetensorsCheckpoint, StoredTensor
+from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import ModelConfig
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
-from executor.layers.parameter import ShardId, WeightedLayer, WeightParameter
+from executor.layers.parameter import ShardId, WeightParameter, Weights, named_weights, stored_module
 from executor.models.base import Model
 from executor.models.registry import resolve_model
 from executor.parallel import ParallelState
@@ -107,8 +107,8 @@ def load_model(
             model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
         )
     for module in model.modules():
-        if isinstance(module, WeightedLayer):
-            module.process_weights_after_loading()
+        if isinstance(module, Weights):
+            module.pack()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, backend, context.max_model_len)
 
@@ -200,7 +200,7 @@ def load_weights(
     for name, double in doubles.items():
         if name not in found:
             found[name] = double
-        elif is_tied_by_file and _differ(double, found[name], context.dtype):
+        elif is_tied_by_file and _differ(double, found[name], targets[name].parameter.dtype):
             logger.warning(
                 "%s is ignored: it differs from %r, which the model's configuration uses in its place "
                 "(tie_word_embeddings; --hf-overrides '{\"tie_word_embeddings\": false}' uses both)",
@@ -214,7 +214,7 @@ def load_weights(
     def load(name: str) -> int:
         stored, target = found[name], targets[name]
         try:
-            target.parameter.load(stored.read(context.dtype), target.shard_id)
+            target.parameter.load(stored.read(target.parameter.dtype), target.shard_id)
         except ValueError as error:
             raise ModelError(f"{stored.origin} {error}") from error
         return stored.num_bytes
@@ -234,15 +234,14 @@ def load_weights(
 
 def find_targets(model: Model) -> dict[str, Target]:
     """All tensors that the model needs, by their names in a checkpoint."""
-    split_again = {merged: name for name, merged in model.weight_map.items()}
-    targets = {}
-    for name, parameter in model.named_parameters():
+    targets: dict[str, Target] = {}
+    for name, parameter in named_weights(model).items():
         assert isinstance(parameter, WeightParameter), name
-        module, _, leaf = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
+        module, dot, leaf = name.rpartition(".")
         for shard_id in parameter.parts:
-            stored = last if shard_id is None else split_again[last, shard_id]
-            targets[f"{parent}.{stored}.{leaf}".lstrip(".")] = Target(parameter, shard_id)
+            stored = f"{stored_module(module, shard_id)}{dot}{leaf}"
+            assert stored not in targets, f"{stored} would go to two places"
+            targets[stored] = Target(parameter, shard_id)
     return targets
 
 
@@ -252,6 +251,8 @@ def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
         first, second = one.read(dtype), other.read(dtype)
     except ValueError:
         return True
+    if dtype not in FLOATS:  # one type; torch cannot compare all of them
+        first, second = first.view(torch.uint8), second.view(torch.uint8)
     return first.shape != second.shape or not torch.equal(first.to(second.dtype), second)
 
 
@@ -279,13 +280,19 @@ _NORM = re.compile(r"norm\.weight$")
 
 
 def fill_with_random_numbers(model: Model) -> None:
-    """Small weights, the same in every run; norms are 1. For benchmarks: one pattern, repeated, is fast to make."""
-    for name, parameter in model.named_parameters():
+    """Small weights, the same in every run; norms are 1, codes of quantised weights any bytes.
+
+    For benchmarks: one pattern, repeated, is fast to make.
+    """
+    for name, parameter in named_weights(model).items():
         flat = parameter.data.view(-1)
         if _NORM.search(name):
             flat.fill_(1)
             continue
         generator = torch.Generator().manual_seed(crc32(name.encode()))
+        if not flat.dtype.is_floating_point or flat.dtype == torch.float4_e2m1fn_x2:
+            flat.view(torch.uint8).random_(0, 256, generator=generator)
+            continue
         pattern = torch.empty(min(len(flat), 1 << 20), dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
         for start in range(0, len(flat), len(pattern)):
             flat[start : start + len(pattern)] = pattern[: len(flat) - start]

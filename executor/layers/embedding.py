@@ -2,52 +2,53 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-import ops
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, WeightedLayer
+from executor.layers.parameter import Part
+from executor.quantization.base import TableShape
 
 
-class VocabParallelEmbedding(WeightedLayer):
+class VocabParallelEmbedding(nn.Module):
     """An embedding table of which each rank holds some rows. Tied models take their logits from it as well."""
 
-    weight: nn.Parameter
-    packed: ops.Weight
-    """What the ops read, once the weights are loaded."""
-    makes_logits = False
+    is_output: ClassVar[bool] = False
 
     def __init__(self, context: ModelContext, *, prefix: str) -> None:
         super().__init__()
-        self.device = context.device
+        config = context.config
         self.tp_size = context.parallel.tp_size
-        self.vocab_part = Part.shard(context.config.vocab_size, context.parallel, f"{prefix}: vocabulary")
-        self.hidden_size = context.config.hidden_size
+        self.shape = TableShape(
+            vocab=Part.shard(config.vocab_size, context.parallel, f"{prefix}: vocabulary"),
+            hidden=Part.whole(config.hidden_size),
+            makes_logits=self.is_output or config.tie_word_embeddings,
+            dtype=context.dtype,
+            device=context.device,
+        )
         self.method = context.quantization.embedding_method(prefix)
-        self.method.create_weights(self, context.dtype)
-
-    def process_weights_after_loading(self) -> None:
-        self.method.process_weights_after_loading(self)
+        try:
+            self.weights = self.method.create(self.shape)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}") from error
 
     def forward(self, ids: Tensor) -> Tensor:
         assert self.tp_size == 1, "ids of other ranks must be masked, and the ranks' results added up, here"
-        return self.method.embed(self, ids)
+        return self.method.embed(self.weights, ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
         assert self.tp_size == 1, "the ranks' logits must be gathered here"
-        return self.method.logits(self, hidden)
+        return self.method.logits(self.weights, hidden)
 
 
 class LMHead(VocabParallelEmbedding):
     """An output layer with a table of its own."""
 
-    makes_logits = True
+    is_output = True
 
 
 def output_layer(context: ModelContext, embedding: VocabParallelEmbedding, *, prefix: str) -> VocabParallelEmbedding:
     """The layer that makes logits: the embedding itself where the configuration ties the two."""
-    if not context.config.tie_word_embeddings:
-        return LMHead(context, prefix=prefix)
-    embedding.makes_logits = True
-    return embedding
+    return embedding if context.config.tie_word_embeddings else LMHead(context, prefix=prefix)

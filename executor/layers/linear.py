@@ -6,25 +6,27 @@ business of its ``LinearMethod``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-import ops
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, ShardId, WeightedLayer
+from executor.layers.parameter import Part, ShardId, stored_module
+from executor.quantization.base import LinearShape
 
 
-class LinearLayer(WeightedLayer):
+class LinearLayer(nn.Module):
     """``x @ weight.T + bias`` with this rank's share of the weight."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    packed: ops.Weight
-    """What the ops read, once the weights are loaded."""
-    is_pair = False
-    """Whether the layer is two projections of one size, of which one gates the other."""
-
     def __init__(
-        self, context: ModelContext, input_part: Part, output_parts: dict[ShardId, Part], *, bias: bool, prefix: str
+        self,
+        context: ModelContext,
+        input_part: Part,
+        output_parts: Mapping[ShardId, Part],
+        *,
+        bias: bool,
+        paired: bool = False,
+        prefix: str,
     ) -> None:
         """Creates the layer.
 
@@ -33,21 +35,22 @@ class LinearLayer(WeightedLayer):
             input_part: This rank's columns of the weight.
             output_parts: This rank's rows, for each projection merged into the layer.
             bias: Whether there is a bias.
+            paired: Whether the layer is two projections of one size, of which one gates the other.
             prefix: The layer's name in the model.
         """
         super().__init__()
-        self.device = context.device
-        self.input_part = input_part
-        self.output_parts = output_parts
+        self.shape = LinearShape(input_part, output_parts, bias, paired, context.dtype, context.device)
         self.output_sizes = [part.size for part in output_parts.values()]
-        self.method = context.quantization.linear_method(prefix)
-        self.method.create_weights(self, input_part.size, self.output_sizes, bias, context.dtype)
-
-    def process_weights_after_loading(self) -> None:
-        self.method.process_weights_after_loading(self)
+        """Columns of the result, for each projection."""
+        names = [stored_module(prefix, shard_id) for shard_id in output_parts]
+        self.method = context.quantization.linear_method(names)
+        try:
+            self.weights = self.method.create(self.shape)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}") from error
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.method.apply(self, x)
+        return self.method.apply(self.weights, x)
 
 
 class ReplicatedLinear(LinearLayer):
@@ -70,18 +73,34 @@ class ColumnParallelLinear(LinearLayer):
 
 
 class MergedColumnParallelLinear(LinearLayer):
-    """Several column parallel projections of one input, side by side; the shard ids count them."""
+    """Several column parallel projections of one input, side by side."""
 
     def __init__(
-        self, context: ModelContext, in_features: int, out_features: list[int], *, bias: bool = False, prefix: str
+        self,
+        context: ModelContext,
+        in_features: int,
+        out_features: Mapping[str, int],
+        *,
+        bias: bool = False,
+        prefix: str,
     ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: What the model is built from.
+            in_features: Size of the input.
+            out_features: Size of each projection, by its name in the checkpoint. Two of one size are an MLP's gate and
+                what it multiplies.
+            bias: Whether they have biases.
+            prefix: The layer's name in the model.
+        """
         rows: dict[ShardId, Part] = {}
         offset = 0
-        for shard_id, size in enumerate(out_features):
-            rows[shard_id] = part = Part.shard(size, context.parallel, prefix, offset)
+        for name, size in out_features.items():
+            rows[name] = part = Part.shard(size, context.parallel, prefix, offset)
             offset += part.size
-        self.is_pair = len(out_features) == 2 and out_features[0] == out_features[1]
-        super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
+        paired = len(rows) == 2 and len(set(out_features.values())) == 1
+        super().__init__(context, Part.whole(in_features), rows, bias=bias, paired=paired, prefix=prefix)
 
 
 class QKVParallelLinear(LinearLayer):
@@ -96,6 +115,7 @@ class QKVParallelLinear(LinearLayer):
         num_kv_heads: int,
         *,
         bias: bool = False,
+        names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
         prefix: str,
     ) -> None:
         parallel = context.parallel
@@ -107,9 +127,10 @@ class QKVParallelLinear(LinearLayer):
             kv_size = parallel.divide(num_kv_heads, f"{prefix}: KV heads") * head_dim
             kv_start = parallel.tp_rank * kv_size
         full = num_kv_heads * head_dim
-        k = Part(full, kv_start, kv_size, q.size)
-        v = Part(full, kv_start, kv_size, q.size + kv_size)
-        super().__init__(context, Part.whole(in_features), {"q": q, "k": k, "v": v}, bias=bias, prefix=prefix)
+        k = Part.piece(full, kv_start, kv_size, q.size)
+        v = Part.piece(full, kv_start, kv_size, q.size + kv_size)
+        rows: dict[ShardId, Part] = dict(zip(names, (q, k, v), strict=True))
+        super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
 
 
 class RowParallelLinear(LinearLayer):

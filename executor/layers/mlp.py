@@ -31,7 +31,7 @@ class GatedMLP(nn.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation = config.choice("hidden_act", ACTIVATIONS)
         self.gate_up_proj = MergedColumnParallelLinear(
-            context, hidden, [inner, inner], bias=bias, prefix=f"{prefix}.gate_up_proj"
+            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
 

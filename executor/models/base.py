@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.parameter import ShardId
 from executor.layers.rotary import RotaryEmbedding
 
-__all__ = ["Model", "ModelContext", "WeightMap"]
-
-WeightMap = Mapping[str, tuple[str, ShardId]]
+__all__ = ["Model", "ModelContext"]
 
 
 class Model(nn.Module, ABC):
     """A language model. Its forward pass uses ops, ``+`` and ``split`` alone, so that it can be captured."""
 
-    weight_map: ClassVar[WeightMap]
-    """Modules of the checkpoint that are merged here: name there -> name here, and which part of it."""
     tied_weights: ClassVar[Mapping[str, str]] = {}
     """Tensors that a checkpoint may hold once more although the configuration ties them to another one."""
     ignored_weights: ClassVar[tuple[str, ...]] = ()

@@ -67,13 +67,6 @@ class Decoder(nn.Module):
 class CausalDecoder(Model):
     """A decoder with an output layer. A model is this with the attention it makes."""
 
-    weight_map = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", 0),
-        "up_proj": ("gate_up_proj", 1),
-    }
     tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
     ignored_weights = ("rotary_emb.inv_freq",)
     supports_lora = True

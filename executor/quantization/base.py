@@ -1,56 +1,80 @@
-"""The quantisation seam: who creates, lays out and applies the weights of linear layers and embeddings."""
+"""The quantisation seam: who creates, lays out and applies the weights of linear layers and embeddings.
+
+A method is told what a layer is and returns its weights; it knows no layer, and a layer knows nothing of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from executor.base import ModelError
 from executor.registry import resolve
 
-if TYPE_CHECKING:  # the layers import this module, and the names are known without torch
+if TYPE_CHECKING:  # the names of methods are known without torch
     import torch
     from torch import Tensor
 
-    from executor.layers.embedding import VocabParallelEmbedding
-    from executor.layers.linear import LinearLayer
+    from executor.layers.parameter import Part, ShardId, Weights
+
+W = TypeVar("W", bound="Weights")
 
 
-class LinearMethod(Protocol):
-    """The weights of a linear layer."""
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer, as far as its weights depend on it."""
 
-    def create_weights(
-        self, layer: LinearLayer, in_features: int, out_partition_sizes: list[int], bias: bool, dtype: torch.dtype
-    ) -> None:
-        """Registers the layer's parameters, uninitialised.
+    input: Part
+    """This rank's columns of the weight."""
+    outputs: Mapping[ShardId, Part]
+    """This rank's rows, for each projection merged into the layer, in the order of the results."""
+    bias: bool
+    paired: bool
+    """Two projections of one size, of which one gates the other."""
+    dtype: torch.dtype
+    """Type of the activations."""
+    device: torch.device
 
-        Args:
-            layer: Its ``input_part`` and ``output_parts`` say where the checkpoint's tensors go.
-            in_features: Columns of this rank's weight.
-            out_partition_sizes: Rows of this rank's weight, one number per merged projection.
-            bias: Whether there is a bias.
-            dtype: Type of the activations.
+
+@dataclass(frozen=True)
+class TableShape:
+    """An embedding or output layer, as far as its weights depend on it."""
+
+    vocab: Part
+    """This rank's rows of the table."""
+    hidden: Part
+    makes_logits: bool
+    """Whether logits are made of the table; a tied one is looked up as well."""
+    dtype: torch.dtype
+    """Type of the activations."""
+    device: torch.device
+
+
+class LinearMethod(Protocol[W]):
+    """How the weights of a linear layer are stored and multiplied with."""
+
+    def create(self, shape: LinearShape) -> W:
+        """The layer's weights, uninitialised.
+
+        Raises:
+            ValueError: The format cannot hold a layer of that shape; the message needs no name.
         """
 
-    def process_weights_after_loading(self, layer: LinearLayer) -> None:
-        """Packs the loaded weights for the device and frees the unpacked copy."""
-
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        """``x`` [rows, in_features] -> [rows, out_features]."""
+    def apply(self, weights: W, x: Tensor) -> Tensor:
+        """``x`` [rows, in_features] -> [rows, out_features], the bias added. Called after ``weights.pack()``."""
 
 
-class EmbeddingMethod(Protocol):
-    """The table of an embedding or of an output layer; a tied table is both."""
+class EmbeddingMethod(Protocol[W]):
+    """How the table of an embedding or of an output layer is stored and read; a tied table is both."""
 
-    def create_weights(self, layer: VocabParallelEmbedding, dtype: torch.dtype) -> None:
-        """Registers the layer's parameters, uninitialised; ``vocab_part`` and ``hidden_size`` give the shape."""
+    def create(self, shape: TableShape) -> W:
+        """The table, uninitialised. Raises as ``LinearMethod.create`` does."""
 
-    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None: ...
-
-    def embed(self, layer: VocabParallelEmbedding, ids: Tensor) -> Tensor:
+    def embed(self, weights: W, ids: Tensor) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
 
-    def logits(self, layer: VocabParallelEmbedding, hidden: Tensor) -> Tensor:
+    def logits(self, weights: W, hidden: Tensor) -> Tensor:
         """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
 
 
@@ -60,10 +84,16 @@ class QuantizationConfig(Protocol):
     def __init__(self, fields: Mapping[str, Any]) -> None:
         """Takes the ``quantization_config`` of config.json, empty if there is none."""
 
-    def linear_method(self, prefix: str) -> LinearMethod:
-        """The method of the linear layer of that name."""
+    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        """The method of a linear layer.
 
-    def embedding_method(self, prefix: str) -> EmbeddingMethod: ...
+        Args:
+            names: Full names of its modules in the checkpoint, which are what lists of exceptions name; several where
+                projections are merged: ``["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]``.
+        """
+
+    def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
+        """The method of the embedding or output layer of that name."""
 
 
 REGISTRY = {"unquantized": "executor.quantization.unquantized:Unquantized"}

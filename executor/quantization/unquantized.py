@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import ops
-from executor.layers.embedding import VocabParallelEmbedding
-from executor.layers.linear import LinearLayer
-from executor.layers.parameter import Part, WeightParameter, single
-from executor.quantization.base import EmbeddingMethod, LinearMethod
+from executor.layers.parameter import WeightParameter, Weights, single
+from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, TableShape
+
+
+class PlainLinear(Weights):
+    """``weight`` [out_features, in_features] and ``bias`` [out_features] or None."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    packed: ops.Weight
+    """What the ops read, once the weights are loaded."""
+
+    def __init__(self, shape: LinearShape) -> None:
+        super().__init__()
+        self.paired = shape.paired
+        weight = {shard_id: (rows, shape.input) for shard_id, rows in shape.outputs.items()}
+        self.weight = WeightParameter.empty(weight, dtype=shape.dtype, device=shape.device)
+        bias = {shard_id: (rows,) for shard_id, rows in shape.outputs.items()}
+        self.bias = WeightParameter.empty(bias, dtype=shape.dtype, device=shape.device) if shape.bias else None
+
+    def pack(self) -> None:
+        self.packed = ops.pack_linear(self.weight.data, self.paired)
+        self.weight = stored(self.packed)
 
 
 class UnquantizedLinear:
-    """``weight`` [out_features, in_features] and ``bias`` [out_features] or None."""
+    def create(self, shape: LinearShape) -> PlainLinear:
+        return PlainLinear(shape)
 
-    def create_weights(
-        self, layer: LinearLayer, in_features: int, out_partition_sizes: list[int], bias: bool, dtype: torch.dtype
-    ) -> None:
-        rows = layer.output_parts
-        weight = {shard_id: (part, layer.input_part) for shard_id, part in rows.items()}
-        layer.weight = WeightParameter.empty(weight, dtype=dtype, device=layer.device)
-        assert layer.weight.shape == (sum(out_partition_sizes), in_features)
-        biases = {shard_id: (part,) for shard_id, part in rows.items()}
-        layer.bias = WeightParameter.empty(biases, dtype=dtype, device=layer.device) if bias else None
+    def apply(self, weights: PlainLinear, x: Tensor) -> Tensor:
+        return ops.linear(x, weights.packed, weights.bias)
 
-    def process_weights_after_loading(self, layer: LinearLayer) -> None:
-        layer.packed = ops.pack_linear(layer.weight.data, layer.is_pair)
-        layer.weight = stored(layer.packed)
 
-    def apply(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        return ops.linear(x, layer.packed, layer.bias)
+class PlainTable(Weights):
+    """``weight`` [vocab_size, hidden_size], packed if logits are made of it: then that is the one copy."""
+
+    weight: nn.Parameter
+    packed: ops.Weight
+    """What the ops read, once the weights are loaded."""
+
+    def __init__(self, shape: TableShape) -> None:
+        super().__init__()
+        self.makes_logits = shape.makes_logits
+        self.weight = WeightParameter.empty(single(shape.vocab, shape.hidden), dtype=shape.dtype, device=shape.device)
+
+    def pack(self) -> None:
+        self.packed = ops.pack_linear(self.weight.data) if self.makes_logits else self.weight.data
+        self.weight = stored(self.packed)
 
 
 class UnquantizedEmbedding:
-    """``weight`` [vocab_size, hidden_size], packed if logits are made of it: then that is the one copy."""
+    def create(self, shape: TableShape) -> PlainTable:
+        return PlainTable(shape)
 
-    def create_weights(self, layer: VocabParallelEmbedding, dtype: torch.dtype) -> None:
-        parts = single(layer.vocab_part, Part.whole(layer.hidden_size))
-        layer.weight = WeightParameter.empty(parts, dtype=dtype, device=layer.device)
+    def embed(self, weights: PlainTable, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, weights.packed)
 
-    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
-        layer.packed = ops.pack_linear(layer.weight.data) if layer.makes_logits else layer.weight.data
-        layer.weight = stored(layer.packed)
-
-    def embed(self, layer: VocabParallelEmbedding, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, layer.packed)
-
-    def logits(self, layer: VocabParallelEmbedding, hidden: Tensor) -> Tensor:
-        return ops.logits(hidden, layer.packed)
+    def logits(self, weights: PlainTable, hidden: Tensor) -> Tensor:
+        return ops.logits(hidden, weights.packed)
 
 
 def stored(weight: ops.Weight) -> nn.Parameter:
@@ -66,8 +81,8 @@ class Unquantized:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         pass
 
-    def linear_method(self, prefix: str) -> LinearMethod:
+    def linear_method(self, names: Sequence[str]) -> LinearMethod[PlainLinear]:
         return UnquantizedLinear()
 
-    def embedding_method(self, prefix: str) -> EmbeddingMethod:
+    def embedding_method(self, name: str) -> EmbeddingMethod[PlainTable]:
         return UnquantizedEmbedding()

@@ -16,10 +16,11 @@ from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program
 from executor.input_batch import InputBatch
-from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
+from executor.layers.parameter import named_weights, stored_module
 from executor.loader import LoadedModel, load_model
 from executor.parallel import ParallelState
+from executor.quantization.unquantized import PlainLinear, PlainTable
 from ops.cpu.kernels import unpack_linear
 from tests import tiny
 
@@ -145,10 +146,10 @@ def refusal(path: Path, **fields: Any) -> str:
 
 def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """The parameters by name, as they were before they were packed."""
-    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    weights = {name: parameter.data for name, parameter in named_weights(loaded.model).items()}
     for name, module in loaded.model.named_modules():
-        if isinstance(module, LinearLayer | VocabParallelEmbedding) and isinstance(module.packed, ops.PackedWeight):
-            weights[f"{name}.weight"] = unpack_linear(module.packed)
+        if isinstance(module, PlainLinear | PlainTable) and isinstance(module.packed, ops.PackedWeight):
+            weights[f"{name.removesuffix('.weights')}.weight"] = unpack_linear(module.packed)
     return weights
 
 
@@ -157,12 +158,10 @@ def split_shares(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     shares = {}
     for name, weight in weights_of(loaded).items():
         module, _, leaf = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        merged = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-        if last not in merged:
+        layer = loaded.model.get_submodule(module)
+        if not isinstance(layer, LinearLayer):
             shares[name] = weight
             continue
-        sizes = loaded.model.get_submodule(module).output_sizes
-        for part, tensor in zip(merged[last], weight.split(sizes), strict=True):
-            shares[f"{parent}.{part}.{leaf}"] = tensor
+        for shard_id, tensor in zip(layer.shape.outputs, weight.split(layer.output_sizes), strict=True):
+            shares[f"{stored_module(module, shard_id)}.{leaf}"] = tensor
     return shares

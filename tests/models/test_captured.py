@@ -13,8 +13,8 @@ import torch
 import ops
 from executor.graphs import Program
 from executor.input_batch import InputBatch
-from executor.layers.linear import LinearLayer
 from executor.loader import LoadedModel
+from executor.quantization.unquantized import PlainLinear
 from ops.cpu import build, library
 from ops.dispatch import Spec, StepInput, like_first, op
 from tests import tiny
@@ -216,18 +216,18 @@ def test_values_that_are_used_twice_are_not_fused_away() -> None:
 
 def test_weights_are_freed_after_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[weakref.ref[torch.Tensor]] = []
-    process = LinearLayer.process_weights_after_loading
+    pack = PlainLinear.pack
 
-    def watch(layer: LinearLayer) -> None:
-        unpacked.append(weakref.ref(layer.weight))
-        process(layer)
+    def watch(weights: PlainLinear) -> None:
+        unpacked.append(weakref.ref(weights.weight))
+        pack(weights)
 
-    monkeypatch.setattr(LinearLayer, "process_weights_after_loading", watch)
+    monkeypatch.setattr(PlainLinear, "pack", watch)
     loaded = load_tiny("llama", torch.bfloat16)
     gc.collect()
     assert len(unpacked) == 12
     assert all(reference() is None for reference in unpacked)
-    assert isinstance(loaded.model.get_submodule("lm_head").packed, ops.PackedWeight)
+    assert isinstance(loaded.model.get_submodule("lm_head.weights").packed, ops.PackedWeight)
     # What is left are the numbers of the checkpoint, once: all sizes are multiples of 32.
     assert loaded.weight_bytes == sum(parameter.nbytes for parameter in loaded.model.parameters())
 
