@@ -90,7 +90,7 @@ class LLMOptions(TypedDict, total=False):
     enforce_eager: bool
     tensor_parallel_size: int
     pipeline_parallel_size: int
-    device: Literal["auto", "cpu"]
+    device: str
     attention_backend: str | None
     block_size: int | None
     num_threads: int | None

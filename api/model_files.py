@@ -19,7 +19,7 @@ from api.gguf_file import GGUFFile, read_gguf
 from api.model_pooler import ModelPooler, find_pooler
 from api.params import SamplingParams, default_params
 from api.tokenizer import Tokenizer
-from engine_core.launch import ModelError, check_supported, get_logger, read_json, why
+from engine_core.launch import ModelError, check_supported, device_problem, get_logger, read_json, why
 
 logger = get_logger()
 
@@ -47,8 +47,11 @@ def find_model(config: ServerConfig) -> ModelFiles:
     """Finds or downloads what the configuration names, and reads all but the weights.
 
     Raises:
-        ModelFileError: It is not there, damaged or of a kind that is not supported.
+        ModelFileError: It is not there, damaged or of a kind that is not supported, or no device has that name.
     """
+    problem = device_problem(config.engine.executor.device.device)
+    if problem is not None:
+        raise ModelFileError("--device", problem)
     wanted = config.engine.executor.model.model
     path = _demo_model() if not wanted else _locate(wanted, config)
     name = wanted or DEMO_NAME

@@ -7,6 +7,7 @@ import msgspec
 from engine_core.config import Config, EngineConfig
 from engine_core.last_work import LastWork, read_flight_record
 from executor.base import ModelError
+from executor.device.base import device_problem
 from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
@@ -59,6 +60,7 @@ __all__ = [
     "check_supported",
     "child_command",
     "child_environment",
+    "device_problem",
     "engine_identity",
     "get_logger",
     "launch_engine_core",

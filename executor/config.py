@@ -103,7 +103,12 @@ class ParallelConfig(Config, frozen=True):
 class DeviceConfig(Config, frozen=True):
     """The device of each worker."""
 
-    device: Annotated[Literal["auto", "cpu"], Meta(description="Device to run on. auto: the best one found.")] = "auto"
+    device: Annotated[
+        str,
+        Meta(
+            description="Device to run on: cpu, or one that an installed package brings. auto: the best that is there."
+        ),
+    ] = "auto"
     attention_backend: Annotated[
         str | None, Meta(description="Attention backend. Default: the first that supports the model.")
     ] = None

@@ -11,7 +11,7 @@ from ops.cpu import build, library
 
 def describe() -> dict[str, str]:
     """Torch, the CPU kernels and the devices; missing kernels are compiled."""
-    kernels = library.current()
+    kernels = library.chosen()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     try:
         compiler = build.find_compiler()

@@ -1,9 +1,9 @@
 """Program capture: a model's forward pass as a list of nodes that is replayed every step.
 
 The model's Python forward runs once with symbolic values; each op appends a node. Replaying the program runs the nodes
-one after another with the step's inputs; one program serves every batch size. Where the device has kernels that run
-lists of ops, runs of nodes become single calls (``ops/cpu/program.py``); other nodes are Python calls of the ops'
-implementations. Eager mode calls the same ops one by one and gives the same bits.
+one after another with the step's inputs; one program serves every batch size. Where the device's op set has a runner
+for programs (``ops.OpSet.compile``), that takes the nodes and replays them in its own way; otherwise they are Python
+calls of the ops' implementations. Eager mode calls the same ops one by one and gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from ops.cpu import library
-from ops.cpu.program import SLICE, NativeProgram
-from ops.dispatch import Node, Op, Ref, Spec, StepInput, Value
+import ops
+from ops.dispatch import SLICE, Node, Op, ProgramRunner, Ref, Spec, StepInput, Value
 
 
 class Program:
@@ -28,7 +27,7 @@ class Program:
             max_tokens: Rows of ``tokens`` to make room for. More are possible, but the first step with more pauses.
             max_samples: Likewise for ``samples``.
         """
-        self.device_type = device_type
+        self.op_set = ops.op_set(device_type)
         self.nodes: list[Node] = []
         self.specs: list[Spec] = []
         self.inputs: dict[str, int] = {}
@@ -36,7 +35,7 @@ class Program:
         self._capacity = {"tokens": max_tokens, "samples": max_samples}
         self._dead: list[tuple[int, ...]] = []
         """For each node, the values that no later node reads."""
-        self._native: NativeProgram | None = None
+        self._runner: ProgramRunner | None = None
 
     # -- capture -------------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ class Program:
     def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value | tuple[Value, ...]:
         specs = op.infer(*args, **kwargs)
         out = self._new_value(specs) if isinstance(specs, Spec) else tuple(map(self._new_value, specs))
-        self._append(op.name, op.implementation(self.device_type), args, kwargs, out)
+        self._append(op.name, op.implementation(self.op_set), args, kwargs, out)
         return out
 
     def slice_columns(self, value: Value, start: int, width: int) -> Value:
@@ -72,10 +71,7 @@ class Program:
     def finish(self, *outputs: Any) -> None:
         """Ends the capture with the values that ``replay`` returns; what no node reads any more is dropped then."""
         self.outputs = [value.index for value in outputs]
-        kernels = library.current() if self.device_type == "cpu" else None
-        if kernels is not None:
-            self._native = NativeProgram(kernels, self.nodes, self.specs, self.inputs, self.outputs, self._capacity)
-            return
+        self._runner = self.op_set.compile(self.nodes, self.specs, self.inputs, self.outputs, self._capacity)
         seen = set(self.outputs)
         for node in reversed(self.nodes):
             used = {ref.index for ref in (*node.references(), *node.outs)}
@@ -86,13 +82,13 @@ class Program:
     @property
     def native_ops(self) -> int:
         """Recorded ops that a replay runs on compiled kernels, without Python."""
-        return 0 if self._native is None else self._native.native_ops
+        return 0 if self._runner is None else self._runner.native_ops
 
     @property
     def python_ops(self) -> int:
         """Recorded ops that a replay calls from Python."""
-        if self._native is not None:
-            return self._native.python_ops
+        if self._runner is not None:
+            return self._runner.python_ops
         return sum(node.name != SLICE for node in self.nodes)
 
     # -- replay --------------------------------------------------------------------------------------------
@@ -106,8 +102,8 @@ class Program:
         Returns:
             The tensors of the outputs. The next replay may overwrite them.
         """
-        if self._native is not None:
-            return self._native.replay(inputs)
+        if self._runner is not None:
+            return self._runner.replay(inputs)
         values: list[Any] = [None] * len(self.specs)
         for name, index in self.inputs.items():
             values[index] = inputs[name]

@@ -1,10 +1,10 @@
-"""Tensor functions: one name per op, one implementation per device.
+"""Tensor functions: one name per op, one implementation per op set.
 
 Activations are ``[rows, width]``; heads lie side by side in the columns. Each op's docstring gives shapes and
 types. Not here: modules, configuration, process groups, request ids.
 """
 
-from ops.cpu import kernels as _cpu
+from ops.dispatch import OpSet, op_set, use
 from ops.metadata import AttentionMetadata, AttentionShape
 from ops.packed import PackedWeight, Weight
 from ops.reference.attention import paged_attention
@@ -16,6 +16,7 @@ from ops.reference.sampling import sample, weight_sum
 __all__ = [
     "AttentionMetadata",
     "AttentionShape",
+    "OpSet",
     "PackedWeight",
     "Weight",
     "act_and_mul",
@@ -26,26 +27,12 @@ __all__ = [
     "layer_norm",
     "linear",
     "logits",
+    "op_set",
     "pack_linear",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
     "sample",
+    "use",
     "weight_sum",
 ]
-
-for _op in (
-    act_and_mul,
-    activation,
-    add,
-    embedding,
-    gather_rows,
-    layer_norm,
-    linear,
-    logits,
-    paged_attention,
-    rms_norm,
-    rotary_embedding,
-):
-    _op.register("cpu", _cpu.implementation(_op))
-pack_linear.register("cpu", _cpu.pack_linear)

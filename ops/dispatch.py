@@ -1,7 +1,9 @@
-"""One name per op, one implementation per device.
+"""One name per op, one implementation per op set.
 
 An op is declared once, by its plain-torch reference (``ops/reference``), which is its definition, its
-fallback and the oracle of its tests. Devices register faster implementations with the same signature.
+fallback and the oracle of its tests. Op sets bring faster implementations with the same signature, and what runs
+captured programs with them. Each kind of device uses one set: ``use`` chooses it when a worker starts, and only then
+is the set imported.
 
 Calling an op with tensors runs the implementation for the device of its first argument. Calling it with
 ``Value``s, the symbolic tensors of a program under capture (``executor/graphs.py``), records a node in that
@@ -10,11 +12,15 @@ program instead: the mode travels with the data, so there is no ambient state an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
+
+SLICE = "slice"
+"""Name of nodes that take columns of a value: (value, dimension, start, width)."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,30 +138,101 @@ class Node:
         return zip((ref.index for ref in self.outs), returned, strict=True)
 
 
+class ProgramRunner(Protocol):
+    """A captured program, made ready to run with an op set."""
+
+    native_ops: int
+    """Recorded ops that a replay runs on compiled kernels, without Python."""
+    python_ops: int
+    """Recorded ops that a replay calls from Python."""
+
+    def replay(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """See ``executor.graphs.Program.replay``."""
+
+
+class OpSet:
+    """Implementations of ops that belong together. This one has none: the references do everything."""
+
+    def __init__(
+        self, name: str = "reference", implementations: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        """Takes the implementations by the names of the ops; an op without one is done by its reference."""
+        self.name = name
+        self.implementations = implementations or {}
+
+    def compile(
+        self,
+        nodes: list[Node],
+        specs: list[Spec],
+        inputs: dict[str, int],
+        outputs: list[int],
+        capacity: dict[str, int],
+    ) -> ProgramRunner | None:
+        """Makes a recorded program ready. None: its nodes are called one after another.
+
+        Args:
+            nodes: The calls in the order in which they were recorded.
+            specs: Of all values.
+            inputs: Values that a step brings, by name.
+            outputs: Values that ``replay`` returns.
+            capacity: Rows (``tokens`` and ``samples``) to make room for from the start; more are possible.
+        """
+        return None
+
+
+OP_SETS = {"reference": "ops.dispatch:OpSet", "cpu": "ops.cpu.op_set:create"}
+"""What makes a set, by its name: imported when the set is used."""
+DEFAULTS = {"cpu": "cpu"}
+"""Sets of devices for which none was chosen; others use the references."""
+
+_used: dict[str, OpSet] = {}
+
+
+def use(device_type: str, op_set: str | OpSet) -> OpSet:
+    """Chooses the op set of a kind of device, once and for all: before weights are packed or programs captured.
+
+    Args:
+        device_type: As torch names it.
+        op_set: A set, or the name of one.
+
+    Raises:
+        ValueError: There is no set of that name.
+    """
+    if isinstance(op_set, str):
+        if op_set not in OP_SETS:
+            raise ValueError(f"unknown op set {op_set!r}; choose from {', '.join(OP_SETS)}")
+        module, _, attribute = OP_SETS[op_set].partition(":")
+        op_set = getattr(importlib.import_module(module), attribute)()
+    assert isinstance(op_set, OpSet)
+    _used[device_type] = op_set
+    return op_set
+
+
+def op_set(device_type: str) -> OpSet:
+    """The set that a kind of device uses."""
+    return _used.get(device_type) or use(device_type, DEFAULTS.get(device_type, "reference"))
+
+
 class Op(Generic[P, R]):
-    """A tensor function with one implementation per device."""
+    """A tensor function with one implementation per op set."""
 
     def __init__(self, reference: Callable[P, R], infer: Callable[..., Specs]) -> None:
         self.name = reference.__name__
         self.reference = reference
         self.infer = infer
-        self.implementations: dict[str, Callable[P, R]] = {}
         self.__doc__ = reference.__doc__
         self.__name__ = self.name
 
-    def register(self, device_type: str, implementation: Callable[P, R]) -> None:
-        """Uses an implementation on a device from now on."""
-        self.implementations[device_type] = implementation
-
-    def implementation(self, device_type: str) -> Callable[P, R]:
-        return self.implementations.get(device_type, self.reference)
+    def implementation(self, chosen: OpSet) -> Callable[P, R]:
+        """What computes the op in a set."""
+        return chosen.implementations.get(self.name, self.reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         if type(first) is Value:
             result: R = first.recorder.record(self, args, kwargs)
             return result
-        return self.implementation(first.device.type)(*args, **kwargs)  # type: ignore[attr-defined]
+        return self.implementation(op_set(first.device.type))(*args, **kwargs)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"

@@ -278,7 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    kernels = library.current()
+    kernels = library.chosen()
     if kernels is None:
         sys.exit("there are no kernels for this machine")
     dtype: torch.dtype = getattr(torch, options.dtype)

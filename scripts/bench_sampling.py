@@ -18,10 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ops
 from executor.messages import ResolvedParams
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
-from ops.cpu.library import current, forced
+from ops.cpu import library
+from ops.cpu.op_set import CpuOps
 
 PROMPT_TOKENS = 1000
 CASES = {
@@ -94,25 +96,26 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="leave out the slow comparison")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    library = current()
-    capability = options.capability or (library.capability if library else None)
-    print(f"capability {capability or 'reference'}, {options.threads} threads, microseconds per row")
-    with forced(capability):
-        overhead = microseconds(step(64, 16, CASES["temperature"], torch.zeros(64, 16)), options.seconds)
-        print(f"a step of 64 rows with a vocabulary of 16: {overhead:.1f} in all")
-        print(f"{'vocabulary':>10} {'rows':>5} {'logits':8} {'case':20} {'octavo':>9} {'torch':>9}")
-        for vocab_size in options.vocab_size:
-            for rows in options.rows:
-                for kind in ("peaked", "flat"):
-                    logits = make_logits(kind, rows, vocab_size)
-                    for name, params in CASES.items():
-                        # Penalties change the logits in place; a run after the first sees other numbers, no more work.
-                        ours = microseconds(step(rows, vocab_size, params, logits.clone()), options.seconds) / rows
-                        line = f"{vocab_size:10} {rows:5} {kind:8} {name:20} {ours:9.1f}"
-                        if not options.no_torch and name in ("greedy", "temperature", "top-p", "top-k", "top-k, top-p"):
-                            theirs = microseconds(lambda: sample_with_sort(logits, params), options.seconds) / rows  # noqa: B023
-                            line += f" {theirs:9.1f}"
-                        print(line, flush=True)
+    if options.capability is not None:
+        ops.use("cpu", CpuOps(library.load(options.capability)))
+    chosen = ops.op_set("cpu")
+    capability = chosen.library.capability if isinstance(chosen, CpuOps) else chosen.name
+    print(f"capability {capability}, {options.threads} threads, microseconds per row")
+    overhead = microseconds(step(64, 16, CASES["temperature"], torch.zeros(64, 16)), options.seconds)
+    print(f"a step of 64 rows with a vocabulary of 16: {overhead:.1f} in all")
+    print(f"{'vocabulary':>10} {'rows':>5} {'logits':8} {'case':20} {'octavo':>9} {'torch':>9}")
+    for vocab_size in options.vocab_size:
+        for rows in options.rows:
+            for kind in ("peaked", "flat"):
+                logits = make_logits(kind, rows, vocab_size)
+                for name, params in CASES.items():
+                    # Penalties change the logits in place; a run after the first sees other numbers, no more work.
+                    ours = microseconds(step(rows, vocab_size, params, logits.clone()), options.seconds) / rows
+                    line = f"{vocab_size:10} {rows:5} {kind:8} {name:20} {ours:9.1f}"
+                    if not options.no_torch and name in ("greedy", "temperature", "top-p", "top-k", "top-k, top-p"):
+                        theirs = microseconds(lambda: sample_with_sort(logits, params), options.seconds) / rows  # noqa: B023
+                        line += f" {theirs:9.1f}"
+                    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def main() -> None:
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=60, help="decode steps of a measurement")
     options = parser.parse_args()
-    kernels = library.current()
+    kernels = library.chosen()
     if kernels is None:
         sys.exit("there are no kernels for this machine")
     clock = Clock(kernels.run)

@@ -80,7 +80,7 @@ REGISTRY = {
     "reference": "executor.attention.reference:ReferenceAttention",
 }
 PREFERENCE = {"cpu": ["cpu", "reference"]}
-"""Backends of each kind of device, the best first."""
+"""Backends for each op set, the best first; for others the reference."""
 
 
 def choose_backend(
@@ -92,7 +92,7 @@ def choose_backend(
         ValueError: There is none; the message says why each was refused.
     """
     refused = []
-    for candidate in [name] if name else PREFERENCE[device_type]:
+    for candidate in [name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]):
         backend: AttentionBackend = resolve(REGISTRY, candidate, "attention backend")()
         reason = next((why for shape in shapes if (why := backend.supports(shape, dtype))), None)
         if reason is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import ops
 from executor.attention.base import OpsAttention
 from ops import AttentionShape
 from ops.cpu import library
@@ -18,7 +19,7 @@ class CpuAttention(OpsAttention):
     block_size_multiple = library.TOKENS_MULTIPLE
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        if library.current() is None:
+        if ops.op_set("cpu").name != self.name:
             return "there are no kernels for this machine"
         return unsupported_attention(shape, dtype)
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol
 
 from executor.base import ModelError
 from executor.config import DeviceConfig
-from executor.device.steps import StepChannel
+from executor.log import get_logger
 from executor.registry import resolve
+
+if TYPE_CHECKING:  # the names are known without torch
+    import torch
+
+    from executor.device.steps import StepChannel
+
+logger = get_logger()
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,15 @@ class Device(Protocol):
 
     name: str
     torch_device: torch.device
+    kernels: str
+    """Name of its op set; see ``ops.use``."""
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this machine has one. Changes nothing in this process."""
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
-        """Prepares this process: threads, affinity, streams."""
+        """Prepares this process: its op set, threads, affinity, streams."""
 
     def memory(self) -> Memory: ...
 
@@ -41,18 +53,43 @@ class Device(Protocol):
 
 
 REGISTRY = {"cpu": "executor.device.cpu:CpuDevice"}
+"""The best one first."""
+ENTRY_POINTS = "octavo.devices"
+"""Under this name packages register devices of their own: name -> ``module:Class``."""
+AUTO = "auto"
+
+
+def known_devices() -> dict[str, str]:
+    """All devices by name, in the order in which ``auto`` tries them: those of other packages, then ours."""
+    others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return {name: others[name] for name in sorted(others.keys() - REGISTRY)} | REGISTRY
+
+
+def device_problem(name: str) -> str | None:
+    """What is wrong with a device's name, if anything. Imports nothing that the name stands for."""
+    if name == AUTO or name in REGISTRY or name in (known := known_devices()):
+        return None
+    return f"unknown device {name!r}; choose from {AUTO}, {', '.join(known)}"
 
 
 def create_device(name: str) -> Device:
-    """The device of that name; ``auto`` takes the best that is there.
+    """The device of that name; ``auto`` takes the first one that this machine has.
 
     Raises:
         ModelError: There is no such device.
     """
-    if name == "auto":
-        name = "cpu"
-    try:
-        factory: type[Device] = resolve(REGISTRY, name, "device")
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    return factory()
+    problem = device_problem(name)
+    if problem is not None:
+        raise ModelError(f"--device: {problem}")
+    known = known_devices()
+    for candidate in known if name == AUTO else [name]:
+        try:
+            device: type[Device] = resolve(known, candidate, "device")
+        except ImportError as error:
+            if name != AUTO:
+                raise ModelError(f"--device: {name!r} cannot be loaded: {error}") from error
+            logger.warning("device %s is left out: %s", candidate, error)
+            continue
+        if device.available():
+            return device()
+    raise ModelError(f"--device: this machine has no {name!r}")

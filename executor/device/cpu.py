@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import ops
 from executor.config import DeviceConfig
 from executor.device.base import Memory
 from executor.device.steps import ImmediateSteps
@@ -26,8 +27,14 @@ _UNLIMITED = 1 << 60
 class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
+    kernels = "cpu"
+
+    @classmethod
+    def available(cls) -> bool:
+        return True
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
+        ops.use(self.torch_device.type, self.kernels)
         advice = about_torch(torch.__version__, torch.version.cuda)
         if advice is not None:
             logger.warning("%s", advice)

@@ -24,6 +24,8 @@ from executor.sampling.base import (
     TokenMask,
     row_error,
 )
+from ops import OpSet
+from ops.cpu.op_set import CpuOps
 from ops.cpu.sampling import (
     ALL_LOGPROBS,
     NEUTRAL_PARAMS,
@@ -37,6 +39,12 @@ from ops.cpu.sampling import (
 from ops.reference.sampling import MAX_VOCAB_SIZE
 
 _INT32_MAX = np.iinfo(np.int32).max
+
+
+def create(op_set: OpSet, max_num_seqs: int) -> KernelSampler:
+    """A sampler with the kernels of the CPU's op set."""
+    assert isinstance(op_set, CpuOps)
+    return KernelSampler(max_num_seqs, op_set.sampling)
 
 
 class KernelSampler:

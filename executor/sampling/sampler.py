@@ -7,18 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+import ops
 from executor.deferred import Deferred
 from executor.device.steps import ImmediateSteps, StepChannel
 from executor.messages import I32, ResolvedParams, TokenLogprobs
+from executor.registry import resolve
 from executor.request_states import RequestStates
 from executor.sampling.base import Sampled, SamplerBackend, SamplerOutput, SampleRows, SamplingStage, TokenMask
-from executor.sampling.kernel import KernelSampler
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.stages import reads_tokens
 from executor.sampling.thinking import ThinkingBudgets
-from ops.cpu.sampling import sampling_kernels
 
 __all__ = ["SampleRows", "Sampled", "Sampler", "SamplerOutput", "TokenMask"]
+
+REGISTRY = {"cpu": "executor.sampling.kernel:create"}
+"""Backends by op set: takes the set and the number of slots. For others there is the reference."""
+
+
+def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | None = None) -> SamplerBackend:
+    """The backend for devices with that op set."""
+    if op_set.name not in REGISTRY:
+        return ReferenceSampler(max_num_seqs, channel)
+    backend: SamplerBackend = resolve(REGISTRY, op_set.name, "sampler")(op_set, max_num_seqs)
+    return backend
 
 
 class Sampler:
@@ -44,10 +55,7 @@ class Sampler:
             channel: The way there. Default: the host's memory.
         """
         self._channel = channel or ImmediateSteps()
-        kernels = sampling_kernels() if device_type == "cpu" else None
-        self._backend: SamplerBackend = (
-            ReferenceSampler(max_num_seqs, channel) if kernels is None else KernelSampler(max_num_seqs, kernels)
-        )
+        self._backend = new_backend(ops.op_set(device_type), max_num_seqs, channel)
         self._stages = tuple(stages)
         self._thinking = ThinkingBudgets(max_num_seqs)
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)

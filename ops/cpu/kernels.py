@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu import instructions, library, memory
+from ops.cpu import instructions, memory
 from ops.cpu.instructions import Instruction
 from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
 from ops.dispatch import Op
@@ -20,14 +20,13 @@ _SERIAL_WORK = 1 << 15
 """Operations below which waking a second thread costs more than it saves."""
 
 
-def implementation(op: Op[Any, Any]) -> Callable[..., Tensor]:
+def implementation(op: Op[Any, Any], kernels: Library) -> Callable[..., Tensor]:
     """The CPU implementation of an op: the kernel where it takes the arguments, else the reference."""
     describe: Callable[..., Instruction | None] = instructions.BY_NAME[op.name]
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        kernels = library.current()
-        instruction = None if kernels is None else describe(*args, **kwargs)
-        if kernels is None or instruction is None:
+        instruction = describe(*args, **kwargs)
+        if instruction is None:
             result: Tensor = op.reference(*args, **kwargs)
             return result
         return execute(kernels, instruction)
@@ -90,10 +89,9 @@ def fill_group(group: Group, meta: AttentionMetadata) -> None:
 # packing
 
 
-def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
+def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     """The op ``pack_linear``."""
-    kernels = library.current()
-    if kernels is None or weight.dtype not in TYPES or weight.stride(1) != 1:
+    if weight.dtype not in TYPES or weight.stride(1) != 1:
         return weight
     rows, columns = weight.shape
     paired = paired and rows % 2 == 0
@@ -102,10 +100,8 @@ def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     return PackedWeight(data, (rows, columns), paired)
 
 
-def unpack_linear(weight: PackedWeight) -> Tensor:
+def unpack_linear(kernels: Library, weight: PackedWeight) -> Tensor:
     """The weight as it was before ``pack_linear``."""
-    kernels = library.current()
-    assert kernels is not None, "packed weights come from the kernels"
     result = torch.empty(weight.shape, dtype=weight.dtype)
     rows, columns = weight.shape
     kernels.unpack(weight.data.data_ptr(), result.data_ptr(), rows, columns, int(weight.paired), TYPES[weight.dtype])

@@ -1,14 +1,12 @@
 """The compiled kernels in Python: structs and functions of ``csrc/octavo.h``.
 
-``current()`` is the library of this process. It is chosen once: the best one that compiles and runs here.
+``chosen()`` is the best one that compiles and runs here, or the one that the environment names.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -249,7 +247,8 @@ def load(capability: str) -> Library:
 
 
 @cache
-def _chosen() -> Library | None:
+def chosen() -> Library | None:
+    """The library that suits this machine; None: there is none, and why was logged."""
     wanted = build.configured()
     if wanted == build.REFERENCE:
         return None
@@ -270,24 +269,3 @@ def _chosen() -> Library | None:
             extra={"details": output[0]} if output else None,
         )
         return None
-
-
-_forced: list[Library | None] = []
-
-
-def current() -> Library | None:
-    """The library in use; None: the reference is used instead."""
-    return _forced[-1] if _forced else _chosen()
-
-
-@contextmanager
-def forced(capability: str | None) -> Iterator[Library | None]:
-    """Uses the kernels of another capability, or none at all: for tests and benchmarks.
-
-    Weights and KV caches have the layout of the type alone, so they may outlive it.
-    """
-    _forced.append(None if capability is None else load(capability))
-    try:
-        yield _forced[-1]
-    finally:
-        _forced.pop()

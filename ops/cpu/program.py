@@ -21,10 +21,7 @@ from ops.cpu.instructions import Instruction
 from ops.cpu.kernels import fill_group
 from ops.cpu.library import Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
-from ops.dispatch import Node, Ref, Spec, StepInput
-
-SLICE = "slice"
-"""Name of nodes that take columns of a value: (value, dimension, start, width)."""
+from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
 
 _ALIGNMENT = 64
 _ALIASING = 4096

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from ops.cpu.library import Library, current
 
 SLOT_PARAMS = np.dtype(
     [
@@ -152,17 +149,6 @@ class SamplingKernels:
         )
         self.sample_step(ctypes.addressof(step), torch.get_num_threads())
         return tokens
-
-
-@cache
-def _of(library: Library) -> SamplingKernels:
-    return SamplingKernels(library.dll)
-
-
-def sampling_kernels() -> SamplingKernels | None:
-    """Those of the library in use; None: there is none, and the reference must do."""
-    library = current()
-    return None if library is None else _of(library)
 
 
 class TokenHistory:

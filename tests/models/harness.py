@@ -22,6 +22,7 @@ from executor.loader import LoadedModel, load_model
 from executor.parallel import ParallelState
 from executor.quantization.unquantized import PlainLinear, PlainTable
 from ops.cpu.kernels import unpack_linear
+from ops.cpu.op_set import CpuOps
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -147,9 +148,11 @@ def refusal(path: Path, **fields: Any) -> str:
 def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """The parameters by name, as they were before they were packed."""
     weights = {name: parameter.data for name, parameter in named_weights(loaded.model).items()}
+    chosen = ops.op_set("cpu")
     for name, module in loaded.model.named_modules():
         if isinstance(module, PlainLinear | PlainTable) and isinstance(module.packed, ops.PackedWeight):
-            weights[f"{name.removesuffix('.weights')}.weight"] = unpack_linear(module.packed)
+            assert isinstance(chosen, CpuOps), "packed weights come from the kernels"
+            weights[f"{name.removesuffix('.weights')}.weight"] = unpack_linear(chosen.library, module.packed)
     return weights
 
 

@@ -15,11 +15,12 @@ from executor.graphs import Program
 from executor.input_batch import InputBatch
 from executor.loader import LoadedModel
 from executor.quantization.unquantized import PlainLinear
-from ops.cpu import build, library
+from ops.cpu import build
+from ops.cpu.program import NativeProgram
 from ops.dispatch import Spec, StepInput, like_first, op
 from tests import tiny
 from tests.models.harness import Chunk, Runner, load, random_tokens
-from tests.ops.cpu import DTYPES, threads, use
+from tests.ops.cpu import DTYPES, threads, use, using
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -75,15 +76,15 @@ def test_all_ops_run_on_the_kernels(name: str, dtype: torch.dtype) -> None:
 def test_fusion_leaves_five_calls_per_layer() -> None:
     """Norm and product, attention, product and sum, norm and product and activation, product and sum."""
     for name in ("llama", "qwen3"):
-        native = capture(load_tiny(name, torch.bfloat16))._native
-        assert native is not None
+        native = capture(load_tiny(name, torch.bfloat16))._runner
+        assert isinstance(native, NativeProgram)
         (segment,) = native._parts
         # Before the layers the embedding; after them the last norm, the wanted rows and the logits, all in one.
         assert len(segment.items) == 1 + 3 * 5 + 1  # type: ignore[union-attr]
 
 
 def test_without_kernels_every_op_is_python() -> None:
-    with library.forced(None):
+    with using("reference"):
         loaded = load_tiny("llama", torch.float32)
         assert loaded.attention_backend.name == "reference"
         program = capture(loaded)

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import ops
-from ops import AttentionMetadata, AttentionShape
+from ops import AttentionMetadata, AttentionShape, OpSet
 from ops.cpu import build, library
 from ops.cpu.instructions import kv_shapes
+from ops.cpu.op_set import CpuOps
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 NAMES = [*build.CAPABILITIES, build.AMX_EMULATION.name]
 
 
-def use(capability: str) -> Any:
-    """Forces a capability, or skips the test where the machine lacks it."""
+@contextmanager
+def using(op_set: OpSet | str) -> Iterator[OpSet]:
+    """Lets CPU tensors use another op set. Weights and KV caches have the layout of the type alone."""
+    before = ops.op_set("cpu")
+    try:
+        yield ops.use("cpu", op_set)
+    finally:
+        ops.use("cpu", before)
+
+
+@contextmanager
+def use(capability: str) -> Iterator[CpuOps]:
+    """Uses the kernels of a capability, or skips the test where the machine lacks it."""
     known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
     missing = known[capability].needs - build.cpu_flags()
     if missing:
         pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
-    return library.forced(capability)
+    chosen = CpuOps(library.load(capability))
+    with using(chosen):
+        yield chosen
 
 
 @contextmanager

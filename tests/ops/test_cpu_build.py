@@ -155,7 +155,7 @@ def choose(**environment: str) -> tuple[str, str]:
         "import torch; from ops.cpu import library\n"
         "import ops; ops.add(torch.ones(2, 2), torch.ones(2, 2))\n"
         "ops.add(torch.ones(2, 2), torch.ones(2, 2))\n"
-        "kernels = library.current(); print(kernels.capability if kernels else 'none')"
+        "kernels = library.chosen(); print(kernels.capability if kernels else 'none')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True

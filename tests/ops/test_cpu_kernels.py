@@ -10,7 +10,6 @@ from torch import Tensor
 
 import ops
 from ops import AttentionShape, PackedWeight
-from ops.cpu import library
 from ops.cpu.kernels import unpack_linear
 from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use
 from tests.ops.test_reference import cos_sin_table
@@ -65,12 +64,12 @@ def test_linear(capability: str, dtype: torch.dtype, out_features: int, in_featu
 @pytest.mark.parametrize(("out_features", "in_features"), [*SHAPES, (2, 5), (128, 33), (30, 64)])
 @pytest.mark.parametrize("paired", [False, True])
 def test_packing(capability: str, dtype: torch.dtype, out_features: int, in_features: int, paired: bool) -> None:
-    with use(capability):
+    with use(capability) as chosen:
         weight = randn(in_features, out_features, dtype=dtype).T.contiguous()
         layer = packed(weight, paired)
         assert layer.shape == weight.shape
         assert layer.paired == (paired and out_features % 2 == 0)
-        assert torch.equal(unpack_linear(layer), weight)
+        assert torch.equal(unpack_linear(chosen.library, layer), weight)
         x = randn(3, in_features, seed=1, dtype=dtype)
         assert torch.equal(ops.linear(x, layer), ops.linear(x, packed(weight)))
 
@@ -200,7 +199,6 @@ def test_first_token_of_a_block_clears_it(capability: str) -> None:
 
 
 def test_capability_is_the_forced_one(capability: str) -> None:
-    with use(capability) as kernels:
-        assert kernels is not None
-        assert kernels.capability == capability
-        assert library.current() is kernels
+    with use(capability) as chosen:
+        assert chosen.library.capability == capability
+        assert ops.op_set("cpu") is chosen

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.cpu import build
-from ops.cpu.library import forced
 from ops.cpu.sampling import (
     NEUTRAL_PARAMS,
     ROW_NOT_FINITE,
@@ -27,9 +26,9 @@ from ops.cpu.sampling import (
     SampleStep,
     SamplingKernels,
     address,
-    sampling_kernels,
 )
 from ops.reference.sampling import log_probs, sample, uniform
+from tests.ops.cpu import use
 from tests.ops.test_reference import chi_square
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -37,12 +36,8 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @pytest.fixture(params=list(build.CAPABILITIES), scope="module")
 def kernels(request: pytest.FixtureRequest) -> Iterator[SamplingKernels]:
-    if not build.runs_here(build.CAPABILITIES[request.param]):
-        pytest.skip(f"this CPU cannot run {request.param}")
-    with forced(request.param):
-        found = sampling_kernels()
-        assert found is not None
-        yield found
+    with use(request.param) as chosen:
+        yield chosen.sampling
 
 
 @dataclass

@@ -16,16 +16,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import ops
 from executor.graphs import Program
 from ops import AttentionMetadata, AttentionShape
-from ops.cpu import library
 from ops.dispatch import Spec, StepInput
 from ops.reference.sampling import kept_tokens, log_probs, philox, token_weights, uniform, units
+from tests.ops.cpu import using
 
 FLOATS = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def reference_only() -> Iterator[None]:
-    with library.forced(None):
+    with using("reference"):
         yield
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import ops
 from executor.graphs import Program
-from ops.cpu import build, library
+from ops.cpu import build
 from ops.dispatch import Spec, like_first, op
+from tests.ops.cpu import using
 
 WIDTH, EXPERTS, K = 40, 8, 2
 
@@ -31,7 +32,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
     if request.param == "kernels":
         yield True
         return
-    with library.forced(None):
+    with using("reference"):
         yield False
 
 

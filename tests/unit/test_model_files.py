@@ -194,6 +194,10 @@ def refusal(model: Path | str, **options: Any) -> str:
     return message
 
 
+def test_an_unknown_device_is_named_before_anything_is_looked_for() -> None:
+    assert refusal("no/such/folder", device="cuda") == "--device: unknown device 'cuda'; choose from auto, cpu"
+
+
 @pytest.mark.parametrize(
     "name", ["no/such/folder", "./nope", "a\0b", "~nobody-has-this-name/x", "x" * 5000, "/dev/null"]
 )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+import ops
 from executor.device.steps import ImmediateSteps, StepChannel, wait_for
 from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput, TokenLogprobs
 from executor.request_states import RequestStates
@@ -25,7 +26,7 @@ from executor.sampling.base import (
 from executor.sampling.kernel import KernelSampler
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
-from ops.cpu.sampling import sampling_kernels
+from ops.cpu.op_set import CpuOps
 from ops.reference.sampling import log_probs
 
 VOCAB_SIZE = 90
@@ -36,10 +37,10 @@ NewBackend = Callable[[int], SamplerBackend]
 
 
 def new_kernel_sampler(max_num_seqs: int) -> SamplerBackend:
-    kernels = sampling_kernels()
-    if kernels is None:
+    chosen = ops.op_set("cpu")
+    if not isinstance(chosen, CpuOps):
         pytest.skip("there are no kernels for this machine")
-    return KernelSampler(max_num_seqs, kernels)
+    return KernelSampler(max_num_seqs, chosen.sampling)
 
 
 @pytest.fixture(params=["kernel", "reference"])

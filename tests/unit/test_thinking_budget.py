@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import ops
 from api.config import ServerConfig
 from executor.device.steps import ImmediateSteps, wait_for
 from executor.messages import NewRequest, ResolvedParams, ThinkingBudget
@@ -16,6 +17,7 @@ from executor.sampling.base import SampleRows, TokenMask
 from executor.sampling.sampler import Sampler
 from executor.sampling.thinking import forced_token
 from tests.fakes import FakeServer, tiny_tokenizer, tokens_of
+from tests.ops.cpu import using
 from tests.unit.conftest import Api
 
 TOKENIZER = tiny_tokenizer()
@@ -56,13 +58,10 @@ def test_outputs_that_begin_inside_of_thinking() -> None:
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_the_sampler_takes_forced_tokens_and_leaves_other_rows_alone(
-    kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sampler_takes_forced_tokens_and_leaves_other_rows_alone(kernels: bool) -> None:
     vocab_size = 150
-    if not kernels:
-        monkeypatch.setattr("executor.sampling.sampler.sampling_kernels", lambda: None)
-    sampler = Sampler(4)
+    with using(ops.op_set("cpu") if kernels else "reference"):
+        sampler = Sampler(4)
     states = RequestStates(4, 64, [32])
     outputs = {1: [101, 1, 2, 3], 2: [101, 1], 3: [101, 1, 2, 3]}
     for slot, output in outputs.items():

@@ -1,0 +1,59 @@
+"""The op set of CPUs: the compiled kernels."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+import ops
+from ops.cpu import kernels, library
+from ops.cpu.library import Library
+from ops.cpu.program import NativeProgram
+from ops.cpu.sampling import SamplingKernels
+from ops.dispatch import Node, Op, OpSet, Spec
+
+_OPS: tuple[Op[Any, Any], ...] = (
+    ops.act_and_mul,
+    ops.activation,
+    ops.add,
+    ops.embedding,
+    ops.gather_rows,
+    ops.layer_norm,
+    ops.linear,
+    ops.logits,
+    ops.paged_attention,
+    ops.rms_norm,
+    ops.rotary_embedding,
+)
+"""Those that are a kernel each (``instructions.py``)."""
+
+
+class CpuOps(OpSet):
+    """The ops on the kernels of one library."""
+
+    def __init__(self, library: Library) -> None:
+        implementations: dict[str, Any] = {op.name: kernels.implementation(op, library) for op in _OPS}
+        implementations[ops.pack_linear.name] = partial(kernels.pack_linear, library)
+        super().__init__("cpu", implementations)
+        self.library = library
+
+    def compile(
+        self,
+        nodes: list[Node],
+        specs: list[Spec],
+        inputs: dict[str, int],
+        outputs: list[int],
+        capacity: dict[str, int],
+    ) -> NativeProgram:
+        return NativeProgram(self.library, nodes, specs, inputs, outputs, capacity)
+
+    @cached_property
+    def sampling(self) -> SamplingKernels:
+        """The sampling kernels of the library."""
+        return SamplingKernels(self.library.dll)
+
+
+def create() -> OpSet:
+    """The kernels that suit this machine; the references where there are none."""
+    chosen = library.chosen()
+    return OpSet() if chosen is None else CpuOps(chosen)

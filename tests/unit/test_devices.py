@@ -1,0 +1,72 @@
+"""Devices by name: ours and those of other packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+
+import ops
+from executor.base import ModelError
+from executor.config import DeviceConfig
+from executor.device import base
+from executor.device.base import create_device, device_problem, known_devices
+from executor.device.cpu import CpuDevice
+from tests.ops.cpu import using
+
+
+class OtherDevice(CpuDevice):
+    """What a package brings: here CPU tensors that are computed by the references."""
+
+    name = "other"
+    kernels = "reference"
+    is_there = True
+
+    @classmethod
+    def available(cls) -> bool:
+        return cls.is_there
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> type[OtherDevice]:
+    """Registers it, beside one whose package is broken."""
+    points = EntryPoints(
+        [
+            EntryPoint("broken", "no_such_package:Device", base.ENTRY_POINTS),
+            EntryPoint("cpu", "no_such_package:Device", base.ENTRY_POINTS),  # ours cannot be replaced
+            EntryPoint("other", f"{__name__}:OtherDevice", base.ENTRY_POINTS),
+        ]
+    )
+    monkeypatch.setattr(base, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr(OtherDevice, "is_there", True)
+    return OtherDevice
+
+
+def test_auto_takes_the_best_device_that_is_there(
+    other: type[OtherDevice], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert list(known_devices()) == ["broken", "other", "cpu"]
+    monkeypatch.setattr(base.logger, "propagate", True)
+    assert type(create_device("auto")) is OtherDevice
+    assert "device broken is left out: No module named 'no_such_package'" in caplog.text
+    monkeypatch.setattr(other, "is_there", False)
+    assert type(create_device("auto")) is type(create_device("cpu")) is CpuDevice
+    with pytest.raises(ModelError, match="^--device: this machine has no 'other'$"):
+        create_device("other")
+
+
+def test_a_device_that_nobody_knows_is_named(other: type[OtherDevice]) -> None:
+    for name in ("auto", "cpu", "other"):
+        assert device_problem(name) is None
+    problem = "unknown device 'tpu'; choose from auto, broken, other, cpu"
+    assert device_problem("tpu") == problem
+    with pytest.raises(ModelError, match=f"^--device: {problem}$"):
+        create_device("tpu")
+    with pytest.raises(ModelError, match="^--device: 'broken' cannot be loaded: No module named 'no_such_package'$"):
+        create_device("broken")
+
+
+def test_a_device_chooses_its_op_set(other: type[OtherDevice]) -> None:
+    with using(ops.op_set("cpu")):
+        other().initialize(DeviceConfig(), 0)
+        assert ops.op_set("cpu").name == "reference"
