@@ -73,7 +73,8 @@ async function errorOf(response) {
 function messageOf(text, response) {
   const info = errorInfo(text);
   if (typeof info?.message === "string" && info.message !== "") return sentence(info.message);
-  return TEXTS[response.status] ?? `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+  const status = `${response.status} ${response.statusText}`.trim();
+  return TEXTS[response.status] ?? `The server answered ${status}.`;
 }
 
 function paramOf(text) {

@@ -5,7 +5,7 @@ import { element, icon } from "./dom.js";
 import { number, percent, seconds, short } from "./format.js";
 import { askForKey, currentKey } from "./keys.js";
 import { Plot } from "./plot.js";
-import { increase, newBuckets, quantile, rate, Reading } from "./prometheus.js";
+import { increase, newBuckets, quantile, Reading, rate } from "./prometheus.js";
 
 const PERIOD_MS = 1000;
 const SPANS = { "1 min": 60, "5 min": 300, "15 min": 900 };

@@ -25,7 +25,11 @@ export function formula(source, isDisplay, tag = "span") {
   const node = element(tag, { class: isDisplay ? "formula block" : "formula", "data-source": source }, source);
   if (source.length > MAX_CHARS) return node;
   if (katex !== null) set(node, source, isDisplay);
-  else load().then(() => set(node, source, isDisplay), () => {});
+  else
+    load().then(
+      () => set(node, source, isDisplay),
+      () => {},
+    );
   return node;
 }
 
@@ -72,6 +76,7 @@ function typeset(source, isDisplay) {
 
 function depthOf(root) {
   let depth = 0;
-  for (let level = [root]; level.length > 0 && depth <= MAX_DEPTH; depth++) level = level.flatMap((node) => [...node.children]);
+  for (let level = [root]; level.length > 0 && depth <= MAX_DEPTH; depth++)
+    level = level.flatMap((node) => [...node.children]);
   return depth;
 }

@@ -11,7 +11,7 @@ const C_COMMENT = String.raw`\/\/[^\n]*|\/\*[^]*?(?:\*\/|$)`;
 const HASH_COMMENT = String.raw`#[^\n]*`;
 const SQL_COMMENT = String.raw`--[^\n]*`;
 const STRINGS = String.raw`"(?:[^"\\\n]|\\[^])*"?|'(?:[^'\\\n]|\\[^])*'?`;
-const PYTHON_STRINGS = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|${STRINGS}`;
+const PYTHON_STRINGS = `"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|${STRINGS}`;
 const TEMPLATE_STRINGS = String.raw`${STRINGS}|\x60(?:[^\x60\\]|\\[^])*\x60?`;
 const QUOTED = String.raw`"(?:[^"\\\n]|\\[^])*"?`;
 
@@ -61,7 +61,7 @@ const LANGUAGES = {
   yaml: [String.raw`(?<![^\s])#[^\n]*`, STRINGS, LITERALS],
   json: [C_COMMENT, QUOTED, LITERALS],
   css: [String.raw`\/\*[^]*?(?:\*\/|$)`, STRINGS, words("important media supports keyframes import")],
-  markup: [String.raw`<!--[^]*?(?:-->|$)`, QUOTED, new Set()],
+  markup: ["<!--[^]*?(?:-->|$)", QUOTED, new Set()],
 };
 const ALIASES = {
   javascript: "js jsx ts tsx typescript mjs",

@@ -99,7 +99,7 @@ export function stopStrings(text) {
   const lines = String(text)
     .split("\n")
     .filter((line) => line !== "");
-  return lines.map((line) => line.replace(/\\(.)/g, (whole, char) => escapes[char] ?? char));
+  return lines.map((line) => line.replace(/\\(.)/g, (_, char) => escapes[char] ?? char));
 }
 
 /** The fields of a JSON object in a text; `problem` says why there are none. */

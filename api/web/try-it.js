@@ -16,7 +16,7 @@ const MAX_SHOWN = 100_000;
  * @param {?object} body The body to begin with; null: it takes none.
  */
 export function tryIt({ path, method }, parameters, body) {
-  const fields = parameters.map((parameter) => parameterField(path, method, parameter));
+  const fields = parameters.map((parameter) => parameterField(parameter));
   const area = body === null ? null : bodyArea(path, method, body);
   const send = element("button", { type: "submit", class: "button small primary" }, "Send");
   const stop = element("button", { type: "button", class: "button small", hidden: true }, "Stop");
@@ -52,7 +52,7 @@ export function tryIt({ path, method }, parameters, body) {
   );
 }
 
-function parameterField(path, method, { name }) {
+function parameterField({ name }) {
   const input = element("input", { type: "text", name, required: true, autocomplete: "off", spellcheck: "false" });
   return { name, input, label: element("label", {}, name, input) };
 }

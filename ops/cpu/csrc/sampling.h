@@ -9,7 +9,7 @@ typedef struct {
     double frequency_penalty;
     uint64_t seed;
     const int32_t* allowed_ids;
-    const int32_t* stop_ids;   // forbidden until min_tokens are there
+    const int32_t* stop_ids;  // forbidden until min_tokens are there
     const int32_t* bias_ids;
     const float* biases;
     const int32_t* bad_words;  // the words' tokens one after another
@@ -38,27 +38,27 @@ typedef struct {
     const float* raw_logits;  // as the model made them, if `logits` were changed already; or null
     int64_t row_stride;       // of both
     int32_t num_rows;
-    int32_t vocab_size;            // at most 2^20
-    const int32_t* slots;          // [num_rows]: whose next token it is; each slot has at most one row
+    int32_t vocab_size;              // at most 2^20
+    const int32_t* slots;            // [num_rows]: whose next token it is; each slot has at most one row
     const OctavoSlotParams* params;  // by slot
-    OctavoTokenHistory* history;   // null: no slot has penalties
-    const int32_t* token_ids;      // [slots, token_stride]: prompt and output
+    OctavoTokenHistory* history;     // null: no slot has penalties
+    const int32_t* token_ids;        // [slots, token_stride]: prompt and output
     int64_t token_stride;
-    const int64_t* num_tokens;     // by slot: tokens in token_ids
-    const int64_t* num_prompt;     // by slot: how many of them are the prompt
-    const int32_t* bitmask;        // [.., bitmask_stride], bit set: allowed; or null
-    int64_t bitmask_stride;        // in words
-    const int32_t* bitmask_rows;   // [num_rows]: row of bitmask, -1: none
-    const double* numbers;         // [num_rows] in [0, 1), instead of those that follow from the seeds; or null
-    const int64_t* given_tokens;   // [num_rows]: nothing is sampled, only their log probabilities are wanted; or null
-    int64_t* tokens;               // [num_rows], result
-    int32_t* status;               // [num_rows], result: OctavoRowStatus
+    const int64_t* num_tokens;    // by slot: tokens in token_ids
+    const int64_t* num_prompt;    // by slot: how many of them are the prompt
+    const int32_t* bitmask;       // [.., bitmask_stride], bit set: allowed; or null
+    int64_t bitmask_stride;       // in words
+    const int32_t* bitmask_rows;  // [num_rows]: row of bitmask, -1: none
+    const double* numbers;        // [num_rows] in [0, 1), instead of those that follow from the seeds; or null
+    const int64_t* given_tokens;  // [num_rows]: nothing is sampled, only their log probabilities are wanted; or null
+    int64_t* tokens;              // [num_rows], result
+    int32_t* status;              // [num_rows], result: OctavoRowStatus
     // Log probabilities of the unprocessed logits. A row that wants some gets 1 + k of them, for the sampled token and
     // k others, from place logprob_starts[row] on.
     const int64_t* logprob_starts;  // [num_rows]; or null: no row wants any
     int32_t* logprob_ids;
     float* logprobs;
-    int32_t* ranks;                // [num_rows]: 1 + how many tokens are more likely than the sampled one
+    int32_t* ranks;  // [num_rows]: 1 + how many tokens are more likely than the sampled one
 } OctavoSampleStep;
 
 typedef enum {

@@ -69,8 +69,7 @@ public:
     }
     int64_t total() const {
         const auto shifts = static_cast<int64_t>(2 * added_ * static_cast<uint64_t>(kUnitsShiftBits));
-        return _mm512_reduce_add_epi64(
-            _mm512_sub_epi64(_mm512_add_epi64(low_, high_), _mm512_set1_epi64(shifts)));
+        return _mm512_reduce_add_epi64(_mm512_sub_epi64(_mm512_add_epi64(low_, high_), _mm512_set1_epi64(shifts)));
     }
 
 private:
@@ -224,9 +223,8 @@ inline Vec load_first(const float* p, int count, float fill) {
 }
 
 inline Vec times_power_of_two(Vec p, Vec shifted) {
-    return each([&](int i) {
-        return part_of_bits(part_add(part_bits(p.v[i]), part_shift_left(part_bits(shifted.v[i]), 23)));
-    });
+    return each(
+        [&](int i) { return part_of_bits(part_add(part_bits(p.v[i]), part_shift_left(part_bits(shifted.v[i]), 23))); });
 }
 
 // `part(i)` gives part i as bits.

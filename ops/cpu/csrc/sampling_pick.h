@@ -43,8 +43,7 @@ inline int64_t units_for(float top_p, int64_t total) {
 // Applies top-p to a list in [least, top] and returns the units that are left; `total` is what top-p is a part of.
 inline int64_t cut_top_p(List& list, float least, float top, float top_p, int64_t total, Scratch& scratch) {
     const int64_t need = units_for(top_p, total);
-    cut_list(list,
-             find_cut<true>(list.logits.data(), list.weights.data(), list.size, least, top, need, scratch));
+    cut_list(list, find_cut<true>(list.logits.data(), list.weights.data(), list.size, least, top, need, scratch));
     return sum_units(list.weights.data(), list.size, scratch.sums.data());
 }
 
