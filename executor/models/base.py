@@ -25,8 +25,6 @@ class Model(nn.Module, ABC):
     """Endings of the names of tensors that checkpoints may hold and nobody needs."""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields that config.json may leave out."""
-    supports_lora: ClassVar[bool] = False
-    supports_pp: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:

@@ -69,7 +69,6 @@ class CausalDecoder(Model):
 
     tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
     ignored_weights = ("rotary_emb.inv_freq",)
-    supports_lora = True
 
     def __init__(self, context: ModelContext, make_attention: MakeAttention, *, mlp_bias: bool = False) -> None:
         super().__init__()
