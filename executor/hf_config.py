@@ -247,16 +247,35 @@ class HFConfig(Fields):
 
     @property
     def rope(self) -> Fields:
-        """How positions turn into angles: always with ``rope_type`` and ``rope_theta``.
+        """How positions turn into angles, for all layers alike: always with ``rope_type`` and ``rope_theta``.
 
         Read from ``rope_parameters``, or from ``rope_scaling`` and ``rope_theta`` as older files have it.
         """
-        name = "rope_scaling" if self.has("rope_scaling") else "rope_parameters"
-        section = self.section(name)
+        kinds = self._rope_kinds
+        if kinds:
+            self.bad(self._rope_name, f"one set of numbers for all layers (it has one for {kinds[0]!r})")
+        return self._complete_rope(self.section(self._rope_name))
+
+    def rope_for(self, layer_type: str) -> Fields:
+        """The same for layers of one type, as ``layer_types`` names it: types may have numbers of their own."""
+        kinds = self._rope_kinds
+        if not kinds:
+            return self.rope
+        if layer_type not in kinds:
+            self.bad(self._rope_name, f"a set of numbers for each type of layer, {layer_type!r} too")
+        return self._complete_rope(self.section(self._rope_name).section(layer_type))
+
+    @property
+    def _rope_name(self) -> str:
+        return "rope_scaling" if self.has("rope_scaling") else "rope_parameters"
+
+    @property
+    def _rope_kinds(self) -> list[str]:
+        """Types of layers with angles of their own."""
+        return [key for key, value in self.section(self._rope_name).values.items() if isinstance(value, dict)]
+
+    def _complete_rope(self, section: Fields) -> Fields:
         values = dict(section.values)
-        nested = next((key for key, value in values.items() if isinstance(value, dict)), None)
-        if nested is not None:
-            self.bad(name, f"one set of numbers for all layers (it has one for {nested!r})")
         values["rope_type"] = values.get("rope_type") or values.get("type") or "default"
         for key, fallback in (
             ("rope_theta", self.section("rope_parameters").values.get("rope_theta") or 10000.0),
@@ -275,8 +294,14 @@ class HFConfig(Fields):
 
     @property
     def max_position(self) -> int:
-        """The longest sequence that the model was made for."""
-        rope = self.rope
+        """The longest sequence that all layers were made for."""
+        return min(map(self._longest, self._ropes))
+
+    @property
+    def _ropes(self) -> list[Fields]:
+        return [self.rope_for(kind) for kind in self._rope_kinds] or [self.rope]
+
+    def _longest(self, rope: Fields) -> int:
         scaled = rope.string("rope_type")
         if scaled == "yarn":
             length = rope.size("original_max_position_embeddings", self.max_position_embeddings, most=MAX_POSITIONS)
@@ -295,5 +320,5 @@ class HFConfig(Fields):
 
         Up to ``max_position_embeddings`` dynamic scaling leaves the angles alone.
         """
-        is_dynamic = self.rope.string("rope_type") == "dynamic"
+        is_dynamic = any(rope.string("rope_type") == "dynamic" for rope in self._ropes)
         return self.max_position_embeddings if is_dynamic else self.max_position

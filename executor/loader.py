@@ -18,7 +18,7 @@ from zlib import crc32
 
 import torch
 
-from executor.attention.base import AttentionBackend, choose_backend
+from executor.attention.base import choose_backends
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import ModelConfig
@@ -47,7 +47,6 @@ class LoadedModel:
     hf_config: HFConfig
     weight_bytes: int
     dtype: torch.dtype
-    attention_backend: AttentionBackend
     max_model_len: int
     """Longest sequence: as configured, else what the model was made for."""
 
@@ -74,7 +73,7 @@ def load_model(
         config: ``model`` is a local folder, or a GGUF file whose header is in ``gguf``.
         parallel: This worker's place.
         device: Where the weights go.
-        attention_backend: Name of a backend; None: the first that supports the model.
+        attention_backend: Name of a backend; None: for each layer the first that supports it.
         progress: Told about the bytes read so far.
         memory_bytes: What the device has in all; a model whose weights need more is refused before they are read.
 
@@ -92,7 +91,7 @@ def load_model(
         quantization=choose_quantization(config.quantization, hf_config.quantization),
         max_model_len=choose_max_model_len(config, hf_config),
     )
-    model, backend = build_model(model_class, context, attention_backend)
+    model = build_model(model_class, context, attention_backend)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if memory_bytes is not None and weight_bytes > memory_bytes:
         raise ModelError(
@@ -110,13 +109,11 @@ def load_model(
         if isinstance(module, Weights):
             module.pack()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, backend, context.max_model_len)
+    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)
 
 
-def build_model(
-    model_class: type[Model], context: ModelContext, attention_backend: str | None
-) -> tuple[Model, AttentionBackend]:
-    """The model with uninitialised weights, and the backend of its attention layers.
+def build_model(model_class: type[Model], context: ModelContext, attention_backend: str | None) -> Model:
+    """The model with uninitialised weights; its attention layers have backends.
 
     Raises:
         ModelError: No model can be made of these numbers.
@@ -124,9 +121,8 @@ def build_model(
     try:
         model = model_class(context)
         layers = model.attention_layers()
-        backend = choose_backend(
-            context.device.type, [layer.shape for layer in layers], context.dtype, attention_backend
-        )
+        shapes = [layer.shape for layer in layers]
+        backends = choose_backends(context.device.type, shapes, context.dtype, attention_backend)
     except ValueError as error:
         raise ModelError(str(error)) from error
     except (ArithmeticError, MemoryError, RuntimeError) as error:
@@ -134,9 +130,9 @@ def build_model(
         logger.debug("the model cannot be built", exc_info=error)
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise ModelError(f"{context.config.source}: no model can be built of these numbers: {reason}") from error
-    for layer in layers:
+    for layer, backend in zip(layers, backends, strict=True):
         layer.backend = backend
-    return model, backend
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------

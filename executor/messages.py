@@ -258,6 +258,10 @@ class KVCacheGroupSpec(Message, frozen=True):
     """Indices of the model's layers."""
     sliding_window: int | None = None
     """Tokens that a token of these layers attends to, itself included; None: all."""
+    dtype: str = ""
+    """Type of what is cached, as torch names it."""
+    layout: str = ""
+    """How it lies in a block: what one layout wrote no other can read."""
 
 
 class LoadProgress(Message, frozen=True):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 import ops
-from executor.attention.base import AttentionBackend
+from executor.attention.base import AttentionGroup
 from executor.deferred import Array, Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
@@ -29,7 +29,6 @@ from executor.messages import (
     I64,
     GrammarMask,
     InitKVCache,
-    KVCacheGroupSpec,
     ModelRunnerOutput,
     SchedulerOutput,
     TokenLogprobs,
@@ -39,6 +38,7 @@ from executor.messages import (
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
+from ops import AttentionMetadata
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
@@ -103,17 +103,14 @@ class ModelRunner:
         self,
         loaded: LoadedModel,
         device: Device,
-        backend: AttentionBackend,
-        groups: tuple[KVCacheGroupSpec, ...],
+        groups: tuple[AttentionGroup, ...],
         *,
         enforce_eager: bool,
         rank: int = 0,
     ) -> None:
         self.rank = rank
         self.model = loaded.model
-        self.dtype = loaded.dtype
         self.device = device
-        self.backend = backend
         self.groups = groups
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
@@ -127,10 +124,9 @@ class ModelRunner:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
         layers = self.model.attention_layers()
         for group, num_blocks in zip(self.groups, init.num_blocks, strict=True):
+            shapes = group.backend.kv_shape(num_blocks, group.block_size, group.shape)
             for index in group.layers:
-                shapes = self.backend.kv_shape(num_blocks, group.block_size, layers[index].shape)
-                keys, values = (self.device.allocate_kv(shape, self.dtype) for shape in shapes)
-                layers[index].kv_cache = (keys, values)
+                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
         self.model.reserve_positions(init.max_model_len)
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
         self.recent = self.channel.recent_tokens(init.max_num_seqs)
@@ -228,12 +224,14 @@ class ModelRunner:
             columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
         views = self.channel.upload(columns)
         attention = [
-            self.backend.plan(
-                views["query_start_loc"],
-                views["seq_lens"],
-                views[f"block_table.{index}"],
-                views[f"slot_mapping.{index}"],
-                group.block_size,
+            group.plan(
+                AttentionMetadata(
+                    views["query_start_loc"],
+                    views["seq_lens"],
+                    views[f"block_table.{index}"],
+                    views[f"slot_mapping.{index}"],
+                    group.block_size,
+                )
             )
             for index, group in enumerate(self.groups)
         ]

@@ -18,18 +18,16 @@ import msgspec
 import torch
 import zmq
 
-from executor.attention.base import AttentionBackend
 from executor.base import EXIT_MODEL, ModelError
 from executor.config import ExecutorConfig
 from executor.device.base import create_device
-from executor.layers.attention import Attention
+from executor.layers.attention import form_groups
 from executor.loader import load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
     FromWorker,
     GrammarMask,
     InitKVCache,
-    KVCacheGroupSpec,
     KVCacheReady,
     LoadProgress,
     SchedulerOutput,
@@ -83,12 +81,8 @@ class Worker:
             self._progress,
             device.memory().total_bytes,
         )
-        layers = loaded.model.attention_layers()
-        backend = layers[0].backend
-        groups = kv_cache_groups(layers, backend, loaded.dtype, config.device.block_size)
-        self.runner = ModelRunner(
-            loaded, device, backend, groups, enforce_eager=config.model.enforce_eager, rank=self.rank
-        )
+        groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
+        self.runner = ModelRunner(loaded, device, groups, enforce_eager=config.model.enforce_eager, rank=self.rank)
         self.results_fd = self.runner.channel.fileno()
         memory = device.memory()
         self._send(
@@ -98,7 +92,7 @@ class Worker:
                 total_bytes=memory.total_bytes,
                 weight_bytes=loaded.weight_bytes,
                 default_kv_bytes=device.default_kv_bytes(),
-                kv_cache_groups=groups,
+                kv_cache_groups=tuple(group.spec for group in groups),
                 max_model_len=loaded.max_model_len,
                 vocab_size=loaded.hf_config.vocab_size,
                 dtype=str(loaded.dtype).removeprefix("torch."),
@@ -180,41 +174,6 @@ class Worker:
             self._send(WorkerFailed(rank=self.rank, message=reason, traceback=traceback.format_exc()))
             return 1
         return 0
-
-
-def kv_cache_groups(
-    layers: list[Attention], backend: AttentionBackend, dtype: torch.dtype, block_size: int | None
-) -> tuple[KVCacheGroupSpec, ...]:
-    """What the layers need of the KV cache, group by group.
-
-    Raises:
-        ModelError: The block size does not suit the backend.
-    """
-    size = block_size or backend.block_size
-    if size % backend.block_size_multiple:
-        raise ModelError(
-            f"--block-size {size} does not suit the {backend.name} attention backend; "
-            f"use a multiple of {backend.block_size_multiple}"
-        )
-    specs = []
-    for group in sorted({layer.group for layer in layers}):
-        members = [index for index, layer in enumerate(layers) if layer.group == group]
-        window = layers[members[0]].shape.sliding_window
-        elements = sum(_num_elements(shape) for i in members for shape in backend.kv_shape(1, size, layers[i].shape))
-        specs.append(
-            KVCacheGroupSpec(
-                kind="full" if window is None else "sliding_window",
-                block_size=size,
-                bytes_per_block=elements * dtype.itemsize,
-                layers=tuple(members),
-                sliding_window=window,
-            )
-        )
-    return tuple(specs)
-
-
-def _num_elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def main() -> int:

@@ -5,10 +5,21 @@ types. Not here: modules, configuration, process groups, request ids.
 """
 
 from ops.dispatch import OpSet, op_set, use
-from ops.metadata import AttentionMetadata, AttentionShape
+from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 from ops.packed import PackedWeight, Weight
 from ops.reference.attention import paged_attention
-from ops.reference.basic import act_and_mul, activation, add, embedding, gather_rows, linear, logits, pack_linear
+from ops.reference.basic import (
+    act_and_mul,
+    activation,
+    add,
+    embedding,
+    gather_rows,
+    linear,
+    logits,
+    pack_linear,
+    scale,
+    softcap,
+)
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
@@ -16,6 +27,7 @@ from ops.reference.sampling import sample, weight_sum
 __all__ = [
     "AttentionMetadata",
     "AttentionShape",
+    "KVLayout",
     "OpSet",
     "PackedWeight",
     "Weight",
@@ -33,6 +45,8 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "sample",
+    "scale",
+    "softcap",
     "use",
     "weight_sum",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class AttentionMetadata:
         return int(self.seq_lens.shape[0])
 
 
+KVLayout = Literal["plain", "tiled"]
+"""How K and V lie in their cache: [num_blocks, block_size, heads, head_dim], or in the tiles of the CPU's kernels."""
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """The constants of one attention layer."""
@@ -44,6 +49,8 @@ class AttentionShape:
     """A token sees itself and this many minus one before it."""
     causal: bool = True
     logit_softcap: float | None = None
+    kind: str = "kv"
+    """What such layers cache: K and V (``kv``). Backends that cache something else name a kind of their own."""
 
     @property
     def v_dim(self) -> int:

@@ -191,7 +191,7 @@ class Bench:
         k = program.input("k", Spec("tokens", kv_width, self.dtype))
         v = program.input("v", Spec("tokens", kv_width, self.dtype))
         group: Any = StepInput("group")
-        outputs: list[Any] = [ops.paged_attention(q, k, v, cache, group, shape) for cache in caches]  # type: ignore[arg-type]
+        outputs: list[Any] = [ops.paged_attention(q, k, v, cache, group, shape, "tiled") for cache in caches]  # type: ignore[arg-type]
         program.finish(outputs[-1])
         inputs = {
             "q": self.randn(rows, shape.q_width),

@@ -1,17 +1,24 @@
-"""The attention backend seam."""
+"""The attention backend seam.
+
+Each attention layer has a backend of its own: a model may have layers of several kinds. Layers that are alike form a
+group, which shares block tables and is planned once per step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 import ops
+from executor.messages import KVCacheGroupSpec
 from executor.registry import resolve
-from ops import AttentionMetadata, AttentionShape
+from ops import AttentionMetadata, AttentionShape, KVLayout
 
-KVCache = tuple[torch.Tensor, torch.Tensor]
-"""K and V of one layer, in the shapes that the backend asked for."""
+KVCache = tuple[torch.Tensor, ...]
+"""What one layer caches, in the shapes that its backend asked for: K and V, or one tensor of latents."""
 
 
 class AttentionBackend(Protocol):
@@ -19,60 +26,96 @@ class AttentionBackend(Protocol):
 
     name: str
     block_size: int
-    """What it likes best; any multiple of ``block_size_multiple`` works."""
+    """Preferred block size in tokens; any multiple of ``block_size_multiple`` works."""
     block_size_multiple: int
+    kv_layout: str
+    """How a block is laid out: what one layout wrote no other can read."""
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         """None, or the reason why this backend cannot run such a layer."""
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-        """Shapes of K and V. The first dimension of both is the block."""
+        """Shapes of the tensors of a layer's cache. The first dimension of each is the block."""
 
-    def plan(
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        block_size: int,
-    ) -> AttentionMetadata:
-        """What ``run`` needs to know of a step; arguments as in ``AttentionMetadata``."""
+    def plan(self, step: AttentionStep) -> AttentionMetadata:
+        """What ``run`` needs to know of a step."""
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: KVCache,
-        shape: AttentionShape,
-        meta: AttentionMetadata,
+        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        """Writes this step's K and V, then attends; see ``ops.paged_attention``."""
+        """Writes what this step caches, then attends.
+
+        Args:
+            inputs: What layers of this kind give: q, k and v, with heads side by side in the columns.
+            kv_cache: The layer's.
+            shape: The layer's.
+            meta: What ``plan`` returned.
+
+        Returns:
+            [num_tokens, num_heads * v_head_dim].
+        """
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Layers that are alike, and share block tables: what they cache, and how."""
+
+    backend: AttentionBackend
+    shape: AttentionShape
+    kv_dtype: torch.dtype
+    block_size: int
+    layers: tuple[int, ...]
+    """Their numbers among the attention layers of the model."""
+
+    @property
+    def spec(self) -> KVCacheGroupSpec:
+        """What the engine core needs to know of the group."""
+        window = self.shape.sliding_window
+        sizes = self.backend.kv_shape(1, self.block_size, self.shape)
+        elements = sum(torch.Size(size).numel() for size in sizes)
+        return KVCacheGroupSpec(
+            kind="full" if window is None else "sliding_window",
+            block_size=self.block_size,
+            bytes_per_block=len(self.layers) * elements * self.kv_dtype.itemsize,
+            layers=self.layers,
+            sliding_window=window,
+            dtype=str(self.kv_dtype).removeprefix("torch."),
+            layout=self.backend.kv_layout,
+        )
+
+    def plan(self, columns: AttentionMetadata) -> AttentionMetadata:
+        """A step's metadata for the group's layers."""
+        return self.backend.plan(AttentionStep(self, columns))
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """A step as one group sees it."""
+
+    group: AttentionGroup
+    columns: AttentionMetadata
+    """The requests of the step, and their blocks in this group."""
 
 
 class OpsAttention:
     """What backends share that are ``ops.paged_attention`` on a KV cache of their own layout."""
 
-    def plan(
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        block_size: int,
-    ) -> AttentionMetadata:
-        return AttentionMetadata(query_start_loc, seq_lens, block_table, slot_mapping, block_size)
+    kv_layout: KVLayout
+
+    def plan(self, step: AttentionStep) -> AttentionMetadata:
+        return step.columns
 
     def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: KVCache,
-        shape: AttentionShape,
-        meta: AttentionMetadata,
+        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        return ops.paged_attention(q, k, v, kv_cache, meta, shape)
+        q, k, v = inputs
+        keys, values = kv_cache
+        return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout)
+
+
+def unsupported_kind(shape: AttentionShape) -> str | None:
+    """None, or that such a layer is not what ``ops.paged_attention`` computes."""
+    return None if shape.kind == "kv" else f"it has no layers of kind {shape.kind!r}"
 
 
 REGISTRY = {
@@ -83,19 +126,27 @@ PREFERENCE = {"cpu": ["cpu", "reference"]}
 """Backends for each op set, the best first; for others the reference."""
 
 
-def choose_backend(
-    device_type: str, shapes: list[AttentionShape], dtype: torch.dtype, name: str | None
-) -> AttentionBackend:
-    """The backend of that name, or the device's first one that supports every layer.
+def choose_backends(
+    device_type: str, shapes: Sequence[AttentionShape], dtype: torch.dtype, name: str | None
+) -> list[AttentionBackend]:
+    """The backend of each layer: the one of that name, or the device's first that supports the layer.
 
     Raises:
         ValueError: There is none; the message says why each was refused.
     """
-    refused = []
-    for candidate in [name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]):
-        backend: AttentionBackend = resolve(REGISTRY, candidate, "attention backend")()
-        reason = next((why for shape in shapes if (why := backend.supports(shape, dtype))), None)
-        if reason is None:
-            return backend
-        refused.append(f"{candidate}: {reason}")
-    raise ValueError("no attention backend supports this model: " + "; ".join(refused))
+    candidates: list[AttentionBackend] = [
+        resolve(REGISTRY, candidate, "attention backend")()
+        for candidate in ([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]))
+    ]
+
+    def choose(shape: AttentionShape) -> AttentionBackend:
+        refused = []
+        for backend in candidates:
+            reason = backend.supports(shape, dtype)
+            if reason is None:
+                return backend
+            refused.append(f"{backend.name}: {reason}")
+        raise ValueError("no attention backend supports this model: " + "; ".join(refused))
+
+    chosen = {shape: choose(shape) for shape in dict.fromkeys(shapes)}
+    return [chosen[shape] for shape in shapes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import ops
-from executor.attention.base import OpsAttention
+from executor.attention.base import OpsAttention, unsupported_kind
 from ops import AttentionShape
 from ops.cpu import library
 from ops.cpu.instructions import kv_shapes, unsupported_attention
@@ -17,11 +17,12 @@ class CpuAttention(OpsAttention):
     name = "cpu"
     block_size = 32
     block_size_multiple = library.TOKENS_MULTIPLE
+    kv_layout = "tiled"
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         if ops.op_set("cpu").name != self.name:
             return "there are no kernels for this machine"
-        return unsupported_attention(shape, dtype)
+        return unsupported_kind(shape) or unsupported_attention(shape, dtype)
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
         return kv_shapes(num_blocks, block_size, shape)

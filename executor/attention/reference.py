@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from executor.attention.base import OpsAttention
+from executor.attention.base import OpsAttention, unsupported_kind
 from ops import AttentionShape
 
 
@@ -12,9 +12,10 @@ class ReferenceAttention(OpsAttention):
     name = "reference"
     block_size = 32
     block_size_multiple = 1
+    kv_layout = "plain"
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        return None
+        return unsupported_kind(shape)
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
         return (

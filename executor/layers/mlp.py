@@ -1,4 +1,4 @@
-"""The gated feed-forward layer (Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202)."""
+"""Feed-forward layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 import ops
+from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
-from executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
-
-ACTIVATIONS: dict[str, Activation] = {
+GATED_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -20,21 +19,39 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
 }
 """Names of ``hidden_act`` in config.json."""
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {**GATED_ACTIVATIONS, "relu": "relu"}
+"""Those of an MLP without a gate."""
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))`` (Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202)."""
+
+    def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
+        super().__init__()
+        config = context.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.activation = config.choice("hidden_act", GATED_ACTIVATIONS)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
+
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        out: Tensor = self.down_proj(ops.act_and_mul(self.gate_up_proj(x), self.activation))
+        return out
+
+
+class MLP(nn.Module):
+    """``down(act(up(x)))``."""
 
     def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
         super().__init__()
         config = context.config
         hidden, inner = config.hidden_size, config.intermediate_size
         self.activation = config.choice("hidden_act", ACTIVATIONS)
-        self.gate_up_proj = MergedColumnParallelLinear(
-            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
-        )
+        self.up_proj = ColumnParallelLinear(context, hidden, inner, bias=bias, prefix=f"{prefix}.up_proj")
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(ops.act_and_mul(self.gate_up_proj(x), self.activation))
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        out: Tensor = self.down_proj(ops.activation(self.up_proj(x), self.activation))
         return out

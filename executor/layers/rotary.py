@@ -157,16 +157,32 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates the heads of q and k by their tokens' positions. One for all layers of a model."""
+    """Rotates the heads of q and k by their tokens' positions. Layers with the same angles share one."""
 
     cos_sin: Tensor
     """float32 [positions, rotary_dim]: cosines, then sines. Without rows until ``reserve``."""
 
-    def __init__(self, context: ModelContext) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        rope: Fields | None = None,
+        *,
+        head_dim: int | None = None,
+        is_interleaved: bool = False,
+    ) -> None:
+        """Computes the angles.
+
+        Args:
+            context: What the model is built from.
+            rope: What the angles depend on, as ``HFConfig.rope_for`` gives it. Default: ``config.rope``.
+            head_dim: Size of a head. Default: ``config.head_dim``.
+            is_interleaved: Pairs are neighbouring columns instead of the two halves.
+        """
         super().__init__()
         config = context.config
-        rope = config.rope
-        self.head_dim = config.head_dim
+        rope = config.rope if rope is None else rope
+        self.head_dim = head_dim or config.head_dim
+        self.is_interleaved = is_interleaved
         rotary_dim = int(self.head_dim * rope.number("partial_rotary_factor"))
         if not 2 <= rotary_dim <= self.head_dim:
             rope.bad("partial_rotary_factor", f"a share of head_dim ({self.head_dim}) that is at least 2 and not more")
@@ -188,6 +204,6 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
         return (
-            ops.rotary_embedding(q, positions, self.cos_sin, self.head_dim),
-            ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim),
+            ops.rotary_embedding(q, positions, self.cos_sin, self.head_dim, self.is_interleaved),
+            ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim, self.is_interleaved),
         )

@@ -1,86 +1,169 @@
-"""The pre-norm decoder that Llama and its many relatives share. What differs is how a layer attends."""
+"""A decoder, put together from parts.
+
+A model says which parts it has (``DecoderParts``); what it does not mention is as in Llama: a norm before attention and
+one before a gated MLP, with sums around both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+import ops
 from executor.input_batch import InputBatch, ModelOutput
-from executor.layers.attention import Attention, assign_groups
+from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.embedding import VocabParallelEmbedding, output_layer
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
-from executor.layers.rotary import RotaryEmbedding
+from executor.layers.positions import LearnedPositions
 from executor.models.base import Model
 
+MakeBlock = Callable[[int, str], nn.Module]
+"""Makes the attention or the MLP of a layer: takes the layer's number, and the block's name in the model.
 
-class SelfAttention(nn.Module):
-    """What a decoder layer needs of its attention."""
+A block takes hidden states [num_tokens, hidden_size] and the batch, and returns what is added to them.
+"""
+MakeNorm = Callable[[int], nn.Module]
+"""Makes a norm of so many columns."""
 
-    def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        raise NotImplementedError
 
+@dataclass(frozen=True)
+class Norms:
+    """The names of a layer's norms in the checkpoint, by where they stand; None: there is none."""
 
-MakeAttention = Callable[[RotaryEmbedding, int, str], SelfAttention]
-"""The attention of a layer: takes the rotary embedding, the layer's number and its name in the model."""
+    before_attention: str | None = None
+    after_attention: str | None = None
+    before_mlp: str | None = None
+    after_mlp: str | None = None
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, context: ModelContext, self_attn: SelfAttention, *, mlp_bias: bool, prefix: str) -> None:
+    """Two residual branches, one after another: ``h += post(attention(pre(h)))``, then the same with the MLP.
+
+    Norms before the blocks (pre-norm), after them (OLMo 2), or both (the sandwich of Gemma 2).
+    """
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module, norms: Norms, make_norm: Callable[[], nn.Module]) -> None:
         super().__init__()
-        config = context.config
-        self.input_layernorm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
-        self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(context, bias=mlp_bias, prefix=f"{prefix}.mlp")
+        self.self_attn = attention
+        self.mlp = mlp
+        self._names = norms
+        for name in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
+            if name is not None:
+                self.add_module(name, make_norm())
+
+    def norm(self, name: str | None, x: Tensor) -> Tensor:
+        """``x`` after the norm of that name; as it is where there is none."""
+        if name is None:
+            return x
+        out: Tensor = self.get_submodule(name)(x)
+        return out
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        names = self._names
+        hidden = hidden + self.norm(
+            names.after_attention, self.self_attn(self.norm(names.before_attention, hidden), batch)
+        )
+        return hidden + self.norm(names.after_mlp, self.mlp(self.norm(names.before_mlp, hidden), batch))
+
+
+class ParallelDecoderLayer(DecoderLayer):
+    """Both blocks read the same: ``h += attention(n1(h)) + mlp(n2(h))`` (GPT-NeoX), or one norm for both (Cohere)."""
+
+    def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        names = self._names
+        normed = self.norm(names.before_attention, hidden)
+        mlp_input = normed if names.before_mlp is None else self.norm(names.before_mlp, hidden)
+        out: Tensor = hidden + self.self_attn(normed, batch) + self.mlp(mlp_input, batch)
         return out
+
+
+class PostNormDecoderLayer(DecoderLayer):
+    """The sums are normed: ``h = n1(h + attention(h))``, ``h = n2(h + mlp(h))`` (the first Transformer, BERT)."""
+
+    def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        hidden = self.norm(self._names.after_attention, hidden + self.self_attn(hidden, batch))
+        return self.norm(self._names.after_mlp, hidden + self.mlp(hidden, batch))
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What a decoder is made of."""
+
+    attention: MakeBlock
+    mlp: MakeBlock | None = None
+    """None: gated, without biases."""
+    norm: MakeNorm | None = None
+    """None: RMS norm with ``rms_norm_eps``."""
+    layer: type[DecoderLayer] = DecoderLayer
+    """How a layer combines its blocks and norms."""
+    norms: Norms = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
+    has_final_norm: bool = True
+    embedding_scale: float | None = None
+    """Factor of the token embeddings."""
+    positions: LearnedPositions | None = None
+    """Added to the token embeddings."""
+    logit_softcap: float | None = None
+    """Logits are squeezed into plus and minus this."""
 
 
 class Decoder(nn.Module):
-    def __init__(self, context: ModelContext, make_attention: MakeAttention, *, mlp_bias: bool, prefix: str) -> None:
+    """From token ids to hidden states."""
+
+    def __init__(self, context: ModelContext, parts: DecoderParts, *, prefix: str) -> None:
         super().__init__()
         config = context.config
-        rotary = RotaryEmbedding(context)
+        make_mlp = parts.mlp or (lambda index, prefix: GatedMLP(context, prefix=prefix))
+        make_norm = parts.norm or (lambda size: RMSNorm(context, size, config.rms_norm_eps))
         self.embed_tokens = VocabParallelEmbedding(context, prefix=f"{prefix}.embed_tokens")
+        self.embedding_scale = parts.embedding_scale
+        self.embed_positions = parts.positions
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
             name = f"{prefix}.layers.{index}"
-            self_attn = make_attention(rotary, index, f"{name}.self_attn")
-            self.layers.append(DecoderLayer(context, self_attn, mlp_bias=mlp_bias, prefix=name))
-        self.norm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
+            attention = parts.attention(index, f"{name}.self_attn")
+            mlp = make_mlp(index, f"{name}.mlp")
+            self.layers.append(parts.layer(attention, mlp, parts.norms, lambda: make_norm(config.hidden_size)))
+        self.norm = make_norm(config.hidden_size) if parts.has_final_norm else None
 
     def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
         if hidden is None:
-            hidden = self.embed_tokens(batch.input_ids)
+            hidden = self.embed(batch)
         for layer in self.layers:
             hidden = layer(hidden, batch)
-        out: Tensor = self.norm(hidden)
-        return out
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def embed(self, batch: InputBatch) -> Tensor:
+        """[num_tokens, hidden_size]: what the first layer reads."""
+        hidden: Tensor = self.embed_tokens(batch.input_ids)
+        if self.embedding_scale is not None:
+            hidden = ops.scale(hidden, self.embedding_scale)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(batch.positions)
+        return hidden
 
 
 class CausalDecoder(Model):
-    """A decoder with an output layer. A model is this with the attention it makes."""
+    """A decoder with an output layer."""
 
     tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
     ignored_weights = ("rotary_emb.inv_freq",)
 
-    def __init__(self, context: ModelContext, make_attention: MakeAttention, *, mlp_bias: bool = False) -> None:
+    def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()
-        self.model = Decoder(context, make_attention, mlp_bias=mlp_bias, prefix="model")
+        self.model = Decoder(context, parts, prefix="model")
         self.lm_head = output_layer(context, self.model.embed_tokens, prefix="lm_head")
-        assign_groups(self.attention_layers())
+        self.logit_softcap = parts.logit_softcap
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         return ModelOutput(self.model(batch, hidden))
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head.logits(hidden)
+        logits = self.lm_head.logits(hidden)
+        return logits if self.logit_softcap is None else ops.softcap(logits, self.logit_softcap)
 
     def attention_layers(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]

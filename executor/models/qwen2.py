@@ -5,8 +5,8 @@ from __future__ import annotations
 from executor.hf_config import HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.rotary import RotaryEmbedding
-from executor.models.decoder import CausalDecoder
-from executor.models.llama import LlamaAttention
+from executor.layers.self_attention import SelfAttention
+from executor.models.decoder import CausalDecoder, DecoderParts
 
 QWEN_DEFAULTS = {
     "hidden_act": "silu",
@@ -35,9 +35,10 @@ class Qwen2ForCausalLM(CausalDecoder):
     config_defaults = QWEN_DEFAULTS
 
     def __init__(self, context: ModelContext) -> None:
+        rotary = RotaryEmbedding(context)
         windows = sliding_windows(context.config)
 
-        def attention(rotary: RotaryEmbedding, index: int, prefix: str) -> LlamaAttention:
-            return LlamaAttention(context, rotary, qkv_bias=True, sliding_window=windows[index], prefix=prefix)
+        def attention(index: int, prefix: str) -> SelfAttention:
+            return SelfAttention(context, rotary, qkv_bias=True, sliding_window=windows[index], prefix=prefix)
 
-        super().__init__(context, attention)
+        super().__init__(context, DecoderParts(attention))

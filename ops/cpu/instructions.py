@@ -17,7 +17,7 @@ from torch import Tensor
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, Weight
 from ops.dispatch import Ref
-from ops.metadata import AttentionShape
+from ops.metadata import AttentionShape, KVLayout
 from ops.packed import PackedWeight
 
 _INT32_MAX = 2**31 - 1
@@ -166,11 +166,17 @@ def rotary_embedding(
 
 
 def paged_attention(
-    q: Any, k: Any, v: Any, kv_cache: tuple[Tensor, Tensor], meta: Any, shape: AttentionShape
+    q: Any,
+    k: Any,
+    v: Any,
+    kv_cache: tuple[Tensor, Tensor],
+    meta: Any,
+    shape: AttentionShape,
+    layout: KVLayout = "plain",
 ) -> Instruction | None:
     keys, values = kv_cache
-    if keys.dim() != len(kv_shapes(1, lib.TOKENS_MULTIPLE, shape)[0]):
-        return None  # the layout of another backend
+    if layout != "tiled":
+        return None
     if keys.dtype != q.dtype or not (is_matrix(q) and is_matrix(k) and is_matrix(v)):
         return None
     fields = {

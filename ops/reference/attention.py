@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, op
-from ops.metadata import AttentionMetadata, AttentionShape
+from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 
 
-@op(lambda q, k, v, kv_cache, meta, shape: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
+@op(lambda q, k, v, kv_cache, meta, shape, layout="plain": Spec(q.spec.rows, shape.out_width, q.spec.dtype))
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -17,6 +17,7 @@ def paged_attention(
     kv_cache: tuple[Tensor, Tensor],
     meta: AttentionMetadata | StepInput,
     shape: AttentionShape,
+    layout: KVLayout = "plain",
 ) -> Tensor:
     """Writes this step's K and V into the cache, then attends to each request's whole context.
 
@@ -26,14 +27,16 @@ def paged_attention(
         q: [num_tokens, num_heads * head_dim], after the rotary embedding.
         k: [num_tokens, num_kv_heads * head_dim], likewise.
         v: [num_tokens, num_kv_heads * v_head_dim].
-        kv_cache: K [num_blocks, block_size, num_kv_heads, head_dim] and V likewise, written in place.
+        kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout.
         meta: The step's requests.
         shape: The layer's constants.
+        layout: Of the cache. The reference reads the plain one.
 
     Returns:
         [num_tokens, num_heads * v_head_dim] in the type of ``q``; scores and softmax in float32.
     """
     assert isinstance(meta, AttentionMetadata)
+    assert layout == "plain", "a tiled KV cache needs the kernels of its device"
     write_kv(k, v, kv_cache, meta, shape)
     out = q.new_empty((q.shape[0], shape.num_heads, shape.v_dim))
     queries = q.view(q.shape[0], shape.num_heads, shape.head_dim)

@@ -56,6 +56,18 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return torch.add(x, y)
 
 
+@op(like_first)
+def scale(x: Tensor, factor: float) -> Tensor:
+    """``x * factor`` [rows, width], in float32 and rounded once."""
+    return x * factor
+
+
+@op(like_first)
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(x / cap)``: squeezes x, float32 [rows, width], into plus and minus ``cap``."""
+    return torch.tanh(x / cap) * cap
+
+
 @op(lambda x, activation: Spec(x.spec.rows, x.spec.width // 2, x.spec.dtype))
 def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
     """``act(x[:, :half]) * x[:, half:]``: the gated activation of an MLP.
@@ -120,4 +132,6 @@ __all__ = [
     "linear",
     "logits",
     "pack_linear",
+    "scale",
+    "softcap",
 ]

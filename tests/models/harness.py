@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,18 @@ from api.gguf_file import read_gguf
 from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program
+from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch
+from executor.layers.attention import form_groups
+from executor.layers.context import ModelContext
 from executor.layers.linear import LinearLayer
-from executor.layers.parameter import named_weights, stored_module
-from executor.loader import LoadedModel, load_model
+from executor.layers.parameter import Weights, named_weights, stored_module
+from executor.loader import LoadedModel, build_model, load_model
+from executor.models.base import Model
 from executor.parallel import ParallelState
+from executor.quantization import QuantizationConfig, choose_quantization
 from executor.quantization.unquantized import PlainLinear, PlainTable
+from ops import AttentionMetadata
 from ops.cpu.kernels import unpack_linear
 from ops.cpu.op_set import CpuOps
 from tests import tiny
@@ -34,6 +40,51 @@ def load(path: Path, *, parallel: ParallelState | None = None, **fields: Any) ->
         fields["gguf"] = read_gguf(path).header()
     config = ModelConfig(**{"model": str(path), "dtype": "float32", **fields})
     return load_model(config, parallel or ParallelState(), CPU, None, lambda stage, done, total: None)
+
+
+RANDOM_MODEL: dict[str, Any] = {
+    "vocab_size": tiny.VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+"""Configuration of ``random_model``."""
+
+
+def random_model(
+    make_model: Callable[[ModelContext], Model],
+    dtype: torch.dtype = torch.float32,
+    quantization: QuantizationConfig | None = None,
+    **fields: Any,
+) -> tuple[LoadedModel, dict[str, torch.Tensor]]:
+    """A model that no checkpoint has, with random weights: ready to run, and its weights by name.
+
+    Args:
+        make_model: Takes the place of a model's class.
+        dtype: Of weights and activations.
+        quantization: None: there is none.
+        fields: More fields of the configuration, beside ``RANDOM_MODEL``.
+    """
+    config = HFConfig({**RANDOM_MODEL, **fields}, "config.json")
+    method = quantization or choose_quantization(None, None)
+    context = ModelContext(config, ParallelState(), dtype, CPU, method, config.max_position)
+    model = build_model(make_model, context, None)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in sorted(named_weights(model).items()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
+        weights[name] = parameter.data.clone()
+    for module in model.modules():
+        if isinstance(module, Weights):
+            module.pack()
+    return LoadedModel(model, config, 0, dtype, config.max_position), weights
 
 
 @dataclass
@@ -58,29 +109,29 @@ class Runner:
         seed: int = 0,
     ) -> None:
         self.model = loaded.model
-        self.backend = loaded.attention_backend
         self.block_size = block_size
         layers = self.model.attention_layers()
-        self.num_groups = 1 + max(layer.group for layer in layers)
+        self.groups = form_groups(layers, block_size)
         blocks_each = -(-max_len // block_size)
         num_blocks = num_requests * blocks_each
         generator = torch.Generator().manual_seed(seed)
         self.block_tables = [
-            torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each)
-            for _ in range(self.num_groups)
+            torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each) for _ in self.groups
         ]
-        for layer in layers:
-            shapes = self.backend.kv_shape(num_blocks, block_size, layer.shape)
-            # What an earlier owner left in a block must not matter.
-            keys, values = (torch.full(shape, float("nan"), dtype=loaded.dtype) for shape in shapes)
-            layer.kv_cache = (keys, values)
+        for group in self.groups:
+            shapes = group.backend.kv_shape(num_blocks, block_size, group.shape)
+            for index in group.layers:
+                # What an earlier owner left in a block must not matter.
+                layers[index].kv_cache = tuple(
+                    torch.full(shape, float("nan"), dtype=group.kv_dtype) for shape in shapes
+                )
         self.model.reserve_positions(loaded.max_model_len)
         self.lengths = [0] * num_requests
         self.program = self._capture() if captured else None
 
     def _capture(self) -> Program:
         program = Program(CPU.type)
-        logits: Any = self._forward(InputBatch.symbolic(program, self.num_groups))
+        logits: Any = self._forward(InputBatch.symbolic(program, len(self.groups)))
         program.finish(logits)
         return program
 
@@ -107,12 +158,13 @@ class Runner:
         seq_lens = torch.tensor([self.lengths[chunk.request] for chunk in chunks], dtype=torch.int32)
         rows = [chunk.request for chunk in chunks]
         attention = []
-        for table in self.block_tables:
+        for group, table in zip(self.groups, self.block_tables, strict=True):
             slots = [
                 table[row][position // self.block_size].long() * self.block_size + position % self.block_size
                 for row, position in zip(rows, positions, strict=True)
             ]
-            attention.append(self.backend.plan(starts, seq_lens, table[rows], torch.cat(slots), self.block_size))
+            columns = AttentionMetadata(starts, seq_lens, table[rows], torch.cat(slots), self.block_size)
+            attention.append(group.plan(columns))
         return InputBatch(
             input_ids=torch.tensor([token for chunk in chunks for token in chunk.token_ids], dtype=torch.int32),
             positions=torch.cat(positions).int(),

@@ -148,6 +148,20 @@ def test_longest_sequence(fields: dict[str, Any], expected: int) -> None:
     assert config.default_max_model_len == (1000 if is_dynamic else expected)
 
 
+def test_types_of_layers_may_have_angles_of_their_own() -> None:
+    sets = {"full_attention": {"rope_theta": 7.0, "rope_type": "linear", "factor": 4}, "other": {"rope_theta": 3.0}}
+    config = config_of(rope_parameters=sets)
+    full, other = config.rope_for("full_attention"), config.rope_for("other")
+    assert (full.number("rope_theta"), full.string("rope_type")) == (7.0, "linear")
+    assert (other.number("rope_theta"), other.string("rope_type")) == (3.0, "default")
+    assert config.default_max_model_len == config.max_position == 1000  # what the other layers were made for
+    with pytest.raises(ModelError, match="must be one set"):
+        _ = config.rope
+    with pytest.raises(ModelError, match="a set of numbers for each type of layer, 'sliding_attention' too"):
+        config.rope_for("sliding_attention")
+    assert config_of(rope_theta=9.0).rope_for("full_attention").number("rope_theta") == 9.0
+
+
 def test_an_empty_object_is_absent() -> None:
     config = config_of(
         rope_scaling={}, rope_parameters={"rope_type": "llama3", "rope_theta": 5.0}, quantization_config={}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from executor.layers.attention import form_groups
 from tests import tiny
 from tests.models.harness import Chunk, Runner, assert_close, load, logits_of, random_tokens
 
@@ -158,7 +159,13 @@ def test_layers_with_windows_form_groups_of_their_own() -> None:
     loaded = load(tiny.checkpoint("qwen2", **MODELS["qwen2 listed windows"]))
     layers = loaded.model.attention_layers()
     assert [layer.shape.sliding_window for layer in layers] == [40, None, 40]
+    groups = form_groups(layers, block_size=64)
+    assert [group.layers for group in groups] == [(0, 2), (1,)]
     assert [layer.group for layer in layers] == [0, 1, 0]
+    windows, full = (group.spec for group in groups)
+    assert (windows.kind, windows.sliding_window, full.kind) == ("sliding_window", 40, "full")
+    assert (windows.dtype, windows.layout) == ("float32", groups[0].backend.kv_layout)
+    assert windows.bytes_per_block == 2 * full.bytes_per_block >= 2 * 64 * 64 * 4
 
 
 def test_a_window_that_no_sequence_outgrows_is_none() -> None:

@@ -18,10 +18,10 @@ from engine_core.messages import POOLING_TYPES, EngineCoreRequest, FinishReason,
 from engine_core.request import Request
 from engine_core.scheduler import CacheShape, Scheduler
 from executor.device.cpu import CpuDevice
+from executor.layers.attention import form_groups
 from executor.messages import InitKVCache
 from executor.model_runner import ModelRunner
 from executor.pooling import BAD_STATES
-from executor.worker import kv_cache_groups
 from tests import tiny
 from tests.models.harness import load, random_tokens
 
@@ -35,9 +35,8 @@ MAX_SEQS = 4
 @functools.cache
 def runner(kind: str, dtype: str = "float32") -> ModelRunner:
     loaded = load(tiny.checkpoint(kind), dtype=dtype)
-    layers = loaded.model.attention_layers()
-    groups = kv_cache_groups(layers, loaded.attention_backend, loaded.dtype, BLOCK_SIZE)
-    return ModelRunner(loaded, CpuDevice(), loaded.attention_backend, groups, enforce_eager=False)
+    groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
+    return ModelRunner(loaded, CpuDevice(), groups, enforce_eager=False)
 
 
 class Engine:

@@ -94,6 +94,7 @@ class Requests:
             (len(order), block_size, heads, shape.head_dim),
             (len(order), block_size, heads, shape.v_dim),
         )
+        self.layout: ops.KVLayout = "plain" if plain else "tiled"
         if not plain:
             shapes = kv_shapes(len(order), block_size, shape)
         # What an earlier owner left in a block must not matter.
@@ -121,5 +122,5 @@ class Requests:
             torch.cat([self.data[row][i][begin:end] for row, begin, end in zip(rows, begins, ends, strict=True)])
             for i in range(3)
         )
-        out = ops.paged_attention(q, k, v, self.cache, meta, self.shape)
+        out = ops.paged_attention(q, k, v, self.cache, meta, self.shape, self.layout)
         return dict(zip(rows, out.split(list(counts.values())), strict=True))

@@ -77,6 +77,19 @@ def test_activations(dtype: torch.dtype) -> None:
             torch.testing.assert_close(ops.act_and_mul(x, kind).double(), gated, rtol=tolerance, atol=tolerance)
 
 
+def test_scale_rounds_once() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = randn(6, 20, dtype=dtype)
+        assert torch.equal(ops.scale(x, 8.046875), (x.double() * 8.046875).to(dtype))
+
+
+def test_softcap() -> None:
+    x = 10 * randn(6, 20)
+    result = ops.softcap(x, 3.0)
+    assert result.abs().max() <= 3
+    torch.testing.assert_close(result.double(), 3 * torch.tanh(x.double() / 3), rtol=1e-6, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # norms and rotary
 
