@@ -1,0 +1,257 @@
+"""A device without hardware: its tensors have no values for the host, and its results come late.
+
+What a step on an accelerator must not do shows here as an error: reading a tensor before its results were collected,
+handing it a tensor of the host, counting on uploads to outlive their step. The ops are the references, so its tokens
+are those of a CPU without kernels. ``plugins`` beside this file is a package that registers it as ``late``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ops
+from executor.config import DeviceConfig
+from executor.deferred import Array
+from executor.device.base import Memory
+from executor.device.steps import RECENT_TOKENS, Block, BlockPool, DeviceTokens, Pending, RecentTokens
+from ops.dispatch import Op, OpSet
+
+POISON = 0xA5
+"""What memory holds that nobody may read: large negative indices and tiny numbers."""
+LONGEST_DELAY = 0.004
+"""Seconds that a step's results may lag behind the one before."""
+
+READS = {"numpy", "tolist", "item", "cpu", "data_ptr", "is_nonzero", "equal", "allclose"}
+READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
+READS |= {"__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__iter__", "__reversed__"}
+READS |= {"__contains__", "__repr__", "__format__", "__str__"}
+"""What needs the values of a tensor, or their address, on the host."""
+WITHOUT_WEIGHTS = {"paged_attention", "sample", "weight_sum"}
+"""Ops all of whose tensors belong to steps."""
+
+
+class HostReadError(AssertionError):
+    """The host touched what is on the device."""
+
+
+class LateTensor(Tensor):
+    """A tensor of the device. What is computed of it is one, too."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        places = [value for value in (*args[1:], *(kwargs or {}).values()) if isinstance(value, str | torch.device)]
+        if name in READS or (name == "to" and places) or (name == "where" and len(args) == 1):
+            raise HostReadError(f"{name} reads a tensor of the device")
+        if name in ("__getitem__", "__setitem__"):
+            for index in args[1] if isinstance(args[1], tuple) else (args[1],):
+                if isinstance(index, list | np.ndarray) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+                    raise HostReadError(f"an index of type {type(index).__name__} has to be read by the host")
+        for tensor in _tensors((args, kwargs or {})):
+            if not isinstance(tensor, LateTensor):
+                raise HostReadError(f"{name} mixes a tensor of the device with one of the host")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise HostReadError("the elements of a tensor of the device are not for the host")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"LateTensor({list(self.shape)}, {self.dtype})"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+def on_device(tensor: Tensor) -> LateTensor:
+    """The same memory, as the device sees it."""
+    return tensor.as_subclass(LateTensor)
+
+
+def _plain(value: Any) -> Any:
+    """What the device itself computes with."""
+    if isinstance(value, LateTensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(Tensor)
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and next(_tensors(value), None) is not None:
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _plain(part) for name, part in fields.items()})  # type: ignore[type-var]
+    return value
+
+
+def _late(value: Any) -> Any:
+    return tuple(map(_late, value)) if isinstance(value, tuple) else on_device(value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ops
+
+
+def _kernel(op: Op[Any, Any]) -> Callable[..., Any]:
+    """An op as a kernel of the device. Weights are loaded there; all else has come through the channel."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = list(_tensors((args, kwargs)))
+        if not any(isinstance(tensor, LateTensor) for tensor in tensors):
+            return op.reference(*args, **kwargs)  # while the model is loaded
+        for tensor in tensors:
+            is_weight = tensor.dtype.is_floating_point and op.name not in WITHOUT_WEIGHTS
+            if not isinstance(tensor, LateTensor) and not is_weight:
+                raise HostReadError(f"{op.name} takes a tensor of the host")
+        return _late(op.reference(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()}))
+
+    return run
+
+
+class LateOps(OpSet):
+    """The references, as kernels of the device."""
+
+    def __init__(self) -> None:
+        found = [op for op in vars(ops).values() if isinstance(op, Op)]
+        super().__init__("late", {op.name: _kernel(op) for op in found})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# steps
+
+
+class LateResults:
+    """A step's results. See ``executor.device.steps.Pending``."""
+
+    device_ms = 0.0
+
+    def __init__(self, channel: LateSteps, arrays: list[Array], blocks: list[Block]) -> None:
+        self._channel = channel
+        self._arrays = arrays
+        self._blocks = blocks
+        self.has_come = threading.Event()
+
+    def is_ready(self) -> bool:
+        return self.has_come.is_set()
+
+    def collect(self) -> list[Array]:
+        os.eventfd_read(self._channel.event)  # waits
+        assert self.has_come.is_set(), "results are collected in the order of the steps"
+        self._channel.num_in_flight -= 1
+        for block in self._blocks:
+            _plain(block.device).fill_(POISON)
+        self._channel.pool.give_back(self._blocks)
+        return self._arrays
+
+
+class LateSteps:
+    """The way to the device and back. See ``executor.device.steps.StepChannel``."""
+
+    def __init__(self, *, by_itself: bool) -> None:
+        """Results come by themselves, after some time; or when ``let_come`` says so."""
+        self.pool = BlockPool(self._make_block, self._copy)
+        self.event = os.eventfd(0, os.EFD_SEMAPHORE)
+        weakref.finalize(self, os.close, self.event)
+        self.num_in_flight = 0
+        self.most_in_flight = 0
+        self._launched: queue.SimpleQueue[LateResults] = queue.SimpleQueue()
+        if by_itself:
+            threading.Thread(target=_run, args=(self._launched, self.event), daemon=True, name="late device").start()
+
+    @staticmethod
+    def _make_block(size: int) -> Block:
+        return Block(np.full(size, POISON, np.uint8), on_device(torch.full((size,), POISON, dtype=torch.uint8)))
+
+    @staticmethod
+    def _copy(block: Block, begin: int, end: int) -> None:
+        _plain(block.device)[begin:end] = torch.from_numpy(block.host[begin:end])
+
+    def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
+        return self.pool.upload(columns)
+
+    def download(self, tensors: Sequence[Tensor]) -> Pending:
+        assert all(isinstance(tensor, LateTensor) for tensor in tensors), "results are on the device"
+        arrays = [_plain(tensor).clone().numpy() for tensor in tensors]
+        results = LateResults(self, arrays, self.pool.take())
+        self.num_in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
+        self._launched.put(results)
+        return results
+
+    def let_come(self) -> None:
+        """The oldest results that have not come yet come now."""
+        self._launched.get_nowait().has_come.set()
+        os.eventfd_write(self.event, 1)
+
+    def recent_tokens(self, max_num_seqs: int) -> RecentTokens:
+        tokens = torch.full((max_num_seqs * RECENT_TOKENS,), -1, dtype=torch.int32)
+        return DeviceTokens(self, on_device(tokens))
+
+    def fileno(self) -> int:
+        return self.event
+
+
+def _run(launched: queue.SimpleQueue[LateResults], event: int) -> None:
+    """The device: a thread that takes its time."""
+    delays = random.Random(0)
+    while True:
+        results = launched.get()
+        time.sleep(delays.uniform(0, LONGEST_DELAY))
+        results.has_come.set()
+        os.eventfd_write(event, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+class LateDevice:
+    """See ``executor.device.base.Device``."""
+
+    name = "late"
+    torch_device = torch.device("cpu")
+    kernels = "late"
+
+    def __init__(self, *, by_itself: bool = True) -> None:
+        self.by_itself = by_itself
+        self.channel: LateSteps | None = None
+
+    @classmethod
+    def available(cls) -> bool:
+        return True
+
+    def initialize(self, config: DeviceConfig, rank: int) -> None:
+        torch.set_num_threads(config.num_threads or 1)
+        ops.use(self.torch_device.type, LateOps())
+
+    def memory(self) -> Memory:
+        return Memory(1 << 34, 1 << 33)
+
+    def default_kv_bytes(self) -> int:
+        return 64 << 20
+
+    def steps(self) -> LateSteps:
+        self.channel = LateSteps(by_itself=self.by_itself)
+        return self.channel
+
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return on_device(torch.zeros(shape, dtype=dtype))
