@@ -16,6 +16,7 @@ from executor.config import (
     ParallelConfig,
     Positive,
     SimulatedDevice,
+    SpeculativeConfig,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Positive",
     "SchedulerConfig",
     "SimulatedDevice",
+    "SpeculativeConfig",
 ]
 
 

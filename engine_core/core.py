@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import msgspec
@@ -44,6 +45,7 @@ from engine_core.request import Request
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, PROBATION_TIME, RestartBudget, suspect
 from engine_core.scheduler import Scheduler
 from engine_core.structured.compiler import Compiled, GrammarCompiler
+from engine_core.structured.drafts import mask_counts
 from engine_core.suspects import lost_requests
 from engine_core.validation import request_problem
 from engine_core.worker_watch import WorkerWatch
@@ -298,8 +300,11 @@ class EngineCore:
             return []
         scheduler, step = self._scheduler, self.in_flight[0]
         assert scheduler is not None and self._grammars is not None
-        masks, ended = self._grammars.masks.fill(scheduler.grammars(step))
-        self.executor.submit(GrammarMask(step_id=step.step_id, bitmask=masks.tobytes()))
+        states = scheduler.grammars(step)
+        masks, problems = self._grammars.masks.fill(list(chain.from_iterable(states)))
+        ended, step.num_masks = mask_counts([len(row) for row in states], problems)
+        num_positions = bytes(len(row) for row in states) if len(masks) > len(states) else b""
+        self.executor.submit(GrammarMask(step_id=step.step_id, bitmask=masks.tobytes(), num_positions=num_positions))
         rows = step.grammar_rows.tolist()
         return [
             scheduler.end_row(step, rows[row], FinishReason.STOP if error is None else FinishReason.ERROR, error or "")
@@ -525,8 +530,14 @@ class EngineCore:
             shape, max_model_len = planned
             self._vocab_size = min(worker.vocab_size for worker in ready)
             self._hidden_size = min(worker.hidden_size for worker in ready)
+            speculative = self.config.executor.speculative
             self._scheduler = Scheduler(
-                self.config.scheduler, self.config.cache, shape, max_model_len, engine_epoch=self.engine_epoch
+                self.config.scheduler,
+                self.config.cache,
+                shape,
+                max_model_len,
+                engine_epoch=self.engine_epoch,
+                max_draft_tokens=0 if speculative is None else speculative.num_speculative_tokens,
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._prepare_grammars()  # while the workers warm up

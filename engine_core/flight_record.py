@@ -47,7 +47,7 @@ class FlightRecord:
             end = begin + len(step.indices) * COLUMNS
             rows = self._words[begin:end].reshape(-1, COLUMNS)
             rows[:, 0] = step.indices
-            rows[:, 1] = step.ends - step.counts
+            rows[:, 1] = step.begins
             rows[:, 2] = step.ends
             begin = end
         self._words[1] = num_rows

@@ -307,7 +307,7 @@ class SchedulerStats(Message, frozen=True):
 
 
 class EngineCoreOutput(Message, frozen=True):
-    """A row that has more to say than its next token."""
+    """A row that has more to say than its next tokens."""
 
     index: int
     """The request."""
@@ -344,22 +344,24 @@ MAX_OUTPUTS = 64
 
 
 class EngineCoreOutputs(Message, frozen=True):
-    """All that one step brought. Rows that only got their next token are three columns."""
+    """All that one step brought. Rows that only got tokens are columns."""
 
     engine_epoch: int
     """Number of the engine core that sends it."""
     indices: bytes = b""
     """int64 [n]: requests."""
     output_indices: bytes = b""
-    """int32 [n]: index of the token in the request's output."""
+    """int32 [n]: index of each row's first token in the request's output."""
     token_ids: bytes = b""
-    """int32 [n]."""
+    """int32 [all tokens]: one row after another."""
     outputs: tuple[EngineCoreOutput, ...] = ()
     """Rows that have more to say, see ``EngineCoreOutput``."""
     scheduler_stats: SchedulerStats | None = None
     """Counts after the step; not in every message."""
     timestamp: float = 0.0
     """CLOCK_MONOTONIC seconds."""
+    num_tokens: bytes = b""
+    """uint8 [n]: tokens of each row of the columns. Empty: one of each."""
 
     def pieces(self) -> Iterator[EngineCoreOutputs]:
         """The same in messages of at most ``MAX_OUTPUTS`` outputs, so that none takes the api long.

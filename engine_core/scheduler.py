@@ -28,12 +28,23 @@ from engine_core.messages import (
     EngineCoreOutputs,
     FinishReason,
     SchedulerStats,
+    TokenLogprobs,
     i32,
+    u8,
 )
 from engine_core.request import Request
 from engine_core.request_queue import create_request_queue
 from engine_core.slot_table import SlotTable
-from engine_core.step_outputs import end_output, error_output, keep_prompt_logprobs, pooling_output, token_output
+from engine_core.step_outputs import (
+    end_output,
+    error_output,
+    keep_prompt_logprobs,
+    pooling_output,
+    token_columns,
+    token_output,
+)
+from engine_core.step_tokens import StepTokens
+from engine_core.structured.drafts import judge, states_along
 from engine_core.structured.request_grammar import RequestGrammar, Verdict
 from engine_core.suspects import Suspects, allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
@@ -65,8 +76,10 @@ class Scheduler:
         max_model_len: int,
         *,
         engine_epoch: int = 0,
+        max_draft_tokens: int = 0,
     ) -> None:
         self.config = config
+        self.max_draft_tokens = max_draft_tokens
         self.max_model_len = max_model_len
         self.shape = shape
         self.engine_epoch = engine_epoch
@@ -81,7 +94,7 @@ class Scheduler:
         """Told which request is about to get a slot."""
         self.num_preemptions = 0
         self._step_id = 0
-        self.table = SlotTable(config.max_num_seqs, max_model_len)
+        self.table = SlotTable(config.max_num_seqs, max_model_len, max_draft_tokens)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -179,6 +192,8 @@ class Scheduler:
         begin = time.perf_counter()
         table = self.table
         slots, counts = self._wanted_by_running()
+        if self.max_draft_tokens:
+            counts = self._allow_drafts(slots, counts)
         slots, counts, block_updates, preempted = self._give_blocks(slots, counts)
         self._advance(slots, counts)
         new_reqs: list[NewRequest] = []
@@ -190,15 +205,19 @@ class Scheduler:
                 counts = np.concatenate((counts, np.array(new_counts, np.int64)))
         if not len(slots):
             return None
-        sampled = table.note_samples(slots)
-        grammar_rows = np.flatnonzero(sampled & table.has_grammar[slots])
         ends = table.num_scheduled[slots]
+        begins = ends - counts
+        if self.max_draft_tokens:
+            begins -= table.num_open_drafts[slots]
+        sampled, allowances = table.note_samples(slots)
+        grammar_rows = np.flatnonzero(sampled & table.has_grammar[slots])
         self._step_id += 1
         plan = SchedulerOutput(
             step_id=self._step_id,
             slots=slots.tobytes(),
             num_scheduled_tokens=counts.astype(np.int32).tobytes(),
             num_sampled=sampled.tobytes(),
+            num_draft_tokens=b"" if allowances is None else allowances.astype(np.uint8).tobytes(),
             finished_slots=np.array(table.finished_slots, np.int32).tobytes(),
             new_reqs=tuple(new_reqs),
             block_updates=(block_updates,) * self.shape.num_groups if block_updates else (),
@@ -211,8 +230,10 @@ class Scheduler:
             epochs=table.epochs[slots],
             indices=table.indices[slots],
             counts=counts,
+            begins=begins,
             ends=ends,
             sampled=sampled,
+            allowances=allowances,
             grammar_rows=grammar_rows,
             num_tokens=int(counts.sum()),
             num_attended=int(counts @ ends),
@@ -249,6 +270,30 @@ class Scheduler:
                 fits = np.cumsum(counts) <= budget
                 slots, counts = slots[fits], counts[fits]
         return slots, counts
+
+    def _allow_drafts(self, slots: I32, counts: I64) -> I64:
+        """Lets rows that go on with their output verify drafts, as far as that takes nothing from others.
+
+        Returns:
+            The rows' tokens, drafts included.
+        """
+        table = self.table
+        planned, max_tokens = table.num_planned[slots], table.max_tokens[slots]
+        allowances = np.minimum(self.max_draft_tokens, max_tokens - 1 - planned)
+        goes_on = (planned > table.num_prompt[slots]) & (table.num_scheduled[slots] + counts == planned)
+        allowances = np.where(goes_on, np.maximum(allowances, 0), 0)
+        if self.suspects:
+            allowances[:] = 0  # which of its positions kills must be certain
+        left = self.config.max_num_batched_tokens - int(counts.sum())
+        allowances = np.clip(left - (np.cumsum(allowances) - allowances), 0, allowances)
+        size = self.shape.block_size
+        needed = -(-(table.num_scheduled[slots] + counts + allowances) // size) - table.num_blocks[slots]
+        if int(np.maximum(needed, 0).sum()) > self.kv.pool.num_free:
+            allowances[:] = 0
+        table.allowances[table.running] = 0
+        table.allowances[slots] = allowances
+        wanted: I64 = counts + allowances
+        return wanted
 
     def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, bytes, bool]:
         """Allocates the blocks that running rows need, preempting others where there are too few.
@@ -424,67 +469,44 @@ class Scheduler:
         """
         table = self.table
         current = table.epochs[step.slots] == step.epochs
-        table.num_computed[step.slots[current]] = step.ends[current]
+        new = StepTokens(step, result, current)
+        table.confirm(step, new.counts, current)
         if self.suspects:
-            self.suspects.computed(step.slots, step.ends, current)
-        usable = step.sampled & current
-        outputs = self._take_verdicts(step, result, current, usable)
-        sampled_tokens = i32(result.sampled_token_ids)
-        ended: dict[int, FinishReason] = {}
-        if len(step.grammar_rows):
-            ended = self._judge(step, sampled_tokens, usable, outputs)
-        slots, tokens = step.slots[usable], sampled_tokens[usable[step.sampled]]
-        output_indices = table.append(slots, tokens)
-        stopped = table.stops(slots, tokens)
-        special = stopped | (table.num_tokens[slots] >= table.max_tokens[slots]) | table.is_special[slots]
-        if ended:
-            special |= np.isin(slots, list(ended))
-        if special.any():
-            logprobs = {entry.row: entry for entry in result.logprobs}
-            step_rows = np.flatnonzero(usable)
-            for row in np.flatnonzero(special).tolist():
-                slot = int(slots[row])
-                output = token_output(
-                    table,
-                    slot,
-                    int(tokens[row]),
-                    int(output_indices[row]),
-                    stopped=bool(stopped[row]),
-                    ended=ended.get(slot),
-                    logprobs=logprobs.get(int(step_rows[row])),
-                )
-                outputs.append(output)
-                self._after_output(slot, output)
-            plain = ~special
-            slots, tokens, output_indices = slots[plain], tokens[plain], output_indices[plain]
+            self.suspects.computed(step.slots, table.num_computed[step.slots], current)
+        outputs = self._take_prompts(step, result, current)
+        if result.num_draft_tokens:
+            self._keep_drafts(step, new, result, current)
+        verdicts = self._judge(step, new) if len(step.grammar_rows) else {}
+
+        tokens, rows, offsets = new.columns()
+        slots = step.slots[rows]
+        lengths = table.append(slots, offsets, tokens)
+        special = table.ends_here(slots, tokens, lengths) | table.is_special[slots]
+        if special.any() or verdicts or result.row_errors:
+            described = np.zeros(len(step.slots), np.bool_)
+            described[rows[special]] = True
+            described[[*verdicts, *(error.row for error in result.row_errors)]] = True
+            outputs += self._describe_rows(step, result, new, described, verdicts)
+            plain = ~described[rows]
+            tokens, slots, offsets, lengths = tokens[plain], slots[plain], offsets[plain], lengths[plain]
         self._publish(slots)
+        indices, output_indices, num_tokens = token_columns(
+            table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets
+        )
         return EngineCoreOutputs(
             engine_epoch=self.engine_epoch,
-            indices=table.indices[slots].tobytes(),
-            output_indices=output_indices.tobytes(),
+            indices=indices,
+            output_indices=output_indices,
             token_ids=tokens.tobytes(),
+            num_tokens=num_tokens,
             outputs=tuple(outputs),
             scheduler_stats=self.stats(step, result),
             timestamp=time.monotonic(),
         )
 
-    def _take_verdicts(
-        self, step: InFlight, result: ModelRunnerOutput, current: Bools, usable: Bools
-    ) -> list[EngineCoreOutput]:
-        """Ends the requests whose rows went wrong or whose prompts are pooled, and keeps what is told of prompts.
-
-        Args:
-            step: The plan.
-            result: Its result.
-            current: bool [rows]: the request still has its slot.
-            usable: bool [rows]: rows whose token counts; those that went wrong are taken out.
-        """
+    def _take_prompts(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> list[EngineCoreOutput]:
+        """Ends the requests whose prompts are pooled, and keeps what is told of other prompts."""
         outputs: list[EngineCoreOutput] = []
-        for error in result.row_errors:
-            if current[error.row]:
-                output = self._fail(int(step.slots[error.row]), error.message)
-                outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
-            usable[error.row] = False
         for row, value in result.pooler_output:
             if current[row]:
                 request = self.table.request(int(step.slots[row]))
@@ -494,57 +516,112 @@ class Scheduler:
             keep_prompt_logprobs(self.table, step, result.prompt_logprobs)
         return outputs
 
-    def _after_output(self, slot: int, output: EngineCoreOutput) -> None:
-        """A row was described by itself: ends its request if it is done."""
-        request = self.table.request(slot)
-        self._publish(np.array([slot], np.int32))
-        if output.finish_reason is not None:
-            self._finish(request)
-        else:
-            self.table.is_special[slot] = request.is_special
+    def _keep_drafts(self, step: InFlight, new: StepTokens, result: ModelRunnerOutput, current: Bools) -> None:
+        """Takes note of the drafts that a worker has for rows whose masks will depend on them."""
+        counts = u8(result.num_draft_tokens).astype(np.int64)
+        slots = step.slots[new.rows]
+        wanted = current[new.rows] & self.table.has_grammar[slots]
+        if wanted.any():
+            drafts = i32(result.draft_token_ids)[np.repeat(wanted, counts)]
+            self.table.note_drafts(slots[wanted], counts[wanted], drafts)
 
-    def _judge(
-        self, step: InFlight, tokens: I32, usable: Bools, outputs: list[EngineCoreOutput]
-    ) -> dict[int, FinishReason]:
-        """Lets the grammars of a step have their tokens. Rows whose token is not accepted are made unusable.
+    def _judge(self, step: InFlight, new: StepTokens) -> dict[int, Verdict]:
+        """Lets the grammars of a step have their tokens. Of each row those are kept that are accepted.
 
         A worker has sampled and goes on with a token that is rejected; it hears of the truth when the request comes
         back, as if it had been preempted.
 
         Returns:
-            The slots whose outputs end here, and why.
+            By row: what became of its last token, where that does not just go on.
         """
-        table = self.table
-        ended: dict[int, FinishReason] = {}
-        places = np.cumsum(step.sampled) - 1
-        for row in step.grammar_rows[usable[step.grammar_rows]].tolist():
-            slot = int(step.slots[row])
-            request = table.request(slot)
-            assert request.grammar is not None
-            token = int(tokens[places[row]])
-            is_stop = token in request.params.all_stop_token_ids
-            if is_stop and table.num_tokens[slot] + 1 >= table.min_tokens[slot]:
+        verdicts: dict[int, Verdict] = {}
+        for place, row in enumerate(step.grammar_rows.tolist()):
+            sample = new.sample(row)
+            tokens = new.of(sample)
+            if not tokens:
                 continue
-            verdict = request.grammar.accept(token)
-            if verdict is Verdict.ENDED:
-                ended[slot] = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
-            elif verdict is not Verdict.GOES_ON:
-                usable[row] = False
-                if verdict is Verdict.REJECTED:
-                    self._preempt(request)
-                    self.num_preemptions -= 1
-                elif verdict is Verdict.COMPLETE:
-                    outputs.append(self.end_row(step, row, FinishReason.LENGTH))
-                else:
-                    outputs.append(self.end_row(step, row, FinishReason.ERROR, request.grammar.error))
-        return ended
+            request = self.table.request(int(step.slots[row]))
+            num_masks = step.num_masks[place] if step.num_masks else 1
+            num_outputs = int(self.table.num_tokens[request.slot]) - request.num_prompt_tokens
+            kept, verdict = judge(request, tokens[:num_masks], num_outputs)
+            if verdict is Verdict.GOES_ON and kept == num_masks < len(tokens):
+                verdict = Verdict.REJECTED  # what follows was sampled without a mask
+            new.kept[sample] = kept
+            if verdict is not Verdict.GOES_ON:
+                verdicts[row] = verdict
+        return verdicts
 
-    def grammars(self, step: InFlight) -> list[RequestGrammar | None]:
-        """The grammars of a step's constrained rows; None where the request is gone."""
-        return [
-            request.grammar if (request := self.owner(step, row)) is not None else None
-            for row in step.grammar_rows.tolist()
-        ]
+    def _describe_rows(
+        self,
+        step: InFlight,
+        result: ModelRunnerOutput,
+        new: StepTokens,
+        described: Bools,
+        verdicts: dict[int, Verdict],
+    ) -> list[EngineCoreOutput]:
+        """The outputs of rows that have more to say than their tokens; ends the requests that are done.
+
+        Args:
+            step: The plan.
+            result: Its result.
+            new: Its tokens, which are in the table.
+            described: bool [rows].
+            verdicts: What grammars say, by row.
+        """
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        for entry in result.logprobs:
+            logprobs.setdefault(entry.row, []).append(entry)
+        outputs: list[EngineCoreOutput] = []
+        for row in np.flatnonzero(described & step.sampled).tolist():
+            tokens = new.of(new.sample(row))
+            if not tokens:
+                continue
+            slot = int(step.slots[row])
+            request, reason = self.table.request(slot), None
+            if verdicts.get(row) is Verdict.ENDED:
+                assert request.grammar is not None
+                reason = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
+            output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []))
+            outputs.append(output)
+            self._publish(np.array([slot], np.int32))
+            if output.finish_reason is not None:
+                self._finish(request)
+            else:
+                self.table.is_special[slot] = request.is_special
+        for row, verdict in verdicts.items():
+            if verdict is not Verdict.ENDED and (ending := self.owner(step, row)) is not None:
+                outputs += self._execute(step, row, ending, verdict)
+        for error in result.row_errors:
+            if self.owner(step, error.row) is not None:
+                output = self._fail(int(step.slots[error.row]), error.message)
+                outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
+        return outputs
+
+    def _execute(self, step: InFlight, row: int, request: Request, verdict: Verdict) -> list[EngineCoreOutput]:
+        """Does what follows from a token that its grammar did not accept."""
+        if verdict is Verdict.REJECTED:
+            self._preempt(request)
+            self.num_preemptions -= 1
+            return []
+        if verdict is Verdict.COMPLETE:
+            return [self.end_row(step, row, FinishReason.LENGTH)]
+        assert request.grammar is not None
+        return [self.end_row(step, row, FinishReason.ERROR, request.grammar.error)]
+
+    def grammars(self, step: InFlight) -> list[list[RequestGrammar | None]]:
+        """The grammars of a step's constrained rows at each of their positions; None where the request is gone."""
+        table = self.table
+        states: list[list[RequestGrammar | None]] = []
+        for row in step.grammar_rows.tolist():
+            request = self.owner(step, row)
+            if request is None:
+                states.append([None])
+                continue
+            slot = request.slot
+            num_drafts = 0 if step.allowances is None else min(step.allowances[row], table.num_drafts[slot])
+            num_outputs = int(table.num_tokens[slot]) - request.num_prompt_tokens
+            states.append([*states_along(request, table.drafts[slot, :num_drafts].tolist(), num_outputs)])
+        return states
 
     def end_row(self, step: InFlight, row: int, reason: FinishReason, error: str = "") -> EngineCoreOutput:
         """Ends the request of a row between two tokens.

@@ -22,12 +22,12 @@ Bools = npt.NDArray[np.bool_]
 class SlotTable:
     """Slots, who has them, and how far each of these requests is.
 
-    Three counts of tokens that have a meaning each: those that are known (``num_tokens``, as in a worker), those that
-    will be known once the plans in flight are done (``num_planned``), and those that will be computed then
-    (``num_scheduled``). ``num_computed`` is what results have confirmed of the last one.
+    Tokens are counted twice. ``num_tokens`` are known and ``num_computed`` are in the cache, as results have confirmed
+    and as in a worker. ``num_planned`` and ``num_scheduled`` are what the two become once the plans in flight are done,
+    if all drafts hold that these allow: results that bring less lower them.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, max_draft_tokens: int = 0) -> None:
         size = max_num_seqs
         self.owners: list[Request | None] = [None] * size
         self.free_slots = list(range(size - 1, -1, -1))
@@ -45,9 +45,16 @@ class SlotTable:
         self.num_tokens = np.zeros(size, np.int64)
         """Prompt and confirmed output."""
         self.num_planned = np.zeros(size, np.int64)
-        """``num_tokens`` once the plans in flight are done."""
+        """``num_tokens`` once the plans in flight are done, at most."""
         self.num_scheduled = np.zeros(size, np.int64)
-        """Tokens whose K and V are in the cache once the plans in flight are done."""
+        """``num_computed`` once the plans in flight are done, at most."""
+        self.num_open_drafts = np.zeros(size, np.int64)
+        """Drafts that plans in flight allow: by so many the two counts above may be too high."""
+        self.allowances = np.zeros(size, np.int64)
+        """Drafts that the plan which is being made allows."""
+        self.drafts = np.zeros((size, max_draft_tokens), np.int32)
+        """int32 [slots, drafts]: what the worker has for the next step of the slot."""
+        self.num_drafts = np.zeros(size, np.int64)
         self.num_computed = np.zeros(size, np.int64)
         """Tokens whose K and V are in the cache: confirmed by results."""
         self.max_tokens = np.zeros(size, np.int64)
@@ -93,6 +100,7 @@ class SlotTable:
         self.num_prompt[slot] = request.num_prompt_tokens
         self.num_tokens[slot] = self.num_planned[slot] = num_tokens
         self.num_scheduled[slot] = self.num_computed[slot] = num_computed
+        self.num_open_drafts[slot] = self.allowances[slot] = self.num_drafts[slot] = 0
         self.num_blocks[slot] = len(request.block_ids)
         self.num_published[slot] = num_computed // block_size
         self.is_pooling[slot] = request.is_pooling
@@ -132,26 +140,85 @@ class SlotTable:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def note_samples(self, slots: I32) -> Bools:
-        """Which rows of a plan sample; each of them will have one token more."""
-        sampled: Bools = (self.num_scheduled[slots] == self.num_planned[slots]) & ~self.is_pooling[slots]
-        self.num_planned[slots[sampled]] += 1
-        return sampled
+    def note_samples(self, slots: I32) -> tuple[Bools, I64 | None]:
+        """Which rows of a plan sample, and how many drafts each may verify; they will have so many tokens more."""
+        scheduled, planned = self.num_scheduled[slots], self.num_planned[slots]
+        if not self.drafts.shape[1]:
+            sampled: Bools = (scheduled == planned) & ~self.is_pooling[slots]
+            self.num_planned[slots[sampled]] += 1
+            return sampled, None
+        allowances = self.allowances[slots]
+        sampled = (scheduled - allowances == planned) & ~self.is_pooling[slots]
+        self.num_planned[slots[sampled]] += 1 + allowances[sampled]
+        self.num_open_drafts[slots] += allowances
+        return sampled, allowances
 
-    def append(self, slots: I32, tokens: I32) -> I32:
-        """Adds a token to each slot. Returns the tokens' indices in the outputs, int32 [slots]."""
-        known = self.num_tokens[slots]
-        self.token_ids[slots, known] = tokens
-        self.num_tokens[slots] = known + 1
-        return (known - self.num_prompt[slots]).astype(np.int32)
+    def confirm(self, step: InFlight, counts: I64, current: Bools) -> None:
+        """Takes note of what a step has computed.
 
-    def stops(self, slots: I32, tokens: I32) -> Bools:
-        """Whether tokens that were appended end their requests, as far as the columns of stop ids tell."""
-        stopped: Bools = self.has_stop_ids[slots]
-        if stopped.any():
-            stopped &= (tokens[:, None] == self.stop_ids[slots]).any(axis=1)
-            stopped &= self.num_tokens[slots] >= self.min_tokens[slots]
-        return stopped
+        Args:
+            step: The plan.
+            counts: int64 [rows that sample]: tokens that the worker has of each now.
+            current: bool [rows]: the request still has its slot.
+        """
+        slots = step.slots[current]
+        if step.allowances is None:
+            self.num_computed[slots] = step.ends[current]
+            return
+        self.num_open_drafts[slots] -= step.allowances[current]
+        computed = step.ends.copy()
+        sampling = step.slots[step.sampled]
+        computed[step.sampled] = self.num_tokens[sampling] + counts - 1
+        self.num_computed[slots] = computed[current]
+        is_current = current[step.sampled]
+        sampling = sampling[is_current]
+        missing = (step.allowances[step.sampled] + 1 - counts)[is_current]
+        self.num_planned[sampling] -= missing
+        self.num_scheduled[sampling] -= missing
+
+    def note_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
+        """Takes note of what a worker has for the next step.
+
+        Args:
+            slots: int32 [n].
+            counts: int64 [n]: drafts of each.
+            token_ids: int32 [sum of counts]: one slot after another.
+        """
+        rows = np.repeat(np.arange(len(slots)), counts)
+        places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        self.drafts[slots[rows], places] = token_ids
+        self.num_drafts[slots] = counts
+
+    def append(self, slots: I32, offsets: I64, tokens: I32) -> I64:
+        """Adds tokens.
+
+        Args:
+            slots: int32 [tokens]: whose they are; those of a slot one after another.
+            offsets: int64 [tokens]: which of the slot's tokens each is.
+            tokens: int32 [tokens].
+
+        Returns:
+            int64 [tokens]: how many tokens the request has up to each, itself included.
+        """
+        places = self.num_tokens[slots] + offsets
+        self.token_ids[slots, places] = tokens
+        places += 1
+        self.num_tokens[slots] = places  # the last one of a slot counts
+        return places
+
+    def ends_here(self, slots: I32, tokens: I32, lengths: I64) -> Bools:
+        """Whether tokens end their requests, as far as the columns tell.
+
+        Args:
+            slots: int32 [tokens].
+            tokens: int32 [tokens].
+            lengths: int64 [tokens]: how many tokens the request has up to each, itself included.
+        """
+        ends: Bools = lengths >= self.max_tokens[slots]
+        if self.has_stop_ids[slots].any():
+            is_stop = (tokens[:, None] == self.stop_ids[slots]).any(axis=1)
+            ends |= is_stop & (lengths >= self.min_tokens[slots])
+        return ends
 
     def check_integrity(self, block_size: int) -> None:
         """Asserts that slots and counts agree with each other and with the requests."""
@@ -163,4 +230,5 @@ class SlotTable:
             assert request.slot == slot
             assert self.num_tokens[slot] <= self.num_planned[slot] <= self.max_tokens[slot]
             assert self.num_computed[slot] <= self.num_scheduled[slot] <= len(request.block_ids) * block_size
+            assert 0 <= self.num_open_drafts[slot] <= self.num_planned[slot] - self.num_tokens[slot]
             assert self.num_blocks[slot] == len(request.block_ids)

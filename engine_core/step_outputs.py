@@ -2,72 +2,78 @@
 
 from __future__ import annotations
 
-from engine_core.in_flight import InFlight
+import numpy as np
+
+from engine_core.in_flight import I64, InFlight
 from engine_core.messages import EngineCoreOutput, FinishReason, Tensor, TokenLogprobs
-from engine_core.request import MAX_STOP_IDS, Request
+from engine_core.request import Request
 from engine_core.slot_table import SlotTable
 
 
 def token_output(
     table: SlotTable,
     slot: int,
-    token: int,
-    output_index: int,
-    *,
-    stopped: bool,
+    tokens: list[int],
     ended: FinishReason | None,
-    logprobs: TokenLogprobs | None,
+    logprobs: list[TokenLogprobs],
 ) -> EngineCoreOutput:
-    """The output of a row that is done or has more to say than its token, which is in the table already.
+    """The output of a row that is done or has more to say than its tokens, which are in the table already.
+
+    Tokens after the end of the request are taken out of the table.
 
     Args:
         table: Has the row.
         slot: The request's.
-        token: The row's new token.
-        output_index: Its index in the output.
-        stopped: It is one of the stop tokens in the table's columns, and counts.
-        ended: The grammar allows nothing after it; why.
-        logprobs: What is reported of it.
+        tokens: The row's new tokens, at least one.
+        ended: The grammar allows nothing after the last of them; why.
+        logprobs: What is reported of them.
     """
     request = table.request(slot)
-    params = request.params
-    num_tokens = int(table.num_tokens[slot])
-    if not stopped and num_tokens >= table.min_tokens[slot]:
-        stopped = token in params.all_stop_token_ids[MAX_STOP_IDS:]
-    is_loop = _is_loop(table, request)
-    reason: FinishReason | None = None
-    if stopped:
-        reason = FinishReason.STOP
-    elif ended is not None:
-        reason = ended
-    elif is_loop:
-        reason = FinishReason.REPETITION
-    elif num_tokens >= table.max_tokens[slot]:
-        reason = FinishReason.LENGTH
+    first = int(table.num_tokens[slot]) - len(tokens)
+    stopped, reason = False, None
+    for count, token in enumerate(tokens, 1):
+        length = first + count
+        stopped = _is_stop(request, token) and bool(length >= table.min_tokens[slot])
+        is_loop = _is_loop(table, request, length)
+        if stopped:
+            reason = FinishReason.STOP
+        elif ended is not None and count == len(tokens):
+            reason = ended
+        elif is_loop:
+            reason = FinishReason.REPETITION
+        elif length >= table.max_tokens[slot]:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            table.num_tokens[slot] = length
+            tokens = tokens[:count]
+            break
+    output_index = first - request.num_prompt_tokens
     is_first = output_index == 0 or bool(request.prompt_logprobs)
     prompt_logprobs, request.prompt_logprobs = tuple(request.prompt_logprobs), []
     return EngineCoreOutput(
         index=request.index,
         first_output_index=output_index,
-        new_token_ids=(token,),
+        new_token_ids=tuple(tokens),
         finish_reason=reason,
-        stop_reason=token if stopped and token in params.stop_token_ids else None,
+        stop_reason=tokens[-1] if stopped and tokens[-1] in request.params.stop_token_ids else None,
         ends_with_stop_token=stopped,
-        new_logprobs=(logprobs,) if logprobs else (),
+        new_logprobs=tuple(logprobs[: len(tokens)]),
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens if is_first else None,
         scheduled_time=request.scheduled_time if is_first else None,
     )
 
 
-def _is_loop(table: SlotTable, request: Request) -> bool:
-    """Takes note of a request's last token; whether its output goes round in circles."""
+def _is_stop(request: Request, token: int) -> bool:
+    return token in request.params.stop_token_ids or token in request.params.eos_token_ids
+
+
+def _is_loop(table: SlotTable, request: Request, length: int) -> bool:
+    """Takes note of the last one of ``length`` tokens; whether the output up to there goes round in circles."""
     if request.repetition is None:
         return False
-    slot = request.slot
-    num_tokens = table.num_tokens[slot]
-    found = request.repetition.append(table.token_ids[slot, request.num_prompt_tokens : num_tokens])
-    return found and bool(num_tokens >= table.min_tokens[slot])
+    found = request.repetition.append(table.token_ids[request.slot, request.num_prompt_tokens : length])
+    return found and bool(length >= table.min_tokens[request.slot])
 
 
 def end_output(table: SlotTable, request: Request, reason: FinishReason) -> EngineCoreOutput:
@@ -111,3 +117,22 @@ def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenL
         if request is not None and table.num_tokens[request.slot] == request.num_prompt_tokens:
             request.prompt_logprobs.append(entry)
             table.is_special[request.slot] = True
+
+
+def token_columns(indices: I64, output_indices: I64, offsets: I64) -> tuple[bytes, bytes, bytes]:
+    """The columns of ``EngineCoreOutputs`` for rows that only got tokens.
+
+    Args:
+        indices: int64 [tokens]: the requests.
+        output_indices: int64 [tokens]: the tokens' places in the outputs.
+        offsets: int64 [tokens]: which of its row's tokens each is.
+
+    Returns:
+        ``indices``, ``output_indices`` and ``num_tokens``.
+    """
+    counts = b""
+    if offsets.any():
+        firsts = np.flatnonzero(offsets == 0)
+        counts = np.diff(firsts, append=len(offsets)).astype(np.uint8).tobytes()
+        indices, output_indices = indices[firsts], output_indices[firsts]
+    return indices.tobytes(), output_indices.astype(np.int32).tobytes(), counts

@@ -146,9 +146,9 @@ def lost_requests(
     """
     lost: dict[int, tuple[Request, int, int]] = {}
     for step in steps:
-        for row, (count, end) in enumerate(zip(step.counts.tolist(), step.ends.tolist(), strict=True)):
+        for row, (begin, end) in enumerate(zip(step.begins.tolist(), step.ends.tolist(), strict=True)):
             request = owner(step, row)
             if request is not None:
-                _, first, _ = lost.get(request.index, (request, end - count, end))
+                _, first, _ = lost.get(request.index, (request, begin, end))
                 lost[request.index] = request, first, end
     return list(lost.values())

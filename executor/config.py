@@ -16,6 +16,9 @@ from msgspec import Meta, Struct
 
 Positive = Annotated[int, Meta(ge=1)]
 
+MAX_DRAFT_TOKENS = 32
+"""Drafts that a request may have in one step."""
+
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every configuration struct."""
@@ -139,6 +142,19 @@ class SimulatedDevice(Config, frozen=True):
     """A token id that the device never samples; -1: it may sample every id."""
 
 
+class SpeculativeConfig(Config, frozen=True):
+    """Where drafts of the next tokens come from (``executor/speculative``). Tokens never depend on it."""
+
+    method: str
+    """A name in ``executor/speculative/registry.py``."""
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS)]
+    """Drafts of a request in one step, at most."""
+    script: str = ""
+    """File that the method ``scripted`` reads."""
+    wrong_every: int = 0
+    """One in so many drafts of the method ``scripted`` is wrong; 0: none."""
+
+
 class ExecutorConfig(Config, frozen=True):
     """Everything a worker is told at start."""
 
@@ -153,6 +169,8 @@ class ExecutorConfig(Config, frozen=True):
             extra={"group": "Testing"},
         ),
     ] = "mp"
+    speculative: Annotated[SpeculativeConfig | None, Meta(extra={"internal": True})] = None
+    """None: each step of a request brings one token."""
     simulated_device: Annotated[
         SimulatedDevice,
         Meta(

@@ -195,19 +195,16 @@ class SchedulerOutput(Message, frozen=True):
     slots: bytes
     """int32 [num_rows]: the requests of the step, in the order of the rows."""
     num_scheduled_tokens: bytes
-    """int32 [num_rows], >= 1 each."""
+    """int32 [num_rows], >= 1 each: tokens to compute, ``num_draft_tokens`` included."""
     num_sampled: bytes
-    """uint8 [num_rows]: tokens to sample for the row (0 while its prompt is unfinished)."""
+    """uint8 [num_rows]: 1 if the row samples, 0 while its prompt is unfinished."""
     finished_slots: bytes = b""
     """int32: slots that are free again. Applied before ``new_reqs``."""
     new_reqs: tuple[NewRequest, ...] = ()
     block_updates: tuple[bytes, ...] = ()
     """One int32 [k, 3] per KV cache group: (slot, index in its block table, block id)."""
     num_draft_tokens: bytes = b""
-    draft_token_ids: bytes = b""
-    scheduled_encoder_inputs: tuple[tuple[int, int], ...] = ()
-    freed_encoder_inputs: tuple[str, ...] = ()
-    kv_transfers: tuple[tuple[int, int], ...] = ()
+    """uint8 [num_rows]: drafts that the worker may verify in the row, of those that it has. Empty: none in any row."""
     grammar_slots: bytes = b""
     """int32: slots whose sampling waits for this step's ``GrammarMask``."""
 
@@ -218,7 +215,10 @@ class GrammarMask(Message, frozen=True):
     step_id: int
     """The step whose sampling waits for it."""
     bitmask: bytes
-    """int32 [num_sampled_positions, ceil(vocab_size / 32)], bit set: allowed. In the order of ``grammar_slots``."""
+    """int32 [num_masks, ceil(vocab_size / 32)], bit set: allowed. In the order of ``grammar_slots``."""
+    num_positions: bytes = b""
+    """uint8 [constrained rows]: positions of each row that have a mask, from its first one on. The others come after a
+    draft that is forbidden, so that nothing is sampled there that counts. Empty: one of each."""
 
 
 class InitKVCache(Message, frozen=True):
@@ -318,7 +318,7 @@ class TokenLogprobs(Message, frozen=True):
     row: int
     """Row of the step."""
     position: int
-    """Which of the row's positions: for prompt logprobs the token's index in the prompt, else 0."""
+    """For prompt logprobs the token's index in the prompt, else which of the row's tokens of this step it is."""
     token_ids: bytes
     """int32 [1 + k]: the token itself, then the k most likely ones."""
     logprobs: bytes
@@ -346,10 +346,14 @@ class ModelRunnerOutput(Message, frozen=True):
     rank: int = 0
     """Whose it is: every answer of a worker says so."""
     sampled_token_ids: bytes = b""
-    """int32: the rows' sampled tokens one after another, ``num_sampled`` for each row."""
+    """int32: the tokens of the rows that sample, one row after another: the drafts that hold, and one more. That one is
+    0 in a row with an error, which ends there."""
     num_accepted: bytes = b""
-    """uint8 [num_rows] when drafts were verified: tokens of each row that hold. Empty: all."""
+    """uint8 [rows that sample]: drafts that hold. Empty: none of any row."""
+    num_draft_tokens: bytes = b""
+    """uint8 [rows that sample]: drafts that the worker has for the next step of each. Empty: none."""
     draft_token_ids: bytes = b""
+    """int32: these drafts, one row after another. Masks of a grammar depend on them."""
     row_errors: tuple[RowError, ...] = ()
     """At most one for a row."""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -358,7 +362,6 @@ class ModelRunnerOutput(Message, frozen=True):
     """Of the step's prompt tokens, for rows that asked for them."""
     pooler_output: tuple[tuple[int, Tensor], ...] = ()
     """Rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
-    finished_transfers: tuple[int, ...] = ()
     forward_ms: float = 0.0
     """Milliseconds that the worker spent on the step."""
 

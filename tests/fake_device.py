@@ -6,6 +6,8 @@ mixes up or reuses a block too early changes the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, Tensor, TokenLogprobs, i32, to_tensor, u8
@@ -14,11 +16,21 @@ from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, Te
 class FakeDevice:
     """Keeps for each block the tokens that were written into it, and reads a request's context back from them."""
 
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int, stop_token: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        stop_token: int,
+        propose: Callable[[list[int]], list[int]] = lambda tokens: [],
+    ) -> None:
+        """``propose`` takes the tokens of a request and gives drafts of the next ones."""
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.stop_token = stop_token
         self.blocks = np.full((num_blocks, block_size), -1, np.int64)
+        self.propose = propose
+        self.num_accepted = 0
         self.slots: dict[int, _Slot] = {}
         self.last_step = 0
 
@@ -39,35 +51,43 @@ class FakeDevice:
                 i32(plan.slots).tolist(),
                 i32(plan.num_scheduled_tokens).tolist(),
                 u8(plan.num_sampled).tolist(),
+                u8(plan.num_draft_tokens).tolist() or [0] * len(i32(plan.slots)),
                 strict=True,
             )
         )
-        assert len({slot for slot, _, _ in rows}) == len(rows), "a slot has one row"
+        assert len({slot for slot, *_ in rows}) == len(rows), "a slot has one row"
+        assert not any(allowance and not wanted for _, _, wanted, allowance in rows), "drafts are for rows that sample"
         prompt_logprobs = [
             TokenLogprobs(row, position, b"", b"", 1)
-            for row, (slot, count, _) in enumerate(rows)
+            for row, (slot, count, _, _) in enumerate(rows)
             for position in self.slots[slot].told_positions(count)
         ]
-        for slot, count, _ in rows:  # all K and V of a step are written before any is read
-            self._write(self.slots[slot], count)
-        sampled = [self._sample(self.slots[slot]) for slot, _, wanted in rows if wanted]
+        for slot, count, _, allowance in rows:  # all K and V of a step are written before any is read
+            del self.slots[slot].drafts[allowance:]
+            self._write(self.slots[slot], count - allowance)
+        sampled = [self._sample(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
+        drafts = [self._propose(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
         pooled = [
-            (row, self._pool(self.slots[slot])) for row, (slot, _, _) in enumerate(rows) if self.slots[slot].is_pooled
+            (row, self._pool(self.slots[slot])) for row, (slot, *_) in enumerate(rows) if self.slots[slot].is_pooled
         ]
         return ModelRunnerOutput(
             step_id=plan.step_id,
-            sampled_token_ids=np.array(sampled, np.int32).tobytes(),
+            sampled_token_ids=np.array(sum(sampled, []), np.int32).tobytes(),
+            num_accepted=bytes(len(tokens) - 1 for tokens in sampled),
+            num_draft_tokens=bytes(len(tokens) for tokens in drafts),
+            draft_token_ids=np.array(sum(drafts, []), np.int32).tobytes(),
             prompt_logprobs=tuple(prompt_logprobs),
             pooler_output=tuple(pooled),
         )
 
     def _write(self, slot: _Slot, count: int) -> None:
         assert count >= 1 and slot.num_computed + count <= len(slot.tokens), "only known tokens are computed"
-        for position in range(slot.num_computed, slot.num_computed + count):
+        tokens = slot.tokens + slot.drafts
+        for position in range(slot.num_computed, slot.num_computed + count + len(slot.drafts)):
             block = slot.blocks[position // self.block_size]
             if position % self.block_size == 0:
                 self.blocks[block] = -1
-            self.blocks[block, position % self.block_size] = slot.tokens[position]
+            self.blocks[block, position % self.block_size] = tokens[position]
         slot.num_computed += count
 
     def _pool(self, slot: _Slot) -> Tensor:
@@ -76,18 +96,29 @@ class FakeDevice:
         assert context.tolist() == slot.tokens, "the blocks hold the request's own tokens"
         return to_tensor(np.append(context, slot.num_computed - slot.num_cached).astype(np.float32))
 
-    def _sample(self, slot: _Slot) -> int:
+    def _sample(self, slot: _Slot) -> list[int]:
         assert slot.num_computed == len(slot.tokens), "a row samples after its last token"
-        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed]
-        assert context.tolist() == slot.tokens, "the blocks hold the request's own tokens"
-        token = next_token(slot.tokens, self.vocab_size, self.stop_token)
-        slot.tokens.append(token)
-        return token
+        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed + len(slot.drafts)]
+        assert context.tolist() == slot.tokens + slot.drafts, "the blocks hold the request's own tokens"
+        sampled: list[int] = []
+        for draft in [*slot.drafts, None]:
+            sampled.append(next_token(slot.tokens, self.vocab_size, self.stop_token))
+            slot.tokens.append(sampled[-1])
+            if sampled[-1] != draft:
+                break
+        slot.num_computed += len(sampled) - 1
+        self.num_accepted += len(sampled) - 1
+        return sampled
+
+    def _propose(self, slot: _Slot) -> list[int]:
+        slot.drafts = self.propose(slot.tokens)
+        return list(slot.drafts)
 
 
 class _Slot:
     def __init__(self, request: NewRequest) -> None:
         self.tokens: list[int] = i32(request.token_ids).tolist()
+        self.drafts: list[int] = []
         self.num_prompt = request.num_prompt_tokens
         self.num_computed = self.num_cached = request.num_computed_tokens
         self.pools = request.pooling_params is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -173,6 +174,14 @@ class RequestGrammar:
             self._forced = thinking.expected
         self._remaining -= 1
         return True
+
+    def copy(self) -> RequestGrammar:
+        """The same state, which goes its own way from here on."""
+        other = copy(self)
+        other.matcher = self.matcher.deep_copy()
+        other._path = list(self._path)
+        other._thinking = copy(self._thinking)
+        return other
 
     def accept(self, token: int) -> Verdict:
         """Takes in a token of the output."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from engine_core.messages import (
     ToEngineCore,
     i32,
     i64,
+    u8,
 )
 from executor.base import WorkerDiedError
 from executor.messages import (
@@ -202,9 +204,11 @@ class Harness:
         if not isinstance(message, EngineCoreOutputs):
             return
         self.stats = message.scheduler_stats or self.stats
-        columns = (i64(message.indices), i32(message.output_indices), i32(message.token_ids))
-        for index, position, token in zip(*(column.tolist() for column in columns), strict=True):
-            self._append(index, position, [token])
+        tokens = iter(i32(message.token_ids).tolist())
+        indices, positions = i64(message.indices).tolist(), i32(message.output_indices).tolist()
+        counts = u8(message.num_tokens).tolist() or [1] * len(indices)
+        for index, position, count in zip(indices, positions, counts, strict=True):
+            self._append(index, position, list(islice(tokens, count)))
         for output in message.outputs:
             self._append(output.index, output.first_output_index, list(output.new_token_ids))
             if output.finish_reason is not None:

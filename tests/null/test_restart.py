@@ -92,7 +92,9 @@ def step(number: int, rows: dict[int, tuple[int, int]]) -> InFlight:
     empty = np.empty(0, np.int64)
     slots = np.arange(len(rows), dtype=np.int32)
     sampled = np.ones(len(rows), np.bool_)
-    return InFlight(number, slots, empty, indices, counts, ends, sampled, empty, int(counts.sum()), 1, 0.0)
+    begins, num_tokens = ends - counts, int(counts.sum())
+    rows = (slots, empty, indices, counts, begins, ends, sampled, None, empty)
+    return InFlight(number, *rows, num_tokens, num_attended=1, schedule_us=0.0)
 
 
 def test_a_record_tells_what_was_worked_on(tmp_path: Path) -> None:

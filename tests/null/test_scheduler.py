@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -15,6 +17,7 @@ from engine_core import scheduler
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.in_flight import InFlight
 from engine_core.messages import (
+    EngineCoreOutputs,
     EngineCoreRequest,
     FinishReason,
     PoolingParams,
@@ -23,6 +26,7 @@ from engine_core.messages import (
     i32,
     i64,
     to_array,
+    u8,
 )
 from engine_core.request import Request
 from engine_core.scheduler import CacheShape, Scheduler
@@ -74,6 +78,18 @@ def expected_output(prompt: list[int], max_tokens: int, min_tokens: int = 0) -> 
     return tokens[len(prompt) :]
 
 
+def token_rows(outputs: EngineCoreOutputs) -> list[tuple[int, int, list[int]]]:
+    """The rows that only got tokens: index, place of the first token in the output, tokens."""
+    tokens = iter(i32(outputs.token_ids).tolist())
+    indices, places = i64(outputs.indices).tolist(), i32(outputs.output_indices).tolist()
+    counts = u8(outputs.num_tokens).tolist() or [1] * len(indices)
+    rows = [
+        (index, place, list(islice(tokens, count))) for index, place, count in zip(indices, places, counts, strict=True)
+    ]
+    assert not list(tokens)
+    return rows
+
+
 @dataclass
 class Engine:
     """A scheduler, a device and a pipeline of the given depth."""
@@ -92,7 +108,15 @@ class Engine:
 
     @classmethod
     def create(
-        cls, *, depth: int = 2, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: object
+        cls,
+        *,
+        depth: int = 2,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        caching: bool = True,
+        max_draft_tokens: int = 0,
+        propose: Callable[[list[int]], list[int]] = lambda tokens: [],
+        **config: object,
     ) -> Engine:
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | config
         scheduler = Scheduler(
@@ -100,8 +124,9 @@ class Engine:
             CacheConfig(enable_prefix_caching=caching),
             CacheShape(num_blocks=num_blocks, block_size=block_size),
             MAX_LEN,
+            max_draft_tokens=max_draft_tokens,
         )
-        return cls(scheduler, FakeDevice(num_blocks, block_size, VOCAB, STOP), depth)
+        return cls(scheduler, FakeDevice(num_blocks, block_size, VOCAB, STOP, propose), depth)
 
     def plan(self) -> bool:
         planned = self.scheduler.schedule()
@@ -118,14 +143,8 @@ class Engine:
         result = self.device.execute(plan)
         result = msgspec.structs.replace(result, row_errors=row_errors)
         outputs = self.scheduler.update_from_output(step, result)
-        rows = zip(
-            i64(outputs.indices).tolist(),
-            i32(outputs.output_indices).tolist(),
-            i32(outputs.token_ids).tolist(),
-            strict=True,
-        )
-        for index, position, token in rows:
-            self._append(index, position, [token])
+        for index, position, tokens in token_rows(outputs):
+            self._append(index, position, tokens)
         for output in outputs.outputs:
             self._append(output.index, output.first_output_index, list(output.new_token_ids))
             told = self.prompt_positions.setdefault(output.index, [])

@@ -1,0 +1,66 @@
+"""The tokens that a step brought, as columns: one entry per token, row after row."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine_core.in_flight import I64, Bools, InFlight
+from engine_core.messages import I32, i32, u8
+from executor.messages import ModelRunnerOutput
+
+
+class StepTokens:
+    """Tokens of the rows that sample: the drafts of each that hold, and one more.
+
+    Attributes:
+        rows: int64 [samples]: the rows of the step.
+        counts: int64 [samples]: tokens that the worker has of each now.
+        kept: int64 [samples]: how many of them, from the first on, are part of the output. 0 where the request has left
+            its slot; whoever finds a reason lowers others.
+    """
+
+    def __init__(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> None:
+        """
+        Args:
+            step: The plan.
+            result: Its result.
+            current: bool [rows]: the request still has its slot.
+        """
+        self._tokens = i32(result.sampled_token_ids)
+        self.rows: I64 = np.flatnonzero(step.sampled)
+        accepted = u8(result.num_accepted)
+        self._is_plain = not accepted.any()
+        """Each row has one token."""
+        self.counts: I64 = np.ones(len(self.rows), np.int64)
+        if not self._is_plain:
+            self.counts += accepted
+        self.kept: I64 = self.counts * current[self.rows]
+        self._starts: I64 = np.cumsum(self.counts) - self.counts
+        for error in result.row_errors:
+            if step.sampled[error.row] and current[error.row]:
+                self.kept[self.sample(error.row)] -= 1
+
+    def sample(self, row: int) -> int:
+        """Where a row that samples is in the columns."""
+        return int(np.searchsorted(self.rows, row))
+
+    def of(self, sample: int) -> list[int]:
+        """The tokens of a row that are kept."""
+        start = int(self._starts[sample])
+        tokens: list[int] = self._tokens[start : start + int(self.kept[sample])].tolist()
+        return tokens
+
+    def columns(self) -> tuple[I32, I64, I64]:
+        """The tokens that are kept.
+
+        Returns:
+            int32 [tokens], int64 [tokens]: the row of each, and int64 [tokens]: which of its row's tokens it is.
+        """
+        if self._is_plain:
+            kept = self.kept > 0
+            rows = self.rows[kept]
+            return self._tokens[kept], rows, np.zeros(len(rows), np.int64)
+        samples = np.repeat(np.arange(len(self.rows)), self.counts)
+        offsets = np.arange(len(samples)) - self._starts[samples]
+        kept = offsets < self.kept[samples]
+        return self._tokens[kept], self.rows[samples[kept]], offsets[kept]

@@ -1,0 +1,316 @@
+"""Rows of more than one token: whatever a worker proposes, requests get the tokens that they get without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_core.messages import FinishReason, RepetitionDetection
+from engine_core.restart import Suspicion
+from executor.messages import RowError, TokenLogprobs, u8
+from tests.fake_device import next_token
+from tests.null.test_scheduler import (
+    MAX_LEN,
+    STOP,
+    VOCAB,
+    Engine,
+    expected_output,
+    make_request,
+    prompts,
+)
+
+MAX_DRAFTS = 4
+
+Propose = Callable[[list[int]], list[int]]
+
+
+def proposer(wrong_every: int = 0, count: int = MAX_DRAFTS) -> Propose:
+    """Proposes what will come; one in ``wrong_every`` positions is wrong."""
+
+    def propose(tokens: list[int]) -> list[int]:
+        future = list(tokens)
+        drafts = []
+        for _ in range(count):
+            token = next_token(future, VOCAB, STOP)
+            future.append(token)
+            is_wrong = wrong_every and len(future) % wrong_every == 0
+            drafts.append((token + 1) % VOCAB if is_wrong else token)
+        return drafts
+
+    return propose
+
+
+def garbage(tokens: list[int]) -> list[int]:
+    """As many drafts as chance has it, all of them by chance."""
+    rng = np.random.default_rng(len(tokens))
+    return rng.integers(0, VOCAB, rng.integers(0, MAX_DRAFTS + 1)).tolist()
+
+
+PROPOSERS = {"right": proposer(), "mixed": proposer(3), "wrong": proposer(1), "garbage": garbage, "one": proposer(5, 1)}
+
+
+@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("num_blocks", [20, 128])
+@pytest.mark.parametrize("max_num_batched_tokens", [9, 64])
+def test_tokens_do_not_depend_on_drafts(name: str, depth: int, num_blocks: int, max_num_batched_tokens: int) -> None:
+    engine = Engine.create(
+        depth=depth,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_draft_tokens=MAX_DRAFTS,
+        propose=PROPOSERS[name],
+    )
+    inputs = prompts(12, 13)
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 30, min_tokens=index % 7))
+    engine.run()
+    for index, prompt in enumerate(inputs):
+        assert engine.outputs[index] == expected_output(prompt, 30, index % 7)
+    if name in ("right", "mixed") and max_num_batched_tokens == 64:
+        assert engine.device.num_accepted > 50
+
+
+def test_right_drafts_save_steps() -> None:
+    def num_steps(max_draft_tokens: int) -> int:
+        engine = Engine.create(depth=1, max_draft_tokens=max_draft_tokens, propose=proposer(count=max_draft_tokens))
+        prompt = next(prompt for prompt in prompts(100) if len(expected_output(prompt, 41)) == 41)
+        engine.scheduler.add_request(make_request(0, prompt, 41))
+        engine.run()
+        assert engine.outputs[0] == expected_output(prompt, 41)
+        return engine.device.last_step
+
+    assert num_steps(0) == 41
+    assert num_steps(4) == 1 + 40 // 5
+
+
+def test_counts_are_upper_bounds_that_results_lower() -> None:
+    """With two plans in flight the second one is made as if all drafts of the first held."""
+    engine = Engine.create(depth=2, max_draft_tokens=MAX_DRAFTS, propose=proposer(1))
+    prompt = next(prompt for prompt in prompts(100, 10) if len(expected_output(prompt, 40)) == 40)
+    engine.scheduler.add_request(make_request(0, prompt, 40))
+    table = engine.scheduler.table
+    engine.plan()
+    engine.retire()  # the prompt; the first token is known
+    slot = int(table.running[0])
+    assert engine.plan() and engine.plan()
+    assert [u8(plan.num_draft_tokens).tolist() for plan, _ in engine.in_flight] == [[4], [4]]
+    counts = (table.num_tokens, table.num_planned, table.num_computed, table.num_scheduled, table.num_open_drafts)
+    assert [int(count[slot]) for count in counts] == [11, 21, 10, 20, 8]
+    engine.retire()  # no draft holds
+    assert [int(count[slot]) for count in counts] == [12, 17, 11, 16, 4]
+    engine.retire()
+    assert [int(count[slot]) for count in counts] == [13, 13, 12, 12, 0]
+    engine.run()
+    assert engine.outputs[0] == expected_output(prompt, 40)
+
+
+def test_no_draft_goes_beyond_the_length_that_a_request_may_have() -> None:
+    engine = Engine.create(depth=3, max_draft_tokens=MAX_DRAFTS, propose=proposer(), num_blocks=256)
+    inputs = [prompt for prompt in prompts(60, 10) if STOP not in expected_output(prompt, 20)[:20]][:8]
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 1 + 3 * index))
+    long = prompts(1, MAX_LEN - 3)[0]
+    engine.scheduler.add_request(make_request(99, long, 50))
+    engine.run()
+    for index, prompt in enumerate(inputs):
+        assert engine.outputs[index] == expected_output(prompt, 1 + 3 * index)
+        assert engine.reasons[index] == FinishReason.LENGTH
+    assert engine.outputs[99] == expected_output(long, 50)
+
+
+def test_drafts_take_nothing_from_others() -> None:
+    """Neither blocks nor tokens of a step: whoever decodes or has a prompt comes first."""
+    engine = Engine.create(num_blocks=16, depth=1, max_num_batched_tokens=9, max_draft_tokens=4, propose=proposer())
+    for index, prompt in enumerate(prompts(3, 8)):
+        engine.scheduler.add_request(make_request(index, prompt, 12))
+    without = Engine.create(num_blocks=16, depth=1, max_num_batched_tokens=9)
+    for index, prompt in enumerate(prompts(3, 8)):
+        without.scheduler.add_request(make_request(index, prompt, 12))
+    engine.run()
+    without.run()
+    assert engine.outputs == without.outputs
+    assert engine.scheduler.num_preemptions <= without.scheduler.num_preemptions
+
+
+def test_rejected_drafts_are_never_found_in_the_cache() -> None:
+    """Blocks that are findable hold what their hashes say, at every moment."""
+    engine = Engine.create(max_draft_tokens=MAX_DRAFTS, propose=proposer(3), block_size=2, num_blocks=200, depth=1)
+    inputs = [prompt for prompt in prompts(60, 9) if len(expected_output(prompt, 20)) == 20][:4]
+    num_looks = 0
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 20))
+    while engine.turn():
+        for index, prompt in enumerate(inputs):
+            request = engine.scheduler.requests.get(index)
+            if request is None or request.slot < 0 or engine.in_flight:
+                continue
+            num_looks += 1
+            true = prompt + expected_output(prompt, 20)
+            for place in range(int(engine.scheduler.table.num_published[request.slot])):
+                block = engine.device.blocks[request.block_ids[place]]
+                assert block.tolist() == true[2 * place : 2 * place + 2]
+    assert num_looks > 10
+    for index, prompt in enumerate(inputs):
+        follow_up = prompt + engine.outputs[index]
+        engine.scheduler.add_request(make_request(10 + index, follow_up, 5))
+    engine.run()
+    for index, prompt in enumerate(inputs):
+        assert engine.outputs[10 + index] == expected_output(prompt + engine.outputs[index], 5)
+        assert engine.cached[10 + index] == 28, "all but the last token, which was not computed"
+
+
+def test_stale_rows_with_drafts_are_dropped() -> None:
+    engine = Engine.create(depth=3, max_draft_tokens=MAX_DRAFTS, propose=proposer(4))
+    first, second, third = prompts(3, 11, seed=5)
+    engine.scheduler.add_request(make_request(0, first, 30))
+    engine.scheduler.add_request(make_request(1, second, 30))
+    for _ in range(5):
+        engine.turn()
+    while len(engine.in_flight) < 3:
+        assert engine.plan()
+    engine.scheduler.abort_request(0)
+    engine.scheduler.add_request(make_request(2, third, 30))  # the same slot
+    known = len(engine.outputs.get(0, []))
+    engine.run()
+    assert len(engine.outputs.get(0, [])) == known
+    assert engine.outputs[1] == expected_output(second, 30)
+    assert engine.outputs[2] == expected_output(third, 30)
+
+
+def test_a_row_that_fails_keeps_the_tokens_before() -> None:
+    engine = Engine.create(depth=1, max_draft_tokens=MAX_DRAFTS, propose=proposer())
+    prompt = next(prompt for prompt in prompts(100, 10) if len(expected_output(prompt, 40)) == 40)
+    engine.scheduler.add_request(make_request(0, prompt, 40))
+    engine.plan()
+    engine.retire()
+    engine.plan()
+    engine.retire((RowError(0, "broken"),))
+    assert engine.outputs[0] == expected_output(prompt, 5), "one token, and four of five"
+    assert engine.reasons[0] == FinishReason.ERROR
+    engine.run()
+
+
+def test_log_probabilities_come_with_their_tokens() -> None:
+    engine = Engine.create(depth=1, max_draft_tokens=MAX_DRAFTS, propose=proposer())
+    prompt = next(prompt for prompt in prompts(400, 10) if STOP in expected_output(prompt, 5)[2:4])
+    engine.scheduler.add_request(make_request(0, prompt, 40, logprobs=0))
+    execute = engine.device.execute
+
+    def with_logprobs(plan):  # type: ignore[no-untyped-def]
+        result = execute(plan)
+        entries = tuple(TokenLogprobs(0, place, b"", b"", place + 1) for place in range(1 + u8(result.num_accepted)[0]))
+        return msgspec.structs.replace(result, logprobs=entries)
+
+    engine.device.execute = with_logprobs  # type: ignore[method-assign]
+    update = engine.scheduler.update_from_output
+    told = []
+
+    def watched(step, result):  # type: ignore[no-untyped-def]
+        outputs = update(step, result)
+        told.extend((len(output.new_token_ids), output.new_logprobs) for output in outputs.outputs)
+        return outputs
+
+    engine.scheduler.update_from_output = watched  # type: ignore[method-assign]
+    engine.run()
+    assert engine.outputs[0] == expected_output(prompt, 40)
+    assert [count for count, _ in told] == [1, len(engine.outputs[0]) - 1]
+    assert all([entry.position for entry in entries] == list(range(count)) for count, entries in told)
+
+
+def test_a_suspect_verifies_no_drafts() -> None:
+    """The next death must say which position it was."""
+    engine = Engine.create(max_draft_tokens=MAX_DRAFTS, propose=proposer())
+    prompt = next(prompt for prompt in prompts(100, 10) if len(expected_output(prompt, 40)) == 40)
+    request = make_request(0, prompt, 40)
+    request.suspicion = Suspicion(1, 20, 22)
+    engine.scheduler.add_request(request)
+    while request.suspicion is not None:
+        engine.turn()
+        assert all(not any(plan.num_draft_tokens) for plan, _ in engine.in_flight)
+    engine.run()
+    assert engine.outputs[0] == expected_output(prompt, 40)
+    assert engine.device.num_accepted > 0
+
+
+def test_loops_end_an_output_in_the_middle_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import fake_device
+
+    rule = lambda tokens, vocab, stop: sum(tokens[-3:]) % 4 + 10  # noqa: E731
+    monkeypatch.setattr(fake_device, "next_token", rule)
+    monkeypatch.setitem(globals(), "next_token", rule)
+    wanted = RepetitionDetection(max_pattern_size=6, min_pattern_size=2, min_count=3)
+    results = []
+    for max_draft_tokens in (0, 3):
+        engine = Engine.create(
+            max_draft_tokens=max_draft_tokens, propose=proposer(count=max_draft_tokens), num_blocks=20
+        )
+        for index in range(8):
+            prompt = [8 + index, 9 + index * index % 5, 10]
+            engine.scheduler.add_request(make_request(index, prompt, 40, repetition_detection=wanted))
+        engine.run()
+        results.append((engine.outputs, engine.reasons))
+    assert results[0] == results[1]
+    assert FinishReason.REPETITION in results[1][1].values()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_drafts_arrivals_aborts_and_restarts_leak_nothing(data: st.DataObject) -> None:
+    draw = data.draw
+    block_size = draw(st.sampled_from([1, 2, 4]))
+    engine = Engine.create(
+        depth=draw(st.integers(1, 3)),
+        block_size=block_size,
+        num_blocks=draw(st.integers(-(-MAX_LEN // block_size), 3 * -(-MAX_LEN // block_size))),
+        caching=draw(st.booleans()),
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.integers(1, 40)),
+        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        max_draft_tokens=MAX_DRAFTS,
+        propose=PROPOSERS[draw(st.sampled_from(sorted(PROPOSERS)))],
+    )
+    shared = prompts(1, 20, seed=3)[0]
+    sent: dict[int, tuple[list[int], int, int, bool]] = {}
+    aborted: set[int] = set()
+    for index in range(draw(st.integers(1, 10))):
+        prompt = shared[: draw(st.integers(0, 20))] + prompts(1, draw(st.integers(1, 25)), seed=index)[0]
+        max_tokens, min_tokens = draw(st.integers(1, 30)), draw(st.sampled_from([0, 0, 5]))
+        asks = draw(st.integers(0, 3)) == 0
+        sent[index] = prompt, max_tokens, min(min_tokens, max_tokens), asks
+        request = make_request(
+            index,
+            prompt,
+            max_tokens,
+            min_tokens=sent[index][2],
+            priority=draw(st.integers(0, 3)),
+            prompt_logprobs=0 if asks else None,
+            stop_token_ids=tuple(range(40, 50)) if draw(st.integers(0, 9)) == 0 else (),
+        )
+        if request.params.stop_token_ids:
+            del sent[index]  # many stop tokens: it ends somewhere
+        engine.scheduler.add_request(request)
+        for _ in range(draw(st.integers(0, 8))):
+            engine.turn()
+        if draw(st.integers(0, 3)) == 0 and sent:
+            victim = draw(st.sampled_from(sorted(sent)))
+            if engine.scheduler.abort_request(victim):
+                aborted.add(victim)
+        if draw(st.integers(0, 9)) == 0:
+            engine.in_flight.clear()
+            engine.scheduler.restart()
+            engine.device.slots.clear()
+        engine.scheduler.check_integrity()
+    engine.run()
+    for index, (prompt, max_tokens, min_tokens, asks) in sent.items():
+        expected = expected_output(prompt, max_tokens, min_tokens)
+        if index in aborted:
+            assert engine.outputs.get(index, []) == expected[: len(engine.outputs.get(index, []))]
+        else:
+            assert engine.outputs[index] == expected
+            assert not asks or sorted(set(engine.prompt_positions[index])) == list(range(1, len(prompt)))
