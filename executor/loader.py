@@ -231,7 +231,7 @@ def load_weights(
 def find_targets(model: Model) -> dict[str, Target]:
     """All tensors that the model needs, by their names in a checkpoint."""
     targets: dict[str, Target] = {}
-    for name, parameter in named_weights(model).items():
+    for name, parameter in named_weights(model):
         assert isinstance(parameter, WeightParameter), name
         module, dot, leaf = name.rpartition(".")
         for shard_id in parameter.parts:
@@ -280,7 +280,7 @@ def fill_with_random_numbers(model: Model) -> None:
 
     For benchmarks: one pattern, repeated, is fast to make.
     """
-    for name, parameter in named_weights(model).items():
+    for name, parameter in named_weights(model):
         flat = parameter.data.view(-1)
         if _NORM.search(name):
             flat.fill_(1)

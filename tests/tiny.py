@@ -51,7 +51,7 @@ _CLASSES = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
 }
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -112,7 +112,7 @@ def _checkpoint(kind: str, arguments: str) -> Path:
     options, fields = given["options"], given["fields"]
     folder = session_folder() / f"{kind}-{len(list(session_folder().iterdir()))}"
     config_class, model_class = (getattr(transformers, name) for name in _CLASSES[kind])
-    config = config_class(**{**_COMMON, **_SPECIFIC[kind], "tie_word_embeddings": options["tied"], **fields})
+    config = config_class(**{**COMMON, **_SPECIFIC[kind], "tie_word_embeddings": options["tied"], **fields})
     model = model_class(config)
     randomize(model)
     sharding = {"max_shard_size": options["shard_size"]} if options["shard_size"] else {}
@@ -181,7 +181,7 @@ def write_tokenizer(folder: Path) -> None:
         "eos_token": SPECIAL_TOKENS[IM_END],
         "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": _COMMON["max_position_embeddings"],
+        "model_max_length": COMMON["max_position_embeddings"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 

@@ -18,7 +18,7 @@ class ModelContext:
     config: HFConfig
     parallel: ParallelState
     dtype: torch.dtype
-    """Type of weights and activations."""
+    """Type of the activations, and of weights that no quantisation stores in another."""
     device: torch.device
     quantization: QuantizationConfig
     max_model_len: int

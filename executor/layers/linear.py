@@ -6,7 +6,7 @@ business of its ``LinearMethod``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ class LinearLayer(nn.Module):
         """
         super().__init__()
         self.shape = LinearShape(input_part, output_parts, bias, paired, context.dtype, context.device)
-        self.output_sizes = [part.size for part in output_parts.values()]
+        self.output_sizes = [each.size for part in output_parts.values() for each in part.ranges]
         """Columns of the result, for each projection."""
         names = [stored_module(prefix, shard_id) for shard_id in output_parts]
         self.method = context.quantization.linear_method(names)
@@ -79,7 +79,7 @@ class MergedColumnParallelLinear(LinearLayer):
         self,
         context: ModelContext,
         in_features: int,
-        out_features: Mapping[str, int],
+        out_features: Mapping[str, int] | Sequence[int],
         *,
         bias: bool = False,
         prefix: str,
@@ -89,18 +89,19 @@ class MergedColumnParallelLinear(LinearLayer):
         Args:
             context: What the model is built from.
             in_features: Size of the input.
-            out_features: Size of each projection, by its name in the checkpoint. Two of one size are an MLP's gate and
-                what it multiplies.
+            out_features: Size of each projection, by its name in the checkpoint; without names where one tensor there
+                has them all, one after another. Two of one size are an MLP's gate and what it multiplies.
             bias: Whether they have biases.
             prefix: The layer's name in the model.
         """
-        rows: dict[ShardId, Part] = {}
-        offset = 0
-        for name, size in out_features.items():
-            rows[name] = part = Part.shard(size, context.parallel, prefix, offset)
-            offset += part.size
-        paired = len(rows) == 2 and len(set(out_features.values())) == 1
-        super().__init__(context, Part.whole(in_features), rows, bias=bias, paired=paired, prefix=prefix)
+        names = list(out_features) if isinstance(out_features, Mapping) else None
+        sizes = list(out_features.values()) if isinstance(out_features, Mapping) else list(out_features)
+        rows: list[Part] = []
+        for size in sizes:
+            rows.append(Part.shard(size, context.parallel, prefix, offset=rows[-1].end if rows else 0))
+        paired = len(rows) == 2 and sizes[0] == sizes[1]
+        merged = merged_parts(names, rows)
+        super().__init__(context, Part.whole(in_features), merged, bias=bias, paired=paired, prefix=prefix)
 
 
 class QKVParallelLinear(LinearLayer):
@@ -115,9 +116,21 @@ class QKVParallelLinear(LinearLayer):
         num_kv_heads: int,
         *,
         bias: bool = False,
-        names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+        names: tuple[str, str, str] | None = ("q_proj", "k_proj", "v_proj"),
         prefix: str,
     ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: What the model is built from.
+            in_features: Size of the input.
+            head_dim: Size of a head.
+            num_heads: Of q, of all ranks together; likewise ``num_kv_heads``.
+            num_kv_heads: Of k and of v.
+            bias: Whether they have biases.
+            names: Of the projections in the checkpoint; None: one tensor there has q, k and v, one after another.
+            prefix: The layer's name in the model.
+        """
         parallel = context.parallel
         q = Part.shard(num_heads * head_dim, parallel, f"{prefix}: attention heads")
         if parallel.tp_size > num_kv_heads:
@@ -129,8 +142,14 @@ class QKVParallelLinear(LinearLayer):
         full = num_kv_heads * head_dim
         k = Part.piece(full, kv_start, kv_size, q.size)
         v = Part.piece(full, kv_start, kv_size, q.size + kv_size)
-        rows: dict[ShardId, Part] = dict(zip(names, (q, k, v), strict=True))
-        super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
+        super().__init__(context, Part.whole(in_features), merged_parts(names, [q, k, v]), bias=bias, prefix=prefix)
+
+
+def merged_parts(names: Sequence[str] | None, rows: Sequence[Part]) -> dict[ShardId, Part]:
+    """The rows of merged projections: a tensor of the checkpoint for each name, or one for all."""
+    if names is None:
+        return {None: Part.joined(rows)}
+    return dict(zip(names, rows, strict=True))
 
 
 class RowParallelLinear(LinearLayer):

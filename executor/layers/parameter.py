@@ -8,7 +8,7 @@ parameter has a type of its own: what a checkpoint stores as integers is loaded 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from executor.parallel import ParallelState
 
 ShardId = str | None
-"""Which tensor of the checkpoint, of those that share a parameter: the name of its module, where that is not the name
-of the parameter's. ``q_proj`` within a ``qkv_proj``, ``3.up_proj`` within a stack of experts; None: there is only one,
-and it has the parameter's name."""
+"""Which tensor of the checkpoint, of those that share a parameter: the name of its module, beside the layer's.
+
+``q_proj`` for a ``qkv_proj``, ``experts.3.up_proj`` for ``experts``; None: there is only one, under the layer's name.
+"""
 
 
 def stored_module(module: str, shard_id: ShardId) -> str:
     """The module of the checkpoint that a shard comes from.
 
     Args:
-        module: Full name of the module here: ``model.layers.0.self_attn.qkv_proj``.
-        shard_id: ``k_proj`` -> ``model.layers.0.self_attn.k_proj``.
+        module: Full name of the layer here: ``model.layers.0.self_attn.qkv_proj``.
+        shard_id: ``k_proj`` gives ``model.layers.0.self_attn.k_proj``.
     """
     if shard_id is None:
         return module
@@ -81,6 +82,20 @@ class Part:
     def element(cls, index: int) -> Part:
         """Number ``index`` of a stack, such as an expert: the checkpoint has one tensor for each."""
         return cls(1, (Range(0, 1, index),), is_stacked=True)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """Parts of dimensions that follow one another in one tensor of the checkpoint, such as q, k and v of Phi-3."""
+        ranges, full = [], 0
+        for part in parts:
+            ranges += [replace(each, start=full + each.start) for each in part.ranges]
+            full += part.full
+        return cls(full, tuple(ranges))
+
+    def alone(self) -> Part:
+        """The same elements, at the beginning of a parameter."""
+        first = min(each.offset for each in self.ranges)
+        return replace(self, ranges=tuple(replace(each, offset=each.offset - first) for each in self.ranges))
 
     @property
     def size(self) -> int:
@@ -175,13 +190,14 @@ class Weights(nn.Module, ABC):
         """Brings the loaded weights into the layout that the device reads and frees the unpacked copy. Called once."""
 
 
-def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters, under the names of the layers that they belong to."""
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters with the names of the layers that they belong to.
+
+    Parameters that hold different shards of a layer may have one name.
+    """
     inner = {name for name, module in model.named_modules() if isinstance(module, Weights)}
-    named = {}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         while module in inner:
             module = module.rpartition(".")[0]
-        named[f"{module}.{leaf}".lstrip(".")] = parameter
-    return named
+        yield f"{module}.{leaf}".lstrip("."), parameter

@@ -6,7 +6,7 @@ A method is told what a layer is and returns its weights; it knows no layer, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from executor.base import ModelError
@@ -35,6 +35,10 @@ class LinearShape:
     dtype: torch.dtype
     """Type of the activations."""
     device: torch.device
+
+    def projection(self, shard_id: ShardId) -> LinearShape:
+        """One of the projections as a layer of its own, for methods that treat them differently."""
+        return replace(self, outputs={shard_id: self.outputs[shard_id].alone()}, paired=False)
 
 
 @dataclass(frozen=True)

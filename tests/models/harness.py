@@ -77,7 +77,7 @@ def random_model(
     model = build_model(make_model, context, None)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, parameter in sorted(named_weights(model).items()):
+    for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
         weights[name] = parameter.data.clone()
@@ -199,7 +199,7 @@ def refusal(path: Path, **fields: Any) -> str:
 
 def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     """The parameters by name, as they were before they were packed."""
-    weights = {name: parameter.data for name, parameter in named_weights(loaded.model).items()}
+    weights = {name: parameter.data for name, parameter in named_weights(loaded.model)}
     chosen = ops.op_set("cpu")
     for name, module in loaded.model.named_modules():
         if isinstance(module, PlainLinear | PlainTable) and isinstance(module.packed, ops.PackedWeight):
