@@ -29,7 +29,7 @@ VERSION_FILE = "api/version.py"
 CHANGELOG = "CHANGELOG.md"
 GROUPS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 UNRELEASED = "## Unreleased"
-TOP_LEVEL = ("api", "engine_core", "executor", "ops")
+TOP_LEVEL = ("api", "engine_core", "executor", "octavo", "ops")
 URL = re.compile(r"^Source = \"([^\"]*)\"$", re.MULTILINE)
 
 Version = tuple[int, int, int]
