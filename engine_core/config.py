@@ -17,6 +17,7 @@ from executor.config import (
     Positive,
     SimulatedDevice,
     SpeculativeConfig,
+    StepSize,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SchedulerConfig",
     "SimulatedDevice",
     "SpeculativeConfig",
+    "StepSize",
 ]
 
 
@@ -98,7 +100,7 @@ class CacheConfig(Config, frozen=True):
     gpu_memory_utilization: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
         Meta(
-            description="Share of the device's memory for weights and KV cache together. "
+            description="Share of the device's memory for weights, KV cache and steps together. "
             "Default: the KV cache takes min(4 GiB, a quarter of the memory available)."
         ),
     ] = None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine_core.config import EngineConfig
+from engine_core.config import EngineConfig, StepSize
 from engine_core.flight_record import FlightRecord
 from engine_core.in_flight import InFlight
 from engine_core.memory import plan_kv_cache
@@ -89,7 +89,9 @@ class Transport(Protocol):
 def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
     """The executor that the configuration names."""
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
-    return factory(config.executor, ipc_dir, log_level)
+    scheduler = config.scheduler
+    step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
+    return factory(msgspec.structs.replace(config.executor, step_size=step_size), ipc_dir, log_level)
 
 
 class WorkerHungError(WorkerDiedError):

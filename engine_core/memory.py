@@ -62,10 +62,17 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
 
 
 def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:
+    """Bytes for the KV cache of a rank. Unless somebody chose them, what steps need is left free."""
     cache = config.cache
     if cache.kv_cache_memory is not None:
         return cache.kv_cache_memory
     if cache.gpu_memory_utilization is not None:
         used = worker.total_bytes - worker.free_bytes
-        return int(worker.total_bytes * cache.gpu_memory_utilization) - used
-    return worker.default_kv_bytes
+        return int(worker.total_bytes * cache.gpu_memory_utilization) - used - _bytes_of_steps(worker, config)
+    return min(worker.default_kv_bytes, worker.free_bytes - _bytes_of_steps(worker, config))
+
+
+def _bytes_of_steps(worker: WorkerReady, config: EngineConfig) -> int:
+    wanted = config.executor.model.max_model_len
+    longest = worker.max_model_len if wanted in (None, AUTO_MAX_MODEL_LEN) else wanted
+    return worker.step_bytes + worker.position_bytes * min(longest, worker.max_model_len)

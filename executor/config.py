@@ -155,6 +155,15 @@ class SpeculativeConfig(Config, frozen=True):
     """One in so many drafts of the method ``scripted`` is wrong; 0: none."""
 
 
+class StepSize(Config, frozen=True):
+    """The largest step that will ever be planned."""
+
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 512
+    max_num_samples: Positive = 256
+    """Positions that are sampled: several of a request with drafts."""
+
+
 class ExecutorConfig(Config, frozen=True):
     """Everything a worker is told at start."""
 
@@ -178,6 +187,8 @@ class ExecutorConfig(Config, frozen=True):
             extra={"group": "Testing"},
         ),
     ] = SimulatedDevice()
+    step_size: Annotated[StepSize, Meta(extra={"internal": True})] = StepSize()
+    """What the scheduler may plan: filled in by the engine core."""
     check_every_step: Annotated[
         bool,
         Meta(

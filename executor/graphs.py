@@ -91,6 +91,30 @@ class Program:
             return self._runner.python_ops
         return sum(node.name != SLICE for node in self.nodes)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory for the values of a step with as many rows as there is room for from the start."""
+        return self._peak_bytes() if self._runner is None else self._runner.num_bytes
+
+    def _peak_bytes(self) -> int:
+        """The most that is alive at any node. Columns of a value keep all of it alive."""
+        whole = list(range(len(self.specs)))
+        for node in self.nodes:
+            if node.name == SLICE:
+                whole[node.outs[0].index] = whole[node.args[0].index]
+        last_use = {whole[index]: len(self.nodes) for index in self.outputs}
+        for i, node in reversed(list(enumerate(self.nodes))):
+            for ref in (*node.references(), *node.outs):
+                last_use.setdefault(whole[ref.index], i)
+        sizes = [spec.num_bytes(self._capacity) for spec in self.specs]
+        alive = peak = sum(sizes[index] for index in self.inputs.values())
+        for i, node in enumerate(self.nodes):
+            alive += sum(sizes[ref.index] for ref in node.outs if whole[ref.index] == ref.index)
+            peak = max(peak, alive)
+            ends = {whole[ref.index] for ref in (*node.references(), *node.outs)}
+            alive -= sum(sizes[index] for index in ends if last_use[index] == i)
+        return peak
+
     # -- replay --------------------------------------------------------------------------------------------
 
     def replay(self, inputs: dict[str, Any]) -> list[torch.Tensor]:

@@ -302,6 +302,10 @@ class WorkerReady(Message, frozen=True):
     """As config.json names it."""
     hidden_size: int = 0
     """Width of the hidden states. 0: they cannot be pooled."""
+    step_bytes: int = 0
+    """What the largest step needs beside weights and KV cache: values of the model, logits, the sampler's tables."""
+    position_bytes: int = 0
+    """Likewise for each token of the longest sequence: tokens, block tables, rotations."""
 
 
 class KVCacheReady(Message, frozen=True):

@@ -10,6 +10,7 @@ is read by ``PendingOutput.collect``, which may be after later steps have begun.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 
 import ops
 from executor.attention.base import AttentionGroup
+from executor.config import StepSize
 from executor.deferred import Array, Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
@@ -122,24 +124,37 @@ class ModelRunner:
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
-        layers = self.model.attention_layers()
-        for group, num_blocks in zip(self.groups, init.num_blocks, strict=True):
-            shapes = group.backend.kv_shape(num_blocks, group.block_size, group.shape)
-            for index in group.layers:
-                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+        self._allocate_kv(init.num_blocks)
         self.model.reserve_positions(init.max_model_len)
         self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
         self.recent = self.channel.recent_tokens(init.max_num_seqs)
         self.sampler = Sampler(init.max_num_seqs, self.device.torch_device.type, channel=self.channel)
         self.pooler = Pooler(init.max_num_seqs)
         if not self.enforce_eager:
-            self.program = self.capture(init)
+            self.program = self.capture(init.max_num_batched_tokens, init.max_num_seqs)
 
-    def capture(self, init: InitKVCache) -> Program:
+    def step_memory(self, size: StepSize, vocab_size: int) -> tuple[int, int]:
+        """What is needed beside weights and KV cache, before there is one.
+
+        Returns:
+            Bytes for the largest step, and for each token of the longest sequence.
+        """
+        self._allocate_kv([1] * len(self.groups))  # a program has its address; it is captured again with the real one
+        values = self.capture(size.max_num_batched_tokens, size.max_num_seqs).num_bytes
+        sampling = Sampler(size.max_num_seqs, self.device.torch_device.type, channel=self.channel)
+        states = RequestStates.position_bytes(size.max_num_seqs, [group.block_size for group in self.groups])
+        return values + sampling.step_bytes(size.max_num_seqs, vocab_size), states + self.model.position_bytes()
+
+    def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
+        layers = self.model.attention_layers()
+        for group, count in zip(self.groups, num_blocks, strict=True):
+            shapes = group.backend.kv_shape(count, group.block_size, group.shape)
+            for index in group.layers:
+                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+
+    def capture(self, max_tokens: int, max_samples: int) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
-        program = Program(
-            self.device.torch_device.type, max_tokens=init.max_num_batched_tokens, max_samples=init.max_num_seqs
-        )
+        program = Program(self.device.torch_device.type, max_tokens=max_tokens, max_samples=max_samples)
         batch = InputBatch.symbolic(program, len(self.groups))
         hidden, logits = self._forward(batch)
         program.finish(hidden, logits)

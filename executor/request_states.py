@@ -36,6 +36,11 @@ class RequestStates:
         ]
         """int32 [slots, blocks] per group."""
 
+    @staticmethod
+    def position_bytes(max_num_seqs: int, block_sizes: list[int]) -> int:
+        """What the tables take for each token of the longest sequence."""
+        return max_num_seqs * 4 + sum(-(-max_num_seqs * 4 // size) for size in block_sizes)
+
     def apply(self, plan: SchedulerOutput) -> None:
         """Takes over what a plan says of requests and their blocks."""
         for slot in i32(plan.finished_slots).tolist():

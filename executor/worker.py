@@ -84,6 +84,7 @@ class Worker:
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         self.runner = ModelRunner(loaded, device, groups, enforce_eager=config.model.enforce_eager, rank=self.rank)
         self.results_fd = self.runner.channel.fileno()
+        step_bytes, position_bytes = self.runner.step_memory(config.step_size, loaded.hf_config.vocab_size)
         memory = device.memory()
         self._send(
             WorkerReady(
@@ -99,6 +100,8 @@ class Worker:
                 device=device.name,
                 architecture=loaded.hf_config.architecture,
                 hidden_size=loaded.hf_config.hidden_size,
+                step_bytes=step_bytes,
+                position_bytes=position_bytes,
             )
         )
 

@@ -35,6 +35,10 @@ class Spec:
     width: int
     dtype: torch.dtype
 
+    def num_bytes(self, rows: Mapping[str, int]) -> int:
+        """Of a step with so many rows of each kind."""
+        return rows[self.rows] * self.width * self.dtype.itemsize
+
 
 Specs = Spec | tuple[Spec, ...]
 """What an op returns: one tensor, or a tuple of them."""
@@ -145,6 +149,8 @@ class ProgramRunner(Protocol):
     """Recorded ops that a replay runs on compiled kernels, without Python."""
     python_ops: int
     """Recorded ops that a replay calls from Python."""
+    num_bytes: int
+    """Memory for the values of a step with as many rows as there is room for."""
 
     def replay(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """See ``executor.graphs.Program.replay``."""

@@ -195,6 +195,11 @@ class RotaryEmbedding(nn.Module):
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
         self.register_buffer("cos_sin", table, persistent=False)
 
+    @property
+    def position_bytes(self) -> int:
+        """What the table takes for each position."""
+        return self.cos_sin.shape[1] * self.cos_sin.element_size()
+
     def reserve(self, num_positions: int) -> None:
         """Makes the table for so many positions: what is served, which may be far less than what the model allows."""
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), self._frequencies)

@@ -52,3 +52,7 @@ class Model(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.reserve(num_positions)
+
+    def position_bytes(self) -> int:
+        """What ``reserve_positions`` takes for each position."""
+        return sum(module.position_bytes for module in self.modules() if isinstance(module, RotaryEmbedding))

@@ -107,3 +107,6 @@ class SamplerBackend(Protocol):
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
     ) -> Deferred[list[TokenLogprobs]]: ...
+
+    def step_bytes(self, num_rows: int, vocab_size: int) -> int:
+        """Memory that a step of so many rows takes beside its logits, roughly."""

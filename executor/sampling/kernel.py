@@ -39,6 +39,8 @@ from ops.cpu.sampling import (
 from ops.reference.sampling import MAX_VOCAB_SIZE
 
 _INT32_MAX = np.iinfo(np.int32).max
+_SCRATCH_BYTES = 6 * 4
+"""Of each token of the vocabulary, for each thread: see ``Scratch`` in ``csrc/sampling_row.h``."""
 
 
 def create(op_set: OpSet, max_num_seqs: int) -> KernelSampler:
@@ -206,6 +208,9 @@ class KernelSampler:
         return Deferred.known(
             [report.entry(index, row, first_position + index, int(ranks[index])) for index in range(num_rows)]
         )
+
+    def step_bytes(self, num_rows: int, vocab_size: int) -> int:
+        return torch.get_num_threads() * vocab_size * _SCRATCH_BYTES
 
     def _bind(self, states: RequestStates) -> None:
         """Notes where the tokens lie: for the life of the states."""

@@ -22,6 +22,8 @@ from ops.reference.sampling import uniform
 
 _INT32_MAX = np.iinfo(np.int32).max
 _OK, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
+_ROW_BYTES = 10 * 8
+"""Of each token of the vocabulary while a row is sampled, which happens row by row."""
 _MESSAGES = {_NOT_FINITE: BAD_LOGITS, _NOTHING_LEFT: NOTHING_LEFT}
 
 
@@ -79,6 +81,9 @@ class ReferenceSampler:
         tokens = tokens.masked_fill(status != _OK, 0)
         reports = None if raw is None else self._report(raw, tokens[views["wanted"]], rows, wanted)
         return Sampled(tokens, _output(tokens, status, rows, wanted, reports))
+
+    def step_bytes(self, num_rows: int, vocab_size: int) -> int:
+        return vocab_size * (num_rows * 4 + _ROW_BYTES)  # the logits as they were, for log probabilities
 
     def _upload(
         self, rows: SampleRows, states: RequestStates, mask: TokenMask | None, wanted: Array

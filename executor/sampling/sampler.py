@@ -94,6 +94,10 @@ class Sampler:
         mask = self._thinking.restrict(mask, rows, states, logits.shape[1])
         return self._backend.sample(logits, raw, rows, states, mask)
 
+    def step_bytes(self, num_rows: int, vocab_size: int) -> int:
+        """Memory that a step of so many rows takes beside its logits, roughly."""
+        return self._backend.step_bytes(num_rows, vocab_size)
+
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
     ) -> Deferred[list[TokenLogprobs]]:

@@ -100,6 +100,10 @@ class Arena:
                 merged.append((offset, size))
         free[:] = merged
 
+    def num_bytes(self, rows: dict[str, int]) -> int:
+        """What room for so many rows takes."""
+        return sum(self._row_bytes[kind] * count for kind, count in rows.items())
+
     def reserve(self, rows: dict[str, int]) -> bool:
         """Makes room for so many rows. True: everything moved."""
         moved = False
@@ -126,6 +130,8 @@ class NativeProgram:
     """Recorded ops that a replay runs on the kernels."""
     python_ops: int
     """Recorded ops that a replay runs in Python."""
+    num_bytes: int
+    """Memory for the values of a step with as many rows as ``capacity``: the arena, and what Python ops return."""
 
     def __init__(
         self,
@@ -163,6 +169,8 @@ class NativeProgram:
         """Values that the kernels read and something else makes."""
         self._arena = Arena(specs)
         self._place(items)
+        returned = [ref.spec for item in items if item.instruction is None for ref in item.node.outs]
+        self.num_bytes = self._arena.num_bytes(capacity) + sum(spec.num_bytes(capacity) for spec in returned)
         self._dead = self._last_python_reads()
         self._views: dict[int, Tensor] = {}
         self._groups = (Group * max(1, len(self._group_names)))()
