@@ -190,7 +190,7 @@ def load_weights(
         is_tied_by_file: The model's own configuration ties tensors, so one that is stored twice, and differs, is news.
     """
     targets = find_targets(model)
-    tied = model.tied_weights if context.config.tie_word_embeddings else {}
+    tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
     stored = checkpoint.tensors(targets.keys() | tied.keys())
     found, doubles = match_names(stored, targets, model.ignored_weights, tied)
     for name, double in doubles.items():
@@ -239,6 +239,16 @@ def find_targets(model: Model) -> dict[str, Target]:
             assert stored not in targets, f"{stored} would go to two places"
             targets[stored] = Target(parameter, shard_id)
     return targets
+
+
+def find_ties(names: Iterable[str], tied_modules: Mapping[str, str]) -> dict[str, str]:
+    """The other names under which a checkpoint may hold tensors of tied modules -> those that the model has."""
+    return {
+        f"{other}.{name.removeprefix(f'{module}.')}": name
+        for other, module in tied_modules.items()
+        for name in names
+        if name.startswith(f"{module}.")
+    }
 
 
 def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:

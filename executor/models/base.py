@@ -19,8 +19,8 @@ __all__ = ["Model", "ModelContext"]
 class Model(nn.Module, ABC):
     """A language model. Its forward pass uses ops, ``+`` and ``split`` alone, so that it can be captured."""
 
-    tied_weights: ClassVar[Mapping[str, str]] = {}
-    """Tensors that a checkpoint may hold once more although the configuration ties them to another one."""
+    tied_modules: ClassVar[Mapping[str, str]] = {}
+    """Modules whose tensors a checkpoint may hold although the configuration ties them to those of another one."""
     ignored_weights: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors that checkpoints may hold and nobody needs."""
     config_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -149,7 +149,7 @@ class Decoder(nn.Module):
 class CausalDecoder(Model):
     """A decoder with an output layer."""
 
-    tied_weights = {"lm_head.weight": "model.embed_tokens.weight"}
+    tied_modules = {"lm_head": "model.embed_tokens"}
     ignored_weights = ("rotary_emb.inv_freq",)
 
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ Tensors = dict[str, Tensor]
 
 IGNORED = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
 """One of several merged projections, and all of them."""
+QUANTIZED: dict[str, Any] = {"quantization_config": {"quant_method": "toy", "ignore": IGNORED}}
 
 both_modes = pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 
@@ -87,8 +89,7 @@ def unpack(tensors: Tensors) -> Tensors:
 
 
 def packed_folder(tmp_path: Path, **fields: Any) -> Path:
-    config = {"quantization_config": {"quant_method": "toy", "ignore": IGNORED}}
-    return rewritten(tiny.checkpoint("llama", **fields), tmp_path / "packed", pack, **config)
+    return rewritten(tiny.checkpoint("llama", **fields), tmp_path / "packed", pack, **QUANTIZED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -104,6 +105,21 @@ def test_packed_weights(tmp_path: Path, tied: bool, dtype: str, captured: bool) 
     assert loaded.weight_bytes < 0.7 * load(plain, dtype="float16").weight_bytes
 
 
+def test_a_tied_packed_table_may_be_stored_twice_or_under_either_name(tmp_path: Path) -> None:
+    def change(tensors: Tensors, *, moves: bool) -> Tensors:
+        packed = pack(tensors)
+        for leaf in ("weight", "weight_scale"):
+            name = f"model.embed_tokens.{leaf}"
+            packed[f"lm_head.{leaf}"] = packed.pop(name) if moves else packed[name].clone()
+        return packed
+
+    expected = logits_of(load(packed_folder(tmp_path, tied=True)), random_tokens(10))
+    for moves in (False, True):
+        source, to = tiny.checkpoint("llama", tied=True), tmp_path / f"moves-{moves}"
+        folder = rewritten(source, to, partial(change, moves=moves), **QUANTIZED)
+        assert torch.equal(logits_of(load(folder), random_tokens(10)), expected)
+
+
 def test_random_packed_weights(tmp_path: Path) -> None:
     loaded = load(packed_folder(tmp_path), load_format="dummy")
     codes = part_of(loaded, "model.layers.0.self_attn.o_proj.weights").weight_packed
@@ -117,8 +133,7 @@ def test_a_tensor_must_have_the_type_of_the_format(tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
         return {**pack(tensors), f"{name}_packed": torch.zeros(64, 48)}
 
-    config = {"quantization_config": {"quant_method": "toy", "ignore": IGNORED}}
-    folder = rewritten(tiny.checkpoint("llama"), tmp_path / "model", change, **config)
+    folder = rewritten(tiny.checkpoint("llama"), tmp_path / "model", change, **QUANTIZED)
     assert refusal(folder).endswith(f"tensor '{name}_packed' has type F32; supported: I8")
 
 
@@ -128,8 +143,7 @@ def test_a_tensor_of_the_format_must_be_there(tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
         return {key: tensor for key, tensor in pack(tensors).items() if key != name}
 
-    config = {"quantization_config": {"quant_method": "toy", "ignore": IGNORED}}
-    folder = rewritten(tiny.checkpoint("llama"), tmp_path / "model", change, **config)
+    folder = rewritten(tiny.checkpoint("llama"), tmp_path / "model", change, **QUANTIZED)
     assert refusal(folder).endswith(f"tensor '{name}' is missing")
 
 
