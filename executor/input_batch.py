@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from executor.graphs import Program
-from ops import AttentionMetadata
+from executor.messages import I32
+from ops import AdapterRows, AttentionMetadata
 from ops.dispatch import Spec, StepInput
 
 
@@ -22,11 +26,15 @@ class InputBatch:
     input_ids: torch.Tensor
     """int32 [num_tokens]."""
     positions: torch.Tensor
-    """int32 [num_tokens]."""
+    """int32 [num_tokens], or [axes, num_tokens] where a position has several (images)."""
     attention: list[AttentionMetadata]
     """One per KV cache group."""
     logits_rows: torch.Tensor
     """int64 [num_samples]: tokens whose logits are wanted."""
+    row_adapters: AdapterRows | None = None
+    """The adapters of the tokens; None: no token has one."""
+    sample_adapters: AdapterRows | None = None
+    """Those of the rows of ``logits_rows``."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -34,19 +42,56 @@ class InputBatch:
             "input_ids": self.input_ids,
             "positions": self.positions,
             "logits_rows": self.logits_rows,
+            "row_adapters": self.row_adapters,
+            "sample_adapters": self.sample_adapters,
         }
         for group, metadata in enumerate(self.attention):
             inputs[f"attention.{group}"] = metadata
         return inputs
 
     @classmethod
-    def symbolic(cls, program: Program, num_groups: int) -> InputBatch:
-        """The inputs of a program under capture."""
+    def symbolic(cls, program: Program, num_groups: int, *, position_axes: int = 1) -> InputBatch:
+        """The inputs of a program under capture.
+
+        Args:
+            program: Records what is done with them.
+            num_groups: Of KV caches.
+            position_axes: Numbers that a position consists of.
+        """
         ids: Any = program.input("input_ids", Spec("tokens", 1, torch.int32))
-        positions: Any = program.input("positions", Spec("tokens", 1, torch.int32))
+        spec = Spec("tokens", position_axes, torch.int32, is_transposed=position_axes > 1)
+        positions: Any = program.input("positions", spec)
         groups: list[Any] = [StepInput(f"attention.{group}") for group in range(num_groups)]
         rows: Any = StepInput("logits_rows")
-        return cls(ids, positions, groups, rows)
+        adapters: Any = StepInput("row_adapters")
+        sample_adapters: Any = StepInput("sample_adapters")
+        return cls(ids, positions, groups, rows, adapters, sample_adapters)
+
+
+def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:
+    """What ``adapter_rows`` needs; nothing if no row has an adapter.
+
+    Args:
+        name: Of the map.
+        adapters: int32 [rows]: the adapter of each; 0: none.
+    """
+    rows = np.flatnonzero(adapters)
+    if not len(rows):
+        return {}
+    rows = rows[np.argsort(adapters[rows], kind="stable")]
+    used, starts = np.unique(adapters[rows], return_index=True)
+    return {
+        f"{name}.rows": rows,
+        f"{name}.adapters": used.astype(np.int32),
+        f"{name}.starts": np.append(starts, len(rows)).astype(np.int32),
+    }
+
+
+def adapter_rows(name: str, columns: Mapping[str, torch.Tensor]) -> AdapterRows | None:
+    """A map of rows, from the columns that ``adapter_columns`` made, on the device."""
+    if f"{name}.rows" not in columns:
+        return None
+    return AdapterRows(columns[f"{name}.rows"], columns[f"{name}.adapters"], columns[f"{name}.starts"])
 
 
 @dataclass

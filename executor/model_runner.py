@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from executor.deferred import Array, Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
 from executor.graphs import Program
-from executor.input_batch import InputBatch
+from executor.input_batch import InputBatch, adapter_columns, adapter_rows
 from executor.loader import LoadedModel
 from executor.messages import (
     I32,
@@ -162,7 +162,7 @@ class ModelRunner:
 
     def _forward(self, batch: InputBatch) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.model.forward(batch).hidden
-        return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
+        return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
         """Computes a step: applies the plan, runs the model, samples or pools."""
@@ -183,7 +183,7 @@ class ModelRunner:
         sampled = SampleRows(slots[rows], _ranges(states.num_tokens[slots], num_sampled), rows)
         batch = self.prepare(slots, counts, num_sampled)
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
-        prompt_logprobs = self.prompt_logprobs(hidden, slots, counts)
+        prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
         states.advance(slots, counts, num_sampled)
         return StartedStep(
@@ -232,6 +232,10 @@ class ModelRunner:
             "seq_lens": (computed + counts).astype(np.int32),
             **self.recent.columns(token_slots, positions, states.num_known),
         }
+        adapters = states.adapters[slots]
+        if adapters.any():
+            columns |= adapter_columns("row_adapters", adapters[token_rows])
+            columns |= adapter_columns("sample_adapters", np.repeat(adapters, num_sampled))
         for index, (table, group) in enumerate(zip(states.block_tables, self.groups, strict=True)):
             block_table = table[slots]  # [num_rows, max_blocks]
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
@@ -255,9 +259,13 @@ class ModelRunner:
             positions=views["positions"],
             attention=attention,
             logits_rows=views["logits_rows"],
+            row_adapters=adapter_rows("row_adapters", views),
+            sample_adapters=adapter_rows("sample_adapters", views),
         )
 
-    def prompt_logprobs(self, hidden: torch.Tensor, slots: I32, counts: I32) -> Deferred[list[TokenLogprobs]]:
+    def prompt_logprobs(
+        self, hidden: torch.Tensor, batch: InputBatch, slots: I32, counts: I32
+    ) -> Deferred[list[TokenLogprobs]]:
         """Log probabilities of the prompt tokens that follow the positions of this step, where they are wanted."""
         states = self.states
         wanted = np.flatnonzero(states.reports_prompt[slots]).tolist()
@@ -273,8 +281,15 @@ class ModelRunner:
             last = min(first + int(counts[row]), int(states.num_prompt[slot]) - 1)
             for begin in range(first, last, PROMPT_LOGITS_CHUNK):
                 end = min(begin + PROMPT_LOGITS_CHUNK, last)
-                rows = self.channel.upload({"rows": np.arange(start + begin - first, start + end - first)})["rows"]
-                logits = self.model.compute_logits(ops.gather_rows(hidden, rows))
+                rows = np.arange(start + begin - first, start + end - first)
+                adapters = np.full(len(rows), states.adapters[slot])
+                views = self.channel.upload({"logits_rows": rows, **adapter_columns("sample_adapters", adapters)})
+                chunk = replace(
+                    batch,
+                    logits_rows=views["logits_rows"],
+                    sample_adapters=adapter_rows("sample_adapters", views),
+                )
+                logits = self.model.compute_logits(ops.gather_rows(hidden, chunk.logits_rows), chunk)
                 tokens = states.token_ids[slot, begin + 1 : end + 1]
                 parts.append(self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1))
         together = Together(parts)

@@ -28,6 +28,8 @@ class RequestStates:
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.epochs = np.zeros(max_num_seqs, np.int64)
         """How many requests have had the slot: results of an earlier one must not reach its successor."""
+        self.adapters: I32 = np.zeros(max_num_seqs, np.int32)
+        """Number of each request's adapter; 0: it has none."""
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
         self.reports_prompt = np.zeros(max_num_seqs, np.bool_)
         """Whether log probabilities of the prompt are wanted."""
@@ -60,6 +62,7 @@ class RequestStates:
         self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
+        self.adapters[slot] = request.lora_id
         self.params[slot] = request.params
         self.reports_prompt[slot] = request.params is not None and request.params.prompt_logprobs is not None
         for table, column in zip(self.block_tables, request.block_ids, strict=True):

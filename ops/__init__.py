@@ -5,7 +5,7 @@ types. Not here: modules, configuration, process groups, request ids.
 """
 
 from ops.dispatch import OpSet, op_set, use
-from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
+from ops.metadata import AdapterRows, AttentionMetadata, AttentionShape, KVLayout
 from ops.packed import PackedWeight, Weight
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
@@ -25,6 +25,7 @@ from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
 
 __all__ = [
+    "AdapterRows",
     "AttentionMetadata",
     "AttentionShape",
     "KVLayout",

@@ -34,6 +34,13 @@ class Spec:
     """What the rows are: ``tokens`` or ``samples``."""
     width: int
     dtype: torch.dtype
+    is_transposed: bool = False
+    """The tensor is ``[width, rows]``, as positions along several axes are."""
+
+    @property
+    def rows_dim(self) -> int:
+        """Which dimension has the rows."""
+        return 1 if self.is_transposed else 0
 
     def num_bytes(self, rows: Mapping[str, int]) -> int:
         """Of a step with so many rows of each kind."""
@@ -75,7 +82,7 @@ class Value:
 
     def split(self, sizes: list[int], dim: int = -1) -> tuple[Value, ...]:
         """Columns ``[:sizes[0]]``, ``[sizes[0]:sizes[0] + sizes[1]]``, and so on, as views."""
-        if dim != -1 or sum(sizes) != self.spec.width:
+        if dim != -1 or self.spec.is_transposed or sum(sizes) != self.spec.width:
             raise ValueError(f"cannot split {self.spec} into columns of {sizes} along dimension {dim}")
         parts, start = [], 0
         for size in sizes:

@@ -31,6 +31,18 @@ class AttentionMetadata:
         return int(self.seq_lens.shape[0])
 
 
+@dataclass(frozen=True)
+class AdapterRows:
+    """Which rows of a product belong to which adapter, sorted by adapter. Rows without one are not among them."""
+
+    rows: Tensor
+    """int64 [num_rows]."""
+    adapters: Tensor
+    """int32 [num_adapters]: those that have rows, ascending."""
+    starts: Tensor
+    """int32 [num_adapters + 1]: the rows of ``adapters[i]`` are ``rows[starts[i]:starts[i + 1]]``."""
+
+
 KVLayout = Literal["plain", "tiled"]
 """How K and V lie in their cache: [num_blocks, block_size, heads, head_dim], or in the tiles of the CPU's kernels."""
 

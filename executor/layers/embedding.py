@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part
 from executor.quantization.base import TableShape
@@ -33,14 +34,15 @@ class VocabParallelEmbedding(nn.Module):
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, batch: InputBatch) -> Tensor:
+        """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
         assert self.tp_size == 1, "ids of other ranks must be masked, and the ranks' results added up, here"
-        return self.method.embed(self.weights, ids)
+        return self.method.embed(self.weights, ids, batch)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
         assert self.tp_size == 1, "the ranks' logits must be gathered here"
-        return self.method.logits(self.weights, hidden)
+        return self.method.logits(self.weights, hidden, batch)
 
 
 class LMHead(VocabParallelEmbedding):

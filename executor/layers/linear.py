@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, ShardId, stored_module
 from executor.quantization.base import LinearShape
@@ -49,8 +50,9 @@ class LinearLayer(nn.Module):
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.method.apply(self.weights, x)
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        """``x`` [num_tokens, in_features] -> [num_tokens, out_features]."""
+        return self.method.apply(self.weights, x, batch)
 
 
 class ReplicatedLinear(LinearLayer):
@@ -162,6 +164,6 @@ class RowParallelLinear(LinearLayer):
         super().__init__(context, columns, {None: Part.whole(out_features)}, bias=bias, prefix=prefix)
         self.tp_size = context.parallel.tp_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         assert self.tp_size == 1, "the ranks' results must be added up here"
-        return super().forward(x)
+        return super().forward(x, batch)

@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        out: Tensor = self.down_proj(ops.act_and_mul(self.gate_up_proj(x), self.activation))
+        out: Tensor = self.down_proj(ops.act_and_mul(self.gate_up_proj(x, batch), self.activation), batch)
         return out
 
 
@@ -53,5 +53,5 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        out: Tensor = self.down_proj(ops.activation(self.up_proj(x), self.activation))
+        out: Tensor = self.down_proj(ops.activation(self.up_proj(x, batch), self.activation), batch)
         return out

@@ -69,10 +69,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""
-        q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.output_sizes, dim=-1)
+        q, k, v = self.qkv_proj(hidden, batch).split(self.qkv_proj.output_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(batch.positions, q, k)
-        out: Tensor = self.o_proj(self.attn(q, k, v, batch=batch))
+        out: Tensor = self.o_proj(self.attn(q, k, v, batch=batch), batch)
         return out

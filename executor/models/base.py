@@ -36,8 +36,8 @@ class Model(nn.Module, ABC):
         """
 
     @abstractmethod
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
+    def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size]."""
 
     @abstractmethod
     def attention_layers(self) -> list[Attention]:

@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 
     def embed(self, batch: InputBatch) -> Tensor:
         """[num_tokens, hidden_size]: what the first layer reads."""
-        hidden: Tensor = self.embed_tokens(batch.input_ids)
+        hidden: Tensor = self.embed_tokens(batch.input_ids, batch)
         if self.embedding_scale is not None:
             hidden = ops.scale(hidden, self.embedding_scale)
         if self.embed_positions is not None:
@@ -161,8 +161,8 @@ class CausalDecoder(Model):
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         return ModelOutput(self.model(batch, hidden))
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head.logits(hidden)
+    def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        logits = self.lm_head.logits(hidden, batch)
         return logits if self.logit_softcap is None else ops.softcap(logits, self.logit_softcap)
 
     def attention_layers(self) -> list[Attention]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the names of methods are known without torch
     import torch
     from torch import Tensor
 
+    from executor.input_batch import InputBatch
     from executor.layers.parameter import Part, ShardId, Weights
 
 W = TypeVar("W", bound="Weights")
@@ -65,8 +66,11 @@ class LinearMethod(Protocol[W]):
             ValueError: The format cannot hold a layer of that shape; the message needs no name.
         """
 
-    def apply(self, weights: W, x: Tensor) -> Tensor:
-        """``x`` [rows, in_features] -> [rows, out_features], the bias added. Called after ``weights.pack()``."""
+    def apply(self, weights: W, x: Tensor, batch: InputBatch) -> Tensor:
+        """``x`` [rows, in_features] -> [rows, out_features], the bias added. Called after ``weights.pack()``.
+
+        The rows are the tokens of the batch, which knows what belongs to each of them (``batch.row_adapters``).
+        """
 
 
 class EmbeddingMethod(Protocol[W]):
@@ -75,11 +79,11 @@ class EmbeddingMethod(Protocol[W]):
     def create(self, shape: TableShape) -> W:
         """The table, uninitialised. Raises as ``LinearMethod.create`` does."""
 
-    def embed(self, weights: W, ids: Tensor) -> Tensor:
+    def embed(self, weights: W, ids: Tensor, batch: InputBatch) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
 
-    def logits(self, weights: W, hidden: Tensor) -> Tensor:
-        """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
+    def logits(self, weights: W, hidden: Tensor, batch: InputBatch) -> Tensor:
+        """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size]."""
 
 
 class QuantizationConfig(Protocol):

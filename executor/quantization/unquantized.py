@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import ops
+from executor.input_batch import InputBatch
 from executor.layers.parameter import WeightParameter, Weights, single
 from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, TableShape
 
@@ -37,7 +38,7 @@ class UnquantizedLinear:
     def create(self, shape: LinearShape) -> PlainLinear:
         return PlainLinear(shape)
 
-    def apply(self, weights: PlainLinear, x: Tensor) -> Tensor:
+    def apply(self, weights: PlainLinear, x: Tensor, batch: InputBatch) -> Tensor:
         return ops.linear(x, weights.packed, weights.bias)
 
 
@@ -62,10 +63,10 @@ class UnquantizedEmbedding:
     def create(self, shape: TableShape) -> PlainTable:
         return PlainTable(shape)
 
-    def embed(self, weights: PlainTable, ids: Tensor) -> Tensor:
+    def embed(self, weights: PlainTable, ids: Tensor, batch: InputBatch) -> Tensor:
         return ops.embedding(ids, weights.packed)
 
-    def logits(self, weights: PlainTable, hidden: Tensor) -> Tensor:
+    def logits(self, weights: PlainTable, hidden: Tensor, batch: InputBatch) -> Tensor:
         return ops.logits(hidden, weights.packed)
 
 

@@ -52,7 +52,9 @@ def is_matrix(x: Any) -> bool:
     """Whether the kernels can read and write it: rows of a type they know, each of them contiguous."""
     if x.dtype not in TYPES:
         return False
-    return type(x) is Ref or (x.dim() == 2 and x.stride(1) == 1 and not x.requires_grad)
+    if type(x) is Ref:
+        return not x.spec.is_transposed
+    return bool(x.dim() == 2 and x.stride(1) == 1 and not x.requires_grad)
 
 
 def _width(x: Any) -> int:
@@ -142,6 +144,8 @@ def rotary_embedding(
     x: Any, positions: Any, cos_sin: Tensor, head_dim: int, interleaved: bool = False
 ) -> Instruction | None:
     rotary_dim = cos_sin.shape[1]
+    if positions.spec.is_transposed if type(positions) is Ref else positions.dim() != 1:
+        return None  # several axes
     if not is_matrix(x) or cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         return None
     if head_dim > lib.MAX_HEAD_DIM or rotary_dim > head_dim or rotary_dim % 2 or _width(x) % head_dim:

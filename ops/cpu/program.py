@@ -304,7 +304,8 @@ class NativeProgram:
         rows = {"tokens": 0, "samples": 0}
         for name, index in self._inputs.items():
             tensor = inputs[name]
-            rows[self._specs[index].rows] = tensor.shape[0]
+            spec = self._specs[index]
+            rows[spec.rows] = tensor.shape[spec.rows_dim]
             if name in ("input_ids", "positions"):
                 tensor = tensor.to(torch.int32).contiguous()
                 setattr(step, name, tensor.data_ptr())

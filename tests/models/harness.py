@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program
 from executor.hf_config import HFConfig
-from executor.input_batch import InputBatch
+from executor.input_batch import InputBatch, adapter_columns, adapter_rows
 from executor.layers.attention import form_groups
 from executor.layers.context import ModelContext
 from executor.layers.linear import LinearLayer
@@ -61,6 +62,7 @@ def random_model(
     make_model: Callable[[ModelContext], Model],
     dtype: torch.dtype = torch.float32,
     quantization: QuantizationConfig | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
     **fields: Any,
 ) -> tuple[LoadedModel, dict[str, torch.Tensor]]:
     """A model that no checkpoint has, with random weights: ready to run, and its weights by name.
@@ -69,6 +71,7 @@ def random_model(
         make_model: Takes the place of a model's class.
         dtype: Of weights and activations.
         quantization: None: there is none.
+        weights: None: random ones, the same in every model of the same parameters.
         fields: More fields of the configuration, beside ``RANDOM_MODEL``.
     """
     config = HFConfig({**RANDOM_MODEL, **fields}, "config.json")
@@ -76,15 +79,17 @@ def random_model(
     context = ModelContext(config, ParallelState(), dtype, CPU, method, config.max_position)
     model = build_model(make_model, context, None)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    weights = {}
+    chosen = {}
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
-        weights[name] = parameter.data.clone()
+        chosen[name] = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise
+        if weights is not None:
+            chosen[name] = weights[name]
+        parameter.data.copy_(chosen[name])
     for module in model.modules():
         if isinstance(module, Weights):
             module.pack()
-    return LoadedModel(model, config, 0, dtype, config.max_position), weights
+    return LoadedModel(model, config, 0, dtype, config.max_position), chosen
 
 
 @dataclass
@@ -93,6 +98,8 @@ class Chunk:
 
     request: int
     token_ids: Sequence[int]
+    adapter: int = 0
+    """0: none."""
 
 
 class Runner:
@@ -137,7 +144,7 @@ class Runner:
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         hidden = self.model.forward(batch).hidden
-        return self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows))
+        return self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
     def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Runs one step and returns the logits of all its tokens, float32 [num_tokens, vocab_size]."""
@@ -165,11 +172,17 @@ class Runner:
             ]
             columns = AttentionMetadata(starts, seq_lens, table[rows], torch.cat(slots), self.block_size)
             attention.append(group.plan(columns))
+        adapters = np.repeat(np.array([chunk.adapter for chunk in chunks], np.int32), counts.numpy())
+        columns_of_adapters = {
+            name: torch.from_numpy(column) for name, column in adapter_columns("adapters", adapters).items()
+        }
         return InputBatch(
             input_ids=torch.tensor([token for chunk in chunks for token in chunk.token_ids], dtype=torch.int32),
             positions=torch.cat(positions).int(),
             attention=attention,
             logits_rows=torch.arange(int(counts.sum())),
+            row_adapters=adapter_rows("adapters", columns_of_adapters),
+            sample_adapters=adapter_rows("adapters", columns_of_adapters),
         )
 
 

@@ -81,13 +81,13 @@ class LatentAttention(nn.Module):
         self.o_proj = RowParallelLinear(context, HEADS * VALUE, hidden, prefix=f"{prefix}.o_proj")
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        q, latent = self.q_proj(hidden), self.kv_proj(hidden)
+        q, latent = self.q_proj(hidden, batch), self.kv_proj(hidden, batch)
         if self.kind == "latent":
             out = self.attn(q, latent, batch=batch)
         else:
             value, _ = latent.split([VALUE, LATENT - VALUE], dim=-1)
             out = self.attn(q, latent, value, batch=batch)
-        result: Tensor = self.o_proj(out)
+        result: Tensor = self.o_proj(out, batch)
         return result
 
 

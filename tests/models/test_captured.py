@@ -147,14 +147,14 @@ def test_only_the_wanted_rows_get_logits_and_all_hidden_states_stay_readable() -
     program = Program("cpu", max_tokens=4, max_samples=1)
     symbolic = InputBatch.symbolic(program, len(runner.groups))
     hidden: Any = loaded.model.forward(symbolic).hidden
-    program.finish(hidden, loaded.model.compute_logits(ops.gather_rows(hidden, symbolic.logits_rows)))
+    program.finish(hidden, loaded.model.compute_logits(ops.gather_rows(hidden, symbolic.logits_rows), symbolic))
     batch = runner._batch([Chunk(0, random_tokens(40)), Chunk(1, random_tokens(3, 2))])
     for rows in ([39, 42], [], [42, 0, 7]):
         batch.logits_rows = torch.tensor(rows, dtype=torch.int64)
         states, logits = program.replay(batch.step_inputs())
         assert states.shape == (43, 64)
         assert logits.shape == (len(rows), tiny.VOCAB_SIZE)
-        assert torch.equal(logits, loaded.model.compute_logits(states[rows]))
+        assert torch.equal(logits, loaded.model.compute_logits(states[rows], batch))
 
 
 def test_a_program_grows_with_its_largest_step() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from executor.base import ModelError
 from executor.checkpoint import read_safetensors
+from executor.input_batch import InputBatch
 from executor.layers.parameter import Part, WeightParameter, single
 from executor.loader import LoadedModel
 from executor.models import registry
@@ -225,8 +226,9 @@ def test_ranks_share_fused_projections(tmp_path: Path) -> None:
 
 
 def apply(layer: Any, x: Tensor) -> Tensor:
+    nothing = torch.empty(0, dtype=torch.int32)
     with torch.inference_mode():
-        out: Tensor = layer.method.apply(layer.weights, x)
+        out: Tensor = layer.method.apply(layer.weights, x, InputBatch(nothing, nothing, [], nothing))
     return out
 
 

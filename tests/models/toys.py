@@ -82,7 +82,7 @@ class Int4Linear:
     def create(self, shape: LinearShape) -> Int4Weights:
         return Int4Weights(shape)
 
-    def apply(self, weights: Int4Weights, x: Tensor) -> Tensor:
+    def apply(self, weights: Int4Weights, x: Tensor, batch: InputBatch) -> Tensor:
         return int4_linear(x, weights.weight_packed.data, weights.weight_scale.data, weights.bias)
 
 
@@ -108,9 +108,9 @@ class UnmergedLinear:
         pairs = zip(shape.outputs, self.methods, strict=True)
         return UnmergedWeights({shard_id: method.create(shape.projection(shard_id)) for shard_id, method in pairs})
 
-    def apply(self, weights: UnmergedWeights, x: Tensor) -> Tensor:
+    def apply(self, weights: UnmergedWeights, x: Tensor, batch: InputBatch) -> Tensor:
         pairs = zip(weights.children(), self.methods, strict=True)
-        return side_by_side(*(method.apply(each, x) for each, method in pairs))
+        return side_by_side(*(method.apply(each, x, batch) for each, method in pairs))
 
 
 def pack_int8(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,10 +150,10 @@ class Int8Embedding:
     def create(self, shape: TableShape) -> Int8Table:
         return Int8Table(shape)
 
-    def embed(self, weights: Int8Table, ids: Tensor) -> Tensor:
+    def embed(self, weights: Int8Table, ids: Tensor, batch: InputBatch) -> Tensor:
         return int8_embedding(ids, weights.weight.data, weights.weight_scale.data, weights.dtype)
 
-    def logits(self, weights: Int8Table, hidden: Tensor) -> Tensor:
+    def logits(self, weights: Int8Table, hidden: Tensor, batch: InputBatch) -> Tensor:
         return int8_logits(hidden, weights.weight.data, weights.weight_scale.data)
 
 
@@ -230,7 +230,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(context, num_experts)
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        shares, ids = route(self.gate.method.apply(self.gate.weights, x), self.top_k)
+        shares, ids = route(self.gate(x, batch), self.top_k)
         return experts(x, shares, ids, self.experts.gate_up.weight.data, self.experts.down.weight.data)
 
 
