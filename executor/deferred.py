@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deferred(Generic[T]):
     """A value, and the tensors of the device that it waits for."""
 

@@ -45,6 +45,8 @@ from ops import AttentionMetadata
 PROMPT_LOGITS_CHUNK = 128
 """Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
 
+NO_LOGPROBS: Deferred[Sequence[TokenLogprobs]] = Deferred.known(())
+
 
 @dataclass
 class StartedStep:
@@ -57,7 +59,7 @@ class StartedStep:
     """int64 [samples]: epochs of their slots."""
     logits: torch.Tensor
     """float32 [samples, vocab_size]."""
-    prompt_logprobs: Deferred[list[TokenLogprobs]]
+    prompt_logprobs: Deferred[Sequence[TokenLogprobs]]
     pooled: Deferred[PoolerOutput]
     launch_ms: float
 
@@ -179,7 +181,7 @@ class ModelRunner:
                 self.sampler.add(request.slot, request.params)
             self.pooler.add(request.slot, request.pooling_params)
         slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
-        rows = np.repeat(np.arange(len(slots), dtype=np.int32), num_sampled)
+        rows = np.arange(len(slots), dtype=np.int32).repeat(num_sampled)
         sampled = SampleRows(slots[rows], _ranges(states.num_tokens[slots], num_sampled), rows)
         batch = self.prepare(slots, counts, num_sampled)
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
@@ -219,16 +221,18 @@ class ModelRunner:
     def prepare(self, slots: I32, counts: I32, num_sampled: npt.NDArray[np.uint8]) -> InputBatch:
         """The inputs of the forward pass for a plan's rows."""
         states = self.states
-        ends = np.cumsum(counts)
+        ends = counts.cumsum(dtype=np.int64)
+        query_start_loc = np.zeros(len(slots) + 1, np.int32)
+        query_start_loc[1:] = ends
         computed = states.num_computed[slots]
-        token_rows = np.repeat(np.arange(len(slots)), counts)
+        token_rows = np.arange(len(slots)).repeat(counts)
         token_slots = slots[token_rows]
         positions = _ranges(computed, counts)
         columns: dict[str, Array] = {
             "input_ids": states.token_ids[token_slots, positions],
             "positions": positions.astype(np.int32),
             "logits_rows": _ranges(ends - num_sampled, num_sampled),
-            "query_start_loc": np.concatenate(([0], ends)).astype(np.int32),
+            "query_start_loc": query_start_loc,
             "seq_lens": (computed + counts).astype(np.int32),
             **self.recent.columns(token_slots, positions, states.num_known),
         }
@@ -265,12 +269,12 @@ class ModelRunner:
 
     def prompt_logprobs(
         self, hidden: torch.Tensor, batch: InputBatch, slots: I32, counts: I32
-    ) -> Deferred[list[TokenLogprobs]]:
+    ) -> Deferred[Sequence[TokenLogprobs]]:
         """Log probabilities of the prompt tokens that follow the positions of this step, where they are wanted."""
         states = self.states
+        if not states.num_reporting:
+            return NO_LOGPROBS
         wanted = np.flatnonzero(states.reports_prompt[slots]).tolist()
-        if not wanted:
-            return Deferred.known([])
         starts = np.cumsum(counts) - counts
         parts: list[Deferred[list[TokenLogprobs]]] = []
         for row in wanted:
@@ -296,10 +300,10 @@ class ModelRunner:
         return Deferred(together.tensors, lambda arrays: [entry for part in together.make(arrays) for entry in part])
 
 
-def _ranges(firsts: I64, counts: Array) -> I64:
+def _ranges(firsts: Array, counts: Array) -> I64:
     """For each first number as many consecutive ones as the counts say, one after another: int64 [sum of counts]."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    numbers: I64 = np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - ends + counts, counts)
+    ends = counts.cumsum(dtype=np.int64)
+    numbers: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + (firsts - ends + counts).repeat(counts)
     return numbers
 
 

@@ -7,7 +7,7 @@ pooling takes the rows of its request in the order of their positions and never 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -137,9 +137,12 @@ def finish(vectors: F32, params: PoolingParams) -> F32:
 
 @dataclass
 class PoolerOutput:
-    vectors: list[tuple[int, Tensor]] = field(default_factory=list)
+    vectors: Sequence[tuple[int, Tensor]] = ()
     """Row of the step and result, for each request whose prompt is complete."""
-    row_errors: list[RowError] = field(default_factory=list)
+    row_errors: Sequence[RowError] = ()
+
+
+NOTHING_POOLED = Deferred.known(PoolerOutput())
 
 
 class Pooler:
@@ -149,17 +152,20 @@ class Pooler:
         self._params: list[PoolingParams | None] = [None] * max_num_seqs
         self._poolings: list[Pooling | None] = [None] * max_num_seqs
         self._is_active = np.zeros(max_num_seqs, np.bool_)
+        self._num_active = 0
 
     def add(self, slot: int, params: PoolingParams | None) -> None:
         """A request entered a slot; None: it generates, and its hidden states are let alone."""
         self._params[slot] = params
         self._poolings[slot] = None if params is None else POOLINGS[params.pooling_type]()
+        self._num_active += int(params is not None) - int(self._is_active[slot])
         self._is_active[slot] = params is not None
 
     def remove(self, slots: I32) -> None:
         """Requests left their slots."""
-        for slot in slots[self._is_active[slots]].tolist():
-            self.add(slot, None)
+        if self._num_active:
+            for slot in slots[self._is_active[slots]].tolist():
+                self.add(slot, None)
 
     def pool(self, hidden: torch.Tensor, slots: I32, counts: I32, states: RequestStates) -> Deferred[PoolerOutput]:
         """Takes the hidden states of a step.
@@ -173,9 +179,9 @@ class Pooler:
         Returns:
             The vectors of the requests whose prompts end in this step.
         """
+        if not self._num_active:
+            return NOTHING_POOLED
         active = np.flatnonzero(self._is_active[slots]).tolist()
-        if not active:
-            return Deferred.known(PoolerOutput())
         ends = np.cumsum(counts)
         taken: list[_Taken] = []
         tensors: list[torch.Tensor] = []
@@ -203,14 +209,15 @@ class _Taken:
 
 
 def _pooled(taken: list[_Taken], arrays: Sequence[F32]) -> PoolerOutput:
-    output = PoolerOutput()
+    vectors: list[tuple[int, Tensor]] = []
+    row_errors: list[RowError] = []
     for entry, rows in zip(taken, arrays, strict=True):
         entry.pooling.take(rows)
         if not entry.is_last:
             continue
         result = entry.pooling.result()
         if np.isfinite(result).all():
-            output.vectors.append((entry.row, to_tensor(finish(result, entry.params))))
+            vectors.append((entry.row, to_tensor(finish(result, entry.params))))
         else:
-            output.row_errors.append(RowError(row=entry.row, message=BAD_STATES))
-    return output
+            row_errors.append(RowError(row=entry.row, message=BAD_STATES))
+    return PoolerOutput(vectors, row_errors)

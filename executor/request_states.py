@@ -33,6 +33,8 @@ class RequestStates:
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
         self.reports_prompt = np.zeros(max_num_seqs, np.bool_)
         """Whether log probabilities of the prompt are wanted."""
+        self.num_reporting = 0
+        """How many slots want them."""
         self.block_tables: list[I32] = [
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
@@ -46,8 +48,7 @@ class RequestStates:
     def apply(self, plan: SchedulerOutput) -> None:
         """Takes over what a plan says of requests and their blocks."""
         for slot in i32(plan.finished_slots).tolist():
-            self.params[slot] = None
-            self.reports_prompt[slot] = False
+            self._set_params(slot, None)
         for request in plan.new_reqs:
             self._add(request)
         for table, column in zip(self.block_tables, plan.block_updates, strict=False):
@@ -63,11 +64,16 @@ class RequestStates:
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
         self.adapters[slot] = request.lora_id
-        self.params[slot] = request.params
-        self.reports_prompt[slot] = request.params is not None and request.params.prompt_logprobs is not None
+        self._set_params(slot, request.params)
         for table, column in zip(self.block_tables, request.block_ids, strict=True):
             blocks = i32(column)
             table[slot, : len(blocks)] = blocks
+
+    def _set_params(self, slot: int, params: ResolvedParams | None) -> None:
+        reports = params is not None and params.prompt_logprobs is not None
+        self.params[slot] = params
+        self.num_reporting += reports - int(self.reports_prompt[slot])
+        self.reports_prompt[slot] = reports
 
     def advance(self, slots: I32, num_scheduled: I32, num_sampled: npt.NDArray[np.uint8]) -> None:
         """A step has begun.

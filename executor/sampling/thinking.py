@@ -19,9 +19,12 @@ class ThinkingBudgets:
         self._budgets: list[ThinkingBudget | None] = [None] * max_num_seqs
         self._least = np.full(max_num_seqs, np.iinfo(np.int64).max)
         """Output tokens before which nothing can be forced."""
+        self._num_budgets = 0
+        """How many slots have one; slots whose request is gone count until they are given out again."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         """A request entered a slot."""
+        self._num_budgets += int(params.thinking_budget is not None) - int(self._budgets[slot] is not None)
         budget = self._budgets[slot] = params.thinking_budget
         self._least[slot] = np.iinfo(np.int64).max if budget is None else budget.max_tokens
 
@@ -36,6 +39,8 @@ class ThinkingBudgets:
             states: The tokens so far.
             vocab_size: Width of the logits.
         """
+        if not self._num_budgets:
+            return mask
         slots = rows.slots
         num_outputs = rows.positions - states.num_prompt[slots]
         forced: list[tuple[int, int]] = []
