@@ -48,7 +48,8 @@ class BlockPool:
         for _ in range(count):
             block_id, _ = self._free.popitem(last=False)
             assert self._ref_counts[block_id] == 0
-            self.forget(block_id)
+            if self._hashes[block_id] is not None:
+                self.forget(block_id)
             self._ref_counts[block_id] = 1
             taken.append(block_id)
         return taken

@@ -331,7 +331,7 @@ class EngineCore:
             self.transport.send(UtilityOutput(call_id=message.call_id, result=self._status()))
         elif isinstance(message, ResetPrefixCache):
             if self._scheduler is not None:
-                self._scheduler.kv.pool.forget_all()
+                self._scheduler.kv.reset_prefix_cache()
             self.transport.send(UtilityOutput(call_id=message.call_id))
         elif isinstance(message, Shutdown):
             self._draining = True
@@ -473,8 +473,8 @@ class EngineCore:
         return status | {
             "num_running_reqs": scheduler.num_running,
             "num_waiting_reqs": scheduler.num_waiting,
-            "num_blocks": scheduler.shape.num_blocks,
-            "num_free_blocks": scheduler.kv.pool.num_free,
+            "num_blocks": scheduler.kv.num_blocks,
+            "num_free_blocks": scheduler.kv.num_free,
             "num_preemptions": scheduler.num_preemptions,
             "integrity": integrity,
         }
@@ -532,21 +532,20 @@ class EngineCore:
             shape, max_model_len = planned
             self._vocab_size = min(worker.vocab_size for worker in ready)
             self._hidden_size = min(worker.hidden_size for worker in ready)
-            speculative = self.config.executor.speculative
             self._scheduler = Scheduler(
                 self.config.scheduler,
                 self.config.cache,
                 shape,
                 max_model_len,
                 engine_epoch=self.engine_epoch,
-                max_draft_tokens=0 if speculative is None else speculative.num_speculative_tokens,
+                max_draft_tokens=self.config.executor.max_draft_tokens,
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._prepare_grammars()  # while the workers warm up
         shape = self._scheduler.shape
         self.executor.submit(
             InitKVCache(
-                num_blocks=(shape.num_blocks,) * shape.num_groups,
+                num_blocks=tuple(group.num_blocks for group in shape.groups),
                 max_num_seqs=self.config.scheduler.max_num_seqs,
                 max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
                 max_model_len=self._scheduler.max_model_len,
@@ -569,7 +568,7 @@ class EngineCore:
             )
             return
         self._announced = True
-        bytes_per_block = sum(group.bytes_per_block for group in worker.kv_cache_groups)
+        shape = scheduler.shape
         gc.collect()
         gc.freeze()
         self.transport.send(
@@ -578,9 +577,12 @@ class EngineCore:
                 pid=os.getpid(),
                 max_model_len=scheduler.max_model_len,
                 vocab_size=self._vocab_size,
-                num_kv_blocks=scheduler.shape.num_blocks,
-                block_size=scheduler.shape.block_size,
-                kv_cache_bytes=bytes_per_block * scheduler.shape.num_blocks,
+                num_kv_blocks=shape.num_tokens // shape.alignment,
+                block_size=shape.alignment,
+                kv_cache_bytes=sum(
+                    spec.bytes_per_block * group.num_blocks
+                    for spec, group in zip(worker.kv_cache_groups, shape.groups, strict=True)
+                ),
                 weight_bytes=sum(ready.weight_bytes for ready in self._ready.values()),
                 max_num_seqs=self.config.scheduler.max_num_seqs,
                 dtype=worker.dtype,

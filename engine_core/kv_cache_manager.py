@@ -1,109 +1,224 @@
 """Which blocks hold a request's KV cache, and which of them other requests may share.
 
-Full blocks are known by a SHA-256 hash chained over the request's tokens, so equal hashes mean equal prefixes; the
-chain starts with everything beside the tokens that changes K and V (salt, adapter, images).
+Layers that see equally far back form a group with blocks of its own (``CacheShape``). A request has a block table per
+group, and goes on after a cached prefix only where all groups have what its next token sees.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from engine_core.block_pool import BlockPool
+from engine_core.cache_shape import CacheShape
+from engine_core.hashing import NO_KEYS, block_hashes, feature_keys, root_hash
 from engine_core.messages import I32
 from engine_core.request import Request
+from engine_core.single_type_kv_cache_manager import NEVER, BlockTable, create_manager
+
+
+@dataclass(frozen=True)
+class PrefixHit:
+    """The cached beginning of a waiting request."""
+
+    num_tokens: int
+    tables: list[BlockTable]
+    """One per group. The request does not hold the blocks yet."""
 
 
 class KVCacheManager:
-    """Gives blocks to requests. The only writer of the block pool and of ``Request.block_ids``."""
+    """Coordinates the managers of all groups. The only writer of ``Request.block_tables``."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
-        self.pool = BlockPool(num_blocks)
+    def __init__(self, shape: CacheShape, step_tokens: int, *, enable_prefix_caching: bool) -> None:
+        """Creates the pools.
+
+        Args:
+            shape: The groups.
+            step_tokens: The most tokens of a request that are planned beyond what is confirmed of it.
+            enable_prefix_caching: Whether blocks may be found again.
+        """
+        self.shape = shape
+        # Without a group there is nothing that a prefix could be found in.
+        self.enable_prefix_caching = enable_prefix_caching and bool(shape.groups)
+        self.managers = [create_manager(group, step_tokens) for group in shape.groups]
+        self.has_windows = any(group.window is not None for group in shape.groups)
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self._block_sizes = sorted({group.block_size for group in shape.groups})
+        self.publish_step = math.gcd(*self._block_sizes)
+        """A block of some group may be full after each multiple of so many tokens."""
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all groups together."""
+        return sum(manager.pool.num_blocks for manager in self.managers)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nothing uses, of all groups together."""
+        return sum(manager.pool.num_free for manager in self.managers)
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, 0 to 1."""
-        return 1 - self.pool.num_free / self.pool.num_blocks
+        """Share of the blocks in use, 0 to 1, of the fullest group: it decides what else can run."""
+        return max((1 - manager.pool.num_free / manager.pool.num_blocks for manager in self.managers), default=0.0)
 
-    def find_cached_blocks(self, request: Request) -> list[int]:
-        """The longest cached prefix of a waiting request, as blocks. At least one token is left to compute."""
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Asserts that pools and prefix caches agree with the block tables of all requests."""
+        tables = [request.block_tables for request in requests if request.block_tables]
+        for group, manager in enumerate(self.managers):
+            manager.pool.check_integrity(own[group].block_ids for own in tables)
+
+    # -- prefixes ------------------------------------------------------------------------------------------
+
+    def find_cached_prefix(self, request: Request) -> PrefixHit:
+        """The longest cached prefix of a waiting request that all groups have. At least one token is left to compute.
+
+        A group has a prefix if it has all that the token after it sees.
+        """
         if not self._reads_cache(request):
-            return []
-        self.extend_hashes(request, request.token_ids)
-        blocks: list[int] = []
-        for block_hash in request.block_hashes[: (len(request.token_ids) - 1) // self.block_size]:
-            block_id = self.pool.lookup(block_hash)
-            if block_id is None:
-                break
-            blocks.append(block_id)
-        return blocks
+            return PrefixHit(0, [BlockTable() for _ in self.managers])
+        self.extend_hashes(request, request.token_ids, len(request.token_ids))
+        alignment = self.shape.alignment
+        num_tokens = (len(request.token_ids) - 1) // alignment * alignment
+        agreed = -1
+        while num_tokens != agreed:  # what one group lacks may be where another one's window is
+            agreed = num_tokens
+            for manager in self.managers:
+                hashes = request.block_hashes[manager.block_size]
+                num_tokens = manager.longest_hit(hashes, num_tokens, alignment)
+        tables = [
+            manager.cached_table(request.block_hashes[manager.block_size], num_tokens) for manager in self.managers
+        ]
+        return PrefixHit(num_tokens, tables)
 
     def _reads_cache(self, request: Request) -> bool:
         return self.enable_prefix_caching and not request.needs_all_positions
 
-    def can_fit(self, cached_blocks: list[int], num_tokens: int) -> bool:
-        """Whether that many tokens fit when the request starts with these cached blocks."""
-        needed = -(-num_tokens // self.block_size) - len(cached_blocks)
-        return needed <= self.pool.num_free - self.pool.num_free_among(cached_blocks)
+    def extend_hashes(self, request: Request, token_ids: I32, num_tokens: int) -> None:
+        """Hashes the full blocks of a request's first ``num_tokens`` that are not hashed yet.
 
-    def start(self, request: Request, cached_blocks: list[int], num_tokens: int) -> None:
-        """Gives a request its cached blocks and new ones, enough for ``num_tokens``."""
-        assert not request.block_ids
-        self.pool.acquire(cached_blocks)
-        request.block_ids = list(cached_blocks)
-        self.grow(request, -(-num_tokens // self.block_size) - len(cached_blocks))
+        Args:
+            request: Whose they are.
+            token_ids: int32 [>= num_tokens].
+            num_tokens: Tokens that are known.
+        """
+        all_hashes = request.block_hashes
+        for size in self._block_sizes:
+            hashes = all_hashes[size] if size in all_hashes else all_hashes.setdefault(size, [])
+            begin = len(hashes) * size
+            if begin + size <= num_tokens:
+                parent = hashes[-1] if hashes else _root(request)
+                features = request.message.mm_features
+                keys = feature_keys(features, size) if features else NO_KEYS
+                hashes += block_hashes(token_ids[begin:num_tokens], size, parent, keys, len(hashes))
+
+    def publish(self, request: Request, token_ids: I32, num_tokens: int) -> None:
+        """Makes full blocks findable.
+
+        Args:
+            request: It has them.
+            token_ids: int32 [>= num_tokens], the request's.
+            num_tokens: Tokens that are known and computed.
+        """
+        self.extend_hashes(request, token_ids, num_tokens)
+        tables, all_hashes = request.block_tables, request.block_hashes
+        for group, manager in enumerate(self.managers):
+            manager.publish(tables[group], all_hashes[manager.block_size], num_tokens)
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is cached any more; who uses blocks goes on using them."""
+        for manager in self.managers:
+            manager.pool.forget_all()
+
+    # -- blocks of requests --------------------------------------------------------------------------------
+
+    def can_fit(self, hit: PrefixHit, num_tokens: int) -> bool:
+        """Whether that many tokens fit when the request starts with a cached prefix."""
+        return all(manager.can_fit(table, num_tokens) for manager, table in zip(self.managers, hit.tables, strict=True))
+
+    def start(self, request: Request, hit: PrefixHit, num_tokens: int) -> int:
+        """Gives a request its cached blocks and new ones, enough for ``num_tokens``.
+
+        Returns:
+            Tokens that fit into them.
+        """
+        assert not request.block_tables
+        request.block_tables = hit.tables
+        for manager, table in zip(self.managers, hit.tables, strict=True):
+            manager.pool.acquire(table.block_ids)
         if self._reads_cache(request) and request.num_cached_tokens is None:
             self.num_queried_tokens += len(request.token_ids)
-            self.num_hit_tokens += len(cached_blocks) * self.block_size
+            self.num_hit_tokens += hit.num_tokens
+        capacity = self.grow(request, num_tokens, [[] for _ in self.managers])
+        assert capacity is not None, "whoever starts fits"
+        return capacity
 
-    def grow(self, request: Request, count: int) -> list[int]:
-        """Adds blocks to a request and returns them; there must be enough free ones."""
-        new_blocks = self.pool.allocate(count)
-        request.block_ids += new_blocks
-        return new_blocks
+    def can_grow(self, wanted: Iterable[tuple[Request, int]]) -> bool:
+        """Whether there are free blocks for all of these requests to have so many tokens each."""
+        missing = [0] * len(self.managers)
+        for request, num_tokens in wanted:
+            for group, (manager, table) in enumerate(zip(self.managers, request.block_tables, strict=True)):
+                missing[group] += max(0, -(-num_tokens // manager.block_size) - table.num_blocks)
+        return all(count <= manager.pool.num_free for manager, count in zip(self.managers, missing, strict=True))
+
+    def grow(self, request: Request, num_tokens: int, updates: list[list[int]]) -> int | None:
+        """Adds the blocks that a request lacks for its first ``num_tokens``, or none if a group has too few.
+
+        Args:
+            request: It has its tables.
+            num_tokens: Tokens that have to fit.
+            updates: Per group, what workers will be told: slot, index in its block table and block, one after another.
+
+        Returns:
+            Tokens that fit into all blocks of the request; None: it got none.
+        """
+        tables = request.block_tables
+        for group, manager in enumerate(self.managers):
+            if -(-num_tokens // manager.block_size) - tables[group].num_blocks > manager.pool.num_free:
+                return None
+        capacity = NEVER
+        for group, manager in enumerate(self.managers):
+            fitting = manager.grow(tables[group], num_tokens, request.slot, updates[group])
+            capacity = min(capacity, fitting)
+        return capacity
+
+    def free_unseen(self, request: Request, num_confirmed: int) -> int:
+        """Takes the blocks behind windows from a running request.
+
+        A later plan may write them at once: workers execute plans in order, so those in flight, which may still see
+        the blocks, have read them before.
+
+        Args:
+            request: It runs.
+            num_confirmed: Tokens that come before all that may still be computed, whatever becomes of steps in flight.
+
+        Returns:
+            The number of confirmed tokens from which on there is more to free.
+        """
+        following = NEVER
+        for manager, table in zip(self.managers, request.block_tables, strict=True):
+            window = manager.shape.window
+            if window is not None:
+                manager.free_unseen(table, num_confirmed)
+                following = min(following, (table.first + 1) * manager.block_size + window - 1)
+        return following
 
     def release(self, request: Request) -> None:
         """Takes all blocks from a request."""
-        self.pool.release(request.block_ids)
-        request.block_ids = []
+        for manager, table in zip(self.managers, request.block_tables, strict=True):
+            manager.pool.release(table.block_ids)
+        request.block_tables = []
 
     def discard(self, request: Request) -> None:
-        """Takes all blocks from a request whose K and V are not to be trusted."""
-        for block_id in request.block_ids:
-            self.pool.forget(block_id)
-        self.release(request)
-
-    def extend_hashes(self, request: Request, token_ids: I32) -> None:
-        """Hashes the full blocks of ``token_ids`` that are not hashed yet."""
-        size = self.block_size
-        hashes = request.block_hashes
-        num_full = len(token_ids) // size
-        if len(hashes) >= num_full:
-            return
-        parent = hashes[-1] if hashes else _root(request)
-        first = len(hashes)
-        data = token_ids[first * size : num_full * size].tobytes()
-        step = size * 4
-        for start in range(0, len(data), step):
-            parent = hashlib.sha256(parent + data[start : start + step]).digest()
-            hashes.append(parent)
-
-    def publish(self, request: Request, token_ids: I32, first: int, count: int) -> None:
-        """Makes blocks ``first .. count - 1`` findable; all tokens of them are in ``token_ids``."""
-        self.extend_hashes(request, token_ids[: count * self.block_size])
-        for position in range(first, count):
-            self.pool.publish(request.block_ids[position], request.block_hashes[position])
+        """Forgets what a request wrote: its K and V are not to be trusted. It still has its blocks."""
+        for manager, table in zip(self.managers, request.block_tables, strict=True):
+            manager.discard(table, request.block_hashes.get(manager.block_size, ()))
 
 
 def _root(request: Request) -> bytes:
-    """Everything but the tokens that K and V depend on."""
     message = request.message
-    seed = hashlib.sha256(message.cache_salt.encode())
-    if message.lora_request is not None:
-        seed.update(b"\0lora\0" + message.lora_request.name.encode())
-    for feature in message.mm_features:
-        seed.update(f"\0mm\0{feature.identifier}\0{feature.offset}\0{feature.length}".encode())
-    return seed.digest()
+    adapter = message.lora_request
+    return root_hash(cache_salt=message.cache_salt, adapter_hash="" if adapter is None else adapter.content_hash)

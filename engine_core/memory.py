@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
+
+from engine_core.cache_shape import CacheShape, GroupShape, max_step_tokens
 from engine_core.config import EngineConfig
-from engine_core.scheduler import CacheShape
-from executor.messages import WorkerReady
+from executor.messages import KVCacheGroupSpec, WorkerReady
 
 AUTO_MAX_MODEL_LEN = -1
 """``--max-model-len auto``: the longest that fits."""
@@ -22,43 +25,90 @@ def format_bytes(count: float) -> str:
 def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[CacheShape, int] | str:
     """Sizes the KV cache by the rank with the least room.
 
+    Groups without a window hold as many tokens as fit. One with a window holds as many, but beside such groups no more
+    than all running requests can see together: what it would save there goes to the others.
+
     Returns:
         The cache's shape and the longest sequence, or one line that says what does not fit and what would.
     """
-    sizes = [(worker, _kv_bytes(worker, config)) for worker in ready]
-    groups = ready[0].kv_cache_groups
-    block_size = max(group.block_size for group in groups)
-    per_block = max(sum(group.bytes_per_block for group in worker.kv_cache_groups) for worker in ready)
-    kv_bytes = min(size for _, size in sizes)
+    sizes = _Sizes(ready, config)
     if config.cache.num_gpu_blocks_override is not None:
         num_blocks = config.cache.num_gpu_blocks_override
     else:
-        num_blocks = kv_bytes // per_block
+        num_blocks = min(sizes.most_blocks(worker, _kv_bytes(worker, config)) for worker in ready)
+    shape = sizes.shape(num_blocks)
     model_len = min(worker.max_model_len for worker in ready)
-    capacity = num_blocks * block_size
+    capacity = shape.max_len(sizes.step_tokens)
     if capacity < 2:
+        kv_bytes = min(_kv_bytes(worker, config) for worker in ready)
         return (
             f"no room for a KV cache: {format_bytes(max(kv_bytes, 0))} are left and one block takes "
-            f"{format_bytes(per_block)}; free memory or set --kv-cache-memory"
+            f"{format_bytes(sizes.bytes_for(1))}; free memory or set --kv-cache-memory"
         )
     wanted = config.executor.model.max_model_len
     if wanted == AUTO_MAX_MODEL_LEN:
-        max_model_len = min(model_len, capacity)
-    elif wanted is not None and wanted > model_len:
+        return shape, int(min(model_len, capacity))
+    if wanted is not None and wanted > model_len:
         return (
             f"--max-model-len {wanted} is longer than the {model_len} tokens that the model was made for; "
             f"use at most {model_len}"
         )
-    else:
-        max_model_len = wanted or model_len
-        if max_model_len > capacity:
-            needed = -(-max_model_len // block_size) * per_block
-            return (
-                f"--max-model-len {max_model_len} does not fit the KV cache: it needs {format_bytes(needed)} and "
-                f"{format_bytes(num_blocks * per_block)} are there; use --max-model-len {capacity} or less, or "
-                f"--kv-cache-memory {format_bytes(needed).replace(' ', '')} or more"
-            )
-    return CacheShape(num_blocks=num_blocks, block_size=block_size, num_groups=len(groups)), max_model_len
+    max_model_len = wanted or model_len
+    if max_model_len > capacity:
+        needed = format_bytes(sizes.bytes_for(sizes.least_blocks(max_model_len)))
+        return (
+            f"--max-model-len {max_model_len} does not fit the KV cache: it needs {needed} and "
+            f"{format_bytes(sizes.bytes_for(num_blocks))} are there; use --max-model-len {capacity} or less, or "
+            f"--kv-cache-memory {needed.replace(' ', '')} or more"
+        )
+    return shape, max_model_len
+
+
+class _Sizes:
+    """Sizes of a cache in which each group has ``num_blocks`` times ``block_size`` tokens, unless it needs less."""
+
+    def __init__(self, ready: list[WorkerReady], config: EngineConfig) -> None:
+        self.ready = ready
+        self.step_tokens = max_step_tokens(config.scheduler, config.executor.max_draft_tokens)
+        self.max_num_seqs = config.scheduler.max_num_seqs
+        groups = ready[0].kv_cache_groups
+        self.block_size = math.lcm(*(group.block_size for group in groups))
+        """Whole blocks of every group."""
+        self._has_full = any(group.sliding_window is None for group in groups)
+
+    def group(self, spec: KVCacheGroupSpec, num_blocks: int) -> GroupShape:
+        own = num_blocks * (self.block_size // spec.block_size)
+        shape = GroupShape(own, spec.block_size, spec.sliding_window)
+        if shape.window is None or not self._has_full:
+            return shape
+        most = self.max_num_seqs * shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
+        return GroupShape(min(own, most), spec.block_size, spec.sliding_window)
+
+    def shape(self, num_blocks: int) -> CacheShape:
+        return CacheShape(tuple(self.group(spec, num_blocks) for spec in self.ready[0].kv_cache_groups))
+
+    def _bytes_of(self, worker: WorkerReady, num_blocks: int) -> int:
+        return sum(spec.bytes_per_block * self.group(spec, num_blocks).num_blocks for spec in worker.kv_cache_groups)
+
+    def bytes_for(self, num_blocks: int) -> int:
+        """What the cache takes on the rank with the most of it."""
+        return max(self._bytes_of(worker, num_blocks) for worker in self.ready)
+
+    def most_blocks(self, worker: WorkerReady, kv_bytes: int) -> int:
+        """The largest ``num_blocks`` that fit on a rank; 0 for a model without a KV cache."""
+        kv_bytes = max(kv_bytes, 0)
+        specs = worker.kv_cache_groups
+        uncapped = [spec.bytes_per_block for spec in specs if spec.sliding_window is None or not self._has_full]
+        if not uncapped:
+            return 0
+        candidates = range(kv_bytes // max(1, *uncapped) + 1)
+        return bisect_right(candidates, kv_bytes, key=lambda num_blocks: self._bytes_of(worker, num_blocks)) - 1
+
+    def least_blocks(self, max_model_len: int) -> int:
+        """The smallest ``num_blocks`` with which a sequence of that length fits."""
+        candidates = range(1, -(-max_model_len // self.block_size) + 1)
+        fits = bisect_left(candidates, True, key=lambda n: self.shape(n).max_len(self.step_tokens) >= max_model_len)
+        return candidates[fits]
 
 
 def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:

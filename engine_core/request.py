@@ -9,6 +9,7 @@ import numpy as np
 from engine_core.fair_shares import Account
 from engine_core.messages import I32, EngineCoreRequest, ResolvedParams, Suspicion, TokenLogprobs, i32
 from engine_core.repetition import RepetitionDetector
+from engine_core.single_type_kv_cache_manager import BlockTable
 
 if TYPE_CHECKING:
     from engine_core.structured.request_grammar import RequestGrammar
@@ -27,7 +28,7 @@ class Request:
     __slots__ = (
         "account",
         "block_hashes",
-        "block_ids",
+        "block_tables",
         "grammar",
         "index",
         "message",
@@ -53,9 +54,10 @@ class Request:
         self.token_ids: I32 = np.concatenate((prompt, outputs)) if len(outputs) else prompt
         """Prompt and confirmed output, up to date while the request waits. Read only."""
         self.slot = -1
-        self.block_ids: list[int] = []
-        self.block_hashes: list[bytes] = []
-        """Of the full blocks of the tokens known so far."""
+        self.block_tables: list[BlockTable] = []
+        """One per KV cache group while it runs; empty while it waits."""
+        self.block_hashes: dict[int, list[bytes]] = {}
+        """Block size -> hashes of the full blocks of the tokens known so far."""
         self.num_cached_tokens: int | None = None
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []

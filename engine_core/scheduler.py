@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
+from engine_core.cache_shape import CacheShape, max_step_tokens
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.fair_shares import FairShares
 from engine_core.in_flight import I64, Bools, InFlight
-from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.kv_cache_manager import KVCacheManager, PrefixHit
 from engine_core.messages import (
     I32,
     EngineCoreOutput,
@@ -56,15 +56,6 @@ CHARGED_TOKENS = 64
 """Tokens by which an output is longer than expected before its tenant is charged for more."""
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """What the scheduler needs to know of the KV cache."""
-
-    num_blocks: int
-    block_size: int
-    num_groups: int = 1
-
-
 class Scheduler:
     """Owns requests, slots and queues."""
 
@@ -83,7 +74,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.shape = shape
         self.engine_epoch = engine_epoch
-        self.kv = KVCacheManager(shape.num_blocks, shape.block_size, enable_prefix_caching=cache.enable_prefix_caching)
+        self.kv = KVCacheManager(
+            shape, max_step_tokens(config, max_draft_tokens), enable_prefix_caching=cache.enable_prefix_caching
+        )
         self.requests: dict[int, Request] = {}
         self.shares = FairShares()
         self.waiting = create_request_queue(config.scheduling_policy)
@@ -175,7 +168,7 @@ class Scheduler:
             self._preempt(request)
             self.num_preemptions -= 1
         self.table.finished_slots.clear()
-        self.kv.pool.forget_all()
+        self.kv.reset_prefix_cache()
         self.suspects.restart()
 
     def running_requests(self) -> list[Request]:
@@ -191,6 +184,8 @@ class Scheduler:
         """Plans a step, or returns None when no request can make progress."""
         begin = time.perf_counter()
         table = self.table
+        if self.kv.has_windows:
+            self._free_unseen()
         slots, counts = self._wanted_by_running()
         if self.max_draft_tokens:
             counts = self._allow_drafts(slots, counts)
@@ -220,7 +215,7 @@ class Scheduler:
             num_draft_tokens=b"" if allowances is None else allowances.astype(np.uint8).tobytes(),
             finished_slots=np.array(table.finished_slots, np.int32).tobytes(),
             new_reqs=tuple(new_reqs),
-            block_updates=(block_updates,) * self.shape.num_groups if block_updates else (),
+            block_updates=block_updates,
             grammar_slots=slots[grammar_rows].tobytes(),
         )
         table.finished_slots.clear()
@@ -286,49 +281,56 @@ class Scheduler:
             allowances[:] = 0  # which of its positions kills must be certain
         left = self.config.max_num_batched_tokens - int(counts.sum())
         allowances = np.clip(left - (np.cumsum(allowances) - allowances), 0, allowances)
-        size = self.shape.block_size
-        needed = -(-(table.num_scheduled[slots] + counts + allowances) // size) - table.num_blocks[slots]
-        if int(np.maximum(needed, 0).sum()) > self.kv.pool.num_free:
+        ends = table.num_scheduled[slots] + counts + allowances
+        rows = np.flatnonzero(ends > table.capacity[slots])
+        growing = [table.request(slot) for slot in slots[rows].tolist()]
+        if not self.kv.can_grow(zip(growing, ends[rows].tolist(), strict=True)):
             allowances[:] = 0
         table.allowances[table.running] = 0
         table.allowances[slots] = allowances
         wanted: I64 = counts + allowances
         return wanted
 
-    def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, bytes, bool]:
+    def _free_unseen(self) -> None:
+        """Frees the blocks that fell behind windows."""
+        table = self.table
+        confirmed = table.num_confirmed()
+        for slot in np.flatnonzero(confirmed >= table.free_at).tolist():
+            table.free_at[slot] = self.kv.free_unseen(table.request(slot), int(confirmed[slot]))
+
+    def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, tuple[bytes, ...], bool]:
         """Allocates the blocks that running rows need, preempting others where there are too few.
 
         Returns:
             The rows that are left, the block updates of the plan, and whether a request was preempted.
         """
-        size = self.shape.block_size
-        needed = -(-(self.table.num_scheduled[slots] + counts) // size) - self.table.num_blocks[slots]
-        rows = np.flatnonzero(needed > 0).tolist()
-        updates: list[tuple[int, int, int]] = []
+        table, kv = self.table, self.kv
+        ends = table.num_scheduled[slots] + counts
+        updates: list[list[int]] = [[] for _ in kv.managers]
         dropped: set[int] = set()
-        for row in rows:
-            slot = int(slots[row])
-            request = self.table.owners[slot]
+        for row in np.flatnonzero(ends > table.capacity[slots]).tolist():
+            slot, end = int(slots[row]), int(ends[row])
+            request = table.owners[slot]
             if request is None:
                 continue  # preempted for the sake of an earlier row
-            count = int(needed[row])
-            while self.kv.pool.num_free < count:
+            capacity = kv.grow(request, end, updates)
+            while capacity is None:
                 victim = self._choose_victim()
                 dropped.add(victim.slot)
                 self._preempt(victim)
                 if victim is request:
                     break
-            if request.slot < 0:
-                continue
-            first = len(request.block_ids)
-            new_blocks = self.kv.grow(request, count)
-            self.table.num_blocks[slot] = first + count
-            updates += [(slot, first + i, block_id) for i, block_id in enumerate(new_blocks)]
+                capacity = kv.grow(request, end, updates)
+            if capacity is not None:
+                table.capacity[slot] = capacity
+        columns = [np.array(column, np.int32) for column in updates]
         if dropped:
-            kept = ~np.isin(slots, list(dropped))
+            gone = list(dropped)
+            kept = ~np.isin(slots, gone)
             slots, counts = slots[kept], counts[kept]
-            updates = [update for update in updates if update[0] not in dropped]
-        return slots, counts, np.array(updates, np.int32).tobytes(), bool(dropped)
+            columns = [column.reshape(-1, 3)[~np.isin(column[::3], gone)] for column in columns]
+        block_updates = tuple(column.tobytes() for column in columns)
+        return slots, counts, block_updates if any(block_updates) else (), bool(dropped)
 
     def _choose_victim(self) -> Request:
         running = self.running_requests()
@@ -352,15 +354,15 @@ class Scheduler:
             if request is None:
                 break
             num_tokens = len(request.token_ids)
-            cached = self.kv.find_cached_blocks(request)
-            num_computed = len(cached) * self.shape.block_size
+            hit = self.kv.find_cached_prefix(request)
+            num_computed = hit.num_tokens
             count = num_tokens - num_computed
             whole = not self.config.enable_chunked_prefill
             if whole and count > budget:
                 break
             if self.suspects.is_isolating:
-                self._make_room(cached, num_tokens)
-            if not self.kv.can_fit(cached, num_tokens):
+                self._make_room(hit, num_tokens)
+            if not self.kv.can_fit(hit, num_tokens):
                 break
             if self.config.long_prefill_token_threshold and not whole:
                 count = min(count, self.config.long_prefill_token_threshold)
@@ -373,8 +375,8 @@ class Scheduler:
                 self.waiting.pop()
             if self.on_admit is not None:
                 self.on_admit(request.index)
-            self.kv.start(request, cached, num_computed + count)
-            slot = self._occupy(request, num_computed)
+            capacity = self.kv.start(request, hit, num_computed + count)
+            slot = self._occupy(request, num_computed, capacity)
             new_reqs.append(self._describe(request, slot, num_computed))
             num_described += num_tokens + len(request.params.logit_bias)
             self._advance(np.array([slot], np.int32), np.array([count], np.int64))
@@ -401,12 +403,12 @@ class Scheduler:
         is_ready = request is not None and request.slot < 0 and request.index not in self.compiling
         return request if is_ready else None
 
-    def _make_room(self, cached: list[int], num_tokens: int) -> None:
+    def _make_room(self, hit: PrefixHit, num_tokens: int) -> None:
         """Preempts those that wait for the trial of a request, as far as it needs what they hold."""
-        while len(self.table.running) and not (self.table.free_slots and self.kv.can_fit(cached, num_tokens)):
+        while len(self.table.running) and not (self.table.free_slots and self.kv.can_fit(hit, num_tokens)):
             self._preempt(self.running_requests()[-1])
 
-    def _occupy(self, request: Request, num_computed: int) -> int:
+    def _occupy(self, request: Request, num_computed: int, capacity: int) -> int:
         """Gives a request a slot, and charges its tenant. What is computed once more is not the tenant's fault."""
         num_tokens = len(request.token_ids)
         num_new = 0 if request.scheduled_time else num_tokens - num_computed
@@ -417,21 +419,25 @@ class Scheduler:
             max_tokens = request.num_prompt_tokens + max_output
             num_expected = min(int(request.account.mean_output), max_output)
             num_left = max(0, num_expected - (num_tokens - request.num_prompt_tokens))
-        slot = self.table.occupy(request, num_computed, max_tokens, self.shape.block_size)
+        table = self.table
+        slot = table.occupy(request, num_computed, max_tokens)
+        table.capacity[slot] = capacity
+        table.publish_at[slot] = num_computed + 1
+        table.free_at[slot] = self.kv.free_unseen(request, num_computed)
         request.account.charge(num_new + num_left)
-        self.table.num_charged[slot] = num_tokens + num_left
+        table.num_charged[slot] = num_tokens + num_left
         if request.suspicion is not None:
             self.suspects.started(request, num_computed)
         return slot
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
-        blocks = np.array(request.block_ids, np.int32).tobytes()
         return NewRequest(
             slot=slot,
             token_ids=request.token_ids.tobytes(),
             num_prompt_tokens=request.num_prompt_tokens,
             num_computed_tokens=num_computed,
-            block_ids=(blocks,) * self.shape.num_groups,
+            block_ids=tuple(np.array(blocks.block_ids, np.int32).tobytes() for blocks in request.block_tables),
+            block_offsets=tuple(blocks.first for blocks in request.block_tables) if self.kv.has_windows else (),
             params=None if request.is_pooling else request.params,
             pooling_params=request.message.pooling_params,
             mm_features=request.message.mm_features,
@@ -450,15 +456,17 @@ class Scheduler:
         """
         if not self.kv.enable_prefix_caching:
             return
-        full = np.minimum(self.table.num_scheduled[slots], self.table.num_tokens[slots]) // self.shape.block_size
-        for row in np.flatnonzero(full > self.table.num_published[slots]).tolist():
-            slot = int(slots[row])
-            request = self.table.owners[slot]
-            if request is None:
-                continue
-            count = int(full[row])
-            self.kv.publish(request, self.table.token_ids[slot], int(self.table.num_published[slot]), count)
-            self.table.num_published[slot] = count
+        table, step = self.table, self.kv.publish_step
+        counts = np.minimum(table.num_scheduled[slots], table.num_tokens[slots])
+        rows = np.flatnonzero(counts >= table.publish_at[slots])
+        if not len(rows):
+            return
+        slots, counts = slots[rows], counts[rows]
+        table.publish_at[slots] = (counts // step + 1) * step
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            request = table.owners[slot]
+            if request is not None:
+                self.kv.publish(request, table.token_ids[slot], count)
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -672,9 +680,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts that slots, queues and blocks agree with each other."""
-        self.table.check_integrity(self.shape.block_size)
+        self.table.check_integrity()
         running, waiting = self.running_requests(), list(self.waiting)
         assert all(self.requests[request.index] is request for request in running)
-        assert all(request.slot < 0 and not request.block_ids for request in waiting)
+        assert all(request.slot < 0 and not request.block_tables for request in waiting)
         assert len(waiting) + len(running) + len(self.compiling) == len(self.requests)
-        self.kv.pool.check_integrity(request.block_ids for request in self.requests.values())
+        self.kv.check_integrity(self.requests.values())

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from engine_core.in_flight import InFlight
 from engine_core.messages import I32
 from engine_core.request import MAX_STOP_IDS, Request
+from engine_core.single_type_kv_cache_manager import NEVER
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -63,9 +64,12 @@ class SlotTable:
         """Stop tokens do not count before prompt and output together are this long."""
         self.num_charged = np.zeros(size, np.int64)
         """Tokens that the request's tenant was charged for: prompt, and output so far or as it is expected."""
-        self.num_blocks = np.zeros(size, np.int64)
-        self.num_published = np.zeros(size, np.int64)
-        """Blocks that were made findable, from the first on."""
+        self.capacity = np.zeros(size, np.int64)
+        """Tokens for which there are blocks."""
+        self.publish_at = np.zeros(size, np.int64)
+        """Number of known and scheduled tokens with which another block can be made findable."""
+        self.free_at = np.full(size, NEVER, np.int64)
+        """Number of confirmed tokens with which another block falls behind a window."""
         self.stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         self.has_stop_ids = np.zeros(size, np.bool_)
         self.is_special = np.zeros(size, np.bool_)
@@ -75,14 +79,13 @@ class SlotTable:
 
     # -- slots change hands ----------------------------------------------------------------------------------
 
-    def occupy(self, request: Request, num_computed: int, max_tokens: int, block_size: int) -> int:
+    def occupy(self, request: Request, num_computed: int, max_tokens: int) -> int:
         """Gives a request a slot and fills its row.
 
         Args:
             request: Has its blocks.
             num_computed: Tokens that came from the prefix cache.
             max_tokens: How long prompt and output together may become.
-            block_size: Tokens of a block.
         """
         slot = self.free_slots.pop()
         params = request.params
@@ -101,8 +104,6 @@ class SlotTable:
         self.num_tokens[slot] = self.num_planned[slot] = num_tokens
         self.num_scheduled[slot] = self.num_computed[slot] = num_computed
         self.num_open_drafts[slot] = self.allowances[slot] = self.num_drafts[slot] = 0
-        self.num_blocks[slot] = len(request.block_ids)
-        self.num_published[slot] = num_computed // block_size
         self.is_pooling[slot] = request.is_pooling
         self.has_grammar[slot] = request.grammar is not None
         self.max_tokens[slot] = max_tokens
@@ -119,6 +120,7 @@ class SlotTable:
         slot = request.slot
         request.slot = -1
         self.owners[slot] = None
+        self.free_at[slot] = NEVER
         self.epochs[slot] += 1
         self.running = self.running[self.running != slot]
         self.finished_slots.append(slot)
@@ -220,7 +222,14 @@ class SlotTable:
             ends |= is_stop & (lengths >= self.min_tokens[slots])
         return ends
 
-    def check_integrity(self, block_size: int) -> None:
+    def num_confirmed(self) -> I64:
+        """Tokens of each slot that come before all that later plans compute, whatever becomes of steps in flight.
+
+        Computing goes on at the last known token, or behind it: drafts that do not hold are no known tokens.
+        """
+        return np.minimum(self.num_scheduled, self.num_tokens - 1)
+
+    def check_integrity(self) -> None:
         """Asserts that slots and counts agree with each other and with the requests."""
         running = self.running.tolist()
         owners = {slot: request for slot, request in enumerate(self.owners) if request is not None}
@@ -229,6 +238,5 @@ class SlotTable:
         for slot, request in owners.items():
             assert request.slot == slot
             assert self.num_tokens[slot] <= self.num_planned[slot] <= self.max_tokens[slot]
-            assert self.num_computed[slot] <= self.num_scheduled[slot] <= len(request.block_ids) * block_size
+            assert self.num_computed[slot] <= self.num_scheduled[slot] <= self.capacity[slot]
             assert 0 <= self.num_open_drafts[slot] <= self.num_planned[slot] - self.num_tokens[slot]
-            assert self.num_blocks[slot] == len(request.block_ids)

@@ -205,3 +205,8 @@ class ExecutorConfig(Config, frozen=True):
             extra={"group": "Testing"},
         ),
     ] = 0
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Drafts of a request in one step, at most."""
+        return 0 if self.speculative is None else self.speculative.num_speculative_tokens

@@ -145,6 +145,8 @@ class LoRARequest(Message, frozen=True):
     """Number of the adapter, at least 1: 0 stands for the base model."""
     path: str
     """Folder of its weights."""
+    content_hash: str
+    """SHA-256 of its files: K and V that were computed with it are found by this, as its name may pass to another."""
 
 
 class MultiModalFeature(Message, frozen=True):
@@ -177,6 +179,9 @@ class NewRequest(Message, frozen=True):
     """Tokens whose K and V already lie in the blocks (prefix cache hit)."""
     block_ids: tuple[bytes, ...]
     """One int32 [num_blocks] per KV cache group."""
+    block_offsets: tuple[int, ...] = ()
+    """Per KV cache group: where in the request's block table ``block_ids`` begins. What comes before lies behind the
+    group's window and has no blocks. Empty: at the start in every group."""
     params: ResolvedParams | None = None
     """Of a request that generates."""
     pooling_params: PoolingParams | None = None

@@ -38,7 +38,7 @@ class RequestStates:
         self.block_tables: list[I32] = [
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
-        """int32 [slots, blocks] per group."""
+        """int32 [slots, blocks] per group. Entries behind a window are stale: nothing reads those blocks."""
 
     @staticmethod
     def position_bytes(max_num_seqs: int, block_sizes: list[int]) -> int:
@@ -65,9 +65,10 @@ class RequestStates:
         self.num_prompt[slot] = request.num_prompt_tokens
         self.adapters[slot] = request.lora_id
         self._set_params(slot, request.params)
-        for table, column in zip(self.block_tables, request.block_ids, strict=True):
+        offsets = request.block_offsets or (0,) * len(self.block_tables)
+        for table, offset, column in zip(self.block_tables, offsets, request.block_ids, strict=True):
             blocks = i32(column)
-            table[slot, : len(blocks)] = blocks
+            table[slot, offset : offset + len(blocks)] = blocks
 
     def _set_params(self, slot: int, params: ResolvedParams | None) -> None:
         reports = params is not None and params.prompt_logprobs is not None

@@ -40,12 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from api.bench.figures import describe, format_distributions
 from api.flags import ConfigError, add_arguments, build, options
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedDevice
 from engine_core.in_flight import InFlight
 from engine_core.memory import plan_kv_cache
 from engine_core.messages import EngineCoreOutputs, EngineCoreRequest, ResolvedParams, i64
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, Scheduler
+from engine_core.scheduler import Scheduler
 from executor.messages import ModelRunnerOutput, SchedulerOutput
 from executor.simulated import FIRST_TOKEN_ID, DeviceModel
 
@@ -403,7 +404,9 @@ class SteadyCosts:
         }
 
 
-def measure_steady(num_running: int, num_steps: int = 1000, *, block_size: int = 32, depth: int = 2) -> SteadyCosts:
+def measure_steady(
+    num_running: int, num_steps: int = 1000, *, block_size: int = 32, depth: int = 2, window: int | None = None
+) -> SteadyCosts:
     """Runs exactly that many requests in steady decode and measures the scheduler.
 
     Prompts are of ``block_size`` different lengths, so that the same share of them needs a block in every step.
@@ -413,10 +416,11 @@ def measure_steady(num_running: int, num_steps: int = 1000, *, block_size: int =
         num_steps: Steps to measure.
         block_size: Tokens in a KV block.
         depth: Steps in flight.
+        window: Tokens that each sees; None: all.
     """
     prompt_len = 2 * block_size
     max_model_len = prompt_len + block_size + num_steps + 4 * depth + 64
-    shape = CacheShape(num_blocks=num_running * (-(-max_model_len // block_size)), block_size=block_size)
+    shape = CacheShape((GroupShape(num_running * (-(-max_model_len // block_size)), block_size, window),))
     config = SchedulerConfig(max_num_seqs=num_running, max_num_batched_tokens=num_running * prompt_len * 2)
     scheduler = Scheduler(config, CacheConfig(), shape, max_model_len)
     device = DeviceModel(SimulatedDevice(block_size=block_size, max_model_len=max_model_len))

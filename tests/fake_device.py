@@ -6,10 +6,12 @@ mixes up or reuses a block too early changes the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from engine_core.cache_shape import GroupShape
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, Tensor, TokenLogprobs, i32, to_tensor, u8
 
 
@@ -18,17 +20,15 @@ class FakeDevice:
 
     def __init__(
         self,
-        num_blocks: int,
-        block_size: int,
+        groups: Sequence[GroupShape],
         vocab_size: int,
         stop_token: int,
         propose: Callable[[list[int]], list[int]] = lambda tokens: [],
     ) -> None:
         """``propose`` takes the tokens of a request and gives drafts of the next ones."""
-        self.block_size = block_size
+        self.groups = [_Group(shape) for shape in groups]
         self.vocab_size = vocab_size
         self.stop_token = stop_token
-        self.blocks = np.full((num_blocks, block_size), -1, np.int64)
         self.propose = propose
         self.num_accepted = 0
         self.slots: dict[int, _Slot] = {}
@@ -41,11 +41,8 @@ class FakeDevice:
             del self.slots[slot]
         for request in plan.new_reqs:
             assert request.slot not in self.slots, "a slot is given out twice"
-            self.slots[request.slot] = _Slot(request)
-        for column in plan.block_updates:
-            for slot, index, block in i32(column).reshape(-1, 3).tolist():
-                assert index == len(self.slots[slot].blocks), "blocks are appended one after another"
-                self.slots[slot].blocks.append(block)
+            self.slots[request.slot] = _Slot(request, len(self.groups))
+        self._update_blocks(plan.block_updates)
         rows = list(
             zip(
                 i32(plan.slots).tolist(),
@@ -65,6 +62,8 @@ class FakeDevice:
         for slot, count, _, allowance in rows:  # all K and V of a step are written before any is read
             del self.slots[slot].drafts[allowance:]
             self._write(self.slots[slot], count - allowance)
+        for slot, count, _, allowance in rows:
+            self._read(self.slots[slot], count - allowance)
         sampled = [self._sample(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
         drafts = [self._propose(self.slots[slot]) for slot, _, wanted, _ in rows if wanted]
         pooled = [
@@ -80,26 +79,38 @@ class FakeDevice:
             pooler_output=tuple(pooled),
         )
 
+    def _update_blocks(self, columns: Sequence[bytes]) -> None:
+        assert len(columns) in (0, len(self.groups))
+        for group, column in enumerate(columns):
+            for slot, index, block in i32(column).reshape(-1, 3).tolist():
+                blocks = self.slots[slot].blocks[group]
+                assert index == len(blocks), "blocks are appended one after another"
+                blocks.append(block)
+
     def _write(self, slot: _Slot, count: int) -> None:
-        assert count >= 1 and slot.num_computed + count <= len(slot.tokens), "only known tokens are computed"
+        begin, end = slot.num_computed, slot.num_computed + count
+        assert count >= 1 and end <= len(slot.tokens), "only known tokens are computed"
         tokens = slot.tokens + slot.drafts
-        for position in range(slot.num_computed, slot.num_computed + count + len(slot.drafts)):
-            block = slot.blocks[position // self.block_size]
-            if position % self.block_size == 0:
-                self.blocks[block] = -1
-            self.blocks[block, position % self.block_size] = tokens[position]
-        slot.num_computed += count
+        for group, blocks in zip(self.groups, slot.blocks, strict=True):
+            for position in range(begin, end + len(slot.drafts)):
+                group.write(blocks[position // group.block_size], position, tokens[position])
+        slot.num_computed = end
+
+    def _read(self, slot: _Slot, count: int) -> None:
+        """What the row's tokens see must be there in every group."""
+        begin, end = slot.num_computed - count, slot.num_computed + len(slot.drafts)
+        tokens = slot.tokens + slot.drafts
+        for group, blocks in zip(self.groups, slot.blocks, strict=True):
+            first = 0 if group.window is None else max(0, begin + 1 - group.window)
+            seen = [group.read(blocks[position // group.block_size], position) for position in range(first, end)]
+            assert seen == tokens[first:end], "the blocks hold the request's own tokens"
 
     def _pool(self, slot: _Slot) -> Tensor:
-        """The context as it lies in the blocks, and how many tokens of it were computed for this request."""
-        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed]
-        assert context.tolist() == slot.tokens, "the blocks hold the request's own tokens"
-        return to_tensor(np.append(context, slot.num_computed - slot.num_cached).astype(np.float32))
+        """The context, and how many tokens of it were computed for this request."""
+        return to_tensor(np.array([*slot.tokens, slot.num_computed - slot.num_cached], np.float32))
 
     def _sample(self, slot: _Slot) -> list[int]:
         assert slot.num_computed == len(slot.tokens), "a row samples after its last token"
-        context = self.blocks[slot.blocks].reshape(-1)[: slot.num_computed + len(slot.drafts)]
-        assert context.tolist() == slot.tokens + slot.drafts, "the blocks hold the request's own tokens"
         sampled: list[int] = []
         for draft in [*slot.drafts, None]:
             sampled.append(next_token(slot.tokens, self.vocab_size, self.stop_token))
@@ -115,14 +126,39 @@ class FakeDevice:
         return list(slot.drafts)
 
 
+@dataclass
+class _Group:
+    """The blocks of a KV cache group."""
+
+    shape: GroupShape
+
+    def __post_init__(self) -> None:
+        self.block_size = self.shape.block_size
+        self.window = self.shape.window
+        self.blocks = np.full((self.shape.num_blocks, self.block_size), -1, np.int64)
+
+    def write(self, block: int, position: int, token: int) -> None:
+        assert block >= 0, "a block that was freed is written"
+        if position % self.block_size == 0:
+            self.blocks[block] = -1
+        self.blocks[block, position % self.block_size] = token
+
+    def read(self, block: int, position: int) -> int:
+        return int(self.blocks[block, position % self.block_size]) if block >= 0 else -1
+
+
 class _Slot:
-    def __init__(self, request: NewRequest) -> None:
+    def __init__(self, request: NewRequest, num_groups: int) -> None:
         self.tokens: list[int] = i32(request.token_ids).tolist()
         self.drafts: list[int] = []
         self.num_prompt = request.num_prompt_tokens
         self.num_computed = self.num_cached = request.num_computed_tokens
         self.pools = request.pooling_params is not None
-        self.blocks: list[int] = i32(request.block_ids[0]).tolist()
+        assert len(request.block_ids) == num_groups
+        offsets = request.block_offsets or (0,) * num_groups
+        self.blocks: list[list[int]] = [
+            [-1] * offset + i32(column).tolist() for offset, column in zip(offsets, request.block_ids, strict=True)
+        ]
         self.tells_prompt = request.params is not None and request.params.prompt_logprobs is not None
 
     @property

@@ -47,6 +47,11 @@ def paged_attention(
         blocks = meta.block_table[row, :num_blocks]
         keys = kv_cache[0][blocks].flatten(0, 1)[:seq_len]  # [seq_len, num_kv_heads, head_dim]
         values = kv_cache[1][blocks].flatten(0, 1)[:seq_len]
+        if shape.causal and shape.sliding_window is not None:
+            # What no row sees may have been given to others: not a number times a weight of zero is not zero.
+            unseen = max(0, seq_len - (end - start) + 1 - shape.sliding_window)
+            keys[:unseen] = 0
+            values[:unseen] = 0
         out[start:end] = attend(queries[start:end], keys, values, shape)
     return out.flatten(1)
 

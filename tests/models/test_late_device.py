@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import ops
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, Scheduler
+from engine_core.scheduler import Scheduler
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
@@ -67,7 +68,7 @@ class Engine:
         self.scheduler = Scheduler(
             SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
             CacheConfig(),
-            CacheShape(num_blocks, BLOCK_SIZE),
+            CacheShape((GroupShape(num_blocks, BLOCK_SIZE),)),
             MAX_LEN,
         )
         self.in_flight: deque[Any] = deque()

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel
 
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import POOLING_TYPES, EngineCoreRequest, FinishReason, PoolingParams, ResolvedParams, to_array
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, Scheduler
+from engine_core.scheduler import Scheduler
 from executor.device.cpu import CpuDevice
 from executor.layers.attention import form_groups
 from executor.messages import InitKVCache
@@ -48,7 +49,9 @@ class Engine:
         self.scheduler = Scheduler(
             SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 512, **config}),
             CacheConfig(),
-            CacheShape(NUM_BLOCKS, BLOCK_SIZE, len(self.runner.groups)),
+            CacheShape(
+                tuple(GroupShape(NUM_BLOCKS, BLOCK_SIZE, own.shape.sliding_window) for own in self.runner.groups)
+            ),
             MAX_LEN,
         )
         self.vectors: dict[int, F32] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from engine_core.cache_shape import GroupShape
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
 from engine_core.core import EngineCore
 from engine_core.messages import (
@@ -77,7 +78,7 @@ class FakeExecutor:
         self.lives += 1
         self.is_up = True
         self.hung_up = False
-        self.device = FakeDevice(NUM_BLOCKS, BLOCK_SIZE, VOCAB, STOP)
+        self.device = FakeDevice((GroupShape(NUM_BLOCKS, BLOCK_SIZE),), VOCAB, STOP)
         if self.loads_by_itself:
             self.inbox.append([LoadProgress(0, "weights", 1, 1), worker_ready()])
 
@@ -256,7 +257,7 @@ class Harness:
         assert self.core.exit_code is None and scheduler is not None
         assert not scheduler.has_unfinished and not self.core.in_flight, "requests were forgotten"
         scheduler.check_integrity()
-        assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_blocks
+        assert scheduler.kv.num_free == scheduler.kv.num_blocks
 
     def messages(self, kind: type) -> list[Any]:
         return [message for message in self.sent if isinstance(message, kind)]

@@ -152,8 +152,9 @@ def test_rejected_drafts_are_never_found_in_the_cache() -> None:
                 continue
             num_looks += 1
             true = prompt + expected_output(prompt, 20)
-            for place in range(int(engine.scheduler.table.num_published[request.slot])):
-                block = engine.device.blocks[request.block_ids[place]]
+            (table,) = request.block_tables
+            for place in range(table.num_published):
+                block = engine.device.groups[0].blocks[table.block_ids[place]]
                 assert block.tolist() == true[2 * place : 2 * place + 2]
     assert num_looks > 10
     for index, prompt in enumerate(inputs):

@@ -19,7 +19,7 @@ FORBIDDEN = {
     "ops": {"api", "engine_core", "executor"},
 }
 CONTRACTS = {
-    "api": {"engine_core": {"messages", "config", "launch", "restart"}},
+    "api": {"engine_core": {"messages", "config", "launch", "restart", "hashing"}},
     "engine_core": {
         "executor": {
             "messages",

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core import scheduler
+from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.in_flight import InFlight
 from engine_core.messages import (
@@ -29,7 +30,7 @@ from engine_core.messages import (
     u8,
 )
 from engine_core.request import Request
-from engine_core.scheduler import CacheShape, Scheduler
+from engine_core.scheduler import Scheduler
 from executor.messages import ModelRunnerOutput, RowError, SchedulerOutput
 from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
@@ -113,20 +114,29 @@ class Engine:
         depth: int = 2,
         num_blocks: int = 64,
         block_size: int = 4,
+        groups: tuple[GroupShape, ...] | None = None,
         caching: bool = True,
         max_draft_tokens: int = 0,
         propose: Callable[[list[int]], list[int]] = lambda tokens: [],
         **config: object,
     ) -> Engine:
-        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | config
+        """An engine with one KV cache group without a window, unless ``groups`` says otherwise."""
+        shape = CacheShape((GroupShape(num_blocks, block_size),) if groups is None else groups)
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_in_flight_steps": depth} | config
         scheduler = Scheduler(
             SchedulerConfig(**settings),  # type: ignore[arg-type]
             CacheConfig(enable_prefix_caching=caching),
-            CacheShape(num_blocks=num_blocks, block_size=block_size),
+            shape,
             MAX_LEN,
             max_draft_tokens=max_draft_tokens,
         )
-        return cls(scheduler, FakeDevice(num_blocks, block_size, VOCAB, STOP, propose), depth)
+        return cls(scheduler, FakeDevice(shape.groups, VOCAB, STOP, propose), depth)
+
+    def restart(self) -> None:
+        """New workers that know nothing."""
+        self.in_flight.clear()
+        self.scheduler.restart()
+        self.device = FakeDevice(self.scheduler.shape.groups, VOCAB, STOP, self.device.propose)
 
     def plan(self) -> bool:
         planned = self.scheduler.schedule()
@@ -177,7 +187,7 @@ class Engine:
             pass
         assert not self.scheduler.has_unfinished
         self.scheduler.check_integrity()
-        assert self.scheduler.kv.pool.num_free == self.scheduler.kv.pool.num_blocks
+        assert self.scheduler.kv.num_free == self.scheduler.kv.num_blocks
 
 
 def prompts(count: int, length: int = 10, seed: int = 0) -> list[list[int]]:
@@ -299,9 +309,7 @@ def test_prompt_logprobs_are_told_once_whatever_happens(num_turns: int) -> None:
     engine.scheduler.add_request(make_request(0, prompt, 6, prompt_logprobs=0))
     for _ in range(num_turns):
         engine.turn()
-    engine.in_flight.clear()
-    engine.scheduler.restart()
-    engine.device = FakeDevice(64, 4, VOCAB, STOP)
+    engine.restart()
     engine.run()
     assert engine.outputs[0] == expected_output(prompt, 6)
     assert engine.prompt_positions[0] == list(range(1, 17))
@@ -338,9 +346,7 @@ def test_pooling_begins_anew_after_a_restart(num_turns: int) -> None:
     engine.scheduler.add_request(make_request(0, prompt, pooling="MEAN"))
     for _ in range(num_turns):
         engine.turn()
-    engine.in_flight.clear()
-    engine.scheduler.restart()
-    engine.device = FakeDevice(64, 4, VOCAB, STOP)
+    engine.restart()
     engine.run()
     assert engine.pooled[0] == [*prompt, 30]
 
@@ -416,7 +422,7 @@ def test_abort_frees_everything_at_once() -> None:
         engine.turn()
     for index in range(12):
         engine.scheduler.abort_request(index)
-    assert engine.scheduler.kv.pool.num_free == engine.scheduler.kv.pool.num_blocks
+    assert engine.scheduler.kv.num_free == engine.scheduler.kv.num_blocks
     assert not engine.scheduler.abort_request(0)
     engine.run()
 
@@ -429,7 +435,7 @@ def test_a_failed_row_harms_no_other() -> None:
     engine.plan()
     engine.retire((RowError(row=1, message="not a number"),))
     assert engine.reasons == {1: FinishReason.ERROR}
-    cached = set(engine.scheduler.kv.pool._cached)
+    cached = set(engine.scheduler.kv.managers[0].pool._cached)
     assert not cached & set(make_hashes(engine, inputs[1]))
     engine.run()
     assert engine.outputs[0] == expected_output(inputs[0], 10)
@@ -438,8 +444,8 @@ def test_a_failed_row_harms_no_other() -> None:
 
 def make_hashes(engine: Engine, prompt: list[int]) -> list[bytes]:
     request = make_request(999, prompt)
-    engine.scheduler.kv.extend_hashes(request, request.token_ids)
-    return request.block_hashes
+    engine.scheduler.kv.extend_hashes(request, request.token_ids, len(prompt))
+    return request.block_hashes[4]
 
 
 def test_restart_resumes_what_ran() -> None:
@@ -449,9 +455,7 @@ def test_restart_resumes_what_ran() -> None:
         engine.scheduler.add_request(make_request(index, prompt, 20))
     for _ in range(9):
         engine.turn()
-    engine.in_flight.clear()
-    engine.scheduler.restart()
-    engine.device = FakeDevice(64, 4, VOCAB, STOP)
+    engine.restart()
     engine.run()
     for index, prompt in enumerate(inputs):
         assert engine.outputs[index] == expected_output(prompt, 20)
