@@ -142,10 +142,10 @@ class ModelRunner:
             Bytes for the largest step, and for each token of the longest sequence.
         """
         self._allocate_kv([1] * len(self.groups))  # a program has its address; it is captured again with the real one
-        values = self.capture(size.max_num_batched_tokens, size.max_num_seqs).num_bytes
+        values = self.capture(size.max_num_batched_tokens, size.max_num_samples).num_bytes
         sampling = Sampler(size.max_num_seqs, self.device.torch_device.type, channel=self.channel)
         states = RequestStates.position_bytes(size.max_num_seqs, [group.block_size for group in self.groups])
-        return values + sampling.step_bytes(size.max_num_seqs, vocab_size), states + self.model.position_bytes()
+        return values + sampling.step_bytes(size.max_num_samples, vocab_size), states + self.model.position_bytes()
 
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()

@@ -21,7 +21,9 @@ from tests.ops.cpu import using
 
 
 def started(max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> tuple[Worker, WorkerReady]:
-    size = StepSize(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    size = StepSize(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_num_samples=max_num_seqs
+    )
     config = ExecutorConfig(model=ModelConfig(model=str(tiny.checkpoint("llama")), max_model_len=100), step_size=size)
     answers: list[FromWorker] = []
     worker = Worker(0, config, answers.append)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig, StepSize
+from engine_core.config import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    StepSize,
+)
 from engine_core.core import create_executor
 from engine_core.memory import _kv_bytes
 from executor.messages import WorkerReady
@@ -47,7 +55,10 @@ def test_the_advised_size_shrinks_where_steps_need_the_rest() -> None:
 
 def test_workers_are_told_the_largest_step() -> None:
     scheduler = SchedulerConfig(max_num_seqs=7, max_num_batched_tokens=99)
-    executor = create_executor(EngineConfig(scheduler=scheduler), "/nowhere", "info")
+    speculative = SpeculativeConfig(method="none", num_speculative_tokens=2)
+    executor = create_executor(
+        EngineConfig(scheduler=scheduler, executor=ExecutorConfig(speculative=speculative)), "/nowhere", "info"
+    )
     assert isinstance(executor, MultiprocExecutor)
-    assert executor._config.step_size == StepSize(max_num_seqs=7, max_num_batched_tokens=99)
+    assert executor._config.step_size == StepSize(max_num_seqs=7, max_num_batched_tokens=99, max_num_samples=21)
     executor._context.term()
