@@ -54,6 +54,7 @@ from executor.log import DETAILS, get_logger
 from executor.messages import (
     FromWorker,
     GrammarMask,
+    Heartbeat,
     InitKVCache,
     KVCacheReady,
     LoadProgress,
@@ -65,8 +66,6 @@ from executor.registry import resolve
 
 logger = get_logger()
 
-OUTPUT_RANK = 0
-"""The worker whose results count; of the others it is enough to hear that they have computed the step."""
 TRIAL_INTERVAL = 0.5
 """Seconds between two looks whether the next trial may begin."""
 CHECK_INTERVAL = 10.0
@@ -135,6 +134,9 @@ class EngineCore:
         self.transport = transport
         self.engine_epoch = engine_epoch
         self.in_flight: deque[InFlight] = deque()
+        """Steps without a result, the oldest first."""
+        self._lagging: deque[InFlight] = deque()
+        """Steps before those: the output rank has answered, another one has not."""
         self.exit_code: int | None = None
         """Set when the loop is to end."""
         self._scheduler: Scheduler | None = None
@@ -195,7 +197,7 @@ class EngineCore:
             held, self._held = self._held, {}
             for request in held.values():
                 self._admit(request)
-        room = self._serving and len(self.in_flight) < self.config.scheduler.max_in_flight_steps
+        room = self._serving and self._has_room
         messages = self.transport.wait(*self._events(0 if room and self._may_schedule else None))
         if messages is None:
             self.exit_code = 0
@@ -219,7 +221,7 @@ class EngineCore:
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for beside the api, and how long."""
         fds = self.executor.poll_fds()
-        limits = [timeout, self._watch.interval if self.in_flight or not self._serving else None]
+        limits = [timeout, self._watch.interval if self._awaited or not self._serving else None]
         if self._isolates:
             limits.append(TRIAL_INTERVAL)
         grammars = self._grammars
@@ -244,7 +246,7 @@ class EngineCore:
         """Makes a plan if there is room for it in the pipeline."""
         scheduler = self._scheduler
         assert scheduler is not None
-        if not self._may_schedule or len(self.in_flight) >= self.config.scheduler.max_in_flight_steps:
+        if not self._may_schedule or not self._has_room:
             return
         if self._isolates:
             if not self.in_flight:
@@ -267,6 +269,16 @@ class EngineCore:
             ended = self._send_mask()
             if ended:
                 self._send_outputs(*ended)
+
+    @property
+    def _awaited(self) -> Sequence[InFlight]:
+        """Steps that some worker has not answered, the oldest first."""
+        return (*self._lagging, *self.in_flight) if self._lagging else self.in_flight
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether another step may be planned. No rank falls back by more than there may be in flight."""
+        return len(self._awaited) < self.config.scheduler.max_in_flight_steps
 
     def _note_idle(self) -> None:
         """A death that comes now points at nobody, if no step is in flight."""
@@ -488,14 +500,18 @@ class EngineCore:
     # -- messages from the workers -------------------------------------------------------------------------
 
     def _handle_worker(self, message: FromWorker) -> None:
-        if not isinstance(message, ModelRunnerOutput):
-            self._watch.heard(message.rank)
-        if isinstance(message, ModelRunnerOutput):
+        if isinstance(message, ModelRunnerOutput | Heartbeat):
             self._watch.heard(message.rank, message.step_id)
-            if message.rank == OUTPUT_RANK:
-                self._retire(message)
+            while self._lagging and self._watch.all_answered(self._lagging[0].step_id):
+                self._lagging.popleft()
+                self._may_schedule = True
+        else:
+            self._watch.heard(message.rank)
+        if isinstance(message, ModelRunnerOutput):  # the output rank alone sends them
+            self._retire(message)
         elif isinstance(message, LoadProgress):
-            self.transport.send(message)
+            if message.rank == 0:  # the others load as much
+                self.transport.send(message)
         elif isinstance(message, WorkerReady):
             self._ready[message.rank] = message
             if len(self._ready) == self.executor.num_ranks:
@@ -513,6 +529,8 @@ class EngineCore:
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, f"result of step {result.step_id} came instead of {step.step_id}"
         self._watch.step_done(step, result.forward_ms * 1e-3)
+        if not self._watch.all_answered(step.step_id):
+            self._lagging.append(step)
         self._restarts.progress()
         outputs = scheduler.update_from_output(step, result)
         ended: list[EngineCoreOutput] = []
@@ -623,7 +641,7 @@ class EngineCore:
         Raises:
             WorkerDiedError: There is one.
         """
-        problem = self._watch.hung(self.in_flight, is_loading=not self._serving)
+        problem = self._watch.hung(self._awaited, is_loading=not self._serving)
         if problem is not None:
             raise WorkerHungError(problem.reason, was_stopped=problem.was_stopped)
 
@@ -637,6 +655,7 @@ class EngineCore:
                 self._blame(self._scheduler)
             self._scheduler.restart()
         self.in_flight.clear()
+        self._lagging.clear()
         self._note_idle()
         cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"
         if not self._restarts.spend(cause):
@@ -655,7 +674,7 @@ class EngineCore:
 
     def _blame(self, scheduler: Scheduler) -> None:
         """Finds out which requests of the steps that were lost may be the reason, and ends the one that is."""
-        lost = lost_requests(self.in_flight, scheduler.owner)
+        lost = lost_requests(self._awaited, scheduler.owner)
         for request, first, last in lost:
             after = request.suspicion = suspect(request.suspicion, first, last)
             if after.num_deaths >= MAX_DEATHS and len(lost) == 1:

@@ -74,8 +74,12 @@ class WorkerWatch:
             self._watches[rank].heard()
             self._answered[rank] = max(step_id, self._answered[rank])
 
+    def all_answered(self, step_id: int) -> bool:
+        """Whether no worker that is watched still owes an answer to the step."""
+        return min(self._answered, default=step_id) >= step_id
+
     def step_done(self, step: Step, seconds: float) -> None:
-        """All of a step is known."""
+        """The result of a step is there."""
         self._num_steps += 1
         self.times.add(step.num_tokens, step.num_attended, seconds)
 
@@ -83,7 +87,7 @@ class WorkerWatch:
         """Looks at the workers, at most once a second.
 
         Args:
-            steps: In flight, the oldest first.
+            steps: Those that are not answered by all, the oldest first.
             is_loading: The workers are not ready for steps.
 
         Returns:

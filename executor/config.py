@@ -98,9 +98,12 @@ class ParallelConfig(Config, frozen=True):
         Positive, Meta(description="Groups of workers that hold consecutive layers.", extra={"flags": ["-pp"]})
     ] = 1
 
+    num_mirrors: Annotated[Positive, Meta(extra={"internal": True})] = 1
+    """Ranks that compute all of the model, each the same: for tests of what several ranks need, whatever they share."""
+
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.num_mirrors
 
 
 class DeviceConfig(Config, frozen=True):

@@ -9,6 +9,7 @@ from collections import deque
 from executor.base import EXIT_MODEL, ModelError
 from executor.config import ExecutorConfig
 from executor.messages import FromWorker, ToWorker, WorkerFailed
+from executor.parallel import ParallelState
 from executor.worker import Worker
 
 
@@ -25,7 +26,7 @@ class InlineExecutor:
         self._worker: Worker | None = None
 
     def start(self) -> None:
-        self._worker = Worker(0, self._config, self._answer)
+        self._worker = Worker(ParallelState(), self._config, self._answer)
         try:
             self._worker.start()
         except ModelError as error:

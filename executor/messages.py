@@ -375,6 +375,15 @@ class ModelRunnerOutput(Message, frozen=True):
     """Milliseconds that the worker spent on the step."""
 
 
+class Heartbeat(Message, frozen=True):
+    """A rank whose results nobody needs has computed a step: it lives, and nothing is owed by it up to here."""
+
+    rank: int
+    """Whose it is."""
+    step_id: int
+    """The plan's."""
+
+
 class WorkerFailed(Message, frozen=True):
     """A worker cannot go on. With ``exit_code`` 78 the model or its configuration is at fault: no restart helps."""
 
@@ -387,7 +396,7 @@ class WorkerFailed(Message, frozen=True):
     """Empty where the message says it all."""
 
 
-FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | WorkerFailed
+FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | Heartbeat | WorkerFailed
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 
 import msgspec
 import zmq
@@ -12,16 +13,19 @@ import zmq
 from executor.base import WorkerDiedError
 from executor.config import Config, ExecutorConfig
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
+from executor.parallel import ParallelState, places
 from executor.process import ChildProcess
 
 LAST_WORDS_TIMEOUT = 500
 """Milliseconds to wait for the reason of a worker that has ended with an error."""
+SHUTDOWN_TIMEOUT = 2.0
+"""Seconds that workers have to end, all together."""
 
 
 class WorkerLaunch(Config, frozen=True):
     """The start message of a worker process."""
 
-    rank: int
+    parallel: ParallelState
     config: ExecutorConfig
     input_address: str
     output_address: str
@@ -48,11 +52,11 @@ class MultiprocExecutor:
         self._life += 1  # new addresses: nothing that an earlier life still sends can reach us
         output_address = f"ipc://{self._ipc_dir}/{self._life}.out"
         self._output = self._bind(zmq.PULL, output_address)
-        for rank in range(self.num_ranks):
-            input_address = f"ipc://{self._ipc_dir}/{self._life}.{rank}.in"
+        for parallel in places(self._config.parallel):
+            input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))
             launch = WorkerLaunch(
-                rank=rank,
+                parallel=parallel,
                 config=self._config,
                 input_address=input_address,
                 output_address=output_address,
@@ -115,9 +119,10 @@ class MultiprocExecutor:
                 socket.send(self._encoder.encode(WorkerShutdown()), zmq.NOBLOCK)
         for child in self._children:
             child.hang_up()
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         for child in self._children:
             try:
-                child.wait(timeout=2)
+                child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
         self._close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from executor.config import ParallelConfig
+
 
 @dataclass(frozen=True)
 class ParallelState:
@@ -13,6 +15,10 @@ class ParallelState:
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+    rank: int = 0
+    """Among all workers of the executor."""
+    is_output_rank: bool = True
+    """Its results count. Of the others the engine core only hears that a step is done."""
 
     def divide(self, number: int, what: str) -> int:
         """This rank's share of a dimension that must split evenly.
@@ -23,3 +29,17 @@ class ParallelState:
         if number % self.tp_size:
             raise ValueError(f"{what} ({number}) does not divide by the tensor parallel size {self.tp_size}")
         return number // self.tp_size
+
+
+def places(config: ParallelConfig) -> list[ParallelState]:
+    """The place of each worker, by rank: stage after stage, and within a stage those that share its layers.
+
+    The output rank is the first one of the last stage.
+    """
+    tp_size, pp_size = config.tensor_parallel_size, config.pipeline_parallel_size
+    cells = [(stage, shard) for _ in range(config.num_mirrors) for stage in range(pp_size) for shard in range(tp_size)]
+    output_rank = (pp_size - 1) * tp_size
+    return [
+        ParallelState(shard, tp_size, stage, pp_size, rank, is_output_rank=rank == output_rank)
+        for rank, (stage, shard) in enumerate(cells)
+    ]

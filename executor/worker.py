@@ -27,6 +27,7 @@ from executor.log import get_logger, setup_logging
 from executor.messages import (
     FromWorker,
     GrammarMask,
+    Heartbeat,
     InitKVCache,
     KVCacheReady,
     LoadProgress,
@@ -52,8 +53,9 @@ class Worker:
     """A descriptor that is readable when ``take_results`` has something to do. None: results never have to be waited
     for, or there is no device yet."""
 
-    def __init__(self, rank: int, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
-        self.rank = rank
+    def __init__(self, parallel: ParallelState, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
+        self.parallel = parallel
+        self.rank = parallel.rank
         self.config = config
         self._send = send
         self._plans: deque[SchedulerOutput] = deque()
@@ -75,7 +77,7 @@ class Worker:
         device.initialize(config.device, self.rank)
         loaded = load_model(
             config.model,
-            ParallelState(),
+            self.parallel,
             device.torch_device,
             config.device.attention_backend,
             self._progress,
@@ -150,7 +152,8 @@ class Worker:
 
     def _send_results(self) -> None:
         while self._outputs and self._outputs[0].is_ready():
-            self._send(self._outputs.popleft().collect())
+            output = self._outputs.popleft().collect()
+            self._send(output if self.parallel.is_output_rank else Heartbeat(self.rank, output.step_id))
 
     def run(self, receive: Callable[[int | None], ToWorker | None]) -> int:
         """Starts, then handles messages until told to end.
@@ -181,8 +184,8 @@ class Worker:
 
 def main() -> int:
     launch = msgspec.msgpack.decode(read_payload(), type=WorkerLaunch)
-    become_child(f"octavo worker {launch.rank}")
-    setup_logging(f"worker {launch.rank}", launch.log_level)
+    become_child(f"octavo worker {launch.parallel.rank}")
+    setup_logging(f"worker {launch.parallel.rank}", launch.log_level)
     context = zmq.Context()
     inputs: zmq.Socket[bytes] = context.socket(zmq.PULL)
     outputs: zmq.Socket[bytes] = context.socket(zmq.PUSH)
@@ -208,7 +211,7 @@ def main() -> int:
             return message
         return WorkerShutdown()  # the pipe ended: the engine core is gone
 
-    code = Worker(launch.rank, launch.config, send).run(receive)
+    code = Worker(launch.parallel, launch.config, send).run(receive)
     outputs.close(linger=2000)
     inputs.close(linger=0)
     context.term()

@@ -29,6 +29,7 @@ import torch
 from api.gguf_file import read_gguf
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
+from executor.parallel import ParallelState
 from executor.worker import Worker
 from ops.cpu import library, memory
 
@@ -43,7 +44,7 @@ class Steps:
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(model=ModelConfig(model=model, dtype=dtype, gguf=gguf), device=DeviceConfig())
         self.answers: list[FromWorker] = []
-        self.worker = Worker(0, config, self.answers.append)
+        self.worker = Worker(ParallelState(), config, self.answers.append)
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
         self.weight_bytes = ready.weight_bytes

@@ -24,9 +24,9 @@ START_TIMEOUT = 120
 class Server:
     """``python -m api`` with some flags, in ``cwd``. Leaves no process behind, and says so if one stays."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+    def __init__(self, *flags: str, env: dict[str, str] | None = None, cwd: Path = ROOT, module: str = "api") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "api", "--port", "0", *flags],
+            [sys.executable, "-m", module, "--port", "0", *flags],
             cwd=cwd,
             env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,

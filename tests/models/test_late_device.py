@@ -20,6 +20,7 @@ from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.messages import FromWorker, InitKVCache, ModelRunnerOutput, Tensor, ThinkingBudget
+from executor.parallel import ParallelState
 from executor.worker import Worker
 from ops.dispatch import OpSet
 from tests import tiny
@@ -62,7 +63,7 @@ class Engine:
         model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32", enforce_eager=eager)
         self.answers: list[FromWorker] = []
         self.device = device
-        self.worker = Worker(0, ExecutorConfig(model=model), self.answers.append)
+        self.worker = Worker(ParallelState(), ExecutorConfig(model=model), self.answers.append)
         self.worker.start()
         self.worker.handle(InitKVCache((num_blocks,), MAX_SEQS, 64, MAX_LEN))
         self.scheduler = Scheduler(

@@ -11,6 +11,7 @@ import ops
 from executor.config import ExecutorConfig, ModelConfig, StepSize
 from executor.graphs import Program
 from executor.messages import FromWorker, InitKVCache, WorkerReady
+from executor.parallel import ParallelState
 from executor.request_states import RequestStates
 from executor.worker import Worker
 from ops.cpu.op_set import CpuOps
@@ -26,7 +27,7 @@ def started(max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> tuple[Wo
     )
     config = ExecutorConfig(model=ModelConfig(model=str(tiny.checkpoint("llama")), max_model_len=100), step_size=size)
     answers: list[FromWorker] = []
-    worker = Worker(0, config, answers.append)
+    worker = Worker(ParallelState(), config, answers.append)
     worker.start()
     (ready,) = (answer for answer in answers if isinstance(answer, WorkerReady))
     return worker, ready

@@ -28,6 +28,7 @@ from engine_core.messages import (
 from executor.base import WorkerDiedError
 from executor.messages import (
     FromWorker,
+    Heartbeat,
     InitKVCache,
     KVCacheGroupSpec,
     KVCacheReady,
@@ -57,9 +58,12 @@ class NothingComesError(Exception):
 class FakeExecutor:
     """Workers with a script: what ``inbox`` holds is received first, one entry at a time; plans are then computed."""
 
-    num_ranks = 1
-
-    def __init__(self) -> None:
+    def __init__(self, num_ranks: int = 1) -> None:
+        """Starts nothing. The last rank is the output rank; the others answer when nothing else is to be done."""
+        self.num_ranks = num_ranks
+        self.others_answer = True
+        self.beats: deque[Heartbeat] = deque()
+        """Answers of the other ranks that did not come yet."""
         self.inbox: deque[list[FromWorker] | WorkerDiedError] = deque()
         self.plans: deque[SchedulerOutput] = deque()
         self.lives = 0
@@ -80,7 +84,8 @@ class FakeExecutor:
         self.hung_up = False
         self.device = FakeDevice((GroupShape(NUM_BLOCKS, BLOCK_SIZE),), VOCAB, STOP)
         if self.loads_by_itself:
-            self.inbox.append([LoadProgress(0, "weights", 1, 1), worker_ready()])
+            for rank in range(self.num_ranks):
+                self.inbox.append([LoadProgress(rank, "weights", 1, 1), worker_ready(rank=rank)])
 
     def submit(self, message: ToWorker) -> None:
         assert self.is_up
@@ -89,11 +94,11 @@ class FakeExecutor:
         if isinstance(message, SchedulerOutput):
             self.plans.append(message)
         elif isinstance(message, InitKVCache) and self.loads_by_itself:
-            self.inbox.append([KVCacheReady(0)])
+            self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
 
     @property
     def has_news(self) -> bool:
-        return bool(self.inbox) or bool(self.plans and self.computes)
+        return bool(self.inbox) or bool(self.plans and self.computes) or bool(self.beats and self.others_answer)
 
     def receive(self) -> list[FromWorker]:
         assert self.is_up
@@ -103,7 +108,7 @@ class FakeExecutor:
                 raise news
             return news
         if not self.plans or not self.computes:
-            return []
+            return [self.beats.popleft()] if self.beats and self.others_answer else []
         plan = self.plans.popleft()
         self.told += [i32(new.token_ids).tolist() for new in plan.new_reqs]
         if self.dies_of(plan):
@@ -115,7 +120,9 @@ class FakeExecutor:
                 assert request.pooling_params is not None
                 assert request.pooling_params.pooling_type in POOLING_TYPES
                 assert 1 <= (request.pooling_params.dimensions or 1) <= HIDDEN_SIZE
-        return [self.device.execute(plan)]
+        output_rank = self.num_ranks - 1
+        self.beats += [Heartbeat(rank, plan.step_id) for rank in range(output_rank)]
+        return [msgspec.structs.replace(self.device.execute(plan), rank=output_rank)]
 
     def compute_one(self) -> ModelRunnerOutput:
         return self.device.execute(self.plans.popleft())
@@ -124,7 +131,7 @@ class FakeExecutor:
         return []
 
     def worker_pids(self) -> tuple[int, ...]:
-        return (self.lives,)
+        return (self.lives,) * self.num_ranks
 
     def kill(self) -> None:
         self.shutdown()
@@ -132,6 +139,7 @@ class FakeExecutor:
     def shutdown(self) -> None:
         self.is_up = False
         self.plans.clear()
+        self.beats.clear()
         self.inbox.clear()
 
 
@@ -154,10 +162,10 @@ def take_over(params: ResolvedParams) -> None:
         assert all(token >= 0 for token in ids)
 
 
-def worker_ready(num_blocks: int = NUM_BLOCKS) -> WorkerReady:
+def worker_ready(num_blocks: int = NUM_BLOCKS, rank: int = 0) -> WorkerReady:
     group = KVCacheGroupSpec(kind="full", block_size=BLOCK_SIZE, bytes_per_block=1, layers=(0,))
     return WorkerReady(
-        rank=0,
+        rank=rank,
         free_bytes=num_blocks,
         total_bytes=num_blocks,
         weight_bytes=0,
@@ -173,6 +181,7 @@ class Harness:
     """An engine core, its workers and its api, in one thread."""
 
     def __init__(self, **options: Any) -> None:
+        executor = FakeExecutor(options.pop("num_ranks", 1))
         config = EngineConfig(
             scheduler=SchedulerConfig(
                 max_num_seqs=options.pop("max_num_seqs", 4),
@@ -186,7 +195,7 @@ class Harness:
             ),
             **options,
         )
-        self.executor = FakeExecutor()
+        self.executor = executor
         self.inbox: list[ToEngineCore] = []
         self.sent: list[FromEngineCore] = []
         self.outputs: dict[int, list[int]] = {}
