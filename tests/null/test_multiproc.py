@@ -15,9 +15,10 @@ import zmq
 
 from executor import multiproc
 from executor.base import WorkerDiedError
-from executor.config import ExecutorConfig
-from executor.messages import InitKVCache, KVCacheReady, ModelRunnerOutput, WorkerFailed
+from executor.config import ExecutorConfig, ParallelConfig
+from executor.messages import Heartbeat, InitKVCache, KVCacheReady, ModelRunnerOutput, WorkerFailed
 from executor.multiproc import MultiprocExecutor, WorkerLaunch
+from executor.parallel import places
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +98,35 @@ def test_a_worker_that_hung_up_is_dead(executor: MultiprocExecutor) -> None:
     with pytest.raises(WorkerDiedError, match="worker 0 .* hung up"):
         while time.monotonic() < deadline:
             executor.submit(message)
+
+
+def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[WorkerLaunch] = []
+
+    class Child(FakeChild):
+        def __init__(self, module: str, payload: bytes) -> None:
+            super().__init__(module, payload)
+            launches.append(self.launch)
+
+    monkeypatch.setattr(multiproc, "ChildProcess", Child)
+    config = ExecutorConfig(parallel=ParallelConfig(tensor_parallel_size=2))
+    executor = MultiprocExecutor(config, str(tmp_path))
+    executor.start()
+    assert executor.num_ranks == 2 and len(set(executor.poll_fds())) > 1
+    assert [launch.parallel for launch in launches] == places(config.parallel)
+    assert len({launch.input_address for launch in launches}) == 2
+    peers = [Peer(launch) for launch in launches]
+    message = InitKVCache((1,), 1, 1, 1)
+    for socket in executor._inputs:
+        assert socket.poll(5000, zmq.POLLOUT)
+    executor.submit(message)
+    for rank, peer in enumerate(peers):
+        assert msgspec.msgpack.decode(peer.inputs.recv(), type=InitKVCache) == message
+        peer.send(Heartbeat(rank, 7))
+        assert receive(executor) == [Heartbeat(rank, 7)]
+        peer.close()
+    executor.shutdown()
+    executor._context.term()
 
 
 def test_a_killed_worker_is_noticed_at_once_and_its_results_are_used(executor: MultiprocExecutor) -> None:
