@@ -116,7 +116,7 @@ class DeviceConfig(Config, frozen=True):
         ),
     ] = "auto"
     attention_backend: Annotated[
-        str | None, Meta(description="Attention backend. Default: the first that supports the model.")
+        str | None, Meta(description="Attention backend. Default: for each layer, the first that supports it.")
     ] = None
     block_size: Annotated[
         Positive | None, Meta(description="Tokens in a KV block. Default: the attention backend's preferred size.")
