@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from engine_core.scheduler import Scheduler
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
+from executor.inline import InlineExecutor
 from executor.messages import FromWorker, InitKVCache, ModelRunnerOutput, Tensor, ThinkingBudget
 from executor.parallel import ParallelState
 from executor.worker import Worker
@@ -47,6 +49,15 @@ class ReferenceCpu(CpuDevice):
         ops.use("cpu", OpSet())
 
 
+def new_scheduler(num_blocks: int = 48, **config: Any) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
+        CacheConfig(),
+        CacheShape((GroupShape(num_blocks, BLOCK_SIZE),)),
+        MAX_LEN,
+    )
+
+
 class Engine:
     """A scheduler and a worker, with as many steps in flight as the scheduler may have."""
 
@@ -66,12 +77,7 @@ class Engine:
         self.worker = Worker(ParallelState(), ExecutorConfig(model=model), self.answers.append)
         self.worker.start()
         self.worker.handle(InitKVCache((num_blocks,), MAX_SEQS, 64, MAX_LEN))
-        self.scheduler = Scheduler(
-            SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
-            CacheConfig(),
-            CacheShape((GroupShape(num_blocks, BLOCK_SIZE),)),
-            MAX_LEN,
-        )
+        self.scheduler = new_scheduler(num_blocks, **config)
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
@@ -221,6 +227,29 @@ def test_late_tokens_do_not_reach_the_next_owner_of_a_slot(monkeypatch: pytest.M
     assert engine.launch()
     engine.run()
     assert engine.outputs == {1: [], 0: alone.outputs[0]}
+
+
+def test_a_worker_inside_the_caller_says_when_results_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.worker.create_device", lambda name: LateDevice())
+    model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32")
+    executor = InlineExecutor(ExecutorConfig(model=model), "")
+    executor.start()
+    scheduler = new_scheduler()
+    executor.submit(InitKVCache((48,), MAX_SEQS, 64, MAX_LEN))
+    prompt = np.array(random_tokens(9), np.int32).tobytes()
+    message = EngineCoreRequest(
+        request_id="0", index=0, prompt_token_ids=prompt, sampling_params=ResolvedParams(max_tokens=9)
+    )
+    scheduler.add_request(Request(message))
+    for _ in range(2):
+        planned = scheduler.schedule()
+        assert planned is not None
+        executor.submit(planned[0])
+    steps: list[int] = []
+    while len(steps) < 2:
+        assert select.select(executor.poll_fds(), [], [], 60)[0], "no news, and no results"
+        steps += [answer.step_id for answer in executor.receive() if isinstance(answer, ModelRunnerOutput)]
+    assert steps == [1, 2]
 
 
 def test_the_host_cannot_read_the_device() -> None:

@@ -17,7 +17,7 @@ import ops
 from executor.graphs import Program
 from ops import AttentionMetadata, AttentionShape
 from ops.dispatch import Spec, StepInput
-from ops.reference.sampling import kept_tokens, log_probs, philox, token_weights, uniform, units
+from ops.reference.sampling import UNIT_BITS, kept_tokens, log_probs, philox, token_weights, uniform, units
 from tests.ops.cpu import using
 
 FLOATS = [torch.float32, torch.bfloat16]
@@ -387,6 +387,14 @@ def test_weights_are_exponentials(temperature: float) -> None:
     torch.testing.assert_close(weights[counted].double(), exact[counted], rtol=4e-6, atol=0)
     assert units(weights)[exact < 2.0**-44].sum() == 0
     torch.testing.assert_close(units(weights).double() * 2.0**-42, exact, rtol=4e-6, atol=2.0**-42)
+
+
+def test_weights_add_up_to_the_softmax_denominator() -> None:
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(2)) * 4
+    logits[1, 7] = float("-inf")
+    expected = (logits.double() - logits.double().amax(dim=1, keepdim=True)).exp().sum(dim=1)
+    torch.testing.assert_close(ops.weight_sum(logits).double() / 2.0**UNIT_BITS, expected, rtol=1e-6, atol=0)
+    assert ops.weight_sum(logits[:0]).shape == (0,)
 
 
 def test_log_probs_are_those_of_torch() -> None:
