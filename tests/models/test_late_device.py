@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,12 @@ from tests.late_device import HostReadError, LateDevice, on_device
 from tests.models.harness import random_tokens
 
 BLOCK_SIZE = 32
+WINDOWS: dict[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": 17,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+"""A model with two KV cache groups."""
 MAX_LEN = 256
 MAX_SEQS = 5
 
@@ -49,11 +55,11 @@ class ReferenceCpu(CpuDevice):
         ops.use("cpu", OpSet())
 
 
-def new_scheduler(num_blocks: int = 48, **config: Any) -> Scheduler:
+def new_scheduler(num_blocks: int = 48, windows: Sequence[int | None] = (None,), **config: Any) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
         CacheConfig(),
-        CacheShape((GroupShape(num_blocks, BLOCK_SIZE),)),
+        CacheShape(tuple(GroupShape(num_blocks, BLOCK_SIZE, window) for window in windows)),
         MAX_LEN,
     )
 
@@ -68,16 +74,19 @@ class Engine:
         *,
         num_blocks: int = 48,
         eager: bool = False,
+        windows: bool = False,
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
-        model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32", enforce_eager=eager)
+        folder = tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint("llama")
+        model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager)
         self.answers: list[FromWorker] = []
         self.device = device
         self.worker = Worker(ParallelState(), ExecutorConfig(model=model), self.answers.append)
         self.worker.start()
-        self.worker.handle(InitKVCache((num_blocks,), MAX_SEQS, 64, MAX_LEN))
-        self.scheduler = new_scheduler(num_blocks, **config)
+        groups = [group.shape.sliding_window for group in self.worker.runner.groups]
+        self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_SEQS, 64, MAX_LEN))
+        self.scheduler = new_scheduler(num_blocks, groups, **config)
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
@@ -177,7 +186,10 @@ def answers(engine: Engine) -> tuple[dict[int, Any], ...]:
     return engine.outputs, engine.logprobs, engine.vectors
 
 
-@pytest.mark.parametrize("setup", [{}, {"eager": True}, {"num_blocks": 9}, {"max_in_flight_steps": 1}], ids=str)
+SETUPS: list[dict[str, Any]] = [{}, {"eager": True}, {"num_blocks": 9}, {"max_in_flight_steps": 1}, {"windows": True}]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_tokens_are_those_of_a_cpu(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = answers(Engine(ReferenceCpu(), monkeypatch, **setup))
     late = LateDevice(by_itself=False)
