@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ class Bench:
                 0,
                 self.program(rows, model.hidden, lambda x, _: ops.rms_norm(x, norm, 1e-5), one),
                 one,
-                lambda x=x: F.rms_norm(x, (model.hidden,), norm, 1e-5),
+                partial(F.rms_norm, x, [model.hidden], norm, 1e-5),
             )
             yield Case(
                 "act_and_mul",
@@ -242,16 +243,21 @@ class Bench:
                 0,
                 self.program(rows, 2 * model.inner, lambda x, _: ops.act_and_mul(x, "silu"), one),
                 one,
-                lambda wide=wide: F.silu(wide[:, : model.inner]) * wide[:, model.inner :],
+                partial(_silu_and_mul, wide),
             )
             yield Case(
                 "embedding (packed)",
                 f"{rows} x {model.hidden}",
                 rows * model.hidden * size,
                 0,
-                lambda ids=ids: ops.embedding(ids, table),
+                partial(ops.embedding, ids, table),
                 1,
             )
+
+
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def best_time(run: Callable[[], object], seconds: float) -> float:
@@ -285,7 +291,8 @@ def main() -> None:
     buffer = memory.map_zeros(STREAM_BYTES).fill_(1)
 
     def bandwidth() -> float:
-        return max(kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), options.threads) for _ in range(8))
+        rates = [kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), options.threads) for _ in range(8)]
+        return float(max(rates))
 
     peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], options.threads) for _ in range(8))
     print(

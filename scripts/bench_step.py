@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,12 +34,13 @@ from executor.worker import Worker
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Steps:
     """A worker in this process, and plans for it."""
 
-    def __init__(self, model: str, dtype: str, max_tokens: int, max_seqs: int, max_len: int) -> None:
+    def __init__(self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int) -> None:
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(model=ModelConfig(model=model, dtype=dtype, gguf=gguf), device=DeviceConfig())
@@ -108,7 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="folder or GGUF file")
-    add("--dtype", default="auto", help="type of weights and activations (default: the model's)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=get_args(DType),
+        help="type of weights and activations (default: the model's)",
+    )
     add("--decode", type=int, nargs="*", default=[1, 4, 8, 16, 32, 64], help="requests that get one token each")
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")

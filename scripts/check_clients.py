@@ -88,7 +88,7 @@ def install(client: Client, folder: Path) -> list[str]:
             _install(["npm", "install", "--no-fund", "--no-audit", *client.requirements], home)
             done.touch()
         # node looks for packages beside the script
-        return ["node", shutil.copy(SCRIPTS / client.script, home)]
+        return ["node", str(shutil.copy(str(SCRIPTS / client.script), home))]
     python = home / "bin" / "python"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
@@ -159,9 +159,9 @@ def demo_model() -> Path:
 def write_tokenizer(model: Path, folder: Path) -> Path:
     """Writes the tokenizer of a GGUF file in the form that transformers reads. Returns its folder."""
     sys.path.insert(0, str(ROOT))
-    from api.config import EngineConfig, ServerConfig
+    from api.config import ServerConfig
     from api.model_files import find_model
-    from engine_core.config import ExecutorConfig, ModelConfig
+    from engine_core.config import EngineConfig, ExecutorConfig, ModelConfig
 
     engine = EngineConfig(executor=ExecutorConfig(model=ModelConfig(model=str(model))))
     files = find_model(ServerConfig(engine=engine))

@@ -384,7 +384,8 @@ class FakeEngineClient:
 def fake_vector(prompt: Sequence[int]) -> npt.NDArray[np.float32]:
     """How often each of the lower letters a to p stands in a prompt, plus a little that is the same for all."""
     counts = [prompt.count(token_of(ord("a") + i)) for i in range(HIDDEN_SIZE)]
-    return np.array(counts, np.float32) + np.float32(0.125)
+    vector: npt.NDArray[np.float32] = np.array(counts, np.float32) + np.float32(0.125)
+    return vector
 
 
 def fake_logprobs(token: int, position: int, count: int, wanted: Sequence[int] = ()) -> TokenLogprobs:

@@ -244,7 +244,9 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
             data = permute(data, num_heads)
         stored = kind if data.ndim > 1 else GGMLQuantizationType.F32
         raw = _random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), raw, raw_dtype=stored)
+        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored_name is not None, name
+        writer.add_tensor(stored_name, raw, raw_dtype=stored)
         meaning = gguf.dequantize(raw, stored).reshape(data.shape)
         if permuted:
             order = permute(np.arange(len(meaning)), num_heads)
@@ -261,7 +263,9 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
 
 def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """The order of the rows of q and k in llama.cpp (LlamaModel.permute of convert_hf_to_gguf)."""
-    return rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])
+    permuted: npt.NDArray[Any] = halves.swapaxes(1, 2).reshape(rows.shape)
+    return permuted
 
 
 def _random_blocks(

@@ -83,7 +83,7 @@ def evaluate(model: str, path: str, tasks: Path, names: list[str], **options: An
         log_samples=True,
         bootstrap_iters=0,
     )
-    assert results is not None
+    assert isinstance(results, dict)
     return results
 
 
@@ -109,7 +109,7 @@ def log_likelihood(context: str, continuation: str) -> float:
     tokens = post("/tokenize", {"prompt": context + continuation})["tokens"]
     answer = post("/v1/completions", {"prompt": tokens, "prompt_logprobs": 0, "max_tokens": 1})
     columns = answer["choices"][0]["prompt_logprobs"]
-    return sum(columns[place][str(tokens[place])]["logprob"] for place in range(skipped, len(tokens)))
+    return float(sum(columns[place][str(tokens[place])]["logprob"] for place in range(skipped, len(tokens))))
 
 
 tasks = write_tasks(Path(os.environ["OCTAVO_FOLDER"]))

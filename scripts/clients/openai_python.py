@@ -105,7 +105,9 @@ async def asynchronous() -> None:
 
         async def ask(streams: bool) -> str | None:
             if not streams:
-                return (await client.chat.completions.create(messages=MESSAGES, **GREEDY)).choices[0].message.content
+                answer = await client.chat.completions.create(messages=MESSAGES, **GREEDY)
+                text: str | None = answer.choices[0].message.content
+                return text
             stream = await client.chat.completions.create(messages=MESSAGES, stream=True, **GREEDY)
             return "".join([c.choices[0].delta.content or "" async for c in stream])
 

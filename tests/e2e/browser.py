@@ -17,6 +17,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+__all__ = ["Browser", "By", "Keys", "WebElement", "browser_path"]
+
 WAIT = 15.0
 FLAGS = (
     "--headless",
@@ -80,7 +82,10 @@ class Browser:
 
     def find(self, selector: str) -> WebElement:
         """The last such element that is shown."""
-        return self.wait(lambda: [found for found in self.all(selector) if found.is_displayed()], selector)[-1]
+        shown: list[WebElement] = self.wait(
+            lambda: [found for found in self.all(selector) if found.is_displayed()], selector
+        )
+        return shown[-1]
 
     def text(self, selector: str) -> str:
         return self.find(selector).text

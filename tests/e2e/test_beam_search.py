@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,8 @@ def plain_search(llm: LLM, prompt: list[int], width: int, max_tokens: int, penal
 @pytest.mark.parametrize("penalty", [1.0, 0.5])
 def test_the_same_sequences_as_a_plain_search(tiny_model: Path, penalty: float) -> None:
     """Also when requests are preempted, and whatever the client may ask for."""
-    for options in ({}, {"num_gpu_blocks_override": 12, "max_model_len": 128, "max_num_seqs": 6}):
+    setups: tuple[dict[str, Any], ...] = ({}, {"num_gpu_blocks_override": 12, "max_model_len": 128, "max_num_seqs": 6})
+    for options in setups:
         with LLM(str(tiny_model), dtype="float32", kv_cache_memory="64MiB", max_logprobs=8, **options) as llm:
             assert llm.get_tokenizer().eos_token_ids == (END,)
             params = BeamSearchParams(beam_width=4, max_tokens=12, length_penalty=penalty)

@@ -108,7 +108,8 @@ def test_every_kind_in_mixed_batches_is_as_it_is_alone(demo_model: Path) -> None
             check(kind, text, reason)
         alone = [generate(llm, [request])[0] for request in wanted[: len(KINDS)]]
     assert alone == batch[: len(KINDS)]
-    for options in ({"max_in_flight_steps": 1}, {"num_gpu_blocks_override": 12, "max_num_seqs": 8}):
+    setups: list[dict[str, Any]] = [{"max_in_flight_steps": 1}, {"num_gpu_blocks_override": 12, "max_num_seqs": 8}]
+    for options in setups:
         with LLM(str(demo_model), max_model_len=256, check_every_step=True, **options) as llm:
             assert generate(llm, wanted) == batch
 

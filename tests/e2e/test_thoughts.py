@@ -82,7 +82,9 @@ def test_a_thought_without_end_is_ended_in_time(server: Server, stream: bool) ->
 def test_without_a_thought_the_first_token_obeys(server: Server) -> None:
     off: Any = {"chat_template_kwargs": {"enable_thinking": False}}
     at_once: Any = {"structured_outputs": {"enable_in_reasoning": True}, "chat_template_kwargs": {"opens": True}}
-    for fields in (off, at_once, {"structured_outputs": {"enable_in_reasoning": True}}):
+    both: Any = {"structured_outputs": {"enable_in_reasoning": True}}
+    setups: list[dict[str, Any]] = [off, at_once, both]
+    for fields in setups:
         reply = ask(server, "chat", "<say:think>", **wants_number("chat"), **fields)
         assert not reply.reasoning and isinstance(json.loads(reply.text)["n"], int)
     reply = ask(server, "chat", "hello", **wants_number("chat"), **{**SAMPLED, "chat_template_kwargs": {"opens": True}})

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -655,11 +656,15 @@ def test_nothing_is_wider_than_the_screen(chat: Browser, script: Script, width: 
         assert chat.run("return document.documentElement.scrollWidth") <= width, place
 
 
+def is_hidden(page: Browser, selector: str) -> bool:
+    return not page.all(selector)[0].is_displayed()
+
+
 def test_side_panels_on_a_phone(chat: Browser) -> None:
     chat.resize(360, 700)
     chat.driver.refresh()
     for name in ("sidebar", "settings"):
-        chat.wait(lambda name=name: not chat.all(f"#{name}")[0].is_displayed())
+        chat.wait(partial(is_hidden, chat, f"#{name}"))
         chat.click(f"#{name}-toggle")
         assert chat.find(f"#{name}") and chat.run("return document.getElementById('talk').inert")
         assert chat.run(f"return document.getElementById('{name}').contains(document.activeElement)")

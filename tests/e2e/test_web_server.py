@@ -127,7 +127,7 @@ def labels_of(page: Browser) -> list[str]:
 def test_docs(page: Browser, server: Server) -> None:
     page.open(f"{server.url}/docs")
     page.find("#key-input").send_keys(KEY, Keys.ENTER)
-    document = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}".encode()}).json()
+    document = httpx.get(f"{server.url}/openapi.json", headers={b"Authorization": f"Bearer {KEY}".encode()}).json()
     page.wait(lambda: page.all(".operation"))
     shown = {(found.text.split("\n")[0], found.text.split("\n")[1]) for found in page.all(".contents a")}
     assert shown == {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
@@ -160,7 +160,7 @@ def test_every_endpoint_can_be_tried(page: Browser, server: Server) -> None:
     answers = {name: page.run(status, name) for name in names}
     assert not {name: answer for name, answer in answers.items() if not answer.startswith("200 OK, ")}
     assert '"choices"' in page.text("#post-v1-chat-completions .try-output")
-    model = httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}".encode()}).json()["data"][0]
+    model = httpx.get(f"{server.url}/v1/models", headers={b"Authorization": f"Bearer {KEY}".encode()}).json()["data"][0]
     field = page.find("#get-v1-models-model input")
     field.send_keys(model["id"], Keys.ENTER)
     page.wait(lambda: page.run(status, "get-v1-models-model").startswith("200 OK, "))

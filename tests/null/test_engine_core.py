@@ -369,7 +369,7 @@ def test_many_requests_are_taken_in_turns(transport: tuple[ZmqTransport, zmq.Soc
     core_side, router, _ = transport
     for number in range(2 * REQUESTS_PER_TURN):
         router.send_multipart((b"engine_core.1", msgspec.msgpack.encode(make_request(number))))
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < 2 * REQUESTS_PER_TURN:
         messages = core_side.wait([], 1.0)
         assert messages

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,14 @@ def test_memory_that_a_call_left_behind_is_given_back(helper: Helper) -> None:
 def test_callers_take_turns(helper: Helper) -> None:
     """One whose calls run into limits waits behind those whose calls do not."""
     done: list[str] = []
+
+    def note(kind: str, _: Future[bytes]) -> None:
+        done.append(kind)
+
     hostile = [helper.submit("spin", b"", owner="hostile") for _ in range(3)]
     ordinary = [helper.submit("echo", b"", owner=f"user {number}") for number in range(20)]
     for number, future in enumerate((*hostile, *ordinary)):
-        future.add_done_callback(lambda _, number=number: done.append("hostile" if number < 3 else "ordinary"))
+        future.add_done_callback(partial(note, "hostile" if number < 3 else "ordinary"))
     assert [future.result() for future in ordinary] == [b""] * 20
     assert done.count("hostile") <= 1
     assert all(isinstance(future.exception(), HelperError) for future in hostile)

@@ -223,7 +223,8 @@ def test_text_of_arguments_is_the_clients_own() -> None:
     for text in ('{"x":1,  "é":"\\u00e9"}', '{"x": ', "[1]"):
         assert arguments_of(normalize_messages([call(text)], TEXT_ARGUMENTS)) == text
         assert render(DEEPSEEK, call(text)) == f"<call>function<sep>f\n```json\n{text}\n```<end>"
-    for nothing in ("", None, {}):
+    nothings: tuple[Any, ...] = ("", None, {})
+    for nothing in nothings:
         assert arguments_of(normalize_messages([call(nothing)], TEXT_ARGUMENTS)) == "{}"
         assert arguments_of(normalize_messages([call(nothing)], STRING)) == {}
     assert arguments_of(normalize_messages([call({"é": [1, None]})], TEXT_ARGUMENTS)) == '{"é": [1, null]}'
@@ -304,7 +305,7 @@ def test_a_template_of_one_system_hears_all_instructions(source: str) -> None:
 
 
 def test_function_calls_become_tool_calls() -> None:
-    conversation = [
+    conversation: list[dict[str, Any]] = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "f", "content": "r"},

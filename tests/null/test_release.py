@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import release
 
 ROOT = Path(__file__).resolve().parents[2]
-_spec = importlib.util.spec_from_file_location("release", ROOT / "scripts" / "release.py")
-assert _spec is not None and _spec.loader is not None
-release = importlib.util.module_from_spec(_spec)
-sys.modules["release"] = release
-_spec.loader.exec_module(release)
-
 CHANGELOG = """\
 # Changelog
 

@@ -113,7 +113,12 @@ def test_what_dead_workers_still_sent_is_not_taken_for_the_word_of_new_ones() ->
     harness.add(0)
     harness.executor.computes = False
     harness.run()
-    stale = [WorkerFailed(0, "out of memory"), harness.executor.compute_one(), worker_ready(), KVCacheReady(0)]
+    stale: list[FromWorker] = [
+        WorkerFailed(0, "out of memory"),
+        harness.executor.compute_one(),
+        worker_ready(),
+        KVCacheReady(0),
+    ]
     harness.executor.inbox.append(stale)
     harness.executor.computes = True
     harness.run_to_the_end()

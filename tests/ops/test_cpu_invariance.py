@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -119,13 +119,14 @@ def test_other_ops_row_by_row(capability: str, dtype: torch.dtype) -> None:
     x, weight = randn(40, 8 * 96, dtype=dtype), randn(96, seed=1, dtype=dtype)
     whole = weight.repeat(8)
     with use(capability):
-        for function in (
+        functions: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
             lambda rows: ops.rms_norm(rows, weight, 1e-5),
             lambda rows: ops.rms_norm(rows, whole, 1e-5),
             lambda rows: ops.layer_norm(rows, whole, None, 1e-5),
             lambda rows: ops.act_and_mul(rows, "silu"),
             lambda rows: ops.activation(rows, "gelu"),
-        ):
+        )
+        for function in functions:
             with threads(1):
                 expected = torch.cat([function(row) for row in x.split(1)])
             with threads(2):

@@ -65,7 +65,7 @@ def test_programs_are_run_by_the_set_of_their_device() -> None:
     with using(ToyOps()):
         program = Program("cpu", max_tokens=5, max_samples=2)
         x: Any = program.input("x", Spec("tokens", 4, torch.float32))
-        program.finish(ops.gather_rows(ops.add(x, x), StepInput("rows")))  # type: ignore[arg-type]
+        program.finish(ops.gather_rows(ops.add(x, x), StepInput("rows")))
     runner = program._runner
     assert isinstance(runner, ToyRunner)
     assert [node.name for node in runner.nodes] == ["add", "gather_rows"]

@@ -467,7 +467,7 @@ def test_ops_infer_what_they_return() -> None:
         ops.rms_norm(x, weight[0, :4], 1e-5),
         ops.layer_norm(x, weight[0], None, 1e-5),
         ops.rotary_embedding(x, ids, cos_sin_table(8, 4), 4),
-        ops.paged_attention(value("q", q), value("k", k), value("v", v), cache, StepInput("meta"), shape),  # type: ignore[arg-type]
+        ops.paged_attention(value("q", q), value("k", k), value("v", v), cache, StepInput("meta"), shape),
         *x.split([2, 7, 3]),
     ]
     rows = ops.gather_rows(results[1], StepInput("rows"))

@@ -249,8 +249,13 @@ async def test_answers_in_one_piece_are_folded_in_turns(api: Api, monkeypatch: p
 
 async def test_answers_in_one_piece_are_written_down_in_turns(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = await api.complete("ab", n=40, max_tokens=3, logprobs=2, seed=1)
-    turns = []
-    monkeypatch.setattr(stream, "Turns", lambda budget: turns.append(Turns(1)) or turns[-1])
+    turns: list[Turns] = []
+
+    def short_turns(budget: object) -> Turns:
+        turns.append(Turns(1))
+        return turns[-1]
+
+    monkeypatch.setattr(stream, "Turns", short_turns)
     spend = Turns.spend
     costs = []
 

@@ -119,7 +119,12 @@ async def test_chat_with_a_beam_search(api: Api) -> None:
 async def test_metrics_count_a_search_once(api: Api) -> None:
     await api.complete("x", n=2, max_tokens=4, use_beam_search=True)
     labels = {"model_name": "fake-model", "engine": "0"}
-    sample = api.server.metrics.registry.get_sample_value
+
+    def sample(name: str, labels: dict[str, str]) -> float:
+        value = api.server.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, name
+        return value
+
     assert sample("vllm:request_params_n_count", labels) == 1
     assert sample("vllm:time_to_first_token_seconds_count", labels) == 1
     generated = sample("vllm:generation_tokens_total", labels)

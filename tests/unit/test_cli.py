@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,12 @@ def test_what_may_be_a_model_is_served(word: str, tmp_path: Path, monkeypatch: p
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     served: list[list[str]] = []
-    monkeypatch.setattr(cli, "serve", lambda arguments: served.append(list(arguments)) or 0)
+
+    def serve(arguments: Sequence[str]) -> int:
+        served.append(list(arguments))
+        return 0
+
+    monkeypatch.setattr(cli, "serve", serve)
     assert cli.main([word, "--port", "1"]) == 0 and served == [[word, "--port", "1"]]
 
 

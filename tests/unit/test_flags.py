@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_flags
 
 from api.cli import resolve, serve_parser
 from api.config import GROUPS, ServerConfig, from_environment, make_config, unused_variables
 from api.flags import ConfigError, options
 from api.vllm_options import FOREIGN, WORKING, Verdict
-from scripts import vllm_flags
 
 
 def config_of(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[ServerConfig, list[str]]:

@@ -167,7 +167,8 @@ async def test_no_tools_are_plain_text(route: str, config: ServerConfig) -> None
 async def test_a_call_that_is_demanded_needs_tools(tools: Any) -> None:
     api = Api(FakeServer())
     user = [{"role": "user", "content": "q"}]
-    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+    choices: tuple[Any, ...] = ("required", {"type": "function", "function": {"name": "f"}})
+    for choice in choices:
         error = await api.error("/v1/chat/completions", {"messages": user, "tools": tools, "tool_choice": choice})
         assert error["param"] == "tool_choice"
     for choice in ("required", {"type": "function", "name": "f"}):

@@ -161,7 +161,7 @@ async def test_the_old_way(parser: str) -> None:
     at_once = StructuredOutputsConfig(enable_in_reasoning=True)
     for config, when in ((None, True), (at_once, None), (at_once, True)):
         api = thinker('{"a": 1}', OPENS, parser, **({} if config is None else {"structured_outputs_config": config}))
-        own = {} if when is None else {"structured_outputs": {"enable_in_reasoning": when}}
+        own: dict[str, Any] = {} if when is None else {"structured_outputs": {"enable_in_reasoning": when}}
         reply = await ask(api, "chat", "hi", **FIELDS["chat"][0], **own)
         assert reply == Reply('{"a": 1}', finish="stop") and thought_of(api) is None
         if when is None:

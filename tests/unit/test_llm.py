@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import inspect
 import io
-import sys
 import threading
 import time
 import weakref
@@ -13,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llm_options
 import psutil
 import pytest
+from tqdm import tqdm
 
 import api.llm
 from api import LLM, SamplingParams
@@ -84,8 +85,7 @@ def test_the_collector_may_run_in_the_engines_own_thread() -> None:
 
 def test_the_bar_shows_tokens_per_second(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    real = api.llm.tqdm
-    monkeypatch.setattr(api.llm, "tqdm", lambda **given: real(**{**given, "delay": 0, "file": shown, "mininterval": 0}))
+    monkeypatch.setattr(api.llm, "tqdm", lambda **given: tqdm(**{**given, "delay": 0, "file": shown, "mininterval": 0}))
     params = SamplingParams(max_tokens=5, ignore_eos=True, n=2)
     with llm:
         llm.generate(["a", "b c"], params)
@@ -111,11 +111,6 @@ def test_outputs_tell_when_what_happened(llm: LLM) -> None:
 
 
 def test_editors_know_the_options() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import llm_options
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
     content = (ROOT / "api" / "llm_options.py").read_text()
     assert content == llm_options.render(), "run scripts/llm_options.py"
     signature = inspect.signature(LLM)

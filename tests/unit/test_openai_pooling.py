@@ -34,7 +34,8 @@ EMBEDDINGS = "/v1/embeddings"
 
 def vector_of(prompt: list[int], dimensions: int | None = None) -> npt.NDArray[np.float32]:
     vector = fake_vector(prompt)[:dimensions]
-    return vector / np.linalg.norm(vector)
+    scaled: npt.NDArray[np.float32] = vector / np.linalg.norm(vector)
+    return scaled
 
 
 def prompts_of(server: FakeServer) -> list[list[int]]:

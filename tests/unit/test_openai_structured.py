@@ -119,7 +119,7 @@ def test_a_deeply_nested_schema_is_refused() -> None:
 
 def test_additional_properties_are_disabled_everywhere_but_where_the_schema_has_a_say() -> None:
     inner = {"properties": {"properties": {"type": "string"}}}
-    schema = {
+    schema: dict[str, Any] = {
         "properties": {"a": inner, "b": {"properties": {}, "additionalProperties": True}},
         "$defs": {"c": {"anyOf": [inner]}},
     }

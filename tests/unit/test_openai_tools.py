@@ -144,7 +144,8 @@ async def test_tokenize_shows_the_tools() -> None:
     tokens = (await api.ok("/tokenize", {"messages": HI, "tools": TOOLS}))["tokens"]
     answer = await api.ok(PATH, body(max_tokens=1, return_token_ids=True))
     assert tokens == answer["prompt_token_ids"]
-    for bad in ([{}], [{"type": "function", "function": {}}]):
+    bads: list[list[dict[str, Any]]] = [[{}], [{"type": "function", "function": {}}]]
+    for bad in bads:
         assert (await api.error("/tokenize", {"messages": HI, "tools": bad}))["param"] == "tools"
 
 
@@ -277,7 +278,8 @@ async def test_a_schema_that_is_too_deep(api: Api) -> None:
 
 
 def client_of(api: Api) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="x", http_client=api._client, max_retries=0)
+    http_client: Any = api._client  # openai may bring an httpx of its own
+    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="x", http_client=http_client, max_retries=0)
 
 
 async def test_the_client_s_parsed_tools() -> None:

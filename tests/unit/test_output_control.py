@@ -78,7 +78,8 @@ async def test_the_best_cannot_be_streamed_or_greedy(api: Api) -> None:
 async def test_repetition_detection_reaches_the_engine(api: Api) -> None:
     await api.complete("x", repetition_detection={"max_pattern_size": 4, "min_count": 3})
     await api.chat("x", repetition_detection={})
-    loops = [message.sampling_params.repetition_detection for message in api.server.engine.submitted]
+    params = [message.sampling_params for message in api.server.engine.submitted]
+    loops = [given.repetition_detection for given in params if given is not None]
     assert loops[0] is not None and loops[1] is None
     assert (loops[0].min_pattern_size, loops[0].max_pattern_size, loops[0].min_count) == (1, 4, 3)
 
@@ -174,11 +175,12 @@ async def test_the_load_is_the_number_of_unfinished_completions(api: Api) -> Non
 
 
 def test_sampling_params_check_the_same() -> None:
-    for fields in (
+    refused: list[dict[str, Any]] = [
         {"best_of": 1, "n": 2},
         {"best_of": 2, "temperature": 0},
         {"truncate_prompt_tokens": -2},
-    ):
+    ]
+    for fields in refused:
         with pytest.raises(RequestError):
             SamplingParams(**fields)
     assert SamplingParams(n=2).num_completions == 2 and SamplingParams(n=2, best_of=5).num_completions == 5

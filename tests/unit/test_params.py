@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -67,7 +69,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
-def test_the_offline_class_checks_its_options_as_the_server_does(options: dict[str, object], message: str) -> None:
+def test_the_offline_class_checks_its_options_as_the_server_does(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(build(ServerConfig, options))
     with pytest.raises(ValueError, match=message):

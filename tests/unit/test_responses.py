@@ -212,7 +212,7 @@ def test_input() -> None:
 
 
 def test_output_goes_back_as_one_message() -> None:
-    items = [
+    items: list[OutputMessage | ReasoningItem | FunctionCallItem] = [
         ReasoningItem(id="1", content=[ReasoningText(text="t")]),
         OutputMessage(id="2", content=[OutputText(text="b")]),
         FunctionCallItem(id="3", call_id="c", name="f", arguments="{}"),

@@ -84,12 +84,14 @@ async def test_a_bad_line_fails_alone() -> None:
 async def test_answers_come_in_the_order_of_the_lines() -> None:
     """However long each takes."""
     lengths = [90, 1, 40, 3, 200, 2, 2, 60, 1, 1, 120, 5]
-    lines = [line(str(i), messages=HI, max_tokens=length) for i, length in enumerate(lengths)]
+    lines: list[dict[str, Any] | bytes] = [
+        line(str(i), messages=HI, max_tokens=length) for i, length in enumerate(lengths)
+    ]
     lines.insert(3, b"  ")
     lines.insert(7, b"{")
     results = await run(lines, FakeServer(script=says("x" * 300)))
-    names = [str(i) for i in range(len(lengths))]
-    names.insert(6, None)  # type: ignore[arg-type]
+    names: list[str | None] = [str(i) for i in range(len(lengths))]
+    names.insert(6, None)
     assert [result["custom_id"] for result in results] == names
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import shlex
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import bench_overhead
+import bench_overload  # noqa: F401  # it can be imported
 import numpy as np
 import pytest
+import simulate
 
 from api.bench import datasets, figures, latency, report, sse_client, throughput
 from api.bench import options as bench_options
@@ -24,24 +25,6 @@ from api.params import SamplingParams
 from api.tokenizer import Tokenizer
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
 from tests.fakes import tiny_tokenizer
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def load(name: str) -> ModuleType:
-    """A script as a module; scripts are no package and import each other by name."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-processes = load("processes")
-simulate = load("simulate")
-bench_overhead = load("bench_overhead")
-load("bench_overload")  # it can be imported
 
 TEXTS = ["Grüße", " ", "aus ", "Köln 🚀", "", " data: {", '"\n\n"', "end"]
 """What the tokens of a stream say: characters of several bytes, none, and what looks like framing."""
@@ -472,11 +455,12 @@ def test_steady_decode_runs_exactly_so_many() -> None:
 # -- the raw client --------------------------------------------------------------------------------------------
 
 
-class FakeTransport:
+class FakeTransport(asyncio.Transport):
     def __init__(self) -> None:
+        super().__init__()
         self.num_requests = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.num_requests += 1
 
     def abort(self) -> None:
