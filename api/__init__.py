@@ -8,19 +8,19 @@ import sys
 
 TYPE_CHECKING = False  # typing itself is not needed, and every import here may be one from the user's folder
 if TYPE_CHECKING:
-    from api.beam_search import BeamSearchParams
+    from api.generation.beam_search import BeamSearchParams
     from api.llm import LLM
-    from api.params import SamplingParams, StructuredOutputsParams
-    from api.pooling import PoolingParams
+    from api.params.pooling import PoolingParams
+    from api.params.sampling import SamplingParams, StructuredOutputsParams
 
 __all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "api.llm",
-    "BeamSearchParams": "api.beam_search",
-    "PoolingParams": "api.pooling",
-    "SamplingParams": "api.params",
-    "StructuredOutputsParams": "api.params",
+    "BeamSearchParams": "api.generation.beam_search",
+    "PoolingParams": "api.params.pooling",
+    "SamplingParams": "api.params.sampling",
+    "StructuredOutputsParams": "api.params.sampling",
 }
 
 

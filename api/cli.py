@@ -14,7 +14,7 @@ from api.version import VERSION
 if TYPE_CHECKING:  # each command imports what it needs: most need no engine
     from api.config import ServerConfig
     from api.flags import Parser
-    from api.model_files import ModelFiles
+    from api.model.files import ModelFiles
 
 EXIT_USAGE = 2
 EXIT_MODEL = 78
@@ -96,7 +96,7 @@ def bench(arguments: Sequence[str]) -> int:
     """``octavo bench``."""
     word = arguments[0] if arguments else ""
     if word == "serve":
-        from api.bench import serve as load
+        from api.commands.bench import serve as load
 
         return load.main(arguments[1:])
     if word in ("latency", "throughput"):
@@ -110,7 +110,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def _offline_bench(name: str, arguments: Sequence[str]) -> int:
-    from api.bench import latency, throughput
+    from api.commands.bench import latency, throughput
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from api.llm import LLM
@@ -133,7 +133,7 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
 
 
 def _offline_parser(name: str) -> Parser:
-    from api.bench import latency, throughput
+    from api.commands.bench import latency, throughput
 
     module = latency if name == "latency" else throughput
     parser = model_parser(f"octavo bench {name}", module.DESCRIPTION)
@@ -143,15 +143,15 @@ def _offline_parser(name: str) -> Parser:
 
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
-    from api import collect_env as environment
+    from api.commands import collect_env as environment
 
     return environment.main(arguments)
 
 
 def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
-    from api.bench.options import create_parser
     from api.commands import completion, talk
+    from api.commands.bench.options import create_parser
 
     parsers = {
         "serve": serve_parser(),
@@ -167,7 +167,7 @@ def completion(arguments: Sequence[str]) -> int:
 
 def batch_parser() -> Parser:
     """The flags of ``octavo run-batch``."""
-    from api import run_batch
+    from api.commands import run_batch
 
     parser = model_parser(
         "octavo run-batch", "Answer the requests of a JSONL file in OpenAI's batch format, without a server."
@@ -178,7 +178,7 @@ def batch_parser() -> Parser:
 
 def batch(arguments: Sequence[str]) -> int:
     """``octavo run-batch``."""
-    from api import run_batch
+    from api.commands import run_batch
 
     parser = batch_parser()
     given = parser.parse(arguments)
@@ -220,7 +220,7 @@ def model_parser(prog: str, description: str) -> Parser:
 
 def serve(arguments: Sequence[str]) -> int:
     """``octavo serve``."""
-    from api.server import run_server
+    from api.server.run import run_server
 
     parser = serve_parser()
     return _with_model(parser, parser.parse(arguments), "octavo api", run_server)
@@ -235,8 +235,8 @@ def _with_model(
     from api.config import unused_variables
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
-    from api.model_files import find_model, with_model
-    from api.server import PortInUseError
+    from api.model.files import find_model, with_model
+    from api.server.run import PortInUseError
     from engine_core.launch import get_logger, setup_logging
 
     try:

@@ -392,7 +392,7 @@ def check_config(config: ServerConfig) -> None:
         if name in config.default_chat_template_kwargs:
             raise ConfigError(f"--default-chat-template-kwargs must not hold {name}, which requests have a field for")
     if config.otlp_traces_endpoint is not None:
-        from api.tracing import check_packages  # only then: the server does without
+        from api.http.tracing import check_packages  # only then: the server does without
 
         check_packages()
     if config.metrics_require_key and not config.api_key:

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_type_hint
 from msgspec import UNSET, UnsetType
 from tqdm import tqdm
 
-from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.config import ServerConfig, from_environment, make_config
-from api.engine_client import EngineClient
-from api.engine_thread import EngineThread
+from api.engine.client import EngineClient
+from api.engine.metrics import EngineMetrics
+from api.engine.output import Delta, RequestState
+from api.engine.progress import LoadBar
+from api.engine.request_stats import RequestStateStats, request_stats
+from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
+from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
+from api.generation.serving import Serving
 from api.llm_options import LLMOptions
-from api.metrics import EngineMetrics
-from api.model_files import ModelFiles, find_model, with_model
-from api.output import Delta, RequestState
-from api.params import SamplingParams, truncate_prompt
-from api.pooling import (
+from api.model.files import ModelFiles, find_model, with_model
+from api.model.tokenizer import NOTHING_ADDED, Tokenizer
+from api.params.pooling import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -37,11 +40,8 @@ from api.pooling import (
     pair_up,
     resolve_pooling,
 )
-from api.progress import LoadBar
-from api.request_stats import RequestStateStats, request_stats
-from api.serving import Serving
-from api.thinking import conversation_opens_reasoning
-from api.tokenizer import NOTHING_ADDED, Tokenizer
+from api.params.sampling import SamplingParams, truncate_prompt
+from api.params.thinking import conversation_opens_reasoning
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
 

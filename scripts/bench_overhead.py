@@ -47,9 +47,9 @@ from processes import (
 )
 from simulate import format_steady, measure_steady
 
-from api.bench.figures import compare, describe, format_comparison, format_distributions
-from api.bench.serve import WORDS, run_loop
-from api.bench.sse_client import EventStream, HttpClient
+from api.commands.bench.figures import compare, describe, format_comparison, format_distributions
+from api.commands.bench.serve import WORDS, run_loop
+from api.commands.bench.sse_client import EventStream, HttpClient
 
 EVENT = b"data: {"
 """Every event but the last starts so."""

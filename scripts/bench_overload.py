@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_overhead import END, EVENT, named_pids
 from processes import Server, end_process, processor_seconds, resident_bytes, signals_as_exceptions, start_process
 
-from api.bench.figures import describe, format_distributions
-from api.bench.serve import WORDS, run_loop
+from api.commands.bench.figures import describe, format_distributions
+from api.commands.bench.serve import WORDS, run_loop
 
 MAX_GROWTH_MIB = 64.0
 MAX_REFUSAL_MS = 50.0

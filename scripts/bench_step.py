@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from api.gguf_file import read_gguf
+from api.model.gguf_file import read_gguf
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
 from executor.parallel import ParallelState

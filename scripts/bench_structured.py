@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from processes import Server, signals_as_exceptions
 
-from api.bench.sse_client import EventStream, HttpClient
+from api.commands.bench.sse_client import EventStream, HttpClient
 
 
 def record(**text: int) -> dict[str, object]:

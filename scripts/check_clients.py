@@ -160,7 +160,7 @@ def write_tokenizer(model: Path, folder: Path) -> Path:
     """Writes the tokenizer of a GGUF file in the form that transformers reads. Returns its folder."""
     sys.path.insert(0, str(ROOT))
     from api.config import ServerConfig
-    from api.model_files import find_model
+    from api.model.files import find_model
     from engine_core.config import EngineConfig, ExecutorConfig, ModelConfig
 
     engine = EngineConfig(executor=ExecutorConfig(model=ModelConfig(model=str(model))))

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from api.bench.figures import describe, format_distributions
+from api.commands.bench.figures import describe, format_distributions
 from api.flags import ConfigError, add_arguments, build, options
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, EngineConfig, SchedulerConfig, SimulatedDevice

@@ -18,17 +18,17 @@ from starlette.applications import Starlette
 from starlette.types import Message
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from api.app import create_app
 from api.config import ServerConfig
-from api.engine_client import EngineClient
+from api.engine.client import EngineClient
+from api.engine.metrics import EngineMetrics
+from api.engine.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.errors import EngineDeadError
-from api.metrics import EngineMetrics
-from api.model_files import ModelFiles
-from api.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
-from api.queue_bound import NOBODY, QueueBound, Tenant, queue_full
-from api.serving import Serving
-from api.tokenizer import Tokenizer
-from api.traffic import Traffic
+from api.generation.serving import Serving
+from api.http.traffic import Traffic
+from api.model.files import ModelFiles
+from api.model.tokenizer import Tokenizer
+from api.server.app import create_app
 from engine_core.config import SchedulerConfig
 from engine_core.messages import (
     EngineCoreOutput,

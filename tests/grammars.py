@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from api.structured import vocabulary_frame
+from api.params.structured import vocabulary_frame
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
 from engine_core.core import EngineCore
 from engine_core.messages import (

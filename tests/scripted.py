@@ -26,7 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from api.config import ServerConfig
-from api.tokenizer import Tokenizer
+from api.model.tokenizer import Tokenizer
 from engine_core.messages import ResolvedParams
 from tests.fakes import FakeServer, byte_spelling
 

@@ -6,7 +6,7 @@ import msgspec
 
 from api.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from api.errors import RequestError
-from api.openai.errors import ErrorShape, shortened
+from api.http.errors import ErrorShape, shortened
 
 _KINDS = {
     401: "authentication_error",

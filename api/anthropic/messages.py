@@ -39,15 +39,15 @@ from api.anthropic.protocol import (
     ThinkingDelta,
     ToolUseBlock,
 )
+from api.engine.output import Delta
 from api.errors import RequestError
+from api.generation.serving import Serving
+from api.http.body import read_json, work_on
+from api.http.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
+from api.http.tenants import enter_queue
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json, work_on
 from api.openai.prompts import render_messages
-from api.openai.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
-from api.output import Delta
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
-from api.serving import Serving
-from api.tenants import enter_queue
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
 COUNT_DECODER = msgspec.json.Decoder(ConversationRequest)

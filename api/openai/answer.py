@@ -11,8 +11,12 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from api.beam_search import BeamSearchParams
+from api.engine.output import Delta
+from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
+from api.generation.beam_search import BeamSearchParams
+from api.generation.serving import Serving
+from api.http.stream import Generation
 from api.openai.beam import beam_search_params, create_generation
 from api.openai.prompts import (
     prompt_opened,
@@ -24,11 +28,10 @@ from api.openai.prompts import (
 from api.openai.protocol import ChatCompletionRequest, TokenOffsets
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
-from api.openai.stream import Generation
 from api.openai.structured import requested_grammar
 from api.openai.tools import ToolUse, resolve_tools
-from api.output import Delta
-from api.params import SamplingParams, StructuredOutputsParams
+from api.params.sampling import SamplingParams, StructuredOutputsParams
+from api.params.structured import grammar_spec
 from api.parsers import (
     Content,
     Event,
@@ -41,9 +44,6 @@ from api.parsers import (
     create_parser,
     merge,
 )
-from api.queue_bound import NOBODY, Tenant
-from api.serving import Serving
-from api.structured import grammar_spec
 from engine_core.messages import GrammarSpec
 
 MAX_TOOLS_LOOKED_FOR = 8

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from api.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
-from api.detokenizer import IncrementalDetokenizer
+from api.engine.output import Delta
+from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import EngineDeadError, RequestError
-from api.openai.errors import INTERNAL
+from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
+from api.generation.serving import Serving
+from api.http.errors import INTERNAL
+from api.http.stream import Generation
 from api.openai.protocol import GenerationRequest, Usage
 from api.openai.sampling import stream_interval
-from api.openai.stream import Generation
-from api.output import Delta
-from api.params import SamplingParams
-from api.queue_bound import NOBODY, Tenant
-from api.serving import Serving
+from api.params.sampling import SamplingParams
+from api.text.detokenizer import IncrementalDetokenizer
 from engine_core.launch import get_logger
 from engine_core.messages import GrammarSpec
 

@@ -11,8 +11,23 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.engine.output import Delta
+from api.generation.serving import Serving
+from api.http.body import read_json, work_on
+from api.http.stream import (
+    DONE,
+    KEEP_ALIVE,
+    MARK,
+    TokenStream,
+    WholeAnswer,
+    around_choices,
+    error_event,
+    event,
+    joined,
+    split_at_mark,
+)
+from api.http.tenants import enter_queue
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json, work_on
 from api.openai.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs, spells_ids
 from api.openai.prompts import adds_generation_prompt, text_of
 from api.openai.protocol import (
@@ -33,22 +48,7 @@ from api.openai.protocol import (
     Usage,
 )
 from api.openai.sampling import answer_id, wants_usage
-from api.openai.stream import (
-    DONE,
-    KEEP_ALIVE,
-    MARK,
-    TokenStream,
-    WholeAnswer,
-    around_choices,
-    error_event,
-    event,
-    joined,
-    split_at_mark,
-)
-from api.output import Delta
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
-from api.serving import Serving
-from api.tenants import enter_queue
 
 DECODER = msgspec.json.Decoder(ChatCompletionRequest)
 

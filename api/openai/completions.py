@@ -11,9 +11,26 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.engine.output import Delta
 from api.errors import RequestError
+from api.generation.serving import Serving
+from api.http.body import read_json, work_on
+from api.http.stream import (
+    DONE,
+    KEEP_ALIVE,
+    MARK,
+    Generation,
+    TokenStream,
+    WholeAnswer,
+    around_choices,
+    error_event,
+    event,
+    joined,
+    split_at_mark,
+)
+from api.http.tenants import enter_queue
+from api.model.tokenizer import AddedAround
 from api.openai.beam import beam_search_params, create_generation
-from api.openai.body import read_json, work_on
 from api.openai.logprobs import CompletionColumns, TokenSpelling, prompt_logprobs, spells_ids
 from api.openai.prompts import prompt_token_ids, prompt_token_offsets
 from api.openai.protocol import (
@@ -32,25 +49,8 @@ from api.openai.sampling import (
     sampling_params,
     wants_usage,
 )
-from api.openai.stream import (
-    DONE,
-    KEEP_ALIVE,
-    MARK,
-    Generation,
-    TokenStream,
-    WholeAnswer,
-    around_choices,
-    error_event,
-    event,
-    joined,
-    split_at_mark,
-)
 from api.openai.structured import requested_grammar
-from api.output import Delta
-from api.params import MAX_N
-from api.serving import Serving
-from api.tenants import enter_queue
-from api.tokenizer import AddedAround
+from api.params.sampling import MAX_N
 
 DECODER = msgspec.json.Decoder(CompletionRequest)
 DEFAULT_MAX_TOKENS = 16

@@ -14,19 +14,19 @@ import numpy.typing as npt
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.engine.output import Delta
 from api.errors import RequestError
-from api.openai.body import read_json
+from api.generation.serving import Serving
+from api.http.body import read_json
+from api.http.stream import WholeAnswer
+from api.http.tenants import enter_queue
 from api.openai.completions import list_prompts
 from api.openai.pooling import PoolingWork, check_count, pooling_prompt
 from api.openai.pooling_protocol import Embedding, EmbeddingRequest, EmbeddingResponse
 from api.openai.prompts import render_messages
 from api.openai.protocol import ChatMessage
 from api.openai.sampling import answer_id
-from api.openai.stream import WholeAnswer
-from api.output import Delta
-from api.pooling import PoolingParams, resolve_pooling
-from api.serving import Serving
-from api.tenants import enter_queue
+from api.params.pooling import PoolingParams, resolve_pooling
 
 DECODER = msgspec.json.Decoder(EmbeddingRequest)
 

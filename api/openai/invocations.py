@@ -11,12 +11,12 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from api.errors import RequestError
-from api.openai.body import read_json
+from api.generation.serving import Serving
+from api.http.body import read_json
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
 from api.openai.embeddings import create_embedding
 from api.openai.scoring import rerank, score
-from api.serving import Serving
 
 
 class Invocation(msgspec.Struct, kw_only=True):

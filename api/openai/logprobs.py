@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from api.config import ServerConfig
+from api.model.tokenizer import Tokenizer
 from api.openai.protocol import (
     ChatLogprob,
     CompletionLogprobs,
@@ -16,7 +17,6 @@ from api.openai.protocol import (
     SamplingFields,
     TopLogprob,
 )
-from api.tokenizer import Tokenizer
 from engine_core.messages import TokenLogprobs, i32
 
 LEAST_LOGPROB = -9999.0

@@ -6,8 +6,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.generation.serving import Serving
 from api.openai.protocol import ModelCard, ModelList, ModelPermission
-from api.serving import Serving
 
 
 async def list_models(request: Request) -> Response:

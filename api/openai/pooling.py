@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
+from api.generation.serving import Serving
+from api.http.stream import EngineWork, WholeReply
+from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
-from api.openai.stream import EngineWork, WholeReply
-from api.pooling import cut
-from api.queue_bound import NOBODY, Tenant
-from api.serving import Serving
-from api.tokenizer import NOTHING_ADDED
+from api.params.pooling import cut
 from engine_core.messages import PoolingParams
 
 MAX_INPUTS = 2048

@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, JsonMeter, check_number
-from api.chat_template import BrokenTemplateError, ChatTemplate
 from api.config import TEMPLATE_FIELDS
 from api.errors import RequestError
+from api.generation.serving import INLINE_TEXT, Serving
+from api.model.chat_template import BrokenTemplateError, ChatTemplate
+from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
-from api.params import check_room, truncate_prompt
+from api.params.sampling import check_room, truncate_prompt
+from api.params.thinking import conversation_opens_reasoning
 from api.parsers import Tool
-from api.serving import INLINE_TEXT, Serving
-from api.thinking import conversation_opens_reasoning
-from api.tokenizer import NOTHING_ADDED
 from engine_core.launch import HelperError
 
 MAX_INLINE_MESSAGES = 64

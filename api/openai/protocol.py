@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from api.params import RepetitionDetectionParams, StructuredOutputsParams
+from api.params.sampling import RepetitionDetectionParams, StructuredOutputsParams
 
 MAX_INT32 = (1 << 31) - 1
 Int32 = Annotated[int, Meta(ge=-(1 << 31), le=MAX_INT32)]

@@ -12,7 +12,7 @@ from api.admission import check_number
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest
-from api.params import MAX_LOGIT_BIAS, SamplingParams
+from api.params.sampling import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_KEY_DIGITS = 20
 MAX_SHOWN_KEY = 40

@@ -12,8 +12,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.engine.output import Delta
 from api.errors import RequestError
-from api.openai.body import read_json
+from api.generation.serving import Serving
+from api.http.body import read_json
+from api.http.stream import WholeAnswer
+from api.http.tenants import enter_queue
 from api.openai.pooling import PoolingWork, check_count, pooling_prompt
 from api.openai.pooling_protocol import (
     RerankDocument,
@@ -26,11 +30,7 @@ from api.openai.pooling_protocol import (
 )
 from api.openai.refusals import NOT_SUPPORTED
 from api.openai.sampling import answer_id
-from api.openai.stream import WholeAnswer
-from api.output import Delta
-from api.pooling import PoolingParams, cosine, pair_up, resolve_pooling
-from api.serving import Serving
-from api.tenants import enter_queue
+from api.params.pooling import PoolingParams, cosine, pair_up, resolve_pooling
 
 SCORE_DECODER = msgspec.json.Decoder(ScoreRequest)
 RERANK_DECODER = msgspec.json.Decoder(RerankRequest)

@@ -10,12 +10,12 @@ from starlette.responses import JSONResponse, Response
 
 from api.admission import pieces
 from api.errors import RequestError
-from api.openai.body import read_json
+from api.generation.serving import Serving
+from api.http.body import read_json
+from api.model.tokenizer import Tokenizer
 from api.openai.prompts import render_messages
 from api.openai.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from api.openai.tools import check_tools
-from api.serving import Serving
-from api.tokenizer import Tokenizer
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
 DEFAULT_CLASS = "PreTrainedTokenizerFast"

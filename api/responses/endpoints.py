@@ -12,13 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from api.errors import EngineDeadError, RequestError
+from api.generation.serving import Serving
+from api.http.body import read_json, work_on
+from api.http.errors import to_request_error
+from api.http.stream import KEEP_ALIVE, TokenStream, WholeAnswer
+from api.http.tenants import enter_queue
 from api.openai.answer import ChatAnswer, prepare_answer
-from api.openai.body import read_json, work_on
-from api.openai.errors import to_request_error
 from api.openai.logprobs import spells_ids
 from api.openai.protocol import ChatMessage
-from api.openai.stream import KEEP_ALIVE, TokenStream, WholeAnswer
-from api.params import SamplingParams
+from api.params.sampling import SamplingParams
 from api.responses.convert import output_messages, to_chat_request
 from api.responses.errors import with_own_fields
 from api.responses.protocol import (
@@ -30,8 +32,6 @@ from api.responses.protocol import (
 )
 from api.responses.reply import ResponseReply
 from api.responses.store import EventLog, StoredResponse
-from api.serving import Serving
-from api.tenants import enter_queue
 from engine_core.launch import get_logger
 
 logger = get_logger()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from api.errors import RequestError
-from api.openai.errors import ErrorShape, render
+from api.http.errors import ErrorShape, render
 from api.openai.protocol import ErrorResponse
 
 _KINDS = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_exceeded"}

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from api.engine.output import Delta
 from api.errors import RequestError
+from api.generation.serving import Serving
+from api.http.stream import KEEP_ALIVE
 from api.openai.answer import ChatAnswer
 from api.openai.logprobs import TokenSpelling, chat_logprobs
 from api.openai.protocol import ChatLogprob
-from api.openai.stream import KEEP_ALIVE
-from api.output import Delta
 from api.parsers import Content, Event, merge
 from api.responses.protocol import (
     IncompleteDetails,
@@ -29,7 +30,6 @@ from api.responses.protocol import (
     ResponseUsage,
 )
 from api.responses.writer import ResponseWriter
-from api.serving import Serving
 
 
 class ResponseReply:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from api.errors import RequestError
-from api.openai.errors import KINDS
+from api.http.errors import KINDS
 from api.openai.protocol import ChatMessage
 from api.responses.protocol import ResponseObject
 

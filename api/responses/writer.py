@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from api.http.stream import MARK, split_at_mark, typed_event
 from api.openai.protocol import ChatLogprob
-from api.openai.stream import MARK, split_at_mark, typed_event
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 from api.responses.protocol import (
     ArgumentsDelta,

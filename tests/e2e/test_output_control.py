@@ -15,7 +15,7 @@ import pytest
 
 from api import LLM, BeamSearchParams, SamplingParams
 from api.llm import RequestOutput
-from api.params import RepetitionDetectionParams
+from api.params.sampling import RepetitionDetectionParams
 from engine_core.messages import StatusRequest
 
 PROMPT = [(7 * i * i + 11 * i) % 250 + 3 for i in range(45)]

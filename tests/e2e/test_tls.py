@@ -11,7 +11,7 @@ import trustme
 
 from api.config import ServerConfig
 from api.flags import ConfigError
-from api.server import check_tls
+from api.server.run import check_tls
 from tests.e2e.server import Server
 
 SIMULATED = ("--distributed-executor-backend", "simulated")

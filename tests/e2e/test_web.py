@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from api.web_routes import WebPages
+from api.server.web_routes import WebPages
 from tests.e2e.browser import Browser, Keys, WebElement
 
 MODEL = "demo"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ops
-from api.gguf_file import read_gguf
+from api.model.gguf_file import read_gguf
 from executor.base import ModelError
 from executor.config import ModelConfig
 from executor.graphs import Program

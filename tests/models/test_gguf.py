@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from api.gguf_file import read_gguf
+from api.model.gguf_file import read_gguf
 from executor.base import ModelError
 from executor.config import GGUFHeader, ModelConfig
 from executor.gguf import hf_config_from_gguf

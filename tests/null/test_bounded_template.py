@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from api.bounded_template import BeyondBoundsError
-from api.chat_template import ChatTemplate, TemplateError
-from api.template_renderer import TemplateRenderer
+from api.model.bounded_template import BeyondBoundsError
+from api.model.chat_template import ChatTemplate, TemplateError
+from api.model.template_renderer import TemplateRenderer
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api.chat_template import (
+from api.model.chat_template import (
     ChatTemplate,
     TemplateError,
     load_chat_template,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from api.detokenizer import IncrementalDetokenizer, StopChecker
-from api.tokenizer import Tokenizer
+from api.model.tokenizer import Tokenizer
+from api.text.detokenizer import IncrementalDetokenizer, StopChecker
 
 SENTENCES = [
     "Hello world, this is a test. Don't panic!",

@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from api.params import StructuredOutputsParams
-from api.structured import grammar_spec
+from api.params.sampling import StructuredOutputsParams
+from api.params.structured import grammar_spec
 from tests.grammars import Engine
 
 STRING = {"type": "string"}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from api.errors import ModelFileError
-from api.gguf_file import GGML_TYPES, GGUFFile, read_gguf
+from api.model.gguf_file import GGML_TYPES, GGUFFile, read_gguf
 
 TOKENS = ["<unk>", "<s>", "a", "é", "日本", "b c"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from api.chat_template import ChatTemplate
-from api.history import normalize_messages
-from api.template_renderer import render_inline
-from api.template_uses import TemplateUses
+from api.model.chat_template import ChatTemplate
+from api.model.history import normalize_messages
+from api.model.template_renderer import render_inline
+from api.model.template_uses import TemplateUses
 from tests.null.test_chat_template import CHATML, PARTS, TEXT_OR_PARTS, TRIMMING, USER
 
 STRING = TemplateUses()

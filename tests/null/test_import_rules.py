@@ -99,7 +99,14 @@ def test_nothing_unpickles(floor: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["api.server", "engine_core.core", "engine_core.__main__", *(f"executor.{name}" for name in TORCH_FREE)]
+    "module",
+    [
+        "api.server.app",
+        "api.server.run",
+        "engine_core.core",
+        "engine_core.__main__",
+        *(f"executor.{name}" for name in TORCH_FREE),
+    ],
 )
 def test_processes_without_torch(module: str) -> None:
     heavy = "{'torch', 'transformers', 'triton'}"

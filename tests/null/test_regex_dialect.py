@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.regex_dialect import translate
+from api.params.regex_dialect import translate
 
 llguidance = pytest.importorskip("llguidance")
 CHARS = string.printable + "é\x08"

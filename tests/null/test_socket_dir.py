@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from api.socket_dir import LOCK, PREFIX, SocketDir
+from api.engine.socket_dir import LOCK, PREFIX, SocketDir
 
 ROOT = Path(__file__).resolve().parents[2]
-HOLD = "from api.socket_dir import SocketDir; d = SocketDir(); print(d.path, flush=True); input()"
+HOLD = "from api.engine.socket_dir import SocketDir; d = SocketDir(); print(d.path, flush=True); input()"
 
 
 @pytest.fixture(autouse=True)

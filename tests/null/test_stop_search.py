@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.stop_search import StopSearch
+from api.text.stop_search import StopSearch
 
 Pieces = list[tuple[str, str]]
 """Text that is shown and the hidden token behind it."""

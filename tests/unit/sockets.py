@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 import uvicorn
 
 from api.config import ServerConfig
-from api.http_protocol import Connections
-from api.server import open_listener
+from api.server.http_protocol import Connections
+from api.server.run import open_listener
 from tests.fakes import FakeServer
 
 DEADLINE = 10.0

@@ -11,16 +11,18 @@ import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from api import params, serving
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, MAX_TEXT_CHARS, MAX_TOOLS, Turns
+from api.engine.output import MAX_TAKEN, Channel, Delta
 from api.errors import RequestError
-from api.middleware import WhileConnected
-from api.openai import stream, structured
+from api.generation import serving
+from api.http import stream
+from api.http.stream import FOLDED_AT_ONCE
+from api.openai import structured
 from api.openai.completions import CompletionReply
 from api.openai.prompts import MAX_TEMPLATE_KWARGS
-from api.openai.stream import FOLDED_AT_ONCE
-from api.output import MAX_TAKEN, Channel, Delta
-from api.params import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
+from api.params import sampling as params
+from api.params.sampling import MAX_BAD_WORD_CHARS, MAX_LOGIT_BIAS, MAX_STOP_CHARS, SamplingParams
+from api.server.middleware import WhileConnected
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from api.beam_search import BeamSearch, BeamSearchParams
 from api.config import ServerConfig
 from api.errors import RequestError
+from api.generation.beam_search import BeamSearch, BeamSearchParams
 from engine_core.config import EngineConfig, SchedulerConfig
 from tests.fakes import EOS, IM_END, VOCAB_SIZE, Connection, FakeServer, token_of, tokens_of
 from tests.unit.conftest import Api

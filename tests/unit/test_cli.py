@@ -10,8 +10,8 @@ import pytest
 from api import cli
 from api.config import ServerConfig, make_config
 from api.errors import ModelFileError
-from api.model_files import find_model
-from api.server import PortInUseError, open_listener
+from api.model.files import find_model
+from api.server.run import PortInUseError, open_listener
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api
 

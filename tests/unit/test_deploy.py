@@ -12,10 +12,10 @@ import pytest
 
 from api.cli import COMMANDS, main
 from api.config import ServerConfig
+from api.engine.metrics import EngineMetrics
 from api.flags import options
-from api.metrics import EngineMetrics
-from api.service_manager import notify
-from api.traffic import Traffic
+from api.http.traffic import Traffic
+from api.server.service_manager import notify
 from executor.device.cpu import TESTED_TORCH, about_torch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import zmq
 
-from api import engine_client
-from api.blame import REFUSAL_TIME, Culprits
-from api.engine_client import ROWS_PER_TURN, EngineClient
+from api.engine import client as engine_client
+from api.engine.blame import REFUSAL_TIME, Culprits
+from api.engine.client import ROWS_PER_TURN, EngineClient
+from api.engine.metrics import EngineMetrics
+from api.engine.outbox import REQUESTS_PER_TURN
+from api.engine.output import Delta, OutputOptions, RequestState
+from api.engine.queue_bound import NOBODY
 from api.errors import EngineDeadError, RequestError
-from api.metrics import EngineMetrics
-from api.outbox import REQUESTS_PER_TURN
-from api.output import Delta, OutputOptions, RequestState
-from api.queue_bound import NOBODY
-from api.tokenizer import Tokenizer
+from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import LastWork, engine_identity
 from engine_core.messages import (

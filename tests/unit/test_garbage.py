@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from api.garbage import MAX_BUSY_TIME, Collector
+from api.server.garbage import MAX_BUSY_TIME, Collector
 from tests.fakes import Connection, FakeServer
 
 BODY = {"prompt": "hi there", "max_tokens": 3}

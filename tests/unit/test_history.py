@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from api.commands.run_batch import answer_lines
 from api.config import ServerConfig
-from api.run_batch import answer_lines
 from tests.fakes import MODEL, FakeServer, says
 from tests.null.test_history import DEEPSEEK
 from tests.routes import CHATS, Reply, ask

@@ -14,9 +14,9 @@ import pytest
 from api.admission import JsonMeter
 from api.config import ServerConfig
 from api.errors import RequestError
-from api.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connections, Limits
-from api.openai import body as body_module
-from api.openai.body_budget import BodyBudget, BodyLimits
+from api.http import body as body_module
+from api.http.body_budget import BodyBudget, BodyLimits
+from api.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connections, Limits
 from tests.fakes import Connection, FakeServer
 from tests.unit.sockets import DEADLINE, Clock, running, talk, until
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import api.llm
 from api import LLM, SamplingParams
 from api.config import ServerConfig
-from api.engine_thread import EngineThread
+from api.engine.thread import EngineThread
 from api.flags import options
 from tests import tiny
 

@@ -20,8 +20,8 @@ import pytest
 from api.cli import resolve
 from api.config import DEMO_GENERATION, DEMO_MODULE
 from api.errors import ModelFileError
-from api.model_files import ModelFiles, find_model
-from api.params import SamplingParams, default_params
+from api.model.files import ModelFiles, find_model
+from api.params.sampling import SamplingParams, default_params
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ class Hub:
     def find(self, cache: Path, *flags: str) -> subprocess.CompletedProcess[str]:
         """``find_model`` in a process of its own: the package reads its endpoint when it is imported."""
         code = (
-            "import sys; from api.cli import resolve, serve_parser; from api.model_files import find_model\n"
+            "import sys; from api.cli import resolve, serve_parser; from api.model.files import find_model\n"
             "given = serve_parser().parse(sys.argv[1:])\n"
             "try: print(find_model(resolve(given, {})[0]).path)\n"
             "except Exception as error: sys.exit(f'{type(error).__name__}: {error}')"

@@ -10,9 +10,9 @@ import pytest
 
 from api.cli import resolve
 from api.config import PoolerConfig
-from api.gguf_file import GGUFFile
-from api.model_files import find_model
-from api.model_pooler import find_pooler, merge_pooler
+from api.model.files import find_model
+from api.model.gguf_file import GGUFFile
+from api.model.pooler import find_pooler, merge_pooler
 from tests import tiny
 
 MEAN, CLS, LAST = "pooling_mode_mean_tokens", "pooling_mode_cls_token", "pooling_mode_lasttoken"

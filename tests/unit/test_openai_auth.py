@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.routing import Route
 
-from api.app import OPERATIONS
 from api.config import ServerConfig
+from api.server.app import OPERATIONS
 from tests.fakes import Connection, FakeServer
 from tests.unit.conftest import Api, error_of
 

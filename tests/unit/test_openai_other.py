@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from api.app import OPERATIONS
 from api.config import ServerConfig
 from api.errors import EngineDeadError
-from api.startup import StartupApp
+from api.server.app import OPERATIONS
+from api.server.startup import StartupApp
 from api.version import VERSION
 from engine_core.messages import LoadProgress
 from tests.fakes import BOS, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeServer, tokens_of

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from api.config import ServerConfig
-from api.openai import stream
+from api.http import stream
 from api.openai.protocol import ChatCompletionChunk, CompletionResponse
 from tests.fakes import Connection, FakeServer
 from tests.unit.conftest import Api, error_of

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from api import tracing
 from api.config import ServerConfig, make_config
 from api.flags import ConfigError
-from api.stats_log import StatsLog
+from api.http import tracing
+from api.server.stats_log import StatsLog
 from engine_core.messages import SchedulerStats
 from executor.json_log import JsonFormatter
 from tests.fakes import MODEL, FakeServer
@@ -28,7 +28,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 async def test_a_line_tells_what_happened(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("api.stats_log.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("api.server.stats_log.time", SimpleNamespace(monotonic=lambda: clock.now))
     log = StatsLog(server.metrics)
     assert log.line() is None, "no traffic, no line"
     await Api(server).complete("hello", max_tokens=20)
@@ -101,7 +101,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    code = "import api.server, sys; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    code = "import api.server.run, sys; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
+from api.engine.output import Delta
 from api.errors import RequestError
-from api.fanout import choose_best
-from api.output import Delta
-from api.params import SamplingParams
+from api.generation.fanout import choose_best
+from api.params.sampling import SamplingParams
 from engine_core.messages import ResolvedParams
 from tests.fakes import FakeServer, fake_logprobs, says
 from tests.unit.conftest import Api, error_of

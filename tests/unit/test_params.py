@@ -11,7 +11,7 @@ from api.config import ServerConfig, check_config
 from api.errors import RequestError
 from api.flags import ConfigError, build
 from api.llm import LLM
-from api.params import MAX_STOP_TOKEN_IDS, ModelLimits, SamplingParams, child_seed, resolve_params
+from api.params.sampling import MAX_STOP_TOKEN_IDS, ModelLimits, SamplingParams, child_seed, resolve_params
 from engine_core.messages import ResolvedParams
 from tests.fakes import FakeServer
 from tests.unit.conftest import Api

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
+from api.engine.queue_bound import BURST_TIME, MAX_RETRY_AFTER, MAX_WAIT, QueueBound, Tenant
 from api.errors import RequestError
-from api.queue_bound import BURST_TIME, MAX_RETRY_AFTER, MAX_WAIT, QueueBound, Tenant
-from api.tenants import short_name
+from api.http.tenants import short_name
 from engine_core.config import SchedulerConfig
 from engine_core.messages import EngineReady
 from tests.fakes import MODEL, FakeServer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from api.commands.run_batch import BatchError, InOrder, _opened, answer_lines
 from api.config import ServerConfig
-from api.run_batch import BatchError, InOrder, _opened, answer_lines
 from tests.fakes import FakeServer, says
 
 HI = [{"role": "user", "content": "hi"}]

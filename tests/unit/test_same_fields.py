@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from api.config import ServerConfig, check_config
+from api.engine.output import OutputOptions
 from api.flags import ConfigError
 from api.openai.protocol import SamplingFields
-from api.output import OutputOptions
 from api.responses.protocol import ResponsesRequest
 from engine_core.messages import EngineCoreRequest, i32
 from tests.fakes import FakeServer

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import simulate
 
-from api.bench import datasets, figures, latency, report, sse_client, throughput
-from api.bench import options as bench_options
-from api.bench import serve as bench_serve
-from api.bench.options import Options
-from api.params import SamplingParams
-from api.tokenizer import Tokenizer
+from api.commands.bench import datasets, figures, latency, report, sse_client, throughput
+from api.commands.bench import options as bench_options
+from api.commands.bench import serve as bench_serve
+from api.commands.bench.options import Options
+from api.model.tokenizer import Tokenizer
+from api.params.sampling import SamplingParams
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
 from tests.fakes import tiny_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from api.config import ServerConfig
-from api.http_protocol import MAX_HEAD_BYTES, Connections
-from api.server import PortInUseError, open_listener
+from api.server.http_protocol import MAX_HEAD_BYTES, Connections
+from api.server.run import PortInUseError, open_listener
 from tests.fakes import FakeServer
 from tests.unit.sockets import Clock, running, talk, until
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from api.errors import RequestError
-from api.params import StructuredOutputsParams
-from api.structured import grammar_spec
+from api.params.sampling import StructuredOutputsParams
+from api.params.structured import grammar_spec
 
 
 def schema_of(schema: Any) -> Any:

@@ -16,11 +16,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from api.chat_template import ChatTemplate
 from api.errors import ModelFileError
-from api.gguf_file import GGUFFile, read_gguf
-from api.gguf_tokenizer import _PRE_RULES
-from api.tokenizer import Tokenizer
+from api.model.chat_template import ChatTemplate
+from api.model.gguf_file import GGUFFile, read_gguf
+from api.model.gguf_tokenizer import _PRE_RULES
+from api.model.tokenizer import Tokenizer
 
 SENTENCES = [
     "Hello world, this is a test. Don't panic! We'll see 12345 and 3.14.",

@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from api import tokenizer_trial
 from api.errors import ModelFileError
-from api.tokenizer import Tokenizer
+from api.model import tokenizer_trial
+from api.model.tokenizer import Tokenizer
 
 VOCAB = {chr(code): index for index, code in enumerate(range(32, 127))}
 CATASTROPHIC = "(a+)+$"

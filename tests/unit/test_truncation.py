@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from api.tokenizer import Tokenizer, kept_tokens
+from api.model.tokenizer import Tokenizer, kept_tokens
 from engine_core.messages import i32
 from tests.fakes import BOS, EOS, FakeServer, tiny_tokenizer, tokens_of
 from tests.unit.conftest import Api

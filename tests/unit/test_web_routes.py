@@ -11,8 +11,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from api.openai.errors import EXCEPTION_HANDLERS
-from api.web_routes import CONTENT_TYPES, FOLDER, WebPages
+from api.http.errors import EXCEPTION_HANDLERS
+from api.server.web_routes import CONTENT_TYPES, FOLDER, WebPages
 
 PAGES = sorted(FOLDER.glob("*.html"))
 SCRIPTS = sorted(FOLDER.glob("*.js"))

@@ -1,0 +1,692 @@
+"""The api's side of the engine: requests go in, deltas come out, whatever happens to the processes behind.
+
+The client keeps a journal of each request (prompt, resolved parameters with their seed, emitted tokens). Everything
+that a request's output depends on is in it, so when the engine core dies, the client starts another and submits what
+was unfinished again; consumers see a pause. The only user of ZeroMQ in this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+import numpy as np
+import zmq
+
+from api.engine.blame import CULPRIT_ERROR, Culprits, fingerprint
+from api.engine.metrics import EngineMetrics
+from api.engine.outbox import Outbox
+from api.engine.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.engine.queue_bound import NOBODY, QueueBound, Tenant
+from api.engine.supervisor import Supervisor
+from api.engine.vocabulary import VocabularyFrame
+from api.errors import EngineDeadError
+from api.model.tokenizer import Tokenizer
+from engine_core.config import EngineConfig
+from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, engine_identity, get_logger
+from engine_core.messages import (
+    AbortRequests,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineDead,
+    EngineReady,
+    FromEngineCore,
+    GrammarSpec,
+    LoadProgress,
+    Ping,
+    PoolingParams,
+    ResetPrefixCache,
+    ResolvedParams,
+    SiblingRequests,
+    StatusRequest,
+    ToEngineCore,
+    UtilityOutput,
+    WorkersLost,
+    WorkersRestarted,
+)
+from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, RestartBudget, suspect
+
+logger = get_logger()
+
+PING_INTERVAL = 1.0
+PING_TIMEOUT = 10.0
+"""Seconds without a word after which an engine core counts as hung: seconds that it could have used, see
+``ProcessWatch``. It never waits for a forward pass, so it answers much sooner however long a step takes."""
+LOAD_PING_TIMEOUT = 60.0
+"""The same for one that is starting."""
+UNREADY_TIME = 3.0
+"""Seconds without a word after which the engine does not count as ready."""
+
+LAST_WORDS_TIMEOUT = 200
+"""Milliseconds to wait for the reason of an engine core that has ended with an error."""
+
+ROWS_PER_TURN = 768
+"""Tokens that are taken from the engine core in one turn of the loop, some seven milliseconds: their consumers and new
+connections must get their turns. Several steps at once cost less than each by itself, as their events share writes."""
+BYTES_PER_ROW = 16
+"""Of a message. A row that has more to say than its token takes more of both, bytes and time."""
+MAX_ABORTS_PER_TURN = 256
+
+ControlMessage = Ping | StatusRequest | ResetPrefixCache
+
+
+class EngineClient:
+    """One engine core behind a ROUTER socket, supervised and resumed."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        metrics: EngineMetrics,
+        *,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+        on_fatal: Callable[[EngineDeadError], None] | None = None,
+        bounds_queue: bool = False,
+        prepares_grammars: bool = False,
+        log_level: str = "info",
+    ) -> None:
+        """Prepares a client; ``start`` launches the engine.
+
+        Args:
+            config: For the engine core.
+            tokenizer: For the text of outputs; None gives token ids alone.
+            metrics: Where everything is counted.
+            on_progress: Called while the model loads.
+            on_fatal: Called once when the engine is given up after it had been ready.
+            bounds_queue: ``check_queue`` refuses requests when too many wait.
+            prepares_grammars: The engine hears the vocabulary while it loads, rather than with the first request that
+                has a grammar, which would hold up all others for some tenths of a second.
+            log_level: Of the child processes.
+        """
+        self.tokenizer = tokenizer
+        self.ready: EngineReady | None = None
+        """What the engine said when it was ready first."""
+        self.dead: EngineDeadError | None = None
+        """Why the engine was given up."""
+        self._config = config
+        self._metrics = metrics
+        self._on_progress = on_progress
+        self._on_fatal = on_fatal
+        self._queue = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
+        self._processor = OutputProcessor(metrics, self._queue)
+        self._supervisor = Supervisor(config, self._on_exit, log_level)
+        self._epoch = 0
+        self._serving = self._has_workers = self._closing = self._receives_soon = False
+        self._next_index = self._next_call_id = 0
+        self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
+        self._budget = RestartBudget()
+        self._culprits = Culprits()
+        self._watch: ProcessWatch | None = None
+        """Of the engine core."""
+        self._is_hung = False
+        """The engine core was killed because it did not answer."""
+        self._last_words: EngineDead | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._started: asyncio.Future[EngineReady] | None = None
+        self._pinger: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fd = -1
+        self._outbox = Outbox(self._send_again)
+        self._vocabulary = VocabularyFrame(tokenizer, self._on_vocabulary)
+        self._prepares_grammars = prepares_grammars
+        self._has_vocabulary = False
+        """The present engine core was sent it."""
+        self._is_connected = False
+        """The present engine core said something."""
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineReady:
+        """Launches the engine and waits until it serves.
+
+        Raises:
+            EngineDeadError: It cannot be started; ``exit_code`` 78 if the model or its configuration is at fault.
+        """
+        self._loop = asyncio.get_running_loop()
+        socket = self._socket
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.bind(self._supervisor.address)
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._on_readable)
+        self._started = self._loop.create_future()
+        self._launch()
+        if self._prepares_grammars:
+            self._vocabulary.make()
+        self._pinger = asyncio.create_task(self._watch_heartbeat())
+        self.ready = await self._started
+        self._metrics.on_ready(self.ready)
+        self._queue.on_ready(self.ready)
+        return self.ready
+
+    def _launch(self) -> None:
+        self._epoch += 1
+        self._serving = False
+        self._has_workers = False
+        self._has_vocabulary = self._is_connected = False
+        self._is_hung = False
+        self._last_words = None
+        self._outbox.clear()
+        self._supervisor.start(self._epoch)
+        pid = self._supervisor.pid
+        self._watch = None if pid is None else ProcessWatch(pid)
+
+    async def close(self) -> None:
+        """Ends the engine. Unfinished requests end with an error."""
+        self._closing = True
+        if self.dead is None:
+            self.dead = EngineDeadError("the server is shutting down")
+        if self._pinger is not None:
+            self._pinger.cancel()
+        self._vocabulary.close()
+        self._outbox.clear()
+        await self._supervisor.stop()
+        if self._fd >= 0:
+            assert self._loop is not None
+            self._loop.remove_reader(self._fd)
+        self._socket.close(linger=0)
+        self._context.term()
+        self._fail_calls()
+        self._processor.fail_all(str(self.dead))
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._processor.states)
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._supervisor.pid
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine takes and computes requests at this moment; requests that come meanwhile wait."""
+        return self._serving
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests that come now are computed without a pause: engine core and workers are there and answer."""
+        is_silent = self._watch is not None and self._watch.waited > UNREADY_TIME
+        return self.dead is None and self._serving and self._has_workers and not is_silent
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def open_channel(self, stream_interval: int = 1) -> Channel:
+        """A place for the outputs of requests that one consumer reads.
+
+        Args:
+            stream_interval: Tokens of a choice that a delta brings, but for its first and its last one.
+        """
+        loop = asyncio.get_running_loop()
+        return Channel(loop) if stream_interval == 1 else PacedChannel(loop, stream_interval)
+
+    def submit(
+        self,
+        channel: Channel,
+        choice: int,
+        *,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: ResolvedParams | PoolingParams,
+        options: OutputOptions,
+        priority: int = 0,
+        cache_salt: str = "",
+        output_token_ids: Sequence[int] = (),
+        tenant: Tenant = NOBODY,
+        is_extra: bool = False,
+        grammar: GrammarSpec | None = None,
+    ) -> RequestState:
+        """Starts a request whose deltas go to ``channel``, marked with ``choice``.
+
+        ``output_token_ids`` are taken for the beginning of its output; what comes goes on from there. Such a request
+        is part of something that has begun, so it does not count as waiting.
+        ``is_extra`` is what ``check_queue`` said, which comes before: nothing is refused here.
+        A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: This request ended the engine not long ago.
+        """
+        if self.dead is not None:
+            raise self.dead
+        self._next_index += 1
+        message = EngineCoreRequest(
+            request_id=request_id,
+            index=self._next_index,
+            prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
+            sampling_params=params if isinstance(params, ResolvedParams) else None,
+            pooling_params=params if isinstance(params, PoolingParams) else None,
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
+            grammar=grammar,
+        )
+        self._culprits.check(message)
+        state = RequestState(message, options, self.tokenizer, channel, choice)
+        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
+        self._processor.add(state)
+        if not output_token_ids:
+            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
+        self._send_new([state], frame)
+        return state
+
+    def submit_siblings(
+        self,
+        channel: Channel,
+        first_choice: int,
+        *,
+        request_ids: Sequence[str],
+        prompt_token_ids: bytes,
+        params: ResolvedParams,
+        seeds: Sequence[int],
+        options: OutputOptions,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: Tenant = NOBODY,
+        is_extra: bool = False,
+        grammar: GrammarSpec | None = None,
+    ) -> list[RequestState]:
+        """Starts completions of one prompt that differ in name and seed alone: one message, and nothing is copied.
+
+        ``prompt_token_ids`` are int32; the rest is as for ``submit``. Choices are numbered from ``first_choice``.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: This request ended the engine not long ago.
+        """
+        if self.dead is not None:
+            raise self.dead
+        first = EngineCoreRequest(
+            request_id=request_ids[0],
+            index=self._next_index + 1,
+            prompt_token_ids=prompt_token_ids,
+            sampling_params=msgspec.structs.replace(params, seed=seeds[0]),
+            arrival_time=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            grammar=grammar,
+        )
+        self._culprits.check(first)
+        indices = range(first.index, first.index + len(seeds))
+        message: EngineCoreRequest | SiblingRequests = first
+        requests: Iterable[EngineCoreRequest] = (first,)
+        if len(seeds) > 1:
+            message = SiblingRequests(
+                first=first,
+                request_ids=tuple(request_ids),
+                indices=np.array(indices, np.int64).tobytes(),
+                seeds=tuple(seeds),
+            )
+            requests = message.requests()
+        states = [
+            RequestState(request, options, self.tokenizer, channel, first_choice + number)
+            for number, request in enumerate(requests)
+        ]
+        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
+        self._next_index = indices[-1]
+        for state in states:
+            self._processor.add(state)
+            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
+        self._send_new(states, frame)
+        return states
+
+    def _send_new(self, states: list[RequestState], frame: bytes) -> None:
+        """Sends requests that are in the journal now, unless an engine core has to hear of others before."""
+        if not self._serving:
+            return  # all of the journal is sent when there is one
+        if self._outbox:
+            self._outbox.add(states)
+        elif self._send_vocabulary(states[0]):
+            self._send_frame(frame)
+
+    def _send_again(self, state: RequestState) -> None:
+        """Sends a request of the journal, with what it emitted already."""
+        if self._send_vocabulary(state):
+            self._send(resumed_request(state))
+
+    def _send_vocabulary(self, state: RequestState) -> bool:
+        """Lets the engine core know what grammars are about, if a request has one.
+
+        Returns:
+            False: that takes a moment; the request is sent from the journal when it is done.
+        """
+        if state.message.grammar is None or self._has_vocabulary:
+            return True
+        if self._vocabulary.frame is None:
+            self._vocabulary.make()
+            return False
+        self._send_frame(self._vocabulary.frame)
+        self._has_vocabulary = True
+        return True
+
+    def _offer_vocabulary(self) -> None:
+        """Sends the vocabulary before it is needed, as soon as there are both it and an engine core."""
+        frame = self._vocabulary.frame
+        if self._prepares_grammars and self._is_connected and not self._has_vocabulary and frame is not None:
+            self._send_frame(frame)
+            self._has_vocabulary = True
+
+    def _on_vocabulary(self, error: str) -> None:
+        """Sends the requests that waited for it, or ends them with an error."""
+        self._offer_vocabulary()
+        waiting = [state for state in self._processor.states.values() if state.message.grammar is not None]
+        if error:
+            for state in waiting:
+                self._processor.fail(state, error)
+        elif self._serving:
+            self._outbox.add(waiting)
+
+    def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
+        """Refuses requests when too many wait already.
+
+        Args:
+            tenant: Who they are for.
+            count: How many there are; they come in together or not at all.
+            num_tokens: Of all their prompts; 0: not known yet.
+
+        Returns:
+            ``is_extra`` of ``submit``: they come in although the queue is full, as others have more than their share.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: 429.
+        """
+        return self._present_queue().check(tenant, count, num_tokens)
+
+    def check_key(self, key: str) -> None:
+        """Refuses a request of a key, whoever it is for, when too many wait already.
+
+        Raises:
+            EngineDeadError: The engine was given up.
+            RequestError: 429.
+        """
+        self._present_queue().check_key(key)
+
+    def _present_queue(self) -> QueueBound:
+        if self.dead is not None:
+            raise self.dead
+        self._queue.num_unfinished = self.num_unfinished
+        stats = self._metrics.scheduler_stats
+        # Requests whose grammar is being compiled hold up nobody.
+        self._queue.is_saturated = stats.num_waiting_reqs > stats.num_deferred_reqs
+        return self._queue
+
+    def abort(self, states: Iterable[RequestState]) -> None:
+        """Drops requests, many of them in several turns; those that are finished already are left alone."""
+        rest = list(states)
+        now, rest = rest[:MAX_ABORTS_PER_TURN], rest[MAX_ABORTS_PER_TURN:]
+        self._abort([state.index for state in now if self._processor.abort(state)])
+        if rest:
+            assert self._loop is not None
+            self._loop.call_soon(self.abort, rest)
+
+    def fail_all(self, message: str) -> None:
+        """Ends all requests with an error, and refuses those to come."""
+        if self.dead is None:
+            self.dead = EngineDeadError(message)
+        self._abort(list(self._processor.states))
+        self._processor.fail_all(message)
+
+    def _abort(self, indices: list[int]) -> None:
+        if indices and self._serving:
+            self._send(AbortRequests(indices=tuple(indices)))
+
+    async def call(self, kind: type[ControlMessage]) -> dict[str, int | float | str | bool]:
+        """Sends a control message and waits for its answer.
+
+        Raises:
+            EngineDeadError: The engine died before it answered.
+        """
+        if not self._serving:
+            raise EngineDeadError("the engine is not running at the moment")
+        self._next_call_id += 1
+        assert self._loop is not None
+        future: asyncio.Future[dict[str, int | float | str | bool]] = self._loop.create_future()
+        self._calls[self._next_call_id] = future
+        self._send(kind(call_id=self._next_call_id))
+        return await future
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _send(self, message: ToEngineCore) -> None:
+        self._send_frame(self._encoder.encode(message))
+
+    def _send_frame(self, frame: bytes) -> None:
+        try:
+            self._socket.send_multipart((engine_identity(self._epoch), frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # It is gone and its end not noticed yet: the journal has the request.
+            logger.debug("message not delivered: %s", error)
+        # ZeroMQ's descriptor tells of events once; sending may have swallowed one.
+        assert self._loop is not None
+        if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._receive_soon()
+
+    def _receive_soon(self) -> None:
+        """Takes messages in the next turn of the loop: once, however many requests are sent in this one."""
+        if not self._receives_soon:
+            self._receives_soon = True
+            assert self._loop is not None
+            self._loop.call_soon(self._receive)
+
+    def _on_readable(self) -> None:
+        if not self._receives_soon:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Takes messages that are there, a few at a time."""
+        self._receives_soon = False
+        if self._take():
+            self._receive_soon()
+
+    def _take(self) -> bool:
+        """Handles messages of about ``ROWS_PER_TURN`` rows. False: there are no more."""
+        expected = engine_identity(self._epoch)
+        num_rows = 0
+        while num_rows < ROWS_PER_TURN:
+            if self._closing:
+                return False
+            try:
+                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
+            except zmq.Again:
+                return False
+            if identity != expected:
+                continue
+            if self._watch is not None:
+                self._watch.heard()
+            num_rows += 1 + len(frame) // BYTES_PER_ROW
+            try:
+                self._handle(self._decoder.decode(frame))
+            except Exception:  # ZeroMQ's descriptor stays silent until everything was taken: go on
+                logger.exception("a message of the engine core could not be handled")
+        return True
+
+    def _handle(self, message: FromEngineCore) -> None:
+        if isinstance(message, EngineCoreOutputs):
+            self._on_outputs(message)
+        elif isinstance(message, UtilityOutput):
+            future = self._calls.pop(message.call_id, None)
+            if future is not None and not future.done():
+                future.set_result(message.result)
+        elif isinstance(message, LoadProgress):
+            self._is_connected = True
+            self._offer_vocabulary()
+            if self._on_progress is not None and self.ready is None:
+                self._on_progress(message)
+        elif isinstance(message, EngineReady):
+            self._on_ready(message)
+        elif isinstance(message, WorkersLost):
+            self._has_workers = False
+        elif isinstance(message, WorkersRestarted):
+            self._has_workers = True
+            self._metrics.on_restart("worker", self.num_unfinished)
+            logger.warning("workers were restarted: %s; %d requests go on", message.reason, self.num_unfinished)
+        elif isinstance(message, EngineDead):
+            self._last_words = message
+
+    def _on_outputs(self, message: EngineCoreOutputs) -> None:
+        stats = message.scheduler_stats
+        if stats is not None and stats.num_scheduled_tokens:
+            self._budget.progress()
+        culprits = [
+            state
+            for output in message.outputs
+            if output.is_culprit and (state := self._processor.states.get(output.index)) is not None
+        ]
+        for culprit in culprits:
+            self._convict(culprit)
+        self._abort(self._processor.process(message))
+
+    def _on_ready(self, message: EngineReady) -> None:
+        self._serving = self._has_workers = self._is_connected = True
+        self._budget.serves()
+        self._offer_vocabulary()
+        states = list(self._processor.states.values())
+        for state in states:
+            clear_suspicion(state)
+        self._outbox.add(sorted(states, key=trial_order))
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_result(message)
+        else:
+            self._metrics.on_restart("engine_core", self.num_unfinished)
+            logger.warning("the engine core is back; %d requests go on", self.num_unfinished)
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _on_exit(self, code: int) -> None:
+        """The engine core process ended unasked: start another, unless it said that this is of no use."""
+        if code > 0 and self._last_words is None:
+            self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
+        if self._take():
+            assert self._loop is not None
+            self._loop.call_soon(self._on_exit, code)  # it left more
+            return
+        if self._closing:
+            return
+        was_serving, self._serving = self._serving, False
+        was_stopped = self._watch is not None and self._watch.stopped >= STOPPED_TIMEOUT
+        self._watch = None
+        self._fail_calls()
+        words = self._last_words
+        assert self._started is not None
+        if words is not None or (code >= 0 and not self._started.done()):
+            message = words.message if words is not None else f"the engine core ended with exit code {code}"
+            self._give_up(EngineDeadError(message, words.exit_code if words is not None else max(code, 1)))
+            return
+        if was_serving and not was_stopped:
+            self._blame()
+        cause = "hung" if self._is_hung else "died" if was_serving else "loading"
+        if not self._budget.spend(cause):
+            count = self._budget.limit + 1
+            self._give_up(
+                EngineDeadError(f"the engine core {cause} {count} times and got nothing done in between; gave up")
+                if was_serving
+                else EngineDeadError(f"the engine core ended {count} times while it loaded; gave up")
+            )
+            return
+        logger.error("the engine core ended with exit code %d; starting it again", code)
+        try:
+            self._launch()
+        except Exception as error:  # nobody would ever try again
+            logger.exception("the engine core cannot be started again")
+            self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
+
+    def _blame(self) -> None:
+        """Finds out which requests may have ended the engine core, and ends the one that does."""
+        states = self._processor.states
+        suspects = {index: place for index, place in self._supervisor.last_work().suspects.items() if index in states}
+        for index, (first, last) in suspects.items():
+            state = states[index]
+            clear_suspicion(state)
+            state.suspicion = suspect(state.suspicion, first, last)
+            state.suspected_at = len(state.output_token_ids)
+            if state.suspicion.num_deaths >= MAX_DEATHS and len(suspects) == 1:
+                self._convict(state)
+                self._budget.explained()
+                return
+
+    def _convict(self, culprit: RequestState) -> None:
+        """Ends a request that ends the engine, and those that ask the same."""
+        logger.error("request %s ends the engine; refused from now on", culprit.message.request_id)
+        known = self._culprits.add(culprit.message)
+        same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
+        for state in same:
+            self._processor.fail(state, CULPRIT_ERROR)
+        self._abort([state.index for state in same])
+
+    def _fail_calls(self) -> None:
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError("the engine died before it answered"))
+        self._calls.clear()
+
+    def _give_up(self, error: EngineDeadError) -> None:
+        self.dead = error
+        self._processor.fail_all(str(error))
+        assert self._started is not None
+        if not self._started.done():
+            self._started.set_exception(error)
+        elif self._on_fatal is not None:
+            self._on_fatal(error)
+
+    async def _watch_heartbeat(self) -> None:
+        """Kills an engine core that does not answer, which starts it again."""
+        ping = self._encoder.encode(Ping(call_id=0))
+        while True:
+            await asyncio.sleep(PING_INTERVAL)
+            watch = self._watch
+            if watch is None:
+                continue
+            watch.tick()
+            problem = self._hung(watch)
+            if problem is not None:
+                logger.error("the engine core %s; killing it", problem)
+                self._is_hung = True
+                self._supervisor.kill()
+            else:
+                self._send_frame(ping)
+
+    def _hung(self, watch: ProcessWatch) -> str | None:
+        """What is wrong with the engine core, if anything."""
+        if watch.stopped >= STOPPED_TIMEOUT:
+            return f"has been stopped for {watch.stopped:.0f} s"
+        limit = PING_TIMEOUT if self._serving else LOAD_PING_TIMEOUT
+        if watch.waited >= limit and self._config.executor.distributed_executor_backend != "inline":
+            return f"has not answered for {watch.waited:.0f} s"
+        return None
+
+
+def runs_alone(state: RequestState) -> bool:
+    """Whether the engine core has to isolate a request, since deaths point at it."""
+    return state.suspicion is not None and state.suspicion.num_deaths >= ISOLATE_DEATHS
+
+
+def trial_order(state: RequestState) -> int:
+    """Sorts requests as a new engine core has to hear of them: those that run alone first, the worst suspects last."""
+    return state.suspicion.num_deaths if state.suspicion is not None and runs_alone(state) else MAX_DEATHS
+
+
+def clear_suspicion(state: RequestState) -> None:
+    """Takes note of it if a request got past the place where it was suspected to end engine cores."""
+    num_outputs = len(state.output_token_ids)
+    num_known = state.num_prompt_tokens + num_outputs
+    if state.suspicion is not None and num_outputs > state.suspected_at and num_known > state.suspicion.last:
+        state.suspicion = None
+
+
+def resumed_request(state: RequestState) -> EngineCoreRequest:
+    """The request as another engine core has to hear of it: with what it emitted already."""
+    return msgspec.structs.replace(
+        state.message,
+        resumed_output_token_ids=state.output_token_ids.tobytes(),
+        suspicion=state.suspicion,
+    )

@@ -1,0 +1,409 @@
+"""Prometheus metrics under the names that vLLM uses, so that existing dashboards and scalers work.
+
+Numbers that change with every token are kept as plain arrays and turned into metrics when someone asks: a histogram's
+``observe`` per token would cost more than detokenising it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine_core.messages import EngineReady, SchedulerStats
+
+if TYPE_CHECKING:
+    from api.engine.output import RequestState
+
+ENGINE = "0"
+"""Label of the one engine, by which dashboards filter."""
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_LATENCY_BUCKETS = (
+    0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0,
+)  # fmt: skip
+REQUEST_LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+ITERATION_BUCKETS = tuple(float(1 << power) for power in range(15))
+
+
+def _length_buckets(max_model_len: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, ... up to the longest sequence."""
+    buckets: list[float] = []
+    decade = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * decade > max_model_len:
+                return tuple(buckets) or (1.0,)
+            buckets.append(float(factor * decade))
+        decade *= 10
+
+
+class _StepCollector(Collector):
+    """What each step changes."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._names, self._values = list(labels), list(labels.values())
+        self.stats = SchedulerStats()
+        self.generation_tokens = 0
+        self.num_started = 0
+        """Requests whose first token came with the step that is being counted."""
+        self.latency_counts = np.zeros(len(TOKEN_LATENCY_BUCKETS) + 1, np.int64)
+        self.latency_sum = 0.0
+        self.iteration_counts = np.zeros(len(ITERATION_BUCKETS) + 1, np.int64)
+        self.iteration_sum = 0
+        self.lost = SchedulerStats()
+        """Counts of engines that are gone."""
+
+    @property
+    def totals(self) -> SchedulerStats:
+        """The last step's statistics, with counts since the start of the server."""
+        stats, lost = self.stats, self.lost
+        return msgspec.structs.replace(
+            stats,
+            prefix_cache_queries=stats.prefix_cache_queries + lost.prefix_cache_queries,
+            prefix_cache_hits=stats.prefix_cache_hits + lost.prefix_cache_hits,
+            num_preemptions=stats.num_preemptions + lost.num_preemptions,
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.totals
+        yield self._gauge("vllm:num_requests_running", "Requests that run.", stats.num_running_reqs)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", stats.num_waiting_reqs)
+        yield self._gauges(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests that wait for room (capacity), or for something of their own such as a grammar (deferred).",
+            "reason",
+            {"capacity": stats.num_waiting_reqs - stats.num_deferred_reqs, "deferred": stats.num_deferred_reqs},
+        )
+        yield self._gauges(
+            "vllm:engine_sleep_state",
+            "Whether the engine sleeps, which this one never does.",
+            "sleep_state",
+            {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
+        )
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
+            yield self._gauge(name, "Share of KV blocks in use, 1 = all.", stats.kv_cache_usage)
+        queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+        for prefix in ("vllm:", "vllm:gpu_"):
+            yield self._counter(
+                f"{prefix}prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries
+            )
+            yield self._counter(f"{prefix}prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
+        yield self._counter(
+            "vllm:num_preemptions", "Requests that had to start over for lack of blocks.", stats.num_preemptions
+        )
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
+        for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
+            yield self._histogram(
+                name,
+                "Time between two tokens of a request.",
+                TOKEN_LATENCY_BUCKETS,
+                self.latency_counts,
+                self.latency_sum,
+            )
+        yield self._histogram(
+            "vllm:iteration_tokens_total",
+            "Prompt tokens computed and tokens generated in a step.",
+            ITERATION_BUCKETS,
+            self.iteration_counts,
+            self.iteration_sum,
+        )
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=self._names)
+        family.add_metric(self._values, value)
+        return family
+
+    def _gauges(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=[*self._names, label])
+        for kind, value in values.items():
+            family.add_metric([*self._values, kind], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=self._names)
+        family.add_metric(self._values, value)
+        return family
+
+    def _histogram(
+        self,
+        name: str,
+        text: str,
+        bounds: tuple[float, ...],
+        counts: np.ndarray[tuple[int], np.dtype[np.int64]],
+        total: float,
+    ) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=self._names)
+        sums = np.cumsum(counts).tolist()
+        names = [*map(str, bounds), "+Inf"]
+        family.add_metric(self._values, list(zip(names, sums, strict=True)), sum_value=total)
+        return family
+
+
+class FinishedRequest(NamedTuple):
+    """What is counted of a request of a client that is over. Times are CLOCK_MONOTONIC seconds."""
+
+    reason: str
+    arrival_time: float
+    scheduled_time: float | None
+    """None: it never ran."""
+    first_token_time: float | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    is_pooling: bool = False
+
+
+class EngineMetrics:
+    """Everything that is counted about requests and steps."""
+
+    def __init__(self, model_name: str, max_model_len: int = 8192) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.model_name = model_name
+        self.num_prompt_tokens = 0
+        """Of the requests that ran."""
+        self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
+        """Told of each request that is over, if somebody wants to know."""
+        self._labels = {"model_name": model_name, "engine": ENGINE}
+        self._steps = _StepCollector(self._labels)
+        self._latency_bounds = np.array(TOKEN_LATENCY_BUCKETS)
+        self._create_request_series(_length_buckets(max_model_len))
+        self._restarts = Counter(
+            "octavo:engine_restarts", "Restarts of the engine core or of workers.", ["cause"], registry=self.registry
+        )
+        self._resumed = self._counter("octavo:streams_resumed", "Requests that went on after a restart.")
+        self._rejections = self._counter("vllm:admission_rejections", "Requests refused as too many waited.")
+        self._cache_config = Gauge(
+            "vllm:cache_config_info",
+            "The KV cache.",
+            [*self._labels, "block_size", "num_gpu_blocks"],
+            registry=self.registry,
+        )
+        self.registry.register(self._steps)
+        ProcessCollector(registry=self.registry)
+
+    def _create_request_series(self, lengths: tuple[float, ...]) -> None:
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of the requests that ran.")
+        self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by how.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
+        )
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time between the tokens of a request.",
+            TOKEN_LATENCY_BUCKETS,
+        )
+        self._prefill_per_token = self._histogram(
+            "vllm:time_per_prefill_token_request_seconds",
+            "Time from the first step to the first token, for each prompt token that was computed.",
+            TTFT_BUCKETS,
+        )
+        latency = REQUEST_LATENCY_BUCKETS
+        self._e2e = self._histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the end.", latency)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Time spent waiting.", latency)
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "Time from the first step to the first token.", latency
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "Time from the first token to the end.", latency
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds", "Time from the first step to the end.", latency
+        )
+        self._request_prompt = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request that ran.", lengths
+        )
+        self._request_computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Of these, tokens that the prefix cache did not have.", lengths
+        )
+        self._request_output = self._histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", lengths
+        )
+        self._request_longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest of a prompt's completions.", lengths
+        )
+        self._request_max = self._histogram("vllm:request_params_max_tokens", "max_tokens of a request.", lengths)
+        self._request_n = self._histogram("vllm:request_params_n", "n of a request.", (1.0, 2.0, 5.0, 10.0, 20.0))
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        family = Histogram(name, text, list(self._labels), registry=self.registry, buckets=tuple(buckets))
+        return family.labels(**self._labels)
+
+    def on_ready(self, ready: EngineReady) -> None:
+        shape = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_kv_blocks)}
+        self._cache_config.labels(**self._labels, **shape).set(1)
+
+    def on_refused(self) -> None:
+        """Counts a request that was refused since too many waited."""
+        self._rejections.inc()
+
+    def on_request(self, n: int | None, max_tokens: int) -> None:
+        """Counts a completion that was started; ``n`` comes with the first of those of a prompt."""
+        if n is not None:
+            self._request_n.observe(n)
+        self._request_max.observe(max_tokens)
+
+    def on_step(self, stats: SchedulerStats | None, num_tokens: int, latencies: list[float]) -> None:
+        """Counts a step.
+
+        Args:
+            stats: Of the scheduler, if the message had them.
+            num_tokens: Tokens that came.
+            latencies: Seconds since the last token, for each plain token.
+        """
+        steps = self._steps
+        steps.generation_tokens += num_tokens
+        if stats is not None:
+            steps.stats = stats
+            if stats.num_scheduled_tokens:
+                # A step that completes a prompt computes it and generates a token as well.
+                count = stats.num_scheduled_tokens + steps.num_started
+                power = min((count - 1).bit_length(), len(ITERATION_BUCKETS))
+                steps.iteration_counts[power] += 1
+                steps.iteration_sum += count
+                steps.num_started = 0
+        if latencies:
+            places = np.searchsorted(self._latency_bounds, latencies)
+            steps.latency_counts += np.bincount(places, minlength=len(steps.latency_counts))
+            steps.latency_sum += sum(latencies)
+
+    def on_latency(self, seconds: float) -> None:
+        """Counts one token that came by itself."""
+        self._steps.latency_counts[np.searchsorted(self._latency_bounds, seconds)] += 1
+        self._steps.latency_sum += seconds
+
+    def on_first_token(self, state: RequestState, now: float) -> None:
+        self._steps.num_started += 1
+        if state.is_part:
+            return
+        self._ttft.observe(now - state.arrival_time)
+        self._on_prompt(state, now)
+
+    def on_pooled(self, state: RequestState, now: float) -> None:
+        """Counts the prompt of a request that generates nothing, which is done with it."""
+        self._on_prompt(state, now)
+
+    def _on_prompt(self, state: RequestState, now: float) -> None:
+        self._count_prompt(state.num_prompt_tokens, state.num_cached_tokens)
+        if state.scheduled_time is not None:
+            self._queue.observe(max(0.0, state.scheduled_time - state.arrival_time))
+            seconds = max(0.0, now - state.scheduled_time)
+            self._prefill.observe(seconds)
+            self._prefill_per_token.observe(seconds / max(1, state.num_prompt_tokens - state.num_cached_tokens))
+
+    def _count_prompt(self, num_tokens: int, num_cached: int) -> None:
+        self.num_prompt_tokens += num_tokens
+        self._prompt_tokens.inc(num_tokens)
+        self._cached_tokens.inc(num_cached)
+
+    def on_finished(self, state: RequestState, reason: str) -> None:
+        """Counts a request that is over, unless it is a part of another."""
+        if state.is_part:
+            return
+        request = FinishedRequest(
+            reason,
+            state.arrival_time,
+            state.scheduled_time,
+            state.first_token_time,
+            state.num_prompt_tokens,
+            state.num_cached_tokens,
+            len(state.output_token_ids),
+            state.message.pooling_params is not None,
+        )
+        self._on_finished(request)
+        if state.siblings is not None and not request.is_pooling:
+            longest = state.siblings.end(request.num_output_tokens)
+            if longest:
+                self._request_longest.observe(longest)
+        if self.on_trace is not None:
+            self.on_trace(state, request)
+
+    def on_search(self, request: FinishedRequest, longest: int) -> None:
+        """Counts a beam search, whose parts are no requests of their own.
+
+        Args:
+            request: All of it; its output is every token that was generated for it.
+            longest: Tokens of the longest sequence that is returned.
+        """
+        if request.first_token_time is not None and request.scheduled_time is not None:
+            self._ttft.observe(request.first_token_time - request.arrival_time)
+            self._count_prompt(request.num_prompt_tokens, request.num_cached_tokens)
+            self._queue.observe(max(0.0, request.scheduled_time - request.arrival_time))
+            self._prefill.observe(max(0.0, request.first_token_time - request.scheduled_time))
+        self._on_finished(request)
+        if longest:
+            self._request_longest.observe(longest)
+
+    def _on_finished(self, request: FinishedRequest) -> None:
+        now = time.monotonic()
+        self._success.labels(**self._labels, finished_reason=request.reason).inc()
+        self._e2e.observe(now - request.arrival_time)
+        if request.scheduled_time is not None:
+            # One that never ran has no tokens in the totals, so it has none here.
+            self._request_prompt.observe(request.num_prompt_tokens)
+            self._request_computed.observe(request.num_prompt_tokens - request.num_cached_tokens)
+            self._inference.observe(now - request.scheduled_time)
+            if not request.is_pooling:
+                self._request_output.observe(request.num_output_tokens)
+        if request.first_token_time is not None:
+            decode = now - request.first_token_time
+            self._decode.observe(decode)
+            if request.num_output_tokens > 1:
+                self._tpot.observe(decode / (request.num_output_tokens - 1))
+
+    def on_restart(self, cause: str, num_resumed: int) -> None:
+        """Counts a restart; ``cause`` is ``engine_core`` or ``worker``."""
+        self._restarts.labels(cause).inc()
+        self._resumed.inc(num_resumed)
+        if cause == "engine_core":
+            steps = self._steps
+            steps.lost = SchedulerStats(
+                prefix_cache_queries=steps.lost.prefix_cache_queries + steps.stats.prefix_cache_queries,
+                prefix_cache_hits=steps.lost.prefix_cache_hits + steps.stats.prefix_cache_hits,
+                num_preemptions=steps.lost.num_preemptions + steps.stats.num_preemptions,
+            )
+            steps.stats = SchedulerStats()
+
+    @property
+    def scheduler_stats(self) -> SchedulerStats:
+        """Of the last step; counts are since the start of the server."""
+        return self._steps.totals
+
+    @property
+    def num_generation_tokens(self) -> int:
+        """Tokens generated since the start."""
+        return self._steps.generation_tokens
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,98 @@
+"""Watches over the engine core process: starts it, notices its end, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+
+from api.engine.socket_dir import SocketDir
+from engine_core.config import EngineConfig
+from engine_core.launch import ChildProcess, EngineCoreLaunch, LastWork, launch_engine_core, read_flight_record
+
+
+class Supervisor:
+    """Owns the engine core process and the directory of its sockets."""
+
+    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str = "info") -> None:
+        """Prepares; starts nothing yet.
+
+        Args:
+            config: For the engine core.
+            on_exit: Called with the exit code, in the event loop, when the process ends unasked.
+            log_level: Of the child processes.
+        """
+        self._config = config
+        self._on_exit = on_exit
+        self._log_level = log_level
+        self._child: ChildProcess | None = None
+        self._record_path = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._socket_dir = SocketDir()
+        self.ipc_dir = self._socket_dir.path
+        self.address = f"ipc://{self.ipc_dir}/api"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    def start(self, engine_epoch: int) -> None:
+        """Starts the engine core."""
+        worker_dir = f"{self.ipc_dir}/{engine_epoch}"
+        os.mkdir(worker_dir, 0o700)
+        if self._record_path:  # what the engine core before left has been read
+            shutil.rmtree(os.path.dirname(self._record_path), ignore_errors=True)
+        launch = EngineCoreLaunch(
+            config=self._config,
+            address=self.address,
+            ipc_dir=worker_dir,
+            engine_epoch=engine_epoch,
+            log_level=self._log_level,
+        )
+        self._record_path = launch.record_path
+        self._loop = asyncio.get_running_loop()
+        self._child = launch_engine_core(launch)
+        self._loop.add_reader(self._child.fileno(), self._ended)
+
+    def _ended(self) -> None:
+        child = self._child
+        assert child is not None
+        code = self._forget(child)
+        self._on_exit(code)
+
+    def _forget(self, child: ChildProcess) -> int:
+        if self._loop is not None and child.fileno() >= 0:
+            self._loop.remove_reader(child.fileno())
+        self._child = None
+        return child.wait()
+
+    def last_work(self) -> LastWork:
+        """What the last engine core was doing when it ended."""
+        return read_flight_record(self._record_path)
+
+    def kill(self) -> None:
+        """Ends a process that does not answer; its end is then noticed as any other."""
+        if self._child is not None:
+            os.kill(self._child.pid, 9)
+
+    async def stop(self, timeout: float = 5.0) -> None:
+        """Ends the engine core and removes its sockets."""
+        child = self._child
+        if child is not None:
+            assert self._loop is not None
+            self._child = None
+            ended: asyncio.Future[None] = self._loop.create_future()
+            self._loop.add_reader(child.fileno(), _resolve, ended)
+            child.hang_up()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ended, timeout)
+            self._loop.remove_reader(child.fileno())
+            child.kill()
+        self._socket_dir.close()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,70 @@
+"""The thread in which an offline engine lives, apart from the object that users hold."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from api.engine.client import EngineClient
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """An event loop in a thread of its own, with the engine's client.
+
+    The engine core dies with the thread that starts it, so this one lives as long as the engine. It holds nothing of
+    its user, who may therefore be collected at any time; then ``close`` is called, in whichever thread that happens.
+
+    Attributes:
+        client: To be set by the user once there is one; ``close`` ends its processes.
+    """
+
+    def __init__(self) -> None:
+        self.client: EngineClient | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._work, name="engine client", daemon=True)
+        self._thread.start()
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def _work(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine in the thread and waits for its result.
+
+        Raises:
+            RuntimeError: The engine is closed.
+        """
+        if self._is_closed:
+            work.close()
+            raise RuntimeError("this LLM is closed; create a new one")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # on Ctrl-C: nobody waits for the work any more
+            raise
+
+    def close(self) -> None:
+        """Ends the engine's processes, then the thread, and waits for both. May be called again."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        if threading.current_thread() is not self._thread:  # the collector may run in any thread, in this one too
+            self._thread.join()
+
+    async def _end(self) -> None:
+        try:
+            if self.client is not None:
+                await self.client.close()
+        finally:
+            self._loop.stop()

@@ -1,0 +1,54 @@
+"""What grammars are about: the tokens of the model, as an engine core has to hear of them once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from api.model.tokenizer import Tokenizer
+from api.params.structured import vocabulary_frame
+from engine_core.launch import get_logger
+
+logger = get_logger()
+
+
+class VocabularyFrame:
+    """The encoded ``SetVocabulary``, made in a thread when it is wanted first.
+
+    Attributes:
+        frame: None: it is not there yet.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, on_made: Callable[[str], None]) -> None:
+        """Prepares.
+
+        Args:
+            tokenizer: Whose tokens they are.
+            on_made: Called when the frame is there, with an empty text, or with the reason why there will be none.
+        """
+        self.frame: bytes | None = None
+        self._tokenizer = tokenizer
+        self._on_made = on_made
+        self._maker: asyncio.Task[None] | None = None
+
+    def make(self) -> None:
+        """Starts to make it, unless that goes on already."""
+        if self._maker is None:
+            self._maker = asyncio.create_task(self._make())
+
+    async def _make(self) -> None:
+        error = "structured outputs need a tokenizer"
+        try:
+            if self._tokenizer is not None:
+                loop = asyncio.get_running_loop()
+                self.frame = await loop.run_in_executor(None, vocabulary_frame, self._tokenizer)
+        except Exception as problem:
+            logger.exception("the vocabulary cannot be told to the engine core")
+            error = f"internal error: {problem}"
+        self._maker = None
+        self._on_made("" if self.frame is not None else error)
+
+    def close(self) -> None:
+        """Stops making it."""
+        if self._maker is not None:
+            self._maker.cancel()

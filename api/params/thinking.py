@@ -1,0 +1,204 @@
+"""What the engine needs to know of a model's thinking: its budget, and where a grammar begins behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from api.errors import RequestError
+from api.model.tokenizer import Tokenizer
+from api.parsers import create_parser, is_last_turn_needed, prompt_opens_reasoning, resolve_reasoning_parser
+from engine_core.messages import GrammarSpec, ResolvedParams, ThinkingBudget, Thought
+
+FIELD = "thinking_token_budget"
+_LAST_WORDS = "\ue000last-words\ue000"
+TAIL = 64
+"""Tokens at the end of a prompt that are looked at for what it says of reasoning."""
+
+
+@dataclass(frozen=True)
+class PromptEnd:
+    """Where a prompt leaves the model."""
+
+    reasoning_parser: str | None
+    """The server's; it knows the markers."""
+    tokenizer: Tokenizer
+    """Spells the markers in tokens."""
+    vocab_size: int
+    """Width of the logits."""
+    prompt: Sequence[int]
+    opened: bool | UnsetType | None = UNSET
+    """What the text of a conversation says, see ``prompt_opens_reasoning``; unset: it is none, and the tokens tell."""
+
+
+async def conversation_opens_reasoning(
+    reasoning: str | None,
+    render: Callable[..., Awaitable[str]],
+    messages: Sequence[Any],
+    prompt: str,
+    *,
+    continues: bool,
+) -> bool | None:
+    """Whether the prompt of a conversation leaves the model in the middle of reasoning.
+
+    Args:
+        reasoning: The name of the reasoning parser, if there is one.
+        render: Renders other messages as the prompt's; takes ``add_generation_prompt`` and ``continue_final_message``.
+        messages: The conversation: structs or mappings.
+        prompt: What it was rendered to.
+        continues: The model goes on with the last message.
+
+    Returns:
+        See ``prompt_opens_reasoning``.
+    """
+    if reasoning is None:
+        return None
+    turn: str | None = prompt
+    if is_last_turn_needed(reasoning, prompt):
+        turn = await _last_turn(render, messages, prompt, continues=continues)
+    return None if turn is None else prompt_opens_reasoning(reasoning, turn)
+
+
+async def _last_turn(
+    render: Callable[..., Awaitable[str]], messages: Sequence[Any], prompt: str, *, continues: bool
+) -> str | None:
+    """What a prompt has of the turn that the model goes on with: its header, or the last message.
+
+    Returns:
+        None: the template does not tell.
+    """
+    last = messages[-1]
+    try:
+        if continues:
+            before = ""
+            if len(messages) > 1:
+                before = await render(messages[:-1], add_generation_prompt=False, continue_final_message=False)
+            if prompt.startswith(before):
+                return prompt[len(before) :]
+            content = last.get("content") if isinstance(last, Mapping) else last.content
+            return content if isinstance(content, str) else None
+        other = {"content": _LAST_WORDS}
+        marked = {**last, **other} if isinstance(last, Mapping) else msgspec.structs.replace(last, **other)
+        header = (await render([*messages[:-1], marked])).rpartition(_LAST_WORDS)[2]
+    except RequestError as error:
+        if error.status >= 500:
+            raise
+        return None
+    except ValueError:
+        return None
+    return header if prompt.endswith(header) else None
+
+
+def thinking_budget(num_tokens: int, place: PromptEnd, params: ResolvedParams) -> ThinkingBudget:
+    """The budget of a completion of one prompt.
+
+    Args:
+        num_tokens: Tokens that each section of thinking may have.
+        place: It may be in the middle of thinking.
+        params: The request's other parameters, which must leave room for the end marker.
+
+    Raises:
+        RequestError: The markers are not known, or the end marker could not be generated.
+    """
+    if place.reasoning_parser is None:
+        raise RequestError(f"{FIELD} needs a server started with --reasoning-parser", FIELD)
+    start, end = _markers(place.reasoning_parser, place.tokenizer)
+    if not end or max((*start, *end)) >= place.vocab_size:
+        raise RequestError(f"{FIELD}: the model has no tokens for the end of thinking", FIELD)
+    obstacle = _obstacle(end, params)
+    if obstacle == "allowed_token_ids":
+        raise RequestError(f"{FIELD} needs the end of thinking, tokens {list(end)}, in allowed_token_ids", FIELD)
+    if obstacle == "bad_words":
+        raise RequestError(f"bad_words must leave room for the end of thinking, which {FIELD} needs", "bad_words")
+    if params.min_tokens and set(end) & set(params.all_stop_token_ids):
+        raise RequestError(f"the end of thinking, which {FIELD} needs, ends the output before min_tokens", "min_tokens")
+    is_open = _opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened
+    starts_open = create_parser(place.reasoning_parser, prompt_opened=is_open).is_reasoning
+    return ThinkingBudget(max_tokens=num_tokens, start_token_ids=start, end_token_ids=end, starts_open=starts_open)
+
+
+def after_thought(
+    grammar: GrammarSpec, num_tokens: int | None, place: PromptEnd, params: ResolvedParams
+) -> GrammarSpec:
+    """A grammar that begins once the model has thought, where it does.
+
+    It thinks if the prompt has begun a thought, and may begin to if the prompt of a conversation has neither begun nor
+    ended one, and the marker is one token: the output begins with it, or is in the language. Elsewhere nobody tells
+    thoughts from answers.
+
+    Args:
+        grammar: The language of what comes then.
+        num_tokens: Tokens that the thought may have; None: what is left.
+        place: It may be in the middle of thinking.
+        params: The request's other parameters, which must leave room for the end marker.
+
+    Raises:
+        RequestError: A thought has begun that could not end.
+    """
+    if place.reasoning_parser is None or place.opened is False:
+        return grammar
+    start, end = _markers(place.reasoning_parser, place.tokenizer)
+    is_open = bool(_opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened)
+    # A marker of several tokens begins as other markup does ("<tool_call>"): its first one would decide for a thought.
+    if not is_open and (place.opened is UNSET or len(start) != 1):
+        return grammar
+    obstacle = "reasoning" if not end or max((*start, *end)) >= place.vocab_size else _obstacle(end, params)
+    if not obstacle and set(end) & set(params.all_stop_token_ids):
+        obstacle = "stop_token_ids"
+    if obstacle and is_open:
+        raise RequestError(
+            f"{obstacle} must leave room for the end of thinking, tokens {list(end)}, after which {grammar.param} "
+            'holds; or let it hold from the first token on: "structured_outputs": {"enable_in_reasoning": true}',
+            obstacle if obstacle != "reasoning" else grammar.param,
+        )
+    if obstacle:
+        return grammar
+    text = resolve_reasoning_parser(place.reasoning_parser).special_tokens[1]
+    thought = Thought(
+        end=text.encode(), end_token_ids=end, start_token_ids=start, is_open=is_open, max_tokens=num_tokens
+    )
+    return msgspec.structs.replace(grammar, thought=thought)
+
+
+def _markers(reasoning_parser: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that begin and that end thinking."""
+    start, end = resolve_reasoning_parser(reasoning_parser).special_tokens[:2]
+    return _token_ids(tokenizer, start), _token_ids(tokenizer, end)
+
+
+def _obstacle(end: Sequence[int], params: ResolvedParams) -> str:
+    """The parameter that keeps the end of thinking from being generated, if one does."""
+    allowed = params.allowed_token_ids
+    if allowed is not None and not set(end) <= set(allowed):
+        return "allowed_token_ids"
+    words = params.bad_words_token_ids
+    if any(word == tuple(end[place : place + len(word)]) for word in words for place in range(len(end))):
+        return "bad_words"
+    return ""
+
+
+def _token_ids(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
+    token_id = tokenizer.token_to_id(marker)
+    return (token_id,) if token_id is not None else tuple(tokenizer.encode(marker, add_special_tokens=False))
+
+
+def _opened_by_tokens(place: PromptEnd, start: Sequence[int], end: Sequence[int]) -> bool | None:
+    """Whether a prompt that is no conversation leaves the model in the middle of thinking; see ``PromptEnd.opened``."""
+    assert place.reasoning_parser is not None
+    if _last_place(place.prompt, start) > _last_place(place.prompt, end):
+        return True
+    tail = place.tokenizer.decode(place.prompt[-TAIL:], skip_special_tokens=False)
+    return prompt_opens_reasoning(place.reasoning_parser, tail)
+
+
+def _last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int:
+    """Where a sequence stands last; -1: nowhere."""
+    wanted, tokens = list(wanted), list(tokens)
+    for place in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[place] == wanted[0] and tokens[place : place + len(wanted)] == wanted:
+            return place
+    return -1

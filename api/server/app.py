@@ -1,0 +1,292 @@
+"""The ASGI application: a route table and what every request passes through. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+
+from api.anthropic import messages
+from api.anthropic import protocol as anthropic
+from api.anthropic.errors import ANTHROPIC_ERRORS
+from api.config import ServerConfig
+from api.generation.serving import Serving
+from api.http.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
+from api.http.tenants import QueueGate
+from api.http.traffic import Traffic
+from api.openai import chat, completions, embeddings, invocations, models, pooling_protocol, protocol, scoring, tokenize
+from api.responses import endpoints as responses
+from api.responses import protocol as responses_protocol
+from api.responses.errors import RESPONSES_ERRORS
+from api.server import monitoring
+from api.server.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
+from api.server.openapi import Document, Operation
+from api.server.web_routes import WebPages
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        chat.create_chat_completion,
+        "Answer a conversation",
+        request=protocol.ChatCompletionRequest,
+        response=protocol.ChatCompletionResponse,
+        chunk=protocol.ChatCompletionChunk,
+        task="generate",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/completions",
+        completions.create_completion,
+        "Continue texts",
+        request=protocol.CompletionRequest,
+        response=protocol.CompletionResponse,
+        chunk=protocol.CompletionResponse,
+        task="generate",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/embeddings",
+        embeddings.create_embedding,
+        "Turn texts into vectors",
+        request=pooling_protocol.EmbeddingRequest,
+        example={"input": ["one text", "another"]},
+        response=pooling_protocol.EmbeddingResponse,
+        task="pool",
+        queues=True,
+    ),
+    *(
+        Operation(
+            "POST",
+            path,
+            handler,
+            "Tell how similar texts are",
+            request=pooling_protocol.ScoreRequest,
+            example={"queries": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
+            response=pooling_protocol.ScoreResponse,
+            task="pool",
+            queues=True,
+        )
+        for path, handler in (("/score", scoring.score), ("/v1/score", scoring.v1_score))
+    ),
+    *(
+        Operation(
+            "POST",
+            path,
+            handler,
+            "Sort documents by their similarity to a query",
+            request=pooling_protocol.RerankRequest,
+            example={"query": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
+            response=pooling_protocol.RerankResponse,
+            task="pool",
+            queues=True,
+        )
+        for path, handler in (
+            ("/rerank", scoring.rerank),
+            ("/v1/rerank", scoring.v1_rerank),
+            ("/v2/rerank", scoring.v2_rerank),
+        )
+    ),
+    Operation(
+        "POST",
+        "/v1/messages",
+        messages.create_message,
+        "Answer a conversation, as Anthropic's API does",
+        request=anthropic.MessagesRequest,
+        response=anthropic.Message,
+        chunk=anthropic.StreamEvent,
+        errors=ANTHROPIC_ERRORS,
+        task="generate",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        "Count the tokens of a conversation, as Anthropic's API does",
+        request=anthropic.ConversationRequest,
+        response=anthropic.MessageTokensCount,
+        errors=ANTHROPIC_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "POST",
+        "/v1/responses",
+        responses.create_response,
+        "Answer a conversation, and remember it",
+        request=responses_protocol.ResponsesRequest,
+        response=responses_protocol.ResponseObject,
+        chunk=responses_protocol.ResponseEvent,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+        queues=True,
+    ),
+    Operation(
+        "GET",
+        "/v1/responses/{response_id}",
+        responses.retrieve_response,
+        "Show a response that is stored",
+        response=responses_protocol.ResponseObject,
+        chunk=responses_protocol.ResponseEvent,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "DELETE",
+        "/v1/responses/{response_id}",
+        responses.delete_response,
+        "Forget a response",
+        response=responses_protocol.DeletedResponse,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation(
+        "POST",
+        "/v1/responses/{response_id}/cancel",
+        responses.cancel_response,
+        "End a response that is generated in the background",
+        response=responses_protocol.ResponseObject,
+        errors=RESPONSES_ERRORS,
+        task="generate",
+    ),
+    Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
+    Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Show a model", response=protocol.ModelCard),
+    Operation(
+        "POST",
+        "/tokenize",
+        tokenize.tokenize,
+        "Turn a text or a conversation into token ids",
+        request=protocol.TokenizeRequest,
+        response=protocol.TokenizeResponse,
+    ),
+    Operation(
+        "POST",
+        "/detokenize",
+        tokenize.detokenize,
+        "Turn token ids into a text",
+        request=protocol.DetokenizeRequest,
+        response=protocol.DetokenizeResponse,
+    ),
+    Operation(
+        "GET",
+        "/tokenizer_info",
+        tokenize.tokenizer_info,
+        "Show the tokenizer's configuration",
+        response=protocol.TokenizerInfo,
+        is_wanted=lambda config: config.enable_tokenizer_info_endpoint,
+    ),
+    Operation(
+        "POST",
+        "/invocations",
+        invocations.invoke,
+        "Answer as the endpoint does that the fields of the body are for (SageMaker)",
+        request=invocations.Invocation,
+        example={"prompt": "Hi", "max_tokens": 8},
+        queues=True,
+    ),
+    Operation("GET", "/health", monitoring.health, "Tell whether requests are taken", is_open=True),
+    Operation("GET", "/ping", monitoring.ping, "The same as /health", is_open=True),
+    *(
+        Operation("GET", path, handler, summary, media_type="text/plain", is_open=True)
+        for path, handler, summary in (
+            ("/livez", monitoring.livez, "Tell whether the server works, or has to be started again"),
+            ("/readyz", monitoring.readyz, "Tell whether requests are computed at this moment"),
+            ("/startupz", monitoring.startupz, "Tell whether the model is loaded"),
+        )
+    ),
+    Operation(
+        "GET", "/version", monitoring.version, "Show the version", response=protocol.VersionResponse, is_open=True
+    ),
+    Operation("GET", "/load", monitoring.load, "Show the load", response=protocol.LoadResponse, is_open=True),
+    Operation("GET", "/metrics", monitoring.metrics, "Metrics for Prometheus", media_type="text/plain", is_open=True),
+)
+
+
+DOCS_PATHS = ("/docs", "/openapi.json")
+"""What ``--disable-fastapi-docs`` leaves out."""
+
+
+def create_app(serving: Serving, traffic: Traffic) -> Starlette:
+    """Builds the application.
+
+    Args:
+        serving: What the endpoints work with; the engine is ready.
+        traffic: Counts requests and says whether new ones are taken.
+    """
+    config = serving.config
+    offered = {"generate": config.offers_generation, "pool": config.offers_pooling}
+    public = [
+        operation
+        for operation in OPERATIONS
+        if (operation.task is None or offered[operation.task]) and operation.is_wanted(config)
+    ]
+    document = Document(public, has_keys=bool(config.api_key), root_path=config.root_path)
+    shown = Operation("GET", "/openapi.json", document.show, "Show this document")
+    hidden = DOCS_PATHS if config.disable_fastapi_docs else ()
+    operations = (*public, *(row for row in (shown, *WebPages().operations()) if row.path not in hidden))
+    app = Starlette(
+        routes=_routes(operations, config, traffic),
+        middleware=_middleware(operations, config, traffic),
+        exception_handlers=dict(EXCEPTION_HANDLERS),
+    )
+    # A redirect would send clients to whatever host their request names.
+    app.router.redirect_slashes = False
+    app.state.serving = serving
+    app.state.traffic = traffic
+    return app
+
+
+def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Route]:
+    """Each endpoint, behind what guards it."""
+    guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
+    watch_guard = Middleware(Guard, traffic=traffic, keys=config.api_key, drains=False)
+    guarded = ("/metrics", "/load") if config.metrics_require_key else ()
+    return [
+        Route(
+            operation.path,
+            operation.handler,
+            methods=[operation.method],
+            middleware=[
+                *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
+                *([] if operation.is_open else [guard]),
+                *([watch_guard] if operation.path in guarded else []),
+                Middleware(WhileConnected),
+                *([Middleware(QueueGate)] if operation.queues else []),
+            ],
+        )
+        for operation in operations
+    ]
+
+
+def _middleware(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Middleware]:
+    """What stands before all endpoints, the outermost first."""
+    middleware = [
+        Middleware(
+            RequestScope,
+            traffic=traffic,
+            handler_names={operation.handler: operation.path for operation in operations},
+            echo_ids=config.enable_request_id_headers,
+            log_requests=not config.disable_access_log,
+        )
+    ]
+    hosts = allowed_hosts(config)
+    if hosts is not None:
+        middleware.append(Middleware(AllowedHosts, names=hosts))
+    if config.root_path:
+        middleware.insert(0, Middleware(UnderPrefix, prefix=config.root_path))
+    if config.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.allowed_origins,
+                allow_methods=config.allowed_methods,
+                allow_headers=config.allowed_headers,
+                allow_credentials=config.allow_credentials,
+            )
+        )
+    return middleware

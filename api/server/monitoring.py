@@ -1,0 +1,71 @@
+"""GET /health, /ping, /livez, /readyz, /startupz, /version, /load and /metrics."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from api.engine.metrics import CONTENT_TYPE
+from api.generation.serving import Serving
+from api.http.traffic import Traffic
+from api.openai.protocol import LoadResponse, VersionResponse
+from api.version import VERSION
+
+
+async def health(request: Request) -> Response:
+    """200 while requests are taken, 503 when the engine was given up or the server is about to stop."""
+    serving: Serving = request.app.state.serving
+    traffic: Traffic = request.app.state.traffic
+    if serving.client.dead is not None or traffic.is_draining:
+        return Response(status_code=503)
+    return Response(status_code=200)
+
+
+async def ping(request: Request) -> Response:
+    """The same as /health."""
+    return await health(request)
+
+
+async def livez(request: Request) -> Response:
+    """200 as long as this process works and the engine is not given up: also during restarts and the last requests."""
+    serving: Serving = request.app.state.serving
+    return _probe("" if serving.client.dead is None else "the engine was given up")
+
+
+async def readyz(request: Request) -> Response:
+    """200 while requests that come now are computed at once: 503 during a restart, and when the server is to stop."""
+    serving: Serving = request.app.state.serving
+    traffic: Traffic = request.app.state.traffic
+    if serving.client.dead is not None:
+        return _probe("the engine was given up")
+    if traffic.is_draining:
+        return _probe("the server is about to stop")
+    return _probe("" if serving.client.is_ready else "the engine restarts")
+
+
+async def startupz(request: Request) -> Response:
+    """200 once the model is loaded, whatever happens after that."""
+    return _probe("")
+
+
+def _probe(problem: str) -> Response:
+    return PlainTextResponse(problem or "ok", 503 if problem else 200, {"Cache-Control": "no-store"})
+
+
+async def version(request: Request) -> Response:
+    """The server's version."""
+    return Response(msgspec.json.encode(VersionResponse(version=VERSION)), media_type="application/json")
+
+
+async def load(request: Request) -> Response:
+    """How many completions are unfinished, running or waiting."""
+    serving: Serving = request.app.state.serving
+    answer = LoadResponse(server_load=serving.client.num_unfinished)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, for Prometheus."""
+    serving: Serving = request.app.state.serving
+    return Response(serving.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

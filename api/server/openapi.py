@@ -1,0 +1,155 @@
+"""The OpenAPI document, built from the route table and the types of bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.config import ServerConfig
+from api.http.errors import OPENAI_ERRORS, ErrorShape
+from api.openai.protocol import ChatTool
+from api.server.openapi_fields import describe_fields
+from api.version import VERSION
+
+ERRORS = {
+    400: "The request cannot be served as it is.",
+    401: "No valid API key.",
+    403: "The server does not answer to the name in Host; see --allowed-hosts.",
+    404: "There is no such model.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    422: "The request made the engine fail and is refused for a while.",
+    429: "Too many requests are waiting.",
+    500: "The server is at fault.",
+    503: "The server is busy or about to stop.",
+}
+_WITH_BODY_ONLY = (400, 408, 413, 422)
+_REF = "#/components/schemas/{name}"
+_KEY = "apiKey"
+Schemas: TypeAlias = dict[Any, dict[str, Any]]
+"""By type."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the route table."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    summary: str
+    request: type[msgspec.Struct] | None = None
+    """Type of the JSON body."""
+    example: Mapping[str, Any] | None = None
+    """Such a body, where the type does not show what goes together."""
+    response: type[msgspec.Struct] | None = None
+    """Type of the answer's JSON body."""
+    chunk: Any = None
+    """Type of the events, if the answer can be streamed; a struct or a union of them."""
+    media_type: str | None = None
+    """Of an answer that is no JSON."""
+    errors: ErrorShape = OPENAI_ERRORS
+    task: Literal["generate", "pool"] | None = None
+    """What the server must be configured to do; None: nothing in particular."""
+    is_wanted: Callable[[ServerConfig], bool] = lambda config: True
+    """Whether options ask for it."""
+    queues: bool = False
+    """Its requests wait for the engine, so they are refused when too many do."""
+    is_open: bool = False
+    """Needs no key, and is served while the server drains."""
+
+
+class Document:
+    """GET /openapi.json."""
+
+    def __init__(self, operations: Iterable[Operation], *, has_keys: bool, root_path: str = "") -> None:
+        self._body = msgspec.json.encode(build(operations, has_keys=has_keys, root_path=root_path))
+
+    async def show(self, request: Request) -> Response:
+        return Response(self._body, media_type="application/json")
+
+
+def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "") -> dict[str, Any]:
+    """The document as plain JSON values."""
+    table = list(operations)
+    types = {
+        kind: None
+        for operation in table
+        for kind in (operation.request, operation.response, operation.chunk, operation.errors.body)
+        if kind is not None
+    }
+    types[ChatTool] = None  # requests refer to it, though they keep tools as they came
+    schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
+    describe_fields(components)
+    by_type: Schemas = dict(zip(types, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in table:
+        path = operation.path.replace(":path}", "}")
+        paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, by_type, has_keys=has_keys)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "Octavo", "version": VERSION, "license": {"name": "Apache-2.0"}},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if root_path:
+        document["servers"] = [{"url": root_path}]
+    if has_keys:
+        document["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def _describe(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": operation.handler.__name__,
+        "responses": _responses(operation, schemas, has_keys=has_keys),
+    }
+    if operation.request is not None:
+        content: dict[str, dict[str, Any]] = {"application/json": {"schema": schemas[operation.request]}}
+        if operation.example is not None:
+            content["application/json"]["example"] = operation.example
+        described["requestBody"] = {"required": True, "content": content}
+    names = [part.strip("{}").partition(":")[0] for part in operation.path.split("/") if part.startswith("{")]
+    if names:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if has_keys and not operation.is_open:
+        described["security"] = [{_KEY: []}]
+    return described
+
+
+def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if operation.response is not None:
+        content["application/json"] = {"schema": schemas[operation.response]}
+    if operation.chunk is not None:
+        # This version of OpenAPI cannot say what events look like; a ``schema`` would be taken for theirs.
+        content["text/event-stream"] = {"x-event-schema": schemas[operation.chunk]}
+    if operation.media_type is not None:
+        content[operation.media_type] = {"schema": {"type": "string"}}
+    good: dict[str, Any] = {"description": "Success."}
+    if content:
+        good["content"] = content
+    responses: dict[str, Any] = {"200": good}
+    error = {"application/json": {"schema": schemas[operation.errors.body]}}
+    for status, description in ERRORS.items():
+        if status in _WITH_BODY_ONLY and operation.request is None:
+            continue
+        if status == 404 and operation.request is None and "{" not in operation.path:
+            continue
+        if status == 429 and not operation.queues:
+            continue
+        if status == 401 and (operation.is_open or not has_keys):
+            continue
+        if status == 503 and operation.is_open:
+            responses["503"] = {"description": description}
+            continue
+        responses[str(status)] = {"description": description, "content": error}
+    return responses

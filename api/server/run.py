@@ -1,0 +1,433 @@
+"""Running the server: port, engine, HTTP, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import faulthandler
+import os
+import resource
+import shlex
+import signal
+import socket
+import ssl
+import stat
+import sys
+import time
+from collections.abc import Awaitable, Callable, Generator
+from typing import TypeVar
+
+import msgspec
+import uvicorn
+import uvloop
+
+from api.config import ServerConfig
+from api.engine.client import EngineClient
+from api.engine.metrics import EngineMetrics
+from api.engine.progress import LoadBar
+from api.errors import EngineDeadError
+from api.flags import ConfigError
+from api.generation.serving import Serving
+from api.http.tracing import Tracer, create_tracer
+from api.http.traffic import Traffic
+from api.model.files import ModelFiles
+from api.server.app import create_app
+from api.server.garbage import Collector, keep_what_lives
+from api.server.http_protocol import MAX_CONNECTIONS, Connections, Limits
+from api.server.service_manager import notify
+from api.server.startup import StartupApp
+from api.server.stats_log import StatsLog
+from engine_core.launch import get_logger
+from engine_core.messages import LoadProgress
+
+logger = get_logger()
+T = TypeVar("T")
+
+BACKLOG = 2048
+KEEP_ALIVE_TIMEOUT = 65
+"""Seconds that an idle connection stays open: longer than proxies keep theirs, who would else run into its end."""
+MAX_UNSENT_BYTES = 128 << 10
+"""Of each connection that the kernel holds beside what is on its way."""
+FILES_APART = 256
+"""File descriptors that are no connections, at most."""
+FLUSH_TIMEOUT = 2.0
+"""Seconds that answers which were ended have to reach their clients."""
+_HOST_ADVICE = "use 127.0.0.1 for this machine only, or 0.0.0.0 for all its addresses"
+SHUTTING_DOWN = "the server is shutting down"
+
+
+class PortInUseError(Exception):
+    """The address to listen on cannot be had; the message says why."""
+
+
+def run_server(
+    config: ServerConfig, files: ModelFiles, *, announce: Callable[[str], None] | None = None, progress: bool = True
+) -> int:
+    """Serves until a signal or the end of the engine.
+
+    Args:
+        config: Resolved, with the model's files in it.
+        files: The model's.
+        announce: Takes the text for people once requests are taken. Default: standard output.
+        progress: Show a bar while the model loads.
+
+    Returns:
+        The exit code: 0, or that of an engine that was given up after it had served.
+
+    Raises:
+        PortInUseError: Nothing was started.
+        ConfigError: Key or certificate cannot be used; nothing was started.
+        EngineDeadError: The engine cannot be started.
+    """
+    faulthandler.register(signal.SIGUSR1)
+    check_tls(config)
+    listener = open_listener(config)
+    try:
+        return uvloop.run(_Run(config, files, listener, announce or _write, progress=progress).serve())
+    finally:
+        listener.close()
+        if config.uds is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(config.uds)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Reads key and certificates before anything expensive starts.
+
+    Raises:
+        ConfigError: One cannot be read, or they do not fit together.
+    """
+    if config.ssl_keyfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path = config.ssl_certfile or config.ssl_keyfile
+    flag = "--ssl-certfile" if config.ssl_certfile else "--ssl-keyfile"
+    try:
+        # Asking for a passphrase would wait for somebody at a terminal.
+        context.load_cert_chain(path, config.ssl_keyfile, password=lambda: b"")
+        if config.ssl_ca_certs is not None:
+            flag, path = "--ssl-ca-certs", config.ssl_ca_certs
+            context.load_verify_locations(path)
+        if config.ssl_ciphers is not None:
+            flag, path = "--ssl-ciphers", config.ssl_ciphers
+            context.set_ciphers(path)
+    except OSError as error:  # ssl.SSLError too
+        hint = (
+            ""
+            if flag == "--ssl-ciphers"
+            else f"; PEM files are expected, the key ({config.ssl_keyfile}) without a passphrase"
+        )
+        raise ConfigError(f"{flag} {path}: {error.strerror or error}{hint}") from error
+
+
+def open_listener(config: ServerConfig) -> socket.socket:
+    """Takes the port, or the Unix socket, before anything expensive starts. Nobody can connect yet.
+
+    Raises:
+        PortInUseError: Somebody else has it, or it is not ours to take.
+    """
+    if config.uds is not None:
+        return _open_unix(config.uds)
+    where = f"{config.host or '0.0.0.0'}:{config.port}"
+    try:
+        found = socket.getaddrinfo(
+            config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+        )
+    except OSError as error:
+        raise PortInUseError(
+            f"cannot listen on {where}: --host {config.host} is not known here ({error.strerror}); {_HOST_ADVICE}"
+        ) from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Else the kernel would take megabytes for a client that does not read.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(f"cannot listen on {where}: {error.strerror}; {_advice(error, config)}") from error
+    return listener
+
+
+def _advice(error: OSError, config: ServerConfig) -> str:
+    """What to do when an address cannot be had."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"--host {config.host} is no address of this machine; {_HOST_ADVICE}"
+    if error.errno == errno.EACCES:
+        return "ports below 1024 need privileges; choose a higher one with --port"
+    return "choose another port with --port, or 0 for a free one"
+
+
+def _open_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise PortInUseError(f"cannot listen on {path}: it is a file, but no socket")
+            with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)  # left behind by a server that is gone
+                else:
+                    raise PortInUseError(f"cannot listen on {path}: another server does")
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(f"cannot listen on {path}: {error.strerror}") from error
+    except PortInUseError:
+        listener.close()
+        raise
+    return listener
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own idea of signals."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._is_listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers may hold a port as long as neither listens
+            raise PortInUseError(f"cannot listen: {error.strerror}") from error
+        self._is_listening.set()
+
+    async def start(self, listener: socket.socket) -> asyncio.Task[None]:
+        """Serves from now on. Returns what ends with the server.
+
+        Raises:
+            PortInUseError: Somebody else listens already.
+        """
+        task = asyncio.create_task(self.serve(sockets=[listener]))
+        listening = asyncio.create_task(self._is_listening.wait())
+        await asyncio.wait((task, listening), return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if task.done():
+            task.result()
+        return task
+
+
+class _Run:
+    """One life of the server."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        files: ModelFiles,
+        listener: socket.socket,
+        announce: Callable[[str], None],
+        *,
+        progress: bool,
+    ) -> None:
+        self._config = config
+        self._files = files
+        self._listener = listener
+        self._announce = announce
+        self._bar = LoadBar(enabled=progress)
+        self._app = StartupApp(config.root_path)
+        self._begin = time.monotonic()
+        self._stop = asyncio.Event()
+        """The first signal, or the end of the engine."""
+        self._stop_now = asyncio.Event()
+        """The second."""
+        self._exit_code = 0
+        self._tracer: Tracer | None = None
+        names = config.served_model_name
+        self._metrics = EngineMetrics(names[0] if names else files.name)
+        self._client = EngineClient(
+            config.engine,
+            files.tokenizer,
+            self._metrics,
+            on_progress=self._on_progress,
+            on_fatal=self._on_fatal,
+            bounds_queue=True,
+            prepares_grammars=config.offers_generation,
+            log_level=config.log_level,
+        )
+
+    async def serve(self) -> int:
+        loop = asyncio.get_running_loop()
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the server outlives its terminal
+            signals.append(signal.SIGHUP)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            server = _HttpServer(_uvicorn_config(self._config, self._app))
+            http = await server.start(self._listener)
+            try:
+                await self._serve(server, http)
+            finally:
+                server.should_exit = True
+                await http
+            return self._exit_code
+        finally:
+            self._bar.close()
+            await self._client.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
+
+    async def _serve(self, server: _HttpServer, http: asyncio.Task[None]) -> None:
+        """Starts the engine, then serves until the end."""
+        ready = await self._unless_stopped(self._client.start())
+        self._bar.close()
+        if ready is None:
+            return
+        serving = Serving(self._config, self._files, self._client, self._metrics, ready)
+        traffic = Traffic(self._metrics.registry)
+        self._app.app = create_app(serving, traffic)
+        keep_what_lives()
+        if self._config.otlp_traces_endpoint is not None:
+            self._tracer = create_tracer(self._config.otlp_traces_endpoint, serving.model_name)
+            self._metrics.on_trace = self._tracer.record
+        helpers = [asyncio.create_task(Collector(lambda: traffic.num_open).run())]
+        if not self._config.disable_log_stats:
+            helpers.append(asyncio.create_task(StatsLog(self._metrics).run()))
+        stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
+        self._announce(self._ready_text(serving))
+        notify("READY=1")
+        try:
+            await http
+        finally:
+            stopper.cancel()
+            for helper in helpers:
+                helper.cancel()
+            serving.close()
+
+    def _on_progress(self, progress: LoadProgress) -> None:
+        self._bar.update(progress)
+        self._app.update(progress)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            logger.warning("%s again: stopping now", signal.Signals(number).name)
+            self._stop_now.set()
+        else:
+            logger.info("%s: stopping; once more to stop now", signal.Signals(number).name)
+            notify("STOPPING=1")
+            self._stop.set()
+
+    def _on_fatal(self, error: EngineDeadError) -> None:
+        logger.error("the engine was given up: %s", error)
+        self._exit_code = error.exit_code
+        self._stop.set()
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        """Waits for something; None if a signal came before."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            stop.cancel()
+
+    async def _stop_when_asked(self, server: _HttpServer, traffic: Traffic) -> None:
+        """New requests are refused, open ones may finish, then they are told the end."""
+        await self._stop.wait()
+        traffic.is_draining = True
+        if self._client.dead is None and traffic.num_open:
+            timeout = self._config.shutdown_timeout
+            logger.info("%d open requests have %g s to finish", traffic.num_open, timeout)
+            idle = asyncio.ensure_future(traffic.wait_idle(timeout))
+            now = asyncio.ensure_future(self._stop_now.wait())
+            await asyncio.wait((idle, now), return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+            now.cancel()
+        if traffic.num_open:
+            self._client.fail_all(SHUTTING_DOWN)
+            await traffic.wait_idle(FLUSH_TIMEOUT)
+        server.should_exit = True
+        server.force_exit = traffic.num_open > 0
+
+    def _ready_text(self, serving: Serving) -> str:
+        """What a person wants to know now, with a command to try."""
+        seconds = time.monotonic() - self._begin
+        config = self._config
+        # The name in a certificate is hardly that of the loopback.
+        target, options = _url(config, self._listener), ["-s" if config.ssl_keyfile is None else "-sk"]
+        if config.uds is not None:
+            options += ["--unix-socket", config.uds]
+        headers = ["Content-Type: application/json"]
+        if config.api_key:
+            headers.append("Authorization: Bearer $OCTAVO_API_KEY")
+        body: dict[str, object]
+        if not config.offers_generation:
+            path, body = "/v1/embeddings", {"input": "Hello"}
+        elif serving.chat_template is not None:
+            path = "/v1/chat/completions"
+            body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+        else:
+            path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 32}
+        body = {"model": serving.model_name, **body}
+        command = [
+            "curl",
+            *map(shlex.quote, [*options, f"{target}{config.root_path}{path}"]),
+            *(f'-H "{header}"' for header in headers),
+            "-d",
+            shlex.quote(msgspec.json.encode(body).decode()),
+        ]
+        where = f"unix:{config.uds}" if config.uds is not None else f"{target}{config.root_path}/v1"
+        return f"Serving {serving.model_name} at {where} (ready in {seconds:.1f} s). Try:\n\n  {' '.join(command)}\n"
+
+
+def _url(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return "http://localhost" if config.ssl_keyfile is None else "https://localhost"
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    scheme = "http" if config.ssl_keyfile is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _limits() -> Limits:
+    """As many connections as there may be file descriptors for."""
+    wanted = MAX_CONNECTIONS + FILES_APART
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return Limits()
+    return Limits(connections=max(min(MAX_CONNECTIONS, soft - FILES_APART), 16))
+
+
+def _uvicorn_config(config: ServerConfig, app: StartupApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="none",
+        http=Connections(_limits()).protocol,  # type: ignore[arg-type]  # a factory does
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="debug" if config.log_level == "debug" else "warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        ssl_cert_reqs=config.ssl_cert_reqs,
+        ssl_ciphers=config.ssl_ciphers or "TLSv1",  # which is uvicorn's default
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+        timeout_graceful_shutdown=int(FLUSH_TIMEOUT),
+    )

@@ -1,0 +1,485 @@
+"""Token ids to text as they arrive, and stop strings in that text.
+
+What is emitted is final: the deltas of a stream joined are exactly what decoding all its ids at once
+gives, whatever the ids and wherever a character or a stop string is cut in two. This runs for every
+token of every stream, so the two decoders that nearly all models have are a dictionary look-up per
+token; others are decoded by the backend in a small window.
+"""
+
+from __future__ import annotations
+
+import re
+from codecs import utf_8_decode
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from os.path import commonprefix
+from typing import Final, Protocol
+
+from api.model.tokenizer import Tokenizer, guarded
+
+_REPLACEMENT: Final = "\ufffd"
+_REPLACEMENT_BYTES: Final = _REPLACEMENT.encode()
+
+
+class IncrementalDetokenizer:
+    """The text of one stream of token ids.
+
+    The prompt is context: it decides whether a leading space stays, and completes a character that it
+    left unfinished. None of its own text is emitted.
+
+    Attributes:
+        skipped: Ids that are left out of the text.
+        append: Takes the next token id, returns the text that has become final.
+        extend: The same for several ids.
+        finish: Returns what was held back; nothing may follow.
+    """
+
+    __slots__ = ("append", "extend", "finish", "skipped")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        kept_special_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """Prepares for a stream.
+
+        Args:
+            tokenizer: Whose ids they are.
+            prompt_token_ids: The prompt's last ids.
+            skip_special_tokens: Leave special tokens out of the text.
+            spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
+            kept_special_ids: Special tokens that are not left out, as they mean something to a parser of the text.
+        """
+        decoder: _Decoder
+        kind = tokenizer.decoding.kind
+        skipped: frozenset[int] = tokenizer.all_special_ids - kept_special_ids if skip_special_tokens else frozenset()
+        if kind == "byte_level":
+            decoder = _ByteLevelDecoder(tokenizer, prompt_token_ids, skipped)
+        elif kind == "byte_fallback":
+            decoder = _ByteFallbackDecoder(tokenizer, prompt_token_ids, skipped)
+        else:
+            joins_added = not skip_special_tokens and not spaces_between_special_tokens
+            decoder = _WindowDecoder(tokenizer, prompt_token_ids, skipped, joins_added)
+        self.skipped = skipped
+        # Bound here rather than delegated to: one call per token, not two.
+        self.append: Callable[[int], str] = decoder.append
+        self.extend: Callable[[Iterable[int]], str] = decoder.extend
+        self.finish: Callable[[], str] = decoder.finish
+
+
+class _Decoder(Protocol):
+    def append(self, token_id: int) -> str: ...
+    def extend(self, token_ids: Iterable[int]) -> str: ...
+    def finish(self) -> str: ...
+
+
+# Byte-level vocabularies
+
+
+class _ByteLevelTexts(dict[int, "str | None"]):
+    """Text by token id; None for a token that begins or ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        super().__init__()
+        self._token_bytes = tokenizer.token_bytes
+        self._vocab_size = tokenizer.vocab_size
+        self._skipped = skipped
+
+    def __missing__(self, token_id: int) -> str | None:
+        if token_id in self._skipped or not 0 <= token_id < self._vocab_size:
+            return ""
+        try:
+            text = self._token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            self[token_id] = None
+            return None
+        self[token_id] = text
+        return text
+
+
+@lru_cache(maxsize=16)
+def _byte_level_texts(tokenizer: Tokenizer, skipped: frozenset[int]) -> _ByteLevelTexts:
+    return _ByteLevelTexts(tokenizer, skipped)
+
+
+class _ByteLevelDecoder:
+    """Tokens spell bytes: only a character cut in two is held back."""
+
+    __slots__ = ("_pending", "_prompt_text", "_texts", "_token_bytes")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skipped: frozenset[int]) -> None:
+        self._texts = _byte_level_texts(tokenizer, skipped)
+        self._token_bytes = tokenizer.token_bytes
+        self._pending = self._prompt_tail(prompt_token_ids)
+        # What the backend makes of these bytes, if nothing completes them, belongs to the prompt.
+        self._prompt_text = utf_8_decode(self._pending, "replace", True)[0]
+
+    def append(self, token_id: int) -> str:
+        text = self._texts[token_id]
+        if text is None:
+            return self._decode(self._token_bytes(token_id), False)
+        if self._pending and text:
+            return self._decode(text.encode(), False)
+        return text
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        append = self.append
+        return "".join([append(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        return self._decode(b"", True) if self._pending else ""
+
+    def _decode(self, data: bytes, final: bool) -> str:
+        data = self._pending + data
+        text, used = utf_8_decode(data, "replace", final)
+        self._pending = data[used:]
+        if self._prompt_text and text:
+            prompt_text, self._prompt_text = self._prompt_text, ""
+            if not data.startswith(_REPLACEMENT_BYTES):
+                return text.removeprefix(prompt_text)
+        return text
+
+    def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> bytes:
+        """The bytes of a character that the prompt leaves unfinished: at most three."""
+        tail = b""
+        for token_id in reversed(prompt_token_ids):
+            text = self._texts[token_id]
+            if text is None:
+                tail = self._token_bytes(token_id) + tail
+            if text or len(tail) >= 3:
+                break
+        return tail[utf_8_decode(tail, "replace", False)[1] :]
+
+
+# SentencePiece vocabularies with byte tokens
+
+
+class _Pieces(dict[int, "str | int | None"]):
+    """Text by token id; an int for a token that stands for one byte, None for one that is left out."""
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+
+    def __missing__(self, token_id: int) -> str | int | None:
+        token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return None
+        piece = self._tokenizer.decoding.text_or_byte(token)
+        self[token_id] = piece
+        return piece
+
+
+@lru_cache(maxsize=16)
+def _pieces(tokenizer: Tokenizer, skipped: frozenset[int]) -> _Pieces:
+    return _Pieces(tokenizer, skipped)
+
+
+class _ByteFallbackDecoder:
+    """Tokens are text or bytes. A run of byte tokens is judged as a whole once it is over.
+
+    If the run is not UTF-8, every byte of it becomes U+FFFD, valid characters among them too; that is
+    how the backend decodes, so no part of a run is final before its end.
+    """
+
+    __slots__ = ("_num_prompt_bytes", "_pieces", "_run", "_strip", "_strips_left")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skipped: frozenset[int]) -> None:
+        self._pieces = _pieces(tokenizer, skipped)
+        self._run = bytearray()
+        self._strip, self._strips_left = tokenizer.decoding.strip_left
+        for token_id in reversed(prompt_token_ids):
+            piece = self._pieces[token_id]
+            if piece is None:
+                continue
+            if isinstance(piece, str):
+                if piece:
+                    self._strips_left = 0
+                break
+            self._strips_left = 0
+            self._run.insert(0, piece)
+            if len(self._run) == 3:
+                break
+        # Of the prompt's bytes, only those of an unfinished character matter to what follows.
+        del self._run[: utf_8_decode(self._run, "replace", False)[1]]
+        self._num_prompt_bytes = len(self._run)
+
+    def append(self, token_id: int) -> str:
+        piece = self._pieces[token_id]
+        if type(piece) is str and not self._run and not self._strips_left:
+            return piece
+        return self._append(piece)
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        append = self.append
+        return "".join([append(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        return self._stripped(self._end_run())
+
+    def _append(self, piece: str | int | None) -> str:
+        if piece is None:
+            return ""
+        if isinstance(piece, int):
+            self._run.append(piece)
+            return ""
+        return self._stripped(self._end_run() + piece)
+
+    def _end_run(self) -> str:
+        if not self._run:
+            return ""
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:
+            text = _REPLACEMENT * (len(self._run) - self._num_prompt_bytes)
+        self._run.clear()
+        self._num_prompt_bytes = 0
+        return text
+
+    def _stripped(self, text: str) -> str:
+        while self._strips_left and text:
+            if text[0] != self._strip:
+                self._strips_left = 0
+                break
+            text = text[1:]
+            self._strips_left -= 1
+        return text
+
+
+# Everything else
+
+
+class _WindowDecoder:
+    """Decodes a window of the last ids with the backend and emits by how much its text grew.
+
+    The window starts with ids whose text is out already, for decoders that look at what is before a
+    token: they put spaces between words, or treat the first one differently.
+    """
+
+    __slots__ = (
+        "_added",
+        "_backend",
+        "_context_len",
+        "_context_text",
+        "_ids",
+        "_last_added",
+        "_skipped",
+        "_vocab_size",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        skipped: frozenset[int],
+        joins_added: bool,
+    ) -> None:
+        self._backend = tokenizer.backend
+        self._vocab_size = tokenizer.vocab_size
+        self._skipped = skipped
+        self._added: dict[int, str] = tokenizer.added_tokens if joins_added else {}
+        self._last_added = len(prompt_token_ids) > 0 and prompt_token_ids[-1] in self._added
+        self._ids: list[int] = []
+        self._context_text = ""
+        num_context = 4
+        while not self._context_text and len(self._ids) < len(prompt_token_ids):
+            tail = prompt_token_ids[-num_context:]
+            self._ids = [token_id for token_id in tail if self._is_decoded(token_id)]
+            self._context_text = self._decode(self._ids)
+            if len(tail) == len(prompt_token_ids):
+                break
+            num_context *= 4
+        self._context_len = len(self._ids)
+
+    def append(self, token_id: int) -> str:
+        if not self._is_decoded(token_id):
+            return ""
+        after_added, self._last_added = self._last_added, token_id in self._added
+        if after_added and self._last_added:
+            held = self.finish()
+            self._ids.append(token_id)
+            self._move_context(self._decode(self._ids))
+            return held + self._added[token_id]
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        delta = "" if text.endswith(_REPLACEMENT) else self._growth(text)  # a character may be incomplete
+        if delta:
+            self._move_context(text)
+        return delta
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return "".join([self.append(token_id) for token_id in token_ids])
+
+    def finish(self) -> str:
+        text = self._decode(self._ids)
+        delta = self._growth(text)
+        self._context_len, self._context_text = len(self._ids), text
+        return delta
+
+    def _growth(self, text: str) -> str:
+        """What ``text`` has beyond the context."""
+        context = self._context_text
+        common = len(context)
+        if not text.startswith(context):
+            # The rest of a character may have replaced the end of the context. A decoder that rewrites
+            # more than that cannot be streamed exactly.
+            shared = len(commonprefix((context, text)))
+            if not context[shared:].strip(_REPLACEMENT):
+                common = shared
+        return text[common:]
+
+    def _is_decoded(self, token_id: int) -> bool:
+        return 0 <= token_id < self._vocab_size and token_id not in self._skipped
+
+    def _decode(self, token_ids: list[int]) -> str:
+        # What is to be left out never gets here.
+        return guarded(self._backend.decode, token_ids, skip_special_tokens=False)
+
+    def _move_context(self, text: str) -> None:
+        """All ids are out; keep the fewest that still have text of their own."""
+        for start in range(self._context_len, max(self._context_len - 4, 0), -1):
+            kept = self._decode(self._ids[start:])
+            if kept and not kept.startswith(_REPLACEMENT):
+                del self._ids[:start]
+                text = kept
+                break
+        self._context_len, self._context_text = len(self._ids), text
+
+
+# Stop strings
+
+
+class _StopAutomaton:
+    """The stop strings of a request as one automaton (Aho-Corasick).
+
+    A state is the longest suffix of the text that begins a stop string. ``depth`` is its length, which
+    is how much text must be held back; ``match`` the longest stop string that ends there.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.next: list[dict[str, int]] = [{}]
+        self.fail: list[int] = [0]
+        self.depth: list[int] = [0]
+        self.match: list[str | None] = [None]
+        for stop in stops:
+            self._insert(stop)
+        self._link()
+        self.first_char = re.compile(f"[{''.join(re.escape(char) for char in {stop[0] for stop in stops})}]")
+
+    def _insert(self, stop: str) -> None:
+        state = 0
+        for char in stop:
+            child = self.next[state].get(char)
+            if child is None:
+                child = len(self.next)
+                self.next[state][char] = child
+                self.next.append({})
+                self.fail.append(0)
+                self.depth.append(self.depth[state] + 1)
+                self.match.append(None)
+            state = child
+        self.match[state] = stop
+
+    def _link(self) -> None:
+        queue = deque(self.next[0].values())
+        while queue:
+            state = queue.popleft()
+            for char, child in self.next[state].items():
+                self.fail[child] = self.step(self.fail[state], char)
+                if self.match[child] is None:
+                    self.match[child] = self.match[self.fail[child]]
+                queue.append(child)
+
+    def step(self, state: int, char: str) -> int:
+        while True:
+            child = self.next[state].get(char)
+            if child is not None:
+                return child
+            if state == 0:
+                return 0
+            state = self.fail[state]
+
+
+@lru_cache(maxsize=64)
+def _stop_automaton(stops: tuple[str, ...]) -> _StopAutomaton:
+    return _StopAutomaton(stops)
+
+
+class StopChecker:
+    """Finds the first stop string in a text that arrives in pieces.
+
+    First means the one that ends first, and of several that end together the longest: so the result
+    depends on the text alone, not on how it was cut. Only text that may be the beginning of a stop
+    string is held back. Linear in the length of the text, whatever the stop strings.
+
+    Attributes:
+        matched: The stop string that was found, if any.
+    """
+
+    __slots__ = ("_automaton", "_held", "_include", "_state", "matched")
+
+    def __init__(self, stop: Iterable[str], include_stop_str_in_output: bool = False) -> None:
+        stops = tuple(stop)
+        if "" in stops:
+            raise ValueError("a stop string is empty")
+        self._automaton = _stop_automaton(stops) if stops else None
+        self._include = include_stop_str_in_output
+        self._state = 0
+        self._held = ""
+        self.matched: str | None = None
+
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held
+
+    def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
+        """Take the next piece; return the text that may go out and the stop string that ends it, if any.
+
+        A stop string that ends in a piece that is not ``armed`` is passed over; one that begins there and ends later
+        is found. After a match everything else is dropped.
+        """
+        automaton = self._automaton
+        if automaton is None:
+            return delta, None
+        if self.matched is not None:
+            return "", self.matched
+        state, position = self._state, 0
+        if state == 0:
+            found = automaton.first_char.search(delta)
+            if found is None:
+                return delta, None
+            position = found.start()
+        children, depth, match = automaton.next, automaton.depth, automaton.match
+        end = len(delta)
+        while position < end:
+            child = children[state].get(delta[position])
+            state = automaton.step(state, delta[position]) if child is None else child
+            position += 1
+            if armed and match[state] is not None:
+                return self._match(delta[:position], match[state])
+            if state == 0:
+                found = automaton.first_char.search(delta, position)
+                position = end if found is None else found.start()
+        self._state = state
+        text = self._held + delta
+        cut = len(text) - depth[state]
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def finish(self) -> str:
+        """The text that was held back; nothing may follow."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+    def _match(self, delta: str, stop: str | None) -> tuple[str, str]:
+        assert stop is not None
+        self.matched = stop
+        text = self._held + delta
+        self._held = ""
+        return text if self._include else text[: len(text) - len(stop)], stop
