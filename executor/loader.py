@@ -30,6 +30,7 @@ from executor.models.base import Model
 from executor.models.registry import resolve_model
 from executor.parallel import ParallelState
 from executor.quantization import choose_quantization
+from ops import Communicator, NotConnected, SingleRank
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def load_model(
     attention_backend: str | None,
     progress: Progress,
     memory_bytes: int | None = None,
+    communicator: Communicator | None = None,
 ) -> LoadedModel:
     """Builds a model and loads its weights.
 
@@ -76,6 +78,7 @@ def load_model(
         attention_backend: Name of a backend; None: for each layer the first that supports it.
         progress: Told about the bytes read so far.
         memory_bytes: What the device has in all; a model whose weights need more is refused before they are read.
+        communicator: Where the ranks that share the layers meet. None: nowhere, so with several the model cannot run.
 
     Raises:
         ModelError: The model cannot be loaded; one line that names the file and what is wrong with it.
@@ -90,6 +93,7 @@ def load_model(
         device=device,
         quantization=choose_quantization(config.quantization, hf_config.quantization),
         max_model_len=choose_max_model_len(config, hf_config),
+        communicator=communicator or _unconnected(parallel),
     )
     model = build_model(model_class, context, attention_backend)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -110,6 +114,10 @@ def load_model(
             module.pack()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)
+
+
+def _unconnected(parallel: ParallelState) -> Communicator:
+    return SingleRank() if parallel.tp_size == 1 else NotConnected(parallel.tp_rank, parallel.tp_size)
 
 
 def build_model(model_class: type[Model], context: ModelContext, attention_backend: str | None) -> Model:

@@ -82,6 +82,7 @@ class Worker:
             config.device.attention_backend,
             self._progress,
             device.memory().total_bytes,
+            device.communicator(self.parallel),
         )
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         self.runner = ModelRunner(loaded, device, groups, enforce_eager=config.model.enforce_eager, rank=self.rank)

@@ -1,9 +1,10 @@
 """Tensor functions: one name per op, one implementation per op set.
 
 Activations are ``[rows, width]``; heads lie side by side in the columns. Each op's docstring gives shapes and
-types. Not here: modules, configuration, process groups, request ids.
+types. Ranks meet in a ``Communicator`` that is handed in. Not here: modules, configuration, request ids.
 """
 
+from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import AdapterRows, AttentionMetadata, AttentionShape, KVLayout
 from ops.packed import PackedWeight, Weight
@@ -20,6 +21,7 @@ from ops.reference.basic import (
     scale,
     softcap,
 )
+from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
@@ -28,15 +30,21 @@ __all__ = [
     "AdapterRows",
     "AttentionMetadata",
     "AttentionShape",
+    "Communicator",
     "KVLayout",
+    "NotConnected",
     "OpSet",
     "PackedWeight",
+    "SingleRank",
     "Weight",
     "act_and_mul",
     "activation",
     "add",
+    "all_gather",
+    "all_reduce",
     "embedding",
     "gather_rows",
+    "keep_rows",
     "layer_norm",
     "linear",
     "logits",
@@ -47,6 +55,7 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "scale",
+    "shard_ids",
     "softcap",
     "use",
     "weight_sum",

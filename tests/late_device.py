@@ -26,6 +26,7 @@ from executor.config import DeviceConfig
 from executor.deferred import Array
 from executor.device.base import Memory
 from executor.device.steps import RECENT_TOKENS, Block, BlockPool, DeviceTokens, Pending, RecentTokens
+from executor.parallel import ParallelState
 from ops.dispatch import Op, OpSet
 
 POISON = 0xA5
@@ -248,6 +249,9 @@ class LateDevice:
 
     def default_kv_bytes(self) -> int:
         return 64 << 20
+
+    def communicator(self, parallel: ParallelState) -> ops.SingleRank:
+        return ops.SingleRank()
 
     def steps(self) -> LateSteps:
         self.channel = LateSteps(by_itself=self.by_itself)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the names are known without torch
     import torch
 
     from executor.device.steps import StepChannel
+    from executor.parallel import ParallelState
+    from ops import Communicator
 
 logger = get_logger()
 
@@ -47,6 +49,13 @@ class Device(Protocol):
 
     def steps(self) -> StepChannel:
         """A channel to a model's device; called once for each."""
+
+    def communicator(self, parallel: ParallelState) -> Communicator:
+        """Where the ranks meet that share a model's layers.
+
+        Raises:
+            ModelError: There is no way for so many.
+        """
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor that costs memory only where it is written, if the device can do that."""

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 import ops
+from executor.base import ModelError
 from executor.config import DeviceConfig
 from executor.device.base import Memory
 from executor.device.steps import ImmediateSteps
 from executor.log import get_logger
+from executor.parallel import ParallelState
+from ops import SingleRank
 from ops.cpu.memory import map_zeros
 
 logger = get_logger()
@@ -50,6 +53,12 @@ class CpuDevice:
 
     def steps(self) -> ImmediateSteps:
         return ImmediateSteps()
+
+    def communicator(self, parallel: ParallelState) -> SingleRank:
+        for flag, size in (("tensor", parallel.tp_size), ("pipeline", parallel.pp_size)):
+            if size > 1:
+                raise ModelError(f"--{flag}-parallel-size {size}: CPUs cannot share a model yet; use 1")
+        return SingleRank()
 
     def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.

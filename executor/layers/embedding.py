@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part
@@ -20,7 +21,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, context: ModelContext, *, prefix: str) -> None:
         super().__init__()
         config = context.config
-        self.tp_size = context.parallel.tp_size
+        self.communicator = context.communicator
         self.shape = TableShape(
             vocab=Part.shard(config.vocab_size, context.parallel, f"{prefix}: vocabulary"),
             hidden=Part.whole(config.hidden_size),
@@ -36,13 +37,17 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, batch: InputBatch) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
-        assert self.tp_size == 1, "ids of other ranks must be masked, and the ranks' results added up, here"
-        return self.method.embed(self.weights, ids, batch)
+        if self.communicator.size == 1:
+            return self.method.embed(self.weights, ids, batch)
+        (rows,) = self.shape.vocab.ranges
+        local_ids, is_here = ops.shard_ids(ids, rows.start, rows.size)
+        found = ops.keep_rows(self.method.embed(self.weights, local_ids, batch), is_here)
+        return ops.all_reduce(found, self.communicator)
 
     def logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
-        assert self.tp_size == 1, "the ranks' logits must be gathered here"
-        return self.method.logits(self.weights, hidden, batch)
+        widths = (self.shape.vocab.size,) * self.communicator.size
+        return ops.all_gather(self.method.logits(self.weights, hidden, batch), self.communicator, widths)
 
 
 class LMHead(VocabParallelEmbedding):

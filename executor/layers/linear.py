@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, ShardId, stored_module
+from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single, stored_module
 from executor.quantization.base import LinearShape
 
 
@@ -154,6 +155,19 @@ def merged_parts(names: Sequence[str] | None, rows: Sequence[Part]) -> dict[Shar
     return dict(zip(names, rows, strict=True))
 
 
+class SharedBias(Weights):
+    """A bias [out_features] that is added after the ranks' results are: every rank holds it."""
+
+    bias: nn.Parameter
+
+    def __init__(self, context: ModelContext, out_features: int) -> None:
+        super().__init__()
+        self.bias = WeightParameter.empty(single(Part.whole(out_features)), dtype=context.dtype, device=context.device)
+
+    def pack(self) -> None:
+        pass
+
+
 class RowParallelLinear(LinearLayer):
     """Each rank sees some of the inputs; the results add up."""
 
@@ -161,9 +175,11 @@ class RowParallelLinear(LinearLayer):
         self, context: ModelContext, in_features: int, out_features: int, *, bias: bool = False, prefix: str
     ) -> None:
         columns = Part.shard(in_features, context.parallel, prefix)
-        super().__init__(context, columns, {None: Part.whole(out_features)}, bias=bias, prefix=prefix)
-        self.tp_size = context.parallel.tp_size
+        self.communicator = context.communicator
+        is_alone = self.communicator.size == 1
+        super().__init__(context, columns, {None: Part.whole(out_features)}, bias=bias and is_alone, prefix=prefix)
+        self.shared_bias = SharedBias(context, out_features) if bias and not is_alone else None
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        assert self.tp_size == 1, "the ranks' results must be added up here"
-        return super().forward(x, batch)
+        result = ops.all_reduce(super().forward(x, batch), self.communicator)
+        return result if self.shared_bias is None else ops.add(result, self.shared_bias.bias)

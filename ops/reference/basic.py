@@ -52,7 +52,7 @@ def logits(x: Tensor, weight: Weight) -> Tensor:
 
 @op(like_first)
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y``, both [rows, width] of one type."""
+    """``x + y``, both [rows, width] of one type; or ``y`` is [width], for all rows."""
     return torch.add(x, y)
 
 

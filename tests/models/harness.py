@@ -35,12 +35,19 @@ from tests import tiny
 CPU = torch.device("cpu")
 
 
-def load(path: Path, *, parallel: ParallelState | None = None, **fields: Any) -> LoadedModel:
+def load(
+    path: Path,
+    *,
+    parallel: ParallelState | None = None,
+    communicator: ops.Communicator | None = None,
+    **fields: Any,
+) -> LoadedModel:
     """Loads a folder or a GGUF file; float32 unless ``dtype`` says otherwise."""
     if path.suffix == ".gguf" and "gguf" not in fields:
         fields["gguf"] = read_gguf(path).header()
     config = ModelConfig(**{"model": str(path), "dtype": "float32", **fields})
-    return load_model(config, parallel or ParallelState(), CPU, None, lambda stage, done, total: None)
+    place = parallel or ParallelState()
+    return load_model(config, place, CPU, None, lambda *_: None, communicator=communicator)
 
 
 RANDOM_MODEL: dict[str, Any] = {

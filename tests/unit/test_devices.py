@@ -12,6 +12,7 @@ from executor.config import DeviceConfig
 from executor.device import base
 from executor.device.base import create_device, device_problem, known_devices
 from executor.device.cpu import CpuDevice
+from executor.parallel import ParallelState
 from tests.ops.cpu import using
 
 
@@ -64,6 +65,14 @@ def test_a_device_that_nobody_knows_is_named(other: type[OtherDevice]) -> None:
         create_device("tpu")
     with pytest.raises(ModelError, match="^--device: 'broken' cannot be loaded: No module named 'no_such_package'$"):
         create_device("broken")
+
+
+def test_ranks_of_a_device_that_cannot_meet_are_refused() -> None:
+    assert CpuDevice().communicator(ParallelState(rank=1)).size == 1
+    with pytest.raises(ModelError, match="^--tensor-parallel-size 2: CPUs cannot share a model yet; use 1$"):
+        CpuDevice().communicator(ParallelState(tp_size=2))
+    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPUs cannot share a model yet; use 1$"):
+        CpuDevice().communicator(ParallelState(pp_size=3))
 
 
 def test_a_device_chooses_its_op_set(other: type[OtherDevice]) -> None:

@@ -1,0 +1,38 @@
+"""A model that two ranks share: each has a part of every weight, and they meet where results must be whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from executor.parallel import ParallelState
+from ops.reference.collective import ThreadRank
+from tests import tiny
+from tests.models.harness import Chunk, Runner, assert_close, load, random_tokens
+from tests.ops.test_collective import on_ranks
+
+STEPS = [
+    [Chunk(0, random_tokens(40)), Chunk(1, random_tokens(3, 2))],
+    [Chunk(1, random_tokens(1, 3)), Chunk(0, random_tokens(1, 4))],
+]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{}, {"tied": True}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "tied", "biases"]
+)
+def test_two_ranks_have_the_logits_of_one(fields: dict[str, Any], captured: bool) -> None:
+    folder = tiny.checkpoint("llama", **fields)
+
+    def run(rank: ThreadRank) -> list[torch.Tensor]:
+        loaded = load(folder, parallel=ParallelState(rank.rank, rank.size), communicator=rank)
+        runner = Runner(loaded, captured=captured)
+        return [runner.step(step) for step in STEPS]
+
+    whole = Runner(load(folder), captured=captured)
+    first, second = on_ranks(2, run)
+    for step, ours, theirs in zip(STEPS, first, second, strict=True):
+        assert torch.equal(ours, theirs)
+        assert_close(ours, whole.step(step))
