@@ -580,7 +580,7 @@ def test_demo_model_as_transformers_reads_it(demo_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, api.tokenizer, api.detokenizer, api.chat_template, api.gguf_file\n"
+        "import sys, api.model.tokenizer, api.text.detokenizer, api.model.chat_template, api.model.gguf_file\n"
         "print([name for name in ('torch', 'transformers', 'gguf') if name in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
