@@ -260,7 +260,7 @@ class EngineReady(Message, frozen=True):
     vocab_size: int
     """Width of the logits."""
     num_kv_blocks: int
-    """Of the prefix cache and running requests together."""
+    """Of the prefix cache and running requests together, in the largest KV cache group; 0: there is no cache."""
     block_size: int
     """Tokens in a block."""
     kv_cache_bytes: int
@@ -291,7 +291,7 @@ class SchedulerStats(Message, frozen=True):
     num_deferred_reqs: int = 0
     """Of these, requests that wait for something of their own, not for room: their grammar is being compiled."""
     kv_cache_usage: float = 0.0
-    """Share of blocks in use, 0 to 1; blocks that are only cached count as free."""
+    """Share of blocks in use in the fullest KV cache group, 0 to 1; blocks that are only cached count as free."""
     prefix_cache_queries: int = 0
     """Tokens looked up since start."""
     prefix_cache_hits: int = 0

@@ -257,5 +257,6 @@ class LateDevice:
         self.channel = LateSteps(by_itself=self.by_itself)
         return self.channel
 
-    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        assert memory is None
         return on_device(torch.zeros(shape, dtype=dtype))

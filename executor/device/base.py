@@ -57,8 +57,20 @@ class Device(Protocol):
             ModelError: There is no way for so many.
         """
 
-    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A zeroed tensor that costs memory only where it is written, if the device can do that."""
+    def allocate_kv(
+        self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A tensor for a KV cache.
+
+        Args:
+            shape: Of the tensor.
+            dtype: Of its numbers.
+            memory: uint8 [>= bytes of the tensor] on the device: where the tensor lies, with what is there. None: it
+                is allocated, zero, and costs memory only where it is written, if the device can do that.
+
+        Raises:
+            ValueError: ``memory`` is too small.
+        """
 
 
 REGISTRY = {"cpu": "executor.device.cpu:CpuDevice"}

@@ -60,9 +60,16 @@ class CpuDevice:
                 raise ModelError(f"--{flag}-parallel-size {size}: CPUs cannot share a model yet; use 1")
         return SingleRank()
 
-    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
-        return map_zeros(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
+    def allocate_kv(
+        self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if memory is None:
+            # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
+            memory = map_zeros(num_bytes)
+        elif len(memory) < num_bytes:
+            raise ValueError(f"a KV cache of {num_bytes} bytes does not fit memory of {len(memory)}")
+        return memory[:num_bytes].view(dtype).view(shape)
 
 
 def about_torch(version: str, cuda: str | None) -> str | None:

@@ -74,6 +74,8 @@ class FakeExecutor:
         self.hung_up = False
         """``submit`` finds nobody."""
         self.dies_of: Callable[[SchedulerOutput], bool] = lambda plan: False
+        self.groups = GROUPS
+        """What the model needs of the KV cache."""
         self.told: list[list[int]] = []
         """Tokens of the requests that came into slots."""
 
@@ -82,10 +84,9 @@ class FakeExecutor:
         self.lives += 1
         self.is_up = True
         self.hung_up = False
-        self.device = FakeDevice((GroupShape(NUM_BLOCKS, BLOCK_SIZE),), VOCAB, STOP)
         if self.loads_by_itself:
             for rank in range(self.num_ranks):
-                self.inbox.append([LoadProgress(rank, "weights", 1, 1), worker_ready(rank=rank)])
+                self.inbox.append([LoadProgress(rank, "weights", 1, 1), worker_ready(rank=rank, groups=self.groups)])
 
     def submit(self, message: ToWorker) -> None:
         assert self.is_up
@@ -93,8 +94,12 @@ class FakeExecutor:
             raise WorkerDiedError("worker 0 hung up")
         if isinstance(message, SchedulerOutput):
             self.plans.append(message)
-        elif isinstance(message, InitKVCache) and self.loads_by_itself:
-            self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
+        elif isinstance(message, InitKVCache):
+            shapes = zip(message.num_blocks, self.groups, strict=True)
+            groups = [GroupShape(count, group.block_size, group.sliding_window) for count, group in shapes]
+            self.device = FakeDevice(groups, VOCAB, STOP)
+            if self.loads_by_itself:
+                self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
 
     @property
     def has_news(self) -> bool:
@@ -162,15 +167,19 @@ def take_over(params: ResolvedParams) -> None:
         assert all(token >= 0 for token in ids)
 
 
-def worker_ready(num_blocks: int = NUM_BLOCKS, rank: int = 0) -> WorkerReady:
-    group = KVCacheGroupSpec(kind="full", block_size=BLOCK_SIZE, bytes_per_block=1, layers=(0,))
+GROUPS = (KVCacheGroupSpec(kind="full", block_size=BLOCK_SIZE, bytes_per_block=1, layers=(0,)),)
+
+
+def worker_ready(
+    num_blocks: int = NUM_BLOCKS, rank: int = 0, groups: tuple[KVCacheGroupSpec, ...] = GROUPS
+) -> WorkerReady:
     return WorkerReady(
         rank=rank,
         free_bytes=num_blocks,
         total_bytes=num_blocks,
         weight_bytes=0,
         default_kv_bytes=num_blocks,
-        kv_cache_groups=(group,),
+        kv_cache_groups=groups,
         max_model_len=MAX_LEN,
         vocab_size=VOCAB,
         hidden_size=HIDDEN_SIZE,
@@ -182,6 +191,7 @@ class Harness:
 
     def __init__(self, **options: Any) -> None:
         executor = FakeExecutor(options.pop("num_ranks", 1))
+        executor.groups = options.pop("groups", GROUPS)
         config = EngineConfig(
             scheduler=SchedulerConfig(
                 max_num_seqs=options.pop("max_num_seqs", 4),

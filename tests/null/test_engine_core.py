@@ -42,9 +42,12 @@ from engine_core.messages import (
 )
 from executor.base import EXIT_MODEL
 from executor.messages import (
+    KVCacheGroupSpec,
     KVCacheReady,
 )
 from tests.null.core_harness import (
+    BLOCK_SIZE,
+    GROUPS,
     HIDDEN_SIZE,
     MAX_LEN,
     NUM_BLOCKS,
@@ -183,6 +186,31 @@ def test_a_cache_that_does_not_fit_is_fatal(options: dict[str, Any], message: st
     harness.run()
     (dead,) = harness.messages(EngineDead)
     assert message in dead.message and dead.exit_code == harness.core.exit_code == EXIT_MODEL
+
+
+def test_a_model_without_a_cache_is_served() -> None:
+    harness = Harness(groups=(), max_num_seqs=2)
+    for index, prompt in enumerate(prompts(5)):
+        harness.add(index, prompt, params=None, pooling_params=PoolingParams(pooling_type="MEAN"))
+    harness.run_to_the_end()
+    (ready,) = harness.messages(EngineReady)
+    assert (ready.num_kv_blocks, ready.kv_cache_bytes, ready.max_model_len) == (0, 0, MAX_LEN)
+    assert harness.reasons == dict.fromkeys(range(5), FinishReason.STOP)
+    assert harness.core._status()["integrity"] == ""
+
+
+def test_groups_with_and_without_a_window_are_served() -> None:
+    window = KVCacheGroupSpec(
+        kind="sliding_window", block_size=BLOCK_SIZE, bytes_per_block=2, layers=(1,), sliding_window=6
+    )
+    harness = Harness(groups=(*GROUPS, window), max_num_seqs=2)
+    for index, prompt in enumerate(prompts(5)):
+        harness.add(index, prompt, 30)
+    harness.run_to_the_end()
+    (ready,) = harness.messages(EngineReady)
+    # Six blocks are what a request sees and a step, wherever that begins; two run.
+    assert (ready.num_kv_blocks, ready.block_size, ready.kv_cache_bytes) == (40, BLOCK_SIZE, 40 + 2 * 12)
+    assert harness.outputs == {index: expected(prompt, 30) for index, prompt in enumerate(prompts(5))}
 
 
 def test_no_room_for_a_cache_is_fatal() -> None:

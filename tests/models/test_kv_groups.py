@@ -1,0 +1,324 @@
+"""KV cache groups with real models: freeing blocks behind windows changes no token and no bit."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine_core.cache_shape import CacheShape, GroupShape
+from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams, to_array
+from engine_core.request import Request
+from engine_core.scheduler import Scheduler
+from executor.config import ModelConfig
+from executor.device.cpu import CpuDevice
+from executor.layers.attention import form_groups
+from executor.layers.context import ModelContext
+from executor.layers.mlp import GatedMLP
+from executor.loader import load_model
+from executor.messages import InitKVCache
+from executor.model_runner import ModelRunner
+from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.parallel import ParallelState
+from tests import tiny
+from tests.models.harness import CPU, random_model, random_tokens
+
+BLOCK_SIZE = 32
+WINDOW = 40
+MAX_LEN = 512
+MAX_SEQS = 4
+STEP = 64
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    },
+}
+BACKENDS = ["cpu", "reference"]
+
+
+@functools.cache
+def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
+    config = ModelConfig(model=str(tiny.checkpoint(kind, **MODELS[kind])), dtype=dtype)  # type: ignore[arg-type]
+    loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
+    groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
+    return ModelRunner(loaded, CpuDevice(), groups, enforce_eager=False)
+
+
+@dataclass
+class Answer:
+    """What a request gives, to the bit."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
+
+
+class Engine:
+    """A scheduler and a model, with some steps in flight."""
+
+    def __init__(
+        self,
+        kind: str,
+        backend: str = "cpu",
+        dtype: str = "float32",
+        *,
+        frees: bool = True,
+        num_tokens: int = 4096,
+        depth: int = 2,
+        caching: bool = True,
+    ) -> None:
+        """Creates an engine.
+
+        Args:
+            kind: A model of ``MODELS``.
+            backend: Of its attention.
+            dtype: Of its weights and its cache.
+            frees: Whether blocks behind windows are freed; else the scheduler does not know of windows.
+            num_tokens: Room in each group.
+            depth: Steps in flight.
+            caching: Whether prefixes are looked for.
+        """
+        self.runner = runner(kind, backend, dtype)
+        groups = [
+            GroupShape(num_tokens // BLOCK_SIZE, BLOCK_SIZE, group.shape.sliding_window if frees else None)
+            for group in self.runner.groups
+        ]
+        num_blocks = tuple(group.num_blocks for group in groups)
+        self.runner.initialize(InitKVCache(num_blocks, MAX_SEQS, STEP, MAX_LEN))
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP, max_in_flight_steps=depth),
+            CacheConfig(enable_prefix_caching=caching),
+            CacheShape(tuple(groups)),
+            MAX_LEN,
+        )
+        self.in_flight: deque[Any] = deque()
+        self.answers: dict[int, Answer] = {}
+        self.most_bytes = 0
+
+    def add(self, index: int, prompt: list[int], max_tokens: int) -> None:
+        params = ResolvedParams(temperature=0.8, seed=index, max_tokens=max_tokens, logprobs=3)
+        message = EngineCoreRequest(
+            request_id=str(index),
+            index=index,
+            prompt_token_ids=np.array(prompt, np.int32).tobytes(),
+            sampling_params=params,
+        )
+        self.answers[index] = Answer()
+        self.scheduler.add_request(Request(message))
+
+    @property
+    def bytes_in_use(self) -> int:
+        pools = [manager.pool for manager in self.scheduler.kv.managers]
+        specs = [group.spec for group in self.runner.groups]
+        used = zip(pools, specs, strict=True)
+        return sum((pool.num_blocks - pool.num_free) * spec.bytes_per_block for pool, spec in used)
+
+    def turn(self, *, poison: bool = False) -> bool:
+        """One turn of the engine core's loop. False: nothing is left to do.
+
+        Args:
+            poison: Fill blocks that nobody uses with what is not a number, before each plan is executed.
+        """
+        if len(self.in_flight) < self.scheduler.config.max_in_flight_steps:
+            planned = self.scheduler.schedule()
+            if planned is not None:
+                self.in_flight.append(planned)
+                self.most_bytes = max(self.most_bytes, self.bytes_in_use)
+                return True
+        if not self.in_flight:
+            return False
+        if poison:
+            self.poison()
+        plan, step = self.in_flight.popleft()
+        with torch.inference_mode():
+            result = self.runner.execute(plan)
+        for output in self.scheduler.update_from_output(step, result).outputs:
+            assert output.error is None
+            answer = self.answers[output.index]
+            answer.tokens += output.new_token_ids
+            answer.logprobs += [entry.logprobs + entry.token_ids for entry in output.new_logprobs]
+            answer.num_cached = output.num_cached_tokens or answer.num_cached
+        self.scheduler.check_integrity()
+        return True
+
+    def poison(self) -> None:
+        layers = self.runner.model.attention_layers()
+        for group, manager in zip(self.runner.groups, self.scheduler.kv.managers, strict=True):
+            for index in group.layers:
+                for cache in layers[index].kv_cache:
+                    cache[list(manager.pool._free)] = float("nan")
+
+    def run(self, *, poison: bool = False) -> dict[int, Answer]:
+        while self.turn(poison=poison):
+            pass
+        assert self.scheduler.kv.num_free == self.scheduler.kv.num_blocks
+        return self.answers
+
+
+COMMON = random_tokens(230, seed=9)
+PROMPTS = [COMMON[:100] + random_tokens(10, 1), random_tokens(150, 2), COMMON + random_tokens(9, 3), COMMON[:97]]
+"""Sequences of several windows; some begin alike."""
+PROMPTS += [random_tokens(9 + seed, seed) for seed in range(4, 8)]
+"""They all fit the smallest cache at first."""
+
+
+def add_all(engine: Engine) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        engine.add(index, prompt, 90)
+
+
+def without_freeing(kind: str, backend: str = "cpu", **options: Any) -> dict[int, Answer]:
+    engine = Engine(kind, backend, frees=False, **options)
+    add_all(engine)
+    return engine.run()
+
+
+def same(answers: dict[int, Answer], expected: dict[int, Answer]) -> bool:
+    return all(
+        answers[index].tokens == answer.tokens and answers[index].logprobs == answer.logprobs
+        for index, answer in expected.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_freed_blocks_change_no_bit(kind: str, dtype: str) -> None:
+    expected = without_freeing(kind, dtype=dtype)
+    assert all(len(answer.tokens) == len(answer.logprobs) == 90 for answer in expected.values())
+    engine = Engine(kind, dtype=dtype)
+    add_all(engine)
+    assert same(engine.run(), expected)
+    assert engine.answers[3].num_cached == 96, "all but the last block's tokens"
+    crowded = Engine(kind, dtype=dtype, num_tokens=576 if kind == "qwen2" else 288)
+    add_all(crowded)
+    assert same(crowded.run(), expected)
+    assert crowded.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_nothing_reads_blocks_that_nobody_uses(kind: str, backend: str) -> None:
+    # The reference's bits depend on how a prompt is cut: the same steps in either run.
+    expected = without_freeing(kind, backend, depth=1, caching=False)
+    engine = Engine(kind, backend, depth=1, caching=False)
+    add_all(engine)
+    assert same(engine.run(poison=True), expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_prefixes_are_found_with_windows(kind: str) -> None:
+    """A second turn goes on where the first one ended, and somebody else where both began."""
+    expected = without_freeing(kind)
+    engine = Engine(kind)
+    engine.add(2, PROMPTS[2], 90)
+    engine.run()
+    longer = PROMPTS[2] + expected[2].tokens[:70]
+    engine.add(4, [*longer, 5, 6], 20)
+    engine.run()
+    assert engine.answers[4].num_cached == len(longer) // BLOCK_SIZE * BLOCK_SIZE
+    fresh = Engine(kind, frees=False)
+    fresh.add(4, [*longer, 5, 6], 20)
+    assert same(fresh.run(), {4: engine.answers[4]})
+    engine.add(0, PROMPTS[0], 90)
+    engine.run()
+    assert engine.answers[0].num_cached == 96
+    assert same({0: engine.answers[0]}, {0: expected[0]})
+
+
+def test_a_model_of_windows_runs_in_a_fraction_of_the_bytes() -> None:
+    engine, whole = Engine("mistral"), Engine("mistral", frees=False)
+    for each in (engine, whole):
+        each.add(0, random_tokens(400, seed=5), 100)
+        each.run()
+    assert same(engine.answers, whole.answers)
+    (group,) = engine.runner.groups
+    assert whole.most_bytes == 16 * group.spec.bytes_per_block
+    assert engine.most_bytes == 4 * group.spec.bytes_per_block, "the window and a step, wherever they begin"
+
+
+def test_two_groups_free_what_is_out_of_the_window_only() -> None:
+    engine = Engine("qwen2")
+    engine.add(0, random_tokens(400, seed=5), 100)
+    engine.run()
+    full, window = (group.spec.bytes_per_block for group in engine.runner.groups)
+    assert [group.layers for group in engine.runner.groups] == [(0, 2), (1, 3)]
+    assert engine.most_bytes == 16 * full + 3 * window
+
+
+# -- memory that is handed over, and models without a cache -------------------------------------------------------
+
+
+class OwnMemory(CpuDevice):
+    """Puts all caches into memory that is there already, with whatever it holds."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory_left = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)  # not a number, in any type
+
+    def allocate_kv(
+        self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        cache = super().allocate_kv(shape, dtype, self.memory_left)
+        self.memory_left = self.memory_left[cache.nbytes :]
+        return cache
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_caches_lie_in_memory_that_is_handed_over(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Engine(kind)
+    add_all(expected)
+    expected.run()
+    whole = sum(4096 // BLOCK_SIZE * group.spec.bytes_per_block for group in expected.runner.groups)
+    device = OwnMemory(whole)
+    monkeypatch.setattr(expected.runner, "device", device)
+    engine = Engine(kind)
+    assert engine.runner.device is device and not len(device.memory_left)
+    add_all(engine)
+    assert same(engine.run(), expected.answers)
+    with pytest.raises(ValueError, match="does not fit memory of 0"):
+        device.allocate_kv((1,), torch.float32)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_model_without_attention_has_no_groups(enforce_eager: bool) -> None:
+    """Blocks that mix nothing stand where attention stood."""
+
+    def make_model(context: ModelContext) -> CausalDecoder:
+        return CausalDecoder(context, DecoderParts(lambda index, prefix: GatedMLP(context, prefix=prefix)))
+
+    loaded, _ = random_model(make_model)
+    groups = form_groups(loaded.model.attention_layers(), None)
+    assert groups == ()
+    machine = ModelRunner(loaded, CpuDevice(), groups, enforce_eager=enforce_eager)
+    machine.initialize(InitKVCache((), MAX_SEQS, STEP, MAX_LEN))
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP), CacheConfig(), CacheShape(()), MAX_LEN
+    )
+    inputs = [random_tokens(100, 1), random_tokens(30, 2)]
+    for index, prompt in enumerate(inputs):
+        column = np.array(prompt, np.int32).tobytes()
+        pooling = PoolingParams(pooling_type="ALL", normalize=False)
+        scheduler.add_request(Request(EngineCoreRequest(str(index), index, column, pooling_params=pooling)))
+    vectors = {}
+    while (planned := scheduler.schedule()) is not None:
+        plan, step = planned
+        with torch.inference_mode():
+            outputs = scheduler.update_from_output(step, machine.execute(plan))
+        vectors |= {
+            output.index: to_array(output.pooling_output) for output in outputs.outputs if output.pooling_output
+        }
+    by_token: dict[int, bytes] = {}
+    for index, prompt in enumerate(inputs):
+        for token, vector in zip(prompt, vectors[index], strict=True):
+            assert by_token.setdefault(token, vector.tobytes()) == vector.tobytes()
+    assert len(set(by_token.values())) == len(by_token) > 90
