@@ -345,6 +345,8 @@ class RowError(Message, frozen=True):
     """For the client."""
     is_request_fault: bool = False
     """What the request asks for is to blame, not the model."""
+    position: int = 0
+    """Which of the row's tokens of this step it stands for."""
 
 
 class ModelRunnerOutput(Message, frozen=True):

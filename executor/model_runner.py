@@ -19,7 +19,7 @@ import torch
 
 import ops
 from executor.attention.base import AttentionGroup
-from executor.config import StepSize
+from executor.config import SpeculativeConfig, StepSize
 from executor.deferred import Array, Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
@@ -40,6 +40,7 @@ from executor.messages import (
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
+from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
 from ops import AttentionMetadata
 
 PROMPT_LOGITS_CHUNK = 128
@@ -57,6 +58,8 @@ class StartedStep:
     """The rows of ``logits``."""
     epochs: I64
     """int64 [samples]: epochs of their slots."""
+    drafts: I64 | None
+    """int64 [samples]: drafts in the places of the tokens, -1 where there is none; None: nowhere."""
     logits: torch.Tensor
     """float32 [samples, vocab_size]."""
     prompt_logprobs: Deferred[Sequence[TokenLogprobs]]
@@ -68,10 +71,17 @@ class PendingOutput:
     """The answer to a step, as far as the device has come. Outputs are collected in the order of the steps."""
 
     def __init__(
-        self, step: StartedStep, states: RequestStates, results: Together, pending: Pending, rank: int
+        self,
+        step: StartedStep,
+        states: RequestStates,
+        speculation: Speculation,
+        results: Together,
+        pending: Pending,
+        rank: int,
     ) -> None:
         self._step = step
         self._states = states
+        self._speculation = speculation
         self._results = results
         self._pending = pending
         self._rank = rank
@@ -86,12 +96,16 @@ class PendingOutput:
         sampled: SamplerOutput
         pooled: PoolerOutput
         sampled, prompt_logprobs, pooled = self._results.make(self._pending.collect())
-        step = self._step
-        self._states.fill(step.rows.slots, step.epochs, step.rows.positions, sampled.token_ids)
+        step, states = self._step, self._states
+        sampled, num_accepted = settle(states, step.rows, step.epochs, step.drafts, sampled)
+        drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
             rank=self._rank,
             sampled_token_ids=sampled.token_ids.astype(np.int32).tobytes(),
+            num_accepted=num_accepted,
+            num_draft_tokens=b"" if drafts is None else drafts.counts.astype(np.uint8).tobytes(),
+            draft_token_ids=b"" if drafts is None else drafts.token_ids.tobytes(),
             row_errors=(*sampled.row_errors, *pooled.row_errors),
             logprobs=tuple(sampled.logprobs),
             prompt_logprobs=tuple(prompt_logprobs),
@@ -110,6 +124,7 @@ class ModelRunner:
         groups: tuple[AttentionGroup, ...],
         *,
         enforce_eager: bool,
+        speculative: SpeculativeConfig | None = None,
         rank: int = 0,
     ) -> None:
         self.rank = rank
@@ -123,6 +138,8 @@ class ModelRunner:
         self.recent = self.channel.recent_tokens(0)
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
+        self.speculative = speculative
+        self.speculation = Speculation(None, 0)
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
@@ -132,8 +149,10 @@ class ModelRunner:
         self.recent = self.channel.recent_tokens(init.max_num_seqs)
         self.sampler = Sampler(init.max_num_seqs, self.device.torch_device.type, channel=self.channel)
         self.pooler = Pooler(init.max_num_seqs)
+        self.speculation = Speculation(self.speculative, init.max_num_seqs)
         if not self.enforce_eager:
-            self.program = self.capture(init.max_num_batched_tokens, init.max_num_seqs)
+            max_samples = init.max_num_seqs * (1 + self.speculation.max_drafts)
+            self.program = self.capture(init.max_num_batched_tokens, min(max_samples, init.max_num_batched_tokens))
 
     def step_memory(self, size: StepSize, vocab_size: int) -> tuple[int, int]:
         """What is needed beside weights and KV cache, before there is one.
@@ -180,9 +199,11 @@ class ModelRunner:
             if request.params is not None:
                 self.sampler.add(request.slot, request.params)
             self.pooler.add(request.slot, request.pooling_params)
-        slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
+            self.speculation.add(request)
+        slots, counts, num_sampled, has_drafts = step_rows(plan, states)
         rows = np.arange(len(slots), dtype=np.int32).repeat(num_sampled)
         sampled = SampleRows(slots[rows], _ranges(states.num_tokens[slots], num_sampled), rows)
+        drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.prepare(slots, counts, num_sampled)
         hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
@@ -192,6 +213,7 @@ class ModelRunner:
             plan=plan,
             rows=sampled,
             epochs=states.epochs[sampled.slots],
+            drafts=drafts,
             logits=logits,
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
@@ -216,7 +238,7 @@ class ModelRunner:
         results = Together((sampled.output, step.prompt_logprobs, step.pooled))
         pending = self.channel.download(results.tensors)
         step.launch_ms += (time.perf_counter() - begin) * 1e3
-        return PendingOutput(step, self.states, results, pending, self.rank)
+        return PendingOutput(step, self.states, self.speculation, results, pending, self.rank)
 
     def prepare(self, slots: I32, counts: I32, num_sampled: npt.NDArray[np.uint8]) -> InputBatch:
         """The inputs of the forward pass for a plan's rows."""
@@ -234,7 +256,7 @@ class ModelRunner:
             "logits_rows": _ranges(ends - num_sampled, num_sampled),
             "query_start_loc": query_start_loc,
             "seq_lens": (computed + counts).astype(np.int32),
-            **self.recent.columns(token_slots, positions, states.num_known),
+            **self.recent.columns(token_slots, positions, states.num_known + states.num_drafts),
         }
         adapters = states.adapters[slots]
         if adapters.any():
@@ -309,8 +331,12 @@ def _ranges(firsts: Array, counts: Array) -> I64:
 
 def _token_mask(step: StartedStep, mask: GrammarMask) -> TokenMask:
     """A step's mask by rows of its logits."""
-    constrained = i32(step.plan.grammar_slots)
-    slots = step.rows.slots
-    places = np.full(int(max(slots.max(), constrained.max())) + 1, -1, np.int32)
-    places[constrained] = np.arange(len(constrained), dtype=np.int32)
-    return TokenMask(bitmask=i32(mask.bitmask).reshape(len(constrained), -1), rows=places[slots])
+    constrained, rows = i32(step.plan.grammar_slots), step.rows
+    counts = u8(mask.num_positions) if mask.num_positions else np.ones(len(constrained), np.uint8)
+    size = int(max(rows.slots.max(), constrained.max())) + 1
+    firsts, num_masks = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    num_masks[constrained] = counts
+    firsts[constrained] = np.cumsum(counts, dtype=np.int32) - counts
+    offsets: I32 | int = 0 if rows.offsets is None else rows.offsets.astype(np.int32)
+    places = np.where(offsets < num_masks[rows.slots], firsts[rows.slots] + offsets, np.int32(-1))
+    return TokenMask(bitmask=i32(mask.bitmask).reshape(int(counts.sum()), -1), rows=places.astype(np.int32))

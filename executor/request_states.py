@@ -23,6 +23,8 @@ class RequestStates:
         """Tokens of prompt and output, those of the steps that have begun included."""
         self.num_known = np.zeros(max_num_seqs, np.int64)
         """Tokens in the table: the others are still on the device."""
+        self.num_drafts = np.zeros(max_num_seqs, np.int64)
+        """Drafts of the next tokens, which stand in the table behind those that are known."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         """Tokens whose K and V are in the cache."""
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
@@ -60,6 +62,7 @@ class RequestStates:
         tokens = i32(request.token_ids)
         self.token_ids[slot, : len(tokens)] = tokens
         self.num_tokens[slot] = self.num_known[slot] = len(tokens)
+        self.num_drafts[slot] = 0
         self.epochs[slot] += 1
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
@@ -82,7 +85,7 @@ class RequestStates:
         Args:
             slots: int32 [rows], each at most once.
             num_scheduled: int32 [rows]: tokens whose K and V it computes.
-            num_sampled: uint8 [rows]: tokens that it samples.
+            num_sampled: uint8 [rows]: tokens that it samples, all of them if all drafts hold.
         """
         self.num_computed[slots] += num_scheduled
         self.num_tokens[slots] += num_sampled
@@ -101,3 +104,29 @@ class RequestStates:
             slots, positions, tokens = slots[is_current], positions[is_current], tokens[is_current]
         self.token_ids[slots, positions] = tokens
         self.num_known[slots] = positions + 1
+
+    def retract(self, slots: I32, epochs: I64, counts: I64) -> None:
+        """Takes back what ``advance`` counted for drafts that did not hold.
+
+        Args:
+            slots: int32 [n], each at most once.
+            epochs: int64 [n]: the slots' epochs when the step began.
+            counts: int64 [n]: drafts that did not hold.
+        """
+        is_current = self.epochs[slots] == epochs
+        slots, counts = slots[is_current], counts[is_current]
+        self.num_computed[slots] -= counts
+        self.num_tokens[slots] -= counts
+
+    def set_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
+        """Replaces the drafts of slots all of whose tokens are known.
+
+        Args:
+            slots: int32 [n], each at most once.
+            counts: int64 [n]: drafts of each.
+            token_ids: int32 [sum of counts]: one slot after another.
+        """
+        rows = np.repeat(np.arange(len(slots)), counts)
+        places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        self.token_ids[slots[rows], self.num_known[slots[rows]] + places] = token_ids
+        self.num_drafts[slots] = counts

@@ -72,6 +72,8 @@ class DeviceModel:
             self._seeds[request.slot] = request.params.seed if request.params else 0
         slots = i32(plan.slots)
         counts = i32(plan.num_scheduled_tokens)
+        if plan.num_draft_tokens:
+            counts = counts - u8(plan.num_draft_tokens)  # it has none
         self._num_computed[slots] += counts
         lengths = self._num_computed[slots]
         sampled = u8(plan.num_sampled).astype(bool)

@@ -85,7 +85,14 @@ class Worker:
             device.communicator(self.parallel),
         )
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
-        self.runner = ModelRunner(loaded, device, groups, enforce_eager=config.model.enforce_eager, rank=self.rank)
+        self.runner = ModelRunner(
+            loaded,
+            device,
+            groups,
+            enforce_eager=config.model.enforce_eager,
+            speculative=config.speculative,
+            rank=self.rank,
+        )
         self.results_fd = self.runner.channel.fileno()
         step_bytes, position_bytes = self.runner.step_memory(config.step_size, loaded.hf_config.vocab_size)
         memory = device.memory()
@@ -133,10 +140,15 @@ class Worker:
         """Launches plans in their order.
 
         A step with constrained rows waits for its mask before it samples, and one that looks at tokens for the results
-        of the steps before it.
+        of the steps before it. One that may verify drafts waits for these before it is launched: its positions follow
+        from them.
         """
         while self._step is not None or self._plans:
-            step = self._step = self._step or self.runner.begin(self._plans.popleft())
+            if self._step is None:
+                if self._outputs and self._plans[0].num_draft_tokens:
+                    return
+                self._step = self.runner.begin(self._plans.popleft())
+            step = self._step
             if self._outputs and self.runner.lacks_tokens(step):
                 return
             mask = self._masks.pop(step.plan.step_id, None)

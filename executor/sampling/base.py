@@ -20,21 +20,28 @@ BAD_LOGITS = "the model produced logits that are not finite numbers"
 NOTHING_LEFT = "the request's own constraints forbid every token"
 
 
-def row_error(row: int, message: str) -> RowError:
-    """The error of a row for one of the reasons above."""
-    return RowError(row=row, message=message, is_request_fault=message == NOTHING_LEFT)
+def row_error(row: int, position: int, message: str) -> RowError:
+    """The error of one of a row's tokens, for one of the reasons above."""
+    return RowError(row=row, message=message, is_request_fault=message == NOTHING_LEFT, position=position)
 
 
 @dataclass
 class SampleRows:
-    """The rows of logits from which tokens are picked."""
+    """The rows of logits from which tokens are picked. Those of a slot come one after another."""
 
     slots: I32
     """int32 [rows]: whose tokens they are."""
     positions: I64
-    """int64 [rows]: their places in prompt and output. What stands before them is known to whoever has to read it."""
+    """int64 [rows]: their places in prompt and output, ascending for each slot. What stands before them, drafts too, is
+    in the table of whoever has to read it."""
     step_rows: I32
     """int32 [rows]: their rows in the step, for the results."""
+    offsets: I64 | None = None
+    """int64 [rows]: which of its slot's rows each is. None: each is the only one."""
+
+    def name(self, index: int) -> tuple[int, int]:
+        """A row's number in the step, and which of that one's tokens it stands for."""
+        return int(self.step_rows[index]), 0 if self.offsets is None else int(self.offsets[index])
 
     def __len__(self) -> int:
         return len(self.slots)

@@ -64,24 +64,23 @@ class KernelSampler:
         """Whether they are those of a list of tokens, not of the most likely ones."""
         self._reports = 0
         """How many slots want some; slots whose request is gone count until they are given out again."""
-        self._slots = np.zeros(max_num_seqs, np.int32)
-        self._lengths = np.zeros(max_num_seqs, np.int64)
-        """Tokens before the one that is picked, by slot."""
-        self._tokens = np.zeros(max_num_seqs, np.int64)
-        self._status = np.zeros(max_num_seqs, np.int32)
-        self._ranks = np.zeros(max_num_seqs, np.int32)
         self._states: RequestStates | None = None
         self._sample = kernels.sample_step
-        self._step = SampleStep(
-            slots=address(self._slots),
-            params=address(self._params),
-            history=self._history.handle,
-            num_tokens=address(self._lengths),
-            tokens=address(self._tokens),
-            status=address(self._status),
-            ranks=address(self._ranks),
-        )
+        self._step = SampleStep(params=address(self._params), history=self._history.handle)
         self._step_address = ctypes.addressof(self._step)
+        self._make_room(max_num_seqs)
+
+    def _make_room(self, num_rows: int) -> None:
+        """Makes the columns of a step, an entry per row."""
+        step = self._step
+        self._slots = np.zeros(num_rows, np.int32)
+        self._lengths = np.zeros(num_rows, np.int64)
+        """Tokens before the one that is picked."""
+        self._tokens = np.zeros(num_rows, np.int64)
+        self._status = np.zeros(num_rows, np.int32)
+        self._ranks = np.zeros(num_rows, np.int32)
+        step.slots, step.lengths = address(self._slots), address(self._lengths)
+        step.tokens, step.status, step.ranks = (address(x) for x in (self._tokens, self._status, self._ranks))
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         if self._has_history[slot]:
@@ -147,9 +146,11 @@ class KernelSampler:
         step.row_stride = logits.stride(0)
         step.num_rows = num_rows
         step.vocab_size = vocab_size
-        slots, step_rows = rows.slots, rows.step_rows
+        if num_rows > len(self._slots):
+            self._make_room(2 * num_rows)
+        slots = rows.slots
         self._slots[:num_rows] = slots
-        self._lengths[slots] = rows.positions
+        self._lengths[:num_rows] = rows.positions
         if mask is not None:
             bitmask, mask_rows = np.ascontiguousarray(mask.bitmask), np.ascontiguousarray(mask.rows)
             assert bitmask.dtype == mask_rows.dtype == np.int32 and bitmask.shape[1] * 32 >= vocab_size
@@ -166,14 +167,14 @@ class KernelSampler:
         token_ids = self._tokens[:num_rows].copy()
         output = SamplerOutput(token_ids)
         if num_failed:
+            status = self._status[:num_rows]
             output.row_errors = [
-                row_error(row, BAD_LOGITS if status == ROW_NOT_FINITE else NOTHING_LEFT)
-                for row, status in zip(step_rows.tolist(), self._status[:num_rows].tolist(), strict=True)
-                if status != ROW_OK
+                row_error(*rows.name(index), BAD_LOGITS if status[index] == ROW_NOT_FINITE else NOTHING_LEFT)
+                for index in np.flatnonzero(status != ROW_OK).tolist()
             ]
         if report is not None:
             output.logprobs = [
-                report.entry(index, int(step_rows[index]), 0, int(self._ranks[index]))
+                report.entry(index, *rows.name(index), int(self._ranks[index]))
                 for index in np.flatnonzero(report.sizes).tolist()
                 if self._status[index] == ROW_OK
             ]
@@ -186,7 +187,7 @@ class KernelSampler:
         assert logits.dtype == torch.float32 and logits.stride(1) == 1
         params = NEUTRAL_PARAMS.copy()
         params["num_logprobs"] = _INT32_MAX if count < 0 else count
-        slots, lengths = np.zeros(num_rows, np.int32), np.zeros(1, np.int64)
+        slots, lengths = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int64)
         given = tokens.astype(np.int64)
         status, ranks = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.int32)
         report = _Report(np.full(num_rows, 1 + (vocab_size if count < 0 else min(count, vocab_size)), np.int64))
@@ -197,7 +198,7 @@ class KernelSampler:
             vocab_size=vocab_size,
             slots=address(slots),
             params=address(params),
-            num_tokens=address(lengths),
+            lengths=address(lengths),
             num_prompt=address(lengths),
             given_tokens=address(given),
             status=address(status),

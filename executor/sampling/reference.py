@@ -115,7 +115,7 @@ class ReferenceSampler:
             tokens,
             [row.logprobs or 0 for row in params],
             [row.logprob_token_ids for row in params],
-            [(row, 0) for row in rows.step_rows[wanted].tolist()],
+            [rows.name(index) for index in wanted.tolist()],
             self._channel,
         )
 
@@ -154,7 +154,7 @@ def _output(
                 if entry is not None and states[index] == _OK
             ],
             row_errors=[
-                row_error(int(rows.step_rows[index]), _MESSAGES[int(states[index])])
+                row_error(*rows.name(index), _MESSAGES[int(states[index])])
                 for index in np.flatnonzero(states != _OK).tolist()
             ],
         )

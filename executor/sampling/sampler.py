@@ -80,7 +80,7 @@ class Sampler:
 
         Args:
             logits: float32 [rows, vocab_size]; changed in place.
-            rows: Whose next tokens they are; each slot at most once.
+            rows: Whose next tokens they are.
             states: The tokens so far.
             mask: Tokens that a grammar allows.
         """

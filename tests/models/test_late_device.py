@@ -17,7 +17,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
+from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, SpeculativeConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.inline import InlineExecutor
@@ -28,6 +28,7 @@ from ops.dispatch import OpSet
 from tests import tiny
 from tests.late_device import HostReadError, LateDevice, on_device
 from tests.models.harness import random_tokens
+from tests.null.test_scheduler import token_rows
 
 BLOCK_SIZE = 32
 WINDOWS: dict[str, Any] = {
@@ -55,12 +56,15 @@ class ReferenceCpu(CpuDevice):
         ops.use("cpu", OpSet())
 
 
-def new_scheduler(num_blocks: int = 48, windows: Sequence[int | None] = (None,), **config: Any) -> Scheduler:
+def new_scheduler(
+    num_blocks: int = 48, windows: Sequence[int | None] = (None,), max_draft_tokens: int = 0, **config: Any
+) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
         CacheConfig(),
         CacheShape(tuple(GroupShape(num_blocks, BLOCK_SIZE, window) for window in windows)),
         MAX_LEN,
+        max_draft_tokens=max_draft_tokens,
     )
 
 
@@ -75,6 +79,7 @@ class Engine:
         num_blocks: int = 48,
         eager: bool = False,
         windows: bool = False,
+        speculative: SpeculativeConfig | None = None,
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
@@ -82,11 +87,14 @@ class Engine:
         model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager)
         self.answers: list[FromWorker] = []
         self.device = device
-        self.worker = Worker(ParallelState(), ExecutorConfig(model=model), self.answers.append)
+        executor = ExecutorConfig(model=model, speculative=speculative)
+        self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
         groups = [group.shape.sliding_window for group in self.worker.runner.groups]
         self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_SEQS, 64, MAX_LEN))
-        self.scheduler = new_scheduler(num_blocks, groups, **config)
+        drafts = 0 if speculative is None else speculative.num_speculative_tokens
+        self.scheduler = new_scheduler(num_blocks, groups, drafts, **config)
+        self.num_accepted = 0
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
@@ -129,16 +137,18 @@ class Engine:
             self.worker.take_results()
         result = self.results[0]
         self.answers.remove(result)
+        self.num_accepted += sum(result.num_accepted)
         told = self.scheduler.update_from_output(self.in_flight.popleft(), result)
-        columns = (np.frombuffer(told.indices, np.int64), np.frombuffer(told.token_ids, np.int32))
-        for index, token in zip(*(column.tolist() for column in columns), strict=True):
-            self.outputs[index].append(token)
+        for index, _, tokens in token_rows(told):
+            self.outputs[index] += tokens
         for output in told.outputs:
             assert output.error is None
             self.outputs[output.index] += output.new_token_ids
-            for entry in (*output.prompt_logprobs, *output.new_logprobs):
+            entries = [(entry, entry.position) for entry in output.prompt_logprobs]
+            entries += [(entry, -1) for entry in output.new_logprobs]
+            for entry, position in entries:
                 self.logprobs.setdefault(output.index, []).append(
-                    (entry.position, entry.token_ids, entry.logprobs, entry.rank)
+                    (position, entry.token_ids, entry.logprobs, entry.rank)
                 )
             if output.pooling_output is not None:
                 self.vectors[output.index] = output.pooling_output

@@ -226,7 +226,7 @@ class Step:
         for name, values in params.items():
             self.params[name] = values
         self.slots = np.arange(rows, dtype=np.int32)
-        self.num_tokens = np.zeros(rows, np.int64)
+        self.lengths = np.zeros(rows, np.int64)
         self.num_prompt = np.zeros(rows, np.int64)
         self.tokens = np.full(rows, -1, np.int64)
         self.status = np.full(rows, -1, np.int32)
@@ -242,7 +242,7 @@ class Step:
             vocab_size=vocab_size,
             slots=address(self.slots),
             params=address(self.params),
-            num_tokens=address(self.num_tokens),
+            lengths=address(self.lengths),
             num_prompt=address(self.num_prompt),
             tokens=address(self.tokens),
             status=address(self.status),
@@ -261,7 +261,7 @@ def test_numbers_are_those_of_the_reference(kernels: SamplingKernels) -> None:
     step = Step(np.zeros((rows, vocab_size), np.float32), seed=generator.integers(0, 2**64, rows, dtype=np.uint64))
     step.num_prompt[:] = generator.integers(0, 2**20, rows)
     positions = generator.integers(0, 2**62, rows) >> generator.integers(0, 62, rows)
-    step.num_tokens[:] = step.num_prompt + positions
+    step.lengths[:] = step.num_prompt + positions
     assert step.run(kernels) == 0
     numbers = uniform(step.params["seed"], positions)
     assert step.tokens.tolist() == np.floor(numbers * vocab_size).astype(int).tolist()
@@ -272,7 +272,7 @@ def test_sampled_frequencies(kernels: SamplingKernels) -> None:
     rows, vocab_size = 50_000, 64
     logits = np.random.default_rng(3).normal(0, 1.5, vocab_size).astype(np.float32)
     step = Step(np.tile(logits, (rows, 1)), seed=11, temperature=0.9, top_p=0.8)
-    step.num_tokens[:] = np.arange(rows)
+    step.lengths[:] = np.arange(rows)
     step.run(kernels)
     probabilities = torch.softmax(torch.from_numpy(logits).double() / 0.9, dim=0)
     ordered, ids = probabilities.sort(descending=True)

@@ -62,7 +62,7 @@ class Worker:
     def add(self, slot: int, prompt: list[int], params: ResolvedParams, output: list[int] | None = None) -> None:
         """A request enters a slot; with ``output`` it comes back after a preemption."""
         tokens = np.array(prompt + (output or []), np.int32).tobytes()
-        request = NewRequest(slot, tokens, len(prompt), 0, (), params)
+        request = NewRequest(slot, tokens, len(prompt), 0, (), params=params)
         self.states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=(request,)))
         self.backend.add(slot, params)
 

@@ -64,7 +64,7 @@ OctavoRowStatus sample_row(const OctavoSampleStep& step, int index, Scratch& scr
     const RowContext row = {
         step.params[slot],
         step.token_ids + slot * step.token_stride,
-        step.num_tokens[slot],
+        step.lengths[index],
         step.num_prompt[slot],
         masked ? step.bitmask + step.bitmask_rows[index] * step.bitmask_stride : nullptr,
         step.history != nullptr ? &step.history->slots[slot] : nullptr,
@@ -115,6 +115,30 @@ OctavoRowStatus sample_row(const OctavoSampleStep& step, int index, Scratch& scr
     return OCTAVO_ROW_OK;
 }
 
+// Whether the rows of a slot are sampled in their order, by one thread: its history grows with them.
+bool is_ordered(const OctavoSampleStep& step, int index) {
+    return step.history != nullptr && step.given_tokens == nullptr && has_penalties(step.params[step.slots[index]]);
+}
+
+// Samples a row, and with the first row of a slot whose rows are ordered all others of it. Returns how many failed.
+int sample_rows(const OctavoSampleStep& step, int first, Scratch& scratch) {
+    const int32_t slot = step.slots[first];
+    const bool ordered = is_ordered(step, first);
+    if (ordered && first > 0 && step.slots[first - 1] == slot) return 0;
+    int failed = 0;
+    int index = first;
+    do {
+        step.status[index] = sample_row(step, index, scratch);
+        failed += step.status[index] != OCTAVO_ROW_OK;
+        ++index;
+    } while (ordered && index < step.num_rows && step.slots[index] == slot);
+    if (index - first > 1) {  // the tokens before the later rows are drafts, which may not hold
+        const int32_t* tokens = step.token_ids + slot * step.token_stride;
+        step.history->slots[slot].rewind(tokens, step.lengths[first], step.num_prompt[slot]);
+    }
+    return failed;
+}
+
 }  // namespace
 }  // namespace octavo::sampling
 
@@ -129,8 +153,7 @@ OCTAVO_EXPORT int32_t octavo_sample(const OctavoSampleStep* step, int32_t num_th
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : failed) if (threads > 1)
     for (int32_t index = 0; index < step->num_rows; ++index) {
         static thread_local octavo::sampling::Scratch scratch;
-        step->status[index] = octavo::sampling::sample_row(*step, index, scratch);
-        failed += step->status[index] != OCTAVO_ROW_OK;
+        failed += octavo::sampling::sample_rows(*step, index, scratch);
     }
     return failed;
 }

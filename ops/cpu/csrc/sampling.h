@@ -39,13 +39,13 @@ typedef struct {
     int64_t row_stride;       // of both
     int32_t num_rows;
     int32_t vocab_size;              // at most 2^20
-    const int32_t* slots;            // [num_rows]: whose next token it is; each slot has at most one row
+    const int32_t* slots;            // [num_rows]: whose next token it is; rows of a slot come together
     const OctavoSlotParams* params;  // by slot
     OctavoTokenHistory* history;     // null: no slot has penalties
     const int32_t* token_ids;        // [slots, token_stride]: prompt and output
     int64_t token_stride;
-    const int64_t* num_tokens;    // by slot: tokens in token_ids
-    const int64_t* num_prompt;    // by slot: how many of them are the prompt
+    const int64_t* lengths;       // [num_rows]: tokens before the one that is picked, ascending for each slot
+    const int64_t* num_prompt;    // by slot: how many of its tokens are the prompt
     const int32_t* bitmask;       // [.., bitmask_stride], bit set: allowed; or null
     int64_t bitmask_stride;       // in words
     const int32_t* bitmask_rows;  // [num_rows]: row of bitmask, -1: none

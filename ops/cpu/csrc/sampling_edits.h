@@ -9,9 +9,12 @@
 namespace octavo::sampling {
 
 // The distinct tokens of a request and how often each stands in its output. It is brought up to date from the token
-// table before use, so it costs one token per step and needs to be told nothing but that a slot changed hands.
+// table before use, so it costs one token per step and needs to be told nothing but that a slot changed hands, and when
+// drafts that it counted stop being part of the table.
 class SeenTokens {
 public:
+    static constexpr int kMaxRewind = 64;
+
     void clear() {
         ids_.release();
         counts_.release();
@@ -26,6 +29,14 @@ public:
         for (; counted_ < num_tokens; ++counted_) count(tokens[counted_], counted_ >= num_prompt);
     }
 
+    // Forgets the last tokens, at most kMaxRewind of them; they are still in the table.
+    void rewind(const int32_t* tokens, int64_t num_tokens, int64_t num_prompt) {
+        while (counted_ > num_tokens) {
+            --counted_;
+            uncount(tokens[counted_], counted_ >= num_prompt);
+        }
+    }
+
     int size() const { return size_; }
     const int32_t* ids() const { return ids_.data(); }
     const int32_t* output_counts() const { return counts_.data(); }
@@ -33,10 +44,16 @@ public:
 private:
     static constexpr uint32_t kSmallest = 64;
 
-    void count(int32_t token, bool is_output) {
-        if (static_cast<uint32_t>(size_ + 1) * 2 > mask_) grow();
+    uint32_t place_of(int32_t token) const {
         uint32_t place = hash(token) & mask_;
         while (places_[place] >= 0 && ids_[places_[place]] != token) place = (place + 1) & mask_;
+        return place;
+    }
+
+    void count(int32_t token, bool is_output) {
+        if (static_cast<uint32_t>(size_ + 1) * 2 > mask_) grow();
+        const uint32_t place = place_of(token);
+        recently_new_ = recently_new_ << 1 | (places_[place] < 0);
         if (places_[place] < 0) {
             places_[place] = size_;
             ids_[size_] = token;
@@ -44,6 +61,17 @@ private:
             ++size_;
         }
         counts_[places_[place]] += is_output;
+    }
+
+    // Undoes the last `count` that is not undone yet.
+    void uncount(int32_t token, bool is_output) {
+        const uint32_t place = place_of(token);
+        counts_[places_[place]] -= is_output;
+        if (recently_new_ & 1) {
+            places_[place] = -1;  // it was the last one to get a place, so no other was put off by it
+            --size_;
+        }
+        recently_new_ >>= 1;
     }
 
     void grow() {
@@ -67,6 +95,7 @@ private:
     int size_ = 0;
     uint32_t mask_ = 0;  // number of places - 1
     int64_t counted_ = 0;
+    uint64_t recently_new_ = 0;  // bit i: the last token but i was the first of its kind
 };
 
 // A row and what is known of its request.

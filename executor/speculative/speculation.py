@@ -1,0 +1,117 @@
+"""A worker's side of speculation: which drafts a step verifies, which of them hold, and which come next."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from executor.config import SpeculativeConfig
+from executor.messages import I32, I64, NewRequest, SchedulerOutput, i32, u8
+from executor.request_states import RequestStates
+from executor.sampling.base import SamplerOutput, SampleRows
+from executor.speculative.base import Drafts
+from executor.speculative.registry import create_proposer
+
+U8 = npt.NDArray[np.uint8]
+
+
+def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
+    """What a plan asks for: of the drafts of each row as many as it allows.
+
+    Returns:
+        int32 [rows]: slots; int32 [rows]: tokens to compute, drafts included; uint8 [rows]: tokens to sample, 0 or one
+        more than there are drafts; and whether there are any.
+    """
+    slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
+    if not plan.num_draft_tokens:
+        return slots, counts, num_sampled, False
+    allowed = u8(plan.num_draft_tokens)
+    num_drafts = np.minimum(states.num_drafts[slots], allowed).astype(np.uint8)
+    return slots, counts - allowed + num_drafts, num_sampled + num_drafts, bool(num_drafts.any())
+
+
+def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
+    """The drafts in the places of the tokens that a step samples, int64 [samples]; -1 where there is none.
+
+    Notes the rows' offsets, too.
+    """
+    firsts = np.flatnonzero(np.diff(rows.step_rows, prepend=-1))
+    lengths = np.diff(firsts, append=len(rows))
+    rows.offsets = np.arange(len(rows)) - np.repeat(firsts, lengths)
+    drafts = states.token_ids[rows.slots, rows.positions].astype(np.int64)
+    drafts[firsts + lengths - 1] = -1
+    return drafts
+
+
+def settle(
+    states: RequestStates, rows: SampleRows, epochs: I64, drafts: I64 | None, output: SamplerOutput
+) -> tuple[SamplerOutput, bytes]:
+    """Finds out which drafts hold, and fills the tokens in.
+
+    Args:
+        states: Takes the tokens.
+        rows: What was sampled.
+        epochs: int64 [samples]: the slots' epochs when the step began.
+        drafts: int64 [samples], see ``drafts_of``; None: there are none.
+        output: Of the sampler.
+
+    Returns:
+        The output without what comes after a draft that does not hold, and ``ModelRunnerOutput.num_accepted``.
+    """
+    if drafts is None:
+        states.fill(rows.slots, epochs, rows.positions, output.token_ids)
+        return output, b""
+    assert rows.offsets is not None
+    firsts = np.flatnonzero(rows.offsets == 0)
+    counts = np.diff(firsts, append=len(rows))
+    holds = output.token_ids == drafts
+    numbers = rows.step_rows[firsts]
+    for error in output.row_errors:
+        holds[firsts[np.searchsorted(numbers, error.row)] + error.position] = False
+    accepted = np.minimum.reduceat(np.where(holds, len(rows), rows.offsets), firsts)
+    kept = rows.offsets <= np.repeat(accepted, counts)
+    states.fill(rows.slots[kept], epochs[kept], rows.positions[kept], output.token_ids[kept])
+    states.retract(rows.slots[firsts], epochs[firsts], counts - 1 - accepted)
+    last = dict(zip(numbers.tolist(), accepted.tolist(), strict=True))
+    reached = SamplerOutput(
+        token_ids=output.token_ids[kept],
+        logprobs=[entry for entry in output.logprobs if entry.position <= last[entry.row]],
+        row_errors=[error for error in output.row_errors if error.position == last[error.row]],
+    )
+    return reached, accepted.astype(np.uint8).tobytes()
+
+
+class Speculation:
+    """The proposer of a worker, if there is one."""
+
+    def __init__(self, config: SpeculativeConfig | None, max_num_seqs: int) -> None:
+        self._proposer = None if config is None else create_proposer(config, max_num_seqs)
+        self.max_drafts = 0 if config is None else config.num_speculative_tokens
+        """Of a row."""
+
+    def add(self, request: NewRequest) -> None:
+        """A request enters a slot."""
+        if self._proposer is not None and request.params is not None:
+            self._proposer.add(request)
+
+    def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
+        """Drafts for the next step of the requests that got tokens, which are written into the table.
+
+        Args:
+            rows: What was sampled.
+            epochs: int64 [samples]: the slots' epochs when the step began.
+            states: Has all tokens of these.
+
+        Returns:
+            Those of each row that samples; None: there are no drafts at all.
+        """
+        if self._proposer is None or not len(rows):
+            return None
+        firsts = slice(None) if rows.offsets is None else rows.offsets == 0
+        slots = rows.slots[firsts]
+        is_current = states.epochs[slots] == epochs[firsts]
+        room = states.token_ids.shape[1] - states.num_known[slots]
+        limits = np.where(is_current, np.minimum(self.max_drafts, room), 0)
+        drafts = self._proposer.propose(slots, limits, states)
+        states.set_drafts(slots[is_current], drafts.counts[is_current], drafts.token_ids)
+        return drafts

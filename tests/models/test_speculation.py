@@ -1,0 +1,109 @@
+"""Drafts of the next tokens over a real model: right, wrong or both, the tokens and log probabilities are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_core.messages import ResolvedParams, f32
+from executor.config import SpeculativeConfig
+from executor.device.base import Device
+from executor.device.cpu import CpuDevice
+from tests.late_device import LateDevice
+from tests.models.harness import random_tokens
+from tests.models.test_late_device import REQUESTS, Engine, ReferenceCpu, answers, op_set
+
+__all__ = ["op_set"]
+
+DEVICES: dict[str, Any] = {
+    "kernels": CpuDevice,
+    "reference": ReferenceCpu,
+    "late": lambda: LateDevice(by_itself=False),
+}
+
+
+def scripts(folder: Path, outputs: dict[int, list[int]], count: int, wrong_every: int) -> SpeculativeConfig:
+    """A proposer that knows what requests will generate, and is wrong now and then."""
+    path = folder / "scripts.json"
+    prompts = {index: prompt for index, (prompt, _) in enumerate(REQUESTS)}
+    path.write_text(json.dumps([{"prompt": prompts[index], "output": output} for index, output in outputs.items()]))
+    return SpeculativeConfig(method="scripted", num_speculative_tokens=count, script=str(path), wrong_every=wrong_every)
+
+
+SETUPS: list[tuple[dict[str, Any], int, int]] = [
+    ({"max_num_batched_tokens": 24}, 4, 3),
+    ({"num_blocks": 6}, 4, 3),
+    ({}, 7, 0),
+    ({"max_in_flight_steps": 1}, 3, 1),
+    ({"max_in_flight_steps": 3, "num_blocks": 6, "eager": True}, 1, 5),
+    ({"max_num_batched_tokens": 7}, 5, 4),
+    ({"windows": True}, 4, 3),
+]
+"""Of the engine; drafts of a row; one in how many is wrong."""
+
+
+@pytest.mark.parametrize(
+    ("device", "setup", "count", "wrong_every"),
+    [(device, *setup) for device in DEVICES for setup in (SETUPS if device == "kernels" else SETUPS[:2])],
+    ids=str,
+)
+def test_drafts_change_nothing(
+    device: str,
+    setup: dict[str, Any],
+    count: int,
+    wrong_every: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new: Any = DEVICES[device]
+    expected = answers(Engine(new(), monkeypatch, **setup))
+    speculative = scripts(tmp_path, expected[0], count, wrong_every)
+    engine = Engine(new(), monkeypatch, speculative=speculative, **setup)
+    found = answers(engine)
+    if device == "kernels":
+        assert found == expected, "bit for bit"
+    else:  # products of torch depend a little on how many rows there are
+        assert found[0] == expected[0]
+        for index, entries in expected[1].items():
+            for mine, theirs in zip(found[1][index], entries, strict=True):
+                assert (mine[0], mine[1][:4]) == (theirs[0], theirs[1][:4])
+                assert float(f32(mine[2])[0]) == pytest.approx(float(f32(theirs[2])[0]), abs=1e-4)
+    assert (engine.num_accepted > 0) == (wrong_every != 1)
+    assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+
+
+def test_right_drafts_save_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(device: Device, **options: Any) -> tuple[int, list[int]]:
+        engine = Engine(device, monkeypatch, max_in_flight_steps=1, **options)
+        engine.add(0, REQUESTS[0][0], ResolvedParams(temperature=0.0, max_tokens=31))
+        count = 0
+        while engine.launch():
+            engine.retire()
+            count += 1
+        return count, engine.outputs[0]
+
+    count, output = steps(CpuDevice())
+    assert count == 31
+    assert steps(CpuDevice(), speculative=scripts(tmp_path, {0: output}, 5, 0)) == (1 + 5, output)
+
+
+def test_more_rows_than_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step samples more tokens than there are slots; other requests of the batch have no drafts."""
+    expected = answers(Engine(CpuDevice(), monkeypatch))
+    some = {index: expected[0][index] for index in (0, 1, 2)}
+    engine = Engine(CpuDevice(), monkeypatch, speculative=scripts(tmp_path, some, 8, 0))
+    for index, (prompt, params) in enumerate(REQUESTS[:4]):
+        engine.add(index, prompt, params)
+    engine.add(99, random_tokens(5), ResolvedParams(temperature=0.0, max_tokens=4))
+    most = 0
+    while engine.launch() or engine.in_flight:
+        while engine.launch():
+            pass
+        most = max(most, *(len(result.sampled_token_ids) // 4 for result in engine.results))
+        engine.retire()
+    assert most > 5
+    for index in range(4):
+        assert engine.outputs[index] == expected[0][index]
