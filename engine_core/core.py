@@ -135,6 +135,8 @@ class EngineCore:
         self.engine_epoch = engine_epoch
         self.in_flight: deque[InFlight] = deque()
         """Steps without a result, the oldest first."""
+        self._results: deque[ModelRunnerOutput] = deque()
+        """Of the oldest steps in flight, while they must wait for the other ranks."""
         self._lagging: deque[InFlight] = deque()
         """Steps before those: the output rank has answered, another one has not."""
         self.exit_code: int | None = None
@@ -505,11 +507,12 @@ class EngineCore:
             while self._lagging and self._watch.all_answered(self._lagging[0].step_id):
                 self._lagging.popleft()
                 self._may_schedule = True
-        else:
-            self._watch.heard(message.rank)
-        if isinstance(message, ModelRunnerOutput):  # the output rank alone sends them
-            self._retire(message)
-        elif isinstance(message, LoadProgress):
+            if isinstance(message, ModelRunnerOutput):  # the output rank alone sends them
+                self._results.append(message)
+            self._retire_steps()
+            return
+        self._watch.heard(message.rank)
+        if isinstance(message, LoadProgress):
             if message.rank == 0:  # the others load as much
                 self.transport.send(message)
         elif isinstance(message, WorkerReady):
@@ -522,6 +525,19 @@ class EngineCore:
                 self._start_serving()
         elif isinstance(message, WorkerFailed):
             self._worker_failed(message)
+
+    def _retire_steps(self) -> None:
+        """Retires the steps whose results are there.
+
+        While there are suspects, a step is survived when all ranks have: one that dies after the others have answered
+        would not count.
+        """
+        scheduler = self._scheduler
+        assert scheduler is not None
+        while self._results:
+            if scheduler.suspects and not self._watch.all_answered(self._results[0].step_id):
+                return
+            self._retire(self._results.popleft())
 
     def _retire(self, result: ModelRunnerOutput) -> None:
         scheduler = self._scheduler
@@ -655,6 +671,7 @@ class EngineCore:
                 self._blame(self._scheduler)
             self._scheduler.restart()
         self.in_flight.clear()
+        self._results.clear()
         self._lagging.clear()
         self._note_idle()
         cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"

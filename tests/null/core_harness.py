@@ -62,8 +62,9 @@ class FakeExecutor:
         """Starts nothing. The last rank is the output rank; the others answer when nothing else is to be done."""
         self.num_ranks = num_ranks
         self.others_answer = True
-        self.beats: deque[Heartbeat] = deque()
+        self.beats: deque[Heartbeat | WorkerDiedError] = deque()
         """Answers of the other ranks that did not come yet."""
+        self.others_die_of: Callable[[SchedulerOutput], bool] = lambda plan: False
         self.inbox: deque[list[FromWorker] | WorkerDiedError] = deque()
         self.plans: deque[SchedulerOutput] = deque()
         self.lives = 0
@@ -113,7 +114,7 @@ class FakeExecutor:
                 raise news
             return news
         if not self.plans or not self.computes:
-            return [self.beats.popleft()] if self.beats and self.others_answer else []
+            return self._others() if self.beats and self.others_answer else []
         plan = self.plans.popleft()
         self.told += [i32(new.token_ids).tolist() for new in plan.new_reqs]
         if self.dies_of(plan):
@@ -126,8 +127,17 @@ class FakeExecutor:
                 assert request.pooling_params.pooling_type in POOLING_TYPES
                 assert 1 <= (request.pooling_params.dimensions or 1) <= HIDDEN_SIZE
         output_rank = self.num_ranks - 1
-        self.beats += [Heartbeat(rank, plan.step_id) for rank in range(output_rank)]
+        if self.others_die_of(plan):
+            self.beats.append(WorkerDiedError("worker 0 ended with exit code -11"))
+        else:
+            self.beats += [Heartbeat(rank, plan.step_id) for rank in range(output_rank)]
         return [msgspec.structs.replace(self.device.execute(plan), rank=output_rank)]
+
+    def _others(self) -> list[FromWorker]:
+        beat = self.beats.popleft()
+        if isinstance(beat, WorkerDiedError):
+            raise beat
+        return [beat]
 
     def compute_one(self) -> ModelRunnerOutput:
         return self.device.execute(self.plans.popleft())
@@ -215,7 +225,7 @@ class Harness:
         self.api_is_gone = False
         self.core = EngineCore(config, self.executor, self, engine_epoch=1)
         self.core.probation = 0.0
-        self.executor.start()
+        self.core._start_workers()
 
     # -- the transport
 

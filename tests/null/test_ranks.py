@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine_core.messages import WorkersLost
+from engine_core.messages import FinishReason, WorkersLost
+from engine_core.restart import MAX_DEATHS
 from engine_core.worker_watch import Hang, WorkerWatch
 from executor.base import WorkerDiedError
 from executor.config import ParallelConfig
@@ -15,6 +16,7 @@ from executor.messages import LoadProgress, WorkerFailed
 from executor.parallel import ParallelState, places
 from tests.null.core_harness import Harness, expected, prompts
 from tests.null.test_liveness import Machine, Step, watcher
+from tests.null.test_worker_faults import POISON, kills_at
 
 
 def test_places_of_ranks() -> None:
@@ -60,6 +62,23 @@ def test_requests_survive_the_death_of_either_rank(moment: int, rank: int) -> No
     assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(prompts(7))}
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_request_that_kills_a_rank_after_the_results_are_there_is_found(depth: int) -> None:
+    harness = Harness(depth=depth, num_ranks=2)
+    for index, prompt in enumerate(prompts(4)):
+        harness.add(index, prompt)
+    harness.turns(4)
+    harness.executor.others_die_of = kills_at(harness.executor, 8)
+    harness.add(9, POISON, max_tokens=30)
+    harness.run_to_the_end()
+    assert harness.executor.lives == 1 + MAX_DEATHS
+    assert harness.reasons.pop(9) == FinishReason.ERROR
+    # The first time the output rank had answered, and that token was sent.
+    tokens = harness.outputs.pop(9)
+    assert tokens == expected(POISON, 30)[: len(tokens)] and 8 - len(POISON) <= len(tokens) < 8
+    assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(prompts(4))}
+
+
 class RecordingWatch(WorkerWatch):
     """Notes which steps are looked after, and says what a test wants."""
 
@@ -78,7 +97,7 @@ class RecordingWatch(WorkerWatch):
 def test_a_rank_that_only_lags_holds_up_planning_and_is_looked_after(depth: int) -> None:
     harness = Harness(depth=depth, num_ranks=2)
     harness.core._watch = watch = RecordingWatch()
-    harness.core._watch.started(harness.executor.worker_pids())
+    watch.started(harness.executor.worker_pids())
     harness.executor.others_answer = False
     for index, prompt in enumerate(prompts(3)):
         harness.add(index, prompt)
