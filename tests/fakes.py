@@ -7,6 +7,7 @@ import json
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,8 +132,8 @@ class _Row:
 class FakeEngineClient:
     """What ``Serving`` needs of an ``EngineClient``, without processes.
 
-    A step gives each request one token of its script; it takes one turn of the event loop. Everything that the engine
-    core decides is decided as it would: stop tokens, lengths, log probabilities. Text is made by the real
+    A step gives each request a token of its script, or several; it takes one turn of the event loop. Everything that
+    the engine core decides is decided as it would: stop tokens, lengths, log probabilities. Text is made by the real
     ``OutputProcessor``.
     """
 
@@ -152,6 +153,8 @@ class FakeEngineClient:
         self.checked: list[tuple[Tenant, int]] = []
         """What asked for room in the queue: who, and for how many requests."""
         self.num_cached_tokens = 0
+        self.tokens_per_step = 1
+        """Tokens that a step gives each request."""
         self.refusal: tuple[str, str] | None = None
         """Message and field with which every request ends at its first step."""
         self.steps_left: int | None = None
@@ -284,27 +287,51 @@ class FakeEngineClient:
             self._step()
 
     def _step(self) -> None:
-        plain: list[tuple[int, int, int]] = []
+        plain: list[tuple[int, int, list[int]]] = []
         special: list[EngineCoreOutput] = []
         for index, row in list(self._rows.items()):
             if row.state.message.pooling_params is not None:
                 special.append(self._pooled(row.state.message, row.state.message.pooling_params))
                 del self._rows[index]
                 continue
-            token = next(row.tokens)
-            output = self._output(row, token)
-            if output is None:
-                plain.append((index, row.num_tokens, token))
-            else:
-                special.append(output)
+            first = row.num_tokens
+            tokens: list[int] = []
+            told: list[EngineCoreOutput] = []
+            for token in islice(row.tokens, self.tokens_per_step):
+                tokens.append(token)
+                output = self._output(row, token)
+                row.num_tokens += 1
+                if output is None:
+                    continue
+                told.append(output)
                 if output.finish_reason is not None:
                     del self._rows[index]
-            row.num_tokens += 1
+                    break
+            if told:
+                logprobs = tuple(entry for output in told for entry in output.new_logprobs)
+                whole = (
+                    told[-1]
+                    if len(told) == 1
+                    else msgspec.structs.replace(
+                        told[-1],
+                        prompt_logprobs=told[0].prompt_logprobs,
+                        num_cached_tokens=told[0].num_cached_tokens,
+                        scheduled_time=told[0].scheduled_time,
+                    )
+                )
+                if whole.error is None:
+                    whole = msgspec.structs.replace(
+                        whole, first_output_index=first, new_token_ids=tuple(tokens), new_logprobs=logprobs
+                    )
+                special.append(whole)
+            else:
+                plain.append((index, first, tokens))
         outputs = EngineCoreOutputs(
             engine_epoch=1,
             indices=array("q", [index for index, _, _ in plain]).tobytes(),
             output_indices=array("i", [number for _, number, _ in plain]).tobytes(),
-            token_ids=array("i", [token for _, _, token in plain]).tobytes(),
+            token_ids=array("i", [token for _, _, tokens in plain for token in tokens]).tobytes(),
+            num_tokens=b"" if self.tokens_per_step == 1 else bytes(len(tokens) for _, _, tokens in plain),
             outputs=tuple(special),
             scheduler_stats=SchedulerStats(num_scheduled_tokens=len(self._rows)),
             timestamp=time.monotonic(),

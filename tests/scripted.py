@@ -149,10 +149,10 @@ class ScriptedModel:
             token = self._next[token]
             yield token
 
-    def fake(self, config: ServerConfig | None = None) -> FakeServer:
+    def fake(self, config: ServerConfig | None = None, *, tokens_per_step: int = 1) -> FakeServer:
         """The application over an engine that says the scripts. Scripts that are registered later are not known."""
         self._finished()
-        return FakeServer(
+        server = FakeServer(
             config,
             self.script,
             generation_config=self.generation_config,
@@ -160,6 +160,8 @@ class ScriptedModel:
             tokenizer=self.tokenizer(),
             vocab_size=SIZE,
         )
+        server.engine.tokens_per_step = tokens_per_step
+        return server
 
     def checkpoint(self, folder: Path) -> Path:
         """Writes the model as transformers would; returns the folder."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -30,6 +31,7 @@ from engine_core.messages import (
     i32,
     i64,
     to_array,
+    u8,
 )
 
 logger = get_logger()
@@ -266,7 +268,7 @@ class RequestState:
             if options.stop or options.stop_regex:
                 self.stop_search = StopSearch(options.stop, options.stop_regex, options.include_stop_str_in_output)
 
-    def append_text(self, tokens: Iterable[int], num_tokens: int) -> tuple[str, str | None]:
+    def append_text(self, tokens: Sequence[int], num_tokens: int) -> tuple[str, str | None, int]:
         """Decodes tokens and searches their text for what ends the output.
 
         Args:
@@ -274,24 +276,25 @@ class RequestState:
             num_tokens: Length of the output without them.
 
         Returns:
-            The text that is final, and the stop string or pattern that ends it, if there is one.
+            The text that is final; the stop string or pattern that ends it, if there is one; and how many of the tokens
+            there are up to the one that completes it.
         """
         detokenizer, search = self.detokenizer, self.stop_search
         if detokenizer is None:
-            return "", None
+            return "", None, len(tokens)
         if search is None:
-            return detokenizer.extend(tokens), None
+            return detokenizer.extend(tokens), None, len(tokens)
         assert self.tokenizer is not None
         parts: list[str] = []
         matched: str | None = None
-        for token in tokens:
-            num_tokens += 1
+        num_read = 0
+        for num_read, token in enumerate(tokens, 1):
             hidden = self.tokenizer.added_tokens.get(token, "") if token in detokenizer.skipped else ""
-            part, matched = search.feed(detokenizer.append(token), hidden, num_tokens >= self.min_tokens)
+            part, matched = search.feed(detokenizer.append(token), hidden, num_tokens + num_read >= self.min_tokens)
             parts.append(part)
             if matched is not None:
                 break
-        return "".join(parts), matched
+        return "".join(parts), matched, num_read
 
     def finish_text(self) -> tuple[str, str | None]:
         """Text that was held back, and the stop that ends it, if there is one; nothing may follow."""
@@ -300,6 +303,15 @@ class RequestState:
             return text, None
         text, matched = self.stop_search.feed(text, armed=len(self.output_token_ids) >= self.min_tokens)
         return text if matched is not None else text + self.stop_search.finish(), matched
+
+
+def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
+    """The tokens of each row of the columns."""
+    tokens = i32(outputs.token_ids).tolist()
+    if not outputs.num_tokens:
+        return zip(tokens, strict=True)
+    rest = iter(tokens)
+    return (tuple(islice(rest, count)) for count in u8(outputs.num_tokens).tolist())
 
 
 class OutputProcessor:
@@ -340,11 +352,8 @@ class OutputProcessor:
         aborts: list[int] = []
         latencies: list[float] = []
         num_tokens = 0
-        for index, output_index, token in zip(
-            i64(outputs.indices).tolist(),
-            i32(outputs.output_indices).tolist(),
-            i32(outputs.token_ids).tolist(),
-            strict=True,
+        for index, output_index, tokens in zip(
+            i64(outputs.indices).tolist(), i32(outputs.output_indices).tolist(), _token_rows(outputs), strict=True
         ):
             state = states.get(index)
             if state is None:
@@ -353,20 +362,30 @@ class OutputProcessor:
             if output_index != len(known):
                 if output_index > len(known):
                     self._lost(state, output_index, aborts)
-                continue
-            known.append(token)
-            num_tokens += 1
-            latencies.append(now - state.last_token_time)
+                    continue
+                tokens = tokens[len(known) - output_index :]
+                if not tokens:
+                    continue
+            count = len(tokens)
+            known.extend(tokens)
+            latency = now - state.last_token_time
+            if count == 1:
+                latencies.append(latency)
+            else:
+                latencies += [latency / count] * count
             state.last_token_time = now
             detokenizer = state.detokenizer
             try:
                 if state.stop_search is not None:
-                    self._emit(state, (token,), (), None, aborts)
+                    count = self._emit(state, tokens, (), None, aborts)
+                elif detokenizer is None:
+                    state.channel.push(Delta(state.choice, "", tokens))
                 else:
-                    text = "" if detokenizer is None else detokenizer.append(token)
-                    state.channel.push(Delta(state.choice, text, (token,)))
+                    text = detokenizer.append(tokens[0]) if count == 1 else detokenizer.extend(tokens)
+                    state.channel.push(Delta(state.choice, text, tokens))
             except Exception as error:
                 self._broken(state, error, aborts)
+            num_tokens += count
         for output in outputs.outputs:
             state = states.get(output.index)
             if state is None:
@@ -379,7 +398,7 @@ class OutputProcessor:
         return aborts
 
     def _process_special(self, state: RequestState, output: EngineCoreOutput, now: float, aborts: list[int]) -> int:
-        """A row that has more to say than its token. Returns the number of new tokens."""
+        """A row that has more to say than its tokens. Returns the number of new tokens."""
         known = state.output_token_ids
         skip = len(known) - output.first_output_index
         if skip < 0:
@@ -395,7 +414,8 @@ class OutputProcessor:
                 state.first_token_time = now
                 self._metrics.on_first_token(state, now)
             else:
-                self._metrics.on_latency(now - state.last_token_time)
+                for _ in tokens:
+                    self._metrics.on_latency((now - state.last_token_time) / len(tokens))
             state.last_token_time = now
         elif output.finish_reason is None:
             return 0  # all of it was known already
@@ -403,8 +423,7 @@ class OutputProcessor:
             state.pooling_output = to_array(output.pooling_output)
             self._metrics.on_pooled(state, now)
         known.extend(tokens)
-        self._emit(state, tokens, output.new_logprobs[skip:], output, aborts)
-        return len(tokens)
+        return self._emit(state, tokens, output.new_logprobs[skip:], output, aborts)
 
     def _emit(
         self,
@@ -413,13 +432,20 @@ class OutputProcessor:
         logprobs: tuple[TokenLogprobs, ...],
         output: EngineCoreOutput | None,
         aborts: list[int],
-    ) -> None:
-        """Looks for stop strings, ends what is done, and hands over what is new."""
+    ) -> int:
+        """Looks for stop strings, ends what is done, and hands over what is new.
+
+        Returns:
+            How many of the tokens are part of the output: not those behind the one that completes a stop string.
+        """
         finish = output.finish_reason if output is not None else None
         shown = tokens
         if output is not None and output.ends_with_stop_token and state.hides_stop_token:
             shown = tokens[:-1]
-        text, matched = state.append_text(shown, len(state.output_token_ids) - len(tokens))
+        text, matched, num_read = state.append_text(shown, len(state.output_token_ids) - len(tokens))
+        if matched is not None and num_read < len(tokens):
+            del state.output_token_ids[num_read - len(tokens) :]
+            tokens, logprobs = tokens[:num_read], logprobs[:num_read]
         reason = None
         stop_reason: int | str | None = None
         if finish is not None:
@@ -447,6 +473,7 @@ class OutputProcessor:
             self.remove(state.index)
             self._metrics.on_finished(state, reason)
         state.channel.push(delta)
+        return len(tokens)
 
     def _lost(self, state: RequestState, output_index: int, aborts: list[int]) -> None:
         """Tokens are missing, which must not happen: end the request rather than pass on a text with a hole."""

@@ -15,13 +15,21 @@ EVERYWHERE = pytest.mark.parametrize(
     ("route", "stream"), [(route, stream) for route in ROUTES for stream in (False, True)]
 )
 INTERVALS = (1, 3)
+TOKENS_PER_STEP = (1, 2, 3, 8)
 
 
 async def replies(model: ScriptedModel, route: str, marker: str, stream: bool, **fields: Any) -> Reply:
-    """The reply, which is the same whatever the stream interval is."""
+    """The reply, which is the same whatever the stream interval is, and however many tokens a step brings."""
     first, *others = [
-        await ask(Api(model.fake(ServerConfig(stream_interval=interval))), route, marker, stream=stream, **fields)
+        await ask(
+            Api(model.fake(ServerConfig(stream_interval=interval), tokens_per_step=tokens)),
+            route,
+            marker,
+            stream=stream,
+            **fields,
+        )
         for interval in (INTERVALS if stream else (1,))
+        for tokens in TOKENS_PER_STEP
     ]
     assert all(reply == first for reply in others)
     return first
