@@ -35,7 +35,11 @@ class Script:
 
     def __init__(self) -> None:
         self.deltas: list[dict[str, Any]] = []
-        self.pause = 0.0
+        self.then_waits = False
+        self._may_end = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.num_left = 0
+        """Answers whose clients went before the end."""
         self.status = 200
         self.models = [{"id": MODEL, "max_model_len": 4096, "parent": None}]
         self.requests: list[dict[str, Any]] = []
@@ -53,13 +57,21 @@ class Script:
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", ws="none"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
+        deadline = time.monotonic() + 30
         while not self._server.started:
+            assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.01)
 
-    def says(self, *texts: str, pause: float = 0.0) -> None:
-        """The next answers, in pieces."""
+    def says(self, *texts: str, then_waits: bool = False) -> None:
+        """The next answers, in pieces; with ``then_waits`` they end after ``go_on``."""
         self.deltas = [{"content": text} for text in texts]
-        self.pause, self.status = pause, 200
+        self.then_waits, self.status = then_waits, 200
+
+    def go_on(self) -> None:
+        """Lets the answers that wait end."""
+        assert self._loop is not None, "nothing was asked yet"
+        waited_for, self._may_end = self._may_end, asyncio.Event()
+        self._loop.call_soon_threadsafe(waited_for.set)
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -76,13 +88,20 @@ class Script:
         return StreamingResponse(self._events(), media_type="text/event-stream")
 
     async def _events(self) -> AsyncIterator[str]:
+        then_waits, may_end = self.then_waits, self._may_end
+        self._loop = asyncio.get_running_loop()
         yield self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         for delta in self.deltas:
             if "error" in delta:
                 yield self._event(delta)
                 return
             yield self._event({"choices": [{"index": 0, "delta": delta}]})
-            await asyncio.sleep(self.pause)
+        try:
+            if then_waits:
+                await may_end.wait()
+        except asyncio.CancelledError:
+            self.num_left += 1
+            raise
         reason = "tool_calls" if any("tool_calls" in delta for delta in self.deltas) else "stop"
         yield self._event({"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]})
         usage = {"prompt_tokens": 7, "completion_tokens": len(self.deltas) + 1, "total_tokens": 9}
@@ -119,7 +138,6 @@ def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
 
 
 def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
-    script.pause = 0.01
     assert chat.ask("Hi there") == "Hello world."
     assert chat.text(".from-assistant strong") == "world"
     assert chat.text(".stats").startswith("3 tokens · ")
@@ -169,26 +187,29 @@ def test_a_setting_that_is_not_valid_is_not_sent(chat: Browser, script: Script) 
 
 
 def test_stop(chat: Browser, script: Script) -> None:
-    script.says(*["word "] * 400, pause=0.02)
+    script.says(*["word "] * 40, then_waits=True)
+    num_left = script.num_left
     chat.send("go on")
     chat.wait(lambda: "word word" in chat.text(".from-assistant .message-body"))
     chat.type(Keys.ESCAPE)
     chat.finish()
     assert "stopped" in chat.text(".stats")
     shown = chat.text(".from-assistant .message-body")
-    time.sleep(0.3)
+    chat.wait(lambda: script.num_left == num_left + 1)
+    script.go_on()
     assert chat.text(".from-assistant .message-body") == shown
     script.says("Fine.")
     assert chat.ask("and now") == "Fine."
 
 
 def test_two_conversations_at_once(chat: Browser, script: Script) -> None:
-    script.says(*["a "] * 60, pause=0.02)
+    script.says(*["a "] * 60, then_waits=True)
     chat.send("first")
     chat.find(".from-assistant")
     chat.click("#new-chat")
     script.says("b")
     assert chat.ask("second") == "b"
+    script.go_on()
     chat.wait(lambda: not chat.all(".running-dot"))
     chat.click(".conversations li:last-child a")
     assert chat.text(".from-assistant .message-body").split() == ["a"] * 60

@@ -52,8 +52,7 @@ OBJECT = GrammarSpec("json", '{"type": "object", "properties": {"a": {"type": "i
 LARK = GrammarSpec("grammar", 'start: "x" start | "y"')
 
 
-def test_hostile_grammars_end_alone_while_others_go_on() -> None:
-    begin = time.monotonic()
+def test_hostile_grammars_end_alone_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     num_threads = threading.active_count()
     with Engine() as engine:
         engine.add(1000, None, 400)
@@ -72,15 +71,15 @@ def test_hostile_grammars_end_alone_while_others_go_on() -> None:
             assert param == "structured_outputs" and message is not None, name
             assert message.startswith("structured_outputs "), (name, message)
         assert len(engine.tokens[1000]) == 400
-        assert time.monotonic() - begin < 120
-        again = time.monotonic()
+        grammars = engine.core._grammars
+        helper = grammars._helper if grammars is not None else None
+        assert helper is not None
+        monkeypatch.setattr(helper, "submit", lambda *_, **__: pytest.fail("verdicts are remembered"))
         for index, spec in enumerate(HOSTILE.values()):
             engine.add(2000 + index, spec)
         engine.run()
         assert all(engine.errors[2000 + index] == engine.errors[index] for index in range(len(HOSTILE)))
-        assert time.monotonic() - again < 5, "verdicts are remembered"
-        helper = engine.core._grammars._helper if engine.core._grammars is not None else None
-        assert helper is not None and len(helper.pids) <= 2
+        assert len(helper.pids) <= 2
     assert not helper.pids
     deadline = time.monotonic() + 20
     while threading.active_count() > num_threads + compiler.NUM_THREADS:
@@ -138,9 +137,10 @@ def test_requests_that_go_take_their_trials_along() -> None:
         engine.core.step()
         engine.inbox.append(AbortRequests(tuple(range(1, 20))))
         engine.num_open -= 19
-        begin = time.monotonic()
         engine.run()
-        assert engine.reasons[20] == FinishReason.ERROR and time.monotonic() - begin < 60
+        assert engine.reasons[20] == FinishReason.ERROR
+        helper = engine.core._grammars._helper if engine.core._grammars is not None else None
+        assert helper is not None
 
 
 def test_a_search_that_takes_too_long_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ class Peer:
 @pytest.fixture
 def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MultiprocExecutor]:
     monkeypatch.setattr(multiproc, "ChildProcess", FakeChild)
+    monkeypatch.setattr(multiproc, "LAST_WORDS_TIMEOUT", 600_000)  # whoever waits for nothing is noticed
     result = MultiprocExecutor(ExecutorConfig(), str(tmp_path))
     result.start()
     yield result
@@ -129,21 +130,23 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     executor._context.term()
 
 
+@pytest.mark.timeout(60)
 def test_a_killed_worker_is_noticed_at_once_and_its_results_are_used(executor: MultiprocExecutor) -> None:
     peer = Peer(FakeChild.last.launch)
     peer.send(ModelRunnerOutput(1))
     peer.close()
     FakeChild.last.exit_code = -9
-    begin = time.monotonic()
     received: list[object] = []
     with pytest.raises(WorkerDiedError, match="exit code -9"):
         while True:
             received += executor.receive()
     assert received in ([], [ModelRunnerOutput(1)])
-    assert time.monotonic() - begin < multiproc.LAST_WORDS_TIMEOUT / 1000
 
 
-def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(executor: MultiprocExecutor) -> None:
+@pytest.mark.timeout(60)
+def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(
+    executor: MultiprocExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peer = Peer(FakeChild.last.launch)
     failure = WorkerFailed(0, "no such weights", 78)
     FakeChild.last.exit_code = 78
@@ -152,6 +155,7 @@ def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(executor: Mul
     assert executor.receive() == [failure]
     timer.join()
     peer.close()
+    monkeypatch.setattr(multiproc, "LAST_WORDS_TIMEOUT", 0)
     with pytest.raises(WorkerDiedError, match="exit code 78"):
         executor.receive()
 

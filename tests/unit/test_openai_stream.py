@@ -15,10 +15,12 @@ from api.config import ServerConfig
 from api.http import stream
 from api.openai.protocol import ChatCompletionChunk, CompletionResponse
 from tests.fakes import Connection, FakeServer
-from tests.unit.conftest import Api, error_of
+from tests.unit.conftest import Api, LoopClock, error_of
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+INTERVAL = 1000.0
+"""Seconds between comments."""
 ENDLESS = {"prompt": ["a", "b"], "max_tokens": 400, "ignore_eos": True, "n": 2, "seed": 1}
 
 
@@ -164,11 +166,14 @@ async def test_a_fault_of_ours_after_the_head_ends_the_stream(
     assert server.engine.num_unfinished == 0
 
 
-async def test_comments_while_nothing_comes() -> None:
-    server = FakeServer(ServerConfig(sse_keep_alive_interval=0.02))
+async def test_comments_while_nothing_comes(clock: LoopClock) -> None:
+    server = FakeServer(ServerConfig(sse_keep_alive_interval=INTERVAL))
     server.engine.steps_left = 0
     connection = Connection(server.app, COMPLETIONS, {"prompt": "x", "max_tokens": 3, "stream": True})
-    await until(lambda: len(connection.sent) >= 3)
+    await until(lambda: server.engine.num_unfinished)
+    for number in range(1, 4):
+        clock.advance(INTERVAL)
+        await until(lambda number=number: len(data_of(connection)) == number)
     assert connection.status == 200
     assert set(data_of(connection)) == {": keep-alive"}
     server.engine.steps_left = None
@@ -176,22 +181,26 @@ async def test_comments_while_nothing_comes() -> None:
     assert data_of(connection)[-1] == "data: [DONE]"
 
 
-async def test_no_comments_while_tokens_come() -> None:
-    server = FakeServer(ServerConfig(sse_keep_alive_interval=0.05))
+async def test_no_comments_while_tokens_come(clock: LoopClock) -> None:
+    server = FakeServer(ServerConfig(sse_keep_alive_interval=INTERVAL))
     server.engine.steps_left = 1
     connection = Connection(server.app, COMPLETIONS, {"prompt": "x", "max_tokens": 12, "stream": True})
     for _ in range(12):
-        await asyncio.sleep(0.01)
-        server.engine.steps_left += 1
+        await until(lambda: not server.engine.steps_left)
+        clock.advance(0.6 * INTERVAL)
+        server.engine.steps_left = 1
     await connection.task
     assert b"keep-alive" not in connection.body
 
 
-async def test_no_comments_if_unwanted() -> None:
+async def test_no_comments_if_unwanted(clock: LoopClock) -> None:
     server = FakeServer(ServerConfig(sse_keep_alive_interval=0))
     server.engine.steps_left = 0
     connection = Connection(server.app, COMPLETIONS, {"prompt": "x", "max_tokens": 3, "stream": True})
-    await asyncio.sleep(0.05)
+    await until(lambda: server.engine.num_unfinished)
+    clock.advance(1000 * INTERVAL)
+    for _ in range(10):
+        await asyncio.sleep(0)
     assert connection.sent == []
     server.engine.steps_left = None
     await connection.task

@@ -28,7 +28,7 @@ from api.responses.protocol import (
 from api.responses.store import ResponseStore, StoredResponse
 from tests.fakes import CHAT_TEMPLATE, FakeServer, says
 from tests.scripted import EOS, ScriptedModel
-from tests.unit.conftest import Api, error_of
+from tests.unit.conftest import Api, LoopClock, error_of
 from tests.unit.test_openai_stream import until
 from tests.unit.test_openai_tools import CITY, client_of
 
@@ -356,14 +356,17 @@ async def test_background_is_streamed_and_read_again() -> None:
     assert error_of(await api.get(f"{path}?stream=true&starting_after=x"), 400)["param"] == "starting_after"
 
 
-async def test_a_silent_stream_has_comments() -> None:
-    api = Api(FakeServer(ServerConfig(sse_keep_alive_interval=0.01)))
+async def test_a_silent_stream_has_comments(clock: LoopClock) -> None:
+    api = Api(FakeServer(ServerConfig(sse_keep_alive_interval=1000)))
     api.server.engine.steps_left = 3
     answer = await api.ok(PATH, {"input": "a", "background": True})
     stream = asyncio.create_task(streamed_text(api, answer["id"]))
     assert error_of(await stream, 400)["param"] == "stream"
     begun = asyncio.create_task(api.post(PATH, {"input": "hello", "background": True, "stream": True}))
-    await asyncio.sleep(0.05)
+    for _ in range(100):  # until it follows the events, of which none is left
+        await asyncio.sleep(0)
+    clock.advance(1001)
+    await asyncio.sleep(0)
     api.server.engine.fail("over")
     assert ": keep-alive\n\n" in (await begun).text
 
