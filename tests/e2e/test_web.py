@@ -205,13 +205,14 @@ def test_stop(chat: Browser, script: Script) -> None:
 def test_two_conversations_at_once(chat: Browser, script: Script) -> None:
     script.says(*["a "] * 60, then_waits=True)
     chat.send("first")
-    chat.find(".from-assistant")
+    chat.wait(lambda: "a a" in chat.text(".from-assistant .message-body"))
     chat.click("#new-chat")
     script.says("b")
     assert chat.ask("second") == "b"
     script.go_on()
     chat.wait(lambda: not chat.all(".running-dot"))
-    chat.click(".conversations li:last-child a")
+    # The one that ended last comes first.
+    chat.click(".conversations li:first-child a")
     assert chat.text(".from-assistant .message-body").split() == ["a"] * 60
 
 
