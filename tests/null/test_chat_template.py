@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from api.model.chat_template import (
     TemplateError,
     load_chat_template,
 )
+from tests.work import count_calls
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -62,8 +63,15 @@ def test_tojson_keeps_order_and_characters() -> None:
     assert render("{{ tools | tojson(indent=2) }}", tools=[tool]) == json.dumps([tool], ensure_ascii=False, indent=2)
 
 
-def test_what_templates_of_transformers_use() -> None:
-    assert render("{{ strftime_now('%Y') }}") >= "2024"
+class FixedTime(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> FixedTime:
+        return cls(2031, 2, 3, 4, 5)
+
+
+def test_what_templates_of_transformers_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.model.chat_template.datetime", FixedTime)
+    assert render("{{ strftime_now('%d %b %Y, %H:%M') }}") == "03 Feb 2031, 04:05"
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert render("{% generation %}{% set x = 1 %}a{{ x }}{% endgeneration %}b{{ x is defined }}") == "a1bFalse"
     assert render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}") == "5"
@@ -147,10 +155,8 @@ def test_continue_final_message_refusals() -> None:
     ],
 )
 def test_hostile_and_broken_templates(source: str) -> None:
-    started = time.perf_counter()
     with pytest.raises(TemplateError) as caught:
-        render(source)
-    assert time.perf_counter() - started < 2
+        count_calls(lambda: render(source), most=1_000_000)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
