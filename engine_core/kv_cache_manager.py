@@ -44,8 +44,7 @@ class KVCacheManager:
         self.has_windows = any(group.window is not None for group in shape.groups)
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
-        self._block_sizes = sorted({group.block_size for group in shape.groups})
-        self.publish_step = math.gcd(*self._block_sizes)
+        self.publish_step = math.gcd(*(group.block_size for group in shape.groups))
         """A block of some group may be full after each multiple of so many tokens."""
 
     # -- facts ---------------------------------------------------------------------------------------------
@@ -80,40 +79,40 @@ class KVCacheManager:
         """
         if not self._reads_cache(request):
             return PrefixHit(0, [BlockTable() for _ in self.managers])
-        self.extend_hashes(request, request.token_ids, len(request.token_ids))
+        token_ids = request.token_ids
+        hashes = [self.hashes(request, token_ids, len(token_ids), manager.block_size) for manager in self.managers]
         alignment = self.shape.alignment
-        num_tokens = (len(request.token_ids) - 1) // alignment * alignment
+        num_tokens = (len(token_ids) - 1) // alignment * alignment
         agreed = -1
         while num_tokens != agreed:  # what one group lacks may be where another one's window is
             agreed = num_tokens
-            for manager in self.managers:
-                hashes = request.block_hashes[manager.block_size]
-                num_tokens = manager.longest_hit(hashes, num_tokens, alignment)
-        tables = [
-            manager.cached_table(request.block_hashes[manager.block_size], num_tokens) for manager in self.managers
-        ]
-        return PrefixHit(num_tokens, tables)
+            for manager, own in zip(self.managers, hashes, strict=True):
+                num_tokens = manager.longest_hit(own, num_tokens, alignment)
+        pairs = zip(self.managers, hashes, strict=True)
+        return PrefixHit(num_tokens, [manager.cached_table(own, num_tokens) for manager, own in pairs])
 
     def _reads_cache(self, request: Request) -> bool:
         return self.enable_prefix_caching and not request.needs_all_positions
 
-    def extend_hashes(self, request: Request, token_ids: I32, num_tokens: int) -> None:
-        """Hashes the full blocks of a request's first ``num_tokens`` that are not hashed yet.
+    def hashes(self, request: Request, token_ids: I32, num_tokens: int, block_size: int) -> list[bytes]:
+        """The hashes of a request's full blocks; those that are new are computed.
 
         Args:
             request: Whose they are.
             token_ids: int32 [>= num_tokens].
             num_tokens: Tokens that are known.
+            block_size: Tokens in a block.
         """
-        all_hashes = request.block_hashes
-        for size in self._block_sizes:
-            hashes = all_hashes[size] if size in all_hashes else all_hashes.setdefault(size, [])
-            begin = len(hashes) * size
-            if begin + size <= num_tokens:
-                parent = hashes[-1] if hashes else _root(request)
-                features = request.message.mm_features
-                keys = feature_keys(features, size) if features else NO_KEYS
-                hashes += block_hashes(token_ids[begin:num_tokens], size, parent, keys, len(hashes))
+        hashes = request.block_hashes.get(block_size)
+        if hashes is None:
+            hashes = request.block_hashes[block_size] = []
+        begin = len(hashes) * block_size
+        if begin + block_size <= num_tokens:
+            parent = hashes[-1] if hashes else _root(request)
+            features = request.message.mm_features
+            keys = feature_keys(features, block_size) if features else NO_KEYS
+            hashes += block_hashes(token_ids[begin:num_tokens], block_size, parent, keys, len(hashes))
+        return hashes
 
     def publish(self, request: Request, token_ids: I32, num_tokens: int) -> None:
         """Makes full blocks findable.
@@ -123,10 +122,9 @@ class KVCacheManager:
             token_ids: int32 [>= num_tokens], the request's.
             num_tokens: Tokens that are known and computed.
         """
-        self.extend_hashes(request, token_ids, num_tokens)
-        tables, all_hashes = request.block_tables, request.block_hashes
         for group, manager in enumerate(self.managers):
-            manager.publish(tables[group], all_hashes[manager.block_size], num_tokens)
+            hashes = self.hashes(request, token_ids, num_tokens, manager.block_size)
+            manager.publish(request.block_tables[group], hashes, num_tokens)
 
     def reset_prefix_cache(self) -> None:
         """Nothing is cached any more; who uses blocks goes on using them."""

@@ -457,11 +457,12 @@ class Scheduler:
         if not self.kv.enable_prefix_caching:
             return
         table, step = self.table, self.kv.publish_step
-        counts = np.minimum(table.num_scheduled[slots], table.num_tokens[slots])
-        rows = np.flatnonzero(counts >= table.publish_at[slots])
-        if not len(rows):
+        counts = np.minimum(table.num_scheduled, table.num_tokens)
+        ready = counts >= table.publish_at
+        if not ready.any():
             return
-        slots, counts = slots[rows], counts[rows]
+        slots = slots[ready[slots]]
+        counts = counts[slots]
         table.publish_at[slots] = (counts // step + 1) * step
         for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
             request = table.owners[slot]

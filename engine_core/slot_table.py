@@ -66,7 +66,7 @@ class SlotTable:
         """Tokens that the request's tenant was charged for: prompt, and output so far or as it is expected."""
         self.capacity = np.zeros(size, np.int64)
         """Tokens for which there are blocks."""
-        self.publish_at = np.zeros(size, np.int64)
+        self.publish_at = np.full(size, NEVER, np.int64)
         """Number of known and scheduled tokens with which another block can be made findable."""
         self.free_at = np.full(size, NEVER, np.int64)
         """Number of confirmed tokens with which another block falls behind a window."""
@@ -120,7 +120,7 @@ class SlotTable:
         slot = request.slot
         request.slot = -1
         self.owners[slot] = None
-        self.free_at[slot] = NEVER
+        self.publish_at[slot] = self.free_at[slot] = NEVER
         self.epochs[slot] += 1
         self.running = self.running[self.running != slot]
         self.finished_slots.append(slot)

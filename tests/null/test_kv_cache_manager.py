@@ -219,8 +219,7 @@ class Model:
     def has(self, own: object, request: Request, tokens: tuple[int, ...], length: int) -> bool:
         shape, pool = own.shape, own.pool  # type: ignore[attr-defined]
         first = 0 if shape.window is None else max(0, min(length + 1 - shape.window, length - 1))
-        self.kv.extend_hashes(request, request.token_ids, len(tokens))
-        hashes = request.block_hashes[shape.block_size]
+        hashes = self.kv.hashes(request, request.token_ids, len(tokens), shape.block_size)
         return all(pool.lookup(hashes[position // shape.block_size]) is not None for position in range(first, length))
 
 

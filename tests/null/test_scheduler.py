@@ -444,8 +444,7 @@ def test_a_failed_row_harms_no_other() -> None:
 
 def make_hashes(engine: Engine, prompt: list[int]) -> list[bytes]:
     request = make_request(999, prompt)
-    engine.scheduler.kv.extend_hashes(request, request.token_ids, len(prompt))
-    return request.block_hashes[4]
+    return engine.scheduler.kv.hashes(request, request.token_ids, len(prompt), 4)
 
 
 def test_restart_resumes_what_ran() -> None:
