@@ -536,6 +536,7 @@ def create_parser() -> argparse.ArgumentParser:
     add("--charge-python", action="store_true", help="let the scheduler's Python take virtual time")
     add("--steady", type=int, metavar="N", help="measure steady decode of N requests instead")
     add("--steps", type=int, default=1000, metavar="N", help="steps to measure with --steady")
+    add("--window", type=int, metavar="N", help="with --steady: a sliding window of N tokens; default: none")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add_arguments(parser, EngineConfig)
     return parser
@@ -551,7 +552,9 @@ def main() -> int:
     device = config.executor.simulated_device
     if arguments.steady:
         depth = config.scheduler.max_in_flight_steps
-        steady = measure_steady(arguments.steady, arguments.steps, block_size=device.block_size, depth=depth)
+        steady = measure_steady(
+            arguments.steady, arguments.steps, block_size=device.block_size, depth=depth, window=arguments.window
+        )
         figures = steady.summary()
         print(format_steady(figures))
     else:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from api import LLM, SamplingParams
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams, to_array
@@ -254,6 +255,31 @@ def test_two_groups_free_what_is_out_of_the_window_only() -> None:
     full, window = (group.spec.bytes_per_block for group in engine.runner.groups)
     assert [group.layers for group in engine.runner.groups] == [(0, 2), (1, 3)]
     assert engine.most_bytes == 16 * full + 3 * window
+
+
+@pytest.mark.parametrize(("kind", "num_blocks"), [("mistral", 9), ("qwen2", 18)])
+def test_a_whole_engine_serves_more_tokens_than_its_cache_holds(kind: str, num_blocks: int) -> None:
+    """Sized by its core, in a process of its own: the longest sequence alone does not fit nine blocks."""
+    model = str(tiny.checkpoint(kind, **MODELS[kind]))
+    llm = LLM(
+        model,
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=num_blocks,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=STEP,
+        max_model_len=MAX_LEN,
+        distributed_executor_backend="inline",
+        check_every_step=True,
+    )
+    params = [
+        SamplingParams(temperature=0.8, seed=index, max_tokens=90, ignore_eos=True) for index in range(len(PROMPTS))
+    ]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    expected = without_freeing(kind)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        expected[index].tokens for index in range(len(PROMPTS))
+    ]
 
 
 # -- memory that is handed over, and models without a cache -------------------------------------------------------
