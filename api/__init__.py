@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from api.generation.beam_search import BeamSearchParams
     from api.llm import LLM
     from api.params.pooling import PoolingParams
-    from api.params.sampling import SamplingParams, StructuredOutputsParams
+    from api.params.sampling import SamplingParams
+    from api.params.structured import StructuredOutputsParams
 
 __all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
 
@@ -20,7 +21,7 @@ _HOMES = {
     "BeamSearchParams": "api.generation.beam_search",
     "PoolingParams": "api.params.pooling",
     "SamplingParams": "api.params.sampling",
-    "StructuredOutputsParams": "api.params.sampling",
+    "StructuredOutputsParams": "api.params.structured",
 }
 
 

@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+KINDS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Request Entity Too Large",
+    422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    431: "Request Header Fields Too Large",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+    505: "HTTP Version Not Supported",
+}
+"""The ``type`` of an error that brings none of its own."""
+
 
 class ModelFileError(Exception):
     """A file of the model is missing, damaged or of a kind that is not supported.

@@ -14,10 +14,11 @@ from msgspec import UNSET, UnsetType
 from tqdm import tqdm
 
 from api.config import ServerConfig, from_environment, make_config
+from api.engine.channel import Delta
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
-from api.engine.output import Delta, RequestState
 from api.engine.progress import LoadBar
+from api.engine.request_state import RequestState
 from api.engine.request_stats import RequestStateStats, request_stats
 from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError

@@ -20,10 +20,12 @@ from starlette.types import Message
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from api.config import ServerConfig
+from api.engine.channel import Channel, PacedChannel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
-from api.engine.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.engine.output import OutputProcessor
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
+from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError
 from api.generation.serving import Serving
 from api.http.traffic import Traffic

@@ -39,7 +39,7 @@ from api.anthropic.protocol import (
     ThinkingDelta,
     ToolUseBlock,
 )
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.serving import Serving
 from api.http.body import read_json, work_on

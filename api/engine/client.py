@@ -16,10 +16,12 @@ import numpy as np
 import zmq
 
 from api.engine.blame import CULPRIT_ERROR, Culprits, fingerprint
+from api.engine.channel import Channel, PacedChannel
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import Outbox
-from api.engine.output import Channel, OutputOptions, OutputProcessor, PacedChannel, RequestState
+from api.engine.output import OutputProcessor
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant
+from api.engine.request_state import OutputOptions, RequestState
 from api.engine.supervisor import Supervisor
 from api.engine.vocabulary import VocabularyFrame
 from api.errors import EngineDeadError

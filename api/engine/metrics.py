@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,10 +23,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from api.engine.request_state import RequestState
 from engine_core.messages import EngineReady, SchedulerStats
-
-if TYPE_CHECKING:
-    from api.engine.output import RequestState
 
 ENGINE = "0"
 """Label of the one engine, by which dashboards filter."""

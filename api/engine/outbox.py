@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from api.engine.output import RequestState
+from api.engine.request_state import RequestState
 
 REQUESTS_PER_TURN = 128
 """Requests that are sent in one go: some milliseconds."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from api.engine.output import RequestState
+from api.engine.request_state import RequestState
 
 
 @dataclass

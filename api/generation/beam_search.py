@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from api.engine.channel import Channel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics, FinishedRequest
-from api.engine.output import Channel, OutputOptions, RequestState
 from api.engine.queue_bound import NOBODY, Tenant
+from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError, RequestError
 from api.generation.serving import Serving
 from api.params.sampling import SamplingParams, resolve_params

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from engine_core.messages import f32
 
 

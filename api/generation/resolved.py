@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
-from api.engine.output import OutputOptions
 from api.engine.queue_bound import NOBODY, Tenant
+from api.engine.request_state import OutputOptions
 from api.params.sampling import SamplingParams
 from engine_core.messages import GrammarSpec, ResolvedParams
 

@@ -17,10 +17,11 @@ from msgspec import UNSET, UnsetType
 
 from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
 from api.config import ServerConfig
+from api.engine.channel import Channel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
-from api.engine.output import Channel, OutputOptions, RequestState, Siblings
 from api.engine.queue_bound import NOBODY, Tenant
+from api.engine.request_state import OutputOptions, RequestState, Siblings
 from api.errors import ContextLengthError, RequestError
 from api.generation.resolved import ResolvedRequest
 from api.model.chat_template import ChatTemplate
@@ -32,13 +33,12 @@ from api.params.pooling import check_prompt_length
 from api.params.sampling import (
     ModelLimits,
     SamplingParams,
-    StructuredOutputsParams,
     child_seed,
     default_params,
     resolve_max_tokens,
     resolve_shared_params,
 )
-from api.params.structured import grammar_spec
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.responses.store import ResponseStore
 from api.text.detokenizer import IncrementalDetokenizer

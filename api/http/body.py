@@ -11,10 +11,10 @@ import msgspec
 from starlette.requests import Request
 
 from api.admission import MAX_JSON_VALUES, JsonMeter
-from api.errors import RequestError
+from api.errors import KINDS, RequestError
 from api.generation.serving import Serving
 from api.http.body_budget import HeldBody
-from api.http.errors import KINDS, decode_error, malformed
+from api.http.errors import decode_error, malformed
 from api.http.traffic import Traffic
 from engine_core.launch import get_logger
 

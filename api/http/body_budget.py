@@ -15,8 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
-from api.errors import RequestError
-from api.http.errors import KINDS
+from api.errors import KINDS, RequestError
 
 SWEEP_INTERVAL = 1.0
 _CHUNK = 256 << 10

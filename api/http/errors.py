@@ -12,29 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.errors import EngineDeadError, RequestError
-from api.openai.protocol import ErrorInfo, ErrorResponse
+from api.errors import KINDS, EngineDeadError, RequestError
 
 MAX_MESSAGE_CHARS = 1000
 """Messages may quote what a client sent, so they are cut."""
-
-KINDS = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    413: "Request Entity Too Large",
-    422: "UnprocessableEntityError",
-    429: "RateLimitError",
-    431: "Request Header Fields Too Large",
-    500: "InternalServerError",
-    501: "NotImplementedError",
-    503: "ServiceUnavailableError",
-    505: "HTTP Version Not Supported",
-}
-"""The ``type`` of an error that brings none of its own."""
 
 HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -46,6 +27,19 @@ ENGINE_DEAD = "The engine is not running and this server is about to stop."
 INTERNAL = "The server failed to process the request, which is a fault of the server."
 
 _PLACE = re.compile(r" - at (?:`key` in )?`(\$[^`]*)`$")
+
+
+class ErrorInfo(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: int | str
+    """The HTTP status, or ``context_length_exceeded``."""
+
+
+class ErrorResponse(msgspec.Struct, kw_only=True):
+    error: ErrorInfo
 
 
 def malformed(message: str, param: str | None = None) -> RequestError:

@@ -21,16 +21,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.admission import Turns
-from api.engine.output import Delta, RequestState
-from api.errors import EngineDeadError, RequestError
+from api.engine.channel import Delta
+from api.engine.request_state import RequestState
+from api.errors import KINDS, EngineDeadError, RequestError
 from api.generation.beam_search import BeamSearchParams
 from api.generation.fanout import choose_best
 from api.generation.resolved import ResolvedRequest
 from api.generation.serving import Serving
-from api.http.errors import KINDS, render, to_request_error
+from api.generation.usage import PromptTokensDetails, Usage
+from api.http.errors import render, to_request_error
 from api.http.load_header import LOAD_HEADER, load_header
 from api.http.tracing import trace_headers
-from api.openai.protocol import PromptTokensDetails, Usage
 from api.params.sampling import SamplingParams
 from engine_core.launch import get_logger
 

@@ -20,7 +20,7 @@ from api.version import VERSION
 
 if TYPE_CHECKING:
     from api.engine.metrics import FinishedRequest
-    from api.engine.output import RequestState
+    from api.engine.request_state import RequestState
 
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
 from api.generation.beam_search import BeamSearchParams
@@ -30,8 +30,8 @@ from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.structured import requested_grammar
 from api.openai.tools import ToolUse, resolve_tools
-from api.params.sampling import SamplingParams, StructuredOutputsParams
-from api.params.structured import grammar_spec
+from api.params.sampling import SamplingParams
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.parsers import (
     Content,
     Event,

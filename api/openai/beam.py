@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import EngineDeadError, RequestError
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.generation.serving import Serving
+from api.generation.usage import Usage
 from api.http.errors import INTERNAL
 from api.http.stream import Generation
-from api.openai.protocol import GenerationRequest, Usage
+from api.openai.protocol import GenerationRequest
 from api.openai.sampling import stream_interval
 from api.params.sampling import SamplingParams
 from api.text.detokenizer import IncrementalDetokenizer

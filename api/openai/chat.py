@@ -11,8 +11,9 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.generation.serving import Serving
+from api.generation.usage import CompletionTokensDetails, Usage
 from api.http.body import read_json, work_on
 from api.http.stream import (
     DONE,
@@ -40,12 +41,10 @@ from api.openai.protocol import (
     ChatDelta,
     ChatLogprobs,
     ChatToolCall,
-    CompletionTokensDetails,
     FunctionCall,
     FunctionDelta,
     PromptLogprobs,
     ToolCallDelta,
-    Usage,
 )
 from api.openai.sampling import answer_id, wants_usage
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallStart

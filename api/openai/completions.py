@@ -11,9 +11,10 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.serving import Serving
+from api.generation.usage import Usage
 from api.http.body import read_json, work_on
 from api.http.stream import (
     DONE,
@@ -39,7 +40,6 @@ from api.openai.protocol import (
     CompletionRequest,
     CompletionResponse,
     TokenOffsets,
-    Usage,
 )
 from api.openai.refusals import refuse_completion
 from api.openai.sampling import (

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from api.params.sampling import RepetitionDetectionParams, StructuredOutputsParams
+from api.generation.usage import Usage
+from api.params.sampling import RepetitionDetectionParams
+from api.params.structured import StructuredOutputsParams
 
 MAX_INT32 = (1 << 31) - 1
 Int32 = Annotated[int, Meta(ge=-(1 << 31), le=MAX_INT32)]
@@ -308,25 +310,6 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 # Answers
 
 
-class PromptTokensDetails(msgspec.Struct, kw_only=True):
-    cached_tokens: int
-    """Prompt tokens that came from the prefix cache."""
-
-
-class CompletionTokensDetails(msgspec.Struct, kw_only=True):
-    reasoning_tokens: int
-
-
-class Usage(msgspec.Struct, kw_only=True):
-    prompt_tokens: int
-    completion_tokens: int
-    """Of all choices, up to and including the tokens that ended them."""
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
-    """If the server tells reasoning from answers."""
-
-
 class PromptLogprob(msgspec.Struct, kw_only=True):
     logprob: float
     rank: int
@@ -532,25 +515,3 @@ class ModelCard(msgspec.Struct, kw_only=True):
 class ModelList(msgspec.Struct, kw_only=True):
     object: str = "list"
     data: list[ModelCard]
-
-
-class ErrorInfo(msgspec.Struct, kw_only=True):
-    message: str
-    type: str
-    param: str | None
-    """The field at fault."""
-    code: int | str
-    """The HTTP status, or ``context_length_exceeded``."""
-
-
-class ErrorResponse(msgspec.Struct, kw_only=True):
-    error: ErrorInfo
-
-
-class LoadResponse(msgspec.Struct, kw_only=True):
-    server_load: int
-    """Completions that run or wait."""
-
-
-class VersionResponse(msgspec.Struct, kw_only=True):
-    version: str

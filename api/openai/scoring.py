@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.serving import Serving
 from api.http.body import read_json

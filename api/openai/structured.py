@@ -6,8 +6,7 @@ from typing import Any
 
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest, ResponseFormat
-from api.params.sampling import StructuredOutputsParams
-from api.params.structured import grammar_spec
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from engine_core.messages import GrammarSpec
 
 _GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}

@@ -11,7 +11,7 @@ import msgspec
 
 from api.errors import ContextLengthError, RequestError
 from api.model.tokenizer import AddedAround, Tokenizer, kept_tokens
-from api.params.structured import grammar_spec
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.stop_regex import StopRegexError, stop_automaton
 from engine_core.messages import RepetitionDetection, ResolvedParams
 
@@ -36,39 +36,6 @@ MAX_INT = (1 << 31) - 1
 """Counts travel as 32-bit numbers."""
 MAX_SHOWN = 200
 """Characters of a bad value that an error repeats."""
-
-
-class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The language that an output must be in: exactly one of the first five.
-
-    Attributes:
-        json: A JSON schema, as an object or as text.
-        regex: A regular expression for the whole output.
-        choice: The output is one of these strings.
-        grammar: A context-free grammar in Lark's notation.
-        json_object: Any JSON object.
-        disable_any_whitespace: JSON without white space between its parts.
-        disable_additional_properties: Objects of a schema that says nothing of further properties have none.
-        whitespace_pattern: Regular expression of the white space between parts of JSON.
-        enable_in_reasoning: Whether the output is in it from the first token on, rather than once the model has
-            thought. Default: what the server was told.
-    """
-
-    json: str | dict[str, Any] | bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
-    enable_in_reasoning: bool | None = None
-
-    @property
-    def says_only_when(self) -> bool:
-        """It tells when the language of another field holds, and names none itself."""
-        when = self.enable_in_reasoning
-        return when is not None and self == StructuredOutputsParams(enable_in_reasoning=when)
 
 
 class RepetitionDetectionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

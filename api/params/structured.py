@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -13,9 +13,6 @@ from api.errors import RequestError
 from api.model.tokenizer import Tokenizer
 from api.params.regex_dialect import translate
 from engine_core.messages import GrammarSpec, SetVocabulary
-
-if TYPE_CHECKING:
-    from api.params.sampling import StructuredOutputsParams
 
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_SCHEMA_DEPTH = 64
@@ -58,6 +55,39 @@ _SCHEMAS = (
 _APPLICATORS = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"))
 """Keywords that apply other schemas to the same value."""
 _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
+
+
+class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The language that an output must be in: exactly one of the first five.
+
+    Attributes:
+        json: A JSON schema, as an object or as text.
+        regex: A regular expression for the whole output.
+        choice: The output is one of these strings.
+        grammar: A context-free grammar in Lark's notation.
+        json_object: Any JSON object.
+        disable_any_whitespace: JSON without white space between its parts.
+        disable_additional_properties: Objects of a schema that says nothing of further properties have none.
+        whitespace_pattern: Regular expression of the white space between parts of JSON.
+        enable_in_reasoning: Whether the output is in it from the first token on, rather than once the model has
+            thought. Default: what the server was told.
+    """
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    enable_in_reasoning: bool | None = None
+
+    @property
+    def says_only_when(self) -> bool:
+        """It tells when the language of another field holds, and names none itself."""
+        when = self.enable_in_reasoning
+        return when is not None and self == StructuredOutputsParams(enable_in_reasoning=when)
 
 
 def grammar_spec(params: StructuredOutputsParams, name: str = "structured_outputs") -> GrammarSpec:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from api.errors import RequestError
-from api.http.errors import ErrorShape, render
-from api.openai.protocol import ErrorResponse
+from api.http.errors import ErrorResponse, ErrorShape, render
 
 _KINDS = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_exceeded"}
 _FIELDS = {

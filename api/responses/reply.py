@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.serving import Serving
 from api.http.stream import KEEP_ALIVE

@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
-from api.errors import RequestError
-from api.http.errors import KINDS
+from api.errors import KINDS, RequestError
 from api.openai.protocol import ChatMessage
 from api.responses.protocol import ResponseObject
 

@@ -200,9 +200,9 @@ OPERATIONS = (
         )
     ),
     Operation(
-        "GET", "/version", monitoring.version, "Show the version", response=protocol.VersionResponse, is_open=True
+        "GET", "/version", monitoring.version, "Show the version", response=monitoring.VersionResponse, is_open=True
     ),
-    Operation("GET", "/load", monitoring.load, "Show the load", response=protocol.LoadResponse, is_open=True),
+    Operation("GET", "/load", monitoring.load, "Show the load", response=monitoring.LoadResponse, is_open=True),
     Operation("GET", "/metrics", monitoring.metrics, "Metrics for Prometheus", media_type="text/plain", is_open=True),
 )
 

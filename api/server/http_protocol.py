@@ -25,8 +25,8 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from api.errors import RequestError
-from api.http.errors import HEADERS, KINDS, render
+from api.errors import KINDS, RequestError
+from api.http.errors import HEADERS, render
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128

@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.admission import release_memory
 from api.config import ServerConfig
-from api.errors import RequestError
-from api.http.errors import KINDS, error_response
+from api.errors import KINDS, RequestError
+from api.http.errors import error_response
 from api.http.tenants import short_name
 from api.http.traffic import CLIENT_GONE, NO_HANDLER, Traffic
 from engine_core.launch import get_logger

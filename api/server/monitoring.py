@@ -9,8 +9,16 @@ from starlette.responses import PlainTextResponse, Response
 from api.engine.metrics import CONTENT_TYPE
 from api.generation.serving import Serving
 from api.http.traffic import Traffic
-from api.openai.protocol import LoadResponse, VersionResponse
 from api.version import VERSION
+
+
+class LoadResponse(msgspec.Struct, kw_only=True):
+    server_load: int
+    """Completions that run or wait."""
+
+
+class VersionResponse(msgspec.Struct, kw_only=True):
+    version: str
 
 
 async def health(request: Request) -> Response:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.errors import RequestError
-from api.http.errors import KINDS, error_response
+from api.errors import KINDS, RequestError
+from api.http.errors import error_response
 from engine_core.messages import LoadProgress
 
 PROBES = frozenset({"/health", "/ping", "/readyz", "/startupz"})

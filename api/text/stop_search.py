@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 
 from api.stop_regex import StopRegexChecker
-from api.text.detokenizer import StopChecker
+from api.text.stop_strings import StopChecker
 
 Checker = StopChecker | StopRegexChecker
 

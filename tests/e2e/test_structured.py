@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from api import LLM, SamplingParams
-from api.params.sampling import StructuredOutputsParams
+from api.params.structured import StructuredOutputsParams
 from tests.e2e.server import Server, stream_text
 
 PERSON = {

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from api.model.tokenizer import Tokenizer
-from api.text.detokenizer import IncrementalDetokenizer, StopChecker
+from api.text.detokenizer import IncrementalDetokenizer
+from api.text.stop_strings import StopChecker
 
 SENTENCES = [
     "Hello world, this is a test. Don't panic!",

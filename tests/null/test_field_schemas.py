@@ -8,8 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from api.params.sampling import StructuredOutputsParams
-from api.params.structured import grammar_spec
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from tests.grammars import Engine
 
 STRING = {"type": "string"}

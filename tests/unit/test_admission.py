@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, MAX_TEXT_CHARS, MAX_TOOLS, Turns
-from api.engine.output import MAX_TAKEN, Channel, Delta
+from api.engine.channel import MAX_TAKEN, Channel, Delta
 from api.errors import RequestError
 from api.generation import serving
 from api.http import stream

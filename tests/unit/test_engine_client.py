@@ -16,11 +16,12 @@ import zmq
 
 from api.engine import client as engine_client
 from api.engine.blame import REFUSAL_TIME, Culprits
+from api.engine.channel import Delta
 from api.engine.client import ROWS_PER_TURN, EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import REQUESTS_PER_TURN
-from api.engine.output import Delta, OutputOptions, RequestState
 from api.engine.queue_bound import NOBODY
+from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError, RequestError
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig

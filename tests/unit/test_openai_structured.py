@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from api.errors import RequestError
-from api.params.sampling import SamplingParams, StructuredOutputsParams
-from api.params.structured import MAX_GRAMMAR_BYTES, grammar_spec
+from api.params.sampling import SamplingParams
+from api.params.structured import MAX_GRAMMAR_BYTES, StructuredOutputsParams, grammar_spec
 from engine_core.messages import GrammarSpec
 from tests.unit.conftest import Api
 

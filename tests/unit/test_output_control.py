@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
-from api.engine.output import Delta
+from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.fanout import choose_best
 from api.params.sampling import SamplingParams

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from api.config import ServerConfig, check_config
-from api.engine.output import OutputOptions
+from api.engine.request_state import OutputOptions
 from api.flags import ConfigError
 from api.openai.protocol import SamplingFields
 from api.responses.protocol import ResponsesRequest

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from api.errors import RequestError
-from api.params.sampling import StructuredOutputsParams
-from api.params.structured import grammar_spec
+from api.params.structured import StructuredOutputsParams, grammar_spec
 
 
 def schema_of(schema: Any) -> Any:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
+from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
-from api.engine.output import Delta, OutputOptions, OutputProcessor, RequestState
+from api.engine.output import OutputProcessor
 from api.engine.queue_bound import QueueBound
+from api.engine.request_state import OutputOptions, RequestState
 from engine_core.config import SchedulerConfig
 from engine_core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from tests.fakes import MODEL, fake_logprobs, tiny_tokenizer, token_of, tokens_of

@@ -1,0 +1,121 @@
+"""Deltas of completions on their way to the one who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from engine_core.messages import TokenLogprobs
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What a step brought for one completion."""
+
+    choice: int
+    """Which completion of the channel."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    error_param: str | None = None
+    """The error is the client's fault: the field that is to blame."""
+
+
+MAX_TAKEN = 256
+"""Deltas that a consumer takes in one go: after a pause, as when a reader was slow, there may be any number."""
+
+
+class Channel:
+    """Where the deltas of one or more completions wait for their one consumer.
+
+    Attributes:
+        quiet: Wake the consumer at the end of completions only: it does not care before.
+    """
+
+    __slots__ = ("_is_behind", "_items", "_loop", "_waiter", "quiet")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.quiet = False
+        self._is_behind = False
+        self._loop = loop
+        self._items: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: Delta) -> None:
+        self._items.append(delta)
+        if self._waiter is not None and (not self.quiet or delta.finish_reason is not None):
+            self.wake()
+
+    def wake(self) -> None:
+        """Lets the consumer go on if it waits, even if there is nothing."""
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def take(self) -> list[Delta]:
+        """Waits until there is something, then returns it in order; nothing after ``wake``.
+
+        More than ``MAX_TAKEN`` are left for the next time, before which others have their turn.
+        """
+        if not self._items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        elif self._is_behind:
+            await asyncio.sleep(0)
+        items, self._items = self._items, []
+        self._is_behind = len(items) > MAX_TAKEN
+        if self._is_behind:
+            self._items = items[MAX_TAKEN:]
+            del items[MAX_TAKEN:]
+        return items
+
+
+class PacedChannel(Channel):
+    """A channel whose deltas hold several tokens of a choice, but for the first and the last one."""
+
+    __slots__ = ("_begun", "_held", "_interval")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: int) -> None:
+        """Opens it.
+
+        Args:
+            loop: Of the consumer.
+            interval: Tokens that a delta holds.
+        """
+        super().__init__(loop)
+        self._interval = interval
+        self._begun: set[int] = set()
+        self._held: dict[int, Delta] = {}
+
+    def push(self, delta: Delta) -> None:
+        choice = delta.choice
+        held = self._held.pop(choice, None)
+        if held is not None:
+            delta = _joined(held, delta)
+        if choice not in self._begun:
+            self._begun.add(choice)
+        elif delta.finish_reason is None and len(delta.token_ids) < self._interval:
+            self._held[choice] = delta
+            return
+        super().push(delta)
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    """Two deltas of a choice as one."""
+    return Delta(
+        first.choice,
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        first.prompt_logprobs + second.prompt_logprobs,
+        second.finish_reason,
+        second.stop_reason,
+        second.error,
+        second.error_param,
+    )
