@@ -88,14 +88,8 @@ class Transport(Protocol):
 def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
     """The executor that the configuration names."""
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
-    max_num_seqs, max_num_tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
-    speculative = config.executor.speculative
-    drafts = 0 if speculative is None else speculative.num_speculative_tokens
-    step_size = StepSize(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_tokens,
-        max_num_samples=min(max_num_tokens, max_num_seqs * (1 + drafts)),
-    )
+    scheduler = config.scheduler
+    step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
     return factory(msgspec.structs.replace(config.executor, step_size=step_size), ipc_dir, log_level)
 
 

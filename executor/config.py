@@ -163,8 +163,6 @@ class StepSize(Config, frozen=True):
 
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 512
-    max_num_samples: Positive = 256
-    """Positions that are sampled: several of a request with drafts."""
 
 
 class ExecutorConfig(Config, frozen=True):

@@ -151,8 +151,7 @@ class ModelRunner:
         self.pooler = Pooler(init.max_num_seqs)
         self.speculation = Speculation(self.speculative, init.max_num_seqs)
         if not self.enforce_eager:
-            max_samples = init.max_num_seqs * (1 + self.speculation.max_drafts)
-            self.program = self.capture(init.max_num_batched_tokens, min(max_samples, init.max_num_batched_tokens))
+            self.program = self.capture(init.max_num_batched_tokens, self._max_samples(init))
 
     def step_memory(self, size: StepSize, vocab_size: int) -> tuple[int, int]:
         """What is needed beside weights and KV cache, before there is one.
@@ -161,10 +160,15 @@ class ModelRunner:
             Bytes for the largest step, and for each token of the longest sequence.
         """
         self._allocate_kv([1] * len(self.groups))  # a program has its address; it is captured again with the real one
-        values = self.capture(size.max_num_batched_tokens, size.max_num_samples).num_bytes
+        max_samples = self._max_samples(size)
+        values = self.capture(size.max_num_batched_tokens, max_samples).num_bytes
         sampling = Sampler(size.max_num_seqs, self.device.torch_device.type, channel=self.channel)
         states = RequestStates.position_bytes(size.max_num_seqs, [group.block_size for group in self.groups])
-        return values + sampling.step_bytes(size.max_num_samples, vocab_size), states + self.model.position_bytes()
+        return values + sampling.step_bytes(max_samples, vocab_size), states + self.model.position_bytes()
+
+    def _max_samples(self, size: StepSize | InitKVCache) -> int:
+        max_drafts = 0 if self.speculative is None else self.speculative.num_speculative_tokens
+        return min(size.max_num_batched_tokens, size.max_num_seqs * (1 + max_drafts))
 
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()

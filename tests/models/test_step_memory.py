@@ -22,9 +22,7 @@ from tests.ops.cpu import using
 
 
 def started(max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> tuple[Worker, WorkerReady]:
-    size = StepSize(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_num_samples=max_num_seqs
-    )
+    size = StepSize(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
     config = ExecutorConfig(model=ModelConfig(model=str(tiny.checkpoint("llama")), max_model_len=100), step_size=size)
     answers: list[FromWorker] = []
     worker = Worker(ParallelState(), config, answers.append)

@@ -10,7 +10,6 @@ from engine_core.config import (
     ExecutorConfig,
     ModelConfig,
     SchedulerConfig,
-    SpeculativeConfig,
     StepSize,
 )
 from engine_core.core import create_executor
@@ -55,10 +54,7 @@ def test_the_advised_size_shrinks_where_steps_need_the_rest() -> None:
 
 def test_workers_are_told_the_largest_step() -> None:
     scheduler = SchedulerConfig(max_num_seqs=7, max_num_batched_tokens=99)
-    speculative = SpeculativeConfig(method="none", num_speculative_tokens=2)
-    executor = create_executor(
-        EngineConfig(scheduler=scheduler, executor=ExecutorConfig(speculative=speculative)), "/nowhere", "info"
-    )
+    executor = create_executor(EngineConfig(scheduler=scheduler), "/nowhere", "info")
     assert isinstance(executor, MultiprocExecutor)
-    assert executor._config.step_size == StepSize(max_num_seqs=7, max_num_batched_tokens=99, max_num_samples=21)
+    assert executor._config.step_size == StepSize(max_num_seqs=7, max_num_batched_tokens=99)
     executor._context.term()
