@@ -11,40 +11,26 @@ four tasks per response and a cancel scope per event, a token takes the process 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Generator, Iterable
+from typing import Any, Protocol
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.admission import Turns
 from api.engine.channel import Delta
-from api.engine.request_state import RequestState
-from api.errors import KINDS, EngineDeadError, RequestError
-from api.generation.beam_search import BeamSearchParams
-from api.generation.fanout import choose_best
-from api.generation.resolved import ResolvedRequest
-from api.generation.serving import Serving
-from api.generation.usage import PromptTokensDetails, Usage
+from api.errors import EngineDeadError, RequestError
+from api.generation.generation import EngineWork, Generation, WholeReply
 from api.http.errors import render, to_request_error
 from api.http.load_header import LOAD_HEADER, load_header
 from api.http.tracing import trace_headers
-from api.params.sampling import SamplingParams
 from engine_core.launch import get_logger
 
 logger = get_logger()
 
 FOLDED_AT_ONCE = 256
 """Deltas of an answer in one piece that are folded in one go: some milliseconds."""
-ENCODED_AT_ONCE = 1 << 19
-"""Bytes of such an answer that are written down in one go."""
-PART_COST = 256
-"""What each part of it costs beside its bytes, in bytes."""
-CHOSEN_STEPS = 16
-"""Steps that it takes to look at a delta when the best completions are chosen."""
 DONE = ServerSentEvent("[DONE]", sep="\n").encode()
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 MARK = "\0"
@@ -86,16 +72,6 @@ def error_event(error: RequestError) -> bytes:
     return event(render(error))
 
 
-class WholeReply(Protocol):
-    """Gives the outputs of requests the form of an endpoint."""
-
-    def fold(self, deltas: Sequence[Delta]) -> None:
-        """Takes the next deltas of an answer that is not streamed; several times, so that each takes a moment only."""
-
-    def whole(self) -> Iterator[bytes]:
-        """The body of that answer, in parts that each take a moment only. What was folded is gone afterwards."""
-
-
 class Reply(WholeReply, Protocol):
     """The same for endpoints that can stream."""
 
@@ -113,179 +89,24 @@ class Reply(WholeReply, Protocol):
         """What follows the last delta of a generation that fails."""
 
 
-class EngineWork(ABC):
-    """The engine requests behind one HTTP request. Whatever ends it, it leaves nothing running."""
+class Disconnect:
+    """Awaited, it returns when the client of an HTTP request whose body was read is gone."""
 
-    def __init__(
-        self,
-        serving: Serving,
-        request_id: str,
-        prompts: Sequence[Sequence[int]],
-        num_choices: int,
-        stream_interval: int = 1,
-    ) -> None:
-        """Prepares. Nothing runs before ``start``.
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
 
-        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one.
-        """
-        self.request_id = request_id
-        self.prompts = prompts
-        self.num_choices = num_choices
-        self.headers: dict[str, str] = {}
-        """More headers of the answer."""
-        self._trace_headers: Mapping[str, str] | None = None
-        self.disconnected = False
-        """The client is gone, and with it the requests."""
-        self.states: list[RequestState] = []
-        self._serving = serving
-        self._channel = serving.client.open_channel(stream_interval)
-        self._watcher: asyncio.Task[None] | None = None
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._wait().__await__()
 
-    async def start(self, receive: Receive | None, *, quiet: bool = False) -> None:
-        """Starts the requests, and a watch over the connection.
-
-        Args:
-            receive: Of the HTTP request, whose body was read; None: nobody waits for the answer.
-            quiet: ``take`` need only return at the end of choices.
-
-        Raises:
-            RequestError: They cannot be served as they are.
-            EngineDeadError: The engine was given up.
-        """
-        self._channel.quiet = quiet
-        await self.submit()
-        if self._trace_headers is not None:
-            for state in self.states:
-                state.trace_headers = self._trace_headers
-        if receive is not None:
-            self._watcher = asyncio.create_task(self._watch(receive))
-
-    def look_at(self, scope: Scope) -> None:
-        """Takes from the HTTP request, before ``start``, what traces want to know of it."""
-        if self._serving.metrics.on_trace is not None:
-            self._trace_headers = trace_headers(scope)
-
-    def load_header(self, scope: Scope) -> dict[str, str]:
-        """How busy the server is, as a header of the answer to a request that asks for it."""
-        load = load_header(scope, self._serving.metrics.scheduler_stats)
-        return {} if load is None else {LOAD_HEADER: load}
-
-    @abstractmethod
-    async def submit(self) -> None:
-        """Starts the requests, whose deltas come through the channel."""
-
-    def drop(self) -> None:
-        """Ends what is unfinished."""
-        self._serving.client.abort(self.states)
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.disconnected = True
-        self.drop()
-        self._channel.wake()
-
-    async def take(self) -> list[Delta]:
-        """Waits for deltas; none come after ``wake`` and when the client is gone."""
-        return await self._channel.take()
-
-    async def choose(self, deltas: list[Delta]) -> list[Delta]:
-        """The deltas of the choices that are returned."""
-        return deltas
-
-    async def build(self, reply: WholeReply) -> bytes:
-        """The body of an answer that is not streamed, whose deltas were folded."""
-        turns = Turns(ENCODED_AT_ONCE)
-        parts = []
-        for part in reply.whole():
-            parts.append(part)
-            await turns.spend(PART_COST + len(part))
-        return b"".join(parts)
-
-    def wake(self) -> None:
-        """Lets ``take`` return."""
-        self._channel.wake()
-
-    def close(self) -> None:
-        """Drops what is unfinished, and forgets the requests: thousands of them are not freed in one go."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            self._watcher = None  # which would be a circle, see ``api/server/middleware.py``
-        self.drop()
-        self.states = []
-
-    def failure(self, delta: Delta) -> RequestError | EngineDeadError:
-        """The error that a delta's ``error`` amounts to."""
-        message = delta.error or ""
-        if delta.error_param is not None:
-            return RequestError(message, delta.error_param or None)
-        if self._serving.client.dead is not None:
-            return self._serving.client.dead
-        # The engine tried already, and more than once if that could help.
-        return RequestError(message, status=500, kind=KINDS[500], headers={"x-should-retry": "false"})
 
 
-class Generation(EngineWork):
-    """Completions of prompts."""
-
-    def __init__(
-        self,
-        serving: Serving,
-        request_id: str,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | BeamSearchParams,
-        request: ResolvedRequest | None,
-        *,
-        stream_interval: int = 1,
-    ) -> None:
-        """Prepares.
-
-        Args:
-            serving: Where it runs.
-            request_id: Becomes the answer's id.
-            prompts: Token ids.
-            params: How the tokens are chosen: what was asked for, with the server's defaults.
-            request: What all completions share; None: a subclass knows.
-            stream_interval: Tokens that a delta brings.
-        """
-        super().__init__(serving, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
-        self.params = params
-        self._request = request
-
-    async def submit(self) -> None:
-        """Starts the requests."""
-        assert self._request is not None
-        await self._serving.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
-
-    async def choose(self, deltas: list[Delta]) -> list[Delta]:
-        """The deltas of the choices that are returned: all, or the best ones."""
-        n, best_of = self.params.n, self.params.num_completions
-        if n == best_of:
-            return deltas
-        return await self._serving.apart(CHOSEN_STEPS * len(deltas), choose_best, deltas, n, best_of)
-
-    def usage(self, num_output_tokens: int | None = None) -> Usage:
-        """Tokens of all choices.
-
-        Args:
-            num_output_tokens: Generated tokens, if it is not all that there are.
-        """
-        states = self.states
-        if num_output_tokens is None:
-            num_output_tokens = sum(len(state.output_token_ids) for state in states)
-        return self.count_usage(
-            num_output_tokens, sum(state.num_cached_tokens for state in states[:: self.params.num_completions])
-        )
-
-    def count_usage(self, num_output_tokens: int, num_cached_tokens: int) -> Usage:
-        """The report of so many tokens."""
-        num_prompt_tokens = sum(map(len, self.prompts))
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_output_tokens,
-            total_tokens=num_prompt_tokens + num_output_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached_tokens),
-        )
+def _look_at(scope: Scope, work: EngineWork) -> None:
+    """Takes from an HTTP request what traces want to know of it."""
+    if work.metrics.on_trace is not None:
+        work.trace_headers = trace_headers(scope)
 
 
 class TokenStream(EventSourceResponse):
@@ -308,8 +129,8 @@ class TokenStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            generation.look_at(scope)
-            await generation.start(receive)
+            _look_at(scope, generation)
+            await generation.start(Disconnect(receive))
             self._last_write = self._loop.time()
             if self.ping_interval > 0:
                 self._timer = self._loop.call_later(self.ping_interval, self._watch_silence)
@@ -392,13 +213,14 @@ class WholeAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            generation.look_at(scope)
-            await generation.start(receive, quiet=True)
+            _look_at(scope, generation)
+            await generation.start(Disconnect(receive), quiet=True)
             await self._fold(await generation.choose(await self._collect()))
             if generation.disconnected:
                 return
             self.body = await generation.build(self._reply)
-            self.init_headers({**generation.headers, **generation.load_header(scope)})
+            load = load_header(scope, generation.metrics.scheduler_stats)
+            self.init_headers(generation.headers if load is None else {**generation.headers, LOAD_HEADER: load})
             await super().__call__(scope, receive, send)
         finally:
             generation.close()

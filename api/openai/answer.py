@@ -15,8 +15,8 @@ from api.engine.channel import Delta
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
 from api.generation.beam_search import BeamSearchParams
+from api.generation.generation import Generation
 from api.generation.serving import Serving
-from api.http.stream import Generation
 from api.openai.beam import beam_search_params, create_generation
 from api.openai.prompts import (
     prompt_opened,

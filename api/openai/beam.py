@@ -11,10 +11,10 @@ from api.engine.channel import Delta
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import EngineDeadError, RequestError
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
+from api.generation.generation import Generation
 from api.generation.serving import Serving
 from api.generation.usage import Usage
 from api.http.errors import INTERNAL
-from api.http.stream import Generation
 from api.openai.protocol import GenerationRequest
 from api.openai.sampling import stream_interval
 from api.params.sampling import SamplingParams

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from api.engine.channel import Delta
 from api.errors import RequestError
+from api.generation.generation import Generation
 from api.generation.serving import Serving
 from api.generation.usage import Usage
 from api.http.body import read_json, work_on
@@ -20,7 +21,6 @@ from api.http.stream import (
     DONE,
     KEEP_ALIVE,
     MARK,
-    Generation,
     TokenStream,
     WholeAnswer,
     around_choices,

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
+from api.generation.generation import EngineWork, WholeReply
 from api.generation.serving import Serving
-from api.http.stream import EngineWork, WholeReply
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
 from api.params.pooling import cut

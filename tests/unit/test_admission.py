@@ -14,8 +14,7 @@ from starlette.types import Message
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, MAX_TEXT_CHARS, MAX_TOOLS, Turns
 from api.engine.channel import MAX_TAKEN, Channel, Delta
 from api.errors import RequestError
-from api.generation import serving
-from api.http import stream
+from api.generation import generation, serving
 from api.http.stream import FOLDED_AT_ONCE
 from api.openai import structured
 from api.openai.completions import CompletionReply
@@ -257,7 +256,7 @@ async def test_answers_in_one_piece_are_written_down_in_turns(api: Api, monkeypa
         turns.append(Turns(1))
         return turns[-1]
 
-    monkeypatch.setattr(stream, "Turns", short_turns)
+    monkeypatch.setattr(generation, "Turns", short_turns)
     spend = Turns.spend
     costs = []
 
