@@ -40,7 +40,6 @@ from api.params.sampling import (
 )
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
-from api.responses.store import ResponseStore
 from api.text.detokenizer import IncrementalDetokenizer
 from api.version import VERSION
 from engine_core.launch import get_logger
@@ -98,7 +97,6 @@ class Serving:
             hidden_size=ready.hidden_size,
         )
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
-        self.response_store = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
         self._turns = Turns(2 * INLINE_TEXT)
         """Of texts that are tokenised in the event loop, and of what costs as much."""
         self.threads = ThreadPoolExecutor(2, "text")

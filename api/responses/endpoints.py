@@ -31,7 +31,7 @@ from api.responses.protocol import (
     TextConfig,
 )
 from api.responses.reply import ResponseReply
-from api.responses.store import EventLog, StoredResponse
+from api.responses.store import EventLog, ResponseStore, StoredResponse
 from engine_core.launch import get_logger
 
 logger = get_logger()
@@ -44,12 +44,13 @@ async def create_response(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     serving.check_model(body.model)
-    is_stored = body.store is not False and serving.response_store.is_enabled
+    store: ResponseStore = request.app.state.responses
+    is_stored = body.store is not False and store.is_enabled
     _check(body, is_stored=is_stored)
     tenant = enter_queue(request, body.safety_identifier or body.user)
     previous: list[ChatMessage] = []
     if body.previous_response_id is not None:
-        previous = _previous(serving, body.previous_response_id)
+        previous = _previous(store, body.previous_response_id)
     with with_own_fields():
         chat = await serving.apart(work_on(request), to_chat_request, body, previous)
         answer = await prepare_answer(
@@ -58,7 +59,7 @@ async def create_response(request: Request) -> Response:
     response = _new_response(serving, body, answer, is_stored=is_stored)
     # Instructions come first, and are not remembered.
     conversation = chat.messages[1:] if body.instructions else chat.messages
-    making = _Making(serving, body, answer, response, conversation)
+    making = _Making(serving, store, body, answer, response, conversation)
     if body.background:
         return await making.in_background()
     if body.stream:
@@ -74,8 +75,8 @@ def _check(body: ResponsesRequest, *, is_stored: bool) -> None:
         raise RequestError("background needs store, and a server that stores responses", "background")
 
 
-def _previous(serving: Serving, response_id: str) -> list[ChatMessage]:
-    stored = serving.response_store.get(response_id, "previous_response_id")
+def _previous(store: ResponseStore, response_id: str) -> list[ChatMessage]:
+    stored = store.get(response_id, "previous_response_id")
     if stored.is_running:
         raise RequestError(f"the response {response_id} is still being generated", "previous_response_id")
     return stored.conversation
@@ -113,12 +114,14 @@ class _Making:
     def __init__(
         self,
         serving: Serving,
+        store: ResponseStore,
         body: ResponsesRequest,
         answer: ChatAnswer,
         response: ResponseObject,
         conversation: Sequence[ChatMessage],
     ) -> None:
         self._serving = serving
+        self._responses = store
         self._answer = answer
         self._response = response
         self._conversation = conversation
@@ -139,9 +142,9 @@ class _Making:
         """The response is complete: keeps it as it is now."""
         conversation = [*self._conversation, *output_messages(self._response.output)]
         if self._stored is None:
-            self._serving.response_store.add(StoredResponse(self._response, conversation))
+            self._responses.add(StoredResponse(self._response, conversation))
         else:
-            self._serving.response_store.update(self._stored, conversation)
+            self._responses.update(self._stored, conversation)
 
     async def in_background(self) -> Response:
         """Starts it, and answers without waiting for it."""
@@ -151,12 +154,12 @@ class _Making:
         if self._is_streamed:
             stored.log = EventLog()
             stored.log.extend(self.reply.queued_events())
-        self._serving.response_store.add(stored)
+        self._responses.add(stored)
         try:
             await self._answer.generation.start(None)  # not quiet: clients may ask how far it is
         except BaseException:
             self._answer.generation.close()
-            self._serving.response_store.remove(response.id)
+            self._responses.remove(response.id)
             raise
         stored.task = asyncio.create_task(self._generate(stored.log))
         stored.task.add_done_callback(self._on_end)
@@ -209,7 +212,8 @@ def _follow(serving: Serving, log: EventLog, place: int) -> Response:
 async def retrieve_response(request: Request) -> Response:
     """A response that was stored, or its events."""
     serving: Serving = request.app.state.serving
-    stored = serving.response_store.get(request.path_params["response_id"])
+    store: ResponseStore = request.app.state.responses
+    stored = store.get(request.path_params["response_id"])
     if request.query_params.get("stream", "false") not in ("true", "1"):
         return _json(stored.response)
     if stored.log is None:
@@ -224,8 +228,8 @@ async def retrieve_response(request: Request) -> Response:
 
 async def cancel_response(request: Request) -> Response:
     """Ends a response that is generated in the background; one that is complete stays as it is."""
-    serving: Serving = request.app.state.serving
-    stored = serving.response_store.get(request.path_params["response_id"])
+    store: ResponseStore = request.app.state.responses
+    stored = store.get(request.path_params["response_id"])
     if stored.task is None:
         raise RequestError("only responses made with background can be cancelled", "response_id")
     await _cancel(stored)
@@ -234,8 +238,8 @@ async def cancel_response(request: Request) -> Response:
 
 async def delete_response(request: Request) -> Response:
     """Forgets a response; one that is being generated ends."""
-    serving: Serving = request.app.state.serving
-    stored = serving.response_store.remove(request.path_params["response_id"])
+    store: ResponseStore = request.app.state.responses
+    stored = store.remove(request.path_params["response_id"])
     await _cancel(stored)
     return _json(DeletedResponse(id=stored.response.id))
 

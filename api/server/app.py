@@ -21,6 +21,7 @@ from api.openai import chat, completions, embeddings, invocations, models, pooli
 from api.responses import endpoints as responses
 from api.responses import protocol as responses_protocol
 from api.responses.errors import RESPONSES_ERRORS
+from api.responses.store import ResponseStore
 from api.server import monitoring
 from api.server.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
 from api.server.openapi import Document, Operation
@@ -238,6 +239,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     app.router.redirect_slashes = False
     app.state.serving = serving
     app.state.traffic = traffic
+    app.state.responses = ResponseStore(config.max_stored_responses, config.max_stored_response_bytes)
     return app
 
 

@@ -291,7 +291,7 @@ async def status_of(api: Api, response_id: str) -> Any:
 
 
 async def finished(api: Api, response_id: str) -> Any:
-    task = api.server.serving.response_store.get(response_id).task
+    task = api.server.app.state.responses.get(response_id).task
     assert task is not None
     await asyncio.wait([task])
     return await status_of(api, response_id)
@@ -338,7 +338,7 @@ async def test_background_fails() -> None:
     assert "maximum context length" in error["message"]
     api.server.engine.max_queued = 0
     await api.error(PATH, {"input": "x", "background": True}, 429)
-    assert len(api.server.serving.response_store) == 1
+    assert len(api.server.app.state.responses) == 1
 
 
 async def test_background_is_streamed_and_read_again() -> None:
