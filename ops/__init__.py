@@ -1,7 +1,8 @@
 """Tensor functions: one name per op, one implementation per op set.
 
-Activations are ``[rows, width]``; heads lie side by side in the columns. Each op's docstring gives shapes and
-types. Ranks meet in a ``Communicator`` that is handed in. Not here: modules, configuration, request ids.
+Activations are ``[rows, width]``, with heads side by side in the columns. Each op's docstring gives shapes and dtypes.
+Ranks communicate through a ``Communicator`` that the caller passes in. Modules, configuration and request ids do not
+belong here.
 """
 
 from ops.collective import Communicator, NotConnected, SingleRank

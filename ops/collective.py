@@ -1,8 +1,8 @@
-"""What the ranks that share a model's layers tell each other.
+"""Communication between the ranks that share a model's layers.
 
-``ops.all_reduce`` and ``ops.all_gather`` take a ``Communicator``, which whoever builds the model hands in: on eager
-tensors the ranks meet at once, and under capture the meeting becomes a node of the program. With one rank there is
-nothing to say and no node.
+``ops.all_reduce`` and ``ops.all_gather`` take a ``Communicator``, supplied by whoever builds the model. On eager
+tensors the ranks communicate at once; under capture the collective becomes a node of the program. A single rank has
+nothing to exchange, so no node is recorded.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Communicator(Protocol):
     size: int
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of what the ranks give, all of one shape, in an order that depends on the ranks alone."""
+        """Sum of the ranks' tensors, all of one shape. The order of summation depends only on the ranks."""
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """What the ranks give, side by side in the order of the ranks.
+        """The ranks' tensors side by side, in rank order.
 
         Args:
             x: [rows, widths[rank]].
-            widths: Columns that each rank gives.
+            widths: Columns that each rank contributes.
 
         Returns:
             [rows, sum(widths)].
@@ -48,7 +48,7 @@ class SingleRank:
 
 
 class NotConnected:
-    """A rank of a group that has no means to meet: for a model that is loaded and not run."""
+    """A rank of a group without a transport, for a model that is loaded but not run."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank

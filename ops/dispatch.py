@@ -1,13 +1,12 @@
 """One name per op, one implementation per op set.
 
-An op is declared once, by its plain-torch reference (``ops/reference``), which is its definition, its
-fallback and the oracle of its tests. Op sets bring faster implementations with the same signature, and what runs
-captured programs with them. Each kind of device uses one set: ``use`` chooses it when a worker starts, and only then
-is the set imported.
+An op is declared once, by its plain-torch reference (``ops/reference``), which is its definition, its fallback and the
+oracle of its tests. Op sets provide faster implementations with the same signature, and the runner for captured
+programs. Each kind of device uses one set: ``use`` selects it when a worker starts, and only then is the set imported.
 
 Calling an op with tensors runs the implementation for the device of its first argument. Calling it with
 ``Value``s, the symbolic tensors of a program under capture (``executor/graphs.py``), records a node in that
-program instead: the mode travels with the data, so there is no ambient state and models need nothing special.
+program instead. The mode travels with the data, so there is no ambient state and models need no special code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 import torch
 
 SLICE = "slice"
-"""Name of nodes that take columns of a value: (value, dimension, start, width)."""
+"""Name of nodes that slice columns of a value: (value, dimension, start, width)."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +27,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and type of an op's result: ``[rows, width]``, where the number of rows is only known per step."""
+    """Shape and type of an op's result: ``[rows, width]``, where the number of rows is known only per step."""
 
     rows: str
     """What the rows are: ``tokens`` or ``samples``."""
@@ -39,11 +38,11 @@ class Spec:
 
     @property
     def rows_dim(self) -> int:
-        """Which dimension has the rows."""
+        """The dimension that holds the rows."""
         return 1 if self.is_transposed else 0
 
     def num_bytes(self, rows: Mapping[str, int]) -> int:
-        """Of a step with so many rows of each kind."""
+        """Size in a step with this many rows of each kind."""
         return rows[self.rows] * self.width * self.dtype.itemsize
 
 
@@ -52,7 +51,7 @@ Specs = Spec | tuple[Spec, ...]
 
 
 class Recorder(Protocol):
-    """What a program under capture offers to its values."""
+    """Interface of a program under capture, as its values see it."""
 
     def record(self, op: Op[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -131,11 +130,11 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Ref | tuple[Ref, ...]
-    """In the form of what the function returns: one result, or a tuple of them."""
+    """Mirrors what the function returns: one result or a tuple of them."""
 
     @property
     def outs(self) -> tuple[Ref, ...]:
-        """The values that the node makes."""
+        """The values that the node produces."""
         return (self.out,) if type(self.out) is Ref else self.out  # type: ignore[return-value]
 
     def references(self) -> list[Ref]:
@@ -143,33 +142,33 @@ class Node:
         return [arg for arg in (*self.args, *self.kwargs.values()) if type(arg) is Ref]
 
     def results(self, returned: Any) -> Iterable[tuple[int, Any]]:
-        """What the function returned, by the values' indexes."""
+        """Pairs of value index and tensor for what the function returned."""
         if type(self.out) is Ref:
             return ((self.out.index, returned),)
         return zip((ref.index for ref in self.outs), returned, strict=True)
 
 
 class ProgramRunner(Protocol):
-    """A captured program, made ready to run with an op set."""
+    """A captured program, compiled for an op set."""
 
     native_ops: int
-    """Recorded ops that a replay runs on compiled kernels, without Python."""
+    """Recorded ops that a replay runs in compiled kernels, without Python."""
     python_ops: int
     """Recorded ops that a replay calls from Python."""
     num_bytes: int
-    """Memory for the values of a step with as many rows as there is room for."""
+    """Memory for the values of a step that fills the capacity."""
 
     def replay(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """See ``executor.graphs.Program.replay``."""
 
 
 class OpSet:
-    """Implementations of ops that belong together. This one has none: the references do everything."""
+    """Implementations of ops for one kind of device. The base class has none: every op runs its reference."""
 
     def __init__(
         self, name: str = "reference", implementations: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:
-        """Takes the implementations by the names of the ops; an op without one is done by its reference."""
+        """Takes implementations by op name; an op without one runs its reference."""
         self.name = name
         self.implementations = implementations or {}
 
@@ -181,10 +180,10 @@ class OpSet:
         outputs: list[int],
         capacity: dict[str, int],
     ) -> ProgramRunner | None:
-        """Makes a recorded program ready. None: its nodes are called one after another.
+        """Compiles a recorded program. None: call its nodes one by one.
 
         Args:
-            nodes: The calls in the order in which they were recorded.
+            nodes: The calls, in recording order.
             specs: Of all values.
             inputs: Values that a step brings, by name.
             outputs: Values that ``replay`` returns.
@@ -194,22 +193,22 @@ class OpSet:
 
 
 OP_SETS = {"reference": "ops.dispatch:OpSet", "cpu": "ops.cpu.op_set:create"}
-"""What makes a set, by its name: imported when the set is used."""
+"""Factory of each set by name, imported when the set is first used."""
 DEFAULTS = {"cpu": "cpu"}
-"""Sets of devices for which none was chosen; others use the references."""
+"""Sets of device types for which none was selected; all others use the references."""
 
 _used: dict[str, OpSet] = {}
 
 
 def use(device_type: str, op_set: str | OpSet) -> OpSet:
-    """Chooses the op set of a kind of device, once and for all: before weights are packed or programs captured.
+    """Selects the op set of a device type, once, before weights are packed or programs captured.
 
     Args:
         device_type: As torch names it.
         op_set: A set, or the name of one.
 
     Raises:
-        ValueError: There is no set of that name.
+        ValueError: No set has that name.
     """
     if isinstance(op_set, str):
         if op_set not in OP_SETS:
@@ -222,7 +221,7 @@ def use(device_type: str, op_set: str | OpSet) -> OpSet:
 
 
 def op_set(device_type: str) -> OpSet:
-    """The set that a kind of device uses."""
+    """The set that a device type uses."""
     return _used.get(device_type) or use(device_type, DEFAULTS.get(device_type, "reference"))
 
 
@@ -237,7 +236,7 @@ class Op(Generic[P, R]):
         self.__name__ = self.name
 
     def implementation(self, chosen: OpSet) -> Callable[P, R]:
-        """What computes the op in a set."""
+        """The function that computes the op in a set."""
         return chosen.implementations.get(self.name, self.reference)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -252,10 +251,10 @@ class Op(Generic[P, R]):
 
 
 def op(infer: Callable[..., Specs]) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declares an op by its reference. What it returns shares no memory with its arguments: that is used again.
+    """Declares an op by its reference. The result must not alias the arguments, whose memory is reused.
 
     Args:
-        infer: Takes the op's arguments, with ``Value``s for tensors of the step, and returns the result's ``Spec``, or
+        infer: Maps the op's arguments, with ``Value``s in place of the step's tensors, to the result's ``Spec``, or to
             a tuple of them for an op with several results.
     """
 
@@ -266,5 +265,5 @@ def op(infer: Callable[..., Specs]) -> Callable[[Callable[P, R]], Op[P, R]]:
 
 
 def like_first(x: Value, *_: object, **__: object) -> Spec:
-    """The result looks like the first argument."""
+    """The result has the spec of the first argument."""
     return x.spec

@@ -1,4 +1,4 @@
-"""What attention needs to know of a step."""
+"""Step metadata that attention reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class AttentionMetadata:
-    """Where each request's tokens lie in the step and in the KV cache. One per KV cache group and step.
+    """Where each request's tokens lie in the step and in the KV cache, one object per KV cache group and step.
 
     Rows are requests; tokens of a request are consecutive in the step and end at its last position.
     """
@@ -21,7 +21,7 @@ class AttentionMetadata:
     seq_lens: Tensor
     """int32 [num_reqs]: length of each request's context, this step's tokens included."""
     block_table: Tensor
-    """int32 [num_reqs, max_blocks]: KV blocks of each request in order; what lies past the context is undefined."""
+    """int32 [num_reqs, max_blocks]: KV blocks of each request in order; entries past the context are undefined."""
     slot_mapping: Tensor
     """int64 [num_tokens]: where each token's K and V go, ``block * block_size + offset``."""
     block_size: int
@@ -33,18 +33,18 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class AdapterRows:
-    """Which rows of a product belong to which adapter, sorted by adapter. Rows without one are not among them."""
+    """Which rows of a matrix product use which adapter, sorted by adapter. Rows without an adapter are left out."""
 
     rows: Tensor
     """int64 [num_rows]."""
     adapters: Tensor
-    """int32 [num_adapters]: those that have rows, ascending."""
+    """int32 [num_adapters]: the adapters that have rows, ascending."""
     starts: Tensor
     """int32 [num_adapters + 1]: the rows of ``adapters[i]`` are ``rows[starts[i]:starts[i + 1]]``."""
 
 
 KVLayout = Literal["plain", "tiled"]
-"""How K and V lie in their cache: [num_blocks, block_size, heads, head_dim], or in the tiles of the CPU's kernels."""
+"""Layout of K and V in the cache: [num_blocks, block_size, heads, head_dim], or the tiles of the CPU kernels."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class AttentionShape:
     head_dim: int
     scale: float
     v_head_dim: int = 0
-    """Size of a V head; 0: like ``head_dim``."""
+    """Size of a V head; 0: same as ``head_dim``."""
     sliding_window: int | None = None
-    """A token sees itself and this many minus one before it."""
+    """A token attends to this many tokens, itself included."""
     causal: bool = True
     logit_softcap: float | None = None
     kind: str = "kv"
-    """What such layers cache: K and V (``kv``). Backends that cache something else name a kind of their own."""
+    """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
 
     @property
     def v_dim(self) -> int:

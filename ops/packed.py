@@ -13,10 +13,11 @@ class PackedWeight:
     """A weight [out_features, in_features] that only the kernels of its device can read."""
 
     data: Tensor
-    """One dimension, in the weight's type; padded."""
+    """One-dimensional, in the weight's dtype, padded."""
     shape: tuple[int, int]
     paired: bool
-    """The two halves of the rows are interleaved: one product yields an MLP's gate and what it multiplies."""
+    """The two halves of the rows are interleaved, so that one product yields both the gate and up projections of an
+    MLP."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,10 +1,10 @@
 """Compiles the kernels on first use.
 
-There is one library per capability, all from the same sources: each source file is compiled with the flags of that
-capability and none else (``-march=native`` would put AVX-512 into the portable path, and forcing that path would test
-nothing). Libraries are kept in a cache folder, under a name that holds a hash of sources, flags and compiler.
+There is one library per capability, all built from the same sources with exactly the flags of that capability
+(``-march=native`` would put AVX-512 into the portable path, and forcing that path would test nothing). Libraries are
+cached in a folder, named by a hash of sources, flags and compiler.
 
-This is the one place of the floor that reads the environment: ``OCTAVO_CACHE_DIR``, ``OCTAVO_CPU_CAPABILITY``, ``CXX``.
+Nothing else in ``ops`` reads the environment: ``OCTAVO_CACHE_DIR``, ``OCTAVO_CPU_CAPABILITY``, ``CXX``.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fopenmp",
-    "-ffp-contract=off",  # a product and a sum are fused only where the source says so: the same bits everywhere
+    "-ffp-contract=off",  # fuse multiply and add only where the source says so: same bits everywhere
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",
-    "-Wno-uninitialized",  # GCC 12 takes its own AVX-512 headers to be guilty of it
+    "-Wno-uninitialized",  # false positives in GCC 12's own AVX-512 headers
     "-Wno-maybe-uninitialized",
 )
 REFERENCE = "reference"
-"""As ``OCTAVO_CPU_CAPABILITY``: no kernels."""
+"""Value of ``OCTAVO_CPU_CAPABILITY`` that disables the kernels."""
 
 
 class BuildError(Exception):
-    """The kernels cannot be compiled here; the message says why."""
+    """The kernels cannot be built on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ CAPABILITIES = {
         _capability("portable", "", ""),
     )
 }
-"""The best first."""
+"""Best first."""
 
 AMX_EMULATION = _capability(
     "amx_emulation", f"{_AVX512} -mavx512bf16 -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", f"{_NEEDS_AVX512} avx512_bf16"
 )
-"""The AMX path with its instructions in plain C++: for tests."""
+"""The AMX path with its instructions emulated in plain C++, for tests."""
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says of the first CPU; nothing where there is no such file."""
+    """Flags of the first CPU in /proc/cpuinfo; empty where that file does not exist."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -100,12 +100,12 @@ def runs_here(capability: Capability) -> bool:
 
 
 def available() -> list[Capability]:
-    """The capabilities of this machine, the best first."""
+    """The capabilities of this machine, best first."""
     return [capability for capability in CAPABILITIES.values() if runs_here(capability)]
 
 
 def configured() -> str | None:
-    """The capability that the environment asks for, if any."""
+    """The capability that the environment selects, if any."""
     return os.environ.get("OCTAVO_CPU_CAPABILITY") or None
 
 
@@ -114,16 +114,16 @@ def configured() -> str | None:
 
 
 def build(capability: Capability) -> Path:
-    """The library of a capability, compiled unless it is in the cache.
+    """The library of a capability, compiled unless cached.
 
     Raises:
-        BuildError: There is no compiler, or it failed.
+        BuildError: No compiler was found, or it failed.
     """
     compiler = find_compiler()
     name = f"{capability.name}-{_key(capability, compiler)}.so"
     for folder in _folders():
         library = folder / name
-        if library.exists():  # it got its name when it was complete; the folder may be read-only
+        if library.exists():  # renamed into place once complete; the folder may be read-only
             return library
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,23 +133,21 @@ def build(capability: Capability) -> Path:
         except OSError:  # read-only or full: try the next folder
             continue
         return library
-    raise BuildError(
-        "no folder to keep compiled kernels in can be written; set OCTAVO_CACHE_DIR to one with 20 MB free"
-    )
+    raise BuildError("no writable folder for compiled kernels; set OCTAVO_CACHE_DIR to one with 20 MB free")
 
 
 def find_compiler() -> str:
     """Path of a C++ compiler.
 
     Raises:
-        BuildError: There is none.
+        BuildError: None was found.
     """
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else COMPILERS:
         path = shutil.which(name)
         if path:
             return path
-    raise BuildError(f"no C++ compiler ({wanted or ', '.join(COMPILERS)})")
+    raise BuildError(f"no C++ compiler found ({wanted or ', '.join(COMPILERS)})")
 
 
 def _folders() -> Iterator[Path]:
@@ -164,9 +162,9 @@ def _folders() -> Iterator[Path]:
 
 
 def _users_folder() -> Path | None:
-    """A temporary folder for all processes of this user, so that a restart finds what is compiled.
+    """A temporary folder shared by all processes of this user, so that a restart finds the compiled library.
 
-    Whoever can write there runs code here, and everybody may make folders in /tmp: None if somebody else took the name.
+    Anyone who can write there can run code here, and /tmp is open to all: None if another user took the name.
     """
     folder = Path(tempfile.gettempdir()) / f"octavo-kernels-{os.getuid()}"
     try:
@@ -180,7 +178,7 @@ def _users_folder() -> Path | None:
 
 @cache
 def _own_folder() -> Path:
-    """A temporary folder that ends with this process."""
+    """A temporary folder that is removed when this process exits."""
     folder = tempfile.mkdtemp(prefix="octavo-kernels-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -198,7 +196,7 @@ def _key(capability: Capability, compiler: str) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait and find the library ready."""
+    """Admits one process at a time; the others wait and then find the library built."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -206,7 +204,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compile(capability: Capability, compiler: str, library: Path) -> None:
     flags = [*FLAGS, *capability.flags]
-    # The lock is held, so whoever left such a folder was killed.
+    # We hold the lock, so a process that left such a folder was killed.
     folder = library.with_name(f"{library.name}.building")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -222,7 +220,7 @@ def _compile_in(folder: Path, flags: list[str], compiler: str, library: Path) ->
         _run([compiler, *flags, "-c", str(source), "-o", str(target)])
         return target
 
-    # The largest first: they take longest.
+    # Largest first: they take longest.
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         objects = list(threads.map(compile_one, sources))

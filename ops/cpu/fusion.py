@@ -1,10 +1,10 @@
-"""Peephole fusion: instructions that become the beginning or the end of another one. No fusion changes a bit.
+"""Peephole fusion: folds instructions into the prologue or epilogue of another. No fusion changes a bit.
 
 linear, act_and_mul           -> one product with the activation as its epilogue, where the weight is paired
 linear, add                   -> one product that adds the other operand
-gather_rows, linear           -> one product that reads the wanted rows
-rms_norm, linear              -> one product that normalises the rows it reads
-rms_norm, rotary, attention   -> attention that normalises and turns the heads of q and k when it reads them
+gather_rows, linear           -> one product that reads only the selected rows rms_norm, linear              -> one
+product that normalises the rows it reads rms_norm, rotary, attention   -> attention that normalises and rotates the
+heads of q and k as it reads them
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ class Item:
 
     @property
     def out(self) -> Ref:
-        """The one value that an instruction makes."""
+        """The one value that the instruction produces."""
         (out,) = self.node.outs
         return out
 
     def reads(self) -> list[int]:
-        """Values that it reads."""
+        """Values that the item reads."""
         if self.instruction is None:
             return [ref.index for ref in self.node.references()]
         return [ref.index for ref in self.instruction.matrices.values()]
 
 
 class Fusion:
-    """Goes once over the items of a program, in order."""
+    """One pass over the items of a program, in order."""
 
     def __init__(self, items: list[Item], uses: Mapping[int, int]) -> None:
-        """Takes the items, and how often each value is used, as a whole or in parts."""
+        """Takes the items and the number of uses of each value, slices included."""
         self._items = items
         self._uses = uses
         self._made_by: dict[int, Item] = {}
 
     def run(self) -> list[Item]:
-        """The items that are left."""
+        """The items that remain."""
         result: list[Item] = []
         gone: set[int] = set()
         for item in self._items:
@@ -59,7 +59,7 @@ class Fusion:
         return [item for item in result if id(item) not in gone]
 
     def _absorb(self, item: Item) -> list[Item]:
-        """Lets an item take over what makes its operands; returns those items."""
+        """Folds the producers of an item's operands into it; returns the absorbed items."""
         instruction = item.instruction
         if instruction is None:
             return []
@@ -74,7 +74,7 @@ class Fusion:
         return []
 
     def _maker(self, ref: Any, op: int) -> Item | None:
-        """What makes a value, if it is an instruction of this kind and nobody else reads the value."""
+        """The producer of a value, if it is an instruction with this opcode and the value has no other reader."""
         item = self._made_by.get(ref.index)
         if item is None or item.instruction is None or item.instruction.op != op or self._uses[ref.index] != 1:
             return None
@@ -152,7 +152,7 @@ class Fusion:
 
 
 def _finished_by(linear: Instruction, end: Instruction, **fields: Any) -> Instruction:
-    """The product with what follows it as its epilogue."""
+    """The product with the instruction that follows it as its epilogue."""
     return replace(
         linear,
         matrices=dict(linear.matrices),

@@ -1,8 +1,8 @@
-"""What each op is for the kernels: a function from the op's arguments to an instruction.
+"""Lowers each op to a kernel instruction: one function per op, taking the op's arguments.
 
-The same functions serve eager calls, where arguments are tensors, and captured programs, where those of the step are
-``Ref``s and ``StepInput``s. They return None for arguments that the kernels do not take (other types, layouts of
-another backend): the reference does those.
+The same functions serve eager calls, where the arguments are tensors, and captured programs, where the step's arguments
+are ``Ref``s and ``StepInput``s. They return None for arguments that the kernels do not support (other dtypes, another
+backend's layout), which fall back to the reference.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Instruction:
     """Columns of the result."""
     dtype: torch.dtype
     work: int
-    """Operations per row, roughly: little work is not worth a second thread."""
+    """Approximate operations per row: small ops are not worth a second thread."""
     step: dict[str, Any] = field(default_factory=dict)
-    """What it takes from the step descriptor: ``input_ids``, ``positions``, ``logits_rows``, ``group``."""
+    """Fields it reads from the step descriptor: ``input_ids``, ``positions``, ``logits_rows``, ``group``."""
     keep: tuple[Any, ...] = ()
-    """What the addresses in ``fields`` point into."""
+    """Owners of the memory that addresses in ``fields`` point to."""
     num_ops: int = 1
-    """Ops that it stands for."""
+    """Recorded ops that it covers."""
 
     def struct(self, matrices: dict[str, Matrix]) -> ctypes.Structure:
         return lib.STRUCTS[self.op](**self.fields, **matrices)
 
 
 def is_matrix(x: Any) -> bool:
-    """Whether the kernels can read and write it: rows of a type they know, each of them contiguous."""
+    """Whether the kernels can read and write it: a supported dtype, each row contiguous."""
     if x.dtype not in TYPES:
         return False
     if type(x) is Ref:
@@ -209,18 +209,18 @@ def paged_attention(
 
 
 def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | None:
-    """None, or the reason why the kernels cannot run such a layer."""
+    """The reason why the kernels cannot run such a layer, or None."""
     if dtype not in TYPES:
-        return f"its type is one of {', '.join(str(known) for known in TYPES)}, not {dtype}"
+        return f"unsupported dtype {dtype}; the kernels take {', '.join(str(known) for known in TYPES)}"
     if max(shape.head_dim, shape.v_dim) > lib.MAX_HEAD_DIM:
-        return f"heads are larger than {lib.MAX_HEAD_DIM}"
+        return f"heads are larger than {lib.MAX_HEAD_DIM} columns"
     return None
 
 
 def kv_shapes(num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
     """Shapes of K and V as the kernels lay them out; see ``csrc/kv_cache.h``."""
     if block_size % lib.TOKENS_MULTIPLE:
-        raise ValueError(f"the block size is a multiple of {lib.TOKENS_MULTIPLE}, not {block_size}")
+        raise ValueError(f"the block size must be a multiple of {lib.TOKENS_MULTIPLE}, not {block_size}")
     units = block_size // lib.TOKENS_MULTIPLE
     tile = lib.TOKENS_MULTIPLE * lib.HEAD_MULTIPLE
     heads = shape.num_kv_heads
@@ -276,4 +276,4 @@ BY_NAME = {
         gather_rows,
     )
 }
-"""By the names of the ops."""
+"""By op name."""

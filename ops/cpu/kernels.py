@@ -1,4 +1,4 @@
-"""The ops on CPU tensors, one call of the kernels each."""
+"""Eager ops on CPU tensors, one kernel call each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SERIAL_WORK = 1 << 15
 
 
 def implementation(op: Op[Any, Any], kernels: Library) -> Callable[..., Tensor]:
-    """The CPU implementation of an op: the kernel where it takes the arguments, else the reference."""
+    """The CPU implementation of an op: the kernel if it supports the arguments, else the reference."""
     describe: Callable[..., Instruction | None] = instructions.BY_NAME[op.name]
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -54,7 +54,7 @@ def execute(kernels: Library, instruction: Instruction) -> Tensor:
 
 
 def fill_step(step: Step, values: dict[str, Any]) -> list[Any]:
-    """Sets what an eager op takes from the step descriptor. Returns what must live until the call is over."""
+    """Sets the step descriptor's fields that an eager op reads. Returns objects to keep alive until the call ends."""
     keep: list[Any] = []
     for name, value in values.items():
         if name == "group":
@@ -75,7 +75,7 @@ def fill_step(step: Step, values: dict[str, Any]) -> list[Any]:
 
 
 def fill_group(group: Group, meta: AttentionMetadata) -> None:
-    """Points a group of the step descriptor at a step's metadata."""
+    """Points a group of the step descriptor to a step's metadata."""
     group.query_start_loc = meta.query_start_loc.data_ptr()
     group.seq_lens = meta.seq_lens.data_ptr()
     group.block_table = meta.block_table.data_ptr()
@@ -101,7 +101,7 @@ def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tenso
 
 
 def unpack_linear(kernels: Library, weight: PackedWeight) -> Tensor:
-    """The weight as it was before ``pack_linear``."""
+    """Inverse of ``pack_linear``."""
     result = torch.empty(weight.shape, dtype=weight.dtype)
     rows, columns = weight.shape
     kernels.unpack(weight.data.data_ptr(), result.data_ptr(), rows, columns, int(weight.paired), TYPES[weight.dtype])

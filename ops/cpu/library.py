@@ -1,6 +1,6 @@
-"""The compiled kernels in Python: structs and functions of ``csrc/octavo.h``.
+"""Python binding of the compiled kernels: the structs and functions of ``csrc/octavo.h``.
 
-``chosen()`` is the best one that compiles and runs here, or the one that the environment names.
+``chosen()`` is the best library that compiles and runs here, or the one that the environment names.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
 
 MAX_HEAD_DIM = 256
 TOKENS_MULTIPLE = 32
-"""Of a KV block."""
+"""A KV block holds a multiple of this many tokens."""
 HEAD_MULTIPLE = 32
-"""Heads in the KV cache are padded to it."""
+"""Heads in the KV cache are padded to a multiple of this size."""
 
 
 class Matrix(ctypes.Structure):
-    """Rows that lie ``stride`` elements apart."""
+    """Rows ``stride`` elements apart."""
 
     _fields_ = (("data", c_void_p), ("stride", c_int64))
 
@@ -52,7 +52,7 @@ class Weight(ctypes.Structure):
 
 
 class Group(ctypes.Structure):
-    """The requests of a step, as one group of KV caches sees them."""
+    """The requests of a step, as one KV cache group sees them."""
 
     _fields_ = (
         ("query_start_loc", c_void_p),
@@ -66,7 +66,7 @@ class Group(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """What each step brings."""
+    """The step descriptor: inputs that change with every step."""
 
     _fields_ = (
         ("num_tokens", c_int32),
@@ -118,7 +118,7 @@ class NormArgs(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """What happens to each head of q or k before it is used."""
+    """Transforms applied to each head of q or k before use."""
 
     _fields_ = (
         ("norm_weight", c_void_p),
@@ -195,7 +195,7 @@ class Library:
     """The kernels of one capability."""
 
     def __init__(self, capability: build.Capability) -> None:
-        """Compiles and loads.
+        """Compiles and loads the library.
 
         Raises:
             build.BuildError: The library cannot be compiled, loaded or used here.
@@ -226,7 +226,7 @@ class Library:
         self.measure_peak.restype = ctypes.c_double
         dll.octavo_sizeof.restype = c_int64
         for op, struct in (STRUCTS | _OTHER_STRUCTS).items():
-            assert dll.octavo_sizeof(op) == ctypes.sizeof(struct), f"{struct.__name__} is not that of octavo.h"
+            assert dll.octavo_sizeof(op) == ctypes.sizeof(struct), f"{struct.__name__} differs from octavo.h"
         if dll.octavo_initialize():
             raise build.BuildError(f"the operating system does not grant {capability.name}")
 
@@ -240,15 +240,15 @@ def load(capability: str) -> Library:
     """
     known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
     if capability not in known:
-        raise build.BuildError(f"unknown capability {capability!r}; there are {', '.join(known)}, {build.REFERENCE}")
+        raise build.BuildError(f"unknown capability {capability!r}; choose from {', '.join(known)}, {build.REFERENCE}")
     if not build.runs_here(known[capability]):
-        raise build.BuildError(f"this CPU lacks what {capability} needs")
+        raise build.BuildError(f"this CPU does not support {capability}")
     return Library(known[capability])
 
 
 @cache
 def chosen() -> Library | None:
-    """The library that suits this machine; None: there is none, and why was logged."""
+    """The library that suits this machine; None if there is none, with the reason logged."""
     wanted = build.configured()
     if wanted == build.REFERENCE:
         return None
@@ -264,7 +264,7 @@ def chosen() -> Library | None:
     except build.BuildError as error:
         line, *output = str(error).split("\n", 1)
         logger.warning(
-            "no CPU kernels, plain torch is used instead and is much slower: %s",
+            "no CPU kernels: falling back to plain torch, which is much slower: %s",
             line,
             extra={"details": output[0]} if output else None,
         )

@@ -1,7 +1,7 @@
 """Memory for weights, arenas and KV caches: anonymous mappings in huge pages.
 
-Weights are read once per step from end to end. With pages of 4 KiB the CPU's prefetching stops at every one of them,
-and reading is slower by a fifth or more.
+Each step reads the weights once, from end to end. With 4 KiB pages the CPU's prefetcher stops at every page boundary,
+which slows reading by a fifth or more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK = 64 << 20
 
 
 def map_zeros(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], zero, and taking memory only where it is written."""
+    """uint8 [num_bytes], zeroed; memory is committed only where it is written."""
     mapping = mmap.mmap(-1, max(num_bytes, 1))
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
@@ -28,7 +28,7 @@ def map_zeros(num_bytes: int) -> Tensor:
 
 
 class Pool:
-    """Hands out pieces of large mappings. A mapping is given back when nothing in it is used any more."""
+    """Hands out pieces of large mappings. A mapping is released once none of its pieces is in use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class Pool:
         self._used = 0
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """One dimension, undefined content."""
+        """A one-dimensional tensor with undefined content."""
         num_bytes = numel * dtype.itemsize
         with self._lock:
             if self._used + num_bytes > len(self._chunk):

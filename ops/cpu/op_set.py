@@ -25,11 +25,11 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.rms_norm,
     ops.rotary_embedding,
 )
-"""Those that are a kernel each (``instructions.py``)."""
+"""Ops that map to one kernel each (``instructions.py``)."""
 
 
 class CpuOps(OpSet):
-    """The ops on the kernels of one library."""
+    """The ops, run by the kernels of one library."""
 
     def __init__(self, library: Library) -> None:
         implementations: dict[str, Any] = {op.name: kernels.implementation(op, library) for op in _OPS}
@@ -54,6 +54,6 @@ class CpuOps(OpSet):
 
 
 def create() -> OpSet:
-    """The kernels that suit this machine; the references where there are none."""
+    """The kernels that suit this machine, or the references if there are none."""
     chosen = library.chosen()
     return OpSet() if chosen is None else CpuOps(chosen)

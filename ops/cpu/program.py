@@ -1,8 +1,8 @@
-"""Captured programs on the kernels: segments of one call each, and Python between them.
+"""Captured programs on the kernels: segments of one kernel call each, with Python in between.
 
-A value of the program lives in an arena at a place that is known before the step is: its rows are ``capacity`` times
-its width apart from those of other values, and values whose lives do not overlap share their place. So addresses are
-fixed until a step brings more rows than any before.
+Each value of the program has a place in an arena that is fixed before the step: room for ``capacity`` rows of its
+width. Values whose lifetimes do not overlap share a place. So addresses stay fixed until a step has more rows than any
+before.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
 
 _ALIGNMENT = 64
 _ALIASING = 4096
-"""Rows a multiple of this apart compete for the same few lines of the L1 cache."""
+"""Rows a multiple of this many bytes apart compete for the same few lines of the L1 cache."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value lies: in the rows of ``base``, from a column on."""
+    """Where a value lies: in the rows of value ``base``, starting at a column."""
 
     base: int
     column: int
@@ -46,7 +46,7 @@ class Segment:
     structs: list[ctypes.Structure] = field(default_factory=list)
 
     def link(self, matrix: Any) -> None:
-        """Builds the list of nodes with the addresses that ``matrix`` gives for values."""
+        """Builds the array of nodes; ``matrix`` gives the address of each value."""
         self.structs = []
         self.nodes = (NodeStruct * len(self.items))()
         for node, item in zip(self.nodes, self.items, strict=True):
@@ -70,13 +70,13 @@ class Arena:
         self._memory: dict[str, Tensor] = {}
 
     def stride_bytes(self, index: int) -> int:
-        """From one row of a value to the next."""
+        """Distance from one row of a value to the next."""
         spec = self._specs[index]
         result = -(-spec.width * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         return result + _ALIGNMENT if result % _ALIASING == 0 else result
 
     def allocate(self, index: int) -> None:
-        """Finds a place for a value: the first gap that is large enough."""
+        """Finds a place for a value: first fit."""
         rows, size = self._specs[index].rows, self.stride_bytes(index)
         free = self._free[rows]
         for i, (offset, room) in enumerate(free):
@@ -88,7 +88,7 @@ class Arena:
         self._row_bytes[rows] += size
 
     def release(self, index: int) -> None:
-        """The value is not needed any more."""
+        """Frees the place of a value."""
         free = self._free[self._specs[index].rows]
         free.append((self._offsets[index], self.stride_bytes(index)))
         free.sort()
@@ -101,11 +101,11 @@ class Arena:
         free[:] = merged
 
     def num_bytes(self, rows: dict[str, int]) -> int:
-        """What room for so many rows takes."""
+        """Memory that this many rows take."""
         return sum(self._row_bytes[kind] * count for kind, count in rows.items())
 
     def reserve(self, rows: dict[str, int]) -> bool:
-        """Makes room for so many rows. True: everything moved."""
+        """Makes room for this many rows. True: all addresses changed."""
         moved = False
         for kind, count in rows.items():
             if count > self.capacity[kind] or kind not in self._memory:
@@ -127,11 +127,11 @@ class NativeProgram:
     """A recorded program, compiled for the kernels."""
 
     native_ops: int
-    """Recorded ops that a replay runs on the kernels."""
+    """Recorded ops that a replay runs in kernels."""
     python_ops: int
     """Recorded ops that a replay runs in Python."""
     num_bytes: int
-    """Memory for the values of a step with as many rows as ``capacity``: the arena, and what Python ops return."""
+    """Memory for the values of a step of ``capacity`` rows: the arena and the results of Python ops."""
 
     def __init__(
         self,
@@ -142,11 +142,11 @@ class NativeProgram:
         outputs: list[int],
         capacity: dict[str, int],
     ) -> None:
-        """Compiles.
+        """Compiles the program.
 
         Args:
             kernels: The library to run on.
-            nodes: The calls in the order in which they were recorded.
+            nodes: The calls, in recording order.
             specs: Of all values.
             inputs: Values that a step brings, by name.
             outputs: Values that ``replay`` returns.
@@ -158,7 +158,7 @@ class NativeProgram:
         self._outputs = outputs
         self._places = {index: Place(index, 0) for index in range(len(specs))}
         self._rows_name = ""
-        """Step input that holds the rows whose logits are wanted."""
+        """Step input that holds the rows whose logits are needed."""
         self._group_names: list[str] = []
         items = self._fuse(self._lower(nodes))
         self.native_ops = sum(item.instruction.num_ops for item in items if item.instruction is not None)
@@ -166,7 +166,7 @@ class NativeProgram:
         self._parts = _parts(items)
         native_reads = {self._base(index) for item in items if item.instruction for index in item.reads()}
         self._imported = native_reads - {item.out.index for item in items if item.instruction}
-        """Values that the kernels read and something else makes."""
+        """Values that kernels read but do not produce."""
         self._arena = Arena(specs)
         self._place(items)
         returned = [ref.spec for item in items if item.instruction is None for ref in item.node.outs]
@@ -191,7 +191,7 @@ class NativeProgram:
         return items
 
     def _instruction(self, node: Node) -> Instruction | None:
-        """A node for the kernels; None: it stays in Python."""
+        """The kernel instruction of a node; None: the node runs in Python."""
         describe = instructions.BY_NAME.get(node.name)
         instruction = describe(*node.args, **node.kwargs) if describe is not None else None
         if instruction is None or not all(type(x) is Ref for x in instruction.matrices.values()):
@@ -211,14 +211,14 @@ class NativeProgram:
 
     def _fuse(self, items: list[Item]) -> list[Item]:
         uses = Counter(self._base(index) for item in items for index in item.reads())
-        uses.update({self._base(index): 2 for index in self._outputs})  # outputs must be there in the end
+        uses.update({self._base(index): 2 for index in self._outputs})  # outputs must survive to the end
         return Fusion(items, uses).run()
 
     def _base(self, index: int) -> int:
         return self._places[index].base
 
     def _place(self, items: list[Item]) -> None:
-        """Gives every value that a kernel reads or writes a place for as long as it is needed."""
+        """Allocates a place for every value that a kernel reads or writes, for its lifetime."""
         made = [{out.index for out in item.node.outs} for item in items]
         used = [made[i] | {self._base(index) for index in item.reads()} for i, item in enumerate(items)]
         last_use = {index: i for i, values in enumerate(used) for index in values}
@@ -236,7 +236,7 @@ class NativeProgram:
                     self._arena.release(index)
 
     def _last_python_reads(self) -> list[tuple[int, ...]]:
-        """For each part, the tensors that Python holds and nothing reads any more. What kernels read is a copy."""
+        """For each part, the tensors held in Python that nothing reads after it. Kernels read copies."""
         seen = {self._base(index) for index in self._outputs}
         result: list[tuple[int, ...]] = []
         for part in reversed(self._parts):
@@ -297,7 +297,7 @@ class NativeProgram:
         """Points the step descriptor at a step's inputs.
 
         Returns:
-            The numbers of rows, and what must live until the replay is over.
+            The row counts, and objects to keep alive until the replay ends.
         """
         step = self._step
         keep: list[Any] = []
@@ -320,7 +320,7 @@ class NativeProgram:
         return rows, keep
 
     def _set(self, index: int, tensor: Tensor, values: dict[int, Tensor], rows: dict[str, int]) -> None:
-        """Notes a value that the kernels did not make, and copies it to where they look for it."""
+        """Records a value that no kernel produced, and copies it to where the kernels read it."""
         values[index] = tensor
         if index in self._imported:
             self._view(index)[: tensor.shape[0]].copy_(tensor)

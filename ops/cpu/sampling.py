@@ -1,7 +1,7 @@
 """The sampling kernels: the C interface of ``csrc/sampling.h`` in Python.
 
-A step is one call. What a request asks for lies in a table by slot, ``SLOT_PARAMS``, that is written when the request
-arrives; a step brings pointers only.
+A step is one call. Request parameters live in a table by slot, ``SLOT_PARAMS``, written when the request arrives; a
+step passes only pointers.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ SLOT_PARAMS = np.dtype(
     ],
     align=True,
 )
-"""``OctavoSlotParams``. Addresses are those of arrays that the writer keeps alive."""
+"""``OctavoSlotParams``. Whoever writes an entry keeps the arrays behind its addresses alive."""
 
 NEUTRAL_PARAMS = np.zeros(1, SLOT_PARAMS)
-"""Sampling from the model's distribution as it is."""
+"""Parameters that leave the model's distribution unchanged."""
 for _name in ("temperature", "top_p", "repetition_penalty"):
     NEUTRAL_PARAMS[_name] = 1
 for _name in ("num_allowed", "num_logprobs"):
     NEUTRAL_PARAMS[_name] = -1
 
 ALL_LOGPROBS = np.iinfo(np.int32).max
-"""As ``num_logprobs``: those of the whole vocabulary."""
+"""Value of ``num_logprobs`` that asks for the whole vocabulary."""
 
 ROW_OK, ROW_NOT_FINITE, ROW_NOTHING_LEFT = 0, 1, 2
 
 
 class SampleStep(ctypes.Structure):
-    """``OctavoSampleStep``: see there. Pointers are addresses, 0 for none."""
+    """``OctavoSampleStep`` of ``csrc/sampling.h``. Pointers are addresses; 0 is null."""
 
     _fields_ = (
         ("logits", ctypes.c_void_p),
@@ -88,7 +88,7 @@ class SampleStep(ctypes.Structure):
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Where an array's data lies. The caller keeps the array alive."""
+    """Address of an array's data. The caller keeps the array alive."""
     result: int = array.__array_interface__["data"][0]
     return result
 
@@ -123,7 +123,7 @@ class SamplingKernels:
         """The op ``sample`` (``ops/reference/sampling.py``)."""
         rows, vocab_size = logits.shape
         if logits.dtype != torch.float32 or logits.stride(1) != 1:
-            raise ValueError("logits are float32 and their rows contiguous")
+            raise ValueError("logits must be float32 with contiguous rows")
         params = np.repeat(NEUTRAL_PARAMS, rows)
         params["temperature"] = temperature.numpy()
         params["top_k"] = top_k.numpy()
@@ -152,13 +152,13 @@ class SamplingKernels:
 
 
 class TokenHistory:
-    """The tokens that requests with penalties have seen, by slot. It takes memory for such slots only."""
+    """Tokens seen by requests with penalties, by slot. Only such slots take memory."""
 
     def __init__(self, kernels: SamplingKernels, num_slots: int) -> None:
         self._clear = kernels.library.octavo_token_history_clear
         self.handle: int = kernels.library.octavo_token_history_new(num_slots)
         if not self.handle:
-            raise MemoryError("no memory for the token history")
+            raise MemoryError("out of memory for the token history")
         weakref.finalize(self, kernels.library.octavo_token_history_free, self.handle)
 
     def clear(self, slot: int) -> None:

@@ -21,7 +21,7 @@ def paged_attention(
 ) -> Tensor:
     """Writes this step's K and V into the cache, then attends to each request's whole context.
 
-    All rows are written before any is read, so a request may read blocks that another fills in the same step.
+    All rows are written before any is read, so a request may read blocks that another request fills in the same step.
 
     Args:
         q: [num_tokens, num_heads * head_dim], after the rotary embedding.
@@ -30,7 +30,7 @@ def paged_attention(
         kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout.
         meta: The step's requests.
         shape: The layer's constants.
-        layout: Of the cache. The reference reads the plain one.
+        layout: Layout of the cache. The reference reads only the plain one.
 
     Returns:
         [num_tokens, num_heads * v_head_dim] in the type of ``q``; scores and softmax in float32.
@@ -48,7 +48,7 @@ def paged_attention(
         keys = kv_cache[0][blocks].flatten(0, 1)[:seq_len]  # [seq_len, num_kv_heads, head_dim]
         values = kv_cache[1][blocks].flatten(0, 1)[:seq_len]
         if shape.causal and shape.sliding_window is not None:
-            # What no row sees may have been given to others: not a number times a weight of zero is not zero.
+            # Blocks that no row sees may belong to others by now, and NaN times a weight of zero is not zero.
             unseen = max(0, seq_len - (end - start) + 1 - shape.sliding_window)
             keys[:unseen] = 0
             values[:unseen] = 0
@@ -59,9 +59,9 @@ def paged_attention(
 def write_kv(
     k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata, shape: AttentionShape
 ) -> None:
-    """Puts K and V of the step's tokens where ``slot_mapping`` says.
+    """Writes K and V of the step's tokens to the slots in ``slot_mapping``.
 
-    A token that is the first of its block zeroes the rest of it, so that nothing of an earlier owner is left.
+    The first token of a block zeroes the rest of it, so that nothing of an earlier owner remains.
     """
     key_cache, value_cache = kv_cache
     fresh = meta.slot_mapping[meta.slot_mapping % meta.block_size == 0] // meta.block_size
@@ -77,7 +77,7 @@ def write_kv(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """Attention of one request's last tokens to its context.
+    """Attention of one request's last tokens over its context.
 
     Args:
         q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens.

@@ -21,7 +21,7 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
         weight: [vocab_size, hidden_size], packed or not.
 
     Returns:
-        [num_tokens, hidden_size] in the table's type.
+        [num_tokens, hidden_size] in the table's dtype.
     """
     return F.embedding(ids, plain(weight))
 
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [rows, in_features].
-        weight: [out_features, in_features], as ``pack_linear`` left it.
+        weight: [out_features, in_features], as returned by ``pack_linear``.
         bias: [out_features] or None.
 
     Returns:
@@ -45,14 +45,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def logits(x: Tensor, weight: Weight) -> Tensor:
     """``x @ weight.T`` as float32 [rows, vocab_size].
 
-    Kernels return what they accumulated; here it was rounded to the type of ``x`` on the way, as torch does.
+    Kernels return their float32 accumulators; the reference rounds to the dtype of ``x`` on the way, as torch does.
     """
     return F.linear(x, plain(weight)).float()
 
 
 @op(like_first)
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y``, both [rows, width] of one type; or ``y`` is [width], for all rows."""
+    """``x + y``, both [rows, width] of one dtype, or ``y`` [width] broadcast over the rows."""
     return torch.add(x, y)
 
 
@@ -64,7 +64,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
 
 @op(like_first)
 def softcap(x: Tensor, cap: float) -> Tensor:
-    """``cap * tanh(x / cap)``: squeezes x, float32 [rows, width], into plus and minus ``cap``."""
+    """``cap * tanh(x / cap)``: limits x, float32 [rows, width], to the range of plus and minus ``cap``."""
     return torch.tanh(x / cap) * cap
 
 
@@ -81,7 +81,7 @@ def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> 
 
 @op(like_first)
 def activation(x: Tensor, kind: Literal["silu", "gelu", "gelu_tanh", "relu"]) -> Tensor:
-    """An activation function, element by element."""
+    """An elementwise activation function."""
     return _activate(x, kind)
 
 
@@ -95,7 +95,7 @@ def _activate(x: Tensor, kind: str) -> Tensor:
 
 @op(lambda x, rows: Spec("samples", x.spec.width, x.spec.dtype))
 def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
-    """The rows whose logits are wanted.
+    """Selects the rows whose logits are needed.
 
     Args:
         x: [num_tokens, width].
@@ -107,17 +107,17 @@ def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
 
 @op(lambda weight, paired=False: Spec("", weight.shape[1], weight.dtype))
 def pack_linear(weight: Tensor, paired: bool = False) -> Weight:
-    """Brings a linear weight into the layout that this device's ``linear`` reads. The reference's is the given one.
+    """Converts a linear weight to the layout that this device's ``linear`` reads. The reference returns it unchanged.
 
     Args:
         weight: [out_features, in_features].
-        paired: ``act_and_mul`` follows: what it multiplies may be computed side by side.
+        paired: ``act_and_mul`` follows, so its two factors may be computed side by side.
     """
     return weight
 
 
 def plain(weight: Weight) -> Tensor:
-    """The weight, which must not be packed: only the kernels that packed it can read it."""
+    """The weight as a tensor. It must not be packed, since only the kernels that packed it can read it."""
     assert not isinstance(weight, PackedWeight), "a packed weight needs the kernels of its device"
     return weight
 

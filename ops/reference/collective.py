@@ -1,4 +1,4 @@
-"""Operations among ranks, and ranks that are threads of one process: the oracle of other transports."""
+"""Collectives, and a transport between threads of one process: the oracle of other transports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ MEETING_TIMEOUT = 60.0
 
 
 class CollectiveOp(Op[P, R]):
-    """An op of all ranks of a communicator, its second argument. Of one rank it is nothing: no node is recorded."""
+    """An op of all ranks of a communicator, its second argument. With a single rank it is the identity and records no
+    node."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         x: Any = args[0]
@@ -29,7 +30,7 @@ class CollectiveOp(Op[P, R]):
 
 
 def collective(infer: Callable[..., Spec]) -> Callable[[Callable[P, R]], CollectiveOp[P, R]]:
-    """Declares such an op; see ``ops.dispatch.op``."""
+    """Declares a collective; see ``ops.dispatch.op``."""
     return lambda reference: CollectiveOp(reference, infer)
 
 
@@ -47,15 +48,15 @@ def all_gather(x: Tensor, communicator: Communicator, widths: tuple[int, ...]) -
 
 @op(lambda ids, first, count: (ids.spec, Spec(ids.spec.rows, 1, torch.bool)))
 def shard_ids(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Token ids as rows of a rank's part of a table.
+    """Maps token ids to rows of a rank's shard of a table.
 
     Args:
         ids: int32 [num_tokens].
-        first: Id of the part's first row.
-        count: Rows of the part.
+        first: Id of the shard's first row.
+        count: Rows of the shard.
 
     Returns:
-        int32 [num_tokens], 0 for ids that are not here; bool [num_tokens], whether they are.
+        int32 [num_tokens], the row, 0 for ids outside the shard; bool [num_tokens], whether the id is in the shard.
     """
     is_here = (ids >= first) & (ids < first + count)
     return torch.where(is_here, ids - first, 0), is_here
@@ -63,7 +64,7 @@ def shard_ids(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
 
 @op(like_first)
 def keep_rows(x: Tensor, kept: Tensor) -> Tensor:
-    """Zeros in the place of other rows: a sum over ranks, each of which keeps its own, then selects.
+    """Zeroes the rows that are not kept. If each rank keeps its own rows, the sum over ranks assembles them.
 
     Args:
         x: [rows, width].
@@ -73,7 +74,7 @@ def keep_rows(x: Tensor, kept: Tensor) -> Tensor:
 
 
 class ThreadRank:
-    """A rank that is a thread, and meets the others in memory. Sums are in the order of the ranks."""
+    """A rank that runs as a thread and exchanges tensors in memory. Sums are taken in rank order."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, given: list[Any]) -> None:
         self.rank = rank
@@ -83,16 +84,16 @@ class ThreadRank:
 
     @classmethod
     def group(cls, size: int) -> list[ThreadRank]:
-        """The ends of a group of that size."""
+        """One communicator per rank, for a group of that size."""
         barrier, given = threading.Barrier(size, timeout=MEETING_TIMEOUT), [None] * size
         return [cls(rank, barrier, given) for rank in range(size)]
 
     def leave(self) -> None:
-        """Ends the waiting of the others, whom this rank will not meet any more."""
+        """Leaves the group, so that ranks waiting for this one fail instead of hanging."""
         self._barrier.abort()
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
-        self._given[self.rank] = x.clone()  # the rank may overwrite it as soon as it goes on
+        self._given[self.rank] = x.clone()  # the rank may overwrite it right after this
         self._barrier.wait()
         result = list(self._given)
         self._barrier.wait()

@@ -11,10 +11,10 @@ from ops.dispatch import like_first, op
 
 @op(like_first)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm of each group of ``len(weight)`` columns.
+    """Root mean square (RMS) norm of each group of ``len(weight)`` columns.
 
-    One group is a whole row in the usual case; with the weight of a head, every head is normalised by itself.
-    The norm is taken in float32 and rounded to the type of ``x`` before the weight is applied, as Llama does.
+    Usually one group is a whole row; with a weight of head size, each head is normalised separately. The norm is
+    computed in float32 and rounded to the dtype of ``x`` before the weight is applied, as in Llama.
 
     Args:
         x: [rows, groups * size].

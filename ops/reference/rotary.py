@@ -10,7 +10,7 @@ from ops.dispatch import like_first, op
 
 @op(like_first)
 def rotary_embedding(x: Tensor, positions: Tensor, cos_sin: Tensor, head_dim: int, interleaved: bool = False) -> Tensor:
-    """Turns each head's first ``rotary_dim`` columns by the angle of the token's position.
+    """Rotates each head's first ``rotary_dim`` columns by the angles of the token's position.
 
     Args:
         x: [num_tokens, num_heads * head_dim].
@@ -19,7 +19,7 @@ def rotary_embedding(x: Tensor, positions: Tensor, cos_sin: Tensor, head_dim: in
         interleaved: Pairs are neighbouring columns (GPT-J) instead of the two halves (NeoX, Llama).
 
     Returns:
-        Like ``x``. Computed in the type of ``x``, as the models were trained: cos and sin are rounded to it first.
+        Like ``x``. Computed in the dtype of ``x``, as the models were trained: cos and sin are rounded to it first.
     """
     rotary_dim = cos_sin.shape[1]
     heads = x.unflatten(-1, (-1, head_dim))  # [num_tokens, num_heads, head_dim]

@@ -1,14 +1,14 @@
 """Sampling with counter-based random numbers and exact sums.
 
-The random number of a token is a function of (seed, index in the output, stream) alone: Philox4x32-10
-(Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC11). There is no generator state, so the same
-request draws the same numbers in any batch, after a preemption and after a restart.
+The random number of a token depends only on (seed, index in the output, stream): Philox4x32-10 (Salmon et al., Parallel
+random numbers: as easy as 1, 2, 3, SC11). There is no generator state, so the same request draws the same numbers in
+any batch, after a preemption and after a restart.
 
-Probabilities are weights, 1 for the most likely token, and wherever weights are added up they count in whole units of
-2^-42. Sums of whole numbers do not depend on their order: a kernel may add and search in any order, with vectors of
-any width and any number of threads, and still agree with this definition bit for bit. A weight itself takes only
-operations that IEEE 754 defines to the last bit: no fused multiply-add, no library exponential. Its relative error is
-below 2e-7 for likely tokens and 4e-6 for the least likely that count; what falls below a unit, 2e-13, counts nothing.
+Probabilities are weights, 1 for the most likely token, and sums of weights count in integer units of 2^-42. Integer
+sums do not depend on their order: a kernel may add and search in any order, with vectors of any width and any number of
+threads, and still agree with this definition bit for bit. Computing a weight takes only operations that IEEE 754
+defines to the last bit: no fused multiply-add, no library exponential. Its relative error is below 2e-7 for likely
+tokens and 4e-6 for the least likely that count; anything below a unit, 2e-13, counts as zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STREAM_SAMPLE = 0
 """Stream of the number that picks a token; other uses take other streams."""
 
 UNIT_BITS = 42
-"""A weight of 1 counts 2^42 units: with at most 2^20 tokens, sums stay below 2^63."""
+"""A weight of 1 is 2^42 units: with at most 2^20 tokens, sums stay below 2^63."""
 MAX_VOCAB_SIZE = 1 << 20
 NUMBER_BITS = 53
 """Random bits of a number in [0, 1)."""
@@ -36,7 +36,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _EXP2 = [
     float.fromhex(c) for c in ("0x1.5bba14p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1")
 ]
-"""2^f on [-0.5, 0.5] is 1 + f times the polynomial of these float32 coefficients, highest power first."""
+"""2^f on [-0.5, 0.5] is 1 + f * p(f), where p has these float32 coefficients, highest power first."""
 _LEAST_EXPONENT = -64.0
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -93,19 +93,20 @@ def sample(
 ) -> Tensor:
     """Picks a token for each row.
 
-    A row of temperature 0 takes its largest logit, the lowest id among equals. Otherwise the tokens have weights (see
-    ``token_weights``), and in this order: min-p keeps the tokens whose weight is at least ``min_p``; top-k the k
-    tokens of the largest logits, low ids first among equals; top-p, in the same order, the fewest that hold ``top_p``
-    of the units of what is left. Of those, in the order of their ids, it takes the first at which the running sum of
-    units exceeds ``number * sum``.
+    A row with temperature 0 takes its largest logit; ties go to the lowest id. Otherwise tokens have weights (see
+    ``token_weights``) and are filtered in this order: min-p keeps the tokens whose weight is at least ``min_p``; top-k
+    keeps the k largest logits, ties by lowest id; top-p keeps, in the same order, the fewest tokens that hold ``top_p``
+    of the remaining units. Of these, in id order, the first at which the running sum of units exceeds ``number * sum``
+    is taken.
 
     Args:
-        logits: float32 [rows, vocab_size]; each row has a largest logit, which is finite. Minus infinity: never taken.
+        logits: float32 [rows, vocab_size]; the largest logit of each row is finite. Tokens of minus infinity are never
+            taken.
         temperature: float32 [rows].
         top_k: int32 [rows], 0: off.
         top_p: float32 [rows], 1: off.
         min_p: float32 [rows], 0: off.
-        numbers: float64 [rows] in [0, 1), of which 53 bits count.
+        numbers: float64 [rows] in [0, 1), of which 53 bits are used.
 
     Returns:
         int64 [rows].
@@ -122,11 +123,12 @@ def sample(
 
 
 def token_weights(logits: Tensor, temperature: float) -> Tensor:
-    """``exp((logits - largest) / temperature)`` of a row, float32 [vocab_size]: the definition, operation by operation.
+    """``exp((logits - largest) / temperature)`` of a row, float32 [vocab_size]. This is the definition, operation by
+    operation.
 
     Args:
         logits: float32 [vocab_size].
-        temperature: The value of a float32.
+        temperature: Representable as float32.
     """
     scale = torch.tensor(min(_LOG2_E / temperature, _FLOAT32_MAX), dtype=torch.float32)
     z = ((logits - logits.amax()) * scale).clamp(min=_LEAST_EXPONENT)
@@ -135,17 +137,17 @@ def token_weights(logits: Tensor, temperature: float) -> Tensor:
     power = torch.full_like(f, _EXP2[0])
     for coefficient in (*_EXP2[1:], 1.0):
         power = power * f + coefficient  # two roundings
-    # torch.ldexp would multiply by a power that it computes as any other, which need not be exact.
+    # torch.ldexp multiplies by a power that it computes with pow, which need not be exact.
     return power * ((whole.int() + 127) << 23).view(torch.float32)
 
 
 def units(weights: Tensor) -> Tensor:
-    """Weights in whole units, half to even: int64."""
+    """Weights in integer units, int64, rounded half to even."""
     return torch.round(weights.double() * 2.0**UNIT_BITS).long()
 
 
 def kept_tokens(logits: Tensor, weights: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which tokens of a row the filters leave: bool [vocab_size]. See ``sample``."""
+    """Which tokens of a row pass the filters: bool [vocab_size]. See ``sample``."""
     kept = weights >= min_p
     vocab_size = logits.shape[0]
     if not (0 < top_k < vocab_size) and top_p >= 1:
@@ -162,7 +164,7 @@ def kept_tokens(logits: Tensor, weights: Tensor, top_k: int, top_p: float, min_p
 
 @op(lambda logits: Spec("samples", 1, torch.int64))
 def weight_sum(logits: Tensor) -> Tensor:
-    """The units of all tokens at temperature 1, which log probabilities are measured by.
+    """Sum of all tokens' units at temperature 1: the normaliser of log probabilities.
 
     Args:
         logits: float32 [rows, vocab_size].
@@ -177,6 +179,6 @@ def weight_sum(logits: Tensor) -> Tensor:
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """Log probabilities of a row at temperature 1, float32 [vocab_size]: their sum is counted in units too."""
+    """Log probabilities of a row at temperature 1, float32 [vocab_size]. The normaliser is summed in units too."""
     total = int(weight_sum(logits.unsqueeze(0))[0])
     return (logits.double() - logits.amax().double() - math.log(total / 2.0**UNIT_BITS)).float()

@@ -1,7 +1,7 @@
 // Intel AMX: tiles of 16 rows of 64 bytes, and their products in bfloat16.
 //
-// Instructions are written out instead of using the compiler's intrinsics: GCC 12's tile loads do not tell it that
-// memory is read, and its configuration load names only 8 of the 64 bytes, so stores may move behind either.
+// Inline assembly instead of the compiler's intrinsics: in GCC 12, tile loads do not declare that they read memory, and
+// the configuration load declares only 8 of its 64 bytes, so stores may be moved past either.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ inline void dot_product() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
-// A process has to ask the kernel once before it may use tile data. 0, or minus one.
+// A process must ask the kernel once before it may use tile data. Returns 0, or -1 on failure.
 inline int request_permission() {
     constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
     constexpr int kTileData = 18;

@@ -1,8 +1,8 @@
 // The tile instructions in plain C++, for tests on CPUs that lack them.
 //
-// They follow the pseudocode of Intel's manual: rows and columns come from the configuration, an access outside of it
-// is an error here as there, and TDPBF16PS sums the even and the odd numbers of the pairs apart before it adds both to
-// the destination, with subnormal numbers taken as zero.
+// They follow the pseudocode of Intel's manual: rows and columns come from the configuration, an access outside it is
+// an error as on hardware, and TDPBF16PS sums the even and odd elements of the pairs separately before adding both to
+// the destination, flushing subnormals to zero.
 #pragma once
 
 #include <cmath>

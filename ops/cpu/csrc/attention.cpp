@@ -1,10 +1,10 @@
 // Attention over the paged KV cache (Kwon et al., arXiv:2309.06180), for prefill and decode alike.
 //
 // The rows of one product are the query heads that share a KV head, for some consecutive tokens of a request. The
-// context is cut at multiples of kSplit tokens, counted from its start: each split has a softmax of its own, and splits
-// are merged in order (as in Flash-Decoding). So it does not matter which rows are computed together, which tokens of a
-// request are in the step, or whether one thread or several walk through its context. What a row may not see has
-// weight exactly zero.
+// context is split at multiples of kSplit tokens from its start: each split has its own softmax, and splits are merged
+// in order (as in Flash-Decoding). So results do not depend on which rows are computed together, which tokens of a
+// request are in the step, or how many threads process its context. Tokens that a row must not see have weight exactly
+// zero.
 #include <climits>
 
 #include "heads.h"
@@ -22,15 +22,15 @@ constexpr int kSplitUnits = kSplit / kUnit;
 // With fewer tiles per thread than this, threads share the context of a tile.
 constexpr int kTilesPerThread = 4;
 
-// Tiles (or splits) are handed out in runs: the K of the next can be fetched, and threads that other programs slow down
-// take fewer runs.
+// Tiles (or splits) are handed out in runs, so that the K of the next one can be prefetched and threads slowed down by
+// other programs take fewer runs.
 constexpr int kRunsPerThread = 8;
-constexpr int kMostUnits = 4;  // of a run
+constexpr int kMostUnits = 4;  // per run
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing K and V
 
-// Whether a token's slot does not follow that of the token before it: a new block, or another request.
+// Whether a token's slot does not follow the previous token's: a new block, or another request.
 bool starts_run(const OctavoGroup& group, int token) {
     const int64_t slot = group.slot_mapping[token];
     return token == 0 || slot % group.block_size == 0 || slot != group.slot_mapping[token - 1] + 1;
@@ -45,7 +45,7 @@ void write_head(const OctavoAttention& op, const KVCache<T>& cache, const Octavo
     const T* v = static_cast<const T*>(op.v.data) + token * op.v.stride + head * op.v_head_dim;
     T* keys = cache.keys_of(block, head, place);
     T* values = cache.values_of(block, head, place);
-    if (place == 0) {  // nothing of an earlier owner is left
+    if (place == 0) {  // nothing of an earlier owner remains
         std::memset(keys, 0, static_cast<size_t>(cache.block_size) * cache.head_dim * sizeof(T));
         std::memset(values, 0, static_cast<size_t>(cache.block_size) * cache.v_head_dim * sizeof(T));
     }
@@ -61,7 +61,7 @@ void write_head(const OctavoAttention& op, const KVCache<T>& cache, const Octavo
     for (int i = 0; i < op.v_head_dim; ++i) values[cache.value_offset(place, i)] = v[i];
 }
 
-// A thread takes whole runs, so that a block is cleared before the same thread fills it.
+// Threads take whole runs, so that a block is cleared and filled by the same thread.
 template <class T>
 void write_kv(const OctavoAttention& op, const KVCache<T>& cache, const OctavoStep& step, const Team& team) {
     const OctavoGroup& group = step.groups[op.group];
@@ -73,9 +73,9 @@ void write_kv(const OctavoAttention& op, const KVCache<T>& cache, const OctavoSt
         for (int head = 0; head < op.num_kv_heads; ++head) write_head(op, cache, step, token, head);
 }
 
-// Whether nobody but the token's own request and head reads what is written in this step: each request has one token,
-// and none fills its block, for full blocks alone may be shared. Then who attends may write just before, and threads
-// need not wait for each other in between.
+// Whether only the token's own request and head read what this step writes: each request has one token and none
+// completes a block (only full blocks may be shared). Then the attending thread writes K and V itself, with no barrier
+// in between.
 template <class T>
 bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens) {
     if (num_tokens != group.num_reqs || op.num_heads / op.num_kv_heads > kRows<T>) return false;
@@ -96,10 +96,10 @@ struct Tile {
     int rows;
     int first_split;
     int num_splits;
-    int first_item;  // number of splits of all tiles before
+    int first_item;  // number of splits in all earlier tiles
 };
 
-// What a row sees: tokens begin .. end - 1.
+// The tokens that a row sees: begin .. end - 1.
 struct View {
     int begin;
     int end;
@@ -132,7 +132,7 @@ int count_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_pe
     return count * op.num_kv_heads;
 }
 
-// Fills in the tiles, those with the longest context of a request first; returns the number of splits.
+// Fills in the tiles, within a request those with the longest context first; returns the number of splits.
 int list_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per_tile, Tile* tiles) {
     const int group_size = op.num_heads / op.num_kv_heads;
     int items = 0;
@@ -154,7 +154,7 @@ int list_tiles(const OctavoAttention& op, const OctavoGroup& group, int rows_per
     return items;
 }
 
-// Softmax of some rows over a part of the context: sums of exp(score - largest), alone and weighted with V.
+// Partial softmax of some rows over a part of the context: sums of exp(score - largest), plain and weighted by V.
 struct Partial {
     float* largest;  // [rows]; minus infinity: the row sees nothing here
     float* total;    // [rows]
@@ -205,12 +205,12 @@ public:
         }
     }
 
-    // Puts K and V of a tile's one token into the cache.
+    // Writes K and V of a tile's single token to the cache.
     void write(const Tile& tile) const {
         write_head(op_, cache_, step_, Request(group_, tile.request).first_token, tile.kv_head);
     }
 
-    // Finds the K and V of a split that a tile sees.
+    // Locates the K and V of a split that are visible to a tile.
     void locate(const Tile& tile, int split, Context& context) const {
         const Request request(group_, tile.request);
         const View first = request.view(op_, tile.first_row / group_size_);
@@ -227,7 +227,7 @@ public:
         }
     }
 
-    // The attention of a staged tile to one split. Meanwhile the keys of the next one are fetched.
+    // Attention of a staged tile over one split, while the keys of the next split are prefetched.
     void attend(const Tile& tile, const Context& context, const Context& next, const Partial& result) {
         const Request request(group_, tile.request);
         const Left<T> queries = {queries_, kBlock, static_cast<int64_t>(tile.rows) * kBlock};
@@ -257,7 +257,7 @@ public:
         }
     }
 
-    // Adds a later part of the context to an earlier one.
+    // Merges a later part of the context into an earlier one.
     void merge(int rows, const Partial& sum, const Partial& part) {
         const int width = cache_.v_head_dim;
         for (int r = 0; r < rows; ++r) {
@@ -284,7 +284,7 @@ public:
             T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
             const Vec scale = splat(1.0f) / splat(sum.total[r]);
             const float* out = sum.out + r * cache_.v_head_dim;
-            // Adding zero turns minus zero into zero: its sign could tell of invisible tokens.
+            // Adding zero turns minus zero into zero: its sign could depend on invisible tokens.
             for (int i = 0; i < op_.v_head_dim; i += kLanes)
                 store_first(target + i, load(out + i) * scale + zero(), op_.v_head_dim - i);
         }
@@ -297,11 +297,12 @@ private:
         return lanes[0];
     }
 
-    // One row: scores -> weights, with the largest score and the sum of the weights. Tokens count from the first score.
+    // One row: scores -> weights, with the largest score and the sum of weights. Tokens are numbered from the first
+    // score.
     void softmax(int rows, int row, int units, int begin, int end, const Partial& result) {
         const Vec hidden = splat(-kInfinity), lanes = lane_numbers();
         const bool capped = op_.softcap != 0.0f;
-        const Vec scale = splat(capped ? 1.0f : op_.scale);  // of the scores as they are left in memory
+        const Vec scale = splat(capped ? 1.0f : op_.scale);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
         Vec top = hidden;
@@ -353,17 +354,17 @@ bool shares_context(int tiles, int items, int threads) {
     return threads > 1 && tiles < kTilesPerThread * threads && items > tiles;
 }
 
-// The tiles of a step. An item is one split of one tile; items count through all tiles.
+// The tiles of a step. An item is one split of one tile; items are numbered across all tiles.
 struct Work {
     const Tile* tiles;
     int num_tiles;
     int num_items;
-    float* partials;  // by item, of tiles whose items go to several threads; null: a thread takes whole tiles
+    float* partials;  // by item, when threads share the items of a tile; null: a thread takes whole tiles
     size_t partial_floats;
     bool writes_alone;  // K and V of this step are not in the cache yet
 
     Partial partial(int item, int rows) const { return {partials + item * partial_floats, rows}; }
-    // What is handed out: tiles or items.
+    // Units of work to hand out: tiles or items.
     int units() const { return partials ? num_items : num_tiles; }
     int first_item(int unit) const {
         if (unit >= units()) return num_items;
@@ -376,7 +377,7 @@ struct Work {
     }
 };
 
-// Some consecutive items: the keys of the next are fetched while one is computed.
+// Some consecutive items; the keys of the next are prefetched while one is computed.
 template <class T>
 void attend_items(Attention<T>& kernel, const Work& work, Range items, const Partial& sum, const Partial& part) {
     Contexts<T> contexts[2];
@@ -425,7 +426,7 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     Attention<T> kernel(op, step, cache, team.scratch);
     const Partial sum(team.scratch.take<float>(work.partial_floats), kRows<T>);
     const Partial part(team.scratch.take<float>(work.partial_floats), kRows<T>);
-    if (!work.writes_alone) team.wait();  // all K and V of the step are there
+    if (!work.writes_alone) team.wait();  // for all K and V of the step
 
     const int run = std::min(kMostUnits, std::max(1, work.units() / (kRunsPerThread * team.size)));
     for (int unit = team.ticket() * run; unit < work.units(); unit = team.ticket() * run)

@@ -8,7 +8,7 @@
 
 namespace octavo {
 
-// Rows for which the sums of all 32 columns fit into the registers.
+// Most rows for which the sums of all 32 columns fit into registers.
 #if defined(__AVX512F__)
 constexpr int kRowsOfBothHalves = 12;
 #elif defined(__AVX2__)
@@ -19,7 +19,7 @@ constexpr int kRowsOfBothHalves = 1;
 
 namespace {
 
-// From so many rows on, their next block of k is fetched into the L1 cache: they may fill more than that.
+// From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
 constexpr int kFetchedRows = 5;
 
 inline void advance(Fetch& fetch) {
@@ -27,9 +27,9 @@ inline void advance(Fetch& fetch) {
     fetch.first += fetch.step;
 }
 
-// One block of k for 16 columns, or for twice 16 that lie `half` apart: sums[r] += left[r] * right.
+// One block of k for 16 columns, or for two groups of 16 that lie `half` apart: sums[r] += left[r] * right.
 //
-// Pairs of bfloat16, by the CPU's own instruction or as the even number and then the odd one.
+// Pairs of bfloat16 take the CPU's own instruction, or else the even element first and then the odd one.
 template <int kNumRows, int kHalves, class L>
 inline void add_block(Vec (*sums)[kNumRows], const L* left, int64_t row, const BFloat16* right, int64_t step,
                       int64_t half, Fetch& fetch) {
@@ -62,7 +62,7 @@ inline void add_block(Vec (*sums)[kNumRows], const L* left, int64_t row, const B
 
 template <class T, int kNumRows>
 void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, float* result) {
-    // All 32 columns in one pass, if the registers hold so many sums, else 16 after 16.
+    // All 32 columns in one pass if the sums fit into registers, else 16 at a time.
     constexpr bool kBothHalves = kNumRows <= kRowsOfBothHalves;
     for (int first = 0; first < 2; first += kBothHalves ? 2 : 1) {
         Vec sums[2][kNumRows];
@@ -75,8 +75,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, float* res
             if constexpr (kNumRows >= kFetchedRows)
                 for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x + left.block + r * left.row));
             if constexpr (kIsBFloat16<T>) {
-                // The halves lie one behind the other. With few rows memory counts, so they are read in that order;
-                // with many, loads of the rows do, so both share them.
+                // The halves are contiguous. With few rows, memory bandwidth is the limit, so they are read in order;
+                // with many, loads of the rows are, so both halves share them.
                 if constexpr (kBothHalves && kNumRows >= kFetchedRows) {
                     add_block<kNumRows, 2>(sums, x, left.row, w, right.step, right.half, fetch);
                     continue;
@@ -117,14 +117,14 @@ void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int block
 
 #if defined(OCTAVO_AMX)
 
-thread_local int tile_rows = 0;  // that this thread's tiles are configured for
+thread_local int tile_rows = 0;  // rows that this thread's tiles are configured for
 
 // Tiles 0 and 1 hold two halves of the rows, 2 and 3 those of the columns, 4 to 7 their sums.
 void configure_tiles(int rows) {
     if (rows == tile_rows) return;
     tile_rows = rows;
     const int upper = rows < amx::kTileRows ? rows : amx::kTileRows;
-    const int lower = rows > amx::kTileRows ? rows - amx::kTileRows : 1;  // no tile may have no rows
+    const int lower = rows > amx::kTileRows ? rows - amx::kTileRows : 1;  // a tile must have rows
     amx::Config config = {};
     config.palette = 1;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = amx::kRowBytes;

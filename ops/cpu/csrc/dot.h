@@ -1,8 +1,8 @@
-// The inner kernel of everything that multiplies matrices: a few rows times 32 columns.
+// The inner kernel of all matrix products: a few rows times 32 columns.
 //
-// Linear layers, attention scores and the weighted sum of values are all calls of `dot`. Every number of the result
-// has one accumulator that runs over k in ascending order, however many rows there are: that is why results do not
-// depend on the batch. On a CPU with AMX that order is the one of TDPBF16PS, also for a single row.
+// Linear layers, attention scores and the weighted sum of values all call `dot`. Every element of the result has one
+// accumulator that runs over k in ascending order, however many rows there are: this makes results independent of the
+// batch. On a CPU with AMX the order is that of TDPBF16PS, even for a single row.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +17,12 @@
 namespace octavo {
 
 constexpr int kColumns = 32;  // of a result
-constexpr int kBlock = 32;    // k are taken by so many; both factors are padded with zeros to that
+constexpr int kBlock = 32;    // k is processed in blocks of this size; both factors are zero-padded to it
 
 template <class T>
 constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
 
-// Numbers of consecutive k that lie together in the right factor, of type T.
+// Elements of consecutive k that are adjacent in a right factor of type T.
 template <class T>
 constexpr int kPair = kIsBFloat16<T> ? 2 : 1;
 
@@ -30,7 +30,7 @@ constexpr int kPair = kIsBFloat16<T> ? 2 : 1;
 template <class T>
 constexpr int kSteps = kBlock / kPair<T>;
 
-// Type of the left factor: what the CPU multiplies a right factor of type T by.
+// Type of the left factor that the CPU multiplies with a right factor of type T.
 #if defined(OCTAVO_DOT_BF16)
 template <class T>
 using LeftOf = std::conditional_t<kIsBFloat16<T>, BFloat16, float>;
@@ -39,7 +39,7 @@ template <class T>
 using LeftOf = float;
 #endif
 
-// Most rows of one call.
+// Most rows per call.
 #if defined(OCTAVO_AMX)
 template <class T>
 constexpr int kRows = kIsBFloat16<T> ? 32 : 12;
@@ -54,7 +54,7 @@ template <class T>
 constexpr int kRows = 2;
 #endif
 
-constexpr int kMostRows = 32;  // of any type and CPU
+constexpr int kMostRows = 32;  // for any type and CPU
 
 // The left factor: rows of k; a block of one row is contiguous.
 template <class T>
@@ -64,23 +64,23 @@ struct Left {
     int64_t block;  // from one block of k to the next
 };
 
-// What is fetched into the L2 cache while a right factor is being read: with each of its cache lines the line at
-// `first`, which then goes on by `step` bytes. The default costs nothing but the instruction: it fetches nothing.
+// Prefetch into the L2 cache while a right factor is read: with each of its cache lines the line at `first`, which then
+// advances by `step` bytes. The default prefetches nothing and costs one instruction.
 struct Fetch {
     uintptr_t first = 0;
     int64_t step = 0;
 };
 
-// The right factor: blocks of k, of 32 columns in two halves of 16. In a step, each column has kPair numbers.
+// The right factor: blocks of k of 32 columns, in two halves of 16. In a step, each column has kPair elements.
 template <class T>
 struct Right {
     const T* data;
     int64_t step;                    // from one step to the next
-    int64_t half;                    // from the first 16 columns to the others
+    int64_t half;                    // from the first 16 columns to the last
     int64_t block;                   // from one block of k to the next
     const T* const* list = nullptr;  // instead of `data` and `block`: where each block starts
     Fetch fetch = {};
-    const T* const* next = nullptr;  // instead of `fetch.first`: what is fetched with each block of `list`
+    const T* const* next = nullptr;  // instead of `fetch.first`: prefetched with each block of `list`
 };
 
 // sums[r][0..31] = left[r] * right, over `blocks` blocks of k. 1 <= rows <= kRows<T>.
@@ -91,7 +91,7 @@ extern template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloa
 extern template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, float*);
 extern template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
 
-// Leaves the tile registers as they were found; the last thing a thread does.
+// Restores the tile registers to their initial state; called last by each thread.
 void release_tiles();
 
 }  // namespace octavo

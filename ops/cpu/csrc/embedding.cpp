@@ -1,4 +1,4 @@
-// Packing of weights, and lookup of rows: from a plain table, or from a packed one that makes logits as well.
+// Packing of weights, and embedding lookup: from a plain table, or from a packed one that also serves as the LM head.
 #include "kernels.h"
 #include "packed.h"
 
@@ -16,7 +16,7 @@ void pack(const T* weight, int64_t stride, T* packed, const PackedShape& shape) 
         for (int half = 0; half < 2; ++half) {
             const int first = shape.first_row(block, half);
             const int count = shape.rows_in(block, half);
-            // Blocks of columns outside, so that a block is written while it is in the cache.
+            // Outer loop over blocks of columns, so that a block is written while cached.
             for (int begin = 0; begin < shape.columns; begin += kBlock) {
                 const int end = std::min(begin + kBlock, shape.columns);
                 for (int lane = 0; lane < count; ++lane) {

@@ -1,4 +1,4 @@
-// What happens to a head of q or k before it is used: RMS norm and rotary embedding.
+// Transforms of a head of q or k before use: RMS norm and rotary embedding.
 #pragma once
 
 #include "norm.h"
@@ -8,7 +8,7 @@ namespace octavo {
 
 constexpr int kMaxHeadDim = 256;
 
-// Turns pairs of numbers in place by the angles of a position, rounding to T wherever torch would.
+// Rotates pairs of elements in place by the angles of a position, rounding to T wherever torch would.
 template <class T>
 void rotate(float* x, const OctavoHeads& heads, int position) {
     const int half = heads.rotary_dim / 2;
@@ -32,7 +32,7 @@ void rotate(float* x, const OctavoHeads& heads, int position) {
     }
 }
 
-// Writes the numbers of a head as they are used, all of them of type T, into floats; zeros up to `padded`.
+// Writes a transformed head to floats (all values representable in T), zero-padded to `padded`.
 template <class T>
 void prepare_head(const T* x, int dim, const OctavoHeads& heads, int position, int padded, float* out) {
     if (heads.norm_weight)

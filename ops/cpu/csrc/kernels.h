@@ -1,4 +1,4 @@
-// The ops, as the runner calls them: by all threads of a team, one op after another.
+// The ops as the runner calls them: by all threads of a team, one op at a time.
 #pragma once
 
 #include "number.h"
@@ -7,7 +7,7 @@
 
 namespace octavo {
 
-// Calls `function` with a number of the type that OctavoType names.
+// Calls `function` with a value of the type that OctavoType names.
 template <class F>
 auto with_type(int32_t type, F function) {
     switch (type) {
@@ -35,7 +35,7 @@ void run_activation(const OctavoPointwise& op, const OctavoStep& step, const Tea
 void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 
-// Bytes of memory that all threads share during an op.
+// Bytes of workspace that the threads share during an op.
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step);
 size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads);
 

@@ -1,8 +1,8 @@
-// The layout of the KV cache: that of packed weights, so that attention multiplies with it where it lies.
+// The layout of the KV cache: that of packed weights, so that attention can multiply with it in place.
 //
-// 32 tokens of a KV head are a unit. Its K is packed like a weight of 32 rows, the tokens, and head_dim columns: the
-// right factor of their scores. Its V is packed like a weight of v_head_dim rows and 32 columns, the tokens: the right
-// factor of their weighted sum. Head sizes are padded with zeros to multiples of 32, a block is a number of units:
+// A unit is 32 tokens of a KV head. Its K is packed like a weight with 32 rows (the tokens) and head_dim columns: the
+// right factor of the scores. Its V is packed like a weight with v_head_dim rows and 32 columns (the tokens): the right
+// factor of the weighted sum. Head sizes are zero-padded to multiples of 32; a block is a whole number of units:
 //   K [block][kv_head][block_size / 32][head_dim / 32][32 x 32]
 //   V [block][kv_head][block_size / 32][v_head_dim / 32][32 x 32]
 #pragma once
@@ -30,7 +30,7 @@ struct KVCache {
           v_head_dim(blocks_of(op.v_head_dim, kBlock) * kBlock),
           block_size(block_size) {}
 
-    // The unit of the token at a place of a block.
+    // The unit that holds the token at an offset in a block.
     T* keys_of(int64_t block, int head, int place) const {
         return keys + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * head_dim;
     }
@@ -43,7 +43,7 @@ struct KVCache {
         return static_cast<int64_t>(i / kColumns) * kBlockElements + packed_offset<T>(row(i % kColumns), place % kUnit);
     }
 
-    // The right factor of a unit's scores. While it is read, `next` is fetched.
+    // The right factor of a unit's scores. While it is read, `next` is prefetched.
     static Right<T> scores_of(const T* keys, const T* next) {
         return {keys, kPackedStep<T>, kPackedHalf<T>, kBlockElements, nullptr, {address_of(next), kCacheLineBytes}};
     }

@@ -1,4 +1,4 @@
-// Linear layers: out = x W^T, with what follows them done while the results are in registers.
+// Linear layers: out = x W^T, with the epilogue applied while the results are in registers.
 #include "kernels.h"
 #include "norm.h"
 #include "packed.h"
@@ -8,18 +8,18 @@ namespace octavo {
 
 namespace {
 
-// Weights that stay in the L2 cache while all rows pass by: with many rows as many as there is room for, beside those
-// that are fetched meanwhile; with few rows fewer, since those of the first chunk are waited for.
+// Weights that stay in the L2 cache while all rows pass by. With many rows: as many as fit beside those being
+// prefetched. With few rows: fewer, since the first chunk is not prefetched.
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kChunkBytesPerTile = 32 << 10;
 
-// Weights come from memory in one long stream, of which the CPU alone does not fetch enough while it multiplies.
+// Weights are one long stream from memory, which the hardware prefetcher alone does not keep up with.
 constexpr int64_t kFetchAheadBytes = 4096;
 
-// Rows a multiple of this apart fall into the same few lines of the L1 cache.
+// Rows a multiple of this apart map to the same few lines of the L1 cache.
 constexpr int64_t kAliasBytes = 4096;
 
-// The rows, in tiles of nearly equal size.
+// The rows, split into tiles of nearly equal size.
 struct Tiles {
     int rows;
     int count;
@@ -31,14 +31,14 @@ struct Tiles {
     int begin(int tile) const { return static_cast<int>(static_cast<int64_t>(rows) * tile / count); }
 };
 
-// Whether the kernel can read the rows of x where they lie.
+// Whether the kernel can read the rows of x in place.
 template <class T>
 bool reads_in_place(const OctavoLinear& op, int rows) {
     if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm_weight) return false;
     return rows <= kRows<T> || op.x.stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
-// Copies rows into [columns / 32][rows][32], normalised if that is wanted, converted, and padded with zeros.
+// Copies rows into [columns / 32][rows][32]: normalised on request, converted and zero-padded.
 template <class T>
 void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, T* normed, LeftOf<T>* staged) {
     const int columns = op.weight.columns;
@@ -60,8 +60,8 @@ void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, 
     }
 }
 
-// How the team divides the results: by columns, so that each thread streams through weights of its own, and by rows
-// where the columns alone do not suffice.
+// How the team divides the results: by columns, so that each thread streams its own weights, and also by rows if there
+// are too few columns.
 struct Grid {
     Range tiles;
     Range blocks;
@@ -81,7 +81,7 @@ Grid divide(int tiles, int blocks, int thread, int threads) {
     return {share(tiles, thread / best, threads / best), share(blocks, thread % best, best)};
 }
 
-// The part of a block that is fetched with one of the products that all read another block.
+// The part of the next block to prefetch during one of the products that read the current block.
 Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     const int64_t step = blocks_of(kCacheLineBytes, parts);
     const int64_t offset = part * step * (bytes / kCacheLineBytes);
@@ -89,7 +89,7 @@ Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     return {block + offset, step};
 }
 
-// Turns the sums of a tile's rows and one block of columns into results.
+// Epilogue: turns the sums of a tile's rows and one block of columns into results.
 template <class T>
 void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows, int block, const float* sums) {
     for (int r = 0; r < rows; ++r, sums += kColumns) {
@@ -133,7 +133,7 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
 
     LeftOf<T>* staged = nullptr;
     T* normed = op.norm_weight ? team.scratch.take<T>(padded) : nullptr;
-    if (!in_place && tiles.count == 1) {  // each thread for itself: quicker than waiting for the others
+    if (!in_place && tiles.count == 1) {  // every thread stages all rows: quicker than a barrier
         staged = team.scratch.take<LeftOf<T>>(rows * padded);
         stage<T>(op, step, 0, rows, normed, staged);
     } else if (!in_place) {

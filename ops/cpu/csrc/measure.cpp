@@ -1,4 +1,4 @@
-// What this machine can do at most: the floors that kernels are measured against.
+// Peak rates of this machine: the limits that kernels are measured against.
 #include <omp.h>
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The RMS norm of some numbers (Zhang and Sennrich, arXiv:1910.07467).
+// RMS norm (Zhang and Sennrich, arXiv:1910.07467).
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace octavo {
 
-// 1 / sqrt(mean of squares + eps). The order of the sum depends on the size alone.
+// 1 / sqrt(mean of squares + eps). The order of the sum depends only on the size.
 template <class T>
 float inverse_rms(const T* x, int size, float eps) {
     constexpr int kSums = 4;
@@ -27,7 +27,7 @@ float inverse_rms(const T* x, int size, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
 }
 
-// Rounds to T before the weight is applied, and after it. T: the model's type, U: T, or float holding numbers of T.
+// Rounds to T both before and after the weight is applied. T: the model's type; U: T, or float holding values of T.
 template <class T, class U>
 void rms_norm(const T* x, const T* weight, int size, float eps, U* out) {
     const Vec scale = splat(inverse_rms(x, size, eps));

@@ -1,4 +1,4 @@
-// Half-size floating point numbers: storage types with conversions.
+// 16-bit floating-point numbers: storage types with conversions.
 #pragma once
 
 #include <cstdint>

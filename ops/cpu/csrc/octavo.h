@@ -1,6 +1,6 @@
 // The C interface of the CPU kernels, mirrored by ops/cpu/library.py.
 //
-// An op is a number and a struct of arguments. A list of ops runs in one call and one parallel region; every op takes
+// An op is an opcode and a struct of arguments. A list of ops runs in one call and one parallel region; every op takes
 // its sizes from the step descriptor, so one list serves every batch size. All strides count elements, not bytes.
 #pragma once
 
@@ -36,7 +36,7 @@ enum OctavoOpCode : int32_t {
 // ---------------------------------------------------------------------------------------------------------------------
 // The step descriptor: what each step brings.
 
-// The requests of a step, as one group of KV caches sees them; see ops/metadata.py.
+// The requests of a step, as one KV cache group sees them; see ops/metadata.py.
 struct OctavoGroup {
     const int32_t* query_start_loc;  // [num_reqs + 1]
     const int32_t* seq_lens;         // [num_reqs]
@@ -64,17 +64,17 @@ struct OctavoMatrix {
     int64_t stride;
 };
 
-// A weight as octavo_pack left it.
+// A weight packed by octavo_pack.
 struct OctavoWeight {
     const void* data;
     int32_t rows;     // out_features
     int32_t columns;  // in_features
-    int32_t paired;   // the two halves of the rows lie side by side, 16 by 16
+    int32_t paired;   // the two halves of the rows are interleaved, 16 by 16
 };
 
 struct OctavoEmbedding {
     OctavoWeight weight;  // rows: vocabulary
-    OctavoMatrix plain;   // the table as it was; null: take `weight`
+    OctavoMatrix plain;   // the unpacked table; null: use `weight`
     OctavoMatrix out;
     int32_t type;
 };
@@ -88,7 +88,7 @@ enum OctavoEpilogue : int32_t {
 
 struct OctavoLinear {
     OctavoMatrix x;
-    const void* norm_weight;  // [weight.columns] or null: RMS norm of each row of x first
+    const void* norm_weight;  // [weight.columns]: RMS norm of each row of x first; or null
     OctavoWeight weight;
     const void* bias;  // [weight.rows] or null
     OctavoMatrix out;
@@ -98,14 +98,14 @@ struct OctavoLinear {
     int32_t activation;
     int32_t rows;  // OctavoRows
     float norm_eps;
-    int32_t gather;  // x holds all tokens, and the rows wanted are those of logits_rows
+    int32_t gather;  // x holds all tokens; read the rows in logits_rows
 };
 
 struct OctavoNorm {
     OctavoMatrix x;
     OctavoMatrix out;
     const void* weight;  // [size]
-    const void* bias;    // [size] or null; layer norm alone
+    const void* bias;    // [size] or null; layer norm only
     float eps;
     int32_t groups;  // each of `size` columns
     int32_t size;
@@ -113,9 +113,9 @@ struct OctavoNorm {
     int32_t rows;
 };
 
-// What happens to each head of q and k before they are used.
+// Transforms applied to each head of q or k before use.
 struct OctavoHeads {
-    const void* norm_weight;  // [head_dim] or null: RMS norm of each head
+    const void* norm_weight;  // [head_dim]: RMS norm of each head; or null
     float norm_eps;
     int32_t rotary_dim;    // 0: no rotary embedding
     const float* cos_sin;  // [max_positions, rotary_dim]
@@ -155,7 +155,7 @@ struct OctavoAttention {
 
 struct OctavoPointwise {  // act_and_mul, activation, add, gather_rows
     OctavoMatrix x;
-    OctavoMatrix y;  // add alone
+    OctavoMatrix y;  // add only
     OctavoMatrix out;
     int32_t width;  // of the result
     int32_t activation;
@@ -172,21 +172,21 @@ struct OctavoNode {
     const void* args;  // the struct of that op
 };
 
-// Runs ops one after another on omp_get_max_threads() threads, or on fewer if `max_threads` (> 0) says so.
+// Runs ops in order on omp_get_max_threads() threads, or on at most `max_threads` if that is positive.
 OCTAVO_EXPORT void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads);
 
 // Elements of a packed weight.
 OCTAVO_EXPORT int64_t octavo_packed_size(int32_t rows, int32_t columns, int32_t paired);
-// Packs a row-major weight, [rows, columns] with `stride` elements from row to row.
+// Packs a row-major weight, [rows, columns], with a row stride of `stride` elements.
 OCTAVO_EXPORT void octavo_pack(const void* weight, int64_t stride, void* packed, int32_t rows, int32_t columns,
                                int32_t paired, int32_t type);
 OCTAVO_EXPORT void octavo_unpack(const void* packed, void* weight, int32_t rows, int32_t columns, int32_t paired,
                                  int32_t type);
 
-// Prepares the process (asks the kernel for AMX); 0 or an error number.
+// Prepares the process (requests AMX from the kernel). Returns 0 or an error number.
 OCTAVO_EXPORT int32_t octavo_initialize();
-// Size of the arguments of an op, of OctavoStep (-1), OctavoGroup (-2) and OctavoNode (-3): a check of the mirror.
+// Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2) or OctavoNode (-3), to check the Python mirror.
 OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
-// Bytes per second that `threads` threads read from a buffer, and multiply-adds per second of the dot products.
+// Bytes per second that `threads` threads read from a buffer; multiply-adds per second of the dot products.
 OCTAVO_EXPORT double octavo_measure_bandwidth(const void* data, int64_t num_bytes, int32_t threads);
 OCTAVO_EXPORT double octavo_measure_peak(int32_t type, int32_t threads);

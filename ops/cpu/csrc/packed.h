@@ -1,11 +1,11 @@
 // The layout of packed weights.
 //
-// Rows (output features) are taken by 32, columns (input features) by 32, both padded with zeros. The blocks of one 32
-// rows follow each other, so that a product streams through memory:
+// Rows (output features) and columns (input features) come in blocks of 32, zero-padded. The blocks of the same 32 rows
+// are contiguous, so that a product streams through memory:
 //   bfloat16  [rows / 32][columns / 32][2 halves of 16 rows][16 pairs of columns][16 rows][2]  tiles of AMX
 //   others    [rows / 32][columns / 32][32 columns][32 rows]
-// In a paired weight the two halves of a block are 16 rows of the weight's first half and the same 16 of its second:
-// gate and up projections whose product is the layer's result.
+// In a paired weight the two halves of a block are 16 rows of the weight's first half and the matching 16 of its
+// second: the gate and up projections, whose product is the layer's result.
 #pragma once
 
 #include "octavo.h"
@@ -45,7 +45,7 @@ struct PackedShape {
         return {index / kLanes, half, index % kLanes};
     }
 
-    // The first of the (up to) 16 rows in a half of a block, and how many there are.
+    // The first of the (up to) 16 rows in half a block, and how many there are.
     int first_row(int block, int half) const {
         return paired ? half * (rows / 2) + block * kLanes : block * kColumns + half * kLanes;
     }

@@ -1,4 +1,4 @@
-// Norms, activations, sums and the rotary embedding: ops that go over rows once.
+// Norms, activations, sums and the rotary embedding: ops that make one pass over the rows.
 #include "heads.h"
 #include "kernels.h"
 #include "vec_math.h"
@@ -22,7 +22,7 @@ void rms_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& tea
     }
 }
 
-// The variance is taken from the differences to the mean: subtracting squares would lose digits.
+// Two-pass variance: E[x^2] - E[x]^2 would lose digits.
 template <class T>
 void layer_norm_row(const OctavoNorm& op, const T* x, T* out) {
     const int size = op.size;
@@ -68,7 +68,7 @@ void rotary_rows(const OctavoRotary& op, const OctavoStep& step, const Team& tea
     }
 }
 
-// Calls `function(row, column, count)` for this thread's share of all vectors of the rows: also a single row is shared.
+// Calls `function(row, column, count)` for this thread's share of the rows' vectors; threads share even a single row.
 template <class F>
 void each_vector(const OctavoPointwise& op, const OctavoStep& step, const Team& team, F function) {
     constexpr int kStrip = 32 * kLanes;

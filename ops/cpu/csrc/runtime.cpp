@@ -17,7 +17,7 @@ namespace {
 
 thread_local Scratch thread_scratch;
 
-// Memory that the threads of a call share; several callers take turns.
+// Memory shared by the threads of a call; concurrent callers take turns.
 class Workspace {
 public:
     char* reserve(size_t bytes) {

@@ -1,8 +1,8 @@
-// Sampling: one call takes a step's logits to tokens and log probabilities, row by row.
+// Sampling: one call turns a step's logits into tokens and log probabilities, row by row.
 //
-// A row's result depends on that row alone: rows are handed out to threads whole, and nothing is shared but read-only
-// parameters. A row costs three passes over its logits at most when its request asks for no more than filters: one
-// for the largest logit, one for the sum of weights, one to collect the few tokens that have a chance.
+// A row's result depends on that row alone: threads take whole rows and share only read-only parameters. With filters
+// only, a row costs at most three passes over its logits: one for the largest logit, one for the sum of weights, one to
+// collect the few candidate tokens.
 
 #include "sampling.h"
 
@@ -45,7 +45,7 @@ uint64_t number_of(const OctavoSampleStep& step, int index, const RowContext& ro
     return philox_53_bits(row.params.seed, static_cast<uint64_t>(row.num_tokens - row.num_prompt), kStreamSample);
 }
 
-// The ids to report beside the sampled one. Returns how many.
+// The ids to report in addition to the sampled one. Returns how many.
 int reported_ids(const float* raw, int vocab, const OctavoSlotParams& params, const Scan& scanned, Scratch& scratch,
                  int32_t* ids) {
     if (params.num_logprob_ids > 0) {
@@ -115,12 +115,12 @@ OctavoRowStatus sample_row(const OctavoSampleStep& step, int index, Scratch& scr
     return OCTAVO_ROW_OK;
 }
 
-// Whether the rows of a slot are sampled in their order, by one thread: its history grows with them.
+// Whether one thread must sample the rows of a slot in order, because its history grows with them.
 bool is_ordered(const OctavoSampleStep& step, int index) {
     return step.history != nullptr && step.given_tokens == nullptr && has_penalties(step.params[step.slots[index]]);
 }
 
-// Samples a row, and with the first row of a slot whose rows are ordered all others of it. Returns how many failed.
+// Samples a row; for the first row of an ordered slot, samples all rows of that slot. Returns how many failed.
 int sample_rows(const OctavoSampleStep& step, int first, Scratch& scratch) {
     const int32_t slot = step.slots[first];
     const bool ordered = is_ordered(step, first);
@@ -132,7 +132,7 @@ int sample_rows(const OctavoSampleStep& step, int first, Scratch& scratch) {
         failed += step.status[index] != OCTAVO_ROW_OK;
         ++index;
     } while (ordered && index < step.num_rows && step.slots[index] == slot);
-    if (index - first > 1) {  // the tokens before the later rows are drafts, which may not hold
+    if (index - first > 1) {  // the later rows follow drafts, which may be rejected
         const int32_t* tokens = step.token_ids + slot * step.token_stride;
         step.history->slots[slot].rewind(tokens, step.lengths[first], step.num_prompt[slot]);
     }
@@ -144,8 +144,8 @@ int sample_rows(const OctavoSampleStep& step, int first, Scratch& scratch) {
 
 // Samples a row for each entry of `slots`. Returns the number of rows whose status is not OCTAVO_ROW_OK.
 OCTAVO_EXPORT int32_t octavo_sample(const OctavoSampleStep* step, int32_t num_threads) {
-    // A parallel region ends when every thread has been there, and on a busy machine one may have to wait for its turn
-    // much longer than a few rows take. It has all threads or none: libgomp ends those that a smaller one leaves out.
+    // A parallel region ends only when every thread has run, and on a busy machine one may wait for its turn much
+    // longer than a few rows take. Use all threads or none: libgomp terminates those that a smaller region leaves out.
     constexpr int64_t kWorthAllThreads = 1 << 21;  // tokens, about 0.3 ms of one thread
     const bool parallel = step->num_rows > 1 && step->num_rows * int64_t{step->vocab_size} >= kWorthAllThreads;
     const int threads = parallel && num_threads > 1 ? num_threads : 1;
@@ -165,7 +165,7 @@ OCTAVO_EXPORT OctavoTokenHistory* octavo_token_history_new(int32_t num_slots) {
     return history;
 }
 
-// Another request enters a slot: what is known of the earlier one is dropped, and its memory with it.
+// Another request takes the slot: drops the history of the earlier one and frees its memory.
 OCTAVO_EXPORT void octavo_token_history_clear(OctavoTokenHistory* history, int32_t slot) {
     history->slots[slot].clear();
 }
@@ -175,6 +175,6 @@ OCTAVO_EXPORT void octavo_token_history_free(OctavoTokenHistory* history) {
     delete history;
 }
 
-// So that the mirror of the structs in Python can be checked.
+// Lets Python check its mirror of the structs.
 OCTAVO_EXPORT int32_t octavo_slot_params_size() { return sizeof(OctavoSlotParams); }
 OCTAVO_EXPORT int32_t octavo_sample_step_size() { return sizeof(OctavoSampleStep); }

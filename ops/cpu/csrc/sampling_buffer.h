@@ -1,5 +1,5 @@
-// An array that grows. Unlike std::vector it never initialises its values, which nobody would read, and never throws:
-// exceptions do not cross the C interface.
+// A growable array. Unlike std::vector it never initialises its values, which nobody would read, and never throws:
+// exceptions must not cross the C interface.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ public:
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() { std::free(data_); }
 
-    // Room for `count` values. Keeps what is there.
+    // Makes room for `count` values and keeps the present ones.
     void reserve(size_t count) {
         if (count <= capacity_) return;
         const size_t grown = count > 2 * capacity_ ? count : 2 * capacity_;

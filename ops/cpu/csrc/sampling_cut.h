@@ -1,21 +1,21 @@
-// Filters on a list of tokens: exact, without sorting it.
+// Exact filters on a list of tokens, without sorting it.
 #pragma once
 
 #include "sampling_row.h"
 
 namespace octavo::sampling {
 
-// Where the wanted part of an ordered row ends: everything above `logit`, and the first `equals` of those equal to it.
+// Where a prefix of an ordered row ends: everything above `logit`, and the first `equals` of those equal to it.
 struct Cut {
     float logit;
     int equals;
     bool all_equals;
 };
 
-// A float between two, for a search by halves: greater than `low`, at most `high`.
+// A midpoint for bisection: greater than `low`, at most `high`.
 inline float middle(float low, float high, int round) {
-    // Halving the distance is best for logits. Numbers of many magnitudes could resist it for long; halving the
-    // number of floats in between ends every search within another 32 rounds.
+    // Halving the distance is best for logits, but slow for values of many magnitudes; halving the number of floats in
+    // between ends every search within another 32 rounds.
     constexpr int kRoundsOfDistance = 24;
     float result = 0.5f * low + 0.5f * high;
     if (round >= kRoundsOfDistance) {
@@ -32,15 +32,15 @@ inline float middle(float low, float high, int round) {
     return result > low ? result : high;
 }
 
-// The shortest beginning of a list, ordered by logit (larger first) and then by place, that is worth `need`: a token
-// is worth its weight in units, or 1 if there are no weights. The list lies in [low, high], is padded, and is worth
-// at least `need` > 0. Quickselect: cuts the list in two, goes on with the half where the boundary lies.
+// The shortest prefix of a list, ordered by logit (larger first) and then by index, that is worth `need`: a token is
+// worth its weight in units, or 1 without weights. The list lies in [low, high], is padded, and is worth at least
+// `need` > 0. Quickselect: partitions the list and continues with the part that holds the boundary.
 template <bool kWeighted>
 Cut find_cut(const float* logits, const float* weights, int size, float low, float high, int64_t need,
              Scratch& scratch) {
     float* const values_out = scratch.values.data();
     float* const weights_out = scratch.weights.data();
-    int64_t above = 0;  // worth of all that is greater than what is left of the list
+    int64_t above = 0;  // worth of all values above the remaining list
     for (int round = 0; low < high; ++round) {
         const Vec pivot = splat(middle(low, high, round));
         int64_t worth = 0;
@@ -56,7 +56,7 @@ Cut find_cut(const float* logits, const float* weights, int size, float low, flo
         const bool upper = above + worth >= need;
         if (!upper) above += worth;
 
-        const Vec least = splat(low);  // leaves out the padding
+        const Vec least = splat(low);  // excludes the padding
         Vec lowest = splat(kInfinity), highest = splat(-kInfinity);
         int n = 0;
         for (int i = 0; i < size; i += kLanes) {
@@ -85,7 +85,7 @@ Cut find_cut(const float* logits, const float* weights, int size, float low, flo
 // Keeps the part of a list up to a cut.
 inline void cut_list(List& list, const Cut& cut) {
     const Vec bound = splat(cut.logit);
-    int boundary = list.size;  // the equals before this place are kept
+    int boundary = list.size;  // equal values before this index are kept
     if (!cut.all_equals) {
         for (int i = 0, left = cut.equals; left > 0; ++i) {
             if (list.logits[i] == cut.logit && --left == 0) boundary = i + 1;
@@ -104,7 +104,7 @@ inline void cut_list(List& list, const Cut& cut) {
     list.end(n);
 }
 
-// Keeps the tokens of at least `min_p` times the largest weight.
+// Keeps the tokens with at least `min_p` times the largest weight.
 inline void cut_weights(List& list, float min_p) {
     const Vec bound = splat(min_p);
     int n = 0;
@@ -116,8 +116,8 @@ inline void cut_weights(List& list, float min_p) {
     list.end(n);
 }
 
-// A logit that at least k tokens reach, or the least number there is: the k-th largest peak, since a group's peak is
-// one of its tokens.
+// A logit that at least k tokens reach, or the smallest float: the k-th largest peak, since a group's peak is one of
+// its tokens.
 inline float reached_by(int k, const Scan& scanned, Scratch& scratch) {
     if (k > scanned.num_peaks) return -FLT_MAX;
     collect(scratch.peaks.data(), scanned.num_peaks, -FLT_MAX, scanned.num_peaks, scratch.list);

@@ -1,5 +1,5 @@
-// What changes the logits of a row before a token is picked. Each change touches a few tokens, except the two that
-// forbid most of them.
+// Edits of a row's logits before a token is picked. Each edit touches a few tokens, except the two that forbid most of
+// them.
 #pragma once
 
 #include "sampling.h"
@@ -8,9 +8,9 @@
 
 namespace octavo::sampling {
 
-// The distinct tokens of a request and how often each stands in its output. It is brought up to date from the token
-// table before use, so it costs one token per step and needs to be told nothing but that a slot changed hands, and when
-// drafts that it counted stop being part of the table.
+// The distinct tokens of a request and how often each occurs in its output. It catches up with the token table before
+// use, so it costs one token per step and must only be told when a slot changes hands and when drafts that it counted
+// leave the table.
 class SeenTokens {
 public:
     static constexpr int kMaxRewind = 64;
@@ -25,7 +25,7 @@ public:
     }
 
     void catch_up(const int32_t* tokens, int64_t num_tokens, int64_t num_prompt) {
-        if (num_tokens < counted_) clear();  // tokens were taken back: count again
+        if (num_tokens < counted_) clear();  // tokens were retracted: recount
         for (; counted_ < num_tokens; ++counted_) count(tokens[counted_], counted_ >= num_prompt);
     }
 
@@ -63,12 +63,12 @@ private:
         counts_[places_[place]] += is_output;
     }
 
-    // Undoes the last `count` that is not undone yet.
+    // Undoes the most recent `count`.
     void uncount(int32_t token, bool is_output) {
         const uint32_t place = place_of(token);
         counts_[places_[place]] -= is_output;
         if (recently_new_ & 1) {
-            places_[place] = -1;  // it was the last one to get a place, so no other was put off by it
+            places_[place] = -1;  // it was inserted last, so no other entry probed past it
             --size_;
         }
         recently_new_ >>= 1;
@@ -90,15 +90,15 @@ private:
 
     static uint32_t hash(int32_t token) { return (static_cast<uint32_t>(token) * 0x9E3779B1u) >> 7; }
 
-    Buffer<int32_t> ids_, counts_;  // in the order of first appearance
+    Buffer<int32_t> ids_, counts_;  // in order of first appearance
     Buffer<int32_t> places_;        // open addressing: index into the two above, or -1
     int size_ = 0;
-    uint32_t mask_ = 0;  // number of places - 1
+    uint32_t mask_ = 0;  // table size - 1
     int64_t counted_ = 0;
-    uint64_t recently_new_ = 0;  // bit i: the last token but i was the first of its kind
+    uint64_t recently_new_ = 0;  // bit i: the i-th last token (from 0) had not occurred before
 };
 
-// A row and what is known of its request.
+// A row and its request's state.
 struct RowContext {
     const OctavoSlotParams& params;
     const int32_t* tokens;
@@ -143,7 +143,7 @@ inline void apply_bitmask(float* logits, int vocab, const int32_t* bitmask) {
     }
 }
 
-// Forbids the last token of each word where the output ends with the ones before it.
+// Forbids the last token of each word whose preceding tokens end the output.
 inline void forbid_bad_words(float* logits, const RowContext& row) {
     const int32_t* output = row.tokens + row.num_prompt;
     const int64_t output_size = row.num_tokens - row.num_prompt;
@@ -177,7 +177,7 @@ inline void apply_penalties(float* logits, const RowContext& row) {
     }
 }
 
-// Applies everything, in the order of executor/sampling/stages.py. `kept` has room for the allowed ids.
+// Applies all edits, in the order of executor/sampling/stages.py. `kept` has room for the allowed ids.
 inline void edit(float* logits, int vocab, const RowContext& row, float* kept) {
     const OctavoSlotParams& params = row.params;
     if (params.num_allowed >= 0) leave_allowed(logits, vocab, params.allowed_ids, params.num_allowed, kept);

@@ -1,15 +1,15 @@
-// What sampling needs of vectors beyond simd.h: masks, moving the chosen lanes to the front, sums of units.
+// Vector operations that sampling needs beyond simd.h: masks, compressing selected lanes, sums of units.
 //
-// Every path computes the same bits here: only single, correctly rounded IEEE operations, no fused multiply-add, and
-// sums of whole numbers, which do not depend on their order.
+// Every path computes the same bits here: only individually rounded IEEE operations, no fused multiply-add, and integer
+// sums, which do not depend on their order.
 #pragma once
 
 #include "simd.h"
 
 namespace octavo::sampling {
 
-// A weight w in [0, 1] counts as the whole number of units of 2^-42 nearest to it (half to even). Adding 1.5 * 2^10
-// to it as a double leaves that number in the low bits of the sum, whose last bit is worth 2^(10 - 52).
+// A weight w in [0, 1] is rounded to the nearest integer number of units of 2^-42 (half to even). Adding 1.5 * 2^10 to
+// it as a double leaves that integer in the low bits of the sum, whose last bit is worth 2^(10 - 52).
 constexpr double kUnitsShift = 1536.0;
 constexpr int64_t kUnitsShiftBits = 0x4098000000000000;
 constexpr int64_t kOneInUnits = int64_t{1} << 42;
@@ -38,14 +38,14 @@ inline unsigned bits(Mask m) { return m; }
 inline bool any(Mask m) { return m != 0; }
 inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
 
-// p * 2^n where `shifted` is n + 1.5 * 2^23: n stands in its low bits, and the shift pushes the rest out.
+// p * 2^n where `shifted` is n + 1.5 * 2^23: n is in its low bits, and the shift discards the rest.
 inline Vec times_power_of_two(Vec p, Vec shifted) {
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
     return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), exponent))};
 }
 
-// Writes the lanes of a mask one after another, and rubbish behind them, up to kLanes values in all. (Storing through
-// the mask would be microcoded, and very slow, on AMD Zen 4.)
+// Writes the selected lanes contiguously, followed by garbage up to kLanes values in all. (A masked compress-store is
+// microcoded, and very slow, on AMD Zen 4.)
 inline void compress(float* p, Mask m, Vec a) { _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m, a.v)); }
 inline void compress_ids(int32_t* p, Mask m, int32_t first) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -74,12 +74,12 @@ public:
 
 private:
     __m512i low_ = _mm512_setzero_si512(), high_ = _mm512_setzero_si512();
-    uint64_t added_ = 0;  // how often the sums have the bits of the shift in them, lane by lane
+    uint64_t added_ = 0;  // how often each lane's sum includes the bits of the shift
 };
 
 #else  // parts of a vector, as in simd.h
 
-// Row m lists the set bits of m: where the chosen lanes of a part come from.
+// Row m lists the set bits of m: the sources of a part's selected lanes.
 constexpr int kPartMasks = 1 << kPartLanes;
 struct FrontTable {
     alignas(32) int32_t rows[kPartMasks][kPartLanes];
@@ -227,7 +227,7 @@ inline Vec times_power_of_two(Vec p, Vec shifted) {
         [&](int i) { return part_of_bits(part_add(part_bits(p.v[i]), part_shift_left(part_bits(shifted.v[i]), 23))); });
 }
 
-// `part(i)` gives part i as bits.
+// `part(i)` returns part i as bits.
 template <class F>
 inline void compress_parts(int32_t* p, Mask m, F part) {
     for (int i = 0; i < kParts; ++i) {

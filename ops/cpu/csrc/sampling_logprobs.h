@@ -1,4 +1,4 @@
-// Log probabilities and ranks of the logits as the model made them.
+// Log probabilities and ranks of the model's unprocessed logits.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace octavo::sampling {
 
 class LogProbs {
 public:
-    // The logarithm of the sum is taken of a sum in units, so it is the same on every path.
+    // The normaliser is a sum in units, so it is the same on every path.
     LogProbs(const float* logits, int vocab, float top, Scratch& scratch) : top_(top) {
         const int64_t total = weigh(logits, vocab, Weighing(top, 1.0f), nullptr, scratch.sums.data());
         log_total_ = std::log(static_cast<double>(total) / static_cast<double>(kOneInUnits));
@@ -54,7 +54,7 @@ inline void top_ids(const float* logits, int vocab, int wanted, const Scan& scan
         return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
     });
     for (int i = 0; i < list.size; ++i) ids[i] = ranked[i].id;
-    // Minus infinity is no number, so the list leaves it out.
+    // The list leaves out logits of minus infinity.
     for (int id = 0, n = list.size; n < wanted && id < vocab; ++id) {
         if (logits[id] == -kInfinity) ids[n++] = id;
     }

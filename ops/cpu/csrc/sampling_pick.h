@@ -1,4 +1,4 @@
-// From the logits of a row to a token: the definition is ops/reference/sampling.py, which this equals bit for bit.
+// From a row of logits to a token. Defined by ops/reference/sampling.py, which this matches bit for bit.
 #pragma once
 
 #include "sampling_cut.h"
@@ -12,7 +12,7 @@ struct Filters {
     float min_p;
 };
 
-// The first token, in the order of ids, at which the running sum of units exceeds number / 2^53 of the total.
+// The first token, in id order, at which the running sum of units exceeds number / 2^53 of the total.
 class Picker {
 public:
     Picker(uint64_t number, int64_t total)
@@ -40,24 +40,24 @@ inline int64_t units_for(float top_p, int64_t total) {
     return wanted > 1 ? wanted : 1;
 }
 
-// Applies top-p to a list in [least, top] and returns the units that are left; `total` is what top-p is a part of.
+// Applies top-p to a list in [least, top], as a fraction of `total`, and returns the units that remain.
 inline int64_t cut_top_p(List& list, float least, float top, float top_p, int64_t total, Scratch& scratch) {
     const int64_t need = units_for(top_p, total);
     cut_list(list, find_cut<true>(list.logits.data(), list.weights.data(), list.size, least, top, need, scratch));
     return sum_units(list.weights.data(), list.size, scratch.sums.data());
 }
 
-// Leaves in the list the tokens that top-p keeps of a whole row; returns their units.
+// Fills the list with the tokens of a whole row that top-p keeps; returns their units.
 inline int64_t top_p_of_all(const float* logits, int vocab, const Weighing& weighing, float top, float top_p,
                             Scratch& scratch) {
     List& list = scratch.list;
     int64_t* const sums = scratch.sums.data();
     const double tail = (1.0 - static_cast<double>(top_p)) / vocab;
 
-    // Mostly a few tokens hold nearly everything, and the rest need not be weighed: whatever they hold between nothing
-    // and the most they could, top-p keeps the same tokens.
-    constexpr int kFew = 8;              // a part of the vocabulary
-    constexpr double kMostOfTail = 0.1;  // the most that the rest may hold, as a part of 1 - top_p
+    // Usually a few tokens hold nearly all the mass and the rest need not be weighed: whatever it holds, between
+    // nothing and an upper bound, top-p keeps the same tokens.
+    constexpr int kFew = 8;              // as a divisor of the vocabulary size
+    constexpr double kMostOfTail = 0.1;  // bound on the rest's mass, as a fraction of 1 - top_p
     const double most = kMostOfTail * tail;
     float least = weighing.below(std::log2(most));
     if (collect(logits, vocab, least, vocab / kFew, list)) {
@@ -69,8 +69,8 @@ inline int64_t top_p_of_all(const float* logits, int vocab, const Weighing& weig
         if (kept >= need) return kept;
     }
 
-    // The last token that top-p keeps and all after it hold more than 1 - top_p of the total. None of them weighs
-    // more than that last token, so it weighs at least that much divided by the number of tokens.
+    // The last token that top-p keeps and all after it hold more than 1 - top_p of the total. None of them weighs more
+    // than that last token, so it weighs at least their mass divided by the number of tokens.
     const int64_t total = weigh(logits, vocab, weighing, nullptr, sums);
     least = weighing.below(std::log2(tail * static_cast<double>(total) / static_cast<double>(kOneInUnits)));
     collect(logits, vocab, least, vocab, list);
@@ -79,7 +79,7 @@ inline int64_t top_p_of_all(const float* logits, int vocab, const Weighing& weig
     return cut_top_p(list, least, top, top_p, total, scratch);
 }
 
-// Samples a token of a row whose largest logit is a finite number.
+// Samples a token from a row whose largest logit is finite.
 inline int pick(const float* logits, int vocab, const Scan& scanned, const Filters& filters, uint64_t number,
                 Scratch& scratch) {
     if (!(filters.temperature > 0)) return first_of_top(logits, vocab, scanned, scratch);
@@ -99,7 +99,7 @@ inline int pick(const float* logits, int vocab, const Scan& scanned, const Filte
         }
         total = top_p_of_all(logits, vocab, weighing, scanned.top, filters.top_p, scratch);
     } else {
-        // Only tokens that min-p or top-k may keep are weighed: those above a bound that is cheap to find and safe.
+        // Weigh only tokens that min-p or top-k may keep: those above a cheap, safe bound.
         const float least = filters.min_p > 0 ? weighing.below(std::log2(static_cast<double>(filters.min_p)))
                                               : reached_by(filters.top_k, scanned, scratch);
         collect(logits, vocab, least, vocab, list);

@@ -1,7 +1,7 @@
-// A row of logits: its weights, and the tokens of it that may still be taken.
+// A row of logits: its weights, and its remaining candidate tokens.
 //
-// All masses are sums of whole numbers (units), so they are exact in any order: searches may cut the row wherever
-// they like and still find the boundary of the definition, with ties and all.
+// All masses are integer sums (of units), so they are exact in any order: searches may cut the row anywhere and still
+// find the boundary that the definition gives, ties included.
 #pragma once
 
 #include <cfloat>
@@ -12,13 +12,13 @@
 
 namespace octavo::sampling {
 
-constexpr int kBlock = 32 * kLanes;  // tokens whose sums and peaks are kept together
+constexpr int kBlock = 32 * kLanes;  // tokens per block of sums and peaks
 
 // 2^f on [-0.5, 0.5] as 1 + c1 f + ... + c5 f^5, relative error 1.9e-7 in float32 arithmetic.
 constexpr float kC1 = 0x1.62e42ap-1f, kC2 = 0x1.ebf9bcp-3f, kC3 = 0x1.c6b752p-5f, kC4 = 0x1.3cea88p-7f,
                 kC5 = 0x1.5bba14p-10f;
-constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23: a float32 plus this is rounded to a whole number
-constexpr float kLeastExponent = -64.0f;    // smaller weights are worth no unit either
+constexpr float kRoundShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float32 to an integer
+constexpr float kLeastExponent = -64.0f;    // smaller weights round to zero units anyway
 constexpr double kLog2E = 1.4426950408889634;
 
 // The weight of a logit is 2^((logit - top) * scale), 1 for the largest.
@@ -39,8 +39,8 @@ public:
         return times_power_of_two(p, shifted);
     }
 
-    // A logit that is certainly smaller than any whose weight is at least 2^exponent. One is taken off the exponent,
-    // a thousand times what rounding can do to it.
+    // A logit that is certainly smaller than any whose weight is at least 2^exponent. The margin of 1 in the exponent
+    // is a thousand times the rounding error.
     float below(double exponent) const {
         if (exponent - 1 <= kLeastExponent) return -FLT_MAX;
         const double bound = top_ + (exponent - 1) / scale_;
@@ -52,8 +52,7 @@ private:
     float top_, scale_;
 };
 
-// The tokens that may still be taken, in the order of their ids. Behind the last one stand kLanes values that no
-// filter keeps.
+// The remaining candidates, in id order. After the last one come kLanes values that no filter keeps.
 struct List {
     Buffer<float> logits, weights;
     Buffer<int32_t> ids;
@@ -65,7 +64,7 @@ struct List {
         weights.reserve(padded);
         ids.reserve(padded);
     }
-    // Keeps chosen tokens of the kLanes from place `from` on, as the next ones of a list that is being shortened.
+    // Appends the chosen tokens among the kLanes from index `from` to a list that is being filtered in place.
     void keep(int& size_so_far, int from, Mask chosen) {
         if (!any(chosen)) return;
         const Vec x = load(logits.data() + from), w = load(weights.data() + from);
@@ -84,12 +83,12 @@ struct List {
     }
 };
 
-// A thread's memory; it grows with the vocabulary and is kept.
+// A thread's memory. It grows with the vocabulary and is reused.
 struct Scratch {
     Buffer<float> peaks;            // the largest logits of groups of 32 tokens
-    Buffer<int64_t> sums;           // of the weights of each block
-    Buffer<float> values, weights;  // what a search works on
-    Buffer<float> raw;              // a row before it was processed
+    Buffer<int64_t> sums;           // weight of each block
+    Buffer<float> values, weights;  // working copy of a search
+    Buffer<float> raw;              // a row before processing
     List list;
 
     void reserve(int vocab) {
@@ -102,11 +101,11 @@ struct Scratch {
     }
 };
 
-// What a first look at a row finds.
+// Result of the first pass over a row.
 struct Scan {
     float top;  // the largest logit
     bool has_nan;
-    int num_peaks;  // in Scratch::peaks, with minus infinity for groups that do not exist
+    int num_peaks;  // in Scratch::peaks, with minus infinity for missing groups
 };
 
 inline Scan scan(const float* logits, int vocab, Scratch& scratch) {
@@ -135,7 +134,7 @@ inline Scan scan(const float* logits, int vocab, Scratch& scratch) {
     return {largest(highest), any(nan), static_cast<int>(peak - scratch.peaks.data())};
 }
 
-// The lowest id among those of the largest logit.
+// The lowest id with the largest logit.
 inline int first_of_top(const float* logits, int vocab, const Scan& scanned, const Scratch& scratch) {
     const Vec top = splat(scanned.top);
     int block = 0;
@@ -147,7 +146,7 @@ inline int first_of_top(const float* logits, int vocab, const Scan& scanned, con
     }
 }
 
-// Copies what is at least `least`, which is a number. False: it is more than `limit`, and was not copied in full.
+// Copies the logits of at least `least` (not NaN). False: there are more than `limit`, and not all were copied.
 inline bool collect(const float* logits, int count_all, float least, int limit, List& list) {
     const Vec bound = splat(least);
     float* out = list.logits.data();
@@ -173,7 +172,7 @@ inline bool collect(const float* logits, int count_all, float least, int limit, 
     return n <= limit;
 }
 
-// Sums the weights of logits block by block; also writes them where `weights` is given (in whole vectors).
+// Sums the weights of logits block by block; also stores them if `weights` is given (in whole vectors).
 inline int64_t weigh(const float* logits, int count_all, const Weighing& weighing, float* weights, int64_t* sums) {
     int64_t total = 0;
     for (int begin = 0; begin < count_all; begin += kBlock) {

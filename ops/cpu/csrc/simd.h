@@ -1,7 +1,7 @@
 // Vectors of 16 floats on every CPU: one AVX-512 register, two of AVX2, or four of the compiler's own vectors.
 //
-// The width is the same everywhere, so that layouts and the order of sums are, too. Numbers differ between the paths
-// only because some fuse multiply and add.
+// The width is the same everywhere, and so are layouts and the order of sums. Results differ between paths only because
+// some fuse multiply and add.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ namespace octavo {
 constexpr int kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Fetches a cache line into the L2 cache.
+// Prefetches a cache line into the L2 cache.
 inline void prefetch(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
 
 inline void prefetch_l1(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 3); }
@@ -49,10 +49,10 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a * 2^n for whole n from -126 to 128 with a normal result.
+// a * 2^n for integer n from -126 to 128, with a normal result.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
-// The same for whole n from -252 up; results below the smallest float are 0, others that are not normal may be.
+// The same for integer n from -252 up; results below the smallest float are 0, other subnormals may be.
 inline Vec scale_down(Vec a, Vec n) { return scale_by_power(a, n); }
 
 inline Vec load(const BFloat16* p) {
@@ -79,7 +79,7 @@ inline void store(BFloat16* p, Vec a) {
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// The even and the odd numbers of 16 pairs.
+// The even and odd elements of 16 pairs.
 inline Vec load_even(const BFloat16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
 inline Vec load_odd(const BFloat16* p) {
     return {
@@ -163,7 +163,7 @@ inline IntPart part_load_bits(const void* p) {
 }
 inline IntPart part_shift_left(IntPart a, int n) { return a << n; }
 inline IntPart part_and(IntPart a, uint32_t mask) { return a & static_cast<int32_t>(mask); }
-// Out of line: these are long, and used everywhere.
+// Out of line: these are long and used everywhere.
 template <class T>
 __attribute__((noinline)) Part part_load(const T* p) {
     return Part{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
@@ -229,13 +229,14 @@ inline Mask less(Vec a, Vec b) {
 inline Vec select(Mask m, Vec a, Vec b) {
     return each([&](int i) { return part_select(m.v[i], a.v[i], b.v[i]); });
 }
-// Adding and taking away 1.5 * 2^23 leaves no bits behind the point; the numbers are below 2^22.
+// Adding and subtracting 1.5 * 2^23 rounds to an integer, since the numbers are below 2^22.
 inline Vec nearest(Vec a) {
     const Part shift = part_splat(0x1.8p23f);
     return each([&](int i) { return (a.v[i] + shift) - shift; });
 }
 inline Vec scale_by_power(Vec a, Vec n) {
-    // As an exponent, 128 would mean infinity: 2^n is 2^(n - 1) times 2. n + 126 stands in the low bits of the sum.
+    // An exponent of 128 would mean infinity, so compute 2^n as 2^(n - 1) times 2. n + 126 is in the low bits of the
+    // sum.
     const Part shift = part_splat(0x1.8p23f + 126.0f), two = part_splat(2.0f);
     return each([&](int i) { return a.v[i] * part_of_bits(part_shift_left(part_bits(n.v[i] + shift), 23)) * two; });
 }
@@ -267,7 +268,7 @@ inline Vec load_odd(const BFloat16* p) {
 
 #endif  // -------------------------------------------------------------------------------------------------------------
 
-// The first `count` numbers, zeros behind them. A whole vector is the usual case.
+// Loads the first `count` numbers and zeros after them. Usually a whole vector.
 template <class T>
 inline Vec load_first(const T* p, int count) {
     if (count >= kLanes) return load(p);
@@ -287,7 +288,7 @@ inline void store_first(T* p, Vec a, int count) {
     std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
-// As the number would come back from memory.
+// The value after a store and load as T.
 template <class T>
 inline Vec round_to(Vec a) {
     T buffer[kLanes];

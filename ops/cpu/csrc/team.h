@@ -28,10 +28,10 @@ inline void relax() {
 #endif
 }
 
-// What all threads share.
+// State that all threads share.
 struct Shared {
-    // A waiting thread sleeps after that long, about 30 us: two threads that share their cores with other programs
-    // would otherwise burn their time slices waiting for each other, and a step takes five times as long.
+    // A waiting thread sleeps after this many spins, about 30 us: threads that share their cores with other programs
+    // would otherwise burn their time slices waiting for each other, and a step would take five times as long.
     static constexpr int kSpins = 2000;
 
     alignas(kCacheLine) std::atomic<int> arrived{0};
@@ -40,13 +40,13 @@ struct Shared {
     alignas(kCacheLine) std::atomic<int> ticket{0};
     char* workspace = nullptr;
 
-    // Returns when all threads have come here. What they wrote before is visible then, and tickets start anew.
+    // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and tickets restart at 0.
     void wait(int size) {
         const int before = generation.load(std::memory_order_relaxed);
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
             ticket.store(0, std::memory_order_relaxed);
-            // Both sides in one order: either a sleeper sees the new generation, or it is seen here.
+            // Sequentially consistent on both sides: either a sleeper sees the new generation, or we see the sleeper.
             generation.store(before + 1, std::memory_order_seq_cst);
             if (sleepers.load(std::memory_order_seq_cst)) wake();
             return;
@@ -70,7 +70,7 @@ private:
 #endif
 };
 
-// Memory of one thread that lives until the next op. It is kept from call to call.
+// A thread's memory for the duration of an op. It is reused from call to call.
 class Scratch {
 public:
     ~Scratch() { release(); }
@@ -90,7 +90,7 @@ public:
         return result;
     }
 
-    // Everything taken is given back. Of several blocks the last, largest one is kept.
+    // Releases everything taken. Of several blocks the last, largest one is kept.
     void reset() {
         while (blocks_.size() > 1) {
             std::free(blocks_.front());
@@ -117,7 +117,7 @@ struct Range {
     int end;
 };
 
-// An equal share of n things.
+// An equal share of n items.
 inline Range share(int n, int index, int size) {
     const int each = n / size, rest = n % size;
     const int begin = index * each + (index < rest ? index : rest);
@@ -133,7 +133,7 @@ struct Team {
 
     void wait() const { shared.wait(size); }
     Range share(int n) const { return octavo::share(n, index, size); }
-    // 0, 1, 2 ... over all threads, since the last wait.
+    // 0, 1, 2 ... across all threads, since the last wait.
     int ticket() const { return shared.ticket.fetch_add(1, std::memory_order_relaxed); }
 };
 

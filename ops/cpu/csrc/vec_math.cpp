@@ -5,7 +5,7 @@ namespace octavo {
 static Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(negate(x))); }
 
 Vec tanh(Vec x) {
-    // (1 - e) / (1 + e) loses digits near 0, where an odd polynomial is used instead
+    // (1 - e) / (1 + e) loses digits near 0, so use an odd polynomial there
     const Vec a = absolute(x);
     const Vec e = exp(a * splat(-2.0f));
     const Vec large = (splat(1.0f) - e) / (splat(1.0f) + e);

@@ -10,7 +10,7 @@ namespace octavo {
 inline Vec exp(Vec x) {
     const Vec lowest = splat(-87.33654f);
     const Mask tiny = less(x, lowest);
-    const Vec clamped = min(splat(88.72283f), max(lowest, x));  // of a NaN, both keep their second argument
+    const Vec clamped = min(splat(88.72283f), max(lowest, x));  // both return their second argument for NaN
     const Vec n = nearest(clamped * splat(1.44269504f));
     // x - n ln 2, with ln 2 in two parts
     Vec r = fma(n, splat(-0.693359375f), clamped);
@@ -25,12 +25,12 @@ inline Vec exp(Vec x) {
     return select(tiny, zero(), scale_by_power(p, n));
 }
 
-// 2^x for x up to 0, or a little above; 0 where that is no float, so exactly 0 for minus infinity. NaN stays NaN.
+// 2^x for x up to 0 or slightly above; 0 on underflow, so exactly 0 for minus infinity. NaN stays NaN.
 //
-// Minimax polynomials on [-0.5, 0.5]: relative error 2e-9 or, if the result is wanted as bfloat16 only, 3e-6.
+// Minimax polynomials on [-0.5, 0.5]: relative error 2e-9, or 3e-6 if the result is only needed as bfloat16.
 template <bool kRough>
 inline Vec exp2_below(Vec x) {
-    const Vec clamped = max(splat(-252.0f), x);  // of a NaN, max keeps its second argument
+    const Vec clamped = max(splat(-252.0f), x);  // max returns its second argument for NaN
     const Vec n = nearest(clamped);
     const Vec r = clamped - n;
     Vec p;
@@ -56,7 +56,7 @@ inline Vec absolute(Vec x) { return max(negate(x), x); }
 
 Vec tanh(Vec x);
 
-// The activation function of a number, OctavoActivation.
+// Applies the activation function OctavoActivation `kind`.
 Vec activate(Vec x, int32_t kind);
 
 }  // namespace octavo
