@@ -68,10 +68,12 @@ def block_hashes(
     """
     hashes: list[bytes] = []
     data, step = token_ids.tobytes(), block_size * 4
-    for start in range(0, len(data) - step + 1, step):
-        content = parent + data[start : start + step]
+    start, end = 0, step
+    while end <= len(data):
+        content = parent + data[start:end]
         if extra_keys:
-            content += extra_keys.get(first_block + start // step, b"")
+            content += extra_keys.get(first_block + len(hashes), b"")
         parent = sha256(content).digest()
         hashes.append(parent)
+        start, end = end, end + step
     return hashes

@@ -308,8 +308,8 @@ class Scheduler:
         ends = table.num_scheduled[slots] + counts
         updates: list[list[int]] = [[] for _ in kv.managers]
         dropped: set[int] = set()
-        for row in np.flatnonzero(ends > table.capacity[slots]).tolist():
-            slot, end = int(slots[row]), int(ends[row])
+        rows = np.flatnonzero(ends > table.capacity[slots])
+        for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True):
             request = table.owners[slot]
             if request is None:
                 continue  # preempted for the sake of an earlier row
