@@ -12,9 +12,11 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 
 from executor.config import ExecutorConfig, SimulatedDevice
 from executor.messages import (
@@ -77,16 +79,32 @@ class DeviceModel:
         self._num_computed[slots] += counts
         lengths = self._num_computed[slots]
         sampled = u8(plan.num_sampled).astype(bool)
-        mixed = self._seeds[slots][sampled] * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= lengths[sampled].astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
-        mixed ^= mixed >> np.uint64(29)
-        span = np.uint64(max(1, self.device.vocab_size - FIRST_TOKEN_ID))
-        tokens = (mixed % span).astype(np.int32) + np.int32(min(FIRST_TOKEN_ID, self.device.vocab_size - 1))
-        if self.device.eos_token_id >= 0:
-            tokens[tokens == self.device.eos_token_id] += 1
+        tokens = self.tokens(slots[sampled], lengths[sampled])
         device = self.device
         micros = device.step_us + device.token_us * int(counts.sum()) + device.context_us * int(lengths.sum())
         return tokens, micros * 1e-6
+
+    def tokens(self, slots: I32, lengths: npt.NDArray[np.int64]) -> I32:
+        """What is sampled, before any mask, where so many tokens of each slot are computed: int32 [slots]."""
+        mixed = self._seeds[slots] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= lengths.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= mixed >> np.uint64(29)
+        span = np.uint64(max(1, self.device.vocab_size - FIRST_TOKEN_ID))
+        tokens: I32 = (mixed % span).astype(np.int32) + np.int32(min(FIRST_TOKEN_ID, self.device.vocab_size - 1))
+        if self.device.eos_token_id >= 0:
+            tokens[tokens == self.device.eos_token_id] += 1
+        return tokens
+
+    def result(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask | None, seconds: float) -> ModelRunnerOutput:
+        """The answer to a plan that was executed."""
+        if mask is not None:
+            tokens = self.constrain(plan, tokens, mask)
+        return ModelRunnerOutput(
+            step_id=plan.step_id,
+            sampled_token_ids=tokens.tobytes(),
+            pooler_output=tuple(self.pool(plan)),
+            forward_ms=seconds * 1e3,
+        )
 
     def constrain(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask) -> I32:
         """The sampled tokens where a grammar has a say: an allowed one, chosen by the token that it replaces."""
@@ -95,12 +113,13 @@ class DeviceModel:
         places = {slot: place for place, slot in enumerate(i32(plan.slots)[u8(plan.num_sampled) > 0].tolist())}
         tokens = tokens.copy()
         for slot, row in zip(constrained, rows, strict=True):
-            bits = np.unpackbits(row.view(np.uint8), bitorder="little", count=self.device.vocab_size)
-            allowed = np.flatnonzero(bits)
-            if len(allowed):
-                place = places[slot]
-                tokens[place] = allowed[int(tokens[place]) * 2654435761 % (1 << 32) % len(allowed)]
+            tokens[places[slot]] = self.choose(int(tokens[places[slot]]), row)
         return tokens
+
+    def choose(self, token: int, row: I32) -> int:
+        """A token that a row of a mask allows, chosen by the one that it replaces."""
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little", count=self.device.vocab_size))
+        return int(allowed[token * 2654435761 % (1 << 32) % len(allowed)]) if len(allowed) else token
 
     def pool(self, plan: SchedulerOutput) -> list[tuple[int, Tensor]]:
         """Rows and vectors of the prompts that end in a step which was executed: a function of their tokens."""
@@ -137,6 +156,7 @@ class SimulatedExecutor:
     """A thread that sleeps for the time of each step. See ``executor/base.py``."""
 
     num_ranks = 1
+    new_model: Callable[[SimulatedDevice], DeviceModel] = DeviceModel
 
     def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
         self._device = config.simulated_device
@@ -147,7 +167,7 @@ class SimulatedExecutor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        model = DeviceModel(self._device)
+        model = self.new_model(self._device)
         self._plans, self._masks = queue.SimpleQueue(), queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(model,), name="simulated device", daemon=True)
         self._thread.start()
@@ -169,19 +189,12 @@ class SimulatedExecutor:
             delay = free_at - time.monotonic()
             if delay > 0:
                 time.sleep(delay)
+            mask = None
             if plan.grammar_slots:
                 mask = self._masks.get()
                 if mask is None:
                     return
-                tokens = model.constrain(plan, tokens, mask)
-            self._answer(
-                ModelRunnerOutput(
-                    step_id=plan.step_id,
-                    sampled_token_ids=tokens.tobytes(),
-                    pooler_output=tuple(model.pool(plan)),
-                    forward_ms=seconds * 1e3,
-                )
-            )
+            self._answer(model.result(plan, tokens, mask, seconds))
 
     def _answer(self, message: FromWorker) -> None:
         self._results.append(message)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import random
 import select
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from api.params.structured import vocabulary_frame
-from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, SchedulerConfig, SimulatedDevice
+from engine_core.config import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    SchedulerConfig,
+    SimulatedDevice,
+    SpeculativeConfig,
+)
 from engine_core.core import EngineCore
 from engine_core.messages import (
+    I32,
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineReady,
@@ -24,8 +34,10 @@ from engine_core.messages import (
     ToEngineCore,
     i32,
     i64,
+    u8,
 )
-from executor.simulated import SimulatedExecutor
+from executor.messages import GrammarMask, ModelRunnerOutput, SchedulerOutput
+from executor.simulated import DeviceModel, SimulatedExecutor
 from tests.fakes import EOS, VOCAB_SIZE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -34,15 +46,87 @@ MAX_LEN = 600
 PATTERNS = ["^[a-z]+@[a-z]+\\.com$", "^[0-9]{3}-[0-9]{2,4}$", "^(foo|ba[rz])+$", "^[^x]{2,5}x$", "^\\S+ \\S+$", "b"]
 
 
+@dataclass
+class Drafts:
+    """What a device proposes."""
+
+    count: int
+    outputs: dict[int, list[int]]
+    """By seed."""
+    wrong_every: int = 0
+    """One in so many is wrong; 0: none."""
+    num_accepted: int = 0
+
+
+class DraftingModel(DeviceModel):
+    """A device that verifies drafts."""
+
+    def __init__(self, device: SimulatedDevice, drafts: Drafts) -> None:
+        super().__init__(device)
+        self._drafts = drafts
+        self._num_prompt: dict[int, int] = {}
+        self._proposed: dict[int, list[int]] = {}
+
+    def execute(self, plan: SchedulerOutput) -> tuple[I32, float]:
+        for request in plan.new_reqs:
+            self._num_prompt[request.slot] = request.num_prompt_tokens
+            self._proposed[request.slot] = []
+        return super().execute(plan)
+
+    def result(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask | None, seconds: float) -> ModelRunnerOutput:
+        masks: dict[int, list[I32]] = {}
+        if mask is not None:
+            constrained = i32(plan.grammar_slots).tolist()
+            counts = list(mask.num_positions) or [1] * len(constrained)
+            rows = iter(i32(mask.bitmask).reshape(sum(counts), -1))
+            masks = {slot: list(islice(rows, count)) for slot, count in zip(constrained, counts, strict=True)}
+        columns = (i32(plan.slots).tolist(), list(plan.num_sampled), list(plan.num_draft_tokens))
+        slots = [(slot, allowed) for slot, wanted, allowed in zip(*columns, strict=True) if wanted]
+        sampled = [self._sample(slot, allowed, masks.get(slot)) for slot, allowed in slots]
+        self._drafts.num_accepted += sum(len(row) - 1 for row in sampled)
+        proposed = [self._proposed[slot] for slot, _ in slots]
+        return ModelRunnerOutput(
+            step_id=plan.step_id,
+            sampled_token_ids=np.array(sum(sampled, []), np.int32).tobytes(),
+            num_accepted=bytes(len(row) - 1 for row in sampled),
+            num_draft_tokens=bytes(len(row) for row in proposed),
+            draft_token_ids=np.array(sum(proposed, []), np.int32).tobytes(),
+        )
+
+    def _sample(self, slot: int, allowed: int, masks: list[I32] | None) -> list[int]:
+        length = int(self._num_computed[slot])
+        sampled: list[int] = []
+        for place, draft in enumerate([*self._proposed[slot][:allowed], -1]):
+            token = int(self.tokens(np.array([slot], np.int32), np.array([length + place]))[0])
+            if masks is not None and place < len(masks):
+                token = self.choose(token, masks[place])
+            sampled.append(token)
+            if token != draft:
+                break
+        self._num_computed[slot] = length + len(sampled) - 1
+        first = length + len(sampled) - self._num_prompt[slot]
+        output = self._drafts.outputs.get(int(self._seeds[slot]), [])[first : first + self._drafts.count]
+        every = self._drafts.wrong_every
+        self._proposed[slot] = [
+            token - 1 if every and (first + place) % every == 0 else token for place, token in enumerate(output)
+        ]
+        return sampled
+
+
 class Engine:
     """An engine core whose device takes any allowed token, chosen by seed and position."""
 
-    def __init__(self, *, depth: int = 2, max_num_seqs: int = 16, num_blocks: int = 2000) -> None:
+    def __init__(
+        self, *, depth: int = 2, max_num_seqs: int = 16, num_blocks: int = 2000, drafts: Drafts | None = None
+    ) -> None:
         config = EngineConfig(
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=512, max_in_flight_steps=depth),
             cache=CacheConfig(num_gpu_blocks_override=num_blocks),
             executor=ExecutorConfig(
                 check_every_step=True,
+                speculative=SpeculativeConfig(method="scripted", num_speculative_tokens=drafts.count)
+                if drafts
+                else None,
                 distributed_executor_backend="simulated",
                 simulated_device=SimulatedDevice(
                     step_us=0,
@@ -56,6 +140,8 @@ class Engine:
             ),
         )
         self.executor = SimulatedExecutor(config.executor, "")
+        if drafts is not None:
+            self.executor.new_model = lambda device: DraftingModel(device, drafts)
         self.inbox: list[ToEngineCore] = [VOCABULARY]
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, int] = {}
@@ -73,9 +159,11 @@ class Engine:
             self.is_ready = True
         if not isinstance(message, EngineCoreOutputs):
             return
-        columns = (i64(message.indices), i32(message.output_indices), i32(message.token_ids))
-        for index, position, token in zip(*(column.tolist() for column in columns), strict=True):
-            self._append(index, position, [token])
+        tokens = iter(i32(message.token_ids).tolist())
+        indices, positions = i64(message.indices).tolist(), i32(message.output_indices).tolist()
+        counts = u8(message.num_tokens).tolist() or [1] * len(indices)
+        for index, position, count in zip(indices, positions, counts, strict=True):
+            self._append(index, position, list(islice(tokens, count)))
         for output in message.outputs:
             self._append(output.index, output.first_output_index, list(output.new_token_ids))
             if output.finish_reason is not None:

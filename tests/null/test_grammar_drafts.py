@@ -1,0 +1,82 @@
+"""Grammars and drafts: a mask for each position, and the output is the one without drafts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine_core.messages import GrammarSpec
+from engine_core.structured.drafts import mask_counts
+from tests.grammars import Drafts, Engine, random_schema
+from tests.null.test_late_grammars import KINDS as LATE_KINDS
+from tests.null.test_late_grammars import add as add_late
+from tests.null.test_structured import KINDS, schema_spec
+
+Results = dict[int, tuple[list[int], int]]
+
+
+def run(specs: dict[int, tuple[GrammarSpec | None, int]], drafts: Drafts | None = None, depth: int = 2) -> Results:
+    with Engine(depth=depth, drafts=drafts, num_blocks=60) as engine:
+        for index, (grammar, max_tokens) in specs.items():
+            engine.add(index, grammar, max_tokens, prompt=[10 + index % 200] * (5 + index % 9))
+        engine.run()
+        return {index: (engine.tokens.get(index, []), engine.reasons[index]) for index in specs}
+
+
+def outputs_of(results: Results) -> dict[int, list[int]]:
+    return {index: tokens for index, (tokens, _) in results.items()}
+
+
+@pytest.mark.parametrize(("count", "wrong_every", "depth"), [(4, 0, 2), (7, 3, 1), (3, 1, 2), (1, 2, 3)])
+def test_constrained_outputs_do_not_depend_on_drafts(count: int, wrong_every: int, depth: int) -> None:
+    specs = {index: (KINDS[index % len(KINDS)], 40) for index in range(4 * len(KINDS))}
+    expected = run(specs)
+    drafts = Drafts(count, outputs_of(expected), wrong_every)
+    assert run(specs, drafts, depth) == expected
+    assert (drafts.num_accepted > 50) == (wrong_every != 1)
+
+
+def test_json_is_the_same_within_any_budget() -> None:
+    rng = random.Random(5)
+    specs: dict[int, tuple[GrammarSpec | None, int]] = {}
+    for number in range(60):
+        schema = schema_spec(random_schema(rng))
+        for place, budget in enumerate((4, 12, 33, 60)):
+            specs[number * 10 + place] = schema, budget
+    expected = run(specs)
+    for wrong_every in (0, 4):
+        drafts = Drafts(5, outputs_of(expected), wrong_every)
+        assert run(specs, drafts) == expected
+        assert drafts.num_accepted > 100
+
+
+def test_what_comes_after_a_thought_is_the_same() -> None:
+    def run_late(drafts: Drafts | None = None) -> Results:
+        with Engine(drafts=drafts) as engine:
+            for index in range(4 * len(LATE_KINDS)):
+                if index % len(LATE_KINDS):
+                    add_late(engine, index, 60)
+            engine.run()
+            return {index: (tokens, engine.reasons[index]) for index, tokens in engine.tokens.items()}
+
+    expected = run_late()
+    for wrong_every in (0, 3):
+        drafts = Drafts(6, outputs_of(expected), wrong_every)
+        assert run_late(drafts) == expected
+        assert drafts.num_accepted > 100
+
+
+def test_drafts_that_a_grammar_forbids() -> None:
+    """They come from somewhere else: the output of another request."""
+    specs = {index: (KINDS[index % len(KINDS)], 40) for index in range(2 * len(KINDS))}
+    expected = run(specs)
+    outputs = outputs_of(expected)
+    shifted = {index: outputs[(index + 1) % len(outputs)] for index in outputs}
+    assert run(specs, Drafts(4, shifted)) == expected
+
+
+def test_positions_without_a_token_end_rows_or_masks() -> None:
+    assert mask_counts([1, 3, 2], []) == ([], [1, 3, 2])
+    problems = [(0, None), (2, "why"), (4, None)]
+    assert mask_counts([1, 3, 2], problems) == ([(0, None), (2, None)], [0, 1, 0])
