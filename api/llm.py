@@ -24,7 +24,8 @@ from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
-from api.generation.serving import Serving
+from api.generation.host import Host
+from api.generation.served_model import ServedModel
 from api.llm_options import LLMOptions
 from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
@@ -156,18 +157,18 @@ class LLM:
         # When nobody holds this object any more, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
-            self._serving = self._run(_start(self._engine, self._config, files))
+            self._model = self._run(_start(self._engine, self._config, files))
         except BaseException:
             self.close()
             raise
-        weakref.finalize(self, self._serving.close)
+        weakref.finalize(self, self._model.host.close)
 
     def __repr__(self) -> str:
-        serving = self._serving
-        ready = serving.ready
+        model = self._model
+        ready = model.ready
         state = "" if self._finalizer.alive else ", closed"
         return (
-            f"LLM(model={serving.model_name!r}, dtype={ready.dtype!r}, device={ready.device!r}, "
+            f"LLM(model={model.name!r}, dtype={ready.dtype!r}, device={ready.device!r}, "
             f"max_model_len={ready.max_model_len}{state})"
         )
 
@@ -185,11 +186,11 @@ class LLM:
         self.close()
 
     def get_tokenizer(self) -> Tokenizer:
-        return self._serving.tokenizer
+        return self._model.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Sampling parameters with the defaults of the model's generation configuration."""
-        return SamplingParams(**self._serving.defaults)
+        return SamplingParams(**self._model.defaults)
 
     def generate(
         self,
@@ -248,10 +249,10 @@ class LLM:
     async def _beam_search(
         self, inputs: list[_Input], params: BeamSearchParams, use_tqdm: bool, limit: int
     ) -> list[BeamSearchOutput]:
-        serving = self._serving
+        model = self._model
         prompts = [await self._token_ids(item, params.as_sampling()) for item in inputs]
         searches = [
-            BeamSearch(serving, f"beam-search-{index}", ids, params, cache_salt=item.cache_salt)
+            BeamSearch(model, f"beam-search-{index}", ids, params, cache_salt=item.cache_salt)
             for index, (ids, item) in enumerate(zip(prompts, inputs, strict=True))
         ]
         outputs: list[BeamSearchOutput] = []
@@ -270,7 +271,7 @@ class LLM:
         return outputs
 
     def _sequence(self, prompt: list[int], beam: Beam) -> BeamSearchSequence:
-        tokenizer = self._serving.tokenizer
+        tokenizer = self._model.tokenizer
         tokens = prompt + beam.token_ids
         return BeamSearchSequence(
             tokens=tokens,
@@ -286,8 +287,8 @@ class LLM:
         ids, around = item.token_ids, NOTHING_ADDED
         if ids is None:
             assert item.text is not None
-            around = self._serving.tokenizer.added_around(item.add_special_tokens)
-            ids = await self._serving.tokenize(
+            around = self._model.tokenizer.added_around(item.add_special_tokens)
+            ids = await self._model.tokenize(
                 item.text,
                 add_special_tokens=item.add_special_tokens,
                 any_length=params.truncate_prompt_tokens is not None,
@@ -296,7 +297,7 @@ class LLM:
             ids,
             params.truncate_prompt_tokens,
             params.truncation_side,
-            self._serving.limits.max_model_len,
+            self._model.limits.max_model_len,
             params.max_tokens,
             around,
         )
@@ -313,7 +314,7 @@ class LLM:
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several. See ``generate``."""
-        template = self._serving.chat_template
+        template = self._model.chat_template
         if template is None:
             raise RequestError("the model has no chat template; give one with chat_template=", "messages")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -324,7 +325,7 @@ class LLM:
         variables = {**self._config.default_chat_template_kwargs, **(chat_template_kwargs or {})}
 
         async def render(messages: Sequence[Mapping[str, Any]], **others: bool) -> str:
-            return await self._serving.templates.render(
+            return await self._model.host.templates.render(
                 template,
                 messages,
                 "auto",
@@ -332,12 +333,12 @@ class LLM:
                 variables,
                 is_short=True,
                 special_tokens=template.special_tokens,
-                threads=self._serving.threads,
+                threads=self._model.host.threads,
             )
 
         inputs = []
         for conversation in conversations:
-            text = self._serving.templates.render_blocking(
+            text = self._model.host.templates.render_blocking(
                 template,
                 conversation,  # type: ignore[arg-type]
                 options,
@@ -460,8 +461,8 @@ class LLM:
     async def _pool(
         self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, every_token: bool = False
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        serving = self._serving
-        resolved = resolve_pooling(params, serving.pooler, serving.limits, every_token=every_token)
+        model = self._model
+        resolved = resolve_pooling(params, model.pooler, model.limits, every_token=every_token)
         keep = params.truncate_prompt_tokens
         prompts = []
         for item in inputs:
@@ -469,28 +470,26 @@ class LLM:
             if ids is None:
                 assert item.text is not None
                 any_length = keep is not None
-                around = serving.tokenizer.added_around(item.add_special_tokens)
-                ids = await serving.tokenize(
-                    item.text, add_special_tokens=item.add_special_tokens, any_length=any_length
-                )
-            prompts.append(cut(ids, keep, serving.limits, around))
-        channel = serving.client.open_channel()
+                around = model.tokenizer.added_around(item.add_special_tokens)
+                ids = await model.tokenize(item.text, add_special_tokens=item.add_special_tokens, any_length=any_length)
+            prompts.append(cut(ids, keep, model.limits, around))
+        channel = model.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
         states: list[RequestState] = []
         try:
-            await serving.submit_pooling(channel, str(first_id), prompts, resolved, states, field="prompts")
+            await model.submit_pooling(channel, str(first_id), prompts, resolved, states, field="prompts")
             meter = _Meter()
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)
                 while unfinished:
                     for delta in await channel.take():
                         if delta.error is not None:
-                            raise serving.client.dead or RuntimeError(delta.error)
+                            raise model.client.dead or RuntimeError(delta.error)
                         unfinished -= 1
                         meter.add(bar, len(prompts[delta.choice]), 0)
                         bar.update()
         finally:
-            serving.client.abort(states)
+            model.client.abort(states)
         results = []
         for number, (state, prompt) in enumerate(zip(states, prompts, strict=True)):
             assert state.pooling_output is not None
@@ -504,8 +503,8 @@ class LLM:
         priorities = [priority or 0] * len(inputs) if priority is None or isinstance(priority, int) else list(priority)
         if len(priorities) != len(inputs):
             raise RequestError(f"{len(inputs)} prompts and {len(priorities)} priorities", "priority")
-        serving = self._serving
-        channel = serving.client.open_channel()
+        model = self._model
+        channel = model.client.open_channel()
         folders: list[_Folder] = []
         states: list[RequestState] = []
         results: list[RequestOutput] = []
@@ -515,14 +514,14 @@ class LLM:
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
-                request = serving.resolve(
+                request = model.resolve(
                     sampling, opened=item.opened, priority=priorities[number], cache_salt=item.cache_salt
                 )
-                await serving.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
+                await model.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
                     result.outputs.append(output)
-                    folders.append(_Folder(serving.tokenizer, result, output, sampling))
+                    folders.append(_Folder(model.tokenizer, result, output, sampling))
             meter = _Meter()
             with tqdm(total=len(folders), desc="Completions", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(folders)
@@ -534,10 +533,10 @@ class LLM:
                             unfinished -= 1
                             meter.add(bar, folder.num_new_prompt_tokens, len(folder.output.token_ids))
                             bar.update()
-                            if delta.error is not None and serving.client.dead is not None:
+                            if delta.error is not None and model.client.dead is not None:
                                 raise EngineDeadError(delta.error)
         finally:
-            serving.client.abort(states)
+            model.client.abort(states)
         position = 0
         for result in results:
             own = states[position : position + len(result.outputs)]
@@ -567,7 +566,7 @@ class _Input:
     add_special_tokens: bool = True
     cache_salt: str = ""
     opened: bool | UnsetType | None = UNSET
-    """See ``Serving.resolve``."""
+    """See ``ServedModel.resolve``."""
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -591,7 +590,7 @@ def _parse_prompt(prompt: Prompt) -> _Input:
     return _Input(None, list(prompt))
 
 
-async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> Serving:
+async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:
     metrics = EngineMetrics(files.name)
     bar = LoadBar()
     client = EngineClient(config.engine, files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level)
@@ -600,7 +599,7 @@ async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) 
         ready: EngineReady = await client.start()
     finally:
         bar.close()
-    return Serving(config, files, client, metrics, ready)
+    return ServedModel(Host(config), files, client, metrics, ready)
 
 
 class _Meter:

@@ -27,6 +27,8 @@ from api.engine.output import OutputProcessor
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError
+from api.generation.host import Host
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.traffic import Traffic
 from api.model.files import ModelFiles
@@ -132,7 +134,7 @@ class _Row:
 
 
 class FakeEngineClient:
-    """What ``Serving`` needs of an ``EngineClient``, without processes.
+    """What ``ServedModel`` needs of an ``EngineClient``, without processes.
 
     A step gives each request a token of its script, or several; it takes one turn of the event loop. Everything that
     the engine core decides is decided as it would: stop tokens, lengths, log probabilities. Text is made by the real
@@ -465,7 +467,9 @@ class FakeServer:
             hidden_size=HIDDEN_SIZE,
         )
         client = cast(EngineClient, self.engine)
-        self.serving = Serving(config or ServerConfig(), files, client, self.metrics, ready)
+        host = Host(config or ServerConfig())
+        self.model = ServedModel(host, files, client, self.metrics, ready)
+        self.serving = Serving(host, [self.model])
         self.traffic = Traffic(self.metrics.registry)
         self.app: Starlette = create_app(self.serving, self.traffic)
 

@@ -41,6 +41,7 @@ from api.anthropic.protocol import (
 )
 from api.engine.channel import Delta
 from api.errors import RequestError
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json, work_on
 from api.http.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
@@ -57,15 +58,15 @@ async def create_message(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
-    tenant = enter_queue(request, None if body.metadata is None else body.metadata.user_id)
-    chat = await serving.apart(work_on(request), to_chat_request, body)
-    if serving.config.reasoning_parser is None:
+    model = serving.find_model(body.model)
+    tenant = enter_queue(request, model, None if body.metadata is None else body.metadata.user_id)
+    chat = await model.host.apart(work_on(request), to_chat_request, body)
+    if model.config.reasoning_parser is None:
         chat.thinking_token_budget = None  # a model that does not think keeps to any budget
     answer = await prepare_answer(
-        serving, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, work=work_on(request), fits_max_tokens=True
+        model, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, work=work_on(request), fits_max_tokens=True
     )
-    reply = MessagesReply(serving, body, answer)
+    reply = MessagesReply(model, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(answer.generation, reply)
@@ -75,10 +76,10 @@ async def count_tokens(request: Request) -> Response:
     """The length of a conversation's prompt, whatever it is."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, COUNT_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
-    chat = await serving.apart(work_on(request), to_chat_request, body)
-    text = await render_messages(serving, chat, chat.messages, chat.tools)
-    tokens = await serving.tokenize(text, add_special_tokens=False, any_length=True)
+    model = serving.find_model(body.model)
+    chat = await model.host.apart(work_on(request), to_chat_request, body)
+    text = await render_messages(model, chat, chat.messages, chat.tools)
+    tokens = await model.tokenize(text, add_special_tokens=False, any_length=True)
     answer = MessageTokensCount(input_tokens=len(tokens))
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
@@ -101,7 +102,7 @@ class MessagesReply:
 
     keep_alive = _event(Ping())
 
-    def __init__(self, serving: Serving, request: MessagesRequest, answer: ChatAnswer) -> None:
+    def __init__(self, model: ServedModel, request: MessagesRequest, answer: ChatAnswer) -> None:
         self._answer = answer
         self._has_begun = False
         self._index = -1
@@ -113,9 +114,7 @@ class MessagesReply:
         self._thinking: list[str] = []
         self._pieces: list[str] = []
         """The text of the open block of a message in one piece."""
-        self._message = Message(
-            id=answer.generation.request_id, model=serving.model_name, content=[], usage=self._usage(0)
-        )
+        self._message = Message(id=answer.generation.request_id, model=model.name, content=[], usage=self._usage(0))
         self._encoder = msgspec.json.Encoder()
 
     def _usage(self, num_output_tokens: int | None = None) -> MessageUsage:

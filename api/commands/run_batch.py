@@ -28,6 +28,8 @@ from api.config import ServerConfig
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.progress import LoadBar
+from api.generation.host import Host
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.traffic import Traffic
 from api.model.files import ModelFiles
@@ -188,12 +190,13 @@ async def _serve_batch(
             ready = await client.start()
         finally:
             bar.close()
-        serving = Serving(config, files, client, metrics, ready)
+        host = Host(config)
+        model = ServedModel(host, files, client, metrics, ready)
         try:
-            app = create_app(serving, Traffic(metrics.registry))
+            app = create_app(Serving(host, [model]), Traffic(metrics.registry))
             counts = await answer_lines(app, lines, output, max_concurrency, config.max_body_size)
         finally:
-            serving.close()
+            host.close()
         if client.dead is not None:
             raise client.dead
         return counts

@@ -22,7 +22,7 @@ from api.engine.metrics import EngineMetrics, FinishedRequest
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError, RequestError
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.params.sampling import SamplingParams, resolve_params
 from engine_core.messages import ResolvedParams, TokenLogprobs, f32, i32
 
@@ -109,7 +109,7 @@ class BeamSearch:
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request_id: str,
         prompt: Sequence[int],
         params: BeamSearchParams,
@@ -123,18 +123,18 @@ class BeamSearch:
         Raises:
             RequestError: The prompt is too long, or a parameter does not suit the model.
         """
-        serving.check_token_ids(prompt)
-        serving.check_priority(priority)
+        model.check_token_ids(prompt)
+        model.check_priority(priority)
         self.num_cached_tokens = 0
         """Prompt tokens that came from the prefix cache when the search began."""
-        self._client: EngineClient = serving.client
+        self._client: EngineClient = model.client
         self._request_id = request_id
         self._prompt = prompt
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
         self._tenant = tenant
-        limits = serving.limits
+        limits = model.limits
         if params.beam_width > limits.vocab_size:
             raise RequestError(
                 f"a beam search may be at most {limits.vocab_size} wide, the size of the vocabulary", "n"
@@ -150,10 +150,10 @@ class BeamSearch:
             temperature=0.0,
             logprobs=-1 if resolved.logprobs == -1 or count >= limits.vocab_size else count,
         )
-        self._channel: Channel = serving.client.open_channel()
+        self._channel: Channel = model.client.open_channel()
         self._states: list[RequestState] = []
         self._completed: list[Beam] = []
-        self._metrics: EngineMetrics = serving.metrics
+        self._metrics: EngineMetrics = model.metrics
         self._arrival_time = time.monotonic()
         self._first: RequestState | None = None
         """The request that began the search, once it is done."""

@@ -15,7 +15,7 @@ from api.errors import KINDS, EngineDeadError, RequestError
 from api.generation.beam_search import BeamSearchParams
 from api.generation.fanout import choose_best
 from api.generation.resolved import ResolvedRequest
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.generation.usage import PromptTokensDetails, Usage
 from api.params.sampling import SamplingParams
 
@@ -42,7 +42,7 @@ class EngineWork(ABC):
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
         num_choices: int,
@@ -62,14 +62,14 @@ class EngineWork(ABC):
         self.disconnected = False
         """The client is gone, and with it the requests."""
         self.states: list[RequestState] = []
-        self._serving = serving
-        self._channel = serving.client.open_channel(stream_interval)
+        self._model = model
+        self._channel = model.client.open_channel(stream_interval)
         self._watcher: asyncio.Task[None] | None = None
 
     @property
     def metrics(self) -> EngineMetrics:
         """Of the engine that runs them."""
-        return self._serving.metrics
+        return self._model.metrics
 
     async def start(self, gone: Awaitable[object] | None, *, quiet: bool = False) -> None:
         """Starts the requests, and waits for the client to go.
@@ -97,7 +97,7 @@ class EngineWork(ABC):
 
     def drop(self) -> None:
         """Ends what is unfinished."""
-        self._serving.client.abort(self.states)
+        self._model.client.abort(self.states)
 
     async def _watch(self, gone: Awaitable[object]) -> None:
         await gone
@@ -139,8 +139,8 @@ class EngineWork(ABC):
         message = delta.error or ""
         if delta.error_param is not None:
             return RequestError(message, delta.error_param or None)
-        if self._serving.client.dead is not None:
-            return self._serving.client.dead
+        if self._model.client.dead is not None:
+            return self._model.client.dead
         # The engine tried already, and more than once if that could help.
         return RequestError(message, status=500, kind=KINDS[500], headers={"x-should-retry": "false"})
 
@@ -150,7 +150,7 @@ class Generation(EngineWork):
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | BeamSearchParams,
@@ -161,28 +161,28 @@ class Generation(EngineWork):
         """Prepares.
 
         Args:
-            serving: Where it runs.
+            model: Where it runs.
             request_id: Becomes the answer's id.
             prompts: Token ids.
             params: How the tokens are chosen: what was asked for, with the server's defaults.
             request: What all completions share; None: a subclass knows.
             stream_interval: Tokens that a delta brings.
         """
-        super().__init__(serving, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
+        super().__init__(model, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
         self.params = params
         self._request = request
 
     async def submit(self) -> None:
         """Starts the requests."""
         assert self._request is not None
-        await self._serving.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
+        await self._model.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
 
     async def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned: all, or the best ones."""
         n, best_of = self.params.n, self.params.num_completions
         if n == best_of:
             return deltas
-        return await self._serving.apart(CHOSEN_STEPS * len(deltas), choose_best, deltas, n, best_of)
+        return await self._model.host.apart(CHOSEN_STEPS * len(deltas), choose_best, deltas, n, best_of)
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
         """Tokens of all choices.

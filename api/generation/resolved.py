@@ -14,7 +14,7 @@ from engine_core.messages import GrammarSpec, ResolvedParams
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """What all completions of a request share, however many there are. ``Serving.resolve`` makes it."""
+    """What all completions of a request share, however many there are. ``ServedModel.resolve`` makes it."""
 
     params: SamplingParams
     """What was asked for, with the server's defaults."""

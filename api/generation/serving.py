@@ -1,430 +1,81 @@
-"""What all endpoints share: the engine, the tokenizer, the template, limits and names."""
+"""What the endpoints of a server work with: its models by name, and what the process has once."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import random
-import secrets
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-import msgspec
-import numpy as np
-from msgspec import UNSET, UnsetType
-
-from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
-from api.config import ServerConfig
-from api.engine.channel import Channel
-from api.engine.client import EngineClient
-from api.engine.metrics import EngineMetrics
-from api.engine.queue_bound import NOBODY, Tenant
-from api.engine.request_state import OutputOptions, RequestState, Siblings
-from api.errors import ContextLengthError, RequestError
-from api.generation.resolved import ResolvedRequest
-from api.model.chat_template import ChatTemplate
-from api.model.files import ModelFiles
-from api.model.pooler import merge_pooler
-from api.model.template_renderer import TemplateRenderer
-from api.model.tokenizer import Tokenizer
-from api.params.pooling import check_prompt_length
-from api.params.sampling import (
-    ModelLimits,
-    SamplingParams,
-    child_seed,
-    default_params,
-    resolve_max_tokens,
-    resolve_shared_params,
-)
-from api.params.structured import StructuredOutputsParams, grammar_spec
-from api.params.thinking import PromptEnd, after_thought, thinking_budget
-from api.text.detokenizer import IncrementalDetokenizer
-from api.version import VERSION
-from engine_core.launch import get_logger
-from engine_core.messages import EngineReady, GrammarSpec, PoolingParams, ResolvedParams
-
-T = TypeVar("T")
-
-logger = get_logger()
-
-INLINE_TEXT = 2048
-"""Characters up to which a text is tokenised in the event loop: a thread costs more."""
-INLINE_STEPS = 4096
-"""Steps of about a tenth of a microsecond up to which work is done in the event loop."""
-MAX_SIBLINGS = 256
-"""Completions of a prompt that are submitted in one piece: some milliseconds here and in the engine core."""
-SUBMIT_COST = 128
-"""What it costs to submit a request, in token ids that are looked at."""
-_NO_TEXT = OutputOptions(detokenize=False)
-
-
-def _fingerprint(model_name: str, ready: EngineReady) -> str:
-    """Changes when answers to the same request may."""
-    backend = (model_name, ready.architecture, ready.dtype, ready.device, ready.vocab_size, ready.max_model_len)
-    return f"octavo-{VERSION}-{hashlib.sha256(repr(backend).encode()).hexdigest()[:8]}"
+from api.errors import RequestError
+from api.generation.host import Host
+from api.generation.served_model import ServedModel
 
 
 class Serving:
-    """Built once the engine is ready; endpoints get it and nothing else."""
+    """Built once the engines are ready; endpoints get it and nothing else."""
 
-    def __init__(
-        self, config: ServerConfig, files: ModelFiles, client: EngineClient, metrics: EngineMetrics, ready: EngineReady
-    ) -> None:
-        self.config = config
-        self.client = client
-        self.metrics = metrics
-        self.ready = ready
-        self.tokenizer: Tokenizer = files.tokenizer
-        self.model_path = str(files.path)
-        self.model_names = list(config.served_model_name) or [files.name]
-        self.created = int(time.time())
-        self.system_fingerprint = _fingerprint(self.model_name, ready)
-        template = files.chat_template
-        self.chat_template = (
-            None if template is None else ChatTemplate(template, files.tokenizer.special_tokens_map, is_bounded=True)
-        )
-        self.templates = TemplateRenderer()
-        self.defaults: dict[str, Any] = default_params(files.generation_config)
-        self.limits = ModelLimits(
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-            max_logprobs=config.max_logprobs,
-            max_output_tokens=self.defaults.pop("max_new_tokens", None),
-            # A tokenizer may name ids that the model has no logits for.
-            eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
-            hidden_size=ready.hidden_size,
-        )
-        self.pooler = merge_pooler(config.pooler_config, files.pooler)
-        self._turns = Turns(2 * INLINE_TEXT)
-        """Of texts that are tokenised in the event loop, and of what costs as much."""
-        self.threads = ThreadPoolExecutor(2, "text")
-        self._seeds = None if config.seed is None else random.Random(config.seed)
-        """Where requests without a seed get theirs, if it must be the same after each start."""
-        self._warnings: set[str] = set()
+    def __init__(self, host: Host, models: Sequence[ServedModel]) -> None:
+        """Takes what is served.
 
-    def close(self) -> None:
-        """Ends threads and helper processes."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        self.templates.close()
+        Args:
+            host: What the models share.
+            models: At least one; the first answers requests that name none.
+        """
+        self.host = host
+        self.config = host.config
+        self.models = tuple(models)
+        self._by_name = {name: model for model in models for name in model.names}
 
     @property
-    def model_name(self) -> str:
-        return self.model_names[0]
+    def default_model(self) -> ServedModel:
+        """Answers requests that name no model."""
+        return self.models[0]
 
-    def warn_once(self, message: str) -> None:
-        """Logs a warning, unless it was logged before. ``message`` comes from a closed set, not from clients."""
-        if message not in self._warnings:
-            self._warnings.add(message)
-            logger.warning("%s", message)
+    def find_model(self, name: str | None) -> ServedModel:
+        """The model that a request is for.
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses a request for a model that is not served here.
+        Args:
+            name: As the request says; None: it says nothing.
 
         Raises:
-            RequestError: 404.
+            RequestError: 404, it is not served here.
         """
-        if name is not None and name not in self.model_names:
+        if name is None:
+            return self.default_model
+        model = self._by_name.get(name)
+        if model is None:
             raise RequestError(f"The model `{name}` does not exist.", "model", status=404, kind="NotFoundError")
+        return model
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool, any_length: bool = False) -> list[int]:
-        """Token ids of a text that fits the model.
+    def check_key(self, key: str) -> None:
+        """Refuses a request whose body was not read when too many of its key wait already.
 
-        Args:
-            text: What to tokenise.
-            add_special_tokens: Add what the tokenizer puts around a text.
-            any_length: It need not fit.
-
-        Raises:
-            RequestError: It is too long, by its characters already, or is no text.
-        """
-        if any_length:
-            check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
-        per_token = None if any_length else self.tokenizer.max_chars_per_token
-        if per_token is not None and len(text) > self.limits.max_model_len * per_token:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
-                f"{len(text)} characters, which is more than that many tokens can hold. Please shorten the prompt.",
-            )
-        try:
-            if len(text) <= INLINE_TEXT:
-                await self.spend_turn(len(text))  # one request may have thousands of them
-                return self.tokenizer.encode(text, add_special_tokens)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.threads, self.tokenizer.encode, text, add_special_tokens)
-        except ValueError as error:
-            raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
-
-    async def spend_turn(self, cost: int) -> None:
-        """Takes note of work that was done in the event loop, and gives others their turn when it is enough.
+        Of several models only the body says which it is for: then it is looked at later.
 
         Args:
-            cost: About how many characters could have been tokenised instead.
-        """
-        await self._turns.spend(cost)
-
-    async def apart(self, size: int, function: Callable[..., T], *args: Any) -> T:
-        """Calls a function whose work is about that many steps: beside the event loop, unless they are few.
-
-        It may be Python, since threads take turns. A single call that keeps the interpreter's lock for long may not.
-        """
-        if size <= INLINE_STEPS:
-            return function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
-
-    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
-        """The text of token ids, however many.
+            key: Short name of the key.
 
         Raises:
-            RequestError: An id is outside the vocabulary.
-        """
-
-        def decode() -> str:
-            self.check_token_ids(token_ids, field)
-            if len(token_ids) <= INLINE_STEPS:
-                return self.tokenizer.decode(token_ids, skip_special_tokens)
-            # One call of the backend would keep the interpreter's lock all the time.
-            detokenizer = IncrementalDetokenizer(self.tokenizer, (), skip_special_tokens)
-            return detokenizer.extend(token_ids) + detokenizer.finish()
-
-        return await self.apart(len(token_ids), decode)
-
-    def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
-        """Ids of those texts that are special tokens here."""
-        ids = (self.tokenizer.token_to_id(token) for token in tokens)
-        return frozenset(token_id for token_id in ids if token_id in self.tokenizer.all_special_ids)
-
-    def check_token_ids(self, token_ids: Sequence[int], field: str = "prompt") -> None:
-        """Refuses a prompt of token ids that the model does not have.
-
-        Raises:
-            RequestError: An id is outside the vocabulary, or there is none.
-        """
-        if not token_ids:
-            raise RequestError(f"the {field} is empty", field)
-        if min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size:
-            raise RequestError(
-                f"the {field} has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", field
-            )
-
-    def check_priority(self, priority: int) -> None:
-        """Refuses a priority that would mean nothing.
-
-        Raises:
-            RequestError: Requests run in the order in which they come.
-        """
-        if priority and self.config.engine.scheduler.scheduling_policy != "priority":
-            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
-
-    def resolve(
-        self,
-        params: SamplingParams,
-        *,
-        grammar: GrammarSpec | None = None,
-        when: StructuredOutputsParams | None = None,
-        opened: bool | UnsetType | None = UNSET,
-        priority: int = 0,
-        cache_salt: str = "",
-        kept_special_ids: frozenset[int] = frozenset(),
-        tenant: Tenant = NOBODY,
-    ) -> ResolvedRequest:
-        """Works out what all completions of a request share.
-
-        Args:
-            params: What is asked for.
-            grammar: The language that outputs must be in, if ``params`` does not say it.
-            when: Where the request may say from when on, if it is not ``params``.
-            opened: Whether the prompt of a conversation has begun the reasoning or ended it; see
-                ``prompt_opens_reasoning``. Unset: it is no conversation, and its tokens tell.
-            priority: Lower runs first.
-            cache_salt: Requests share cached prompts with those of the same salt only.
-            kept_special_ids: Special tokens that stay in the text although others are left out.
-            tenant: Who it is for.
-
-        Raises:
-            RequestError: A parameter does not suit the model.
-        """
-        self.check_priority(priority)
-        if grammar is None and params.structured_outputs is not None:
-            grammar = grammar_spec(params.structured_outputs)
-        if grammar is not None and self.config.structured_outputs_config.disable_any_whitespace:
-            grammar = msgspec.structs.replace(grammar, disable_any_whitespace=True)
-        options = OutputOptions(
-            stop=tuple(params.stop_strings),
-            stop_regex=tuple(params.stop_patterns),
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            kept_special_ids=kept_special_ids,
-            detokenize=params.detokenize,
-            min_tokens=params.min_tokens,
-        )
-        engine_params = resolve_shared_params(params, self.limits, self.tokenizer)
-        return ResolvedRequest(
-            params,
-            engine_params,
-            options,
-            grammar,
-            priority,
-            cache_salt,
-            tenant,
-            opened,
-            self.holds_in_reasoning(when or params.structured_outputs),
-        )
-
-    def holds_in_reasoning(self, wanted: StructuredOutputsParams | None) -> bool:
-        """Whether a grammar holds from the first token on, rather than once the model has thought."""
-        own = None if wanted is None else wanted.enable_in_reasoning
-        return self.config.structured_outputs_config.enable_in_reasoning if own is None else own
-
-    def _resolve_prompt(
-        self, request: ResolvedRequest, prompt: Sequence[int]
-    ) -> tuple[ResolvedParams, GrammarSpec | None]:
-        """The parameters of the first completion of a prompt, others have other seeds; and the grammar of all."""
-        self.check_token_ids(prompt)
-        params = request.params
-        resolved = msgspec.structs.replace(
-            request.engine_params,
-            seed=self._draw_seed() if params.seed is None else request.engine_params.seed,
-            max_tokens=resolve_max_tokens(params, len(prompt), self.limits),
-        )
-        place = PromptEnd(self.config.reasoning_parser, self.tokenizer, self.limits.vocab_size, prompt, request.opened)
-        num_tokens = params.thinking_token_budget
-        grammar = request.grammar
-        if grammar is not None:
-            if not request.holds_in_reasoning:
-                grammar = after_thought(grammar, num_tokens, place, resolved)
-            return resolved, grammar
-        if num_tokens is None:
-            return resolved, None
-        return msgspec.structs.replace(resolved, thinking_budget=thinking_budget(num_tokens, place, resolved)), None
-
-    def _draw_seed(self) -> int:
-        return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)
-
-    async def _resolve_prompts(
-        self, request: ResolvedRequest, prompts: Sequence[Sequence[int]], turns: Turns
-    ) -> list[tuple[ResolvedParams, GrammarSpec | None]]:
-        resolved = []
-        for prompt in prompts:
-            resolved.append(self._resolve_prompt(request, prompt))
-            await turns.spend(len(prompt))
-        return resolved
-
-    async def submit(
-        self,
-        channel: Channel,
-        request_id: str,
-        prompts: Sequence[Sequence[int]],
-        request: ResolvedRequest,
-        states: list[RequestState],
-        *,
-        first_choice: int = 0,
-    ) -> None:
-        """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
-
-        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is checked
-        before anything starts. If there are many, others get their turns meanwhile.
-
-        Args:
-            channel: Where deltas go.
-            request_id: For people.
-            prompts: Token ids.
-            request: What the completions share.
-            states: Takes what has started, which the caller ends if this fails or is cancelled halfway.
-            first_choice: Number of the first completion.
-
-        Raises:
-            RequestError: A prompt does not suit the model, or too many requests wait.
             EngineDeadError: The engine was given up.
+            RequestError: 429.
         """
-        turns = Turns()
-        resolved = await self._resolve_prompts(request, prompts, turns)
-        params = request.params
-        num_children = params.num_completions
-        count = num_children * len(prompts)
-        is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
-        for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
-            token_ids = np.asarray(prompt, np.int32).tobytes()
-            siblings = Siblings(num_children)
-            for children in pieces(range(num_children), MAX_SIBLINGS):
-                numbers = [place * num_children + child for child in children]
-                started = self.client.submit_siblings(
-                    channel,
-                    first_choice + numbers[0],
-                    request_ids=[f"{request_id}-{number}" if count > 1 else request_id for number in numbers],
-                    prompt_token_ids=token_ids,
-                    params=engine_params,
-                    seeds=[child_seed(engine_params.seed, child) for child in children],
-                    options=request.options,
-                    priority=request.priority,
-                    cache_salt=request.cache_salt,
-                    tenant=request.tenant,
-                    is_extra=is_extra,
-                    grammar=grammar,
-                )
-                states += started
-                for state in started:
-                    state.siblings = siblings
-                for child in children:
-                    self.metrics.on_request(None if child else params.n, engine_params.max_tokens)
-                await turns.spend(SUBMIT_COST * len(children) + len(prompt))
+        if len(self.models) == 1:
+            self.default_model.client.check_key(key)
 
-    async def submit_pooling(
-        self,
-        channel: Channel,
-        request_id: str,
-        prompts: Sequence[Sequence[int]],
-        params: PoolingParams,
-        states: list[RequestState],
-        *,
-        field: str = "input",
-        priority: int = 0,
-        cache_salt: str = "",
-        first_choice: int = 0,
-        tenant: Tenant = NOBODY,
-    ) -> None:
-        """Starts requests that generate nothing: the vector of prompt ``p`` is choice ``first_choice + p``.
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence that any of the models takes."""
+        return max(model.limits.max_model_len for model in self.models)
 
-        Everything is checked before anything starts. If there are many, others get their turns meanwhile.
+    @property
+    def num_unfinished(self) -> int:
+        """Engine requests that run or wait."""
+        return sum(model.client.num_unfinished for model in self.models)
 
-        Args:
-            channel: Where their ends are told.
-            request_id: For people.
-            prompts: Token ids.
-            params: For all of them.
-            states: As in ``submit``.
-            field: What the client calls the prompts.
-            priority: As in ``submit``.
-            cache_salt: As in ``submit``.
-            first_choice: Number of the first one.
-            tenant: Who they are for.
+    @property
+    def is_dead(self) -> bool:
+        """An engine was given up."""
+        return any(model.client.dead is not None for model in self.models)
 
-        Raises:
-            RequestError: A prompt does not suit the model, or too many requests wait.
-            EngineDeadError: The engine was given up.
-        """
-        self.check_priority(priority)
-        turns = Turns()
-        for prompt in prompts:
-            self.check_token_ids(prompt, field)
-            check_prompt_length(len(prompt), self.limits)
-            await turns.spend(len(prompt))
-        is_extra = self.client.check_queue(tenant, len(prompts), sum(map(len, prompts)))
-        for number, prompt in enumerate(prompts):
-            states.append(
-                self.client.submit(
-                    channel,
-                    first_choice + number,
-                    request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
-                    prompt_token_ids=prompt,
-                    params=params,
-                    options=_NO_TEXT,
-                    priority=priority,
-                    cache_salt=cache_salt,
-                    tenant=tenant,
-                    is_extra=is_extra,
-                )
-            )
-            await turns.spend(SUBMIT_COST + len(prompt))
+    @property
+    def is_ready(self) -> bool:
+        """Whatever a request is for, it is computed at once."""
+        return all(model.client.is_ready for model in self.models)

@@ -64,7 +64,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
         raise malformed("Unsupported media type: only application/json is allowed as Content-Type")
     traffic: Traffic = request.app.state.traffic
     serving: Serving = request.app.state.serving
-    meter = JsonMeter(max(MAX_JSON_VALUES, serving.limits.max_model_len + ROOM))
+    meter = JsonMeter(max(MAX_JSON_VALUES, serving.max_model_len + ROOM))
     with traffic.bodies.open() as held:
         body = await _read(request, max_size, held, meter)
         held.complete()
@@ -113,7 +113,7 @@ def shorten(name: str) -> str:
 
 
 def work_on(request: Request) -> int:
-    """About how many steps a walk over the decoded body takes; see ``Serving.apart``."""
+    """About how many steps a walk over the decoded body takes; see ``Host.apart``."""
     return _STEPS_PER_VALUE * int(request.state.json_weight)
 
 

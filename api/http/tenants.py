@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.engine.queue_bound import Tenant
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 
 MAX_USER_CHARS = 1024
@@ -28,11 +29,12 @@ def short_name(text: str) -> str:
     return hashlib.blake2b(data, key=_SECRET, digest_size=8).hexdigest()
 
 
-def enter_queue(request: Request, user: str | None, count: int = 1) -> Tenant:
+def enter_queue(request: Request, model: ServedModel, user: str | None, count: int = 1) -> Tenant:
     """Who a request is for; it is refused here if the queue has no room, before anything is done for it.
 
     Args:
         request: A guard has looked at its key.
+        model: Whose queue it is.
         user: Whom it names.
         count: Engine requests that it will become.
 
@@ -40,8 +42,7 @@ def enter_queue(request: Request, user: str | None, count: int = 1) -> Tenant:
         RequestError: 429.
     """
     tenant = (key_name(request.scope), short_name(user or ""))
-    serving: Serving = request.app.state.serving
-    serving.client.check_queue(tenant, count)
+    model.client.check_queue(tenant, count)
     return tenant
 
 
@@ -59,5 +60,5 @@ class QueueGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = scope["app"].state.serving
-        serving.client.check_key(key_name(scope))
+        serving.check_key(key_name(scope))
         await self._app(scope, receive, send)

@@ -16,7 +16,7 @@ from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
 from api.generation.beam_search import BeamSearchParams
 from api.generation.generation import Generation
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.openai.beam import beam_search_params, create_generation
 from api.openai.prompts import (
     prompt_opened,
@@ -259,7 +259,7 @@ class ChatAnswer:
 
 
 async def prepare_answer(
-    serving: Serving,
+    model: ServedModel,
     request: ChatCompletionRequest,
     answer_id: str,
     *,
@@ -270,7 +270,7 @@ async def prepare_answer(
     """Checks a request, renders and tokenises its conversation. Nothing runs yet.
 
     Args:
-        serving: Where it is served; the model's name was checked.
+        model: Where it is served; the model's name was checked.
         request: The conversation and how to answer.
         answer_id: Becomes the generation's id.
         tenant: Who it is for.
@@ -284,21 +284,21 @@ async def prepare_answer(
     check_stream_fields(request)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    use = await serving.apart(work, resolve_tools, request, serving.config)
+    use = await model.host.apart(work, resolve_tools, request, model.config)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    grammar = await serving.apart(work, requested_grammar, request)
-    params = _sampling_params(serving, request, use, grammar, max_tokens)
+    grammar = await model.host.apart(work, requested_grammar, request)
+    params = _sampling_params(model, request, use, grammar, max_tokens)
     if use.schema is not None:
-        grammar = await serving.apart(work, grammar_spec, StructuredOutputsParams(json=use.schema), "tools")
-    text = await render_messages(serving, request, request.messages, use.prompt_tools)
-    prompt = await prompt_token_ids(serving, request, text, add_special_tokens=False, max_tokens=max_tokens)
+        grammar = await model.host.apart(work, grammar_spec, StructuredOutputsParams(json=use.schema), "tools")
+    text = await render_messages(model, request, request.messages, use.prompt_tools)
+    prompt = await prompt_token_ids(model, request, text, add_special_tokens=False, max_tokens=max_tokens)
     if fits_max_tokens and max_tokens is not None:
-        room = max(1, serving.limits.max_model_len - len(prompt))
+        room = max(1, model.limits.max_model_len - len(prompt))
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
-    opened = await prompt_opened(serving, request, use.prompt_tools, text)
-    is_thoughtless = grammar is not None and serving.holds_in_reasoning(request.structured_outputs)
+    opened = await prompt_opened(model, request, use.prompt_tools, text)
+    is_thoughtless = grammar is not None and model.holds_in_reasoning(request.structured_outputs)
     text_format = TextFormat(
-        reasoning=None if is_thoughtless else serving.config.reasoning_parser,
+        reasoning=None if is_thoughtless else model.config.reasoning_parser,
         tool=use.parser if use.is_parsed else None,
         tools=use.prompt_tools or (),
         forced=use.schema is not None,
@@ -307,16 +307,16 @@ async def prepare_answer(
         single_call=use.is_single,
         shows_reasoning=request.include_reasoning is not False,
     )
-    kept = frozenset[int]() if text_format.is_plain else serving.special_ids(text_format.parser().special_tokens)
+    kept = frozenset[int]() if text_format.is_plain else model.special_ids(text_format.parser().special_tokens)
     generation = create_generation(
-        serving, answer_id, [prompt], params, request, grammar, opened=opened, kept_special_ids=kept, tenant=tenant
+        model, answer_id, [prompt], params, request, grammar, opened=opened, kept_special_ids=kept, tenant=tenant
     )
     if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
-        serving.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
+        model.host.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
         generation.headers["x-octavo-warning"] = TOOLS_IGNORED
     offsets: TokenOffsets | UnsetType = UNSET
     if request.return_token_offsets:
-        offsets = await prompt_token_offsets(serving, request, text, len(prompt), add_special_tokens=False)
+        offsets = await prompt_token_offsets(model, request, text, len(prompt), add_special_tokens=False)
     return ChatAnswer(
         generation,
         text_format,
@@ -338,7 +338,7 @@ def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequ
 
 
 def _sampling_params(
-    serving: Serving,
+    model: ServedModel,
     request: ChatCompletionRequest,
     use: ToolUse,
     grammar: GrammarSpec | None,
@@ -351,7 +351,7 @@ def _sampling_params(
         return beam_search_params(request, grammar, max_tokens=max_tokens, logprobs=logprobs)
     return sampling_params(
         request,
-        serving.defaults,
+        model.defaults,
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,

@@ -12,7 +12,7 @@ from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import EngineDeadError, RequestError
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.generation.generation import Generation
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.generation.usage import Usage
 from api.http.errors import INTERNAL
 from api.openai.protocol import GenerationRequest
@@ -81,7 +81,7 @@ def beam_search_params(
 
 
 def create_generation(
-    serving: Serving,
+    model: ServedModel,
     request_id: str,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | BeamSearchParams,
@@ -95,13 +95,13 @@ def create_generation(
     """What makes the tokens of a request, which is resolved here; nothing runs before its ``start``.
 
     Args:
-        serving: Where it is served.
+        model: Where it is served.
         request_id: Becomes the answer's id.
         prompts: Token ids.
         params: How the tokens are chosen.
         request: What else it asks for.
         grammar: The language that outputs must be in.
-        opened: Whether the prompt of a conversation has begun the reasoning or ended it; see ``Serving.resolve``.
+        opened: Whether the prompt of a conversation has begun the reasoning or ended it; see ``ServedModel.resolve``.
         kept_special_ids: Special tokens that stay in the text although others are left out.
         tenant: Who it is for.
 
@@ -109,8 +109,8 @@ def create_generation(
         RequestError: A parameter does not suit the model.
     """
     if isinstance(params, BeamSearchParams):
-        return BeamGeneration(serving, request_id, prompts, params, request, kept_special_ids, tenant)
-    resolved = serving.resolve(
+        return BeamGeneration(model, request_id, prompts, params, request, kept_special_ids, tenant)
+    resolved = model.resolve(
         params,
         grammar=grammar,
         when=request.structured_outputs,
@@ -120,8 +120,8 @@ def create_generation(
         kept_special_ids=kept_special_ids,
         tenant=tenant,
     )
-    interval = stream_interval(serving.config, request)
-    return Generation(serving, request_id, prompts, params, resolved, stream_interval=interval)
+    interval = stream_interval(model.config, request)
+    return Generation(model, request_id, prompts, params, resolved, stream_interval=interval)
 
 
 class BeamGeneration(Generation):
@@ -129,7 +129,7 @@ class BeamGeneration(Generation):
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: BeamSearchParams,
@@ -138,7 +138,7 @@ class BeamGeneration(Generation):
         tenant: Tenant,
     ) -> None:
         """Prepares. Nothing runs before ``start``."""
-        super().__init__(serving, request_id, prompts, params, None)
+        super().__init__(model, request_id, prompts, params, None)
         self._width = params.beam_width
         self._beam_params = params
         self._fields = request
@@ -152,7 +152,7 @@ class BeamGeneration(Generation):
         request = self._fields
         self._searches = [
             BeamSearch(
-                self._serving,
+                self._model,
                 f"{self.request_id}-{index}",
                 prompt,
                 self._beam_params,
@@ -164,7 +164,7 @@ class BeamGeneration(Generation):
         ]
         for search in self._searches:
             search.start()
-            self._serving.metrics.on_request(self._width, self._beam_params.max_tokens or 0)
+            self._model.metrics.on_request(self._width, self._beam_params.max_tokens or 0)
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -196,7 +196,7 @@ class BeamGeneration(Generation):
     def _text(self, index: int, beam: Beam) -> str:
         request = self._fields
         detokenizer = IncrementalDetokenizer(
-            self._serving.tokenizer,
+            self._model.tokenizer,
             self.prompts[index][-64:],
             request.skip_special_tokens is not False,
             request.spaces_between_special_tokens is not False,

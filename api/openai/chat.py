@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.engine.channel import Delta
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.generation.usage import CompletionTokensDetails, Usage
 from api.http.body import read_json, work_on
@@ -56,13 +57,13 @@ async def create_chat_completion(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     count = 1 if body.use_beam_search else body.n or 1
-    tenant = enter_queue(request, body.safety_identifier or body.user, count)
+    tenant = enter_queue(request, model, body.safety_identifier or body.user, count)
     answer = await prepare_answer(
-        serving, body, answer_id("chatcmpl", request, body.request_id), tenant=tenant, work=work_on(request)
+        model, body, answer_id("chatcmpl", request, body.request_id), tenant=tenant, work=work_on(request)
     )
-    reply = ChatReply(serving, body, answer)
+    reply = ChatReply(model, body, answer)
     if body.stream:
         return TokenStream(answer.generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(answer.generation, reply)
@@ -74,23 +75,23 @@ class ChatReply:
     keep_alive = KEEP_ALIVE
     error_event = staticmethod(error_event)
 
-    def __init__(self, serving: Serving, request: ChatCompletionRequest, answer: ChatAnswer) -> None:
+    def __init__(self, model: ServedModel, request: ChatCompletionRequest, answer: ChatAnswer) -> None:
         self._answer = answer
         self._generation = generation = answer.generation
         last = request.messages[-1]
-        self._role = serving.config.response_role if adds_generation_prompt(request) else last.role
+        self._role = model.config.response_role if adds_generation_prompt(request) else last.role
         self._echo = text_of(last) if request.echo and last.role == self._role else ""
         self._has_logprobs = bool(request.logprobs or request.logprob_token_ids)
         self._lists_sampled = bool(request.logprob_token_ids)
         self._has_prompt_logprobs = request.prompt_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
-        self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
+        self._ends_with_usage, self._has_usage = wants_usage(request, always=model.config.enable_force_include_usage)
         self._is_bare = not (self._has_logprobs or self._has_token_ids or self._has_usage)
         """Chunks say nothing of single tokens."""
         self._is_content = answer.text_format.is_plain
         """All text is content."""
         self._is_plain = self._is_bare and self._is_content
-        self._spelling = TokenSpelling(serving.tokenizer, as_ids=spells_ids(serving.config, request))
+        self._spelling = TokenSpelling(model.tokenizer, as_ids=spells_ids(model.config, request))
         self._num_output_tokens = 0
         self._prompt_token_ids = list(generation.prompts[0]) if self._has_token_ids else UNSET
         self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET
@@ -102,9 +103,9 @@ class ChatReply:
         self._chunk = ChatCompletionChunk(
             id=generation.request_id,
             created=int(time.time()),
-            model=serving.model_name,
+            model=model.name,
             choices=[],
-            system_fingerprint=serving.system_fingerprint,
+            system_fingerprint=model.system_fingerprint,
             usage=None if self._ends_with_usage else UNSET,
         )
         self._encoder = msgspec.json.Encoder()

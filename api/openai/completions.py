@@ -14,6 +14,7 @@ from starlette.responses import Response
 from api.engine.channel import Delta
 from api.errors import RequestError
 from api.generation.generation import Generation
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.generation.usage import Usage
 from api.http.body import read_json, work_on
@@ -61,7 +62,7 @@ async def create_completion(request: Request) -> Response:
     """Continues one or more texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     refuse_completion(body)
     check_stream_fields(body)
     prompts = list_prompts(body.prompt)
@@ -74,25 +75,25 @@ async def create_completion(request: Request) -> Response:
         name = "n" if body.best_of is None else "best_of"
         raise RequestError(f"prompts times {name} must be at most {MAX_N}", name)
     count = len(prompts) * (1 if body.use_beam_search else max(1, body.n or 1, body.best_of or 1))
-    tenant = enter_queue(request, body.safety_identifier or body.user, count)
+    tenant = enter_queue(request, model, body.safety_identifier or body.user, count)
     token_ids = [
-        await prompt_token_ids(serving, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
+        await prompt_token_ids(model, body, prompt, add_special_tokens=True, max_tokens=body.max_tokens)
         for prompt in prompts
     ]
     offsets = None
     if body.return_token_offsets:
         offsets = [
-            await prompt_token_offsets(serving, body, prompt, len(ids), add_special_tokens=True)
+            await prompt_token_offsets(model, body, prompt, len(ids), add_special_tokens=True)
             for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
-    max_tokens = _max_tokens(serving, body, max(map(len, token_ids)))
-    grammar = await serving.apart(work_on(request), requested_grammar, body)
+    max_tokens = _max_tokens(model, body, max(map(len, token_ids)))
+    grammar = await model.host.apart(work_on(request), requested_grammar, body)
     params = (
         beam_search_params(body, grammar, max_tokens=max_tokens, logprobs=body.logprobs)
         if body.use_beam_search
         else sampling_params(
             body,
-            serving.defaults,
+            model.defaults,
             max_tokens=max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=_num_prompt_logprobs(body),
@@ -100,11 +101,11 @@ async def create_completion(request: Request) -> Response:
         )
     )
     generation = create_generation(
-        serving, answer_id("cmpl", request, body.request_id), token_ids, params, body, grammar, tenant=tenant
+        model, answer_id("cmpl", request, body.request_id), token_ids, params, body, grammar, tenant=tenant
     )
-    echoes = await _echoes(serving, body, prompts, token_ids)
-    places = await _echo_offsets(serving, body, prompts, token_ids)
-    reply = CompletionReply(serving, body, generation, echoes, params.n, offsets, places)
+    echoes = await _echoes(model, body, prompts, token_ids)
+    places = await _echo_offsets(model, body, prompts, token_ids)
+    reply = CompletionReply(model, body, generation, echoes, params.n, offsets, places)
     if body.stream:
         return TokenStream(generation, reply, serving.config.sse_keep_alive_interval)
     return WholeAnswer(generation, reply)
@@ -126,10 +127,10 @@ def list_prompts(prompt: str | list[str | int | list[int]], field: str = "prompt
     return [cast("list[int]", prompt)] if int in kinds else cast("list[str | list[int]]", prompt)
 
 
-def _max_tokens(serving: Serving, request: CompletionRequest, num_prompt_tokens: int) -> int:
+def _max_tokens(model: ServedModel, request: CompletionRequest, num_prompt_tokens: int) -> int:
     """The engine generates at least one token; with ``echo`` alone it is dropped."""
     if request.max_tokens is None:
-        return max(1, min(DEFAULT_MAX_TOKENS, serving.limits.max_model_len - num_prompt_tokens))
+        return max(1, min(DEFAULT_MAX_TOKENS, model.limits.max_model_len - num_prompt_tokens))
     return 1 if _is_echo_only(request) else request.max_tokens
 
 
@@ -145,7 +146,7 @@ def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
 
 
 async def _echoes(
-    serving: Serving, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
+    model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[str]:
     """The texts that the completions begin with."""
     if not request.echo:
@@ -155,19 +156,19 @@ async def _echoes(
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
             echoes.append(prompt)
             continue
-        before, after = _added_around(serving, request, prompt)
+        before, after = _added_around(model, request, prompt)
         own = ids[before : len(ids) - after]  # of the text; what was put around it is not echoed
-        echoes.append(await serving.detokenize(own, skip_special_tokens=False, field="prompt") if own else "")
+        echoes.append(await model.detokenize(own, skip_special_tokens=False, field="prompt") if own else "")
     return echoes
 
 
-def _added_around(serving: Serving, request: CompletionRequest, prompt: str | list[int]) -> AddedAround:
+def _added_around(model: ServedModel, request: CompletionRequest, prompt: str | list[int]) -> AddedAround:
     adds = isinstance(prompt, str) and request.add_special_tokens is not False
-    return serving.tokenizer.added_around(adds)
+    return model.tokenizer.added_around(adds)
 
 
 async def _echo_offsets(
-    serving: Serving, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
+    model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[list[int] | None]:
     """Where each token of an echoed text begins in it; None for prompts that are echoed as their tokens spell them."""
     result: list[list[int] | None] = [None] * len(prompts)
@@ -176,7 +177,7 @@ async def _echo_offsets(
     is_cut = request.truncate_prompt_tokens is not None
     for index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
         if isinstance(prompt, str):
-            offsets = await prompt_token_offsets(serving, request, prompt, len(ids), add_special_tokens=True)
+            offsets = await prompt_token_offsets(model, request, prompt, len(ids), add_special_tokens=True)
             start = min((begin for begin, end in offsets if end), default=0) if is_cut else 0
             own = [(begin - start, end - start) if end else (0, 0) for begin, end in offsets]
             result[index] = _beginnings(own, len(prompt))
@@ -201,7 +202,7 @@ class CompletionReply:
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request: CompletionRequest,
         generation: Generation,
         echoes: list[str],
@@ -219,12 +220,12 @@ class CompletionReply:
         self._has_logprobs = request.logprobs is not None or bool(request.logprob_token_ids)
         self._has_prompt_logprobs = request.prompt_logprobs is not None
         self._has_token_ids = bool(request.return_token_ids)
-        self._ends_with_usage, self._has_usage = wants_usage(request, always=serving.config.enable_force_include_usage)
+        self._ends_with_usage, self._has_usage = wants_usage(request, always=model.config.enable_force_include_usage)
         self._is_plain = not (self._has_logprobs or self._has_token_ids or self._has_usage or self._is_echo_only)
-        as_ids = spells_ids(serving.config, request)
-        self._spelling = TokenSpelling(serving.tokenizer, as_ids=as_ids, broken_prefix="bytes:")
+        as_ids = spells_ids(model.config, request)
+        self._spelling = TokenSpelling(model.tokenizer, as_ids=as_ids, broken_prefix="bytes:")
         self._skipped_ids = (
-            frozenset[int]() if request.skip_special_tokens is False else serving.tokenizer.all_special_ids
+            frozenset[int]() if request.skip_special_tokens is False else model.tokenizer.all_special_ids
         )
         self._num_output_tokens = 0
         self._columns: dict[int, CompletionColumns] = {}
@@ -235,9 +236,9 @@ class CompletionReply:
         self._chunk = CompletionResponse(
             id=generation.request_id,
             created=int(time.time()),
-            model=serving.model_name,
+            model=model.name,
             choices=[],
-            system_fingerprint=serving.system_fingerprint,
+            system_fingerprint=model.system_fingerprint,
             usage=None if self._ends_with_usage else UNSET,
         )
         self._encoder = msgspec.json.Encoder()

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from api.engine.channel import Delta
 from api.errors import RequestError
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json
 from api.http.stream import WholeAnswer
@@ -35,7 +36,7 @@ async def create_embedding(request: Request) -> Response:
     """Turns texts or conversations into vectors."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     if (body.input is None) == (body.messages is None):
         raise RequestError("give either input or messages", "input")
     params = resolve_pooling(
@@ -43,24 +44,24 @@ async def create_embedding(request: Request) -> Response:
             dimensions=body.dimensions,
             use_activation=body.normalize if body.use_activation is None else body.use_activation,
         ),
-        serving.pooler,
-        serving.limits,
+        model.pooler,
+        model.limits,
     )
     field = "input" if body.messages is None else "messages"
-    enter_queue(request, body.user)
-    texts = await _texts(serving, body)
-    tenant = enter_queue(request, body.user, len(texts))
+    enter_queue(request, model, body.user)
+    texts = await _texts(model, body)
+    tenant = enter_queue(request, model, body.user, len(texts))
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     prompts = [
-        await pooling_prompt(serving, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
+        await pooling_prompt(model, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
     ]
     work = PoolingWork(
-        serving, answer_id("embd", request, body.request_id), prompts, params, body, field=field, tenant=tenant
+        model, answer_id("embd", request, body.request_id), prompts, params, body, field=field, tenant=tenant
     )
-    return WholeAnswer(work, EmbeddingReply(serving, body, work))
+    return WholeAnswer(work, EmbeddingReply(model, body, work))
 
 
-async def _texts(serving: Serving, body: EmbeddingRequest) -> list[str | list[int]]:
+async def _texts(model: ServedModel, body: EmbeddingRequest) -> list[str | list[int]]:
     if body.messages is None:
         assert body.input is not None
         texts = list_prompts(body.input, "input")
@@ -70,7 +71,7 @@ async def _texts(serving: Serving, body: EmbeddingRequest) -> list[str | list[in
     check_count(len(conversations), "messages")
     if body.add_generation_prompt is None:
         body.add_generation_prompt = False
-    return [await render_messages(serving, body, conversation) for conversation in conversations]
+    return [await render_messages(model, body, conversation) for conversation in conversations]
 
 
 def list_conversations(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:
@@ -92,8 +93,8 @@ def list_conversations(messages: list[ChatMessage | list[ChatMessage]]) -> list[
 class EmbeddingReply:
     """Vectors as numbers or as base64."""
 
-    def __init__(self, serving: Serving, request: EmbeddingRequest, work: PoolingWork) -> None:
-        self._serving = serving
+    def __init__(self, model: ServedModel, request: EmbeddingRequest, work: PoolingWork) -> None:
+        self._model = model
         self._request = request
         self._work = work
 
@@ -104,7 +105,7 @@ class EmbeddingReply:
         answer = EmbeddingResponse(
             id=self._work.request_id,
             created=int(time.time()),
-            model=self._serving.model_name,
+            model=self._model.name,
             # Each by itself: in one piece, all of them would keep the interpreter's lock for long.
             data=[
                 cast("Embedding", msgspec.Raw(msgspec.json.encode(Embedding(index=index, embedding=numbers))))

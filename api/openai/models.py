@@ -6,14 +6,15 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.openai.protocol import ModelCard, ModelList, ModelPermission
 
 
 async def list_models(request: Request) -> Response:
-    """All names under which the model is served."""
+    """All names under which models are served."""
     serving: Serving = request.app.state.serving
-    cards = ModelList(data=[_card(serving, name) for name in serving.model_names])
+    cards = ModelList(data=[_card(model, name) for model in serving.models for name in model.names])
     return Response(msgspec.json.encode(cards), media_type="application/json")
 
 
@@ -21,15 +22,15 @@ async def retrieve_model(request: Request) -> Response:
     """One of them."""
     serving: Serving = request.app.state.serving
     name = request.path_params["model"]
-    serving.check_model(name)
-    return Response(msgspec.json.encode(_card(serving, name)), media_type="application/json")
+    model = serving.find_model(name)
+    return Response(msgspec.json.encode(_card(model, name)), media_type="application/json")
 
 
-def _card(serving: Serving, name: str) -> ModelCard:
+def _card(model: ServedModel, name: str) -> ModelCard:
     return ModelCard(
         id=name,
-        created=serving.created,
-        root=serving.model_name,
-        max_model_len=serving.limits.max_model_len,
-        permission=[ModelPermission(id=f"modelperm-{name}", created=serving.created)],
+        created=model.created,
+        root=model.name,
+        max_model_len=model.limits.max_model_len,
+        permission=[ModelPermission(id=f"modelperm-{name}", created=model.created)],
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
 from api.generation.generation import EngineWork, WholeReply
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
 from api.params.pooling import cut
@@ -34,7 +34,7 @@ def check_count(count: int, field: str) -> None:
 
 
 async def pooling_prompt(
-    serving: Serving,
+    model: ServedModel,
     request: PoolingRequest,
     text: str | list[int],
     *,
@@ -47,7 +47,7 @@ async def pooling_prompt(
     They are packed: to free millions of integers, as lists have them, would keep everybody waiting.
 
     Args:
-        serving: Has the tokenizer and the model's limits.
+        model: Has the tokenizer and the model's limits.
         request: Says how long a prompt may be.
         text: A text or token ids.
         field: What the client calls it.
@@ -60,12 +60,12 @@ async def pooling_prompt(
     keep = request.truncate_prompt_tokens
     around = NOTHING_ADDED
     if isinstance(text, str):
-        around = serving.tokenizer.added_around(add_special_tokens)
+        around = model.tokenizer.added_around(add_special_tokens)
         any_length = keep is not None or max_tokens > 0
-        text = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
-    prompt = cut(text, keep, serving.limits, around, from_right=request.truncation_side == "right", max_own=max_tokens)
-    serving.check_token_ids(prompt, field)
-    await serving.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
+        text = await model.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
+    prompt = cut(text, keep, model.limits, around, from_right=request.truncation_side == "right", max_own=max_tokens)
+    model.check_token_ids(prompt, field)
+    await model.host.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
     return array("i", prompt)
 
 
@@ -74,7 +74,7 @@ class PoolingWork(EngineWork):
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: PoolingParams,
@@ -83,8 +83,8 @@ class PoolingWork(EngineWork):
         field: str,
         tenant: Tenant = NOBODY,
     ) -> None:
-        """Prepares; see ``Serving.submit_pooling``."""
-        super().__init__(serving, request_id, prompts, len(prompts))
+        """Prepares; see ``ServedModel.submit_pooling``."""
+        super().__init__(model, request_id, prompts, len(prompts))
         self._params = params
         self._request = request
         self._field = field
@@ -92,7 +92,7 @@ class PoolingWork(EngineWork):
 
     async def submit(self) -> None:
         """Starts the requests."""
-        await self._serving.submit_pooling(
+        await self._model.submit_pooling(
             self._channel,
             self.request_id,
             self.prompts,
@@ -106,7 +106,7 @@ class PoolingWork(EngineWork):
 
     async def build(self, reply: WholeReply) -> bytes:
         """Writing down many vectors takes long, and nobody else has to do with them."""
-        return await self._serving.apart(STEPS_PER_VECTOR * len(self.prompts), b"".join, reply.whole())
+        return await self._model.host.apart(STEPS_PER_VECTOR * len(self.prompts), b"".join, reply.whole())
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:
         """float32 [dimensions] of each prompt, once all are done."""

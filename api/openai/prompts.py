@@ -11,7 +11,8 @@ import msgspec
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, JsonMeter, check_number
 from api.config import TEMPLATE_FIELDS
 from api.errors import RequestError
-from api.generation.serving import INLINE_TEXT, Serving
+from api.generation.host import INLINE_TEXT
+from api.generation.served_model import ServedModel
 from api.model.chat_template import BrokenTemplateError, ChatTemplate
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import EmbeddingRequest
@@ -28,7 +29,7 @@ MAX_TEMPLATE_KWARGS = 256
 
 
 async def render_messages(
-    serving: Serving,
+    model: ServedModel,
     request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest,
     messages: Sequence[ChatMessage],
     tools: Sequence[Tool] | None = None,
@@ -36,7 +37,7 @@ async def render_messages(
     """The text of a conversation.
 
     Args:
-        serving: Has the template.
+        model: Has the template.
         request: What else the template is told.
         messages: The conversation.
         tools: Those that the template shows to the model.
@@ -45,7 +46,7 @@ async def render_messages(
         RequestError: There is no template for it, it is too long, or the template refuses it.
     """
     check_number(len(messages), MAX_MESSAGES, "messages", "messages")
-    template = _template(serving, request.chat_template)
+    template = _template(model, request.chat_template)
     continues = bool(request.continue_final_message)
     add_generation_prompt = adds_generation_prompt(request)
     if continues and add_generation_prompt:
@@ -57,7 +58,7 @@ async def render_messages(
     for name in TEMPLATE_FIELDS:
         if name in variables:
             raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
-    variables = {**serving.config.default_chat_template_kwargs, **variables}
+    variables = {**model.config.default_chat_template_kwargs, **variables}
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
     options = {
@@ -72,16 +73,16 @@ async def render_messages(
         if is_short:
             _weigh_arguments(messages)
         else:
-            await asyncio.get_running_loop().run_in_executor(serving.threads, _weigh_arguments, messages)
-        return await serving.templates.render(
+            await asyncio.get_running_loop().run_in_executor(model.host.threads, _weigh_arguments, messages)
+        return await model.host.templates.render(
             template,
             messages,
-            serving.config.chat_template_content_format,
+            model.config.chat_template_content_format,
             options,
             variables,
             is_short=is_short,
-            special_tokens=serving.tokenizer.special_tokens_map,
-            threads=serving.threads,
+            special_tokens=model.tokenizer.special_tokens_map,
+            threads=model.host.threads,
         )
     except RequestError:
         raise
@@ -98,12 +99,12 @@ async def render_messages(
 
 
 async def prompt_opened(
-    serving: Serving, request: ChatCompletionRequest, tools: Sequence[Tool] | None, prompt: str
+    model: ServedModel, request: ChatCompletionRequest, tools: Sequence[Tool] | None, prompt: str
 ) -> bool | None:
     """Whether a conversation's prompt leaves the model in the middle of reasoning; see ``prompt_opens_reasoning``.
 
     Args:
-        serving: Names the reasoning parser.
+        model: Names the reasoning parser.
         request: The conversation.
         tools: Those that the template was shown.
         prompt: What ``render_messages`` made of it.
@@ -113,27 +114,27 @@ async def prompt_opened(
     """
 
     async def render(messages: Sequence[ChatMessage], **others: bool) -> str:
-        return await render_messages(serving, msgspec.structs.replace(request, **others), messages, tools)
+        return await render_messages(model, msgspec.structs.replace(request, **others), messages, tools)
 
     continues = bool(request.continue_final_message)
     return await conversation_opens_reasoning(
-        serving.config.reasoning_parser, render, request.messages, prompt, continues=continues
+        model.config.reasoning_parser, render, request.messages, prompt, continues=continues
     )
 
 
-def _template(serving: Serving, source: str | None) -> ChatTemplate | str:
+def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
     """The server's template, or the source of the request's own."""
     if source is not None:
-        if not serving.config.trust_request_chat_template:
+        if not model.config.trust_request_chat_template:
             raise RequestError(
                 "chat_template needs a server started with --trust-request-chat-template", "chat_template"
             )
         return source
-    if serving.chat_template is None:
+    if model.chat_template is None:
         raise RequestError(
             "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
         )
-    return serving.chat_template
+    return model.chat_template
 
 
 def _weigh_arguments(messages: Sequence[ChatMessage]) -> None:
@@ -189,7 +190,7 @@ def text_of(message: ChatMessage) -> str:
 
 
 async def prompt_token_offsets(
-    serving: Serving,
+    model: ServedModel,
     request: GenerationRequest,
     prompt: str | list[int],
     num_tokens: int,
@@ -206,11 +207,11 @@ async def prompt_token_offsets(
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
     side = request.truncation_side or "left"
-    return await serving.apart(len(prompt), serving.tokenizer.offsets, prompt, add_special_tokens, num_tokens, side)
+    return await model.host.apart(len(prompt), model.tokenizer.offsets, prompt, add_special_tokens, num_tokens, side)
 
 
 async def prompt_token_ids(
-    serving: Serving,
+    model: ServedModel,
     request: GenerationRequest,
     prompt: str | list[int],
     *,
@@ -227,11 +228,11 @@ async def prompt_token_ids(
         add_special_tokens = request.add_special_tokens
     around = NOTHING_ADDED
     if isinstance(prompt, str):
-        around = serving.tokenizer.added_around(add_special_tokens)
+        around = model.tokenizer.added_around(add_special_tokens)
         if keep is not None and request.return_token_offsets:
-            most = max(MAX_OFFSET_CHARS, serving.limits.max_model_len)
+            most = max(MAX_OFFSET_CHARS, model.limits.max_model_len)
             check_number(len(prompt), most, "prompt", "characters if it is truncated and return_token_offsets is set")
-        prompt = await serving.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
-    prompt = truncate_prompt(prompt, keep, request.truncation_side, serving.limits.max_model_len, max_tokens, around)
-    check_room(len(prompt), serving.limits)
+        prompt = await model.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
+    prompt = truncate_prompt(prompt, keep, request.truncation_side, model.limits.max_model_len, max_tokens, around)
+    check_room(len(prompt), model.limits)
     return prompt

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from api.engine.channel import Delta
 from api.errors import RequestError
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json
 from api.http.stream import WholeAnswer
@@ -43,12 +44,12 @@ async def score(request: Request) -> Response:
     """How similar each pair of texts is."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, SCORE_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     query_field, queries = _side(body, QUERY_FIELDS)
     document_field, documents = _side(body, DOCUMENT_FIELDS)
     pairs = pair_up(len(queries), len(documents), document_field)
-    work = await _start(serving, request, body, "score", queries, documents, (query_field, document_field))
-    return WholeAnswer(work, ScoreReply(serving, work, pairs, len(queries)))
+    work = await _start(model, request, body, "score", queries, documents, (query_field, document_field))
+    return WholeAnswer(work, ScoreReply(model, work, pairs, len(queries)))
 
 
 async def v1_score(request: Request) -> Response:
@@ -60,10 +61,10 @@ async def rerank(request: Request) -> Response:
     """Sorts documents by how similar they are to a query."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, RERANK_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
-    work = await _start(serving, request, body, "rerank", [body.query], texts, ("query", "documents"))
-    return WholeAnswer(work, RerankReply(serving, body, work, texts))
+    work = await _start(model, request, body, "rerank", [body.query], texts, ("query", "documents"))
+    return WholeAnswer(work, RerankReply(model, body, work, texts))
 
 
 async def v1_rerank(request: Request) -> Response:
@@ -91,7 +92,7 @@ def _side(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
 
 
 async def _start(
-    serving: Serving,
+    model: ServedModel,
     request: Request,
     body: ScoreRequest | RerankRequest,
     prefix: str,
@@ -106,15 +107,15 @@ async def _start(
         (fields[0], queries, body.max_tokens_per_query or 0),
         (fields[1], documents, body.max_tokens_per_doc or 0),
     )
-    params = resolve_pooling(PoolingParams(), serving.pooler, serving.limits)
+    params = resolve_pooling(PoolingParams(), model.pooler, model.limits)
     for field, texts, _ in sides:
         check_count(len(texts), field)
-    tenant = enter_queue(request, body.user, len(queries) + len(documents))
+    tenant = enter_queue(request, model, body.user, len(queries) + len(documents))
     prompts = []
     for field, texts, max_tokens in sides:
         prompts += [
             await pooling_prompt(
-                serving,
+                model,
                 body,
                 text,
                 field=field,
@@ -124,14 +125,16 @@ async def _start(
             for text in texts
         ]
     work_id = answer_id(prefix, request, body.request_id)
-    return PoolingWork(serving, work_id, prompts, params, body, field=fields[1], tenant=tenant)
+    return PoolingWork(model, work_id, prompts, params, body, field=fields[1], tenant=tenant)
 
 
 class ScoreReply:
     """A score for each pair."""
 
-    def __init__(self, serving: Serving, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int) -> None:
-        self._serving = serving
+    def __init__(
+        self, model: ServedModel, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int
+    ) -> None:
+        self._model = model
         self._work = work
         self._pairs = pairs
         self._num_queries = num_queries
@@ -145,7 +148,7 @@ class ScoreReply:
         answer = ScoreResponse(
             id=self._work.request_id,
             created=int(time.time()),
-            model=self._serving.model_name,
+            model=self._model.name,
             data=[
                 Score(index=index, score=cosine(queries[query], documents[document]))
                 for index, (query, document) in enumerate(self._pairs)
@@ -158,8 +161,8 @@ class ScoreReply:
 class RerankReply:
     """Documents from the best to the worst."""
 
-    def __init__(self, serving: Serving, request: RerankRequest, work: PoolingWork, texts: Sequence[str]) -> None:
-        self._serving = serving
+    def __init__(self, model: ServedModel, request: RerankRequest, work: PoolingWork, texts: Sequence[str]) -> None:
+        self._model = model
         self._request = request
         self._work = work
         self._texts = texts
@@ -179,6 +182,6 @@ class RerankReply:
             for result in results:
                 result.document = RerankDocument(text=self._texts[result.index])
         answer = RerankResponse(
-            id=self._work.request_id, model=self._serving.model_name, usage=self._work.usage(), results=results
+            id=self._work.request_id, model=self._model.name, usage=self._work.usage(), results=results
         )
         yield msgspec.json.encode(answer)

@@ -27,21 +27,21 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a prompt or of a conversation, of whatever length."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, TOKENIZE_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
         if body.tools is not None:
             check_tools(body.tools)
-        text = await render_messages(serving, body, body.messages, body.tools)
+        text = await render_messages(model, body, body.messages, body.tools)
     else:
         text = body.prompt or ""
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    tokens = await serving.tokenize(text, add_special_tokens=add_special_tokens, any_length=True)
-    answer = TokenizeResponse(count=len(tokens), max_model_len=serving.limits.max_model_len, tokens=tokens)
+    tokens = await model.tokenize(text, add_special_tokens=add_special_tokens, any_length=True)
+    answer = TokenizeResponse(count=len(tokens), max_model_len=model.limits.max_model_len, tokens=tokens)
     if body.return_token_strs:
-        answer.token_strs = await serving.apart(len(tokens), _spell, serving.tokenizer, tokens)
-    return Response(await serving.apart(len(tokens), _encode, answer), media_type="application/json")
+        answer.token_strs = await model.host.apart(len(tokens), _spell, model.tokenizer, tokens)
+    return Response(await model.host.apart(len(tokens), _encode, answer), media_type="application/json")
 
 
 def _encode(answer: TokenizeResponse) -> bytes:
@@ -64,7 +64,8 @@ def _spell(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 async def tokenizer_info(request: Request) -> Response:
     """What the tokenizer's configuration says, and the chat template in use."""
     serving: Serving = request.app.state.serving
-    tokenizer, template = serving.tokenizer, serving.chat_template
+    model = serving.default_model
+    tokenizer, template = model.tokenizer, model.chat_template
     info = {
         "tokenizer_class": DEFAULT_CLASS,
         **tokenizer.special_tokens_map,
@@ -78,8 +79,8 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DETOKENIZE_DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     text = ""
     if body.tokens:
-        text = await serving.detokenize(body.tokens, skip_special_tokens=False, field="tokens")
+        text = await model.detokenize(body.tokens, skip_special_tokens=False, field="tokens")
     return Response(msgspec.json.encode(DetokenizeResponse(prompt=text)), media_type="application/json")

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from api.errors import EngineDeadError, RequestError
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json, work_on
 from api.http.errors import to_request_error
@@ -43,23 +44,23 @@ async def create_response(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    serving.check_model(body.model)
+    model = serving.find_model(body.model)
     store: ResponseStore = request.app.state.responses
     is_stored = body.store is not False and store.is_enabled
     _check(body, is_stored=is_stored)
-    tenant = enter_queue(request, body.safety_identifier or body.user)
+    tenant = enter_queue(request, model, body.safety_identifier or body.user)
     previous: list[ChatMessage] = []
     if body.previous_response_id is not None:
         previous = _previous(store, body.previous_response_id)
     with with_own_fields():
-        chat = await serving.apart(work_on(request), to_chat_request, body, previous)
+        chat = await model.host.apart(work_on(request), to_chat_request, body, previous)
         answer = await prepare_answer(
-            serving, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant, work=work_on(request)
+            model, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant, work=work_on(request)
         )
-    response = _new_response(serving, body, answer, is_stored=is_stored)
+    response = _new_response(model, body, answer, is_stored=is_stored)
     # Instructions come first, and are not remembered.
     conversation = chat.messages[1:] if body.instructions else chat.messages
-    making = _Making(serving, store, body, answer, response, conversation)
+    making = _Making(model, store, body, answer, response, conversation)
     if body.background:
         return await making.in_background()
     if body.stream:
@@ -82,7 +83,7 @@ def _previous(store: ResponseStore, response_id: str) -> list[ChatMessage]:
     return stored.conversation
 
 
-def _new_response(serving: Serving, body: ResponsesRequest, answer: ChatAnswer, *, is_stored: bool) -> ResponseObject:
+def _new_response(model: ServedModel, body: ResponsesRequest, answer: ChatAnswer, *, is_stored: bool) -> ResponseObject:
     params = answer.generation.params
     assert isinstance(params, SamplingParams)  # there is no field that asks for beam search
     return ResponseObject(
@@ -92,7 +93,7 @@ def _new_response(serving: Serving, body: ResponsesRequest, answer: ChatAnswer, 
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata or {},
-        model=serving.model_name,
+        model=model.name,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         reasoning=body.reasoning or ReasoningConfig(),
@@ -113,14 +114,14 @@ class _Making:
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         store: ResponseStore,
         body: ResponsesRequest,
         answer: ChatAnswer,
         response: ResponseObject,
         conversation: Sequence[ChatMessage],
     ) -> None:
-        self._serving = serving
+        self._model = model
         self._responses = store
         self._answer = answer
         self._response = response
@@ -130,11 +131,11 @@ class _Making:
         self._is_streamed = bool(body.stream)
         has_logprobs = "message.output_text.logprobs" in (body.include or ())
         self.reply = ResponseReply(
-            serving,
+            model,
             response,
             answer,
             has_logprobs=has_logprobs,
-            spells_ids=spells_ids(serving.config, body),
+            spells_ids=spells_ids(model.config, body),
             on_done=self._store if response.store else None,
         )
 
@@ -164,7 +165,7 @@ class _Making:
         stored.task = asyncio.create_task(self._generate(stored.log))
         stored.task.add_done_callback(self._on_end)
         if stored.log is not None:
-            return _follow(self._serving, stored.log, 0)
+            return _follow(stored.log, 0, self._model.config.sse_keep_alive_interval)
         return _json(response)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -201,9 +202,9 @@ def _json(body: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-def _follow(serving: Serving, log: EventLog, place: int) -> Response:
+def _follow(log: EventLog, place: int, max_silence: float) -> Response:
     async def events() -> AsyncIterator[bytes]:
-        async for data in log.follow(place, serving.config.sse_keep_alive_interval):
+        async for data in log.follow(place, max_silence):
             yield data or KEEP_ALIVE
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -223,7 +224,7 @@ async def retrieve_response(request: Request) -> Response:
         place = int(after) + 1
     except ValueError:
         raise RequestError("starting_after must be a sequence number", "starting_after") from None
-    return _follow(serving, stored.log, max(0, place))
+    return _follow(stored.log, max(0, place), serving.config.sse_keep_alive_interval)
 
 
 async def cancel_response(request: Request) -> Response:

@@ -9,7 +9,7 @@ import msgspec
 
 from api.engine.channel import Delta
 from api.errors import RequestError
-from api.generation.serving import Serving
+from api.generation.served_model import ServedModel
 from api.http.stream import KEEP_ALIVE
 from api.openai.answer import ChatAnswer
 from api.openai.logprobs import TokenSpelling, chat_logprobs
@@ -39,7 +39,7 @@ class ResponseReply:
 
     def __init__(
         self,
-        serving: Serving,
+        model: ServedModel,
         response: ResponseObject,
         answer: ChatAnswer,
         *,
@@ -50,7 +50,7 @@ class ResponseReply:
         """Prepares.
 
         Args:
-            serving: For the spelling of tokens.
+            model: For the spelling of tokens.
             response: Filled bit by bit.
             answer: What it is filled with.
             has_logprobs: Texts have log probabilities.
@@ -60,7 +60,7 @@ class ResponseReply:
         self.response = response
         self._answer = answer
         self._writer = ResponseWriter(response)
-        self._spelling = TokenSpelling(serving.tokenizer, as_ids=spells_ids)
+        self._spelling = TokenSpelling(model.tokenizer, as_ids=spells_ids)
         self._has_logprobs = has_logprobs
         self._on_done = on_done
         self._has_begun = False

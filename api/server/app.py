@@ -216,7 +216,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     """Builds the application.
 
     Args:
-        serving: What the endpoints work with; the engine is ready.
+        serving: What the endpoints work with; the engines are ready.
         traffic: Counts requests and says whether new ones are taken.
     """
     config = serving.config

@@ -25,7 +25,7 @@ async def health(request: Request) -> Response:
     """200 while requests are taken, 503 when the engine was given up or the server is about to stop."""
     serving: Serving = request.app.state.serving
     traffic: Traffic = request.app.state.traffic
-    if serving.client.dead is not None or traffic.is_draining:
+    if serving.is_dead or traffic.is_draining:
         return Response(status_code=503)
     return Response(status_code=200)
 
@@ -38,18 +38,18 @@ async def ping(request: Request) -> Response:
 async def livez(request: Request) -> Response:
     """200 as long as this process works and the engine is not given up: also during restarts and the last requests."""
     serving: Serving = request.app.state.serving
-    return _probe("" if serving.client.dead is None else "the engine was given up")
+    return _probe("the engine was given up" if serving.is_dead else "")
 
 
 async def readyz(request: Request) -> Response:
     """200 while requests that come now are computed at once: 503 during a restart, and when the server is to stop."""
     serving: Serving = request.app.state.serving
     traffic: Traffic = request.app.state.traffic
-    if serving.client.dead is not None:
+    if serving.is_dead:
         return _probe("the engine was given up")
     if traffic.is_draining:
         return _probe("the server is about to stop")
-    return _probe("" if serving.client.is_ready else "the engine restarts")
+    return _probe("" if serving.is_ready else "the engine restarts")
 
 
 async def startupz(request: Request) -> Response:
@@ -69,11 +69,11 @@ async def version(request: Request) -> Response:
 async def load(request: Request) -> Response:
     """How many completions are unfinished, running or waiting."""
     serving: Serving = request.app.state.serving
-    answer = LoadResponse(server_load=serving.client.num_unfinished)
+    answer = LoadResponse(server_load=serving.num_unfinished)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def metrics(request: Request) -> Response:
     """Everything that is counted, for Prometheus."""
     serving: Serving = request.app.state.serving
-    return Response(serving.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(serving.default_model.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -28,6 +28,8 @@ from api.engine.metrics import EngineMetrics
 from api.engine.progress import LoadBar
 from api.errors import EngineDeadError
 from api.flags import ConfigError
+from api.generation.host import Host
+from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.tracing import Tracer, create_tracer
 from api.http.traffic import Traffic
@@ -287,18 +289,19 @@ class _Run:
         self._bar.close()
         if ready is None:
             return
-        serving = Serving(self._config, self._files, self._client, self._metrics, ready)
+        host = Host(self._config)
+        model = ServedModel(host, self._files, self._client, self._metrics, ready)
         traffic = Traffic(self._metrics.registry)
-        self._app.app = create_app(serving, traffic)
+        self._app.app = create_app(Serving(host, [model]), traffic)
         keep_what_lives()
         if self._config.otlp_traces_endpoint is not None:
-            self._tracer = create_tracer(self._config.otlp_traces_endpoint, serving.model_name)
+            self._tracer = create_tracer(self._config.otlp_traces_endpoint, model.name)
             self._metrics.on_trace = self._tracer.record
         helpers = [asyncio.create_task(Collector(lambda: traffic.num_open).run())]
         if not self._config.disable_log_stats:
             helpers.append(asyncio.create_task(StatsLog(self._metrics).run()))
         stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
-        self._announce(self._ready_text(serving))
+        self._announce(self._ready_text(model))
         notify("READY=1")
         try:
             await http
@@ -306,7 +309,7 @@ class _Run:
             stopper.cancel()
             for helper in helpers:
                 helper.cancel()
-            serving.close()
+            host.close()
 
     def _on_progress(self, progress: LoadProgress) -> None:
         self._bar.update(progress)
@@ -355,7 +358,7 @@ class _Run:
         server.should_exit = True
         server.force_exit = traffic.num_open > 0
 
-    def _ready_text(self, serving: Serving) -> str:
+    def _ready_text(self, model: ServedModel) -> str:
         """What a person wants to know now, with a command to try."""
         seconds = time.monotonic() - self._begin
         config = self._config
@@ -369,12 +372,12 @@ class _Run:
         body: dict[str, object]
         if not config.offers_generation:
             path, body = "/v1/embeddings", {"input": "Hello"}
-        elif serving.chat_template is not None:
+        elif model.chat_template is not None:
             path = "/v1/chat/completions"
             body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
         else:
             path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 32}
-        body = {"model": serving.model_name, **body}
+        body = {"model": model.name, **body}
         command = [
             "curl",
             *map(shlex.quote, [*options, f"{target}{config.root_path}{path}"]),
@@ -383,7 +386,7 @@ class _Run:
             shlex.quote(msgspec.json.encode(body).decode()),
         ]
         where = f"unix:{config.uds}" if config.uds is not None else f"{target}{config.root_path}/v1"
-        return f"Serving {serving.model_name} at {where} (ready in {seconds:.1f} s). Try:\n\n  {' '.join(command)}\n"
+        return f"Serving {model.name} at {where} (ready in {seconds:.1f} s). Try:\n\n  {' '.join(command)}\n"
 
 
 def _url(config: ServerConfig, listener: socket.socket) -> str:

@@ -84,7 +84,7 @@ def test_a_request_gives_the_same_beside_others(tiny_model: Path, alone: dict[st
             [*[background] * 12, *params, *[background] * 12],
             use_tqdm=False,
         )
-        status = llm._run(llm._serving.client.call(StatusRequest))
+        status = llm._run(llm._model.client.call(StatusRequest))
     assert status["integrity"] == "" and status["num_free_blocks"] == status["num_blocks"]
     if setup == "preempted":
         assert int(status["num_preemptions"]) > 0
@@ -134,9 +134,9 @@ def kill_in_the_middle(llm: LLM, num_tokens: int, work: Callable[[], Any]) -> An
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(work)
         while not result.done():
-            states = list(llm._serving.client._processor.states.values())
+            states = list(llm._model.client._processor.states.values())
             if any(len(state.output_token_ids) >= num_tokens for state in states):
-                pid = llm._serving.client.engine_pid
+                pid = llm._model.client.engine_pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 break

@@ -22,7 +22,7 @@ def questions(test_data: Path) -> list[str]:
 
 
 def status(llm: LLM) -> dict[str, Any]:
-    return llm._run(llm._serving.client.call(StatusRequest))
+    return llm._run(llm._model.client.call(StatusRequest))
 
 
 def tokens(llm: LLM, prompts: list[Any], params: SamplingParams) -> list[list[int]]:

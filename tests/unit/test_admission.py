@@ -14,7 +14,7 @@ from starlette.types import Message
 from api.admission import MAX_MESSAGES, MAX_OFFSET_CHARS, MAX_TEXT_CHARS, MAX_TOOLS, Turns
 from api.engine.channel import MAX_TAKEN, Channel, Delta
 from api.errors import RequestError
-from api.generation import generation, serving
+from api.generation import generation, served_model
 from api.http.stream import FOLDED_AT_ONCE
 from api.openai import structured
 from api.openai.completions import CompletionReply
@@ -120,10 +120,10 @@ async def test_a_request_is_resolved_once(
     counts = count_calls(
         monkeypatch,
         (structured, "grammar_spec"),
-        (serving, "grammar_spec"),
+        (served_model, "grammar_spec"),
         (params, "grammar_spec"),
-        (serving, "resolve_shared_params"),
-        (serving, "resolve_max_tokens"),
+        (served_model, "resolve_shared_params"),
+        (served_model, "resolve_max_tokens"),
     )
     fields = {"response_format": SCHEMA, "logit_bias": {"5": 1}, "bad_words": ["abc"], "max_tokens": 1, "n": n}
     answer = await api.ok(path, {**prompt, **fields})
@@ -187,7 +187,7 @@ async def test_variables_of_templates_are_counted(api: Api) -> None:
 
 
 async def test_long_lists_of_ids_become_the_same_text(api: Api) -> None:
-    tokenizer = api.server.serving.tokenizer
+    tokenizer = api.server.model.tokenizer
     ids = [token for token in range(256) if token not in tokenizer.all_special_ids] * 40
     answer = await api.ok("/detokenize", {"tokens": ids})
     assert answer["prompt"] == tokenizer.decode(ids, False)
@@ -196,7 +196,7 @@ async def test_long_lists_of_ids_become_the_same_text(api: Api) -> None:
 
 
 async def test_long_texts_become_the_same_tokens(api: Api) -> None:
-    tokenizer = api.server.serving.tokenizer
+    tokenizer = api.server.model.tokenizer
     text = "Grüße aus Köln, " * 4000
     answer = await api.ok("/tokenize", {"prompt": text, "return_token_strs": True})
     ids = tokenizer.encode(text)
@@ -215,7 +215,7 @@ async def test_offsets_of_a_truncated_prompt(api: Api, side: str) -> None:
     text = "one two three " * 1000
     fields = {"return_token_offsets": True, "truncate_prompt_tokens": 7, "truncation_side": side}
     answer = await api.complete(text, **fields)
-    offsets = api.server.serving.tokenizer.offsets(text)
+    offsets = api.server.model.tokenizer.offsets(text)
     expected = [offsets[0], *offsets[-6:]] if side == "left" else offsets[:7]
     assert answer["choices"][0]["prompt_token_offsets"] == [list(pair) for pair in expected]
 
@@ -227,8 +227,8 @@ async def test_offsets_in_a_very_long_text_are_refused(api: Api) -> None:
 
 
 async def test_a_prompt_that_does_not_fit_is_not_echoed(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(api.server.serving), "detokenize", None)
-    body = {"prompt": [5] * (api.server.serving.limits.max_model_len + 1), "echo": True, "max_tokens": 1}
+    monkeypatch.setattr(type(api.server.model), "detokenize", None)
+    body = {"prompt": [5] * (api.server.model.limits.max_model_len + 1), "echo": True, "max_tokens": 1}
     error = await api.error(COMPLETIONS, body)
     assert "maximum context length" in error["message"]
 
@@ -340,14 +340,14 @@ async def test_work_before_the_answer_ends_when_the_client_goes(
 ) -> None:
     """The client goes while its prompt is tokenised; nothing is submitted afterwards."""
     begun, may_end = threading.Event(), threading.Event()
-    encode = server.serving.tokenizer.encode
+    encode = server.model.tokenizer.encode
 
     def slow_encode(text: str, add_special_tokens: bool = True) -> list[int]:
         begun.set()
         assert may_end.wait(30)
         return encode(text, add_special_tokens)
 
-    monkeypatch.setattr(server.serving.tokenizer, "encode", slow_encode)
+    monkeypatch.setattr(server.model.tokenizer, "encode", slow_encode)
     body = json.dumps({"prompt": "word " * 1000, "max_tokens": 1, "truncate_prompt_tokens": 4}).encode()
     connection = Connection(body)
     task = asyncio.ensure_future(server.app(post_scope(COMPLETIONS), connection.receive, connection.send))

@@ -66,7 +66,7 @@ async def conversation_of(**fields: Any) -> tuple[list[Any], Any, str]:
     await api.ok(PATH, body(**{"max_tokens": 1, **fields}))
     (request,) = api.server.engine.submitted
     ids = memoryview(request.prompt_token_ids).cast("i").tolist()
-    *messages, tools, thinking = api.server.serving.tokenizer.decode(ids, False).split("\n")
+    *messages, tools, thinking = api.server.model.tokenizer.decode(ids, False).split("\n")
     return [json.loads(line) for line in messages], json.loads(tools), thinking
 
 
@@ -266,7 +266,7 @@ async def test_the_answer_goes_on_with_a_message_of_the_assistant() -> None:
     answer = await api.ok(PATH, body(messages=[*HI, {"role": "assistant", "content": "It is Pa"}]))
     assert answer["content"] == [{"type": "text", "text": "ris."}]
     ids = memoryview(api.server.engine.submitted[0].prompt_token_ids).cast("i").tolist()
-    assert api.server.serving.tokenizer.decode(ids, False).endswith("<|im_start|>assistant\nIt is Pa")
+    assert api.server.model.tokenizer.decode(ids, False).endswith("<|im_start|>assistant\nIt is Pa")
 
 
 async def test_thinking() -> None:
@@ -365,7 +365,7 @@ async def test_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("secret")
 
     api = talker()
-    monkeypatch.setattr(api.server.serving, "submit", fail)
+    monkeypatch.setattr(api.server.model, "submit", fail)
     response = await api.post(PATH, body())
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "api_error" and "secret" not in response.text

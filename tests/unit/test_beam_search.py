@@ -65,7 +65,7 @@ async def test_the_search_finds_what_the_definition_says(
     server.engine.likely = next_ones
     prompt = tokens_of("a prompt")
     params = BeamSearchParams(beam_width=width, max_tokens=9, length_penalty=penalty, logprobs=2)
-    search = BeamSearch(server.serving, "id", prompt, params)
+    search = BeamSearch(server.model, "id", prompt, params)
     search.start()
     beams = await search.run()
     expected = definition(prompt, width, 9, penalty, next_ones)
@@ -78,7 +78,7 @@ async def test_the_search_finds_what_the_definition_says(
 
 async def test_a_search_ends_as_soon_as_it_is_decided(server: FakeServer) -> None:
     server.engine.likely = lambda tokens: {EOS: -0.1, A: -5.0, B: -6.0}
-    search = BeamSearch(server.serving, "id", [A], BeamSearchParams(beam_width=2, max_tokens=400, length_penalty=0))
+    search = BeamSearch(server.model, "id", [A], BeamSearchParams(beam_width=2, max_tokens=400, length_penalty=0))
     search.start()
     beams = await search.run()
     assert [beam.finish_reason for beam in beams] == ["stop", "stop"]

@@ -220,7 +220,7 @@ async def test_an_empty_answer_in_the_history(route: str) -> None:
     ]
     await Api(server).ok(path, body)
     (request,) = server.engine.submitted
-    prompt = server.serving.tokenizer.decode(i32(request.prompt_token_ids).tolist(), True)
+    prompt = server.model.tokenizer.decode(i32(request.prompt_token_ids).tolist(), True)
     assert prompt.split("\n")[:5] == ["user", "A", "assistant", "", "user"]
 
 

@@ -51,7 +51,7 @@ async def rendered(route: str, template: str, **fields: Any) -> str:
     if route != "tokenize":
         (request,) = server.engine.submitted
         ids = memoryview(request.prompt_token_ids).cast("i").tolist()
-    return server.serving.tokenizer.decode(ids, False)
+    return server.model.tokenizer.decode(ids, False)
 
 
 def called(route: str, result: Any, **more: Any) -> dict[str, Any]:

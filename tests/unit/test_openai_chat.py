@@ -21,7 +21,7 @@ def talker(text: str = "löwe 🦁 bottle robot", config: ServerConfig | None = 
 async def prompt_of(api: Api, **fields: Any) -> str:
     """The text that a request was turned into."""
     answer = await api.ok(PATH, {"messages": HI, "max_tokens": 1, "return_token_ids": True, **fields})
-    return api.server.serving.tokenizer.decode(answer["prompt_token_ids"], skip_special_tokens=False)
+    return api.server.model.tokenizer.decode(answer["prompt_token_ids"], skip_special_tokens=False)
 
 
 async def streamed(api: Api, body: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -211,10 +211,10 @@ def test_bad_flags(config: ServerConfig, message: str) -> None:
 async def test_markers_that_are_special_tokens() -> None:
     """They are part of the text for the parser, and other special tokens are not."""
     api = caller("")
-    tokenizer = api.server.serving.tokenizer
+    tokenizer = api.server.model.tokenizer
     texts = {"<tool_call>": IM_START, "</tool_call>": IM_END}
     tokenizer.token_to_id = lambda token: texts.get(token)  # type: ignore[method-assign]
-    assert api.server.serving.special_ids(["<tool_call>", "</tool_call>", "<think>"]) == {IM_START, IM_END}
+    assert api.server.model.special_ids(["<tool_call>", "</tool_call>", "<think>"]) == {IM_START, IM_END}
     await api.ok(PATH, body())
     (request,) = api.server.engine.submitted
     assert request.sampling_params is not None

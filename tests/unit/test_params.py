@@ -78,7 +78,7 @@ def test_the_offline_class_checks_its_options_as_the_server_does(options: dict[s
 
 def test_words_of_tokens_that_the_model_does_not_have() -> None:
     """A tokenizer may know more tokens than the model has rows for."""
-    tokenizer = FakeServer().serving.tokenizer
+    tokenizer = FakeServer().model.tokenizer
     (ids,) = tokenizer.encode_batch(["bad"], add_special_tokens=False)
     small = ModelLimits(max_model_len=8, vocab_size=max(ids))
     with pytest.raises(RequestError, match=f"the token {max(ids)}") as caught:

@@ -69,7 +69,7 @@ async def streamed(api: Api, **fields: Any) -> list[Any]:
 
 def prompt_of(api: Api, number: int = -1) -> str:
     ids = memoryview(api.server.engine.submitted[number].prompt_token_ids).cast("i").tolist()
-    return api.server.serving.tokenizer.decode(ids, False)
+    return api.server.model.tokenizer.decode(ids, False)
 
 
 def without_ids(response: Any) -> Any:

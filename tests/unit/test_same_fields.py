@@ -96,7 +96,7 @@ async def test_variables_of_the_template(route: str) -> None:
         path, body = request(route, "hi", max_tokens=1, chat_template_kwargs=given)
         assert (await Api(server).post(path, body)).status_code == 200
         (submitted,) = server.engine.submitted
-        assert server.serving.tokenizer.decode(i32(submitted.prompt_token_ids).tolist()) == text
+        assert server.model.tokenizer.decode(i32(submitted.prompt_token_ids).tolist()) == text
 
 
 async def test_variables_of_the_template_with_thinking() -> None:
@@ -105,7 +105,7 @@ async def test_variables_of_the_template_with_thinking() -> None:
     body["thinking"] = {"type": "disabled"}
     assert (await Api(server).post(path, body)).status_code == 200
     (submitted,) = server.engine.submitted
-    assert server.serving.tokenizer.decode(i32(submitted.prompt_token_ids).tolist()) == "hi|False|dry"
+    assert server.model.tokenizer.decode(i32(submitted.prompt_token_ids).tolist()) == "hi|False|dry"
     assert submitted.cache_salt == "mine"
 
 
