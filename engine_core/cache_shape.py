@@ -32,7 +32,7 @@ class GroupShape:
         return min(num_blocks, (span - 2) // self.block_size + 2)  # a span begins anywhere in its first block
 
     def first_live_block(self, num_tokens: int) -> int:
-        """Index of the first block that a token may see which has ``num_tokens`` before it."""
+        """Index of the first block that the token after ``num_tokens`` others sees."""
         return 0 if self.window is None else max(0, num_tokens + 1 - self.window) // self.block_size
 
     def max_len(self, step_tokens: int) -> float:
@@ -55,7 +55,7 @@ class CacheShape:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the cache holds of sequences which nothing is freed of."""
+        """Tokens that the cache holds while no block is behind a window."""
         return max((group.num_blocks * group.block_size for group in self.groups), default=0)
 
     def max_len(self, step_tokens: int) -> float:

@@ -155,7 +155,7 @@ class KVCacheManager:
         return capacity
 
     def can_grow(self, wanted: Iterable[tuple[Request, int]]) -> bool:
-        """Whether there are free blocks for all of these requests to have so many tokens each."""
+        """Whether all of these requests can have that many tokens each without taking blocks from others."""
         missing = [0] * len(self.managers)
         for request, num_tokens in wanted:
             for group, (manager, table) in enumerate(zip(self.managers, request.block_tables, strict=True)):
@@ -184,10 +184,10 @@ class KVCacheManager:
         return capacity
 
     def free_unseen(self, request: Request, num_confirmed: int) -> int:
-        """Takes the blocks behind windows from a running request.
+        """Frees the blocks of a running request that fell behind windows.
 
-        A later plan may write them at once: workers execute plans in order, so those in flight, which may still see
-        the blocks, have read them before.
+        The next plan may give them to others: workers execute plans in order, so steps in flight that still see the
+        blocks have read them by then.
 
         Args:
             request: It runs.

@@ -48,7 +48,7 @@ class SingleTypeKVCacheManager(ABC):
 
     @abstractmethod
     def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
-        """How many tokens of a prefix are cached such that computing can go on after them.
+        """Length of the longest cached prefix after which the group can go on computing, in tokens.
 
         Args:
             hashes: Of the request's full blocks.
@@ -97,7 +97,7 @@ class SingleTypeKVCacheManager(ABC):
         return index * self.block_size
 
     def free_unseen(self, table: BlockTable, num_confirmed: int) -> None:
-        """Takes the blocks from a request that no token sees which is computed from now on.
+        """Frees the blocks that no token computed from now on can see.
 
         Args:
             table: The request's.
@@ -123,7 +123,7 @@ class SingleTypeKVCacheManager(ABC):
         table.num_published = num_full
 
     def discard(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
-        """Forgets what a request wrote, also into blocks that it no longer has."""
+        """Takes a request's blocks out of the prefix cache, those behind the window included."""
         for block_id in table.block_ids:
             self.pool.forget(block_id)
         for block_hash in hashes[: table.first]:
