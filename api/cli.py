@@ -236,6 +236,7 @@ def _with_model(
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from api.model.files import find_model, with_model
+    from api.params.defaults import check_defaults
     from api.server.run import PortInUseError
     from engine_core.launch import get_logger, setup_logging
 
@@ -251,6 +252,7 @@ def _with_model(
         get_logger().debug("environment variables of vLLM without effect here: %s", ", ".join(unused))
     try:
         files = find_model(config)
+        check_defaults(files)
         return run(with_model(config, files), files)
     except ModelFileError as error:
         return _fail(str(error), EXIT_MODEL)

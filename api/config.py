@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, field
 
 from api.flags import ConfigError, build, options
+from api.otlp import check_packages
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.vllm_options import take_foreign
 from engine_core.config import Config, EngineConfig, Positive
@@ -392,8 +393,6 @@ def check_config(config: ServerConfig) -> None:
         if name in config.default_chat_template_kwargs:
             raise ConfigError(f"--default-chat-template-kwargs must not hold {name}, which requests have a field for")
     if config.otlp_traces_endpoint is not None:
-        from api.http.tracing import check_packages  # only then: the server does without
-
         check_packages()
     if config.metrics_require_key and not config.api_key:
         raise ConfigError("--metrics-require-key needs --api-key")

@@ -29,6 +29,7 @@ from api.generation.served_model import ServedModel
 from api.llm_options import LLMOptions
 from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
+from api.params.defaults import check_defaults
 from api.params.pooling import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -151,6 +152,7 @@ class LLM:
         if notes:
             get_logger().warning("options without effect here: %s", "; ".join(notes))
         files = find_model(config)
+        check_defaults(files)
         self._config = with_model(config, files)
         self._next_id = 0
         self._engine = EngineThread()

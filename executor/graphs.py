@@ -56,6 +56,9 @@ class Program:
         self._append(SLICE, torch.narrow, (value, 1, start, width), {}, part)
         return part
 
+    def add(self, value: Value, other: Value) -> Value:
+        return ops.add(value, other)  # type: ignore[arg-type, return-value]
+
     def _new_value(self, spec: Spec) -> Value:
         self.specs.append(spec)
         return Value(self, len(self.specs) - 1, spec)

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from processes import Server, signals_as_exceptions
 
 from api.commands.bench.options import Options
-from api.commands.bench.serve import Result, run, run_loop
+from api.commands.bench.result import Result
+from api.commands.bench.serve import run, run_loop
 
 OCTAVO = "octavo"
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)

@@ -453,6 +453,7 @@ class FakeServer:
             tokenizer=tokenizer,
             chat_template=chat_template,
             generation_config=generation_config or {},
+            generation_config_file=Path("fake/generation_config.json"),
         )
         ready = EngineReady(
             engine_epoch=1,

@@ -29,9 +29,10 @@ _PROGRESS = re.compile(r"([^:|]{1,60}): +(\d+)%\|")
 _PR_SET_PDEATHSIG = 1
 _START = (
     "import sys; _, parent, root, *arguments = sys.argv; sys.path = [root, *filter(None, sys.path)]; "
-    "from api.commands.local_server import run_child; sys.exit(run_child(int(parent), arguments))"
+    "from api.commands.local_server import follow_parent; follow_parent(int(parent)); "
+    "from api.cli import main; sys.exit(main(['serve', *arguments]))"
 )
-"""The empty entry of the path is the current folder, whose files are not ours."""
+"""What the child runs. The empty entry of the path is the current folder, whose files are not ours."""
 
 
 class LocalServer:
@@ -128,15 +129,12 @@ def read_progress(line: str) -> str | None:
     return None if bar is None else f"{bar[1].strip()} {bar[2]} %"
 
 
-def run_child(parent: int, arguments: Sequence[str]) -> int:
-    """In the child: ties its life to that of the parent, then serves. Returns the exit code."""
+def follow_parent(parent: int) -> None:
+    """In the child, before the server is imported: ends this process when its parent does, or at once if it has."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
-        return 1
-    from api import cli  # the server and all it needs
-
-    return cli.main(["serve", *arguments])
+        sys.exit(1)
 
 
 def _make_folder() -> str:

@@ -7,15 +7,27 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from api.commands.backend import Backend
 from api.commands.conversation import DISPLAY, SETTINGS, UNSET, Conversation, InputError, setting
-
-if TYPE_CHECKING:
-    from api.commands.chat import Chat
+from api.commands.screen import Screen
 
 SHOWN = ("messages", "log")
 """What ``/show`` can show beside the overview."""
+
+
+class Chat(Protocol):
+    """What commands need of the chat that they are typed in."""
+
+    conversation: Conversation
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def screen(self) -> Screen: ...
+    def answer(self) -> None:
+        """Asks for the next answer and shows it."""
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,9 @@ from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
 from api.model.pooler import merge_pooler
 from api.model.tokenizer import Tokenizer
+from api.params.defaults import default_params
 from api.params.pooling import check_prompt_length
-from api.params.sampling import (
-    ModelLimits,
-    SamplingParams,
-    child_seed,
-    default_params,
-    resolve_max_tokens,
-    resolve_shared_params,
-)
+from api.params.sampling import ModelLimits, SamplingParams, child_seed, resolve_max_tokens, resolve_shared_params
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.text.detokenizer import IncrementalDetokenizer

@@ -7,7 +7,6 @@ library; an endpoint that is down costs traces, not requests.
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
-from api.flags import ConfigError
+from api.otlp import exporter_class
 from api.version import VERSION
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from api.engine.request_state import RequestState
 
 TRACE_HEADERS = (b"traceparent", b"tracestate")
-PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-"""grpc (default, as in vLLM) or http/protobuf."""
-MISSING = "--otlp-traces-endpoint needs packages that are not installed: pip install 'octavo[otel]'"
 
 
 def trace_headers(scope: Scope) -> dict[str, str]:
@@ -95,31 +91,6 @@ class Tracer:
         self._provider.shutdown()
 
 
-def check_packages() -> None:
-    """Makes sure that traces can be exported.
-
-    Raises:
-        ConfigError: A package is missing, or the protocol is unknown.
-    """
-    _exporter_class()
-    _find("opentelemetry.sdk.trace.export", "BatchSpanProcessor")
-
-
-def _exporter_class() -> Any:
-    protocol = os.environ.get(PROTOCOL_VARIABLE, "grpc")
-    modules = {"grpc": "grpc", "http/protobuf": "http"}
-    if protocol not in modules:
-        raise ConfigError(f"{PROTOCOL_VARIABLE}: unknown protocol {protocol!r}; use {' or '.join(modules)}")
-    return _find(f"opentelemetry.exporter.otlp.proto.{modules[protocol]}.trace_exporter", "OTLPSpanExporter")
-
-
-def _find(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        raise ConfigError(MISSING) from None
-
-
 def create_tracer(endpoint: str, model_name: str) -> Tracer:
     """A tracer that exports over OTLP.
 
@@ -130,4 +101,4 @@ def create_tracer(endpoint: str, model_name: str) -> Tracer:
     Raises:
         ConfigError: A package is missing, or the protocol is unknown.
     """
-    return Tracer(_exporter_class()(endpoint=endpoint), model_name)
+    return Tracer(exporter_class()(endpoint=endpoint), model_name)

@@ -18,7 +18,6 @@ from api.model.chat_template import load_chat_template
 from api.model.gguf_file import GGUFFile, read_gguf
 from api.model.pooler import ModelPooler, find_pooler
 from api.model.tokenizer import Tokenizer
-from api.params.sampling import SamplingParams, default_params
 from engine_core.launch import ModelError, check_supported, device_problem, get_logger, read_json, why
 
 logger = get_logger()
@@ -39,6 +38,9 @@ class ModelFiles(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
     chat_template: str | dict[str, str] | None
     generation_config: dict[str, Any]
+    """Sampling defaults, as they came; ``check_defaults`` of ``api/params`` says whether they are any good."""
+    generation_config_file: Path
+    """Where they would be, if there were any."""
     pooler: PoolerConfig = PoolerConfig()
     """How the model's files say that prompts become vectors."""
 
@@ -73,13 +75,16 @@ def find_model(config: ServerConfig) -> ModelFiles:
     pooler = find_pooler(path, gguf) if config.offers_pooling else ModelPooler()
     for note in pooler.notes:
         logger.warning("%s", note)
+    own = {} if wanted else DEMO_GENERATION
+    generation_config, generation_config_file = _generation_config(config, path, own)
     return ModelFiles(
         name=name,
         path=path,
         gguf=gguf,
         tokenizer=tokenizer,
         chat_template=template,
-        generation_config=_generation_config(config, path, {} if wanted else DEMO_GENERATION),
+        generation_config=generation_config,
+        generation_config_file=generation_config_file,
         pooler=pooler.config,
     )
 
@@ -221,8 +226,8 @@ def _other_weights(files: list[str]) -> str:
     return ""
 
 
-def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling defaults: the model's or those of another folder, then what overrides them.
+def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Sampling defaults, and the file where they were looked for: the model's or another's, then what overrides them.
 
     Args:
         config: Says where they come from.
@@ -243,11 +248,4 @@ def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any])
                 raise ModelFileError(file, "not a JSON object")
         elif config.generation_config != "auto":
             raise ModelFileError(file, "--generation-config names a folder without this file")
-    fields |= config.override_generation_config
-    try:
-        defaults = default_params(fields)
-        defaults["max_tokens"] = defaults.pop("max_new_tokens", None)
-        msgspec.convert(defaults, SamplingParams)
-    except msgspec.ValidationError as error:
-        raise ModelFileError(file, f"{error}; set it with --override-generation-config") from error
-    return fields
+    return fields | config.override_generation_config, file

@@ -489,12 +489,3 @@ def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer |
                 "bad_words",
             )
     return tuple(found)
-
-
-def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The sampling defaults that a generation_config.json holds, under our names."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    defaults = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
-    if generation_config.get("max_new_tokens") is not None:
-        defaults["max_new_tokens"] = generation_config["max_new_tokens"]
-    return defaults

@@ -21,7 +21,8 @@ from api.cli import resolve
 from api.config import DEMO_GENERATION, DEMO_MODULE
 from api.errors import ModelFileError
 from api.model.files import ModelFiles, find_model
-from api.params.sampling import SamplingParams, default_params
+from api.params.defaults import check_defaults, default_params
+from api.params.sampling import SamplingParams
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +184,9 @@ def test_a_model_without_configuration(hub: Hub, tmp_path: Path) -> None:
 
 
 def find(model: Path | str = "", **options: Any) -> ModelFiles:
-    return find_model(resolve({"model": str(model), **options}, {})[0])
+    files = find_model(resolve({"model": str(model), **options}, {})[0])
+    check_defaults(files)
+    return files
 
 
 def refusal(model: Path | str, **options: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from api import otlp
 from api.config import ServerConfig, make_config
 from api.flags import ConfigError
 from api.http import tracing
@@ -95,7 +96,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"pip install 'octavo\[otel\]'"):
         make_config({"otlp_traces_endpoint": "http://127.0.0.1:4317"})
-    monkeypatch.setenv(tracing.PROTOCOL_VARIABLE, "carrier pigeon")
+    monkeypatch.setenv(otlp.PROTOCOL_VARIABLE, "carrier pigeon")
     with pytest.raises(ConfigError, match=r"use grpc or http/protobuf"):
         make_config({"otlp_traces_endpoint": "http://127.0.0.1:4317"})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from api.commands.bench.figures import compare, format_comparison, format_distributions, percentile
 from api.commands.bench.options import Output
-from api.commands.bench.serve import Result
+from api.commands.bench.result import Result
 
 
 def format_report(result: Result) -> str:
