@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
 
@@ -16,23 +16,44 @@ from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.vllm_options import take_foreign
 from engine_core.config import Config, EngineConfig, Positive
 
+
+class Variable(NamedTuple):
+    """An environment variable that some part of the server reads."""
+
+    meaning: str
+    option: str | None = None
+    """The option that it sets, unless a flag or a file does."""
+
+
+CONFIG_VARIABLE = "OCTAVO_CONFIG"
 ENVIRONMENT = {
-    "api_key": ("OCTAVO_API_KEY", "VLLM_API_KEY"),
-    "log_level": ("OCTAVO_LOG_LEVEL", "VLLM_LOGGING_LEVEL"),
-    "log_format": ("OCTAVO_LOG_FORMAT",),
-    "max_body_size": ("VLLM_HTTP_MAX_REQUEST_BODY_SIZE",),
-    "kv_cache_memory": ("VLLM_CPU_KVCACHE_SPACE",),
+    "OCTAVO_API_KEY": Variable("Key that clients may use, and that the client commands send.", "api_key"),
+    "VLLM_API_KEY": Variable("The same.", "api_key"),
+    "OCTAVO_LOG_LEVEL": Variable("`--log-level`.", "log_level"),
+    "VLLM_LOGGING_LEVEL": Variable("The same.", "log_level"),
+    "OCTAVO_LOG_FORMAT": Variable("`--log-format`.", "log_format"),
+    "VLLM_HTTP_MAX_REQUEST_BODY_SIZE": Variable("`--max-body-size`.", "max_body_size"),
+    "VLLM_CPU_KVCACHE_SPACE": Variable("`--kv-cache-memory` in GiB; 0: the default.", "kv_cache_memory"),
+    CONFIG_VARIABLE: Variable("File of options that a server reads if `--config` names none."),
+    "OCTAVO_CACHE_DIR": Variable("Folder for compiled kernels. Default: `octavo` in the folder for caches."),
+    "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avx2, portable or reference."),
+    "CXX": Variable("C++ compiler of the kernels. Default: g++, c++ or clang++."),
+    "XDG_CACHE_HOME": Variable("Folder for caches. Default: `~/.cache`."),
+    "XDG_STATE_HOME": Variable("Folder for the history of `octavo chat`. Default: `~/.local/state`."),
+    "OPENAI_API_KEY": Variable("Key that `octavo bench serve` sends."),
+    "OTEL_SERVICE_NAME": Variable("Name of the service in traces. Default: octavo."),
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": Variable("How traces are sent: grpc (the default) or http/protobuf."),
+    "NOTIFY_SOCKET": Variable("Where systemd is told that the server is ready; set by systemd."),
+    "PYTHONPATH": Variable("Relative entries are ignored: modules that happen to lie in a folder are not ours to run."),
 }
-"""Options that the environment may set, and the variables in the order in which they are looked at. A flag wins."""
+"""Every variable that our code reads. Of those that set one option the first that is not empty wins, and a flag over
+all of them. Libraries read more, such as ``HF_TOKEN`` and ``HF_HOME``."""
 
 LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug"}
 """Other names of log levels."""
 
 TEMPLATE_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of chat templates that fields of requests set, and nothing else."""
-
-CONFIG_VARIABLE = "OCTAVO_CONFIG"
-"""A file of options that a server reads if ``--config`` names none."""
 
 GROUPS = ("Model", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
 """Headings of ``octavo serve --help`` in their order."""
@@ -343,11 +364,10 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """
     known = {option.name: option for option in options(ServerConfig)}
     found: dict[str, Any] = {}
-    for name, variables in ENVIRONMENT.items():
-        variable = next((variable for variable in variables if environment.get(variable)), None)
-        if variable is None:
+    for variable, (_, name) in ENVIRONMENT.items():
+        value = environment.get(variable)
+        if name is None or name in found or not value:
             continue
-        value = environment[variable]
         if name == "log_level":
             value = LOG_LEVELS.get(value.lower(), value.lower())
         elif variable == "VLLM_CPU_KVCACHE_SPACE":
@@ -361,10 +381,14 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def variables_of(option: str) -> list[str]:
+    """Names of the variables that set an option, in the order in which they are looked at."""
+    return [name for name, variable in ENVIRONMENT.items() if variable.option == option]
+
+
 def unused_variables(environment: Mapping[str, str]) -> list[str]:
     """Names of vLLM's variables that are set and mean nothing here."""
-    used = {variable for variables in ENVIRONMENT.values() for variable in variables}
-    return sorted(name for name in environment if name.startswith("VLLM_") and name not in used)
+    return sorted(name for name in environment if name.startswith("VLLM_") and name not in ENVIRONMENT)
 
 
 def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:

@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser, struct: type[Config], groups:
         if base is bool:
             text += " (default: on)" if option.default else ""
         elif option.default not in (None, "", [], {}) and not _is_struct(base):
-            text += f" (default: {_spell(option.default)})"
+            text += f" (default: {_spell(option)})"
         common: dict[str, Any] = {"dest": option.name, "help": text, "default": argparse.SUPPRESS}
         add = headings[option.group].add_argument
         if base is bool:
@@ -257,8 +257,21 @@ def _put(target: dict[str, Any], keys: Sequence[str], text: str) -> None:
         target[last] = value
 
 
-def _spell(value: Any) -> str:
+def _spell(option: Option) -> str:
+    """The default as one would write it on the command line."""
+    value = option.default
+    if option.extra.get("parse") == "bytes":
+        return _spell_size(value)
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _spell_size(count: int) -> str:
+    """33554432 -> 32MiB, in the largest unit that leaves a whole number."""
+    for unit in ("", "KiB", "MiB"):
+        if not count or count % 1024:
+            return f"{count}{unit}"
+        count //= 1024
+    return f"{count}GiB"
 
 
 def _metavar(option: Option) -> str:

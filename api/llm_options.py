@@ -97,7 +97,6 @@ class LLMOptions(TypedDict, total=False):
     distributed_executor_backend: Literal["mp", "inline", "simulated"]
     simulated_device: dict[str, object]
     check_every_step: bool
-    debug_level: int
     max_worker_restarts: int
     enable_prompt_tokens_details: object
     enable_server_load_tracking: object

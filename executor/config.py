@@ -197,15 +197,6 @@ class ExecutorConfig(Config, frozen=True):
             extra={"group": "Testing"},
         ),
     ] = False
-    debug_level: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=4,
-            description="1: configuration and memory plan, 2: a line per step, 3: requests, 4: shapes.",
-            extra={"group": "Testing"},
-        ),
-    ] = 0
 
     @property
     def max_draft_tokens(self) -> int:

@@ -449,6 +449,7 @@ class FakeServer:
         files = ModelFiles(
             name=MODEL,
             path=Path("fake"),
+            root="/models/fake",
             gguf=None,
             tokenizer=tokenizer,
             chat_template=chat_template,

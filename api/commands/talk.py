@@ -18,7 +18,7 @@ from api.commands.backend import Backend, Wish
 from api.commands.client import DEFAULT_URL, ServerError
 from api.commands.conversation import Conversation, InputError, Reply, setting
 from api.commands.terminal import MarkdownOutput, Output, PlainOutput, visible
-from api.config import ENVIRONMENT, ServerConfig
+from api.config import ServerConfig, variables_of
 from api.flags import Parser, add_arguments
 from api.flags import options as flag_options
 from api.vllm_options import add_foreign_arguments
@@ -128,7 +128,7 @@ def _as_flags(given: Mapping[str, Any]) -> list[str]:
 
 
 def _run(command: str, options: argparse.Namespace, serve_flags: list[str]) -> int:
-    key = options.api_key or next((os.environ[name] for name in ENVIRONMENT["api_key"] if os.environ.get(name)), None)
+    key = options.api_key or next((os.environ[name] for name in variables_of("api_key") if os.environ.get(name)), None)
     model, *words = options.words or [None]
     wish = Wish(model, options.url, key, options.model_name, serve_flags)
     texts = [*([options.quick] if options.quick is not None else []), *words]

@@ -60,7 +60,8 @@ class ServedModel:
         self.metrics = metrics
         self.ready = ready
         self.tokenizer: Tokenizer = files.tokenizer
-        self.path = str(files.path)
+        self.root = files.root
+        """As the command line names it: a path, or a name that the hub knows."""
         self.names = list(config.served_model_name) or [files.name]
         self.created = int(time.time())
         self.system_fingerprint = _fingerprint(self.name, ready)

@@ -34,6 +34,8 @@ class ModelFiles(msgspec.Struct, frozen=True):
     """Under which it is served if nothing else is configured."""
     path: Path
     """Folder or GGUF file."""
+    root: str
+    """The model as the command line names it: a path, or a name that the hub knows."""
     gguf: GGUFFile | None
     tokenizer: Tokenizer
     chat_template: str | dict[str, str] | None
@@ -80,6 +82,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
     return ModelFiles(
         name=name,
         path=path,
+        root=wanted or str(path),
         gguf=gguf,
         tokenizer=tokenizer,
         chat_template=template,

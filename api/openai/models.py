@@ -30,7 +30,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
     return ModelCard(
         id=name,
         created=model.created,
-        root=model.name,
+        root=model.root,
         max_model_len=model.limits.max_model_len,
         permission=[ModelPermission(id=f"modelperm-{name}", created=model.created)],
     )

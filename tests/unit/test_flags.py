@@ -89,6 +89,7 @@ def test_mistakes_get_one_line(capsys: pytest.CaptureFixture[str], arguments: li
 
 def test_help_has_groups_and_hides_what_does_not_work() -> None:
     text = serve_parser().format_help()
+    assert "such as 32MiB. (default: 32MiB)" in text and "such as 64MiB. (default: 64MiB)" in text
     headings = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings[-len(GROUPS) :] == list(GROUPS)
     assert {option.group for option in options(ServerConfig)} <= set(GROUPS)
