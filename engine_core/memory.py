@@ -14,12 +14,13 @@ AUTO_MAX_MODEL_LEN = -1
 
 
 def format_bytes(count: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
+    """1536 -> 1.5 KiB. Rounded up, so that asking for it is enough."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
         count /= 1024
-    return f"{count:.4g} GiB"
+    factor = 1000 if count < 10 else 100 if count < 100 else 10 if count < 1000 else 1
+    return f"{math.ceil(count * factor) / factor:g} {unit}"
 
 
 def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[CacheShape, int] | str:

@@ -8,7 +8,7 @@ import pytest
 
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
-from engine_core.memory import plan_kv_cache
+from engine_core.memory import format_bytes, plan_kv_cache
 from executor.messages import KVCacheGroupSpec, WorkerReady
 
 MODEL_LEN = 1000
@@ -114,6 +114,13 @@ def test_the_memory_that_an_error_asks_for_is_enough_and_no_less_is(groups: tupl
     assert isinstance(plan(ready(*groups, kv_bytes=needed - 1), max_model_len=None), str)
     longest = int(problem.split("use --max-model-len ")[1].split()[0])
     assert planned(ready(*groups, kv_bytes=50), max_model_len=longest)[1] == longest
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1025, 1536, 1_234_567, 99_999_999, 5_368_709_121, 1 << 45])
+def test_sizes_are_rounded_up(count: int) -> None:
+    number, unit = format_bytes(count).split()
+    told = float(number) * 1024 ** ["B", "KiB", "MiB", "GiB"].index(unit)
+    assert count <= told <= count * 1.002
 
 
 def test_errors() -> None:
