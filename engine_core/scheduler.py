@@ -135,7 +135,7 @@ class Scheduler:
         del self.requests[request.index]
         self.suspects.forget(request)
         if request.slot >= 0:
-            num_output = int(self.table.num_tokens[request.slot]) - request.num_prompt_tokens
+            num_output = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
             if num_output:
                 request.account.note_output(num_output)
             self.kv.release(request)
@@ -146,14 +146,14 @@ class Scheduler:
 
     def _free_slot(self, request: Request) -> None:
         table, slot = self.table, request.slot
-        request.account.charge(int(table.num_tokens[slot] - table.num_charged[slot]))
+        request.account.charge(int(table.num_known[slot] - table.num_charged[slot]))
         self.suspects.stopped(slot)
         table.release(request)
 
     def _preempt(self, request: Request) -> None:
         """Takes blocks and slot from a running request; it starts over with the tokens it has."""
         slot = request.slot
-        request.token_ids = self.table.token_ids[slot, : self.table.num_tokens[slot]].copy()
+        request.token_ids = self.table.token_ids[slot, : self.table.num_known[slot]].copy()
         request.prompt_logprobs = []  # the prompt is computed again
         self.kv.release(request)
         self._free_slot(request)
@@ -388,7 +388,7 @@ class Scheduler:
     def _charge_long_outputs(self) -> None:
         """Charges tenants for outputs that became longer than was expected of them."""
         slots = self.table.running
-        excess = self.table.num_tokens[slots] - self.table.num_charged[slots]
+        excess = self.table.num_known[slots] - self.table.num_charged[slots]
         for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
             request = self.table.owners[slots[row]]
             assert request is not None
@@ -457,7 +457,7 @@ class Scheduler:
         if not self.kv.enable_prefix_caching:
             return
         table, step = self.table, self.kv.publish_step
-        counts = np.minimum(table.num_scheduled, table.num_tokens)
+        counts = np.minimum(table.num_scheduled, table.num_known)
         ready = counts >= table.publish_at
         if not ready.any():
             return
@@ -479,9 +479,9 @@ class Scheduler:
         table = self.table
         current = table.epochs[step.slots] == step.epochs
         new = StepTokens(step, result, current)
-        table.confirm(step, new.counts, current)
+        ends = table.confirm(step, new.counts, current)
         if self.suspects:
-            self.suspects.computed(step.slots, table.num_computed[step.slots], current)
+            self.suspects.computed(step.slots, ends, current)
         outputs = self._take_prompts(step, result, current)
         if result.num_draft_tokens:
             self._keep_drafts(step, new, result, current)
@@ -497,7 +497,8 @@ class Scheduler:
             described[[*verdicts, *(error.row for error in result.row_errors)]] = True
             outputs += self._describe_rows(step, result, new, described, verdicts)
             plain = ~described[rows]
-            tokens, slots, offsets, lengths = tokens[plain], slots[plain], offsets[plain], lengths[plain]
+            tokens, slots, lengths = tokens[plain], slots[plain], lengths[plain]
+            offsets = None if offsets is None else offsets[plain]
         self._publish(slots)
         indices, output_indices, num_tokens = token_columns(
             table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets
@@ -551,7 +552,7 @@ class Scheduler:
                 continue
             request = self.table.request(int(step.slots[row]))
             num_masks = step.num_masks[place] if step.num_masks else 1
-            num_outputs = int(self.table.num_tokens[request.slot]) - request.num_prompt_tokens
+            num_outputs = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
             kept, verdict = judge(request, tokens[:num_masks], num_outputs)
             if verdict is Verdict.GOES_ON and kept == num_masks < len(tokens):
                 verdict = Verdict.REJECTED  # what follows was sampled without a mask
@@ -628,7 +629,7 @@ class Scheduler:
                 continue
             slot = request.slot
             num_drafts = 0 if step.allowances is None else min(step.allowances[row], table.num_drafts[slot])
-            num_outputs = int(table.num_tokens[slot]) - request.num_prompt_tokens
+            num_outputs = int(table.num_known[slot]) - request.num_prompt_tokens
             states.append([*states_along(request, table.drafts[slot, :num_drafts].tolist(), num_outputs)])
         return states
 
@@ -651,7 +652,7 @@ class Scheduler:
     def _fail(self, slot: int, message: str) -> EngineCoreOutput:
         """Ends a request whose row went wrong; its blocks are not to be trusted."""
         request = self.table.request(slot)
-        output = error_output(request, int(self.table.num_tokens[slot]), message)
+        output = error_output(request, int(self.table.num_known[slot]), message)
         self.kv.discard(request)
         self._finish(request)
         return output

@@ -23,9 +23,9 @@ Bools = npt.NDArray[np.bool_]
 class SlotTable:
     """Slots, who has them, and how far each of these requests is.
 
-    Tokens are counted twice. ``num_tokens`` are known and ``num_computed`` are in the cache, as results have confirmed
-    and as in a worker. ``num_planned`` and ``num_scheduled`` are what the two become once the plans in flight are done,
-    if all drafts hold that these allow: results that bring less lower them.
+    ``num_known`` tokens are confirmed by results. ``num_planned`` is what they become once the plans in flight are
+    done, and ``num_scheduled`` are those that are computed then, both if all drafts hold that these plans allow:
+    results that bring less lower them.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, max_draft_tokens: int = 0) -> None:
@@ -43,12 +43,12 @@ class SlotTable:
         self.token_ids = np.zeros((size, max_model_len), np.int32)
         """int32 [slots, positions]: prompt and confirmed output."""
         self.num_prompt = np.zeros(size, np.int64)
-        self.num_tokens = np.zeros(size, np.int64)
+        self.num_known = np.zeros(size, np.int64)
         """Prompt and confirmed output."""
         self.num_planned = np.zeros(size, np.int64)
-        """``num_tokens`` once the plans in flight are done, at most."""
+        """``num_known`` once the plans in flight are done, at most."""
         self.num_scheduled = np.zeros(size, np.int64)
-        """``num_computed`` once the plans in flight are done, at most."""
+        """Tokens whose K and V are in the cache once the plans in flight are done, at most."""
         self.num_open_drafts = np.zeros(size, np.int64)
         """Drafts that plans in flight allow: by so many the two counts above may be too high."""
         self.allowances = np.zeros(size, np.int64)
@@ -56,8 +56,6 @@ class SlotTable:
         self.drafts = np.zeros((size, max_draft_tokens), np.int32)
         """int32 [slots, drafts]: what the worker has for the next step of the slot."""
         self.num_drafts = np.zeros(size, np.int64)
-        self.num_computed = np.zeros(size, np.int64)
-        """Tokens whose K and V are in the cache: confirmed by results."""
         self.max_tokens = np.zeros(size, np.int64)
         """Prompt and output together may not become longer."""
         self.min_tokens = np.zeros(size, np.int64)
@@ -101,8 +99,8 @@ class SlotTable:
         self.indices[slot] = request.index
         self.token_ids[slot, :num_tokens] = request.token_ids
         self.num_prompt[slot] = request.num_prompt_tokens
-        self.num_tokens[slot] = self.num_planned[slot] = num_tokens
-        self.num_scheduled[slot] = self.num_computed[slot] = num_computed
+        self.num_known[slot] = self.num_planned[slot] = num_tokens
+        self.num_scheduled[slot] = num_computed
         self.num_open_drafts[slot] = self.allowances[slot] = self.num_drafts[slot] = 0
         self.is_pooling[slot] = request.is_pooling
         self.has_grammar[slot] = request.grammar is not None
@@ -155,28 +153,28 @@ class SlotTable:
         self.num_open_drafts[slots] += allowances
         return sampled, allowances
 
-    def confirm(self, step: InFlight, counts: I64, current: Bools) -> None:
-        """Takes note of what a step has computed.
+    def confirm(self, step: InFlight, counts: I64, current: Bools) -> I64:
+        """Takes note of how many drafts of a step hold, before its tokens are appended.
 
         Args:
             step: The plan.
             counts: int64 [rows that sample]: tokens that the worker has of each now.
             current: bool [rows]: the request still has its slot.
+
+        Returns:
+            int64 [rows]: tokens of each row's request that are computed by now.
         """
-        slots = step.slots[current]
         if step.allowances is None:
-            self.num_computed[slots] = step.ends[current]
-            return
-        self.num_open_drafts[slots] -= step.allowances[current]
-        computed = step.ends.copy()
-        sampling = step.slots[step.sampled]
-        computed[step.sampled] = self.num_tokens[sampling] + counts - 1
-        self.num_computed[slots] = computed[current]
+            return step.ends
+        ends: I64 = step.ends.copy()
+        slots = step.slots[step.sampled]
+        ends[step.sampled] = self.num_known[slots] + counts - 1
+        self.num_open_drafts[step.slots[current]] -= step.allowances[current]
         is_current = current[step.sampled]
-        sampling = sampling[is_current]
         missing = (step.allowances[step.sampled] + 1 - counts)[is_current]
-        self.num_planned[sampling] -= missing
-        self.num_scheduled[sampling] -= missing
+        self.num_planned[slots[is_current]] -= missing
+        self.num_scheduled[slots[is_current]] -= missing
+        return ends
 
     def note_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
         """Takes note of what a worker has for the next step.
@@ -191,21 +189,23 @@ class SlotTable:
         self.drafts[slots[rows], places] = token_ids
         self.num_drafts[slots] = counts
 
-    def append(self, slots: I32, offsets: I64, tokens: I32) -> I64:
+    def append(self, slots: I32, offsets: I64 | None, tokens: I32) -> I64:
         """Adds tokens.
 
         Args:
             slots: int32 [tokens]: whose they are; those of a slot one after another.
-            offsets: int64 [tokens]: which of the slot's tokens each is.
+            offsets: int64 [tokens]: which of the slot's tokens each is; None: each is the only one.
             tokens: int32 [tokens].
 
         Returns:
             int64 [tokens]: how many tokens the request has up to each, itself included.
         """
-        places = self.num_tokens[slots] + offsets
+        places: I64 = self.num_known[slots]
+        if offsets is not None:
+            places += offsets
         self.token_ids[slots, places] = tokens
         places += 1
-        self.num_tokens[slots] = places  # the last one of a slot counts
+        self.num_known[slots] = places  # the last one of a slot counts
         return places
 
     def ends_here(self, slots: I32, tokens: I32, lengths: I64) -> Bools:
@@ -227,7 +227,7 @@ class SlotTable:
 
         Computing goes on at the last known token, or behind it: drafts that do not hold are no known tokens.
         """
-        return np.minimum(self.num_scheduled, self.num_tokens - 1)
+        return np.minimum(self.num_scheduled, self.num_known - 1)
 
     def check_integrity(self) -> None:
         """Asserts that slots and counts agree with each other and with the requests."""
@@ -237,6 +237,6 @@ class SlotTable:
         assert sorted(self.free_slots) == sorted(set(range(len(self.owners))) - set(running)), "free slots differ"
         for slot, request in owners.items():
             assert request.slot == slot
-            assert self.num_tokens[slot] <= self.num_planned[slot] <= self.max_tokens[slot]
-            assert self.num_computed[slot] <= self.num_scheduled[slot] <= self.capacity[slot]
-            assert 0 <= self.num_open_drafts[slot] <= self.num_planned[slot] - self.num_tokens[slot]
+            assert self.num_known[slot] <= self.num_planned[slot] <= self.max_tokens[slot]
+            assert self.num_scheduled[slot] <= self.capacity[slot]
+            assert 0 <= self.num_open_drafts[slot] <= self.num_planned[slot] - self.num_known[slot]

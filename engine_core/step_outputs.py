@@ -29,7 +29,7 @@ def token_output(
         logprobs: What is reported of them.
     """
     request = table.request(slot)
-    first = int(table.num_tokens[slot]) - len(tokens)
+    first = int(table.num_known[slot]) - len(tokens)
     stopped, reason = False, None
     for count, token in enumerate(tokens, 1):
         length = first + count
@@ -44,7 +44,7 @@ def token_output(
         elif length >= table.max_tokens[slot]:
             reason = FinishReason.LENGTH
         if reason is not None:
-            table.num_tokens[slot] = length
+            table.num_known[slot] = length
             tokens = tokens[:count]
             break
     output_index = first - request.num_prompt_tokens
@@ -78,7 +78,7 @@ def _is_loop(table: SlotTable, request: Request, length: int) -> bool:
 
 def end_output(table: SlotTable, request: Request, reason: FinishReason) -> EngineCoreOutput:
     """The output of a request that ends between two tokens."""
-    num_outputs = int(table.num_tokens[request.slot]) - request.num_prompt_tokens
+    num_outputs = int(table.num_known[request.slot]) - request.num_prompt_tokens
     return EngineCoreOutput(
         index=request.index,
         first_output_index=num_outputs,
@@ -114,24 +114,24 @@ def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenL
     """Keeps them for the first token's output. A prompt that is computed again after that has told them already."""
     for entry in entries:
         request = table.owner(step, entry.row)
-        if request is not None and table.num_tokens[request.slot] == request.num_prompt_tokens:
+        if request is not None and table.num_known[request.slot] == request.num_prompt_tokens:
             request.prompt_logprobs.append(entry)
             table.is_special[request.slot] = True
 
 
-def token_columns(indices: I64, output_indices: I64, offsets: I64) -> tuple[bytes, bytes, bytes]:
+def token_columns(indices: I64, output_indices: I64, offsets: I64 | None) -> tuple[bytes, bytes, bytes]:
     """The columns of ``EngineCoreOutputs`` for rows that only got tokens.
 
     Args:
         indices: int64 [tokens]: the requests.
         output_indices: int64 [tokens]: the tokens' places in the outputs.
-        offsets: int64 [tokens]: which of its row's tokens each is.
+        offsets: int64 [tokens]: which of its row's tokens each is; None: each is the only one.
 
     Returns:
         ``indices``, ``output_indices`` and ``num_tokens``.
     """
     counts = b""
-    if offsets.any():
+    if offsets is not None:
         firsts = np.flatnonzero(offsets == 0)
         counts = np.diff(firsts, append=len(offsets)).astype(np.uint8).tobytes()
         indices, output_indices = indices[firsts], output_indices[firsts]

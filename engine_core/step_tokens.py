@@ -29,13 +29,13 @@ class StepTokens:
         self._tokens = i32(result.sampled_token_ids)
         self.rows: I64 = np.flatnonzero(step.sampled)
         accepted = u8(result.num_accepted)
-        self._is_plain = not accepted.any()
-        """Each row has one token."""
         self.counts: I64 = np.ones(len(self.rows), np.int64)
-        if not self._is_plain:
+        self._starts: I64 | None = None
+        """Where the tokens of each row begin; None: each row has one token."""
+        if accepted.any():
             self.counts += accepted
+            self._starts = np.cumsum(self.counts) - self.counts
         self.kept: I64 = self.counts * current[self.rows]
-        self._starts: I64 = np.cumsum(self.counts) - self.counts
         for error in result.row_errors:
             if step.sampled[error.row] and current[error.row]:
                 self.kept[self.sample(error.row)] -= 1
@@ -46,20 +46,20 @@ class StepTokens:
 
     def of(self, sample: int) -> list[int]:
         """The tokens of a row that are kept."""
-        start = int(self._starts[sample])
+        start = sample if self._starts is None else int(self._starts[sample])
         tokens: list[int] = self._tokens[start : start + int(self.kept[sample])].tolist()
         return tokens
 
-    def columns(self) -> tuple[I32, I64, I64]:
+    def columns(self) -> tuple[I32, I64, I64 | None]:
         """The tokens that are kept.
 
         Returns:
-            int32 [tokens], int64 [tokens]: the row of each, and int64 [tokens]: which of its row's tokens it is.
+            int32 [tokens], int64 [tokens]: the row of each, and int64 [tokens]: which of its row's tokens it is;
+            None: each is the only one.
         """
-        if self._is_plain:
+        if self._starts is None:
             kept = self.kept > 0
-            rows = self.rows[kept]
-            return self._tokens[kept], rows, np.zeros(len(rows), np.int64)
+            return (self._tokens, self.rows, None) if kept.all() else (self._tokens[kept], self.rows[kept], None)
         samples = np.repeat(np.arange(len(self.rows)), self.counts)
         offsets = np.arange(len(samples)) - self._starts[samples]
         kept = offsets < self.kept[samples]

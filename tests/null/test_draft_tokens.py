@@ -100,12 +100,12 @@ def test_counts_are_upper_bounds_that_results_lower() -> None:
     slot = int(table.running[0])
     assert engine.plan() and engine.plan()
     assert [u8(plan.num_draft_tokens).tolist() for plan, _ in engine.in_flight] == [[4], [4]]
-    counts = (table.num_tokens, table.num_planned, table.num_computed, table.num_scheduled, table.num_open_drafts)
-    assert [int(count[slot]) for count in counts] == [11, 21, 10, 20, 8]
+    counts = (table.num_known, table.num_planned, table.num_scheduled, table.num_open_drafts)
+    assert [int(count[slot]) for count in counts] == [11, 21, 20, 8]
     engine.retire()  # no draft holds
-    assert [int(count[slot]) for count in counts] == [12, 17, 11, 16, 4]
+    assert [int(count[slot]) for count in counts] == [12, 17, 16, 4]
     engine.retire()
-    assert [int(count[slot]) for count in counts] == [13, 13, 12, 12, 0]
+    assert [int(count[slot]) for count in counts] == [13, 13, 12, 0]
     engine.run()
     assert engine.outputs[0] == expected_output(prompt, 40)
 
