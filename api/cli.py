@@ -17,9 +17,6 @@ if TYPE_CHECKING:  # each command imports what it needs: most need no engine
     from api.model.files import ModelFiles
 
 EXIT_USAGE = 2
-EXIT_MODEL = 78
-"""The model or its configuration is at fault (EX_CONFIG): starting again does not help."""
-
 
 BENCHES = """\
 usage: octavo bench serve [flags]                measure a running server under load
@@ -114,6 +111,7 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from api.llm import LLM
+    from engine_core.messages import EXIT_MODEL
 
     module = latency if name == "latency" else throughput
     given = _offline_parser(name).parse(arguments)
@@ -239,6 +237,7 @@ def _with_model(
     from api.params.defaults import check_defaults
     from api.server.run import PortInUseError
     from engine_core.launch import get_logger, setup_logging
+    from engine_core.messages import EXIT_MODEL
 
     try:
         config, notes = resolve(given, os.environ)

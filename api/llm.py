@@ -24,6 +24,7 @@ from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
+from api.generation.fanout import best_places
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
 from api.llm_options import LLMOptions
@@ -39,12 +40,12 @@ from api.params.pooling import (
     ScoringOutput,
     ScoringRequestOutput,
     cosine,
-    cut,
     pair_up,
     resolve_pooling,
 )
-from api.params.sampling import SamplingParams, truncate_prompt
+from api.params.sampling import SamplingParams
 from api.params.thinking import conversation_opens_reasoning
+from api.params.truncation import output_room, truncate_prompt
 from engine_core.launch import get_logger, setup_logging
 from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
 
@@ -298,10 +299,10 @@ class LLM:
         return truncate_prompt(
             ids,
             params.truncate_prompt_tokens,
-            params.truncation_side,
-            self._model.limits.max_model_len,
-            params.max_tokens,
+            self._model.limits,
             around,
+            side=params.truncation_side,
+            room=output_room(params.max_tokens),
         )
 
     def chat(
@@ -474,7 +475,7 @@ class LLM:
                 any_length = keep is not None
                 around = model.tokenizer.added_around(item.add_special_tokens)
                 ids = await model.tokenize(item.text, add_special_tokens=item.add_special_tokens, any_length=any_length)
-            prompts.append(cut(ids, keep, model.limits, around))
+            prompts.append(truncate_prompt(ids, keep, model.limits, around))
         channel = model.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
         states: list[RequestState] = []
@@ -553,8 +554,8 @@ class LLM:
 
 def _keep_best(result: RequestOutput, params: SamplingParams) -> None:
     """Leaves the ``n`` completions with the highest cumulative log probability, the best first."""
-    result.outputs.sort(key=lambda output: -(output.cumulative_logprob or 0.0))
-    del result.outputs[params.n :]
+    totals = [output.cumulative_logprob or 0.0 for output in result.outputs]
+    result.outputs = [result.outputs[place] for place in best_places(totals, params.n)]
     for index, output in enumerate(result.outputs):
         output.index = index
         if params.logprobs is None:

@@ -22,6 +22,7 @@ from engine_core.flight_record import FlightRecord
 from engine_core.in_flight import InFlight
 from engine_core.memory import plan_kv_cache
 from engine_core.messages import (
+    EXIT_MODEL,
     AbortRequests,
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -49,7 +50,7 @@ from engine_core.structured.drafts import mask_counts
 from engine_core.suspects import lost_requests
 from engine_core.validation import request_problem
 from engine_core.worker_watch import WorkerWatch
-from executor.base import EXIT_MODEL, REGISTRY, Executor, ExecutorFactory, WorkerDiedError
+from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import DETAILS, get_logger
 from executor.messages import (
     FromWorker,

@@ -15,15 +15,16 @@ import numpy.typing as npt
 
 from engine_core.restart import Suspicion
 from executor.messages import (
+    EXIT_MODEL,
     I32,
     POOLING_TYPES,
     LoadProgress,
     LoRARequest,
     Message,
     MultiModalFeature,
-    PoolingParams,
     RepetitionDetection,
     ResolvedParams,
+    ResolvedPoolingParams,
     Tensor,
     ThinkingBudget,
     TokenLogprobs,
@@ -34,6 +35,7 @@ from executor.messages import (
 )
 
 __all__ = [
+    "EXIT_MODEL",
     "I32",
     "POOLING_TYPES",
     "AbortRequests",
@@ -50,7 +52,7 @@ __all__ = [
     "Message",
     "MultiModalFeature",
     "Ping",
-    "PoolingParams",
+    "ResolvedPoolingParams",
     "RepetitionDetection",
     "ResetPrefixCache",
     "ResolvedParams",
@@ -156,7 +158,7 @@ class EngineCoreRequest(Message, frozen=True):
     """int32 [num_prompt_tokens], at least one."""
     sampling_params: ResolvedParams | None = None
     """Of a request that generates."""
-    pooling_params: PoolingParams | None = None
+    pooling_params: ResolvedPoolingParams | None = None
     """Of a request that is pooled instead. Exactly one of the two is given."""
     arrival_time: float = 0.0
     """CLOCK_MONOTONIC seconds, comparable between processes of one machine."""

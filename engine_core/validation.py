@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-from engine_core.messages import POOLING_TYPES, EngineCoreRequest, PoolingParams, ResolvedParams, Thought, i32
+from engine_core.messages import POOLING_TYPES, EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, Thought, i32
 
 MAX_TOKEN_IDS = 1 << 20
 """Ids in a list that every step looks at; no vocabulary is larger."""
@@ -75,7 +75,7 @@ def _thought_problem(thought: Thought, vocab_size: int) -> str | None:
     return None
 
 
-def _pooling_problem(params: PoolingParams, hidden_size: int) -> str | None:
+def _pooling_problem(params: ResolvedPoolingParams, hidden_size: int) -> str | None:
     if not hidden_size:
         return "pooling is not supported by this executor"
     if params.pooling_type not in POOLING_TYPES:

@@ -14,9 +14,6 @@ from executor.config import ExecutorConfig
 if TYPE_CHECKING:
     from executor.messages import FromWorker, ToWorker
 
-EXIT_MODEL = 78
-"""Exit code when the model or its configuration is at fault (EX_CONFIG): starting again does not help."""
-
 
 class ModelError(Exception):
     """The model cannot be served as configured; the message is one line for a person."""

@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections import deque
 
-from executor.base import EXIT_MODEL, ModelError
+from executor.base import ModelError
 from executor.config import ExecutorConfig
-from executor.messages import FromWorker, ToWorker, WorkerFailed
+from executor.messages import EXIT_MODEL, FromWorker, ToWorker, WorkerFailed
 from executor.parallel import ParallelState
 from executor.worker import Worker
 

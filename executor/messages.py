@@ -16,6 +16,9 @@ import numpy.typing as npt
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
+EXIT_MODEL = 78
+"""Exit code when the model or its configuration is at fault (EX_CONFIG): starting again does not help."""
+
 
 class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, gc=False, frozen=True):
     """Base of everything that crosses a process border."""
@@ -116,7 +119,7 @@ class ResolvedParams(Message, frozen=True):
         return self.prompt_logprobs is not None
 
 
-class PoolingParams(Message, frozen=True):
+class ResolvedPoolingParams(Message, frozen=True):
     """What to make of the hidden states of a request that generates nothing."""
 
     pooling_type: str = "LAST"
@@ -184,7 +187,7 @@ class NewRequest(Message, frozen=True):
     group's window and has no blocks. Empty: at the start in every group."""
     params: ResolvedParams | None = None
     """Of a request that generates."""
-    pooling_params: PoolingParams | None = None
+    pooling_params: ResolvedPoolingParams | None = None
     """Of a request that is pooled."""
     lora_id: int = 0
     """0: no adapter."""

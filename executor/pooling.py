@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from executor.deferred import Deferred
-from executor.messages import I32, PoolingParams, RowError, Tensor, to_tensor
+from executor.messages import I32, ResolvedPoolingParams, RowError, Tensor, to_tensor
 
 if TYPE_CHECKING:  # the simulated device pools as well, and runs without torch
     import torch
@@ -121,10 +121,10 @@ POOLINGS: dict[str, Callable[[], Pooling]] = {
     "CLS": FirstPooling,
     "ALL": AllPooling,
 }
-"""By ``PoolingParams.pooling_type``."""
+"""By ``ResolvedPoolingParams.pooling_type``."""
 
 
-def finish(vectors: F32, params: PoolingParams) -> F32:
+def finish(vectors: F32, params: ResolvedPoolingParams) -> F32:
     """Cuts vectors [..., hidden_size] to the wanted number of dimensions, then scales each to length 1."""
     if params.dimensions is not None:
         vectors = vectors[..., : params.dimensions]
@@ -149,12 +149,12 @@ class Pooler:
     """Pools the hidden states of the requests that want it. State is by slot, and begins anew with ``add``."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        self._params: list[PoolingParams | None] = [None] * max_num_seqs
+        self._params: list[ResolvedPoolingParams | None] = [None] * max_num_seqs
         self._poolings: list[Pooling | None] = [None] * max_num_seqs
         self._is_active = np.zeros(max_num_seqs, np.bool_)
         self._num_active = 0
 
-    def add(self, slot: int, params: PoolingParams | None) -> None:
+    def add(self, slot: int, params: ResolvedPoolingParams | None) -> None:
         """A request entered a slot; None: it generates, and its hidden states are let alone."""
         self._params[slot] = params
         self._poolings[slot] = None if params is None else POOLINGS[params.pooling_type]()
@@ -203,7 +203,7 @@ class _Taken:
     """A row of a step whose hidden states are on their way."""
 
     row: int
-    params: PoolingParams
+    params: ResolvedPoolingParams
     pooling: Pooling
     is_last: bool
 

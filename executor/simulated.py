@@ -27,7 +27,7 @@ from executor.messages import (
     KVCacheGroupSpec,
     KVCacheReady,
     ModelRunnerOutput,
-    PoolingParams,
+    ResolvedPoolingParams,
     SchedulerOutput,
     Tensor,
     ToWorker,
@@ -49,7 +49,7 @@ class DeviceModel:
         self.device = device
         self._num_computed = np.zeros(64, np.int64)
         self._seeds = np.zeros(64, np.uint64)
-        self._pooled: dict[int, tuple[PoolingParams, bytes]] = {}
+        self._pooled: dict[int, tuple[ResolvedPoolingParams, bytes]] = {}
         """By slot: what is wanted of which prompt."""
 
     def _make_room(self, slot: int) -> None:

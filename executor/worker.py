@@ -18,13 +18,14 @@ import msgspec
 import torch
 import zmq
 
-from executor.base import EXIT_MODEL, ModelError
+from executor.base import ModelError
 from executor.config import ExecutorConfig
 from executor.device.base import create_device
 from executor.layers.attention import form_groups
 from executor.loader import load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
+    EXIT_MODEL,
     FromWorker,
     GrammarMask,
     Heartbeat,

@@ -42,8 +42,8 @@ from engine_core.messages import (
     EngineReady,
     FinishReason,
     GrammarSpec,
-    PoolingParams,
     ResolvedParams,
+    ResolvedPoolingParams,
     SchedulerStats,
     TokenLogprobs,
     i32,
@@ -198,7 +198,7 @@ class FakeEngineClient:
         *,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: ResolvedParams | PoolingParams,
+        params: ResolvedParams | ResolvedPoolingParams,
         options: OutputOptions,
         priority: int = 0,
         cache_salt: str = "",
@@ -215,7 +215,7 @@ class FakeEngineClient:
             index=self._next_index,
             prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
             sampling_params=params if isinstance(params, ResolvedParams) else None,
-            pooling_params=params if isinstance(params, PoolingParams) else None,
+            pooling_params=params if isinstance(params, ResolvedPoolingParams) else None,
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=cache_salt,
@@ -343,7 +343,7 @@ class FakeEngineClient:
         for index in self._processor.process(outputs):
             self._rows.pop(index, None)
 
-    def _pooled(self, message: EngineCoreRequest, params: PoolingParams) -> EngineCoreOutput:
+    def _pooled(self, message: EngineCoreRequest, params: ResolvedPoolingParams) -> EngineCoreOutput:
         vector = fake_vector(i32(message.prompt_token_ids).tolist())[: params.dimensions]
         if params.normalize:
             vector /= np.linalg.norm(vector)

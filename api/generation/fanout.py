@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from api.engine.channel import Delta
 from engine_core.messages import f32
@@ -28,12 +28,18 @@ def choose_best(deltas: Iterable[Delta], n: int, best_of: int) -> list[Delta]:
     totals = {choice: cumulative_logprob(parts) for choice, parts in by_choice.items()}
     kept: list[Delta] = []
     for prompt in range(max(by_choice, default=-1) // best_of + 1):
-        ranked = sorted(range(prompt * best_of, (prompt + 1) * best_of), key=lambda choice: -totals[choice])
-        for place, choice in enumerate(ranked[:n]):
-            for delta in by_choice[choice]:
+        first = prompt * best_of
+        ranked = best_places([totals[first + place] for place in range(best_of)], n)
+        for place, best in enumerate(ranked):
+            for delta in by_choice[first + best]:
                 delta.choice = prompt * n + place
                 kept.append(delta)
     return kept
+
+
+def best_places(totals: Sequence[float], n: int) -> list[int]:
+    """Places of the ``n`` highest cumulative log probabilities, the highest first; of equals the earlier."""
+    return sorted(range(len(totals)), key=lambda place: -totals[place])[:n]
 
 
 def cumulative_logprob(deltas: Iterable[Delta]) -> float:

@@ -32,7 +32,7 @@ from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.text.detokenizer import IncrementalDetokenizer
 from api.version import VERSION
-from engine_core.messages import EngineReady, GrammarSpec, PoolingParams, ResolvedParams
+from engine_core.messages import EngineReady, GrammarSpec, ResolvedParams, ResolvedPoolingParams
 
 MAX_SIBLINGS = 256
 """Completions of a prompt that are submitted in one piece: some milliseconds here and in the engine core."""
@@ -314,7 +314,7 @@ class ServedModel:
         channel: Channel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: PoolingParams,
+        params: ResolvedPoolingParams,
         states: list[RequestState],
         *,
         field: str = "input",

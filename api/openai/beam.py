@@ -15,7 +15,7 @@ from api.generation.generation import Generation
 from api.generation.served_model import ServedModel
 from api.generation.usage import Usage
 from api.http.errors import INTERNAL
-from api.openai.protocol import GenerationRequest
+from api.openai.protocol import CompletionRequest, GenerationRequest
 from api.openai.sampling import stream_interval
 from api.params.sampling import SamplingParams
 from api.text.detokenizer import IncrementalDetokenizer
@@ -24,21 +24,31 @@ from engine_core.messages import GrammarSpec
 
 logger = get_logger()
 
-REFUSED = (
-    "best_of",
-    "stop",
-    "stop_regex",
-    "thinking_token_budget",
-    "min_tokens",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "prompt_logprobs",
-    "logprob_token_ids",
-    "repetition_detection",
-)
-"""Fields that a search would have to leave out of account."""
-NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+
+def _refused_fields(request: GenerationRequest) -> dict[str, bool]:
+    """Fields that a search would have to leave out of account, and whether they ask for something."""
+    return {
+        "best_of": isinstance(request, CompletionRequest) and bool(request.best_of),
+        "stop": bool(request.stop),
+        "stop_regex": bool(request.stop_regex),
+        "thinking_token_budget": bool(request.thinking_token_budget),
+        "min_tokens": bool(request.min_tokens),
+        "logit_bias": bool(request.logit_bias),
+        "allowed_token_ids": bool(request.allowed_token_ids),
+        "bad_words": bool(request.bad_words),
+        "prompt_logprobs": bool(request.prompt_logprobs),
+        "logprob_token_ids": bool(request.logprob_token_ids),
+        "repetition_detection": request.repetition_detection is not None,
+    }
+
+
+def _penalties(request: GenerationRequest) -> dict[str, bool]:
+    """Whether penalties change anything."""
+    return {
+        "presence_penalty": request.presence_penalty not in (None, 0),
+        "frequency_penalty": request.frequency_penalty not in (None, 0),
+        "repetition_penalty": request.repetition_penalty not in (None, 1),
+    }
 
 
 def beam_search_params(
@@ -59,15 +69,15 @@ def beam_search_params(
         raise RequestError(
             "use_beam_search cannot be streamed: which sequence is the best is known at the end", "use_beam_search"
         )
-    if getattr(request, "echo", None) and logprobs is not None:
+    if isinstance(request, CompletionRequest) and request.echo and logprobs is not None:
         raise RequestError("logprobs with echo cannot be used with use_beam_search", "echo")
-    for name in REFUSED:
-        if getattr(request, name, None):
+    for name, is_asked in _refused_fields(request).items():
+        if is_asked:
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
     if grammar is not None:
         raise RequestError(f"{grammar.param} cannot be used with use_beam_search", grammar.param)
-    for name, neutral in NEUTRAL.items():
-        if getattr(request, name) not in (None, neutral):
+    for name, is_asked in _penalties(request).items():
+        if is_asked:
             raise RequestError(f"{name} cannot be used with use_beam_search", name)
     return BeamSearchParams(
         beam_width=1 if request.n is None else request.n,

@@ -14,8 +14,8 @@ from api.generation.generation import EngineWork, WholeReply
 from api.generation.served_model import ServedModel
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
-from api.params.pooling import cut
-from engine_core.messages import PoolingParams
+from api.params.truncation import truncate_prompt
+from engine_core.messages import ResolvedPoolingParams
 
 MAX_INPUTS = 2048
 STEPS_PER_VECTOR = 512
@@ -63,7 +63,8 @@ async def pooling_prompt(
         around = model.tokenizer.added_around(add_special_tokens)
         any_length = keep is not None or max_tokens > 0
         text = await model.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
-    prompt = cut(text, keep, model.limits, around, from_right=request.truncation_side == "right", max_own=max_tokens)
+    side = request.truncation_side
+    prompt = truncate_prompt(text, keep, model.limits, around, side=side, max_own=max_tokens)
     model.check_token_ids(prompt, field)
     await model.host.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
     return array("i", prompt)
@@ -77,7 +78,7 @@ class PoolingWork(EngineWork):
         model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: PoolingParams,
+        params: ResolvedPoolingParams,
         request: PoolingRequest,
         *,
         field: str,

@@ -17,8 +17,9 @@ from api.model.chat_template import BrokenTemplateError, ChatTemplate
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
-from api.params.sampling import check_room, truncate_prompt
+from api.params.sampling import check_room
 from api.params.thinking import conversation_opens_reasoning
+from api.params.truncation import output_room, truncate_prompt
 from api.parsers import Tool
 from engine_core.launch import HelperError
 
@@ -233,6 +234,7 @@ async def prompt_token_ids(
             most = max(MAX_OFFSET_CHARS, model.limits.max_model_len)
             check_number(len(prompt), most, "prompt", "characters if it is truncated and return_token_offsets is set")
         prompt = await model.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
-    prompt = truncate_prompt(prompt, keep, request.truncation_side, model.limits.max_model_len, max_tokens, around)
+    side, room = request.truncation_side, output_room(max_tokens)
+    prompt = truncate_prompt(prompt, keep, model.limits, around, side=side, room=room)
     check_room(len(prompt), model.limits)
     return prompt

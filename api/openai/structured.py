@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 from api.errors import RequestError
 from api.openai.protocol import GenerationRequest, ResponseFormat
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from engine_core.messages import GrammarSpec
-
-_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
 def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
@@ -28,16 +26,25 @@ def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
         wanted = _response_format(request.response_format)
         if wanted is not None:
             found["response_format"] = wanted
-    guided: dict[str, Any] = {name: getattr(request, name) for name in _GUIDED}
-    for name, value in guided.items():
-        if value is not None:
-            pattern = request.guided_whitespace_pattern
-            found[name] = StructuredOutputsParams(**{_GUIDED[name]: value}, whitespace_pattern=pattern)
+    found.update(_guided(request))
     if len(found) > 1:
         raise RequestError(f"only one of {', '.join(found)} may be given", list(found)[1])
     for name, params in found.items():
         return grammar_spec(params, name)
     return None
+
+
+def _guided(request: GenerationRequest) -> Iterator[tuple[str, StructuredOutputsParams]]:
+    """What the older fields ask for."""
+    pattern = request.guided_whitespace_pattern
+    if request.guided_json is not None:
+        yield "guided_json", StructuredOutputsParams(json=request.guided_json, whitespace_pattern=pattern)
+    if request.guided_regex is not None:
+        yield "guided_regex", StructuredOutputsParams(regex=request.guided_regex, whitespace_pattern=pattern)
+    if request.guided_choice is not None:
+        yield "guided_choice", StructuredOutputsParams(choice=request.guided_choice, whitespace_pattern=pattern)
+    if request.guided_grammar is not None:
+        yield "guided_grammar", StructuredOutputsParams(grammar=request.guided_grammar, whitespace_pattern=pattern)
 
 
 def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from api.config import PoolerConfig
 from api.errors import ContextLengthError, RequestError
-from api.model.tokenizer import AddedAround, kept_tokens
-from api.params.sampling import ModelLimits, truncate_prompt
-from engine_core.messages import PoolingParams as ResolvedPoolingParams
+from api.params.sampling import ModelLimits
+from engine_core.messages import ResolvedPoolingParams
 
 T = TypeVar("T")
 F32 = npt.NDArray[np.float32]
@@ -69,43 +68,6 @@ def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
             f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
             f"{num_tokens} input tokens. Please shorten the prompt or set truncate_prompt_tokens.",
         )
-
-
-def cut(
-    token_ids: list[int],
-    keep: int | None,
-    limits: ModelLimits,
-    around: AddedAround,
-    *,
-    from_right: bool = False,
-    max_own: int = 0,
-) -> list[int]:
-    """A prompt, cut to the length that the request wants.
-
-    Args:
-        token_ids: The prompt.
-        keep: Most tokens; None: all of them, -1: as many as the model takes.
-        limits: What the model takes.
-        around: What the tokenizer added to the text; it stays.
-        from_right: Drop the last tokens instead of the first.
-        max_own: Before that, use the first so many tokens of the text itself; 0: all.
-
-    Raises:
-        RequestError: ``keep`` is more than the model takes, or 0.
-    """
-    if max_own:
-        most = max_own + sum(around)
-        token_ids = [token_ids[place] for place in kept_tokens(len(token_ids), most, "right", around)]
-    if keep is None:
-        return token_ids
-    if keep > limits.max_model_len or keep < -1 or keep == 0:
-        raise RequestError(
-            f"truncate_prompt_tokens must be -1, or between 1 and the maximum context length of "
-            f"{limits.max_model_len}, got {keep}",
-            "truncate_prompt_tokens",
-        )
-    keep = limits.max_model_len if keep == -1 else keep  # unlike a completion, nothing needs room behind it
-    return truncate_prompt(token_ids, keep, "right" if from_right else "left", limits.max_model_len, None, around)
 
 
 def cosine(x: F32, y: F32) -> float:

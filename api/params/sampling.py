@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from api.errors import ContextLengthError, RequestError
-from api.model.tokenizer import AddedAround, Tokenizer, kept_tokens
+from api.model.tokenizer import Tokenizer
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.stop_regex import StopRegexError, stop_automaton
 from engine_core.messages import RepetitionDetection, ResolvedParams
@@ -431,39 +431,6 @@ def _repetition_detection(wanted: RepetitionDetectionParams | None) -> Repetitio
         min_pattern_size=max(1, wanted.min_pattern_size),
         min_count=wanted.min_count,
     )
-
-
-def truncate_prompt(
-    prompt: list[int],
-    keep: int | None,
-    side: Literal["left", "right"] | None,
-    max_model_len: int,
-    max_tokens: int | None,
-    around: AddedAround,
-) -> list[int]:
-    """The tokens of a prompt that stay.
-
-    Args:
-        prompt: Its token ids.
-        keep: See ``SamplingParams.truncate_prompt_tokens``.
-        side: Where the others are cut off; None: left.
-        max_model_len: Longest context.
-        max_tokens: Longest output, as far as is known.
-        around: What the tokenizer added to the text; it stays.
-
-    Raises:
-        RequestError: ``keep`` is more than the model can take.
-    """
-    if keep is None:
-        return prompt
-    if keep > max_model_len:
-        raise RequestError(
-            f"truncate_prompt_tokens must be at most the maximum context length of {max_model_len}",
-            "truncate_prompt_tokens",
-        )
-    if keep < 0:
-        keep = max(1, max_model_len - max(1, max_tokens or 1))
-    return [prompt[place] for place in kept_tokens(len(prompt), keep, side or "left", around)]
 
 
 def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

@@ -14,7 +14,7 @@ import torch
 from api import LLM, SamplingParams
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
-from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams, to_array
+from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from executor.config import ModelConfig
@@ -333,7 +333,7 @@ def test_a_model_without_attention_has_no_groups(enforce_eager: bool) -> None:
     inputs = [random_tokens(100, 1), random_tokens(30, 2)]
     for index, prompt in enumerate(inputs):
         column = np.array(prompt, np.int32).tobytes()
-        pooling = PoolingParams(pooling_type="ALL", normalize=False)
+        pooling = ResolvedPoolingParams(pooling_type="ALL", normalize=False)
         scheduler.add_request(Request(EngineCoreRequest(str(index), index, column, pooling_params=pooling)))
     vectors = {}
     while (planned := scheduler.schedule()) is not None:

@@ -14,7 +14,7 @@ import torch
 import ops
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
-from engine_core.messages import EngineCoreRequest, PoolingParams, ResolvedParams
+from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, SpeculativeConfig
@@ -100,8 +100,8 @@ class Engine:
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
         self.vectors: dict[int, Tensor] = {}
 
-    def add(self, index: int, prompt: list[int], params: ResolvedParams | PoolingParams) -> None:
-        pools = isinstance(params, PoolingParams)
+    def add(self, index: int, prompt: list[int], params: ResolvedParams | ResolvedPoolingParams) -> None:
+        pools = isinstance(params, ResolvedPoolingParams)
         message = EngineCoreRequest(
             request_id=str(index),
             index=index,
@@ -164,12 +164,12 @@ class Engine:
 
 THINKING = ThinkingBudget(3, (101,), (7, 8, 9), starts_open=True)
 PLAIN = {"max_tokens": 30}
-REQUESTS: list[tuple[list[int], ResolvedParams | PoolingParams]] = [
+REQUESTS: list[tuple[list[int], ResolvedParams | ResolvedPoolingParams]] = [
     (random_tokens(40, 1), ResolvedParams(temperature=0.0, **PLAIN)),
     (random_tokens(7, 2), ResolvedParams(seed=2, top_p=0.9, top_k=40, logprobs=3, **PLAIN)),
     (random_tokens(90, 3), ResolvedParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.4, **PLAIN)),
     (random_tokens(33, 4), ResolvedParams(seed=4, min_p=0.05, prompt_logprobs=2, logprobs=-1, max_tokens=6)),
-    (random_tokens(64, 5), PoolingParams(pooling_type="MEAN")),
+    (random_tokens(64, 5), ResolvedPoolingParams(pooling_type="MEAN")),
     (
         random_tokens(12, 6),
         ResolvedParams(seed=6, bad_words_token_ids=((5,), (6, 7)), thinking_budget=THINKING, **PLAIN),
@@ -178,12 +178,12 @@ REQUESTS: list[tuple[list[int], ResolvedParams | PoolingParams]] = [
         random_tokens(50, 7),
         ResolvedParams(seed=7, logit_bias=((9, 4.0), (11, -3.0)), min_tokens=9, stop_token_ids=(9,), **PLAIN),
     ),
-    (random_tokens(70, 8), PoolingParams(pooling_type="ALL", normalize=False)),
+    (random_tokens(70, 8), ResolvedPoolingParams(pooling_type="ALL", normalize=False)),
     (
         random_tokens(3, 9),
         ResolvedParams(seed=9, allowed_token_ids=tuple(range(40, 90)), logprob_token_ids=(3, 50), logprobs=0, **PLAIN),
     ),
-    (random_tokens(100, 10), PoolingParams()),
+    (random_tokens(100, 10), ResolvedPoolingParams()),
     (random_tokens(40, 1) + [5], ResolvedParams(temperature=0.0, **PLAIN)),
 ]
 

@@ -15,7 +15,14 @@ from transformers import AutoModel
 
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
-from engine_core.messages import POOLING_TYPES, EngineCoreRequest, FinishReason, PoolingParams, ResolvedParams, to_array
+from engine_core.messages import (
+    POOLING_TYPES,
+    EngineCoreRequest,
+    FinishReason,
+    ResolvedParams,
+    ResolvedPoolingParams,
+    to_array,
+)
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from executor.device.cpu import CpuDevice
@@ -58,7 +65,7 @@ class Engine:
         self.cached: dict[int, int] = {}
         self.errors: dict[int, str | None] = {}
 
-    def add(self, index: int, prompt: list[int], pooling: PoolingParams | None) -> None:
+    def add(self, index: int, prompt: list[int], pooling: ResolvedPoolingParams | None) -> None:
         message = EngineCoreRequest(
             request_id=str(index),
             index=index,
@@ -90,7 +97,7 @@ class Engine:
             pass
 
 
-def pooled(prompt: list[int], params: PoolingParams, *engine: str, **config: Any) -> F32:
+def pooled(prompt: list[int], params: ResolvedPoolingParams, *engine: str, **config: Any) -> F32:
     """The vector of a prompt that runs alone."""
     machine = Engine(*engine, **config)
     machine.add(0, prompt, params)
@@ -103,7 +110,7 @@ def reference(kind: str) -> Any:
     return AutoModel.from_pretrained(tiny.checkpoint(kind), dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def expected(kind: str, prompt: list[int], params: PoolingParams) -> torch.Tensor:
+def expected(kind: str, prompt: list[int], params: ResolvedPoolingParams) -> torch.Tensor:
     with torch.inference_mode():
         states: torch.Tensor = reference(kind)(torch.tensor([prompt])).last_hidden_state[0]
     vectors = {"LAST": states[-1], "MEAN": states.mean(0), "CLS": states[0], "ALL": states}[params.pooling_type]
@@ -116,7 +123,7 @@ def expected(kind: str, prompt: list[int], params: PoolingParams) -> torch.Tenso
 def test_vectors_are_those_of_transformers(kind: str, pooling_type: str) -> None:
     prompt = random_tokens(90)
     for normalize, dimensions in ((True, None), (False, None), (True, 10), (False, 7)):
-        params = PoolingParams(pooling_type=pooling_type, normalize=normalize, dimensions=dimensions)
+        params = ResolvedPoolingParams(pooling_type=pooling_type, normalize=normalize, dimensions=dimensions)
         theirs = expected(kind, prompt, params)
         for budget in (512, 37):
             ours = pooled(prompt, params, kind, max_num_batched_tokens=budget)
@@ -126,7 +133,7 @@ def test_vectors_are_those_of_transformers(kind: str, pooling_type: str) -> None
                 np.testing.assert_allclose(np.linalg.norm(ours, axis=-1), 1, rtol=1e-6)
 
 
-PARAMS = [PoolingParams(pooling_type=pooling_type, normalize=False) for pooling_type in POOLING_TYPES]
+PARAMS = [ResolvedPoolingParams(pooling_type=pooling_type, normalize=False) for pooling_type in POOLING_TYPES]
 PROMPTS = [random_tokens(length, seed) for seed, length in enumerate((1, 40, 70, 131, 256))]
 PROMPTS += [PROMPTS[3][:96] + PROMPTS[1]]
 
@@ -169,7 +176,7 @@ def test_only_the_last_position_reads_the_cache() -> None:
     engine = Engine()
     prompt = random_tokens(100)
     for index, pooling_type in enumerate(["MEAN", "LAST", "MEAN", "CLS", "ALL"]):
-        engine.add(index, prompt, PoolingParams(pooling_type=pooling_type))
+        engine.add(index, prompt, ResolvedPoolingParams(pooling_type=pooling_type))
         engine.run()
     assert engine.cached == {0: 0, 1: 96, 2: 0, 3: 0, 4: 0}
     np.testing.assert_array_equal(engine.vectors[0], engine.vectors[2])
@@ -187,20 +194,20 @@ def test_states_that_are_not_finite_fail_their_request_alone(monkeypatch: pytest
         return [hidden, logits]
 
     monkeypatch.setattr(program, "replay", broken)
-    engine.add(0, random_tokens(5), PoolingParams(pooling_type="MEAN"))
-    engine.add(1, random_tokens(5, 2), PoolingParams(pooling_type="MEAN"))
+    engine.add(0, random_tokens(5), ResolvedPoolingParams(pooling_type="MEAN"))
+    engine.add(1, random_tokens(5, 2), ResolvedPoolingParams(pooling_type="MEAN"))
     engine.run()
     assert engine.errors == {0: BAD_STATES, 1: None} and list(engine.vectors) == [1]
 
 
 def test_a_slot_forgets_its_former_owner() -> None:
     engine = Engine(max_num_batched_tokens=16)
-    engine.add(0, random_tokens(100), PoolingParams(pooling_type="ALL"))
+    engine.add(0, random_tokens(100), ResolvedPoolingParams(pooling_type="ALL"))
     engine.step()
     engine.scheduler.abort_request(0)
-    engine.add(1, random_tokens(40, 2), PoolingParams(pooling_type="MEAN", normalize=False))
+    engine.add(1, random_tokens(40, 2), ResolvedPoolingParams(pooling_type="MEAN", normalize=False))
     engine.run()
     np.testing.assert_array_equal(
-        engine.vectors[1], pooled(random_tokens(40, 2), PoolingParams(pooling_type="MEAN", normalize=False))
+        engine.vectors[1], pooled(random_tokens(40, 2), ResolvedPoolingParams(pooling_type="MEAN", normalize=False))
     )
     assert not any(pooling is not None for pooling in engine.runner.pooler._poolings)

@@ -29,9 +29,9 @@ from engine_core.messages import (
     LoRARequest,
     MultiModalFeature,
     Ping,
-    PoolingParams,
     ResetPrefixCache,
     ResolvedParams,
+    ResolvedPoolingParams,
     SchedulerStats,
     Shutdown,
     SiblingRequests,
@@ -40,8 +40,8 @@ from engine_core.messages import (
     UtilityOutput,
     to_array,
 )
-from executor.base import EXIT_MODEL
 from executor.messages import (
+    EXIT_MODEL,
     KVCacheGroupSpec,
     KVCacheReady,
 )
@@ -77,9 +77,9 @@ def test_requests_are_served(depth: int) -> None:
 
 def test_pooling_requests_are_served_beside_others() -> None:
     harness = Harness()
-    harness.inbox.append(make_request(1, params=None, pooling_params=PoolingParams(dimensions=3)))
+    harness.inbox.append(make_request(1, params=None, pooling_params=ResolvedPoolingParams(dimensions=3)))
     harness.add(2)
-    harness.inbox.append(make_request(3, prompts(1)[0], params=None, pooling_params=PoolingParams()))
+    harness.inbox.append(make_request(3, prompts(1)[0], params=None, pooling_params=ResolvedPoolingParams()))
     harness.inbox.append(AbortRequests((3,)))
     harness.run_to_the_end()
     (output,) = (
@@ -98,12 +98,12 @@ def test_pooling_requests_are_served_beside_others() -> None:
 @pytest.mark.parametrize(
     ("problem", "fields"),
     [
-        ("dimensions", {"pooling_params": PoolingParams(dimensions=HIDDEN_SIZE + 1)}),
-        ("dimensions", {"pooling_params": PoolingParams(dimensions=0)}),
-        ("pooling_type", {"pooling_params": PoolingParams(pooling_type="MAX")}),
-        ("not both", {"pooling_params": PoolingParams(), "params": ResolvedParams()}),
-        ("not both", {"pooling_params": PoolingParams(), "resumed_output_token_ids": b"\1\0\0\0"}),
-        ("maximum context", {"pooling_params": PoolingParams(), "prompt": [9] * (MAX_LEN + 1)}),
+        ("dimensions", {"pooling_params": ResolvedPoolingParams(dimensions=HIDDEN_SIZE + 1)}),
+        ("dimensions", {"pooling_params": ResolvedPoolingParams(dimensions=0)}),
+        ("pooling_type", {"pooling_params": ResolvedPoolingParams(pooling_type="MAX")}),
+        ("not both", {"pooling_params": ResolvedPoolingParams(), "params": ResolvedParams()}),
+        ("not both", {"pooling_params": ResolvedPoolingParams(), "resumed_output_token_ids": b"\1\0\0\0"}),
+        ("maximum context", {"pooling_params": ResolvedPoolingParams(), "prompt": [9] * (MAX_LEN + 1)}),
     ],
 )
 def test_pooling_requests_that_make_no_sense(problem: str, fields: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_a_cache_that_does_not_fit_is_fatal(options: dict[str, Any], message: st
 def test_a_model_without_a_cache_is_served() -> None:
     harness = Harness(groups=(), max_num_seqs=2)
     for index, prompt in enumerate(prompts(5)):
-        harness.add(index, prompt, params=None, pooling_params=PoolingParams(pooling_type="MEAN"))
+        harness.add(index, prompt, params=None, pooling_params=ResolvedPoolingParams(pooling_type="MEAN"))
     harness.run_to_the_end()
     (ready,) = harness.messages(EngineReady)
     assert (ready.num_kv_blocks, ready.kv_cache_bytes, ready.max_model_len) == (0, 0, MAX_LEN)
@@ -262,7 +262,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt_token_ids": COLUMNS,
     "sampling_params": st.none(),
     "pooling_params": st.builds(
-        PoolingParams,
+        ResolvedPoolingParams,
         pooling_type=st.one_of(st.sampled_from(POOLING_TYPES), st.text(max_size=3)),
         dimensions=st.one_of(st.none(), NUMBERS),
     ),

@@ -29,8 +29,9 @@ from engine_core.messages import (
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS
 from engine_core.structured.compiler import GrammarCompiler
 from engine_core.worker_watch import Hang, WorkerWatch
-from executor.base import EXIT_MODEL, WorkerDiedError
+from executor.base import WorkerDiedError
 from executor.messages import (
+    EXIT_MODEL,
     FromWorker,
     KVCacheReady,
     SchedulerOutput,
