@@ -1,7 +1,8 @@
 """The seam of speculation: who proposes drafts of the next tokens.
 
 Drafts never change tokens. Each is verified by the model, and holds if the token that is sampled in its place is the
-same; so a proposer may depend on timing, load and other requests, and be wrong.
+same; so a proposer may depend on timing, load and other requests, and be wrong. Where several ranks compute a step,
+each has a proposer, and these must propose the same.
 """
 
 from __future__ import annotations

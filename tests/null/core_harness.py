@@ -11,7 +11,14 @@ import msgspec
 import numpy as np
 
 from engine_core.cache_shape import GroupShape
-from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
+from engine_core.config import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from engine_core.core import EngineCore
 from engine_core.messages import (
     POOLING_TYPES,
@@ -77,6 +84,8 @@ class FakeExecutor:
         self.dies_of: Callable[[SchedulerOutput], bool] = lambda plan: False
         self.groups = GROUPS
         """What the model needs of the KV cache."""
+        self.propose: Callable[[list[int]], list[int]] = lambda tokens: []
+        """Drafts of the tokens that follow others."""
         self.told: list[list[int]] = []
         """Tokens of the requests that came into slots."""
 
@@ -98,7 +107,7 @@ class FakeExecutor:
         elif isinstance(message, InitKVCache):
             shapes = zip(message.num_blocks, self.groups, strict=True)
             groups = [GroupShape(count, group.block_size, group.sliding_window) for count, group in shapes]
-            self.device = FakeDevice(groups, VOCAB, STOP)
+            self.device = FakeDevice(groups, VOCAB, STOP, self.propose)
             if self.loads_by_itself:
                 self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
 
@@ -202,6 +211,8 @@ class Harness:
     def __init__(self, **options: Any) -> None:
         executor = FakeExecutor(options.pop("num_ranks", 1))
         executor.groups = options.pop("groups", GROUPS)
+        executor.propose = options.pop("propose", executor.propose)
+        max_draft_tokens = options.pop("max_draft_tokens", 0)
         config = EngineConfig(
             scheduler=SchedulerConfig(
                 max_num_seqs=options.pop("max_num_seqs", 4),
@@ -211,7 +222,11 @@ class Harness:
             ),
             cache=CacheConfig(num_gpu_blocks_override=options.pop("num_blocks", None)),
             executor=ExecutorConfig(
-                model=ModelConfig(max_model_len=options.pop("max_model_len", None)), check_every_step=True
+                model=ModelConfig(max_model_len=options.pop("max_model_len", None)),
+                speculative=SpeculativeConfig(method="scripted", num_speculative_tokens=max_draft_tokens)
+                if max_draft_tokens
+                else None,
+                check_every_step=True,
             ),
             **options,
         )

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from engine_core.messages import FinishReason, RepetitionDetection
 from engine_core.restart import Suspicion
-from executor.messages import RowError, TokenLogprobs, u8
+from executor.messages import RowError, SchedulerOutput, TokenLogprobs, i32, u8
 from tests.fake_device import next_token
+from tests.null.core_harness import FakeExecutor, Harness, expected
+from tests.null.core_harness import prompts as harness_prompts
 from tests.null.test_scheduler import (
     MAX_LEN,
     STOP,
@@ -258,6 +260,61 @@ def test_loops_end_an_output_in_the_middle_of_a_row(monkeypatch: pytest.MonkeyPa
         results.append((engine.outputs, engine.reasons))
     assert results[0] == results[1]
     assert FinishReason.REPETITION in results[1][1].values()
+
+
+def computes(executor: FakeExecutor, position: int) -> Callable[[SchedulerOutput], bool]:
+    """Whether a step computes a position of the poison, as a draft or not."""
+
+    def found(plan: SchedulerOutput) -> bool:
+        slots = {slot: (row.tokens, row.drafts, row.num_computed) for slot, row in executor.device.slots.items()}
+        slots |= {new.slot: (i32(new.token_ids).tolist(), [], new.num_computed_tokens) for new in plan.new_reqs}
+        counts = i32(plan.num_scheduled_tokens).tolist()
+        for slot, count, allowed in zip(i32(plan.slots).tolist(), counts, list(plan.num_draft_tokens), strict=True):
+            tokens, drafts, num_computed = slots[slot]
+            end = num_computed + count - allowed + min(len(drafts), allowed)
+            if tokens[: len(POISON)] == POISON and num_computed <= position < end:
+                return True
+        return False
+
+    return found
+
+
+POISON = [33, 34, 35, 36, 37]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("position", [2, 5, 7, 12])
+@pytest.mark.parametrize("name", ["right", "mixed", "garbage"])
+def test_a_request_that_kills_workers_is_found_among_drafts(depth: int, position: int, name: str) -> None:
+    """Deaths point at the positions that were perhaps computed, and what did not hold blames nobody for long."""
+    assert len(expected(POISON, 20)) == 20
+    harness = Harness(depth=depth, max_num_seqs=6, max_draft_tokens=MAX_DRAFTS, propose=PROPOSERS[name])
+    victims = harness_prompts(8)
+    for index, prompt in enumerate(victims):
+        harness.add(index, prompt)
+    harness.turns(4)
+    harness.executor.dies_of = computes(harness.executor, position)
+    harness.add(9, POISON, max_tokens=20)
+    harness.run_to_the_end()
+    assert harness.reasons.pop(9) == FinishReason.ERROR and "failed repeatedly" in str(harness.errors[9])
+    output = harness.outputs.pop(9, [])
+    assert output == expected(POISON, 20)[: len(output)]
+    assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(victims)}
+
+
+def test_workers_that_die_by_chance_cost_no_token() -> None:
+    rng = np.random.default_rng(3)
+    for depth in (1, 2, 3):
+        harness = Harness(depth=depth, max_num_seqs=6, max_draft_tokens=MAX_DRAFTS, propose=proposer(4))
+        victims = harness_prompts(10)
+        for index, prompt in enumerate(victims):
+            harness.add(index, prompt)
+        deaths = set(rng.integers(2, 30, 3).tolist())
+        steps = iter(range(1 << 20))
+        harness.executor.dies_of = lambda plan, deaths=deaths, steps=steps: next(steps) in deaths  # type: ignore[misc]
+        harness.run_to_the_end()
+        assert harness.executor.lives > 1
+        assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(victims)}
 
 
 @settings(max_examples=150, deadline=None)
