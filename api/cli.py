@@ -20,14 +20,14 @@ EXIT_USAGE = 2
 
 BENCHES = """\
 usage: octavo bench serve [flags]                measure a running server under load
-       octavo bench latency [MODEL] [flags]      measure how long one batch takes, without a server
-       octavo bench throughput [MODEL] [flags]   measure many requests at once, without a server
+       octavo bench latency [MODEL] [flags]      measure the latency of one batch, without a server
+       octavo bench throughput [MODEL] [flags]   measure the throughput of many requests, without a server
        octavo bench BENCHMARK --help             all flags of a benchmark"""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word after ``octavo``."""
+    """A subcommand of ``octavo``."""
 
     usage: str
     summary: str
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """All commands, one per line."""
     lines = [f"  octavo {command.usage:32} {command.summary}" for command in COMMANDS.values()]
     return "\n".join(
         [
@@ -66,7 +66,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "octavo COMMAND --help shows the flags of a command, octavo --version the version.",
+            "octavo COMMAND --help shows a command's flags, octavo --version the version.",
         ]
     )
 
@@ -101,7 +101,7 @@ def bench(arguments: Sequence[str]) -> int:
     if word in ("-h", "--help"):
         print(BENCHES)
         return 0
-    _fail(f"unknown benchmark {word!r}" if word else "which benchmark?", EXIT_USAGE)
+    _fail(f"unknown benchmark {word!r}" if word else "missing benchmark name", EXIT_USAGE)
     print(BENCHES, file=sys.stderr)
     return EXIT_USAGE
 
@@ -117,7 +117,7 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
     given = _offline_parser(name).parse(arguments)
     settings = {field: given.pop(field) for field in module.Settings.__dataclass_fields__ if field in given}
     try:
-        # What was computed for one batch must not speed up the next.
+        # One batch's cache must not speed up the next.
         values = {"enable_prefix_caching": False, **option_values(given, os.environ)}
         with LLM(**values) as llm:
             module.run(llm, module.Settings(**settings))
@@ -125,7 +125,7 @@ def _offline_bench(name: str, arguments: Sequence[str]) -> int:
         return _fail(str(error), EXIT_MODEL)
     except EngineDeadError as error:
         return _fail(str(error), error.exit_code)
-    except (ConfigError, ValueError) as error:  # requests that do not fit the model, too
+    except (ConfigError, ValueError) as error:  # also requests that do not fit the model
         return _fail(str(error), EXIT_USAGE)
     return 0
 
@@ -188,7 +188,7 @@ def batch(arguments: Sequence[str]) -> int:
         except run_batch.BatchError as error:
             return _fail(str(error), 1)
         except KeyboardInterrupt:
-            return _fail("interrupted; what was answered is in the output", 130)
+            return _fail("interrupted; finished answers are in the output file", 130)
 
     return _with_model(parser, given, "octavo batch", run)
 
@@ -209,7 +209,7 @@ def model_parser(prog: str, description: str) -> Parser:
         "model_tag", nargs="?", metavar="MODEL", help="Hub id, folder or GGUF file; the same as --model."
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these options by their long names; flags win."
+        "--config", metavar="FILE", help="YAML file of these options by their long names; flags take precedence."
     )
     add_arguments(parser, ServerConfig, GROUPS)
     add_foreign_arguments(parser, [name for option in options(ServerConfig) for name in option.names])
@@ -227,7 +227,7 @@ def serve(arguments: Sequence[str]) -> int:
 def _with_model(
     parser: Parser, given: Mapping[str, Any], title: str, run: Callable[[ServerConfig, ModelFiles], int]
 ) -> int:
-    """Resolves the configuration, finds the model and runs; every failure is one line and an exit code."""
+    """Resolves the configuration, finds the model and runs; failures print one line and give an exit code."""
     import setproctitle
 
     from api.config import unused_variables
@@ -246,9 +246,9 @@ def _with_model(
     setproctitle.setproctitle(title)
     setup_logging("api", config.log_level, config.log_format)
     if notes:
-        get_logger().warning("options without effect here: %s", "; ".join(notes))
+        get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
-        get_logger().debug("environment variables of vLLM without effect here: %s", ", ".join(unused))
+        get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
     try:
         files = find_model(config)
         check_defaults(files)
@@ -271,17 +271,17 @@ def _fail(message: str, code: int) -> int:
 
 
 def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[ServerConfig, list[str]]:
-    """One configuration from flags, a YAML file and the environment, in this order of precedence.
+    """The configuration from flags, a YAML file and the environment, in this order of precedence.
 
     Args:
-        given: The flags that were given, by option name; ``model_tag`` and ``config`` are not options.
+        given: The given flags by option name; ``model_tag`` and ``config`` are not options.
         environment: ``os.environ``.
 
     Returns:
         The configuration, and a note for each option that has no effect.
 
     Raises:
-        ConfigError: A value is bad, or two contradict each other.
+        ConfigError: A value is invalid, or two values conflict.
     """
     from api.config import make_config
 
@@ -289,10 +289,10 @@ def resolve(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[S
 
 
 def option_values(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Values by option name, from the same sources as ``resolve``.
+    """Option values by name, from the same sources as ``resolve``.
 
     Raises:
-        ConfigError: A value of the environment is bad, or the file or the model is.
+        ConfigError: An environment variable, the file or the model argument is invalid.
     """
     from api.config import CONFIG_VARIABLE, from_environment
     from api.flags import ConfigError
@@ -300,17 +300,17 @@ def option_values(given: Mapping[str, Any], environment: Mapping[str, str]) -> d
     flags = dict(given)
     tag = flags.pop("model_tag", None)
     if tag is not None and flags.setdefault("model", tag) != tag:
-        raise ConfigError(f"two models are named: {tag} and --model {flags['model']}")
+        raise ConfigError(f"two different models given: {tag} and --model {flags['model']}")
     file = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
     from_file = read_config_file(Path(file)) if file else {}
     return {**from_environment(environment), **from_file, **flags}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Options of a YAML file; keys are the long flags without their dashes.
+    """Options from a YAML file; keys are the long flags without the leading dashes.
 
     Raises:
-        ConfigError: It cannot be read or is not a mapping.
+        ConfigError: The file cannot be read or is not a mapping.
     """
     import yaml
 
@@ -323,17 +323,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: a mapping of options is expected, got {type(content).__name__}")
+        raise ConfigError(f"--config {path}: expected a mapping of options, got {type(content).__name__}")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 COMMANDS = {
     "serve": Command("[serve] [MODEL] [flags]", "serve a model over the OpenAI API", serve),
-    "chat": Command("chat [MODEL] [TEXT]", "talk to a model, on a running server or one of its own", chat),
-    "complete": Command("complete [MODEL] [TEXT]", "let a model complete texts", complete),
-    "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "answer an OpenAI batch file, without a server", batch),
-    "bench": Command("bench BENCHMARK [flags]", "measure a server (serve) or a model (latency, throughput)", bench),
-    "completion": Command("completion SHELL", "print a script that completes flags in bash, zsh or fish", completion),
-    "collect-env": Command("collect-env", "print what a bug report needs to say of this machine", collect_env),
+    "chat": Command("chat [MODEL] [TEXT]", "chat with a model, on a running or a new server", chat),
+    "complete": Command("complete [MODEL] [TEXT]", "complete text with a model", complete),
+    "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "process an OpenAI batch file, without a server", batch),
+    "bench": Command("bench BENCHMARK [flags]", "benchmark a server or a model (serve, latency, throughput)", bench),
+    "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
+    "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }
 """By the word that starts them."""

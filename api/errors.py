@@ -1,4 +1,4 @@
-"""Errors of the front end that several of its files raise."""
+"""Errors that several modules of the front end raise."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KINDS = {
     503: "ServiceUnavailableError",
     505: "HTTP Version Not Supported",
 }
-"""The ``type`` of an error that brings none of its own."""
+"""The default ``type`` of an error by HTTP status."""
 
 
 class ModelFileError(Exception):
-    """A file of the model is missing, damaged or of a kind that is not supported.
+    """A model file is missing, damaged or unsupported.
 
     Attributes:
         path: The file.
@@ -39,15 +39,15 @@ class ModelFileError(Exception):
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as it is. The message names the field and says what would do.
+    """An invalid request. The message names the field and says how to fix it.
 
     Attributes:
         message: For the client.
-        param: The field at fault, if it is one.
+        param: The field at fault, if any.
         status: HTTP status.
         kind: The ``type`` of the error body.
-        code: The ``code`` of the error body; the status unless clients know a word for it.
-        headers: More headers of the answer.
+        code: The ``code`` of the error body; the status unless clients expect a name.
+        headers: Additional response headers.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class RequestError(ValueError):
 
 
 class ContextLengthError(RequestError):
-    """A prompt, or a prompt and the output that was asked for, is longer than the model's context.
+    """A prompt, alone or with the requested output, is longer than the model's context.
 
-    Clients that shorten a conversation by themselves look for this ``code``, which is OpenAI's.
+    Clients that shorten conversations automatically look for OpenAI's ``code``.
     """
 
     def __init__(self, message: str) -> None:
@@ -80,10 +80,10 @@ class ContextLengthError(RequestError):
 
 
 class EngineDeadError(Exception):
-    """The engine cannot serve, now or ever again; the message says why.
+    """The engine is dead for good; the message says why.
 
     Attributes:
-        exit_code: What this process should exit with. 78: the model or its configuration is at fault.
+        exit_code: Exit code for this process. 78: the model or its configuration is at fault.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:

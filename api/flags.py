@@ -29,7 +29,7 @@ _FLAG = re.compile(r"(--[A-Za-z][\w-]*)((?:\.[\w+-]+)*)(?:=(.*))?", re.DOTALL)
 
 
 class ConfigError(Exception):
-    """A flag or a key of a file has a bad value; the message names it."""
+    """A flag or a key of a configuration file has an invalid value; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Option:
     """One field as an option."""
 
     path: tuple[str, ...]
-    """Where the field lies, from the outermost struct."""
+    """Path to the field, from the outermost struct."""
     hint: Any
     """Its type, with all annotations."""
     default: Any
@@ -63,7 +63,7 @@ class Option:
 
     @property
     def names(self) -> list[str]:
-        """What a file or a keyword argument may call it: the long flags with underscores."""
+        """Names in files and keyword arguments: the long flags with underscores."""
         return [flag[2:].replace("-", "_") for flag in self.flags if flag.startswith("--")]
 
     @property
@@ -72,10 +72,10 @@ class Option:
         return _strip(self.hint)
 
     def convert(self, value: Any) -> Any:
-        """Turns a command line's string or a file's value into the field's type.
+        """Converts a string from the command line or a value from a file to the field's type.
 
         Raises:
-            ConfigError: It is not one.
+            ConfigError: The value is invalid.
         """
         try:
             parse = self.extra.get("parse")
@@ -96,7 +96,7 @@ class Option:
 
 
 def _as_list(value: Any) -> Any:
-    """One name, or a list as JSON (which is how vLLM's flags want some), is a list too."""
+    """Accepts a single name, or a list as JSON (as some vLLM flags expect), as a list."""
     words = [value] if isinstance(value, str) else value
     if isinstance(words, list | tuple) and len(words) == 1 and isinstance(words[0], str) and words[0][:1] == "[":
         return json.loads(words[0])
@@ -134,12 +134,12 @@ def _options(struct: type[Config], path: tuple[str, ...]) -> Iterator[Option]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, struct: type[Config], groups: Sequence[str] = ()) -> None:
-    """Adds a flag for each option; a flag that is not given leaves nothing in the namespace.
+    """Adds a flag for each option; flags that are not given stay out of the namespace.
 
     Args:
-        parser: Gets the flags.
-        struct: Has the options.
-        groups: The headings in the order in which ``--help`` shows them; others follow.
+        parser: The parser to add to.
+        struct: The options.
+        groups: Headings in ``--help`` order; others follow.
     """
     headings = {name: parser.add_argument_group(name) for name in groups}
     for option in options(struct):
@@ -164,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser, struct: type[Config], groups:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows what a flag takes once, not behind each of its spellings."""
+    """Shows a flag's metavar once, not after each alias."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -174,10 +174,10 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line, and reads flags as vLLM does.
+    """argparse with one-line errors, and vLLM's flag syntax.
 
     ``--max_model_len`` is ``--max-model-len``. ``--pooler-config.pooling_type MEAN`` sets a key of a JSON object, and a
-    ``+`` behind the key appends to a list.
+    ``+`` after the key appends to a list.
     """
 
     def __init__(self, prog: str, description: str, usage: str = "[flags]") -> None:
@@ -190,11 +190,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str], *, intermixed: bool = False) -> dict[str, Any]:
-        """Values by name. Ends the process with one line about what is wrong.
+        """Values by name. Exits with a one-line message on errors.
 
         Args:
             arguments: The command line.
-            intermixed: Flags may stand between words that belong to one list.
+            intermixed: Whether flags may stand between positional arguments of one list.
         """
         parse = self.parse_known_intermixed_args if intermixed else self.parse_known_args
         known, unknown = parse(_spelt(arguments))
@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _spelt(arguments: Sequence[str]) -> list[str]:
-    """Arguments with dashes in their flags, and keys of JSON objects collected into one value for each flag."""
+    """Normalises flags to dashes, and collects keys of JSON objects into one value per flag."""
     result: list[str] = []
     objects: dict[str, dict[str, Any]] = {}
     rest = list(arguments)
@@ -240,7 +240,7 @@ def _as_flags(objects: Mapping[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _put(target: dict[str, Any], keys: Sequence[str], text: str) -> None:
-    """Sets a value under a path of keys; text that is not JSON is a string."""
+    """Sets a value at a path of keys; text that is not JSON is a string."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -287,7 +287,7 @@ def build(struct: type[Config], values: Mapping[str, Any]) -> Any:
     """Makes the struct from option values by name.
 
     Raises:
-        ConfigError: A name is unknown or a value does not suit its option.
+        ConfigError: A name is unknown or a value is invalid.
     """
     known = {name: option for option in options(struct) for name in option.names}
     tree: dict[str, Any] = {}
@@ -326,12 +326,12 @@ def parse_size(text: str, *, binary: bool) -> int:
     """``4GiB``, ``4G``, ``32k`` or ``1.5M`` as a number.
 
     Args:
-        text: What the user wrote.
-        binary: ``4G`` means 4 * 2**30 (memory). Otherwise ``k`` is 1000 in lower case and 1024 in upper case, as
-            vLLM reads lengths.
+        text: The user's input.
+        binary: ``4G`` means 4 * 2**30 (memory). Otherwise ``k`` is 1000 in lower case and 1024 in upper case, as in
+            vLLM's lengths.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: The text is not a size.
     """
     if text == "-1":
         return -1
@@ -353,7 +353,7 @@ def _is_struct(hint: Any) -> bool:
 
 
 def _strip(hint: Any) -> Any:
-    """Takes annotations and None off a type."""
+    """Strips annotations and None from a type."""
     origin = get_origin(hint)
     if origin is Annotated:
         return _strip(get_args(hint)[0])

@@ -1,9 +1,9 @@
-"""vLLM's options that are not ours: those that are accepted, and those that are refused by name.
+"""vLLM options that Octavo does not have: which are accepted, and which are refused by name.
 
-A command line or a call of ``LLM(...)`` that works with vLLM starts here too, or fails with one line that says what to
-change. Options of ``ServerConfig`` have vLLM's names. Of the others, some ask for what Octavo does anyway, others tune
-what it does not have: both are accepted, the second kind with a note in the log. What would change answers, or who may
-see them, is refused. ``scripts/vllm_flags.py`` makes ``docs/vllm-flags.md`` from this table.
+A command line or ``LLM(...)`` call that works with vLLM works here too, or fails with one line that says what to
+change. Options of ``ServerConfig`` have vLLM's names. Of the others, some ask for what Octavo always does, and some
+tune things it does not have: both are accepted, the latter with a note in the log. Options that would change answers,
+or who may see them, are refused. ``scripts/vllm_flags.py`` generates ``docs/vllm-flags.md`` from this table.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from api.flags import ConfigError
 
 
 class Verdict(Enum):
-    """What happens to an option."""
+    """How an option is handled."""
 
     DONE = "done"
-    """What it asks for is always the case. Values that ask for the opposite get a note."""
+    """Always on. Values that ask for the opposite get a note."""
     NOTED = "accepted"
-    """It has no meaning here: the log has a note."""
+    """No effect here; noted in the log."""
     REFUSED = "refused"
     """The feature does not exist yet."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """One of vLLM's options."""
+    """A vLLM option."""
 
     name: str
     """With underscores."""
     kind: str
-    """``bool``, ``value`` or ``list``: what follows its flag."""
+    """The kind of its value: ``bool``, ``value`` or ``list``."""
     verdict: Verdict
     reason: str
-    """A clause: why it has no meaning, or what to do instead."""
+    """A clause: why it has no effect, or what to do instead."""
     neutral: tuple[str, ...]
-    """Values that ask for what is the case anyway, so that nothing needs to be said."""
+    """Values that match the actual behaviour, so that no note is needed."""
     short: tuple[str, ...] = ()
     """Short flags."""
 
@@ -49,49 +49,49 @@ class Foreign:
         return "--" + self.name.replace("_", "-")
 
     def is_neutral(self, value: Any) -> bool:
-        """Whether nothing needs to be said about this value."""
+        """Whether this value needs no note."""
         return value is None or str(value).lower() in {other.lower() for other in self.neutral}
 
 
 TABLE = (
     (
         Verdict.DONE,
-        "usage always tells how many tokens of a prompt came from the cache",
+        "usage always includes the number of cached prompt tokens",
         "enable_prompt_tokens_details:bool",
     ),
     (
         Verdict.DONE,
-        "the load is always counted, see /load",
+        "the load is always tracked; see /load",
         "enable_server_load_tracking:bool",
     ),
     (
         Verdict.DONE,
-        "requests are logged only with --no-disable-access-log, and never their texts",
+        "requests are logged only with --no-disable-access-log, and never with their text",
         "disable_log_requests:bool",
     ),
     (
         Verdict.DONE,
-        "planning always overlaps with computing; --max-in-flight-steps 1 turns that off",
+        "scheduling always overlaps with compute; --max-in-flight-steps 1 turns that off",
         "async_scheduling:bool",
     ),
     (
         Verdict.DONE,
-        "blocks have one manager",
+        "there is only one block manager",
         "use_v2_block_manager:bool",
     ),
     (
         Verdict.NOTED,
-        "no code of model repositories is ever run",
+        "code from model repositories is never run",
         "trust_remote_code:bool code_revision",
     ),
     (
         Verdict.NOTED,
-        "a preempted request is computed again, nothing is swapped",
+        "preempted requests are recomputed, never swapped",
         "swap_space=0 preemption_mode=recompute",
     ),
     (
         Verdict.NOTED,
-        "metrics are always on, see /metrics",
+        "metrics are always on; see /metrics",
         "kv_cache_metrics:bool kv_cache_metrics_sample "
         "show_hidden_metrics_for_version enable_mfu_metrics:bool cudagraph_metrics:bool "
         "enable_logging_iteration_details:bool aggregate_engine_logging:bool custom_histogram_buckets "
@@ -99,24 +99,24 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "no prompt or answer is ever logged; --no-disable-access-log logs a line per request",
+        "prompts and answers are never logged; --no-disable-access-log logs a line per request",
         "enable_log_requests:bool max_log_len enable_log_outputs:bool enable_log_deltas:bool "
         "log_error_stack:bool disable_access_log_for_endpoints",
     ),
     (
         Verdict.NOTED,
-        "--log-level is the one level of all messages",
+        "--log-level sets the level of all messages",
         "uvicorn_log_level=info logging_config log_config_file",
     ),
     (
         Verdict.NOTED,
-        "the tokenizer is always loaded; prompts may be token ids all the same",
+        "the tokenizer is always loaded; prompts may still be token ids",
         "skip_tokenizer_init:bool tokenizer_mode=auto,hf tokenizer_pool_size=0 tokenizer_pool_type "
         "tokenizer_pool_extra_config renderer_num_workers=1",
     ),
     (
         Verdict.NOTED,
-        "the program of a model is captured without configuration",
+        "model capture needs no configuration",
         "-O optimization_level -cc compilation_config cudagraph_capture_sizes:list max_cudagraph_capture_size "
         "max_seq_len_to_capture max_context_len_to_capture performance_mode=balanced "
         "disable_custom_all_reduce:bool enable_flashinfer_autotune:bool kernel_config linear_backend=auto "
@@ -132,7 +132,7 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "there is one worker, so nothing is spread",
+        "there is only one worker",
         "-ep enable_expert_parallel:bool enable_eplb:bool eplb_config expert_placement_strategy "
         "enable_ep_weight_filter:bool enable_dbo:bool dbo_decode_token_threshold dbo_prefill_token_threshold "
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
@@ -145,7 +145,7 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "the scheduler needs no such knob",
+        "the scheduler does not need this option",
         "num_lookahead_slots=0 max_num_partial_prefills=1 max_long_partial_prefills=1 num_scheduler_steps=1 "
         "multi_step_stream_outputs:bool scheduler_delay_factor=0 disable_async_output_proc:bool "
         "long_prefill_token_threshold_adaptive:bool scheduler_reserve_full_isl:bool watermark "
@@ -155,7 +155,7 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "models see text only, so this tunes nothing",
+        "only text is supported, so this has no effect",
         "limit_mm_per_prompt media_io_kwargs mm_processor_kwargs mm_processor_cache_gb "
         "mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_hasher_algorithm mm_encoder_tp_mode "
         "mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path "
@@ -167,25 +167,25 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "weights are read as they lie in their files",
+        "weights are read directly from their files",
         "use_tqdm_on_load:bool safetensors_load_strategy safetensors_prefetch_block_size "
         "safetensors_prefetch_num_threads ignore_patterns:list pt_load_map_location model_loader_extra_config",
     ),
     (
         Verdict.NOTED,
-        "grammars have one backend, which needs no configuration",
+        "there is one grammar backend, which needs no configuration",
         "guided_decoding_backend guided_decoding_disable_fallback:bool "
         "guided_decoding_disable_any_whitespace:bool guided_decoding_disable_additional_properties:bool "
         "reasoning_config enable_reasoning:bool",
     ),
     (
         Verdict.NOTED,
-        "heads and bodies of requests have bounds of their own",
+        "request heads and bodies have fixed limits",
         "h11_max_incomplete_event_size h11_max_header_count",
     ),
     (
         Verdict.NOTED,
-        "it does not concern this server",
+        "does not apply to this server",
         "additional_config fail_on_environ_validation:bool enable_offline_docs:bool "
         "enable_flash_late_interaction:bool cohere_is_reasoning_model:bool cohere_format fingerprint_mode "
         "fingerprint_value allow_deprecated_quantization:bool disable_frontend_multiprocessing:bool "
@@ -193,7 +193,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "adapters are not supported yet; serve a model that has the adapter merged into it",
+        "adapters are not supported yet; serve a model with the adapter merged in",
         "enable_lora:bool lora_modules:list default_mm_loras fully_sharded_loras:bool max_loras=1 "
         "max_lora_rank=16 max_cpu_loras lora_dtype=auto lora_target_modules:list max_lora_cls_labels "
         "lora_extra_vocab_size enable_tower_connector_lora:bool enable_mixed_moe_lora_format:bool "
@@ -201,7 +201,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "speculative decoding is not supported yet; leave it out, and the tokens stay the same",
+        "speculative decoding is not supported yet; omit it, the tokens are the same without it",
         "-sc speculative_config spec_method spec_model spec_tokens speculative_model num_speculative_tokens",
     ),
     (
@@ -211,12 +211,12 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "quantised weights are read from GGUF files only; serve one of those",
+        "quantised weights are supported in GGUF files only; serve a GGUF file of the model",
         "quantization_config quantization_param_path",
     ),
     (
         Verdict.REFUSED,
-        "several engines are not supported yet; start one server for each and balance between them",
+        "multiple engines are not supported yet; start several servers behind a load balancer",
         "-dp data_parallel_size=1 data_parallel_size_local=1 data_parallel_rank=0 data_parallel_start_rank=0 "
         "data_parallel_external_lb:bool data_parallel_hybrid_lb:bool "
         "data_parallel_multi_port_external_lb:bool nnodes=1 node_rank=0 headless:bool enable_elastic_ep:bool "
@@ -224,7 +224,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "one process answers all requests and needs no second one; leave it out",
+        "one API process handles all requests; omit it",
         "-asc api_server_count=1",
     ),
     (
@@ -234,7 +234,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "nothing moves to other memory yet; choose a smaller model or a shorter --max-model-len",
+        "offloading is not supported yet; use a smaller model or a shorter --max-model-len",
         "cpu_offload_gb=0,0.0 cpu_offload_params:list offload_backend=auto offload_group_size=0 "
         "offload_num_in_group=1 offload_params:list offload_prefetch_step=1 kv_offloading_size=0 "
         "kv_offloading_backend=native enable_sleep_mode:bool sleep_mode_backend=cumem "
@@ -242,44 +242,44 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "the KV cache is not shared with other servers yet; leave it out",
+        "sharing the KV cache with other servers is not supported yet; omit it",
         "kv_transfer_config kv_events_config ec_transfer_config weight_transfer_config tokens_only:bool",
     ),
     (
         Verdict.REFUSED,
-        "classes and functions from outside cannot be loaded; leave it out",
+        "external classes and functions cannot be loaded; omit it",
         "worker_cls=auto worker_extension_cls scheduler_cls logits_processors:list middleware:list "
         "model_class_overrides tool_parser_plugin reasoning_parser_plugin "
         "chat_template_text_format",
     ),
     (
         Verdict.REFUSED,
-        "only models of the built-in classes are supported; see the README for their list",
+        "only built-in model classes are supported; the README lists them",
         "model_impl=auto,vllm hf_config_path config_format=auto,hf diffusion_config",
     ),
     (
         Verdict.REFUSED,
-        "use --hf-overrides with that key of config.json",
+        "use --hf-overrides with this key of config.json",
         "rope_scaling rope_theta",
     ),
     (
         Verdict.REFUSED,
-        "prompts are texts or token ids; images and embeddings of prompts are not supported yet",
+        "prompts must be text or token ids; images and prompt embeddings are not supported yet",
         "enable_prompt_embeds:bool enable_mm_embeds:bool mm_encoder_only:bool",
     ),
     (
         Verdict.REFUSED,
-        "tools that the server itself runs are not supported; run them in the client",
+        "server-side tools are not supported; run tools in the client",
         "tool_server",
     ),
     (
         Verdict.REFUSED,
-        "log probabilities are those of the model's own scores; leave it out",
+        "log probabilities are always those of the raw logits; omit it",
         "logprobs_mode=raw_logprobs",
     ),
     (
         Verdict.REFUSED,
-        "not supported yet; leave it out",
+        "not supported yet; omit it",
         "enable_per_request_metrics:bool "
         "profiler_config max_num_active_seqs "
         "enable_return_routed_experts:bool aux_output_config return_sampling_mask:bool "
@@ -287,7 +287,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "the certificate is read once; restart the server to renew it",
+        "certificates are read once at startup; restart the server to renew them",
         "enable_ssl_refresh:bool",
     ),
     (
@@ -297,7 +297,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "there is one device; use --gpu-memory-utilization",
+        "there is only one device; use --gpu-memory-utilization",
         "device_memory_utilization",
     ),
 )
@@ -320,7 +320,7 @@ _WORKING = """
     tokenizer tokenizer_revision tool_call_parser trust_request_chat_template uds
 """
 WORKING = frozenset(_WORKING.split())
-"""Names of vLLM's that ``ServerConfig`` has. Its other options are Octavo's own."""
+"""vLLM names that ``ServerConfig`` has. Its other options are Octavo's own."""
 
 
 def _read_table() -> Iterator[Foreign]:
@@ -340,18 +340,18 @@ def _read_table() -> Iterator[Foreign]:
 
 
 FOREIGN = {option.name: option for option in _read_table()}
-"""By name. ``ServerConfig`` may have an option of the same name by now, which then goes first."""
+"""By name. An option of the same name in ``ServerConfig`` takes precedence."""
 
 
 def take_foreign(values: Mapping[str, Any], ours: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes options that are vLLM's and not ours out of the values of a command line, file or call.
+    """Splits vLLM options that are not ours from the values of a command line, file or call.
 
     Args:
         values: By name.
         ours: Names of our own options.
 
     Returns:
-        The values that are left, and a note for each option that has no effect.
+        The remaining values, and a note for each option that has no effect.
 
     Raises:
         ConfigError: An option asks for a feature that does not exist.
@@ -373,7 +373,7 @@ def take_foreign(values: Mapping[str, Any], ours: Iterable[str]) -> tuple[dict[s
 
 
 def spell(option: Foreign, value: Any) -> str:
-    """An option as a command line has it."""
+    """An option as written on the command line."""
     if option.kind == "bool":
         return option.flag if value else "--no-" + option.flag[2:]
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -381,7 +381,7 @@ def spell(option: Foreign, value: Any) -> str:
 
 
 def add_foreign_arguments(parser: argparse.ArgumentParser, ours: Iterable[str]) -> None:
-    """Adds the flags, hidden: they would only be in the way of somebody who looks for one that works."""
+    """Adds the flags, hidden from ``--help``, which lists only flags that have an effect."""
     own = set(ours)
     for option in FOREIGN.values():
         if option.name in own:

@@ -39,54 +39,54 @@ __all__ = [
 
 
 class SchedulerConfig(Config, frozen=True):
-    """What may run together in a step."""
+    """Limits and policy of a step."""
 
     group: ClassVar[str] = "Scheduler"
 
-    max_num_seqs: Annotated[Positive, Meta(description="Requests that run at the same time.")] = 256
+    max_num_seqs: Annotated[Positive, Meta(description="Maximum number of requests running at the same time.")] = 256
     max_num_batched_tokens: Annotated[
         Positive,
         Meta(
-            description="Tokens computed in one step, all requests together. With more of them, running requests wait "
-            "longer for prompts; a CPU gains nothing by it.",
+            description="Maximum number of tokens computed per step, across all requests. Larger values make running "
+            "requests wait longer for prompts; a CPU gains nothing from them.",
             extra={"parse": "tokens"},
         ),
     ] = 512
     max_in_flight_steps: Annotated[
         int,
-        Meta(ge=1, le=8, description="Steps planned ahead of their results. 1: no overlap of planning and computing."),
+        Meta(ge=1, le=8, description="Steps in flight at a time. 1: planning does not overlap with compute."),
     ] = 2
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"],
         Meta(
-            description="Order of waiting requests: first come first served, or by their priority (lower first). In "
-            "either case API keys take turns, and so do the users of a key."
+            description="Order of waiting requests: first come, first served, or by priority (lowest first). Either "
+            "way, API keys take turns, and so do the users of a key."
         ),
     ] = "fcfs"
     enable_chunked_prefill: Annotated[
-        bool, Meta(description="Let a long prompt be computed over several steps, beside running requests.")
+        bool, Meta(description="Compute long prompts over several steps, alongside running requests.")
     ] = True
     long_prefill_token_threshold: Annotated[
         int,
         Meta(
             ge=0,
-            description="Most prompt tokens of one request in a step; 0: no such bound.",
+            description="Maximum prompt tokens of one request per step; 0: no limit.",
             extra={"parse": "tokens"},
         ),
     ] = 0
     max_num_queued_reqs: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
-            description="Requests that may wait for the server; one more is refused with status 429, unless it is of "
-            "somebody who has less than their share waiting. Default: what is served in half a minute, by measured "
-            "rates, but at least --max-num-seqs. Not for run-batch."
+            description="Maximum number of waiting requests; beyond it, requests are rejected with status 429, unless "
+            "the client has less than its share waiting. Default: as many as are served in half a minute at the "
+            "measured rate, but at least --max-num-seqs. Does not apply to run-batch."
         ),
     ] = None
     max_num_queued_tokens: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
-            description="Prompt tokens that may wait, in the same way. Default: as for requests, but at least what the "
-            "KV cache holds; no bound if --max-num-queued-reqs is given."
+            description="Maximum number of waiting prompt tokens, in the same way. Default: as for requests, but at "
+            "least what the KV cache holds; no limit if --max-num-queued-reqs is given."
         ),
     ] = None
 
@@ -96,11 +96,11 @@ class CacheConfig(Config, frozen=True):
 
     group: ClassVar[str] = "Cache"
 
-    enable_prefix_caching: Annotated[bool, Meta(description="Reuse the KV blocks of prompts that start alike.")] = True
+    enable_prefix_caching: Annotated[bool, Meta(description="Reuse the KV blocks of shared prompt prefixes.")] = True
     gpu_memory_utilization: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
         Meta(
-            description="Share of the device's memory for weights, KV cache and steps together. "
+            description="Fraction of the device's memory for weights, KV cache and activations together. "
             "Default: the KV cache takes min(4 GiB, a quarter of the memory available)."
         ),
     ] = None
@@ -113,17 +113,17 @@ class CacheConfig(Config, frozen=True):
     ] = None
     num_gpu_blocks_override: Annotated[
         Positive | None,
-        Meta(description="Number of KV blocks, whatever the memory would allow.", extra={"group": "Testing"}),
+        Meta(description="Number of KV blocks, regardless of the available memory.", extra={"group": "Testing"}),
     ] = None
 
 
 class EngineConfig(Config, frozen=True):
-    """Everything the engine core is told at start."""
+    """The configuration of the engine core."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
     executor: ExecutorConfig = ExecutorConfig()
     max_worker_restarts: Annotated[
         int,
-        Meta(ge=0, description="Restarts of dead workers, with no progress in between, before the server gives up."),
+        Meta(ge=0, description="Worker restarts without progress in between after which the server gives up."),
     ] = 5

@@ -57,45 +57,49 @@ class ModelConfig(Config, frozen=True):
     model: Annotated[
         str,
         Meta(
-            description="Hugging Face hub id, local folder or GGUF file. Without it the demo model is served.",
+            description="Hugging Face hub id, local folder or GGUF file. Default: the demo model.",
             extra={"flags": ["--model"]},
         ),
     ] = ""
     dtype: Annotated[
         Literal["auto", "float32", "float", "bfloat16", "float16", "half"],
-        Meta(description="Type of weights and activations. auto: what the model was saved in, float32 as bfloat16."),
+        Meta(
+            description="Data type of weights and activations. auto: the checkpoint's type, with float32 as bfloat16."
+        ),
     ] = "auto"
     quantization: Annotated[
         str | None,
-        Meta(description="Quantisation method. Default: what the model's configuration says.", extra={"flags": ["-q"]}),
+        Meta(description="Quantisation method. Default: from the model's configuration.", extra={"flags": ["-q"]}),
     ] = None
     max_model_len: Annotated[
         Annotated[int, Meta(ge=-1)] | None,
         Meta(
-            description="Longest sequence, prompt and output together. Default: what the model was made for; "
-            "'auto' takes the largest that fits the KV cache.",
+            description="Maximum length of prompt plus output in tokens. Default: from the model's configuration; "
+            "'auto': the largest that fits the KV cache.",
             extra={"parse": "tokens", "auto": -1},
         ),
     ] = None
     hf_overrides: Annotated[
-        dict[str, object], Meta(description="JSON object whose keys replace those of the model's config.json.")
+        dict[str, object], Meta(description="JSON object of values that override the model's config.json.")
     ] = {}
     load_format: Annotated[
         Literal["auto", "safetensors", "gguf", "dummy"],
-        Meta(description="Format of the weights. dummy: random numbers, for benchmarks."),
+        Meta(description="Format of the weights. dummy: random weights, for benchmarks."),
     ] = "auto"
-    enforce_eager: Annotated[bool, Meta(description="Call every op one by one instead of replaying a program.")] = False
+    enforce_eager: Annotated[bool, Meta(description="Run ops one by one instead of replaying a captured program.")] = (
+        False
+    )
     gguf: Annotated[GGUFHeader | None, Meta(extra={"internal": True})] = None
 
 
 class ParallelConfig(Config, frozen=True):
-    """How a model is spread over workers."""
+    """How a model is distributed over workers."""
 
     tensor_parallel_size: Annotated[
-        Positive, Meta(description="Workers that share every layer.", extra={"flags": ["-tp"]})
+        Positive, Meta(description="Number of workers that each layer is split across.", extra={"flags": ["-tp"]})
     ] = 1
     pipeline_parallel_size: Annotated[
-        Positive, Meta(description="Groups of workers that hold consecutive layers.", extra={"flags": ["-pp"]})
+        Positive, Meta(description="Number of pipeline stages, each with consecutive layers.", extra={"flags": ["-pp"]})
     ] = 1
 
     num_mirrors: Annotated[Positive, Meta(extra={"internal": True})] = 1
@@ -111,28 +115,26 @@ class DeviceConfig(Config, frozen=True):
 
     device: Annotated[
         str,
-        Meta(
-            description="Device to run on: cpu, or one that an installed package brings. auto: the best that is there."
-        ),
+        Meta(description="Device to run on: cpu, or one from an installed package. auto: the best available."),
     ] = "auto"
     attention_backend: Annotated[
-        str | None, Meta(description="Attention backend. Default: for each layer, the first that supports it.")
+        str | None, Meta(description="Attention backend. Default: the first that supports each layer.")
     ] = None
     block_size: Annotated[
-        Positive | None, Meta(description="Tokens in a KV block. Default: the attention backend's preferred size.")
+        Positive | None, Meta(description="Tokens per KV block. Default: the attention backend's preferred size.")
     ] = None
     num_threads: Annotated[
-        Positive | None, Meta(description="Threads of each worker on CPU. Default: one per usable core.")
+        Positive | None, Meta(description="CPU threads per worker. Default: one per usable core.")
     ] = None
 
 
 class SimulatedDevice(Config, frozen=True):
-    """A device that is modelled instead of computed (``executor/simulated.py``).
+    """A simulated device (``executor/simulated.py``).
 
     A step takes ``step_us + token_us * tokens + context_us * context tokens read``.
     """
 
-    step_us: Annotated[float, Meta(ge=0, description="Fixed time of a step in microseconds.")] = 5000.0
+    step_us: Annotated[float, Meta(ge=0, description="Fixed time per step in microseconds.")] = 5000.0
     token_us: Annotated[float, Meta(ge=0, description="Time per scheduled token in microseconds.")] = 20.0
     context_us: Annotated[float, Meta(ge=0, description="Time per token of context read in microseconds.")] = 0.002
     vocab_size: Positive = 49152
@@ -166,7 +168,7 @@ class StepSize(Config, frozen=True):
 
 
 class ExecutorConfig(Config, frozen=True):
-    """Everything a worker is told at start."""
+    """The configuration of a worker."""
 
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -174,8 +176,8 @@ class ExecutorConfig(Config, frozen=True):
     distributed_executor_backend: Annotated[
         Literal["mp", "inline", "simulated"],
         Meta(
-            description="mp: worker processes. inline: the worker inside the engine core (pdb works). "
-            "simulated: no model, a modelled device.",
+            description="mp: worker processes. inline: the worker runs inside the engine core (pdb works). "
+            "simulated: a simulated device, no model.",
             extra={"group": "Testing"},
         ),
     ] = "mp"
@@ -184,7 +186,7 @@ class ExecutorConfig(Config, frozen=True):
     simulated_device: Annotated[
         SimulatedDevice,
         Meta(
-            description="JSON object: the device that --distributed-executor-backend simulated models.",
+            description="JSON object: parameters of the device for --distributed-executor-backend simulated.",
             extra={"group": "Testing"},
         ),
     ] = SimulatedDevice()
@@ -193,7 +195,7 @@ class ExecutorConfig(Config, frozen=True):
     check_every_step: Annotated[
         bool,
         Meta(
-            description="Check blocks, slots and results for integrity after every step (slow).",
+            description="Check the integrity of blocks, slots and results after every step (slow).",
             extra={"group": "Testing"},
         ),
     ] = False

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/vllm-flags.md: what happens to each of vLLM's flags and keyword arguments."""
+"""Writes docs/vllm-flags.md: how each vLLM flag and keyword argument is handled."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TARGET = ROOT / "docs" / "vllm-flags.md"
 HEAD = """\
 # vLLM's flags and keyword arguments
 
-What each option of `vllm serve` and `LLM(...)` does here (vLLM 0.33, with those that older versions had). The names of
-flags and keyword arguments are the same, with dashes or underscores; `--no-` turns a switch off; keys of JSON objects
-may be flags (`--hf-overrides.rope_theta 1e6`). `octavo serve --help` explains those that work.
+How each option of `vllm serve` and `LLM(...)` behaves here (vLLM 0.33, plus options of older versions). Flags and
+keyword arguments have the same names, with dashes or underscores; `--no-` turns a switch off; keys of JSON objects can
+be set as flags (`--hf-overrides.rope_theta 1e6`). `octavo serve --help` explains those that work.
 
-* **works**: it does what it does in vLLM.
-* **given**: what it asks for is always the case.
-* **accepted**: it has no meaning here. The server starts, and one line in the log names all such options.
-* **refused**: the feature does not exist yet. The server does not start, and says so by name. The default values, and
-  `false` for a switch, are fine.
+* **works**: behaves as in vLLM.
+* **given**: always on.
+* **accepted**: has no effect here. The server starts, and one log line names all such options.
+* **refused**: the feature does not exist yet. The server exits with an error that names the option. Default values, and
+  `false` for a switch, are accepted.
 
 Of vLLM's environment variables, `VLLM_API_KEY`, `VLLM_LOGGING_LEVEL`, `VLLM_CPU_KVCACHE_SPACE` and
-`VLLM_HTTP_MAX_REQUEST_BODY_SIZE` do what they do there; with `--log-level debug`, the log names others that are set.
+`VLLM_HTTP_MAX_REQUEST_BODY_SIZE` work as in vLLM; with `--log-level debug`, the log names others that are set.
 
-`scripts/vllm_flags.py` writes this file.
+`scripts/vllm_flags.py` generates this file.
 
 | option | | |
 |---|---|---|
@@ -40,7 +40,7 @@ WORDS = {Verdict.DONE: "given", Verdict.NOTED: "accepted", Verdict.REFUSED: "ref
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """Each option with its row."""
+    """Names and table rows of all options."""
     known = {name: option for option in options(ServerConfig) for name in option.names}
     for name in WORKING:
         flag, own = "--" + name.replace("_", "-"), known[name].flag

@@ -67,7 +67,7 @@ export class Answer {
         if (data === "[DONE]") break;
         this.#take(JSON.parse(data));
       }
-      if (message.finishReason === null) throw new ApiError("The connection ended before the answer did.");
+      if (message.finishReason === null) throw new ApiError("The connection closed before the answer was complete.");
       message.status = "done";
     } catch (error) {
       this.#fail(error);
@@ -168,7 +168,7 @@ function asSent(message) {
 }
 
 function describe(error) {
-  if (error instanceof SyntaxError) return "The server sent something that is no answer.";
+  if (error instanceof SyntaxError) return "The server sent an invalid answer.";
   if (error instanceof TypeError) return "The connection to the server was lost.";
   return `The answer was cut off: ${error.message}`;
 }

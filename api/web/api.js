@@ -17,7 +17,7 @@ export class ApiError extends Error {
 }
 
 const TEXTS = {
-  401: "The server wants an API key.",
+  401: "The server requires an API key.",
   404: "The server does not have this endpoint.",
   413: "The request is too large for the server.",
   503: "The server is busy or shutting down.",
@@ -61,7 +61,7 @@ async function send(path, json, signal, key) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server cannot be reached.");
+    throw new ApiError("Cannot reach the server.");
   }
 }
 
@@ -74,7 +74,7 @@ function messageOf(text, response) {
   const info = errorInfo(text);
   if (typeof info?.message === "string" && info.message !== "") return sentence(info.message);
   const status = `${response.status} ${response.statusText}`.trim();
-  return TEXTS[response.status] ?? `The server answered ${status}.`;
+  return TEXTS[response.status] ?? `The server returned ${status}.`;
 }
 
 function paramOf(text) {

@@ -72,7 +72,7 @@ export class Chat {
     });
     byId("forget-key").addEventListener("click", () => {
       forgetKey();
-      notify("The API key was forgotten.");
+      notify("API key forgotten.");
     });
     document.addEventListener("keychange", () => this.#showKeyButton());
     document.addEventListener("keydown", (event) => this.#onEscape(event));
@@ -138,7 +138,7 @@ export class Chat {
 
   #showThread() {
     const card = this.#models.card;
-    const length = Number.isFinite(card?.max_model_len) ? `, ${number(card.max_model_len)} tokens of context` : "";
+    const length = Number.isFinite(card?.max_model_len) ? `, ${number(card.max_model_len)}-token context` : "";
     this.#thread.show(this.#current.messages, card === undefined ? "" : `${card.id}${length}`);
     this.#showButtons();
     // From the dashboard one comes back to the same conversation.
@@ -183,7 +183,7 @@ export class Chat {
 
   #save(conversation) {
     const { removed, isKept } = this.#store.save(conversation);
-    if (!isKept) notify("This conversation is too long to be kept in the browser. Export it to keep it.");
+    if (!isKept) notify("This conversation is too long to store in the browser. Export it to keep it.");
     else if (removed > 0) notify("The oldest conversations were removed to make room.");
   }
 
@@ -220,7 +220,7 @@ export class Chat {
     const details = invalid.closest("details");
     if (details !== null) details.open = true;
     invalid.focus();
-    notify("A setting is not valid.");
+    notify("A setting is invalid.");
     return false;
   }
 
@@ -285,7 +285,7 @@ export class Chat {
     }
     const index = conversation.messages.indexOf(message);
     if (index < 0 || !this.#areSettingsValid()) return;
-    this.#replaceFrom(index, [{ role: "user", content: text }], "What followed the message was replaced.");
+    this.#replaceFrom(index, [{ role: "user", content: text }], "Later messages were replaced.");
   }
 
   #regenerate() {

@@ -133,19 +133,19 @@ export class Dashboard {
   // -- showing -------------------------------------------------------------------------------------------------
 
   #build() {
-    const latency = { series: ["median", "95 %"], format: seconds, note: `Requests of the last ${LATENCY_SPAN} s.` };
+    const latency = { series: ["median", "95 %"], format: seconds, note: `Requests in the last ${LATENCY_SPAN} s.` };
     const plots = [
       [
         { title: "Throughput", series: ["out", "in"], format: short, limit: 10, note: "Tokens per second." },
         (v) => [v.output, v.prompt],
       ],
       [
-        { title: "Requests", series: ["running", "waiting"], format: short, limit: 4, note: "At each moment." },
+        { title: "Requests", series: ["running", "waiting"], format: short, limit: 4, note: "Current number." },
         (v) => [v.running, v.waiting],
       ],
       [{ ...latency, title: "Time to first token" }, (v) => v.firstToken],
       [
-        { ...latency, title: "Time between tokens", note: `Tokens of the last ${LATENCY_SPAN} s.` },
+        { ...latency, title: "Time between tokens", note: `Tokens in the last ${LATENCY_SPAN} s.` },
         (v) => v.interToken,
       ],
       [
@@ -154,11 +154,11 @@ export class Dashboard {
           series: ["KV in use", "prefix hits"],
           format: percent,
           isShare: true,
-          note: `Share of blocks; of prompt tokens in the last ${LATENCY_SPAN} s.`,
+          note: `KV: share of blocks; prefix: share of prompt tokens in the last ${LATENCY_SPAN} s.`,
         },
         (v) => [v.kvUsage, v.hitRate],
       ],
-      [{ ...latency, title: "Whole requests" }, (v) => v.endToEnd],
+      [{ ...latency, title: "Request latency" }, (v) => v.endToEnd],
     ];
     this.#plots = plots.map(([options, pick]) => ({ plot: new Plot(options), pick }));
     for (const [name, label] of Object.entries(TILES)) {
@@ -182,7 +182,7 @@ export class Dashboard {
         { class: "plots" },
         this.#plots.map(({ plot }) => plot.node),
       ),
-      element("section", { class: "card" }, element("h2", {}, "Since the server was started"), this.#totals),
+      element("section", { class: "card" }, element("h2", {}, "Since server start"), this.#totals),
     );
   }
 
@@ -206,13 +206,13 @@ export class Dashboard {
   }
 
   #showProblem(error) {
-    const text = element("p", {}, `${error.message} Trying again every second.`);
+    const text = element("p", {}, `${error.message} Retrying every second.`);
     const enter = async () => {
       if (await askForKey(currentKey())) this.#poll();
     };
     const button =
       error.status === 401
-        ? element("button", { type: "button", class: "button small", click: enter }, "Enter the key")
+        ? element("button", { type: "button", class: "button small", click: enter }, "Enter key")
         : null;
     // Said once, not every second.
     if (this.#problem.hidden || this.#problem.dataset.status !== String(error.status)) {
@@ -244,14 +244,14 @@ export class Dashboard {
     };
     set("running", number(values.running), `${short(reading.sum(M.finished) || 0)} finished`);
     set("waiting", number(values.waiting), `${seconds(reading.mean(M.queue))} on average`);
-    set("output", short(values.output), `${short(reading.sum(M.output))} in all`);
-    set("prompt", short(values.prompt), `${short(reading.sum(M.prompt))} in all`);
+    set("output", short(values.output), `${short(reading.sum(M.output))} in total`);
+    set("prompt", short(values.prompt), `${short(reading.sum(M.prompt))} in total`);
     set("kvUsage", percent(values.kvUsage), Number.isFinite(room) ? `of ${short(room)} tokens` : "");
     const overall = total > 0 ? reading.sum(M.hits) / total : NaN;
     set(
       "hitRate",
       percent(Number.isFinite(values.hitRate) ? values.hitRate : overall),
-      `${percent(overall)} since the start`,
+      `${percent(overall)} since start`,
     );
   }
 

@@ -62,7 +62,7 @@ function show(document_, model) {
     element(
       "p",
       { class: "quiet" },
-      "What this server answers. Clients made for OpenAI's API work with it. As a file: ",
+      "The endpoints of this server, which works with clients for OpenAI's API. Raw document: ",
       link,
       ".",
     ),
@@ -143,7 +143,7 @@ function example({ path, method }, body, needsKey) {
       "div",
       { class: "code-head" },
       element("span", {}, "curl"),
-      copyButton("Copy the command", () => text),
+      copyButton("Copy command", () => text),
     ),
     element("pre", { tabindex: "0" }, element("code", {}, text)),
   );

@@ -62,7 +62,7 @@ function showDialog(wasRefused) {
     "aria-describedby": "key-note",
   });
   const always = element("input", { type: "checkbox", id: "key-always" });
-  const note = wasRefused ? "The server refused this key." : "This server only answers clients with a key.";
+  const note = wasRefused ? "The server rejected this key." : "This server requires an API key.";
   const cancel = element("button", { type: "button", class: "button", click: () => dialog.close() }, "Cancel");
   const form = element(
     "form",
@@ -79,8 +79,8 @@ function showDialog(wasRefused) {
     element("p", { id: "key-note", class: wasRefused ? "error-text" : "quiet" }, note),
     element("label", { class: "field-label", for: "key-input" }, "Key"),
     input,
-    element("label", { class: "check" }, always, "Keep it in this browser"),
-    element("p", { class: "quiet small" }, "Otherwise it is forgotten when this tab is closed."),
+    element("label", { class: "check" }, always, "Remember in this browser"),
+    element("p", { class: "quiet small" }, "Otherwise it is forgotten when you close this tab."),
     element(
       "div",
       { class: "dialog-buttons" },

@@ -129,7 +129,7 @@ export class MessageView {
       message.content === "" ? null : copyButton("Copy answer", () => message.content),
       message.content === "" ? null : iconButton("edit", "Edit answer", () => this.#edit()),
       isLast && message.status !== "error"
-        ? iconButton("refresh", "Write the answer again", () => this.#actions.regenerate())
+        ? iconButton("refresh", "Regenerate answer", () => this.#actions.regenerate())
         : null,
     );
     return [this.#errorBox(isLast), isLast ? this.#resultsForm() : null, buttons, stats(message)];
@@ -246,13 +246,13 @@ function toolCall({ name, arguments: text }) {
   return element(
     "div",
     { class: "tool-call" },
-    element("p", {}, icon("tool"), element("span", {}, "Call of ", element("strong", {}, name || "a tool"))),
+    element("p", {}, icon("tool"), element("span", {}, "Call to ", element("strong", {}, name || "a tool"))),
     shown.trim() === "" ? null : element("pre", { tabindex: "0" }, element("code", {}, shown)),
   );
 }
 
 const REASONS = {
-  length: "cut at the length limit",
+  length: "stopped at the length limit",
   tool_calls: "calls a tool",
   content_filter: "filtered",
   abort: "aborted",
@@ -264,13 +264,13 @@ function stats({ stats: values, status, finishReason, model, isEdited }) {
   if (values !== null) {
     parts.push(`${number(values.tokens)} token${values.tokens === 1 ? "" : "s"}`);
     if (values.rate) parts.push(`${number(values.rate)} tokens/s`);
-    if (Number.isFinite(values.firstToken)) parts.push(`first after ${seconds(values.firstToken)}`);
+    if (Number.isFinite(values.firstToken)) parts.push(`first token after ${seconds(values.firstToken)}`);
   }
   if (status === "stopped" && !isEdited) parts.push("stopped");
   else if (finishReason !== null && finishReason in REASONS) parts.push(REASONS[finishReason]);
   if (parts.length === 0) return null;
   const more = [model];
-  if (Number.isFinite(values?.promptTokens)) more.push(`prompt of ${number(values.promptTokens)} tokens`);
+  if (Number.isFinite(values?.promptTokens)) more.push(`${number(values.promptTokens)} prompt tokens`);
   if (values?.cachedTokens) more.push(`${number(values.cachedTokens)} of them from the prefix cache`);
   return element("span", { class: "stats", title: more.filter(Boolean).join(", ") }, parts.join(" · "));
 }

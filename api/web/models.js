@@ -46,7 +46,7 @@ export class ModelChoice extends EventTarget {
     const options = bases.map((card) => option(card));
     for (const base of new Set(cards.map((card) => card.parent).filter(Boolean))) {
       const adapters = cards.filter((card) => card.parent === base);
-      options.push(element("optgroup", { label: `Adapters of ${base}` }, adapters.map(option)));
+      options.push(element("optgroup", { label: `Adapters for ${base}` }, adapters.map(option)));
     }
     this.#select.replaceChildren(...options);
     this.#select.disabled = cards.length === 0;
@@ -61,7 +61,7 @@ export class ModelChoice extends EventTarget {
 
   #describe() {
     const length = this.card?.max_model_len;
-    this.#select.title = Number.isFinite(length) ? `${this.value}: ${number(length)} tokens of context` : this.value;
+    this.#select.title = Number.isFinite(length) ? `${this.value}: ${number(length)}-token context` : this.value;
   }
 }
 

@@ -125,8 +125,8 @@ function limits(schema) {
     if (exclusiveMinimum !== undefined) notes.push(`More than ${exclusiveMinimum}.`);
     if (minLength !== undefined && minLength === maxLength) notes.push(`${minLength} characters.`);
     else if (maxLength !== undefined) notes.push(`At most ${maxLength} characters.`);
-    if (minItems !== undefined) notes.push(`At least ${minItems} of them.`);
-    if (pattern !== undefined) notes.push(`Like ${pattern}`);
+    if (minItems !== undefined) notes.push(`At least ${minItems} items.`);
+    if (pattern !== undefined) notes.push(`Pattern: ${pattern}`);
   }
   if (schema.default !== undefined && schema.default !== null)
     notes.push(`Default: ${JSON.stringify(schema.default)}.`);

@@ -11,7 +11,7 @@ const NUMBERS = [
   {
     name: "temperature",
     label: "Temperature",
-    hint: "0: always the likeliest token. Higher: more variety.",
+    hint: "0 always picks the most likely token. Higher values add variety.",
     min: 0,
     max: 2,
     step: 0.05,
@@ -21,7 +21,7 @@ const NUMBERS = [
   {
     name: "top_p",
     label: "Top P",
-    hint: "Only the likeliest tokens that together have this probability.",
+    hint: "Sample from the most likely tokens with this total probability.",
     min: 0,
     max: 1,
     step: 0.01,
@@ -31,19 +31,19 @@ const NUMBERS = [
   {
     name: "min_p",
     label: "Min P",
-    hint: "Only tokens with this share of the likeliest token's probability.",
+    hint: "Minimum probability relative to the most likely token.",
     min: 0,
     max: 1,
     step: 0.01,
     start: 0,
     slider: true,
   },
-  { name: "top_k", label: "Top K", hint: "Only so many tokens; 0 for all.", min: -1, step: 1, group: "sampling" },
+  { name: "top_k", label: "Top K", hint: "Sample from this many tokens; 0 for all.", min: -1, step: 1, group: "sampling" },
   { name: "seed", label: "Seed", hint: "The same seed gives the same answer.", step: 1, group: "sampling" },
   {
     name: "max_completion_tokens",
     label: "Max tokens",
-    hint: "Of the answer, reasoning included.",
+    hint: "Includes reasoning.",
     min: 1,
     step: 1,
     group: "sampling",
@@ -51,7 +51,7 @@ const NUMBERS = [
   {
     name: "presence_penalty",
     label: "Presence",
-    hint: "Against tokens that occurred.",
+    hint: "Penalises tokens already used.",
     min: -2,
     max: 2,
     step: 0.1,
@@ -60,7 +60,7 @@ const NUMBERS = [
   {
     name: "frequency_penalty",
     label: "Frequency",
-    hint: "Against tokens, by how often they occurred.",
+    hint: "Penalises tokens by how often they were used.",
     min: -2,
     max: 2,
     step: 0.1,
@@ -69,7 +69,7 @@ const NUMBERS = [
   {
     name: "repetition_penalty",
     label: "Repetition",
-    hint: "Above 1: against repetition, prompt included.",
+    hint: "Above 1 discourages repetition, including of the prompt.",
     min: 0.01,
     step: 0.05,
     group: "penalties",
@@ -115,7 +115,7 @@ function extraFields(text) {
     return { fields: {}, problem: 'This must be a JSON object, such as {"ignore_eos": true}.' };
   }
   const reserved = Object.keys(value).find((name) => RESERVED.has(name));
-  if (reserved !== undefined) return { fields: {}, problem: `The page sets "${reserved}" itself.` };
+  if (reserved !== undefined) return { fields: {}, problem: `"${reserved}" is set by the page.` };
   return { fields: value, problem: null };
 }
 
@@ -138,24 +138,24 @@ export class SettingsPanel {
       this.#numberGrid("sampling"),
       element("h3", {}, "Penalties"),
       this.#numberGrid("penalties"),
-      element("h3", {}, "Ending"),
+      element("h3", {}, "Stopping"),
       this.#textField("stop", "Stop strings", { rows: 2, code: true, hint: "One per line; \\n is a line break." }),
       element(
         "details",
         { class: "more" },
         element("summary", {}, "More fields"),
-        this.#textField("extra", "Fields of the request, as JSON", {
+        this.#textField("extra", "Request fields as JSON", {
           rows: 5,
           code: true,
           placeholder: '{"ignore_eos": true}',
-          hint: "Added to each request: tools, response_format, chat_template_kwargs and the like.",
+          hint: "Added to each request, such as tools, response_format or chat_template_kwargs.",
           problem: (text) => extraFields(text).problem,
         }),
       ),
       element(
         "button",
         { type: "button", class: "button wide", id: "settings-reset", click: () => this.#reset() },
-        "Reset to the server's defaults",
+        "Reset to server defaults",
       ),
     );
   }
@@ -234,7 +234,7 @@ export class SettingsPanel {
     const range = element("input", { type: "range", min, max, step, "aria-label": label });
     const clear = iconButton(
       "close",
-      `Leave ${label} to the server`,
+      `Use the server's default for ${label}`,
       () => {
         this.#set(name, null);
         show();
@@ -248,7 +248,7 @@ export class SettingsPanel {
       range.value = String(isSet ? this.#settings[name] : start);
       range.classList.toggle("is-auto", !isSet);
       clear.classList.toggle("is-gone", !isSet);
-      range.setAttribute("aria-valuetext", isSet ? String(this.#settings[name]) : "left to the server");
+      range.setAttribute("aria-valuetext", isSet ? String(this.#settings[name]) : "server default");
     };
     range.addEventListener("input", () => {
       this.#set(name, Number(range.value));

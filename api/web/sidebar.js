@@ -94,7 +94,7 @@ export class Sidebar {
   #remove(conversation) {
     this.#onRemove(conversation.id);
     this.#store.remove(conversation.id);
-    notify(`"${conversation.title || "Untitled"}" was deleted.`, {
+    notify(`Deleted "${conversation.title || "Untitled"}".`, {
       label: "Undo",
       run: () => this.#store.save(conversation),
     });

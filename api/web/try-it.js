@@ -112,7 +112,7 @@ async function exchange(path, method, body, signal, status, output) {
       return;
     }
   } catch (error) {
-    status.textContent = error.name === "AbortError" ? "Stopped." : `The server cannot be reached: ${error.message}`;
+    status.textContent = error.name === "AbortError" ? "Stopped." : `Cannot reach the server: ${error.message}`;
   }
 }
 
@@ -133,7 +133,7 @@ async function show(response, begin, status, output) {
     tell(false);
   }
   if (type.startsWith("application/json") && shown.length < MAX_SHOWN) text.textContent = pretty(shown);
-  else if (shown.length >= MAX_SHOWN) text.append("\n… the rest is not shown");
+  else if (shown.length >= MAX_SHOWN) text.append("\n… truncated");
   if (shown === "") text.textContent = "(no body)";
   tell(true);
 }

@@ -86,7 +86,7 @@ def test_a_context_that_does_not_fit(tiny_model: Path) -> None:
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
         (["--hf-overrides", "{"], "--hf-overrides"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
-        (["a", "--model", "b"], "two models are named"),
+        (["a", "--model", "b"], "two different models given"),
     ],
 )
 def test_bad_flags(flags: list[str], expected: str) -> None:

@@ -359,7 +359,7 @@ def test_models_and_adapters(chat: Browser, script: Script) -> None:
     ]
     chat.driver.refresh()
     group = chat.wait(lambda: chat.all("#model optgroup"))[0]
-    assert group.get_attribute("label") == f"Adapters of {MODEL}"
+    assert group.get_attribute("label") == f"Adapters for {MODEL}"
     chat.run("const s = document.getElementById('model'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))")
     chat.ask("hi")
     assert script.requests[0]["model"] == f"lora {HOSTILE}"
@@ -399,7 +399,7 @@ def test_tool_calls_and_their_results(chat: Browser, script: Script) -> None:
 
     script.deltas = [piece('{"city": ', id="call-1", function={"name": "weather"}), piece('"Paris"}')]
     chat.ask("weather?")
-    assert chat.text(".tool-call p") == "Call of weather"
+    assert chat.text(".tool-call p") == "Call to weather"
     assert json.loads(chat.text(".tool-call pre")) == {"city": "Paris"}
     script.says("Sunny.")
     chat.find(".tool-results textarea").send_keys("25 degrees")

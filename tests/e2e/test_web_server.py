@@ -47,9 +47,9 @@ def give_key(page: Browser, *, keep: bool = False) -> None:
 
 
 def test_the_key_is_asked_for(page: Browser, server: Server) -> None:
-    assert page.text("#key-note") == "This server only answers clients with a key."
+    assert page.text("#key-note") == "This server requires an API key."
     page.type("wrong", Keys.ENTER)
-    page.wait(lambda: page.text("#key-note") == "The server refused this key.")
+    page.wait(lambda: page.text("#key-note") == "The server rejected this key.")
     give_key(page)
     page.driver.refresh()
     page.wait(lambda: page.all("#model option")[0].text == MODEL)
@@ -90,7 +90,7 @@ def test_answers_stream_and_stop_and_stay(page: Browser, server: Server) -> None
     assert page.text(".from-assistant .message-body") == shown
     page.set("max_completion_tokens", 20)
     page.ask("Another one")
-    assert page.text(".stats").startswith("20 tokens · ") and "cut at the length limit" in page.text(".stats")
+    assert page.text(".stats").startswith("20 tokens · ") and "stopped at the length limit" in page.text(".stats")
 
 
 def test_a_refused_request(page: Browser) -> None:

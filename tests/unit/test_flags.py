@@ -80,7 +80,7 @@ def test_other_spellings_of_an_option() -> None:
         (["--port", "70000"], "--port: expected int <= 65535, got '70000'"),
         (["--root-path", "llm"], "--root-path llm: expected a path such as /llm"),
         (["--ssl-certfile", "x"], "HTTPS needs --ssl-keyfile"),
-        (["a/b", "--model", "c/d"], "two models are named"),
+        (["a/b", "--model", "c/d"], "two different models given"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -109,7 +109,7 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--speculative-config.method", "ngram"], "--speculative-config {"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: the KV cache has the model's type; use auto"),
         (["--api-server-count", "2"], "--api-server-count 2"),
-        (["--data-parallel-size=4"], "--data-parallel-size 4: several engines are not supported yet"),
+        (["--data-parallel-size=4"], "--data-parallel-size 4: multiple engines are not supported yet"),
         (["--cpu-offload-gb", "4"], "--cpu-offload-gb 4"),
     ],
 )
@@ -153,7 +153,7 @@ def test_keyword_arguments_of_vllm() -> None:
         }
     )
     assert config.runner == "generate" and config.engine.executor.model.enforce_eager
-    assert any(note.startswith("--swap-space 4 (a preempted request is computed again") for note in notes)
+    assert any(note.startswith("--swap-space 4 (preempted requests are recomputed") for note in notes)
     for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "ngram"}}, {"kv_cache_dtype": "fp8"}):
         with pytest.raises(ConfigError, match="not supported yet|use auto"):
             make_config(options_)
