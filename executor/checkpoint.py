@@ -1,6 +1,6 @@
-"""The weights on disk: what a checkpoint offers to the loader, and checkpoints in the safetensors format.
+"""Weights on disk: the interface between checkpoints and the loader, and checkpoints in safetensors format.
 
-Files are mapped into memory: a tensor is a view of the file, its bytes are read when it is copied.
+Files are memory-mapped: a tensor is a view of the file, and its bytes are read when it is copied.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ from executor.hf_config import shorten
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint that is not read yet."""
+    """A tensor of a checkpoint that has not been read yet."""
 
     name: str
-    """Under Hugging Face's names."""
+    """Hugging Face's name of the tensor."""
     origin: str
-    """File and name there, for errors."""
+    """The file and the tensor's name in it, for error messages."""
     num_bytes: int
     read: Callable[[torch.dtype], Tensor]
-    """Returns the tensor for a parameter of the type given.
+    """Returns the tensor for a parameter of the given dtype.
 
-    For one of ``FLOATS`` it may be stored as any of them, and comes in its own where converting would cost a copy. Any
-    other type must be the stored one: codes are not numbers that can be rounded. Raises ValueError if it is not.
+    If that is one of ``FLOATS``, the tensor may be stored as any of them, and is returned in its stored dtype if
+    converting would cost a copy. Any other dtype must match the stored one, since quantised codes cannot be rounded.
+    Raises ValueError if it does not.
     """
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Types of plain numbers, as which weights, scales and biases may be stored."""
+"""Floating-point dtypes in which weights, scales and biases may be stored."""
 
 
 class Checkpoint(Protocol):
     """Weights in some format."""
 
     def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
-        """All that the checkpoint holds, in the order of the file.
+        """All tensors of the checkpoint, in file order.
 
         Args:
-            wanted: The names that the model needs, for formats with names of their own.
+            wanted: The names that the model needs, for formats that use other names.
         """
 
     def origin(self, name: str) -> str:
-        """How to call, in an error, a tensor that is missing."""
+        """How an error message refers to a missing tensor."""
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A private mapping of a file, which the system starts to read ahead."""
+    """A private memory mapping of a file, with read-ahead started."""
     try:
         with open_regular(path) as file:
-            # A writable (copy on write) mapping, as torch.frombuffer warns about read-only ones.
+            # Writable (copy on write), since torch.frombuffer warns about read-only buffers.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise ModelError(f"{path}: cannot be read: {why(error)}") from error
@@ -90,13 +91,13 @@ DTYPES = {
     "U64": torch.uint64,
     "U8": torch.uint8,
 }
-"""Types of the format."""
+"""Dtypes of the format."""
 PAIRED = ("F4",)
-"""Types of which torch has two numbers in one element."""
+"""Dtypes for which one torch element holds two numbers."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 100_000_000
-"""Larger headers are refused, as the safetensors library does."""
+"""Larger headers are rejected, as in the safetensors library."""
 
 
 class Entry(msgspec.Struct):
@@ -108,11 +109,11 @@ class Entry(msgspec.Struct):
 
     @property
     def elements(self) -> list[int]:
-        """The shape that it has in torch."""
+        """The tensor's shape in torch."""
         if self.dtype not in PAIRED or not self.shape:
             return self.shape
         *outer, last = self.shape
-        return [*outer, last // 2]  # an odd row would not begin at a byte, and then ``num_bytes`` is wrong
+        return [*outer, last // 2]  # an odd row would not be byte-aligned; the check of ``num_bytes`` then fails
 
     @property
     def num_bytes(self) -> int:
@@ -122,8 +123,8 @@ class Entry(msgspec.Struct):
 class SafetensorsCheckpoint:
     """A folder with one safetensors file, or several and an index.
 
-    With an index, each tensor that it lists comes from the file that it names; copies elsewhere are not looked at. What
-    it does not list is only looked at if the model needs it.
+    With an index, each tensor that it lists is read from the file that it names; copies elsewhere are ignored. A tensor
+    that it does not list is used only if the model needs it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +144,7 @@ class SafetensorsCheckpoint:
                 if not self._counts(tensor.name, path, wanted):
                     continue
                 if tensor.name in stored:
-                    raise ModelError(f"{tensor.origin} is also in another file")
+                    raise ModelError(f"{tensor.origin}: stored in more than one file")
                 stored[tensor.name] = tensor
         for name in self.file_of:
             if name not in stored:
@@ -170,7 +171,7 @@ def _read_index(path: Path) -> dict[str, str]:
         reason = why(error) if isinstance(error, OSError) else error
         raise ModelError(f"{path}: not an index of safetensors files: {reason}") from error
     for name, file in file_of.items():
-        # A file of the folder (which may be a link, as in the hub's cache), and nothing that a path can lead to.
+        # A file in the folder (or a link, as in the hub's cache), never a path that leads elsewhere.
         if not file.endswith(".safetensors") or Path(file).name != file:
             raise ModelError(
                 f"{path}: tensor {shorten(name)!r} is in {shorten(file)!r}, not a safetensors file beside it"
@@ -182,14 +183,14 @@ def _find_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    # Mistral's folders hold the weights a second time, in a format of their own.
+    # Mistral's folders hold the weights a second time, in Mistral's own format.
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if files:
         return files
     other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     hint = (
-        f" (found {', '.join(other[:3])}, which may run code when it is read: save the model again with transformers' "
-        "save_pretrained, or serve a GGUF file of it)"
+        f" (found {', '.join(other[:3])}, which may run code when loaded: save the model again with transformers' "
+        "save_pretrained, or serve a GGUF version)"
     )
     raise ModelError(f"{folder}: no *.safetensors file{hint if other else ''}")
 

@@ -1,4 +1,4 @@
-"""Values that the host makes of a device's results, once these have come. Runs without torch."""
+"""Values that the host computes from a device's results once they arrive. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ T = TypeVar("T")
 
 @dataclass
 class Deferred(Generic[T]):
-    """A value, and the tensors of the device that it waits for."""
+    """A value that depends on device tensors still to be transferred."""
 
     tensors: Sequence[Tensor]
     make: Callable[[Sequence[Array]], T]
-    """Takes the tensors as arrays, and is called once."""
+    """Computes the value from the tensors as arrays. Called once."""
 
     @classmethod
     def known(cls, value: T) -> Deferred[T]:
-        """A value that is there already."""
+        """A value that is already available."""
         return cls((), lambda arrays: value)
 
 
 class Together:
-    """Several deferred values that come with one transfer."""
+    """Several deferred values that share one transfer."""
 
     def __init__(self, parts: Sequence[Deferred[Any]]) -> None:
         self._parts = parts
         self.tensors = [tensor for part in parts for tensor in part.tensors]
 
     def make(self, arrays: Sequence[Array]) -> list[Any]:
-        """The values, of the arrays of all ``tensors``."""
+        """Computes the values from the arrays of all ``tensors``."""
         values = []
         start = 0
         for part in self._parts:

@@ -1,4 +1,4 @@
-"""What ``octavo collect-env`` prints: what computes on this machine, as one JSON object."""
+"""Describes this machine's compute environment as one JSON object, for ``octavo collect-env``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ops.cpu import build, library
 
 
 def describe() -> dict[str, str]:
-    """Torch, the CPU kernels and the devices; missing kernels are compiled."""
+    """Torch, the CPU kernels and the devices. Compiles the kernels if needed."""
     kernels = library.chosen()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     try:
@@ -22,8 +22,8 @@ def describe() -> dict[str, str]:
         "torch built for": torch.version.cuda or torch.version.hip or "CPU",
         "torch threads": str(torch.get_num_threads()),
         "C++ compiler": compiler,
-        "CPU kernels": "none: plain torch computes" if kernels is None else kernels.capability,
-        "CPU kernels that would run": ", ".join(capability.name for capability in build.available()),
+        "CPU kernels": "none: plain torch is used" if kernels is None else kernels.capability,
+        "CPU kernels supported here": ", ".join(capability.name for capability in build.available()),
         "GPUs": ", ".join(devices) or "none",
     }
 

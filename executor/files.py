@@ -1,8 +1,8 @@
-"""Reading files that somebody else made.
+"""Reads untrusted files.
 
-A model comes from a hub or a shared disk, so its files may be anything: a pipe that nobody writes to, a device, a
-document of any size or depth. Whatever is wrong ends in an ``OSError`` or a ``ValueError`` with a short message that
-does not name the file; the caller knows how to call it.
+A model comes from a hub or a shared disk, so its files may be anything: a pipe without a writer, a device, a document
+of any size or depth. Every problem raises an ``OSError`` or a ``ValueError`` with a short message that does not name
+the file; naming it is up to the caller.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 MAX_DOCUMENT = 64 << 20
-"""Bytes of a JSON document or a template. The largest in use, indexes of sharded weights, have some megabytes."""
+"""Bytes of a JSON document or a template. The largest in practice, indexes of sharded weights, have a few megabytes."""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a regular file for reading, links to one included. Never waits.
+    """Opens a regular file, or a link to one, for reading. Never blocks.
 
     Raises:
-        OSError: It cannot be opened, or is something else: opening a pipe would wait for a writer.
+        OSError: The file cannot be opened or is not regular: opening a pipe would wait for a writer.
     """
-    _check_kind(path, os.stat(path))  # before it is opened: that alone has effects on some devices
+    _check_kind(path, os.stat(path))  # before opening, which alone has side effects on some devices
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - the caller closes it
     try:
         _check_kind(path, os.fstat(file.fileno()))
@@ -49,8 +49,8 @@ def read_document(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is longer than ``max_bytes``.
+        OSError: The file cannot be read.
+        ValueError: The file is longer than ``max_bytes``.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -63,8 +63,8 @@ def read_json(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> Any:
     """The value of a JSON document.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is not JSON (``NaN`` and ``Infinity`` are not), nested too deeply or too long.
+        OSError: The file cannot be read.
+        ValueError: The content is not JSON (nor are ``NaN`` and ``Infinity``), nested too deeply or too long.
     """
     content = read_document(path, max_bytes)
     try:
@@ -74,13 +74,13 @@ def read_json(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+        raise ValueError("JSON is nested too deeply") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name} is no number")
+    raise ValueError(f"not JSON: {name} is not allowed")
 
 
 def why(error: OSError | ValueError) -> str:
-    """What an error of this module says, without the path."""
+    """The message of an error raised by this module, without the path."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)

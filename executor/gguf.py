@@ -1,7 +1,7 @@
-"""GGUF checkpoints: llama.cpp's names and quantised types, translated to Hugging Face's names and plain numbers.
+"""GGUF checkpoints: maps llama.cpp's names to Hugging Face's and dequantises its types.
 
-The header arrives parsed. Names come from the tables of the ``gguf`` package, and so do the quantised formats: a
-tensor is dequantised to float32, exactly as the format defines it, then converted to the model's type.
+The header arrives parsed. Names and quantised formats come from the ``gguf`` package: a tensor is dequantised to
+float32, exactly as the format defines, then converted to the model's dtype.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from executor.config import GGUFHeader, GGUFTensor
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""``general.architecture`` -> ``architectures`` of config.json. Mistral's files call themselves llama."""
+"""``general.architecture`` -> ``architectures`` of config.json. Mistral's files also say llama."""
 
 PERMUTED = {"llama": {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}}
-"""Tensors whose rows llama.cpp reorders, so that columns that turn together lie side by side; and their heads."""
+"""Tensors whose rows llama.cpp reorders so that columns rotated together are adjacent, with the field of their head
+count."""
 
 PLAIN_TYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
@@ -40,7 +41,7 @@ PLAIN_TYPES = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 CHUNK_BYTES = 256 << 10
-"""Quantised bytes that are dequantised at once: their float32 numbers should stay in a core's cache."""
+"""Quantised bytes dequantised at a time: the float32 result should fit a core's cache."""
 
 SUFFIXES = (".weight", ".bias")
 
@@ -50,19 +51,19 @@ SUFFIXES = (".weight", ".bias")
 
 
 def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> dict[str, Any]:
-    """What config.json would say about the model in a GGUF file.
+    """The equivalent of config.json for the model in a GGUF file.
 
     Args:
         header: The file's header.
-        source: What to call it in errors.
+        source: How error messages refer to the header.
 
     Raises:
-        ModelError: A field is missing or bad, or the architecture is not supported.
+        ModelError: A field is missing or invalid, or the architecture is not supported.
     """
     fields = Fields(header.metadata, source)
     arch = _architecture(fields)
     if header.metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
-        raise ModelError(f"{source}: a model in several GGUF files is not supported; merge them with gguf-split")
+        raise ModelError(f"{source}: split GGUF models are not supported; merge the files with gguf-split")
     if header.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)):
         raise ModelError(f"{source}: mixture-of-experts models are not supported")
 
@@ -116,10 +117,10 @@ def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
     if kind != "none":
         rope["factor"] = fields.number(key(Keys.Rope.SCALING_FACTOR))
         if rope["factor"] <= 0:
-            fields.bad(key(Keys.Rope.SCALING_FACTOR), "more than 0")
+            fields.bad(key(Keys.Rope.SCALING_FACTOR), "greater than 0")
     if fields.has(key(Keys.Rope.SCALING_ORIG_CTX_LEN)):
         rope["original_max_position_embeddings"] = fields.size(key(Keys.Rope.SCALING_ORIG_CTX_LEN), most=MAX_POSITIONS)
-    if fields.has(key(Keys.Rope.SCALING_ATTN_FACTOR)):  # llama.cpp multiplies it with YaRN's own factor
+    if fields.has(key(Keys.Rope.SCALING_ATTN_FACTOR)):  # llama.cpp multiplies it by YaRN's own factor
         own = 1.0 + 0.1 * math.log(rope["factor"]) if kind == "yarn" else 1.0
         rope["attention_factor"] = fields.number(key(Keys.Rope.SCALING_ATTN_FACTOR)) * own
     return rope
@@ -145,7 +146,7 @@ class GGUFCheckpoint:
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.permuted = {role: self.config[heads] for role, heads in PERMUTED.get(arch, {}).items()}
-        if ROPE_FACTORS in self.entries:  # the frequencies of Llama 3, as a tensor
+        if ROPE_FACTORS in self.entries:  # Llama 3's frequency factors, as a tensor
             factors = self._read(self.entries[ROPE_FACTORS], None, torch.float32)
             self.config["rope_parameters"] |= {"rope_type": "frequency_factors", "factors": factors.tolist()}
 
@@ -172,7 +173,7 @@ class GGUFCheckpoint:
         return self.names.get_name(name, try_suffixes=SUFFIXES) or name
 
     def _check(self, tensor: GGUFTensor) -> None:
-        """That the tensor is of a known type, and in the file."""
+        """Checks that the tensor has a known type and lies within the file."""
         origin = self._origin(tensor.name)
         kind = _type_of(tensor, origin)
         block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -210,7 +211,7 @@ def unpermute(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uin
     """Undoes llama.cpp's order of the rows of q and k.
 
     Args:
-        rows: [num_heads * head_dim, bytes of a row]: whole rows, so it does not matter how they are quantised.
+        rows: [num_heads * head_dim, bytes of a row]. Rows move as a whole, so their quantisation does not matter.
         num_heads: Rows are reordered within each head.
     """
     pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])  # [num_heads, head_dim / 2, 2, bytes]
@@ -218,9 +219,9 @@ def unpermute(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uin
 
 
 def dequantize_to(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, dtype: torch.dtype) -> Tensor:
-    """The numbers of quantised blocks, flat: exact in float32, then rounded to ``dtype``.
+    """Dequantises blocks to a flat tensor: exact in float32, then rounded to ``dtype``.
 
-    Chunk by chunk, and many rows as one: the package would take 16 rows at a time and be several times slower.
+    Works in chunks, with many rows joined: the package takes 16 rows at a time and would be several times slower.
     """
     block, block_bytes = GGML_QUANT_SIZES[kind]
     step = max(1, CHUNK_BYTES // block_bytes)

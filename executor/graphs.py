@@ -1,9 +1,9 @@
 """Program capture: a model's forward pass as a list of nodes that is replayed every step.
 
 The model's Python forward runs once with symbolic values; each op appends a node. Replaying the program runs the nodes
-one after another with the step's inputs; one program serves every batch size. Where the device's op set has a runner
-for programs (``ops.OpSet.compile``), that takes the nodes and replays them in its own way; otherwise they are Python
-calls of the ops' implementations. Eager mode calls the same ops one by one and gives the same bits.
+in order with the step's inputs; one program serves every batch size. If the device's op set can compile programs
+(``ops.OpSet.compile``), its runner replays the nodes; otherwise each node is a Python call of the op's implementation.
+Eager mode calls the same ops one by one and gives the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Program:
 
         Args:
             device_type: Where the program will run.
-            max_tokens: Rows of ``tokens`` to make room for. More are possible, but the first step with more pauses.
+            max_tokens: Rows of ``tokens`` to make room for. More are possible, but the first such step stalls.
             max_samples: Likewise for ``samples``.
         """
         self.op_set = ops.op_set(device_type)
@@ -72,7 +72,7 @@ class Program:
         self.nodes.append(Node(name, function, refs, named, outs))
 
     def finish(self, *outputs: Any) -> None:
-        """Ends the capture with the values that ``replay`` returns; what no node reads any more is dropped then."""
+        """Ends the capture. ``replay`` returns these outputs and drops each other value after its last reader."""
         self.outputs = [value.index for value in outputs]
         self._runner = self.op_set.compile(self.nodes, self.specs, self.inputs, self.outputs, self._capacity)
         seen = set(self.outputs)
@@ -84,7 +84,7 @@ class Program:
 
     @property
     def native_ops(self) -> int:
-        """Recorded ops that a replay runs on compiled kernels, without Python."""
+        """Recorded ops that a replay runs in compiled kernels, without Python."""
         return 0 if self._runner is None else self._runner.native_ops
 
     @property
@@ -96,11 +96,11 @@ class Program:
 
     @property
     def num_bytes(self) -> int:
-        """Memory for the values of a step with as many rows as there is room for from the start."""
+        """Memory for the values of a step that fills the initial capacity."""
         return self._peak_bytes() if self._runner is None else self._runner.num_bytes
 
     def _peak_bytes(self) -> int:
-        """The most that is alive at any node. Columns of a value keep all of it alive."""
+        """Peak size of live values over all nodes. A slice keeps the whole value alive."""
         whole = list(range(len(self.specs)))
         for node in self.nodes:
             if node.name == SLICE:
@@ -124,7 +124,7 @@ class Program:
         """Runs the program.
 
         Args:
-            inputs: The tensors declared with ``input`` and everything that nodes take as ``StepInput``.
+            inputs: The tensors declared with ``input``, and all ``StepInput`` arguments of nodes.
 
         Returns:
             The tensors of the outputs. The next replay may overwrite them.

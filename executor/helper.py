@@ -1,10 +1,10 @@
-"""Work on untrusted data, in a child process that may die of it.
+"""Runs work on untrusted data in expendable child processes.
 
 A ``Helper`` runs named jobs (``"module:function"``, bytes in, bytes out) in child processes with limits on CPU time,
-memory and stack, and a deadline for each call. A call that exceeds a limit ends with a ``HelperError`` that names the
-limit, and the next call gets a fresh process. Nothing is started before the first call.
+memory and stack, and a deadline per call. A call that exceeds a limit fails with a ``HelperError`` that names the
+limit, and the next call gets a fresh process. No process starts before the first call.
 
-Inside the child is ``executor/helper_process.py``.
+The child runs ``executor/helper_process.py``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = get_logger()
 Limit: TypeAlias = Literal["CPU time", "time", "memory", "stack", "queue", "output", "crash", "start", "closed"]
 
 START_TIMEOUT = 60.0
-"""Seconds that a fresh process may take to import its jobs and to run what was prepared."""
+"""Seconds a fresh process may take to import its jobs and run its preparations."""
 IDLE_TIMEOUT = 300.0
-"""Seconds without a call after which a process is ended, to give its memory back."""
+"""Seconds without a call after which a process is ended to release its memory."""
 MAX_ERROR_CHARS = 2000
 _PIPE_BYTES = 1 << 20
 _ENVIRONMENT = {
@@ -45,10 +45,10 @@ _ENVIRONMENT = {
     "RUST_BACKTRACE": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""A call runs alone in its process: threads and their arenas would only cost memory."""
+"""A process runs one call at a time: extra threads and their arenas would only cost memory."""
 _LENGTH = struct.Struct("<Q")
 _HUNG = 0.1
-"""A process that used less than this share of its deadline as CPU time was stopped, not busy."""
+"""A process whose CPU time is less than this share of its deadline was stopped, not busy."""
 
 
 class HelperLimits(Config, frozen=True):
@@ -56,11 +56,11 @@ class HelperLimits(Config, frozen=True):
 
     cpu_seconds: float = 2.0
     deadline: float = 10.0
-    """Seconds of wall time; more than CPU time, since others may use the processor, too."""
+    """Seconds of wall time. More than the CPU time, since other processes compete for the CPU."""
     memory_bytes: int = 128 << 20
-    """Beyond what the process has when the call begins."""
+    """Memory beyond what the process has when the call begins."""
     stack_bytes: int = 8 << 20
-    """Of the thread that runs the job, the interpreter's frames above it included."""
+    """Stack of the thread that runs the job, the interpreter's frames above it included."""
     max_output_bytes: int = 64 << 20
 
 
@@ -78,11 +78,11 @@ class HelperRequest(Config, frozen=True):
     job: str
     data: bytes
     limits: HelperLimits | None = None
-    """None: it is our own work that prepares the process for others."""
+    """None: trusted work that prepares the process for calls."""
 
 
 class HelperReply(Config, frozen=True):
-    """What became of it."""
+    """Result of one call."""
 
     data: bytes = b""
     refusal: str | None = None
@@ -91,14 +91,14 @@ class HelperReply(Config, frozen=True):
     error: str = ""
     cpu_seconds: float = 0.0
     retires: bool = False
-    """The process grew and is not to be used again."""
+    """The process grew too much and must not be reused."""
 
 
 class HelperError(Exception):
     """A call could not be completed.
 
     Attributes:
-        limit: What it ran into. ``queue``, ``start`` and ``closed`` are no fault of the data.
+        limit: The limit that was hit. ``queue``, ``start`` and ``closed`` are not the data's fault.
     """
 
     def __init__(self, limit: Limit, message: str) -> None:
@@ -131,24 +131,23 @@ class _Call:
 
 
 class Helper:
-    """Runs jobs in one or a few killable child processes. All methods are safe in any thread.
+    """Runs jobs in one or a few killable child processes. All methods are thread-safe.
 
     From a thread: ``helper.call("job", data)``. From asyncio: ``await asyncio.wrap_future(helper.submit(...))``. From
-    a poller: ``helper.submit(...).add_done_callback`` with something that wakes it; it is called in another thread.
+    a poller: ``helper.submit(...).add_done_callback`` with a function that wakes it, called in another thread.
 
-    A job is a function ``(data: bytes) -> bytes`` at the top level of a module without torch. It raises ``ValueError``
-    for data that is wrong. It must not keep what one call gave it for another, except as a cache of pure results.
+    A job is a top-level function ``(data: bytes) -> bytes`` of a module that does not import torch. It raises
+    ``ValueError`` for invalid data and must keep no state between calls, except caches of pure results.
 
-    Callers take turns by the helper's time that they have used (``owner``), so one whose calls run into limits waits
-    behind the others.
+    Owners take turns by the helper time they have used, so an owner whose calls hit limits waits behind the others.
 
     Args:
-        title: Name of the processes, for people.
-        jobs: ``"module:function"`` by the names that calls use.
-        limits: Of calls that bring none of their own.
-        num_processes: How many calls may run at once.
-        max_waiting: Calls that may wait; further ones are refused.
-        max_waiting_bytes: The same for the sum of their data.
+        title: Process title.
+        jobs: ``"module:function"`` by job name.
+        limits: Default limits of a call.
+        num_processes: Number of calls that may run at once.
+        max_waiting: Calls that may wait; further ones are rejected.
+        max_waiting_bytes: The same limit for the total size of their data.
     """
 
     def __init__(
@@ -173,16 +172,16 @@ class Helper:
         self._num_waiting_bytes = 0
         self._num_idle = 0
         self._used: dict[str, float] = {}
-        """Seconds by owner, of those that have calls and of those that used the most."""
+        """Seconds used by owner, for owners with calls and for those that used the most."""
         self._floor = 0.0
-        """Seconds of the owner that had the last turn: whoever was away starts there."""
+        """Seconds used by the owner of the last turn: returning owners start there."""
         self._slots: list[_Slot] = []
         self._is_closed = False
 
     def prepare(self, job: str, data: bytes) -> None:
-        """Has every fresh process run a job before its first call, without limits: for data of our own that calls need.
+        """Makes every fresh process run a job before its first call, without limits, for trusted data that calls need.
 
-        Processes that run already go on without it, so say it before the first call.
+        Does not affect processes that already run, so call it before the first ``submit``.
         """
         self._prepared.append(HelperRequest(job=job, data=data))
 
@@ -195,20 +194,20 @@ class Helper:
         owner: str = "",
         patience: float = 30.0,
     ) -> Future[bytes]:
-        """Starts a call.
+        """Queues a call.
 
         Args:
             job: One of ``jobs``.
-            data: For it.
-            limits: Of this call.
-            owner: Who pays for it. Calls of one owner run in their order.
-            patience: Seconds that it may wait for its turn.
+            data: Input of the job.
+            limits: Limits of this call.
+            owner: Who is charged for the call. Calls of one owner run in order.
+            patience: Seconds the call may wait for its turn.
 
         Returns:
-            Its result; or ``JobError``, or ``HelperError``. A future that is cancelled before its turn costs nothing.
+            A future of the result, ``JobError`` or ``HelperError``. A call cancelled before its turn costs nothing.
 
         Raises:
-            HelperError: Too much waits already, or the helper is closed.
+            HelperError: The queue is full, or the helper is closed.
         """
         assert job in self._launch.jobs, job
         call = _Call(HelperRequest(job=job, data=data, limits=limits or self._limits), owner, patience)
@@ -218,9 +217,9 @@ class Helper:
             if self._num_waiting >= self._max_waiting or (
                 self._num_waiting and self._num_waiting_bytes + call.size > self._max_waiting_bytes
             ):
-                raise HelperError("queue", "too much of this kind waits already; try again later")
+                raise HelperError("queue", "too many calls of this kind are waiting; try again later")
             if owner not in self._waiting:
-                # Who was away is not owed the time that the others used meanwhile.
+                # A returning owner is not owed the time that others used in its absence.
                 self._used[owner] = max(self._used.get(owner, 0.0), self._floor)
                 self._waiting[owner] = deque()
             self._waiting[owner].append(call)
@@ -242,11 +241,11 @@ class Helper:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that run."""
+        """Ids of the running processes."""
         return [slot.child.pid for slot in list(self._slots) if slot.child is not None]
 
     def close(self) -> None:
-        """Ends the processes. What runs or waits fails."""
+        """Ends the processes. Running and waiting calls fail."""
         with self._turn:
             self._is_closed = True
             calls = [call for queue in self._waiting.values() for call in queue]
@@ -269,7 +268,7 @@ class Helper:
         return self._is_closed
 
     def _take(self, timeout: float) -> _Call | None:
-        """The next call; None after the timeout or when it is over."""
+        """The next call; None after the timeout or once the helper is closed."""
         with self._turn:
             self._num_idle += 1
             try:
@@ -296,17 +295,17 @@ class Helper:
                 self._used = {name: self._used[name] for name in {*kept, *self._waiting} if name in self._used}
 
 
-class _Lost(Exception):  # noqa: N818 -- no error for callers
-    """The process ended or hung without a visible fault of the call, which may have another try."""
+class _Lost(Exception):  # noqa: N818 -- never reaches callers
+    """The process ended or hung through no visible fault of the call, which may be retried."""
 
     def __init__(self, error: HelperError) -> None:
         self.error = error
 
 
 class _Slot:
-    """A thread that owns a process and runs calls one after another.
+    """A thread that owns a process and runs calls one at a time.
 
-    The kernel ends a child when the thread that started it ends, so nobody else may start one.
+    The kernel kills a child when the thread that started it ends, so no other thread may start it.
     """
 
     def __init__(self, helper: Helper, number: int) -> None:
@@ -322,7 +321,7 @@ class _Slot:
         os.eventfd_write(self._stop, 1)
 
     def close(self) -> None:
-        """After the end of the thread."""
+        """Cleans up after the thread has ended."""
         os.close(self._stop)
 
     def _serve(self) -> None:
@@ -335,7 +334,7 @@ class _Slot:
             if not call.future.set_running_or_notify_cancel():
                 continue
             if time.monotonic() - call.since > call.patience:
-                error = HelperError("queue", f"it had to wait for more than {call.patience:.0f} s; try again later")
+                error = HelperError("queue", f"it waited for more than {call.patience:.0f} s; try again later")
                 call.future.set_exception(error)
                 continue
             begin = time.monotonic()
@@ -350,7 +349,8 @@ class _Slot:
         self._end()
 
     def _run(self, request: HelperRequest) -> bytes:
-        """Runs one call. A process that dies of no visible fault of it (killed, crashed, stopped) gets one successor.
+        """Runs one call. If the process dies through no visible fault of the call (killed, crashed, stopped), retries
+        once.
 
         Raises:
             JobError: The data is at fault.
@@ -359,7 +359,7 @@ class _Slot:
         try:
             return self._try(request)
         except _Lost as lost:
-            logger.warning("a helper process was lost in a call, which gets another try: %s", lost.error)
+            logger.warning("a helper process was lost during a call; retrying: %s", lost.error)
         try:
             return self._try(request)
         except _Lost as lost:
@@ -381,10 +381,10 @@ class _Slot:
         return reply.data
 
     def _start(self) -> None:
-        """Starts a process if there is none.
+        """Starts a process if none is running.
 
         Raises:
-            HelperError: It does not start.
+            HelperError: The process does not start.
         """
         if self.child is not None and self.child.poll() is None:
             return
@@ -405,7 +405,7 @@ class _Slot:
             self._output = read
         for fd in (self.child.stdin, read):
             os.set_blocking(fd, False)
-            with contextlib.suppress(OSError):  # a user may have only so much of it
+            with contextlib.suppress(OSError):  # pipe memory per user is limited
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         try:
             for request in (None, *helper._prepared):
@@ -414,15 +414,15 @@ class _Slot:
                     raise _Lost(HelperError("crash", reply.refusal or reply.error))
         except _Lost as lost:
             self._end()
-            logger.error("a helper process does not start: %s", lost.error)
-            raise HelperError("start", f"the helper process does not start: {lost.error}") from None
+            logger.error("a helper process failed to start: %s", lost.error)
+            raise HelperError("start", f"the helper process failed to start: {lost.error}") from None
 
     def _exchange(self, request: HelperRequest | None, timeout: float) -> HelperReply:
-        """Sends a request (None: only waits for the first reply) and waits for the reply.
+        """Sends a request and waits for the reply. None: waits for the first reply only.
 
         Raises:
             HelperError: The call exceeded a limit, and the process is gone.
-            _Lost: The process is gone, and whose fault that is is not known.
+            _Lost: The process is gone for an unknown reason.
         """
         child = self.child
         assert child is not None
@@ -467,7 +467,7 @@ class _Slot:
                     return msgspec.msgpack.decode(memoryview(received)[_LENGTH.size :], type=HelperReply)
 
     def _death(self, limits: HelperLimits | None) -> HelperError | _Lost:
-        """Why the process has ended."""
+        """The reason why the process ended."""
         child = self.child
         assert child is not None
         with contextlib.suppress(Exception):
@@ -487,7 +487,7 @@ class _Slot:
         return _Lost(HelperError("crash", text))
 
     def _last_words(self) -> str:
-        """The end of what the process wrote to its standard error."""
+        """The tail of what the process wrote to standard error."""
         size = os.fstat(self._errors).st_size
         return os.pread(self._errors, MAX_ERROR_CHARS, max(0, size - MAX_ERROR_CHARS)).decode(errors="replace").strip()
 
@@ -512,8 +512,8 @@ def _limit_error(limit: Limit, limits: HelperLimits | None) -> HelperError:
         "CPU time": f"it takes more than {limits.cpu_seconds:g} s of CPU time",
         "time": f"it takes more than {limits.deadline:g} s",
         "memory": f"it takes more than {limits.memory_bytes >> 20} MiB of memory",
-        "stack": "it is nested too deeply, or chains too much",
-        "output": f"its result has more than {limits.max_output_bytes >> 20} MiB",
+        "stack": "it is nested or chained too deeply",
+        "output": f"its result is larger than {limits.max_output_bytes >> 20} MiB",
         "crash": "it failed unexpectedly",
     }
     return HelperError(limit, texts[limit])

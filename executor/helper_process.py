@@ -1,7 +1,7 @@
 """The process of a ``Helper``: ``executor.helper_process`` with its start message on standard input.
 
-Requests come on standard input, replies go to standard output. Limits that the kernel keeps end the process; which one
-it was, the parent sees by the signal: SIGPROF for CPU time, SIGSEGV for the stack.
+Requests arrive on standard input, replies go to standard output. Limits enforced by the kernel kill the process; the
+signal tells the parent which one: SIGPROF for CPU time, SIGSEGV for the stack.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from executor.process import become_child, read_payload
 from executor.registry import resolve
 
 MAX_GROWTH = 48 << 20
-"""Bytes that a process may have grown since it was prepared; then its place is taken by a fresh one."""
+"""Bytes by which a process may grow after its preparation before a fresh one replaces it."""
 _ADDRESS_ROOM = 256 << 20
-"""Address space beside the memory: allocators and threads reserve what they never use."""
+"""Address space in addition to the memory limit: allocators and threads reserve more than they use."""
 _MAX_FILE_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 
@@ -36,7 +36,7 @@ def main() -> int:
     launch = msgspec.msgpack.decode(read_payload(), type=HelperLaunch)
     become_child(launch.title)
     output = os.dup(1)
-    os.dup2(2, 1)  # whatever a job prints is no reply
+    os.dup2(2, 1)  # keep a job's prints out of the replies
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
     jobs: dict[str, Job] = {}
@@ -72,7 +72,7 @@ def _run(job: Job, request: HelperRequest) -> HelperReply:
         return HelperReply(limit="stack")
     except Exception:
         return HelperReply(limit="crash", error=traceback.format_exc()[-MAX_ERROR_CHARS:])
-    except BaseException as error:  # extensions in Rust raise their panics as such
+    except BaseException as error:  # Rust extensions raise panics as BaseException
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         return HelperReply(limit="crash", error=traceback.format_exc()[-MAX_ERROR_CHARS:])
@@ -82,7 +82,7 @@ def _run(job: Job, request: HelperRequest) -> HelperReply:
 
 
 class _Limits:
-    """Holds the process to what a call may use."""
+    """Applies a call's limits to the process."""
 
     def __init__(self, limits: HelperLimits | None) -> None:
         self._limits = limits
@@ -106,7 +106,7 @@ class _Limits:
 
 
 def _set_limit(kind: int, value: int) -> None:
-    """Sets a soft limit, as far as the hard one allows it."""
+    """Sets a soft limit, capped by the hard one."""
     hard = resource.getrlimit(kind)[1]
     if hard != resource.RLIM_INFINITY and (value == resource.RLIM_INFINITY or value > hard):
         value = hard

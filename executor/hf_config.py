@@ -1,7 +1,7 @@
-"""A model's configuration, as config.json or a GGUF header gives it.
+"""A model's configuration, from config.json or a GGUF header.
 
-Nothing is checked up front: whoever reads a field says what it must be, and a missing or bad one is reported with the
-file and the field. Defaults are those of the model's class (``Model.config_defaults``).
+Nothing is checked up front: the reader of a field says what it must be, and an error about a missing or invalid one
+names the file and the field. Defaults come from the model's class (``Model.config_defaults``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
 }
-"""Names in config.json and of ``--dtype``."""
+"""Names used by config.json and ``--dtype``."""
 
-# What no model comes near. Larger numbers are mistakes, or meant to take the machine's memory or time.
+# Bounds far beyond any model. Larger numbers are mistakes, or meant to exhaust memory or time.
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1 << 10
 MAX_POSITIONS = (1 << 31) - 1
@@ -36,14 +36,14 @@ MAX_POSITIONS = (1 << 31) - 1
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number that float can hold; ``1e999`` is read as infinity."""
+    """Whether a JSON value is a finite number; ``1e999`` parses as infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 1 << 1023
 
 
 def shorten(text: str, length: int = 100) -> str:
-    """The beginning of a text of unknown length, for messages of one line."""
+    """Truncates a text of unknown length for one-line messages."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 
@@ -53,20 +53,20 @@ class Fields:
 
     values: Mapping[str, Any]
     source: str
-    """What to call the object in an error: the file, and the path in it."""
+    """How error messages refer to the object: the file and the path in it."""
 
     def has(self, name: str) -> bool:
         return self.values.get(name) not in (None, {})
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 0. Without a default the field is required; so for all that follow."""
+        """An integer of at least 0. Here and below, a field without a default is required."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            self.bad(name, "a whole number")
+            self.bad(name, "an integer")
         return value
 
     def size(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
-        """A whole number, at least 1 and at most ``most``."""
+        """An integer from 1 to ``most``."""
         value = self.integer(name, default)
         if value == 0:
             self.bad(name, "at least 1")
@@ -94,7 +94,7 @@ class Fields:
         return value
 
     def choice(self, name: str, choices: Mapping[str, T], default: str | None = None) -> T:
-        """What one of a few names stands for."""
+        """The value that the field's name stands for in ``choices``."""
         value = self.string(name, default)
         if value not in choices:
             self.bad(name, f"one of {', '.join(sorted(choices))}")
@@ -113,14 +113,14 @@ class Fields:
         return value
 
     def section(self, name: str) -> Fields:
-        """An object inside this one, empty if there is none."""
+        """A nested object; empty if missing."""
         value = self._value(name, {})
         if not isinstance(value, dict):
             self.bad(name, "an object")
         return Fields(value, f"{self.source}: {name}")
 
     def bad(self, name: str, expected: str) -> NoReturn:
-        """Reports the value of a field as unusable."""
+        """Raises ``ModelError`` about a field's value."""
         raise ModelError(f"{self.source}: {name} must be {expected}, not {shorten(repr(self.values.get(name)))}")
 
     def _value(self, name: str, default: Any) -> Any:
@@ -140,7 +140,7 @@ class HFConfig(Fields):
     def from_fields(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> HFConfig:
         """A configuration with the keys of ``overrides`` replaced.
 
-        A model with several parts keeps what concerns its language model in ``text_config``.
+        A multi-part model keeps the fields of its language model in ``text_config``.
         """
         text = fields.get("text_config")
         values = {**fields, **text} if isinstance(text, dict) else dict(fields)
@@ -165,7 +165,7 @@ class HFConfig(Fields):
         return cls.from_fields(fields, overrides, str(path))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> HFConfig:
-        """The same configuration, with values for fields that it leaves out."""
+        """The same configuration, with missing fields filled in."""
         return replace(self, values={**defaults, **self.values})
 
     # -- the model ----------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class HFConfig(Fields):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """The type that the model was saved in, if the configuration says."""
+        """The dtype that the model was saved in, if the configuration says so."""
         name = "dtype" if self.has("dtype") else "torch_dtype"
         if not self.has(name):
             return None
@@ -247,22 +247,22 @@ class HFConfig(Fields):
 
     @property
     def rope(self) -> Fields:
-        """How positions turn into angles, for all layers alike: always with ``rope_type`` and ``rope_theta``.
+        """Rotary parameters shared by all layers. Always has ``rope_type`` and ``rope_theta``.
 
-        Read from ``rope_parameters``, or from ``rope_scaling`` and ``rope_theta`` as older files have it.
+        Read from ``rope_parameters``, or from ``rope_scaling`` and ``rope_theta`` in older files.
         """
         kinds = self._rope_kinds
         if kinds:
-            self.bad(self._rope_name, f"one set of numbers for all layers (it has one for {kinds[0]!r})")
+            self.bad(self._rope_name, f"one set of parameters for all layers (it has one for {kinds[0]!r})")
         return self._complete_rope(self.section(self._rope_name))
 
     def rope_for(self, layer_type: str) -> Fields:
-        """The same for layers of one type, as ``layer_types`` names it: types may have numbers of their own."""
+        """Rotary parameters of one type of layer, named as in ``layer_types``."""
         kinds = self._rope_kinds
         if not kinds:
             return self.rope
         if layer_type not in kinds:
-            self.bad(self._rope_name, f"a set of numbers for each type of layer, {layer_type!r} too")
+            self.bad(self._rope_name, f"a set of parameters for each layer type, {layer_type!r} included")
         return self._complete_rope(self.section(self._rope_name).section(layer_type))
 
     @property
@@ -271,7 +271,7 @@ class HFConfig(Fields):
 
     @property
     def _rope_kinds(self) -> list[str]:
-        """Types of layers with angles of their own."""
+        """Layer types that have their own rotary parameters."""
         return [key for key, value in self.section(self._rope_name).values.items() if isinstance(value, dict)]
 
     def _complete_rope(self, section: Fields) -> Fields:
@@ -283,18 +283,18 @@ class HFConfig(Fields):
         ):
             if values.get(key) is None:
                 values[key] = self.number(key, fallback)
-        if self.has("original_max_position_embeddings"):  # where Phi-3 keeps it, and it takes precedence
+        if self.has("original_max_position_embeddings"):  # Phi-3 keeps it here, and it takes precedence
             values["original_max_position_embeddings"] = self.values["original_max_position_embeddings"]
         return replace(section, values=values)
 
     @property
     def max_position_embeddings(self) -> int:
-        """Sometimes the longest sequence before the angles are scaled, sometimes after; see ``max_position``."""
+        """The longest sequence, in some models before rotary scaling, in others after it; see ``max_position``."""
         return self.size("max_position_embeddings", most=MAX_POSITIONS)
 
     @property
     def max_position(self) -> int:
-        """The longest sequence that all layers were made for."""
+        """The longest sequence that every layer supports."""
         return min(map(self._longest, self._ropes))
 
     @property
@@ -311,14 +311,14 @@ class HFConfig(Fields):
             return length  # llama3 and the others give the length after scaling
         longest = length * rope.number("factor", 1.0)
         if not 1 <= longest <= MAX_POSITIONS:
-            rope.bad("factor", f"a number that makes of {length} positions 1 to {MAX_POSITIONS}")
+            rope.bad("factor", f"a factor that scales {length} positions to between 1 and {MAX_POSITIONS}")
         return int(longest)
 
     @property
     def default_max_model_len(self) -> int:
-        """The longest sequence that is served unless another is asked for.
+        """The default for the longest sequence served.
 
-        Up to ``max_position_embeddings`` dynamic scaling leaves the angles alone.
+        Dynamic scaling leaves the angles unchanged up to ``max_position_embeddings``.
         """
         is_dynamic = any(rope.string("rope_type") == "dynamic" for rope in self._ropes)
         return self.max_position_embeddings if is_dynamic else self.max_position

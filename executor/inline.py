@@ -1,4 +1,4 @@
-"""A worker inside the caller's process: the same messages without processes and sockets, for tests and debuggers."""
+"""A worker in the caller's process: the same messages without processes or sockets, for tests and debuggers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from executor.worker import Worker
 
 
 class InlineExecutor:
-    """Computes a step inside ``receive``. See ``executor/base.py``."""
+    """Computes steps inside ``receive``. See ``executor/base.py``."""
 
     num_ranks = 1
 

@@ -18,23 +18,23 @@ from ops.dispatch import Spec, StepInput
 
 @dataclass
 class InputBatch:
-    """All tokens of a step, one after another, request by request.
+    """All tokens of a step, concatenated request by request.
 
-    Under capture the tensors are symbolic values and the rest are ``StepInput``s; models cannot tell.
+    Under capture the tensors are symbolic values and the rest are ``StepInput``s; models need not know.
     """
 
     input_ids: torch.Tensor
     """int32 [num_tokens]."""
     positions: torch.Tensor
-    """int32 [num_tokens], or [axes, num_tokens] where a position has several (images)."""
+    """int32 [num_tokens], or [axes, num_tokens] where a position has several axes (images)."""
     attention: list[AttentionMetadata]
     """One per KV cache group."""
     logits_rows: torch.Tensor
-    """int64 [num_samples]: tokens whose logits are wanted."""
+    """int64 [num_samples]: tokens whose logits are needed."""
     row_adapters: AdapterRows | None = None
-    """The adapters of the tokens; None: no token has one."""
+    """Adapters of the tokens; None: no token has one."""
     sample_adapters: AdapterRows | None = None
-    """Those of the rows of ``logits_rows``."""
+    """Adapters of the rows in ``logits_rows``."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -54,9 +54,9 @@ class InputBatch:
         """The inputs of a program under capture.
 
         Args:
-            program: Records what is done with them.
-            num_groups: Of KV caches.
-            position_axes: Numbers that a position consists of.
+            program: Records the operations on them.
+            num_groups: Number of KV cache groups.
+            position_axes: Number of axes of a position.
         """
         ids: Any = program.input("input_ids", Spec("tokens", 1, torch.int32))
         spec = Spec("tokens", position_axes, torch.int32, is_transposed=position_axes > 1)
@@ -69,11 +69,11 @@ class InputBatch:
 
 
 def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:
-    """What ``adapter_rows`` needs; nothing if no row has an adapter.
+    """Columns to upload for ``adapter_rows``; none if no row has an adapter.
 
     Args:
-        name: Of the map.
-        adapters: int32 [rows]: the adapter of each; 0: none.
+        name: Name of the map.
+        adapters: int32 [rows]: the adapter of each row; 0: none.
     """
     rows = np.flatnonzero(adapters)
     if not len(rows):
@@ -88,7 +88,7 @@ def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:
 
 
 def adapter_rows(name: str, columns: Mapping[str, torch.Tensor]) -> AdapterRows | None:
-    """A map of rows, from the columns that ``adapter_columns`` made, on the device."""
+    """A map of rows from the columns of ``adapter_columns``, now on the device."""
     if f"{name}.rows" not in columns:
         return None
     return AdapterRows(columns[f"{name}.rows"], columns[f"{name}.adapters"], columns[f"{name}.starts"])

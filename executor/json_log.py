@@ -1,4 +1,4 @@
-"""Log entries as JSON, one object a line, for programs that collect them."""
+"""Log entries as JSON, one object per line, for log collectors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 from datetime import datetime, timezone
 
 LOG_FORMAT_VARIABLE = "OCTAVO_LOG_FORMAT"
-"""Tells child processes the format."""
+"""Passes the format to child processes."""
 
 
 class JsonFormatter(logging.Formatter):
-    """Keys: time (ISO 8601, UTC), level, process, pid, message, and if there are any details, exception and stack."""
+    """Keys: time (ISO 8601, UTC), level, process, pid, message, and, where present, details, exception and stack."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Whether a process that says nothing hangs, or merely has a slow machine.
+"""Tells a hung process from one on a slow machine.
 
-Time counts only as far as the process could have used it: not while the watcher itself stood still (the whole machine
-was suspended, or all processes were stopped), not while threads wait for a processor, not while they wait for a disk.
+Only time that the process could have used counts: not while the watcher itself did not run (the machine was suspended,
+or all processes were stopped), nor while threads wait for a CPU or a disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_TICK = 2.0
-"""Seconds between two looks that count at most; whoever watches means to look once a second."""
+"""Most seconds counted between two samples; watchers sample about once a second."""
 STOPPED_TIMEOUT = 10.0
 """Seconds after which a process that is stopped (SIGSTOP) while its watcher runs counts as hung."""
 
@@ -20,16 +20,16 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class ProcessSample(NamedTuple):
-    """A look at a process."""
+    """A sample of a process's state."""
 
     state: str
-    """As /proc says it: R, S, D, T and so on; of all its threads the one that tells most."""
+    """State from /proc (R, S, D, T, ...): the most telling one of all threads."""
     processor_seconds: float
-    """Of all its threads since it was started."""
+    """CPU time of all threads since the start."""
 
 
 def sample_process(pid: int) -> ProcessSample | None:
-    """Looks at a process; None if it is gone or this system has no /proc."""
+    """Samples a process; None if it is gone or this system has no /proc."""
     main = _read_stat(f"/proc/{pid}/stat")
     if main is None:
         return None
@@ -53,7 +53,7 @@ def _read_stat(path: str) -> list[str] | None:
 
 
 class ProcessWatch:
-    """Counts the time that a process had since it was last heard of."""
+    """Measures the time that a silent process could have used since it was last heard from."""
 
     def __init__(
         self,
@@ -61,31 +61,31 @@ class ProcessWatch:
         clock: Callable[[], float] = time.monotonic,
         sample: Callable[[int], ProcessSample | None] = sample_process,
     ) -> None:
-        """Starts to count.
+        """Starts the measurement.
 
         Args:
             pid: The process.
-            clock: Seconds that never go back.
-            sample: Looks at a process.
+            clock: Monotonic clock in seconds.
+            sample: Samples a process.
         """
         self.pid = pid
         self.waited = 0.0
-        """Seconds that the process could have used since it was heard of."""
+        """Seconds that the process could have used since it was last heard from."""
         self.idle = 0.0
-        """Of these, the last ones in which it used no processor."""
+        """Trailing part of these in which it used no CPU."""
         self.stopped = 0.0
-        """Seconds that it has been stopped."""
+        """Seconds for which it has been stopped."""
         self._clock = clock
         self._sample = sample
         self._looked_at = clock()
         self._last = sample(pid)
 
     def heard(self) -> None:
-        """It said something."""
+        """Resets the measurement: a message arrived."""
         self.waited = self.idle = 0.0
 
     def tick(self) -> None:
-        """Looks at the process. To be called about once a second."""
+        """Samples the process. Call about once a second."""
         now = self._clock()
         seconds = min(now - self._looked_at, MAX_TICK)
         self._looked_at = now
@@ -98,7 +98,7 @@ class ProcessWatch:
         self.stopped = self.stopped + seconds if sample.state == "T" else 0.0
         if sample.state == "R":
             seconds = min(seconds, used)
-        elif sample.state in "DtZX":  # a disk, a debugger, or its end, which is noticed otherwise
+        elif sample.state in "DtZX":  # disk wait, a debugger, or its end, which is noticed elsewhere
             seconds = 0.0
         self.waited += seconds
         self.idle = 0.0 if used > 0 else self.idle + seconds

@@ -1,8 +1,8 @@
-"""From files to a model that is ready to run.
+"""Loads a model from files and makes it ready to run.
 
-A model is built with uninitialised parameters, each of which knows which tensors of a checkpoint go where in it
-(``layers/parameter.py``). The loader matches names, complains about what is missing or left over before it reads
-anything, then copies tensor after tensor.
+A model is built with uninitialised parameters, each of which knows where checkpoint tensors go in it
+(``layers/parameter.py``). The loader matches names, reports missing and unexpected tensors before it reads any data,
+then copies tensor by tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ops import Communicator, NotConnected, SingleRank
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Takes a stage and how much of it is done, of how much."""
+"""Takes a stage, the amount done and the total."""
 
 MAX_THREADS = 8
 
@@ -49,12 +49,12 @@ class LoadedModel:
     weight_bytes: int
     dtype: torch.dtype
     max_model_len: int
-    """Longest sequence: as configured, else what the model was made for."""
+    """Longest sequence: as configured, else the model's maximum."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one tensor of a checkpoint goes."""
+    """Destination of one checkpoint tensor."""
 
     parameter: WeightParameter
     shard_id: ShardId
@@ -73,15 +73,15 @@ def load_model(
 
     Args:
         config: ``model`` is a local folder, or a GGUF file whose header is in ``gguf``.
-        parallel: This worker's place.
-        device: Where the weights go.
-        attention_backend: Name of a backend; None: for each layer the first that supports it.
-        progress: Told about the bytes read so far.
-        memory_bytes: What the device has in all; a model whose weights need more is refused before they are read.
-        communicator: Where the ranks that share the layers meet. None: nowhere, so with several the model cannot run.
+        parallel: This worker's rank and group sizes.
+        device: Device to load the weights to.
+        attention_backend: Name of a backend; None: the first that supports each layer.
+        progress: Called with the bytes read so far.
+        memory_bytes: Total device memory; a model whose weights need more is rejected before they are read.
+        communicator: Connects the ranks that share the layers. None: with several ranks the model cannot run.
 
     Raises:
-        ModelError: The model cannot be loaded; one line that names the file and what is wrong with it.
+        ModelError: The model cannot be loaded; one line that names the file and the problem.
     """
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture)
@@ -105,7 +105,7 @@ def load_model(
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
-        # Whoever overrides what the file says knows that it is another.
+        # An override of the file's setting is deliberate.
         load_weights(
             model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
         )
@@ -124,7 +124,7 @@ def build_model(model_class: type[Model], context: ModelContext, attention_backe
     """The model with uninitialised weights; its attention layers have backends.
 
     Raises:
-        ModelError: No model can be made of these numbers.
+        ModelError: The configuration does not describe a valid model.
     """
     try:
         model = model_class(context)
@@ -134,10 +134,10 @@ def build_model(model_class: type[Model], context: ModelContext, attention_backe
     except ValueError as error:
         raise ModelError(str(error)) from error
     except (ArithmeticError, MemoryError, RuntimeError) as error:
-        # Sizes that fit no memory, or formulas without a result. Whatever it is, it comes from the configuration.
-        logger.debug("the model cannot be built", exc_info=error)
+        # Sizes beyond memory, or formulas without a result: the cause is always the configuration.
+        logger.debug("cannot build the model", exc_info=error)
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise ModelError(f"{context.config.source}: no model can be built of these numbers: {reason}") from error
+        raise ModelError(f"{context.config.source}: cannot build a model from this configuration: {reason}") from error
     for layer, backend in zip(layers, backends, strict=True):
         layer.backend = backend
     return model
@@ -148,7 +148,7 @@ def build_model(model_class: type[Model], context: ModelContext, attention_backe
 
 
 def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
-    """The configuration and the weights of a model; no weights with ``load_format`` dummy."""
+    """Opens a model's configuration and weights; no weights with ``load_format`` dummy."""
     path = Path(config.model)
     if config.gguf is not None:
         gguf = GGUFCheckpoint(path, config.gguf)
@@ -161,7 +161,7 @@ def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
 
 
 def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
-    """The type asked for; by default the one the model was saved in, but half the size of float32."""
+    """The requested dtype; by default the one the model was saved in, with bfloat16 instead of float32."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     saved = hf_config.torch_dtype
@@ -169,13 +169,13 @@ def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
 
 
 def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
-    """The length asked for, which must not be more than the model was made for."""
+    """The requested length, which must not exceed the model's maximum."""
     if config.max_model_len is None or config.max_model_len < 0:
         return hf_config.default_max_model_len
     longest = hf_config.max_position
     if config.max_model_len > longest:
         raise ModelError(
-            f"--max-model-len {config.max_model_len} is more than the {longest} tokens that the model was made for "
+            f"--max-model-len {config.max_model_len} exceeds the model's maximum of {longest} tokens "
             f"({hf_config.source})"
         )
     return config.max_model_len
@@ -191,11 +191,12 @@ def load_weights(
     """Fills every parameter from a checkpoint that holds exactly the model's tensors.
 
     Args:
-        model: Has the parameters.
+        model: The model to fill.
         checkpoint: The weights.
-        context: How the model was built.
+        context: The context the model was built with.
         progress: Told about the bytes read so far.
-        is_tied_by_file: The model's own configuration ties tensors, so one that is stored twice, and differs, is news.
+        is_tied_by_file: The model's own configuration ties tensors; warn about a tied tensor stored twice with
+            different values.
     """
     targets = find_targets(model)
     tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
@@ -206,7 +207,7 @@ def load_weights(
             found[name] = double
         elif is_tied_by_file and _differ(double, found[name], targets[name].parameter.dtype):
             logger.warning(
-                "%s is ignored: it differs from %r, which the model's configuration uses in its place "
+                "ignoring %s: it differs from %r, which the model's configuration uses in its place "
                 "(tie_word_embeddings; --hf-overrides '{\"tie_word_embeddings\": false}' uses both)",
                 double.origin,
                 name,
@@ -237,7 +238,7 @@ def load_weights(
 
 
 def find_targets(model: Model) -> dict[str, Target]:
-    """All tensors that the model needs, by their names in a checkpoint."""
+    """Destinations of all tensors that the model needs, by checkpoint name."""
     targets: dict[str, Target] = {}
     for name, parameter in named_weights(model):
         assert isinstance(parameter, WeightParameter), name
@@ -250,7 +251,7 @@ def find_targets(model: Model) -> dict[str, Target]:
 
 
 def find_ties(names: Iterable[str], tied_modules: Mapping[str, str]) -> dict[str, str]:
-    """The other names under which a checkpoint may hold tensors of tied modules -> those that the model has."""
+    """Alternative checkpoint names of tensors of tied modules -> the names that the model uses."""
     return {
         f"{other}.{name.removeprefix(f'{module}.')}": name
         for other, module in tied_modules.items()
@@ -260,12 +261,12 @@ def find_ties(names: Iterable[str], tied_modules: Mapping[str, str]) -> dict[str
 
 
 def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
-    """Whether two tensors hold other numbers. Reads them as far as they are equal."""
+    """Whether two tensors differ. Reads them up to the first difference."""
     try:
         first, second = one.read(dtype), other.read(dtype)
     except ValueError:
         return True
-    if dtype not in FLOATS:  # one type; torch cannot compare all of them
+    if dtype not in FLOATS:  # same dtype; torch cannot compare all of them
         first, second = first.view(torch.uint8), second.view(torch.uint8)
     return first.shape != second.shape or not torch.equal(first.to(second.dtype), second)
 
@@ -273,10 +274,10 @@ def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
 def match_names(
     stored: Iterable[StoredTensor], targets: dict[str, Target], ignored: tuple[str, ...], tied: Mapping[str, str]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The tensors that the model needs, by name, and those that are stored under the other name of a tied one.
+    """The tensors that the model needs, by name, and duplicates stored under the other name of a tied one.
 
     Raises:
-        ModelError: There is one that it does not know.
+        ModelError: A tensor is not part of the model.
     """
     found: dict[str, StoredTensor] = {}
     doubles: dict[str, StoredTensor] = {}
@@ -294,9 +295,9 @@ _NORM = re.compile(r"norm\.weight$")
 
 
 def fill_with_random_numbers(model: Model) -> None:
-    """Small weights, the same in every run; norms are 1, codes of quantised weights any bytes.
+    """Fills in small weights, the same in every run; norms are 1, codes of quantised weights arbitrary bytes.
 
-    For benchmarks: one pattern, repeated, is fast to make.
+    For benchmarks: repeating one pattern is fast.
     """
     for name, parameter in named_weights(model):
         flat = parameter.data.view(-1)

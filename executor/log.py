@@ -1,7 +1,7 @@
-"""Logging of all processes: one format, to standard error.
+"""Logging for all processes: one format, to standard error.
 
-A log is read in terminals and by programs that take a line for an entry, and some of what it quotes comes from clients
-and from files. So whatever could move the cursor, hide text or start a line is written as an escape.
+Logs are read in terminals and by line-based programs, and quote text from clients and files. So characters that could
+move the cursor, hide text or start a new line are escaped.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from executor.json_log import LOG_FORMAT_VARIABLE, JsonFormatter
 NAME = "octavo"
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, ends of lines, marks that change the direction of text, and what UTF-8 cannot write."""
+"""Control characters, line ends, text direction marks and lone surrogates, which UTF-8 cannot encode."""
 
 _CONTINUED = "\n  | "
 
 DETAILS = "details"
-"""Key of ``extra`` for a text of several lines that belongs to an entry."""
+"""Key of ``extra`` for multi-line text that belongs to an entry."""
 
 
 def printable(text: str) -> str:
-    """A text as one line that no terminal takes for commands."""
+    """Escapes a text to one line without terminal control characters."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _Formatter(logging.Formatter):
-    """One line per entry; what follows (``details``, a traceback) is marked line by line as part of it."""
+    """One line per entry; each further line (``details``, a traceback) is marked as a continuation."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.message = record.getMessage()
@@ -53,9 +53,9 @@ def setup_logging(process: str, level: str = "info", log_format: str | None = No
     """Configures the root logger of this process.
 
     Args:
-        process: Short name that starts every line, such as ``api`` or ``worker 0``.
+        process: Short process name shown in every line, such as ``api`` or ``worker 0``.
         level: ``debug``, ``info``, ``warning`` or ``error``.
-        log_format: ``text`` or ``json``. Child processes inherit it: None takes the parent's.
+        log_format: ``text`` or ``json``. None: inherited from the parent process.
     """
     if log_format is not None:
         os.environ[LOG_FORMAT_VARIABLE] = log_format

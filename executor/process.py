@@ -1,8 +1,8 @@
-"""Child processes that never outlive their parent.
+"""Child processes that never outlive their parents.
 
-A child runs a module of this package (``child_command``) with its start message on a pipe (its standard input). The
-pipe stays open: its end means that the parent is gone. On Linux the kernel's parent death signal says the same without
-the child's help. Neither fork nor pickle is involved.
+A child runs one of our modules (``child_command``) and gets its start message on a pipe (its standard input). The pipe
+stays open: end of file means that the parent is gone. On Linux the kernel's parent death signal covers a child that
+does not read. Neither fork nor pickle is involved.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _BOOTSTRAP = (
     "sys.path[:] = [root, *(entry for entry in sys.path if entry not in ('', root))]; "
     "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
-"""``python -m`` would look for modules in the current folder first, and run an ``ops.py`` or ``torch.py`` that lies
-there. ``-P`` needs Python 3.11, and ``-I`` drops PYTHONPATH and the user's site-packages."""
+"""``python -m`` would search the current folder first and import an ``ops.py`` or ``torch.py`` from there. ``-P`` needs
+Python 3.11, and ``-I`` drops PYTHONPATH and the user's site-packages."""
 
 
 def child_command(module: str) -> list[str]:
-    """The command that runs one of our modules as ``__main__``, and imports nothing from the current folder.
+    """The command that runs one of our modules as ``__main__``, importing nothing from the current folder.
 
     Args:
-        module: Its dotted name, such as ``executor.worker``.
+        module: Dotted name of the module, such as ``executor.worker``.
     """
     return [sys.executable, "-c", _BOOTSTRAP, _ROOT, module]
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with ``extra``, for a ``child_command``.
+    """The environment for a ``child_command``: this process's, with ``extra`` added.
 
-    Entries of PYTHONPATH that are empty or relative go: they mean the current folder.
+    Empty and relative entries of PYTHONPATH are dropped: they refer to the current folder.
     """
     environment = {**os.environ, **(extra or {})}
     entries = environment.pop("PYTHONPATH", "").split(os.pathsep)
@@ -71,11 +71,11 @@ class ChildProcess:
     ) -> None:
         """
         Args:
-            module: What runs.
-            payload: Its start message.
-            env: Added to its environment.
-            stdout: A descriptor for what it writes. None: where this process writes.
-            stderr: The same for its errors.
+            module: Module to run.
+            payload: The start message.
+            env: Additions to the environment.
+            stdout: Descriptor for standard output. None: inherited.
+            stderr: Descriptor for standard error. None: inherited.
         """
         self._process = subprocess.Popen(
             child_command(module),
@@ -89,20 +89,20 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
-        with contextlib.suppress(OSError):  # else a long start message holds us up until the child has its modules
+        with contextlib.suppress(OSError):  # or a long message blocks until the child has its imports
             fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
         try:
             self._pipe.write(_LENGTH.pack(len(payload)) + payload)
             self._pipe.flush()
         except BrokenPipeError:
-            pass  # it died at once; whoever watches the process sees that
+            pass  # it died at once; whoever watches the process will notice
 
     def fileno(self) -> int:
         return self._pidfd
 
     @property
     def stdin(self) -> int:
-        """The descriptor of our end of its pipe."""
+        """Descriptor of our end of the pipe."""
         return self._pipe.fileno()
 
     def poll(self) -> int | None:
@@ -110,7 +110,7 @@ class ChildProcess:
         return self._process.poll()
 
     def kill(self) -> None:
-        """Ends the process now and takes its exit status."""
+        """Kills the process and reaps it."""
         self._process.kill()
         self.wait()
 
@@ -118,7 +118,7 @@ class ChildProcess:
         """Waits for the end of the process.
 
         Raises:
-            subprocess.TimeoutExpired: It still runs.
+            subprocess.TimeoutExpired: It is still running.
         """
         code = self._process.wait(timeout)
         self.close()
@@ -141,7 +141,7 @@ def read_payload() -> bytes:
     """In the child: the start message, or the next message after it.
 
     Raises:
-        EOFError: The parent went away before it was complete.
+        EOFError: The parent exited before the message was complete.
     """
     (length,) = _LENGTH.unpack(_read_exactly(_LENGTH.size))
     return _read_exactly(length)
@@ -152,21 +152,21 @@ def _read_exactly(count: int) -> bytes:
     while len(data) < count:
         part = os.read(0, min(count - len(data), 1 << 20))
         if not part:
-            raise EOFError("the parent process went away")
+            raise EOFError("the parent process exited")
         data += part
     return bytes(data)
 
 
 def become_child(title: str) -> None:
-    """In the child, first thing: name the process and tie its life to the parent's."""
+    """In the child, first of all: names the process and ties its life to the parent's."""
     setproctitle.setproctitle(title)
-    # Ctrl-C and the end of a terminal reach all its processes, and service managers end whole groups: the parent
-    # decides what that means.
+    # Ctrl-C and hang-ups of the terminal reach all processes, and service managers signal whole groups: the parent
+    # decides how to react.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A parent that was gone by then sends no signal; loading a model first would keep its memory for minutes.
+    # No signal comes if the parent exited before this point; check now, or a model load would hold memory for minutes.
     poller = select.poll()
     poller.register(0, 0)
     if any(event & select.POLLHUP for _, event in poller.poll(0)):

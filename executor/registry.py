@@ -1,6 +1,6 @@
-"""How a seam finds its implementations: a registry maps names to ``"module:attribute"`` strings.
+"""Implementations by name: a registry maps names to ``"module:attribute"`` strings.
 
-The names are known without importing what they stand for.
+The names are known without importing the implementations.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 
 def resolve(registry: Mapping[str, str], name: str, what: str) -> Any:
-    """Imports what a registry has under a name.
+    """Imports the implementation registered under a name.
 
     Args:
         registry: Name -> ``"module:attribute"``.
-        name: As a person or a file says it.
-        what: What the names are names of, for the error: "device".
+        name: The name to look up.
+        what: Kind of thing the registry holds, for the error message: "device".
 
     Raises:
-        ValueError: The name is not in the registry; the message lists those that are.
+        ValueError: The name is unknown; the message lists the known ones.
     """
     if name not in registry:
         raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(sorted(registry))}")

@@ -1,8 +1,8 @@
 """A device that is modelled instead of computed.
 
-With it the real scheduler, engine core, sockets and API process run at the rate of a large accelerator on any
-machine: what is left to measure is their own cost. Tokens are a function of the request's seed and the position, so
-restarts and preemptions change nothing, as with a real device.
+It lets the real scheduler, engine core, sockets and API process run at the pace of a large accelerator on any machine,
+so that their own cost can be measured. Tokens are a function of the request's seed and the position, so restarts and
+preemptions change nothing, as with a real device.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from executor.messages import (
 from executor.pooling import finish
 
 FIRST_TOKEN_ID = 256
-"""Lower ids are left out: in many vocabularies they are special."""
+"""Lower ids are never sampled: in many vocabularies they are special."""
 
 
 class DeviceModel:
-    """What a step would take and sample. State is arrays by slot, as in a real worker."""
+    """Computes a step's duration and tokens. State is arrays by slot, as in a real worker."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device = device
         self._num_computed = np.zeros(64, np.int64)
         self._seeds = np.zeros(64, np.uint64)
         self._pooled: dict[int, tuple[ResolvedPoolingParams, bytes]] = {}
-        """By slot: what is wanted of which prompt."""
+        """Pooling parameters and prompt, by slot."""
 
     def _make_room(self, slot: int) -> None:
         missing = max(slot + 1, 2 * len(self._seeds)) - len(self._seeds)
@@ -75,7 +75,7 @@ class DeviceModel:
         slots = i32(plan.slots)
         counts = i32(plan.num_scheduled_tokens)
         if plan.num_draft_tokens:
-            counts = counts - u8(plan.num_draft_tokens)  # it has none
+            counts = counts - u8(plan.num_draft_tokens)  # this device has no drafts
         self._num_computed[slots] += counts
         lengths = self._num_computed[slots]
         sampled = u8(plan.num_sampled).astype(bool)
@@ -85,7 +85,7 @@ class DeviceModel:
         return tokens, micros * 1e-6
 
     def tokens(self, slots: I32, lengths: npt.NDArray[np.int64]) -> I32:
-        """What is sampled, before any mask, where so many tokens of each slot are computed: int32 [slots]."""
+        """The tokens sampled, before any mask, when this many tokens of each slot are computed: int32 [slots]."""
         mixed = self._seeds[slots] * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= lengths.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
         mixed ^= mixed >> np.uint64(29)
@@ -107,7 +107,7 @@ class DeviceModel:
         )
 
     def constrain(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask) -> I32:
-        """The sampled tokens where a grammar has a say: an allowed one, chosen by the token that it replaces."""
+        """Sampled tokens of constrained rows: an allowed token, chosen by the token that it replaces."""
         constrained = i32(plan.grammar_slots).tolist()
         rows = i32(mask.bitmask).reshape(len(constrained), -1)
         places = {slot: place for place, slot in enumerate(i32(plan.slots)[u8(plan.num_sampled) > 0].tolist())}
@@ -122,7 +122,7 @@ class DeviceModel:
         return int(allowed[token * 2654435761 % (1 << 32) % len(allowed)]) if len(allowed) else token
 
     def pool(self, plan: SchedulerOutput) -> list[tuple[int, Tensor]]:
-        """Rows and vectors of the prompts that end in a step which was executed: a function of their tokens."""
+        """Rows and vectors of the prompts that end in an executed step: a function of their tokens."""
         vectors: list[tuple[int, Tensor]] = []
         for row, slot in enumerate(i32(plan.slots).tolist() if self._pooled else ()):
             params, token_ids = self._pooled.get(slot, (None, b""))
@@ -135,7 +135,7 @@ class DeviceModel:
         return vectors
 
     def ready(self) -> WorkerReady:
-        """What a worker with this device would say at start."""
+        """What a worker with this device would report at startup."""
         device = self.device
         group = KVCacheGroupSpec(kind="full", block_size=device.block_size, bytes_per_block=1, layers=(0,))
         return WorkerReady(

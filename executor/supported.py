@@ -1,4 +1,4 @@
-"""Whether a model can be served, as far as its config.json tells: asked before its weights are downloaded. No torch."""
+"""Checks from config.json alone whether a model can be served, before its weights are downloaded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from executor.quantization.base import quantization_name
 
 
 def check_supported(fields: Mapping[str, Any], quantization: str | None = None) -> None:
-    """Checks architecture and quantisation; everything else is found when the model is loaded.
+    """Checks architecture and quantisation; loading the model checks the rest.
 
     Args:
-        fields: Of config.json, with the user's overrides.
+        fields: Contents of config.json, with the user's overrides applied.
         quantization: ``--quantization``.
 
     Raises:
-        ModelError: They are missing or not supported.
+        ModelError: One of them is missing, invalid or not supported.
     """
     names = fields.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):

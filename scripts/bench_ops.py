@@ -286,7 +286,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     kernels = library.chosen()
     if kernels is None:
-        sys.exit("there are no kernels for this machine")
+        sys.exit("no kernels are available on this machine")
     dtype: torch.dtype = getattr(torch, options.dtype)
     buffer = memory.map_zeros(STREAM_BYTES).fill_(1)
 

@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     kernels = library.chosen()
     if kernels is None:
-        sys.exit("there are no kernels for this machine")
+        sys.exit("no kernels are available on this machine")
     clock = Clock(kernels.run)
     kernels.run = clock  # type: ignore[assignment]
     threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """The attention backend seam.
 
-Each attention layer has a backend of its own: a model may have layers of several kinds. Layers that are alike form a
-group, which shares block tables and is planned once per step.
+Each attention layer has its own backend, since a model may mix kinds of layers. Layers of the same kind form a group,
+which shares block tables and is planned once per step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from executor.registry import resolve
 from ops import AttentionMetadata, AttentionShape, KVLayout
 
 KVCache = tuple[torch.Tensor, ...]
-"""What one layer caches, in the shapes that its backend asked for: K and V, or one tensor of latents."""
+"""The cache of one layer, in the shapes its backend requested: K and V, or one tensor of latents."""
 
 
 class AttentionBackend(Protocol):
@@ -29,27 +29,27 @@ class AttentionBackend(Protocol):
     """Preferred block size in tokens; any multiple of ``block_size_multiple`` works."""
     block_size_multiple: int
     kv_layout: str
-    """How a block is laid out: what one layout wrote no other can read."""
+    """Layout of a block. Caches of different layouts are incompatible."""
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        """None, or the reason why this backend cannot run such a layer."""
+        """The reason why this backend cannot run such a layer, or None if it can."""
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors of a layer's cache. The first dimension of each is the block."""
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:
-        """What ``run`` needs to know of a step."""
+        """Prepares the step's metadata for ``run``."""
 
     def run(
         self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        """Writes what this step caches, then attends.
+        """Writes this step's entries to the cache, then computes attention.
 
         Args:
-            inputs: What layers of this kind give: q, k and v, with heads side by side in the columns.
-            kv_cache: The layer's.
-            shape: The layer's.
-            meta: What ``plan`` returned.
+            inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns.
+            kv_cache: The layer's cache.
+            shape: The layer's constants.
+            meta: The result of ``plan``.
 
         Returns:
             [num_tokens, num_heads * v_head_dim].
@@ -58,18 +58,18 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Layers that are alike, and share block tables: what they cache, and how."""
+    """Layers of the same kind, which share block tables, and what they cache."""
 
     backend: AttentionBackend
     shape: AttentionShape
     kv_dtype: torch.dtype
     block_size: int
     layers: tuple[int, ...]
-    """Their numbers among the attention layers of the model."""
+    """Their indices among the model's attention layers."""
 
     @property
     def spec(self) -> KVCacheGroupSpec:
-        """What the engine core needs to know of the group."""
+        """Description of the group for the engine core."""
         window = self.shape.sliding_window
         sizes = self.backend.kv_shape(1, self.block_size, self.shape)
         elements = sum(torch.Size(size).numel() for size in sizes)
@@ -98,7 +98,7 @@ class AttentionStep:
 
 
 class OpsAttention:
-    """What backends share that are ``ops.paged_attention`` on a KV cache of their own layout."""
+    """Base of backends that run ``ops.paged_attention`` on a KV cache in their own layout."""
 
     kv_layout: KVLayout
 
@@ -114,8 +114,8 @@ class OpsAttention:
 
 
 def unsupported_kind(shape: AttentionShape) -> str | None:
-    """None, or that such a layer is not what ``ops.paged_attention`` computes."""
-    return None if shape.kind == "kv" else f"it has no layers of kind {shape.kind!r}"
+    """The reason why ``ops.paged_attention`` cannot compute such a layer, or None if it can."""
+    return None if shape.kind == "kv" else f"layers of kind {shape.kind!r} are not supported"
 
 
 REGISTRY = {
@@ -123,16 +123,16 @@ REGISTRY = {
     "reference": "executor.attention.reference:ReferenceAttention",
 }
 PREFERENCE = {"cpu": ["cpu", "reference"]}
-"""Backends for each op set, the best first; for others the reference."""
+"""Backends of each op set, best first. Other op sets use the reference."""
 
 
 def choose_backends(
     device_type: str, shapes: Sequence[AttentionShape], dtype: torch.dtype, name: str | None
 ) -> list[AttentionBackend]:
-    """The backend of each layer: the one of that name, or the device's first that supports the layer.
+    """The backend of each layer: the named one, or the first of the device that supports the layer.
 
     Raises:
-        ValueError: There is none; the message says why each was refused.
+        ValueError: No backend supports a layer; the message says why each was rejected.
     """
     candidates: list[AttentionBackend] = [
         resolve(REGISTRY, candidate, "attention backend")()

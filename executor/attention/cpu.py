@@ -12,7 +12,7 @@ from ops.cpu.instructions import kv_shapes, unsupported_attention
 
 
 class CpuAttention(OpsAttention):
-    """K and V in the layout that the kernels multiply with; see ``ops/cpu/csrc/kv_cache.h``."""
+    """Keeps K and V in the layout of the kernels; see ``ops/cpu/csrc/kv_cache.h``."""
 
     name = "cpu"
     block_size = 32
@@ -21,7 +21,7 @@ class CpuAttention(OpsAttention):
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         if ops.op_set("cpu").name != self.name:
-            return "there are no kernels for this machine"
+            return "no kernels are available on this machine"
         return unsupported_kind(shape) or unsupported_attention(shape, dtype)
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:

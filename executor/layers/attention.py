@@ -1,4 +1,4 @@
-"""The attention of one layer, and the groups that layers form."""
+"""Attention of one layer, and the grouping of layers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ops import AttentionShape
 
 
 class Attention(nn.Module):
-    """Attends through a backend to a paged KV cache.
+    """Attention over a paged KV cache, through a backend.
 
-    The loader assigns ``backend``, ``form_groups`` the group, the runner ``kv_cache``.
+    The loader assigns ``backend``, ``form_groups`` assigns ``group`` and the runner assigns ``kv_cache``.
     """
 
     backend: AttentionBackend
     group: int
-    """KV cache group: its layers are alike, and share block tables."""
+    """KV cache group: layers of the same kind, which share block tables."""
     kv_cache: KVCache
     kv_dtype: torch.dtype
-    """Type of what is cached."""
+    """Dtype of the cache."""
 
     def __init__(self, context: ModelContext, shape: AttentionShape) -> None:
         """Creates the layer.
 
         Args:
             context: What the model is built from.
-            shape: Of all ranks together; ``self.shape`` is this rank's share of the heads.
+            shape: Shape over all ranks; ``self.shape`` has this rank's share of the heads.
         """
         super().__init__()
         window = shape.sliding_window
@@ -42,13 +42,13 @@ class Attention(nn.Module):
             shape,
             num_heads=shape.num_heads // tp_size,
             num_kv_heads=max(1, shape.num_kv_heads // tp_size),
-            # A window that no sequence outgrows hides nothing, and full attention shares more of its cache.
+            # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
             sliding_window=None if window is not None and window >= context.max_model_len else window,
         )
         self.kv_dtype = context.dtype
 
     def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
-        """Takes what its kind of attention needs, q, k and v in the usual case: heads lie side by side in the columns.
+        """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.
 
         Returns:
             [num_tokens, num_heads * v_head_dim].
@@ -57,11 +57,11 @@ class Attention(nn.Module):
 
 
 def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[AttentionGroup, ...]:
-    """Puts layers that are alike into groups, in the order in which they come.
+    """Groups layers of the same kind, in order of first appearance.
 
     Args:
-        layers: Of the whole model; they have backends.
-        block_size: Tokens of a block; None: what each backend prefers.
+        layers: All attention layers of the model, with their backends assigned.
+        block_size: Tokens per block; None: each backend's preference.
 
     Raises:
         ModelError: The block size does not suit a backend.
@@ -74,7 +74,7 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
         size = block_size or backend.block_size
         if size % backend.block_size_multiple:
             raise ModelError(
-                f"--block-size {size} does not suit the {backend.name} attention backend; "
+                f"--block-size {size} is not supported by the {backend.name} attention backend; "
                 f"use a multiple of {backend.block_size_multiple}"
             )
         for index in indexes:

@@ -1,4 +1,4 @@
-"""What every layer and model is built from."""
+"""Construction context of layers and models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ModelContext:
     config: HFConfig
     parallel: ParallelState
     dtype: torch.dtype
-    """Type of the activations, and of weights that no quantisation stores in another."""
+    """Dtype of the activations and of unquantised weights."""
     device: torch.device
     quantization: QuantizationConfig
     max_model_len: int
-    """Longest sequence: as configured, else what the model was made for. What is served may be less."""
+    """Longest sequence: as configured, else the model's maximum. The served maximum may be shorter."""
     communicator: Communicator = field(default_factory=SingleRank)
-    """Where the ranks that share the layers meet."""
+    """Connects the ranks that share the layers."""
 
     def __post_init__(self) -> None:
         assert (self.communicator.rank, self.communicator.size) == (self.parallel.tp_rank, self.parallel.tp_size)

@@ -1,4 +1,4 @@
-"""The table of token embeddings, and the output layer."""
+"""Token embeddings and the output layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from executor.quantization.base import TableShape
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding table of which each rank holds some rows. Tied models take their logits from it as well."""
+    """An embedding table sharded by rows over the ranks. Tied models also compute their logits with it."""
 
     is_output: ClassVar[bool] = False
 
@@ -51,11 +51,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class LMHead(VocabParallelEmbedding):
-    """An output layer with a table of its own."""
+    """An output layer with its own table."""
 
     is_output = True
 
 
 def output_layer(context: ModelContext, embedding: VocabParallelEmbedding, *, prefix: str) -> VocabParallelEmbedding:
-    """The layer that makes logits: the embedding itself where the configuration ties the two."""
+    """The layer that computes logits: the embedding itself if the configuration ties the two."""
     return embedding if context.config.tie_word_embeddings else LMHead(context, prefix=prefix)

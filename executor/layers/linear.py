@@ -1,7 +1,7 @@
 """Linear layers, split over ranks by rows (column parallel) or by columns (row parallel) of the weight.
 
-The names are those of Megatron-LM (Shoeybi et al., arXiv:1909.08053). How a weight is stored and applied is the
-business of its ``LinearMethod``.
+The names are those of Megatron-LM (Shoeybi et al., arXiv:1909.08053). The ``LinearMethod`` decides how a weight is
+stored and applied.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LinearLayer(nn.Module):
             input_part: This rank's columns of the weight.
             output_parts: This rank's rows, for each projection merged into the layer.
             bias: Whether there is a bias.
-            paired: Whether the layer is two projections of one size, of which one gates the other.
+            paired: Whether the layer is two projections of equal size, one gating the other.
             prefix: The layer's name in the model.
         """
         super().__init__()
@@ -66,7 +66,7 @@ class ReplicatedLinear(LinearLayer):
 
 
 class ColumnParallelLinear(LinearLayer):
-    """Each rank computes some of the outputs."""
+    """Each rank computes a share of the outputs."""
 
     def __init__(
         self, context: ModelContext, in_features: int, out_features: int, *, bias: bool = False, prefix: str
@@ -92,8 +92,8 @@ class MergedColumnParallelLinear(LinearLayer):
         Args:
             context: What the model is built from.
             in_features: Size of the input.
-            out_features: Size of each projection, by its name in the checkpoint; without names where one tensor there
-                has them all, one after another. Two of one size are an MLP's gate and what it multiplies.
+            out_features: Size of each projection by its name in the checkpoint, or without names if one tensor there
+                holds them all, concatenated. Two of equal size are an MLP's gate and up projections.
             bias: Whether they have biases.
             prefix: The layer's name in the model.
         """
@@ -108,7 +108,7 @@ class MergedColumnParallelLinear(LinearLayer):
 
 
 class QKVParallelLinear(LinearLayer):
-    """The projections to q, k and v, split by heads. Ranks beyond the number of KV heads hold copies of them."""
+    """The projections to q, k and v, split by heads. With more ranks than KV heads, KV heads are replicated."""
 
     def __init__(
         self,
@@ -128,10 +128,10 @@ class QKVParallelLinear(LinearLayer):
             context: What the model is built from.
             in_features: Size of the input.
             head_dim: Size of a head.
-            num_heads: Of q, of all ranks together; likewise ``num_kv_heads``.
-            num_kv_heads: Of k and of v.
+            num_heads: Query heads over all ranks.
+            num_kv_heads: KV heads over all ranks.
             bias: Whether they have biases.
-            names: Of the projections in the checkpoint; None: one tensor there has q, k and v, one after another.
+            names: Names of the projections in the checkpoint; None: one tensor there holds q, k and v, concatenated.
             prefix: The layer's name in the model.
         """
         parallel = context.parallel
@@ -149,14 +149,14 @@ class QKVParallelLinear(LinearLayer):
 
 
 def merged_parts(names: Sequence[str] | None, rows: Sequence[Part]) -> dict[ShardId, Part]:
-    """The rows of merged projections: a tensor of the checkpoint for each name, or one for all."""
+    """The rows of merged projections: one checkpoint tensor per name, or one for all."""
     if names is None:
         return {None: Part.joined(rows)}
     return dict(zip(names, rows, strict=True))
 
 
 class SharedBias(Weights):
-    """A bias [out_features] that is added after the ranks' results are: every rank holds it."""
+    """A bias [out_features] added after the ranks' results are summed; every rank holds it."""
 
     bias: nn.Parameter
 
@@ -169,7 +169,7 @@ class SharedBias(Weights):
 
 
 class RowParallelLinear(LinearLayer):
-    """Each rank sees some of the inputs; the results add up."""
+    """Each rank takes a share of the inputs; the results are summed."""
 
     def __init__(
         self, context: ModelContext, in_features: int, out_features: int, *, bias: bool = False, prefix: str

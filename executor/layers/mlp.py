@@ -18,9 +18,9 @@ GATED_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Names of ``hidden_act`` in config.json."""
+"""By ``hidden_act`` in config.json."""
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {**GATED_ACTIVATIONS, "relu": "relu"}
-"""Those of an MLP without a gate."""
+"""Activations of an MLP without a gate."""
 
 
 class GatedMLP(nn.Module):

@@ -1,8 +1,8 @@
-"""Weights that know where the tensors of a checkpoint go in them.
+"""Parameters that know which checkpoint tensors fill them.
 
 A parameter may hold several tensors of a checkpoint (q, k and v of one projection, the experts of a layer), and a rank
-may hold a share of each. Both are said as ranges of dimensions, so loading needs no code in layers or models. A
-parameter has a type of its own: what a checkpoint stores as integers is loaded as integers.
+may hold a share of each. Both are described as ranges of dimensions, so loading needs no code in layers or models. Each
+parameter has its own dtype: integers in a checkpoint are loaded as integers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from executor.parallel import ParallelState
 
 ShardId = str | None
-"""Which tensor of the checkpoint, of those that share a parameter: the name of its module, beside the layer's.
+"""Identifies one of the checkpoint tensors that share a parameter, by the name of its module, a sibling of the layer's.
 
-``q_proj`` for a ``qkv_proj``, ``experts.3.up_proj`` for ``experts``; None: there is only one, under the layer's name.
+``q_proj`` for a ``qkv_proj``, ``experts.3.up_proj`` for ``experts``; None: a single tensor under the layer's name.
 """
 
 
 def stored_module(module: str, shard_id: ShardId) -> str:
-    """The module of the checkpoint that a shard comes from.
+    """The module in the checkpoint that a shard comes from.
 
     Args:
         module: Full name of the layer here: ``model.layers.0.self_attn.qkv_proj``.
@@ -41,7 +41,7 @@ def stored_module(module: str, shard_id: ShardId) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """Consecutive elements of one dimension: where they lie in the checkpoint's tensor, and where in the parameter."""
+    """Consecutive elements of one dimension: their place in the checkpoint's tensor and in the parameter."""
 
     start: int
     size: int
@@ -50,13 +50,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's elements of one dimension: any ranges, in the order of the parameter."""
+    """This rank's elements of one dimension: arbitrary ranges, in the parameter's order."""
 
     full: int
     """Size of the dimension in the checkpoint."""
     ranges: tuple[Range, ...]
     is_stacked: bool = False
-    """The checkpoint's tensor lacks this dimension, as the parameter is a stack of such tensors."""
+    """The checkpoint's tensor lacks this dimension, since the parameter stacks such tensors."""
 
     @classmethod
     def whole(cls, size: int, offset: int = 0) -> Part:
@@ -65,7 +65,7 @@ class Part:
 
     @classmethod
     def piece(cls, full: int, start: int, size: int, offset: int = 0) -> Part:
-        """``size`` elements from ``start`` on."""
+        """``size`` elements starting at ``start``."""
         return cls(full, (Range(start, size, offset),))
 
     @classmethod
@@ -73,19 +73,19 @@ class Part:
         """This rank's equal share of a dimension.
 
         Raises:
-            ValueError: It does not divide; the message says ``what`` does not.
+            ValueError: It does not divide evenly; the message names ``what``.
         """
         size = parallel.divide(full, what)
         return cls.piece(full, parallel.tp_rank * size, size, offset)
 
     @classmethod
     def element(cls, index: int) -> Part:
-        """Number ``index`` of a stack, such as an expert: the checkpoint has one tensor for each."""
+        """Element ``index`` of a stack, such as an expert, with one checkpoint tensor for each element."""
         return cls(1, (Range(0, 1, index),), is_stacked=True)
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
-        """Parts of dimensions that follow one another in one tensor of the checkpoint, such as q, k and v of Phi-3."""
+        """Parts of dimensions that are concatenated in one checkpoint tensor, such as q, k and v of Phi-3."""
         ranges, full = [], 0
         for part in parts:
             ranges += [replace(each, start=full + each.start) for each in part.ranges]
@@ -93,7 +93,7 @@ class Part:
         return cls(full, tuple(ranges))
 
     def alone(self) -> Part:
-        """The same elements, at the beginning of a parameter."""
+        """The same elements, placed at the beginning of a parameter."""
         first = min(each.offset for each in self.ranges)
         return replace(self, ranges=tuple(replace(each, offset=each.offset - first) for each in self.ranges))
 
@@ -103,17 +103,17 @@ class Part:
 
     @property
     def end(self) -> int:
-        """Where the part ends in the parameter."""
+        """End of the part in the parameter."""
         return max(each.offset + each.size for each in self.ranges)
 
     def in_units_of(self, count: int | Fraction) -> Part:
-        """The same elements of a tensor that has one for every ``count`` of this dimension.
+        """The same elements in a tensor with one entry per ``count`` elements of this dimension.
 
         Args:
-            count: How many numbers a word holds (8 of 4 bits in an int32, 32/3 of 3 bits), or how many share a scale.
+            count: Numbers per word (8 of 4 bits in an int32, 32/3 of 3 bits) or per scale.
 
         Raises:
-            ValueError: A range begins or ends within a unit. Only the dimension itself may end within one.
+            ValueError: A range begins or ends inside a unit. Only the last unit of the dimension may be incomplete.
         """
 
         def units(each: Range) -> Range:
@@ -122,7 +122,7 @@ class Part:
                 size = Fraction(ceil(size))
             if any(number.denominator != 1 for number in (start, size, offset)):
                 raise ValueError(
-                    f"{each.size} of {self.full} elements from {each.start} on are not whole units of {count}"
+                    f"{each.size} of {self.full} elements starting at {each.start} are not whole units of {count}"
                 )
             return Range(int(start), int(size), int(offset))
 
@@ -130,19 +130,19 @@ class Part:
 
 
 Parts = Mapping[ShardId, tuple[Part, ...]]
-"""For each tensor of the checkpoint, a part per dimension of the parameter."""
+"""For each checkpoint tensor, one part per dimension of the parameter."""
 
 
 def single(*dims: Part) -> Parts:
-    """The parts of a parameter that is one tensor of the checkpoint."""
+    """The parts of a parameter filled by a single checkpoint tensor."""
     return {None: dims}
 
 
 class WeightParameter(nn.Parameter):
-    """A parameter that is filled from the tensors of a checkpoint.
+    """A parameter filled from checkpoint tensors.
 
-    Its type says which tensors it takes (``StoredTensor.read``): numbers of any floating type where it has 16 bits or
-    more, rounded to its own; otherwise only tensors of the very same type.
+    Its dtype decides which tensors it accepts (``StoredTensor.read``): if floating-point with at least 16 bits, any
+    floating-point tensor, rounded to it; otherwise only tensors of the same dtype.
     """
 
     parts: Parts
@@ -154,15 +154,15 @@ class WeightParameter(nn.Parameter):
 
     @classmethod
     def empty(cls, parts: Parts, *, dtype: torch.dtype, device: torch.device) -> WeightParameter:
-        """A parameter just large enough for its parts, with undefined content."""
+        """An uninitialised parameter of exactly the size of its parts."""
         shape = [max(part.end for part in dim) for dim in zip(*parts.values(), strict=True)]
         return cls(torch.empty(shape, dtype=dtype, device=device), parts)
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
-        """Copies this rank's share of a checkpoint's tensor, rounding to the parameter's type.
+        """Copies this rank's share of a checkpoint tensor, rounding to the parameter's dtype.
 
         Raises:
-            ValueError: The tensor's shape is not the model's.
+            ValueError: The tensor's shape does not match the model.
         """
         dims = self.parts[shard_id]
         expected = [part.full for part in dims if not part.is_stacked]
@@ -178,22 +178,22 @@ class WeightParameter(nn.Parameter):
 
 
 class Weights(nn.Module, ABC):
-    """The weights of one layer: parameters that the loader fills, then what the kernels of the device read.
+    """The weights of one layer: parameters for the loader to fill, then packed for the device's kernels.
 
-    Parameters are named as the checkpoint names the last part of its tensors: ``weight``, ``bias``, ``scales``. They
-    belong to the layer's name, not to one of this module (``named_weights``). What is left in parameters after ``pack``
-    is what the weights take in memory.
+    Parameters have the last component of their checkpoint tensors' names: ``weight``, ``bias``, ``scales``. Their full
+    names begin with the layer's name, not this module's (``named_weights``). The parameters that remain after ``pack``
+    are what the weights take in memory.
     """
 
     @abstractmethod
     def pack(self) -> None:
-        """Brings the loaded weights into the layout that the device reads and frees the unpacked copy. Called once."""
+        """Converts the loaded weights to the device's layout and frees the unpacked copy. Called once."""
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All parameters with the names of the layers that they belong to.
+    """All parameters, named after the layers that they belong to.
 
-    Parameters that hold different shards of a layer may have one name.
+    Parameters that hold different shards of a layer may share a name.
     """
     inner = {name for name, module in model.named_modules() if isinstance(module, Weights)}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Positions as vectors that a model has learned."""
+"""Learned position embeddings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from executor.layers.parameter import Part, WeightParameter, single
 
 
 class LearnedPositions(nn.Module):
-    """A vector per position, added to the embeddings of the tokens (Vaswani et al., arXiv:1706.03762, section 3.5)."""
+    """A vector per position, added to the token embeddings (Vaswani et al., arXiv:1706.03762, section 3.5)."""
 
     def __init__(self, context: ModelContext, *, offset: int = 0) -> None:
         """Creates the table for ``max_position_embeddings`` positions.
 
         Args:
             context: What the model is built from.
-            offset: Rows of the table before that of position 0.
+            offset: Rows of the table before the row of position 0.
         """
         super().__init__()
         config = context.config

@@ -1,6 +1,6 @@
-"""Rotary position embedding and the ways of stretching it to longer sequences.
+"""Rotary position embedding and its scalings to longer sequences.
 
-The formulas, and the order of their operations, are those of transformers, so that the tables are equal bit by bit.
+Formulas and order of operations are those of transformers, so that the tables match bit for bit.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ logger = get_logger()
 
 @dataclass(frozen=True)
 class RopeInput:
-    """What the angles of a model depend on."""
+    """Inputs of a model's rotary angles."""
 
     rope: Fields
-    """``rope_type``, ``rope_theta`` and the numbers of that type."""
+    """``rope_type``, ``rope_theta`` and the parameters of that type."""
     rotary_dim: int
     """Columns of each head that are rotated."""
     max_position: int
     """``max_position_embeddings`` of config.json."""
     max_model_len: int
-    """Longest sequence that is served."""
+    """Longest sequence served."""
 
     @property
     def base(self) -> float:
@@ -63,24 +63,24 @@ def linear(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def dynamic(given: RopeInput) -> tuple[Tensor, float]:
-    """Dynamic NTK-aware scaling of the base; up to ``max_position_embeddings`` there is none.
+    """Dynamic NTK-aware scaling of the base, for lengths beyond ``max_position_embeddings``.
 
     With L = ``max_position_embeddings``, l the length, s = ``factor`` and d = ``rotary_dim``, the base is multiplied by
     ``(s * l / L - (s - 1)) ** (d / (d - 2))``. The power divides the lowest frequency, ``base ** -((d - 2) / d)``, by
-    exactly the number in brackets, as position interpolation does all of them, and leaves the highest, 1, as it is.
-    Sections 3.1 (NTK-aware) and 3.3 (dynamic) of YaRN (Peng et al., arXiv:2309.00071) describe it; the number in
-    brackets, which is 1 at l = L, is transformers' form of the scale.
+    exactly the term in parentheses, as position interpolation does with all frequencies, and leaves the highest, 1,
+    unchanged. Sections 3.1 (NTK-aware) and 3.3 (dynamic) of YaRN (Peng et al., arXiv:2309.00071) describe it; the term
+    in parentheses, 1 at l = L, is transformers' form of the scale.
 
-    transformers chooses the base anew as a sequence grows. Here it is chosen once, for the longest sequence that is
-    served: K in the cache was rotated by it, and a request's tokens must not depend on how long it, or a neighbour, is
-    at the moment. So only a server that was asked for longer sequences scales it, then for all.
+    transformers recomputes the base as a sequence grows. Here it is computed once, for the longest sequence served:
+    cached K was rotated with it, and a request's tokens must not depend on the current length of the request or its
+    neighbours. So the base is scaled only if longer sequences were configured, and then for every request.
     """
     factor, dim = given.rope.number("factor"), given.rotary_dim
     length = max(given.max_model_len, given.max_position)
     if length > given.max_position:
         logger.warning(
-            "dynamic NTK: angles are scaled for --max-model-len %d, those of shorter prompts too; up to %d (the "
-            "default) they are those that the model was trained with",
+            "dynamic NTK: angles are scaled for --max-model-len %d, for shorter prompts too; up to %d (the "
+            "default) they are the ones that the model was trained with",
             length,
             given.max_position,
         )
@@ -89,9 +89,9 @@ def dynamic(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def llama3(given: RopeInput) -> tuple[Tensor, float]:
-    """Long wavelengths are stretched, short ones are not, those between by interpolation.
+    """Stretches long wavelengths, keeps short ones and interpolates in between.
 
-    As in the reference code of Llama 3.1 (``apply_scaling`` in ``reference_impl/model.py`` of llama-models).
+    Follows the reference code of Llama 3.1 (``apply_scaling`` in ``reference_impl/model.py`` of llama-models).
     """
     rope, frequencies = given.rope, given.frequencies(given.base)
     factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
@@ -105,7 +105,7 @@ def llama3(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def yarn(given: RopeInput) -> tuple[Tensor, float]:
-    """YaRN (Peng et al., arXiv:2309.00071): NTK-by-parts (section 3.2) and a factor of attention (3.4)."""
+    """YaRN (Peng et al., arXiv:2309.00071): NTK-by-parts (section 3.2) and attention scaling (3.4)."""
     rope, dim, base = given.rope, given.rotary_dim, given.base
     length = given.original_max_position
     factor = rope.number("factor", given.max_position / length)
@@ -114,7 +114,7 @@ def yarn(given: RopeInput) -> tuple[Tensor, float]:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns that many times over the original length."""
+        """The dimension that makes this many rotations over the original length."""
         return (dim * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(base))
 
     if rope.has("attention_factor"):
@@ -138,7 +138,7 @@ def yarn(given: RopeInput) -> tuple[Tensor, float]:
 
 
 def frequency_factors(given: RopeInput) -> tuple[Tensor, float]:
-    """Each frequency divided by a factor of its own, as GGUF files store Llama 3's scaling (``rope_freqs.weight``)."""
+    """Divides each frequency by its own factor, as GGUF files store Llama 3's scaling (``rope_freqs.weight``)."""
     factors = torch.tensor(given.rope.numbers("factors"), dtype=torch.float32)
     if 2 * len(factors) != given.rotary_dim:
         given.rope.bad("factors", f"a list of {given.rotary_dim // 2} numbers")
@@ -153,14 +153,14 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
     "llama3": llama3,
     "yarn": yarn,
 }
-"""Angles per position, float32 [rotary_dim / 2], and a factor of cosine and sine."""
+"""Each returns the angles per position, float32 [rotary_dim / 2], and a factor for cosines and sines."""
 
 
 class RotaryEmbedding(nn.Module):
     """Rotates the heads of q and k by their tokens' positions. Layers with the same angles share one."""
 
     cos_sin: Tensor
-    """float32 [positions, rotary_dim]: cosines, then sines. Without rows until ``reserve``."""
+    """float32 [positions, rotary_dim]: cosines, then sines. Empty until ``reserve``."""
 
     def __init__(
         self,
@@ -174,9 +174,9 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             context: What the model is built from.
-            rope: What the angles depend on, as ``HFConfig.rope_for`` gives it. Default: ``config.rope``.
+            rope: Rotary parameters, as returned by ``HFConfig.rope_for``. Default: ``config.rope``.
             head_dim: Size of a head. Default: ``config.head_dim``.
-            is_interleaved: Pairs are neighbouring columns instead of the two halves.
+            is_interleaved: Pairs are adjacent columns instead of the two halves.
         """
         super().__init__()
         config = context.config
@@ -185,23 +185,23 @@ class RotaryEmbedding(nn.Module):
         self.is_interleaved = is_interleaved
         rotary_dim = int(self.head_dim * rope.number("partial_rotary_factor"))
         if not 2 <= rotary_dim <= self.head_dim:
-            rope.bad("partial_rotary_factor", f"a share of head_dim ({self.head_dim}) that is at least 2 and not more")
+            rope.bad("partial_rotary_factor", f"a fraction that gives 2 to head_dim ({self.head_dim}) columns")
         compute = rope.choice("rope_type", ROPE_TYPES)
         self._frequencies, self._factor = compute(
             RopeInput(rope, rotary_dim, config.max_position_embeddings, context.max_model_len)
         )
         if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
-            raise ModelError(f"{rope.source}: these numbers make angles that are not finite")
+            raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
         self.register_buffer("cos_sin", table, persistent=False)
 
     @property
     def position_bytes(self) -> int:
-        """What the table takes for each position."""
+        """Bytes of the table per position."""
         return self.cos_sin.shape[1] * self.cos_sin.element_size()
 
     def reserve(self, num_positions: int) -> None:
-        """Makes the table for so many positions: what is served, which may be far less than what the model allows."""
+        """Builds the table for the positions served, which may be far fewer than the model allows."""
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), self._frequencies)
         table = torch.cat((angles.cos() * self._factor, angles.sin() * self._factor), dim=-1)
         self.cos_sin = table.to(self.cos_sin.device)

@@ -30,17 +30,17 @@ class SelfAttention(nn.Module):
         logit_softcap: float | None = None,
         prefix: str,
     ) -> None:
-        """Creates the layer with the heads that the configuration gives.
+        """Creates the layer with the heads given by the configuration.
 
         Args:
             context: What the model is built from.
-            rotary: Rotates q and k by their positions; None: nothing does.
+            rotary: Rotates q and k by their positions; None: no rotation.
             qkv_bias: Whether the projections to q, k and v have biases.
             out_bias: Whether the output projection has one.
-            head_norm: Makes the norms of the heads of q and of k, before they are rotated; takes the size of a head.
+            head_norm: Creates the norm of the heads of q and of k, applied before rotation; takes the head size.
             scale: Factor of the scores. Default: ``head_dim ** -0.5``.
-            sliding_window: A token sees itself and this many minus one before it.
-            logit_softcap: Scores are squeezed into plus and minus this.
+            sliding_window: A token attends to this many tokens, itself included.
+            logit_softcap: Scores are soft-capped to plus and minus this.
             prefix: The layer's name in the model.
         """
         super().__init__()

@@ -17,12 +17,12 @@ __all__ = ["Model", "ModelContext"]
 
 
 class Model(nn.Module, ABC):
-    """A language model. Its forward pass uses ops, ``+`` and ``split`` alone, so that it can be captured."""
+    """A language model. Its forward pass uses only ops, ``+`` and ``split``, so that it can be captured."""
 
     tied_modules: ClassVar[Mapping[str, str]] = {}
-    """Modules whose tensors a checkpoint may hold although the configuration ties them to those of another one."""
+    """Modules tied to another one by the configuration, whose tensors a checkpoint may hold nevertheless."""
     ignored_weights: ClassVar[tuple[str, ...]] = ()
-    """Endings of the names of tensors that checkpoints may hold and nobody needs."""
+    """Name suffixes of checkpoint tensors to ignore."""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields that config.json may leave out."""
 
@@ -31,7 +31,7 @@ class Model(nn.Module, ABC):
         """Computes the hidden states of a step's tokens.
 
         Args:
-            batch: The tokens. Their K and V are written into the caches of the attention layers.
+            batch: The tokens. Their K and V are written to the caches of the attention layers.
             hidden: [num_tokens, hidden_size] of the previous pipeline stage; None on the first.
         """
 
@@ -41,18 +41,18 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def attention_layers(self) -> list[Attention]:
-        """In the order of the layers."""
+        """The attention layers, in order."""
 
     def reserve_positions(self, num_positions: int) -> None:
-        """Makes the tables that have a row per position, before the first forward pass.
+        """Builds the tables with a row per position, before the first forward pass.
 
         Args:
-            num_positions: Longest sequence that is served. It is known when the KV cache is.
+            num_positions: Longest sequence served, known once the KV cache is sized.
         """
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.reserve(num_positions)
 
     def position_bytes(self) -> int:
-        """What ``reserve_positions`` takes for each position."""
+        """Bytes that ``reserve_positions`` takes per position."""
         return sum(module.position_bytes for module in self.modules() if isinstance(module, RotaryEmbedding))

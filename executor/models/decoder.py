@@ -1,7 +1,7 @@
-"""A decoder, put together from parts.
+"""A decoder, assembled from parts.
 
-A model says which parts it has (``DecoderParts``); what it does not mention is as in Llama: a norm before attention and
-one before a gated MLP, with sums around both.
+A model lists its parts (``DecoderParts``). The defaults are Llama's: pre-norm attention and a pre-norm gated MLP, each
+with a residual connection.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from executor.layers.positions import LearnedPositions
 from executor.models.base import Model
 
 MakeBlock = Callable[[int, str], nn.Module]
-"""Makes the attention or the MLP of a layer: takes the layer's number, and the block's name in the model.
+"""Creates the attention or the MLP of a layer: takes the layer's index and the block's name in the model.
 
 A block takes hidden states [num_tokens, hidden_size] and the batch, and returns what is added to them.
 """
 MakeNorm = Callable[[int], nn.Module]
-"""Makes a norm of so many columns."""
+"""Creates a norm over this many columns."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """The names of a layer's norms in the checkpoint, by where they stand; None: there is none."""
+    """Checkpoint names of a layer's norms, by position; None: no norm there."""
 
     before_attention: str | None = None
     after_attention: str | None = None
@@ -41,7 +41,7 @@ class Norms:
 
 
 class DecoderLayer(nn.Module):
-    """Two residual branches, one after another: ``h += post(attention(pre(h)))``, then the same with the MLP.
+    """Two residual branches in sequence: ``h += post(attention(pre(h)))``, then the same with the MLP.
 
     Norms before the blocks (pre-norm), after them (OLMo 2), or both (the sandwich of Gemma 2).
     """
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
                 self.add_module(name, make_norm())
 
     def norm(self, name: str | None, x: Tensor) -> Tensor:
-        """``x`` after the norm of that name; as it is where there is none."""
+        """Applies the norm of that name; returns ``x`` unchanged if there is none."""
         if name is None:
             return x
         out: Tensor = self.get_submodule(name)(x)
@@ -71,7 +71,8 @@ class DecoderLayer(nn.Module):
 
 
 class ParallelDecoderLayer(DecoderLayer):
-    """Both blocks read the same: ``h += attention(n1(h)) + mlp(n2(h))`` (GPT-NeoX), or one norm for both (Cohere)."""
+    """Both blocks read the same hidden states: ``h += attention(n1(h)) + mlp(n2(h))`` (GPT-NeoX), or one norm for both
+    (Cohere)."""
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         names = self._names
@@ -82,7 +83,8 @@ class ParallelDecoderLayer(DecoderLayer):
 
 
 class PostNormDecoderLayer(DecoderLayer):
-    """The sums are normed: ``h = n1(h + attention(h))``, ``h = n2(h + mlp(h))`` (the first Transformer, BERT)."""
+    """Norms follow the residual sums: ``h = n1(h + attention(h))``, ``h = n2(h + mlp(h))`` (original Transformer,
+    BERT)."""
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         hidden = self.norm(self._names.after_attention, hidden + self.self_attn(hidden, batch))
@@ -91,11 +93,11 @@ class PostNormDecoderLayer(DecoderLayer):
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """What a decoder is made of."""
+    """The parts of a decoder."""
 
     attention: MakeBlock
     mlp: MakeBlock | None = None
-    """None: gated, without biases."""
+    """None: a gated MLP without biases."""
     norm: MakeNorm | None = None
     """None: RMS norm with ``rms_norm_eps``."""
     layer: type[DecoderLayer] = DecoderLayer
@@ -107,7 +109,7 @@ class DecoderParts:
     positions: LearnedPositions | None = None
     """Added to the token embeddings."""
     logit_softcap: float | None = None
-    """Logits are squeezed into plus and minus this."""
+    """Logits are soft-capped to plus and minus this."""
 
 
 class Decoder(nn.Module):
@@ -137,7 +139,7 @@ class Decoder(nn.Module):
         return hidden if self.norm is None else self.norm(hidden)
 
     def embed(self, batch: InputBatch) -> Tensor:
-        """[num_tokens, hidden_size]: what the first layer reads."""
+        """[num_tokens, hidden_size]: input of the first layer."""
         hidden: Tensor = self.embed_tokens(batch.input_ids, batch)
         if self.embedding_scale is not None:
             hidden = ops.scale(hidden, self.embedding_scale)

@@ -19,7 +19,7 @@ QWEN_DEFAULTS = {
 
 
 def sliding_windows(config: HFConfig) -> list[int | None]:
-    """The window of each layer: the upper layers have one, unless the configuration lists the layers itself."""
+    """The window of each layer. Unless the configuration lists layer types, only the upper layers have one."""
     has_window = config.boolean("use_sliding_window") and config.has("sliding_window")
     window = config.size("sliding_window") if has_window else None
     if not config.has("layer_types"):

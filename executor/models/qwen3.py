@@ -1,4 +1,4 @@
-"""Qwen3 (arXiv:2505.09388): the heads of q and k are normalised before they turn."""
+"""Qwen3 (arXiv:2505.09388): the heads of q and k are normalised before rotation."""
 
 from __future__ import annotations
 

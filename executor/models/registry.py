@@ -1,4 +1,4 @@
-"""Which class runs which architecture. A model is one file and one line here."""
+"""Maps architectures to model classes. A new model is one file and one line here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REGISTRY = {
 
 
 def check_architecture(architecture: str) -> None:
-    """Whether there is a class of that architecture.
+    """Checks that an architecture is supported.
 
     Raises:
-        ModelError: There is none.
+        ModelError: It is not.
     """
     if architecture not in REGISTRY:
         shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
@@ -33,10 +33,10 @@ def check_architecture(architecture: str) -> None:
 
 
 def resolve_model(architecture: str) -> type[Model]:
-    """The class of that architecture.
+    """The model class of an architecture.
 
     Raises:
-        ModelError: It is unknown.
+        ModelError: The architecture is unknown.
     """
     check_architecture(architecture)
     result: type[Model] = resolve(REGISTRY, architecture, "architecture")

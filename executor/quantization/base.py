@@ -1,6 +1,7 @@
-"""The quantisation seam: who creates, lays out and applies the weights of linear layers and embeddings.
+"""The quantisation seam: methods that create, pack and apply the weights of linear layers and embeddings.
 
-A method is told what a layer is and returns its weights; it knows no layer, and a layer knows nothing of them.
+A method gets a description of a layer and returns its weights. It never sees the layer, and the layer treats the
+weights as opaque.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ W = TypeVar("W", bound="Weights")
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer, as far as its weights depend on it."""
+    """The properties of a linear layer that its weights depend on."""
 
     input: Part
     """This rank's columns of the weight."""
@@ -32,52 +33,52 @@ class LinearShape:
     """This rank's rows, for each projection merged into the layer, in the order of the results."""
     bias: bool
     paired: bool
-    """Two projections of one size, of which one gates the other."""
+    """Two projections of equal size, one gating the other."""
     dtype: torch.dtype
-    """Type of the activations."""
+    """Dtype of the activations."""
     device: torch.device
 
     def projection(self, shard_id: ShardId) -> LinearShape:
-        """One of the projections as a layer of its own, for methods that treat them differently."""
+        """One of the projections as a separate layer, for methods that treat projections differently."""
         return replace(self, outputs={shard_id: self.outputs[shard_id].alone()}, paired=False)
 
 
 @dataclass(frozen=True)
 class TableShape:
-    """An embedding or output layer, as far as its weights depend on it."""
+    """The properties of an embedding or output layer that its weights depend on."""
 
     vocab: Part
     """This rank's rows of the table."""
     hidden: Part
     makes_logits: bool
-    """Whether logits are made of the table; a tied one is looked up as well."""
+    """Whether the table computes logits; a tied one is also used for lookups."""
     dtype: torch.dtype
-    """Type of the activations."""
+    """Dtype of the activations."""
     device: torch.device
 
 
 class LinearMethod(Protocol[W]):
-    """How the weights of a linear layer are stored and multiplied with."""
+    """How the weights of a linear layer are stored and applied."""
 
     def create(self, shape: LinearShape) -> W:
-        """The layer's weights, uninitialised.
+        """Creates the layer's weights, uninitialised.
 
         Raises:
-            ValueError: The format cannot hold a layer of that shape; the message needs no name.
+            ValueError: The format cannot hold a layer of that shape. The caller adds the layer's name.
         """
 
     def apply(self, weights: W, x: Tensor, batch: InputBatch) -> Tensor:
-        """``x`` [rows, in_features] -> [rows, out_features], the bias added. Called after ``weights.pack()``.
+        """``x`` [rows, in_features] -> [rows, out_features], bias included. Called after ``weights.pack()``.
 
-        The rows are the tokens of the batch, which knows what belongs to each of them (``batch.row_adapters``).
+        The rows are the tokens of the batch, which holds per-token data (``batch.row_adapters``).
         """
 
 
 class EmbeddingMethod(Protocol[W]):
-    """How the table of an embedding or of an output layer is stored and read; a tied table is both."""
+    """How the table of an embedding or output layer is stored and read; a tied table is both."""
 
     def create(self, shape: TableShape) -> W:
-        """The table, uninitialised. Raises as ``LinearMethod.create`` does."""
+        """Creates the table, uninitialised. Raises as ``LinearMethod.create`` does."""
 
     def embed(self, weights: W, ids: Tensor, batch: InputBatch) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
@@ -96,19 +97,19 @@ class QuantizationConfig(Protocol):
         """The method of a linear layer.
 
         Args:
-            names: Full names of its modules in the checkpoint, which are what lists of exceptions name; several where
-                projections are merged: ``["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]``.
+            names: Full names of its modules in the checkpoint, as lists of exceptions use them; several if projections
+                are merged: ``["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]``.
         """
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
-        """The method of the embedding or output layer of that name."""
+        """The method of the named embedding or output layer."""
 
 
 REGISTRY = {"unquantized": "executor.quantization.unquantized:Unquantized"}
 
 
 def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> QuantizationConfig:
-    """The quantisation that a model's configuration or, where that says nothing, the command line names.
+    """The quantisation named by the model's configuration or, failing that, by the command line.
 
     Args:
         name: ``--quantization``.
@@ -122,14 +123,13 @@ def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> Q
 
 
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
-    """The method that ``choose_quantization`` would choose, by name. Raises as it does."""
+    """The name of the method that ``choose_quantization`` would return. Raises likewise."""
     saved = None if fields is None else str(fields.get("quant_method"))
     chosen = saved or name or "unquantized"
     if name is not None and name != chosen:
         raise ModelError(f"--quantization is {name}, but the model's config.json says quant_method: {saved}")
     if chosen not in REGISTRY:
         raise ModelError(
-            f"weights quantised with {chosen!r} are not supported yet; serve the model without quantisation, or a GGUF "
-            "file of it"
+            f"weights quantised with {chosen!r} are not supported yet; serve the unquantised model, or a GGUF version"
         )
     return chosen

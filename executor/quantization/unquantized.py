@@ -1,4 +1,4 @@
-"""Weights in the type of the activations."""
+"""Weights in the dtype of the activations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class UnquantizedLinear:
 
 
 class PlainTable(Weights):
-    """``weight`` [vocab_size, hidden_size], packed if logits are made of it: then that is the one copy."""
+    """``weight`` [vocab_size, hidden_size]; packed if it computes logits, and then kept only in that form."""
 
     weight: nn.Parameter
     packed: ops.Weight
@@ -71,7 +71,7 @@ class UnquantizedEmbedding:
 
 
 def stored(weight: ops.Weight) -> nn.Parameter:
-    """The numbers of a weight as a parameter: the one copy that is left."""
+    """A weight's data as a parameter: the only copy that remains."""
     data = weight.data
     return nn.Parameter(data, requires_grad=False)
 

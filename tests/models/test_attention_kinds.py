@@ -50,7 +50,7 @@ class LatentBackend:
         self.planned: list[AttentionStep] = []
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        return None if shape.kind == "latent" else f"it has no layers of kind {shape.kind!r}"
+        return None if shape.kind == "latent" else f"layers of kind {shape.kind!r} are not supported"
 
     def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
         return ((num_blocks, block_size, shape.head_dim),)
@@ -144,10 +144,10 @@ def test_groups_cache_in_types_of_their_own() -> None:
     assert [group.block_size for group in groups] == [32, 16, 16]
     assert groups[1].spec.bytes_per_block == 2 * groups[2].spec.bytes_per_block
     assert [layer.group for layer in layers] == [0, 1, 0, 2]
-    with pytest.raises(ModelError, match="--block-size 24 does not suit the"):
+    with pytest.raises(ModelError, match="--block-size 24 is not supported by the"):
         form_groups(layers, block_size=24)
 
 
 def test_a_kind_that_no_backend_has_is_refused() -> None:
-    with pytest.raises(ModelError, match="no attention backend supports this model: .*reference: it has no layers of"):
+    with pytest.raises(ModelError, match="no attention backend supports this model: .*reference: layers of kind"):
         model_of("recurrent")

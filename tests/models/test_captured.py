@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tied": True}),
 }
 
-pytestmark = pytest.mark.skipif(not build.available(), reason="there are no kernels for this machine")
+pytestmark = pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
 
 
 def load_tiny(name: str, dtype: torch.dtype) -> LoadedModel:

@@ -104,7 +104,7 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     assert "GPT5ForCausalLM" in message
     assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in message
     quantized = reconfigured(tmp_path / "b", quantization_config={"quant_method": "awq"})
-    assert "weights quantised with 'awq' are not supported yet; serve the model without" in refusal(quantized)
+    assert "weights quantised with 'awq' are not supported yet; serve the unquantised model" in refusal(quantized)
     assert "quantised with 'fp8' are not supported yet" in refusal(tiny.checkpoint("llama"), quantization="fp8")
     config = ModelConfig(model=str(tiny.checkpoint("llama")))
     with pytest.raises(ModelError, match="'telepathy'; choose from .*reference"):
@@ -115,7 +115,7 @@ def test_max_model_len_must_not_exceed_the_model() -> None:
     folder = tiny.checkpoint("llama")
     assert load(folder, max_model_len=100).max_model_len == 100
     assert load(folder, max_model_len=-1).max_model_len == 512
-    assert "--max-model-len 513 is more than the 512 tokens" in refusal(folder, max_model_len=513)
+    assert "--max-model-len 513 exceeds the model's maximum of 512 tokens" in refusal(folder, max_model_len=513)
 
 
 def test_every_registered_model_exists() -> None:
@@ -157,7 +157,7 @@ def test_types_of_layers_may_have_angles_of_their_own() -> None:
     assert config.default_max_model_len == config.max_position == 1000  # what the other layers were made for
     with pytest.raises(ModelError, match="must be one set"):
         _ = config.rope
-    with pytest.raises(ModelError, match="a set of numbers for each type of layer, 'sliding_attention' too"):
+    with pytest.raises(ModelError, match="a set of parameters for each layer type, 'sliding_attention' included"):
         config.rope_for("sliding_attention")
     assert config_of(rope_theta=9.0).rope_for("full_attention").number("rope_theta") == 9.0
 

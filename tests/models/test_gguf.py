@@ -139,7 +139,7 @@ def test_gguf_configuration() -> None:
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
-        ({"split.count": 3}, "several GGUF files"),
+        ({"split.count": 3}, "split GGUF models"),
     ],
 )
 def test_gguf_header_that_is_refused(metadata: dict[str, Any], expected: str) -> None:

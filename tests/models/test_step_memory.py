@@ -33,7 +33,7 @@ def started(max_num_seqs: int = 8, max_num_batched_tokens: int = 64) -> tuple[Wo
 
 def test_a_worker_says_what_its_steps_will_take() -> None:
     if not isinstance(ops.op_set("cpu"), CpuOps):
-        pytest.skip("there are no kernels for this machine")
+        pytest.skip("no kernels are available on this machine")
     worker, ready = started()
     worker.handle(InitKVCache((8,), 8, 64, 100))
     assert worker.runner.program is not None

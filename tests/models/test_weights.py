@@ -151,7 +151,9 @@ def test_a_tensor_of_the_format_must_be_there(tmp_path: Path) -> None:
 def test_a_split_must_leave_groups_whole(tmp_path: Path) -> None:
     folder = packed_folder(tmp_path, intermediate_size=96)
     message = refusal(folder, parallel=ParallelState(tp_rank=1, tp_size=4))
-    assert message.startswith("model.layers.0.mlp.down_proj: 24 of 96 elements from 24 on are not whole units of 16")
+    assert message.startswith(
+        "model.layers.0.mlp.down_proj: 24 of 96 elements starting at 24 are not whole units of 16"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def choose(**environment: str) -> tuple[str, str]:
     return result.stdout.strip(), result.stderr
 
 
-@pytest.mark.skipif(not build.available(), reason="there are no kernels for this machine")
+@pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
 def test_the_environment_chooses() -> None:
     assert choose()[0] == build.available()[0].name or build.configured()
     assert choose(OCTAVO_CPU_CAPABILITY="portable")[0] == "portable"

@@ -23,7 +23,8 @@ WIDTH, EXPERTS, K = 40, 8, 2
     params=[
         "reference",
         pytest.param(
-            "kernels", marks=pytest.mark.skipif(not build.available(), reason="there are no kernels for this machine")
+            "kernels",
+            marks=pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine"),
         ),
     ]
 )

@@ -240,7 +240,7 @@ def test_a_pipe_as_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ('{"temperature": NaN}', "NaN is no number"),
+        ('{"temperature": NaN}', "NaN is not allowed"),
         ('{"temperature": "hot"}', "temperature"),
         ('{"temperature": 1e999}', "temperature"),
         ('{"top_p": 7}', "top_p must be in (0, 1]"),

@@ -39,7 +39,7 @@ NewBackend = Callable[[int], SamplerBackend]
 def new_kernel_sampler(max_num_seqs: int) -> SamplerBackend:
     chosen = ops.op_set("cpu")
     if not isinstance(chosen, CpuOps):
-        pytest.skip("there are no kernels for this machine")
+        pytest.skip("no kernels are available on this machine")
     return KernelSampler(max_num_seqs, chosen.sampling)
 
 
