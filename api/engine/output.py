@@ -98,12 +98,12 @@ class OutputProcessor:
                 if not tokens:
                     continue
             count = len(tokens)
-            known.extend(tokens)
-            latency = now - state.last_token_time
             if count == 1:
-                latencies.append(latency)
+                known.append(tokens[0])
+                latencies.append(now - state.last_token_time)
             else:
-                latencies += [latency / count] * count
+                known.extend(tokens)
+                latencies += [(now - state.last_token_time) / count] * count
             state.last_token_time = now
             detokenizer = state.detokenizer
             try:
