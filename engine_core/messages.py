@@ -257,6 +257,7 @@ class EngineReady(Message, frozen=True):
     engine_epoch: int
     """Number of this engine core, counted over restarts."""
     pid: int
+    """Of the engine core."""
     max_model_len: int
     """Longest sequence that is served, prompt and output together."""
     vocab_size: int
@@ -316,6 +317,7 @@ class EngineCoreOutput(Message, frozen=True):
     first_output_index: int
     """Number of output tokens before ``new_token_ids``."""
     new_token_ids: tuple[int, ...] = ()
+    """Tokens of this step, in their order; the end or stop token included."""
     finish_reason: int | None = None
     """A ``FinishReason``."""
     stop_reason: int | None = None

@@ -30,6 +30,7 @@ class Tensor(Message, frozen=True):
     dtype: str
     """As numpy names it."""
     shape: tuple[int, ...]
+    """Empty for a single number."""
     data: bytes
     """Row-major, little-endian."""
 
@@ -209,6 +210,7 @@ class SchedulerOutput(Message, frozen=True):
     finished_slots: bytes = b""
     """int32: slots that are free again. Applied before ``new_reqs``."""
     new_reqs: tuple[NewRequest, ...] = ()
+    """Requests that enter slots in this step."""
     block_updates: tuple[bytes, ...] = ()
     """One int32 [k, 3] per KV cache group: (slot, index in its block table, block id)."""
     num_draft_tokens: bytes = b""
@@ -276,6 +278,7 @@ class LoadProgress(Message, frozen=True):
     """How far a worker is with something that takes long."""
 
     rank: int
+    """Of the worker that says so."""
     stage: str
     """What it is doing, for people."""
     done: int
@@ -288,6 +291,7 @@ class WorkerReady(Message, frozen=True):
     """The weights are loaded; the worker knows what it needs for the KV cache."""
 
     rank: int
+    """Of the worker that says so."""
     free_bytes: int
     """Device memory that is available now."""
     total_bytes: int
@@ -320,6 +324,7 @@ class KVCacheReady(Message, frozen=True):
     """The KV cache is allocated and programs are captured; plans may come."""
 
     rank: int
+    """Of the worker that says so."""
     capture_ms: float = 0.0
     """Milliseconds that allocating and capturing took."""
 
@@ -393,6 +398,7 @@ class WorkerFailed(Message, frozen=True):
     """A worker cannot go on. With ``exit_code`` 78 the model or its configuration is at fault: no restart helps."""
 
     rank: int
+    """Of the worker that says so."""
     message: str
     """For people, in one line where it can be."""
     exit_code: int = 1

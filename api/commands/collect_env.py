@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from api.config import ENVIRONMENT
 from api.version import VERSION
 from engine_core.launch import child_command, child_environment
 
@@ -125,5 +126,5 @@ def _packages() -> Iterator[tuple[str, str]]:
 
 def _environment() -> Iterator[tuple[str, str]]:
     for name, value in sorted(os.environ.items()):
-        if VARIABLES.fullmatch(name):
+        if name in ENVIRONMENT or VARIABLES.fullmatch(name):
             yield name, "(set)" if SECRET.search(name) else value
