@@ -65,12 +65,12 @@ class LateTensor(Tensor):
         for tensor in _tensors((args, kwargs or {})):
             if not isinstance(tensor, LateTensor):
                 raise HostReadError(f"{name} mixes a tensor of the device with one of the host")
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[Tensor]:
         raise HostReadError("the elements of a tensor of the device are not for the host")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"LateTensor({list(self.shape)}, {self.dtype})"
 
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
         return type(value)(map(_plain, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and next(_tensors(value), None) is not None:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: _plain(part) for name, part in fields.items()})  # type: ignore[type-var]
+        return dataclasses.replace(value, **{name: _plain(part) for name, part in fields.items()})
     return value
 
 

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 import api.llm
 from api import LLM, SamplingParams
-from api.params.sampling import StructuredOutputsParams
+from api.model.files import with_model
+from api.params.structured import StructuredOutputsParams
 from executor.config import SpeculativeConfig
 from tests.e2e.server import ROOT, Server
 from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, body, run_streams
@@ -58,10 +59,7 @@ def prompt(number: int) -> dict[str, Any]:
 
 def outputs(llm: LLM, **fields: Any) -> list[Any]:
     """Everything that each kind of request gets."""
-    params = [
-        SamplingParams(**{"max_tokens": 40, "ignore_eos": True, **fields, **kind})  # type: ignore[arg-type]
-        for kind in KINDS
-    ]
+    params = [SamplingParams(**{"max_tokens": 40, "ignore_eos": True, **fields, **kind}) for kind in KINDS]
     results = llm.generate([prompt(number) for number in range(len(KINDS))], params, use_tqdm=False)
     return [
         (
@@ -97,7 +95,6 @@ def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monke
     path.write_text(json.dumps(scripts))
     reasons = {output[3] for result, _ in expected for output in result}
     assert reasons == {"stop", "length"}
-    with_model = api.llm.with_model
     for setup, count, wrong_every in SETUPS:
         speculative = SpeculativeConfig(
             method="scripted", num_speculative_tokens=count, script=str(path), wrong_every=wrong_every

@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 TOOL = {"name": "f", "parameters": NUMBER}
-SAMPLED = {"temperature": 1.5, "seed": 5, "max_tokens": 60}
+SAMPLED: dict[str, Any] = {"temperature": 1.5, "seed": 5, "max_tokens": 60}
 
 
 @pytest.fixture(scope="module")

@@ -335,7 +335,7 @@ def test_a_model_without_attention_has_no_groups(enforce_eager: bool) -> None:
         column = np.array(prompt, np.int32).tobytes()
         pooling = ResolvedPoolingParams(pooling_type="ALL", normalize=False)
         scheduler.add_request(Request(EngineCoreRequest(str(index), index, column, pooling_params=pooling)))
-    vectors = {}
+    vectors: dict[int, Any] = {}
     while (planned := scheduler.schedule()) is not None:
         plan, step = planned
         with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,7 +163,7 @@ class Engine:
 
 
 THINKING = ThinkingBudget(3, (101,), (7, 8, 9), starts_open=True)
-PLAIN = {"max_tokens": 30}
+PLAIN: dict[str, Any] = {"max_tokens": 30}
 REQUESTS: list[tuple[list[int], ResolvedParams | ResolvedPoolingParams]] = [
     (random_tokens(40, 1), ResolvedParams(temperature=0.0, **PLAIN)),
     (random_tokens(7, 2), ResolvedParams(seed=2, top_p=0.9, top_k=40, logprobs=3, **PLAIN)),
@@ -276,7 +276,7 @@ def test_a_worker_inside_the_caller_says_when_results_have_come(monkeypatch: pyt
 
 def test_the_host_cannot_read_the_device() -> None:
     tensor = on_device(torch.arange(6, dtype=torch.float32))
-    reads = [
+    reads: list[Callable[[], object]] = [
         lambda: tensor.tolist(),
         lambda: tensor.numpy(),
         lambda: np.asarray(tensor),

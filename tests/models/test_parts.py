@@ -39,7 +39,7 @@ class Shape:
     """A kind of decoder: how it is made of parts, and how plain torch computes it."""
 
     parts: Callable[[ModelContext], DecoderParts]
-    layer: Callable[[str, Tensor, Tensor, Norm, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], Tensor]
+    layer: Callable[[str, Tensor, Norm, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], Tensor]
     """Takes the layer's name, its input, and the functions for norms (by name), attention and MLP."""
     theta: Callable[[int], float | None] = lambda index: 10000.0
     """Base of the angles of a layer; None: nothing is rotated."""

@@ -210,7 +210,10 @@ def test_the_runner_gives_each_row_the_adapter_of_its_request() -> None:
                 (output.prompt_logprobs, alone[adapter][step].prompt_logprobs),
             ):
                 mine, theirs = (
-                    np.concatenate([np.frombuffer(e.logprobs, np.float32) for e in each if e.row == row] or [[]])
+                    np.concatenate(
+                        [np.frombuffer(e.logprobs, np.float32) for e in each if e.row == row]
+                        or [np.empty(0, np.float32)]
+                    )
                     for each in (entries, others)
                 )
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=0 if adapter == 0 else 1e-4)

@@ -50,7 +50,8 @@ def proposer(wrong_every: int = 0, count: int = MAX_DRAFTS) -> Propose:
 def garbage(tokens: list[int]) -> list[int]:
     """As many drafts as chance has it, all of them by chance."""
     rng = np.random.default_rng(len(tokens))
-    return rng.integers(0, VOCAB, rng.integers(0, MAX_DRAFTS + 1)).tolist()
+    drafts: list[int] = rng.integers(0, VOCAB, rng.integers(0, MAX_DRAFTS + 1)).tolist()
+    return drafts
 
 
 PROPOSERS = {"right": proposer(), "mixed": proposer(3), "wrong": proposer(1), "garbage": garbage, "one": proposer(5, 1)}
@@ -212,7 +213,7 @@ def test_log_probabilities_come_with_their_tokens() -> None:
 
     engine.device.execute = with_logprobs  # type: ignore[method-assign]
     update = engine.scheduler.update_from_output
-    told = []
+    told: list[tuple[int, tuple[TokenLogprobs, ...]]] = []
 
     def watched(step, result):  # type: ignore[no-untyped-def]
         outputs = update(step, result)

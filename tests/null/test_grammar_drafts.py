@@ -9,7 +9,6 @@ import pytest
 from engine_core.messages import GrammarSpec
 from engine_core.structured.drafts import mask_counts
 from tests.grammars import Drafts, Engine, random_schema
-from tests.null.test_late_grammars import KINDS as LATE_KINDS
 from tests.null.test_late_grammars import add as add_late
 from tests.null.test_structured import KINDS, schema_spec
 
@@ -54,8 +53,8 @@ def test_json_is_the_same_within_any_budget() -> None:
 def test_what_comes_after_a_thought_is_the_same() -> None:
     def run_late(drafts: Drafts | None = None) -> Results:
         with Engine(drafts=drafts) as engine:
-            for index in range(4 * len(LATE_KINDS)):
-                if index % len(LATE_KINDS):
+            for index in range(4 * len(KINDS)):
+                if index % len(KINDS):
                     add_late(engine, index, 60)
             engine.run()
             return {index: (tokens, engine.reasons[index]) for index, tokens in engine.tokens.items()}

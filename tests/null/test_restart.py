@@ -92,9 +92,21 @@ def step(number: int, rows: dict[int, tuple[int, int]]) -> InFlight:
     empty = np.empty(0, np.int64)
     slots = np.arange(len(rows), dtype=np.int32)
     sampled = np.ones(len(rows), np.bool_)
-    begins, num_tokens = ends - counts, int(counts.sum())
-    rows = (slots, empty, indices, counts, begins, ends, sampled, None, empty)
-    return InFlight(number, *rows, num_tokens, num_attended=1, schedule_us=0.0)
+    return InFlight(
+        step_id=number,
+        slots=slots,
+        epochs=empty,
+        indices=indices,
+        counts=counts,
+        begins=ends - counts,
+        ends=ends,
+        sampled=sampled,
+        allowances=None,
+        grammar_rows=empty,
+        num_tokens=int(counts.sum()),
+        num_attended=1,
+        schedule_us=0.0,
+    )
 
 
 def test_a_record_tells_what_was_worked_on(tmp_path: Path) -> None:

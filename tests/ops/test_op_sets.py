@@ -20,7 +20,7 @@ from tests.ops.test_cpu_build import ROOT
 class ToyRunner:
     """Calls the nodes, and notes what it was made of."""
 
-    native_ops, python_ops = 2, 0
+    native_ops, python_ops, num_bytes = 2, 0, 0
 
     def __init__(self, nodes: list[Node], outputs: list[int], capacity: dict[str, int]) -> None:
         self.nodes = nodes

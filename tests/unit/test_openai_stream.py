@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,6 +33,10 @@ async def until(condition: Callable[[], Any]) -> None:
             return
         await asyncio.sleep(0.001)
     raise AssertionError("it did not come about")
+
+
+def has_events(connection: Connection, number: int) -> bool:
+    return len(data_of(connection)) == number
 
 
 def data_of(connection: Connection) -> list[str]:
@@ -173,7 +178,7 @@ async def test_comments_while_nothing_comes(clock: LoopClock) -> None:
     await until(lambda: server.engine.num_unfinished)
     for number in range(1, 4):
         clock.advance(INTERVAL)
-        await until(lambda number=number: len(data_of(connection)) == number)
+        await until(partial(has_events, connection, number))
     assert connection.status == 200
     assert set(data_of(connection)) == {": keep-alive"}
     server.engine.steps_left = None

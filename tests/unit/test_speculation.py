@@ -185,8 +185,8 @@ def test_a_script_is_repeated_from_where_the_output_is(tmp_path: Path) -> None:
     assert drafts is not None
     assert drafts.token_ids.tolist() == [12, 12, 14, 15], "the one at place 3 is wrong"
     assert states.token_ids[2, 4:8].tolist() == [12, 12, 14, 15] and states.num_drafts[2] == 4
-    columns = [np.array([values], dtype).tobytes() for values, dtype in ((2, "i4"), (3, "i4"), (1, "u1"))]
-    plan = SchedulerOutput(2, *columns, num_draft_tokens=bytes([2]))
+    slot, count = (np.array([value], np.int32).tobytes() for value in (2, 3))
+    plan = SchedulerOutput(2, slot, count, bytes([1]), num_draft_tokens=bytes([2]))
     slots, counts, num_sampled, has_drafts = step_rows(plan, states)
     assert (slots.tolist(), counts.tolist(), num_sampled.tolist(), has_drafts) == ([2], [3], [3], True)
 

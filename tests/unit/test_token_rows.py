@@ -141,7 +141,9 @@ async def test_usage_logprobs_and_token_ids_are_those_of_single_tokens(route: st
         events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [
             json.loads(text)
         ]
-        tokens, entries, usage = [], [], None
+        tokens: list[int] = []
+        entries: list[Any] = []
+        usage: Any = None
         for event in events:
             usage = event.get("usage") or usage
             for choice in event["choices"]:
