@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import zmq
 
 from api.engine.blame import CULPRIT_ERROR, Culprits, fingerprint
+from api.engine.calls import Answer, Calls
 from api.engine.channel import Channel, PacedChannel
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import Outbox
@@ -74,6 +76,20 @@ MAX_ABORTS_PER_TURN = 256
 ControlMessage = Ping | StatusRequest | ResetPrefixCache
 
 
+@dataclass
+class _Life:
+    """What is known of the present engine core."""
+
+    watch: ProcessWatch | None = None
+    """None: there is none, or none that could hang."""
+    is_connected: bool = False
+    """It said something."""
+    has_vocabulary: bool = False
+    """It was sent what grammars are about."""
+    is_hung: bool = False
+    """It was killed because it did not answer."""
+
+
 class EngineClient:
     """One engine core behind a ROUTER socket, supervised and resumed."""
 
@@ -116,14 +132,11 @@ class EngineClient:
         self._supervisor = Supervisor(config, self._on_exit, log_level)
         self._epoch = 0
         self._serving = self._has_workers = self._closing = self._receives_soon = False
-        self._next_index = self._next_call_id = 0
-        self._calls: dict[int, asyncio.Future[dict[str, int | float | str | bool]]] = {}
+        self._next_index = 0
+        self._calls = Calls()
         self._budget = RestartBudget()
         self._culprits = Culprits()
-        self._watch: ProcessWatch | None = None
-        """Of the engine core."""
-        self._is_hung = False
-        """The engine core was killed because it did not answer."""
+        self._life = _Life()
         self._last_words: EngineDead | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
@@ -136,10 +149,6 @@ class EngineClient:
         self._outbox = Outbox(self._send_again)
         self._vocabulary = VocabularyFrame(tokenizer, self._on_vocabulary)
         self._prepares_grammars = prepares_grammars
-        self._has_vocabulary = False
-        """The present engine core was sent it."""
-        self._is_connected = False
-        """The present engine core said something."""
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -171,13 +180,12 @@ class EngineClient:
         self._epoch += 1
         self._serving = False
         self._has_workers = False
-        self._has_vocabulary = self._is_connected = False
-        self._is_hung = False
+        self._life = _Life()
         self._last_words = None
         self._outbox.clear()
         self._supervisor.start(self._epoch)
         pid = self._supervisor.pid
-        self._watch = None if pid is None else ProcessWatch(pid)
+        self._life.watch = None if pid is None else ProcessWatch(pid)
 
     async def close(self) -> None:
         """Ends the engine. Unfinished requests end with an error."""
@@ -194,7 +202,7 @@ class EngineClient:
             self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
         self._context.term()
-        self._fail_calls()
+        self._calls.fail_all()
         self._processor.fail_all(str(self.dead))
 
     @property
@@ -213,7 +221,8 @@ class EngineClient:
     @property
     def is_ready(self) -> bool:
         """Whether requests that come now are computed without a pause: engine core and workers are there and answer."""
-        is_silent = self._watch is not None and self._watch.waited > UNREADY_TIME
+        watch = self._life.watch
+        is_silent = watch is not None and watch.waited > UNREADY_TIME
         return self.dead is None and self._serving and self._has_workers and not is_silent
 
     # -- requests ------------------------------------------------------------------------------------------
@@ -360,21 +369,21 @@ class EngineClient:
         Returns:
             False: that takes a moment; the request is sent from the journal when it is done.
         """
-        if state.message.grammar is None or self._has_vocabulary:
+        if state.message.grammar is None or self._life.has_vocabulary:
             return True
         if self._vocabulary.frame is None:
             self._vocabulary.make()
             return False
         self._send_frame(self._vocabulary.frame)
-        self._has_vocabulary = True
+        self._life.has_vocabulary = True
         return True
 
     def _offer_vocabulary(self) -> None:
         """Sends the vocabulary before it is needed, as soon as there are both it and an engine core."""
         frame = self._vocabulary.frame
-        if self._prepares_grammars and self._is_connected and not self._has_vocabulary and frame is not None:
+        if self._prepares_grammars and self._life.is_connected and not self._life.has_vocabulary and frame is not None:
             self._send_frame(frame)
-            self._has_vocabulary = True
+            self._life.has_vocabulary = True
 
     def _on_vocabulary(self, error: str) -> None:
         """Sends the requests that waited for it, or ends them with an error."""
@@ -441,7 +450,7 @@ class EngineClient:
         if indices and self._serving:
             self._send(AbortRequests(indices=tuple(indices)))
 
-    async def call(self, kind: type[ControlMessage]) -> dict[str, int | float | str | bool]:
+    async def call(self, kind: type[ControlMessage]) -> Answer:
         """Sends a control message and waits for its answer.
 
         Raises:
@@ -449,12 +458,9 @@ class EngineClient:
         """
         if not self._serving:
             raise EngineDeadError("the engine is not running at the moment")
-        self._next_call_id += 1
-        assert self._loop is not None
-        future: asyncio.Future[dict[str, int | float | str | bool]] = self._loop.create_future()
-        self._calls[self._next_call_id] = future
-        self._send(kind(call_id=self._next_call_id))
-        return await future
+        call_id, answer = self._calls.begin()
+        self._send(kind(call_id=call_id))
+        return await answer
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -502,8 +508,9 @@ class EngineClient:
                 return False
             if identity != expected:
                 continue
-            if self._watch is not None:
-                self._watch.heard()
+            watch = self._life.watch
+            if watch is not None:
+                watch.heard()
             num_rows += 1 + len(frame) // BYTES_PER_ROW
             try:
                 self._handle(self._decoder.decode(frame))
@@ -515,11 +522,9 @@ class EngineClient:
         if isinstance(message, EngineCoreOutputs):
             self._on_outputs(message)
         elif isinstance(message, UtilityOutput):
-            future = self._calls.pop(message.call_id, None)
-            if future is not None and not future.done():
-                future.set_result(message.result)
+            self._calls.answer(message.call_id, message.result)
         elif isinstance(message, LoadProgress):
-            self._is_connected = True
+            self._life.is_connected = True
             self._offer_vocabulary()
             if self._on_progress is not None and self.ready is None:
                 self._on_progress(message)
@@ -548,7 +553,7 @@ class EngineClient:
         self._abort(self._processor.process(message))
 
     def _on_ready(self, message: EngineReady) -> None:
-        self._serving = self._has_workers = self._is_connected = True
+        self._serving = self._has_workers = self._life.is_connected = True
         self._budget.serves()
         self._offer_vocabulary()
         states = list(self._processor.states.values())
@@ -575,9 +580,10 @@ class EngineClient:
         if self._closing:
             return
         was_serving, self._serving = self._serving, False
-        was_stopped = self._watch is not None and self._watch.stopped >= STOPPED_TIMEOUT
-        self._watch = None
-        self._fail_calls()
+        watch = self._life.watch
+        was_stopped = watch is not None and watch.stopped >= STOPPED_TIMEOUT
+        self._life.watch = None
+        self._calls.fail_all()
         words = self._last_words
         assert self._started is not None
         if words is not None or (code >= 0 and not self._started.done()):
@@ -586,7 +592,7 @@ class EngineClient:
             return
         if was_serving and not was_stopped:
             self._blame()
-        cause = "hung" if self._is_hung else "died" if was_serving else "loading"
+        cause = "hung" if self._life.is_hung else "died" if was_serving else "loading"
         if not self._budget.spend(cause):
             count = self._budget.limit + 1
             self._give_up(
@@ -625,12 +631,6 @@ class EngineClient:
             self._processor.fail(state, CULPRIT_ERROR)
         self._abort([state.index for state in same])
 
-    def _fail_calls(self) -> None:
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineDeadError("the engine died before it answered"))
-        self._calls.clear()
-
     def _give_up(self, error: EngineDeadError) -> None:
         self.dead = error
         self._processor.fail_all(str(error))
@@ -645,14 +645,14 @@ class EngineClient:
         ping = self._encoder.encode(Ping(call_id=0))
         while True:
             await asyncio.sleep(PING_INTERVAL)
-            watch = self._watch
+            watch = self._life.watch
             if watch is None:
                 continue
             watch.tick()
             problem = self._hung(watch)
             if problem is not None:
                 logger.error("the engine core %s; killing it", problem)
-                self._is_hung = True
+                self._life.is_hung = True
                 self._supervisor.kill()
             else:
                 self._send_frame(ping)

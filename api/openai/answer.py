@@ -296,17 +296,7 @@ async def prepare_answer(
         room = max(1, model.limits.max_model_len - len(prompt))
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
     opened = await prompt_opened(model, request, use.prompt_tools, text)
-    is_thoughtless = grammar is not None and model.holds_in_reasoning(request.structured_outputs)
-    text_format = TextFormat(
-        reasoning=None if is_thoughtless else model.config.reasoning_parser,
-        tool=use.parser if use.is_parsed else None,
-        tools=use.prompt_tools or (),
-        forced=use.schema is not None,
-        prompt_opened=opened,
-        is_constrained=grammar is not None,
-        single_call=use.is_single,
-        shows_reasoning=request.include_reasoning is not False,
-    )
+    text_format = _text_format(model, request, use, is_constrained=grammar is not None, opened=opened)
     kept = frozenset[int]() if text_format.is_plain else model.special_ids(text_format.parser().special_tokens)
     generation = create_generation(
         model, answer_id, [prompt], params, request, grammar, opened=opened, kept_special_ids=kept, tenant=tenant
@@ -324,6 +314,31 @@ async def prepare_answer(
         max_tokens=max_tokens,
         prompt_text=text,
         prompt_token_offsets=offsets,
+    )
+
+
+def _text_format(
+    model: ServedModel, request: ChatCompletionRequest, use: ToolUse, *, is_constrained: bool, opened: bool | None
+) -> TextFormat:
+    """How the text of an answer is to be read.
+
+    Args:
+        model: Names the parser of reasoning.
+        request: The conversation.
+        use: Its tools.
+        is_constrained: The answer, or what comes after its reasoning, follows a grammar.
+        opened: The prompt leaves the model in the middle of reasoning.
+    """
+    is_thoughtless = is_constrained and model.holds_in_reasoning(request.structured_outputs)
+    return TextFormat(
+        reasoning=None if is_thoughtless else model.config.reasoning_parser,
+        tool=use.parser if use.is_parsed else None,
+        tools=use.prompt_tools or (),
+        forced=use.schema is not None,
+        prompt_opened=opened,
+        is_constrained=is_constrained,
+        single_call=use.is_single,
+        shows_reasoning=request.include_reasoning is not False,
     )
 
 

@@ -48,26 +48,8 @@ async def render_messages(
     """
     check_number(len(messages), MAX_MESSAGES, "messages", "messages")
     template = _template(model, request.chat_template)
-    continues = bool(request.continue_final_message)
-    add_generation_prompt = adds_generation_prompt(request)
-    if continues and add_generation_prompt:
-        raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
-        )
-    variables = dict(request.chat_template_kwargs or {})
-    check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
-    for name in TEMPLATE_FIELDS:
-        if name in variables:
-            raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
-    variables = {**model.config.default_chat_template_kwargs, **variables}
-    if request.reasoning_effort is not None:
-        variables["reasoning_effort"] = request.reasoning_effort
-    options = {
-        "tools": tools,
-        "documents": request.documents,
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continues,
-    }
+    options = {**_template_options(request), "tools": tools}
+    variables = _template_variables(model, request)
     is_short = len(messages) <= MAX_INLINE_MESSAGES and not request.documents
     is_short = is_short and all(map(_is_short, variables.values())) and _num_chars(messages, tools) <= INLINE_TEXT
     try:
@@ -136,6 +118,36 @@ def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
             "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
         )
     return model.chat_template
+
+
+def _template_options(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> dict[str, Any]:
+    """The fields of a request that every template is told."""
+    continues = bool(request.continue_final_message)
+    add_generation_prompt = adds_generation_prompt(request)
+    if continues and add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+        )
+    return {
+        "documents": request.documents,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continues,
+    }
+
+
+def _template_variables(
+    model: ServedModel, request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest
+) -> dict[str, Any]:
+    """The variables of a template beside its fields: the server's, then the request's own."""
+    variables = dict(request.chat_template_kwargs or {})
+    check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
+    for name in TEMPLATE_FIELDS:
+        if name in variables:
+            raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
+    variables = {**model.config.default_chat_template_kwargs, **variables}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    return variables
 
 
 def _weigh_arguments(messages: Sequence[ChatMessage]) -> None:

@@ -171,6 +171,25 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
         if self.seed is not None:
             _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit 64 bits", self.seed)
+        self._verify_end()
+        self._verify_words()
+        budget = self.thinking_token_budget
+        _check(budget is None or 0 <= budget <= MAX_INT, "thinking_token_budget", "must be at least 0", budget)
+        keep = self.truncate_prompt_tokens
+        _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
+        if self.repetition_detection is not None:
+            _check_repetition(self.repetition_detection)
+        if self.structured_outputs is not None:
+            grammar_spec(self.structured_outputs)
+        biases = self.logit_bias or {}
+        _check(len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases))
+        if not all(map(math.isfinite, biases.values())):
+            bad = next(bias for bias in biases.values() if not math.isfinite(bias))
+            _check(False, "logit_bias", "must hold finite numbers", bad)
+        self._verify_children()
+
+    def _verify_end(self) -> None:
+        """Where a completion ends, and what is reported of its tokens."""
         if self.max_tokens is not None:
             _check(1 <= self.max_tokens <= MAX_INT, "max_tokens", "must be at least 1", self.max_tokens)
             _check(
@@ -196,6 +215,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             f"may hold at most {MAX_STOP_TOKEN_IDS} ids",
             len(stop_ids),
         )
+
+    def _verify_words(self) -> None:
+        """Which tokens are candidates."""
         words = self.bad_words or []
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
         num_chars = sum(map(len, words))
@@ -207,20 +229,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
         _check(all(words), "bad_words", "must not hold an empty string", words)
         _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
-        budget = self.thinking_token_budget
-        _check(budget is None or 0 <= budget <= MAX_INT, "thinking_token_budget", "must be at least 0", budget)
-        keep = self.truncate_prompt_tokens
-        _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
-        if self.repetition_detection is not None:
-            _check_repetition(self.repetition_detection)
-        if self.structured_outputs is not None:
-            grammar_spec(self.structured_outputs)
-        biases = self.logit_bias or {}
-        _check(len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases))
-        if not all(map(math.isfinite, biases.values())):
-            bad = next(bias for bias in biases.values() if not math.isfinite(bias))
-            _check(False, "logit_bias", "must hold finite numbers", bad)
-        self._verify_children()
 
     def _verify_children(self) -> None:
         """What every completion brings along is bounded for all of them together."""

@@ -1,4 +1,4 @@
-"""Imports go down only, and the processes that need no torch have none."""
+"""Imports go down only, between floors and between the rooms of a floor, and processes load only what they need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,82 @@ TORCH_FREE = [
     "helper",
     "helper_process",
 ]
+ROOMS = (
+    ("", "__main__", "cli", "llm", "octavo"),
+    ("commands",),
+    ("server",),
+    ("anthropic", "responses"),
+    ("openai",),
+    ("http",),
+    ("generation",),
+    ("engine",),
+    ("params",),
+    ("text",),
+    ("model",),
+    ("config",),
+    ("parsers",),
+    # What any room may use: limits and errors, flags and their types, and the search for patterns, which parsers need
+    # for the expressions of a tool's schema.
+    ("admission", "errors", "flags", "llm_options", "otlp", "stop_regex", "version", "vllm_options"),
+)
+"""Folders and modules of ``api/`` from the top down. Each imports what is below its line, and itself. Only the modules
+of the first and of the last line, which are no rooms, import others of their line."""
+
+FOLDERS: dict[str, set[str]] = {
+    # A model is described by layers. It knows no step but the batch that it is handed, and no device.
+    "executor/models": {"base", "hf_config", "input_batch", "layers.*", "registry"},
+    "executor/layers": {
+        # Of backends and methods what they have in common; each is looked up by its name.
+        *("attention.base", "base", "hf_config", "input_batch", "log", "parallel", "quantization", "quantization.base"),
+    },
+    "executor/quantization": {"base", "input_batch", "layers.parameter", "registry"},
+    "executor/attention": {"messages", "registry"},
+    "executor/device": {"base", "config", "deferred", "log", "messages", "parallel", "registry"},
+    # What is done with logits: no model, and of a device only how values come back from it.
+    "executor/sampling": {"deferred", "device.steps", "messages", "registry", "request_states"},
+    "executor/speculative": {"config", "messages", "registry", "request_states", "sampling.base"},
+    # Grammars know requests, not plans.
+    "engine_core/structured": {"messages", "request"},
+    # The definitions of ops know no implementation; op sets know each other not at all.
+    "ops/reference": {"collective", "dispatch", "metadata", "packed"},
+    "ops/cpu": {"", "dispatch", "metadata", "packed"},
+    "ops/triton": {"", "dispatch", "metadata", "packed"},
+}
+"""What the modules of a folder import of their own package, beside each other."""
+MAX_FUNCTION_LINES = 60
+
+HEAVY = {"torch", "transformers", "triton"}
+HTTP = {"starlette", "sse_starlette", "uvicorn"}
+ENGINE = {"zmq", "api.engine", "engine_core.core", "engine_core.scheduler", "executor.worker", "executor.model_runner"}
 NO_PICKLE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 
 
 def modules(floor: str) -> list[Path]:
     return sorted((ROOT / floor).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for floor in FORBIDDEN for path in modules(floor)}
+
+
+@cache
+def imported_modules(module: str) -> frozenset[str]:
+    """The modules of the four packages that one imports anywhere: for types alone and inside functions, too."""
+    found = set()
+    for name in imports(MODULES[module]):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return frozenset(found - {"", module})
+
+
+def within(package: str, module: str) -> str | None:
+    """The rest of a module's name in a package; None if it is elsewhere."""
+    return module[len(package) + 1 :] if f"{module}.".startswith(f"{package}.") else None
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -71,7 +143,6 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -84,6 +155,69 @@ def test_imports_go_down_only(floor: str) -> None:
             allowed = CONTRACTS.get(floor, {}).get(top)
             if allowed is not None:
                 assert rest and rest[0] in allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", [room for line in ROOMS for room in line])
+def test_rooms_import_what_is_below_them(room: str) -> None:
+    level = next(level for level, line in enumerate(ROOMS) if room in line)
+    allowed = {room, *(name for line in ROOMS[level + 1 :] for name in line)}
+    if level in (0, len(ROOMS) - 1):
+        allowed |= {*ROOMS[level]}
+    for module in MODULES:
+        name = within("api", module)
+        if name is None or name.split(".")[0] != room:
+            continue
+        for other in imported_modules(module):
+            target = within("api", other)
+            assert target is None or target.split(".")[0] in allowed, f"{module} imports {other}"
+
+
+def test_every_room_has_a_rule() -> None:
+    known = {name for line in ROOMS for name in line}
+    found = {name.split(".")[0] for module in MODULES if (name := within("api", module)) is not None}
+    assert found <= known, f"say in ROOMS where these belong: {', '.join(sorted(found - known))}"
+    for package in ("executor", "engine_core", "ops"):
+        folders = {f"{package}/{path.parent.name}" for path in (ROOT / package).glob("*/__init__.py")}
+        assert folders <= FOLDERS.keys(), f"say what they may import: {', '.join(sorted(folders - FOLDERS.keys()))}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_what_they_are_made_of(folder: str) -> None:
+    package, _, name = folder.partition("/")
+    allowed = FOLDERS[folder]
+    for module in MODULES:
+        if within(f"{package}.{name}", module) is None:
+            continue
+        for other in imported_modules(module):
+            target = within(package, other)
+            if target is None or target.split(".")[0] == name:
+                continue
+            assert target in allowed or f"{target.split('.')[0]}.*" in allowed, f"{module} imports {other}"
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in sorted(imported_modules(module)):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("floor", FORBIDDEN)
+def test_functions_stay_short(floor: str) -> None:
+    for path in modules(floor):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                num_lines = (node.end_lineno or first) - first + 1
+                where = f"{path.relative_to(ROOT)}: {node.name}"
+                assert num_lines <= MAX_FUNCTION_LINES, f"{where} has {num_lines} lines"
 
 
 @pytest.mark.parametrize("floor", FORBIDDEN)
@@ -109,9 +243,24 @@ def test_nothing_unpickles(floor: str) -> None:
     ],
 )
 def test_processes_without_torch(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'triton'}"
-    code = f"import {module}, sys; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert not loaded(f"import {module}", HEAVY)
+
+
+def test_the_offline_class_loads_no_http() -> None:
+    assert not loaded("from api import LLM", HEAVY | HTTP)
+
+
+@pytest.mark.parametrize("arguments", ["--version", "chat --help", "bench serve --help"])
+def test_commands_that_need_no_engine_load_none(arguments: str) -> None:
+    run = f"with contextlib.suppress(SystemExit): main({arguments.split()})"
+    assert not loaded(f"import contextlib\nfrom api.cli import main\n{run}", HEAVY | HTTP | ENGINE)
+
+
+def loaded(code: str, names: set[str]) -> str:
+    """Which of these modules a new interpreter has after some code."""
+    program = f"import sys\n{code}\nprint(*sorted({names} & {{*sys.modules}}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stderr.strip()
 
 
 def test_public_names() -> None:

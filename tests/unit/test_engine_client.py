@@ -484,7 +484,7 @@ async def test_a_core_that_dies_again_and_again_for_no_reason_is_given_up(harnes
     harness.supervisor.die()
     assert harness.client.dead is not None and "got nothing done" in str(harness.client.dead)
     assert harness.fatal == [harness.client.dead]
-    assert harness.client._watch is None, "nobody is watched any more"
+    assert harness.client._life.watch is None, "nobody is watched any more"
 
 
 async def test_requests_that_wait_for_their_grammar_saturate_nothing(harness: Harness) -> None:

@@ -191,6 +191,18 @@ def create_parser() -> Parser:
     add("--token-ids", action="store_true", help="Send random token ids instead of text (completions only).")
     add("--vocab-size", type=int, metavar="N", help=f"Bound of the random token ids (default: {defaults.vocab_size}).")
 
+    _add_sampling(parser)
+    _add_figures(parser)
+    for name in IDLE:
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("trust_remote_code", "disable_tqdm", "disable_shuffle"):
+            parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_sampling(parser: Parser) -> None:
     add = parser.add_argument_group("Sampling").add_argument
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="Fixed output length (default: on).")
     add("--temperature", type=float, metavar="X", help="Default: 0.")
@@ -200,6 +212,8 @@ def create_parser() -> Parser:
     add("--logprobs", type=int, metavar="N", help="Log probabilities to ask for.")
     add("--extra-body", metavar="JSON", help="More fields of every request.")
 
+
+def _add_figures(parser: Parser) -> None:
     add = parser.add_argument_group("Figures").add_argument
     add("--goodput", nargs="+", metavar="NAME:MS", help="Count requests within bounds, such as ttft:500 tpot:50.")
     add("--label", help="Name of the run.")
@@ -210,10 +224,3 @@ def create_parser() -> Parser:
     add("--result-dir", metavar="FOLDER", help="Where to (default: here).")
     add("--result-filename", metavar="FILE", help="Default: backend, rate, model and date.")
     add("--metadata", nargs="+", metavar="KEY=VALUE", help="More entries of that file.")
-    for name in IDLE:
-        flag = f"--{name.replace('_', '-')}"
-        if name in ("trust_remote_code", "disable_tqdm", "disable_shuffle"):
-            add(flag, action="store_true", help=argparse.SUPPRESS)
-        else:
-            add(flag, help=argparse.SUPPRESS)
-    return parser
