@@ -175,11 +175,7 @@ class GGUFCheckpoint:
     def _check(self, tensor: GGUFTensor) -> None:
         """Checks that the tensor has a known type and lies within the file."""
         origin = self._origin(tensor.name)
-        kind = _type_of(tensor, origin)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        count = math.prod(tensor.shape)
-        if math.prod(tensor.shape[-1:]) % block or tensor.num_bytes != count // block * block_bytes:
-            raise ModelError(f"{origin}: corrupt header: {tensor.num_bytes} bytes for {kind.name} {list(tensor.shape)}")
+        check_size(tensor, origin)
         missing = tensor.offset + tensor.num_bytes - len(self.mapped)
         if missing > 0:
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
@@ -198,6 +194,25 @@ class GGUFCheckpoint:
             return dequantize_to(raw, kind, dtype).view(tensor.shape)
         except NotImplementedError as error:
             raise ValueError(f"has type {kind.name}, which is not supported") from error
+
+
+def check_size(tensor: GGUFTensor, origin: str) -> None:
+    """Refuses an entry of the tensor table whose size is not that of its shape and type.
+
+    The api has checked the file in the same way, with a table of its own; see ``tests/models/test_gguf.py``.
+
+    Args:
+        tensor: The entry.
+        origin: What to call it in errors.
+
+    Raises:
+        ModelError: The type is unknown, rows are not whole blocks, or the number of bytes is another.
+    """
+    kind = _type_of(tensor, origin)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    count = math.prod(tensor.shape)
+    if math.prod(tensor.shape[-1:]) % block or tensor.num_bytes != count // block * block_bytes:
+        raise ModelError(f"{origin}: corrupt header: {tensor.num_bytes} bytes for {kind.name} {list(tensor.shape)}")
 
 
 def _type_of(tensor: GGUFTensor, origin: str) -> GGMLQuantizationType:

@@ -3,7 +3,8 @@
 A GGUF file stores the vocabulary, but of the rules around it only names: ``tokenizer.ggml.model``
 says which algorithm, ``tokenizer.ggml.pre`` how text is cut up before byte-pair merging. The tables
 below hold the rules that each model's own ``tokenizer.json`` states, so that text gets the token
-ids the model was trained with. To support another ``pre``, add a line to ``_PRE_RULES``.
+ids the model was trained with. Those of models that cannot be loaded are left out: with a model whose files
+name another ``pre``, add a line to ``_PRE_RULES``, or a builder for another kind of tokenizer.
 """
 
 from __future__ import annotations
@@ -87,12 +88,10 @@ def _words(digits: str) -> str:
     return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 
-def _cased_words(suffix: str, digits: str) -> str:
-    head = r"[^\r\n\p{L}\p{N}]?"
-    return (
-        rf"{head}{_UPPER}*{_LOWER}+{suffix}|{head}{_UPPER}+{_LOWER}*{suffix}"
-        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-    )
+_CASED_WORDS: Final = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ class PreRule:
 
     splits: tuple[str | pre_tokenizers.PreTokenizer, ...] = ()
     gpt2: bool = False
-    spells_bytes: bool = False
     nfc: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
@@ -114,28 +112,17 @@ class PreRule:
             pre_tokenizers.Split(Regex(split), behavior="isolated") if isinstance(split, str) else split
             for split in self.splits
         ]
-        if not self.spells_bytes:
-            steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.gpt2))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.gpt2))
         return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
 _SINGLE_DIGITS: Final = pre_tokenizers.Digits(individual_digits=True)
 _GPT2: Final = PreRule(gpt2=True)
-_GPT2_NFC: Final = PreRule(gpt2=True, nfc=True)
 _DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
 _LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
 _QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
-_QWEN2_PLAIN: Final = PreRule((_words(r"\p{N}"),))
-_QWEN35: Final = PreRule(
-    (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-    ),
-    nfc=True,
-)
-_GPT4O: Final = PreRule((_cased_words(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),))
-_TEKKEN: Final = PreRule((_cased_words("", r"\p{N}"),), ignore_merges=True, add_bos=True)
+_TEKKEN: Final = PreRule((_CASED_WORDS,), ignore_merges=True, add_bos=True)
 _DEEPSEEK_LLM: Final = PreRule(
     (
         r"[\r\n]",
@@ -147,31 +134,7 @@ _DEEPSEEK_LLM: Final = PreRule(
     )
 )
 _DEEPSEEK_CODER: Final = PreRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", _SINGLE_DIGITS))
-_DEEPSEEK_V3: Final = PreRule(
-    (
-        r"\p{N}{1,3}",
-        r"[一-龥぀-ゟ゠-ヿ]+",
-        r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
-    )
-)
-_FALCON: Final = PreRule(
-    (
-        pre_tokenizers.Punctuation(behavior="contiguous"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        pre_tokenizers.Digits(individual_digits=False),
-        r"[0-9][0-9][0-9]",
-    ),
-    spells_bytes=True,
-)
-_BLOOM: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+",))
 _VIKING: Final = PreRule((r" ?[^(\s|.,!?…。，、।۔،)]+", _SINGLE_DIGITS))
-_BAILING: Final = PreRule(
-    (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    )
-)
 _SEED_CODER: Final = PreRule(
     (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
 )
@@ -180,78 +143,31 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "gpt2": _GPT2,
-    "phi-2": _GPT2,
-    "jais": _GPT2,
     "trillion": _GPT2,
     "granite-docling": _GPT2,
-    "gigachat": _GPT2,
     "a.x-4.0": _GPT2,
     "mellum": _GPT2,
-    "exaone4": _GPT2,
-    "roberta-bpe": _GPT2,
-    "jina-es": _GPT2,
-    "jina-de": _GPT2,
-    "jina-v1-en": _GPT2,
-    "jina-v2-es": _GPT2,
-    "jina-v2-de": _GPT2,
-    "jina-v2-code": _GPT2,
-    "mpt": _GPT2_NFC,
-    "olmo": _GPT2_NFC,
-    "modern-bert": _GPT2_NFC,
     "smollm": _DIGITS_GPT2,
-    "starcoder": _DIGITS_GPT2,
-    "refact": _DIGITS_GPT2,
-    "codeshell": _DIGITS_GPT2,
-    "exaone": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
-    "mellum2": _DIGITS_GPT2,
-    "command-r": PreRule((_SINGLE_DIGITS,), gpt2=True, nfc=True),
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
     "falcon3": _LLAMA3,
-    "falcon-h1": _LLAMA3,
     "pixtral": _LLAMA3,
     "midm-2.0": _LLAMA3,
-    "lfm2": _LLAMA3,
-    "jina-v5-nano": _LLAMA3,
-    "dbrx": _LLAMA3_MERGES,
     "smaug-bpe": _LLAMA3_MERGES,
-    "chatglm-bpe": _LLAMA3_MERGES,
-    "glm4": _LLAMA3_MERGES,
     "qwen2": _QWEN2,
-    "stablelm2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
     "kormo": _QWEN2,
     "f2llmv2": _QWEN2,
-    "hunyuan": _QWEN2_PLAIN,
-    "solar-open": _QWEN2_PLAIN,
-    "grok-2": _QWEN2_PLAIN,
-    "qwen35": _QWEN35,
-    "gpt-4o": _GPT4O,
-    "llama4": _GPT4O,
-    "kanana2": _GPT4O,
-    "talkie": _GPT4O,
-    "minimax-m2": _GPT4O,
     "tekken": _TEKKEN,
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
-    "deepseek-v3": _DEEPSEEK_V3,
-    "hunyuan-dense": _DEEPSEEK_V3,
-    "joyai-llm": _DEEPSEEK_V3,
-    "falcon": _FALCON,
-    "bloom": _BLOOM,
-    "poro-chat": _BLOOM,
-    "gpt3-finnish": _BLOOM,
     "viking": _VIKING,
-    "bailingmoe": _BAILING,
-    "bailingmoe2": _BAILING,
-    "llada-moe": _BAILING,
     "seed-coder": _SEED_CODER,
 }
-
-_ADD_SEP_PRE: Final = frozenset({"jina-v1-en", "jina-v2-code", "roberta-bpe"})
+"""Of models whose architecture can be loaded: llama's, which many others are converted to, and Qwen's."""
 
 
 def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
@@ -274,7 +190,7 @@ def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     special_ids = {name: token_id for name, token_id in special.items() if token_id is not None}
     try:
         backend = build(fields, vocabulary, special_ids)
-        vocabulary.add_to(backend, rstrip=model == "llama" and fields.architecture == "phi3")
+        vocabulary.add_to(backend)
         _add_post_processor(backend, fields, vocabulary, special_ids)
     except ModelFileError:
         raise
@@ -294,7 +210,6 @@ class _Fields:
     def __init__(self, file: GGUFFile) -> None:
         self.path = file.path
         self._metadata = file.metadata
-        self.architecture: str = str(file.metadata.get("general.architecture", ""))
 
     def fail(self, key: str, detail: str) -> ModelFileError:
         return ModelFileError(self.path, f"tokenizer.ggml.{key}: {detail}")
@@ -355,15 +270,10 @@ class _Vocabulary:
     def of_type(self, token_type: int) -> Iterable[str]:
         return (token for token, kind in zip(self.tokens, self.types, strict=False) if kind == token_type)
 
-    def add_to(self, backend: tokenizers.Tokenizer, *, rstrip: bool) -> None:
+    def add_to(self, backend: tokenizers.Tokenizer) -> None:
         """Make control tokens special, and have user-defined ones found whole in text."""
-        # Phi-3's tokens swallow the line break after them, but for these three.
-        keep_space = {"<unk>", "<s>", "<|endoftext|>"}
         backend.add_special_tokens(
-            [
-                AddedToken(token, normalized=False, special=True, rstrip=rstrip and token not in keep_space)
-                for token in self.of_type(TOKEN_CONTROL)
-            ]
+            [AddedToken(token, normalized=False, special=True) for token in self.of_type(TOKEN_CONTROL)]
         )
         backend.add_tokens([AddedToken(token, normalized=False) for token in self.of_type(TOKEN_USER_DEFINED)])
 
@@ -397,10 +307,6 @@ def _sentencepiece_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _S
     return _space_marked_bpe(vocabulary, merges, special_ids, add_space_prefix=fields.flag("add_space_prefix", True))
 
 
-def _gemma4_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
-    return _space_marked_bpe(vocabulary, _merges(fields), special_ids, add_space_prefix=False)
-
-
 def _space_marked_bpe(
     vocabulary: _Vocabulary, merges: list[tuple[str, str]], special_ids: _SpecialIds, *, add_space_prefix: bool
 ) -> tokenizers.Tokenizer:
@@ -425,57 +331,9 @@ def _space_marked_bpe(
     return backend
 
 
-def _unigram(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
-    scores = _scores(fields, vocabulary)
-    special_ids.setdefault("unk_token", 2)
-    backend = tokenizers.Tokenizer(
-        models.Unigram(list(zip(vocabulary.tokens, scores, strict=True)), special_ids["unk_token"], False)
-    )
-    steps: list[normalizers.Normalizer] = []
-    charsmap = fields.array("precompiled_charsmap", int)
-    if charsmap:
-        steps.append(normalizers.Precompiled(bytes(item & 0xFF for item in charsmap)))
-    if fields.flag("remove_extra_whitespaces", True):
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if steps:
-        backend.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if fields.flag("add_space_prefix", True) else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
-    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
-    return backend
-
-
-def _word_piece(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
-    unk_id = special_ids.setdefault("unk_token", vocabulary.ids.get("[UNK]", 0))
-    ids: dict[str, int] = {}
-    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=False)):
-        # The file marks the start of a word where BERT marks what continues one.
-        if token.startswith(SPACE):
-            token = token[1:]
-        elif kind not in (TOKEN_CONTROL, TOKEN_UNKNOWN) and not (token.startswith("[") and token.endswith("]")):
-            token = f"##{token}"
-        vocabulary.tokens[index] = token
-        ids[token] = index
-    vocabulary.ids.clear()
-    vocabulary.ids.update(ids)
-    lowercase = fields.flag("normalizer.lowercase", True)
-    backend = tokenizers.Tokenizer(
-        models.WordPiece(vocab=ids, unk_token=vocabulary.tokens[unk_id], max_input_chars_per_word=100)
-    )
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=lowercase, strip_accents=fields.flag("normalizer.strip_accents", lowercase)
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return backend
-
-
 _BUILDERS: Final[dict[str, Callable[[_Fields, _Vocabulary, _SpecialIds], tokenizers.Tokenizer]]] = {
     "gpt2": _byte_level_bpe,
     "llama": _sentencepiece_bpe,
-    "gemma4": _gemma4_bpe,
-    "bert": _word_piece,
-    "t5": _unigram,
 }
 
 
@@ -502,10 +360,8 @@ def _sentencepiece_merges(fields: _Fields, vocabulary: _Vocabulary) -> list[tupl
     """The merges that SentencePiece's scores imply: two pieces join if their union is a piece, the best first."""
     ids = vocabulary.ids
     pieces = [index for index, kind in enumerate(vocabulary.types[: len(ids)]) if kind == TOKEN_NORMAL]
-    # Gemma's scores do not follow the order in which its merges were learnt, its ids do.
-    if not fields.architecture.startswith("gemma"):
-        scores = _scores(fields, vocabulary)
-        pieces.sort(key=lambda index: -scores[index])
+    scores = _scores(fields, vocabulary)
+    pieces.sort(key=lambda index: -scores[index])
     merges: list[tuple[str, str]] = []
     for index in pieces:
         piece = vocabulary.tokens[index]
@@ -521,15 +377,11 @@ def _sentencepiece_merges(fields: _Fields, vocabulary: _Vocabulary) -> list[tupl
 def _add_post_processor(
     backend: tokenizers.Tokenizer, fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds
 ) -> None:
-    model, pre = fields.text("model"), fields.text("pre")
-    rule = _PRE_RULES.get(pre, _GPT2)
-    add_bos = fields.flag("add_bos_token", model in ("llama", "bert") or (model == "gpt2" and rule.add_bos))
-    add_eos = fields.flag("add_eos_token", model == "t5")
-    add_sep = fields.flag("add_sep_token", model == "bert" or pre in _ADD_SEP_PRE)
-    if model == "gemma4":
-        # The flag is set in these files, but the model's own tokenizer adds none: its chat template does.
-        add_bos = False
-    first = special_ids.get("cls_token" if model == "bert" else "bos_token", special_ids.get("bos_token"))
+    model = fields.text("model")
+    rule = _PRE_RULES.get(fields.text("pre"), _GPT2)
+    add_bos = fields.flag("add_bos_token", model == "llama" or rule.add_bos)
+    add_eos, add_sep = fields.flag("add_eos_token", False), fields.flag("add_sep_token", False)
+    first = special_ids.get("bos_token")
     last = special_ids.get("eos_token") if add_eos else special_ids.get("sep_token") if add_sep else None
     parts = ["$A"]
     special_tokens: dict[str, int] = {}

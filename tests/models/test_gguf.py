@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from api.errors import ModelFileError
 from api.model.gguf_file import read_gguf
 from executor.base import ModelError
 from executor.config import GGUFHeader, ModelConfig
-from executor.gguf import hf_config_from_gguf
+from executor.gguf import check_size, hf_config_from_gguf
 from executor.loader import load_model
 from executor.parallel import ParallelState
 from tests import tiny
@@ -152,6 +154,31 @@ def gguf_refusal(path: Path, header: GGUFHeader) -> str:
     message = refusal(path, gguf=header)
     assert message.startswith(str(path))
     return message
+
+
+def one_tensor(ggml_type: int, columns: int) -> bytes:
+    """A file of one tensor [3, columns], with more than enough data."""
+    head = struct.pack("<4sIQQQ1sIQQIQ", b"GGUF", 3, 1, 0, 1, b"t", 2, columns, 3, ggml_type, 0)
+    return head + bytes(-len(head) % 32) + bytes(3 * 8 * columns)
+
+
+@pytest.mark.parametrize("kind", GGMLQuantizationType)
+def test_reader_and_loader_agree_on_sizes(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    path = tmp_path / "one.gguf"
+    path.write_bytes(one_tensor(kind, 2 * block))
+    (tensor,) = read_gguf(path).tensors
+    assert (tensor.shape, tensor.num_bytes) == ((3, 2 * block), 6 * block_bytes)
+    check_size(tensor, "one")
+    for other in (-1, 1):
+        with pytest.raises(ModelError, match="corrupt header"):
+            check_size(msgspec.structs.replace(tensor, num_bytes=tensor.num_bytes + other), "one")
+    if block > 1:
+        path.write_bytes(one_tensor(kind, block + 1))
+        with pytest.raises(ModelFileError, match="not whole"):
+            read_gguf(path)
+        with pytest.raises(ModelError, match="corrupt header"):
+            check_size(msgspec.structs.replace(tensor, shape=(3, block + 1)), "one")
 
 
 def test_gguf_file_that_is_refused(tmp_path: Path) -> None:

@@ -367,14 +367,13 @@ def test_gguf_byte_level() -> None:
     assert flagged.encode("hello", add_special_tokens=False) == tokenizer.encode("hello")
 
 
-@pytest.mark.parametrize(("prefix", "architecture"), [(True, "llama"), (False, "llama"), (False, "gemma3")])
-def test_gguf_sentencepiece(prefix: bool, architecture: str) -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_gguf_sentencepiece(prefix: bool) -> None:
     backend = sentencepiece(prefix=prefix)
     tokens = tokens_of(backend)
     types = [6 if token.startswith("<0x") else kind for token, kind in zip(tokens, types_of(backend), strict=True)]
     types[0] = 2
     file = gguf_file(
-        architecture=architecture,
         model="llama",
         tokens=tokens,
         token_type=types,
@@ -391,8 +390,7 @@ def test_gguf_sentencepiece(prefix: bool, architecture: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_gguf_sentencepiece_merges_as_transformers_derives_them(architecture: str) -> None:
+def test_gguf_sentencepiece_merges_as_transformers_derives_them() -> None:
     pytest.importorskip("transformers")
     from transformers.tokenization_utils_base import generate_merges
 
@@ -401,53 +399,10 @@ def test_gguf_sentencepiece_merges_as_transformers_derives_them(architecture: st
     pieces = list(dict.fromkeys([*letters, *("".join(rng.choices(letters, k=rng.randint(2, 5))) for _ in range(150))]))
     tokens = ["<unk>", *pieces]
     scores = [0.0, *(-float(index) for index in range(len(pieces)))]
-    file = gguf_file(
-        architecture=architecture, model="llama", tokens=tokens, scores=scores, token_type=[2] + [1] * len(pieces)
-    )
+    file = gguf_file(model="llama", tokens=tokens, scores=scores, token_type=[2] + [1] * len(pieces))
     state = json.loads(Tokenizer.from_gguf(file).to_json())
     expected = generate_merges({token: i for i, token in enumerate(tokens)}, dict(zip(tokens, scores, strict=True)))
     assert [tuple(pair) for pair in state["model"]["merges"]] == expected
-
-
-def test_gguf_word_piece() -> None:
-    backend = word_piece()
-    tokens = tokens_of(backend)
-    stored = [t if t.startswith("[") else t[2:] if t.startswith("##") else f"▁{t}" for t in tokens]
-    file = gguf_file(
-        architecture="bert",
-        model="bert",
-        tokens=stored,
-        token_type=types_of(backend),
-        cls_token_id=2,
-        seperator_token_id=3,
-        unknown_token_id=1,
-        padding_token_id=0,
-        mask_token_id=4,
-    )
-    tokenizer = Tokenizer.from_gguf(file)
-    for text in ["Hello worlds testing, ab.", "[MASK] a'b", *TEXTS]:
-        assert tokenizer.encode(text) == backend.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text)) == backend.decode(backend.encode(text).ids)
-    assert tokenizer.special_tokens_map["sep_token"] == "[SEP]"
-
-
-def test_gguf_unigram() -> None:
-    backend = unigram()
-    tokens = tokens_of(backend)
-    scores = [score for _, score in json.loads(backend.to_str())["model"]["vocab"]]
-    file = gguf_file(
-        architecture="t5",
-        model="t5",
-        tokens=tokens,
-        token_type=[3, 3, 2] + [1] * (len(tokens) - 3),
-        scores=scores,
-        eos_token_id=1,
-        remove_extra_whitespaces=False,
-    )
-    tokenizer = Tokenizer.from_gguf(file)
-    for text in ["hello world", "a test 日", " ab  hello"]:
-        assert tokenizer.encode(text) == backend.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text)) == backend.decode(backend.encode(text).ids)
 
 
 @pytest.mark.parametrize(
@@ -458,11 +413,7 @@ def test_gguf_unigram() -> None:
         ("llama-bpe", ["Hi", " World", "'s", " ", "123", "45", " ", " x", "!!"]),
         ("qwen2", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("tekken", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
-        ("gpt-4o", ["Hi", " World's", " ", "123", "45", " ", " x", "!!"]),
-        ("deepseek-v3", ["Hi", " World", "'s", " ", "123", "45", " ", " x", "!!"]),
         ("deepseek-llm", ["Hi", " World", "'", "s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
-        ("falcon", ["Hi", " World", "'", "s", " ", "123", "45", " ", " x", "!!"]),
-        ("bloom", ["Hi", " World's", " 12345", " ", " x", "!!"]),
     ],
 )
 def test_pre_tokenizers(pre: str, pieces: list[str]) -> None:
@@ -503,7 +454,7 @@ def test_gguf_end_of_turn_tokens() -> None:
     ("keys", "expected"),
     [
         ({}, "holds no tokenizer"),
-        ({"model": "rwkv", "tokens": ["a"]}, "'rwkv' is not supported"),
+        ({"model": "bert", "tokens": ["a"]}, "'bert' is not supported"),
         ({"model": 5, "tokens": ["a"]}, "tokenizer.ggml.model"),
         ({"model": "gpt2"}, "tokenizer.ggml.tokens"),
         ({"model": "gpt2", "tokens": [1, 2]}, "tokenizer.ggml.tokens"),
@@ -514,8 +465,7 @@ def test_gguf_end_of_turn_tokens() -> None:
         ({"model": "llama", "tokens": ["a", "b"]}, "tokenizer.ggml.scores"),
         ({"model": "llama", "tokens": ["a"], "scores": ["x"]}, "tokenizer.ggml.scores"),
         ({"model": "gpt2", "tokens": ["a"], "add_bos_token": "yes"}, "add_bos_token: is not a flag"),
-        ({"model": "t5", "tokens": ["a"], "scores": [0.0]}, "do not fit together"),
-        ({"model": "t5", "tokens": ["a"] * 0, "scores": []}, "tokenizer.ggml.tokens"),
+        ({"model": "llama", "tokens": ["a"] * 0, "scores": []}, "tokenizer.ggml.tokens"),
     ],
 )
 def test_damaged_gguf_tokenizers(keys: dict[str, Any], expected: str) -> None:
