@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,21 +53,68 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
 # -- the HTTP client -------------------------------------------------------------------------------------------
 
 
+class NoTransport(asyncio.Transport):
+    """Of a connection that a test feeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_aborted = False
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nX: 1\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+async def answer_of(parts: Iterable[bytes], *, closes: bool = False) -> tuple[sse_client.Response, bytes, bool]:
+    """The answer to a request, what its sink got, and whether the connection is still good."""
+    connection, got = sse_client.HttpConnection(), bytearray()
+    connection.connection_made(NoTransport())
+    task = asyncio.create_task(connection.request(b"", got.extend))
+    await asyncio.sleep(0)
+    for part in parts:
+        assert not task.done()
+        connection.data_received(part)
+    if closes:
+        connection.connection_lost(None)
+    return await task, bytes(got), connection.is_open
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 10_000])
-def test_chunks_may_be_cut_anywhere(size: int) -> None:
+async def test_chunks_may_be_cut_anywhere(size: int) -> None:
     events = completion_events()
     body = b"".join(events)
     for encoded in (chunked(events), chunked(events, b";name=value"), chunked([body]), chunked(list(pieces(body, 11)))):
-        decoder = sse_client.ChunkedDecoder()
-        parts = [decoder.feed(piece) for piece in pieces(encoded, size)]
-        assert b"".join(part for part, _ in parts) == body
-        assert [finished for _, finished in parts].index(True) == len(parts) - 1
+        response, got, is_open = await answer_of(pieces(CHUNKED + encoded, size))
+        assert (response.status, response.headers["x"], response.body, got, is_open) == (200, "1", b"", body, True)
 
 
-def test_trailers_are_skipped() -> None:
-    decoder = sse_client.ChunkedDecoder()
-    assert decoder.feed(b"3\r\nabc\r\n0\r\nExpires: never\r\n") == (b"abc", False)
-    assert decoder.feed(b"\r\n") == (b"", True)
+@pytest.mark.parametrize("size", [1, 10_000])
+async def test_ways_in_which_an_answer_ends(size: int) -> None:
+    trailers = CHUNKED + b"3\r\nabc\r\n0\r\nExpires: never\r\n\r\n"
+    fixed = HEAD + b"Content-Length: 3\r\n\r\nabc"
+    for data, closes, is_open in (
+        (trailers, False, True),
+        (fixed, False, True),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + fixed, False, True),
+        (HEAD + b"Connection: close\r\nContent-Length: 3\r\n\r\nabc", False, False),
+        (HEAD + b"\r\nabc", True, False),  # the end of the connection is that of the body
+    ):
+        assert (await answer_of(pieces(data, size), closes=closes))[1:] == (b"abc", is_open)
+    error = HEAD.replace(b"200 OK", b"404 Not Found") + b"Content-Length: 3\r\n\r\nabc"
+    response, got, _ = await answer_of(pieces(error, size))
+    assert (response.status, response.body, got) == (404, b"abc", b"")
+
+
+@pytest.mark.parametrize("data", [b"hello\r\n\r\n", CHUNKED + b"x\r\n", HEAD + b"Content-Length: 3\r\n\r\na"])
+async def test_answers_that_are_cut_off_or_unreadable(data: bytes) -> None:
+    with pytest.raises(ConnectionError):
+        await answer_of([data], closes=True)
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 10_000])

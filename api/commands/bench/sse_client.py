@@ -1,7 +1,7 @@
 """An HTTP/1.1 client for streams of server-sent events that costs little: a few microseconds an event.
 
 It exists for the load generators beside it. A general client spends more time on an event than a fast server does,
-and would be what is measured. Standard library only.
+and would be what is measured. ``httptools`` frames the answers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
+
+import httptools
 
 MAX_ERROR_TEXT = 200
 """Characters of an error that are kept."""
@@ -22,82 +24,6 @@ DELTA_TEXTS = ("content", "reasoning_content", "reasoning", "tool_calls", "refus
 """Where the delta of a chat stream may have what a token brought."""
 IDLE_RETRY = 1.0
 """Seconds of rest after which a server may have closed a connection for no bad reason."""
-
-
-class Framing(Protocol):
-    """Where a response's body ends."""
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Takes bytes as they came. Returns the body bytes among them, and whether the body is complete."""
-
-
-class ChunkedDecoder:
-    """``Transfer-Encoding: chunked``, cut anywhere."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        """An unfinished line: a chunk's size or a trailer."""
-        self._left = 0
-        """Bytes of the current chunk that are to come, the line end after it included."""
-        self._in_trailers = False
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
-        parts: list[bytes] = []
-        position, end = 0, len(data)
-        finished = False
-        while True:
-            if self._left > 2:
-                part = data[position : min(end, position + self._left - 2)]
-                parts.append(part)
-                position += len(part)
-                self._left -= len(part)
-                if self._left > 2:
-                    break
-            if self._left:
-                skipped = min(self._left, end - position)
-                position += skipped
-                self._left -= skipped
-                if self._left:
-                    break
-            line_end = data.find(b"\r\n", position)
-            if line_end < 0:
-                self._rest = data[position:]
-                break
-            line = data[position:line_end]
-            position = line_end + 2
-            if self._in_trailers:
-                if not line:
-                    finished = True
-                    break
-                continue
-            size = int(line.partition(b";")[0], 16)
-            if size:
-                self._left = size + 2
-            else:
-                self._in_trailers = True
-        return (parts[0] if len(parts) == 1 else b"".join(parts)), finished
-
-
-class FixedLength:
-    """``Content-Length``."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        data = data[: self._left]
-        self._left -= len(data)
-        return data, self._left == 0
-
-
-class UntilClose:
-    """No length: the body ends with the connection."""
-
-    def feed(self, data: bytes) -> tuple[bytes, bool]:
-        return data, False
 
 
 @dataclass
@@ -123,9 +49,11 @@ class HttpConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._sink: Sink | None = None
         self._done: asyncio.Future[Response] | None = None
-        self._head = b""
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
         self._response: Response | None = None
-        self._framing: Framing | None = None
+        self._parts: list[bytes] = []
+        """Of the body, what came with the bytes that are parsed."""
         self._body: list[bytes] = []
 
     async def request(self, data: bytes, sink: Sink | None = None, timeout: float | None = None) -> Response:
@@ -166,61 +94,60 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
-        if isinstance(self._framing, UntilClose) and exc is None:
+        if self._response is not None and exc is None and not self._has_length():
+            self._take_parts()
             self._finish()
         self._fail(ConnectionError(str(exc) if exc else "the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
         self.has_received = True
         try:
-            if self._framing is None:
-                data = self._read_head(data)
-            if self._framing is None:
-                return
-            body, finished = self._framing.feed(data)
-        except (ValueError, IndexError) as error:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(ConnectionError(f"unreadable: {error}"))
             return
-        if body:
-            if self._sink is not None and self._response is not None and self._response.status == 200:
-                self._sink(body)
-            else:
-                self._body.append(body)
-        if finished:
+        if self._parts:
+            self._take_parts()
+
+    def _take_parts(self) -> None:
+        parts, self._parts = self._parts, []
+        if self._sink is not None and self._response is not None and self._response.status == 200:
+            self._sink(parts[0] if len(parts) == 1 else b"".join(parts))
+        else:
+            self._body += parts
+
+    # What the parser calls.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        headers, self._headers = self._headers, {}
+        status = self._parser.get_status_code()
+        if status >= 200:  # 100 Continue and the like come before the answer
+            self._response = Response(status, headers)
+
+    def on_body(self, part: bytes) -> None:
+        self._parts.append(part)
+
+    def on_message_complete(self) -> None:
+        if self._response is not None:
+            if self._parts:
+                self._take_parts()
             self._finish()
 
-    def _read_head(self, data: bytes) -> bytes:
-        """Reads status and headers once they are complete. Returns what follows them."""
-        data = self._head + data
-        while True:
-            head, separator, rest = data.partition(b"\r\n\r\n")
-            if not separator:
-                self._head = data
-                return b""
-            lines = head.decode("latin-1").split("\r\n")
-            status = int(lines[0].split(" ", 2)[1])
-            if status >= 200:
-                break
-            data = rest  # 100 Continue and the like come before the answer
-        self._head = b""
-        pairs = (line.partition(":") for line in lines[1:])
-        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        self._response = Response(status, headers)
-        if "chunked" in headers.get("transfer-encoding", "").lower():
-            self._framing = ChunkedDecoder()
-        elif "content-length" in headers:
-            self._framing = FixedLength(int(headers["content-length"]))
-        else:
-            self._framing = UntilClose()
-        return rest
+    def _has_length(self) -> bool:
+        """The body has an end of its own, rather than that of the connection."""
+        assert self._response is not None
+        return not {"content-length", "transfer-encoding"}.isdisjoint(self._response.headers)
 
     def _finish(self) -> None:
         response, done = self._response, self._done
         assert response is not None
         response.body = b"".join(self._body)
-        if response.headers.get("connection", "").lower() == "close" or isinstance(self._framing, UntilClose):
+        if not self._parser.should_keep_alive() or not self._has_length():
             self.close()
-        self._response, self._framing, self._sink, self._body = None, None, None, []
+        self._response, self._sink, self._body = None, None, []
         if done is not None and not done.done():
             done.set_result(response)
 
