@@ -1,8 +1,8 @@
-"""The executor seam: what the engine core asks of whatever runs its steps.
+"""The executor seam: the engine core's interface to whatever runs its steps.
 
-The engine core owns an ``Executor`` and nothing else of this floor. Plans go in by ``submit``, messages come out of
-``receive``; neither ever waits for a step. Implementations: ``multiproc`` (worker processes), ``inline`` (a worker in
-the caller's process) and ``simulated`` (a modelled device).
+The engine core owns an ``Executor`` and uses nothing else of this floor. Plans go in through ``submit``, messages come
+out of ``receive``; neither ever waits for a step. Implementations: ``multiproc`` (worker processes), ``inline`` (a
+worker in the caller's process) and ``simulated`` (a modelled device).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class ModelError(Exception):
-    """The model cannot be served as configured; the message is one line for a person."""
+    """The model cannot be served as configured; the message is one human-readable line."""
 
 
 class WorkerDiedError(Exception):
-    """A worker process is gone."""
+    """A worker process has died."""
 
 
 class Executor(Protocol):
-    """Runs plans in order. ``submit`` never blocks; results come back in the order of the plans."""
+    """Runs plans in order. ``submit`` never blocks; results arrive in plan order."""
 
     num_ranks: int
 
@@ -35,26 +35,26 @@ class Executor(Protocol):
         """Sends a message to every rank.
 
         Raises:
-            WorkerDiedError: A worker is gone.
+            WorkerDiedError: A worker has died.
         """
 
     def receive(self) -> list[FromWorker]:
-        """Takes what has arrived, without waiting.
+        """Returns the messages that have arrived, without waiting.
 
         Raises:
-            WorkerDiedError: A worker ended without saying why.
+            WorkerDiedError: A worker ended without giving a reason.
         """
 
     def poll_fds(self) -> list[Any]:
-        """ZeroMQ sockets and file descriptors that become readable when ``receive`` has something to say."""
+        """ZeroMQ sockets and file descriptors that become readable when ``receive`` has messages."""
 
     def worker_pids(self) -> tuple[int, ...]: ...
 
     def shutdown(self) -> None:
-        """Stops the workers, waiting for them a moment, then killing them."""
+        """Stops the workers: gives them a moment to exit, then kills them."""
 
     def kill(self) -> None:
-        """Ends workers that are of no use any more, at once."""
+        """Kills the workers at once."""
 
 
 REGISTRY = {

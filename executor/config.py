@@ -1,11 +1,10 @@
 """Configuration that the executor floor reads.
 
-Frozen msgspec Structs. The command line is derived from the fields: name, type, default, range and
-help text (``Meta.description``) of a field become a flag, so a new option is one new field here.
-``Meta.extra`` may hold ``flags`` (short or alternative spellings), ``parse`` (``"bytes"`` or
-``"tokens"`` for human sizes such as ``4GiB`` or ``32k``), ``auto`` (the value that the word stands for),
-``group`` (its heading in ``--help``, if it is not the struct's) and ``internal`` (no flag: filled in while
-the configuration is resolved).
+Frozen msgspec Structs. The command line is derived from the fields: a field's name, type, default, range and help text
+(``Meta.description``) become a flag, so a new option is one new field here. ``Meta.extra`` may hold ``flags`` (short or
+alternative spellings), ``parse`` (``"bytes"`` or ``"tokens"`` for human sizes such as ``4GiB`` or ``32k``), ``auto``
+(the value that the word stands for), ``group`` (its heading in ``--help``, if not the struct's) and ``internal`` (no
+flag: filled in while the configuration is resolved).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from msgspec import Meta, Struct
 Positive = Annotated[int, Meta(ge=1)]
 
 MAX_DRAFT_TOKENS = 32
-"""Drafts that a request may have in one step."""
+"""Most drafts of a request in one step."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +31,7 @@ class GGUFTensor(Config, frozen=True, array_like=True):
 
     name: str
     shape: tuple[int, ...]
-    """Row-major shape: the slowest dimension first, as torch counts."""
+    """Row-major shape, slowest dimension first, as in torch."""
     ggml_type: int
     offset: int
     """Bytes from the start of the file."""
@@ -40,9 +39,9 @@ class GGUFTensor(Config, frozen=True, array_like=True):
 
 
 class GGUFHeader(Config, frozen=True):
-    """The part of a GGUF header that a worker needs: read once by the process that resolves the model.
+    """The part of a GGUF header that workers need, read once by the process that resolves the model.
 
-    ``metadata`` leaves out the ``tokenizer.*`` keys.
+    ``metadata`` omits the ``tokenizer.*`` keys.
     """
 
     metadata: dict[str, bool | int | float | str | list[bool | int | float | str]]
@@ -103,7 +102,7 @@ class ParallelConfig(Config, frozen=True):
     ] = 1
 
     num_mirrors: Annotated[Positive, Meta(extra={"internal": True})] = 1
-    """Ranks that compute all of the model, each the same: for tests of what several ranks need, whatever they share."""
+    """Ranks that each compute the whole model, to test multi-rank operation independently of sharding."""
 
     @property
     def world_size(self) -> int:
@@ -139,29 +138,29 @@ class SimulatedDevice(Config, frozen=True):
     context_us: Annotated[float, Meta(ge=0, description="Time per token of context read in microseconds.")] = 0.002
     vocab_size: Positive = 49152
     hidden_size: Positive = 64
-    """Width of pooled vectors."""
+    """Size of pooled vectors."""
     max_model_len: Positive = 8192
     num_blocks: Positive = 65536
     block_size: Positive = 32
     eos_token_id: int = -1
-    """A token id that the device never samples; -1: it may sample every id."""
+    """A token id that the device never samples; -1: it may sample any id."""
 
 
 class SpeculativeConfig(Config, frozen=True):
-    """Where drafts of the next tokens come from (``executor/speculative``). Tokens never depend on it."""
+    """The source of draft tokens (``executor/speculative``). Outputs never depend on it."""
 
     method: str
-    """A name in ``executor/speculative/registry.py``."""
+    """Name in ``executor/speculative/registry.py``."""
     num_speculative_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS)]
-    """Drafts of a request in one step, at most."""
+    """Most drafts of a request in one step."""
     script: str = ""
-    """File that the method ``scripted`` reads."""
+    """File read by the method ``scripted``."""
     wrong_every: int = 0
-    """One in so many drafts of the method ``scripted`` is wrong; 0: none."""
+    """The method ``scripted`` makes one in this many drafts wrong; 0: none."""
 
 
 class StepSize(Config, frozen=True):
-    """The largest step that will ever be planned."""
+    """The largest step that is ever planned."""
 
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 512
@@ -182,7 +181,7 @@ class ExecutorConfig(Config, frozen=True):
         ),
     ] = "mp"
     speculative: Annotated[SpeculativeConfig | None, Meta(extra={"internal": True})] = None
-    """None: each step of a request brings one token."""
+    """None: one token per step and request."""
     simulated_device: Annotated[
         SimulatedDevice,
         Meta(
@@ -191,7 +190,7 @@ class ExecutorConfig(Config, frozen=True):
         ),
     ] = SimulatedDevice()
     step_size: Annotated[StepSize, Meta(extra={"internal": True})] = StepSize()
-    """What the scheduler may plan: filled in by the engine core."""
+    """The largest step that the scheduler may plan; filled in by the engine core."""
     check_every_step: Annotated[
         bool,
         Meta(
@@ -202,5 +201,5 @@ class ExecutorConfig(Config, frozen=True):
 
     @property
     def max_draft_tokens(self) -> int:
-        """Drafts of a request in one step, at most."""
+        """Most drafts of a request in one step."""
         return 0 if self.speculative is None else self.speculative.num_speculative_tokens

@@ -1,10 +1,10 @@
-"""One step of a model, common to all models and devices.
+"""Runs one step of a model, for all models and devices.
 
-Constitution of this file: it stays small and stable. It knows slots, positions and blocks; it does not know model
-classes, devices, quantisation or sampling methods, and grows no ``if`` for one of them. State lives in
-``RequestStates``, in the sampler and in the pooler, by slot; nothing here survives a step. Nothing between receiving a
-plan and launching what it asks for waits for the device: a step goes up through a ``StepChannel``, and what it computed
-is read by ``PendingOutput.collect``, which may be after later steps have begun.
+Charter of this file: it stays small and stable. It knows slots, positions and blocks; it does not know model classes,
+devices, quantisation or sampling methods, and gets no ``if`` for any of them. State lives by slot in ``RequestStates``,
+the sampler and the pooler; nothing here survives a step. Nothing between receiving a plan and launching it waits for
+the device: inputs go up through a ``StepChannel``, and ``PendingOutput.collect`` reads the results, possibly after
+later steps have begun.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from executor.speculative.speculation import Speculation, drafts_of, settle, ste
 from ops import AttentionMetadata
 
 PROMPT_LOGITS_CHUNK = 128
-"""Rows whose logits are computed at a time for prompt log probabilities: logits are wide."""
+"""Rows per batch of logits for prompt log probabilities: logits are wide."""
 
 NO_LOGPROBS: Deferred[Sequence[TokenLogprobs]] = Deferred.known(())
 
@@ -59,7 +59,7 @@ class StartedStep:
     epochs: I64
     """int64 [samples]: epochs of their slots."""
     drafts: I64 | None
-    """int64 [samples]: drafts in the places of the tokens, -1 where there is none; None: nowhere."""
+    """int64 [samples]: the draft at each sampled position, -1 if none; None: no drafts at all."""
     logits: torch.Tensor
     """float32 [samples, vocab_size]."""
     prompt_logprobs: Deferred[Sequence[TokenLogprobs]]
@@ -68,7 +68,7 @@ class StartedStep:
 
 
 class PendingOutput:
-    """The answer to a step, as far as the device has come. Outputs are collected in the order of the steps."""
+    """The output of a launched step. Outputs are collected in step order."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PendingOutput:
         return self._pending.is_ready()
 
     def collect(self) -> ModelRunnerOutput:
-        """Waits for the results, and fills the tokens in."""
+        """Waits for the results and fills in the tokens."""
         begin = time.perf_counter()
         sampled: SamplerOutput
         pooled: PoolerOutput
@@ -154,12 +154,12 @@ class ModelRunner:
             self.program = self.capture(init.max_num_batched_tokens, self._max_samples(init))
 
     def step_memory(self, size: StepSize, vocab_size: int) -> tuple[int, int]:
-        """What is needed beside weights and KV cache, before there is one.
+        """Memory needed in addition to weights and KV cache. Called before the KV cache exists.
 
         Returns:
-            Bytes for the largest step, and for each token of the longest sequence.
+            Bytes of the largest step, and bytes per token of the longest sequence.
         """
-        self._allocate_kv([1] * len(self.groups))  # a program has its address; it is captured again with the real one
+        self._allocate_kv([1] * len(self.groups))  # capture needs its address; the real cache is captured later
         max_samples = self._max_samples(size)
         values = self.capture(size.max_num_batched_tokens, max_samples).num_bytes
         sampling = Sampler(size.max_num_seqs, self.device.torch_device.type, channel=self.channel)
@@ -194,7 +194,7 @@ class ModelRunner:
         return self.finish(self.begin(plan), mask).collect()
 
     def begin(self, plan: SchedulerOutput) -> StartedStep:
-        """Applies a plan and launches the model. ``finish`` comes before the next plan."""
+        """Applies a plan and launches the model. Call ``finish`` before the next plan."""
         begin = time.perf_counter()
         states = self.states
         states.apply(plan)
@@ -225,15 +225,15 @@ class ModelRunner:
         )
 
     def lacks_tokens(self, step: StartedStep) -> bool:
-        """Whether ``finish`` has to wait until earlier outputs are collected, since it looks at their tokens."""
+        """Whether ``finish`` must wait until earlier outputs are collected, because sampling reads their tokens."""
         return self.sampler.lacks_tokens(step.rows, self.states)
 
     def finish(self, step: StartedStep, mask: GrammarMask | None = None) -> PendingOutput:
-        """Launches the sampling. Not while the step ``lacks_tokens``.
+        """Launches sampling. Not allowed while the step ``lacks_tokens``.
 
         Args:
-            step: What ``begin`` returned.
-            mask: The step's, if it has constrained rows.
+            step: The result of ``begin``.
+            mask: The step's grammar mask, if it has constrained rows.
         """
         begin = time.perf_counter()
         token_mask = None if mask is None else _token_mask(step, mask)
@@ -296,7 +296,7 @@ class ModelRunner:
     def prompt_logprobs(
         self, hidden: torch.Tensor, batch: InputBatch, slots: I32, counts: I32
     ) -> Deferred[Sequence[TokenLogprobs]]:
-        """Log probabilities of the prompt tokens that follow the positions of this step, where they are wanted."""
+        """Log probabilities of the prompt tokens that follow this step's positions, for requests that report them."""
         states = self.states
         if not states.num_reporting:
             return NO_LOGPROBS
@@ -327,14 +327,14 @@ class ModelRunner:
 
 
 def _ranges(firsts: Array, counts: Array) -> I64:
-    """For each first number as many consecutive ones as the counts say, one after another: int64 [sum of counts]."""
+    """Concatenated ranges, ``counts[i]`` consecutive integers from ``firsts[i]`` each: int64 [sum of counts]."""
     ends = counts.cumsum(dtype=np.int64)
     numbers: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + (firsts - ends + counts).repeat(counts)
     return numbers
 
 
 def _token_mask(step: StartedStep, mask: GrammarMask) -> TokenMask:
-    """A step's mask by rows of its logits."""
+    """A step's grammar mask, mapped to the rows of its logits."""
     constrained, rows = i32(step.plan.grammar_slots), step.rows
     counts = u8(mask.num_positions) if mask.num_positions else np.ones(len(constrained), np.uint8)
     size = int(max(rows.slots.max(), constrained.max())) + 1

@@ -1,4 +1,4 @@
-"""Workers in processes of their own, one per device, reached over ZeroMQ."""
+"""Workers in separate processes, one per device, connected over ZeroMQ."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from executor.parallel import ParallelState, places
 from executor.process import ChildProcess
 
 LAST_WORDS_TIMEOUT = 500
-"""Milliseconds to wait for the reason of a worker that has ended with an error."""
+"""Milliseconds to wait for the last message of a worker that exited with an error."""
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that workers have to end, all together."""
+"""Seconds that the workers together have to exit."""
 
 
 class WorkerLaunch(Config, frozen=True):
@@ -33,7 +33,7 @@ class WorkerLaunch(Config, frozen=True):
 
 
 class MultiprocExecutor:
-    """Starts ``executor.worker`` processes and speaks with them. See ``executor/base.py``."""
+    """Starts ``executor.worker`` processes and exchanges messages with them. See ``executor/base.py``."""
 
     def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
         self.num_ranks = config.parallel.world_size
@@ -49,7 +49,7 @@ class MultiprocExecutor:
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
 
     def start(self) -> None:
-        self._life += 1  # new addresses: nothing that an earlier life still sends can reach us
+        self._life += 1  # new addresses: nothing from an earlier life can reach us
         output_address = f"ipc://{self._ipc_dir}/{self._life}.out"
         self._output = self._bind(zmq.PULL, output_address)
         for parallel in places(self._config.parallel):
@@ -76,8 +76,8 @@ class MultiprocExecutor:
         for rank, socket in enumerate(self._inputs):
             try:
                 socket.send(frame, zmq.NOBLOCK)
-            except zmq.Again:  # queues have no bound: nobody is at the other end
-                raise WorkerDiedError(f"worker {rank} (pid {self._children[rank].pid}) hung up") from None
+            except zmq.Again:  # queues are unbounded, so the other end is gone
+                raise WorkerDiedError(f"worker {rank} (pid {self._children[rank].pid}) closed its connection") from None
 
     def receive(self) -> list[FromWorker]:
         messages = self._drain()
@@ -87,7 +87,7 @@ class MultiprocExecutor:
             code = child.poll()
             if code is not None:
                 assert self._output is not None
-                if code > 0:  # it ended by itself, and its last words may still be on their way
+                if code > 0:  # it exited by itself, and its last message may still be in transit
                     self._output.poll(LAST_WORDS_TIMEOUT)
                 messages = self._drain()
                 if messages:

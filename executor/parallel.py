@@ -1,4 +1,4 @@
-"""Where this worker stands among the workers that share a model."""
+"""A worker's place among the workers that share a model."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from executor.config import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Ranks and sizes. Layers take their shard of each weight by them."""
+    """Ranks and group sizes, which determine a layer's shard of each weight."""
 
     tp_rank: int = 0
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
     rank: int = 0
-    """Among all workers of the executor."""
+    """Rank among all workers of the executor."""
     is_output_rank: bool = True
-    """Its results count. Of the others the engine core only hears that a step is done."""
+    """Whether this rank reports results. The others only report that a step is done."""
 
     def divide(self, number: int, what: str) -> int:
-        """This rank's share of a dimension that must split evenly.
+        """This rank's share of a dimension that must divide evenly.
 
         Raises:
-            ValueError: It does not.
+            ValueError: It does not divide evenly.
         """
         if number % self.tp_size:
-            raise ValueError(f"{what} ({number}) does not divide by the tensor parallel size {self.tp_size}")
+            raise ValueError(f"{what} ({number}) is not divisible by the tensor parallel size {self.tp_size}")
         return number // self.tp_size
 
 
 def places(config: ParallelConfig) -> list[ParallelState]:
-    """The place of each worker, by rank: stage after stage, and within a stage those that share its layers.
+    """The place of each worker, by rank: ordered by pipeline stage, then by tensor parallel rank.
 
-    The output rank is the first one of the last stage.
+    The output rank is the first rank of the last stage.
     """
     tp_size, pp_size = config.tensor_parallel_size, config.pipeline_parallel_size
     cells = [(stage, shard) for _ in range(config.num_mirrors) for stage in range(pp_size) for shard in range(tp_size)]

@@ -1,7 +1,7 @@
-"""From the hidden states of requests that generate nothing to their vectors.
+"""Pools the hidden states of requests that generate no tokens into vectors.
 
-A prompt may come in chunks of any size beside any neighbours, and its vector has the same bits however it came: each
-pooling takes the rows of its request in the order of their positions and never looks at how many come together.
+A prompt may arrive in chunks of any size and with any neighbours, and its vector has the same bits either way: each
+pooling takes the rows of its request in position order, regardless of chunk boundaries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from executor.deferred import Deferred
 from executor.messages import I32, ResolvedPoolingParams, RowError, Tensor, to_tensor
 
-if TYPE_CHECKING:  # the simulated device pools as well, and runs without torch
+if TYPE_CHECKING:  # the simulated device also pools, without torch
     import torch
 
     from executor.request_states import RequestStates
@@ -25,30 +25,30 @@ F32 = npt.NDArray[np.float32]
 
 BAD_STATES = "the model produced hidden states that are not finite numbers"
 SMALLEST_LENGTH = 1e-12
-"""A vector that is shorter is not scaled up to length 1."""
+"""Shorter vectors are not scaled to length 1."""
 
 
 class Pooling(Protocol):
-    """What becomes of the hidden states of one request."""
+    """Pools the hidden states of one request."""
 
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
-        """Which of the next positions it takes.
+        """The slice of the next positions to take.
 
         Args:
-            first: Position of the first of them in the prompt.
-            count: How many they are.
-            is_last: Whether they end the prompt.
+            first: Position of the first one in the prompt.
+            count: Number of positions.
+            is_last: Whether the prompt ends with them.
         """
 
     def take(self, rows: F32) -> None:
-        """Takes the wanted ones, float32 [any, hidden_size]; what is kept of them is copied."""
+        """Takes the hidden states of that slice, float32 [any, hidden_size]; copies what it keeps."""
 
     def result(self) -> F32:
         """float32 [hidden_size], or [positions, hidden_size]; called once, after the last position."""
 
 
 class LastPooling:
-    """The state of the last position, which in a causal model has seen all others."""
+    """The state of the last position, which in a causal model attends to all others."""
 
     def wanted(self, first: int, count: int, *, is_last: bool) -> slice:
         return slice(count - 1 if is_last else count, count)
@@ -88,7 +88,7 @@ class MeanPooling:
     def take(self, rows: F32) -> None:
         if self._sum is None:
             self._sum = np.zeros(rows.shape[1], np.float32)
-        # Not rows.sum(): its order would depend on the size of the chunk.
+        # Not rows.sum(), whose order would depend on the chunk size.
         for row in rows:
             self._sum += row
         self._count += len(rows)
@@ -125,7 +125,7 @@ POOLINGS: dict[str, Callable[[], Pooling]] = {
 
 
 def finish(vectors: F32, params: ResolvedPoolingParams) -> F32:
-    """Cuts vectors [..., hidden_size] to the wanted number of dimensions, then scales each to length 1."""
+    """Truncates vectors [..., hidden_size] to the requested number of dimensions, then scales each to length 1."""
     if params.dimensions is not None:
         vectors = vectors[..., : params.dimensions]
     if params.normalize:
@@ -146,7 +146,7 @@ NOTHING_POOLED = Deferred.known(PoolerOutput())
 
 
 class Pooler:
-    """Pools the hidden states of the requests that want it. State is by slot, and begins anew with ``add``."""
+    """Pools the hidden states of requests that ask for it. State is by slot and is reset by ``add``."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._params: list[ResolvedPoolingParams | None] = [None] * max_num_seqs
@@ -155,14 +155,14 @@ class Pooler:
         self._num_active = 0
 
     def add(self, slot: int, params: ResolvedPoolingParams | None) -> None:
-        """A request entered a slot; None: it generates, and its hidden states are let alone."""
+        """Registers a request that enters a slot; None: it generates and is not pooled."""
         self._params[slot] = params
         self._poolings[slot] = None if params is None else POOLINGS[params.pooling_type]()
         self._num_active += int(params is not None) - int(self._is_active[slot])
         self._is_active[slot] = params is not None
 
     def remove(self, slots: I32) -> None:
-        """Requests left their slots."""
+        """Drops requests that leave their slots."""
         if self._num_active:
             for slot in slots[self._is_active[slots]].tolist():
                 self.add(slot, None)
@@ -171,10 +171,10 @@ class Pooler:
         """Takes the hidden states of a step.
 
         Args:
-            hidden: [num_tokens, hidden_size], row by row.
+            hidden: [num_tokens, hidden_size], concatenated row by row.
             slots: int32 [rows].
-            counts: int32 [rows]: tokens of each row.
-            states: As they were before the step.
+            counts: int32 [rows]: tokens per row.
+            states: Request states before the step.
 
         Returns:
             The vectors of the requests whose prompts end in this step.
@@ -200,7 +200,7 @@ class Pooler:
 
 @dataclass
 class _Taken:
-    """A row of a step whose hidden states are on their way."""
+    """A row of a step whose hidden states are in transit."""
 
     row: int
     params: ResolvedPoolingParams

@@ -1,8 +1,8 @@
-"""What a worker knows of each running request: arrays indexed by slot.
+"""A worker's state of each running request: arrays indexed by slot.
 
-Rows are written only from plans and from the step's own tokens, so preemption, restart and slot reuse need no
-backup and no reordering. Counts advance when a step begins; its tokens are filled in when its results arrive, which on
-some devices is after later steps have begun.
+Rows are written only from plans and from the step's own tokens, so preemption, restart and slot reuse need no backup or
+reordering. Counts advance when a step begins; its tokens are filled in when its results arrive, on some devices after
+later steps have begun.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ class RequestStates:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_sizes: list[int]) -> None:
         self.token_ids: I32 = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        """int32 [slots, positions]: prompt and output, as far as they are known."""
+        """int32 [slots, positions]: known tokens of prompt and output."""
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        """Tokens of prompt and output, those of the steps that have begun included."""
+        """Number of tokens in prompt and output, including those of steps in flight."""
         self.num_known = np.zeros(max_num_seqs, np.int64)
-        """Tokens in the table: the others are still on the device."""
+        """Number of tokens in the table; the others are still on the device."""
         self.num_drafts = np.zeros(max_num_seqs, np.int64)
-        """Drafts of the next tokens, which stand in the table behind those that are known."""
+        """Number of drafts of the next tokens, stored in the table after the known tokens."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
-        """Tokens whose K and V are in the cache."""
+        """Number of tokens whose K and V are in the cache."""
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.epochs = np.zeros(max_num_seqs, np.int64)
-        """How many requests have had the slot: results of an earlier one must not reach its successor."""
+        """Number of requests that have used the slot: results of an earlier one must not reach its successor."""
         self.adapters: I32 = np.zeros(max_num_seqs, np.int32)
-        """Number of each request's adapter; 0: it has none."""
+        """Id of each request's adapter; 0: none."""
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
         self.reports_prompt = np.zeros(max_num_seqs, np.bool_)
-        """Whether log probabilities of the prompt are wanted."""
+        """Whether the request reports prompt log probabilities."""
         self.num_reporting = 0
-        """How many slots want them."""
+        """Number of slots that do."""
         self.block_tables: list[I32] = [
             np.zeros((max_num_seqs, -(-max_model_len // size)), np.int32) for size in block_sizes
         ]
-        """int32 [slots, blocks] per group. Entries behind a window are stale: nothing reads those blocks."""
+        """int32 [slots, blocks] per group. Entries before the window are stale; nothing reads those blocks."""
 
     @staticmethod
     def position_bytes(max_num_seqs: int, block_sizes: list[int]) -> int:
-        """What the tables take for each token of the longest sequence."""
+        """Bytes of the tables per token of the longest sequence."""
         return max_num_seqs * 4 + sum(-(-max_num_seqs * 4 // size) for size in block_sizes)
 
     def apply(self, plan: SchedulerOutput) -> None:
-        """Takes over what a plan says of requests and their blocks."""
+        """Applies a plan's changes to requests and their blocks."""
         for slot in i32(plan.finished_slots).tolist():
             self._set_params(slot, None)
         for request in plan.new_reqs:
@@ -80,23 +80,23 @@ class RequestStates:
         self.reports_prompt[slot] = reports
 
     def advance(self, slots: I32, num_scheduled: I32, num_sampled: npt.NDArray[np.uint8]) -> None:
-        """A step has begun.
+        """Advances the counts for a step that begins.
 
         Args:
             slots: int32 [rows], each at most once.
-            num_scheduled: int32 [rows]: tokens whose K and V it computes.
-            num_sampled: uint8 [rows]: tokens that it samples, all of them if all drafts hold.
+            num_scheduled: int32 [rows]: tokens whose K and V the step computes.
+            num_sampled: uint8 [rows]: tokens that the step samples if all drafts are accepted.
         """
         self.num_computed[slots] += num_scheduled
         self.num_tokens[slots] += num_sampled
 
     def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
-        """The tokens of a step have arrived. Those of a request that has left its slot are dropped.
+        """Fills in the tokens of a step. Drops those of requests that have left their slots.
 
         Args:
-            slots: int32 [samples]; a slot may come several times, with ascending positions.
+            slots: int32 [samples]; a slot may occur several times, with ascending positions.
             epochs: int64 [samples]: the slots' epochs when the step began.
-            positions: int64 [samples]: places of the tokens in prompt and output.
+            positions: int64 [samples]: positions of the tokens in the sequence.
             tokens: int64 [samples].
         """
         is_current = self.epochs[slots] == epochs
@@ -106,12 +106,12 @@ class RequestStates:
         self.num_known[slots] = positions + 1
 
     def retract(self, slots: I32, epochs: I64, counts: I64) -> None:
-        """Takes back what ``advance`` counted for drafts that did not hold.
+        """Takes back the counts that ``advance`` added for rejected drafts.
 
         Args:
             slots: int32 [n], each at most once.
             epochs: int64 [n]: the slots' epochs when the step began.
-            counts: int64 [n]: drafts that did not hold.
+            counts: int64 [n]: rejected drafts.
         """
         is_current = self.epochs[slots] == epochs
         slots, counts = slots[is_current], counts[is_current]
@@ -119,12 +119,12 @@ class RequestStates:
         self.num_tokens[slots] -= counts
 
     def set_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
-        """Replaces the drafts of slots all of whose tokens are known.
+        """Replaces the drafts of slots whose tokens are all known.
 
         Args:
             slots: int32 [n], each at most once.
-            counts: int64 [n]: drafts of each.
-            token_ids: int32 [sum of counts]: one slot after another.
+            counts: int64 [n]: drafts per slot.
+            token_ids: int32 [sum of counts], concatenated slot by slot.
         """
         rows = np.repeat(np.arange(len(slots)), counts)
         places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]

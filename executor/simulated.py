@@ -96,7 +96,7 @@ class DeviceModel:
         return tokens
 
     def result(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask | None, seconds: float) -> ModelRunnerOutput:
-        """The answer to a plan that was executed."""
+        """The answer to an executed plan."""
         if mask is not None:
             tokens = self.constrain(plan, tokens, mask)
         return ModelRunnerOutput(
@@ -117,7 +117,7 @@ class DeviceModel:
         return tokens
 
     def choose(self, token: int, row: I32) -> int:
-        """A token that a row of a mask allows, chosen by the one that it replaces."""
+        """A token allowed by a row of a mask, chosen by the token that it replaces."""
         allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little", count=self.device.vocab_size))
         return int(allowed[token * 2654435761 % (1 << 32) % len(allowed)]) if len(allowed) else token
 

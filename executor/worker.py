@@ -1,8 +1,7 @@
 """The worker process: started by ``multiproc.py``, with its start message on standard input.
 
-It takes plans in order, launches them, and sends results in the same order, as they come from the device. Whatever
-goes wrong becomes a ``WorkerFailed``: one line for
-a person when the model or its configuration is at fault, a traceback otherwise.
+It takes plans in order, launches them, and sends results in the same order as they arrive from the device. Any failure
+becomes a ``WorkerFailed``: a human-readable line if the model or its configuration is at fault, otherwise a traceback.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Worker:
 
     runner: ModelRunner
     results_fd: int | None = None
-    """A descriptor that is readable when ``take_results`` has something to do. None: results never have to be waited
-    for, or there is no device yet."""
+    """A descriptor that is readable when ``take_results`` has work. None: results never need waiting for, or there is
+    no device yet."""
 
     def __init__(self, parallel: ParallelState, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
         self.parallel = parallel
@@ -62,15 +61,15 @@ class Worker:
         self._plans: deque[SchedulerOutput] = deque()
         self._masks: dict[int, GrammarMask] = {}
         self._step: StartedStep | None = None
-        """The step that is launched and cannot be sampled yet."""
+        """The step that is launched but cannot be sampled yet."""
         self._outputs: deque[PendingOutput] = deque()
-        """Those of launched steps, on their way from the device."""
+        """Outputs of launched steps, in transit from the device."""
 
     def start(self) -> None:
-        """Loads the model, then says what it needs.
+        """Loads the model, then reports its requirements.
 
         Raises:
-            ModelError: It cannot be served as configured.
+            ModelError: The model cannot be served as configured.
         """
         torch.set_grad_enabled(False)
         config = self.config
@@ -120,7 +119,7 @@ class Worker:
         self._send(LoadProgress(rank=self.rank, stage=stage, done=done, total=total))
 
     def handle(self, message: ToWorker) -> bool:
-        """Does what a message asks. False: it asks to end."""
+        """Handles a message. False: it asks the worker to end."""
         if isinstance(message, SchedulerOutput):
             self._plans.append(message)
             self._work()
@@ -138,11 +137,11 @@ class Worker:
         return True
 
     def _work(self) -> None:
-        """Launches plans in their order.
+        """Launches plans in order.
 
-        A step with constrained rows waits for its mask before it samples, and one that looks at tokens for the results
-        of the steps before it. One that may verify drafts waits for these before it is launched: its positions follow
-        from them.
+        Before sampling, a step with constrained rows waits for its mask, and a step that reads tokens waits for the
+        results of earlier steps. A step that may verify drafts waits for those results before launch, since its
+        positions depend on them.
         """
         while self._step is not None or self._plans:
             if self._step is None:
@@ -160,7 +159,7 @@ class Worker:
             self._send_results()
 
     def take_results(self) -> None:
-        """Sends what has come from the device, and goes on with what waited for it."""
+        """Sends results that have arrived from the device and resumes the work that waited for them."""
         self._send_results()
         self._work()
 
@@ -170,10 +169,10 @@ class Worker:
             self._send(output if self.parallel.is_output_rank else Heartbeat(self.rank, output.step_id))
 
     def run(self, receive: Callable[[int | None], ToWorker | None]) -> int:
-        """Starts, then handles messages until told to end.
+        """Starts the worker, then handles messages until told to end.
 
         Args:
-            receive: Waits for a message, or until the descriptor that it is given becomes readable: None.
+            receive: Waits for a message, or returns None once the given descriptor becomes readable.
 
         Returns:
             The exit code.
@@ -218,12 +217,12 @@ def main() -> int:
         if results_fd is not None and results_fd not in poller:
             poller.register(results_fd, zmq.POLLIN)
         events = dict(poller.poll())
-        if results_fd in events:  # results first: who waits for them may be about to send us more
+        if results_fd in events:  # results first: their receiver may be about to send more work
             return None
         if inputs in events:
             message: ToWorker = decoder.decode(inputs.recv())
             return message
-        return WorkerShutdown()  # the pipe ended: the engine core is gone
+        return WorkerShutdown()  # end of file: the engine core is gone
 
     code = Worker(launch.parallel, launch.config, send).run(receive)
     outputs.close(linger=2000)

@@ -11,7 +11,7 @@ from executor.config import DeviceConfig
 from executor.log import get_logger
 from executor.registry import resolve
 
-if TYPE_CHECKING:  # the names are known without torch
+if TYPE_CHECKING:  # names can be listed without torch
     import torch
 
     from executor.device.steps import StepChannel
@@ -28,16 +28,16 @@ class Memory:
 
 
 class Device(Protocol):
-    """What a worker asks of the hardware it runs on."""
+    """A worker's interface to the hardware it runs on."""
 
     name: str
     torch_device: torch.device
     kernels: str
-    """Name of its op set; see ``ops.use``."""
+    """Name of the device's op set; see ``ops.use``."""
 
     @classmethod
     def available(cls) -> bool:
-        """Whether this machine has one. Changes nothing in this process."""
+        """Whether this machine has such a device. Has no side effects on this process."""
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         """Prepares this process: its op set, threads, affinity, streams."""
@@ -45,16 +45,16 @@ class Device(Protocol):
     def memory(self) -> Memory: ...
 
     def default_kv_bytes(self) -> int:
-        """Size of the KV cache when nothing is configured."""
+        """Default size of the KV cache."""
 
     def steps(self) -> StepChannel:
-        """A channel to a model's device; called once for each."""
+        """A channel to the device; called once per model."""
 
     def communicator(self, parallel: ParallelState) -> Communicator:
-        """Where the ranks meet that share a model's layers.
+        """Connects the ranks that share a model's layers.
 
         Raises:
-            ModelError: There is no way for so many.
+            ModelError: The device does not support that many ranks.
         """
 
     def allocate_kv(
@@ -63,10 +63,10 @@ class Device(Protocol):
         """A tensor for a KV cache.
 
         Args:
-            shape: Of the tensor.
-            dtype: Of its numbers.
-            memory: uint8 [>= bytes of the tensor] on the device: where the tensor lies, with what is there. None: it
-                is allocated, zero, and costs memory only where it is written, if the device can do that.
+            shape: Shape of the tensor.
+            dtype: Dtype of the tensor.
+            memory: uint8 [>= bytes of the tensor] on the device, to place the tensor in; its content is kept. None: the
+                tensor is allocated and zeroed, and if the device can, memory is committed only where it is written.
 
         Raises:
             ValueError: ``memory`` is too small.
@@ -74,30 +74,30 @@ class Device(Protocol):
 
 
 REGISTRY = {"cpu": "executor.device.cpu:CpuDevice"}
-"""The best one first."""
+"""Best first."""
 ENTRY_POINTS = "octavo.devices"
-"""Under this name packages register devices of their own: name -> ``module:Class``."""
+"""Entry point group in which other packages register devices: name -> ``module:Class``."""
 AUTO = "auto"
 
 
 def known_devices() -> dict[str, str]:
-    """All devices by name, in the order in which ``auto`` tries them: those of other packages, then ours."""
+    """All devices by name, in the order in which ``auto`` tries them: other packages' devices first."""
     others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
     return {name: others[name] for name in sorted(others.keys() - REGISTRY)} | REGISTRY
 
 
 def device_problem(name: str) -> str | None:
-    """What is wrong with a device's name, if anything. Imports nothing that the name stands for."""
+    """The problem with a device's name, or None. Does not import the device."""
     if name == AUTO or name in REGISTRY or name in (known := known_devices()):
         return None
     return f"unknown device {name!r}; choose from {AUTO}, {', '.join(known)}"
 
 
 def create_device(name: str) -> Device:
-    """The device of that name; ``auto`` takes the first one that this machine has.
+    """Creates the named device; ``auto`` takes the first one available on this machine.
 
     Raises:
-        ModelError: There is no such device.
+        ModelError: No such device exists or is available.
     """
     problem = device_problem(name)
     if problem is not None:
@@ -109,7 +109,7 @@ def create_device(name: str) -> Device:
         except ImportError as error:
             if name != AUTO:
                 raise ModelError(f"--device: {name!r} cannot be loaded: {error}") from error
-            logger.warning("device %s is left out: %s", candidate, error)
+            logger.warning("skipping device %s: %s", candidate, error)
             continue
         if device.available():
             return device()

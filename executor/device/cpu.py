@@ -20,11 +20,11 @@ from ops.cpu.memory import map_zeros
 logger = get_logger()
 
 TESTED_TORCH = "2.13"
-"""The series that constraints.txt pins."""
+"""The release series pinned by constraints.txt."""
 
 _GIB = 1 << 30
 _UNLIMITED = 1 << 60
-"""cgroup v1 says "no limit" with a number near 2**63."""
+"""cgroup v1 reports "no limit" as a number near 2**63."""
 
 
 class CpuDevice:
@@ -57,7 +57,7 @@ class CpuDevice:
     def communicator(self, parallel: ParallelState) -> SingleRank:
         for flag, size in (("tensor", parallel.tp_size), ("pipeline", parallel.pp_size)):
             if size > 1:
-                raise ModelError(f"--{flag}-parallel-size {size}: CPUs cannot share a model yet; use 1")
+                raise ModelError(f"--{flag}-parallel-size {size}: CPU workers cannot share a model yet; use 1")
         return SingleRank()
 
     def allocate_kv(
@@ -65,15 +65,15 @@ class CpuDevice:
     ) -> torch.Tensor:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if memory is None:
-            # torch.zeros writes the zeros; an anonymous mapping has them, and takes memory only where it is written.
+            # torch.zeros writes every page; an anonymous mapping is zero and commits memory only where written.
             memory = map_zeros(num_bytes)
         elif len(memory) < num_bytes:
-            raise ValueError(f"a KV cache of {num_bytes} bytes does not fit memory of {len(memory)}")
+            raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
         return memory[:num_bytes].view(dtype).view(shape)
 
 
 def about_torch(version: str, cuda: str | None) -> str | None:
-    """What to say about the installed torch: nothing if it is the build that is tested.
+    """A warning about the installed torch, or None if it is a tested build.
 
     Args:
         version: ``torch.__version__``.
@@ -81,12 +81,12 @@ def about_torch(version: str, cuda: str | None) -> str | None:
     """
     faults = []
     if cuda is not None:
-        faults.append(f"is built for CUDA {cuda}, gigabytes that this device never uses")
+        faults.append(f"is built for CUDA {cuda}, gigabytes that the CPU never uses")
     if not version.startswith(f"{TESTED_TORCH}."):
-        faults.append(f"is not the series {TESTED_TORCH} that Octavo is tested with")
+        faults.append(f"is not of the series {TESTED_TORCH} that Octavo is tested with")
     if not faults:
         return None
-    return f"torch {version} {' and '.join(faults)}; the README's section Install says how to get the CPU build"
+    return f"torch {version} {' and '.join(faults)}; see Install in the README for the CPU build"
 
 
 def _system_memory() -> tuple[int, int]:
@@ -99,7 +99,7 @@ def _system_memory() -> tuple[int, int]:
 
 
 def _cgroup_memory(root: Path) -> tuple[int, int]:
-    """Limit and use of this process's control group, in bytes; the limit is huge where there is none."""
+    """Limit and usage of this process's control group in bytes; the limit is huge if none is set."""
     for limit_file, used_file, stat_key in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

@@ -1,8 +1,8 @@
-"""How the numbers of a step reach a device, and how its results come back.
+"""Transfers between host and device: a step's inputs and its results.
 
 A step is launched without waiting: columns go up with ``upload``, results come back through ``download`` and are read
-when they are there. In between, the host knows how many tokens a request has and not which; the device keeps the
-latest ones for the steps that follow (``RecentTokens``). On the CPU all of this is immediate and nothing is copied.
+once they arrive. In between, the host knows how many tokens a request has, but not which; the device keeps the latest
+ones for the following steps (``RecentTokens``). On the CPU all of this is immediate and nothing is copied.
 """
 
 from __future__ import annotations
@@ -29,70 +29,71 @@ class Pending(Protocol):
         """Whether ``collect`` returns at once."""
 
     def collect(self) -> Sequence[Array]:
-        """Waits for them. Called once; what the step uploaded may be overwritten from then on."""
+        """Waits for the tensors. Called once; afterwards the step's uploads may be overwritten."""
 
     @property
     def device_ms(self) -> float:
-        """Milliseconds that the device worked for the step after the host had launched it."""
+        """Milliseconds that the device worked on the step after the host launched it."""
 
 
 class RecentTokens(Protocol):
-    """The tokens that were sampled last, where the next step can read them."""
+    """The most recently sampled tokens, kept where the next step can read them."""
 
     def columns(self, slots: I32, positions: I64, num_known: I64) -> Mapping[str, Array]:
-        """What a step has to upload so that its input ids can be completed.
+        """Columns to upload so that the step's input ids can be completed on the device.
 
         Args:
-            slots: int32 [num_tokens]: whose tokens they are.
-            positions: int64 [num_tokens]: their places in prompt and output.
-            num_known: int64 [slots]: how many tokens of each request the host has.
+            slots: int32 [num_tokens]: the slot of each token.
+            positions: int64 [num_tokens]: positions of the tokens in the sequence.
+            num_known: int64 [slots]: number of tokens that the host has of each request.
         """
 
     def input_ids(self, views: Mapping[str, Tensor]) -> Tensor:
-        """int32 [num_tokens]: the column ``input_ids``, with what the host does not have yet."""
+        """int32 [num_tokens]: the column ``input_ids``, completed with tokens that the host lacks."""
 
     def store(self, slots: I32, positions: I64, token_ids: Tensor) -> None:
         """Keeps sampled tokens.
 
         Args:
             slots: int32 [samples].
-            positions: int64 [samples]: the tokens' places in prompt and output.
+            positions: int64 [samples]: positions of the tokens in the sequence.
             token_ids: int64 [samples], on the device.
         """
 
 
 class StepChannel(Protocol):
-    """The way from host to device and back. Steps pass it in order."""
+    """The channel between host and device. Steps use it in order."""
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
-        """Columns as tensors of the device, of the same shapes and types.
+        """Copies columns to device tensors of the same shapes and dtypes.
 
-        The arrays belong to the channel from then on. The tensors hold until the results of the step are collected.
+        The channel takes ownership of the arrays. The tensors are valid until the step's results are collected.
         """
 
     def download(self, tensors: Sequence[Tensor]) -> Pending:
-        """Ends a step: brings its results to the host, as they are now."""
+        """Ends a step: starts the transfer of its results, as they are now, to the host."""
 
     def recent_tokens(self, max_num_seqs: int) -> RecentTokens:
-        """A place for sampled tokens, by slot."""
+        """Creates the store of recently sampled tokens, by slot."""
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable while a ``Pending`` is ready and not collected. None: all are, at once."""
+        """A descriptor that is readable while a ``Pending`` is ready but not collected. None: results are always
+        ready."""
 
 
 def wait_for(deferred: Deferred[T], channel: StepChannel) -> T:
-    """The value, after a transfer of its own."""
+    """Computes a deferred value after a dedicated transfer."""
     return deferred.make(channel.download(deferred.tensors).collect())
 
 
 # ---------------------------------------------------------------------------------------------------------
-# where host and device are one
+# host and device are the same
 
 
 class ImmediateSteps:
-    """The channel of a device that shares the host's memory, and whose calls return when the work is done.
+    """The channel of a device that shares the host's memory and whose calls return when the work is done.
 
-    Results are views: they are read before the next step begins.
+    Results are views: read them before the next step begins.
     """
 
     def upload(self, columns: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -122,7 +123,7 @@ class _Ready:
 
 
 class _HostTokens:
-    """Every token is in the host's table before the next step begins."""
+    """The host's table has every token before the next step begins."""
 
     def columns(self, slots: I32, positions: I64, num_known: I64) -> Mapping[str, Array]:
         return {}
@@ -135,20 +136,20 @@ class _HostTokens:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# where they are two
+# host and device are separate
 
 RECENT_TOKENS = 32
-"""Tokens of a request that the device keeps: more than one request has in flight."""
+"""Tokens that the device keeps per request: more than a request has in flight."""
 
 
 class DeviceTokens:
-    """Rings of tokens by slot, in the memory of a device."""
+    """Ring buffers of tokens by slot, in device memory."""
 
     def __init__(self, channel: StepChannel, tokens: Tensor) -> None:
         """
         Args:
-            channel: Where the device is.
-            tokens: int32 [max_num_seqs * RECENT_TOKENS] on it.
+            channel: Channel to the device.
+            tokens: int32 [max_num_seqs * RECENT_TOKENS] on the device.
         """
         self._channel = channel
         self._tokens = tokens
@@ -172,7 +173,7 @@ def _places(slots: I32, positions: I64) -> I64:
 
 @dataclass(eq=False)
 class Block:
-    """Memory of the host that is copied to as much memory of the device."""
+    """A host buffer with a device buffer of the same size to copy it to."""
 
     host: npt.NDArray[np.uint8]
     device: Tensor
@@ -181,23 +182,23 @@ class Block:
 
 
 ALIGNMENT = 64
-"""Bytes. Every column begins at a multiple."""
+"""Alignment of columns in bytes."""
 BLOCK_BYTES = 1 << 20
 
 
 class BlockPool:
-    """Persistent memory for the columns of the steps in flight.
+    """Persistent buffers for the columns of the steps in flight.
 
-    A step fills blocks from their beginnings, one copy per upload. They are free again when its results are collected,
-    so a step that is launched never waits for one and never overwrites what another one reads. As many blocks are made
-    as there are ever in flight.
+    A step fills blocks from the start, one copy per upload. They are free again once its results are collected, so
+    launching a step never waits for a block and never overwrites data that another step reads. The pool grows to the
+    largest number of blocks in flight.
     """
 
     def __init__(self, make: Callable[[int], Block], copy: Callable[[Block, int, int], None]) -> None:
         """
         Args:
-            make: Makes a block of so many bytes.
-            copy: Copies a range of bytes of a block from host to device, after all that was launched before.
+            make: Creates a block of the given size in bytes.
+            copy: Copies a byte range of a block from host to device, ordered after all earlier launches.
         """
         self._make = make
         self._copy = copy
@@ -231,12 +232,12 @@ class BlockPool:
         return block
 
     def take(self) -> list[Block]:
-        """The blocks of the step that ends."""
+        """Hands over the blocks of the step that ends."""
         blocks, self._current = self._current, []
         return blocks
 
     def give_back(self, blocks: list[Block]) -> None:
-        """Blocks of a step whose results are collected."""
+        """Returns the blocks of a step whose results are collected."""
         for block in blocks:
             block.used = 0
         self._free += blocks

@@ -1,4 +1,4 @@
-"""The sampling seam: what a sampler returns, and stages that change logits before a token is picked."""
+"""The sampling seam: samplers' results, and stages that edit logits before a token is picked."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ NOTHING_LEFT = "the request's own constraints forbid every token"
 
 
 def row_error(row: int, position: int, message: str) -> RowError:
-    """The error of one of a row's tokens, for one of the reasons above."""
+    """The error of one of a row's tokens, for one of the above reasons."""
     return RowError(row=row, message=message, is_request_fault=message == NOTHING_LEFT, position=position)
 
 
 @dataclass
 class SampleRows:
-    """The rows of logits from which tokens are picked. Those of a slot come one after another."""
+    """The rows of logits from which tokens are picked. Rows of a slot are adjacent."""
 
     slots: I32
-    """int32 [rows]: whose tokens they are."""
+    """int32 [rows]: the slot of each row."""
     positions: I64
-    """int64 [rows]: their places in prompt and output, ascending for each slot. What stands before them, drafts too, is
-    in the table of whoever has to read it."""
+    """int64 [rows]: positions of the tokens in the sequence, ascending within a slot. Whoever reads the tokens before
+    them, drafts included, has them in its table."""
     step_rows: I32
-    """int32 [rows]: their rows in the step, for the results."""
+    """int32 [rows]: rows in the step, for the results."""
     offsets: I64 | None = None
-    """int64 [rows]: which of its slot's rows each is. None: each is the only one."""
+    """int64 [rows]: index of each row among its slot's rows. None: one row per slot."""
 
     def name(self, index: int) -> tuple[int, int]:
-        """A row's number in the step, and which of that one's tokens it stands for."""
+        """A row's index in the step, and the index of its token among that row's tokens."""
         return int(self.step_rows[index]), 0 if self.offsets is None else int(self.offsets[index])
 
     def __len__(self) -> int:
@@ -50,50 +50,50 @@ class SampleRows:
 @dataclass
 class SamplerOutput:
     token_ids: I64
-    """int64 [rows]; 0 where ``row_errors`` says that the row is not usable."""
+    """int64 [rows]; 0 in rows with an error in ``row_errors``."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     row_errors: list[RowError] = field(default_factory=list)
 
 
 @dataclass
 class Sampled:
-    """Tokens that have been picked, or will have been when the device comes to it."""
+    """Sampled tokens, possibly not computed by the device yet."""
 
     token_ids: torch.Tensor
-    """int64 [rows], where the logits are."""
+    """int64 [rows], on the device of the logits."""
     output: Deferred[SamplerOutput]
 
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Tokens that a grammar allows at some rows."""
+    """Tokens that a grammar allows in some rows."""
 
     bitmask: I32
-    """int32 [any, ceil(vocab_size / 32)], bit set: allowed."""
+    """int32 [any, ceil(vocab_size / 32)], a set bit allows the token."""
     rows: I32
-    """int32 [rows of the logits]: row of ``bitmask``, -1: all tokens are allowed."""
+    """int32 [rows of the logits]: row of ``bitmask``; -1: all tokens are allowed."""
 
 
 class SamplingStage(Protocol):
-    """Changes the logits of the rows that ask for it. State by slot is written in ``add`` alone."""
+    """Edits the logits of the rows that ask for it. State by slot is written only in ``add``."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
-        """A request entered a slot; what an earlier one left there is overwritten."""
+        """Registers a request that enters a slot, overwriting the state of an earlier one."""
 
     def active(self, slots: I32) -> Rows:
-        """Which of these rows want the stage."""
+        """The rows, of these slots, that use the stage."""
 
     def apply(
         self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
     ) -> None:
-        """Changes logits in place, without reading them.
+        """Edits logits in place, without reading them on the host.
 
         Args:
             logits: float32 [rows of the step, vocab_size], on the channel's device.
-            rows: Whose they are.
-            active: The rows that want the stage.
+            rows: The rows of the logits.
+            active: The rows that use the stage.
             states: The tokens so far.
-            channel: Brings numbers to the device.
+            channel: Channel to the device.
         """
 
 
@@ -116,4 +116,4 @@ class SamplerBackend(Protocol):
     ) -> Deferred[list[TokenLogprobs]]: ...
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
-        """Memory that a step of so many rows takes beside its logits, roughly."""
+        """Approximate memory of a step with this many rows, in addition to its logits."""

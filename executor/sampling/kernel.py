@@ -1,6 +1,6 @@
-"""Sampling with the CPU kernels: a step is one call, whatever its requests ask for.
+"""Sampling with the CPU kernels: one call per step, whatever its requests ask for.
 
-What a request asks for is written into a table by slot when it arrives; a step passes addresses.
+Request parameters are written to a table by slot on arrival; a step only passes addresses.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from ops.reference.sampling import MAX_VOCAB_SIZE
 
 _INT32_MAX = np.iinfo(np.int32).max
 _SCRATCH_BYTES = 6 * 4
-"""Of each token of the vocabulary, for each thread: see ``Scratch`` in ``csrc/sampling_row.h``."""
+"""Per token of the vocabulary and thread: see ``Scratch`` in ``csrc/sampling_row.h``."""
 
 
 def create(op_set: OpSet, max_num_seqs: int) -> KernelSampler:
-    """A sampler with the kernels of the CPU's op set."""
+    """A sampler that uses the kernels of the CPU's op set."""
     assert isinstance(op_set, CpuOps)
     return KernelSampler(max_num_seqs, op_set.sampling)
 
@@ -55,15 +55,15 @@ class KernelSampler:
     def __init__(self, max_num_seqs: int, kernels: SamplingKernels) -> None:
         self._params = np.repeat(NEUTRAL_PARAMS, max_num_seqs)
         self._lists: list[tuple[npt.NDArray[Any], ...]] = [()] * max_num_seqs
-        """What the table has addresses of."""
+        """The arrays that the table points to."""
         self._history = TokenHistory(kernels, max_num_seqs)
         self._has_history = np.zeros(max_num_seqs, np.bool_)
         self._report_sizes = np.zeros(max_num_seqs, np.int64)
-        """Log probabilities that a slot's request wants, the sampled token's included."""
+        """Number of log probabilities that a slot's request reports, the sampled token's included."""
         self._reports_list = np.zeros(max_num_seqs, np.bool_)
-        """Whether they are those of a list of tokens, not of the most likely ones."""
+        """Whether they are for a list of tokens instead of the most likely ones."""
         self._reports = 0
-        """How many slots want some; slots whose request is gone count until they are given out again."""
+        """Number of slots that report some; a slot whose request is gone counts until it is reused."""
         self._states: RequestStates | None = None
         self._sample = kernels.sample_step
         self._step = SampleStep(params=address(self._params), history=self._history.handle)
@@ -71,11 +71,11 @@ class KernelSampler:
         self._make_room(max_num_seqs)
 
     def _make_room(self, num_rows: int) -> None:
-        """Makes the columns of a step, an entry per row."""
+        """Allocates the columns of a step, one entry per row."""
         step = self._step
         self._slots = np.zeros(num_rows, np.int32)
         self._lengths = np.zeros(num_rows, np.int64)
-        """Tokens before the one that is picked."""
+        """Number of tokens before the sampled one."""
         self._tokens = np.zeros(num_rows, np.int64)
         self._status = np.zeros(num_rows, np.int32)
         self._ranks = np.zeros(num_rows, np.int32)
@@ -214,7 +214,7 @@ class KernelSampler:
         return torch.get_num_threads() * vocab_size * _SCRATCH_BYTES
 
     def _bind(self, states: RequestStates) -> None:
-        """Notes where the tokens lie: for the life of the states."""
+        """Binds the address of the token table, fixed for the lifetime of the states."""
         assert states.token_ids.flags.c_contiguous and states.token_ids.dtype == np.int32
         assert states.num_prompt.dtype == np.int64
         self._states = states
@@ -224,7 +224,7 @@ class KernelSampler:
 
 
 class _Report:
-    """Room for the log probabilities of a step, row after row."""
+    """Buffer for the log probabilities of a step, row by row."""
 
     def __init__(self, sizes: npt.NDArray[np.int64]) -> None:
         self.sizes = sizes

@@ -1,7 +1,7 @@
-"""What is reported of log probabilities.
+"""Reports log probabilities.
 
-The device says which tokens, with their logits and the sums that these are measured by; logarithms are taken on the
-host, in float64, so that they are the same everywhere (see ``ops.reference.sampling.log_probs``).
+The device selects the tokens and returns their logits and the normalising sums. The host takes the logarithms in
+float64, so that they are the same everywhere (see ``ops.reference.sampling.log_probs``).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def report(
     places: Sequence[tuple[int, int]],
     channel: StepChannel,
 ) -> Deferred[list[TokenLogprobs | None]]:
-    """What rows have to say of log probabilities; None for a row without a finite largest logit.
+    """Reports the log probabilities of some rows; None for a row without a finite largest logit.
 
     Args:
-        logits: float32 [rows, vocab_size], as the model made them.
-        token_ids: int64 [rows], beside them: the tokens that stand there.
-        counts: For each row, how many of the most likely tokens to report, low ids first among equals; -1: all.
+        logits: float32 [rows, vocab_size], unprocessed.
+        token_ids: int64 [rows], on the same device: the actual tokens.
+        counts: For each row, number of most likely tokens to report, ties by lowest id; -1: all.
         listed: For each row, tokens to report instead of the most likely ones.
         places: For each row, its row in the step and ``TokenLogprobs.position``.
-        channel: The way to the device of the logits.
+        channel: Channel to the device of the logits.
     """
     vocab_size = logits.shape[1]
     sizes = [

@@ -1,6 +1,6 @@
-"""Sampling as a list of stages in torch, on any device.
+"""Sampling as a sequence of torch stages, on any device.
 
-Nothing here reads what the device holds: what requests ask for goes up, tokens and reports come back.
+Nothing here reads device memory on the host: parameters go up, tokens and reports come back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ops.reference.sampling import uniform
 _INT32_MAX = np.iinfo(np.int32).max
 _OK, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
 _ROW_BYTES = 10 * 8
-"""Of each token of the vocabulary while a row is sampled, which happens row by row."""
+"""Per token of the vocabulary while a row is sampled; rows are sampled one at a time."""
 _MESSAGES = {_NOT_FINITE: BAD_LOGITS, _NOTHING_LEFT: NOTHING_LEFT}
 
 
@@ -83,7 +83,7 @@ class ReferenceSampler:
         return Sampled(tokens, _output(tokens, status, rows, wanted, reports))
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
-        return vocab_size * (num_rows * 4 + _ROW_BYTES)  # the logits as they were, for log probabilities
+        return vocab_size * (num_rows * 4 + _ROW_BYTES)  # a copy of the unprocessed logits, for log probabilities
 
     def _upload(
         self, rows: SampleRows, states: RequestStates, mask: TokenMask | None, wanted: Array

@@ -21,11 +21,11 @@ from executor.sampling.thinking import ThinkingBudgets
 __all__ = ["SampleRows", "Sampled", "Sampler", "SamplerOutput", "TokenMask"]
 
 REGISTRY = {"cpu": "executor.sampling.kernel:create"}
-"""Backends by op set: takes the set and the number of slots. For others there is the reference."""
+"""Backend factories by op set: they take the set and the number of slots. Other op sets use the reference."""
 
 
 def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | None = None) -> SamplerBackend:
-    """The backend for devices with that op set."""
+    """The backend of an op set."""
     if op_set.name not in REGISTRY:
         return ReferenceSampler(max_num_seqs, channel)
     backend: SamplerBackend = resolve(REGISTRY, op_set.name, "sampler")(op_set, max_num_seqs)
@@ -33,10 +33,10 @@ def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | Non
 
 
 class Sampler:
-    """Processes logits, picks tokens, reports log probabilities: the second program of a step.
+    """Processes logits, picks tokens and reports log probabilities: the second half of a step.
 
-    State is by slot and written in ``add`` alone; what a request has generated is read from the ``RequestStates``.
-    On a CPU with kernels a step is one call (``executor/sampling/kernel.py``), otherwise a list of stages in torch
+    State is by slot and written only in ``add``; generated tokens are read from the ``RequestStates``. On a CPU with
+    kernels a step is one call (``executor/sampling/kernel.py``), otherwise a sequence of torch stages
     (``executor/sampling/reference.py``). Both give the same tokens.
     """
 
@@ -50,9 +50,9 @@ class Sampler:
         """
         Args:
             max_num_seqs: Number of slots.
-            device_type: Where the logits will be.
-            stages: Changes to the logits that no kernel knows. They come before all others.
-            channel: The way there. Default: the host's memory.
+            device_type: Device type of the logits.
+            stages: Additional edits of the logits, which no kernel implements. They run before all others.
+            channel: Channel to that device. Default: the host's memory.
         """
         self._channel = channel or ImmediateSteps()
         self._backend = new_backend(ops.op_set(device_type), max_num_seqs, channel)
@@ -61,7 +61,7 @@ class Sampler:
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
 
     def add(self, slot: int, params: ResolvedParams) -> None:
-        """A request entered a slot."""
+        """Registers a request that enters a slot."""
         for stage in self._stages:
             stage.add(slot, params)
         self._thinking.add(slot, params)
@@ -69,7 +69,7 @@ class Sampler:
         self._reads_tokens[slot] = bool(self._stages) or reads_tokens(params)
 
     def lacks_tokens(self, rows: SampleRows, states: RequestStates) -> bool:
-        """Whether a row's next token depends on tokens that the host does not have yet."""
+        """Whether sampling a row reads tokens that the host does not have yet."""
         slots = rows.slots
         return bool((self._reads_tokens[slots] & (states.num_known[slots] < rows.positions)).any())
 
@@ -80,7 +80,7 @@ class Sampler:
 
         Args:
             logits: float32 [rows, vocab_size]; changed in place.
-            rows: Whose next tokens they are.
+            rows: The rows of the logits.
             states: The tokens so far.
             mask: Tokens that a grammar allows.
         """
@@ -101,13 +101,13 @@ class Sampler:
     def prompt_logprobs(
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
     ) -> Deferred[list[TokenLogprobs]]:
-        """Log probabilities of given tokens at positions that follow one another.
+        """Log probabilities of given tokens at consecutive positions.
 
         Args:
             logits: float32 [positions, vocab_size].
-            tokens: int32 [positions]: what stands there.
-            count: Number of most likely tokens to report beside them; -1: all.
+            tokens: int32 [positions]: the actual tokens.
+            count: Number of most likely tokens to report besides them; -1: all.
             row: Row of the step.
-            first_position: Number of the first token in the prompt.
+            first_position: Index of the first token in the prompt.
         """
         return self._backend.prompt_logprobs(logits, tokens, count, row, first_position)

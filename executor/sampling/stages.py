@@ -1,8 +1,8 @@
-"""The stages in plain torch, in the order in which they are applied: see ``STAGES``.
+"""The sampling stages in plain torch, in order of application: see ``STAGES``.
 
-They define what the kernels do (``ops/cpu/csrc/sampling_edits.h``) and serve where there are none. Numbers of a
-request are float32 where they meet logits, as there. Each stage collects the places that it changes, a row and a token
-each, and changes them together.
+They define what the kernels do (``ops/cpu/csrc/sampling_edits.h``) and run where there are no kernels. As in the
+kernels, request parameters are rounded to float32 before they are combined with logits. Each stage collects the (row,
+token) places that it changes, then changes them together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MINUS_INFINITY = float("-inf")
 
 
 class _Flagged:
-    """Remembers which slots want a stage."""
+    """Remembers which slots use a stage."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._wanted = np.zeros(max_num_seqs, np.bool_)
@@ -37,7 +37,7 @@ class _Flagged:
 
 
 def _places(entries: Iterable[tuple[int, Sequence[int] | Array]]) -> dict[str, Array]:
-    """Rows and tokens as two columns, from tokens by row."""
+    """Converts tokens by row to a column of rows and one of tokens."""
     pairs = [(row, np.asarray(tokens, np.int64)) for row, tokens in entries]
     return {
         "rows": np.repeat(
@@ -69,7 +69,7 @@ class AllowedTokens(_Flagged):
 
 
 class BadWords(_Flagged):
-    """Forbids the last token of each word of ``bad_words`` where the output ends with the ones before it."""
+    """Forbids the last token of each of ``bad_words`` whose preceding tokens end the output."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, bool(params.bad_words_token_ids))
@@ -89,7 +89,7 @@ class BadWords(_Flagged):
 
 
 class MinTokens(_Flagged):
-    """Forbids every stop token until ``min_tokens`` are there."""
+    """Forbids every stop token until ``min_tokens`` are generated."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, params.min_tokens > 0 and bool(params.all_stop_token_ids))
@@ -123,8 +123,8 @@ class LogitBias(_Flagged):
 
 
 class Penalties(_Flagged):
-    """Repetition penalty (Keskar et al., CTRL, arXiv:1909.05858) on the tokens of prompt and output, frequency and
-    presence penalty (OpenAI) on those of the output."""
+    """Repetition penalty (Keskar et al., CTRL, arXiv:1909.05858) on tokens of prompt and output; frequency and presence
+    penalties (OpenAI) on tokens of the output."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         wanted = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
@@ -163,6 +163,6 @@ STAGES: list[Callable[[int], SamplingStage]] = [AllowedTokens, BadWords, MinToke
 
 
 def reads_tokens(params: ResolvedParams) -> bool:
-    """Whether a stage looks at the tokens so far, so that the host must have them."""
+    """Whether a stage reads the tokens so far, so that the host must have them."""
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
     return bool(params.bad_words_token_ids) or penalties != (1.0, 0.0, 0.0) or params.thinking_budget is not None

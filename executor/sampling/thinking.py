@@ -1,6 +1,6 @@
-"""Budgets of thinking: once a request has thought long enough, only the next token of the end marker is allowed.
+"""Thinking budgets: once a request's budget is used up, only the next token of the end marker is allowed.
 
-What is forced depends on the output so far and nothing else, so it is the same after a preemption or a restart.
+The forced token depends only on the output so far, so it is the same after a preemption or restart.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from executor.sampling.base import SampleRows, TokenMask
 
 
 class ThinkingBudgets:
-    """The budgets of running requests, by slot."""
+    """Thinking budgets of running requests, by slot."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self._budgets: list[ThinkingBudget | None] = [None] * max_num_seqs
         self._least = np.full(max_num_seqs, np.iinfo(np.int64).max)
-        """Output tokens before which nothing can be forced."""
+        """Number of output tokens before which nothing can be forced."""
         self._num_budgets = 0
-        """How many slots have one; slots whose request is gone count until they are given out again."""
+        """Number of slots with a budget; a slot whose request is gone counts until it is reused."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
-        """A request entered a slot."""
+        """Registers a request that enters a slot."""
         self._num_budgets += int(params.thinking_budget is not None) - int(self._budgets[slot] is not None)
         budget = self._budgets[slot] = params.thinking_budget
         self._least[slot] = np.iinfo(np.int64).max if budget is None else budget.max_tokens
@@ -31,10 +31,10 @@ class ThinkingBudgets:
     def restrict(
         self, mask: TokenMask | None, rows: SampleRows, states: RequestStates, vocab_size: int
     ) -> TokenMask | None:
-        """Adds the rows whose next token is forced to a step's mask.
+        """Adds rows whose next token is forced to a step's mask.
 
         Args:
-            mask: What else restricts the step's tokens; not changed.
+            mask: The step's grammar mask, if any; not modified.
             rows: Whose next tokens they are.
             states: The tokens so far.
             vocab_size: Width of the logits.
@@ -65,10 +65,10 @@ class ThinkingBudgets:
 
 
 def forced_token(budget: ThinkingBudget, output: I32) -> int | None:
-    """The only token that may follow, or None if there is a choice.
+    """The token that must follow, or None if none is forced.
 
     Args:
-        budget: How long a section of thinking may be, and its markers.
+        budget: The budget and the markers of thinking.
         output: int32 [num_output_tokens]: the output so far.
     """
     end = budget.end_token_ids
@@ -80,12 +80,12 @@ def forced_token(budget: ThinkingBudget, output: I32) -> int | None:
         return None
     for length in range(min(len(end) - 1, len(thinking)), 0, -1):
         if tuple(thinking[-length:].tolist()) == end[:length]:
-            return end[length]  # the marker has begun
+            return end[length]  # inside the end marker
     return end[0]
 
 
 def _last_place(tokens: I32, wanted: tuple[int, ...]) -> int:
-    """Where a sequence stands last; -1: nowhere."""
+    """Index of the last occurrence of a sequence; -1: none."""
     if not wanted:
         return -1
     for place in np.flatnonzero(tokens == wanted[0])[::-1].tolist():

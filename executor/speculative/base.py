@@ -1,8 +1,8 @@
-"""The seam of speculation: who proposes drafts of the next tokens.
+"""The speculation seam: proposers of draft tokens.
 
-Drafts never change tokens. Each is verified by the model, and holds if the token that is sampled in its place is the
-same; so a proposer may depend on timing, load and other requests, and be wrong. Where several ranks compute a step,
-each has a proposer, and these must propose the same.
+Drafts never change outputs. The model verifies each draft and accepts it if the token sampled at its position is the
+same; so a proposer may depend on timing, load and other requests, and may be wrong. If several ranks compute a step,
+each has a proposer, and all must propose the same drafts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from executor.request_states import RequestStates
 
 @dataclass(frozen=True)
 class Drafts:
-    """What may come next, for some slots."""
+    """Proposed next tokens of some slots."""
 
     counts: I64
-    """int64 [slots]."""
+    """int64 [slots]: number of drafts per slot."""
     token_ids: I32
-    """int32 [sum of counts]: one slot after another. Each is a token of the model."""
+    """int32 [sum of counts], concatenated slot by slot. Each is a valid token id."""
 
     @classmethod
     def none(cls, num_slots: int) -> Drafts:
@@ -31,16 +31,16 @@ class Drafts:
 
 
 class Proposer(Protocol):
-    """State by slot, if there is any, begins anew with ``add``."""
+    """Proposes drafts. State by slot, if any, is reset by ``add``."""
 
     def add(self, request: NewRequest) -> None:
-        """A request enters a slot: new, or back after a preemption."""
+        """Registers a request that enters a slot: new, or back after a preemption."""
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
-        """Drafts of the tokens that follow those in the table.
+        """Proposes tokens to follow those in the table.
 
         Args:
-            slots: int32 [n]: requests that got tokens.
-            limits: int64 [n]: drafts of each, at most.
-            states: Tokens by slot; ``num_known`` of them are there.
+            slots: int32 [n]: slots that got tokens.
+            limits: int64 [n]: most drafts per slot.
+            states: Tokens by slot, ``num_known`` of each.
         """

@@ -7,10 +7,10 @@ from executor.registry import resolve
 from executor.speculative.base import Proposer
 
 REGISTRY = {"scripted": "executor.speculative.scripted:ScriptedProposer"}
-"""Classes that take the ``SpeculativeConfig`` and the number of slots."""
+"""Proposer classes, constructed with the ``SpeculativeConfig`` and the number of slots."""
 
 
 def create_proposer(config: SpeculativeConfig, max_num_seqs: int) -> Proposer:
-    """The proposer that the configuration names."""
+    """Creates the proposer named by the configuration."""
     proposer: Proposer = resolve(REGISTRY, config.method, "speculative method")(config, max_num_seqs)
     return proposer

@@ -1,4 +1,4 @@
-"""A proposer for tests: it knows in advance what outputs will be, or what they will not be."""
+"""A proposer for tests, which knows the outputs in advance and can also propose wrong tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from executor.speculative.base import Drafts
 
 
 class Script(msgspec.Struct, frozen=True):
-    """A prompt and what will come of it."""
+    """A prompt and its output."""
 
     prompt: list[int]
     output: list[int]
 
 
 class ScriptedProposer:
-    """Reads scripts from a file (a JSON list of ``Script``), and repeats what they say for prompts that are theirs.
+    """Reads scripts from a file (a JSON list of ``Script``) and proposes their outputs for matching prompts.
 
-    With ``wrong_every`` = n, each draft whose place in the output is a multiple of n is another token.
+    With ``wrong_every`` = n, each draft whose index in the output is a multiple of n is a wrong token.
     """
 
     def __init__(self, config: SpeculativeConfig, max_num_seqs: int) -> None:

@@ -1,4 +1,4 @@
-"""A worker's side of speculation: which drafts a step verifies, which of them hold, and which come next."""
+"""The worker's side of speculation: which drafts a step verifies, which are accepted, and which are proposed next."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ U8 = npt.NDArray[np.uint8]
 
 
 def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
-    """What a plan asks for: of the drafts of each row as many as it allows.
+    """The rows of a plan, each with as many of its drafts as the plan allows.
 
     Returns:
         int32 [rows]: slots; int32 [rows]: tokens to compute, drafts included; uint8 [rows]: tokens to sample, 0 or one
-        more than there are drafts; and whether there are any.
+        more than the drafts; and whether there are any drafts.
     """
     slots, counts, num_sampled = i32(plan.slots), i32(plan.num_scheduled_tokens), u8(plan.num_sampled)
     if not plan.num_draft_tokens:
@@ -31,9 +31,9 @@ def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U
 
 
 def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
-    """The drafts in the places of the tokens that a step samples, int64 [samples]; -1 where there is none.
+    """The draft at each position that a step samples, int64 [samples]; -1 if none.
 
-    Notes the rows' offsets, too.
+    Also sets the rows' offsets.
     """
     firsts = np.flatnonzero(np.diff(rows.step_rows, prepend=-1))
     lengths = np.diff(firsts, append=len(rows))
@@ -46,17 +46,17 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
 def settle(
     states: RequestStates, rows: SampleRows, epochs: I64, drafts: I64 | None, output: SamplerOutput
 ) -> tuple[SamplerOutput, bytes]:
-    """Finds out which drafts hold, and fills the tokens in.
+    """Determines the accepted drafts and fills in the tokens.
 
     Args:
         states: Takes the tokens.
-        rows: What was sampled.
+        rows: The sampled rows.
         epochs: int64 [samples]: the slots' epochs when the step began.
-        drafts: int64 [samples], see ``drafts_of``; None: there are none.
-        output: Of the sampler.
+        drafts: int64 [samples], see ``drafts_of``; None: no drafts.
+        output: The sampler's output.
 
     Returns:
-        The output without what comes after a draft that does not hold, and ``ModelRunnerOutput.num_accepted``.
+        The output without the tokens after a rejected draft, and ``ModelRunnerOutput.num_accepted``.
     """
     if drafts is None:
         states.fill(rows.slots, epochs, rows.positions, output.token_ids)
@@ -82,28 +82,28 @@ def settle(
 
 
 class Speculation:
-    """The proposer of a worker, if there is one."""
+    """The worker's proposer, if any."""
 
     def __init__(self, config: SpeculativeConfig | None, max_num_seqs: int) -> None:
         self._proposer = None if config is None else create_proposer(config, max_num_seqs)
         self.max_drafts = 0 if config is None else config.num_speculative_tokens
-        """Of a row."""
+        """Most drafts of a row."""
 
     def add(self, request: NewRequest) -> None:
-        """A request enters a slot."""
+        """Registers a request that enters a slot."""
         if self._proposer is not None and request.params is not None:
             self._proposer.add(request)
 
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
-        """Drafts for the next step of the requests that got tokens, which are written into the table.
+        """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
         Args:
-            rows: What was sampled.
+            rows: The sampled rows.
             epochs: int64 [samples]: the slots' epochs when the step began.
-            states: Has all tokens of these.
+            states: Has all tokens of these slots.
 
         Returns:
-            Those of each row that samples; None: there are no drafts at all.
+            The drafts of each row that samples; None: no drafts at all.
         """
         if self._proposer is None or not len(rows):
             return None

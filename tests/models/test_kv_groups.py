@@ -311,7 +311,7 @@ def test_caches_lie_in_memory_that_is_handed_over(kind: str, monkeypatch: pytest
     assert engine.runner.device is device and not len(device.memory_left)
     add_all(engine)
     assert same(engine.run(), expected.answers)
-    with pytest.raises(ValueError, match="does not fit memory of 0"):
+    with pytest.raises(ValueError, match="does not fit into 0 bytes"):
         device.allocate_kv((1,), torch.float32)
 
 

@@ -111,8 +111,8 @@ def test_the_series_of_torch_is_the_one_that_is_pinned() -> None:
         (f"{TESTED_TORCH}.0+cpu", None, None),
         (f"{TESTED_TORCH}.1", None, None),
         (f"{TESTED_TORCH}.0", "13.0", "built for CUDA 13.0"),
-        (f"{TESTED_TORCH}0.1", None, "not the series"),
-        ("2.6.0+cpu", None, "not the series"),
+        (f"{TESTED_TORCH}0.1", None, "not of the series"),
+        ("2.6.0+cpu", None, "not of the series"),
     ],
 )
 def test_a_torch_that_nobody_wants(version: str, cuda: str | None, expected: str | None) -> None:

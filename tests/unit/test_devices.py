@@ -49,7 +49,7 @@ def test_auto_takes_the_best_device_that_is_there(
     assert list(known_devices()) == ["broken", "other", "cpu"]
     monkeypatch.setattr(base.logger, "propagate", True)
     assert type(create_device("auto")) is OtherDevice
-    assert "device broken is left out: No module named 'no_such_package'" in caplog.text
+    assert "skipping device broken: No module named 'no_such_package'" in caplog.text
     monkeypatch.setattr(other, "is_there", False)
     assert type(create_device("auto")) is type(create_device("cpu")) is CpuDevice
     with pytest.raises(ModelError, match="^--device: this machine has no 'other'$"):
@@ -69,9 +69,9 @@ def test_a_device_that_nobody_knows_is_named(other: type[OtherDevice]) -> None:
 
 def test_ranks_of_a_device_that_cannot_meet_are_refused() -> None:
     assert CpuDevice().communicator(ParallelState(rank=1)).size == 1
-    with pytest.raises(ModelError, match="^--tensor-parallel-size 2: CPUs cannot share a model yet; use 1$"):
+    with pytest.raises(ModelError, match="^--tensor-parallel-size 2: CPU workers cannot share a model yet; use 1$"):
         CpuDevice().communicator(ParallelState(tp_size=2))
-    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPUs cannot share a model yet; use 1$"):
+    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPU workers cannot share a model yet; use 1$"):
         CpuDevice().communicator(ParallelState(pp_size=3))
 
 
