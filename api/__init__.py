@@ -1,4 +1,4 @@
-"""Octavo: LLM inference and serving. Public names are loaded when they are first used."""
+"""Octavo: LLM inference and serving. Public names are imported lazily."""
 
 import importlib
 import importlib.machinery
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-TYPE_CHECKING = False  # typing itself is not needed, and every import here may be one from the user's folder
+TYPE_CHECKING = False  # not from typing: any import here could resolve to a module in the user's folder
 if TYPE_CHECKING:
     from api.generation.beam_search import BeamSearchParams
     from api.llm import LLM
@@ -39,14 +39,14 @@ def __dir__() -> list[str]:
 
 
 def _load_siblings() -> None:
-    """Takes the packages that belong to this one from beside it, whatever ``executor/`` a user's project has."""
+    """Imports the sibling packages from our own parent folder, even if the user's project has an ``executor/``."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for name in ("executor", "engine_core"):
         if name in sys.modules:
             continue
         spec = importlib.machinery.PathFinder.find_spec(name, [root])
         if spec is None or spec.loader is None:
-            raise ImportError(f"{name} is missing in {root}: install octavo again")
+            raise ImportError(f"{name} is missing in {root}: reinstall octavo")
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
 

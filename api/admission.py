@@ -1,8 +1,8 @@
-"""What a request may cost: bounds that are checked before the work, and that honest clients do not meet.
+"""Limits on the cost of a request, checked before any work, and far above what honest clients need.
 
-One event loop serves all streams, so nothing on it may take as long as a client likes. What a client sends is either
-small by a bound that is named here and in the error, or worked off elsewhere, or in pieces with turns of the loop
-between them.
+One event loop serves all streams, so clients must not control how long anything on it takes. What a client sends is
+either limited in size (the limits are here, and errors name them), processed elsewhere, or processed in pieces that
+yield to the loop.
 """
 
 from __future__ import annotations
@@ -20,65 +20,63 @@ T = TypeVar("T")
 _LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" and ctypes.util.find_library("c") == "libc.so.6" else None
 
 MAX_JSON_VALUES = 1 << 19
-"""Weight of the JSON of a body, about the number of its values: decoding it takes some 30 ms, in one piece."""
+"""Weight of a body's JSON, roughly its number of values: decoding takes about 30 ms without a break."""
 MAX_MESSAGES = 16384
-"""Messages or items of a conversation."""
+"""Messages or items in a conversation."""
 MAX_TOOLS = 1024
 MAX_TEXT_CHARS = 4 << 20
-"""Characters of a text that is tokenised although it need not fit the model."""
+"""Characters in a text that is tokenised even if it does not fit the model."""
 MAX_OFFSET_CHARS = 1 << 20
-"""Characters of a text whose tokens are found in it, although it need not fit the model; freeing them takes long."""
+"""Characters in a text with token offsets, even if it does not fit the model; freeing offsets is slow."""
 TURN = 1 << 15
-"""Token ids, or steps that cost as little, that are worked off before others get their turn."""
+"""Token ids, or equally cheap steps, to process before yielding to other tasks."""
 
 PIECE = 1 << 16
-"""Bytes of JSON that are weighed at a time."""
+"""Bytes of JSON to weigh at a time."""
 _VALUE, _KEY, _CONTAINER, _STRING = 1.0, 2.0, 4.0, 1.0
 _ESCAPE, _SPACE = 0.25, 1 / 16
 _EXPONENT, _DIGIT, _TEXT = 128.0, 0.5, 1 / 128
-"""Weights, by the time and memory that decoding takes: 1 is an integer in a list."""
+"""Weights by decoding time and memory; 1 is an integer in a list."""
 _NUMBER = 16
-"""Characters of a number that are not weighed."""
+"""Characters of a number that are free."""
 _WHITE = b" \t\r\n"
 
 
 class JsonMeter:
-    """Weighs JSON while it comes in: what it will cost to decode is known before it is decoded.
+    """Weighs JSON as it arrives, so that its decoding cost is known before it is decoded.
 
-    Text counts little, however long; structure, escapes, long numbers and white space count. Strings are told from the
-    rest up to the first error of syntax, where decoding stops as well.
+    Text is cheap, however long; structure, escapes, long numbers and white space are not. Strings are recognised up to
+    the first syntax error, where decoding stops as well.
     """
 
     def __init__(self, max_weight: float = MAX_JSON_VALUES) -> None:
-        """Begins.
-
-        Args:
-            max_weight: Most that is accepted.
+        """Args:
+        max_weight: Maximum accepted weight.
         """
         self._plain_weight = 0.0
         self._num_exponents = 0
         self._max_weight = max_weight
         self._in_string = False
         self._tail = b""
-        """A backslash whose character has not come yet."""
+        """A trailing backslash whose escaped character has not arrived yet."""
 
     @property
     def weight(self) -> float:
-        """Of all that came so far."""
+        """Weight of everything so far."""
         return self._plain_weight + _EXPONENT * max(0, self._num_exponents)
 
     def feed(self, chunk: bytes) -> None:
-        """Takes the next bytes, of any number.
+        """Feeds the next chunk, of any size.
 
         Raises:
-            RequestError: 413: it is more than is accepted.
+            RequestError: 413: the weight exceeds the maximum.
         """
         for begin in range(0, len(chunk), PIECE):
             self._weigh(chunk[begin : begin + PIECE])
             if self.weight > self._max_weight:
                 raise RequestError(
-                    f"the body has more JSON than the {int(self._max_weight)} values that one request may have; "
-                    "send several smaller requests",
+                    f"the JSON body exceeds the limit of {int(self._max_weight)} values per request; "
+                    "split it into smaller requests",
                     "body",
                     status=413,
                     kind="Request Entity Too Large",
@@ -94,7 +92,7 @@ class JsonMeter:
             size = len(data)
             data = data.replace(b"\\\\", b"")
             data = data.replace(b'\\"', b"")
-            # What is left of backslashes begins other escapes.
+            # The remaining backslashes begin other escapes.
             self._plain_weight += _ESCAPE * ((size - len(data)) / 2 + data.count(b"\\"))
         parts = data.split(b'"')
         outside = b"".join(parts[self._in_string :: 2])
@@ -115,24 +113,24 @@ class JsonMeter:
 
 
 def check_number(number: int, most: int, field: str, what: str) -> None:
-    """Refuses more of something than one request may bring.
+    """Checks a count against its limit.
 
     Raises:
-        RequestError: It names the field.
+        RequestError: The count exceeds the limit; the error names the field.
     """
     if number > most:
-        raise RequestError(f"{field} may hold at most {most} {what}, got {number}", field)
+        raise RequestError(f"{field} may contain at most {most} {what}, got {number}", field)
 
 
 class Turns:
-    """Counts what a task does on the event loop, and gives others their turn when it is enough."""
+    """Counts a task's work on the event loop and yields to others when the budget is spent."""
 
     def __init__(self, budget: int = TURN) -> None:
-        """Begins a turn of so many token ids, or of steps that cost as little."""
+        """Starts with a budget in token ids, or equally cheap steps."""
         self._budget = self._left = budget
 
     async def spend(self, cost: int) -> None:
-        """Takes note of work that was done."""
+        """Records work; yields if the budget is spent."""
         self._left -= cost
         if self._left <= 0:
             self._left = self._budget
@@ -140,12 +138,12 @@ class Turns:
 
 
 def release_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library can; the interpreter's lock is released."""
+    """Returns freed memory to the system, where the C library supports it; releases the GIL."""
     if _LIBC is not None:
         _LIBC.malloc_trim(0)
 
 
 def pieces(items: Sequence[T], size: int = TURN) -> Iterator[Sequence[T]]:
-    """A sequence in pieces of at most ``size``."""
+    """Splits a sequence into pieces of at most ``size``."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]

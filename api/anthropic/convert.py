@@ -1,4 +1,4 @@
-"""From Anthropic's conversations to chat completions."""
+"""Converts Anthropic conversations to chat completions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
 
 CLIENT_NOTE = "x-anthropic-billing-header:"
-"""Beginning of the line that a client puts before its system prompt for its provider, anew for each request: it says
-nothing to the model, and would keep prompts from sharing their cached beginnings."""
+"""Prefix of a line of provider metadata that a client prepends to its system prompt. It changes with each request and
+means nothing to the model, so it would only defeat prefix caching."""
 
 
 def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
-    """The chat completion that a request amounts to.
+    """The equivalent chat completion request.
 
     Raises:
-        RequestError: It holds what no model here can use; the message names the place.
+        RequestError: It contains something unsupported; the message names the place.
     """
     check_number(len(request.messages), MAX_MESSAGES, "messages", "messages")
     check_number(len(request.tools or ()), MAX_TOOLS, "tools", "tools")
@@ -44,7 +44,7 @@ def to_chat_request(request: ConversationRequest) -> ChatCompletionRequest:
         _append(messages, message, f"messages[{index}]", names)
     last = messages[-1] if messages else None
     if last is None:
-        raise RequestError("messages: there is nothing in them", "messages")
+        raise RequestError("messages must not be empty", "messages")
     continues = last.role == "assistant" and last.tool_calls is None
     chat = ChatCompletionRequest(
         model=request.model,
@@ -84,18 +84,18 @@ def _system(system: str | list[TextBlock] | None) -> list[ChatMessage]:
 
 
 def _without_note(text: str) -> str:
-    """A system text without the line of metadata that a client puts before it."""
+    """Removes the metadata line that a client prepends to a system prompt."""
     return text.partition("\n")[2].lstrip("\n") if text.startswith(CLIENT_NOTE) else text
 
 
 def _append(messages: list[ChatMessage], message: InputMessage, where: str, names: dict[str, str]) -> None:
-    """Adds what one message amounts to: results of calls are messages of their own.
+    """Appends the equivalent of one message; tool results become separate messages.
 
     Args:
-        messages: Those before it.
-        message: Which to add.
-        where: How errors name it.
-        names: Names of the functions that were called, by the ids of the calls.
+        messages: The converted messages so far.
+        message: The message to append.
+        where: Name of the message in errors.
+        names: Names of called functions by call id.
     """
     if isinstance(message.content, str):
         messages.append(ChatMessage(role=message.role, content=message.content))
@@ -118,7 +118,7 @@ def _assistant(blocks: Sequence[InputBlock], where: str, names: dict[str, str]) 
                 pass
             case ToolUseBlock():
                 names[block.id] = block.name
-                # As templates write objects, for those that take the text.
+                # Formatted as templates render objects, for templates that use the text.
                 function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
                 calls.append({"id": block.id, "type": "function", "function": function})
             case _:
@@ -180,14 +180,14 @@ def _text_of(block: TextBlock | ImageBlock | DocumentBlock, place: str) -> str:
 
 def _misplaced(place: str, block: Any, role: str) -> RequestError:
     kind = type(block).__struct_config__.tag
-    return RequestError(f"{place}: a message of the role {role!r} has no block of type {kind!r}", "messages")
+    return RequestError(f"{place}: blocks of type {kind!r} are not allowed in {role} messages", "messages")
 
 
 def _tools(tools: Sequence[InputTool] | None) -> list[JsonObject] | None:
     result: list[JsonObject] = []
     for index, tool in enumerate(tools or ()):
         if tool.type not in (None, "custom"):
-            raise RequestError(f"tools[{index}].type: only custom tools are supported by this server", "tools")
+            raise RequestError(f"tools[{index}].type: this server supports custom tools only", "tools")
         function: JsonObject = {"name": tool.name}
         if tool.description is not None:
             function["description"] = tool.description

@@ -1,4 +1,4 @@
-"""The server that a chat speaks with: one that runs, or one of its own."""
+"""The server behind a chat: a running one, or its own."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from api.commands.terminal import GREY, visible
 
 DEMO = "the demo model"
 POLL_INTERVAL = 0.1
-"""Seconds between two looks at a server that starts."""
+"""Seconds between polls of a starting server."""
 
 
 @dataclass
 class Wish:
-    """What the command line says about the server."""
+    """The server that the command line asks for."""
 
     model: str | None = None
     """A hub id, folder or file, as for ``octavo serve``."""
     url: str | None = None
     api_key: str | None = None
     model_name: str | None = None
-    """One of the names that the server knows."""
+    """A model name on the server."""
     serve_flags: Sequence[str] = ()
-    """For a server of one's own; if there are any, one is started."""
+    """Flags for an own server; if there are any, one is started."""
 
 
 class Backend:
-    """A client and the model it asks; a context that ends a server of its own."""
+    """A client and its model; as a context manager, stops its own server."""
 
     def __init__(self, wish: Wish, console: Console) -> None:
         """Args:
-        wish: What is wanted.
+        wish: The server that is wanted.
         console: For progress and notes; standard error where standard output is for answers.
         """
         self._wish = wish
@@ -52,10 +52,10 @@ class Backend:
         self.model = ServedModel("", "", None)
 
     def open(self) -> None:
-        """Finds a server that runs and has the model, or starts one.
+        """Finds a running server with the model, or starts one.
 
         Raises:
-            ServerError: There is none and none can be started.
+            ServerError: There is none, and none can be started.
         """
         wish = self._wish
         if wish.serve_flags and wish.url is None:
@@ -70,30 +70,30 @@ class Backend:
             except ServerError as error:
                 if wish.model is None:
                     raise
-                self._note(f"The server at {self.client.url} refuses to say what it serves: {error}")
+                self._note(f"Cannot list the models of the server at {self.client.url}: {error}")
                 self._start()
             else:
                 if wish.model is None or any(_is_same(model, wish.model) for model in models):
                     self.models = models
                     if wish.serve_flags:
-                        self._note(f"Not used, as that server runs already: {' '.join(wish.serve_flags)}")
+                        self._note(f"Ignored, since the server is already running: {' '.join(wish.serve_flags)}")
                 else:
                     self._note(f"The server at {self.client.url} serves {_names(models)}, not {wish.model}.")
                     self._start()
         self.model = self._choose()
 
     def _models(self) -> list[ServedModel]:
-        """The models of the server that runs, once it has loaded them."""
+        """The models of the running server, once loaded."""
         try:
             return self.client.models()
         except NotReadyError:
             return self._wait(f"Waiting for the server at {self.client.url}")
 
     def ensure(self) -> None:
-        """Starts a server of one's own again if it has ended.
+        """Restarts an own server that has exited.
 
         Raises:
-            ServerError: That failed.
+            ServerError: The restart failed.
         """
         if self.own is not None and self.own.exit_code() is not None:
             self._note(self.own.last_words())
@@ -101,7 +101,7 @@ class Backend:
             self._start()
 
     def find(self, name: str) -> ServedModel:
-        """The served model of that name; asks the server anew.
+        """The served model with that name, from a fresh list.
 
         Raises:
             ServerError: There is none.
@@ -110,7 +110,7 @@ class Backend:
         for model in self.models:
             if _is_same(model, name):
                 return model
-        raise ServerError(f"the server has no model {name}, it has {_names(self.models)}")
+        raise ServerError(f"the server has no model {name}; choose from {_names(self.models)}")
 
     def close(self) -> None:
         if self.own is not None:
@@ -132,29 +132,29 @@ class Backend:
         return next((model for model in self.models if wanted and _is_same(model, wanted)), self.models[0])
 
     def _start(self) -> None:
-        """Starts a server and waits for it."""
+        """Starts a server and waits until it is ready."""
         wish = self._wish
         name = short_name(wish.model or DEMO)
         environment = {"OCTAVO_API_KEY": wish.api_key} if wish.api_key else None
         self.own = LocalServer([*([wish.model] if wish.model else []), *wish.serve_flags], environment)
         self.client = Client(self.own.url, wish.api_key)
         try:
-            self.models = self._wait(f"Starting a server with {name}")
+            self.models = self._wait(f"Starting a server for {name}")
         except BaseException:
             self.close()
             raise
 
     def _wait(self, what: str) -> list[ServedModel]:
-        """Waits until the server takes requests; without a bound, as models may have to be downloaded.
+        """Waits until the server is ready, without a limit, since models may have to be downloaded.
 
         Args:
-            what: Is shown meanwhile.
+            what: Shown while waiting.
 
         Returns:
             Its models.
 
         Raises:
-            ServerError: It ended.
+            ServerError: The server exited.
         """
         begin = time.monotonic()
         spinner = Spinner(self._console, visible(what), delay=0.0)
@@ -182,7 +182,7 @@ class Backend:
 
 
 def short_name(name: str) -> str:
-    """The name of a model as people say it: of a path, its last part."""
+    """Display name of a model: for a path, its last part."""
     return os.path.basename(name.rstrip("/")) if name.startswith(("/", ".", "~")) else name
 
 

@@ -15,7 +15,7 @@ from api.version import VERSION
 
 
 class Chat:
-    """Reads texts and commands, shows answers."""
+    """Reads input and commands, and shows answers."""
 
     def __init__(self, backend: Backend, conversation: Conversation, screen: Screen) -> None:
         self.backend = backend
@@ -23,14 +23,14 @@ class Chat:
         self.screen = screen
 
     def run(self) -> None:
-        """Talks until the person leaves."""
+        """Runs the chat until the user leaves."""
         prompt = Prompt(self._completer(), open_history(history_path(os.environ)), PLACEHOLDER)
         self._banner()
         while True:
             try:
                 typed = prompt.read()
             except KeyboardInterrupt:
-                self.screen.note("To leave, press Ctrl-D or type /bye.")
+                self.screen.note("Press Ctrl-D or type /bye to leave.")
                 continue
             except EOFError:
                 return
@@ -43,10 +43,10 @@ class Chat:
                 self.screen.error(f"{error}")
 
     def handle(self, typed: str) -> bool:
-        """Does what was typed. Returns whether the chat goes on.
+        """Handles an input. Returns whether the chat continues.
 
         Raises:
-            InputError: It was a command that cannot be followed.
+            InputError: The command is invalid.
             ServerError: The server cannot do what the command needs.
         """
         quoted = unquote(typed)
@@ -62,7 +62,7 @@ class Chat:
         return True
 
     def answer(self) -> None:
-        """Asks for the next answer and shows it. Ctrl-C ends the answer only; what came of it is kept."""
+        """Requests the next answer and shows it. Ctrl-C stops only the answer; the part so far is kept."""
         conversation, screen, model = self.conversation, self.screen, self.backend.model
         reply, problem, is_stopped = Reply(), None, False
         try:
@@ -84,31 +84,31 @@ class Chat:
         if problem is not None:
             self._explain(problem)
         elif is_stopped:
-            screen.note("Stopped. /regenerate asks again.")
+            screen.note("Stopped. /regenerate tries again.")
         elif conversation.shows("stats") and (statistics := reply.statistics(model.max_model_len)):
             screen.note(statistics)
         if reply.fills(model.max_model_len):
-            screen.note("The context is full. /clear begins a new conversation.")
+            screen.note("The context is full. /clear starts a new conversation.")
         elif reply.finish_reason == "length":
-            screen.note("The answer was cut at max_tokens. /set max_tokens changes that.")
+            screen.note("The answer reached max_tokens. Change the limit with /set max_tokens.")
         screen.console.print()
 
     def _explain(self, problem: ServerError) -> None:
-        """One line that says what went wrong, and one that says how to go on."""
+        """Shows one line about the error and one about how to continue."""
         self.screen.error(str(problem))
         if problem.is_context_full:
-            self.screen.note("The context is full. /clear begins a new conversation.")
+            self.screen.note("The context is full. /clear starts a new conversation.")
         elif self.backend.own is not None and self.backend.own.exit_code() is not None:
-            self.screen.note("The conversation is kept: /regenerate starts the server again and asks again.")
+            self.screen.note("The conversation is kept: /regenerate restarts the server and tries again.")
         elif isinstance(problem, LostConnectionError):
-            self.screen.note("The conversation is kept: /regenerate asks again, /save FILE saves it.")
+            self.screen.note("The conversation is kept: /regenerate tries again, /save FILE saves it.")
 
     def _banner(self) -> None:
         model = self.backend.model
         length = f" · context {model.max_model_len:,} tokens" if model.max_model_len else ""
         where = "own server" if self.backend.own is not None else self.backend.client.url
         self.screen.show(f"Octavo {VERSION} · {short_name(model.name)}{length} · {where}")
-        self.screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        self.screen.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D exits")
         self.screen.console.print()
 
     def _completer(self) -> CommandCompleter:

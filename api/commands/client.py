@@ -1,4 +1,4 @@
-"""A small client of OpenAI-compatible servers: blocking, over TCP, TLS or a Unix socket."""
+"""A small blocking client for OpenAI-compatible servers, over TCP, TLS or a Unix socket."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from urllib.parse import urlsplit
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT = 10.0
-"""Seconds to connect, and to answer what is not streamed. Streams have no bound: a server may be loading or restarting
-its engine, and whoever waits can press Ctrl-C."""
+"""Seconds to connect, and for responses that are not streamed. Streams have no timeout: the server may be loading or
+restarting its engine, and the user can press Ctrl-C."""
 
 
 class ServerError(Exception):
-    """A server cannot be reached, refused a request or broke off; the message is for a person."""
+    """A server is unreachable, rejected a request or dropped the connection; the message is for the user."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         """Args:
-        message: For a person.
-        code: The ``code`` of an error in OpenAI's shape, if it is a word.
+        message: For the user.
+        code: The ``code`` of an OpenAI error, if it is a name.
         """
         super().__init__(message)
         self.code = code
 
     @property
     def is_context_full(self) -> bool:
-        """Whether the conversation is too long for the model. Other servers tell it in words only."""
+        """Whether the conversation is too long for the model. Other servers say so only in the message."""
         return self.code == "context_length_exceeded" or "context length" in str(self)
 
 
 class NoServerError(ServerError):
-    """Nothing that speaks the API listens there."""
+    """No API server listens at the address."""
 
 
 class NotReadyError(ServerError):
-    """The server has not loaded its model yet, or is about to end (status 503)."""
+    """The server is still loading its model, or shutting down (status 503)."""
 
 
 class LostConnectionError(ServerError):
-    """The connection ended before the answer did."""
+    """The connection closed before the answer was complete."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ class ServedModel:
 
     name: str
     root: str
-    """What the server loaded, if it says so: a hub id or a path."""
+    """What the server loaded, if reported: a hub id or a path."""
     max_model_len: int | None
-    """Longest context in tokens, if the server says so."""
+    """Maximum context in tokens, if reported."""
 
 
 class Client:
-    """Speaks with one server. Every request has a connection of its own."""
+    """A client for one server. Every request uses a new connection."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """Connects to nothing yet.
+        """Does not connect yet.
 
         Args:
             url: Such as ``http://127.0.0.1:8000``, with or without ``/v1``, or ``unix:PATH`` for a Unix socket.
             api_key: Sent as a bearer token.
 
         Raises:
-            ServerError: The URL is not one of these.
+            ServerError: The URL is invalid.
         """
         self.url = url if "//" in url or url.startswith("unix:") else f"http://{url}"
         self._socket_path = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
@@ -77,7 +77,7 @@ class Client:
         except ValueError:
             self._host = ""
         if parts.scheme not in ("http", "https") or not self._host:
-            raise ServerError(f"--url {url}: expected something like {DEFAULT_URL} or unix:/path/of/socket")
+            raise ServerError(f"--url {url}: expected a URL such as {DEFAULT_URL} or unix:/path/to/socket")
         self._is_tls = parts.scheme == "https"
         path = parts.path.rstrip("/")
         self._path = path if path.endswith("/v1") else f"{path}/v1"
@@ -86,10 +86,10 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def models(self) -> list[ServedModel]:
-        """The models that the server has, at least one.
+        """The server's models, at least one.
 
         Raises:
-            NoServerError: Nothing listens there, or it does not speak the API.
+            NoServerError: Nothing listens there, or it is not an API server.
             NotReadyError: The server is still loading.
             ServerError: The request was refused.
         """
@@ -97,16 +97,16 @@ class Client:
         try:
             response = self._request(connection, "GET", f"{self._path}/models", None)
             if response.status in (404, 405):
-                raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server")
+                raise NoServerError(f"the server at {self.url} is not OpenAI-compatible")
             _check(response)
             return _read_models(response.read())
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            raise NoServerError(f"what listens at {self.url} is not an OpenAI-compatible server") from error
+            raise NoServerError(f"the server at {self.url} is not OpenAI-compatible") from error
         finally:
             connection.close()
 
     def startup(self) -> str:
-        """How far a server is that is not ready, in its own words; empty if it does not say."""
+        """The startup progress that a server reports; empty if none."""
         try:
             connection = self._connect()
         except NoServerError:
@@ -121,7 +121,7 @@ class Client:
             connection.close()
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
-        """Sends a request and yields the events of its stream. Closing the iterator ends the request.
+        """Sends a request and yields the events of its stream. Closing the iterator aborts the request.
 
         Args:
             path: Below ``/v1``, such as ``/chat/completions``.
@@ -129,8 +129,8 @@ class Client:
 
         Raises:
             NoServerError: Nothing listens there.
-            LostConnectionError: The stream broke off.
-            ServerError: The server refused the request, or reports an error in the stream.
+            LostConnectionError: The stream was cut off.
+            ServerError: The server rejected the request, or reported an error in the stream.
         """
         connection = self._connect()
         try:
@@ -188,7 +188,7 @@ def _read_models(content: bytes) -> list[ServedModel]:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The events of an event stream up to its ``[DONE]``."""
+    """The events of an event stream, up to ``[DONE]``."""
     for line in response:
         field, _, value = line.strip().partition(b":")
         if field != b"data":
@@ -203,7 +203,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         if not isinstance(event, dict):
             raise ServerError("the server sent an event that is not a JSON object")
         if event.get("error"):
-            raise ServerError(_message(event) or "the server reports an error without a message", _code(event))
+            raise ServerError(_message(event) or "the server reported an error without a message", _code(event))
         yield event
     raise LostConnectionError("the connection to the server was lost")
 
@@ -220,7 +220,7 @@ def _check(response: http.client.HTTPResponse) -> None:
 
 
 def _message(body: Any) -> str | None:
-    """The message of an error in OpenAI's shape, as one line."""
+    """The message of an OpenAI error, on one line."""
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(message.split()) if isinstance(message, str) else None

@@ -1,4 +1,4 @@
-"""``octavo collect-env``: what a bug report needs to say of a machine."""
+"""``octavo collect-env``: environment information for bug reports."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ INTERESTING_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "am
 VARIABLES = re.compile(r"(OCTAVO|VLLM|OMP|MKL|KMP|GOMP|CUDA|HF|TORCH)_\w+")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 TIMEOUT = 600
-"""Seconds that the kernels may take to compile."""
+"""Seconds to wait for kernels to compile."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what is known. Returns the exit code."""
+    """Prints the report. Returns the exit code."""
     argparse.ArgumentParser(
         prog="octavo collect-env",
-        description="Print versions, hardware and settings of this machine, for a bug report. Keys are left out.",
+        description="Print versions, hardware and settings of this machine for a bug report, without keys.",
     ).parse_args(argv)
     for title, lines in (
         ("Software", _software()),
         ("Hardware", _hardware()),
-        ("What computes", _computing()),
+        ("Backend", _computing()),
         ("Packages", _packages()),
         ("Environment", _environment()),
     ):
@@ -70,7 +70,7 @@ def _hardware() -> Iterator[tuple[str, str]]:
     yield "CPU", info.get("model name") or platform.processor() or platform.machine()
     flags = info.get("flags", info.get("Features", "")).split()
     yield "CPU capabilities", ", ".join(flag for flag in INTERESTING_FLAGS if flag in flags) or "unknown"
-    yield "CPUs", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used"
+    yield "CPUs", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable"
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     yield "NUMA nodes", str(nodes or 1)
     memory = _fields("/proc/meminfo")
@@ -97,7 +97,7 @@ def _read(path: str) -> str:
 
 
 def _computing() -> Iterator[tuple[str, str]]:
-    """Asked of a process of its own: this one has no torch."""
+    """Asked from a separate process, since this one has no torch."""
     try:
         result = subprocess.run(
             child_command("executor.describe"),

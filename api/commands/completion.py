@@ -1,4 +1,4 @@
-"""``octavo completion SHELL``: what a shell needs to complete commands and flags, made from their parsers."""
+"""``octavo completion SHELL``: shell completion of commands and flags, generated from their parsers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def main(arguments: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser
 
     Args:
         arguments: The command line after ``octavo completion``.
-        parsers: Of the commands by name; ``bench serve`` is one of ``bench``.
-        summaries: A line for each command.
+        parsers: Parsers of commands by name; ``bench serve`` is a subcommand of ``bench``.
+        summaries: One-line descriptions of commands.
     """
-    parser = Parser("octavo completion", "Print a script that completes commands and flags in a shell.", usage="SHELL")
+    parser = Parser("octavo completion", "Print a shell script that completes commands and flags.", usage="SHELL")
     parser.add_argument("shell", choices=SHELLS, help="bash, zsh or fish.")
-    parser.epilog = "Where it goes: " + "; ".join(HOWTO.splitlines())
+    parser.epilog = "Install with: " + "; ".join(HOWTO.splitlines())
     print(script(str(parser.parse(arguments)["shell"]), parsers, summaries), end="")
     return 0
 
@@ -59,7 +59,7 @@ def script(shell: str, parsers: Mapping[str, argparse.ArgumentParser], summaries
 
 
 def _copy(parser: argparse.ArgumentParser, child: argparse.ArgumentParser) -> None:
-    """Takes over the flags that people see, with files where a path is wanted."""
+    """Copies the visible flags; those that take a path complete files."""
     for action in parser._actions:
         if action.help == argparse.SUPPRESS:
             continue

@@ -1,4 +1,4 @@
-"""What a chat consists of: messages, settings and the answer that is being received. No terminal, no network."""
+"""The state of a chat: messages, settings and the answer being received. No terminal, no network."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant")
 UNSET = ("default", "unset", "none")
-"""What ``/set NAME`` takes for "let the server choose"."""
+"""Values of ``/set NAME`` that mean the server's default."""
 
 
 class InputError(Exception):
-    """Something that was typed, or a file that was named, is not right; the message says what would be."""
+    """Invalid input or an unusable file; the message says what is expected."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A parameter of requests, or a switch of the display."""
+    """A request parameter or a display switch."""
 
     kind: type
     help: str
@@ -30,10 +30,10 @@ class Setting:
     high: float | None = None
 
     def parse(self, name: str, text: str) -> Any:
-        """The value of what was typed.
+        """Parses the typed value.
 
         Raises:
-            InputError: It is not one.
+            InputError: It is invalid.
         """
         if self.kind is bool:
             if text.lower() in ("on", "true", "yes", "1"):
@@ -61,27 +61,27 @@ class Setting:
 
 
 SETTINGS = {
-    "temperature": Setting(float, "0: the most likely words; higher: more variety", 0, 100),
-    "top_p": Setting(float, "choose among the likeliest tokens of this total probability", 0.0001, 1),
-    "top_k": Setting(int, "choose among this many tokens; 0: all", -1),
-    "min_p": Setting(float, "least probability, as a share of the likeliest token's", 0, 1),
-    "max_tokens": Setting(int, "longest answer", 1),
+    "temperature": Setting(float, "0: always the most likely token; higher: more variety", 0, 100),
+    "top_p": Setting(float, "sample from the most likely tokens with this total probability", 0.0001, 1),
+    "top_k": Setting(int, "sample from this many most likely tokens; 0: all", -1),
+    "min_p": Setting(float, "minimum probability relative to the most likely token", 0, 1),
+    "max_tokens": Setting(int, "maximum length of an answer in tokens", 1),
     "seed": Setting(int, "the same seed gives the same answer"),
-    "stop": Setting(list, 'end the answer before this text, or before one of ["several", "texts"]'),
-    "presence_penalty": Setting(float, "above 0: new words rather than old ones", -2, 2),
-    "frequency_penalty": Setting(float, "above 0: frequent words become rarer", -2, 2),
-    "repetition_penalty": Setting(float, "above 1: less repetition", 0.0001, 100),
-    "enable_thinking": Setting(bool, "whether the model thinks first, if its template can choose"),
-    "think": Setting(bool, "show what the model thinks"),
-    "markdown": Setting(bool, "show bold text, code and lists as such"),
-    "stats": Setting(bool, "show counts and speed after each answer"),
+    "stop": Setting(list, 'stop the answer at this string, or at one of ["several", "strings"]'),
+    "presence_penalty": Setting(float, "above 0: discourages tokens already used", -2, 2),
+    "frequency_penalty": Setting(float, "above 0: discourages frequently used tokens", -2, 2),
+    "repetition_penalty": Setting(float, "above 1: discourages repetition", 0.0001, 100),
+    "enable_thinking": Setting(bool, "whether the model reasons first, if its template has a choice"),
+    "think": Setting(bool, "show the model's reasoning"),
+    "markdown": Setting(bool, "render bold text, code and lists"),
+    "stats": Setting(bool, "show token counts and speed after each answer"),
 }
 DISPLAY = {"think": True, "markdown": True, "stats": True}
-"""Switches that are not sent to the server, and their defaults."""
+"""Display switches, which are not sent to the server, and their defaults."""
 
 
 def setting(name: str) -> Setting:
-    """The setting of that name.
+    """The setting with that name.
 
     Raises:
         InputError: There is none.
@@ -102,20 +102,20 @@ def _parse_texts(name: str, text: str) -> list[str]:
         value = None
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(part, str) and part for part in texts):
-        raise InputError(f'{name}: expected a text, or a JSON list such as ["a", "b"], got {text!r}')
+        raise InputError(f'{name}: expected a string, or a JSON list such as ["a", "b"], got {text!r}')
     return texts
 
 
 @dataclass
 class Conversation:
-    """What was said, and how answers are asked for."""
+    """The messages, and the settings for requests."""
 
     messages: list[dict[str, str]] = field(default_factory=list)
-    """Without the system prompt."""
+    """The messages, without the system prompt."""
     system: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     unanswered: str | None = None
-    """A question whose answer failed before it began: ``/regenerate`` asks it again."""
+    """A question without any answer because of an error: ``/regenerate`` asks it again."""
 
     def request(self, model: str) -> dict[str, Any]:
         """The body of the request for the next answer."""
@@ -128,7 +128,7 @@ class Conversation:
         return {**body, **sent, "stream_options": {"include_usage": True}}
 
     def shows(self, name: str) -> bool:
-        """Whether a switch of the display is on."""
+        """Whether a display switch is on."""
         return bool(self.settings.get(name, DISPLAY[name]))
 
     def ask(self, text: str) -> None:
@@ -136,14 +136,14 @@ class Conversation:
         self.unanswered = None
 
     def receive(self, text: str) -> None:
-        """Takes an answer, whole or not. Without any the question is taken back, so that turns alternate."""
+        """Adds an answer, complete or not. If it is empty the question is removed, so that turns alternate."""
         if text:
             self.messages.append({"role": "assistant", "content": text})
         elif self.messages and self.messages[-1]["role"] == "user":
             self.unanswered = self.messages.pop()["content"]
 
     def take_back(self) -> bool:
-        """Forgets the last answer, so that it can be asked for again. Returns whether there is a question."""
+        """Removes the last answer so that it can be regenerated. Returns whether there is a question."""
         if self.unanswered is not None:
             self.ask(self.unanswered)
             return True
@@ -152,7 +152,7 @@ class Conversation:
         return bool(self.messages)
 
     def clear(self) -> None:
-        """Forgets what was said; the system prompt and the settings stay."""
+        """Removes all messages; keeps the system prompt and settings."""
         self.messages.clear()
         self.unanswered = None
 
@@ -160,7 +160,7 @@ class Conversation:
         """Writes the conversation as JSON.
 
         Raises:
-            InputError: It cannot be written there, or the file holds something else.
+            InputError: The file cannot be written, or exists and is something else.
         """
         if path.exists():
             try:
@@ -174,7 +174,7 @@ class Conversation:
             partial.replace(path)
         except (OSError, UnicodeEncodeError) as error:
             partial.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else "it holds text that is not valid Unicode"
+            reason = error.strerror if isinstance(error, OSError) else "it contains text that is not valid Unicode"
             raise InputError(f"cannot save to {path}: {reason}") from error
 
     @staticmethod
@@ -182,7 +182,7 @@ class Conversation:
         """Reads what ``save`` wrote.
 
         Raises:
-            InputError: It is not there, or is something else.
+            InputError: The file cannot be read, or is something else.
         """
         try:
             content = json.loads(path.read_bytes())
@@ -218,11 +218,11 @@ class Reply:
     completion_tokens: int | None = None
     asked: float = field(default_factory=time.monotonic)
     first: float | None = None
-    """When the first piece came."""
+    """Time of the first piece."""
     last: float | None = None
 
     def take(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """Takes an event; yields its pieces: what they are, ``reasoning`` or ``content``, and their text."""
+        """Handles an event; yields its pieces: the kind, ``reasoning`` or ``content``, and the text."""
         usage = event.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = _count(usage.get("prompt_tokens"))
@@ -244,7 +244,7 @@ class Reply:
                 yield kind, text
 
     def used(self) -> int | None:
-        """Tokens of the context that are in use now."""
+        """Number of context tokens in use."""
         if self.prompt_tokens is None or self.completion_tokens is None:
             return None
         return self.prompt_tokens + self.completion_tokens
@@ -255,17 +255,17 @@ class Reply:
         return self.finish_reason == "length" and bool(used and max_model_len and used >= max_model_len)
 
     def statistics(self, max_model_len: int | None) -> str:
-        """Counts and speed for people; empty if the server counts nothing."""
+        """Token counts and speed for display; empty if the server reports no usage."""
         if self.completion_tokens is None:
             return ""
         parts = [f"{self.completion_tokens:,} token{'' if self.completion_tokens == 1 else 's'}"]
         if self.first is None or self.last is None:
-            parts.append("without any text")
+            parts.append("no text")
         else:
             seconds = self.last - self.first
             if self.completion_tokens > 1 and seconds > 0:
                 parts.append(f"{(self.completion_tokens - 1) / seconds:.1f} tokens/s")
-            parts.append(f"first after {self.first - self.asked:.2f} s")
+            parts.append(f"first token after {self.first - self.asked:.2f} s")
         used = self.used()
         if used is not None and max_model_len:
             parts.append(f"context {used:,} of {max_model_len:,}")

@@ -1,4 +1,4 @@
-"""A server of one's own, on a Unix socket that only this user can reach. It ends with the process that started it."""
+"""An own server, on a Unix socket that only this user can access. It exits with the process that started it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from engine_core.launch import child_environment
 
 ROOT = str(Path(__file__).resolve().parents[2])
 MAX_SOCKET_PATH = 100
-"""Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
+"""Maximum length of a socket path in bytes, with some margin (the kernel's limit is 107)."""
 LOG_LINES = 400
 STOP_TIMEOUT = 10.0
 _PROGRESS = re.compile(r"([^:|]{1,60}): +(\d+)%\|")
-"""A progress bar of tqdm: what goes on, and how far it is."""
+"""A tqdm progress bar: description and percentage."""
 _PR_SET_PDEATHSIG = 1
 _START = (
     "import sys; _, parent, root, *arguments = sys.argv; sys.path = [root, *filter(None, sys.path)]; "
     "from api.commands.local_server import follow_parent; follow_parent(int(parent)); "
     "from api.cli import main; sys.exit(main(['serve', *arguments]))"
 )
-"""What the child runs. The empty entry of the path is the current folder, whose files are not ours."""
+"""The child's program. The empty path entry is the current folder, whose modules must not be imported."""
 
 
 class LocalServer:
@@ -42,15 +42,15 @@ class LocalServer:
         """Starts the process.
 
         Args:
-            arguments: Those of ``octavo serve``, without an address.
-            environment: Variables to set beside the present ones.
+            arguments: Arguments of ``octavo serve``, without an address.
+            environment: Additional environment variables.
         """
         self._folder = _make_folder()
         path = f"{self._folder}/server"
         self.url = f"unix:{path}"
         self._log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
         self.progress = ""
-        """What the server is busy with before it listens, such as downloads; empty if it does not say."""
+        """What the server is doing before it listens, such as downloading; empty if not reported."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(os.getpid()), ROOT, *arguments, "--uds", path],
             stdin=subprocess.DEVNULL,
@@ -71,20 +71,20 @@ class LocalServer:
         return self._process.poll()
 
     def log(self) -> list[str]:
-        """The last lines that the server wrote."""
+        """The last lines of the server's log."""
         return list(self._log)
 
     def last_words(self) -> str:
-        """Why the server ended."""
+        """Why the server exited."""
         self._reader.join(timeout=2)
         code = self.exit_code()
-        how = f"with exit code {code}" if code is None or code >= 0 else f"by signal {signal.Signals(-code).name}"
+        how = f"with exit code {code}" if code is None or code >= 0 else f"on {signal.Signals(-code).name}"
         errors = [line.removeprefix("octavo: ") for line in self._log if line.startswith("octavo: ")]
-        reason = "\n".join(errors or [*self._log][-20:]) or "it wrote nothing"
-        return f"the server ended {how}: {reason}"
+        reason = "\n".join(errors or [*self._log][-20:]) or "no output"
+        return f"the server exited {how}: {reason}"
 
     def stop(self) -> None:
-        """Ends the server and removes its socket."""
+        """Stops the server and removes its socket."""
         if self.exit_code() is None:
             self._process.terminate()
             try:
@@ -124,13 +124,13 @@ class LocalServer:
 
 
 def read_progress(line: str) -> str | None:
-    """What a progress bar says, without the bar; None for other lines of the log."""
+    """The text of a progress bar, without the bar; None for other log lines."""
     bar = _PROGRESS.match(line)
     return None if bar is None else f"{bar[1].strip()} {bar[2]} %"
 
 
 def follow_parent(parent: int) -> None:
-    """In the child, before the server is imported: ends this process when its parent does, or at once if it has."""
+    """In the child, before the server is imported: exits this process when its parent exits, or already has."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:

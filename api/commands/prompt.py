@@ -1,4 +1,4 @@
-"""The line in which a person types: history, several lines, completion."""
+"""The input line of a chat: history, multi-line input, completion."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 QUOTES = '"""'
 MAX_HISTORY_BYTES = 1 << 20
-"""A history file longer than this loses its older half when a chat begins."""
-PLACEHOLDER = "Send a message (/help shows the commands)"
+"""A history file longer than this is cut to its newer half when a chat starts."""
+PLACEHOLDER = "Send a message (/help for commands)"
 
 
 def history_path(environment: Mapping[str, str]) -> Path:
-    """Where the history is kept: XDG's folder for state."""
+    """Path of the history file, in the XDG state folder."""
     base = environment.get("XDG_STATE_HOME", "")
     folder = Path(base) if os.path.isabs(base) else Path("~/.local/state").expanduser()
     return folder / "octavo" / "chat_history"
 
 
 def open_history(path: Path) -> History:
-    """The history in a file that only its owner can read; in memory if that cannot be."""
+    """The history, in a file that only its owner can read; in memory if that fails."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -49,7 +49,7 @@ def _shorten(path: Path, size: int) -> None:
 
 
 class _FileHistory(FileHistory):
-    """A full disk costs the history, not the chat."""
+    """Ignores write errors: a full disk must not end the chat."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError, UnicodeEncodeError):
@@ -57,15 +57,15 @@ class _FileHistory(FileHistory):
 
 
 class CommandCompleter(Completer):
-    """Completes commands, and whatever follows some of them."""
+    """Completes commands and their arguments."""
 
     def __init__(
         self, commands: Mapping[str, str], words: Mapping[str, Callable[[], Iterable[str]]], files: Sequence[str]
     ) -> None:
         """Args:
-        commands: What each command does, by its name with the slash.
-        words: What may follow a command.
-        files: Commands that a file name follows.
+        commands: Descriptions of commands by name, including the slash.
+        words: Possible arguments by command.
+        files: Commands that take a file name.
         """
         self._commands = commands
         self._words = words
@@ -90,7 +90,7 @@ class CommandCompleter(Completer):
 
 
 class Prompt:
-    """Reads what a person types."""
+    """Reads the user's input."""
 
     def __init__(self, completer: Completer | None = None, history: History | None = None, hint: str = "") -> None:
         self._session: PromptSession[str] = PromptSession(
@@ -109,7 +109,7 @@ class Prompt:
         )
 
     def read(self) -> str:
-        """The next text, without the quotes around several lines.
+        """The next input, including any triple quotes.
 
         Raises:
             EOFError: Ctrl-D in an empty line, or the end of the input.
@@ -119,13 +119,13 @@ class Prompt:
 
 
 def is_complete(text: str) -> bool:
-    """Whether Enter sends the text; within three quotes it begins a new line."""
+    """Whether Enter sends the text; inside triple quotes it starts a new line."""
     body = text.strip()
     return not body.startswith(QUOTES) or (len(body) >= 2 * len(QUOTES) and body.endswith(QUOTES))
 
 
 def unquote(text: str) -> str | None:
-    """What stands between three quotes, or None if there are none."""
+    """The text inside triple quotes, or None if there are none."""
     body = text.strip()
     if body.startswith(QUOTES) and is_complete(body):
         return body[len(QUOTES) : -len(QUOTES)].strip("\n")

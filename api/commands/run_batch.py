@@ -1,8 +1,8 @@
 """``octavo run-batch``: answers the requests of an OpenAI batch file without a server.
 
-Each line of the input is ``{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}``, each
-line of the output what OpenAI's batch API writes. The requests go through the application that serves, so every
-endpoint that takes JSON can be in a batch.
+Each input line is ``{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}``; output lines
+are as in OpenAI's batch API. Requests go through the server's application, so every endpoint that takes JSON works in
+a batch.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from api.server.app import create_app
 
 DEFAULT_CONCURRENCY = 512
 MAX_WAITING_BYTES = 64 << 20
-"""Of answers that wait in memory for those before them."""
+"""Bytes of finished answers that may wait in memory for earlier ones."""
 TRANSFER_TIMEOUT = 600
-"""Seconds that a download or an upload may stand still."""
+"""Seconds that a download or upload may stall."""
 
 
 class BatchError(Exception):
-    """A batch file cannot be read or written; the message is for a person."""
+    """A batch file cannot be read or written; the message is for the user."""
 
 
 class BatchLine(msgspec.Struct):
-    """A line of the input."""
+    """An input line."""
 
     custom_id: str
     url: str
@@ -67,7 +67,7 @@ class BatchFailure(msgspec.Struct):
 
 
 class BatchResult(msgspec.Struct):
-    """A line of the output. A request that was refused has its answer in ``response``, and says so in ``error``."""
+    """An output line. A rejected request has the response in ``response`` as well as an ``error``."""
 
     id: str
     custom_id: str | None
@@ -76,22 +76,22 @@ class BatchResult(msgspec.Struct):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``run-batch`` beside those of the engine."""
+    """The flags of ``run-batch``, in addition to the engine's."""
     add = parser.add_argument
-    add("-i", "--input-file", required=True, metavar="FILE", help="JSONL of requests: a file, - or an http(s) URL.")
+    add("-i", "--input-file", required=True, metavar="FILE", help="Input in JSONL: a file, - or an http(s) URL.")
     add(
         "-o",
         "--output-file",
         required=True,
         metavar="FILE",
-        help="Where answers go, in the order in which they are ready: a file, - or an http(s) URL for PUT.",
+        help="Output, in request order: a file, - or an http(s) URL for PUT.",
     )
     add(
         "--max-concurrency",
         type=int,
         default=DEFAULT_CONCURRENCY,
         metavar="N",
-        help=f"Requests that are worked on at the same time (default: {DEFAULT_CONCURRENCY}).",
+        help=f"Maximum number of concurrent requests (default: {DEFAULT_CONCURRENCY}).",
     )
 
 
@@ -99,30 +99,30 @@ def run_batch(config: ServerConfig, files: ModelFiles, source: str, target: str,
     """Answers a batch.
 
     Args:
-        config: Resolved, with the model's files in it.
-        files: The model's.
-        source: Path, ``-`` or URL of the requests.
-        target: Path, ``-`` or URL of the answers.
-        max_concurrency: Requests that are open at the same time.
+        config: Resolved, including the model's files.
+        files: The model's files.
+        source: Path, ``-`` or URL of the input.
+        target: Path, ``-`` or URL of the output.
+        max_concurrency: Maximum number of concurrent requests.
 
     Returns:
-        The exit code: 0 also if requests were refused, as their lines say.
+        The exit code: 0 even if requests were rejected; their output lines say so.
 
     Raises:
         BatchError: A file cannot be read or written.
         EngineDeadError: The engine cannot be started.
     """
-    # Nobody but this process can reach the application.
+    # Only this process can reach the application.
     config = msgspec.structs.replace(config, api_key=[])
     with _opened(source, target) as (lines, output):
         counts = uvloop.run(_serve_batch(config, files, lines, output, max(1, max_concurrency)))
-    print(f"octavo: {counts.done} requests, {counts.failed} of them failed", file=sys.stderr)
+    print(f"octavo: {counts.done} requests, {counts.failed} failed", file=sys.stderr)
     return 0
 
 
 @contextlib.contextmanager
 def _opened(source: str, target: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The files of requests and answers; what has a URL is a temporary file here."""
+    """The input and output files; URLs are mapped to temporary files."""
     with contextlib.ExitStack() as stack:
         try:
             lines = stack.enter_context(_open_source(source))
@@ -207,16 +207,16 @@ async def _serve_batch(
 async def answer_lines(
     app: Starlette, lines: IO[bytes], output: IO[bytes], max_concurrency: int, max_line: int
 ) -> Counts:
-    """Answers each line of a batch, and writes the answers down in the order of the lines, as soon as that is possible.
+    """Answers each line of a batch, and writes the answers in input order as soon as possible.
 
-    An answer that is early waits for those before it, in a temporary file if they are many.
+    Early answers wait for those before them, in a temporary file if there are many.
 
     Args:
         app: The application.
-        lines: JSONL; empty lines are left out.
-        output: Takes a line for each of them.
-        max_concurrency: Requests that are open at the same time.
-        max_line: Bytes that a line may have.
+        lines: JSONL; empty lines are skipped.
+        output: Receives a line for each input line.
+        max_concurrency: Maximum number of concurrent requests.
+        max_line: Maximum length of a line in bytes.
     """
     counts = Counts()
     encoder = msgspec.json.Encoder()
@@ -242,24 +242,24 @@ async def answer_lines(
 
 
 class InOrder:
-    """Writes lines in the order of their places. Those that are early wait, and are written at the end in any case."""
+    """Writes lines in order of their places. Early lines wait; on exit, all remaining ones are written."""
 
     def __init__(self, output: IO[bytes], memory: int = MAX_WAITING_BYTES) -> None:
-        """Prepares. ``memory`` is how many bytes of lines may wait in memory; others wait in a temporary file."""
+        """``memory`` is the number of bytes of lines that may wait in memory; more wait in a temporary file."""
         self._output = output
         self._memory = memory
         self._next = 0
-        """The place that is written next."""
+        """The place to write next."""
         self._waiting: dict[int, bytes | tuple[int, int]] = {}
-        """By place: lines, or offset and length in the file."""
+        """By place: the line, or its offset and length in the file."""
         self._num_bytes = 0
-        """Of lines that wait in memory."""
+        """Bytes of lines waiting in memory."""
         self._end = 0
-        """Of the file."""
+        """End of the file."""
         self._file = tempfile.SpooledTemporaryFile[bytes](1)
 
     def put(self, place: int, line: bytes) -> None:
-        """Takes the line of a place; each comes once."""
+        """Adds the line of a place; each place comes once."""
         if place != self._next:
             self._keep(place, line)
             return
@@ -268,7 +268,7 @@ class InOrder:
         while self._next in self._waiting:
             self._write(self._next)
             self._next += 1
-        self._output.flush()  # what was paid for must not be lost with the process
+        self._output.flush()  # finished work must not be lost if the process dies
 
     def _keep(self, place: int, line: bytes) -> None:
         if self._num_bytes + len(line) <= self._memory:
@@ -292,7 +292,7 @@ class InOrder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Also after a failure: lines whose predecessors never came are written all the same."""
+        """Writes all remaining lines, even after a failure."""
         with self._file:
             for place in sorted(self._waiting):
                 self._write(place)
@@ -300,20 +300,20 @@ class InOrder:
 
 
 async def _answer(app: Starlette, number: int, line: bytes, seen: set[str], max_line: int) -> BatchResult:
-    """The output line of an input line, whatever that is."""
+    """The output line for an input line, valid or not."""
     result = BatchResult(f"batch-{secrets.token_hex(12)}", None, None, None)
     try:
         if len(line) > max_line:
-            raise ValueError(f"it is longer than {max_line} bytes (--max-body-size)")
+            raise ValueError(f"longer than {max_line} bytes (--max-body-size)")
         entry = msgspec.json.decode(line, type=BatchLine)
         result.custom_id = entry.custom_id
         if entry.custom_id in seen:
-            raise ValueError("its custom_id was used by an earlier line")
+            raise ValueError("custom_id must be unique, but an earlier line has the same")
         seen.add(entry.custom_id)
         if entry.method != "POST":
-            raise ValueError(f"its method must be POST, got {entry.method}")
+            raise ValueError(f"method must be POST, got {entry.method}")
         if entry.body.get("stream"):
-            raise ValueError("an answer in a batch cannot be streamed")
+            raise ValueError("stream is not supported in a batch")
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         result.error = BatchFailure("invalid_line", f"line {number}: {error}".replace("`", ""))
         return result
@@ -331,7 +331,7 @@ async def _answer(app: Starlette, number: int, line: bytes, seen: set[str], max_
 
 
 async def _call(app: Starlette, entry: BatchLine, request_id: str) -> tuple[int, bytes]:
-    """Sends a request through the application. Returns status and body of the answer."""
+    """Sends a request through the application. Returns the response's status and body."""
     data = msgspec.json.encode(entry.body)
     path = entry.url.partition("?")[0]
     status = 500

@@ -1,4 +1,4 @@
-"""What a chat shows: notes, errors, and answers while they arrive."""
+"""Output of a chat: notes, errors, and answers as they arrive."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from rich.text import Text
 from api.commands.terminal import ERROR, GREY, MarkdownOutput, Output, PlainOutput, visible
 
 SPINNER_DELAY = 0.5
-"""Seconds of silence after which something moves."""
+"""Seconds without output after which a spinner appears."""
 
 
 class Screen:
-    """A terminal for reading and writing."""
+    """Writes to the terminal."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, markup=False, emoji=False)
 
     def note(self, text: str) -> None:
-        """Something that the program says, in grey."""
+        """Prints a note, in grey."""
         self.console.print(Text(visible(text), GREY))
 
     def show(self, text: str) -> None:
-        """What was asked for."""
+        """Prints requested output."""
         self.console.print(Text(visible(text)))
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
-        """Columns, the last of which is wrapped."""
+        """Prints a table; the last column wraps."""
         grid = Table.grid(padding=(0, 2), pad_edge=True)
         for row in rows:
             grid.add_row(*(Text(visible(cell)) for cell in row))
@@ -47,12 +47,12 @@ class Screen:
         self.console.print(Text(visible(text), ERROR))
 
     def answer(self, *, think: bool, markdown: bool) -> Answer:
-        """A place for the next answer."""
+        """A context for showing the next answer."""
         return Answer(self.console, think=think, markdown=markdown)
 
 
 class Answer:
-    """Shows an answer while it arrives; a context that ends what it has begun."""
+    """Shows an answer as it arrives; a context manager that finishes the output."""
 
     def __init__(self, console: Console, *, think: bool, markdown: bool) -> None:
         self._console = console
@@ -82,7 +82,7 @@ class Answer:
             return
         self._end_thinking()
         if self._is_empty:
-            text = text.lstrip("\n")  # what stands between reasoning and answer
+            text = text.lstrip("\n")  # line breaks between reasoning and answer
             self._is_empty = not text
         self._text.feed(text)
 
@@ -109,7 +109,7 @@ class Answer:
 
 
 class Spinner:
-    """Something that moves after a moment of silence. Does nothing where a terminal cannot do it."""
+    """A spinner that appears after a delay. Does nothing if the terminal cannot show it."""
 
     def __init__(self, console: Console, text: str = "", delay: float = SPINNER_DELAY) -> None:
         self._works = console.is_terminal and not console.is_dumb_terminal
@@ -129,11 +129,11 @@ class Spinner:
                 self._status.start()
 
     def update(self, text: str) -> None:
-        """Changes the text beside it."""
+        """Changes the text next to the spinner."""
         self._status.update(Text(visible(text), GREY))
 
     def stop(self) -> None:
-        """Takes it off the screen; it does not come back."""
+        """Removes the spinner for good."""
         if not self._stopped:
             with self._lock:
                 self._stopped = True
@@ -143,7 +143,7 @@ class Spinner:
 
 @contextlib.contextmanager
 def quiet_input() -> Iterator[None]:
-    """Between prompts, keys are not echoed into answers. They are kept for the next line; Ctrl-C still interrupts."""
+    """Disables echo between prompts. Keys are kept for the next prompt; Ctrl-C still interrupts."""
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)
@@ -151,7 +151,7 @@ def quiet_input() -> Iterator[None]:
         yield
         return
     quiet = list(before)
-    quiet[0] &= ~termios.ICRNL  # the Enter key stays one
+    quiet[0] &= ~termios.ICRNL  # keep Enter distinct from Ctrl-J
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
     try:

@@ -1,4 +1,4 @@
-"""The commands of a chat: what begins with a slash."""
+"""The slash commands of a chat."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from api.commands.conversation import DISPLAY, SETTINGS, UNSET, Conversation, In
 from api.commands.screen import Screen
 
 SHOWN = ("messages", "log")
-"""What ``/show`` can show beside the overview."""
+"""Arguments of ``/show``, besides none for the overview."""
 
 
 class Chat(Protocol):
-    """What commands need of the chat that they are typed in."""
+    """The part of a chat that commands need."""
 
     conversation: Conversation
 
@@ -27,7 +27,7 @@ class Chat(Protocol):
     @property
     def screen(self) -> Screen: ...
     def answer(self) -> None:
-        """Asks for the next answer and shows it."""
+        """Requests the next answer and shows it."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Command:
     arguments: str
     help: str
     run: Callable[[Chat, str], bool | None]
-    """Gets what follows the name. Returns False to leave."""
+    """Takes the arguments. Returns False to leave."""
     aliases: tuple[str, ...] = ()
 
 
 def run(chat: Chat, line: str) -> bool:
-    """Follows a line that begins with a slash. Returns whether the chat goes on.
+    """Runs a command line. Returns whether the chat continues.
 
     Raises:
-        InputError: There is no such command, or it cannot be followed.
+        InputError: The command is unknown or invalid.
         ServerError: The server cannot do what the command needs.
     """
     name, _, rest = line[1:].partition(" ")
@@ -57,28 +57,28 @@ def run(chat: Chat, line: str) -> bool:
     names = [name for command in COMMANDS for name in (command.name, *command.aliases)]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean /{close[0]}?" if close else "/help lists the commands."
-    raise InputError(f"unknown command /{name}; {hint} To send a text that begins with a slash, begin it with //")
+    raise InputError(f"unknown command /{name}; {hint} To send text that starts with a slash, start it with //")
 
 
 def setting_names() -> Iterable[str]:
-    """The names that ``/set`` knows."""
+    """The names of all settings."""
     return SETTINGS
 
 
 def _help(chat: Chat, rest: str) -> None:
     lines = [(f"/{command.name} {command.arguments}".strip(), command.help) for command in COMMANDS]
     lines += [
-        ('"""', 'begins a text of several lines, which ends with """; or Alt-Enter, Ctrl-J for a new line'),
-        ("//...", "sends a text that begins with one slash"),
-        ("Ctrl-C", "stops an answer; the conversation goes on"),
-        ("Ctrl-D", "leaves"),
+        ('"""', 'starts multi-line input, which ends with """; Alt-Enter or Ctrl-J also add a line'),
+        ("//...", "sends text that starts with one slash"),
+        ("Ctrl-C", "stops an answer; the conversation continues"),
+        ("Ctrl-D", "exits"),
     ]
     chat.screen.table(lines)
 
 
 def _clear(chat: Chat, rest: str) -> None:
     chat.conversation.clear()
-    chat.screen.note("A new conversation. The system prompt and the settings stay.")
+    chat.screen.note("Started a new conversation. System prompt and settings are kept.")
 
 
 def _system(chat: Chat, rest: str) -> None:
@@ -86,7 +86,7 @@ def _system(chat: Chat, rest: str) -> None:
     if rest:
         conversation.system = "" if rest.lower() in UNSET else rest.strip('"')
     system = conversation.system
-    chat.screen.note(f"System prompt: {system}" if system else "There is no system prompt. /system TEXT sets one.")
+    chat.screen.note(f"System prompt: {system}" if system else "No system prompt. Set one with /system TEXT.")
 
 
 def _set(chat: Chat, rest: str) -> None:
@@ -95,7 +95,7 @@ def _set(chat: Chat, rest: str) -> None:
     text = text.strip()
     if not name:
         chat.screen.table((name, _value(chat, name), known.help) for name, known in SETTINGS.items())
-        chat.screen.note("/set NAME VALUE sets one, /set NAME default takes it back.")
+        chat.screen.note("/set NAME VALUE sets a parameter, /set NAME default resets it.")
         return
     known = setting(name)
     if not text:
@@ -122,11 +122,11 @@ def _show(chat: Chat, rest: str) -> None:
             chat.screen.note(f"{message['role']}:")
             chat.screen.show(message["content"])
         if not conversation.messages:
-            chat.screen.note("Nothing was said yet.")
+            chat.screen.note("No messages yet.")
     elif rest == "log":
         if backend.own is None:
-            raise InputError("the server is not one of this chat's, so its log is elsewhere")
-        chat.screen.show("\n".join(backend.own.log()[-40:]) or "The server wrote nothing.")
+            raise InputError("no log: this chat did not start the server")
+        chat.screen.show("\n".join(backend.own.log()[-40:]) or "The log is empty.")
     elif rest:
         raise InputError(f"/show: expected nothing or one of {', '.join(SHOWN)}, got {rest!r}")
     else:
@@ -134,7 +134,7 @@ def _show(chat: Chat, rest: str) -> None:
         settings = [f"{name} {_value(chat, name)}" for name in conversation.settings]
         lines = {
             "model": model.name,
-            "context": f"{model.max_model_len:,} tokens" if model.max_model_len else "not known",
+            "context": f"{model.max_model_len:,} tokens" if model.max_model_len else "unknown",
             "server": backend.client.url if backend.own is None else f"started by this chat, process {backend.own.pid}",
             "system prompt": conversation.system or "none",
             "settings": ", ".join(settings) or "defaults",
@@ -178,7 +178,7 @@ def _model(chat: Chat, rest: str) -> None:
 
 def _regenerate(chat: Chat, rest: str) -> None:
     if not chat.conversation.take_back():
-        raise InputError("there is no question to answer again")
+        raise InputError("there is no answer to regenerate")
     chat.answer()
 
 
@@ -188,13 +188,13 @@ def _bye(chat: Chat, rest: str) -> bool:
 
 COMMANDS = (
     Command("help", "", "list the commands", _help, ("?",)),
-    Command("clear", "", "begin a new conversation", _clear),
-    Command("system", "TEXT", "set or show the system prompt; /system none removes it", _system),
+    Command("clear", "", "start a new conversation", _clear),
+    Command("system", "TEXT", "set or show the system prompt; /system none clears it", _system),
     Command("set", "NAME VALUE", "set a parameter; /set lists them", _set),
-    Command("show", "[messages|log]", "show model, server and settings; the conversation; the server's log", _show),
+    Command("show", "[messages|log]", "show model, server and settings, the conversation, or the server's log", _show),
     Command("save", "FILE", "save the conversation", _save),
-    Command("load", "FILE", "go on with a saved conversation", _load),
-    Command("model", "[NAME]", "list the server's models, or choose another", _model),
-    Command("regenerate", "", "answer the last question again", _regenerate, ("retry",)),
-    Command("bye", "", "leave", _bye, ("exit", "quit")),
+    Command("load", "FILE", "continue a saved conversation", _load),
+    Command("model", "[NAME]", "list the server's models, or switch to another", _model),
+    Command("regenerate", "", "regenerate the last answer", _regenerate, ("retry",)),
+    Command("bye", "", "exit the chat", _bye, ("exit", "quit")),
 )

@@ -1,4 +1,4 @@
-"""``octavo chat`` and ``octavo complete``: talk to a model, in a terminal or in a pipe."""
+"""``octavo chat`` and ``octavo complete``, in a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = ("chat", "complete")
 ADDRESS_FLAGS = ("host", "port", "uds")
 COMPLETION_TOKENS = 128
 LEAVE_TIMEOUT = 15.0
-"""Seconds from a signal to the end, whatever happens."""
+"""Maximum seconds from a signal to exit."""
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -42,7 +42,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         print(f"octavo: {visible(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; the flush at exit shall not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; the flush at exit must not fail
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -50,7 +50,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a command, and the flags that are for a server of its own. Ends the program if one is wrong."""
+    """The options of a command, and the flags for its own server. Exits on invalid flags."""
     brief = _parser(command, is_full=False)
     if any(argument in ("-h", "--help") for argument in arguments):
         brief.print_help()
@@ -62,7 +62,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, l
         options.words.insert(0, given.pop("model"))
     for name in ADDRESS_FLAGS:
         if name in given:
-            full.error(f"--{name} is for octavo serve; name a server that runs with --url")
+            full.error(f"--{name} is a flag of octavo serve; use --url to select a running server")
     for name in ("temperature", "max_tokens"):
         if getattr(options, name) is not None:
             try:
@@ -73,21 +73,21 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, l
 
 
 def short_parser(command: str) -> Parser:
-    """The flags of ``octavo chat`` or ``octavo complete``, without those of a server."""
+    """The flags of ``octavo chat`` or ``octavo complete``, without those of ``octavo serve``."""
     return _parser(command, is_full=False)
 
 
 def _parser(command: str, *, is_full: bool) -> Parser:
-    """The flags of a command; the full one also takes those of ``octavo serve``, where none of ours has their name."""
+    """The flags of a command; if full, also those of ``octavo serve`` that do not clash with them."""
     is_chat = command == "chat"
     parser = Parser(
         f"octavo {command}",
-        "Talk to a model." if is_chat else "Let a model complete texts.",
+        "Chat with a model." if is_chat else "Complete text with a model.",
         usage="[MODEL] [TEXT] [flags]",
     )
     parser.epilog = (
-        "If no server runs, one is started and ends with the command; it takes the flags of octavo serve. "
-        "Text in a pipe is one question, and only the answer is printed."
+        "If no server is running, the command starts its own, which takes the flags of octavo serve and stops with the "
+        "command. Piped text is one question, and only the answer is printed."
     )
     if is_full:
         parser.conflict_handler = "resolve"
@@ -98,23 +98,23 @@ def _parser(command: str, *, is_full: bool) -> Parser:
         "words",
         nargs="*",
         metavar="MODEL TEXT",
-        help="Hub id, folder or GGUF file, as for octavo serve; default: what the server has, or the demo model. With "
-        "a text, print the answer and end; the text - stands for what is piped in.",
+        help="Hub id, folder or GGUF file, as for octavo serve; default: the server's model, or the demo model. With "
+        "TEXT, print the answer and exit; - stands for piped input.",
     )
     own = parser.add_argument_group("flags")
-    own.add_argument("--url", help=f"Server, or unix:PATH for a Unix socket (default: {DEFAULT_URL}).")
-    own.add_argument("--model-name", help="Model to use, by its name on the server. Default: the first.")
-    own.add_argument("--api-key", help="Key of the server. Default: OCTAVO_API_KEY or VLLM_API_KEY.")
-    own.add_argument("--max-tokens", help="Longest answer in tokens.")
-    own.add_argument("--temperature", help="0: the most likely words; higher: more variety.")
-    own.add_argument("-q", "--quick", metavar="TEXT", help="Send this one text, print the answer and end.")
+    own.add_argument("--url", help=f"URL of the server, or unix:PATH for a Unix socket (default: {DEFAULT_URL}).")
+    own.add_argument("--model-name", help="Name of the model on the server. Default: the first.")
+    own.add_argument("--api-key", help="API key of the server. Default: OCTAVO_API_KEY or VLLM_API_KEY.")
+    own.add_argument("--max-tokens", help="Maximum length of an answer in tokens.")
+    own.add_argument("--temperature", help="0: always the most likely token; higher: more variety.")
+    own.add_argument("-q", "--quick", metavar="TEXT", help="Send this text, print the answer and exit.")
     if is_chat:
-        own.add_argument("--system-prompt", help="What the model is told before the conversation.")
+        own.add_argument("--system-prompt", help="System prompt for the conversation.")
     return parser
 
 
 def _as_flags(given: Mapping[str, Any]) -> list[str]:
-    """Parsed flags of ``octavo serve`` as they are written."""
+    """Parsed flags of ``octavo serve``, as command-line arguments."""
     flags: list[str] = []
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
@@ -135,7 +135,7 @@ def _run(command: str, options: argparse.Namespace, serve_flags: list[str]) -> i
     is_interactive = not texts and sys.stdin.isatty() and sys.stdout.isatty()
     text = None if is_interactive else _question(texts)
     if text is not None and not text.strip():
-        raise InputError("there is nothing to answer: the text is empty")
+        raise InputError("the text is empty")
     settings = {name: value for name in ("temperature", "max_tokens") if (value := getattr(options, name)) is not None}
     console = Console(stderr=not is_interactive, highlight=False, markup=False, emoji=False)
     with Backend(wish, console) as backend:
@@ -164,7 +164,7 @@ def _chat(backend: Backend, conversation: Conversation) -> None:
 
 
 def _question(texts: Sequence[str]) -> str:
-    """The one text to send; what is piped in stands where a dash is."""
+    """The text to send; piped input replaces a dash."""
     if not texts:
         return sys.stdin.read().rstrip("\n")
     return " ".join(sys.stdin.read().rstrip("\n") if text == "-" else text for text in texts)
@@ -184,13 +184,13 @@ def _answer(backend: Backend, conversation: Conversation) -> None:
 
 
 def _complete(backend: Backend, settings: Mapping[str, Any], text: str | None) -> None:
-    """Prints texts and how the model goes on."""
+    """Prints texts with the model's completions."""
     if text is not None:
         _complete_one(backend, settings, text)
         return
     from api.commands.prompt import Prompt
 
-    prompt = Prompt(hint="Begin a text (Ctrl-D leaves)")
+    prompt = Prompt(hint="Start a text (Ctrl-D exits)")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             typed = prompt.read()
@@ -232,10 +232,10 @@ def _output(*, has_markdown: bool) -> Output:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the stack, so that a server of our own is stopped.
+    """Lets SIGTERM and SIGHUP unwind the stack, so that an own server is stopped.
 
-    Code that happens to run may swallow an exception that comes out of nowhere, so there is a deadline, too; the kernel
-    stops the server then.
+    Running code may swallow the exception, so there is also a deadline, after which the process exits; the kernel then
+    stops the server.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -48,7 +48,7 @@ def _load_api() -> None:
         return
     spec = importlib.machinery.PathFinder.find_spec("api", [inside])
     if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} is missing: install octavo again")
+        raise ImportError(f"{folder} is missing: reinstall octavo")
     module = sys.modules["api"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

@@ -138,7 +138,7 @@ def test_a_batch_file(tiny_model: Path, tmp_path: Path) -> None:
         "run-batch", "-i", str(source), "-o", str(target), str(tiny_model), "--kv-cache-memory", "16MiB", timeout=200
     )
     assert result.returncode == 0, result.stderr
-    assert "22 requests, 1 of them failed" in result.stderr
+    assert "22 requests, 1 failed" in result.stderr
     answers = {answer["custom_id"]: answer for answer in map(json.loads, target.read_text().splitlines())}
     assert len(answers) == 22
     assert answers["vector"]["response"]["body"]["data"][0]["embedding"]

@@ -141,7 +141,7 @@ def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
     assert chat.ask("Hi there") == "Hello world."
     assert chat.text(".from-assistant strong") == "world"
     assert chat.text(".stats").startswith("3 tokens · ")
-    assert "tokens/s" in chat.text(".stats") and "first after" in chat.text(".stats")
+    assert "tokens/s" in chat.text(".stats") and "first token after" in chat.text(".stats")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Hi there"}]
     assert script.requests[0]["stream_options"] == {"include_usage": True}
 

@@ -246,21 +246,21 @@ def test_commands_that_need_no_server(chat: Chat, tmp_path: Path) -> None:
     said(chat, "/clear")
     assert chat.conversation.messages == [] and chat.conversation.system == "Be brief."
     assert "2 messages" in said(chat, f"/load {tmp_path}/a.json") and len(chat.conversation.messages) == 2
-    assert "no system prompt" in said(chat, "/system none")
+    assert "No system prompt" in said(chat, "/system none")
     assert said(chat, "   ") == ""
     assert not chat.handle("/bye") and not chat.handle("/exit")
     for line, problem in [
-        ("/hlep", r"unknown command /hlep; did you mean /help\?.*begin it with //"),
+        ("/hlep", r"unknown command /hlep; did you mean /help\?.*start it with //"),
         ("/usr/bin/env\nfoo", "unknown command"),
         ("/set temperatre 1", "did you mean temperature"),
         ("/save", "needs a file name"),
         ("/show x", "expected nothing or one of messages, log"),
-        ("/show log", "not one of this chat's"),
+        ("/show log", "this chat did not start the server"),
     ]:
         with pytest.raises(InputError, match=problem):
             chat.handle(line)
     chat.conversation.clear()
-    with pytest.raises(InputError, match="no question"):
+    with pytest.raises(InputError, match="no answer to regenerate"):
         chat.handle("/retry")
 
 
@@ -290,7 +290,7 @@ def test_flags_of_serve_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--port", "1"], "--port is for octavo serve"),
+        (["--port", "1"], "--port is a flag of octavo serve"),
         (["--temperatur", "1"], "did you mean --temperature"),
         (["--temperature", "hot"], "--temperature: expected a number"),
         (["--max-tokens", "0"], "--max-tokens: expected a whole number of at least 1"),
@@ -304,7 +304,7 @@ def test_bad_flags_of_chat(arguments: list[str], problem: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://a:b", "http://x:99999"])
 def test_bad_urls(url: str) -> None:
-    with pytest.raises(ServerError, match="expected something like http://127.0.0.1:8000"):
+    with pytest.raises(ServerError, match="expected a URL such as http://127.0.0.1:8000"):
         Client(url)
 
 

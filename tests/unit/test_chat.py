@@ -162,7 +162,7 @@ def test_a_conversation_and_its_end(chat: Terminal, server: ScriptedServer) -> N
     assert server.texts() == ["hello", "echo hello", "/slash"]
     chat.expect(PROMPT)
     chat.type("\x03")
-    chat.expect("press Ctrl-D or type /bye")
+    chat.expect("Press Ctrl-D or type /bye")
     chat.expect(PROMPT)
     chat.type("half a line\x03")
     chat.type("\x04")
@@ -268,14 +268,14 @@ def test_commands(chat: Terminal, server: ScriptedServer, tmp_path: Path) -> Non
     command("/model second", r"\* second")
     command("two", "echo two")
     assert server.requests[-1]["model"] == "second" and server.texts() == ["Be brief.", "one", "echo one", "two"]
-    command("/model third", "no model third, it has first, second")
+    command("/model third", "no model third; choose from first, second")
     chat.enter("/bye")
     assert chat.wait() == 0 and json.loads((tmp_path / "talk.json").read_text())["model"] == "first"
 
 
 def test_completion_shows_commands(chat: Terminal) -> None:
     chat.type("/reg")
-    chat.expect("answer the last question again")
+    chat.expect("regenerate the last answer")
     chat.type("\t")
     chat.expect("enerate")
 
@@ -290,7 +290,7 @@ def test_what_goes_wrong_is_one_line_and_the_conversation_goes_on(chat: Terminal
     chat.expect(PROMPT)
     chat.enter("too long")
     chat.expect("has room for 100 tokens")
-    chat.expect("/clear begins a new")
+    chat.expect("/clear starts a new")
     chat.expect(PROMPT)
     chat.enter("fill")
     chat.expect("context is full. /clear")
@@ -368,7 +368,7 @@ def test_errors_in_a_pipe(server: ScriptedServer) -> None:
         (piped(server, text="too long"), "has room for 100 tokens. (status 400)"),
         (piped(server, text="fail"), "the engine failed"),
         (piped(server, text=" \n"), "the text is empty"),
-        (piped(server, "--model-name", "third", text="x"), "the server has no model third, it has first, second"),
+        (piped(server, "--model-name", "third", text="x"), "the server has no model third; choose from first, second"),
         (piped(None, text="x"), "no server at http://127.0.0.1"),
     ]:
         assert result.returncode == 1 and result.stdout == b""

@@ -74,7 +74,7 @@ async def test_a_bad_line_fails_alone() -> None:
     assert status == {"bad": 400, "model": 404, "url": 404, "get": 405}
     assert "temperature" in by_id["bad"][0]["error"]["message"]
     assert by_id["bad"][0]["response"]["body"]["error"]["param"] == "temperature"
-    assert "streamed" in by_id["stream"][0]["error"]["message"]
+    assert "stream is not supported" in by_id["stream"][0]["error"]["message"]
     assert "POST" in by_id["method"][0]["error"]["message"]
     unnamed = [result["error"]["message"] for result in by_id[None]]
     assert len(unnamed) == 5 and all(message.startswith("line ") for message in unnamed)

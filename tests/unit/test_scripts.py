@@ -149,7 +149,7 @@ def test_errors_and_early_ends_of_a_stream_are_noticed() -> None:
     stream = sse_client.EventStream()
     stream.feed(event({"text": "x"}))
     stream.finish()
-    assert "ended before" in stream.error
+    assert "ended early" in stream.error
     stream = sse_client.EventStream()
     stream.feed(event({"text": "x"}) + b'data: {"error": {"message": "broken"}}\n\ndata: [DONE]\n\n')
     stream.finish()
@@ -258,7 +258,7 @@ async def test_failures_are_counted_by_their_reason() -> None:
         options = {"base_url": url, "model": "toy", "token_ids": True, "warmup": 0, "num_prompts": 4}
         refused = await bench_serve.run(Options(input_len=3, **options))
         broken = await bench_serve.run(Options(input_len=4, **options))
-        with pytest.raises(OSError, match="warming up: status 503"):
+        with pytest.raises(OSError, match="no warm-up request succeeded: status 503"):
             await bench_serve.run(Options(input_len=3, **options | {"warmup": 1}))
     assert refused.errors() == {'status 503: {"error": "no place"}': 4}
     assert broken.errors() == {"ConnectionError: the server closed the connection": 4}
@@ -300,7 +300,7 @@ def test_flags_of_vllm_bench_serve(capsys: pytest.CaptureFixture[str]) -> None:
         ("--goodput ttft", "--goodput ttft: expected ttft:MS"),
         ("--token-ids --endpoint chat", "--token-ids needs --endpoint completions"),
         ("--request-rate 0", "--request-rate and --burstiness must be greater than 0"),
-        ("--extra-body [", "--extra-body: a JSON object is expected"),
+        ("--extra-body [", "--extra-body: expected a JSON object"),
         ("--num-promts 3", "unknown option --num-promts; did you mean --num-prompts?"),
     ],
 )
@@ -330,11 +330,11 @@ def test_datasets(tmp_path: Path) -> None:
     first, second = datasets.read_samples("custom", str(file))
     assert first == ("x", 3, "") and second.output_len is None and datasets.plain(second.prompt) == "y"
     for kind, content, message in (
-        ("custom", "{}", "line 1: a line has none of"),
+        ("custom", "{}", "line 1: expected one of"),
         ("custom", "nonsense", "line 1: "),
-        ("custom", "", "no prompt in it"),
-        ("sharegpt", "{}", "a list of conversations is expected"),
-        ("sharegpt", "[]", "no prompt in it"),
+        ("custom", "", "no prompts found"),
+        ("sharegpt", "{}", "expected a list of conversations"),
+        ("sharegpt", "[]", "no prompts found"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):

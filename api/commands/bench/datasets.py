@@ -1,4 +1,4 @@
-"""Where the prompts of a benchmark come from: files in the formats that vLLM's benchmarks read."""
+"""Prompts for benchmarks, from files in the formats of vLLM's benchmarks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any, NamedTuple
 
 DATASETS = ("random", "sharegpt", "custom")
 COMMON_IDS = 32_000
-"""Token ids below this are those of frequent tokens in most vocabularies, and exist in all models of a size."""
+"""Token ids below this are frequent tokens in most vocabularies, and exist in all common models."""
 
 
 class Sample(NamedTuple):
-    """A prompt, and how long its answer should be."""
+    """A prompt and the length of its answer."""
 
     prompt: Any
-    """A text, or chat messages."""
+    """Text or chat messages."""
     output_len: int | None = None
-    """Tokens; None if the file does not say."""
+    """In tokens; None if the file has none."""
     answer: str = ""
-    """What was answered once, if the file has it: its length is that of the answer to ask for."""
+    """The recorded answer, if any, which sets the output length."""
 
 
 def read_samples(name: str, path: str) -> list[Sample]:
     """Reads a dataset.
 
     Args:
-        name: ``sharegpt``: a JSON list of ``conversations``, of which the first two turns count. ``custom``: a JSON
-            object on each line with ``prompt``, ``question``, ``text`` or ``messages``, and perhaps ``output_tokens``.
+        name: ``sharegpt``: a JSON list of ``conversations``, of which the first two turns are used. ``custom``: a JSON
+            object per line with ``prompt``, ``question``, ``text`` or ``messages``, and optionally ``output_tokens``.
         path: The file.
 
     Raises:
-        ValueError: It cannot be read, or nothing in it can be used.
+        ValueError: The file cannot be read, or has no usable prompt.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -41,13 +41,13 @@ def read_samples(name: str, path: str) -> list[Sample]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not samples:
-        raise ValueError(f"{path}: no prompt in it")
+        raise ValueError(f"{path}: no prompts found")
     return samples
 
 
 def _sharegpt(content: Any) -> Iterator[Sample]:
     if not isinstance(content, list):
-        raise ValueError("a list of conversations is expected")
+        raise ValueError("expected a list of conversations")
     for entry in content:
         turns = entry.get("conversations", entry.get("conversation")) if isinstance(entry, dict) else None
         if isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, dict) for turn in turns[:2]):
@@ -67,19 +67,19 @@ def _custom(text: str) -> Iterator[Sample]:
 
 
 def prompt_of(line: dict[str, Any]) -> Any:
-    """The prompt on a line of a JSONL file.
+    """The prompt in a line of a JSONL file.
 
     Raises:
-        ValueError: None of the known keys is there.
+        ValueError: The line has none of the known keys.
     """
     for key in ("question", "prompt", "text", "messages"):
         if isinstance(line, dict) and key in line:
             return line[key]
-    raise ValueError(f"a line has none of question, prompt, text, messages: {str(line)[:80]}")
+    raise ValueError(f"expected one of question, prompt, text, messages in each line, got {str(line)[:80]}")
 
 
 def plain(prompt: Any) -> Any:
-    """Chat messages as a text, for an endpoint without a template; anything else as it is."""
+    """Chat messages as plain text, for an endpoint without a template; anything else unchanged."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
         return "\n".join(str(message.get("content")) for message in prompt)
     return prompt
@@ -91,6 +91,6 @@ def vary(source: random.Random, length: int, ratio: float) -> int:
 
 
 def random_ids(source: random.Random, count: int, vocab_size: int) -> list[int]:
-    """Token ids; the lowest are left out, which are special tokens in many vocabularies."""
+    """Random token ids, without the lowest, which are often special tokens."""
     low = min(256, vocab_size - 1)
     return [source.randrange(low, vocab_size) for _ in range(count)]

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which that share of sorted values lies, interpolated between neighbours."""
+    """The percentile of sorted values, interpolated between neighbours."""
     position = (len(ordered) - 1) * percent / 100
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
@@ -47,14 +47,14 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, float, 
 
 
 def format_comparison(rows: Sequence[tuple[str, float, float, float]], old_name: str, new_name: str) -> str:
-    """The table that ``compare`` makes, as text."""
+    """The table from ``compare``, as text."""
     lines = [f"{'':28} {old_name[:14]:>14} {new_name[:14]:>14}    ratio"]
     lines += [f"{key:28} {before:14.6g} {after:14.6g} {ratio:8.3f}" for key, before, after, ratio in rows]
     return "\n".join(lines)
 
 
 def format_distributions(named: dict[str, dict[str, float]]) -> str:
-    """Distributions as a table, one a line."""
+    """Distributions as a table, one per line."""
     columns = ("mean", "median", "p90", "p95", "p99", "max")
     lines = [f"{'':22}" + "".join(f"{column:>10}" for column in columns)]
     for name, figures in named.items():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from api.commands.bench.figures import percentile
 from api.commands.bench.offline import Engine, random_prompt, sampling, write_json
 
-DESCRIPTION = "Measure how long one batch takes, without a server: each time with new random prompts."
+DESCRIPTION = "Measure the latency of one batch without a server, with new random prompts each time."
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of ``Settings``."""
     defaults = Settings()
     add = parser.add_argument_group("Benchmark").add_argument
-    add("--input-len", type=int, metavar="N", default=defaults.input_len, help="Tokens of a prompt (default: 32).")
-    add("--output-len", type=int, metavar="N", default=defaults.output_len, help="Tokens of an answer (default: 128).")
-    add("--batch-size", type=int, metavar="N", default=defaults.batch_size, help="Prompts of a batch (default: 8).")
-    add("--n", type=int, metavar="N", default=defaults.n, help="Completions of each prompt (default: 1).")
+    add("--input-len", type=int, metavar="N", default=defaults.input_len, help="Tokens per prompt (default: 32).")
+    add("--output-len", type=int, metavar="N", default=defaults.output_len, help="Tokens per answer (default: 128).")
+    add("--batch-size", type=int, metavar="N", default=defaults.batch_size, help="Prompts per batch (default: 8).")
+    add("--n", type=int, metavar="N", default=defaults.n, help="Completions per prompt (default: 1).")
     add(
         "--num-iters-warmup",
         type=int,
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.num_iters_warmup,
         help="Warm-up batches (default: 2).",
     )
-    add("--num-iters", type=int, metavar="N", default=defaults.num_iters, help="Batches that count (default: 10).")
-    add("--disable-detokenize", action="store_true", help="Make token ids only, no text.")
-    add("--output-json", metavar="FILE", help="Write the figures there.")
+    add("--num-iters", type=int, metavar="N", default=defaults.num_iters, help="Measured batches (default: 10).")
+    add("--disable-detokenize", action="store_true", help="Skip detokenisation.")
+    add("--output-json", metavar="FILE", help="Write the results to this file.")
 
 
 def run(engine: Engine, settings: Settings) -> dict[str, Any]:
-    """Measures, prints the figures and returns them: seconds for each batch."""
+    """Measures, prints and returns the results: seconds per batch."""
     source = random.Random(0)
     params = sampling(settings.output_len, settings.n, detokenize=not settings.disable_detokenize)
 

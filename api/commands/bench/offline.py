@@ -1,4 +1,4 @@
-"""What the benchmarks of the offline engine share."""
+"""Shared parts of the offline benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from api.params.sampling import SamplingParams
 
 
 class Engine(Protocol):
-    """``LLM``, as far as a benchmark needs it."""
+    """The part of ``LLM`` that benchmarks need."""
 
     def generate(
         self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams], *, use_tqdm: bool = True
@@ -25,19 +25,19 @@ class Engine(Protocol):
 
 
 def random_prompt(source: random.Random, tokenizer: Tokenizer, length: int) -> dict[str, list[int]]:
-    """A prompt of that many random token ids."""
+    """A prompt of ``length`` random token ids."""
     return {"prompt_token_ids": random_ids(source, length, min(tokenizer.vocab_size, COMMON_IDS))}
 
 
 def sampling(output_len: int, n: int, *, detokenize: bool) -> SamplingParams:
-    """Parameters of a request that runs for exactly ``output_len`` tokens."""
+    """Parameters of a request that generates exactly ``output_len`` tokens."""
     return SamplingParams(
         n=n, temperature=1.0, top_p=1.0, ignore_eos=True, max_tokens=output_len, detokenize=detokenize
     )
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
-    """Writes the figures, if a file was named; a file that cannot be written loses nothing else."""
+    """Writes the results if a file is given; write errors are only reported."""
     if path is None:
         return
     try:

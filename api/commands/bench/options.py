@@ -1,4 +1,4 @@
-"""What ``octavo bench serve`` is asked to do: its own flags, and those of ``vllm bench serve``."""
+"""Options of ``octavo bench serve``: its own flags, and those of ``vllm bench serve``."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ from api.flags import ConfigError, Parser
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 BACKENDS = {"octavo": "completions", "vllm": "completions", "openai": "completions", "openai-chat": "chat"}
-"""Names of vLLM's benchmark for the two protocols."""
+"""The endpoint for each backend name of vLLM's benchmark."""
 SAMPLING = ("top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 IDLE = {
     "tokenizer": "the server counts tokens",
     "tokenizer_mode": "the server counts tokens",
-    "trust_remote_code": "no code is loaded",
+    "trust_remote_code": "no remote code is loaded",
     "disable_tqdm": "there is no progress bar",
-    "ready_check_timeout_sec": "the server is asked once",
-    "percentile_metrics": "all are reported",
+    "ready_check_timeout_sec": "readiness is checked once",
+    "percentile_metrics": "all metrics are reported",
     "metric_percentiles": "50, 90, 95 and 99 are reported",
-    "disable_shuffle": "files are read in their order",
+    "disable_shuffle": "files are read in order",
 }
-"""Options of vLLM's benchmark that change nothing here, and why."""
+"""Options of vLLM's benchmark that have no effect here, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to send. Lengths are in tokens, times in seconds."""
+    """The load to generate. Lengths are in tokens, times in seconds."""
 
     base_url: str = "http://127.0.0.1:8000"
     api_key: str | None = None
     model: str = ""
-    """Default: the first that the server lists."""
+    """Default: the first model that the server lists."""
     endpoint: str = "completions"
     """completions or chat."""
     num_prompts: int = 200
     max_concurrency: int | None = None
-    """Requests that are open at the same time at most. None: 32 in the closed loop, no bound in the open one."""
+    """Maximum number of open requests. None: 32 in a closed loop, no limit in an open loop."""
     request_rate: float = math.inf
-    """Arrivals per second; infinite: the closed loop."""
+    """Arrivals per second; infinite: a closed loop."""
     burstiness: float = 1.0
-    """Shape of the gamma distribution of the time between arrivals. 1: a Poisson process; less: more in bursts."""
+    """Shape of the gamma distribution of inter-arrival times. 1: a Poisson process; less: more bursty."""
     input_len: int = 128
     output_len: int = 128
     range_ratio: float = 0.0
-    """Lengths are drawn evenly between (1 - r) and (1 + r) times the given ones."""
+    """Lengths are drawn uniformly between (1 - r) and (1 + r) times the given ones."""
     prefix_len: int = 0
-    """Tokens at the start that prompts share, beside ``input_len``."""
+    """Shared prefix tokens, in addition to ``input_len``."""
     num_prefixes: int = 1
     dataset_name: str = "random"
     dataset_path: str = ""
-    """The file of a dataset that is not random."""
+    """File of the dataset, unless random."""
     dataset_output_len: int | None = None
-    """Length of answers to it. None: what it says, else ``output_len``."""
+    """Output length for the dataset. None: from the dataset, or else ``output_len``."""
     token_ids: bool = False
     vocab_size: int = 32000
     ignore_eos: bool = True
     temperature: float = 0.0
     extra_body: dict[str, Any] = field(default_factory=dict)
     warmup: int = 8
-    """Requests before the clock starts, with prompts of their own."""
+    """Warm-up requests before measuring, with separate prompts."""
     seed: int = 0
     timeout: float = 600.0
     insecure: bool = False
-    """Trust any certificate."""
+    """Do not verify certificates."""
     keep_text: bool = False
     label: str = ""
     goodput: dict[str, float] = field(default_factory=dict)
-    """Bounds in milliseconds on ``ttft``, ``tpot`` and ``e2el`` that a good request keeps."""
+    """Limits in milliseconds on ``ttft``, ``tpot`` and ``e2el`` for a good request."""
 
     @property
     def path(self) -> str:
-        """The endpoint's."""
+        """Path of the endpoint."""
         return PATHS[self.endpoint]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where figures go."""
+    """Where results go."""
 
     json: str | None = None
     compare: str | None = None
@@ -96,7 +96,7 @@ class Output:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, Output]:
-    """Reads the command line. Ends the process with one line about what is wrong."""
+    """Parses the command line. Exits with a one-line message on errors."""
     parser = create_parser()
     given = parser.parse(arguments)
     try:
@@ -115,7 +115,7 @@ def _resolve(given: dict[str, Any]) -> tuple[Options, Output]:
     try:
         given["extra_body"] = {**body, **json.loads(given.get("extra_body", "{}"))}
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"--extra-body: a JSON object is expected: {error}") from None
+        raise ConfigError(f"--extra-body: expected a JSON object: {error}") from None
     host, port = given.pop("host", None), given.pop("port", None)
     if "base_url" not in given and (host or port):
         name = host or "127.0.0.1"
@@ -152,44 +152,58 @@ def _bound(word: str) -> tuple[str, float]:
 
 
 def create_parser() -> Parser:
-    """The command line. A flag that is not given leaves nothing behind: ``Options`` has the defaults."""
-    parser = Parser("octavo bench serve", "Measure a running server that speaks OpenAI's protocol under load.")
+    """The command line. Flags that are not given are absent: ``Options`` has the defaults."""
+    parser = Parser("octavo bench serve", "Benchmark a running OpenAI-compatible server under load.")
     parser.argument_default = argparse.SUPPRESS
     defaults = Options()
 
     add = parser.add_argument_group("Server").add_argument
-    add("--base-url", help=f"Server (default: {defaults.base_url}); or --host and --port.")
-    add("--host", help="Its host.")
-    add("--port", type=int, metavar="N", help="Its port.")
-    add("--insecure", action="store_true", help="Trust any certificate.")
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="Default: OPENAI_API_KEY.")
-    add("--model", help="Default: the first that the server lists.")
-    add("--served-model-name", help="The same, and goes before --model.")
-    add("--backend", "--endpoint-type", choices=tuple(BACKENDS), help="openai-chat: the same as --endpoint chat.")
+    add("--base-url", help=f"URL of the server (default: {defaults.base_url}); or --host and --port.")
+    add("--host", help="Host of the server.")
+    add("--port", type=int, metavar="N", help="Port of the server.")
+    add("--insecure", action="store_true", help="Do not verify certificates.")
+    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="API key. Default: OPENAI_API_KEY.")
+    add("--model", help="Model. Default: the first that the server lists.")
+    add("--served-model-name", help="Model, overriding --model.")
+    add("--backend", "--endpoint-type", choices=tuple(BACKENDS), help="openai-chat: same as --endpoint chat.")
     add("--endpoint", metavar="PATH", help="completions or chat, or their paths (default: completions).")
 
     add = parser.add_argument_group("Requests").add_argument
     add("--num-prompts", type=int, metavar="N", help=f"Requests to measure (default: {defaults.num_prompts}).")
-    add("--max-concurrency", type=int, metavar="N", help="Open requests at most (closed loop: 32 if not given).")
+    add("--max-concurrency", type=int, metavar="N", help="Maximum open requests (default in a closed loop: 32).")
     add("--request-rate", type=float, metavar="R", help="Arrivals per second; inf (the default): a closed loop.")
-    add("--burstiness", type=float, metavar="X", help="1 (the default): Poisson arrivals; less: more in bursts.")
-    add("--warmup", "--num-warmups", type=int, metavar="N", help="Requests before the clock starts (default: 8).")
-    add("--timeout", type=float, metavar="SECONDS", help="For each request (default: 600).")
-    add("--seed", type=int, metavar="N", help="The same seed makes the same requests (default: 0).")
+    add("--burstiness", type=float, metavar="X", help="1 (the default): Poisson arrivals; less: more bursty.")
+    add("--warmup", "--num-warmups", type=int, metavar="N", help="Warm-up requests before measuring (default: 8).")
+    add("--timeout", type=float, metavar="SECONDS", help="Timeout per request (default: 600).")
+    add("--seed", type=int, metavar="N", help="Seed of the random requests (default: 0).")
 
     add = parser.add_argument_group("Prompts").add_argument
-    add("--dataset-name", choices=DATASETS, help="random words (the default), or a file of that kind.")
+    add("--dataset-name", choices=DATASETS, help="random words (the default), or the format of --dataset-path.")
     add("--dataset-path", metavar="FILE", help="ShareGPT's JSON; custom: JSONL with a prompt or messages on each line.")
     add("--sharegpt-output-len", "--custom-output-len", dest="dataset_output_len", type=int, metavar="N",
-        help="Output tokens for prompts of a file. Default: what it says.")  # fmt: skip
-    add("--prompts", metavar="FILE", help="The same as --dataset-name custom --dataset-path FILE.")
-    add("--input-len", "--random-input-len", type=int, metavar="N", help="Prompt tokens, about (default: 128).")
-    add("--output-len", "--random-output-len", type=int, metavar="N", help="Output tokens, exactly (default: 128).")
-    add("--range-ratio", "--random-range-ratio", type=float, metavar="X", help="Vary lengths evenly by this share.")
-    add("--prefix-len", "--random-prefix-len", type=int, metavar="N", help="Tokens shared, beside --input-len.")
-    add("--num-prefixes", type=int, metavar="N", help="Different shared prefixes (default: 1).")
+        help="Output tokens for prompts of a file. Default: from the file.")  # fmt: skip
+    add("--prompts", metavar="FILE", help="Same as --dataset-name custom --dataset-path FILE.")
+    add("--input-len", "--random-input-len", type=int, metavar="N", help="Approximate prompt tokens (default: 128).")
+    add("--output-len", "--random-output-len", type=int, metavar="N", help="Output tokens (default: 128).")
+    add(
+        "--range-ratio",
+        "--random-range-ratio",
+        type=float,
+        metavar="X",
+        help="Vary lengths uniformly by this fraction.",
+    )
+    add(
+        "--prefix-len",
+        "--random-prefix-len",
+        type=int,
+        metavar="N",
+        help="Shared prefix tokens, in addition to --input-len.",
+    )
+    add("--num-prefixes", type=int, metavar="N", help="Number of distinct shared prefixes (default: 1).")
     add("--token-ids", action="store_true", help="Send random token ids instead of text (completions only).")
-    add("--vocab-size", type=int, metavar="N", help=f"Bound of the random token ids (default: {defaults.vocab_size}).")
+    add(
+        "--vocab-size", type=int, metavar="N", help=f"Upper bound of random token ids (default: {defaults.vocab_size})."
+    )
 
     _add_sampling(parser)
     _add_figures(parser)
@@ -205,12 +219,12 @@ def create_parser() -> Parser:
 def _add_sampling(parser: Parser) -> None:
     add = parser.add_argument_group("Sampling").add_argument
     add("--ignore-eos", action=argparse.BooleanOptionalAction, help="Fixed output length (default: on).")
-    add("--temperature", type=float, metavar="X", help="Default: 0.")
+    add("--temperature", type=float, metavar="X", help="Sampling temperature (default: 0).")
     for name in SAMPLING:
         kind: type[int] | type[float] = int if name == "top_k" else float
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="Default: the server's.")
-    add("--logprobs", type=int, metavar="N", help="Log probabilities to ask for.")
-    add("--extra-body", metavar="JSON", help="More fields of every request.")
+    add("--logprobs", type=int, metavar="N", help="Log probabilities to request.")
+    add("--extra-body", metavar="JSON", help="Additional fields for every request.")
 
 
 def _add_figures(parser: Parser) -> None:

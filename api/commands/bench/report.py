@@ -1,4 +1,4 @@
-"""The figures of a run as text, as our JSON file, and as that of vLLM's benchmark."""
+"""Results of a run as text, as JSON, and in the format of vLLM's benchmark."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from api.commands.bench.result import Result
 
 
 def format_report(result: Result) -> str:
-    """What a person wants to know of a run."""
+    """A readable summary of a run."""
     figures = result.summary()
     lines = [
         f"{result.options.label or result.model}: {figures['completed']} requests in {figures['duration_s']:.2f} s, "
-        f"{figures['failed']} failed, at most {figures['peak_concurrency']} at once",
+        f"{figures['failed']} failed, peak concurrency {figures['peak_concurrency']}",
         f"requests/s {figures['requests_per_s']:.2f}   output tokens/s {figures['output_tokens_per_s']:.1f}   "
         f"total tokens/s {figures['total_tokens_per_s']:.1f}",
         f"prompt tokens {figures['prompt_tokens']} (mean {figures['mean_prompt_tokens']:.1f}, "
@@ -37,7 +37,7 @@ def format_report(result: Result) -> str:
         f"{figures['generator_us_per_event']:.1f} us per event",
     ]
     if figures["generator_cpu_share"] > 0.8:
-        lines.append("the generator itself was busy most of the time: the server may be faster than this shows")
+        lines.append("warning: the load generator was busy most of the time; the server may be faster than measured")
     if result.options.goodput:
         bounds = ", ".join(f"{name} {bound:g} ms" for name, bound in result.options.goodput.items())
         lines.append(f"requests/s within {bounds}: {figures['goodput_requests_per_s']:.2f}")
@@ -46,11 +46,11 @@ def format_report(result: Result) -> str:
 
 
 def write(result: Result, output: Output) -> None:
-    """Compares and writes what was asked for.
+    """Compares and writes the requested results.
 
     Raises:
         OSError: A file cannot be read or written.
-        ValueError: The earlier run is not one.
+        ValueError: The earlier run is not a valid result file.
     """
     report = result.to_dict()
     if output.compare:
@@ -68,11 +68,11 @@ def write(result: Result, output: Output) -> None:
         content = vllm_report(result, is_detailed=output.save_detailed)
         content |= dict(word.partition("=")[::2] for word in output.metadata)
         target.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"written to {target}")
+        print(f"wrote {target}")
 
 
 def vllm_report(result: Result, *, is_detailed: bool = False) -> dict[str, Any]:
-    """The figures under the names that vLLM's benchmark gives them. Times in milliseconds, but those of requests."""
+    """Results with the names of vLLM's benchmark. Times are in milliseconds, except per-request ones."""
     options, figures = result.options, result.summary()
     good = [request for request in result.requests if not request.error]
     report: dict[str, Any] = {

@@ -146,7 +146,7 @@ async def measure_text_length(client: HttpClient, options: Options, model: str) 
         counts.append((answer.get("usage") or {}).get("prompt_tokens", 0))
     per_word = (counts[1] - counts[0]) / (PROBE_WORDS[1] - PROBE_WORDS[0])
     if per_word <= 0:
-        print("the server does not say how long prompts are; counting a token per word", file=sys.stderr)
+        print("the server does not report prompt lengths; counting one token per word", file=sys.stderr)
         return TextLength()
     return TextLength(per_word, max(0.0, counts[0] - per_word * PROBE_WORDS[0]))
 
@@ -256,7 +256,7 @@ async def run(options: Options) -> Result:
             warmup = Generator(client, options)
             await warmup.run(encode(options.seed + 1_000_003, options.warmup), math.inf)
             if all(result.error for result in warmup.results):
-                raise OSError(f"no request succeeded while warming up: {warmup.results[0].error}")
+                raise OSError(f"no warm-up request succeeded: {warmup.results[0].error}")
         requests = encode(options.seed, options.num_prompts)
         generator = Generator(client, options)
         cpu = time.process_time()

@@ -299,7 +299,7 @@ class EventStream:
             if is_last:
                 self.times.pop()
         if not self.is_done and not self.error:
-            self.error = "the stream ended before its time"
+            self.error = "the stream ended early"
 
     def _note(self, content: dict[str, Any]) -> None:
         self.usage = self.usage or content.get("usage") or {}

@@ -12,7 +12,7 @@ from api.commands.bench.datasets import DATASETS, plain, read_samples, vary
 from api.commands.bench.offline import Engine, random_prompt, sampling, write_json
 from api.params.sampling import SamplingParams
 
-DESCRIPTION = "Measure the throughput of many requests at once, without a server."
+DESCRIPTION = "Measure the throughput of many requests, without a server."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of ``Settings``."""
     defaults = Settings()
     add = parser.add_argument_group("Benchmark").add_argument
-    add("--dataset-name", choices=DATASETS, default=defaults.dataset_name, help="Kind of prompts (default: random).")
-    add("--dataset-path", "--dataset", metavar="FILE", help="File of --dataset-name sharegpt or custom.")
-    add("--num-prompts", type=int, metavar="N", default=defaults.num_prompts, help="Requests (default: 100).")
+    add("--dataset-name", choices=DATASETS, default=defaults.dataset_name, help="Source of prompts (default: random).")
+    add("--dataset-path", "--dataset", metavar="FILE", help="File for --dataset-name sharegpt or custom.")
+    add("--num-prompts", type=int, metavar="N", default=defaults.num_prompts, help="Number of requests (default: 100).")
     add("--input-len", "--random-input-len", type=int, metavar="N", default=defaults.input_len,
-        help="Tokens of a random prompt (default: 128).")  # fmt: skip
+        help="Tokens per random prompt (default: 128).")  # fmt: skip
     add("--output-len", "--random-output-len", type=int, metavar="N",
-        help="Tokens of an answer. Default: 128, or what the dataset says.")  # fmt: skip
-    add("--random-range-ratio", type=float, metavar="X", default=0.0, help="Vary lengths evenly by this share.")
-    add("--n", type=int, metavar="N", default=defaults.n, help="Completions of each prompt (default: 1).")
-    add("--disable-detokenize", action="store_true", help="Make token ids only, no text.")
-    add("--output-json", metavar="FILE", help="Write the figures there.")
+        help="Tokens per answer. Default: from the dataset, or else 128.")  # fmt: skip
+    add("--random-range-ratio", type=float, metavar="X", default=0.0, help="Vary lengths uniformly by this fraction.")
+    add("--n", type=int, metavar="N", default=defaults.n, help="Completions per prompt (default: 1).")
+    add("--disable-detokenize", action="store_true", help="Skip detokenisation.")
+    add("--output-json", metavar="FILE", help="Write the results to this file.")
     add("--backend", choices=("octavo", "vllm"), default=defaults.backend, help=argparse.SUPPRESS)
 
 
