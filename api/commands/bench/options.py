@@ -185,25 +185,11 @@ def create_parser() -> Parser:
     add("--prompts", metavar="FILE", help="Same as --dataset-name custom --dataset-path FILE.")
     add("--input-len", "--random-input-len", type=int, metavar="N", help="Approximate prompt tokens (default: 128).")
     add("--output-len", "--random-output-len", type=int, metavar="N", help="Output tokens (default: 128).")
-    add(
-        "--range-ratio",
-        "--random-range-ratio",
-        type=float,
-        metavar="X",
-        help="Vary lengths uniformly by this fraction.",
-    )
-    add(
-        "--prefix-len",
-        "--random-prefix-len",
-        type=int,
-        metavar="N",
-        help="Shared prefix tokens, in addition to --input-len.",
-    )
+    add("--range-ratio", "--random-range-ratio", type=float, metavar="X", help="Vary lengths by this fraction.")
+    add("--prefix-len", "--random-prefix-len", type=int, metavar="N", help="Extra, shared prefix tokens.")
     add("--num-prefixes", type=int, metavar="N", help="Number of distinct shared prefixes (default: 1).")
     add("--token-ids", action="store_true", help="Send random token ids instead of text (completions only).")
-    add(
-        "--vocab-size", type=int, metavar="N", help=f"Upper bound of random token ids (default: {defaults.vocab_size})."
-    )
+    add("--vocab-size", type=int, metavar="N", help=f"Bound of random token ids (default: {defaults.vocab_size}).")
 
     _add_sampling(parser)
     _add_figures(parser)
@@ -228,13 +214,13 @@ def _add_sampling(parser: Parser) -> None:
 
 
 def _add_figures(parser: Parser) -> None:
-    add = parser.add_argument_group("Figures").add_argument
-    add("--goodput", nargs="+", metavar="NAME:MS", help="Count requests within bounds, such as ttft:500 tpot:50.")
+    add = parser.add_argument_group("Results").add_argument
+    add("--goodput", nargs="+", metavar="NAME:MS", help="Count requests within limits, such as ttft:500 tpot:50.")
     add("--label", help="Name of the run.")
-    add("--json", metavar="FILE", help="Write all figures there.")
-    add("--compare", metavar="FILE", help="Print ratios to an earlier run's --json.")
-    add("--save-result", action="store_true", help="Write a JSON file under the names of vLLM's benchmark.")
-    add("--save-detailed", action="store_true", help="With the times of every request in it.")
-    add("--result-dir", metavar="FOLDER", help="Where to (default: here).")
-    add("--result-filename", metavar="FILE", help="Default: backend, rate, model and date.")
-    add("--metadata", nargs="+", metavar="KEY=VALUE", help="More entries of that file.")
+    add("--json", metavar="FILE", help="Write all results to this file.")
+    add("--compare", metavar="FILE", help="Compare with an earlier run's --json.")
+    add("--save-result", action="store_true", help="Write a result file like vLLM's benchmark.")
+    add("--save-detailed", action="store_true", help="Include per-request times in the result file.")
+    add("--result-dir", metavar="FOLDER", help="Folder of the result file (default: current).")
+    add("--result-filename", metavar="FILE", help="Default: from backend, rate, model and date.")
+    add("--metadata", nargs="+", metavar="KEY=VALUE", help="Additional entries in the result file.")
