@@ -17,12 +17,14 @@ import argparse
 import datetime
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION_FILE = "api/version.py"
@@ -167,28 +169,37 @@ def check_tree(version: str) -> None:
         raise ReleaseError(f"the remote origin is {origin or 'not set'}, but pyproject.toml says {source[1]}")
 
 
-def build(version: str, changes: dict[str, str]) -> tuple[Path, ...]:
-    """Builds the packages from the last commit with some files changed, in a temporary folder.
+def build(version: str, changes: dict[str, str], folder: Path) -> tuple[Path, ...]:
+    """Builds the packages from the last commit with some files changed.
 
     Args:
         version: Of the release.
         changes: Contents by path.
+        folder: For the work and the result.
 
     Returns:
-        Source distribution and wheel; the caller removes their folder.
+        Source distribution, and the wheel that is built from it.
     """
-    folder = Path(tempfile.mkdtemp(prefix="octavo-release-"))
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
-        tree.extractall(folder / "tree", filter="data")
+    _unpack(io.BytesIO(archive), folder / "tree")
     for name, content in changes.items():
         (folder / "tree" / name).write_text(content)
-    code = "from setuptools import build_meta as b; b.build_sdist({0!r}); b.build_wheel({0!r})".format("../dist")
-    _run(sys.executable, "-c", code, folder=folder / "tree")
-    (wheel,) = (folder / "dist").glob("*.whl")
+    _run(
+        sys.executable, "-c", "from setuptools import build_meta as b; b.build_sdist('../dist')", folder=folder / "tree"
+    )
     (source,) = (folder / "dist").glob("*.tar.gz")
+    with source.open("rb") as file:
+        _unpack(file, folder / "source")
+    (tree,) = (folder / "source").iterdir()
+    _run(sys.executable, "-c", "from setuptools import build_meta as b; b.build_wheel('../../dist')", folder=tree)
+    (wheel,) = (folder / "dist").glob("*.whl")
     check_wheel(wheel, version)
     return source, wheel
+
+
+def _unpack(file: IO[bytes], folder: Path) -> None:
+    with tarfile.open(fileobj=file) as archive:
+        archive.extractall(folder, filter="data")
 
 
 def release(version: str, *, is_dry: bool) -> list[str]:
@@ -204,22 +215,25 @@ def release(version: str, *, is_dry: bool) -> list[str]:
     source, changelog = (ROOT / VERSION_FILE).read_text(), (ROOT / CHANGELOG).read_text()
     old = version_of(source)
     groups = unreleased(changelog)
-    check_step(parse_version(old), new, groups, is_first=not _run("git", "tag", "--list", "v*"))
+    is_first = not _run("git", "tag", "--list", "v*")
+    check_step(parse_version(old), new, groups, is_first=is_first)
     check_tree(version)
     changes = {
         VERSION_FILE: source.replace(f'"{old}"', f'"{version}"'),
         CHANGELOG: dated(changelog, version, datetime.datetime.now(datetime.timezone.utc).date()),
     }
-    packages = build(version, changes)
     counts = ", ".join(f"{len(entries)} {name}" for name, entries in groups.items())
-    report = [f"Octavo {version} after {old}: {counts}", *(f"built {package.name}" for package in packages)]
-    if is_dry:
-        return [*report, f"a dry run: nothing was changed; --execute makes it (packages: {packages[0].parent})"]
+    report = [f"Octavo {version}, {'the first release' if is_first else f'after {old}'}: {counts}"]
+    with tempfile.TemporaryDirectory(prefix="octavo-release-") as folder:
+        packages = build(version, changes, Path(folder))
+        report += [f"built {package.name}" for package in packages]
+        if is_dry:
+            return [*report, "a dry run: nothing was changed; --execute makes the release"]
+        (ROOT / "dist").mkdir(exist_ok=True)
+        for package in packages:
+            shutil.move(package, ROOT / "dist" / package.name)
     for name, content in changes.items():
         (ROOT / name).write_text(content)
-    (ROOT / "dist").mkdir(exist_ok=True)
-    for package in packages:
-        package.rename(ROOT / "dist" / package.name)
     _run("git", "commit", "--quiet", "--all", "--message", f"Octavo {version}")
     _run("git", "tag", "--annotate", f"v{version}", "--message", f"Octavo {version}")
     names = " ".join(f"dist/{package.name}" for package in packages)

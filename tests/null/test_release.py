@@ -121,8 +121,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(root, "commit", "--quiet", "--message", "All")
     git(root, "tag", "v0.1.0")
 
-    def build(version: str, changes: dict[str, str]) -> tuple[Path, ...]:
-        packages = tuple(tmp_path / f"octavo-{version}.{ending}" for ending in ("tar.gz", "whl"))
+    def build(version: str, changes: dict[str, str], folder: Path) -> tuple[Path, ...]:
+        packages = tuple(folder / f"octavo-{version}.{ending}" for ending in ("tar.gz", "whl"))
         for package in packages:
             package.write_text(changes["api/version.py"])
         return packages
@@ -135,7 +135,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dry_run_changes_nothing(project: Path) -> None:
     head = git(project, "rev-parse", "HEAD")
     report = release.release("0.1.1", is_dry=True)
-    assert report[0] == "Octavo 0.1.1 after 0.1.0: 2 Added, 1 Fixed" and "dry run" in report[-1]
+    assert report[0] == "Octavo 0.1.1, after 0.1.0: 2 Added, 1 Fixed" and "dry run" in report[-1]
     assert git(project, "rev-parse", "HEAD") == head and git(project, "tag") == "v0.1.0"
     assert git(project, "status", "--porcelain") == "" and not (project / "dist").exists()
 
