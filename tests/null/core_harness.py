@@ -101,7 +101,7 @@ class FakeExecutor:
     def submit(self, message: ToWorker) -> None:
         assert self.is_up
         if self.hung_up:
-            raise WorkerDiedError("worker 0 hung up")
+            raise WorkerDiedError("worker 0 closed its connection")
         if isinstance(message, SchedulerOutput):
             self.plans.append(message)
         elif isinstance(message, InitKVCache):

@@ -24,7 +24,7 @@ def load(parts: Mapping[Any, tuple[Part, ...]], **tensors: torch.Tensor) -> torc
 def test_a_shard_is_an_equal_share() -> None:
     parallel = ParallelState(tp_rank=2, tp_size=3)
     assert Part.shard(12, parallel, "heads", offset=5) == Part(12, (Range(8, 4, 5),))
-    with pytest.raises(ValueError, match=r"heads \(10\) does not divide"):
+    with pytest.raises(ValueError, match=r"heads \(10\) is not divisible"):
         Part.shard(10, parallel, "heads")
 
 
