@@ -59,3 +59,13 @@ def test_documents_link_to_files_that_exist() -> None:
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_the_map_names_files_that_exist() -> None:
+    """Each path, or the last part of one, is that of a file."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    floors = ("api", "engine_core", "executor", "ops", "tests", "scripts", "docs")
+    paths = {str(path.relative_to(ROOT)) for floor in floors for path in (ROOT / floor).rglob("*.*")}
+    ends = {path[place:] for path in paths for place in [0, *(match.end() for match in re.finditer("/", path))]}
+    named = set(re.findall(r"(?<![\w./])[\w./]*\w\.(?:py|h|cpp)\b", text))
+    assert named and named <= ends, f"no such files: {', '.join(sorted(named - ends))}"

@@ -246,8 +246,9 @@ def test_processes_without_torch(module: str) -> None:
     assert not loaded(f"import {module}", HEAVY)
 
 
-def test_the_offline_class_loads_no_http() -> None:
-    assert not loaded("from api import LLM", HEAVY | HTTP)
+@pytest.mark.parametrize("statement", ["from api import LLM", "import api.generation.generation"])
+def test_nothing_but_a_server_loads_http(statement: str) -> None:
+    assert not loaded(statement, HEAVY | HTTP)
 
 
 @pytest.mark.parametrize("arguments", ["--version", "chat --help", "bench serve --help"])
