@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from api import LLM, SamplingParams
 from api.model.files import with_model
 from api.params.structured import StructuredOutputsParams
 from executor.config import SpeculativeConfig
-from tests.e2e.server import ROOT, Server
+from tests.e2e.server import Server
 from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, body, run_streams
 
 SCHEMA = {
@@ -47,8 +46,7 @@ KINDS: list[dict[str, Any]] = [
 SETUPS: list[tuple[dict[str, Any], int, int]] = [
     ({}, 4, 0),
     ({"max_in_flight_steps": 3, "num_gpu_blocks_override": 14, "max_num_batched_tokens": 48}, 5, 4),
-    ({"max_in_flight_steps": 1, "enforce_eager": True}, 3, 2),
-    ({}, 2, 1),
+    ({"max_in_flight_steps": 1, "enforce_eager": True}, 2, 2),
 ]
 """Of the engine; drafts of a row; one in how many is wrong, 0: none."""
 
@@ -114,7 +112,7 @@ def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monke
 
 
 @pytest.mark.timeout(600)
-def test_streams_of_rows_survive_the_death_of_workers_and_core(tiny_model: Path, tmp_path: Path) -> None:
+def test_streams_of_rows_survive_the_death_of_ranks_and_core(tiny_model: Path, tmp_path: Path) -> None:
     """Journal, stream and restart with several tokens a step: nothing is lost, nothing comes twice."""
     flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
     with Server(*flags) as server:
@@ -124,16 +122,13 @@ def test_streams_of_rows_survive_the_death_of_workers_and_core(tiny_model: Path,
         json.dumps([{"prompt": body(i)["prompt"], "output": undisturbed[i].tokens} for i in range(NUM_STREAMS)])
     )
     speculative = SpeculativeConfig(method="scripted", num_speculative_tokens=3, script=str(path), wrong_every=2)
-    env = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/e2e/drafts"), str(ROOT)]),
-        "OCTAVO_TEST_SPECULATIVE": msgspec.json.encode(speculative).decode(),
-    }
-    with Server(*flags, env=env) as server:
-        for titles in ((), ("octavo worker 0", "octavo engine_core")):
+    env = {"OCTAVO_TEST_SPECULATIVE": msgspec.json.encode(speculative).decode(), "OCTAVO_TEST_RANKS": "2"}
+    with Server(*flags, "--num-threads", "1", env=env, module="tests.e2e.drafting") as server:
+        for titles in ((), ("octavo worker 0", "octavo engine_core", "octavo worker 1")):
             streams = asyncio.run(run_streams(server, signal.SIGKILL, *titles))
             for before, after in zip(undisturbed, streams, strict=True):
                 assert (after.tokens, after.text) == (before.tokens, before.text)
                 assert after.finish_reason == "length"
                 assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-        assert server.metric("octavo:engine_restarts_total") == 2
+        assert 2 <= server.metric("octavo:engine_restarts_total") <= 3  # two deaths at once are one restart
         assert server.metric("vllm:kv_cache_usage_perc") == 0
