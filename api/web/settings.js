@@ -38,7 +38,14 @@ const NUMBERS = [
     start: 0,
     slider: true,
   },
-  { name: "top_k", label: "Top K", hint: "Sample from this many tokens; 0 for all.", min: -1, step: 1, group: "sampling" },
+  {
+    name: "top_k",
+    label: "Top K",
+    hint: "Sample from this many tokens; 0 for all.",
+    min: -1,
+    step: 1,
+    group: "sampling",
+  },
   { name: "seed", label: "Seed", hint: "The same seed gives the same answer.", step: 1, group: "sampling" },
   {
     name: "max_completion_tokens",
