@@ -1,6 +1,6 @@
-"""``python -m api`` with a proposer, which no flag asks for: OCTAVO_TEST_SPECULATIVE is a ``SpeculativeConfig`` in JSON.
+"""``python -m api`` with a proposer, which no flag asks for.
 
-OCTAVO_TEST_RANKS is how many ranks compute the same.
+OCTAVO_TEST_SPECULATIVE is a ``SpeculativeConfig`` in JSON, OCTAVO_TEST_RANKS how many ranks compute the same.
 """
 
 from __future__ import annotations
