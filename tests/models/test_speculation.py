@@ -14,13 +14,12 @@ from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from tests.late_device import LateDevice
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import REQUESTS, Engine, ReferenceCpu, answers, op_set
+from tests.models.test_late_device import REQUESTS, Engine, answers, op_set
 
 __all__ = ["op_set"]
 
 DEVICES: dict[str, Any] = {
     "kernels": CpuDevice,
-    "reference": ReferenceCpu,
     "late": lambda: LateDevice(by_itself=False),
 }
 
