@@ -19,7 +19,7 @@ from executor.process import become_child, read_payload
 logger = get_logger()
 
 REQUESTS_PER_TURN = 256
-"""Requests that are taken in before the loop goes on: some milliseconds."""
+"""Most requests received before the loop goes on: a few milliseconds."""
 
 
 class ZmqTransport:
@@ -54,7 +54,7 @@ class ZmqTransport:
             return None
         messages: list[ToEngineCore] = []
         room = REQUESTS_PER_TURN
-        while self._socket in events and room > 0:  # what is left is there the next time
+        while self._socket in events and room > 0:  # the rest is read in the next turn
             try:
                 message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
                 messages.append(message)
@@ -62,7 +62,7 @@ class ZmqTransport:
             except zmq.Again:
                 break
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                logger.error("dropped a message that is not of the contract: %s", error)
+                logger.error("dropped a malformed message: %s", error)
         return messages
 
     def close(self) -> None:

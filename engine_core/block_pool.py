@@ -1,8 +1,8 @@
-"""KV blocks: reference counts, the prefix cache, and which block to reuse next.
+"""KV blocks: reference counts, the prefix cache and the order of reuse.
 
-A block is *in use* while its reference count is above zero. A free block may still be *cached*: its content is known
-by a hash and a later prompt may take it back. Free blocks are reused in the order in which they became free (least
-recently used first), so cached content lives as long as memory allows.
+A block is *in use* while its reference count is above zero. A free block may still be *cached*: its content is
+registered under a hash, and a later prompt may reuse it. Free blocks are reallocated in the order in which they became
+free (least recently used first), so cached content lives as long as memory allows.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nothing uses, cached or not."""
+        """Number of unused blocks, cached or not."""
         return len(self._free)
 
     def lookup(self, block_hash: bytes) -> int | None:
-        """The block with this content, if there is one."""
+        """The block with this content, or None."""
         return self._cached.get(block_hash)
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks nothing uses at the moment."""
+        """How many of these blocks are currently unused."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
     def acquire(self, block_ids: Iterable[int]) -> None:
-        """Adds a user to cached blocks."""
+        """Increments the reference counts of cached blocks."""
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
                 del self._free[block_id]
             self._ref_counts[block_id] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Takes blocks to be written; what was cached in them is forgotten. There must be enough free ones."""
-        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        """Allocates blocks for writing and drops their cached content. There must be enough free blocks."""
+        assert count <= len(self._free), f"{count} blocks requested, {len(self._free)} free"
         taken = []
         for _ in range(count):
             block_id, _ = self._free.popitem(last=False)
@@ -55,9 +55,9 @@ class BlockPool:
         return taken
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Takes a user from a request's blocks, given in the order of the sequence.
+        """Decrements the reference counts of a request's blocks, given in sequence order.
 
-        The end of a sequence is reused first: its beginning is what other prompts share.
+        The end of a sequence is reused first, since other prompts share its beginning.
         """
         for block_id in reversed(block_ids):
             count = self._ref_counts[block_id] - 1
@@ -69,14 +69,15 @@ class BlockPool:
                     self._free.move_to_end(block_id, last=False)
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
-        """Makes a full block findable. Of several blocks with one content the first stays the one that is found."""
+        """Adds a full block to the prefix cache. Of several blocks with the same content, the first remains the cached
+        one."""
         if block_hash not in self._cached:
             assert self._hashes[block_id] is None
             self._cached[block_hash] = block_id
             self._hashes[block_id] = block_hash
 
     def forget(self, block_id: int) -> None:
-        """Takes a block out of the prefix cache; who uses it goes on using it."""
+        """Removes a block from the prefix cache; its users keep it."""
         block_hash = self._hashes[block_id]
         if block_hash is not None:
             del self._cached[block_hash]
@@ -93,9 +94,9 @@ class BlockPool:
         for block_ids in users:
             for block_id in block_ids:
                 counts[block_id] += 1
-        assert counts == self._ref_counts, "reference counts differ from the blocks that requests hold"
+        assert counts == self._ref_counts, "reference counts differ from the requests' blocks"
         free = {block_id for block_id, count in enumerate(counts) if count == 0}
-        assert free == set(self._free), "the free list differs from the blocks that nothing uses"
+        assert free == set(self._free), "the free list differs from the unused blocks"
         for block_hash, block_id in self._cached.items():
             assert self._hashes[block_id] == block_hash, f"block {block_id} is cached under another hash"
         assert sum(block_hash is not None for block_hash in self._hashes) == len(self._cached)

@@ -1,4 +1,4 @@
-"""What the engine core knows of the KV cache: groups of layers, each with blocks of its own."""
+"""The engine core's view of the KV cache: groups of layers, each with its own blocks."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from engine_core.config import SchedulerConfig
 
 @dataclass(frozen=True)
 class GroupShape:
-    """The blocks of layers that share block tables."""
+    """The blocks of a group of layers that share block tables."""
 
     num_blocks: int
     block_size: int
     """Tokens in a block."""
     window: int | None = None
-    """A token sees itself and this many minus one before it; None: all before it."""
+    """Tokens that a token attends to, itself included; None: all before it."""
 
     def max_live_blocks(self, num_tokens: int, step_tokens: int) -> int:
-        """The most blocks that a sequence needs at a time until so many of its tokens are computed.
+        """The most blocks that a sequence holds at any time until this many of its tokens are computed.
 
         Args:
-            num_tokens: Of the sequence.
+            num_tokens: Tokens of the sequence.
             step_tokens: See ``max_step_tokens``.
         """
         num_blocks = -(-num_tokens // self.block_size)
         if self.window is None:
             return num_blocks
         span = self.window - 1 + step_tokens
-        return min(num_blocks, (span - 2) // self.block_size + 2)  # a span begins anywhere in its first block
+        return min(num_blocks, (span - 2) // self.block_size + 2)  # a span may begin anywhere in its first block
 
     def first_live_block(self, num_tokens: int) -> int:
-        """Index of the first block that the token after ``num_tokens`` others sees."""
+        """Index of the first block that the token after ``num_tokens`` others attends to."""
         return 0 if self.window is None else max(0, num_tokens + 1 - self.window) // self.block_size
 
     def max_len(self, step_tokens: int) -> float:
@@ -44,18 +44,18 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """All groups; a model without a KV cache has none."""
+    """All KV cache groups; none for a model without a KV cache."""
 
     groups: tuple[GroupShape, ...]
 
     @property
     def alignment(self) -> int:
-        """Tokens of the shortest sequence that is whole blocks in every group."""
+        """Length of the shortest sequence that fills whole blocks in every group."""
         return math.lcm(*(group.block_size for group in self.groups))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the cache holds while no block is behind a window."""
+        """Tokens that the cache holds as long as no block is outside a window."""
         return max((group.num_blocks * group.block_size for group in self.groups), default=0)
 
     def max_len(self, step_tokens: int) -> float:
@@ -64,9 +64,9 @@ class CacheShape:
 
 
 def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int) -> int:
-    """The most tokens of a request that are planned beyond what is confirmed of it.
+    """The most tokens of a request that may be planned beyond its confirmed ones.
 
-    A prompt is confirmed as it is planned: nothing of it is a guess. Of an output, tokens that steps in flight sample
-    are not, nor are the drafts that they verify.
+    Prompt tokens are known, so they are confirmed when planned. Output tokens sampled by steps in flight are not, nor
+    are the drafts that these steps verify.
     """
     return max(config.max_num_batched_tokens, config.max_in_flight_steps * (1 + max_draft_tokens))

@@ -1,8 +1,8 @@
 """The engine core: one thread, one poller, one loop.
 
-It receives requests, fills the pipeline with plans, retires the oldest step when its result is there, and sends what
-is new. Workers live in other processes, so nothing here ever waits for a forward pass; the queue of steps in flight
-is what overlaps planning with computing. Be careful with this file: everything that happens passes through ``step``.
+It receives requests, fills the pipeline with plans, retires the oldest step when its result arrives, and sends outputs.
+Workers live in other processes, so nothing here ever waits for a forward pass; the queue of steps in flight overlaps
+planning with compute. Be careful with this file: everything passes through ``step``.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ from executor.registry import resolve
 logger = get_logger()
 
 TRIAL_INTERVAL = 0.5
-"""Seconds between two looks whether the next trial may begin."""
+"""Seconds between checks whether the next trial may begin."""
 CHECK_INTERVAL = 10.0
-"""Seconds between two looks at the books of an idle engine: with many blocks one takes as long as some steps."""
+"""Seconds between integrity checks of an idle engine: with many blocks one takes as long as several steps."""
 
 
 class Transport(Protocol):
@@ -79,15 +79,16 @@ class Transport(Protocol):
     def send(self, message: FromEngineCore) -> None: ...
 
     def wait(self, fds: Sequence[Any], timeout: float | None) -> list[ToEngineCore] | None:
-        """Waits for something to do: a message, one of the sockets and descriptors, or the timeout in seconds.
+        """Waits for a message, for one of the sockets and descriptors to become readable, or for the timeout in
+        seconds.
 
         Returns:
-            The messages that came, or None when the api is gone.
+            The received messages, or None if the api is gone.
         """
 
 
 def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
-    """The executor that the configuration names."""
+    """Creates the configured executor."""
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
     scheduler = config.scheduler
     step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
@@ -95,7 +96,7 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Execu
 
 
 class WorkerHungError(WorkerDiedError):
-    """A worker is there and does nothing."""
+    """A worker is alive but makes no progress."""
 
     def __init__(self, reason: str, *, was_stopped: bool) -> None:
         super().__init__(reason)
@@ -114,45 +115,45 @@ class EngineCore:
         record: FlightRecord | None = None,
         watch: WorkerWatch | None = None,
     ) -> None:
-        """Prepares; ``run`` starts the workers.
+        """Prepares the engine core; ``run`` starts the workers.
 
         Args:
-            config: As the api resolved it.
+            config: Configuration, resolved by the api.
             executor: Computes the plans.
-            transport: To the api.
-            engine_epoch: Which life of the engine core this is.
-            record: Where to write down what is worked on.
-            watch: Of the workers.
+            transport: Connection to the api.
+            engine_epoch: Number of this engine core, counted over restarts.
+            record: Flight record of the work in progress.
+            watch: Detects hung workers.
         """
         self.config = config
         self.executor = executor
         self.transport = transport
         self.engine_epoch = engine_epoch
         self.in_flight: deque[InFlight] = deque()
-        """Steps without a result, the oldest first."""
+        """Steps without a result, oldest first."""
         self._results: deque[ModelRunnerOutput] = deque()
-        """Of the oldest steps in flight, while they must wait for the other ranks."""
+        """Results of the oldest steps in flight, held until the other ranks have answered."""
         self._lagging: deque[InFlight] = deque()
-        """Steps before those: the output rank has answered, another one has not."""
+        """Retired steps that some rank other than the output rank has not answered."""
         self.exit_code: int | None = None
-        """Set when the loop is to end."""
+        """Set to end the loop."""
         self._scheduler: Scheduler | None = None
         self._early: dict[int, EngineCoreRequest] = {}
-        """Requests that came before the model was loaded."""
+        """Requests that arrived before the model was loaded."""
         self._ready: dict[int, WorkerReady] = {}
         self._kv_ready: set[int] = set()
         self._announced = False
-        """The api was told that the engine is ready: from then on a restart of the workers is only a pause."""
+        """The api knows that the engine is ready: from now on, a restart of the workers is only a pause."""
         self._serving = False
-        """The workers are loaded and take plans."""
+        """The workers are loaded and accept plans."""
         self._may_schedule = False
         self._draining = False
         self._record = record
         self._watch = watch or WorkerWatch()
         self._suspects: deque[EngineCoreRequest] = deque()
         self._held: dict[int, EngineCoreRequest] = {}
-        """Requests whose grammars must not be compiled beside a trial, which would no longer be of one alone."""
-        """They killed engine cores, perhaps: each is added when the one before has shown that it does not."""
+        """Requests whose grammars must not be compiled during a trial, which must run a single request alone."""
+        """Requests that may have killed engine cores: each is added once the previous one has proven harmless."""
         self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason = ""
         self._serving_since = 0.0
@@ -161,15 +162,15 @@ class EngineCore:
         self._vocab_size = 0
         self._vocabulary: SetVocabulary | None = None
         self._grammars: GrammarCompiler | None = None
-        """Of no concern to the loop until a request has a grammar."""
+        """Unused by the loop until a request has a grammar."""
         self._prepared_grammars: GrammarCompiler | None = None
-        """The same as soon as the vocabulary is known."""
+        """The same compiler, available as soon as the vocabulary is known."""
         self._hidden_size = 0
 
     # -- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Serves until it is told to stop. Returns the exit code."""
+        """Serves until told to stop. Returns the exit code."""
         self._start_workers()
         try:
             while self.exit_code is None:
@@ -189,7 +190,7 @@ class EngineCore:
         self._watch.started(self.executor.worker_pids())
 
     def step(self) -> None:
-        """One turn: hear what is new, retire finished steps, plan another."""
+        """One turn: receives messages, retires finished steps and plans another."""
         if self._held and not self._isolates:
             held, self._held = self._held, {}
             for request in held.values():
@@ -216,7 +217,7 @@ class EngineCore:
             self._rest(heard_nothing=not messages)
 
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
-        """What to wait for beside the api, and how long."""
+        """What to wait for besides the api, and for how long."""
         fds = self.executor.poll_fds()
         limits = [timeout, self._watch.interval if self._awaited or not self._serving else None]
         if self._isolates:
@@ -228,7 +229,7 @@ class EngineCore:
         return fds, min((limit for limit in limits if limit is not None), default=None)
 
     def _rest(self, *, heard_nothing: bool) -> None:
-        """Nothing is being computed: the moment to end if that was asked for, or to look whether all is in order."""
+        """Called while nothing is being computed: ends if requested, or checks integrity."""
         scheduler = self._scheduler
         assert scheduler is not None
         if scheduler.has_unfinished or self._suspects or self._held:
@@ -240,7 +241,7 @@ class EngineCore:
             self._checked_at = time.monotonic()
 
     def _plan(self) -> None:
-        """Makes a plan if there is room for it in the pipeline."""
+        """Plans a step if the pipeline has room."""
         scheduler = self._scheduler
         assert scheduler is not None
         if not self._may_schedule or not self._has_room:
@@ -249,7 +250,7 @@ class EngineCore:
             if not self.in_flight:
                 self._next_trial(scheduler)
             if scheduler.suspects.current is None and (self._isolates or self.in_flight):
-                self._may_schedule = False  # nobody runs beside the next one: wait for what is in flight, or for time
+                self._may_schedule = False  # the next one runs alone: wait for steps in flight, or for time
                 return
         planned = scheduler.schedule()
         if self._record is not None:
@@ -269,16 +270,16 @@ class EngineCore:
 
     @property
     def _awaited(self) -> Sequence[InFlight]:
-        """Steps that some worker has not answered, the oldest first."""
+        """Steps that some worker has not answered, oldest first."""
         return (*self._lagging, *self.in_flight) if self._lagging else self.in_flight
 
     @property
     def _has_room(self) -> bool:
-        """Whether another step may be planned. No rank falls back by more than there may be in flight."""
+        """Whether another step may be planned. No rank may lag by more than the steps allowed in flight."""
         return len(self._awaited) < self.config.scheduler.max_in_flight_steps
 
     def _note_idle(self) -> None:
-        """A death that comes now points at nobody, if no step is in flight."""
+        """Records that no step is in flight, so that a death now implicates no request."""
         if self._record is not None and not self.in_flight:
             self._record.computing(())
 
@@ -288,11 +289,11 @@ class EngineCore:
 
     @property
     def _isolates(self) -> bool:
-        """Whether a request runs alone, or waits for that."""
+        """Whether a request runs alone or waits to."""
         return bool(self._suspects) or (self._scheduler is not None and self._scheduler.suspects.is_isolating)
 
     def _next_trial(self, scheduler: Scheduler) -> None:
-        """Begins the trial of the next suspect. Nobody else's steps are in flight."""
+        """Begins the trial of the next suspect. No other request's steps may be in flight."""
         may_convict = time.monotonic() - self._serving_since >= self.probation
         scheduler.suspects.next_trial(may_convict=may_convict)
         while self._suspects and not scheduler.suspects.is_isolating:
@@ -305,13 +306,13 @@ class EngineCore:
                 scheduler.suspects.next_trial()
 
     def _send_mask(self) -> list[EngineCoreOutput]:
-        """Sends the mask of the oldest step in flight, if it has constrained rows: all tokens before it are known.
+        """Sends the mask of the oldest step in flight, if it has constrained rows: all earlier tokens are known.
 
-        A worker computes the step meanwhile, and waits for the mask before it samples. So each step gets one, whatever
-        became of its requests.
+        The worker computes the step meanwhile and waits for the mask before sampling. So each such step must get a
+        mask, even if its requests are gone.
 
         Returns:
-            The outputs of requests that end here, as they can have no further token.
+            The outputs of requests that end here because no further token is possible.
         """
         if not self.in_flight or not len(self.in_flight[0].grammar_rows):
             return []
@@ -354,20 +355,20 @@ class EngineCore:
                 self.exit_code = 0
 
     def _add_siblings(self, message: SiblingRequests) -> None:
-        """Adds requests that are all as good as the first: what they share is checked once."""
+        """Adds requests that differ only in name, index and seed: their common part is checked once."""
         is_checked = False
         for request in message.requests():
             is_checked = self._add_request(request, is_checked=is_checked)
 
     def _add_request(self, message: EngineCoreRequest, *, is_checked: bool = False) -> bool:
-        """Takes a request; False: it was not admitted, or not yet."""
+        """Accepts a request. False: it was not admitted, or not yet."""
         scheduler = self._scheduler
         if scheduler is None or not self._announced:
             self._early.setdefault(message.index, message)
             return False
         if message.index in scheduler.requests:
-            # An answer would end the first one: to the api an index is a request.
-            logger.error("dropped request %s: its index %d is taken", message.request_id, message.index)
+            # An answer would end the first one: the api identifies requests by index.
+            logger.error("dropped request %s: its index %d is in use", message.request_id, message.index)
         elif message.suspicion is not None and message.suspicion.num_deaths >= ISOLATE_DEATHS:
             self._suspects.append(message)
             self._may_schedule = True
@@ -378,7 +379,7 @@ class EngineCore:
         return False
 
     def _admit(self, message: EngineCoreRequest, *, is_checked: bool = False) -> Request | None:
-        """Checks a request once more, unless that was done, and queues it; None: it was refused."""
+        """Validates a request again, unless already done, and queues it. None: it was rejected."""
         scheduler = self._scheduler
         assert scheduler is not None
         request = None
@@ -393,8 +394,8 @@ class EngineCore:
                 scheduler.add_request(request)
                 if message.grammar is not None:
                     self._compile(request, scheduler)
-        except Exception as error:  # one bad request must not reach the loop
-            logger.exception("request %s could not be added", message.request_id)
+        except Exception as error:  # a bad request must not break the loop
+            logger.exception("failed to add request %s", message.request_id)
             if request is not None:
                 scheduler.abort_request(request.index)
             problem = f"internal error: {error}"
@@ -415,13 +416,13 @@ class EngineCore:
         return request
 
     def _prepare_grammars(self) -> None:
-        """Starts to build what all grammars need: one call that keeps the interpreter's lock for long."""
+        """Starts building what all grammars share: one call that holds the GIL for long."""
         if self._vocabulary is not None and self._vocab_size and self._prepared_grammars is None:
             self._prepared_grammars = GrammarCompiler(self._vocab_size)
             self._prepared_grammars.set_vocabulary(self._vocabulary)
 
     def _compile(self, request: Request, scheduler: Scheduler) -> None:
-        """Starts to compile a request's grammar; it is not scheduled before that is done."""
+        """Starts compiling a request's grammar; the request is not scheduled until that is done."""
         if self._grammars is None:
             self._grammars = self._prepared_grammars or GrammarCompiler(self._vocab_size)
         if self._record is not None:
@@ -429,7 +430,7 @@ class EngineCore:
         self._grammars.start(request, scheduler.max_output_tokens(request))
 
     def _take_grammars(self, grammars: GrammarCompiler) -> None:
-        """Queues requests whose grammar is there, and refuses those that will have none."""
+        """Queues requests whose grammars are compiled, and rejects those whose grammars failed."""
         results = grammars.take()
         if not results:
             return
@@ -440,7 +441,7 @@ class EngineCore:
             else:
                 self._refuse(compiled, self._scheduler)
         self._note_compiling(self._scheduler)
-        self._may_schedule = True  # whoever is refused may have been on trial, with others waiting for its end
+        self._may_schedule = True  # the rejected request may have been on trial, with others waiting for it
 
     def _refuse(self, compiled: Compiled, scheduler: Scheduler) -> None:
         request, param = compiled.request, compiled.param
@@ -462,7 +463,7 @@ class EngineCore:
         if self._scheduler is not None and self._grammars is not None:
             self._note_compiling(self._scheduler)
         if self._scheduler is not None and not self.in_flight:
-            self._send_outputs()  # no step will come that tells how many requests are left
+            self._send_outputs()  # no step will follow to report the remaining requests
 
     def _send_outputs(self, *outputs: EngineCoreOutput) -> None:
         self.transport.send(
@@ -475,7 +476,7 @@ class EngineCore:
         )
 
     def _status(self) -> dict[str, int | float | str | bool]:
-        """Counts for tests and operators; ``integrity`` is empty when everything adds up."""
+        """Counts for tests and operators; ``integrity`` is empty if all checks pass."""
         status: dict[str, int | float | str | bool] = {"serving": self._serving, "steps_in_flight": len(self.in_flight)}
         scheduler = self._scheduler
         if scheduler is None:
@@ -502,13 +503,13 @@ class EngineCore:
             while self._lagging and self._watch.all_answered(self._lagging[0].step_id):
                 self._lagging.popleft()
                 self._may_schedule = True
-            if isinstance(message, ModelRunnerOutput):  # the output rank alone sends them
+            if isinstance(message, ModelRunnerOutput):  # only the output rank sends them
                 self._results.append(message)
             self._retire_steps()
             return
         self._watch.heard(message.rank)
         if isinstance(message, LoadProgress):
-            if message.rank == 0:  # the others load as much
+            if message.rank == 0:  # the other ranks load as much
                 self.transport.send(message)
         elif isinstance(message, WorkerReady):
             self._ready[message.rank] = message
@@ -522,10 +523,10 @@ class EngineCore:
             self._worker_failed(message)
 
     def _retire_steps(self) -> None:
-        """Retires the steps whose results are there.
+        """Retires the steps whose results have arrived.
 
-        While there are suspects, a step is survived when all ranks have: one that dies after the others have answered
-        would not count.
+        While there are suspects, a step counts as survived only once all ranks have answered: otherwise the death of a
+        rank after the others' answers would go unnoticed.
         """
         scheduler = self._scheduler
         assert scheduler is not None
@@ -538,7 +539,7 @@ class EngineCore:
         scheduler = self._scheduler
         assert scheduler is not None
         step = self.in_flight.popleft()
-        assert step.step_id == result.step_id, f"result of step {result.step_id} came instead of {step.step_id}"
+        assert step.step_id == result.step_id, f"expected the result of step {step.step_id}, got {result.step_id}"
         self._watch.step_done(step, result.forward_ms * 1e-3)
         if not self._watch.all_answered(step.step_id):
             self._lagging.append(step)
@@ -546,7 +547,7 @@ class EngineCore:
         outputs = scheduler.update_from_output(step, result)
         ended: list[EngineCoreOutput] = []
         try:
-            ended = self._send_mask()  # first: a worker may be waiting for it
+            ended = self._send_mask()  # first, since a worker may be waiting for it
         finally:
             for piece in outputs.pieces():
                 self.transport.send(piece)
@@ -597,7 +598,7 @@ class EngineCore:
         self._serving_since = time.monotonic()
         reason, self._restart_reason = self._restart_reason, ""
         if self._announced:
-            logger.info("workers are back (%s)", reason)
+            logger.info("workers restarted (%s)", reason)
             self.transport.send(
                 WorkersRestarted(engine_epoch=self.engine_epoch, worker_pids=self.executor.worker_pids(), reason=reason)
             )
@@ -634,10 +635,10 @@ class EngineCore:
     # -- faults --------------------------------------------------------------------------------------------
 
     def _worker_failed(self, message: WorkerFailed) -> None:
-        """A worker says that it cannot go on.
+        """Handles a worker's report that it cannot go on.
 
         Raises:
-            WorkerDiedError: New workers may do better. What else these ones sent is not looked at.
+            WorkerDiedError: A restart may help. Further messages of these workers are ignored.
         """
         if message.traceback:
             logger.error("worker %d failed", message.rank, extra={DETAILS: message.traceback})
@@ -647,17 +648,17 @@ class EngineCore:
             raise WorkerDiedError(f"worker {message.rank} failed: {message.message}")
 
     def _look_after_workers(self) -> None:
-        """Looks for workers that hang.
+        """Checks for hung workers.
 
         Raises:
-            WorkerDiedError: There is one.
+            WorkerDiedError: A worker is hung.
         """
         problem = self._watch.hung(self._awaited, is_loading=not self._serving)
         if problem is not None:
             raise WorkerHungError(problem.reason, was_stopped=problem.was_stopped)
 
     def _restart_workers(self, error: WorkerDiedError) -> None:
-        """Starts all workers again and queues what ran, as if it had been preempted."""
+        """Restarts all workers and requeues running requests as if preempted."""
         reason = str(error)
         was_serving, self._serving = self._serving, False
         self._may_schedule = False
@@ -671,26 +672,26 @@ class EngineCore:
         self._note_idle()
         cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"
         if not self._restarts.spend(cause):
-            self._die(f"{reason}; gave up after {self._restarts.limit} restarts without any progress", 1)
+            self._die(f"{reason}; gave up after {self._restarts.limit} restarts without progress", 1)
             return
-        logger.error("%s; starting the workers again", reason)
+        logger.error("%s; restarting the workers", reason)
         self._restart_reason = reason
         self._ready.clear()
         self._kv_ready.clear()
         if self._announced:
             self.transport.send(WorkersLost(engine_epoch=self.engine_epoch, reason=reason))
         if self._scheduler is not None:
-            self._send_outputs()  # nothing runs for now
+            self._send_outputs()  # nothing is running for now
         self.executor.kill()
         self._start_workers()
 
     def _blame(self, scheduler: Scheduler) -> None:
-        """Finds out which requests of the steps that were lost may be the reason, and ends the one that is."""
+        """Determines which requests of the lost steps are suspects, and ends the culprit if one is found."""
         lost = lost_requests(self._awaited, scheduler.owner)
         for request, first, last in lost:
             after = request.suspicion = suspect(request.suspicion, first, last)
             if after.num_deaths >= MAX_DEATHS and len(lost) == 1:
-                logger.error("request %s kills workers; ended it", request.message.request_id)
+                logger.error("request %s kills workers; it was ended", request.message.request_id)
                 output = scheduler.fail_request(request, "the engine failed repeatedly while it computed this request")
                 self._send_outputs(msgspec.structs.replace(output, is_culprit=True))
                 self._restarts.explained()

@@ -1,12 +1,12 @@
-"""Who was served how much: the books by which waiting requests take turns.
+"""Fair sharing: accounts of the service each tenant got, by which waiting requests take turns.
 
-Every tenant has a virtual time, the tokens that it was served, and whoever has the least is next (Sheng et al.,
+Every tenant has a virtual time, the tokens it was served, and the tenant with the least is next (Sheng et al.,
 "Fairness in Serving Large Language Models", OSDI 2024). Tenants form a tree of two levels, keys and the users of each:
-keys take turns, and within a key its users do. Whoever comes back after a pause starts where those are who stayed, so
-nobody saves up turns. A request is charged for its prompt and for the output that its tenant's requests usually have
-when it starts, and for the difference when it is known.
+keys take turns, and within a key its users do. A tenant that returns after a pause starts level with the active ones,
+so that nobody saves up turns. A request is charged for its prompt and its tenant's average output when it starts, and
+for the difference once it is known.
 
-Virtual times only grow: what was charged too much is credit towards what comes next.
+Virtual times only grow: overcharges become credit towards later requests.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections import OrderedDict
 
 MAX_IDLE_TENANTS = 1024
-"""Tenants without requests that are remembered because they had more than the others; clients may name any number."""
+"""Most idle tenants remembered for having been served more than the others; clients may invent any number of names."""
 OUTPUT_WEIGHT = 0.125
-"""Weight of the last output in the mean of a tenant's outputs."""
+"""Weight of the latest output in the moving average of a tenant's outputs."""
 
 
 class Account:
-    """What one tenant was served; that of a key holds those of its users."""
+    """The account of one tenant. A key's account has its users' accounts as children."""
 
     __slots__ = ("children", "credit", "floor", "idle", "mean_output", "name", "num_active", "parent", "served")
 
@@ -29,20 +29,20 @@ class Account:
         self.parent = parent
         self.children: dict[str, Account] = {}
         self.idle: OrderedDict[str, Account] = OrderedDict()
-        """Children without requests, the one that has had none for the longest time first."""
+        """Children without requests, longest idle first."""
         self.served = 0.0
         """Virtual time in tokens."""
         self.floor = 0.0
-        """Virtual time of the child that had the last turn: a child that comes back starts there."""
+        """Virtual time of the child that had the last turn: a returning child starts there."""
         self.credit = 0.0
-        """Tokens that were charged and not served."""
+        """Tokens charged but not served."""
         self.mean_output: float = 0.0 if parent is None else parent.mean_output
-        """Tokens of its recent outputs."""
+        """Moving average of output lengths in tokens."""
         self.num_active = 0
-        """Requests that wait or run."""
+        """Number of waiting and running requests."""
 
     def charge(self, tokens: float) -> None:
-        """Counts tokens here and above; fewer than none give credit."""
+        """Charges tokens here and to all parents; a negative number gives credit."""
         account: Account | None = self
         while account is not None:
             due = tokens - account.credit
@@ -51,14 +51,14 @@ class Account:
             account = account.parent
 
     def take_turn(self) -> None:
-        """One of its requests is next."""
+        """Records that one of its requests has the turn."""
         account = self
         while account.parent is not None:
             account.parent.floor = max(account.parent.floor, account.served)
             account = account.parent
 
     def note_output(self, num_tokens: int) -> None:
-        """Takes an output into account for what the next one is expected to be."""
+        """Updates the expected output length."""
         account: Account | None = self
         while account is not None:
             account.mean_output += (num_tokens - account.mean_output) * OUTPUT_WEIGHT
@@ -66,16 +66,16 @@ class Account:
 
 
 class FairShares:
-    """The accounts of all tenants. Bounded: tenants without requests are forgotten as soon as that changes nothing."""
+    """The accounts of all tenants. Bounded: idle tenants are forgotten as soon as that makes no difference."""
 
     def __init__(self) -> None:
         self.root = Account("", None)
 
     def open(self, tenant: tuple[str, ...]) -> Account:
-        """The account of a tenant that has one more request.
+        """The account of a tenant, for one more request.
 
         Args:
-            tenant: Names from the key to the user.
+            tenant: Names, from key to user.
         """
         account = self.root
         account.num_active += 1
@@ -91,7 +91,7 @@ class FairShares:
         return account
 
     def close(self, account: Account) -> None:
-        """A request of the tenant is over."""
+        """Records the end of a tenant's request."""
         node = account
         while node.parent is not None:
             node.num_active -= 1
@@ -99,7 +99,7 @@ class FairShares:
                 self._rest(node, node.parent)
             node = node.parent
         node.num_active -= 1
-        if not node.num_active:  # nobody competes: all begin anew
+        if not node.num_active:  # no competition: start afresh
             mean = node.mean_output
             self.root = Account("", None)
             self.root.mean_output = mean
@@ -116,5 +116,5 @@ class FairShares:
 
     @property
     def num_accounts(self) -> int:
-        """Keys and users that are remembered."""
+        """Number of keys and users remembered."""
         return sum(1 + len(key.children) for key in self.root.children.values())

@@ -1,7 +1,7 @@
-"""What an engine core is working on, written where it outlives the core.
+"""A record of an engine core's current work that outlives the core.
 
-A file that one process writes and another reads once the writer is dead (``last_work.py``). Cheap enough to be kept up
-to date: a few numbers when a request comes, and a few array operations for each step.
+A file that the core writes and another process reads after the core's death (``last_work.py``). It is cheap to keep up
+to date: a few numbers per request and a few array operations per step.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class FlightRecord:
         self._words = np.frombuffer(self._map, np.int64)
 
     def adding(self, index: int) -> None:
-        """A request is about to be taken in; 0: that is over."""
+        """Records the request being accepted; 0: done."""
         self._words[0] = index
 
     def computing(self, steps: Collection[InFlight]) -> None:
-        """These steps are in flight."""
+        """Records the steps in flight."""
         num_rows = sum(len(step.indices) for step in steps)
         if HEADER + num_rows * COLUMNS > len(self._words) - MAX_COMPILING:
             self._words[1] = 0
@@ -53,13 +53,13 @@ class FlightRecord:
         self._words[1] = num_rows
 
     def compiling(self, indices: Collection[int]) -> None:
-        """The grammars of these requests are being compiled, and no others."""
+        """Records the requests whose grammars are being compiled."""
         kept = list(indices)[MAX_COMPILING - 1 :: -1]
         self._words[len(self._words) - len(kept) :] = kept
         self._words[2] = len(kept)
 
     def also_compiling(self, index: int) -> None:
-        """The grammar of one more request is about to be compiled."""
+        """Adds a request whose grammar is about to be compiled."""
         count = int(self._words[2])
         if count < MAX_COMPILING:
             self._words[len(self._words) - count - 1] = index

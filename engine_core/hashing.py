@@ -1,11 +1,11 @@
-"""Names for the content of KV blocks: equal hashes mean equal K and V.
+"""Content hashes of KV blocks: equal hashes mean equal K and V.
 
-A full block is known by a SHA-256 hash chained over the tokens of its request, from a root that holds what changes
-every K and V (salt, adapter). What changes K and V from some token on, an image, is a key of the block in which it
-begins: blocks before it keep their hashes, and all after it inherit the change through the chain.
+A full block is identified by a SHA-256 hash chained over the request's tokens, from a root that covers everything
+affecting all K and V (salt, adapter). Input that affects K and V from some token on, such as an image, is an extra key
+of the block in which it begins: earlier blocks keep their hashes, and later ones inherit the change through the chain.
 
-Everything here is a pure function, so whoever knows a request knows its hashes: the engine core finds cached blocks
-by them, and a router can tell which engine has them.
+All functions are pure, so anyone who has a request can compute its hashes: the engine core looks up cached blocks with
+them, and a router can tell which engine has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hashlib import sha256
 from engine_core.messages import I32, MultiModalFeature
 
 HASH_SIZE = 32
-"""Bytes of a hash."""
+"""Size of a hash in bytes."""
 
 NO_KEYS: Mapping[int, bytes] = {}
 
@@ -26,18 +26,18 @@ def root_hash(*, cache_salt: str = "", adapter_hash: str = "") -> bytes:
     """The hash before the first block.
 
     Args:
-        cache_salt: Prompts of different salts share nothing.
-        adapter_hash: Content hash of the adapter; empty: none. A name would not do: another adapter may get it.
+        cache_salt: Prompts with different salts share no blocks.
+        adapter_hash: Content hash of the adapter; empty: none. Not its name, which may be reassigned.
     """
     parts = [cache_salt.encode(), adapter_hash.encode()]
     return sha256(b"".join(struct.pack("<Q", len(part)) + part for part in parts)).digest()
 
 
 def feature_keys(features: Iterable[MultiModalFeature], block_size: int) -> dict[int, bytes]:
-    """Extra keys of the blocks in which images and sounds begin.
+    """Extra keys of the blocks in which images and audio begin.
 
     Args:
-        features: Of one prompt.
+        features: Features of one prompt.
         block_size: Tokens in a block.
 
     Returns:
@@ -57,10 +57,10 @@ def block_hashes(
     """Hashes of full blocks.
 
     Args:
-        token_ids: int32 [n], from the first token of ``first_block`` on; what fills no block at its end is ignored.
+        token_ids: int32 [n], starting with the first token of ``first_block``; an incomplete last block is ignored.
         block_size: Tokens in a block.
-        parent: Hash of the block before, or the root.
-        extra_keys: Index of a block, counted from the request's start -> what K and V depend on from that block on.
+        parent: Hash of the preceding block, or the root.
+        extra_keys: Block index, from the start of the request -> extra key on which K and V depend from that block on.
         first_block: Index of the block in which ``token_ids`` begins.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A step between its plan and its result."""
+"""A step in flight: planned, without a result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass
 class InFlight:
-    """A plan that is being computed. Slots may change hands before its result is there: epochs tell.
+    """A plan being computed. Slots may change hands before its result arrives; epochs reveal that.
 
-    With drafts, counts of tokens are what is computed if all of them hold, here and in the steps before.
+    With drafts, token counts assume that all drafts are accepted, here and in earlier steps.
     """
 
     step_id: int
@@ -26,20 +26,20 @@ class InFlight:
     indices: I64
     """The requests of the rows."""
     counts: I64
-    """Tokens that are computed of each row's request, ``allowances`` included."""
+    """Tokens computed of each row's request, ``allowances`` included."""
     begins: I64
-    """How many of its tokens are computed before the step, at least."""
+    """Tokens of the request computed before the step, at least."""
     ends: I64
-    """How many of its tokens are computed once the step is done."""
+    """Tokens of the request computed after the step."""
     sampled: Bools
     """Rows that sample."""
     allowances: I64 | None
-    """Drafts that the worker may verify in each row; None: none."""
+    """Most drafts that the worker may verify in each row; None: none."""
     grammar_rows: I64
-    """Rows whose sampling waits for the step's ``GrammarMask``, in its order."""
+    """Rows whose sampling waits for the step's ``GrammarMask``, in the mask's order."""
     num_tokens: int
     num_attended: int
-    """Pairs of a token and one that it attends to, at most."""
+    """Upper bound on the number of (token, attended token) pairs."""
     schedule_us: float
     num_masks: list[int] = field(default_factory=list)
-    """Positions of each constrained row that had a mask."""
+    """Number of positions of each constrained row that had a mask."""

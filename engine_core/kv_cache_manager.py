@@ -1,7 +1,7 @@
-"""Which blocks hold a request's KV cache, and which of them other requests may share.
+"""Assigns KV blocks to requests and lets requests share cached prefixes.
 
-Layers that see equally far back form a group with blocks of its own (``CacheShape``). A request has a block table per
-group, and goes on after a cached prefix only where all groups have what its next token sees.
+Layers with the same attention range form a group with its own blocks (``CacheShape``). A request has one block table
+per group, and can continue after a cached prefix only if every group has all that its next token attends to.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from engine_core.single_type_kv_cache_manager import NEVER, BlockTable, create_m
 
 @dataclass(frozen=True)
 class PrefixHit:
-    """The cached beginning of a waiting request."""
+    """The cached prefix of a waiting request."""
 
     num_tokens: int
     tables: list[BlockTable]
-    """One per group. The request does not hold the blocks yet."""
+    """One table per group. The request does not hold the blocks yet."""
 
 
 class KVCacheManager:
@@ -34,34 +34,34 @@ class KVCacheManager:
 
         Args:
             shape: The groups.
-            step_tokens: The most tokens of a request that are planned beyond what is confirmed of it.
-            enable_prefix_caching: Whether blocks may be found again.
+            step_tokens: The most tokens of a request planned beyond its confirmed ones.
+            enable_prefix_caching: Whether blocks are cached for reuse.
         """
         self.shape = shape
-        # Without a group there is nothing that a prefix could be found in.
+        # Without groups there is nothing to cache.
         self.enable_prefix_caching = enable_prefix_caching and bool(shape.groups)
         self.managers = [create_manager(group, step_tokens) for group in shape.groups]
         self.has_windows = any(group.window is not None for group in shape.groups)
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
         self.publish_step = math.gcd(*(group.block_size for group in shape.groups))
-        """A block of some group may be full after each multiple of so many tokens."""
+        """A block of some group may become full at each multiple of this many tokens."""
 
     # -- facts ---------------------------------------------------------------------------------------------
 
     @property
     def num_blocks(self) -> int:
-        """Of all groups together."""
+        """Number of blocks in all groups together."""
         return sum(manager.pool.num_blocks for manager in self.managers)
 
     @property
     def num_free(self) -> int:
-        """Blocks that nothing uses, of all groups together."""
+        """Number of unused blocks in all groups together."""
         return sum(manager.pool.num_free for manager in self.managers)
 
     @property
     def usage(self) -> float:
-        """Share of the blocks in use, 0 to 1, of the fullest group: it decides what else can run."""
+        """Fraction of blocks in use, 0 to 1, in the fullest group, which limits what else can run."""
         return max((1 - manager.pool.num_free / manager.pool.num_blocks for manager in self.managers), default=0.0)
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
@@ -73,9 +73,9 @@ class KVCacheManager:
     # -- prefixes ------------------------------------------------------------------------------------------
 
     def find_cached_prefix(self, request: Request) -> PrefixHit:
-        """The longest cached prefix of a waiting request that all groups have. At least one token is left to compute.
+        """The longest prefix of a waiting request that all groups have cached. Leaves at least one token to compute.
 
-        A group has a prefix if it has all that the token after it sees.
+        A group has a prefix if it has everything that the next token attends to.
         """
         if not self._reads_cache(request):
             return PrefixHit(0, [BlockTable() for _ in self.managers])
@@ -84,7 +84,7 @@ class KVCacheManager:
         alignment = self.shape.alignment
         num_tokens = (len(token_ids) - 1) // alignment * alignment
         agreed = -1
-        while num_tokens != agreed:  # what one group lacks may be where another one's window is
+        while num_tokens != agreed:  # a shorter prefix may move a window to blocks that are missing
             agreed = num_tokens
             for manager, own in zip(self.managers, hashes, strict=True):
                 num_tokens = manager.longest_hit(own, num_tokens, alignment)
@@ -95,12 +95,12 @@ class KVCacheManager:
         return self.enable_prefix_caching and not request.needs_all_positions
 
     def hashes(self, request: Request, token_ids: I32, num_tokens: int, block_size: int) -> list[bytes]:
-        """The hashes of a request's full blocks; those that are new are computed.
+        """The hashes of a request's full blocks; computes the new ones.
 
         Args:
-            request: Whose they are.
+            request: The request.
             token_ids: int32 [>= num_tokens].
-            num_tokens: Tokens that are known.
+            num_tokens: Number of known tokens.
             block_size: Tokens in a block.
         """
         hashes = request.block_hashes.get(block_size)
@@ -115,33 +115,33 @@ class KVCacheManager:
         return hashes
 
     def publish(self, request: Request, token_ids: I32, num_tokens: int) -> None:
-        """Makes full blocks findable.
+        """Adds full blocks to the prefix cache.
 
         Args:
-            request: It has them.
-            token_ids: int32 [>= num_tokens], the request's.
-            num_tokens: Tokens that are known and computed.
+            request: The request that holds them.
+            token_ids: int32 [>= num_tokens], the request's tokens.
+            num_tokens: Number of tokens known and computed.
         """
         for group, manager in enumerate(self.managers):
             hashes = self.hashes(request, token_ids, num_tokens, manager.block_size)
             manager.publish(request.block_tables[group], hashes, num_tokens)
 
     def reset_prefix_cache(self) -> None:
-        """Nothing is cached any more; who uses blocks goes on using them."""
+        """Empties the prefix cache; requests keep their blocks."""
         for manager in self.managers:
             manager.pool.forget_all()
 
     # -- blocks of requests --------------------------------------------------------------------------------
 
     def can_fit(self, hit: PrefixHit, num_tokens: int) -> bool:
-        """Whether that many tokens fit when the request starts with a cached prefix."""
+        """Whether this many tokens fit if the request starts with a cached prefix."""
         return all(manager.can_fit(table, num_tokens) for manager, table in zip(self.managers, hit.tables, strict=True))
 
     def start(self, request: Request, hit: PrefixHit, num_tokens: int) -> int:
-        """Gives a request its cached blocks and new ones, enough for ``num_tokens``.
+        """Gives a request its cached blocks and enough new ones for ``num_tokens``.
 
         Returns:
-            Tokens that fit into them.
+            Tokens that fit into its blocks.
         """
         assert not request.block_tables
         request.block_tables = hit.tables
@@ -151,11 +151,11 @@ class KVCacheManager:
             self.num_queried_tokens += len(request.token_ids)
             self.num_hit_tokens += hit.num_tokens
         capacity = self.grow(request, num_tokens, [[] for _ in self.managers])
-        assert capacity is not None, "whoever starts fits"
+        assert capacity is not None, "a request that starts fits"
         return capacity
 
     def can_grow(self, wanted: Iterable[tuple[Request, int]]) -> bool:
-        """Whether all of these requests can have that many tokens each without taking blocks from others."""
+        """Whether each of these requests can grow to that many tokens without preempting others."""
         missing = [0] * len(self.managers)
         for request, num_tokens in wanted:
             for group, (manager, table) in enumerate(zip(self.managers, request.block_tables, strict=True)):
@@ -163,15 +163,16 @@ class KVCacheManager:
         return all(count <= manager.pool.num_free for manager, count in zip(self.managers, missing, strict=True))
 
     def grow(self, request: Request, num_tokens: int, updates: list[list[int]]) -> int | None:
-        """Adds the blocks that a request lacks for its first ``num_tokens``, or none if a group has too few.
+        """Adds the blocks that a request lacks for its first ``num_tokens``, or none if a group has too few free ones.
 
         Args:
-            request: It has its tables.
-            num_tokens: Tokens that have to fit.
-            updates: Per group, what workers will be told: slot, index in its block table and block, one after another.
+            request: The request, with its block tables.
+            num_tokens: Tokens that must fit.
+            updates: Per group, block updates for the workers, extended by (slot, index in its block table, block)
+                triples.
 
         Returns:
-            Tokens that fit into all blocks of the request; None: it got none.
+            Tokens that fit into the request's blocks; None: it got no blocks.
         """
         tables = request.block_tables
         for group, manager in enumerate(self.managers):
@@ -184,17 +185,17 @@ class KVCacheManager:
         return capacity
 
     def free_unseen(self, request: Request, num_confirmed: int) -> int:
-        """Frees the blocks of a running request that fell behind windows.
+        """Frees the blocks of a running request that have left their windows.
 
-        The next plan may give them to others: workers execute plans in order, so steps in flight that still see the
-        blocks have read them by then.
+        The next plan may reassign them: workers execute plans in order, so steps in flight that still attend to the
+        blocks will have read them by then.
 
         Args:
-            request: It runs.
-            num_confirmed: Tokens that come before all that may still be computed, whatever becomes of steps in flight.
+            request: A running request.
+            num_confirmed: Tokens that precede everything still to be computed, whatever the outcome of steps in flight.
 
         Returns:
-            The number of confirmed tokens from which on there is more to free.
+            The number of confirmed tokens at which the next block can be freed.
         """
         following = NEVER
         for manager, table in zip(self.managers, request.block_tables, strict=True):
@@ -205,13 +206,14 @@ class KVCacheManager:
         return following
 
     def release(self, request: Request) -> None:
-        """Takes all blocks from a request."""
+        """Releases all blocks of a request."""
         for manager, table in zip(self.managers, request.block_tables, strict=True):
             manager.pool.release(table.block_ids)
         request.block_tables = []
 
     def discard(self, request: Request) -> None:
-        """Forgets what a request wrote: its K and V are not to be trusted. It still has its blocks."""
+        """Removes a request's blocks from the prefix cache, since their K and V cannot be trusted. The request keeps
+        them."""
         for manager, table in zip(self.managers, request.block_tables, strict=True):
             manager.discard(table, request.block_hashes.get(manager.block_size, ()))
 

@@ -1,33 +1,34 @@
-"""What a dead engine core was working on: the reader's side of ``flight_record.py``, which needs no arrays."""
+"""The last work of a dead engine core: the reader's side of ``flight_record.py``, without numpy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 SIZE = 1 << 17
-"""Bytes. What finds no room is left out."""
+"""Size of the file in bytes. Entries that do not fit are left out."""
 MAX_COMPILING = 1 << 11
-"""Requests whose grammars are being compiled: they have the end of the file for themselves."""
+"""Most requests whose grammars are being compiled; the end of the file is reserved for them."""
 HEADER = 3
-"""int64: the request that is being taken in or 0, the number of rows computed, of requests compiled."""
+"""Number of int64 header fields: the request being accepted or 0, the number of rows computed, the number of grammars
+being compiled."""
 COLUMNS = 3
-"""int64 of a row: the request, and the positions of it that are computed: the first, and one more than the last."""
+"""Number of int64 fields per row: the request, and the range of its positions being computed (first, last + 1)."""
 
 
 @dataclass(frozen=True)
 class LastWork:
-    """What a core was doing when it ended. Requests are known by their indices."""
+    """What a core was doing when it died. Requests are identified by index."""
 
     adding: int = 0
-    """Was just being taken in; 0: none."""
+    """The request being accepted; 0: none."""
     computing: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Were in steps whose results were not there, and which positions of each: first, and one more than the last."""
+    """Requests in steps without results, with the range of positions being computed (first, last + 1)."""
     compiling: frozenset[int] = field(default_factory=frozenset)
-    """Their grammars were being compiled."""
+    """Requests whose grammars were being compiled."""
 
     @property
     def suspects(self) -> dict[int, tuple[int, int]]:
-        """Any of them may have ended the core, while these positions of it were computed."""
+        """The requests that may have killed the core, with the positions being computed at the time."""
         before = (-1, 0)
         if self.adding:
             return {self.adding: before}
@@ -35,7 +36,7 @@ class LastWork:
 
 
 def read_flight_record(path: str) -> LastWork:
-    """What a dead core left; nothing if it did not get as far as that."""
+    """Reads a dead core's record; empty if the core never wrote one."""
     try:
         with open(path, "rb") as file:
             data = file.read(SIZE)

@@ -1,4 +1,4 @@
-"""Starting an engine core process: all that the api needs beside messages and configuration."""
+"""Starts an engine core process: all that the api needs besides messages and configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from executor.process import ChildProcess, child_command, child_environment
 from executor.supported import check_supported
 
 RUST_STACK_BYTES = 16 << 20
-"""Of threads that compute masks of grammars: as large as those have that compile them."""
+"""Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
 
 
 class EngineCoreLaunch(Config, frozen=True):
@@ -24,15 +24,15 @@ class EngineCoreLaunch(Config, frozen=True):
 
     config: EngineConfig
     address: str
-    """Where the api's ROUTER socket is bound."""
+    """Address of the api's ROUTER socket."""
     ipc_dir: str
-    """A directory of mode 0700 for the sockets of the workers."""
+    """A directory of mode 0700 for the workers' sockets."""
     engine_epoch: int
     log_level: str = "info"
 
     @property
     def record_path(self) -> str:
-        """Where the engine core keeps its ``FlightRecord``."""
+        """Path of the engine core's ``FlightRecord``."""
         return f"{self.ipc_dir}/record"
 
 
@@ -42,7 +42,7 @@ def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
 
 
 def engine_identity(engine_epoch: int) -> bytes:
-    """The name under which an engine core connects to the ROUTER socket."""
+    """The identity with which an engine core connects to the ROUTER socket."""
     return f"engine_core.{engine_epoch}".encode()
 
 

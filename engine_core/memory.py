@@ -1,4 +1,4 @@
-"""How many KV blocks fit, and how long a sequence may be."""
+"""Sizes the KV cache and the longest sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AUTO_MAX_MODEL_LEN = -1
 
 
 def format_bytes(count: float) -> str:
-    """1536 -> 1.5 KiB. Rounded up, so that asking for it is enough."""
+    """1536 -> 1.5 KiB. Rounds up, so that the printed size is sufficient."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -24,13 +24,13 @@ def format_bytes(count: float) -> str:
 
 
 def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[CacheShape, int] | str:
-    """Sizes the KV cache by the rank with the least room.
+    """Sizes the KV cache for the rank with the least free memory.
 
-    Groups without a window hold as many tokens as fit. One with a window holds as many, but beside such groups no more
-    than all running requests can see together: what it would save there goes to the others.
+    Groups without a window hold as many tokens as fit. A group with a window holds as many too, but next to groups
+    without a window no more than all running requests can attend to together: the others get what that saves.
 
     Returns:
-        The cache's shape and the longest sequence, or one line that says what does not fit and what would.
+        The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.
     """
     sizes = _Sizes(ready, config)
     if config.cache.num_gpu_blocks_override is not None:
@@ -43,30 +43,27 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
     if capacity < 2:
         kv_bytes = min(_kv_bytes(worker, config) for worker in ready)
         return (
-            f"no room for a KV cache: {format_bytes(max(kv_bytes, 0))} are left and one block takes "
+            f"no memory for a KV cache: {format_bytes(max(kv_bytes, 0))} are left and one block takes "
             f"{format_bytes(sizes.bytes_for(1))}; free memory or set --kv-cache-memory"
         )
     wanted = config.executor.model.max_model_len
     if wanted == AUTO_MAX_MODEL_LEN:
         return shape, int(min(model_len, capacity))
     if wanted is not None and wanted > model_len:
-        return (
-            f"--max-model-len {wanted} is longer than the {model_len} tokens that the model was made for; "
-            f"use at most {model_len}"
-        )
+        return f"--max-model-len {wanted} exceeds the model's maximum of {model_len} tokens; use at most {model_len}"
     max_model_len = wanted or model_len
     if max_model_len > capacity:
         needed = format_bytes(sizes.bytes_for(sizes.least_blocks(max_model_len)))
         return (
             f"--max-model-len {max_model_len} does not fit the KV cache: it needs {needed} and "
-            f"{format_bytes(sizes.bytes_for(num_blocks))} are there; use --max-model-len {capacity} or less, or "
+            f"{format_bytes(sizes.bytes_for(num_blocks))} are available; use --max-model-len {capacity} or less, or "
             f"--kv-cache-memory {needed.replace(' ', '')} or more"
         )
     return shape, max_model_len
 
 
 class _Sizes:
-    """Sizes of a cache in which each group has ``num_blocks`` times ``block_size`` tokens, unless it needs less."""
+    """Sizes of a cache whose groups each hold ``num_blocks * block_size`` tokens, or fewer if they need less."""
 
     def __init__(self, ready: list[WorkerReady], config: EngineConfig) -> None:
         self.ready = ready
@@ -74,7 +71,7 @@ class _Sizes:
         self.max_num_seqs = config.scheduler.max_num_seqs
         groups = ready[0].kv_cache_groups
         self.block_size = math.lcm(*(group.block_size for group in groups))
-        """Whole blocks of every group."""
+        """Tokens in whole blocks of every group."""
         self._has_full = any(group.sliding_window is None for group in groups)
 
     def group(self, spec: KVCacheGroupSpec, num_blocks: int) -> GroupShape:
@@ -92,7 +89,7 @@ class _Sizes:
         return sum(spec.bytes_per_block * self.group(spec, num_blocks).num_blocks for spec in worker.kv_cache_groups)
 
     def bytes_for(self, num_blocks: int) -> int:
-        """What the cache takes on the rank with the most of it."""
+        """Memory of the cache on the rank with the largest share."""
         return max(self._bytes_of(worker, num_blocks) for worker in self.ready)
 
     def most_blocks(self, worker: WorkerReady, kv_bytes: int) -> int:
@@ -106,14 +103,14 @@ class _Sizes:
         return bisect_right(candidates, kv_bytes, key=lambda num_blocks: self._bytes_of(worker, num_blocks)) - 1
 
     def least_blocks(self, max_model_len: int) -> int:
-        """The smallest ``num_blocks`` with which a sequence of that length fits."""
+        """The smallest ``num_blocks`` that fits a sequence of that length."""
         candidates = range(1, -(-max_model_len // self.block_size) + 1)
         fits = bisect_left(candidates, True, key=lambda n: self.shape(n).max_len(self.step_tokens) >= max_model_len)
         return candidates[fits]
 
 
 def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:
-    """Bytes for the KV cache of a rank. Unless somebody chose them, what steps need is left free."""
+    """Bytes for the KV cache of a rank. Unless configured, leaves room for steps."""
     cache = config.cache
     if cache.kv_cache_memory is not None:
         return cache.kv_cache_memory

@@ -1,7 +1,7 @@
-"""The contract the engine core accepts from the api, and what it answers.
+"""The protocol between api and engine core.
 
-Requests are known by ``index``, a number that the api never uses twice; ``request_id`` is for people.
-See ``executor/messages.py`` for how columns are encoded.
+Requests are identified by ``index``, a number that the api never reuses; ``request_id`` is for humans. See
+``executor/messages.py`` for how columns are encoded.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ class FinishReason(IntEnum):
     """Why a request ended."""
 
     STOP = 0
-    """A stop string or token, an end token, or a grammar that is complete."""
+    """A stop string or token, an end token, or a complete grammar."""
     LENGTH = 1
     """``max_tokens`` or the context is used up."""
     ABORT = 2
-    """The client went away, or the server is shutting down."""
+    """The client disconnected, or the server is shutting down."""
     ERROR = 3
     """``EngineCoreOutput.error`` says what went wrong."""
     REPETITION = 4
-    """The output is caught in a loop, see ``RepetitionDetection``."""
+    """The output is stuck in a loop; see ``RepetitionDetection``."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -99,35 +99,35 @@ class FinishReason(IntEnum):
 
 
 class Thought(Message, frozen=True):
-    """What may stand in an output before the part that must be in a language."""
+    """Thinking that may precede the constrained part of an output."""
 
     end: bytes
-    """The text that ends it."""
+    """Text that ends thinking."""
     end_token_ids: tuple[int, ...]
-    """That text in tokens, for when it has to end."""
+    """That text as tokens, to force the end of thinking."""
     start_token_ids: tuple[int, ...] = ()
-    """What begins it."""
+    """Tokens that begin thinking."""
     is_open: bool = False
-    """The output begins inside of it, not with ``start_token_ids`` or the language."""
+    """The output starts inside thinking, without ``start_token_ids``."""
     max_tokens: int | None = None
-    """Tokens that it may have before its end is forced."""
+    """Tokens of thinking after which its end is forced."""
 
 
 class GrammarSpec(Message, frozen=True):
-    """The language that an output must be in."""
+    """The grammar that an output must match."""
 
     kind: str
     """json, regex, choice or grammar."""
     text: str
     """A JSON schema, a regular expression, a JSON list of strings, or a grammar in Lark's notation or GBNF."""
     disable_any_whitespace: bool = False
-    """JSON without white space between its parts."""
+    """JSON without whitespace between its parts."""
     whitespace_pattern: str | None = None
-    """Regular expression of the white space between parts of JSON."""
+    """Regular expression of the whitespace between parts of JSON."""
     param: str = "structured_outputs"
-    """The field of the client's request, for errors."""
+    """Field of the client's request, for error messages."""
     thought: Thought | None = None
-    """What may come before; None: the first token is in the language."""
+    """Thinking that may come first; None: the grammar applies from the first token on."""
 
     @property
     def completes(self) -> bool:
@@ -136,64 +136,63 @@ class GrammarSpec(Message, frozen=True):
 
 
 class SetVocabulary(Message, frozen=True):
-    """The tokens that grammars are about. Sent once to an engine core, no later than the first request that has a
-    grammar."""
+    """The vocabulary for grammars. Sent once per engine core, before the first request with a grammar."""
 
     tokens: tuple[bytes, ...]
-    """By token id; empty: it stands for no text."""
+    """Bytes by token id; empty: the token has no text."""
     special_token_ids: tuple[int, ...]
-    """They stand for no text either, whatever their bytes are."""
+    """Tokens without text, whatever their bytes."""
     end_token_ids: tuple[int, ...]
-    """Tokens with which a model ends its output."""
+    """Tokens that end a model's output."""
 
 
 class EngineCoreRequest(Message, frozen=True):
-    """A request to compute. It is answered in ``EngineCoreOutputs`` until one has a ``finish_reason``."""
+    """A request to compute. It is answered by ``EngineCoreOutputs`` until one has a ``finish_reason``."""
 
     request_id: str
     """For logs and metrics; two requests may share one."""
     index: int
-    """The number that all other messages know it by."""
+    """The number that identifies it in all other messages."""
     prompt_token_ids: bytes
     """int32 [num_prompt_tokens], at least one."""
     sampling_params: ResolvedParams | None = None
-    """Of a request that generates."""
+    """Set for a request that generates."""
     pooling_params: ResolvedPoolingParams | None = None
-    """Of a request that is pooled instead. Exactly one of the two is given."""
+    """Set for a pooling request. Exactly one of the two is given."""
     arrival_time: float = 0.0
-    """CLOCK_MONOTONIC seconds, comparable between processes of one machine."""
+    """CLOCK_MONOTONIC seconds, comparable across processes of one machine."""
     priority: int = 0
     """Lower runs first under the priority policy."""
     tenant: tuple[str, str] = ("", "")
-    """Who it is served to: a short name of the API key and one of its user. Tenants take turns."""
+    """Whom it is served for: short names of the API key and of its user. Tenants take turns."""
     lora_request: LoRARequest | None = None
     """The adapter to compute it with; None: the base model."""
     mm_features: tuple[MultiModalFeature, ...] = ()
-    """Images and sounds of the prompt, in its order."""
+    """Images and audio of the prompt, in prompt order."""
     cache_salt: str = ""
-    """Prompts of different salts never share cached blocks."""
+    """Prompts with different salts never share cached blocks."""
     resumed_output_token_ids: bytes = b""
-    """int32: tokens generated in an earlier life of the request; numbering goes on after them."""
+    """int32: tokens generated in an earlier life of the request; output indices continue after them."""
     suspicion: Suspicion | None = None
-    """Deaths of engine cores that point at it. Requests that have to run alone are sent before all others."""
+    """Engine core deaths that implicate it. Requests that must run alone are sent before all others."""
     grammar: GrammarSpec | None = None
-    """The language of the output; None: any text."""
+    """The grammar of the output; None: unconstrained."""
 
 
 class SiblingRequests(Message, frozen=True):
-    """Completions of one prompt: they are ``first`` but for name, index and seed, and share all the rest."""
+    """Completions of one prompt: copies of ``first`` that differ only in name, index and seed."""
 
     first: EngineCoreRequest
-    """One that generates and has no output yet."""
+    """A request that generates and has no output yet."""
     request_ids: tuple[str, ...]
-    """One for each request."""
+    """One per request."""
     indices: bytes
     """int64 [n]"""
     seeds: tuple[int, ...]
-    """One for each request."""
+    """One per request."""
 
     def requests(self) -> Iterator[EngineCoreRequest]:
-        """Each of them by itself."""
+        """Yields the individual requests."""
         params = self.first.sampling_params or ResolvedParams(max_tokens=1)
         for request_id, index, seed in zip(self.request_ids, i64(self.indices).tolist(), self.seeds, strict=True):
             own = msgspec.structs.replace(params, seed=seed)
@@ -201,31 +200,31 @@ class SiblingRequests(Message, frozen=True):
 
 
 class AbortRequests(Message, frozen=True):
-    """Ends requests whose clients are gone."""
+    """Ends requests whose clients have disconnected."""
 
     indices: tuple[int, ...]
-    """Requests to end without another word; unknown ones are ignored."""
+    """Requests to end without an answer; unknown ones are ignored."""
 
 
 class Ping(Message, frozen=True):
-    """Asks whether the loop still turns; answered with an empty ``UtilityOutput``."""
+    """Checks that the loop is running; answered with an empty ``UtilityOutput``."""
 
     call_id: int
-    """Comes back in the answer."""
+    """Returned in the answer."""
 
 
 class ResetPrefixCache(Message, frozen=True):
     """Forgets all cached blocks; answered with a ``UtilityOutput``."""
 
     call_id: int
-    """Comes back in the answer."""
+    """Returned in the answer."""
 
 
 class StatusRequest(Message, frozen=True):
-    """Asks for counts that tests and operators look at (free blocks, slots, queues, integrity)."""
+    """Asks for counts for tests and operators (free blocks, slots, queues, integrity)."""
 
     call_id: int
-    """Comes back in the answer."""
+    """Returned in the answer."""
 
 
 class Shutdown(Message, frozen=True):
@@ -252,18 +251,18 @@ ToEngineCore = (
 
 
 class EngineReady(Message, frozen=True):
-    """The model is loaded; requests are computed from now on."""
+    """The model is loaded; the engine computes requests."""
 
     engine_epoch: int
     """Number of this engine core, counted over restarts."""
     pid: int
-    """Of the engine core."""
+    """Process id of the engine core."""
     max_model_len: int
-    """Longest sequence that is served, prompt and output together."""
+    """Longest sequence served, prompt and output together."""
     vocab_size: int
     """Width of the logits."""
     num_kv_blocks: int
-    """Of the prefix cache and running requests together, in the largest KV cache group; 0: there is no cache."""
+    """Blocks for prefix cache and running requests together, in the largest KV cache group; 0: no KV cache."""
     block_size: int
     """Tokens in a block."""
     kv_cache_bytes: int
@@ -271,17 +270,17 @@ class EngineReady(Message, frozen=True):
     weight_bytes: int
     """Device memory of the weights."""
     max_num_seqs: int
-    """Requests that run at the same time."""
+    """Most requests running at the same time."""
     dtype: str = ""
-    """Of weights and activations, as torch names it."""
+    """torch's name of the dtype of weights and activations."""
     device: str = ""
-    """Its name among the devices, such as cpu."""
+    """Name of the device, such as cpu."""
     architecture: str = ""
-    """As config.json names it."""
+    """Architecture, as named in config.json."""
     worker_pids: tuple[int, ...] = ()
-    """By rank; none without processes of their own."""
+    """Process ids by rank; empty if the workers have no separate processes."""
     hidden_size: int = 0
-    """Width of pooled vectors. 0: the engine cannot pool."""
+    """Size of pooled vectors. 0: the engine cannot pool."""
 
 
 class SchedulerStats(Message, frozen=True):
@@ -290,87 +289,86 @@ class SchedulerStats(Message, frozen=True):
     num_running_reqs: int = 0
     """Requests that hold a slot."""
     num_waiting_reqs: int = 0
-    """Requests that wait for one."""
+    """Requests waiting for a slot."""
     num_deferred_reqs: int = 0
-    """Of these, requests that wait for something of their own, not for room: their grammar is being compiled."""
+    """Waiting requests that are not ready to run yet: their grammars are being compiled."""
     kv_cache_usage: float = 0.0
-    """Share of blocks in use in the fullest KV cache group, 0 to 1; blocks that are only cached count as free."""
+    """Fraction of blocks in use in the fullest KV cache group, 0 to 1; blocks that are only cached count as free."""
     prefix_cache_queries: int = 0
-    """Tokens looked up since start."""
+    """Tokens looked up since the start."""
     prefix_cache_hits: int = 0
-    """Tokens found since start."""
+    """Tokens found since the start."""
     num_preemptions: int = 0
-    """Requests that had to start over for lack of blocks, since start."""
+    """Preemptions for lack of blocks since the start."""
     num_scheduled_tokens: int = 0
-    """Of this step."""
+    """Tokens scheduled in this step."""
     schedule_us: float = 0.0
     """Microseconds that planning the step took."""
     forward_ms: float = 0.0
-    """Milliseconds that the worker spent on it."""
+    """Milliseconds that the worker spent on the step."""
 
 
 class EngineCoreOutput(Message, frozen=True):
-    """A row that has more to say than its next tokens."""
+    """A row that reports more than its new tokens."""
 
     index: int
     """The request."""
     first_output_index: int
     """Number of output tokens before ``new_token_ids``."""
     new_token_ids: tuple[int, ...] = ()
-    """Tokens of this step, in their order; the end or stop token included."""
+    """New tokens of this step, in order, including an end or stop token."""
     finish_reason: int | None = None
     """A ``FinishReason``."""
     stop_reason: int | None = None
     """The stop token id that ended the request, if one of ``stop_token_ids`` did."""
     ends_with_stop_token: bool = False
-    """The last of ``new_token_ids`` is the end token or stop token that ended the output, which is not part of the
-    text."""
+    """The last of ``new_token_ids`` is the end or stop token that ended the output; it is not part of the text."""
     new_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of ``new_token_ids``, if the request asked for them."""
+    """Log probabilities of ``new_token_ids``, if requested."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of prompt tokens that this step computed, if the request asked for them."""
+    """Log probabilities of the prompt tokens computed in this step, if requested."""
     pooling_output: Tensor | None = None
-    """The result of a pooling request, which ends with it."""
+    """The result of a pooling request, which ends the request."""
     num_cached_tokens: int | None = None
     """Prompt tokens that came from the prefix cache; sent once."""
     scheduled_time: float | None = None
     """When the request first ran (CLOCK_MONOTONIC seconds); sent once."""
     error: str | None = None
-    """What went wrong, for the client; the request has ended."""
+    """Error message for the client; the request has ended."""
     error_param: str | None = None
-    """The error is the client's fault: the field that is to blame, or an empty text if it is none in particular."""
+    """Set if the client is at fault: the field to blame, or an empty string if none in particular."""
     is_culprit: bool = False
-    """The request killed workers, again and again; it must not come back soon."""
+    """The request killed workers repeatedly and must not be retried soon."""
 
 
 MAX_OUTPUTS = 64
-"""Rows of a message that have more to say than their token: each costs the api about a tenth of a millisecond."""
+"""Most ``outputs`` per message: each costs the api about a tenth of a millisecond."""
 
 
 class EngineCoreOutputs(Message, frozen=True):
-    """All that one step brought. Rows that only got tokens are columns."""
+    """All results of one step. Rows with only new tokens are sent as columns."""
 
     engine_epoch: int
-    """Number of the engine core that sends it."""
+    """Number of the sending engine core."""
     indices: bytes = b""
     """int64 [n]: requests."""
     output_indices: bytes = b""
-    """int32 [n]: index of each row's first token in the request's output."""
+    """int32 [n]: index of each row's first new token in the request's output."""
     token_ids: bytes = b""
-    """int32 [all tokens]: one row after another."""
+    """int32 [all tokens], concatenated row by row."""
     outputs: tuple[EngineCoreOutput, ...] = ()
-    """Rows that have more to say, see ``EngineCoreOutput``."""
+    """Rows that report more; see ``EngineCoreOutput``."""
     scheduler_stats: SchedulerStats | None = None
-    """Counts after the step; not in every message."""
+    """Statistics after the step; not in every message."""
     timestamp: float = 0.0
     """CLOCK_MONOTONIC seconds."""
     num_tokens: bytes = b""
-    """uint8 [n]: tokens of each row of the columns. Empty: one of each."""
+    """uint8 [n]: tokens per row of the columns. Empty: one per row."""
 
     def pieces(self) -> Iterator[EngineCoreOutputs]:
-        """The same in messages of at most ``MAX_OUTPUTS`` outputs, so that none takes the api long.
+        """Splits into messages of at most ``MAX_OUTPUTS`` outputs, so that none blocks the api for long.
 
-        The columns and the statistics are in the last one.
+        Columns and statistics are in the last one.
         """
         outputs = self.outputs
         last = max(0, len(outputs) - 1) // MAX_OUTPUTS * MAX_OUTPUTS
@@ -387,42 +385,42 @@ class UtilityOutput(Message, frozen=True):
     """The answer to a message with a ``call_id``."""
 
     call_id: int
-    """The call that it answers."""
+    """The call being answered."""
     result: dict[str, int | float | str | bool] = {}
-    """Names and values, as the call defines them."""
+    """Values by name, as defined by the call."""
     error: str | None = None
     """Why there is no result."""
 
 
 class WorkersLost(Message, frozen=True):
-    """Workers died or hung and are being started again; ``WorkersRestarted`` follows."""
+    """Workers died or hung and are being restarted; ``WorkersRestarted`` follows."""
 
     engine_epoch: int
-    """Number of the engine core that sends it."""
+    """Number of the sending engine core."""
     reason: str
     """For the log."""
 
 
 class WorkersRestarted(Message, frozen=True):
-    """Workers died and were started again; what ran was queued again. A pause, not an error."""
+    """The workers were restarted and running requests were requeued. A pause, not an error."""
 
     engine_epoch: int
-    """Number of the engine core that sends it."""
+    """Number of the sending engine core."""
     worker_pids: tuple[int, ...]
-    """By rank."""
+    """Process ids by rank."""
     reason: str
-    """Why they were started again, for the log."""
+    """Reason for the restart, for the log."""
 
 
 class EngineDead(Message, frozen=True):
-    """The engine core gives up and ends; every open request ends with it."""
+    """The engine core gives up and exits; every open request ends with it."""
 
     engine_epoch: int
-    """Number of the engine core that sends it."""
+    """Number of the sending engine core."""
     message: str
-    """For people, in one line where it can be."""
+    """Human-readable message, one line if possible."""
     exit_code: int = 1
-    """What the process ends with; 78: the model or its configuration is at fault."""
+    """Exit code of the process; 78: the model or its configuration is at fault."""
 
 
 FromEngineCore = (

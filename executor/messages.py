@@ -1,8 +1,8 @@
-"""The contract a worker accepts: plans come in, results go out.
+"""The protocol between engine core and workers: plans go in, results come out.
 
-All messages are msgspec Structs encoded as msgpack arrays. Columns that hold a number per row travel as
-the raw bytes of a little-endian numpy array; each field says which. What did not change since the last
-step is not sent again.
+All messages are msgspec Structs encoded as msgpack arrays. Columns, with one number per row, travel as the raw bytes of
+a little-endian numpy array of the dtype that the field states. Data that did not change since the last step is not sent
+again.
 """
 
 from __future__ import annotations
@@ -17,74 +17,74 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 EXIT_MODEL = 78
-"""Exit code when the model or its configuration is at fault (EX_CONFIG): starting again does not help."""
+"""Exit code when the model or its configuration is at fault (EX_CONFIG): a restart does not help."""
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, gc=False, frozen=True):
-    """Base of everything that crosses a process border."""
+    """Base of all messages between processes."""
 
 
 class Tensor(Message, frozen=True):
-    """A tensor within a message. Copying its bytes costs less than a frame of its own would."""
+    """A tensor inside a message. Copying its bytes is cheaper than a separate frame."""
 
     dtype: str
-    """As numpy names it."""
+    """numpy's name of the dtype."""
     shape: tuple[int, ...]
-    """Empty for a single number."""
+    """Empty for a scalar."""
     data: bytes
     """Row-major, little-endian."""
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What a request carries
+# Parts of requests
 
 
 class RepetitionDetection(Message, frozen=True):
-    """When an output counts as caught in a loop: its end is one pattern ``min_count`` times in a row."""
+    """When an output counts as stuck in a loop: it ends with one pattern repeated ``min_count`` times in a row."""
 
     max_pattern_size: int
-    """Tokens of the longest pattern that is looked for."""
+    """Length of the longest pattern in tokens."""
     min_pattern_size: int = 1
-    """Tokens of the shortest."""
+    """Length of the shortest pattern in tokens."""
     min_count: int = 2
-    """Times that the pattern must occur one after another, at least 2."""
+    """Required consecutive occurrences of the pattern, at least 2."""
 
 
 class ThinkingBudget(Message, frozen=True):
-    """When thinking has to end: its end marker is forced, token by token."""
+    """Limits thinking: when the budget is used up, the end marker is forced, token by token."""
 
     max_tokens: int
-    """Tokens that may stand between the markers."""
+    """Most tokens between the markers."""
     start_token_ids: tuple[int, ...]
-    """The marker that begins the thought."""
+    """Marker that begins thinking."""
     end_token_ids: tuple[int, ...]
-    """At least one."""
+    """Marker that ends thinking, at least one token."""
     starts_open: bool = False
-    """The output begins inside of thinking."""
+    """The output starts inside thinking."""
 
 
 class ResolvedParams(Message, frozen=True):
-    """Sampling parameters of one request after the api resolved names, defaults and the seed.
+    """Sampling parameters of one request, after the api has resolved names, defaults and the seed.
 
-    Only numbers and token ids are left: a worker and the scheduler need no tokenizer.
+    Only numbers and token ids remain, so that workers and scheduler need no tokenizer.
     """
 
     temperature: float = 1.0
-    """0 takes the most likely token."""
+    """0: greedy."""
     top_k: int = 0
     """0: off."""
     top_p: float = 1.0
     """Sample from the most likely tokens whose probabilities add up to this; 1: off."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one; 0: off."""
+    """Drop tokens less likely than this fraction of the most likely one; 0: off."""
     seed: int = 0
     """Key of the counter-based random numbers, 0 <= seed < 2**64."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the output holds, -2 to 2."""
+    """Subtracted from the logits of tokens that occur in the output, -2 to 2."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence of the token in the output, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens in prompt and output, multiplies negative ones; 1: off."""
+    """Divides positive and multiplies negative logits of tokens in prompt and output; 1: off."""
     max_tokens: int = 16
     """Output tokens after which the request ends with ``FinishReason.LENGTH``."""
     min_tokens: int = 0
@@ -98,17 +98,17 @@ class ResolvedParams(Message, frozen=True):
     allowed_token_ids: tuple[int, ...] | None = None
     """The only tokens that may be sampled; None: all."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that the output must not hold."""
+    """Token sequences that must not occur in the output."""
     logprobs: int | None = None
-    """Number of most likely tokens to report beside the sampled one; -1: the whole vocabulary."""
+    """Number of most likely tokens to report besides the sampled one; -1: the whole vocabulary."""
     prompt_logprobs: int | None = None
-    """As ``logprobs``, for each prompt token but the first; None: none at all."""
+    """Like ``logprobs``, for each prompt token but the first; None: none at all."""
     logprob_token_ids: tuple[int, ...] = ()
-    """Tokens whose log probabilities are reported beside the ``logprobs`` most likely ones."""
+    """Tokens whose log probabilities are reported in addition to the ``logprobs`` most likely ones."""
     repetition_detection: RepetitionDetection | None = None
-    """Ends an output that is caught in a loop; None: off."""
+    """Ends an output that is stuck in a loop; None: off."""
     thinking_budget: ThinkingBudget | None = None
-    """Bounds the thought of a request without a grammar; None: no bound."""
+    """Limits the thinking of a request without a grammar; None: no limit."""
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:
@@ -116,54 +116,55 @@ class ResolvedParams(Message, frozen=True):
 
     @property
     def needs_all_positions(self) -> bool:
-        """Whether logits of every prompt position are wanted, so that no prompt token may come from the cache."""
+        """Whether logits of every prompt position are needed, so that no prompt token may come from the cache."""
         return self.prompt_logprobs is not None
 
 
 class ResolvedPoolingParams(Message, frozen=True):
-    """What to make of the hidden states of a request that generates nothing."""
+    """How to pool the hidden states of a request that generates no tokens."""
 
     pooling_type: str = "LAST"
     """One of ``POOLING_TYPES``."""
     normalize: bool = True
     """Scale each vector to length 1."""
     dimensions: int | None = None
-    """Keep that many leading numbers of each vector (before it is scaled)."""
+    """Number of leading dimensions to keep of each vector, before scaling; None: all."""
 
     @property
     def needs_all_positions(self) -> bool:
-        """Whether hidden states of more than the last position are wanted, so that none may come from the cache."""
+        """Whether hidden states beyond the last position are needed, so that no prompt token may come from the
+        cache."""
         return self.pooling_type != "LAST"
 
 
 POOLING_TYPES = ("LAST", "MEAN", "CLS", "ALL")
-"""The last position, the mean of all, the first, or a vector for each position."""
+"""The last position, the mean of all positions, the first position, or one vector per position."""
 
 
 class LoRARequest(Message, frozen=True):
     """The adapter that a request is computed with."""
 
     name: str
-    """What clients call it."""
+    """The name that clients use."""
     lora_id: int
-    """Number of the adapter, at least 1: 0 stands for the base model."""
+    """Id of the adapter, at least 1; 0 is the base model."""
     path: str
-    """Folder of its weights."""
+    """Folder with the adapter's weights."""
     content_hash: str
-    """SHA-256 of its files: K and V that were computed with it are found by this, as its name may pass to another."""
+    """SHA-256 of the adapter's files. Identifies cached K and V, since the name may be reassigned."""
 
 
 class MultiModalFeature(Message, frozen=True):
-    """One image or sound of a prompt, already processed."""
+    """One preprocessed image or audio input of a prompt."""
 
     identifier: str
     """Hash of the content: equal inputs are encoded once and share cached blocks."""
     offset: int
-    """Index in the prompt of its first placeholder token."""
+    """Index of its first placeholder token in the prompt."""
     length: int
     """Number of its placeholder tokens."""
     data: tuple[tuple[str, Tensor], ...] = ()
-    """Inputs of the encoder by name."""
+    """Encoder inputs by name."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -174,47 +175,47 @@ class NewRequest(Message, frozen=True):
     """A request enters a slot: new, or back after a preemption or a restart."""
 
     slot: int
-    """Row of the worker's tables that the request holds until it is in ``finished_slots``."""
+    """Row of the worker's tables that the request holds until the slot is in ``finished_slots``."""
     token_ids: bytes
-    """int32 [num_tokens]: the prompt, then what was generated so far."""
+    """int32 [num_tokens]: the prompt, then the output so far."""
     num_prompt_tokens: int
-    """How many of ``token_ids`` are the prompt."""
+    """Number of prompt tokens in ``token_ids``."""
     num_computed_tokens: int
-    """Tokens whose K and V already lie in the blocks (prefix cache hit)."""
+    """Tokens whose K and V are already in the blocks (prefix cache hit)."""
     block_ids: tuple[bytes, ...]
     """One int32 [num_blocks] per KV cache group."""
     block_offsets: tuple[int, ...] = ()
-    """Per KV cache group: where in the request's block table ``block_ids`` begins. What comes before lies behind the
-    group's window and has no blocks. Empty: at the start in every group."""
+    """Per KV cache group: index in the request's block table at which ``block_ids`` begins. Earlier tokens are outside
+    the group's window and have no blocks. Empty: 0 in every group."""
     params: ResolvedParams | None = None
-    """Of a request that generates."""
+    """Set for a request that generates."""
     pooling_params: ResolvedPoolingParams | None = None
-    """Of a request that is pooled."""
+    """Set for a pooling request."""
     lora_id: int = 0
     """0: no adapter."""
     mm_features: tuple[MultiModalFeature, ...] = ()
-    """Images and sounds of the prompt, in its order."""
+    """Images and audio of the prompt, in prompt order."""
 
 
 class SchedulerOutput(Message, frozen=True):
-    """The plan of one step. Workers execute plans strictly in the order of ``step_id``."""
+    """The plan of one step. Workers execute plans strictly in ``step_id`` order."""
 
     step_id: int
-    """Number of the step, one more than that of the plan before."""
+    """Number of the step; consecutive."""
     slots: bytes
-    """int32 [num_rows]: the requests of the step, in the order of the rows."""
+    """int32 [num_rows]: slot of each row."""
     num_scheduled_tokens: bytes
     """int32 [num_rows], >= 1 each: tokens to compute, ``num_draft_tokens`` included."""
     num_sampled: bytes
     """uint8 [num_rows]: 1 if the row samples, 0 while its prompt is unfinished."""
     finished_slots: bytes = b""
-    """int32: slots that are free again. Applied before ``new_reqs``."""
+    """int32: slots that became free. Applied before ``new_reqs``."""
     new_reqs: tuple[NewRequest, ...] = ()
     """Requests that enter slots in this step."""
     block_updates: tuple[bytes, ...] = ()
     """One int32 [k, 3] per KV cache group: (slot, index in its block table, block id)."""
     num_draft_tokens: bytes = b""
-    """uint8 [num_rows]: drafts that the worker may verify in the row, of those that it has. Empty: none in any row."""
+    """uint8 [num_rows]: most of its drafts that the worker may verify in the row. Empty: none in any row."""
     grammar_slots: bytes = b""
     """int32: slots whose sampling waits for this step's ``GrammarMask``."""
 
@@ -225,27 +226,28 @@ class GrammarMask(Message, frozen=True):
     step_id: int
     """The step whose sampling waits for it."""
     bitmask: bytes
-    """int32 [num_masks, ceil(vocab_size / 32)], bit set: allowed. In the order of ``grammar_slots``."""
+    """int32 [num_masks, ceil(vocab_size / 32)], a set bit allows the token. In the order of ``grammar_slots``."""
     num_positions: bytes = b""
-    """uint8 [constrained rows]: positions of each row that have a mask, from its first one on. The others come after a
-    draft that is forbidden, so that nothing is sampled there that counts. Empty: one of each."""
+    """uint8 [constrained rows]: leading positions of each row that have a mask. Later positions follow a forbidden
+    draft, so their samples are discarded. Empty: one per row."""
 
 
 class InitKVCache(Message, frozen=True):
-    """The engine core's decisions; the worker allocates what they need and captures its programs."""
+    """The engine core's sizing decisions. The worker allocates its KV cache and tables accordingly and captures its
+    programs."""
 
     num_blocks: tuple[int, ...]
     """Blocks of each KV cache group."""
     max_num_seqs: int
-    """Slots: requests that run at the same time."""
+    """Number of slots: requests running at the same time."""
     max_num_batched_tokens: int
-    """Most tokens of a step."""
+    """Most tokens per step."""
     max_model_len: int
-    """Longest sequence that is served, prompt and output together."""
+    """Longest sequence served, prompt and output together."""
 
 
 class WorkerShutdown(Message, frozen=True):
-    """The worker ends at once; plans that still wait in it are not computed."""
+    """The worker exits at once; pending plans are not computed."""
 
 
 ToWorker = SchedulerOutput | GrammarMask | InitKVCache | WorkerShutdown
@@ -263,65 +265,65 @@ class KVCacheGroupSpec(Message, frozen=True):
     block_size: int
     """Tokens in a block."""
     bytes_per_block: int
-    """Of all layers of the group together, on this rank."""
+    """Bytes of one block in all layers of the group together, on this rank."""
     layers: tuple[int, ...]
-    """Indices of the model's layers."""
+    """Indices among the model's attention layers."""
     sliding_window: int | None = None
     """Tokens that a token of these layers attends to, itself included; None: all."""
     dtype: str = ""
-    """Type of what is cached, as torch names it."""
+    """torch's name of the cache's dtype."""
     layout: str = ""
-    """How it lies in a block: what one layout wrote no other can read."""
+    """Layout of a block. Caches of different layouts are incompatible."""
 
 
 class LoadProgress(Message, frozen=True):
-    """How far a worker is with something that takes long."""
+    """Progress of a worker's long-running stage."""
 
     rank: int
     """Of the worker that says so."""
     stage: str
-    """What it is doing, for people."""
+    """Human-readable name of the stage."""
     done: int
-    """How much of ``total``; the unit is the stage's."""
+    """Amount done of ``total``, in the stage's unit."""
     total: int
-    """All that there is to do."""
+    """Total amount of work."""
 
 
 class WorkerReady(Message, frozen=True):
-    """The weights are loaded; the worker knows what it needs for the KV cache."""
+    """The weights are loaded; the worker reports what its KV cache needs."""
 
     rank: int
     """Of the worker that says so."""
     free_bytes: int
-    """Device memory that is available now."""
+    """Device memory available now."""
     total_bytes: int
-    """All memory of the device."""
+    """Total device memory."""
     weight_bytes: int
     """Device memory of the weights."""
     default_kv_bytes: int
-    """Size of the KV cache that the device advises when nothing is configured."""
+    """The device's default size of the KV cache."""
     kv_cache_groups: tuple[KVCacheGroupSpec, ...]
-    """What the model's layers need, one group per kind of cache."""
+    """KV cache groups of the model, one per kind of cache."""
     max_model_len: int
-    """What the model was made for."""
+    """Longest sequence that the model supports."""
     vocab_size: int
     """Width of the logits."""
     dtype: str = ""
-    """Of weights and activations, as torch names it."""
+    """torch's name of the dtype of weights and activations."""
     device: str = ""
-    """Its name among the devices, such as cpu."""
+    """Name of the device, such as cpu."""
     architecture: str = ""
-    """As config.json names it."""
+    """Architecture, as named in config.json."""
     hidden_size: int = 0
-    """Width of the hidden states. 0: they cannot be pooled."""
+    """Size of the hidden states. 0: pooling is not supported."""
     step_bytes: int = 0
-    """What the largest step needs beside weights and KV cache: values of the model, logits, the sampler's tables."""
+    """Memory of the largest step in addition to weights and KV cache: activations, logits, the sampler's tables."""
     position_bytes: int = 0
-    """Likewise for each token of the longest sequence: tokens, block tables, rotations."""
+    """Likewise, per token of the longest sequence: token ids, block tables, rotary tables."""
 
 
 class KVCacheReady(Message, frozen=True):
-    """The KV cache is allocated and programs are captured; plans may come."""
+    """The KV cache is allocated and programs are captured; the worker accepts plans."""
 
     rank: int
     """Of the worker that says so."""
@@ -335,7 +337,7 @@ class TokenLogprobs(Message, frozen=True):
     row: int
     """Row of the step."""
     position: int
-    """For prompt logprobs the token's index in the prompt, else which of the row's tokens of this step it is."""
+    """For prompt logprobs the token's index in the prompt, else its index among the row's tokens of this step."""
     token_ids: bytes
     """int32 [1 + k]: the token itself, then the k most likely ones."""
     logprobs: bytes
@@ -345,78 +347,79 @@ class TokenLogprobs(Message, frozen=True):
 
 
 class RowError(Message, frozen=True):
-    """A row whose result is not usable; the step's other rows are unharmed."""
+    """A row without a usable result; the step's other rows are unaffected."""
 
     row: int
     """Row of the step."""
     message: str
-    """For the client."""
+    """Error message for the client."""
     is_request_fault: bool = False
-    """What the request asks for is to blame, not the model."""
+    """The request's parameters are at fault, not the model."""
     position: int = 0
-    """Which of the row's tokens of this step it stands for."""
+    """Index of the failed token among the row's tokens of this step."""
 
 
 class ModelRunnerOutput(Message, frozen=True):
     """The result of one step."""
 
     step_id: int
-    """The plan that it answers."""
+    """The plan's ``step_id``."""
     rank: int = 0
-    """Whose it is: every answer of a worker says so."""
+    """Rank of the worker that answers."""
     sampled_token_ids: bytes = b""
-    """int32: the tokens of the rows that sample, one row after another: the drafts that hold, and one more. That one is
-    0 in a row with an error, which ends there."""
+    """int32: the tokens of the rows that sample, concatenated row by row: the accepted drafts and one more. A row with
+    an error ends with 0 in place of that token."""
     num_accepted: bytes = b""
-    """uint8 [rows that sample]: drafts that hold. Empty: none of any row."""
+    """uint8 [rows that sample]: accepted drafts. Empty: none in any row."""
     num_draft_tokens: bytes = b""
-    """uint8 [rows that sample]: drafts that the worker has for the next step of each. Empty: none."""
+    """uint8 [rows that sample]: drafts that the worker proposes for each row's next step. Empty: none."""
     draft_token_ids: bytes = b""
-    """int32: these drafts, one row after another. Masks of a grammar depend on them."""
+    """int32: these drafts, concatenated row by row. Grammar masks depend on them."""
     row_errors: tuple[RowError, ...] = ()
-    """At most one for a row."""
+    """At most one per row."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of sampled tokens, for rows that asked for them."""
+    """Log probabilities of sampled tokens, for rows that report them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of the step's prompt tokens, for rows that asked for them."""
+    """Log probabilities of the step's prompt tokens, for rows that report them."""
     pooler_output: tuple[tuple[int, Tensor], ...] = ()
-    """Rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
+    """For rows whose prompt is complete: row of the step, and float32 [size], or [num_prompt_tokens, size] for ALL."""
     forward_ms: float = 0.0
     """Milliseconds that the worker spent on the step."""
 
 
 class Heartbeat(Message, frozen=True):
-    """A rank whose results nobody needs has computed a step: it lives, and nothing is owed by it up to here."""
+    """A rank that is not the output rank has computed a step: it is alive and has caught up to this step."""
 
     rank: int
-    """Whose it is."""
+    """Rank of the worker."""
     step_id: int
-    """The plan's."""
+    """The plan's ``step_id``."""
 
 
 class WorkerFailed(Message, frozen=True):
-    """A worker cannot go on. With ``exit_code`` 78 the model or its configuration is at fault: no restart helps."""
+    """A worker cannot go on. With ``exit_code`` 78 the model or its configuration is at fault: a restart does not
+    help."""
 
     rank: int
     """Of the worker that says so."""
     message: str
-    """For people, in one line where it can be."""
+    """Human-readable message, one line if possible."""
     exit_code: int = 1
-    """What the worker's process ends with."""
+    """Exit code of the worker process."""
     traceback: str = ""
-    """Empty where the message says it all."""
+    """Traceback; empty if the message is sufficient."""
 
 
 FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | Heartbeat | WorkerFailed
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """The array as a part of a message."""
+    """Encodes an array for a message."""
     return Tensor(array.dtype.str, array.shape, array.tobytes())
 
 
 def to_array(tensor: Tensor) -> npt.NDArray[Any]:
-    """A read-only view of a tensor of a message."""
+    """A read-only view of a message's tensor."""
     return np.frombuffer(tensor.data, np.dtype(tensor.dtype)).reshape(tensor.shape)
 
 

@@ -178,7 +178,7 @@ def test_requests_that_come_early_wait_for_the_model() -> None:
     ("options", "message"),
     [
         ({"num_blocks": 3}, "does not fit the KV cache"),
-        ({"max_model_len": MAX_LEN + 1}, "longer than"),
+        ({"max_model_len": MAX_LEN + 1}, "exceeds the model's maximum of"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_fatal(options: dict[str, Any], message: str) -> None:
@@ -218,7 +218,7 @@ def test_no_room_for_a_cache_is_fatal() -> None:
     harness.executor.inbox[0] = [worker_ready(num_blocks=0)]
     harness.run()
     (dead,) = harness.messages(EngineDead)
-    assert "no room for a KV cache" in dead.message and harness.core.exit_code == EXIT_MODEL
+    assert "no memory for a KV cache" in dead.message and harness.core.exit_code == EXIT_MODEL
 
 
 # -- hostile requests -----------------------------------------------------------------------------------------

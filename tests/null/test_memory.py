@@ -125,7 +125,7 @@ def test_sizes_are_rounded_up(count: int) -> None:
 
 def test_errors() -> None:
     assert plan(ready(group(3), group(4, window=8), kv_bytes=6)) == (
-        "no room for a KV cache: 6 B are left and one block takes 7 B; free memory or set --kv-cache-memory"
+        "no memory for a KV cache: 6 B are left and one block takes 7 B; free memory or set --kv-cache-memory"
     )
     assert isinstance(plan(ready(group(1), kv_bytes=-5)), str)
     assert isinstance(plan(ready(group(1), kv_bytes=500), max_model_len=MODEL_LEN + 1), str)
