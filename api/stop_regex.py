@@ -1,10 +1,9 @@
 """Regular expressions that end a completion, searched in a text that arrives in pieces.
 
-No library finds matches in a stream in linear time and says how much of the text may still become part of one. So the
-standard library parses a pattern, and an automaton (Thompson 1968) follows all ways to match at once: a character
-costs the same however long the text is, and no pattern makes it explode. Each thread of the automaton knows where its
-match would begin. What happens for a character depends on the set of threads alone, so it is worked out once and then
-looked up.
+No library finds matches in a stream in linear time and says how much of the text may still become part of one. So an
+automaton (Thompson 1968) follows all ways to match at once: a character costs the same however long the text is, and no
+pattern makes it explode. Each thread of the automaton knows where its match would begin. What happens for a character
+depends on the set of threads alone, so it is worked out once and then looked up.
 
 Not supported, and refused by name: what needs to look ahead or back (``$``, ``\\b``, assertions, back references) and
 possessive or atomic groups. ``^`` is, also with ``(?m)``.
@@ -12,15 +11,12 @@ possessive or atomic groups. ``^`` is, also with ``(?m)``.
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-_parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
-_constants: Any = importlib.import_module("re._constants" if sys.version_info >= (3, 11) else "sre_constants")
+from api.regex_syntax import Begin, Char, CharTest, Node, Repeat, UnsupportedError, parse_regex
 
 MAX_PATTERN_CHARS = 1024
 MAX_STATES = 256
@@ -28,8 +24,6 @@ MAX_STATES = 256
 _MAX_NODES = 20_000
 _MAX_TRANSITIONS = 4096
 """Transitions that an automaton remembers."""
-
-Test: TypeAlias = Callable[[str], bool]
 
 
 class StopRegexError(ValueError):
@@ -42,7 +36,7 @@ class _Node:
     __slots__ = ("after", "at_line", "at_start", "pattern", "test")
 
     def __init__(self) -> None:
-        self.test: Test | None = None
+        self.test: CharTest | None = None
         self.after: list[_Node] = []
         self.pattern: int | None = None
         self.at_start = False
@@ -62,13 +56,15 @@ class _Compiler:
         if len(source) > MAX_PATTERN_CHARS:
             raise StopRegexError(f"is longer than {MAX_PATTERN_CHARS} characters")
         try:
-            parsed = _parser.parse(source)
+            parsed = parse_regex(source)
+        except UnsupportedError as error:
+            raise StopRegexError(f"{error}, which a stream cannot be searched for") from None
         except (re.error, OverflowError, RecursionError) as error:
             raise StopRegexError(f"is not a regular expression: {error}") from None
         end = self._node()
         end.pattern = index
         try:
-            return self._sequence(parsed, end, int(parsed.state.flags))
+            return self._sequence(parsed, end)
         except RecursionError:
             raise StopRegexError("is nested too deeply") from None
 
@@ -88,107 +84,47 @@ class _Compiler:
             raise StopRegexError("is too large: make repetitions shorter")
         return _Node()
 
-    def _sequence(self, items: Any, after: _Node, flags: int) -> _Node:
-        for op, value in reversed(list(items)):
-            after = self._item(op, value, after, flags)
+    def _sequence(self, items: Sequence[Node], after: _Node) -> _Node:
+        for item in reversed(items):
+            after = self._item(item, after)
         return after
 
-    def _item(self, op: Any, value: Any, after: _Node, flags: int) -> _Node:
-        if op in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN):
+    def _item(self, item: Node, after: _Node) -> _Node:
+        if isinstance(item, Char):
             self._num_tests += 1
             if self._num_tests > MAX_STATES:
                 raise StopRegexError(f"is too large: with repetitions written out it may have {MAX_STATES} characters")
             node = self._node()
-            node.test, node.after = _test(op, value, flags), [after]
+            node.test, node.after = item.test, [after]
             return node
-        if op is _constants.BRANCH:
-            fork = self._node()
-            fork.after = [self._sequence(option, after, flags) for option in value[1]]
-            return fork
-        if op is _constants.SUBPATTERN:
-            _, added, removed, items = value
-            return self._sequence(items, after, (flags | added) & ~removed)
-        if op in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-            least, most, items = value
-            return self._repeat(least, most, items, after, flags)
-        if op is _constants.AT and value in (_constants.AT_BEGINNING, _constants.AT_BEGINNING_STRING):
+        if isinstance(item, Repeat):
+            return self._repeat(item, after)
+        if isinstance(item, Begin):
             gate = self._node()
-            gate.at_line = value is _constants.AT_BEGINNING and bool(flags & re.MULTILINE)
-            gate.at_start = not gate.at_line
+            gate.at_line, gate.at_start = item.of_line, not item.of_line
             gate.after = [after]
             return gate
-        raise StopRegexError(f"uses {_NAMES.get(str(op), str(op).lower())}, which a stream cannot be searched for")
+        if len(item.options) == 1:
+            return self._sequence(item.options[0], after)
+        fork = self._node()
+        fork.after = [self._sequence(option, after) for option in item.options]
+        return fork
 
-    def _repeat(self, least: int, most: int, items: Any, after: _Node, flags: int) -> _Node:
-        if most is _constants.MAXREPEAT:
+    def _repeat(self, repeat: Repeat, after: _Node) -> _Node:
+        if repeat.most is None:
             loop = self._node()
-            loop.after = [self._sequence(items, loop, flags), after]
+            loop.after = [self._item(repeat.item, loop), after]
             after = loop
         else:
             end = after
-            for _ in range(most - least):
+            for _ in range(repeat.most - repeat.least):
                 fork = self._node()
-                fork.after = [self._sequence(items, after, flags), end]
+                fork.after = [self._item(repeat.item, after), end]
                 after = fork
-        for _ in range(least):
+        for _ in range(repeat.least):
             self._node()
-            after = self._sequence(items, after, flags)
+            after = self._item(repeat.item, after)
         return after
-
-
-_NAMES = {
-    "AT": "an anchor other than ^",
-    "GROUPREF": "a back reference",
-    "GROUPREF_EXISTS": "a conditional group",
-    "ASSERT": "a look-around assertion",
-    "ASSERT_NOT": "a look-around assertion",
-    "ATOMIC_GROUP": "an atomic group",
-    "POSSESSIVE_REPEAT": "a possessive quantifier",
-}
-
-
-def _test(op: Any, value: Any, flags: int) -> Test:
-    """Whether a character is one that an item of a pattern stands for."""
-    if op is _constants.ANY:
-        return (lambda char: True) if flags & re.DOTALL else (lambda char: char != "\n")
-    if op is _constants.IN:
-        items = list(value)
-        negated = items[0][0] is _constants.NEGATE
-        tests = [_member(item_op, item, flags) for item_op, item in items[negated:]]
-    else:
-        negated = op is _constants.NOT_LITERAL
-        tests = [_member(_constants.LITERAL, value, flags)]
-
-    def is_one(char: str) -> bool:
-        forms = {char, char.lower(), char.upper()} if flags & re.IGNORECASE else (char,)
-        return any(test(form) for form in forms for test in tests) != negated
-
-    return is_one
-
-
-def _member(op: Any, value: Any, flags: int) -> Test:
-    if op is _constants.LITERAL:
-        return chr(value).__eq__
-    if op is _constants.RANGE:
-        low, high = chr(value[0]), chr(value[1])
-        return lambda char: low <= char <= high
-    if op is not _constants.CATEGORY:
-        raise StopRegexError(f"uses {op} in a set, which is not supported")
-    name = str(value)
-    kind = _CATEGORIES[name.rsplit("_", 1)[1]]
-    only_ascii = bool(flags & re.ASCII)
-
-    def belongs(char: str) -> bool:
-        return (kind(char) and (char.isascii() or not only_ascii)) != ("NOT" in name)
-
-    return belongs
-
-
-_CATEGORIES: dict[str, Test] = {
-    "DIGIT": str.isdecimal,
-    "SPACE": str.isspace,
-    "WORD": lambda char: char.isalnum() or char == "_",
-}
 
 
 class _Transition(NamedTuple):

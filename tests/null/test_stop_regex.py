@@ -77,6 +77,13 @@ def test_a_stream_is_searched_like_its_whole_text(
         (r"a.b", "xa\nb", "xa\nb"),
         (r"[^\W\d_]{3}!", "12 añb!", "12 "),
         (r"(?a)\w+!", "añb!", "añ"),
+        (r"(?a)a(?u:\w)!", "aañ!", "a"),
+        (r"(?i:A)b", "aB ab", "aB "),
+        (r"(?x) a \ b  # a comment", "ab a b", "ab "),
+        (r"a{,2}b", "xaaab", "xa"),
+        (r"a{x}", "aa a{x}", "aa "),
+        (r"[]^-]-", "a-^-", "a-"),
+        (r"\101[\102\0]\u0043\N{LATIN SMALL LETTER D}", "xABCd", "x"),
         (r"<\|(?P<name>\w+)\|>", "a <|b|> <|end|>", "a "),
         ("é", "ros\u00e9", "ros"),
     ],
@@ -84,6 +91,57 @@ def test_a_stream_is_searched_like_its_whole_text(
 def test_what_patterns_find(pattern: str, text: str, expected: str) -> None:
     assert stream(list(text), [], [pattern])[0] == expected
     assert stream([text], [], [pattern])[0] == expected
+
+
+SYNTAX = (
+    *("^", "|", "(", ")", "[", "]", "[^", "(?:", "(?P<n>", "(?#c)", "(?i)", "(?x)", "(?m)", "(?a)", "(?s)", "(?i:"),
+    *("(?-i:", "(?x:", "(?a:", "(?u:", "*", "+", "?", "*?", "{2}", "{1,2}", "{,2}", "{1,}", "{,}", "{}", "{", "}", "."),
+    *(r"\A", r"\d", r"\W", r"\s", r"\S", r"\n", r"\x61", r"\u0062", r"\141", r"\0", r"\.", r"\]", r"\\"),
+    *(r"\N{DIGIT ONE}", "a", "b", "B", "1", " ", "\n", "-", "a-b", ",", "#", "é", "É", r"[\b]"),
+    *(r"\1", r"\8", "$", r"\b", "(?=", "(?<!", "++"),
+)
+PROBES = (
+    "",
+    "a",
+    "B",
+    "1",
+    "\n",
+    " ",
+    "é",
+    "É",
+    "aa",
+    "ab",
+    "ba",
+    "a1",
+    "aab",
+    "a b",
+    "-",
+    "]",
+    "^",
+    "{",
+    "{}",
+    "a{",
+    "\b",
+)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.sampled_from(SYNTAX), min_size=1, max_size=8).map("".join))
+def test_any_syntax_is_read_as_the_library_reads_it(source: str) -> None:
+    try:
+        theirs = re.compile(source)
+    except re.error:
+        with pytest.raises(StopRegexError, match="is not a regular expression|is too large|uses"):
+            StopAutomaton((), (source,))
+        return
+    try:
+        StopAutomaton((), (source,))
+    except StopRegexError as error:
+        assert "uses" in str(error) or ("matches an empty text" in str(error) and theirs.search("\nx")), error
+        return
+    for text in PROBES:
+        assert stream([text], [], [source]) == search(text, [], [source]), text
 
 
 def test_only_what_may_be_part_of_a_match_is_held_back() -> None:
