@@ -1,7 +1,7 @@
-"""From a conversation to an answer whose parts are known: what every endpoint that talks with a model shares.
+"""From a conversation to a parsed answer: the common part of all chat endpoints.
 
-Chat completions, Anthropic's messages and responses differ in how they write a conversation and an answer. Each turns
-its request into a ``ChatCompletionRequest``, gets a ``ChatAnswer`` for it, and writes down the events of that.
+Chat completions, Anthropic's messages and responses represent conversations and answers differently. Each converts its
+request to a ``ChatCompletionRequest``, gets a ``ChatAnswer`` for it, and encodes its events.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from api.parsers import (
 from engine_core.messages import GrammarSpec
 
 MAX_TOOLS_LOOKED_FOR = 8
-"""A template that shows tools shows the first ones; looking for all of a thousand would take long."""
-TOOLS_IGNORED = "the model's chat template ignores tools, so the model does not know them; see --chat-template"
+"""A template that renders tools renders the first ones; searching for a thousand would be slow."""
+TOOLS_IGNORED = "the model's chat template ignores tools, so the model does not see them; see --chat-template"
 
 
 class TextFormat(msgspec.Struct, frozen=True):
-    """How the text of an answer is to be read; see ``create_parser``."""
+    """How to parse the text of an answer; see ``create_parser``."""
 
     reasoning: str | None = None
     tool: str | None = None
@@ -60,14 +60,14 @@ class TextFormat(msgspec.Struct, frozen=True):
     forced: bool = False
     prompt_opened: bool | None = None
     is_constrained: bool = False
-    """What comes after the reasoning follows a grammar."""
+    """A grammar constrains the text after the reasoning."""
     single_call: bool = False
-    """Calls after the first are left out."""
+    """Drop calls after the first."""
     shows_reasoning: bool = True
 
     @property
     def is_plain(self) -> bool:
-        """All of it is content."""
+        """Whether all of the text is content."""
         return self.reasoning is None and self.tool is None and not self.forced
 
     def parser(self) -> ParserChain:
@@ -83,12 +83,12 @@ class TextFormat(msgspec.Struct, frozen=True):
 
 
 class Ending(msgspec.Struct, frozen=True):
-    """Why a choice ended: the one judgement that every protocol puts into words of its own."""
+    """Why a choice ended, in a form that each protocol translates."""
 
     reason: str
     """``stop``, ``tool_calls``, ``length``, ``repetition``, ``abort`` or ``error``."""
     stop_string: str | None = None
-    """The stop string or pattern that ended it."""
+    """The stop string or pattern that matched."""
     is_context_full: bool = False
     """With ``length``: the context was full before ``max_tokens``."""
 
@@ -98,7 +98,7 @@ class ChoiceText:
 
     Attributes:
         num_tokens: Tokens so far.
-        num_reasoning_tokens: Those of them between the marks of reasoning.
+        num_reasoning_tokens: Tokens inside reasoning, without its tags.
     """
 
     __slots__ = (
@@ -113,18 +113,16 @@ class ChoiceText:
     )
 
     def __init__(self, text_format: TextFormat, *, only_whole_calls: bool = False) -> None:
-        """Begins.
-
-        Args:
-            text_format: How the text is to be read.
-            only_whole_calls: Tool calls are passed on once they are whole; one that never is becomes content, as the
-                model wrote it. For protocols that have no place for half a call.
+        """Args:
+        text_format: How to parse the text.
+        only_whole_calls: Hold back tool calls until they are complete; an incomplete one becomes content, as the
+            model wrote it. For protocols that cannot represent a partial call.
         """
         self._format = text_format
         self._parser = text_format.parser()
         self._only_whole_calls = only_whole_calls
         self._open_call: list[Event] | None = None
-        """What is known of a call that may still break off."""
+        """Events of a call that may still be cut off."""
         self._num_calls = 0
         self._num_broken_calls = 0
         self.num_tokens = 0
@@ -132,11 +130,11 @@ class ChoiceText:
 
     @property
     def has_calls(self) -> bool:
-        """Whether the choice calls tools: it has calls, and all of them are whole."""
+        """Whether the choice has tool calls, all of them complete."""
         return self._num_calls > 0 and not self._num_broken_calls
 
     def events(self, delta: Delta) -> list[Event]:
-        """What a delta settles; the last one settles all. Neighbours of a kind are one event."""
+        """The events that a delta completes; the last delta completes all. Adjacent events of a kind are merged."""
         parser = self._parser
         was_reasoning = parser.is_reasoning
         events = parser.feed(delta.text)
@@ -162,7 +160,7 @@ class ChoiceText:
             self._num_broken_calls += 1
 
     def _whole_calls(self, events: Iterable[Event]) -> list[Event]:
-        """The events with calls held back until they are whole."""
+        """The events, with calls held back until they are complete."""
         result: list[Event] = []
         for event in events:
             if isinstance(event, ToolCallStart):
@@ -191,7 +189,7 @@ class ChoiceText:
 
 
 class ChatAnswer:
-    """A generation, and what the text of each of its choices means."""
+    """A generation with the parsed text of its choices."""
 
     def __init__(
         self,
@@ -203,15 +201,13 @@ class ChatAnswer:
         prompt_text: str = "",
         prompt_token_offsets: TokenOffsets | UnsetType = UNSET,
     ) -> None:
-        """Prepares.
-
-        Args:
-            generation: It has not begun.
-            text_format: How its text is to be read.
-            names_call: The client chose the function that is called.
-            max_tokens: What the client allowed; None: as many as the context has room for.
-            prompt_text: The conversation, as the chat template wrote it.
-            prompt_token_offsets: Where the prompt's tokens lie in that text, if the client wants to know.
+        """Args:
+        generation: The generation, not started yet.
+        text_format: How to parse its text.
+        names_call: Whether the client chose the function to call.
+        max_tokens: The client's limit; None: what fits in the context.
+        prompt_text: The conversation as rendered by the chat template.
+        prompt_token_offsets: Positions of the prompt's tokens in that text, if requested.
         """
         self.prompt_text = prompt_text
         self.prompt_token_offsets = prompt_token_offsets
@@ -223,11 +219,11 @@ class ChatAnswer:
         self._choices: dict[int, ChoiceText] = {}
 
     def use_whole_calls(self) -> None:
-        """From the beginning on, only whole tool calls are calls; see ``ChoiceText``."""
+        """Only complete tool calls are calls; see ``ChoiceText``. Call it before the first delta."""
         self._only_whole_calls = True
 
     def events(self, delta: Delta) -> list[Event]:
-        """What a delta settles; see ``ChoiceText``."""
+        """The events that a delta completes; see ``ChoiceText``."""
         text = self._choices.get(delta.choice)
         if text is None:
             text = ChoiceText(self.text_format, only_whole_calls=self._only_whole_calls)
@@ -235,14 +231,14 @@ class ChatAnswer:
         return text.events(delta)
 
     def finish_reason(self, delta: Delta) -> str | None:
-        """Why a choice ended, as chat completions say it: ``stop`` if the client chose the function that is called."""
+        """The finish reason of chat completions: ``stop`` if the client chose the function to call."""
         if delta.finish_reason is None:
             return None
         reason = self.ending(delta).reason
         return "stop" if reason == "tool_calls" and self.names_call else reason
 
     def ending(self, delta: Delta) -> Ending:
-        """Why a choice ended, given its last delta, whose events were taken."""
+        """Why a choice ended, from its last delta, after its events were taken."""
         text = self._choices.get(delta.choice)
         reason = delta.finish_reason or ""
         if reason == "stop" and text is not None and text.has_calls:
@@ -254,7 +250,7 @@ class ChatAnswer:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of all choices so far."""
+        """Reasoning tokens of all choices so far."""
         return sum(text.num_reasoning_tokens for text in self._choices.values())
 
 
@@ -267,23 +263,23 @@ async def prepare_answer(
     fits_max_tokens: bool = False,
     work: int = 0,
 ) -> ChatAnswer:
-    """Checks a request, renders and tokenises its conversation. Nothing runs yet.
+    """Validates a request, renders and tokenises its conversation. Nothing runs yet.
 
     Args:
-        model: Where it is served; the model's name was checked.
-        request: The conversation and how to answer.
-        answer_id: Becomes the generation's id.
-        tenant: Who it is for.
-        work: About how many steps a walk over the request takes.
-        fits_max_tokens: Cut ``max_tokens`` to what the context has room for, rather than refuse it.
+        model: The model; its name has been checked.
+        request: The conversation and its parameters.
+        answer_id: Id of the generation.
+        tenant: The client's tenant.
+        work: Approximate number of steps to walk the request.
+        fits_max_tokens: Cap ``max_tokens`` at the context instead of rejecting it.
 
     Raises:
-        RequestError: The request cannot be served as it is; it names the field of a chat completion.
+        RequestError: The request is invalid; it names the field of a chat completion.
     """
     refuse_chat(request)
     check_stream_fields(request)
     if request.top_logprobs and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        raise RequestError("top_logprobs requires logprobs: true", "top_logprobs")
     use = await model.host.apart(work, resolve_tools, request, model.config)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     grammar = await model.host.apart(work, requested_grammar, request)
@@ -343,7 +339,7 @@ def _text_format(
 
 
 def _shows_tools(prompt: str, tools: Sequence[Tool], request: ChatCompletionRequest) -> bool:
-    """Whether the chat template told the model of a tool: its name is there more often than in the conversation."""
+    """Whether the template rendered any tool: its name occurs more often than in the conversation."""
     said = [text_of(message) for message in request.messages]
     for tool in tools[:MAX_TOOLS_LOOKED_FOR]:
         name = str(tool["function"]["name"])
@@ -362,7 +358,7 @@ def _sampling_params(
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     if request.use_beam_search:
         if use.schema is not None:
-            raise RequestError("a tool_choice that forces calls cannot be used with use_beam_search", "tool_choice")
+            raise RequestError("use_beam_search does not support a tool_choice that forces calls", "tool_choice")
         return beam_search_params(request, grammar, max_tokens=max_tokens, logprobs=logprobs)
     return sampling_params(
         request,

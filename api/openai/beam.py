@@ -1,4 +1,4 @@
-"""Beam search over HTTP: a generation whose choices come in one piece each, when the search is over."""
+"""Beam search over HTTP: a generation whose choices arrive whole, at the end of the search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = get_logger()
 
 
 def _refused_fields(request: GenerationRequest) -> dict[str, bool]:
-    """Fields that a search would have to leave out of account, and whether they ask for something."""
+    """Fields that beam search does not support, and whether they are used."""
     return {
         "best_of": isinstance(request, CompletionRequest) and bool(request.best_of),
         "stop": bool(request.stop),
@@ -43,7 +43,7 @@ def _refused_fields(request: GenerationRequest) -> dict[str, bool]:
 
 
 def _penalties(request: GenerationRequest) -> dict[str, bool]:
-    """Whether penalties change anything."""
+    """Penalties, and whether they have an effect."""
     return {
         "presence_penalty": request.presence_penalty not in (None, 0),
         "frequency_penalty": request.frequency_penalty not in (None, 0),
@@ -54,31 +54,31 @@ def _penalties(request: GenerationRequest) -> dict[str, bool]:
 def beam_search_params(
     request: GenerationRequest, grammar: GrammarSpec | None, *, max_tokens: int | None, logprobs: int | None
 ) -> BeamSearchParams:
-    """What a request asks for.
+    """The search parameters of a request.
 
     Args:
-        request: It has ``use_beam_search``.
-        grammar: What it asks for, which is refused.
-        max_tokens: Longest completion.
-        logprobs: Most likely tokens to report at each place.
+        request: A request with ``use_beam_search``.
+        grammar: Its constraint, which is rejected.
+        max_tokens: Maximum length of a completion.
+        logprobs: Number of most likely tokens to report per position.
 
     Raises:
-        RequestError: A field is out of range, or makes no sense in a search.
+        RequestError: A field is out of range, or not supported with beam search.
     """
     if request.stream:
         raise RequestError(
-            "use_beam_search cannot be streamed: which sequence is the best is known at the end", "use_beam_search"
+            "use_beam_search does not support stream: the best sequence is known only at the end", "use_beam_search"
         )
     if isinstance(request, CompletionRequest) and request.echo and logprobs is not None:
-        raise RequestError("logprobs with echo cannot be used with use_beam_search", "echo")
+        raise RequestError("use_beam_search does not support echo with logprobs", "echo")
     for name, is_asked in _refused_fields(request).items():
         if is_asked:
-            raise RequestError(f"{name} cannot be used with use_beam_search", name)
+            raise RequestError(f"use_beam_search does not support {name}", name)
     if grammar is not None:
-        raise RequestError(f"{grammar.param} cannot be used with use_beam_search", grammar.param)
+        raise RequestError(f"use_beam_search does not support {grammar.param}", grammar.param)
     for name, is_asked in _penalties(request).items():
         if is_asked:
-            raise RequestError(f"{name} cannot be used with use_beam_search", name)
+            raise RequestError(f"use_beam_search does not support {name}", name)
     return BeamSearchParams(
         beam_width=1 if request.n is None else request.n,
         max_tokens=max_tokens,
@@ -102,21 +102,21 @@ def create_generation(
     kept_special_ids: frozenset[int] = frozenset(),
     tenant: Tenant = NOBODY,
 ) -> Generation:
-    """What makes the tokens of a request, which is resolved here; nothing runs before its ``start``.
+    """Resolves a request into a generation, which runs once its ``start`` is called.
 
     Args:
-        model: Where it is served.
-        request_id: Becomes the answer's id.
+        model: The model.
+        request_id: Id of the answer.
         prompts: Token ids.
-        params: How the tokens are chosen.
-        request: What else it asks for.
-        grammar: The language that outputs must be in.
-        opened: Whether the prompt of a conversation has begun the reasoning or ended it; see ``ServedModel.resolve``.
-        kept_special_ids: Special tokens that stay in the text although others are left out.
+        params: Sampling or search parameters.
+        request: The request, for all other fields.
+        grammar: Constraint on the outputs.
+        opened: Whether the conversation's prompt has opened or closed the reasoning; see ``ServedModel.resolve``.
+        kept_special_ids: Special tokens to keep in the text when others are skipped.
         tenant: Who it is for.
 
     Raises:
-        RequestError: A parameter does not suit the model.
+        RequestError: A parameter is invalid for the model.
     """
     if isinstance(params, BeamSearchParams):
         return BeamGeneration(model, request_id, prompts, params, request, kept_special_ids, tenant)
@@ -135,7 +135,7 @@ def create_generation(
 
 
 class BeamGeneration(Generation):
-    """A search for each prompt; choice ``p * width + i`` is the sequence of rank ``i`` of prompt ``p``."""
+    """One search per prompt; choice ``p * width + i`` is the sequence of rank ``i`` of prompt ``p``."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class BeamGeneration(Generation):
         kept_special_ids: frozenset[int],
         tenant: Tenant,
     ) -> None:
-        """Prepares. Nothing runs before ``start``."""
+        """Nothing runs before ``start``."""
         super().__init__(model, request_id, prompts, params, None)
         self._width = params.beam_width
         self._beam_params = params
@@ -188,7 +188,7 @@ class BeamGeneration(Generation):
             self._channel.push(Delta(0, finish_reason="error", error=INTERNAL))
 
     def _deliver(self, index: int, beams: list[Beam]) -> None:
-        """One delta for each sequence."""
+        """Pushes one delta per sequence."""
         for rank, beam in enumerate(beams):
             self._num_output_tokens += len(beam.token_ids)
             self._channel.push(
@@ -221,6 +221,6 @@ class BeamGeneration(Generation):
             search.abort()
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
-        """Tokens of all choices that are returned."""
+        """Usage of all returned choices."""
         cached = sum(search.num_cached_tokens for search in self._searches)
         return self.count_usage(self._num_output_tokens if num_output_tokens is None else num_output_tokens, cached)

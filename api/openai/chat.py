@@ -70,7 +70,7 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 class ChatReply:
-    """The outputs of a chat completion, as chunks or folded into one answer."""
+    """The outputs of a chat completion, as chunks or one whole answer."""
 
     keep_alive = KEEP_ALIVE
     error_event = staticmethod(error_event)
@@ -87,7 +87,7 @@ class ChatReply:
         self._has_token_ids = bool(request.return_token_ids)
         self._ends_with_usage, self._has_usage = wants_usage(request, always=model.config.enable_force_include_usage)
         self._is_bare = not (self._has_logprobs or self._has_token_ids or self._has_usage)
-        """Chunks say nothing of single tokens."""
+        """Chunks have no per-token information."""
         self._is_content = answer.text_format.is_plain
         """All text is content."""
         self._is_plain = self._is_bare and self._is_content
@@ -97,9 +97,9 @@ class ChatReply:
         self._prompt_text = answer.prompt_text if request.return_prompt_text else UNSET
         self._prompt_logprobs: PromptLogprobs | None = None
         self._folds: dict[int, _Fold] = {}
-        """By choice, of an answer in one piece."""
+        """By choice, for a whole answer."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
-        """By choice that has begun: what stands before and after the text of a plain chunk."""
+        """By started choice: the JSON before and after the text of a plain chunk."""
         self._chunk = ChatCompletionChunk(
             id=generation.request_id,
             created=int(time.time()),
@@ -113,14 +113,14 @@ class ChatReply:
     # -- both forms ------------------------------------------------------------------------------------------
 
     def _begin(self, index: int) -> list[ChatChunkChoice]:
-        """What comes before the first token of a choice."""
+        """The chunks before the first token of a choice."""
         pieces = [ChatChunkChoice(index=index, delta=ChatDelta(role=self._role, content=""))]
         if self._echo:
             pieces.append(ChatChunkChoice(index=index, delta=ChatDelta(content=self._echo)))
         return pieces
 
     def _pieces(self, delta: Delta) -> list[ChatChunkChoice]:
-        """One for each part of the text; none if that is held back and nothing else is to be said."""
+        """One chunk per part of the text; none if the text is held back and there is nothing else."""
         self._num_output_tokens += len(delta.token_ids)
         if self._is_content:
             changes = [ChatDelta(content=delta.text)]
@@ -224,7 +224,7 @@ class ChatReply:
 
 
 def _change(event: Event) -> ChatDelta | None:
-    """What a part of the text changes in the message."""
+    """The change of the message by a part of the text."""
     if isinstance(event, Content):
         return ChatDelta(content=event.text)
     if isinstance(event, Reasoning):
@@ -240,16 +240,16 @@ def _change(event: Event) -> ChatDelta | None:
 
 
 class _Fold:
-    """The pieces of one choice, put together."""
+    """Accumulates the pieces of one choice."""
 
     def __init__(self) -> None:
         self._role = ""
         self._texts: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[tuple[ToolCallDelta, list[str]]] = []
-        """Each call's beginning, and the pieces of its arguments."""
+        """Each call's start, and the pieces of its arguments."""
         self._logprobs: list[bytes] | None = None
-        """Pieces of them, which are written down at once: they are thousands of objects."""
+        """Encoded pieces: as objects they would be thousands."""
         self._token_ids: list[int] = []
         self._last: ChatChunkChoice | None = None
 

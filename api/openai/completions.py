@@ -59,7 +59,7 @@ MAX_PROMPTS = 1024
 
 
 async def create_completion(request: Request) -> Response:
-    """Continues one or more texts."""
+    """Completes one or more texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
@@ -67,13 +67,15 @@ async def create_completion(request: Request) -> Response:
     check_stream_fields(body)
     prompts = list_prompts(body.prompt)
     if len(prompts) > MAX_PROMPTS:
-        raise RequestError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}", "prompt")
+        raise RequestError(f"prompt may contain at most {MAX_PROMPTS} prompts, got {len(prompts)}", "prompt")
     check_positive("best_of", body.best_of)
     if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
-        raise RequestError("best_of larger than n cannot be streamed: the best are known at the end", "best_of")
+        raise RequestError(
+            "best_of greater than n does not support stream: the best are known only at the end", "best_of"
+        )
     if len(prompts) * max(1, body.n or 1, body.best_of or 1) > MAX_N:
         name = "n" if body.best_of is None else "best_of"
-        raise RequestError(f"prompts times {name} must be at most {MAX_N}", name)
+        raise RequestError(f"the number of prompts times {name} must be at most {MAX_N}", name)
     count = len(prompts) * (1 if body.use_beam_search else max(1, body.n or 1, body.best_of or 1))
     tenant = enter_queue(request, model, body.safety_identifier or body.user, count)
     token_ids = [
@@ -112,23 +114,25 @@ async def create_completion(request: Request) -> Response:
 
 
 def list_prompts(prompt: str | list[str | int | list[int]], field: str = "prompt") -> list[str | list[int]]:
-    """The one or more prompts that a request may hold in four ways, in the field of that name.
+    """The prompts of a request, from any of the four accepted forms.
 
     Raises:
-        RequestError: There are none, or a mixture.
+        RequestError: The field is empty or mixes forms.
     """
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise RequestError(f"the {field} is empty", field)
-    kinds = set(map(type, prompt))  # quick: there may be hundreds of thousands of token ids
+        raise RequestError(f"{field} must not be empty", field)
+    kinds = set(map(type, prompt))  # fast: there may be hundreds of thousands of token ids
     if len(kinds) > 1:
-        raise RequestError(f"{field} must hold only texts, only token ids or only lists of token ids", field)
+        raise RequestError(
+            f"{field} must be a string, a list of strings, a list of token ids or a list of lists of token ids", field
+        )
     return [cast("list[int]", prompt)] if int in kinds else cast("list[str | list[int]]", prompt)
 
 
 def _max_tokens(model: ServedModel, request: CompletionRequest, num_prompt_tokens: int) -> int:
-    """The engine generates at least one token; with ``echo`` alone it is dropped."""
+    """The engine generates at least one token; with ``echo`` only, it is dropped."""
     if request.max_tokens is None:
         return max(1, min(DEFAULT_MAX_TOKENS, model.limits.max_model_len - num_prompt_tokens))
     return 1 if _is_echo_only(request) else request.max_tokens
@@ -148,7 +152,7 @@ def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
 async def _echoes(
     model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[str]:
-    """The texts that the completions begin with."""
+    """The echoed texts that completions start with."""
     if not request.echo:
         return [""] * len(prompts)
     echoes = []
@@ -157,7 +161,7 @@ async def _echoes(
             echoes.append(prompt)
             continue
         before, after = _added_around(model, request, prompt)
-        own = ids[before : len(ids) - after]  # of the text; what was put around it is not echoed
+        own = ids[before : len(ids) - after]  # the text's own tokens; added ones are not echoed
         echoes.append(await model.detokenize(own, skip_special_tokens=False, field="prompt") if own else "")
     return echoes
 
@@ -170,7 +174,7 @@ def _added_around(model: ServedModel, request: CompletionRequest, prompt: str | 
 async def _echo_offsets(
     model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[list[int] | None]:
-    """Where each token of an echoed text begins in it; None for prompts that are echoed as their tokens spell them."""
+    """Start of each token in an echoed text; None for prompts that are echoed from their tokens."""
     result: list[list[int] | None] = [None] * len(prompts)
     if not request.echo or request.logprobs is None:
         return result
@@ -185,7 +189,7 @@ async def _echo_offsets(
 
 
 def _beginnings(offsets: Sequence[tuple[int, int]], length: int) -> list[int]:
-    """Of tokens; one that was added to the text, whose place is (0, 0), begins where the one before it ended."""
+    """Starts of tokens; an added token, whose offset is (0, 0), starts where the previous one ended."""
     beginnings = []
     end = 0
     for begin, token_end in offsets:
@@ -195,7 +199,7 @@ def _beginnings(offsets: Sequence[tuple[int, int]], length: int) -> list[int]:
 
 
 class CompletionReply:
-    """The outputs of completions, as chunks or folded into one answer."""
+    """The outputs of completions, as chunks or one whole answer."""
 
     keep_alive = KEEP_ALIVE
     error_event = staticmethod(error_event)
@@ -230,9 +234,9 @@ class CompletionReply:
         self._num_output_tokens = 0
         self._columns: dict[int, CompletionColumns] = {}
         self._folds: dict[int, _Fold] = {}
-        """By choice, of an answer in one piece."""
+        """By choice, for a whole answer."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
-        """By choice that has begun: what stands before and after the text of a plain chunk."""
+        """By started choice: the JSON before and after the text of a plain chunk."""
         self._chunk = CompletionResponse(
             id=generation.request_id,
             created=int(time.time()),
@@ -340,7 +344,7 @@ class CompletionReply:
 
 
 class _Fold:
-    """The pieces of one choice, put together."""
+    """Accumulates the pieces of one choice."""
 
     def __init__(self, index: int) -> None:
         self._whole = CompletionChoice(
@@ -349,7 +353,7 @@ class _Fold:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._columns: list[list[bytes]] | None = None
-        """Pieces of the log probabilities' columns, which are written down at once: they are thousands of objects."""
+        """Encoded pieces of the log probability columns: as objects they would be thousands."""
 
     def add(self, piece: CompletionChoice) -> None:
         whole = self._whole

@@ -33,12 +33,12 @@ DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
 
 async def create_embedding(request: Request) -> Response:
-    """Turns texts or conversations into vectors."""
+    """Embeds texts or conversations."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
     if (body.input is None) == (body.messages is None):
-        raise RequestError("give either input or messages", "input")
+        raise RequestError("exactly one of input and messages is required", "input")
     params = resolve_pooling(
         PoolingParams(
             dimensions=body.dimensions,
@@ -75,18 +75,18 @@ async def _texts(model: ServedModel, body: EmbeddingRequest) -> list[str | list[
 
 
 def list_conversations(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:
-    """The one or more conversations that a request may hold.
+    """The conversations of a request.
 
     Raises:
-        RequestError: One of them is empty, or there is a mixture.
+        RequestError: One is empty, or the list mixes messages and conversations.
     """
     several = [item for item in messages if isinstance(item, list)]
     if not several:
         return [cast("list[ChatMessage]", messages)]
     if len(several) != len(messages):
-        raise RequestError("messages must hold only messages or only lists of messages", "messages")
+        raise RequestError("messages must be a list of messages or a list of conversations", "messages")
     if not all(several):
-        raise RequestError("messages must not hold an empty conversation", "messages")
+        raise RequestError("messages must not contain an empty conversation", "messages")
     return several
 
 
@@ -99,14 +99,14 @@ class EmbeddingReply:
         self._work = work
 
     def fold(self, deltas: Sequence[Delta]) -> None:
-        """Deltas say that a vector is there, and nothing else."""
+        """Deltas only signal that a vector is ready."""
 
     def whole(self) -> Iterator[bytes]:
         answer = EmbeddingResponse(
             id=self._work.request_id,
             created=int(time.time()),
             model=self._model.name,
-            # Each by itself: in one piece, all of them would keep the interpreter's lock for long.
+            # One at a time: encoding all at once would hold the GIL for long.
             data=[
                 cast("Embedding", msgspec.Raw(msgspec.json.encode(Embedding(index=index, embedding=numbers))))
                 for index, numbers in enumerate(map(self._encode, self._work.vectors()))
@@ -126,7 +126,7 @@ class EmbeddingReply:
 
 
 def to_dtype(vector: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
-    """The numbers in another type; bfloat16 as its bits, rounded to nearest even."""
+    """Converts to another number type; bfloat16 as its bits, rounded to nearest even."""
     if dtype == "bfloat16":
         bits = vector.view(np.uint32)
         rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))

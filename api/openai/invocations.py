@@ -1,4 +1,4 @@
-"""POST /invocations, the one path that SageMaker calls: the fields of a body tell which endpoint it is for."""
+"""POST /invocations, the only path that SageMaker calls: the body's fields select the endpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from api.openai.scoring import rerank, score
 
 
 class Invocation(msgspec.Struct, kw_only=True):
-    """A body of one of the endpoints that generate or pool. The first of these fields that it has tells which one."""
+    """A body for one of the generating or pooling endpoints, selected by the first of these fields that is present."""
 
     messages: msgspec.Raw | None = None
     """Chat completions, or embeddings if the server offers only those."""
@@ -29,12 +29,12 @@ class Invocation(msgspec.Struct, kw_only=True):
     input: msgspec.Raw | None = None
     """Embeddings."""
     query: msgspec.Raw | None = None
-    """A ranking."""
+    """Rankings."""
 
 
 class _Target(NamedTuple):
     fields: tuple[str, ...]
-    """A body that has one of them is meant for it."""
+    """A body with one of these fields is for this endpoint."""
     generates: bool
     handler: Callable[[Request], Awaitable[Response]]
 
@@ -50,10 +50,10 @@ DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 async def invoke(request: Request) -> Response:
-    """Answers as the endpoint does that the body is for.
+    """Forwards the body to its endpoint.
 
     Raises:
-        RequestError: It is for none that is offered, or that endpoint refuses it.
+        RequestError: The body is for no offered endpoint, or the endpoint rejects it.
     """
     serving: Serving = request.app.state.serving
     fields = await read_json(request, DECODER, serving.config.max_body_size)
@@ -63,11 +63,11 @@ async def invoke(request: Request) -> Response:
         if any(name in fields for name in target.fields):
             return await target.handler(Request(request.scope, _Replay(request, msgspec.json.encode(fields))))
     names = ", ".join(dict.fromkeys(name for target in targets for name in target.fields))
-    raise RequestError(f"the body has none of the fields that tell what it asks for: {names}", "body")
+    raise RequestError(f"the body needs one of these fields to select an endpoint: {names}", "body")
 
 
 class _Replay:
-    """Receives a body that was read already, then whatever comes after it."""
+    """Replays a body that has been read, then receives what follows."""
 
     def __init__(self, request: Request, body: bytes) -> None:
         self._request = request

@@ -1,4 +1,4 @@
-"""Log probabilities in the three forms that clients know."""
+"""Log probabilities in the three formats that clients expect."""
 
 from __future__ import annotations
 
@@ -20,32 +20,30 @@ from api.openai.protocol import (
 from engine_core.messages import TokenLogprobs, i32
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON has no word for."""
+"""Represents minus infinity, which JSON cannot."""
 
 
 def columns(entry: TokenLogprobs) -> tuple[list[int], list[float]]:
-    """Token ids and log probabilities; the token that stands at the place comes first."""
+    """Token ids and log probabilities; the actual token of the position comes first."""
     logprobs = np.frombuffer(entry.logprobs, np.float32).tolist()
-    # Not max(): of a NaN and a number that gives the first.
+    # Not max(): with a NaN it returns its first argument.
     return i32(entry.token_ids).tolist(), [value if value > LEAST_LOGPROB else LEAST_LOGPROB for value in logprobs]
 
 
 def spells_ids(config: ServerConfig, request: SamplingFields) -> bool:
-    """Whether log probabilities name tokens by their ids: as the request says, else the server."""
+    """Whether log probabilities show token ids: the request's setting, or else the server's."""
     wanted = request.return_tokens_as_token_ids
     return config.return_tokens_as_token_ids if wanted is None else wanted
 
 
 class TokenSpelling:
-    """How a token is written in log probabilities."""
+    """The text of tokens in log probabilities."""
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False, broken_prefix: str = "") -> None:
-        """Prepares.
-
-        Args:
-            tokenizer: Knows the bytes of each token.
-            as_ids: Write ``token_id:17``.
-            broken_prefix: Goes before the escapes of a token that is no text by itself.
+        """Args:
+        tokenizer: Gives the bytes of each token.
+        as_ids: Write ``token_id:17``.
+        broken_prefix: Precedes the escaped bytes of a token that is not valid text on its own.
         """
         self._tokenizer = tokenizer
         self._as_ids = as_ids
@@ -55,7 +53,7 @@ class TokenSpelling:
         return self._tokenizer.token_bytes(token_id)
 
     def text(self, token_id: int) -> str:
-        """Different tokens of one text have different spellings, as clients use them as keys."""
+        """Distinct tokens with the same text get distinct spellings, since clients use them as keys."""
         if self._as_ids:
             return f"token_id:{token_id}"
         data = self._tokenizer.token_bytes(token_id)
@@ -70,12 +68,12 @@ class TokenSpelling:
 def chat_logprobs(
     entries: Iterable[TokenLogprobs], spelling: TokenSpelling, *, lists_sampled: bool = False
 ) -> list[ChatLogprob]:
-    """One entry for each token.
+    """One entry per token.
 
     Args:
-        entries: What the engine said of each token.
-        spelling: How tokens are written.
-        lists_sampled: The sampled token is the first of ``top_logprobs``, before those that were asked for by id.
+        entries: The engine's log probabilities of each token.
+        spelling: Text of tokens.
+        lists_sampled: List the sampled token first in ``top_logprobs``, before tokens requested by id.
     """
     result = []
     first = 0 if lists_sampled else 1
@@ -94,7 +92,7 @@ def chat_logprobs(
 def prompt_logprobs(
     num_prompt_tokens: int, entries: Iterable[TokenLogprobs], spelling: TokenSpelling
 ) -> PromptLogprobs:
-    """A dictionary for each token of the prompt but the first."""
+    """A dictionary per prompt token, except the first."""
     result: PromptLogprobs = [None] * num_prompt_tokens
     for entry in entries:
         ids, logprobs = columns(entry)
@@ -108,14 +106,12 @@ def prompt_logprobs(
 
 
 class CompletionColumns:
-    """The log probabilities of one choice as columns, delta by delta; keeps count of the text's length."""
+    """The log probabilities of one choice as columns, delta by delta; tracks the length of the text."""
 
     def __init__(self, spelling: TokenSpelling, skipped_ids: frozenset[int]) -> None:
-        """Prepares.
-
-        Args:
-            spelling: How tokens are written.
-            skipped_ids: Tokens that have no place in the text of an output.
+        """Args:
+        spelling: Text of tokens.
+        skipped_ids: Tokens that are omitted from the text of an output.
         """
         self._spelling = spelling
         self._skipped_ids = skipped_ids
@@ -132,16 +128,16 @@ class CompletionColumns:
         """The columns of an echoed prompt.
 
         Args:
-            token_ids: Of the prompt.
-            text: As it is echoed.
-            entries: What the engine said of tokens.
-            offsets: Where each token begins in the text; None: the text is what all the tokens spell.
+            token_ids: Token ids of the prompt.
+            text: The echoed text.
+            entries: The engine's log probabilities.
+            offsets: Start of each token in the text; None: the text is the concatenation of the tokens.
         """
         by_position = {entry.position: entry for entry in entries}
         result = CompletionLogprobs()
         if offsets is None:
             spelled = b"".join(map(self._spelling.bytes, token_ids))
-            # Some tokenizers put a space before a text, which is in its tokens and not in it.
+            # Some tokenizers prepend a space, which is in the tokens but not in the text.
             self._length = len(text) - len(spelled.decode("utf-8", "replace"))
         for position, token_id in enumerate(token_ids):
             if offsets is not None:
@@ -161,7 +157,7 @@ class CompletionColumns:
         into.tokens.append(self._spelling.text(token_id))
         into.text_offset.append(max(0, self._length))
         if is_shown:
-            # A character that several tokens spell counts where it ends.
+            # A character made of several tokens counts at its last token.
             self._length += len(self._decoder.decode(self._spelling.bytes(token_id)))
         if entry is None:
             into.token_logprobs.append(None)
@@ -175,7 +171,7 @@ class CompletionColumns:
 
 
 def _pairs(token_ids: Iterable[int], entries: Iterable[TokenLogprobs]) -> Iterator[tuple[int, TokenLogprobs | None]]:
-    """Tokens with what is known of each; a token that an earlier engine computed may have lost its entry."""
+    """Tokens with their entries; a token computed before an engine restart may have none."""
     known = iter(entries)
     for token_id in token_ids:
         yield token_id, next(known, None)

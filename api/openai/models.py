@@ -12,14 +12,14 @@ from api.openai.protocol import ModelCard, ModelList, ModelPermission
 
 
 async def list_models(request: Request) -> Response:
-    """All names under which models are served."""
+    """All served model names."""
     serving: Serving = request.app.state.serving
     cards = ModelList(data=[_card(model, name) for model in serving.models for name in model.names])
     return Response(msgspec.json.encode(cards), media_type="application/json")
 
 
 async def retrieve_model(request: Request) -> Response:
-    """One of them."""
+    """One served model."""
     serving: Serving = request.app.state.serving
     name = request.path_params["model"]
     model = serving.find_model(name)

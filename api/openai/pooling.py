@@ -1,4 +1,4 @@
-"""What the endpoints that pool have in common: texts become prompts, prompts become vectors."""
+"""Common parts of the pooling endpoints: texts become prompts, prompts become vectors."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from engine_core.messages import ResolvedPoolingParams
 MAX_INPUTS = 2048
 STEPS_PER_VECTOR = 512
 IDS_PER_CHAR = 4
-"""Token ids that are checked in about the time in which a character is tokenised."""
+"""Token ids that are checked in about the time it takes to tokenise a character."""
 
 
 def check_count(count: int, field: str) -> None:
-    """Refuses more texts than one request may bring.
+    """Checks the number of texts in a request.
 
     Raises:
         RequestError: There are too many.
     """
     if count > MAX_INPUTS:
-        raise RequestError(f"{field} may hold at most {MAX_INPUTS} entries, got {count}", field)
+        raise RequestError(f"{field} may contain at most {MAX_INPUTS} entries, got {count}", field)
 
 
 async def pooling_prompt(
@@ -42,20 +42,20 @@ async def pooling_prompt(
     add_special_tokens: bool,
     max_tokens: int = 0,
 ) -> array[int]:
-    """The token ids of a text, cut to the length that the request wants.
+    """The token ids of a text, truncated as the request asks.
 
-    They are packed: to free millions of integers, as lists have them, would keep everybody waiting.
+    They are packed, since freeing millions of integer objects would stall everyone.
 
     Args:
-        model: Has the tokenizer and the model's limits.
-        request: Says how long a prompt may be.
+        model: Provides the tokenizer and limits.
+        request: Sets the maximum length of the prompt.
         text: A text or token ids.
-        field: What the client calls it.
-        add_special_tokens: Add what the tokenizer puts around a text.
-        max_tokens: Use the first so many tokens of the text; 0: all.
+        field: Name of the field in errors.
+        add_special_tokens: Add the tokenizer's special tokens.
+        max_tokens: Use at most this many leading tokens of the text; 0: all.
 
     Raises:
-        RequestError: It is too long, empty or no text.
+        RequestError: The text is too long, empty or invalid.
     """
     keep = request.truncate_prompt_tokens
     around = NOTHING_ADDED
@@ -66,7 +66,7 @@ async def pooling_prompt(
     side = request.truncation_side
     prompt = truncate_prompt(text, keep, model.limits, around, side=side, max_own=max_tokens)
     model.check_token_ids(prompt, field)
-    await model.host.spend_turn(len(prompt) // IDS_PER_CHAR)  # one request may have thousands of them
+    await model.host.spend_turn(len(prompt) // IDS_PER_CHAR)  # a request may have thousands of prompts
     return array("i", prompt)
 
 
@@ -84,7 +84,7 @@ class PoolingWork(EngineWork):
         field: str,
         tenant: Tenant = NOBODY,
     ) -> None:
-        """Prepares; see ``ServedModel.submit_pooling``."""
+        """See ``ServedModel.submit_pooling``."""
         super().__init__(model, request_id, prompts, len(prompts))
         self._params = params
         self._request = request
@@ -106,11 +106,11 @@ class PoolingWork(EngineWork):
         )
 
     async def build(self, reply: WholeReply) -> bytes:
-        """Writing down many vectors takes long, and nobody else has to do with them."""
+        """Encoding many vectors is slow, so it runs in a thread."""
         return await self._model.host.apart(STEPS_PER_VECTOR * len(self.prompts), b"".join, reply.whole())
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:
-        """float32 [dimensions] of each prompt, once all are done."""
+        """float32 [dimensions] per prompt, once all are done."""
         vectors = []
         for state in self.states:
             assert state.pooling_output is not None

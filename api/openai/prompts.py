@@ -1,4 +1,4 @@
-"""From messages and texts to the token ids of a prompt."""
+"""Turns messages and texts into the token ids of a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from api.parsers import Tool
 from engine_core.launch import HelperError
 
 MAX_INLINE_MESSAGES = 64
-"""A longer conversation is rendered in a helper process."""
+"""Longer conversations are rendered in a helper process."""
 _CHARS_PER_TOOL = 64
 MAX_TEMPLATE_KWARGS = 256
 
@@ -35,16 +35,16 @@ async def render_messages(
     messages: Sequence[ChatMessage],
     tools: Sequence[Tool] | None = None,
 ) -> str:
-    """The text of a conversation.
+    """Renders a conversation.
 
     Args:
-        model: Has the template.
-        request: What else the template is told.
+        model: Provides the template.
+        request: Provides the other variables of the template.
         messages: The conversation.
-        tools: Those that the template shows to the model.
+        tools: Tools for the template to render.
 
     Raises:
-        RequestError: There is no template for it, it is too long, or the template refuses it.
+        RequestError: There is no template, the conversation is too long, or the template rejects it.
     """
     check_number(len(messages), MAX_MESSAGES, "messages", "messages")
     template = _template(model, request.chat_template)
@@ -71,11 +71,11 @@ async def render_messages(
         raise
     except HelperError as error:
         raise RequestError(
-            f"the conversation cannot be rendered now: {error}", status=503, kind="ServiceUnavailableError"
+            f"the conversation cannot be rendered at the moment: {error}", status=503, kind="ServiceUnavailableError"
         ) from error
     except BrokenTemplateError as error:
         raise RequestError(str(error), "messages" if request.chat_template is None else "chat_template") from error
-    except ValueError as error:  # a TemplateError is one
+    except ValueError as error:  # includes TemplateError
         raise RequestError(str(error), "messages") from error
     except RecursionError as error:
         raise RequestError("the conversation is nested too deeply", "messages") from error
@@ -84,16 +84,16 @@ async def render_messages(
 async def prompt_opened(
     model: ServedModel, request: ChatCompletionRequest, tools: Sequence[Tool] | None, prompt: str
 ) -> bool | None:
-    """Whether a conversation's prompt leaves the model in the middle of reasoning; see ``prompt_opens_reasoning``.
+    """Whether a conversation's prompt ends inside reasoning; see ``prompt_opens_reasoning``.
 
     Args:
         model: Names the reasoning parser.
         request: The conversation.
-        tools: Those that the template was shown.
-        prompt: What ``render_messages`` made of it.
+        tools: The tools that were rendered.
+        prompt: The result of ``render_messages``.
 
     Raises:
-        RequestError: It cannot be rendered now.
+        RequestError: The conversation cannot be rendered.
     """
 
     async def render(messages: Sequence[ChatMessage], **others: bool) -> str:
@@ -106,16 +106,16 @@ async def prompt_opened(
 
 
 def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
-    """The server's template, or the source of the request's own."""
+    """The server's template, or the source of the request's."""
     if source is not None:
         if not model.config.trust_request_chat_template:
             raise RequestError(
-                "chat_template needs a server started with --trust-request-chat-template", "chat_template"
+                "chat_template requires a server started with --trust-request-chat-template", "chat_template"
             )
         return source
     if model.chat_template is None:
         raise RequestError(
-            "the model has no chat template: start the server with --chat-template, or use /v1/completions", "messages"
+            "the model has no chat template; start the server with --chat-template, or use /v1/completions", "messages"
         )
     return model.chat_template
 
@@ -126,7 +126,7 @@ def _template_options(request: ChatCompletionRequest | TokenizeRequest | Embeddi
     add_generation_prompt = adds_generation_prompt(request)
     if continues and add_generation_prompt:
         raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+            "continue_final_message and add_generation_prompt cannot both be true", "continue_final_message"
         )
     return {
         "documents": request.documents,
@@ -143,7 +143,9 @@ def _template_variables(
     check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
     for name in TEMPLATE_FIELDS:
         if name in variables:
-            raise RequestError(f"chat_template_kwargs must not hold {name}, use the field", "chat_template_kwargs")
+            raise RequestError(
+                f"chat_template_kwargs must not contain {name}; use the request field", "chat_template_kwargs"
+            )
     variables = {**model.config.default_chat_template_kwargs, **variables}
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
@@ -151,7 +153,7 @@ def _template_variables(
 
 
 def _weigh_arguments(messages: Sequence[ChatMessage]) -> None:
-    """Refuses arguments of calls, JSON within JSON, that take long to decode in one piece."""
+    """Rejects call arguments, which are JSON within JSON, that are too expensive to decode."""
     meter = JsonMeter()
     for message in messages:
         for call in message.tool_calls or ():
@@ -166,7 +168,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _num_chars(messages: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> int:
-    """About how long a conversation is; structure counts as so many characters."""
+    """Approximate length of a conversation in characters, with structure."""
     num_chars = _CHARS_PER_TOOL * len(tools or ())
     for message in messages:
         content = message.content
@@ -187,14 +189,14 @@ def _num_arguments(call: dict[str, Any]) -> int:
 
 
 def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> bool:
-    """Whether the prompt ends with the header of an answer."""
+    """Whether the prompt ends with the header of an assistant message."""
     if request.add_generation_prompt is not None:
         return request.add_generation_prompt
     return not request.continue_final_message
 
 
 def text_of(message: ChatMessage) -> str:
-    """The text of a message, whichever way it is given."""
+    """The text of a message, in whichever form it is given."""
     content = message.content
     if content is None or isinstance(content, str):
         return content or ""
@@ -210,13 +212,13 @@ async def prompt_token_offsets(
     *,
     add_special_tokens: bool,
 ) -> list[tuple[int, int]]:
-    """Where the tokens that ``prompt_token_ids`` returned, so many, lie in a prompt's text.
+    """Positions in a prompt's text of the ``num_tokens`` tokens from ``prompt_token_ids``.
 
     Raises:
         RequestError: The prompt has no text.
     """
     if not isinstance(prompt, str):
-        raise RequestError("return_token_offsets needs a prompt that is text", "return_token_offsets")
+        raise RequestError("return_token_offsets requires a text prompt", "return_token_offsets")
     if request.add_special_tokens is not None:
         add_special_tokens = request.add_special_tokens
     side = request.truncation_side or "left"
@@ -231,10 +233,10 @@ async def prompt_token_ids(
     add_special_tokens: bool,
     max_tokens: int | None,
 ) -> list[int]:
-    """Tokenises a prompt and cuts it to the length that the request wants.
+    """Tokenises a prompt and truncates it as the request asks.
 
     Raises:
-        RequestError: It is too long or is no text.
+        RequestError: The prompt is too long or not valid text.
     """
     keep = request.truncate_prompt_tokens
     if request.add_special_tokens is not None:
@@ -244,7 +246,7 @@ async def prompt_token_ids(
         around = model.tokenizer.added_around(add_special_tokens)
         if keep is not None and request.return_token_offsets:
             most = max(MAX_OFFSET_CHARS, model.limits.max_model_len)
-            check_number(len(prompt), most, "prompt", "characters if it is truncated and return_token_offsets is set")
+            check_number(len(prompt), most, "prompt", "characters with truncate_prompt_tokens and return_token_offsets")
         prompt = await model.tokenize(prompt, add_special_tokens=add_special_tokens, any_length=keep is not None)
     side, room = request.truncation_side, output_room(max_tokens)
     prompt = truncate_prompt(prompt, keep, model.limits, around, side=side, room=room)

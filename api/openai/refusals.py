@@ -1,6 +1,6 @@
-"""Fields of features that do not exist yet, refused by name rather than ignored.
+"""Fields of features that do not exist yet, rejected by name instead of being ignored.
 
-A feature that arrives deletes its rows here and gives its fields in ``protocol.py`` their types.
+A new feature removes its rows here and types its fields in ``protocol.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOT_SUPPORTED = "{} is not supported by this server"
 
 
 class Refusal(msgspec.Struct, Generic[RequestT], frozen=True):
-    """A field, and whether a request asks for what it does."""
+    """A field, and whether a request uses it."""
 
     field: str
     is_wanted: Callable[[RequestT], bool]
@@ -31,13 +31,13 @@ _GENERATION: tuple[Refusal[GenerationRequest], ...] = (
     Refusal("logits_processors", lambda request: bool(request.logits_processors)),
     Refusal("watermarking", lambda request: request.watermarking is not None),
     Refusal("kv_transfer_params", lambda request: bool(request.kv_transfer_params)),
-    # How other servers spell these: an answer that follows no grammar would mislead.
-    Refusal("grammar", lambda request: bool(request.grammar), "{} is not a field here: use structured_outputs.grammar"),
-    Refusal("json_schema", lambda request: bool(request.json_schema), "{} is not a field here: use response_format"),
+    # Other servers' fields: an unconstrained answer would be misleading.
+    Refusal("grammar", lambda request: bool(request.grammar), "{} is not supported; use structured_outputs.grammar"),
+    Refusal("json_schema", lambda request: bool(request.json_schema), "{} is not supported; use response_format"),
     Refusal(
         "format",
         lambda request: request.format == "json" or isinstance(request.format, dict),
-        "{} is not a field here: use response_format",
+        "{} is not supported; use response_format",
     ),
 )
 
@@ -46,16 +46,16 @@ _COMPLETION: tuple[Refusal[CompletionRequest], ...] = (
 )
 
 _CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
-    Refusal("functions", lambda request: bool(request.functions), "{} is the older form of tools: use tools"),
+    Refusal("functions", lambda request: bool(request.functions), "{} is deprecated and not supported; use tools"),
     Refusal(
         "function_call",
         lambda request: request.function_call not in (None, "none"),
-        "{} is the older form of tool_choice: use tools and tool_choice",
+        "{} is deprecated and not supported; use tools and tool_choice",
     ),
     Refusal(
         "modalities",
         lambda request: request.modalities not in (None, [], ["text"]),
-        '{} other than ["text"] are not supported by this server',
+        '{} must be ["text"]: other modalities are not supported',
     ),
     Refusal("audio", lambda request: request.audio is not None),
     Refusal("web_search_options", lambda request: request.web_search_options is not None),
@@ -64,7 +64,7 @@ _CHAT: tuple[Refusal[ChatCompletionRequest], ...] = (
 
 
 def refuse_completion(request: CompletionRequest) -> None:
-    """Refuses what completions cannot do yet.
+    """Rejects fields that completions do not support.
 
     Raises:
         RequestError: It names the field.
@@ -74,7 +74,7 @@ def refuse_completion(request: CompletionRequest) -> None:
 
 
 def refuse_chat(request: ChatCompletionRequest) -> None:
-    """Refuses what chat completions cannot do yet.
+    """Rejects fields that chat completions do not support.
 
     Raises:
         RequestError: It names the field.

@@ -1,4 +1,4 @@
-"""From the fields of a request to ``SamplingParams``."""
+"""Turns the fields of a request into ``SamplingParams``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from api.params.sampling import MAX_LOGIT_BIAS, SamplingParams
 
 MAX_KEY_DIGITS = 20
 MAX_SHOWN_KEY = 40
-"""Characters of a client's key that an error repeats."""
+"""Maximum characters of a client's key to quote in an error."""
 
 _SAME_NAME = (
     "n",
@@ -54,17 +54,17 @@ def sampling_params(
     prompt_logprobs: int | None,
     best_of: int | None = None,
 ) -> SamplingParams:
-    """What a request asks for, then what the server prefers, then the built-in defaults.
+    """The request's parameters, with the server's and the built-in defaults.
 
-    Its grammar is not among them, see ``requested_grammar``.
+    Without the grammar; see ``requested_grammar``.
 
     Args:
-        request: Has the fields whose names and meanings are those of ``SamplingParams``.
-        defaults: The server's.
-        max_tokens: Longest completion.
-        logprobs: Most likely tokens to report at each place.
-        prompt_logprobs: The same for the prompt.
-        best_of: Completions of which the best are returned.
+        request: Provides the fields that it shares with ``SamplingParams``.
+        defaults: The server's defaults.
+        max_tokens: Maximum length of a completion.
+        logprobs: Number of most likely tokens to report per position.
+        prompt_logprobs: Same for the prompt.
+        best_of: Number of completions to choose the best from.
 
     Raises:
         RequestError: A field is out of range.
@@ -85,36 +85,36 @@ def sampling_params(
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
-    """By token id. JSON knows texts as keys only; the decoder could not say which one is no number.
+    """Biases by token id. JSON keys are strings; the decoder could not name the invalid one.
 
     Raises:
         RequestError: There are too many, or a key is not a token id.
     """
     check_number(len(biases), MAX_LOGIT_BIAS, "logit_bias", "token ids")
-    # There may be many, so they are walked through without a line of Python for each.
+    # There may be many, so there is no Python loop over them.
     is_good = all(map(str.isdecimal, biases)) and all(map(str.isascii, biases))
     if not is_good or max(map(len, biases), default=0) > MAX_KEY_DIGITS:
         bad = next(key for key in biases if not (key.isdecimal() and key.isascii() and len(key) <= MAX_KEY_DIGITS))
         shown = bad if len(bad) <= MAX_SHOWN_KEY else bad[:MAX_SHOWN_KEY] + "..."
-        raise RequestError(f'logit_bias has the key {shown!r}, which is not a token id such as "42"', "logit_bias")
+        raise RequestError(f'logit_bias: keys must be token ids such as "42", got {shown!r}', "logit_bias")
     return dict(zip(map(int, biases), biases.values(), strict=True))
 
 
 def check_stream_fields(request: GenerationRequest) -> None:
-    """Refuses what makes no sense together with, or without, ``stream``.
+    """Checks fields that require or exclude ``stream``.
 
     Raises:
         RequestError: It names the field.
     """
     if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options needs stream to be true", "stream_options")
+        raise RequestError("stream_options requires stream: true", "stream_options")
     if request.stream and request.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs cannot be streamed", "prompt_logprobs")
+        raise RequestError("prompt_logprobs does not support stream", "prompt_logprobs")
     check_positive("stream_interval", request.stream_interval)
 
 
 def check_positive(name: str, value: int | None) -> None:
-    """Refuses a count that is not at least 1.
+    """Checks that a count is at least 1.
 
     Raises:
         RequestError: It names the field.
@@ -124,19 +124,19 @@ def check_positive(name: str, value: int | None) -> None:
 
 
 def stream_interval(config: ServerConfig, request: GenerationRequest) -> int:
-    """Tokens of a choice in each chunk; an answer in one piece has no use for it."""
+    """Tokens per chunk of a choice; irrelevant for whole answers."""
     if not request.stream:
         return 1
     return request.stream_interval or config.stream_interval
 
 
 def answer_id(prefix: str, request: Request, label: str | None) -> str:
-    """The id of an answer: with the client's own label, if it gave one."""
+    """The id of an answer, with the client's label if it sent one."""
     return f"{prefix}-{label or request.state.request_id}"
 
 
 def wants_usage(request: GenerationRequest, *, always: bool) -> tuple[bool, bool]:
-    """Whether a stream ends with its usage, and whether every chunk has it. ``always``: both, as with vLLM."""
+    """Whether a stream ends with its usage, and whether every chunk has it. ``always``: both, as in vLLM."""
     options = request.stream_options
     if always or options is None:
         return always, always

@@ -1,6 +1,6 @@
-"""POST /score and /rerank: how similar texts are.
+"""POST /score and /rerank: similarity of texts.
 
-Models that generate have no output for relevance, so a score is the cosine similarity of two embeddings.
+Generative models have no relevance output, so a score is the cosine similarity of two embeddings.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DOCUMENT_FIELDS = ("documents", "items", "text_2", "data_2")
 
 
 async def score(request: Request) -> Response:
-    """How similar each pair of texts is."""
+    """Scores the similarity of each pair of texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, SCORE_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
@@ -53,12 +53,12 @@ async def score(request: Request) -> Response:
 
 
 async def v1_score(request: Request) -> Response:
-    """The same as /score."""
+    """Alias of /score."""
     return await score(request)
 
 
 async def rerank(request: Request) -> Response:
-    """Sorts documents by how similar they are to a query."""
+    """Sorts documents by similarity to a query."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, RERANK_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
@@ -68,26 +68,25 @@ async def rerank(request: Request) -> Response:
 
 
 async def v1_rerank(request: Request) -> Response:
-    """The same as /rerank, at Jina's path."""
+    """Alias of /rerank at Jina's path."""
     return await rerank(request)
 
 
 async def v2_rerank(request: Request) -> Response:
-    """The same as /rerank, at Cohere's path."""
+    """Alias of /rerank at Cohere's path."""
     return await rerank(request)
 
 
 def _side(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
-    """The texts of one side of a comparison, and the name that the client has for them."""
+    """The name and the texts of one side of a comparison."""
     fields = msgspec.structs.asdict(body)
     given = [name for name in names if fields[name] is not None]
     if len(given) != 1:
-        what = "is missing" if not given else "has more than one name"
-        raise RequestError(f"one side of the comparison {what}: give one of {', '.join(names)}", names[0])
+        raise RequestError(f"exactly one of {', '.join(names)} is required", names[0])
     texts = fields[given[0]]
     texts = [texts] if isinstance(texts, str) else texts
     if not texts:
-        raise RequestError(f"{given[0]} is empty", given[0])
+        raise RequestError(f"{given[0]} must not be empty", given[0])
     return given[0], texts
 
 
@@ -100,7 +99,7 @@ async def _start(
     documents: Sequence[str],
     fields: tuple[str, str],
 ) -> PoolingWork:
-    """The embeddings of the queries, then of the documents."""
+    """Embeds the queries, then the documents."""
     if body.instruction is not None:
         raise RequestError(NOT_SUPPORTED.format("instruction"), "instruction")
     sides = (
@@ -129,7 +128,7 @@ async def _start(
 
 
 class ScoreReply:
-    """A score for each pair."""
+    """One score per pair."""
 
     def __init__(
         self, model: ServedModel, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int
@@ -140,7 +139,7 @@ class ScoreReply:
         self._num_queries = num_queries
 
     def fold(self, deltas: Sequence[Delta]) -> None:
-        """Deltas say that a vector is there, and nothing else."""
+        """Deltas only signal that a vector is ready."""
 
     def whole(self) -> Iterator[bytes]:
         vectors = self._work.vectors()
@@ -159,7 +158,7 @@ class ScoreReply:
 
 
 class RerankReply:
-    """Documents from the best to the worst."""
+    """Documents, best first."""
 
     def __init__(self, model: ServedModel, request: RerankRequest, work: PoolingWork, texts: Sequence[str]) -> None:
         self._model = model
@@ -168,7 +167,7 @@ class RerankReply:
         self._texts = texts
 
     def fold(self, deltas: Sequence[Delta]) -> None:
-        """Deltas say that a vector is there, and nothing else."""
+        """Deltas only signal that a vector is ready."""
 
     def whole(self) -> Iterator[bytes]:
         query, *documents = self._work.vectors()

@@ -1,4 +1,4 @@
-"""The ways in which a request can say what language its output must be in."""
+"""The fields by which a request can constrain its output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from engine_core.messages import GrammarSpec
 
 
 def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
-    """The language that a request asks for; its ``param`` is the field that does.
+    """The constraint of a request; its ``param`` is the field that sets it.
 
-    It is worked out once for a request, as schemas may be large.
+    Computed once per request, since schemas may be large.
 
     Raises:
-        RequestError: Several fields do, or one is malformed.
+        RequestError: Several fields set one, or one is malformed.
     """
     found: dict[str, StructuredOutputsParams] = {}
     own = request.structured_outputs
@@ -28,14 +28,14 @@ def requested_grammar(request: GenerationRequest) -> GrammarSpec | None:
             found["response_format"] = wanted
     found.update(_guided(request))
     if len(found) > 1:
-        raise RequestError(f"only one of {', '.join(found)} may be given", list(found)[1])
+        raise RequestError(f"only one of {', '.join(found)} may be set", list(found)[1])
     for name, params in found.items():
         return grammar_spec(params, name)
     return None
 
 
 def _guided(request: GenerationRequest) -> Iterator[tuple[str, StructuredOutputsParams]]:
-    """What the older fields ask for."""
+    """The constraint of the older fields."""
     pattern = request.guided_whitespace_pattern
     if request.guided_json is not None:
         yield "guided_json", StructuredOutputsParams(json=request.guided_json, whitespace_pattern=pattern)
@@ -55,8 +55,8 @@ def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
         return StructuredOutputsParams(json_object=True)
     if wanted.type == "json_schema":
         if wanted.json_schema is None or wanted.json_schema.schema is None:
-            raise RequestError("response_format of type json_schema needs json_schema.schema", name)
+            raise RequestError("response_format of type json_schema requires json_schema.schema", name)
         return StructuredOutputsParams(json=wanted.json_schema.schema)
     raise RequestError(
-        f"response_format type {wanted.type[:40]!r} is not supported; use text, json_object or json_schema", name
+        f"unknown response_format type {wanted.type[:40]!r}; choose from text, json_object, json_schema", name
     )

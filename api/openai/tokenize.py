@@ -19,17 +19,17 @@ from api.openai.tools import check_tools
 
 TOKENIZE_DECODER = msgspec.json.Decoder(TokenizeRequest)
 DEFAULT_CLASS = "PreTrainedTokenizerFast"
-"""Of tokenizers whose files name none, as transformers calls it."""
+"""The class that transformers uses for tokenizers whose files name none."""
 DETOKENIZE_DECODER = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def tokenize(request: Request) -> Response:
-    """Token ids of a prompt or of a conversation, of whatever length."""
+    """Token ids of a prompt or a conversation of any length."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, TOKENIZE_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise RequestError("give either prompt or messages", "prompt")
+        raise RequestError("exactly one of prompt and messages is required", "prompt")
     if body.messages is not None:
         if body.tools is not None:
             check_tools(body.tools)
@@ -45,7 +45,7 @@ async def tokenize(request: Request) -> Response:
 
 
 def _encode(answer: TokenizeResponse) -> bytes:
-    """The answer as JSON; its lists in pieces, as others wait while one is encoded."""
+    """The answer as JSON, with its lists encoded in pieces, so that others do not wait."""
     ids, strings = answer.tokens, answer.token_strs
     parts = [b'{"count":%d,"max_model_len":%d,"tokens":' % (answer.count, answer.max_model_len), *_encode_list(ids)]
     parts += [b',"token_strs":', *(_encode_list(strings) if strings is not None else [b"null"]), b"}"]
@@ -62,7 +62,7 @@ def _spell(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """What the tokenizer's configuration says, and the chat template in use."""
+    """The tokenizer's configuration and the chat template in use."""
     serving: Serving = request.app.state.serving
     model = serving.default_model
     tokenizer, template = model.tokenizer, model.chat_template
@@ -72,7 +72,7 @@ async def tokenizer_info(request: Request) -> Response:
         **tokenizer.config,
         "chat_template": None if template is None else template.source,
     }
-    return JSONResponse(info)  # msgspec knows no integers as large as some of these files hold
+    return JSONResponse(info)  # msgspec does not support integers as large as in some of these files
 
 
 async def detokenize(request: Request) -> Response:

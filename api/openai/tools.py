@@ -1,4 +1,4 @@
-"""The tools of a request: what the prompt shows, and how calls are recognised or forced."""
+"""The tools of a request: which are in the prompt, and how calls are parsed or forced."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from api.parsers import Tool, forced_calls_schema, forced_tools, is_single
 
 
 class ToolUse(msgspec.Struct, frozen=True):
-    """What becomes of the tools of one request."""
+    """How the tools of a request are used."""
 
     prompt_tools: Sequence[Tool] | None = None
-    """Those that the chat template is given."""
+    """Tools for the chat template."""
     parser: str | None = None
-    """Which parser finds calls in free text, or gives the ids of forced calls their form."""
+    """Parser that finds calls in text, or sets the id format of forced calls."""
     schema: JsonObject | None = None
-    """JSON schema of an output that is nothing but calls. None: the model decides."""
+    """JSON schema of an output that consists of calls only. None: the model decides."""
     is_single: bool = False
-    """Calls after the first are left out."""
+    """Drop calls after the first."""
     is_named: bool = False
-    """The client chose the function: its call ends a choice with ``stop``."""
+    """The client chose the function, so the finish reason is ``stop``."""
 
     @property
     def is_parsed(self) -> bool:
-        """Whether the text of an answer may hold calls."""
+        """Whether the answer may contain calls."""
         return self.parser is not None or self.schema is not None
 
 
@@ -38,12 +38,12 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
     """Decides how a request's tools are used.
 
     Raises:
-        RequestError: They are malformed, contradict ``tool_choice``, or need a server with other flags.
+        RequestError: The tools are malformed, conflict with ``tool_choice``, or need other server flags.
     """
     choice = request.tool_choice
     if not request.tools:
         if choice not in (None, "none", "auto"):
-            raise RequestError("tool_choice needs tools, and there are none", "tool_choice")
+            raise RequestError("tool_choice requires tools", "tool_choice")
         return ToolUse()
     check_tools(request.tools)
     if choice == "none":
@@ -58,8 +58,8 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
     if chosen is None:
         if not config.enable_auto_tool_choice or config.tool_call_parser is None:
             raise RequestError(
-                'the tool_choice "auto", which is the default with tools, needs a server started with '
-                '--enable-auto-tool-choice and --tool-call-parser; "required" and a function by name do not',
+                'tool_choice "auto", the default with tools, requires a server started with '
+                '--enable-auto-tool-choice and --tool-call-parser; "required" and a named function do not',
                 "tool_choice",
             )
         return ToolUse(prompt_tools=allowed, parser=config.tool_call_parser, is_single=single)
@@ -74,7 +74,7 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
 
 
 def _allowed(tools: list[Tool], choice: Any) -> list[Tool]:
-    """The tools that ``allowed_tools`` leaves, which are all there are for any other choice."""
+    """The tools that ``allowed_tools`` permits; for any other choice, all."""
     if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
         return tools
     required = {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "required"}}
@@ -82,10 +82,10 @@ def _allowed(tools: list[Tool], choice: Any) -> list[Tool]:
 
 
 def check_tools(tools: list[JsonObject]) -> None:
-    """Refuses what is no list of function definitions.
+    """Checks that tools are a list of function definitions.
 
     Raises:
-        RequestError: It names the place.
+        RequestError: They are not; the error names the place.
     """
     check_number(len(tools), MAX_TOOLS, "tools", "tools")
     try:

@@ -110,7 +110,7 @@ async def test_variables_of_the_template_with_thinking() -> None:
 
 
 def test_what_the_servers_variables_may_not_be() -> None:
-    with pytest.raises(ConfigError, match="must not hold tools"):
+    with pytest.raises(ConfigError, match="must not contain tools"):
         check_config(ServerConfig(default_chat_template_kwargs={"tools": []}))
 
 
