@@ -200,7 +200,7 @@ async def test_bodies_that_are_too_large() -> None:
         ({"prompt_logprobs": -2}, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
-        ({"truncate_prompt_tokens": 0}, "prompt"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": MAX_MODEL_LEN + 1}, "truncate_prompt_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": MAX_MODEL_LEN}, "input_tokens"),
