@@ -1,9 +1,9 @@
 """Decides what each step computes.
 
 There is no prefill phase and no decode phase. A request has tokens that are known (its prompt, what it generated, and
-one place-holder for each token that a planned step will sample) and tokens that are computed; a step lets the second
-number catch up with the first, within a budget. Chunked prefill, prefix cache hits, decode and resumption after a
-preemption are all this one subtraction.
+place-holders for what planned steps will sample) and tokens that are computed; a step lets the second number catch up
+with the first, within a budget. Chunked prefill, prefix cache hits, decode and resumption after a preemption are all
+this one subtraction. Both numbers are upper bounds where drafts are verified: results say how many of these hold.
 
 State that changes every step lives in the ``SlotTable``. Plans are made before the results of earlier ones are known;
 see ``InFlight`` for how results find their way, and ``step_outputs.py`` for what the api is told of them.

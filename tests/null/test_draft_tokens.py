@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_core.cache_shape import GroupShape
 from engine_core.messages import FinishReason, RepetitionDetection
 from engine_core.restart import Suspicion
 from executor.messages import RowError, SchedulerOutput, TokenLogprobs, i32, u8
@@ -323,10 +324,11 @@ def test_workers_that_die_by_chance_cost_no_token() -> None:
 def test_random_drafts_arrivals_aborts_and_restarts_leak_nothing(data: st.DataObject) -> None:
     draw = data.draw
     block_size = draw(st.sampled_from([1, 2, 4]))
+    num_blocks = draw(st.integers(-(-MAX_LEN // block_size), 3 * -(-MAX_LEN // block_size)))
+    windows = draw(st.sampled_from([(None,), (None,), (5,), (None, 7), (3, None, 16)]))
     engine = Engine.create(
         depth=draw(st.integers(1, 3)),
-        block_size=block_size,
-        num_blocks=draw(st.integers(-(-MAX_LEN // block_size), 3 * -(-MAX_LEN // block_size))),
+        groups=tuple(GroupShape(num_blocks, block_size, window) for window in windows),
         caching=draw(st.booleans()),
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 40)),
@@ -361,9 +363,7 @@ def test_random_drafts_arrivals_aborts_and_restarts_leak_nothing(data: st.DataOb
             if engine.scheduler.abort_request(victim):
                 aborted.add(victim)
         if draw(st.integers(0, 9)) == 0:
-            engine.in_flight.clear()
-            engine.scheduler.restart()
-            engine.device.slots.clear()
+            engine.restart()
         engine.scheduler.check_integrity()
     engine.run()
     for index, (prompt, max_tokens, min_tokens, asks) in sent.items():
