@@ -1,4 +1,4 @@
-"""Finds out that a request says the same thing over and over."""
+"""Detects requests that repeat themselves."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from engine_core.messages import I32, RepetitionDetection
 
 
 class RepetitionDetector:
-    """Watches whether the last tokens of an output are one pattern several times in a row.
+    """Detects when an output ends with one pattern several times in a row.
 
-    For each length of a pattern it counts how many of the last tokens equal the one that far before them, so a token
-    costs a few array operations, whatever the output's length.
+    For each pattern length it counts how many of the last tokens equal the token that many positions before, so a token
+    costs a few array operations, regardless of the output's length.
     """
 
     __slots__ = ("_needed", "_runs", "_sizes")
 
     def __init__(self, wanted: RepetitionDetection, output: I32) -> None:
-        """Takes up where an earlier life of the request stopped.
+        """Resumes where an earlier life of the request stopped.
 
         Args:
             wanted: What counts as a repetition.
@@ -26,7 +26,7 @@ class RepetitionDetector:
         self._sizes = np.arange(wanted.min_pattern_size, wanted.max_pattern_size + 1)
         self._needed = self._sizes * (wanted.min_count - 1)
         self._runs = np.zeros(len(self._sizes), np.int64)
-        """By pattern length: how many of the last tokens equal the token that many places before."""
+        """By pattern length: how many of the last tokens equal the token that many positions before."""
         if not len(output):
             return
         for i, (size, needed) in enumerate(zip(self._sizes.tolist(), self._needed.tolist(), strict=True)):
@@ -35,7 +35,7 @@ class RepetitionDetector:
             self._runs[i] = max(0, len(tail) - size) - (int(differs[-1]) + 1 if len(differs) else 0)
 
     def append(self, output: I32) -> bool:
-        """Takes note of one more token. True: the output ends with a pattern that is repeated often enough.
+        """Records a new token. True: the output now ends with enough repetitions of a pattern.
 
         Args:
             output: int32 [num_output_tokens]: the whole output, the new token included.

@@ -1,4 +1,4 @@
-"""A request as the engine core knows it."""
+"""The engine core's view of a request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from engine_core.structured.request_grammar import RequestGrammar
 
 MAX_STOP_IDS = 8
-"""Stop token ids that are compared for all rows at once; a request with more takes the slower way."""
+"""Most stop token ids compared for all rows at once; a request with more takes the slow path."""
 
 
 class Request:
     """One request from arrival to its last token.
 
-    While it runs, what changes every step lives in the scheduler's arrays by slot; here is what identifies it and
-    what survives a preemption.
+    While it runs, state that changes every step lives in the scheduler's arrays by slot; this holds its identity and
+    the state that survives a preemption.
     """
 
     __slots__ = (
@@ -50,14 +50,14 @@ class Request:
         prompt = i32(message.prompt_token_ids)
         self.num_prompt_tokens = len(prompt)
         outputs = i32(message.resumed_output_token_ids)
-        # Completions of one prompt share its bytes, so they are not copied without need.
+        # Completions of one prompt share its bytes, so avoid copying them.
         self.token_ids: I32 = np.concatenate((prompt, outputs)) if len(outputs) else prompt
-        """Prompt and confirmed output, up to date while the request waits. Read only."""
+        """Prompt and confirmed output; up to date while the request waits. Read-only."""
         self.slot = -1
         self.block_tables: list[BlockTable] = []
-        """One per KV cache group while it runs; empty while it waits."""
+        """One per KV cache group while the request runs; empty while it waits."""
         self.block_hashes: dict[int, list[bytes]] = {}
-        """Block size -> hashes of the full blocks of the tokens known so far."""
+        """Block size -> hashes of the full blocks of all known tokens."""
         self.num_cached_tokens: int | None = None
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -66,21 +66,21 @@ class Request:
             None if wanted is None else RepetitionDetector(wanted, self.token_ids[self.num_prompt_tokens :])
         )
         self.grammar: RequestGrammar | None = None
-        """What the output may still become; there once the message's grammar is compiled."""
+        """State of the grammar; set once it is compiled."""
         self.account: Account
-        """Its tenant's, from when the scheduler has it."""
+        """The tenant's account; set when the request is added to the scheduler."""
         self.suspicion: Suspicion | None = message.suspicion
-        """Deaths that point at this request; None once it has got past the place where they happened."""
+        """Deaths that implicate this request; None once it has passed the position at which they happened."""
 
     @property
     def grammar_param(self) -> str | None:
-        """The field of the client's request that is to blame if the grammar cannot be followed."""
+        """The field of the client's request to blame if the grammar cannot be satisfied."""
         grammar = self.message.grammar
         return None if grammar is None else grammar.param
 
     @property
     def is_special(self) -> bool:
-        """Whether each of its tokens is looked at by itself, rather than with those of all others."""
+        """Whether its tokens take the slow path, row by row instead of vectorised over all rows."""
         params = self.params
         many_stops = len(params.all_stop_token_ids) > MAX_STOP_IDS
         return params.logprobs is not None or many_stops or self.repetition is not None
@@ -91,11 +91,11 @@ class Request:
 
     @property
     def needs_all_positions(self) -> bool:
-        """Whether the whole prompt must be computed, whatever the prefix cache has of it."""
+        """Whether the whole prompt must be computed, even if parts of it are cached."""
         pooling = self.message.pooling_params
         return self.params.needs_all_positions if pooling is None else pooling.needs_all_positions
 
     @property
     def priority(self) -> tuple[int, float, int]:
-        """Sorts requests from the most to the least urgent."""
+        """Sort key, most urgent first."""
         return self.message.priority, self.message.arrival_time, self.index

@@ -1,4 +1,4 @@
-"""Requests that wait for a slot."""
+"""Queues of requests waiting for a slot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine_core.request import Request
 
 
 class RequestQueue(Protocol):
-    """Which waiting request is next."""
+    """Orders waiting requests."""
 
     def add(self, request: Request) -> None: ...
 
     def put_back(self, request: Request) -> None:
-        """Queues a request again that had been running."""
+        """Requeues a request that was running."""
 
     def peek(self) -> Request: ...
 
@@ -31,19 +31,19 @@ class RequestQueue(Protocol):
 
 
 class _Turns:
-    """Tenants of one level that have waiting requests; the one that was served least has the next turn."""
+    """Tenants of one level with waiting requests; the least served one has the next turn."""
 
     __slots__ = ("children", "heap", "order", "requests")
 
     def __init__(self, order: int = 0) -> None:
         self.order = order
-        """When the tenant came to wait: of equals the earlier one is next."""
+        """When the tenant began to wait; ties go to the earliest."""
         self.children: dict[Account, _Turns] = {}
         self.heap: list[tuple[float, int, Account]] = []
-        """Each child with a virtual time that it had, which only grows, and its order. Entries of children that are
-        gone are skipped when they come up."""
+        """Children with a past virtual time (which only grows) and their order. Entries of children that are gone are
+        skipped when they surface."""
         self.requests: OrderedDict[int, Request] = OrderedDict()
-        """Of a tenant without children, in the order in which they came."""
+        """Requests of a tenant without children, in order of arrival."""
 
     def next_child(self) -> Account:
         heap = self.heap
@@ -65,15 +65,15 @@ class _Turns:
 
 
 class FairQueue:
-    """Tenants take turns, and each of them is served in the order of arrival. What has begun goes first: requests that
-    were preempted, and those that go on from an earlier life.
+    """Tenants take turns, and each tenant's requests are served in order of arrival. Started requests go first: those
+    that were preempted, and those resumed from an earlier life.
     """
 
     def __init__(self) -> None:
         self._begun: OrderedDict[int, Request] = OrderedDict()
         self._root = _Turns()
         self._size = 0
-        """Requests that take turns."""
+        """Number of requests that take turns."""
         self._num_orders = 0
 
     def add(self, request: Request) -> None:
@@ -138,7 +138,7 @@ class FairQueue:
 
 
 def _path(request: Request) -> list[Account]:
-    """The accounts of a request's tenant, from the key to the user."""
+    """The accounts of a request's tenant, from key to user."""
     path: deque[Account] = deque()
     account = request.account
     while account.parent is not None:
@@ -148,12 +148,12 @@ def _path(request: Request) -> list[Account]:
 
 
 class PriorityQueue:
-    """The lowest priority number first; tenants take turns among requests of the same priority."""
+    """Lowest priority number first; among requests of equal priority, tenants take turns."""
 
     def __init__(self) -> None:
         self._levels: dict[int, FairQueue] = {}
         self._heap: list[int] = []
-        """The same priorities, some of which may have no requests any more."""
+        """Heap of these priorities; some may have no requests left."""
         self._size = 0
 
     def _level(self, request: Request) -> FairQueue:

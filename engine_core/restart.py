@@ -1,8 +1,8 @@
-"""When a process that died is started again, and which request its deaths point at.
+"""Decides whether to restart a process that died, and which request its deaths implicate.
 
-Two questions, kept apart. A ``RestartBudget`` asks whether anything is gained by starting again: deaths count only as
-long as no work gets done between them. A ``Suspicion`` asks whether one request is to blame: a computation that kills
-dies at the same place each time, so deaths count only while they have a place in common. Bad luck has neither.
+Two separate questions. A ``RestartBudget`` decides whether a restart is worthwhile: deaths count only while no work
+gets done between them. A ``Suspicion`` tracks whether one request is to blame: a fatal computation dies at the same
+position each time, so deaths count only while they have positions in common. Random failures meet neither condition.
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ from collections.abc import Callable
 from executor.messages import Message
 
 MAX_RESTARTS = 5
-"""Restarts without any progress in between."""
+"""Most restarts without progress in between."""
 RESTART_WINDOW = 600.0
-"""Seconds after which a death is forgotten in any case."""
+"""Seconds after which a death no longer counts."""
 STABLE_TIME = 10.0
-"""Seconds of service that count as progress although nobody asked for anything."""
+"""Seconds of uptime that count as progress even without requests."""
 
 ISOLATE_DEATHS = 2
-"""A request that this many deaths point at runs alone. The first death is most often bad luck, and costs nothing."""
+"""A request implicated in this many deaths runs alone. A single death is usually bad luck and has no consequences."""
 MAX_DEATHS = 4
-"""A request that this many deaths point at, the last of them while it ran alone, is the culprit."""
+"""A request implicated in this many deaths, the last one while it ran alone, is the culprit."""
 PROBATION_TIME = 5.0
-"""Seconds that new workers have to live before the trial in which a request may be found guilty: whoever kills them for
-another reason, again and again and soon after each start, does it within that time."""
+"""Seconds that new workers must survive before the trial that may convict a request: an unrelated cause that kills
+workers soon after each start shows within that time."""
 
 
 class RestartBudget:
-    """How many more times it is worth while to start a process again."""
+    """Limits the restarts of a process."""
 
     def __init__(self, limit: int = MAX_RESTARTS, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts with nothing spent.
+        """Starts with a full budget.
 
         Args:
             limit: Restarts per cause without progress between them.
-            clock: Seconds that never go back.
+            clock: Monotonic clock in seconds.
         """
         self.limit = limit
         self._clock = clock
         self._deaths: dict[str, list[float]] = {}
-        """By cause: the times of the deaths since the last progress."""
+        """By cause: times of deaths since the last progress."""
         self._serving_since: float | None = None
         self._has_progressed = False
 
     def serves(self) -> None:
-        """The process is loaded and takes work."""
+        """Records that the process is loaded and accepts work."""
         self._serving_since = self._clock()
         self._deaths.pop("loading", None)
 
     def progress(self) -> None:
-        """Work got done, so whatever died before was no crash loop."""
+        """Records completed work, so earlier deaths were no crash loop."""
         self._has_progressed = True
         if self._deaths:
             self._deaths.clear()
 
     def explained(self) -> None:
-        """The request that is to blame was found. An engine that never did anything is not excused by that."""
+        """Records that the culprit was found. This does not excuse an engine that never made progress."""
         if self._has_progressed:
             self._deaths.clear()
 
@@ -65,7 +65,7 @@ class RestartBudget:
         """Counts a death.
 
         Args:
-            cause: What kind it is; ``loading`` for one before the process served.
+            cause: Kind of death; ``loading`` if the process never served.
 
         Returns:
             Whether to start again.
@@ -80,24 +80,24 @@ class RestartBudget:
 
 
 class Suspicion(Message, frozen=True):
-    """Deaths that happened while a request was being computed, and where in it."""
+    """Deaths during the computation of a request, and the positions at which they happened."""
 
     num_deaths: int
     first: int
     last: int
-    """Positions first <= position < last of the request's tokens were being computed at each of the deaths. Before
-    position 0 it is taken in and its grammar is compiled."""
+    """Token positions first <= position < last were being computed at every one of the deaths. Negative positions stand
+    for accepting the request and compiling its grammar."""
 
     @property
     def is_grave(self) -> bool:
-        """Whether the next death would find the request guilty."""
+        """Whether the next death would convict the request."""
         return self.num_deaths >= MAX_DEATHS - 1
 
     def after_death(self, first: int, last: int) -> Suspicion:
-        """What is left of it when the process dies again while positions from ``first`` to ``last`` are computed.
+        """The suspicion after another death, during the computation of positions from ``first`` to ``last``.
 
-        If none of them was being computed at the deaths before, these were of another cause: what they point at has
-        been computed meanwhile, or was not reached yet.
+        If none of them was being computed at the earlier deaths, those had another cause: the positions that they
+        implicate have since been computed, or were not reached yet.
         """
         common = max(first, self.first), min(last, self.last)
         if common[0] >= common[1]:
@@ -106,5 +106,5 @@ class Suspicion(Message, frozen=True):
 
 
 def suspect(before: Suspicion | None, first: int, last: int) -> Suspicion:
-    """The suspicion of a request after another death."""
+    """A request's suspicion after another death."""
     return Suspicion(1, first, last) if before is None else before.after_death(first, last)

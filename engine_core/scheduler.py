@@ -1,12 +1,12 @@
 """Decides what each step computes.
 
-There is no prefill phase and no decode phase. A request has tokens that are known (its prompt, what it generated, and
-place-holders for what planned steps will sample) and tokens that are computed; a step lets the second number catch up
-with the first, within a budget. Chunked prefill, prefix cache hits, decode and resumption after a preemption are all
-this one subtraction. Both numbers are upper bounds where drafts are verified: results say how many of these hold.
+There are no separate prefill and decode phases. A request has known tokens (its prompt, its output, and placeholders
+for what planned steps will sample) and computed tokens; a step lets the second number catch up with the first, within a
+budget. Chunked prefill, prefix cache hits, decode and resumption after a preemption are all this one subtraction. While
+drafts are being verified, both numbers are upper bounds: results say how many drafts are accepted.
 
 State that changes every step lives in the ``SlotTable``. Plans are made before the results of earlier ones are known;
-see ``InFlight`` for how results find their way, and ``step_outputs.py`` for what the api is told of them.
+see ``InFlight`` for how results are matched to requests, and ``step_outputs.py`` for what is reported to the api.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from engine_core.suspects import Suspects, allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 MAX_DESCRIBED_TOKENS = 1 << 17
-"""Tokens of prompts, and of lists that come with them, of requests that start in one step, cached ones included: beyond
-it only one more starts. Hashing, looking up and describing so many takes some 20 ms."""
+"""Tokens, cached ones included, of prompts and accompanying lists of the requests started in one step; once exceeded,
+no more start. Hashing, looking up and describing this many takes about 20 ms."""
 CHARGED_TOKENS = 64
-"""Tokens by which an output is longer than expected before its tenant is charged for more."""
+"""Tokens by which an output may exceed its expected length before its tenant is charged again."""
 
 
 class Scheduler:
@@ -81,10 +81,10 @@ class Scheduler:
         self.shares = FairShares()
         self.waiting = create_request_queue(config.scheduling_policy)
         self.compiling: dict[int, Request] = {}
-        """Requests whose grammar is not there yet: they wait beside the queue."""
+        """Requests whose grammars are not compiled yet; they wait outside the queue."""
         self.suspects = Suspects()
         self.on_admit: Callable[[int], None] | None = None
-        """Told which request is about to get a slot."""
+        """Called with the index of each request about to get a slot."""
         self.num_preemptions = 0
         self._step_id = 0
         self.table = SlotTable(config.max_num_seqs, max_model_len, max_draft_tokens)
@@ -104,7 +104,7 @@ class Scheduler:
         return len(self.waiting) + len(self.compiling)
 
     def add_request(self, request: Request) -> None:
-        """Queues a request, or keeps it until its grammar is compiled. Its prompt must fit the model and the cache."""
+        """Queues a request, or holds it until its grammar is compiled. Its prompt must fit the model and the cache."""
         assert request.index not in self.requests
         assert 0 < len(request.token_ids) < self.max_model_len or request.is_pooling
         self.requests[request.index] = request
@@ -120,11 +120,11 @@ class Scheduler:
         self.waiting.add(request)
 
     def max_output_tokens(self, request: Request) -> int:
-        """The most tokens that a request may generate, those of an earlier life included."""
+        """The most tokens that a request may generate, including those of an earlier life."""
         return min(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
 
     def abort_request(self, index: int) -> bool:
-        """Drops a request wherever it is. False: there is none (any more)."""
+        """Drops a request, whatever its state. False: no such request (any more)."""
         request = self.requests.get(index)
         if request is None:
             return False
@@ -151,7 +151,7 @@ class Scheduler:
         table.release(request)
 
     def _preempt(self, request: Request) -> None:
-        """Takes blocks and slot from a running request; it starts over with the tokens it has."""
+        """Takes blocks and slot from a running request, which will start over with the tokens it has."""
         slot = request.slot
         request.token_ids = self.table.token_ids[slot, : self.table.num_known[slot]].copy()
         request.prompt_logprobs = []  # the prompt is computed again
@@ -161,7 +161,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def restart(self) -> None:
-        """The workers are new and empty: everything that ran is queued again and nothing is cached."""
+        """Adapts to new, empty workers: requeues all running requests and empties the prefix cache."""
         for slot in reversed(self.table.running.tolist()):
             request = self.table.owners[slot]
             assert request is not None
@@ -181,7 +181,7 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[SchedulerOutput, InFlight] | None:
-        """Plans a step, or returns None when no request can make progress."""
+        """Plans a step; None if no request can make progress."""
         begin = time.perf_counter()
         table = self.table
         if self.kv.has_windows:
@@ -237,9 +237,9 @@ class Scheduler:
         return plan, step
 
     def _wanted_by_running(self) -> tuple[I32, I64]:
-        """Running slots that have tokens to compute, and how many each, within the budget.
+        """Running slots with tokens to compute, and how many each, within the budget.
 
-        The last token that a request may have is never computed: nothing comes after it.
+        The last token of a request at its limit is never computed, since nothing follows it.
         """
         table = self.table
         slots = table.running
@@ -267,7 +267,7 @@ class Scheduler:
         return slots, counts
 
     def _allow_drafts(self, slots: I32, counts: I64) -> I64:
-        """Lets rows that go on with their output verify drafts, as far as that takes nothing from others.
+        """Lets decoding rows verify drafts, as far as that takes nothing from other rows.
 
         Returns:
             The rows' tokens, drafts included.
@@ -278,7 +278,7 @@ class Scheduler:
         goes_on = (planned > table.num_prompt[slots]) & (table.num_scheduled[slots] + counts == planned)
         allowances = np.where(goes_on, np.maximum(allowances, 0), 0)
         if self.suspects:
-            allowances[:] = 0  # which of its positions kills must be certain
+            allowances[:] = 0  # the fatal position must be identifiable
         left = self.config.max_num_batched_tokens - int(counts.sum())
         allowances = np.clip(left - (np.cumsum(allowances) - allowances), 0, allowances)
         ends = table.num_scheduled[slots] + counts + allowances
@@ -292,17 +292,17 @@ class Scheduler:
         return wanted
 
     def _free_unseen(self) -> None:
-        """Frees the blocks that fell behind windows."""
+        """Frees the blocks that have left their windows."""
         table = self.table
         confirmed = table.num_confirmed()
         for slot in np.flatnonzero(confirmed >= table.free_at).tolist():
             table.free_at[slot] = self.kv.free_unseen(table.request(slot), int(confirmed[slot]))
 
     def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, tuple[bytes, ...], bool]:
-        """Allocates the blocks that running rows need, preempting others where there are too few.
+        """Allocates the blocks that running rows need, preempting others if there are too few.
 
         Returns:
-            The rows that are left, the block updates of the plan, and whether a request was preempted.
+            The remaining rows, the plan's block updates, and whether a request was preempted.
         """
         table, kv = self.table, self.kv
         ends = table.num_scheduled[slots] + counts
@@ -312,7 +312,7 @@ class Scheduler:
         for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True):
             request = table.owners[slot]
             if request is None:
-                continue  # preempted for the sake of an earlier row
+                continue  # preempted in favour of an earlier row
             capacity = kv.grow(request, end, updates)
             while capacity is None:
                 victim = self._choose_victim()
@@ -341,7 +341,7 @@ class Scheduler:
         return running[-1]
 
     def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[list[int], list[int]]:
-        """Starts waiting requests while there are tokens in the budget, slots and blocks."""
+        """Starts waiting requests as long as token budget, slots and blocks allow."""
         slots: list[int] = []
         counts: list[int] = []
         if self.table.free_slots:
@@ -349,7 +349,7 @@ class Scheduler:
         num_described = 0
         while budget > 0 and self.waiting and (self.table.free_slots or self.suspects.is_isolating):
             if num_described >= MAX_DESCRIBED_TOKENS:
-                break  # the others in the next step: this one must not hold up those that run
+                break  # the rest in the next step: do not hold up running requests
             request = self._next_waiting()
             if request is None:
                 break
@@ -386,7 +386,7 @@ class Scheduler:
         return slots, counts
 
     def _charge_long_outputs(self) -> None:
-        """Charges tenants for outputs that became longer than was expected of them."""
+        """Charges tenants for outputs that exceed their expected length."""
         slots = self.table.running
         excess = self.table.num_known[slots] - self.table.num_charged[slots]
         for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
@@ -396,7 +396,7 @@ class Scheduler:
             self.table.num_charged[slots[row]] += excess[row]
 
     def _next_waiting(self) -> Request | None:
-        """The request that may start now; None: nobody."""
+        """The next request that may start now; None: none may."""
         if not self.suspects.is_isolating:
             return self.waiting.peek()
         request = self.suspects.current
@@ -404,12 +404,12 @@ class Scheduler:
         return request if is_ready else None
 
     def _make_room(self, hit: PrefixHit, num_tokens: int) -> None:
-        """Preempts those that wait for the trial of a request, as far as it needs what they hold."""
+        """Preempts requests that wait for another's trial, as far as the trial needs their blocks."""
         while len(self.table.running) and not (self.table.free_slots and self.kv.can_fit(hit, num_tokens)):
             self._preempt(self.running_requests()[-1])
 
     def _occupy(self, request: Request, num_computed: int, capacity: int) -> int:
-        """Gives a request a slot, and charges its tenant. What is computed once more is not the tenant's fault."""
+        """Gives a request a slot and charges its tenant, but not for tokens that must be recomputed."""
         num_tokens = len(request.token_ids)
         num_new = 0 if request.scheduled_time else num_tokens - num_computed
         if request.is_pooling:
@@ -444,15 +444,15 @@ class Scheduler:
         )
 
     def _advance(self, slots: I32, counts: I64) -> None:
-        """Counts planned tokens as computed and publishes the blocks that they fill."""
+        """Counts planned tokens as computed and caches the blocks that they fill."""
         self.table.num_scheduled[slots] += counts
         self._publish(slots)
 
     def _publish(self, slots: I32) -> None:
-        """Makes full blocks of known tokens findable as soon as the plan that computes them is made.
+        """Adds full blocks of known tokens to the prefix cache as soon as their computation is planned.
 
-        Workers execute plans in order, and write all K and V of a step before reading any, so whoever finds such a
-        block reads it after it was written.
+        Workers execute plans in order and write all K and V of a step before reading any, so any request that hits such
+        a block reads it after it was written.
         """
         if not self.kv.enable_prefix_caching:
             return
@@ -472,9 +472,9 @@ class Scheduler:
     # -- results -------------------------------------------------------------------------------------------
 
     def update_from_output(self, step: InFlight, result: ModelRunnerOutput) -> EngineCoreOutputs:
-        """Appends the tokens of a step, ends requests that are done, and says what is new.
+        """Appends the tokens of a step, ends finished requests and returns the outputs.
 
-        Rows of requests that left their slot since the plan was made are dropped.
+        Rows of requests that have left their slots since the plan was made are dropped.
         """
         table = self.table
         current = table.epochs[step.slots] == step.epochs
@@ -515,7 +515,7 @@ class Scheduler:
         )
 
     def _take_prompts(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> list[EngineCoreOutput]:
-        """Ends the requests whose prompts are pooled, and keeps what is told of other prompts."""
+        """Ends pooling requests whose prompts are complete, and keeps other requests' prompt log probabilities."""
         outputs: list[EngineCoreOutput] = []
         for row, value in result.pooler_output:
             if current[row]:
@@ -527,7 +527,7 @@ class Scheduler:
         return outputs
 
     def _keep_drafts(self, step: InFlight, new: StepTokens, result: ModelRunnerOutput, current: Bools) -> None:
-        """Takes note of the drafts that a worker has for rows whose masks will depend on them."""
+        """Records a worker's drafts for rows whose masks will depend on them."""
         counts = u8(result.num_draft_tokens).astype(np.int64)
         slots = step.slots[new.rows]
         wanted = current[new.rows] & self.table.has_grammar[slots]
@@ -536,13 +536,13 @@ class Scheduler:
             self.table.note_drafts(slots[wanted], counts[wanted], drafts)
 
     def _judge(self, step: InFlight, new: StepTokens) -> dict[int, Verdict]:
-        """Lets the grammars of a step have their tokens. Of each row those are kept that are accepted.
+        """Feeds a step's tokens to their grammars and keeps the accepted ones of each row.
 
-        A worker has sampled and goes on with a token that is rejected; it hears of the truth when the request comes
-        back, as if it had been preempted.
+        The worker has sampled a rejected token and continues from it; it is corrected when the request returns, as if
+        it had been preempted.
 
         Returns:
-            By row: what became of its last token, where that does not just go on.
+            By row: the verdict on its last token, unless the output simply continues.
         """
         verdicts: dict[int, Verdict] = {}
         for place, row in enumerate(step.grammar_rows.tolist()):
@@ -555,7 +555,7 @@ class Scheduler:
             num_outputs = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
             kept, verdict = judge(request, tokens[:num_masks], num_outputs)
             if verdict is Verdict.GOES_ON and kept == num_masks < len(tokens):
-                verdict = Verdict.REJECTED  # what follows was sampled without a mask
+                verdict = Verdict.REJECTED  # later tokens were sampled without a mask
             new.kept[sample] = kept
             if verdict is not Verdict.GOES_ON:
                 verdicts[row] = verdict
@@ -569,14 +569,14 @@ class Scheduler:
         described: Bools,
         verdicts: dict[int, Verdict],
     ) -> list[EngineCoreOutput]:
-        """The outputs of rows that have more to say than their tokens; ends the requests that are done.
+        """The outputs of rows that take the slow path; ends finished requests.
 
         Args:
             step: The plan.
             result: Its result.
-            new: Its tokens, which are in the table.
+            new: The step's tokens, already in the table.
             described: bool [rows].
-            verdicts: What grammars say, by row.
+            verdicts: Verdicts of the grammars by row.
         """
         logprobs: dict[int, list[TokenLogprobs]] = {}
         for entry in result.logprobs:
@@ -608,7 +608,7 @@ class Scheduler:
         return outputs
 
     def _execute(self, step: InFlight, row: int, request: Request, verdict: Verdict) -> list[EngineCoreOutput]:
-        """Does what follows from a token that its grammar did not accept."""
+        """Acts on a token that its grammar did not accept."""
         if verdict is Verdict.REJECTED:
             self._preempt(request)
             self.num_preemptions -= 1
@@ -619,7 +619,7 @@ class Scheduler:
         return [self.end_row(step, row, FinishReason.ERROR, request.grammar.error)]
 
     def grammars(self, step: InFlight) -> list[list[RequestGrammar | None]]:
-        """The grammars of a step's constrained rows at each of their positions; None where the request is gone."""
+        """The grammar states of a step's constrained rows at each of their positions; None if the request is gone."""
         table = self.table
         states: list[list[RequestGrammar | None]] = []
         for row in step.grammar_rows.tolist():
@@ -637,10 +637,10 @@ class Scheduler:
         """Ends the request of a row between two tokens.
 
         Args:
-            step: Has the row.
-            row: Its request is still there.
+            step: The step with the row.
+            row: A row whose request still has its slot.
             reason: Why it ends.
-            error: What is wrong with the client's grammar, with the reason ``ERROR``.
+            error: For ``ERROR``, the problem with the client's grammar.
         """
         request = self.table.request(int(step.slots[row]))
         if reason is FinishReason.ERROR:
@@ -650,7 +650,7 @@ class Scheduler:
         return output
 
     def _fail(self, slot: int, message: str) -> EngineCoreOutput:
-        """Ends a request whose row went wrong; its blocks are not to be trusted."""
+        """Ends a request whose row failed; its blocks cannot be trusted."""
         request = self.table.request(slot)
         output = error_output(request, int(self.table.num_known[slot]), message)
         self.kv.discard(request)

@@ -1,7 +1,7 @@
-"""The blocks of one KV cache group: which a request holds, and which it may find.
+"""Manages the blocks of one KV cache group: those that requests hold, and the prefix cache.
 
-There is a manager per kind of attention. They differ in what a token still sees, and so in which blocks a request
-needs at a time and what makes a cached prefix complete.
+There is one manager per kind of attention. They differ in what a token attends to, and so in the blocks that a request
+needs at a time and in what makes a cached prefix complete.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from engine_core.block_pool import BlockPool
 from engine_core.cache_shape import GroupShape
 
 NEVER = 1 << 62
-"""A number of tokens that no request has."""
+"""A token count that no request reaches."""
 
 
 class BlockTable:
-    """A request's blocks in one group, in the order of its tokens. Those at its start may be gone."""
+    """A request's blocks in one group, in token order. Leading blocks may have been freed."""
 
     __slots__ = ("block_ids", "num_blocks", "num_published")
 
     def __init__(self, first: int = 0, block_ids: Sequence[int] = ()) -> None:
-        """Creates the table of a request whose first ``first`` blocks are gone."""
+        """Creates the table of a request whose first ``first`` blocks are freed."""
         self.block_ids = list(block_ids)
-        """Blocks that are still there."""
+        """The remaining blocks."""
         self.num_blocks = first + len(self.block_ids)
-        """Blocks from the request's start on, those that are gone included."""
+        """Number of blocks from the request's start, freed ones included."""
         self.num_published = self.num_blocks
-        """Of these, how many have been made findable. At first, those that were found."""
+        """How many of these are in the prefix cache. Initially the cached prefix."""
 
     @property
     def first(self) -> int:
-        """Index of the first block that is still there."""
+        """Index of the first remaining block."""
         return self.num_blocks - len(self.block_ids)
 
 
 class SingleTypeKVCacheManager(ABC):
-    """Gives the blocks of a group to requests. The only writer of its pool."""
+    """Assigns the blocks of a group to requests. The only writer of its pool."""
 
     def __init__(self, shape: GroupShape, step_tokens: int) -> None:
         self.shape = shape
@@ -48,16 +48,16 @@ class SingleTypeKVCacheManager(ABC):
 
     @abstractmethod
     def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
-        """Length of the longest cached prefix after which the group can go on computing, in tokens.
+        """Length in tokens of the longest cached prefix after which the group can continue computing.
 
         Args:
-            hashes: Of the request's full blocks.
-            num_tokens: Most tokens of the prefix, a multiple of ``alignment``.
-            alignment: The result is a multiple of it, as it is of ``block_size``.
+            hashes: Hashes of the request's full blocks.
+            num_tokens: Maximum length of the prefix, a multiple of ``alignment``.
+            alignment: A multiple of ``block_size``; the result is a multiple of it.
         """
 
     def cached_table(self, hashes: Sequence[bytes], num_tokens: int) -> BlockTable:
-        """The blocks of a prefix for which ``longest_hit`` said that they are there. Nobody holds them yet."""
+        """The blocks of a prefix confirmed by ``longest_hit``. They are not held yet."""
         first = self.shape.first_live_block(num_tokens)
         found = [self.pool.lookup(block_hash) for block_hash in hashes[first : num_tokens // self.block_size]]
         block_ids = [block_id for block_id in found if block_id is not None]
@@ -65,7 +65,7 @@ class SingleTypeKVCacheManager(ABC):
         return BlockTable(first, block_ids)
 
     def can_fit(self, cached: BlockTable, num_tokens: int) -> bool:
-        """Whether that many tokens fit, through the window if there is one, behind a cached prefix."""
+        """Whether that many tokens fit after a cached prefix, given the window if there is one."""
         live = min(
             -(-num_tokens // self.block_size) - cached.first,
             max(self.shape.max_live_blocks(num_tokens, self.step_tokens), len(cached.block_ids)),
@@ -74,16 +74,16 @@ class SingleTypeKVCacheManager(ABC):
         return needed <= self.pool.num_free - self.pool.num_free_among(cached.block_ids)
 
     def grow(self, table: BlockTable, num_tokens: int, slot: int, updates: list[int]) -> int:
-        """Adds the blocks that a request lacks for its first ``num_tokens``; there must be enough free ones.
+        """Adds the blocks that a request lacks for its first ``num_tokens``; enough blocks must be free.
 
         Args:
             table: The request's.
-            num_tokens: Tokens that have to fit.
+            num_tokens: Tokens that must fit.
             slot: The request's.
-            updates: Takes slot, index in the table and block of each new one.
+            updates: Extended by slot, index in the table and block id of each new block.
 
         Returns:
-            Tokens that fit into all its blocks.
+            Tokens that fit into the request's blocks.
         """
         index = table.num_blocks
         count = -(-num_tokens // self.block_size) - index
@@ -97,20 +97,20 @@ class SingleTypeKVCacheManager(ABC):
         return index * self.block_size
 
     def free_unseen(self, table: BlockTable, num_confirmed: int) -> None:
-        """Frees the blocks that no token computed from now on can see.
+        """Frees the blocks that no token computed from now on attends to.
 
         Args:
             table: The request's.
-            num_confirmed: Tokens before the first one that may still be computed.
+            num_confirmed: Number of tokens before the first one that may still be computed.
         """
         count = self.shape.first_live_block(num_confirmed) - table.first
         if count > 0:
-            assert count <= len(table.block_ids), "what is confirmed has blocks"
+            assert count <= len(table.block_ids), "confirmed tokens have blocks"
             self.pool.release(table.block_ids[:count])
             del table.block_ids[:count]
 
     def publish(self, table: BlockTable, hashes: Sequence[bytes], num_tokens: int) -> None:
-        """Makes blocks findable that are full with a request's first ``num_tokens``, as far as it still has them."""
+        """Adds a request's remaining blocks that its first ``num_tokens`` fill to the prefix cache."""
         num_full = num_tokens // self.block_size
         if num_full <= table.num_published:
             return
@@ -123,7 +123,7 @@ class SingleTypeKVCacheManager(ABC):
         table.num_published = num_full
 
     def discard(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
-        """Takes a request's blocks out of the prefix cache, those behind the window included."""
+        """Removes a request's blocks from the prefix cache, including those outside the window."""
         for block_id in table.block_ids:
             self.pool.forget(block_id)
         for block_hash in hashes[: table.first]:
@@ -133,7 +133,7 @@ class SingleTypeKVCacheManager(ABC):
 
 
 class FullAttentionManager(SingleTypeKVCacheManager):
-    """A token sees all before it."""
+    """Full attention: a token attends to all before it."""
 
     def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
         num_blocks = 0
@@ -145,13 +145,13 @@ class FullAttentionManager(SingleTypeKVCacheManager):
 
 
 class SlidingWindowManager(SingleTypeKVCacheManager):
-    """A token sees the last ones before it. Blocks behind the window are freed while the request runs."""
+    """Sliding window: blocks outside the window are freed while the request runs."""
 
     def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
         begin = num_tokens // self.block_size
         while num_tokens:
-            # Blocks from ``begin`` to the prefix's end are there. What lies before the window need not be. The last
-            # one must, even if the next token does not see it: a hit is something that was computed.
+            # Blocks from ``begin`` to the prefix's end are cached. Blocks before the window need not be. The last one
+            # must be, even if the next token does not attend to it: a hit must be something that was computed.
             first = min(self.shape.first_live_block(num_tokens), num_tokens // self.block_size - 1)
             while begin > first and self.pool.lookup(hashes[begin - 1]) is not None:
                 begin -= 1
@@ -163,6 +163,6 @@ class SlidingWindowManager(SingleTypeKVCacheManager):
 
 
 def create_manager(shape: GroupShape, step_tokens: int) -> SingleTypeKVCacheManager:
-    """The manager of a group's kind."""
+    """Creates the manager for a group's kind of attention."""
     kind = FullAttentionManager if shape.window is None else SlidingWindowManager
     return kind(shape, step_tokens)

@@ -1,7 +1,7 @@
-"""What changes every step: arrays indexed by slot.
+"""State that changes every step: arrays indexed by slot.
 
-A step in which requests only get their next token costs a few numpy calls however many run. A request has a row from
-when it is started until it ends or is preempted; ``Request`` keeps what survives that.
+A pure decode step costs a few numpy calls, however many requests run. A request has a row from its start until it ends
+or is preempted; ``Request`` holds the state that survives preemption.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Bools = npt.NDArray[np.bool_]
 
 
 class SlotTable:
-    """Slots, who has them, and how far each of these requests is.
+    """The slots, their requests and these requests' progress.
 
-    ``num_known`` tokens are confirmed by results. ``num_planned`` is what they become once the plans in flight are
-    done, and ``num_scheduled`` are those that are computed then, both if all drafts hold that these plans allow:
-    results that bring less lower them.
+    ``num_known`` tokens are confirmed by results. Once the plans in flight are done, ``num_planned`` tokens will be
+    known and ``num_scheduled`` computed, both assuming that all allowed drafts are accepted; results that bring fewer
+    tokens lower them.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, max_draft_tokens: int = 0) -> None:
@@ -33,45 +33,45 @@ class SlotTable:
         self.owners: list[Request | None] = [None] * size
         self.free_slots = list(range(size - 1, -1, -1))
         self.finished_slots: list[int] = []
-        """Slots that became free since the last plan."""
+        """Slots freed since the last plan."""
         self.running: I32 = np.empty(0, np.int32)
-        """Slots in the order in which their requests started."""
+        """Slots in use, in the order in which their requests started."""
         self.epochs = np.zeros(size, np.int64)
-        """Counted up when a slot changes hands, so that results of its former owner are recognised."""
+        """Incremented when a slot changes hands, to recognise results of its former owner."""
         self.indices = np.zeros(size, np.int64)
         """``Request.index``."""
         self.token_ids = np.zeros((size, max_model_len), np.int32)
         """int32 [slots, positions]: prompt and confirmed output."""
         self.num_prompt = np.zeros(size, np.int64)
         self.num_known = np.zeros(size, np.int64)
-        """Prompt and confirmed output."""
+        """Length of prompt and confirmed output."""
         self.num_planned = np.zeros(size, np.int64)
         """``num_known`` once the plans in flight are done, at most."""
         self.num_scheduled = np.zeros(size, np.int64)
         """Tokens whose K and V are in the cache once the plans in flight are done, at most."""
         self.num_open_drafts = np.zeros(size, np.int64)
-        """Drafts that plans in flight allow: by so many the two counts above may be too high."""
+        """Drafts allowed by plans in flight: the two counts above may be too high by this many."""
         self.allowances = np.zeros(size, np.int64)
-        """Drafts that the plan which is being made allows."""
+        """Drafts allowed by the plan being made."""
         self.drafts = np.zeros((size, max_draft_tokens), np.int32)
-        """int32 [slots, drafts]: what the worker has for the next step of the slot."""
+        """int32 [slots, drafts]: the worker's drafts for the slot's next step."""
         self.num_drafts = np.zeros(size, np.int64)
         self.max_tokens = np.zeros(size, np.int64)
-        """Prompt and output together may not become longer."""
+        """Maximum length of prompt and output together."""
         self.min_tokens = np.zeros(size, np.int64)
-        """Stop tokens do not count before prompt and output together are this long."""
+        """Length of prompt and output together before which stop tokens are ignored."""
         self.num_charged = np.zeros(size, np.int64)
-        """Tokens that the request's tenant was charged for: prompt, and output so far or as it is expected."""
+        """Tokens charged to the request's tenant: prompt, and actual or expected output."""
         self.capacity = np.zeros(size, np.int64)
-        """Tokens for which there are blocks."""
+        """Tokens that fit into the allocated blocks."""
         self.publish_at = np.full(size, NEVER, np.int64)
-        """Number of known and scheduled tokens with which another block can be made findable."""
+        """Number of known and scheduled tokens at which the next block can be cached."""
         self.free_at = np.full(size, NEVER, np.int64)
-        """Number of confirmed tokens with which another block falls behind a window."""
+        """Number of confirmed tokens at which the next block leaves a window."""
         self.stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         self.has_stop_ids = np.zeros(size, np.bool_)
         self.is_special = np.zeros(size, np.bool_)
-        """Rows that have more to say than their token: the first one, and those of special requests."""
+        """Rows that take the slow path: a request's first one, and those of special requests."""
         self.is_pooling = np.zeros(size, np.bool_)
         self.has_grammar = np.zeros(size, np.bool_)
 
@@ -81,9 +81,9 @@ class SlotTable:
         """Gives a request a slot and fills its row.
 
         Args:
-            request: Has its blocks.
-            num_computed: Tokens that came from the prefix cache.
-            max_tokens: How long prompt and output together may become.
+            request: A request with its blocks allocated.
+            num_computed: Tokens found in the prefix cache.
+            max_tokens: Maximum length of prompt and output together.
         """
         slot = self.free_slots.pop()
         params = request.params
@@ -130,7 +130,7 @@ class SlotTable:
         return self.owners[slot] if self.epochs[slot] == step.epochs[row] else None
 
     def request(self, slot: int) -> Request:
-        """The request of a slot that has one."""
+        """The request of a slot in use."""
         request = self.owners[slot]
         assert request is not None
         return request
@@ -141,7 +141,8 @@ class SlotTable:
     # -- steps -----------------------------------------------------------------------------------------------
 
     def note_samples(self, slots: I32) -> tuple[Bools, I64 | None]:
-        """Which rows of a plan sample, and how many drafts each may verify; they will have so many tokens more."""
+        """Determines which rows of a plan sample and how many drafts each may verify; counts the resulting tokens as
+        planned."""
         scheduled, planned = self.num_scheduled[slots], self.num_planned[slots]
         if not self.drafts.shape[1]:
             sampled: Bools = (scheduled == planned) & ~self.is_pooling[slots]
@@ -154,15 +155,15 @@ class SlotTable:
         return sampled, allowances
 
     def confirm(self, step: InFlight, counts: I64, current: Bools) -> I64:
-        """Takes note of how many drafts of a step hold, before its tokens are appended.
+        """Records the accepted drafts of a step, before its tokens are appended.
 
         Args:
             step: The plan.
-            counts: int64 [rows that sample]: tokens that the worker has of each now.
+            counts: int64 [rows that sample]: tokens that the worker sampled for each.
             current: bool [rows]: the request still has its slot.
 
         Returns:
-            int64 [rows]: tokens of each row's request that are computed by now.
+            int64 [rows]: tokens of each row's request computed so far.
         """
         if step.allowances is None:
             return step.ends
@@ -177,12 +178,12 @@ class SlotTable:
         return ends
 
     def note_drafts(self, slots: I32, counts: I64, token_ids: I32) -> None:
-        """Takes note of what a worker has for the next step.
+        """Records a worker's drafts for the next step.
 
         Args:
             slots: int32 [n].
-            counts: int64 [n]: drafts of each.
-            token_ids: int32 [sum of counts]: one slot after another.
+            counts: int64 [n]: drafts per slot.
+            token_ids: int32 [sum of counts], concatenated slot by slot.
         """
         rows = np.repeat(np.arange(len(slots)), counts)
         places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
@@ -190,31 +191,31 @@ class SlotTable:
         self.num_drafts[slots] = counts
 
     def append(self, slots: I32, offsets: I64 | None, tokens: I32) -> I64:
-        """Adds tokens.
+        """Appends tokens.
 
         Args:
-            slots: int32 [tokens]: whose they are; those of a slot one after another.
-            offsets: int64 [tokens]: which of the slot's tokens each is; None: each is the only one.
+            slots: int32 [tokens]: slot of each token; tokens of a slot are adjacent.
+            offsets: int64 [tokens]: index of each token among its slot's tokens; None: one token per slot.
             tokens: int32 [tokens].
 
         Returns:
-            int64 [tokens]: how many tokens the request has up to each, itself included.
+            int64 [tokens]: length of the request up to and including each token.
         """
         places: I64 = self.num_known[slots]
         if offsets is not None:
             places += offsets
         self.token_ids[slots, places] = tokens
         places += 1
-        self.num_known[slots] = places  # the last one of a slot counts
+        self.num_known[slots] = places  # the last one of a slot wins
         return places
 
     def ends_here(self, slots: I32, tokens: I32, lengths: I64) -> Bools:
-        """Whether tokens end their requests, as far as the columns tell.
+        """Whether tokens end their requests, judging by the columns alone.
 
         Args:
             slots: int32 [tokens].
             tokens: int32 [tokens].
-            lengths: int64 [tokens]: how many tokens the request has up to each, itself included.
+            lengths: int64 [tokens]: length of the request up to and including each token.
         """
         ends: Bools = lengths >= self.max_tokens[slots]
         if self.has_stop_ids[slots].any():
@@ -223,9 +224,9 @@ class SlotTable:
         return ends
 
     def num_confirmed(self) -> I64:
-        """Tokens of each slot that come before all that later plans compute, whatever becomes of steps in flight.
+        """Tokens of each slot that precede everything later plans compute, whatever the outcome of steps in flight.
 
-        Computing goes on at the last known token, or behind it: drafts that do not hold are no known tokens.
+        Computation continues at the last known token or later: rejected drafts are not known tokens.
         """
         return np.minimum(self.num_scheduled, self.num_known - 1)
 

@@ -1,4 +1,4 @@
-"""What the api is told of a request: built from its row of the slot table. Nothing here changes who runs."""
+"""Builds the outputs sent to the api from a request's row in the slot table. Nothing here affects scheduling."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def token_output(
     ended: FinishReason | None,
     logprobs: list[TokenLogprobs],
 ) -> EngineCoreOutput:
-    """The output of a row that is done or has more to say than its tokens, which are in the table already.
+    """The output of a row on the slow path; its tokens are already in the table.
 
-    Tokens after the end of the request are taken out of the table.
+    Removes tokens after the request's end from the table.
 
     Args:
-        table: Has the row.
-        slot: The request's.
+        table: The slot table.
+        slot: The request's slot.
         tokens: The row's new tokens, at least one.
-        ended: The grammar allows nothing after the last of them; why.
-        logprobs: What is reported of them.
+        ended: The reason, if the grammar allows nothing after the last token.
+        logprobs: Log probabilities to report.
     """
     request = table.request(slot)
     first = int(table.num_known[slot]) - len(tokens)
@@ -69,7 +69,7 @@ def _is_stop(request: Request, token: int) -> bool:
 
 
 def _is_loop(table: SlotTable, request: Request, length: int) -> bool:
-    """Takes note of the last one of ``length`` tokens; whether the output up to there goes round in circles."""
+    """Records the last of ``length`` tokens. True: the output up to there is stuck in a loop."""
     if request.repetition is None:
         return False
     found = request.repetition.append(table.token_ids[request.slot, request.num_prompt_tokens : length])
@@ -89,7 +89,7 @@ def end_output(table: SlotTable, request: Request, reason: FinishReason) -> Engi
 
 
 def pooling_output(request: Request, value: Tensor) -> EngineCoreOutput:
-    """The only output of a request that generates nothing."""
+    """The only output of a pooling request."""
     return EngineCoreOutput(
         index=request.index,
         first_output_index=0,
@@ -101,7 +101,7 @@ def pooling_output(request: Request, value: Tensor) -> EngineCoreOutput:
 
 
 def error_output(request: Request, num_tokens: int, message: str) -> EngineCoreOutput:
-    """The output of a request that failed with so many tokens known."""
+    """The output of a request that failed with this many tokens known."""
     return EngineCoreOutput(
         index=request.index,
         first_output_index=num_tokens - request.num_prompt_tokens,
@@ -111,7 +111,8 @@ def error_output(request: Request, num_tokens: int, message: str) -> EngineCoreO
 
 
 def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenLogprobs, ...]) -> None:
-    """Keeps them for the first token's output. A prompt that is computed again after that has told them already."""
+    """Keeps prompt log probabilities for the first token's output. A prompt recomputed later has already reported
+    them."""
     for entry in entries:
         request = table.owner(step, entry.row)
         if request is not None and table.num_known[request.slot] == request.num_prompt_tokens:
@@ -120,12 +121,12 @@ def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenL
 
 
 def token_columns(indices: I64, output_indices: I64, offsets: I64 | None) -> tuple[bytes, bytes, bytes]:
-    """The columns of ``EngineCoreOutputs`` for rows that only got tokens.
+    """The columns of ``EngineCoreOutputs`` for rows with only new tokens.
 
     Args:
-        indices: int64 [tokens]: the requests.
-        output_indices: int64 [tokens]: the tokens' places in the outputs.
-        offsets: int64 [tokens]: which of its row's tokens each is; None: each is the only one.
+        indices: int64 [tokens]: request of each token.
+        output_indices: int64 [tokens]: index of each token in its output.
+        offsets: int64 [tokens]: index of each token among its row's tokens; None: one token per row.
 
     Returns:
         ``indices``, ``output_indices`` and ``num_tokens``.

@@ -1,32 +1,32 @@
-"""How long a step may take, from those that were seen."""
+"""Predicts how long a step may take, from past steps."""
 
 from __future__ import annotations
 
 MIN_DEADLINE = 10.0
-"""Seconds that every step has."""
+"""Seconds that every step may take."""
 SLOWER = 10.0
 """A step may take this many times as long as predicted."""
 NEW_WORKER_STEPS = 3
-"""The first steps of a worker touch memory for the first time, and may compile."""
+"""The first steps of a worker, which touch new memory and may compile."""
 NEW_WORKER_DEADLINE = 30.0
 UNKNOWN_DEADLINE = 600.0
-"""Seconds of a step when there was none to learn from."""
+"""Deadline in seconds when there are no past steps to learn from."""
 
 
 class StepTimes:
     """Times of steps by their size.
 
-    A step has a number of tokens, and a number of (token, token it attends to) pairs. The time grows with both, never
-    faster than in proportion, and has a part that is fixed. So a step takes at most as long as one that was seen, times
-    how much more it has of either. The least of these bounds is the prediction.
+    A step has a number of tokens and a number of (token, attended token) pairs. Its time has a fixed part and grows
+    with both, at most proportionally. So a past step gives an upper bound: its time multiplied by how much more the new
+    step has of either. The smallest of these bounds is the prediction.
     """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], tuple[int, int, float]] = {}
-        """By magnitude: the size of the last step that was seen, and a running estimate of the seconds."""
+        """By magnitude: size of the latest step and a running estimate of the seconds."""
 
     def add(self, num_tokens: int, num_attended: int, seconds: float) -> None:
-        """A step was computed. One that took much longer than others of its size counts little."""
+        """Records a step. One that took much longer than others of its size gets little weight."""
         key = num_tokens.bit_length(), num_attended.bit_length()
         seen = self._seen.get(key)
         if seen is not None:
@@ -36,7 +36,7 @@ class StepTimes:
         self._seen[key] = num_tokens, num_attended, seconds
 
     def predict(self, num_tokens: int, num_attended: int) -> float | None:
-        """Seconds that a step takes at most on a quiet machine; None: nothing is known."""
+        """Upper bound in seconds for a step on an idle machine; None: unknown."""
         return min(
             (
                 seconds * max(1.0, num_tokens / tokens, num_attended / attended)
@@ -49,9 +49,9 @@ class StepTimes:
         """Seconds after which a worker counts as hung.
 
         Args:
-            num_tokens: Of the step.
-            num_attended: Pairs of the step.
-            num_steps: Steps that the worker has computed since it was started.
+            num_tokens: Tokens of the step.
+            num_attended: (token, attended token) pairs of the step.
+            num_steps: Steps that the worker has computed since its start.
         """
         predicted = self.predict(num_tokens, num_attended)
         if predicted is None:

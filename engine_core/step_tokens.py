@@ -1,4 +1,4 @@
-"""The tokens that a step brought, as columns: one entry per token, row after row."""
+"""The tokens of a step as columns: one entry per token, row by row."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from executor.messages import ModelRunnerOutput
 
 
 class StepTokens:
-    """Tokens of the rows that sample: the drafts of each that hold, and one more.
+    """Tokens of the rows that sample: each row's accepted drafts and one more.
 
     Attributes:
         rows: int64 [samples]: the rows of the step.
-        counts: int64 [samples]: tokens that the worker has of each now.
-        kept: int64 [samples]: how many of them, from the first on, are part of the output. 0 where the request has left
-            its slot; whoever finds a reason lowers others.
+        counts: int64 [samples]: tokens that the worker sampled for each row.
+        kept: int64 [samples]: how many of these, from the first, belong to the output. 0 if the request has left its
+            slot; later checks may lower others.
     """
 
     def __init__(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> None:
@@ -31,7 +31,7 @@ class StepTokens:
         accepted = u8(result.num_accepted)
         self.counts: I64 = np.ones(len(self.rows), np.int64)
         self._starts: I64 | None = None
-        """Where the tokens of each row begin; None: each row has one token."""
+        """Start of each row's tokens; None: one token per row."""
         if accepted.any():
             self.counts += accepted
             self._starts = np.cumsum(self.counts) - self.counts
@@ -41,21 +41,21 @@ class StepTokens:
                 self.kept[self.sample(error.row)] -= 1
 
     def sample(self, row: int) -> int:
-        """Where a row that samples is in the columns."""
+        """Index of a sampling row in the columns."""
         return int(np.searchsorted(self.rows, row))
 
     def of(self, sample: int) -> list[int]:
-        """The tokens of a row that are kept."""
+        """The kept tokens of a row."""
         start = sample if self._starts is None else int(self._starts[sample])
         tokens: list[int] = self._tokens[start : start + int(self.kept[sample])].tolist()
         return tokens
 
     def columns(self) -> tuple[I32, I64, I64 | None]:
-        """The tokens that are kept.
+        """The kept tokens.
 
         Returns:
-            int32 [tokens], int64 [tokens]: the row of each, and int64 [tokens]: which of its row's tokens it is;
-            None: each is the only one.
+            int32 [tokens]: the tokens; int64 [tokens]: their rows; int64 [tokens]: index of each token among its row's
+            tokens, None: one token per row.
         """
         if self._starts is None:
             kept = self.kept > 0

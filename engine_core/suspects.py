@@ -1,9 +1,9 @@
-"""How requests are computed that may have killed a worker or an engine core.
+"""Scheduling of requests that may have killed a worker or an engine core.
 
-After one death, which is most often bad luck, a suspect runs beside all others, but the positions at which it happened
-get a step of their own: so the next death says whether it was them. After more of them it runs alone until it has got
-past that place, one suspect after another. What is computed on trial would have to be computed again in any case, and
-stays, so others wait for little more than their turn; and the next death, if there is one, has one suspect.
+After one death, usually bad luck, a suspect runs alongside all others, but the positions at which it happened get a
+step of their own, so that the next death tells whether they are to blame. After more deaths it runs alone until it has
+passed these positions, one suspect at a time. Trial computations would have to be redone in any case and are kept, so
+others wait for little more than their turn; and the next death, if any, has a single suspect.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ I64 = npt.NDArray[np.int64]
 
 
 class Suspects:
-    """Requests that have a ``Suspicion``, and whose turn it is to run alone."""
+    """Requests under suspicion, and whose turn it is to run alone."""
 
     def __init__(self) -> None:
         self.current: Request | None = None
-        """On trial: nobody else is planned."""
+        """The request on trial: no other is planned."""
         self._waiting: deque[Request] = deque()
-        """For their trial."""
+        """Requests waiting for their trials."""
         self._confirmed: dict[int, tuple[Request, int]] = {}
-        """By slot: running suspects, and how many tokens of each are known to be computed."""
+        """By slot: running suspects and the confirmed number of computed tokens of each."""
 
     @property
     def is_isolating(self) -> bool:
-        """Whether somebody is on trial or will be."""
+        """Whether a request is on trial or waiting for one."""
         return self.current is not None or bool(self._waiting)
 
     def isolate(self, requests: Iterable[Request]) -> None:
-        """These have to run alone, each by itself."""
+        """Makes these requests run alone, one at a time."""
         known = {self.current, *self._waiting}
         self._waiting += [request for request in requests if request not in known]
 
     def restart(self) -> None:
-        """The workers are new. Whoever was on trial has another one when all others have had theirs."""
+        """Adapts to new workers. A request that was on trial gets another one after all others have had theirs."""
         self._confirmed.clear()
         if self.current is not None:
             self._waiting.append(self.current)
             self.current = None
 
     def next_trial(self, *, may_convict: bool = True) -> None:
-        """Begins the next trial if none is under way. No step may be in flight.
+        """Begins the next trial if none is in progress. No step may be in flight.
 
         Args:
-            may_convict: Begin also one in which the request may be found guilty.
+            may_convict: Whether to begin a trial that may convict its request.
         """
         while self.current is None and self._waiting:
             suspicion = self._waiting[0].suspicion
@@ -67,7 +67,7 @@ class Suspects:
                 self.current = request
 
     def forget(self, request: Request) -> None:
-        """A request is over."""
+        """Drops a finished request."""
         if request is self.current:
             self.current = None
         elif request in self._waiting:
@@ -76,24 +76,24 @@ class Suspects:
     # -- what runs -----------------------------------------------------------------------------------------
 
     def __bool__(self) -> bool:
-        """Whether a running request is suspected of anything, or waits for its trial."""
+        """Whether any running request is under suspicion or any request waits for a trial."""
         return bool(self._confirmed) or self.is_isolating
 
     def started(self, request: Request, num_computed: int) -> None:
-        """A suspect got a slot; so many of its tokens are in the cache."""
+        """Records that a suspect got a slot, with this many of its tokens in the cache."""
         self._confirmed[request.slot] = request, num_computed
 
     def stopped(self, slot: int) -> None:
-        """A slot is free."""
+        """Records that a slot is free."""
         self._confirmed.pop(slot, None)
 
     def limit(self, slots: I32, counts: I64, num_computed: I64) -> I64:
-        """How many tokens of each row may be computed: suspicious positions come in steps that have no others before.
+        """Limits the tokens of each row so that suspicious positions come first in a step of their own.
 
         Args:
             slots: int32 [num_rows].
-            counts: int64 [num_rows], tokens that are wanted.
-            num_computed: int64 [num_rows], tokens that are planned or computed.
+            counts: int64 [num_rows], requested tokens.
+            num_computed: int64 [num_rows], tokens planned or computed.
         """
         counts = counts.copy()
         for row, slot in enumerate(slots.tolist()):
@@ -103,11 +103,11 @@ class Suspects:
         return counts
 
     def computed(self, slots: I32, ends: I64, is_current: npt.NDArray[np.bool_]) -> None:
-        """A step is done. Suspects that got past the place in question are none any more.
+        """Handles a finished step: clears suspects that have passed the positions in question.
 
         Args:
             slots: int32 [num_rows].
-            ends: int64 [num_rows], tokens of each row's request that are computed by now.
+            ends: int64 [num_rows], tokens of each row's request computed so far.
             is_current: bool [num_rows], the request still has its slot.
         """
         for slot, end, current in zip(slots.tolist(), ends.tolist(), is_current.tolist(), strict=True):
@@ -123,7 +123,7 @@ class Suspects:
 
 
 def allowed(request: Request, count: int, num_computed: int, num_confirmed: int) -> int:
-    """How many of the ``count`` tokens that are wanted of a request may be in the next step."""
+    """How many of a request's ``count`` wanted tokens the next step may compute."""
     suspicion = request.suspicion
     if suspicion is None or num_computed >= suspicion.last:
         return count
@@ -135,14 +135,14 @@ def allowed(request: Request, count: int, num_computed: int, num_confirmed: int)
 def lost_requests(
     steps: Iterable[InFlight], owner: Callable[[InFlight, int], Request | None]
 ) -> list[tuple[Request, int, int]]:
-    """The requests of steps that will have no result, and which positions were being computed of each.
+    """The requests of lost steps, with the positions being computed of each.
 
     Args:
-        steps: In the order in which they were planned.
-        owner: Finds the request of a row; None: it is gone.
+        steps: The lost steps, in planning order.
+        owner: Returns the request of a row, or None if it is gone.
 
     Returns:
-        The request, the first position, and one more than the last.
+        Requests with the range of positions (first, last + 1).
     """
     lost: dict[int, tuple[Request, int, int]] = {}
     for step in steps:

@@ -1,6 +1,6 @@
-"""The last look at a request before it may run beside others.
+"""Final validation of a request before it may run alongside others.
 
-The api has checked it already; here it counts that no number can reach an array or a kernel out of its bounds.
+The api has already checked it; this ensures that no out-of-range number reaches an array or a kernel.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Collection, Iterable
 from engine_core.messages import POOLING_TYPES, EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, Thought, i32
 
 MAX_TOKEN_IDS = 1 << 20
-"""Ids in a list that every step looks at; no vocabulary is larger."""
+"""Most ids in a list that every step reads; no vocabulary is larger."""
 INT32_MAX = 2**31 - 1
 MAX_PATTERN_SIZE = 1024
-"""Tokens of the longest repeated pattern that is looked for: each of them is compared at every step."""
+"""Longest pattern of repetition detection in tokens: every length is checked at every step."""
 FLOAT32_MAX = 3.4e38
-"""Numbers of a request are float32 where they meet logits."""
+"""Largest parameter value: parameters are float32 when combined with logits."""
 
 
 def request_problem(
     request: EngineCoreRequest, vocab_size: int, max_model_len: int, hidden_size: int = 0
 ) -> str | None:
-    """What is wrong with a request, or None.
+    """The problem with a request, or None.
 
     Args:
-        request: Whatever came through the socket.
+        request: The request as received.
         vocab_size: Width of the logits.
         max_model_len: Longest sequence.
-        hidden_size: Width of pooled vectors; 0: the executor cannot pool.
+        hidden_size: Size of pooled vectors; 0: the executor cannot pool.
     """
     if not -(2**63) <= request.index < 2**63:
         return "index does not fit 64 bits"
@@ -45,19 +45,19 @@ def request_problem(
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             return f"a token id is outside the vocabulary of {vocab_size}"
     if request.lora_request is not None or request.mm_features:
-        return "adapters, images and sounds are not supported by this engine"
+        return "adapters, images and audio are not supported by this engine"
     if request.pooling_params is not None:
         if params is not None or len(outputs) or request.grammar is not None:
-            return "a request is pooled or generates, not both"
+            return "a request either generates or is pooled, not both"
         if len(prompt) > max_model_len:
             return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
         return _pooling_problem(request.pooling_params, hidden_size)
     if params is None:
-        return "no sampling parameters"
+        return "sampling parameters are missing"
     if len(prompt) >= max_model_len:
         return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
-        return "nothing is left to generate"
+        return "no tokens are left to generate"
     if request.grammar is not None and request.grammar.thought is not None:
         problem = _thought_problem(request.grammar.thought, vocab_size)
         if problem is not None:
@@ -79,7 +79,7 @@ def _pooling_problem(params: ResolvedPoolingParams, hidden_size: int) -> str | N
     if not hidden_size:
         return "pooling is not supported by this executor"
     if params.pooling_type not in POOLING_TYPES:
-        return f"pooling_type is none of {', '.join(POOLING_TYPES)}"
+        return f"pooling_type is not one of {', '.join(POOLING_TYPES)}"
     if params.dimensions is not None and not 1 <= params.dimensions <= hidden_size:
         return f"dimensions is not between 1 and {hidden_size}"
     return None
@@ -95,7 +95,7 @@ def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
         params.repetition_penalty,
         *(bias for _, bias in params.logit_bias),
     )
-    if not all(abs(number) <= FLOAT32_MAX for number in numbers):  # false for NaN as well
+    if not all(abs(number) <= FLOAT32_MAX for number in numbers):  # also false for NaN
         return "a sampling parameter is not a finite number"
     if params.temperature < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
         return "temperature, top_p or min_p is out of range"

@@ -1,4 +1,4 @@
-"""Finds workers that hang."""
+"""Detects hung workers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine_core.step_times import StepTimes
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 
 TICK = 1.0
-"""Seconds between two looks."""
+"""Seconds between checks."""
 LOAD_TIMEOUT = 300.0
-"""Seconds that a worker may load without a word and without using a processor or a disk; a compiler may be at work."""
+"""Seconds that a loading worker may be silent without using CPU or disk; a compiler may be running."""
 
 
 class Step(Protocol):
-    """What is looked at of a step in flight."""
+    """The attributes of a step in flight that matter here."""
 
     @property
     def step_id(self) -> int: ...
@@ -27,71 +27,71 @@ class Step(Protocol):
 
 
 class Hang(NamedTuple):
-    """A worker that does nothing."""
+    """A hung worker."""
 
     reason: str
     was_stopped: bool
-    """Somebody stopped it (SIGSTOP): nothing that it computed is to blame."""
+    """The worker was stopped (SIGSTOP), so no computation is to blame."""
 
 
 class WorkerWatch:
-    """Watches the processes of an executor. One that has none is left alone."""
+    """Watches the processes of an executor, if it has any."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         watch: Callable[[int], ProcessWatch] = ProcessWatch,
     ) -> None:
-        """Watches nobody yet.
+        """Creates a watch without workers.
 
         Args:
-            clock: Seconds that never go back.
-            watch: Starts to watch a process id.
+            clock: Monotonic clock in seconds.
+            watch: Starts watching a process id.
         """
         self.times = StepTimes()
         self._clock = clock
         self._watch = watch
         self._watches: list[ProcessWatch] = []
         self._answered: list[int] = []
-        """By rank: the last step it answered."""
+        """By rank: the last step answered."""
         self._num_steps = 0
         self._ticked_at = 0.0
 
     def started(self, pids: Sequence[int]) -> None:
-        """Workers were started; their ranks are the places of their ids."""
+        """Records started workers; the index of a process id is its rank."""
         self._watches = [self._watch(pid) for pid in pids]
         self._answered = [0] * len(pids)
         self._num_steps = 0
 
     @property
     def interval(self) -> float | None:
-        """Seconds between two calls of ``hung`` while somebody is waited for; None: no need to call it."""
+        """Seconds between calls of ``hung`` while an answer is awaited; None: no need to call it."""
         return TICK if self._watches else None
 
     def heard(self, rank: int, step_id: int = 0) -> None:
-        """A worker said something: that a step is done, or how far it is with loading."""
+        """Records a message from a worker: a finished step or loading progress."""
         if rank < len(self._watches):
             self._watches[rank].heard()
             self._answered[rank] = max(step_id, self._answered[rank])
 
     def all_answered(self, step_id: int) -> bool:
-        """Whether no worker that is watched still owes an answer to the step."""
+        """Whether all watched workers have answered the step."""
         return min(self._answered, default=step_id) >= step_id
 
     def step_done(self, step: Step, seconds: float) -> None:
-        """The result of a step is there."""
+        """Records the result of a step."""
         self._num_steps += 1
         self.times.add(step.num_tokens, step.num_attended, seconds)
 
     def hung(self, steps: Sequence[Step], *, is_loading: bool) -> Hang | None:
-        """Looks at the workers, at most once a second.
+        """Checks the workers, at most once a second.
 
         Args:
-            steps: Those that are not answered by all, the oldest first.
-            is_loading: The workers are not ready for steps.
+            steps: Steps not answered by all workers, oldest first.
+            is_loading: Whether the workers are still loading.
 
         Returns:
-            What is wrong with one of them, or None.
+            The problem with one of them, or None.
         """
         now = self._clock()
         if now - self._ticked_at < TICK:

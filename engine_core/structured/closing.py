@@ -1,16 +1,16 @@
-"""How an output can still be completed: paths of tokens from a state of a grammar to where it may end.
+"""Closing paths: sequences of tokens from a state of a grammar to a point where the output may end.
 
-A path is found by going on with whatever leads to the end soon: forced text whole, brackets and quotes that close,
-the shortest value where one must begin. Where none of that is allowed (in a string with a pattern, say), a byte that
-leads to a state not seen before, so that repetitions are left. What was known to complete an earlier state helps: as
-soon as it completes the present one, it is the rest of the path. So a new path costs as much as what the last token
-opened. Paths are short, not always shortest.
+The search takes whatever leads to an end soon: all forced text, closing brackets and quotes, the shortest value where
+one must begin. Where none of that is allowed (in a string with a pattern, say), it takes a byte that leads to a new
+state, so as to leave repetitions. The path known for an earlier state helps: as soon as a tail of it completes the
+current state, it is the rest of the path. So a new path costs only as much as what the last token opened. Paths are
+short, but not always shortest.
 
-The shortest completion of a context-free grammar could be computed outright (Knuth, A generalization of Dijkstra's
-algorithm, 1977), but llguidance shows a grammar only through a matcher: the tokens that are allowed, the bytes that are
-forced, whether given tokens would be taken. So this is a greedy search over states, told apart by the hash of their
-token mask. Two states with equal masks may be taken for one; then a path may be missed, never a wrong one be found,
-since each token of a path was taken by the matcher.
+The shortest completion of a context-free grammar could be computed directly (Knuth, A generalization of Dijkstra's
+algorithm, 1977), but llguidance exposes a grammar only through a matcher: the allowed tokens, the forced bytes, and
+whether given tokens would be accepted. So this is a greedy search over states, identified by the hash of their token
+mask. Two states with equal masks may be confused; then a path may be missed, but never a wrong one found, since the
+matcher accepts each token of a path.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 FIRST_STEPS, FIRST_PROBES = 1 << 14, 20_000
-"""Steps of the first search for a request and states looked at beside its way: beside the engine core's loop."""
+"""Limits of a request's first search: steps, and states probed off its path. It runs outside the engine core's loop."""
 STEPS, PROBES = 512, 1000
-"""Of later searches, which hold up the loop: some 10 ms at most."""
+"""Limits of later searches, which hold up the loop: about 10 ms at most."""
 FIRST_SECONDS, SECONDS = 2.0, 0.25
-"""CPU time after which a request is ended, far more than the bounds above leave to ordinary grammars: a hostile one may
-make each state cost what llguidance allows. It ends the request, since tokens must not depend on time."""
+"""CPU time after which a request is ended; far more than ordinary grammars need within the above limits, but a hostile
+one may make each state as costly as llguidance allows. Ending the request is the only option, since tokens must not
+depend on time."""
 MAX_BYTES_PER_TOKEN = 4
-"""By how much a path may become shorter when its text is spelt anew."""
+"""Largest factor by which retokenising is assumed to shorten a path."""
 MAX_SHORTCUTS = 256
 RESYNC = 8
-"""How many tokens of the earlier path may be left out to find where it fits again."""
+"""How many tokens of the earlier path may be skipped to resynchronise."""
 
 _CLOSERS = b"}]"
 _PLAIN = bytes(
     dict.fromkeys(b'":,0123456789abcdefghijklmnopqrstuvwxyz' + bytes(range(0x21, 0x7F)) + b" \n\t\r")
 ).replace(b"\\", b"")
-"""Bytes by how soon they may lead to an end."""
+"""Bytes in order of how soon they may lead to an end."""
 _OTHERS = b"\\" + bytes(range(0x80, 256))
-"""They begin or continue something longer: for where no other byte leads on."""
+"""Bytes that begin or continue something longer: the last resort."""
 
 
 _ESCAPES = b'\\"/bfnrtu'
-"""What may follow a backslash, the shortest first."""
+"""Bytes that may follow a backslash, shortest first."""
 
 
 class _Tokens:
-    """A few tokens, to be looked up in masks."""
+    """A set of tokens to look up in masks."""
 
     def __init__(self, token_ids: list[int]) -> None:
         ids = np.array(token_ids, np.int64)
@@ -63,13 +64,13 @@ class _Tokens:
         self._bits = (1 << (ids % 8)).astype(np.uint8)
 
     def allowed(self, mask: bytes) -> list[int]:
-        """Those that a mask (a bit for each token) allows, in their order."""
+        """The tokens that a mask (one bit per token) allows, in order."""
         found: list[int] = self._ids[np.frombuffer(mask, np.uint8)[self._bytes] & self._bits != 0].tolist()
         return found
 
 
 class ClosingPaths:
-    """Finds paths with the tokens that a request may use."""
+    """Finds closing paths from the tokens that a request may use."""
 
     def __init__(
         self,
@@ -79,9 +80,9 @@ class ClosingPaths:
     ) -> None:
         """
         Args:
-            vocabulary: Of the grammar.
-            is_usable: Whether the request may have a token; None: any.
-            examples: Inner parts of strings that may be what a string lacks; see ``examples.py``.
+            vocabulary: The grammar's vocabulary.
+            is_usable: Whether the request may use a token; None: all.
+            examples: String contents that may complete a string; see ``examples.py``.
         """
         self._vocabulary = vocabulary
         self._is_usable = is_usable
@@ -97,7 +98,7 @@ class ClosingPaths:
         self._examples = [spelt for example in examples if (spelt := self._spelt(example + b'"'))]
 
     def _spelt(self, text: bytes) -> list[int]:
-        """Usable tokens for all of a text, none if there are not."""
+        """Usable tokens that spell a text completely; empty if there are none."""
         tokens = self._vocabulary.spell(text, self._is_usable)
         return tokens if self._vocabulary.tokenizer.decode_bytes(tokens) == text else []
 
@@ -116,14 +117,14 @@ class ClosingPaths:
         """Tokens that complete the output.
 
         Args:
-            matcher: The present state; it is not changed.
-            known: What completed an earlier state, as a hint.
-            limit: Longest path that is of use.
-            is_first: Take more time.
-            seconds: Processor time that the search may take, unless it is the usual one.
+            matcher: The current state; not modified.
+            known: A path that completed an earlier state, as a hint.
+            limit: Length of the longest useful path.
+            is_first: Use the larger limits of a first search.
+            seconds: CPU time limit of the search, if not the default.
 
         Returns:
-            None: there is none, or it was not found.
+            None: there is no path, or none was found.
 
         Raises:
             GrammarError: The search takes too long.
@@ -151,7 +152,7 @@ class ClosingPaths:
         return None
 
     def _respelt(self, matcher: LLMatcher, path: list[int], rest: list[int]) -> list[int]:
-        """A path, its first part in fewer tokens if it can be."""
+        """Shortens a path by retokenising its first part, if possible."""
         if len(path) > 1:
             vocabulary = self._vocabulary
             tokens = vocabulary.spell(vocabulary.tokenizer.decode_bytes(path), self._is_usable)
@@ -162,11 +163,11 @@ class ClosingPaths:
         return path + rest
 
     def shortcut(self, probe: LLMatcher, *, is_patient: bool) -> int | None:
-        """A token that closes something or is a short value, where there is one.
+        """A token that closes something or is a short value, if there is one.
 
         Args:
-            probe: The state.
-            is_patient: Brackets may be closed; not after many of them: they may be those of a text.
+            probe: The current state.
+            is_patient: Allow closing brackets. Disallowed after many of them, which may be part of a string.
         """
         has_quote = self._quote >= 0 and probe.validate_tokens([self._quote]) == 1
         is_text = self._letter >= 0 and probe.validate_tokens([self._letter]) == 1
@@ -174,29 +175,29 @@ class ClosingPaths:
             for token in self._closers:
                 if probe.validate_tokens([token]) == 1:
                     return token
-            # A number is shorter than a text.
+            # A number is shorter than a string.
             if has_quote and self._zero >= 0 and probe.validate_tokens([self._zero]) == 1:
                 return self._zero
         return self._quote if has_quote else None
 
     def example(self, probe: LLMatcher) -> list[int]:
-        """Tokens that give a string what it lacks and end it, if an example does."""
+        """Tokens that complete and close a string, if one of the examples does."""
         return next((tokens for tokens in self._examples if probe.validate_tokens(tokens) == len(tokens)), [])
 
     def candidates(self, mask: bytes, *, is_escaped: bool) -> list[int]:
-        """Tokens to go on with otherwise, those that may lead to an end soon first."""
+        """Tokens to continue with otherwise, those that may lead to an end soon first."""
         if is_escaped:
             return self._escapes.allowed(mask) or self._plain.allowed(mask)
         return self._plain.allowed(mask) + self._others.allowed(mask)
 
     def forced(self, probe: LLMatcher) -> list[int]:
-        """Tokens of the text that must come next, if there is any."""
+        """Tokens of the forced text, if any."""
         text = probe.compute_ff_bytes()
         return self._vocabulary.spell(text, self._is_usable) if text else []
 
 
 class _Search:
-    """One search: the state it has come to, and those it has seen."""
+    """One search: its current state and the states seen."""
 
     def __init__(self, paths: ClosingPaths, probe: LLMatcher, max_probes: int, max_seconds: float) -> None:
         self.probe = probe
@@ -205,17 +206,17 @@ class _Search:
         self._paths = paths
         self._seen: set[int] = set()
         self._dull: set[int] = set()
-        """States from which no byte leads on."""
+        """Dead ends: states from which no byte leads on."""
         self._ways: set[tuple[int, int]] = set()
-        """From one state to another, where that was not new."""
+        """Transitions taken to states seen before."""
         self._state = 0
         self._num_shortcuts = 0
-        """How many were taken one after another."""
+        """Number of consecutive shortcuts taken."""
         self._is_escaped = False
-        """A backslash came before: a quote would be part of the text, and end nothing."""
+        """The previous byte was a backslash: a quote would be part of the string, not its end."""
 
     def advance(self) -> list[int] | None:
-        """Goes on by a token or more."""
+        """Advances by one or more tokens."""
         self._check_time()
         paths, probe = self._paths, self.probe
         tokens = paths.forced(probe)
@@ -240,13 +241,13 @@ class _Search:
                 self._is_escaped = token == paths.backslash and not self._is_escaped
                 return [token] if probe.consume_token(token) else None
         self._is_escaped = False
-        self._seen.clear()  # what follows is another text or number
+        self._seen.clear()  # what follows is another string or number
         self._dull.clear()
         self._ways.clear()
         return tokens if probe.consume_tokens(tokens) else None
 
     def pick(self, candidates: list[int]) -> int:
-        """A token that leads to a state not seen before, or else to another one by a way not taken before, or any."""
+        """A token that leads to an unseen state, or else by an unused transition to another state, or else any."""
         state = self._state
         if len(candidates) == 1 or state in self._dull:
             return candidates[0]
@@ -275,4 +276,4 @@ class _Search:
 
     def _check_time(self) -> None:
         if time.thread_time() > self._end:
-            raise GrammarError("takes too long to find out how an output can be completed; simplify it")
+            raise GrammarError("takes too long to find a completion of the output; simplify it")

@@ -1,6 +1,6 @@
-"""Grammars are compiled beside the engine core's loop, and kept.
+"""Compiles grammars outside the engine core's loop and caches them.
 
-One that is not known to be cheap is tried in a helper process first (``trial.py``); what became of it is remembered.
+A grammar that is not known to be cheap is first tried in a helper process (``trial.py``); the verdict is cached.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ logger = get_logger()
 
 NUM_THREADS = 2
 MAX_CACHED = 256
-"""Grammars that are kept."""
+"""Most cached grammars."""
 MAX_CACHED_BYTES = 256 << 20
-"""Memory that those may take together, as their trials told."""
+"""Memory limit of the cached grammars, as measured by their trials."""
 MIN_GRAMMAR_BYTES = 256 << 10
-"""What a grammar is taken to have at least, with the states that are found while it is used."""
+"""Minimum size assumed for a grammar, including states discovered during use."""
 MAX_VERDICTS = 2048
-"""Grammars of which it is remembered what a trial said."""
+"""Most cached trial verdicts."""
 STACK_BYTES = 16 << 20
-"""Of a thread that compiles: several times what a trial has. It is address space, not memory."""
+"""Stack of a compiling thread: several times that of a trial. This is address space, not memory."""
 MAX_WAIT = 30.0
-"""Seconds after which a request whose grammar is not compiled yet is refused."""
+"""Seconds after which a request whose grammar is not compiled yet is rejected."""
 
 
 class Compiled:
-    """What became of a request's grammar: it is in the request, or there is a reason why it cannot be."""
+    """Result of compiling a request's grammar: it is set on the request, or there is a problem."""
 
     __slots__ = ("param", "problem", "request")
 
@@ -60,30 +60,30 @@ class Compiled:
 
 
 class _Verdict:
-    """What a trial said of a grammar."""
+    """A trial's verdict on a grammar."""
 
     __slots__ = ("num_bytes", "problem", "text")
 
     def __init__(self, proof: Proof | None = None, problem: str = "") -> None:
         self.text = proof.text if proof is not None else ""
-        """What to compile, until that is done."""
+        """Text to compile; emptied once compiled."""
         self.num_bytes = proof.num_bytes if proof is not None else 0
         self.problem = problem
 
 
 class _Trial:
-    """One that runs or waits, and the requests that wait for it."""
+    """A running or queued trial and the requests that wait for it."""
 
     __slots__ = ("future", "waiting")
 
     def __init__(self) -> None:
         self.waiting: dict[int, tuple[Request, int]] = {}
-        """By index: the request, and how many tokens it may have."""
+        """By index: the request and the number of tokens that it may have."""
         self.future: Future[bytes] | None = None
 
 
 class GrammarCompiler:
-    """Compiles in a few threads; results are taken by the engine core's loop, which ``fileno`` wakes."""
+    """Compiles in a few threads. The engine core's loop takes the results; ``fileno`` wakes it."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -95,53 +95,53 @@ class GrammarCompiler:
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._trials: dict[bytes, _Trial] = {}
         self._trial_of: dict[int, _Trial] = {}
-        """By index of the request that waits for it."""
+        """By index of the waiting request."""
         self._lock = threading.Lock()
-        """For cache, verdicts and trials."""
+        """Guards cache, verdicts and trials."""
         self._done: deque[Compiled] = deque()
         self._started: dict[int, tuple[float, Request]] = {}
-        """By index: requests whose grammar is being compiled, and since when."""
+        """By index: requests whose grammars are being compiled, with their start times."""
         self._event = os.eventfd(0, os.EFD_NONBLOCK)
         self._masks: MaskBuilder | None = None
 
     def fileno(self) -> int:
-        """Readable when ``take`` has something to say."""
+        """Descriptor that is readable when ``take`` has results."""
         return self._event
 
     def set_vocabulary(self, message: SetVocabulary) -> None:
-        """Takes the tokens that grammars are about. Comes before the first request that has one, and once."""
+        """Sets the vocabulary. Called once, before the first request with a grammar."""
         self._helper = grammar_helper(message, self._vocab_size)
         self._pool = _start_pool()
         self._vocabulary = self._pool.submit(lambda: Vocabulary(message, self._vocab_size))
 
     def close(self) -> None:
-        """Ends the helper process, if there is one."""
+        """Ends the helper process, if any."""
         if self._helper is not None:
             self._helper.close()
 
     @property
     def masks(self) -> MaskBuilder:
-        """Builds the masks of steps, once a request has a grammar."""
+        """The builder of step masks; needed once a request has a grammar."""
         if self._masks is None:
             assert self._vocabulary is not None
             self._masks = MaskBuilder(self._vocabulary.result())
         return self._masks
 
     def start(self, request: Request, remaining: int) -> None:
-        """Starts to compile a request's grammar. ``take`` returns it, unless ``forget`` is called before.
+        """Starts compiling a request's grammar. ``take`` returns the result, unless ``forget`` is called first.
 
         Args:
-            request: Has a grammar.
-            remaining: Tokens that it may have.
+            request: A request with a grammar.
+            remaining: Number of tokens that it may have.
         """
         self._started[request.index] = (time.monotonic(), request)
         if self._pool is None or self._vocabulary is None:
-            self._finish(Compiled(request, "is not supported: the engine was not told the vocabulary", ""))
+            self._finish(Compiled(request, "is not supported: the engine has no vocabulary", ""))
             return
         self._pool.submit(self._prepare, request, remaining)
 
     def forget(self, index: int) -> None:
-        """A request is gone, and so is a trial that only it waits for."""
+        """Drops a request that is gone, and a trial that only it waits for."""
         if self._started.pop(index, None) is None:
             return
         with self._lock:
@@ -151,10 +151,10 @@ class GrammarCompiler:
             trial.waiting.pop(index, None)
             is_over = not trial.waiting
         if is_over and trial.future is not None:
-            trial.future.cancel()  # unless it runs
+            trial.future.cancel()  # unless it is running
 
     def take(self) -> list[Compiled]:
-        """Requests whose grammars are compiled, or never will be."""
+        """Returns requests whose grammars are compiled or have failed."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event)
         results = []
@@ -164,7 +164,7 @@ class GrammarCompiler:
             if started is not None and started[1] is result.request:
                 results.append(result)
         now = time.monotonic()
-        while self._started:  # they are in the order in which they came
+        while self._started:  # in order of arrival
             index, (since, request) = next(iter(self._started.items()))
             if now - since < MAX_WAIT:
                 break
@@ -174,7 +174,7 @@ class GrammarCompiler:
 
     @property
     def timeout(self) -> float | None:
-        """Seconds until ``take`` has something to say in any case; None: that is not known."""
+        """Seconds until ``take`` has a result at the latest; None: unknown."""
         if not self._started:
             return None
         since, _ = next(iter(self._started.values()))
@@ -185,21 +185,21 @@ class GrammarCompiler:
     def _prepare(self, request: Request, remaining: int) -> None:
         try:
             if request.index not in self._started:
-                return  # it was dropped while it waited for a thread
+                return  # dropped while waiting for a thread
             result = self._build(request, remaining)
             if result is not None:
                 self._finish(result)
         except Exception as error:
-            logger.exception("the grammar of request %s could not be prepared", request.message.request_id)
+            logger.exception("failed to prepare the grammar of request %s", request.message.request_id)
             self._finish(Compiled(request, f"internal error: {error}"))
 
     def _build(self, request: Request, remaining: int) -> Compiled | None:
-        """Gives a request its grammar. None: a trial has to say first whether that is safe."""
+        """Compiles a request's grammar. None: a trial must first show that this is safe."""
         spec = request.message.grammar
         assert spec is not None and self._vocabulary is not None
         try:
             vocabulary = self._vocabulary.result()
-            thought, spec = spec.thought, msgspec.structs.replace(spec, thought=None)  # it is not compiled
+            thought, spec = spec.thought, msgspec.structs.replace(spec, thought=None)  # not part of what is compiled
             key = hashlib.blake2b(msgspec.msgpack.encode(spec), digest_size=16).digest()
             with self._lock:
                 verdict = self._verdicts.get(key)
@@ -222,7 +222,7 @@ class GrammarCompiler:
         return Compiled(request)
 
     def _try(self, key: bytes, spec: GrammarSpec, request: Request, remaining: int) -> Compiled | None:
-        """Has a grammar tried; its requests are prepared when the verdict is there."""
+        """Starts a trial of a grammar; its requests are prepared once the verdict arrives."""
         assert self._helper is not None
         with self._lock:
             trial = self._trials.get(key)
@@ -238,7 +238,7 @@ class GrammarCompiler:
             trial.future = self._helper.submit(
                 "try_grammar", msgspec.msgpack.encode(spec), owner=owner, patience=MAX_WAIT
             )
-        except Exception as error:  # also that no thread can be started: nobody else would end the trial
+        except Exception as error:  # including failure to start a thread: nothing else would end the trial
             failure: Future[bytes] = Future()
             failure.set_exception(error)
             self._tried(key, spec, failure)
@@ -247,11 +247,11 @@ class GrammarCompiler:
         return None
 
     def _tried(self, key: bytes, spec: GrammarSpec, future: Future[bytes]) -> None:
-        """A trial is over: its requests go on. Called in any thread."""
+        """Handles the end of a trial: its requests proceed. Called from any thread."""
         verdict: _Verdict | None = None
         trouble = ""
         if future.cancelled():
-            pass  # nobody wanted it any more; whoever came since starts over
+            pass  # no longer needed; later requests start over
         elif (error := future.exception()) is None:
             verdict = _Verdict(msgspec.msgpack.decode(future.result(), type=Proof))
         elif isinstance(error, JobError):
@@ -276,7 +276,7 @@ class GrammarCompiler:
                 self._pool.submit(self._prepare, request, remaining)
 
     def _matcher(self, key: bytes, spec: GrammarSpec, vocabulary: Vocabulary, verdict: _Verdict | None) -> LLMatcher:
-        """The matcher of a grammar, from the cache or compiled by the first request that wants it."""
+        """The matcher of a grammar, from the cache or compiled by the first request that needs it."""
         with self._lock:
             entry = self._cache.get(key)
             is_mine = entry is None
@@ -295,7 +295,7 @@ class GrammarCompiler:
             except BaseException as error:
                 future.set_exception(error)
             if verdict is not None:
-                verdict.text = ""  # made again should it be wanted again: it may be long
+                verdict.text = ""  # may be long; remade if needed again
         return future.result()
 
     def _finish(self, result: Compiled) -> None:
@@ -304,11 +304,11 @@ class GrammarCompiler:
 
 
 def _start_pool() -> ThreadPoolExecutor:
-    """Threads with a large stack, whatever the shell's limit for ours is."""
+    """Starts threads with a large stack, regardless of the shell's limit."""
     pool = ThreadPoolExecutor(NUM_THREADS, "grammar")
     before = threading.stack_size(STACK_BYTES)
     try:
-        all_there = threading.Barrier(NUM_THREADS)  # a thread that is idle again would be given the second task, too
+        all_there = threading.Barrier(NUM_THREADS)  # keeps one thread from taking several of the tasks
         for _ in range(NUM_THREADS):
             pool.submit(all_there.wait)
     finally:

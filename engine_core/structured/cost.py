@@ -1,7 +1,7 @@
-"""What a grammar may cost, told from its text: which are cheap for certain, and which chain too much.
+"""Estimates the cost of a grammar from its text: which are certainly cheap, and which nest too deeply.
 
-A grammar that is not known to be cheap is compiled in a helper process first (``trial.py``), so this may be narrow; it
-must never call cheap what is not.
+A grammar that is not known to be cheap is first compiled in a helper process (``trial.py``), so this may be
+conservative, but it must never call an expensive grammar cheap.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from engine_core.messages import GrammarSpec
 from engine_core.structured.grammar import GrammarError
 
 MAX_REFERENCE_DEPTH = 1024
-"""Objects and lists within each other, followed through references: a level takes up to 4 KiB of stack to compile."""
+"""Deepest nesting of objects and lists, references followed: each level takes up to 4 KiB of stack to compile."""
 
 _CHEAP_BYTES = 16 << 10
 _CHEAP_NODES = 2000
 _CHEAP_DEPTH = 96
 _CHEAP_PATTERN_CHARS = 200
 _CHEAP_COUNT = 1000
-"""Product of the counts in a pattern, and the sum of these over a schema: a text that matches is looked for, too."""
+"""Bound on the product of the counts in a pattern, and on its sum over a schema, since a matching text is searched for,
+too."""
 _CHEAP_LENGTH = 10_000
 _CHEAP_MIN_LENGTH = 1000
 _CHEAP_MIN_ITEMS = 256
-"""Product of all that must be there, since an output is completed with them."""
+"""Bound on the product of required counts, since an output is completed with them."""
 _CHEAP_BRANCHES = 128
 _CHEAP_BRANCHES_TO_MERGE = 8
-"""Alternatives in a schema that has ``allOf``, too: they are multiplied."""
+"""Bound on alternatives in a schema that also has ``allOf``, which multiplies them."""
 
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _UNBOUNDED = ("maxLength", "maxItems", "maxProperties")
@@ -41,10 +42,10 @@ _COSTLY = (
 
 
 def is_cheap(spec: GrammarSpec) -> bool:
-    """Whether a grammar is known to compile, and to have its first mask, within some 50 ms and little memory.
+    """Whether a grammar is known to compile and compute its first mask within about 50 ms and little memory.
 
     Raises:
-        GrammarError: It is known to chain too many schemas.
+        GrammarError: The schema is known to nest too deeply.
     """
     if spec.kind == "regex":
         return _is_cheap_pattern(spec.text)
@@ -57,11 +58,11 @@ def is_cheap(spec: GrammarSpec) -> bool:
     except (ValueError, RecursionError):
         schema = None
     if not isinstance(schema, dict):
-        return True  # true, or refused before anything is compiled
+        return True  # cheap, or rejected before anything is compiled
     depth = reference_depth(schema)
     if depth > MAX_REFERENCE_DEPTH:
         raise GrammarError(
-            f"is {depth} levels deep with its references followed, at most {MAX_REFERENCE_DEPTH} are supported"
+            f"is {depth} levels deep with references followed; at most {MAX_REFERENCE_DEPTH} are supported"
         )
     return len(spec.text) <= _CHEAP_BYTES and depth <= _CHEAP_DEPTH and _is_cheap_schema(schema)
 
@@ -71,7 +72,7 @@ def _is_cheap_pattern(pattern: str) -> bool:
 
 
 def _pattern_cost(pattern: str) -> float:
-    """The product of its counts; infinite if it is too long to tell."""
+    """The product of a pattern's counts; infinite if it is too long to analyse."""
     if len(pattern) > _CHEAP_PATTERN_CHARS:
         return math.inf
     product = 1
@@ -119,13 +120,12 @@ def _is_cheap_schema(schema: Any) -> bool:
 
 
 def _number(value: Any) -> int:
-    """A count in a schema, at most some large one; 0 where there is none."""
+    """A count in a schema, clamped to a large number; 0 if missing."""
     return int(min(value, 1 << 30)) if isinstance(value, (int, float)) and value > 0 else 0
 
 
 def reference_depth(schema: Any) -> int:
-    """How many objects lie within each other in a schema, on the way that a compiler takes: it follows local
-    references, each target once."""
+    """Nesting depth of a schema on the path that a compiler takes: it follows local references, each target once."""
     entered: set[int] = {id(schema)}
     stack = [(schema, iter(_inner(schema, schema)))]
     deepest = 1
@@ -142,7 +142,7 @@ def reference_depth(schema: Any) -> int:
 
 
 def _inner(node: Any, root: Any) -> list[Any]:
-    """The objects and lists of a node, and where it points to; definitions count where they are used."""
+    """The objects and lists inside a node, and its reference's target; definitions count where they are used."""
     if isinstance(node, list):
         return [item for item in node if isinstance(item, (dict, list))]
     inner = [

@@ -1,4 +1,4 @@
-"""Grammars and rows of more than one token: what may stand at each position if the drafts before it hold."""
+"""Grammars for rows with several tokens: what is allowed at each position if the drafts before it are accepted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from engine_core.structured.request_grammar import RequestGrammar, Verdict
 
 
 def states_along(request: Request, drafts: Sequence[int], num_outputs: int) -> list[RequestGrammar]:
-    """The states of a request's grammar before each position of a row, the request's own first.
+    """The states of a request's grammar at each position of a row, starting with the current one.
 
     Args:
-        request: Has a grammar.
-        drafts: Tokens that may follow its output. What comes after one that cannot has no state.
-        num_outputs: Tokens of its output.
+        request: A request with a grammar.
+        drafts: Tokens proposed to follow its output. Positions after an invalid one have no state.
+        num_outputs: Number of tokens in its output.
     """
     assert request.grammar is not None
     states = [request.grammar]
@@ -27,16 +27,16 @@ def states_along(request: Request, drafts: Sequence[int], num_outputs: int) -> l
 
 
 def judge(request: Request, tokens: Sequence[int], num_outputs: int) -> tuple[int, Verdict]:
-    """Lets a request's grammar have sampled tokens, in their order.
+    """Feeds sampled tokens to a request's grammar, in order.
 
     Args:
-        request: Has a grammar.
-        tokens: At least one.
-        num_outputs: Tokens of its output before them.
+        request: A request with a grammar.
+        tokens: The sampled tokens, at least one.
+        num_outputs: Number of tokens in its output before them.
 
     Returns:
-        How many of the tokens are part of the output, and what became of the last one that was looked at. A token that
-        ends the output without a say of the grammar goes on, and nothing after it is looked at.
+        How many of the tokens belong to the output, and the verdict on the last one examined. A stop token that ends
+        the output independently of the grammar counts as going on, and no token after it is examined.
     """
     grammar = request.grammar
     assert grammar is not None
@@ -50,7 +50,7 @@ def judge(request: Request, tokens: Sequence[int], num_outputs: int) -> tuple[in
 
 
 def _ends(request: Request, token: int, num_outputs: int) -> bool:
-    """Whether a token ends the output, as one of the request's stop tokens."""
+    """Whether a token ends the output as one of the request's stop tokens."""
     params = request.params
     is_stop = token in params.stop_token_ids or token in params.eos_token_ids
     return is_stop and num_outputs >= params.min_tokens
@@ -59,14 +59,16 @@ def _ends(request: Request, token: int, num_outputs: int) -> bool:
 def mask_counts(
     counts: Sequence[int], problems: Sequence[tuple[int, str | None]]
 ) -> tuple[list[tuple[int, str | None]], list[int]]:
-    """Which rows end where they are, and how many positions of each row have a mask that means something.
+    """Determines which rows end, and how many positions of each row have a valid mask.
 
     Args:
-        counts: Positions of each row.
-        problems: Positions, counted over all rows, where no token can come, and why; see ``MaskBuilder.fill``.
+        counts: Number of positions per row.
+        problems: Positions, numbered across all rows, at which no token is possible, with the reason; see
+            ``MaskBuilder.fill``.
 
     Returns:
-        Rows that end at their first position, and why; and for each row its positions before one with a problem.
+        Rows that end at their first position, with the reason; and for each row the number of positions before its
+        first problem.
     """
     kept = list(counts)
     ended: list[tuple[int, str | None]] = []

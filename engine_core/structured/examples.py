@@ -1,7 +1,7 @@
-"""Texts that match the patterns of a schema, as hints for closing paths.
+"""Finds texts that match the patterns of a schema, as hints for closing paths.
 
-In a string whose pattern may match anywhere, every character is allowed until one match is there: nothing tells which
-characters lead to the end. A text that matches does.
+In a string whose pattern may match anywhere, every character is allowed until a match occurs, so the mask does not show
+which characters lead to the end. A matching text does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from engine_core.structured.vocabulary import Vocabulary
 
 MAX_PATTERNS = 16
 _LONGEST = 256
-"""Tokens of an example."""
+"""Most tokens of an example."""
 
 
 @lru_cache(maxsize=256)
 def pattern_examples(spec: GrammarSpec, vocabulary: Vocabulary) -> tuple[bytes, ...]:
-    """Inner parts of JSON strings that match the patterns of a schema, one for each pattern where one is found."""
+    """Contents of JSON strings that match the patterns of a schema, one per pattern for which one is found."""
     if spec.kind != "json" or '"pattern' not in spec.text:
         return ()
     patterns: dict[str, None] = {}
@@ -48,10 +48,10 @@ def _example(pattern: str, vocabulary: Vocabulary) -> str | None:
         return None
     try:
         matcher = compile_grammar(GrammarSpec("regex", pattern), vocabulary)
-        # Bounded in steps alone: tokens depend on what is found, so it must not depend on how fast the machine is.
+        # Bounded by steps, not time: tokens depend on the result, so it must not depend on the machine's speed.
         path = ClosingPaths(vocabulary).find(matcher, [], _LONGEST, seconds=math.inf)
     except GrammarError:
-        return None  # the schema's own compilation says what is wrong
+        return None  # compiling the schema itself reports the error
     try:
         return None if path is None else bytes(vocabulary.tokenizer.decode_bytes(path)).decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""From what a request asks for to a compiled grammar."""
+"""Compiles the grammars that requests ask for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits
 
 MAX_GRAMMAR_BYTES = 256 << 10
-"""Longest text of a grammar."""
+"""Longest text of a grammar in bytes."""
 
 _HEADER = '%llguidance {"no_forcing": true}\n'
-"""Without it llguidance would spell forced text by itself; the model is the better judge of its own tokens."""
+"""Otherwise llguidance would tokenise forced text itself; the model is the better judge of its own tokens."""
 WHITE_SPACE = r"[ ]|\n([ ]{0,64}|\t{0,32})"
-"""Between parts of JSON, unless the client says otherwise: a space, or a line break with its indent. Some models, left
-alone, write white space to the end of their tokens."""
+"""Default whitespace between parts of JSON: a space, or a line break with indentation. Without a limit, some models
+write whitespace until they run out of tokens."""
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _PREFIXES = ("failed to compile JSON schema: ", "lexer error: ", "Lark error: ")
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[.*\])")
@@ -30,11 +30,11 @@ MAX_ERROR_CHARS = 300
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be used, which is the client's fault; the message says why."""
+    """A grammar is unusable, which is the client's fault; the message says why."""
 
 
 def parser_limits() -> LLParserLimits:
-    """Bounds on what a grammar may cost: about 0.1 s of compiling beside the size of the text, 20 ms a token."""
+    """Limits on the cost of a grammar: about 0.1 s to compile, apart from the size of the text, and 20 ms per token."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -52,12 +52,12 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, text: str = "") -
     """A matcher at the start of its grammar, to be copied for each request.
 
     Args:
-        spec: What was asked for.
-        vocabulary: Its tokens.
-        text: What ``grammar_text`` makes of it, if that is known.
+        spec: The requested grammar.
+        vocabulary: The token vocabulary.
+        text: Result of ``grammar_text``, if known.
 
     Raises:
-        GrammarError: The grammar is malformed, uses what is not supported, or is too large.
+        GrammarError: The grammar is malformed, uses unsupported features, or is too large.
     """
     from llguidance import LLMatcher
 
@@ -70,7 +70,7 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, text: str = "") -
 
 
 def _explained(error: str, spec: GrammarSpec) -> str:
-    """An error about a schema in the words of its author: where it is, and what to do."""
+    """Rephrases an error about a schema for its author: where the problem is, and what to do."""
     if match := _UNIMPLEMENTED.fullmatch(error):
         keys = json.loads(match[1])
         places = ", ".join(f"{key} (at {_place_of(key, json.loads(spec.text))})" for key in keys)
@@ -85,7 +85,7 @@ def _explained(error: str, spec: GrammarSpec) -> str:
 
 
 def _place_of(keyword: str, schema: Any) -> str:
-    """Where a keyword stands first in a schema: ``$`` and the names on the way."""
+    """Path of a keyword's first occurrence in a schema: ``$`` and the names along the path."""
     pending = deque([("$", schema, True)])
     while pending:
         place, value, is_schema = pending.popleft()
@@ -106,7 +106,7 @@ def grammar_text(spec: GrammarSpec) -> str:
     """The grammar in llguidance's dialect of Lark.
 
     Raises:
-        GrammarError: It is malformed, as far as can be seen from here.
+        GrammarError: The text is malformed, as far as is detectable here.
     """
     if spec.kind == "json":
         return f"{_HEADER}start: %json {json.dumps(_schema(spec))}"
@@ -130,7 +130,7 @@ def _schema(spec: GrammarSpec) -> dict[str, Any]:
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
-        raise GrammarError("is not a JSON schema: that is an object")
+        raise GrammarError("is not a JSON schema, which must be an object")
     if "x-guidance" in schema:
         raise GrammarError("has the unsupported keyword x-guidance")
     options: dict[str, Any] = {"whitespace_flexible": not spec.disable_any_whitespace}
@@ -146,17 +146,17 @@ def _lark(text: str) -> str:
 
     try:
         text = any_to_lark(text)
-    except Exception as error:  # the converter raises whatever its parser meets
+    except Exception as error:  # the converter may raise anything
         raise GrammarError(f"is neither Lark nor GBNF: {error}") from None
     return text if "%llguidance" in text else _HEADER + text
 
 
 def short_error(message: str) -> str:
-    """What is wrong with a grammar, without the place in a text that the client never saw."""
+    """The error in a grammar, without a position in a text that the client never saw."""
     lines = _PLACE.sub("", message.strip()).splitlines() or ["cannot be used"]
     text = lines[0]
     for line in lines[1:]:
-        if line.startswith("error: "):  # of the regular expressions' parser, whose first line says nothing
+        if line.startswith("error: "):  # from the regex parser, whose first line says nothing
             text = line
             break
     for prefix in _PREFIXES:

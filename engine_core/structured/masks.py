@@ -1,4 +1,4 @@
-"""The allowed tokens of a step's constrained rows, as bits."""
+"""Token bitmasks of a step's constrained rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = np.int32(-1)
 
 
 class MaskBuilder:
-    """Fills the rows of a step in parallel, without the interpreter's lock."""
+    """Fills the rows of a step in parallel, without holding the GIL."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         from llguidance import LLExecutor
@@ -37,8 +37,8 @@ class MaskBuilder:
             grammars: One per row; None: every token is allowed.
 
         Returns:
-            int32 [rows, words], and rows whose requests end here: with an error, or with None if the output is
-            complete and can neither go on nor end with a token. The latter rows allow every token.
+            int32 [rows, words], and the rows whose requests end here: with an error, or with None if the output is
+            complete and no token may follow, not even an end token. Those rows allow every token.
         """
         masks = np.zeros((len(grammars), self._vocabulary.mask_words), np.int32)
         matchers = []
@@ -72,7 +72,8 @@ class MaskBuilder:
         return masks, ended
 
     def _finish(self, mask: I32, grammar: RequestGrammar) -> str | None:
-        """Replaces the vocabulary's end tokens by the request's. Returns why the row cannot go on; "": it is done."""
+        """Replaces the vocabulary's end tokens with the request's. Returns why the row cannot continue; "": it is
+        complete."""
         can_end = False
         for word, bit in self._ends:
             value = int(mask[word])
@@ -90,5 +91,5 @@ class MaskBuilder:
 
 
 def _places(token_ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Where tokens are in a row of a mask: words, and the bits there as int32 numbers."""
+    """Places of tokens in a row of a mask: word index and bit value as int32."""
     return [(token // 32, int(np.int32(np.uint32(1 << token % 32).view(np.int32)))) for token in token_ids]

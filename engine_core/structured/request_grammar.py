@@ -1,4 +1,4 @@
-"""What one request's output may still become."""
+"""The grammar state of one request."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 
 
 class Verdict(IntEnum):
-    """What a sampled token does to an output."""
+    """A grammar's verdict on a sampled token."""
 
     GOES_ON = 0
     ENDED = 1
-    """The grammar allows nothing after it."""
+    """The output is complete: the grammar allows nothing after the token."""
     REJECTED = 2
-    """It is not part of the output: what it begins could not be completed. Another is sampled in its place."""
+    """The token is not part of the output, since what it begins could not be completed. Another is sampled instead."""
     COMPLETE = 3
-    """It is not part of the output, which is complete without it."""
+    """The token is not part of the output, which is complete without it."""
     FAILED = 4
 
 
 class BudgetError(GrammarError):
-    """The output cannot be completed within the tokens that the request allows."""
+    """The output cannot be completed within the request's token limit."""
 
 
 class RequestGrammar:
     """The state of a grammar after a request's output so far. It survives preemption.
 
-    With ``completes``, a closing path is known at all times: tokens that complete the output from its present state,
-    no more of them than the request may still have. A token is accepted only if there is such a path after it, too;
-    when the path is as long as what is left, it is followed.
+    With ``completes``, a closing path is known at all times: tokens that complete the output from its current state
+    within the request's remaining tokens. A token is accepted only if such a path exists after it, too; once the path
+    is as long as the remaining tokens, it is followed.
 
-    A thought may come first, in which all tokens are allowed but those that end an output. It has to end when what is
-    left is just enough for that and for the path.
+    Thinking may come first, in which all tokens are allowed except those that end an output. It must end when the
+    remaining tokens just suffice for its end marker and the path.
     """
 
     def __init__(
@@ -57,39 +57,39 @@ class RequestGrammar:
     ) -> None:
         """
         Args:
-            matcher: At the start of the grammar; owned by this object from now on.
-            vocabulary: Of the matcher.
-            params: Of the request.
-            completes: Whether an output must be complete when the request's tokens run out.
+            matcher: At the start of the grammar; this object takes ownership.
+            vocabulary: The matcher's vocabulary.
+            params: The request's sampling parameters.
+            completes: Whether the output must be complete when the request's tokens run out.
             examples: See ``ClosingPaths``.
-            thought: What may come before.
+            thought: Thinking that may come first.
         """
         self.matcher = matcher
         self.vocabulary = vocabulary
         self.stop_token_ids = params.all_stop_token_ids
         self.was_cut = False
-        """The output was completed because its tokens ran out, not because the model was done."""
+        """The output was completed because tokens ran out, not because the model was done."""
         self.error = ""
-        """Why the grammar cannot go on, after ``FAILED``."""
+        """Reason why the grammar cannot continue, after ``FAILED``."""
         self._paths = ClosingPaths(vocabulary, _usable_tokens(params), examples) if completes else None
         self._path: list[int] = []
         self._first_path: tuple[int, ...] = ()
-        """The path where the grammar begins."""
+        """The closing path from the start of the grammar."""
         self._thinking = None if thought is None else Thinking(thought, vocabulary)
-        """None once a thought is over, or cannot begin any more."""
+        """None once thinking is over or can no longer begin."""
         self._remaining = 0
         self._forced: int | None = None
 
     def start(self, remaining: int, outputs: Sequence[int] = ()) -> None:
-        """Finds out how the output can be completed, and takes in what an earlier life of the request generated.
+        """Finds a closing path and replays the tokens that an earlier life of the request generated.
 
         Args:
             remaining: Tokens that the request may have, ``outputs`` included.
-            outputs: What was generated before.
+            outputs: Tokens generated before.
 
         Raises:
-            BudgetError: They are too few.
-            GrammarError: The grammar cannot be completed with the request's tokens, or not followed by ``outputs``.
+            BudgetError: The tokens are too few.
+            GrammarError: The grammar cannot be completed with the request's tokens, or does not accept ``outputs``.
         """
         self._remaining = remaining
         if self._paths is not None:
@@ -106,12 +106,12 @@ class RequestGrammar:
                 raise GrammarError("does not fit the output so far")
 
     def _start_thinking(self) -> None:
-        """Makes sure that there is room for the path, and for a thought before it."""
+        """Checks that the remaining tokens suffice for the path and for thinking before it."""
         thinking = self._thinking
         is_inside = thinking is not None and thinking.is_inside
         num_needed = len(self._path) + (thinking.num_needed if thinking is not None else 0)
         if thinking is not None and not is_inside and num_needed > self._remaining:
-            self._thinking = None  # it may not begin
+            self._thinking = None  # there is no room for it
             num_needed = len(self._path)
         if self._paths is not None and num_needed > self._remaining:
             what = "the thought to end and this grammar" if is_inside else "this grammar"
@@ -119,17 +119,17 @@ class RequestGrammar:
 
     @property
     def is_thinking(self) -> bool:
-        """All tokens are allowed but those that end an output."""
+        """Whether all tokens are allowed except those that end an output."""
         return self._thinking is not None and self._thinking.is_inside
 
     @property
     def may_begin_thought(self) -> int | None:
-        """A token that is allowed beside those of the grammar, if there is one."""
+        """A token that is allowed in addition to the grammar's, if any."""
         return None if self._thinking is None else self._thinking.expected
 
     @property
     def forced_token(self) -> int | None:
-        """The one token that may come next, where the grammar has no say in it any more."""
+        """The only token allowed next, if it is forced."""
         if self._forced is not None:
             return self._forced
         thinking = self._thinking
@@ -141,12 +141,12 @@ class RequestGrammar:
 
     @property
     def _must_answer(self) -> bool:
-        """What is left is just enough to end the thought and to follow the path."""
+        """Whether the remaining tokens just suffice to end thinking and follow the path."""
         assert self._thinking is not None
         return self._paths is not None and self._remaining <= self._thinking.num_end_tokens + len(self._path)
 
     def _think(self, token: int, thinking: Thinking) -> Verdict:
-        """Takes in a token of the thought."""
+        """Accepts a token of thinking."""
         was_cut = self._must_answer and not thinking.is_spent
         if not thinking.think(token):
             self._forced = thinking.next_end_token
@@ -159,7 +159,7 @@ class RequestGrammar:
         return Verdict.GOES_ON
 
     def _begin_thought(self, token: int, thinking: Thinking) -> bool:
-        """Whether a token is part of what begins a thought, and of nothing else."""
+        """Whether a token belongs to the start marker of thinking and cannot belong to the grammar."""
         if token != thinking.expected:
             self._thinking = None
             return False
@@ -169,14 +169,14 @@ class RequestGrammar:
             self._path = list(self._first_path)
             self._forced = None
         elif self._paths is None and self.matcher.validate_tokens([token]) == 1:
-            return False  # the language may begin so, too: what comes next tells
+            return False  # the grammar may also begin this way: the next token will tell
         else:
             self._forced = thinking.expected
         self._remaining -= 1
         return True
 
     def copy(self) -> RequestGrammar:
-        """The same state, which goes its own way from here on."""
+        """An independent copy of the state."""
         other = copy(self)
         other.matcher = self.matcher.deep_copy()
         other._path = list(self._path)
@@ -184,7 +184,7 @@ class RequestGrammar:
         return other
 
     def accept(self, token: int) -> Verdict:
-        """Takes in a token of the output."""
+        """Accepts a token of the output."""
         thinking = self._thinking
         if thinking is not None:
             if thinking.is_inside:
@@ -215,7 +215,7 @@ class RequestGrammar:
         return Verdict.ENDED if matcher.is_stopped() else Verdict.GOES_ON
 
     def _follow(self, token: int) -> bool:
-        """Brings the closing path up to date. False: there is none that is short enough."""
+        """Updates the closing path. False: none is short enough."""
         assert self._paths is not None
         if self._path and token == self._path[0]:
             del self._path[0]
@@ -228,7 +228,7 @@ class RequestGrammar:
 
 
 def _usable_tokens(params: ResolvedParams) -> Callable[[int], bool] | None:
-    """Which tokens a closing path may have, by the request's other constraints; None: all."""
+    """Which tokens a closing path may use, given the request's other constraints; None: all."""
     last_of_bad_words = {word[-1] for word in params.bad_words_token_ids}
     banned = last_of_bad_words | set(params.stop_token_ids)
     if params.allowed_token_ids is None:

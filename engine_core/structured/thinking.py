@@ -1,6 +1,6 @@
-"""The thought before an output that must be in a language: where it begins, and where it has ended.
+"""Thinking before a constrained output: detects where it begins and ends.
 
-Its end is looked for in the text, as parsers of reasoning do, so that it counts however the model spells it.
+The end is searched for in the text, as reasoning parsers do, so that it is found however the model tokenises it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from engine_core.structured.vocabulary import Vocabulary
 
 
 class Thinking:
-    """Whether the next token belongs to a thought.
+    """Tracks whether the next token belongs to thinking.
 
     Attributes:
-        is_inside: The output is in the middle of the thought.
-        expected: The token that would begin it, or go on with what begins it; None: it has begun.
+        is_inside: The output is inside thinking.
+        expected: The next token of the start marker; None: thinking has begun.
     """
 
     def __init__(self, thought: Thought, vocabulary: Vocabulary) -> None:
-        """At the beginning of an output."""
+        """Starts at the beginning of an output."""
         self.is_inside = thought.is_open
         self.expected = None if thought.is_open else thought.start_token_ids[0]
         self._thought = thought
@@ -26,19 +26,19 @@ class Thinking:
         self._num_begun = 0
         self._num_tokens = 0
         self._text = b""
-        """The last bytes, one fewer than the end has."""
+        """The last bytes, one fewer than the end marker has."""
         self._tokens: tuple[int, ...] = ()
-        """The last tokens, as many as the end has or the beginning."""
+        """The last tokens, as many as the end or start marker has."""
 
     @property
     def num_needed(self) -> int:
-        """Tokens that it takes at most to end it, and before that to begin it."""
+        """Upper bound on the tokens needed to end thinking, and to begin it if necessary."""
         thought = self._thought
         return len(thought.end_token_ids) + (0 if thought.is_open else len(thought.start_token_ids))
 
     @property
     def is_spent(self) -> bool:
-        """It has had the tokens that it may have."""
+        """Whether the budget is used up."""
         return self._thought.max_tokens is not None and self._num_tokens >= self._thought.max_tokens
 
     @property
@@ -47,7 +47,7 @@ class Thinking:
 
     @property
     def next_end_token(self) -> int:
-        """What brings it closer to its end."""
+        """The next token of the end marker."""
         end = self._thought.end_token_ids
         for length in range(min(len(end) - 1, len(self._tokens)), 0, -1):
             if self._tokens[-length:] == end[:length]:
@@ -55,14 +55,14 @@ class Thinking:
         return end[0]
 
     def begin(self) -> None:
-        """The expected token has come."""
+        """Records the expected token."""
         start = self._thought.start_token_ids
         self._num_begun += 1
         self.is_inside = self._num_begun == len(start)
         self.expected = None if self.is_inside else start[self._num_begun]
 
     def think(self, token: int) -> bool:
-        """Takes in a token of the thought. False: it would begin what follows, too, and is not taken in."""
+        """Accepts a token of thinking. False: the token would also begin what follows, so it is not accepted."""
         thought, vocabulary = self._thought, self._vocabulary
         tokens = (*self._tokens, token)
         is_end = tokens[-len(thought.end_token_ids) :] == thought.end_token_ids
@@ -75,7 +75,7 @@ class Thinking:
         self._num_tokens += 1
         start = thought.start_token_ids
         if thought.is_open and self._num_tokens == len(start) and tokens[-len(start) :] == start:
-            self._num_tokens = 0  # the model says it although it is there already
+            self._num_tokens = 0  # the model repeats the start marker
         self._tokens = tokens[-max(len(thought.end_token_ids), len(start)) :]
         self._text = text[-len(thought.end) + 1 :]
         self.is_inside = not is_end and place < 0

@@ -1,7 +1,7 @@
-"""Jobs of a helper process: whether a grammar can be compiled, have a first mask and be started within limits.
+"""Jobs of a helper process: tries to compile a grammar, compute its first mask and start it within limits.
 
-Only then does the engine core do the same. Nothing in the core could end a compilation that takes all memory or never
-returns, and one that overflows the stack would take the core with it.
+The engine core does the same only afterwards. It could not stop a compilation that takes all memory or never returns,
+and a stack overflow would kill it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine_core.structured.vocabulary import Vocabulary
 from executor.helper import Helper, HelperLimits, resident_bytes
 
 STACK_BYTES = 2 << 20
-"""Of a trial. The core's own threads have several times as much, since their frames may differ."""
+"""Stack of a trial. The core's own threads have several times as much, since their frames may differ."""
 LIMITS = HelperLimits(
     cpu_seconds=3.0, deadline=10.0, memory_bytes=64 << 20, stack_bytes=STACK_BYTES, max_output_bytes=4 << 20
 )
@@ -32,23 +32,24 @@ _vocabulary: Vocabulary | None = None
 
 
 class TrialVocabulary(Message, frozen=True):
-    """What ``set_vocabulary`` is told."""
+    """Argument of ``set_vocabulary``."""
 
     vocabulary: SetVocabulary
     size: int
 
 
 class Proof(Message, frozen=True):
-    """What is known of a grammar that passed."""
+    """Result for a grammar that passed."""
 
     text: str
-    """In llguidance's dialect of Lark, if it was made from another notation: that may be what costs most."""
+    """The grammar in llguidance's dialect of Lark, if converted from another notation: the conversion may be the most
+    expensive part."""
     num_bytes: int
-    """Memory that the compiled grammar takes."""
+    """Memory of the compiled grammar."""
 
 
 def grammar_helper(vocabulary: SetVocabulary, size: int) -> Helper:
-    """A helper for trials over a vocabulary."""
+    """Creates a helper for trials with a vocabulary."""
     # Each takes 70 MB with 49,000 tokens, 137 MB with 151,000.
     num_processes = 2 if size <= _SMALL_VOCABULARY else 1
     helper = Helper("octavo grammar helper", JOBS, LIMITS, num_processes=num_processes, max_waiting=4096)
@@ -57,7 +58,7 @@ def grammar_helper(vocabulary: SetVocabulary, size: int) -> Helper:
 
 
 def set_vocabulary(data: bytes) -> bytes:
-    """Takes the vocabulary of all later trials in this process."""
+    """Sets the vocabulary of all later trials in this process."""
     global _vocabulary
     message = msgspec.msgpack.decode(data, type=TrialVocabulary)
     _vocabulary = Vocabulary(message.vocabulary, message.size)
@@ -65,7 +66,7 @@ def set_vocabulary(data: bytes) -> bytes:
 
 
 def try_grammar(data: bytes) -> bytes:
-    """Compiles a ``GrammarSpec``, computes its first mask and looks for its first closing path.
+    """Compiles a ``GrammarSpec``, computes its first mask and searches for its first closing path.
 
     Returns:
         A ``Proof``.
@@ -76,7 +77,7 @@ def try_grammar(data: bytes) -> bytes:
     spec = msgspec.msgpack.decode(data, type=GrammarSpec)
     assert _vocabulary is not None
     before = resident_bytes()
-    is_cheap(spec)  # refuses chains with a better message
+    is_cheap(spec)  # rejects deep nesting with a better message
     text = grammar_text(spec)
     matcher = compile_grammar(spec, _vocabulary, text)
     first = matcher.deep_copy()

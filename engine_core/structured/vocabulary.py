@@ -1,4 +1,4 @@
-"""The vocabulary as bytes: what a grammar needs of a tokenizer."""
+"""The vocabulary as bytes: all that grammars need of a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 MAX_JOINED_BYTES = 64
-"""Longest token that is looked for when bytes are spelt as tokens."""
+"""Longest token considered when tokenising bytes."""
 
 
 class Vocabulary:
     """Token bytes, and the llguidance tokenizer over them.
 
     Attributes:
-        size: Width of the logits; ids that the tokenizer does not know have no bytes and are never allowed.
+        size: Width of the logits; ids unknown to the tokenizer have no bytes and are never allowed.
         end_token: A token that llguidance allows where an output may end.
         mask_words: int32 words in a row of a bitmask.
-        special_tokens: Tokens that stand for no text.
+        special_tokens: Tokens without text.
     """
 
     def __init__(self, message: SetVocabulary, size: int) -> None:
         """
         Args:
-            message: What the api knows.
+            message: The vocabulary from the api.
             size: Width of the logits.
 
         Raises:
             ValueError: The vocabulary has no token that ends an output.
         """
-        from llguidance import LLTokenizer  # costs start time that most servers need not pay
+        from llguidance import LLTokenizer  # imported late: most servers need not pay its import time
 
         self.size = size
         self.mask_words = -(-size // 32)
@@ -42,7 +42,7 @@ class Vocabulary:
         self.special_tokens = special = {token for token in message.special_token_ids if token < size}
         self.end_tokens = tuple(token for token in message.end_token_ids if token < size)
         if not self.end_tokens:
-            # A model without one: an id that no request knows as its end stands for it.
+            # A model without one: use an id that no request treats as its end.
             self.end_tokens = (len(tokens),)
             tokens.append(b"<|end|>")
             special.add(len(tokens) - 1)
@@ -54,7 +54,7 @@ class Vocabulary:
                 self._ids[tokens[token_id]] = token_id
         self._longest = max(map(len, self._ids), default=0)
         self.byte_tokens: dict[int, int] = {key[0]: token_id for key, token_id in self._ids.items() if len(key) == 1}
-        """Token by the byte that it spells alone."""
+        """Single-byte tokens by their byte."""
         self.tokenizer: LLTokenizer = LLTokenizer(
             _Tokens(tokens, sorted(special), self.end_token, self.spell),  # type: ignore[arg-type]
             n_vocab=len(tokens),
@@ -62,7 +62,7 @@ class Vocabulary:
         )
 
     def spell(self, text: bytes | str, is_usable: Callable[[int], bool] | None = None) -> list[int]:
-        """Tokens for bytes, the longest first; fewer bytes than given if no token fits what comes next."""
+        """Tokenises bytes greedily, longest token first; stops early if no token matches."""
         data = text.encode() if isinstance(text, str) else text
         tokens: list[int] = []
         position = 0
@@ -79,7 +79,7 @@ class Vocabulary:
 
 
 class _Tokens:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance expects."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
