@@ -1,4 +1,4 @@
-"""From the bytes of a request to a typed body, with every limit checked before the work."""
+"""Turns the bytes of a request into a typed body, checking every limit before the work."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ UNREAD = frozenset(
         "vllm_xargs",
     }
 )
-"""Fields of OpenAI's and vLLM's requests that are known and mean nothing here."""
+"""Known fields of OpenAI's and vLLM's requests that have no effect here."""
 ROOM = 4096
-"""JSON values that a prompt of token ids may have beside them."""
+"""JSON values allowed in addition to the token ids of a prompt."""
 _STEPS_PER_VALUE = 4
 _LARGE = 1 << 20
 MAX_NAME = 64
 MAX_NAMED = 10
-"""Unknown fields that an error lists."""
+"""Maximum number of unknown fields to list in an error."""
 
 
 async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size: int) -> T:
     """Reads and decodes a JSON body.
 
     Args:
-        request: Its body was not read yet.
-        decoder: Of the type that the endpoint takes.
-        max_size: Most bytes that are read.
+        request: The request, with its body unread.
+        decoder: Decoder for the endpoint's type.
+        max_size: Maximum number of bytes.
 
     Raises:
-        RequestError: 400 if it is no JSON of that type, 408 if it comes too slowly, 413 if it is too large or would
-            take too long to decode, 503 if there is no memory for it.
+        RequestError: 400 if it is not JSON of that type, 408 if it arrives too slowly, 413 if it is too large or too
+            expensive to decode, 503 if there is no memory for it.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise malformed("Unsupported media type: only application/json is allowed as Content-Type")
+        raise malformed("Content-Type must be application/json")
     traffic: Traffic = request.app.state.traffic
     serving: Serving = request.app.state.serving
     meter = JsonMeter(max(MAX_JSON_VALUES, serving.max_model_len + ROOM))
@@ -70,7 +70,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
         held.complete()
         is_large = len(body) > _LARGE
         if is_large:
-            await asyncio.sleep(0)  # it is decoded in one piece: a turn of its own
+            await asyncio.sleep(0)  # decoding takes long: let others run first
         try:
             result = decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -84,7 +84,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
 
 
 def _look_for_unknown_fields(body: bytearray, kind: type[Any], *, refuse: bool) -> None:
-    """Refuses fields that ``kind`` does not have, or says in the log that they are ignored."""
+    """Rejects fields that ``kind`` does not have, or logs that they are ignored."""
     names = [shorten(name) for name in unknown_fields(msgspec.json.decode(body), kind)]
     if not names:
         return
@@ -95,7 +95,7 @@ def _look_for_unknown_fields(body: bytearray, kind: type[Any], *, refuse: bool) 
 
 
 def unknown_fields(value: Any, kind: Any) -> Iterable[str]:
-    """Dotted names of the keys of a decoded JSON value that a struct, or a struct in it, does not have."""
+    """Dotted names of the keys in decoded JSON that a struct, or a nested one, does not have."""
     if not isinstance(value, dict) or not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
@@ -108,12 +108,12 @@ def unknown_fields(value: Any, kind: Any) -> Iterable[str]:
 
 
 def shorten(name: str) -> str:
-    """A client's name for a field, as far as an error repeats it."""
+    """A client's field name, shortened for an error."""
     return name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
 
 
 def work_on(request: Request) -> int:
-    """About how many steps a walk over the decoded body takes; see ``Host.apart``."""
+    """Approximate number of steps to walk the decoded body; see ``Host.apart``."""
     return _STEPS_PER_VALUE * int(request.state.json_weight)
 
 
@@ -130,7 +130,7 @@ async def _read(request: Request, max_size: int, held: HeldBody, meter: JsonMete
             body += chunk
             await held.grow(len(chunk))
     except BaseException:
-        body.clear()  # the traceback may keep it for a while
+        body.clear()  # a traceback may keep it alive
         raise
     return body
 

@@ -1,9 +1,9 @@
-"""What the bodies that are being read may take together, in memory and in time.
+"""A shared budget of memory and time for all bodies being read.
 
-Bodies grow as they come, until they hold the budget between them; then they wait, and nothing more is read from their
-connections. The oldest goes on in any case, so one after the other is complete. Small bodies have a part of the budget
-to themselves and do not wait behind large ones. Whoever stops or trickles is cut; sooner, if others wait for what it
-holds.
+Bodies grow as they arrive until they use up the budget; then they wait, and nothing more is read from their
+connections. The oldest always continues, so that one after the other completes. Small bodies have a part of the budget
+to themselves and do not wait behind large ones. A body that stalls or trickles is rejected, sooner if others wait for
+its memory.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from api.errors import KINDS, RequestError
 
 SWEEP_INTERVAL = 1.0
 _CHUNK = 256 << 10
-"""About what a body grows by before it looks at the budget again."""
+"""Approximate growth of a body between checks of the budget."""
 
 
 class BodyLimits(NamedTuple):
-    """Bytes and seconds."""
+    """Limits in bytes and seconds."""
 
     total: int = 256 << 20
-    """Held by all bodies together. The oldest may exceed it."""
+    """Bytes of all bodies together. The oldest may exceed it."""
     small: int = 256 << 10
-    """Bodies up to this size have a quarter of it to themselves."""
+    """Bodies up to this size have a quarter of the budget to themselves."""
     idle: float = 30.0
-    """Without a byte, and the time in which at least ``least`` bytes must come."""
+    """Seconds without a byte, and the time within which at least ``least`` bytes must arrive."""
     least: int = 16 << 10
     idle_pressed: float = 5.0
-    """The same for those that hold more than their share while others wait."""
+    """Same, for bodies that hold more than their share while others wait."""
     least_pressed: int = 320 << 10
     wait: float = 10.0
-    """For memory, before the request is refused."""
+    """Seconds to wait for memory before the request is rejected."""
 
 
 class BodyBudget:
-    """Shared by all requests of a server."""
+    """The budget, shared by all requests of a server."""
 
     def __init__(self, limits: BodyLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits or BodyLimits()
         self.clock = clock
         self.num_bytes = 0
-        """Held by all bodies that are being read."""
+        """Bytes held by all bodies being read."""
         self._num_small_bytes = 0
-        """Held by the small ones among them."""
+        """Bytes held by the small ones."""
         self.bodies: dict[HeldBody, None] = {}
-        """The oldest first."""
+        """Oldest first."""
         self.waiting: dict[HeldBody, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self) -> HeldBody:
-        """A body that is about to be read: a context manager, to be left when its bytes are no longer held."""
+        """A body to read: a context manager, to be exited when its bytes are released."""
         return HeldBody(self)
 
     def add(self, body: HeldBody) -> None:
-        """Its reading begins."""
+        """Starts reading a body."""
         self.bodies[body] = None
         if self._timer is None:
             self._start_timer()
 
     def discard(self, body: HeldBody) -> None:
-        """Its bytes are gone."""
+        """Releases a body's bytes."""
         del self.bodies[body]
         self._count(body, -body.size)
         self.wake()
@@ -76,12 +76,12 @@ class BodyBudget:
             self._num_small_bytes += size
 
     async def grow(self, body: HeldBody, size: int) -> None:
-        """Takes note of bytes that came, and waits until more may come.
+        """Records received bytes, and waits until more may be read.
 
         Raises:
-            RequestError: 503: that took too long.
+            RequestError: 503: waiting took too long.
         """
-        self._count(body, -body.size)  # as what it was; it may be a large one now
+        self._count(body, -body.size)  # in its old class; it may be a large one now
         body.size += size
         self._count(body, body.size)
         if self._room(body) >= 0 or body is self._oldest_large():
@@ -95,7 +95,7 @@ class BodyBudget:
             self.waiting.pop(body, None)
 
     def wake(self) -> None:
-        """Lets those go on for whom there is room now: the oldest, then those that wait longest."""
+        """Resumes bodies for which there is room: the oldest, then the longest waiting."""
         if not self.waiting:
             return
         oldest = self._oldest_large()
@@ -110,7 +110,7 @@ class BodyBudget:
                 body.waiter.set_result(None)
 
     def sweep(self) -> None:
-        """Ends those that came to a stop, and those that waited long enough."""
+        """Rejects bodies that have stalled or waited too long."""
         now = self.clock()
         is_pressed = bool(self.waiting)
         num_large = sum(body.size > self.limits.small for body in self.bodies)
@@ -120,7 +120,7 @@ class BodyBudget:
         self.wake()
 
     def _room(self, body: HeldBody) -> int:
-        """Bytes that are left for bodies of its kind; negative if they hold too much."""
+        """Bytes left for bodies of its class; negative if they hold too much."""
         small = self.limits.total // 4
         if body.size <= self.limits.small:
             return small - self._num_small_bytes
@@ -140,7 +140,7 @@ class BodyBudget:
 
 
 class HeldBody:
-    """One body, from the first byte until it is decoded."""
+    """A body, from its first byte until it is decoded."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self.size = 0
@@ -148,7 +148,7 @@ class HeldBody:
         """Set while the body waits for room."""
         self._budget = budget
         self._too_slow: tuple[float, int] | None = None
-        """Seconds, and bytes that did not come in them, if it was ended for that."""
+        """Seconds, and the bytes missing within them, if it was rejected for stalling."""
         self._task: asyncio.Task[object] | None = None
         self._last_size = 0
         self._window_size = 0
@@ -171,22 +171,22 @@ class HeldBody:
             raise _too_slow(*self._too_slow) from None
 
     async def grow(self, size: int) -> None:
-        """Takes note of bytes that came, and waits until more may come.
+        """Records received bytes, and waits until more may be read.
 
         Raises:
-            RequestError: 503: that took too long.
+            RequestError: 503: waiting took too long.
         """
         await self._budget.grow(self, size)
 
     def complete(self) -> None:
-        """All bytes came; what follows takes its time here, not at the client's."""
+        """All bytes have arrived; from here on time is ours, not the client's."""
         self._is_complete = True
 
     def check(self, now: float, *, is_pressed: bool) -> None:
-        """Ends the reading if it came to a stop; ``is_pressed`` says that others could use what it holds."""
+        """Rejects the body if it has stalled; ``is_pressed``: others need its memory."""
         limits = self._budget.limits
         if self.waiter is not None:
-            self._last_progress = self._window_begin = now  # it is us who do not read
+            self._last_progress = self._window_begin = now  # we are not reading
             if self._waits_since is None:
                 self._waits_since = now
             elif now - self._waits_since >= limits.wait and not self.waiter.done():
@@ -209,7 +209,7 @@ class HeldBody:
 
 def _too_slow(seconds: float, least: int) -> RequestError:
     return RequestError(
-        f"the request body came to a stop, or came with less than {least} bytes in {seconds:g} s",
+        f"the request body stalled: less than {least} bytes in {seconds:g} s",
         status=408,
         kind=KINDS[408],
         headers={"Connection": "close"},

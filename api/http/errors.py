@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from api.errors import KINDS, EngineDeadError, RequestError
 
 MAX_MESSAGE_CHARS = 1000
-"""Messages may quote what a client sent, so they are cut."""
+"""Messages may quote client input, so they are truncated."""
 
 HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -23,8 +23,8 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
     503: {"Retry-After": "1"},
 }
 
-ENGINE_DEAD = "The engine is not running and this server is about to stop."
-INTERNAL = "The server failed to process the request, which is a fault of the server."
+ENGINE_DEAD = "The engine is dead and the server is shutting down."
+INTERNAL = "Internal server error: the server failed to process the request."
 
 _PLACE = re.compile(r" - at (?:`key` in )?`(\$[^`]*)`$")
 
@@ -43,16 +43,16 @@ class ErrorResponse(msgspec.Struct, kw_only=True):
 
 
 def malformed(message: str, param: str | None = None) -> RequestError:
-    """The error for a body that is not what the endpoint takes."""
+    """The error for a body that does not match the endpoint's type."""
     return RequestError(message, param, kind="Bad Request")
 
 
 def decode_error(error: Exception) -> RequestError:
-    """What a client is told of a body that could not be decoded. Nothing of the body is repeated."""
+    """The error for a body that cannot be decoded. It does not quote the body."""
     if isinstance(error, RecursionError):
         return malformed("the body is nested too deeply", "body")
     if isinstance(error, UnicodeDecodeError):
-        return malformed("the body has a text that is not valid UTF-8", "body")
+        return malformed("the body contains text that is not valid UTF-8", "body")
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
         return malformed(f"the body is not valid JSON: {text}", "body")
@@ -61,12 +61,12 @@ def decode_error(error: Exception) -> RequestError:
     if match is not None:
         text, param = text[: match.start()], "body" + match[1][1:]
     if text.startswith("Invalid"):
-        text = "Invalid value"  # what follows is the value
+        text = "Invalid value"  # the rest is the value
     return malformed(f"1 validation error:\n  {param}: {text.replace('`', '')}", param)
 
 
 def to_request_error(error: BaseException) -> RequestError:
-    """Any exception as one that can be rendered; of an unexpected one nothing is told."""
+    """Converts any exception to a RequestError; unexpected ones reveal nothing."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, EngineDeadError):
@@ -78,7 +78,7 @@ def to_request_error(error: BaseException) -> RequestError:
 
 
 def shortened(message: str) -> str:
-    """A message, cut if it quotes too much."""
+    """A message, truncated if too long."""
     return message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "..."
 
 
@@ -89,7 +89,7 @@ def render(error: RequestError) -> bytes:
 
 
 class ErrorShape(NamedTuple):
-    """How an endpoint writes its errors."""
+    """The error format of an endpoint."""
 
     body: type[msgspec.Struct]
     render: Callable[[RequestError], bytes]
@@ -99,7 +99,7 @@ OPENAI_ERRORS = ErrorShape(ErrorResponse, render)
 
 
 class WithErrorShape:
-    """Stands before an endpoint whose clients know another shape of errors."""
+    """Wraps an endpoint whose clients expect another error format."""
 
     def __init__(self, app: ASGIApp, shape: ErrorShape) -> None:
         self._app = app
@@ -111,7 +111,7 @@ class WithErrorShape:
 
 
 def error_response(error: BaseException, scope: Scope) -> Response:
-    """The answer to a request that failed before anything was sent."""
+    """The response to a request that failed before anything was sent."""
     shape: ErrorShape = scope.get("state", {}).get("error_shape", OPENAI_ERRORS)
     request_error = to_request_error(error)
     headers = {**HEADERS.get(request_error.status, {}), **request_error.headers}
@@ -119,7 +119,7 @@ def error_response(error: BaseException, scope: Scope) -> Response:
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
-    """``error_response`` as Starlette calls it."""
+    """``error_response`` with Starlette's signature."""
     return error_response(error, request.scope)
 
 
@@ -127,4 +127,4 @@ ExceptionHandler = Callable[[Request, Exception], Awaitable[Response]]
 EXCEPTION_HANDLERS: dict[type[Exception], ExceptionHandler] = dict.fromkeys(
     (RequestError, EngineDeadError, HTTPException), handle_exception
 )
-"""Whatever is not here is logged and answered by ``RequestScope``."""
+"""All other exceptions are logged and answered by ``RequestScope``."""

@@ -1,4 +1,4 @@
-"""The ORCA header: load balancers that ask for it learn from each answer how busy the server is."""
+"""The ORCA header: tells load balancers that ask for it how busy the server is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOAD_HEADER = "endpoint-load-metrics"
 
 
 def load_header(scope: Scope, stats: SchedulerStats) -> str | None:
-    """The value of ``LOAD_HEADER`` in the form, TEXT or JSON, that a request asks for; None if it asks for none."""
+    """The value of ``LOAD_HEADER`` in the requested format, TEXT or JSON; None if not requested."""
     wanted = next((value for name, value in scope["headers"] if name == FORMAT_HEADER), b"").upper()
     if wanted not in (b"TEXT", b"JSON"):
         return None

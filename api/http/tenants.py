@@ -1,7 +1,7 @@
-"""Who a request is for: its API key and the user whom it names, told apart without being known.
+"""The tenant of a request: its API key and user, as pseudonyms.
 
-Tenants take turns in the engine and have shares of its queue. A tenant is a pair of short hashes, with a secret of this
-process, so that neither keys nor names of users leave it.
+Tenants take turns in the engine and have shares of its queue. A tenant is a pair of short hashes, keyed with a secret
+of this process, so that neither keys nor user names leave it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 
 MAX_USER_CHARS = 1024
-"""Of a user's name, what counts."""
+"""Significant characters of a user's name."""
 _SECRET = secrets.token_bytes(16)
 
 
 def short_name(text: str) -> str:
-    """A short name for a key or a user; the empty text is its own."""
+    """A short name for a key or a user; an empty one stays empty."""
     if not text:
         return ""
     data = text[:MAX_USER_CHARS].encode("utf-8", "surrogatepass")
@@ -30,16 +30,16 @@ def short_name(text: str) -> str:
 
 
 def enter_queue(request: Request, model: ServedModel, user: str | None, count: int = 1) -> Tenant:
-    """Who a request is for; it is refused here if the queue has no room, before anything is done for it.
+    """The tenant of a request, which is rejected here, before any work, if the queue is full.
 
     Args:
-        request: A guard has looked at its key.
-        model: Whose queue it is.
-        user: Whom it names.
-        count: Engine requests that it will become.
+        request: The request; a guard has checked its key.
+        model: The model with the queue.
+        user: The user named in the request.
+        count: Number of engine requests that it will become.
 
     Raises:
-        RequestError: 429.
+        RequestError: 429: the queue is full.
     """
     tenant = (key_name(request.scope), short_name(user or ""))
     model.client.check_queue(tenant, count)
@@ -47,13 +47,13 @@ def enter_queue(request: Request, model: ServedModel, user: str | None, count: i
 
 
 def key_name(scope: Scope) -> str:
-    """The short name of the key that a request came with; empty if there are none."""
+    """The short name of a request's key; empty if the server has no keys."""
     name: str = scope["state"].get("key_name", "")
     return name
 
 
 class QueueGate:
-    """Stands before an endpoint whose requests queue: refuses them unread as long as there is no room for their key."""
+    """Guards an endpoint whose requests queue: rejects them unread while the queue has no room for their key."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

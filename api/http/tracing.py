@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: a span for each request, under vLLM's names. Nothing of it is imported unless it is asked for.
+"""OpenTelemetry traces: one span per request, with vLLM's names. The packages are imported only when used.
 
-A span is made when a request is over, from the times that were taken anyway, so that tracing costs nothing per token.
-It belongs to the trace of the client's ``traceparent`` header, if it sent one. Exporting happens in a thread of the
-library; an endpoint that is down costs traces, not requests.
+A span is created when a request is over, from times that are recorded anyway, so tracing costs nothing per token. It
+joins the trace of the client's ``traceparent`` header, if any. The library exports in a thread; if the endpoint is down
+traces are lost, not requests.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TRACE_HEADERS = (b"traceparent", b"tracestate")
 
 
 def trace_headers(scope: Scope) -> dict[str, str]:
-    """The headers of a request that say which trace it is part of."""
+    """The trace context headers of a request."""
     return {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE_HEADERS}
 
 
 class Tracer:
-    """Makes spans of requests that are over."""
+    """Creates spans of finished requests."""
 
     def __init__(self, exporter: Any, model_name: str) -> None:
         """Prepares.
 
         Args:
             exporter: An OpenTelemetry span exporter.
-            model_name: What spans call the model.
+            model_name: Name of the model in spans.
         """
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -54,7 +54,7 @@ class Tracer:
         self._model_name = model_name
 
     def record(self, state: RequestState, request: FinishedRequest) -> None:
-        """Makes the span of a request that is over now."""
+        """Creates the span of a request that has just finished."""
         end, now = time.time_ns(), time.monotonic()
         context = self._propagator.extract(state.trace_headers or {})
         begin = end - int((now - request.arrival_time) * 1e9)
@@ -87,7 +87,7 @@ class Tracer:
         return attributes
 
     def close(self) -> None:
-        """Sends what is left; takes as long as the exporter's timeout at most."""
+        """Sends the remaining spans, within the exporter's timeout."""
         self._provider.shutdown()
 
 
@@ -96,7 +96,7 @@ def create_tracer(endpoint: str, model_name: str) -> Tracer:
 
     Args:
         endpoint: URL of a collector.
-        model_name: What spans call the model.
+        model_name: Name of the model in spans.
 
     Raises:
         ConfigError: A package is missing, or the protocol is unknown.

@@ -1,4 +1,4 @@
-"""The JSON schema that makes a model call tools, for ``tool_choice`` other than ``auto`` and ``none``."""
+"""The JSON schema that forces tool calls, for ``tool_choice`` other than ``auto`` and ``none``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _IDENTIFIERS: Final = frozenset(("$ref", "$dynamicRef", "$id", "$anchor", "$dyna
 
 
 def forced_tools(tools: Sequence[Tool], tool_choice: Any) -> list[Tool] | None:
-    """The tools one of which must be called.
+    """The tools of which at least one must be called.
 
     Args:
         tools: The tools of a request.
@@ -23,7 +23,7 @@ def forced_tools(tools: Sequence[Tool], tool_choice: Any) -> list[Tool] | None:
         None if nothing is forced.
 
     Raises:
-        ValueError: The choice is malformed, or names no tool of the request; the text lists those that there are.
+        ValueError: The choice is malformed or names an unknown tool; the message lists the known ones.
     """
     if tool_choice == "required":
         return list(tools)
@@ -35,32 +35,32 @@ def forced_tools(tools: Sequence[Tool], tool_choice: Any) -> list[Tool] | None:
         allowed = tool_choice.get("allowed_tools")
         chosen = allowed.get("tools") if isinstance(allowed, Mapping) else None
         if not isinstance(chosen, list) or not chosen:
-            raise ValueError("allowed_tools has no list of tools")
+            raise ValueError("allowed_tools must have a list of tools")
         found = [_tool_of(tools, tool) for tool in chosen]
         assert isinstance(allowed, Mapping)
         return found if allowed.get("mode") == "required" else None
-    raise ValueError("type is neither 'function' nor 'allowed_tools'")
+    raise ValueError("type must be 'function' or 'allowed_tools'")
 
 
 def is_single(tool_choice: Any, *, parallel_tool_calls: bool) -> bool:
-    """Whether a choice asks for exactly one call: that of a function by name does."""
+    """Whether a choice asks for exactly one call, as a named function does."""
     named = isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function"
     return named or not parallel_tool_calls
 
 
 def forced_calls_schema(tools: Sequence[Tool], *, single: bool = False) -> dict[str, Any]:
-    """The schema of what ``json_forced`` parses.
+    """The schema of the text that ``json_forced`` parses.
 
     Args:
-        tools: Those that may be called; at least one.
-        single: One call, rather than a list of one or more.
+        tools: The callable tools; at least one.
+        single: One call instead of a list of one or more.
 
     Raises:
-        ValueError: A tool has no name, or parameters that are no schema or too deep.
+        ValueError: A tool has no name, or its parameters are not a schema or nested too deeply.
     """
     calls = [_call_schema(tool, index) for index, tool in enumerate(tools)]
     if not calls:
-        raise ValueError("there are no tools to call")
+        raise ValueError("the list of tools is empty")
     call: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return call if single else {"type": "array", "items": call, "minItems": 1}
 
@@ -69,7 +69,7 @@ def _call_schema(tool: Tool, index: int) -> dict[str, Any]:
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(f"tools[{index}] has no function with a name")
+        raise ValueError(f"tools[{index}] must have a function with a name")
     assert isinstance(function, Mapping)
     return {
         "type": "object",
@@ -80,22 +80,22 @@ def _call_schema(tool: Tool, index: int) -> dict[str, Any]:
 
 
 def _arguments_schema(parameters: Any, index: int) -> dict[str, Any]:
-    """The schema of a tool's arguments, as part of another schema. Arguments are an object, even if it does not say."""
+    """The schema of a tool's arguments, as part of another schema. Arguments are always an object."""
     place = f"tools[{index}].function.parameters"
     if parameters is None:
         return _NO_PARAMETERS
     if parameters is True:
         return {"type": "object"}
     if not isinstance(parameters, Mapping):
-        raise ValueError(f"{place} is not a JSON schema of an object")
+        raise ValueError(f"{place} must be a JSON schema of an object")
     schema = dict(parameters)
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise ValueError(f'{place} must have the type "object": arguments are an object')
+        raise ValueError(f'{place} must have the type "object"')
     schema["type"] = "object"
     if _has_identifiers(schema, MAX_DEPTH):
-        # References are relative to the tool's schema, which an id of its own makes a resource by itself (JSON Schema
-        # 2020-12, 9.2). Older drafts ignore what stands beside a reference.
+        # References are relative to the tool's schema, which an id makes a resource of its own (JSON Schema
+        # 2020-12, 9.2). Older drafts ignore siblings of a reference.
         schema["$id"] = f"octavo:tool/{index}" if "$id" not in schema else _with_fragment_dropped(schema["$id"])
         if "$ref" in schema:
             also = schema.get("allOf")
@@ -104,12 +104,12 @@ def _arguments_schema(parameters: Any, index: int) -> dict[str, Any]:
 
 
 def _with_fragment_dropped(identifier: Any) -> Any:
-    """An id without the empty fragment that older drafts end it with."""
+    """An id without the empty fragment at the end in older drafts."""
     return identifier.removesuffix("#") if isinstance(identifier, str) else identifier
 
 
 def _has_identifiers(schema: Any, depth: int) -> bool:
-    """Whether a schema refers to parts of itself, or names them."""
+    """Whether a schema references or names parts of itself."""
     if not depth:
         raise ValueError("a tool's JSON schema is nested too deeply")
     if isinstance(schema, list):
@@ -129,7 +129,7 @@ def _tool_of(tools: Sequence[Tool], choice: Any) -> Tool:
     by_name = {_name_of(tool): tool for tool in tools}
     if not isinstance(name, str) or name not in by_name:
         names = ", ".join(str(name) for name in by_name)
-        raise ValueError(f"{name!r} is not the name of a tool; there are {names or 'none'}")
+        raise ValueError(f"unknown tool {name!r}; the request has {names or 'none'}")
     return by_name[name]
 
 

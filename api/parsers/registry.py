@@ -1,4 +1,4 @@
-"""Which class parses which format. A parser is one file and one line here."""
+"""Registry of parsers by format. A parser is one file and one line here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resolve_reasoning_parser(name: str) -> ReasoningParserClass:
     """The reasoning parser of that name.
 
     Raises:
-        ValueError: There is none; the text lists those that there are.
+        ValueError: The name is unknown; the message lists the known ones.
     """
     result: ReasoningParserClass = _resolve(REASONING_PARSERS, "reasoning parser", name)
     return result
@@ -39,7 +39,7 @@ def resolve_tool_parser(name: str) -> ToolParserClass:
     """The tool parser of that name.
 
     Raises:
-        ValueError: There is none; the text lists those that there are.
+        ValueError: The name is unknown; the message lists the known ones.
     """
     result: ToolParserClass = _resolve(TOOL_PARSERS, "tool parser", name)
     return result
@@ -55,23 +55,23 @@ def create_parser(
     needs_mark: bool = False,
     make_id: MakeId | None = None,
 ) -> ParserChain:
-    """Makes the parser of one choice.
+    """Creates the parser of one choice.
 
     Args:
-        reasoning: The name of the reasoning parser, None for an answer without reasoning.
-        tool: The name of the tool parser, None for an answer without calls.
-        tools: The tools of the request, whose schemas give values their types. A call of another tool is reported like
-            any: only the client can tell whether that is a mistake, and it sees what the model wrote.
-        forced: The text follows the grammar of ``forced_calls_schema``, whatever the format is that the model is used
-            to. The tool parser, if there is one, only gives ids their form.
-        prompt_opened: Whether the prompt has begun the reasoning (True) or has ended it, too (False); None if it has
-            done neither. See ``prompt_opens_reasoning``.
-        needs_mark: An answer that does not begin with the mark of reasoning has none, unless the prompt has begun it,
-            whatever the model is used to: a grammar sees to that.
-        make_id: Makes the ids of calls, instead of the tool parser.
+        reasoning: Name of the reasoning parser; None for answers without reasoning.
+        tool: Name of the tool parser; None for answers without calls.
+        tools: The tools of the request, whose schemas determine the types of values. Calls of other tools are reported
+            as well: only the client can tell whether that is a mistake.
+        forced: The text follows the grammar of ``forced_calls_schema``, not the model's own format. The tool parser, if
+            any, only sets the format of ids.
+        prompt_opened: Whether the prompt has opened the reasoning (True) or closed it as well (False); None: neither.
+            See ``prompt_opens_reasoning``.
+        needs_mark: A grammar ensures that an answer without the opening mark has no reasoning, unless the prompt has
+            opened it.
+        make_id: Creates ids of calls, instead of the tool parser.
 
     Raises:
-        ValueError: There is no parser of that name; the text lists those that there are.
+        ValueError: A name is unknown; the message lists the known ones.
     """
     reasoning_class = None if reasoning is None else resolve_reasoning_parser(reasoning)
     tool_class = None if tool is None else resolve_tool_parser(tool)
@@ -86,30 +86,30 @@ def create_parser(
 
 
 def prompt_opens_reasoning(reasoning: str, turn: str) -> bool | None:
-    """Whether a prompt leaves the model in the middle of reasoning: its last mark decides.
+    """Whether a prompt ends inside reasoning: its last mark decides.
 
     Args:
-        reasoning: The name of the reasoning parser.
-        turn: What the prompt has of the turn that the model goes on with, as the template made it. What stands before,
-            others have said, who may use the marks as words.
+        reasoning: Name of the reasoning parser.
+        turn: The part of the prompt that belongs to the model's current turn, as rendered. Earlier turns do not count:
+            they may contain the marks as text.
 
     Returns:
-        True: reasoning has begun; False: it has ended; None: neither.
+        True: reasoning is open; False: it is closed; None: neither.
 
     Raises:
-        ValueError: There is no parser of that name.
+        ValueError: The name is unknown.
     """
     return resolve_reasoning_parser(reasoning).opened_by(turn)
 
 
 def is_last_turn_needed(reasoning: str, prompt: str) -> bool:
-    """Whether a prompt has marks, of which it must be known in whose turn they are. A mark at its end is the last."""
+    """Whether a prompt has marks whose turn must be determined. A mark at the very end is the last."""
     marks = resolve_reasoning_parser(reasoning).special_tokens
     return any(mark in prompt for mark in marks) and not prompt.rstrip().endswith(marks)
 
 
 def _resolve(registry: dict[str, str], kind: str, name: str) -> Any:
     if name not in registry:
-        raise ValueError(f"there is no {kind} {name!r}, but {', '.join(sorted(registry))}")
+        raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(sorted(registry))}")
     module, _, attribute = registry[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""From the items of responses to the messages of chat completions, and back."""
+"""Converts items of responses to messages of chat completions, and back."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
 def to_chat_request(request: ResponsesRequest, previous: Sequence[ChatMessage] = ()) -> ChatCompletionRequest:
-    """The chat completion that a request amounts to.
+    """The equivalent chat completion request.
 
     Args:
-        request: Without the conversation that it goes on with.
-        previous: That conversation.
+        request: The request, without the conversation that it continues.
+        previous: The previous conversation.
 
     Raises:
-        RequestError: It holds what no model here can use; the message names the place.
+        RequestError: It contains something unsupported; the message names the place.
     """
     check_number(len(request.tools or ()), MAX_TOOLS, "tools", "tools")
     messages = [*previous, *input_messages(request.input)]
@@ -88,7 +88,7 @@ def input_messages(items: str | Sequence[JsonObject]) -> list[ChatMessage]:
         add = _ADD.get(kind) if isinstance(kind, str) else None
         if add is None:
             raise RequestError(
-                f"input[{index}]: items of type {str(kind)[:40]!r} are not supported by this server", "input"
+                f"input[{index}]: this server does not support items of type {str(kind)[:40]!r}", "input"
             )
         add(conversation, item, f"input[{index}]")
     return conversation.messages
@@ -108,7 +108,7 @@ def output_messages(items: Iterable[OutputItem]) -> list[ChatMessage]:
 
 
 class _Conversation:
-    """Puts what the model thought, said and called in a row into one message, as chat templates expect it."""
+    """Merges consecutive reasoning, text and calls into one message, as chat templates expect."""
 
     def __init__(self) -> None:
         self.messages: list[ChatMessage] = []
@@ -123,7 +123,7 @@ class _Conversation:
 
     def think(self, text: str) -> None:
         if self._turn is not None:
-            self._turn = None  # a new thought begins a new turn
+            self._turn = None  # new reasoning starts a new turn
         if text:
             self._model().reasoning = text
 
@@ -212,7 +212,7 @@ def _tools(tools: Sequence[JsonObject] | None) -> list[JsonObject] | None:
     for index, tool in enumerate(tools or ()):
         if tool.get("type") != "function":
             kind = str(tool.get("type"))[:40]
-            raise RequestError(f"tools[{index}]: tools of type {kind!r} are not supported by this server", "tools")
+            raise RequestError(f"tools[{index}]: this server does not support tools of type {kind!r}", "tools")
         try:
             function = msgspec.convert(tool, FunctionTool)
         except msgspec.ValidationError as error:
@@ -224,7 +224,7 @@ def _tools(tools: Sequence[JsonObject] | None) -> list[JsonObject] | None:
 
 
 def _tool_choice(choice: Any) -> Any:
-    """Chat completions write choices with one more level."""
+    """Chat completions nest choices one level deeper."""
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") == "function":
@@ -240,5 +240,5 @@ def _response_format(wanted: TextFormat) -> ResponseFormat:
     if wanted.type != "json_schema":
         return ResponseFormat(type=wanted.type)
     if wanted.schema is None:
-        raise RequestError("text.format: the type json_schema needs a schema", "text.format")
+        raise RequestError("text.format: type json_schema requires a schema", "text.format")
     return ResponseFormat(type=wanted.type, json_schema=JsonSchemaFormat(schema=wanted.schema))

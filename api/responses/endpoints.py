@@ -1,4 +1,4 @@
-"""POST /v1/responses, and what can be done with a response that is stored."""
+"""POST /v1/responses, and the operations on stored responses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def create_response(request: Request) -> Response:
             model, chat, f"resp_{secrets.token_hex(16)}", tenant=tenant, work=work_on(request)
         )
     response = _new_response(model, body, answer, is_stored=is_stored)
-    # Instructions come first, and are not remembered.
+    # Instructions come first, and are not stored.
     conversation = chat.messages[1:] if body.instructions else chat.messages
     making = _Making(model, store, body, answer, response, conversation)
     if body.background:
@@ -73,19 +73,21 @@ def _check(body: ResponsesRequest, *, is_stored: bool) -> None:
         if value is not None:
             raise RequestError(f"{name} is not supported by this server", name)
     if body.background and not is_stored:
-        raise RequestError("background needs store, and a server that stores responses", "background")
+        raise RequestError(
+            "background requires store: true, and a server started with --max-stored-responses above 0", "background"
+        )
 
 
 def _previous(store: ResponseStore, response_id: str) -> list[ChatMessage]:
     stored = store.get(response_id, "previous_response_id")
     if stored.is_running:
-        raise RequestError(f"the response {response_id} is still being generated", "previous_response_id")
+        raise RequestError(f"response {response_id} is still in progress", "previous_response_id")
     return stored.conversation
 
 
 def _new_response(model: ServedModel, body: ResponsesRequest, answer: ChatAnswer, *, is_stored: bool) -> ResponseObject:
     params = answer.generation.params
-    assert isinstance(params, SamplingParams)  # there is no field that asks for beam search
+    assert isinstance(params, SamplingParams)  # there is no field for beam search
     return ResponseObject(
         id=answer.generation.request_id,
         created_at=int(time.time()),
@@ -110,7 +112,7 @@ def _new_response(model: ServedModel, body: ResponsesRequest, answer: ChatAnswer
 
 
 class _Making:
-    """One response on its way into the store, if it is to be stored."""
+    """A response being generated, and stored if requested."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class _Making:
         self._answer = answer
         self._response = response
         self._conversation = conversation
-        """Up to this response."""
+        """The conversation up to this response."""
         self._stored: StoredResponse | None = None
         self._is_streamed = bool(body.stream)
         has_logprobs = "message.output_text.logprobs" in (body.include or ())
@@ -140,7 +142,7 @@ class _Making:
         )
 
     def _store(self) -> None:
-        """The response is complete: keeps it as it is now."""
+        """Stores the completed response."""
         conversation = [*self._conversation, *output_messages(self._response.output)]
         if self._stored is None:
             self._responses.add(StoredResponse(self._response, conversation))
@@ -148,7 +150,7 @@ class _Making:
             self._responses.update(self._stored, conversation)
 
     async def in_background(self) -> Response:
-        """Starts it, and answers without waiting for it."""
+        """Starts the generation, and answers without waiting for it."""
         response = self._response
         response.status = "queued"
         self._stored = stored = StoredResponse(response, self._conversation)
@@ -157,7 +159,7 @@ class _Making:
             stored.log.extend(self.reply.queued_events())
         self._responses.add(stored)
         try:
-            await self._answer.generation.start(None)  # not quiet: clients may ask how far it is
+            await self._answer.generation.start(None)  # not quiet: clients may poll its progress
         except BaseException:
             self._answer.generation.close()
             self._responses.remove(response.id)
@@ -169,7 +171,7 @@ class _Making:
         return _json(response)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
-        """However it ended: a task that is cancelled may not even have begun."""
+        """Called however it ended: a cancelled task may never have started."""
         self._answer.generation.close()
         assert self._stored is not None
         if self._stored.is_running:
@@ -211,14 +213,14 @@ def _follow(log: EventLog, place: int, max_silence: float) -> Response:
 
 
 async def retrieve_response(request: Request) -> Response:
-    """A response that was stored, or its events."""
+    """A stored response, or its events."""
     serving: Serving = request.app.state.serving
     store: ResponseStore = request.app.state.responses
     stored = store.get(request.path_params["response_id"])
     if request.query_params.get("stream", "false") not in ("true", "1"):
         return _json(stored.response)
     if stored.log is None:
-        raise RequestError("only the events of responses made with background and stream can be read again", "stream")
+        raise RequestError("stream requires a response that was created with background and stream", "stream")
     after = request.query_params.get("starting_after", "-1")
     try:
         place = int(after) + 1
@@ -228,17 +230,17 @@ async def retrieve_response(request: Request) -> Response:
 
 
 async def cancel_response(request: Request) -> Response:
-    """Ends a response that is generated in the background; one that is complete stays as it is."""
+    """Cancels a background response; a completed one is unchanged."""
     store: ResponseStore = request.app.state.responses
     stored = store.get(request.path_params["response_id"])
     if stored.task is None:
-        raise RequestError("only responses made with background can be cancelled", "response_id")
+        raise RequestError("only background responses can be cancelled", "response_id")
     await _cancel(stored)
     return _json(stored.response)
 
 
 async def delete_response(request: Request) -> Response:
-    """Forgets a response; one that is being generated ends."""
+    """Deletes a response; if in progress, it is aborted."""
     store: ResponseStore = request.app.state.responses
     stored = store.remove(request.path_params["response_id"])
     await _cancel(stored)

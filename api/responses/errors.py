@@ -1,4 +1,4 @@
-"""Errors of responses: the envelope of all OpenAI endpoints, with the types and fields of this one."""
+"""Errors of responses: OpenAI's envelope, with the types and field names of this endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESPONSES_ERRORS = ErrorShape(ErrorResponse, render_response_error)
 
 @contextmanager
 def with_own_fields() -> Iterator[None]:
-    """Errors from inside name the fields of a response where they name those of a chat completion."""
+    """Maps field names of chat completions in errors to those of responses."""
     try:
         yield
     except RequestError as error:

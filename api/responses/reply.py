@@ -1,4 +1,4 @@
-"""A response in the making: the reply of a stream or of an answer in one piece, and of the background."""
+"""A response being built: streamed, whole or in the background."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from api.responses.writer import ResponseWriter
 
 
 class ResponseReply:
-    """The outputs of a generation as a response."""
+    """Turns the outputs of a generation into a response."""
 
     keep_alive = KEEP_ALIVE
 
@@ -51,10 +51,10 @@ class ResponseReply:
 
         Args:
             model: For the spelling of tokens.
-            response: Filled bit by bit.
-            answer: What it is filled with.
-            has_logprobs: Texts have log probabilities.
-            spells_ids: They name tokens by their ids.
+            response: The response to fill.
+            answer: The answer to fill it with.
+            has_logprobs: Include log probabilities.
+            spells_ids: Show token ids in log probabilities.
             on_done: Called when the response is complete, or has failed.
         """
         self.response = response
@@ -65,13 +65,13 @@ class ResponseReply:
         self._on_done = on_done
         self._has_begun = False
         self._events: list[Event] = []
-        """Of an answer in one piece, and its last delta."""
+        """For whole answers, with the last delta."""
         self._last: Delta | None = None
         self._logprobs: list[ChatLogprob] = []
-        """Of tokens whose text is still held back."""
+        """Log probabilities of tokens whose text is still held back."""
 
     def _write(self, delta: Delta, events: Sequence[Event]) -> None:
-        """Writes what a delta settles; text goes with the log probabilities of all tokens since the last."""
+        """Writes what a delta completes; text gets the log probabilities of all tokens since the last text."""
         if self._has_logprobs:
             self._logprobs += chat_logprobs(delta.logprobs, self._spelling)
         for each in events:
@@ -79,7 +79,7 @@ class ResponseReply:
             if isinstance(each, Content):
                 logprobs, self._logprobs = self._logprobs, logprobs
             self._writer.write(each, logprobs)
-        if events:  # what is left belongs to thoughts or calls
+        if events:  # the rest belongs to reasoning or calls
             self._logprobs = []
 
     def _finish(self, delta: Delta) -> None:
@@ -97,7 +97,7 @@ class ResponseReply:
         self.measure()
 
     def measure(self) -> None:
-        """Says in the response how many tokens it took."""
+        """Sets the token usage of the response."""
         usage = self._answer.generation.usage()
         self.response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
@@ -114,14 +114,14 @@ class ResponseReply:
     # -- a stream --------------------------------------------------------------------------------------------
 
     def queued_events(self) -> list[bytes]:
-        """The events of a response that waits in the background."""
+        """The first events of a background response."""
         response = self.response
         self._writer.emit(lambda number: ResponseCreated(response=response, sequence_number=number))
         self._writer.emit(lambda number: ResponseQueued(response=response, sequence_number=number))
         return self._writer.take()
 
     def events(self, delta: Delta) -> list[bytes]:
-        """What a delta amounts to, event by event."""
+        """The events of a delta."""
         writer, response = self._writer, self.response
         if not self._has_begun:
             self._has_begun = True
@@ -158,7 +158,7 @@ class ResponseReply:
         return b"".join(self._writer.take())
 
     def cancel(self) -> None:
-        """The response ends as it is. There is no event that says so."""
+        """Ends the response as it is. There is no event for this."""
         self._writer.close("incomplete")
         self._writer.take()
         self.response.status = "cancelled"

@@ -1,4 +1,4 @@
-"""The responses that clients may come back to. They live in memory, within bounds, and end with the process."""
+"""Stored responses. They are kept in memory, within limits, for the lifetime of the process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from api.responses.protocol import ResponseObject
 
 _CONVERSATION = msgspec.json.Decoder(list[ChatMessage])
 _OVERHEAD = 1024
-"""Bytes that a response takes beside its texts, about."""
+"""Approximate size of a response in bytes, without its texts."""
 
 
 class EventLog:
-    """The events of a response that is generated in the background, for any number of readers.
+    """The events of a background response, for any number of readers.
 
-    The sequence number of an event is its place.
+    The sequence number of an event is its index.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class EventLog:
         self._wake()
 
     def close(self) -> None:
-        """No more will come."""
+        """Marks the end of the events."""
         self._is_closed = True
         self._wake()
 
@@ -44,11 +44,11 @@ class EventLog:
         news.set()
 
     async def follow(self, place: int, max_silence: float) -> AsyncIterator[bytes]:
-        """The events from a place on, those that are still to come included.
+        """The events from an index on, including future ones.
 
         Args:
-            place: Of the first event.
-            max_silence: Seconds after which nothing is yielded, rather than no event; 0: never.
+            place: Index of the first event.
+            max_silence: Seconds without an event after which an empty list is yielded; 0: never.
         """
         while True:
             news = self._news
@@ -66,17 +66,17 @@ class EventLog:
 
 
 class StoredResponse:
-    """A response, and the conversation that it ends."""
+    """A response with its conversation."""
 
     def __init__(self, response: ResponseObject, conversation: Sequence[ChatMessage]) -> None:
         self.response = response
         self.log: EventLog | None = None
-        """Of a response whose events can be read again."""
+        """The events, if they can be streamed again."""
         self.task: asyncio.Task[None] | None = None
-        """Generates it in the background."""
+        """The background task."""
         self._conversation = b""
         self.size = 0
-        """Bytes, as far as the store's bound goes."""
+        """Size in bytes, for the store's limit."""
         self.update(conversation)
 
     @property
@@ -85,11 +85,11 @@ class StoredResponse:
 
     @property
     def conversation(self) -> list[ChatMessage]:
-        """What was said, the response included; instructions are not."""
+        """The conversation, including the response, without instructions."""
         return _CONVERSATION.decode(self._conversation)
 
     def update(self, conversation: Sequence[ChatMessage]) -> None:
-        """Takes the conversation as it is now, and measures."""
+        """Sets the conversation and measures its size."""
         self._conversation = msgspec.json.encode(conversation)
         self.size = _OVERHEAD + len(self._conversation) + len(msgspec.json.encode(self.response))
         if self.log is not None:
@@ -97,14 +97,14 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Keeps the latest responses; those that are being generated stay whatever happens."""
+    """Keeps the latest responses, and all that are in progress."""
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
         """Makes an empty store.
 
         Args:
-            max_count: Most responses; 0: none is kept.
-            max_bytes: Most bytes of all of them together, but for those that are being generated.
+            max_count: Maximum number of responses; 0: none.
+            max_bytes: Maximum total size in bytes, without responses in progress.
         """
         self.is_enabled = max_count > 0
         self.num_bytes = 0
@@ -116,7 +116,7 @@ class ResponseStore:
         return len(self._stored)
 
     def get(self, response_id: str, param: str = "response_id") -> StoredResponse:
-        """The response of that id.
+        """The response with that id.
 
         Raises:
             RequestError: 404.
@@ -124,7 +124,7 @@ class ResponseStore:
         found = self._stored.get(response_id)
         if found is None:
             raise RequestError(
-                f"Response with id {response_id[:80]!r} not found: it was not stored, or is no longer.",
+                f"Response with id {response_id[:80]!r} not found; it was not stored, or has been evicted.",
                 param,
                 status=404,
                 kind="not_found_error",
@@ -132,14 +132,14 @@ class ResponseStore:
         return found
 
     def add(self, stored: StoredResponse) -> None:
-        """Keeps a response; the oldest ones make room.
+        """Stores a response; evicts the oldest ones.
 
         Raises:
-            RequestError: 503: all that are kept are still being generated.
+            RequestError: 503: all stored responses are still in progress.
         """
         if stored.is_running and sum(other.is_running for other in self._stored.values()) >= self._max_count:
             raise RequestError(
-                f"{self._max_count} responses are being generated in the background, which is as many as are kept",
+                f"all {self._max_count} stored responses are still in progress; try again later",
                 "background",
                 status=503,
                 kind=KINDS[503],
@@ -149,7 +149,7 @@ class ResponseStore:
         self._make_room()
 
     def update(self, stored: StoredResponse, conversation: Sequence[ChatMessage]) -> None:
-        """Takes note that a response has changed."""
+        """Updates the size of a changed response."""
         before = stored.size
         stored.update(conversation)
         if stored.response.id in self._stored:
@@ -157,7 +157,7 @@ class ResponseStore:
             self._make_room()
 
     def remove(self, response_id: str) -> StoredResponse:
-        """Forgets a response.
+        """Deletes a response.
 
         Raises:
             RequestError: 404.

@@ -1,4 +1,4 @@
-"""From the events of an answer to the items of a response, and to the events that tell of them."""
+"""Turns the events of an answer into items of a response and their stream events."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from api.responses.protocol import (
 
 
 class ResponseWriter:
-    """Fills the output of one response, and numbers its events."""
+    """Fills the output of a response and numbers its events."""
 
     def __init__(self, response: ResponseObject) -> None:
         self.response = response
         self.events: list[bytes] = []
-        """Those that were not taken yet."""
+        """Events not taken yet."""
         self._sequence = 0
         self._item: OutputItem | None = None
-        """What is being written."""
+        """The item being written."""
         self._pieces: list[str] = []
         self._before = b""
-        """What stands before the text of the item's deltas."""
+        """The JSON before the text of the item's deltas."""
         self._encoder = msgspec.json.Encoder()
 
     def take(self) -> list[bytes]:
-        """The events since the last time, one by one."""
+        """Takes the events since the last call."""
         events, self.events = self.events, []
         return events
 
@@ -69,8 +69,8 @@ class ResponseWriter:
         """Takes the next part of the answer.
 
         Args:
-            event: What it is.
-            logprobs: Of the tokens that spell it, if they are wanted.
+            event: The parsed part.
+            logprobs: Log probabilities of its tokens, if requested.
         """
         match event:
             case Content(text):
@@ -89,7 +89,7 @@ class ResponseWriter:
                 self.close("completed" if complete else "incomplete")
 
     def close(self, status: ItemStatus = "completed") -> None:
-        """Ends the item that is being written, if one is."""
+        """Ends the current item, if any."""
         item, self._item = self._item, None
         if item is None:
             return

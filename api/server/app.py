@@ -1,4 +1,4 @@
-"""The ASGI application: a route table and what every request passes through. No logic."""
+"""The ASGI application: the route table and the middleware. No logic."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OPERATIONS = (
         "POST",
         "/v1/completions",
         completions.create_completion,
-        "Continue texts",
+        "Complete texts",
         request=protocol.CompletionRequest,
         response=protocol.CompletionResponse,
         chunk=protocol.CompletionResponse,
@@ -54,7 +54,7 @@ OPERATIONS = (
         "POST",
         "/v1/embeddings",
         embeddings.create_embedding,
-        "Turn texts into vectors",
+        "Embed texts",
         request=pooling_protocol.EmbeddingRequest,
         example={"input": ["one text", "another"]},
         response=pooling_protocol.EmbeddingResponse,
@@ -66,7 +66,7 @@ OPERATIONS = (
             "POST",
             path,
             handler,
-            "Tell how similar texts are",
+            "Score the similarity of texts",
             request=pooling_protocol.ScoreRequest,
             example={"queries": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.ScoreResponse,
@@ -80,7 +80,7 @@ OPERATIONS = (
             "POST",
             path,
             handler,
-            "Sort documents by their similarity to a query",
+            "Rank documents by similarity to a query",
             request=pooling_protocol.RerankRequest,
             example={"query": "Where is Paris?", "documents": ["Paris is in France.", "Cheese is made of milk."]},
             response=pooling_protocol.RerankResponse,
@@ -97,7 +97,7 @@ OPERATIONS = (
         "POST",
         "/v1/messages",
         messages.create_message,
-        "Answer a conversation, as Anthropic's API does",
+        "Answer a conversation (Anthropic's API)",
         request=anthropic.MessagesRequest,
         response=anthropic.Message,
         chunk=anthropic.StreamEvent,
@@ -109,7 +109,7 @@ OPERATIONS = (
         "POST",
         "/v1/messages/count_tokens",
         messages.count_tokens,
-        "Count the tokens of a conversation, as Anthropic's API does",
+        "Count the tokens of a conversation (Anthropic's API)",
         request=anthropic.ConversationRequest,
         response=anthropic.MessageTokensCount,
         errors=ANTHROPIC_ERRORS,
@@ -119,7 +119,7 @@ OPERATIONS = (
         "POST",
         "/v1/responses",
         responses.create_response,
-        "Answer a conversation, and remember it",
+        "Create a response, and store it",
         request=responses_protocol.ResponsesRequest,
         response=responses_protocol.ResponseObject,
         chunk=responses_protocol.ResponseEvent,
@@ -131,7 +131,7 @@ OPERATIONS = (
         "GET",
         "/v1/responses/{response_id}",
         responses.retrieve_response,
-        "Show a response that is stored",
+        "Get a stored response",
         response=responses_protocol.ResponseObject,
         chunk=responses_protocol.ResponseEvent,
         errors=RESPONSES_ERRORS,
@@ -141,7 +141,7 @@ OPERATIONS = (
         "DELETE",
         "/v1/responses/{response_id}",
         responses.delete_response,
-        "Forget a response",
+        "Delete a response",
         response=responses_protocol.DeletedResponse,
         errors=RESPONSES_ERRORS,
         task="generate",
@@ -150,18 +150,18 @@ OPERATIONS = (
         "POST",
         "/v1/responses/{response_id}/cancel",
         responses.cancel_response,
-        "End a response that is generated in the background",
+        "Cancel a background response",
         response=responses_protocol.ResponseObject,
         errors=RESPONSES_ERRORS,
         task="generate",
     ),
     Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
-    Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Show a model", response=protocol.ModelCard),
+    Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Get a model", response=protocol.ModelCard),
     Operation(
         "POST",
         "/tokenize",
         tokenize.tokenize,
-        "Turn a text or a conversation into token ids",
+        "Tokenise a text or a conversation",
         request=protocol.TokenizeRequest,
         response=protocol.TokenizeResponse,
     ),
@@ -169,7 +169,7 @@ OPERATIONS = (
         "POST",
         "/detokenize",
         tokenize.detokenize,
-        "Turn token ids into a text",
+        "Detokenise token ids",
         request=protocol.DetokenizeRequest,
         response=protocol.DetokenizeResponse,
     ),
@@ -177,7 +177,7 @@ OPERATIONS = (
         "GET",
         "/tokenizer_info",
         tokenize.tokenizer_info,
-        "Show the tokenizer's configuration",
+        "Get the tokenizer's configuration",
         response=protocol.TokenizerInfo,
         is_wanted=lambda config: config.enable_tokenizer_info_endpoint,
     ),
@@ -185,39 +185,39 @@ OPERATIONS = (
         "POST",
         "/invocations",
         invocations.invoke,
-        "Answer as the endpoint does that the fields of the body are for (SageMaker)",
+        "Forward to the endpoint that matches the body's fields (SageMaker)",
         request=invocations.Invocation,
         example={"prompt": "Hi", "max_tokens": 8},
         queues=True,
     ),
-    Operation("GET", "/health", monitoring.health, "Tell whether requests are taken", is_open=True),
-    Operation("GET", "/ping", monitoring.ping, "The same as /health", is_open=True),
+    Operation("GET", "/health", monitoring.health, "Check whether the server accepts requests", is_open=True),
+    Operation("GET", "/ping", monitoring.ping, "Alias of /health", is_open=True),
     *(
         Operation("GET", path, handler, summary, media_type="text/plain", is_open=True)
         for path, handler, summary in (
-            ("/livez", monitoring.livez, "Tell whether the server works, or has to be started again"),
-            ("/readyz", monitoring.readyz, "Tell whether requests are computed at this moment"),
-            ("/startupz", monitoring.startupz, "Tell whether the model is loaded"),
+            ("/livez", monitoring.livez, "Liveness: 503 if the server must be restarted"),
+            ("/readyz", monitoring.readyz, "Readiness: 503 while requests would have to wait for the engine"),
+            ("/startupz", monitoring.startupz, "Startup: 503 until the model is loaded"),
         )
     ),
     Operation(
-        "GET", "/version", monitoring.version, "Show the version", response=monitoring.VersionResponse, is_open=True
+        "GET", "/version", monitoring.version, "Get the version", response=monitoring.VersionResponse, is_open=True
     ),
-    Operation("GET", "/load", monitoring.load, "Show the load", response=monitoring.LoadResponse, is_open=True),
+    Operation("GET", "/load", monitoring.load, "Get the load", response=monitoring.LoadResponse, is_open=True),
     Operation("GET", "/metrics", monitoring.metrics, "Metrics for Prometheus", media_type="text/plain", is_open=True),
 )
 
 
 DOCS_PATHS = ("/docs", "/openapi.json")
-"""What ``--disable-fastapi-docs`` leaves out."""
+"""Pages that ``--disable-fastapi-docs`` turns off."""
 
 
 def create_app(serving: Serving, traffic: Traffic) -> Starlette:
     """Builds the application.
 
     Args:
-        serving: What the endpoints work with; the engines are ready.
-        traffic: Counts requests and says whether new ones are taken.
+        serving: The served models; their engines are ready.
+        traffic: Counts requests and knows whether new ones are accepted.
     """
     config = serving.config
     offered = {"generate": config.offers_generation, "pool": config.offers_pooling}
@@ -227,7 +227,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
         if (operation.task is None or offered[operation.task]) and operation.is_wanted(config)
     ]
     document = Document(public, has_keys=bool(config.api_key), root_path=config.root_path)
-    shown = Operation("GET", "/openapi.json", document.show, "Show this document")
+    shown = Operation("GET", "/openapi.json", document.show, "Get this document")
     hidden = DOCS_PATHS if config.disable_fastapi_docs else ()
     operations = (*public, *(row for row in (shown, *WebPages().operations()) if row.path not in hidden))
     app = Starlette(
@@ -235,7 +235,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
         middleware=_middleware(operations, config, traffic),
         exception_handlers=dict(EXCEPTION_HANDLERS),
     )
-    # A redirect would send clients to whatever host their request names.
+    # A redirect would send clients to any host that their request names.
     app.router.redirect_slashes = False
     app.state.serving = serving
     app.state.traffic = traffic
@@ -244,7 +244,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
 
 
 def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Route]:
-    """Each endpoint, behind what guards it."""
+    """The routes, with their guards."""
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
     watch_guard = Middleware(Guard, traffic=traffic, keys=config.api_key, drains=False)
     guarded = ("/metrics", "/load") if config.metrics_require_key else ()
@@ -266,7 +266,7 @@ def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traf
 
 
 def _middleware(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Middleware]:
-    """What stands before all endpoints, the outermost first."""
+    """The middleware of all endpoints, outermost first."""
     middleware = [
         Middleware(
             RequestScope,

@@ -1,8 +1,8 @@
-"""When the garbage collector looks at everything: not while requests wait for it.
+"""Schedules full garbage collections for when no request waits.
 
-Requests leave no circles of references, so a full collection finds nothing, and with thousands of open connections it
-stops every stream for a quarter of a second. Young objects are looked at as usual. All others are when no request is
-open, and now and then anyway, as a fault somewhere must not fill the memory.
+Requests leave no reference cycles, so a full collection finds nothing, and with thousands of open connections it stalls
+every stream for a quarter of a second. Young generations are collected as usual. A full collection runs when no request
+is open, and occasionally anyway, so that a leak cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 
 INTERVAL = 5.0
-"""Seconds between two looks for a quiet moment."""
+"""Seconds between checks for a quiet moment."""
 MAX_BUSY_TIME = 900.0
-"""Seconds without a quiet moment after which everything is looked at nevertheless."""
+"""Seconds without a quiet moment after which a full collection runs anyway."""
 NEVER = 1 << 30
 
 
 def keep_what_lives() -> None:
-    """What lives now lives as long as the server: the collector need not look at it again, nor at all of the rest."""
+    """Freezes all current objects, which live as long as the server, and disables automatic full collections."""
     gc.collect()
     gc.freeze()
     young, middle, _ = gc.get_threshold()
@@ -28,14 +28,14 @@ def keep_what_lives() -> None:
 
 
 class Collector:
-    """Does full collections at quiet moments."""
+    """Runs full collections at quiet moments."""
 
     def __init__(self, num_open: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
         """Prepares.
 
         Args:
-            num_open: Tells how many requests are open.
-            clock: Seconds.
+            num_open: Returns the number of open requests.
+            clock: Time in seconds.
         """
         self._num_open = num_open
         self._clock = clock
@@ -43,7 +43,7 @@ class Collector:
         self._has_worked = False
 
     def look(self) -> bool:
-        """Collects if this is the moment for it; whether it was."""
+        """Collects if the moment is right; returns whether it did."""
         is_idle = not self._num_open()
         self._has_worked |= not is_idle
         is_due = is_idle or self._clock() - self._done_at > MAX_BUSY_TIME
@@ -55,7 +55,7 @@ class Collector:
         return True
 
     async def run(self) -> None:
-        """Looks again and again until it is cancelled."""
+        """Checks periodically until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL)
             self.look()

@@ -1,8 +1,8 @@
-"""uvicorn's HTTP parser with bounds on what a client may send and hold, in bytes and in time.
+"""uvicorn's HTTP protocol with limits on what clients may send and hold, in bytes and time.
 
-``Connections`` belongs to a server: it makes the protocol of each connection and looks at all of them once a second, so
-that no chunk of data costs a timer. Bodies are bounded where they are read (``api/http/body_budget.py``); what no
-endpoint reads is bounded here.
+A server has one ``Connections``: it creates the protocol of each connection and checks all of them once a second, so
+that chunks of data need no timers. Bodies are limited where they are read (``api/http/body_budget.py``); everything
+that no endpoint reads is limited here.
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from api.http.errors import HEADERS, render
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
 MAX_PIPELINED = 64
-"""Requests that may wait on one connection behind the one that is answered."""
+"""Pipelined requests that may wait on a connection."""
 MAX_FRAMING_RATIO = 16
-"""Bytes of chunk headers and extensions for each byte of a body, beside one head's worth. One chunk a byte takes 6."""
+"""Bytes of chunk framing per byte of a body, on top of one head's worth. One-byte chunks need 6."""
 MAX_CONNECTIONS = 8192
 SWEEP_INTERVAL = 1.0
 
 FIRST_LOOK = 0.005
-"""Seconds until it is seen whether a client that sends no more is still there; the next looks double them."""
+"""Seconds until the first check whether a half-closed client is still there; doubles with each check."""
 LAST_LOOK = 1.0
 
 _PIECE = 16 << 10
-"""Bytes that the parser is fed at once: as far as a bound may be passed before anybody notices."""
+"""Bytes fed to the parser at once: how far a limit may be overshot before it is noticed."""
 _BYTES_ACKED = 120
 """Offset of tcpi_bytes_acked in Linux's struct tcp_info."""
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
-"""RFC 3986's host and port, roughly: nothing that begins a path, a query or a user name."""
+"""RFC 3986 host and port, roughly: no path, query or user name."""
 
 
 class Limits(NamedTuple):
-    """Seconds that a connection may take, and how many there are."""
+    """Time limits of connections in seconds, and their number."""
 
     head: float = 10.0
-    """From connecting, or from a later head's first byte, to the head's end."""
+    """From connecting, or from the first byte of a later head, to the end of the head."""
     reader: float = 60.0
-    """Without taking any of what waits to be sent."""
+    """Without reading any of the pending output."""
     unread_body: float = 30.0
-    """For the rest of a body whose request has its answer already."""
+    """For the rest of a body whose request has been answered."""
     goodbye: float = 2.0
-    """From an answer that ends a connection to its end. Closing at once could make the client lose the answer."""
+    """From the last answer of a connection to its close. Closing at once could lose the answer."""
     connections: int = MAX_CONNECTIONS
 
 
 class Connections:
-    """What the connections of a server have in common."""
+    """The connections of a server."""
 
     def __init__(self, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits or Limits()
@@ -79,7 +79,7 @@ class Connections:
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> BoundedHttpProtocol:
-        """The protocol of a new connection, as uvicorn makes it."""
+        """Creates the protocol of a new connection, for uvicorn."""
         return BoundedHttpProtocol(self, config, server_state, app_state, _loop)
 
     @property
@@ -87,23 +87,23 @@ class Connections:
         return len(self._open)
 
     def all(self) -> list[BoundedHttpProtocol]:
-        """Those that are open."""
+        """Number of open connections."""
         return list(self._open)
 
     def add(self, connection: BoundedHttpProtocol) -> None:
-        """A connection was made."""
+        """Registers a new connection."""
         self._open.add(connection)
         if self._timer is None:
             self._timer = connection.loop.call_later(SWEEP_INTERVAL, self._on_timer, connection.loop)
 
     def discard(self, connection: BoundedHttpProtocol) -> None:
-        """A connection is gone."""
+        """Removes a closed connection."""
         self._open.discard(connection)
 
     def sweep(self) -> None:
-        """Ends what took too long."""
+        """Closes connections that exceed a time limit."""
         now = self.clock()
-        # Near the bound, connections that nobody uses make room.
+        # Near the limit, idle connections are closed to make room.
         is_crowded = len(self._open) > self.limits.connections * 9 // 10
         for connection in self.all():
             connection.check(now, is_crowded=is_crowded)
@@ -124,7 +124,7 @@ class _Part(Enum):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Refuses requests whose parts are too large, too many or too slow, and those that could be read in two ways."""
+    """Rejects requests with parts that are too large, too many or too slow, and ambiguous ones."""
 
     def __init__(
         self,
@@ -138,31 +138,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._shared = shared
         self._part = _Part.HEAD
         self._since: float | None = shared.clock()
-        """When the head began. None between requests and in bodies."""
+        """Start time of the head. None between requests and in bodies."""
         self._head_bytes = 0
-        """Of the head, or of the trailers, as far as they were parsed."""
+        """Parsed bytes of the head or trailers."""
         self._num_trailers = 0
         self._bare_bytes = 0
-        """What came since the last request's end, the head's end or the last byte of a body."""
+        """Bytes since the end of the last request, the end of the head or the last body byte."""
         self._wire_bytes = 0
-        """What came since the head's end."""
+        """Bytes since the end of the head."""
         self._body_bytes = 0
         self._running: RequestResponseCycle | None = None
-        """The request that is answered; the base class only knows the last one that came."""
+        """The request being answered; the base class only knows the latest one received."""
         self._refusal: RequestError | None = None
-        """Set before an exception leaves a callback of the parser."""
+        """Set before a parser callback raises."""
         self._is_known_head = False
-        """The parser is told a head once more."""
+        """Whether a head is being replayed to the parser."""
         self._is_deaf = False
-        """What still comes is thrown away."""
+        """Whether further input is discarded."""
         self._ends_at: float | None = None
-        """When the connection is cut, if that is settled."""
+        """Time at which the connection is closed, if decided."""
         self._taken = 0
-        """Grows when the client takes something."""
+        """Increases when the client reads."""
         self._stuck_since: float | None = None
-        """Since when it did not, though there was something to take."""
+        """Since when it has not, despite pending output."""
         self._is_half_closed = False
-        """The client sends no more, but may wait for its answer."""
+        """Whether the client has half-closed the connection and may still wait for its answer."""
 
     # -- the connection ------------------------------------------------------------------------------------------
 
@@ -181,11 +181,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. If it waits for an answer the connection stays open until it has that.
+        """The client has stopped sending. If it waits for an answer, the connection stays open until it has it.
 
-        A client that is gone looks the same until something is sent to it: then its system answers that nobody is
-        there. So a client that has no part of its answer yet is sent ``100 Continue``, which says nothing and may come
-        before any answer. HTTP/1.0 has no such thing, and TLS no half of a connection: there it counts as gone.
+        A client that is gone looks the same until something is sent to it: then its system reports that nobody is
+        there. So a client without any part of its answer is sent ``100 Continue``, which is harmless and may precede
+        any answer. HTTP/1.0 has no such status, and TLS cannot be half-closed: there the client counts as gone.
         """
         if self._is_half_closed:
             return True
@@ -221,11 +221,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def check(self, now: float, *, is_crowded: bool = False) -> None:
-        """Ends the connection if it took too long.
+        """Closes the connection if it exceeds a time limit.
 
         Args:
-            now: On the clock of ``Connections``.
-            is_crowded: Others need its place, should nobody use it.
+            now: Time on the clock of ``Connections``.
+            is_crowded: Whether others need its place if it is idle.
         """
         limits = self._shared.limits
         if self._ends_at is not None and now >= self._ends_at:
@@ -238,12 +238,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if is_crowded and self._part is _Part.HEAD and self.timeout_keep_alive_task is not None:
                 self.transport.close()
         elif self.flow.read_paused:
-            self._since = now  # it is us who do not read
+            self._since = now  # we are not reading
         elif now - self._since >= limits.head:
             self._refuse_slow_head(limits.head)
 
     def _must_read(self) -> bool:
-        """Whether the client has an answer to read."""
+        """Whether there is output for the client to read."""
         is_answering = self._running is not None and not self._running.response_complete
         return is_answering or self.flow.write_paused or self.transport.is_closing()
 
@@ -251,7 +251,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         unsent = self.transport.get_write_buffer_size() + _unsent_by_kernel(self.transport)
         taken = _bytes_taken(self.transport)
         if taken is None:
-            # While writing is paused, what is not sent can only become less.
+            # While writing is paused, the unsent output can only shrink.
             taken = -unsent if self.flow.write_paused or self.transport.is_closing() else self._taken + 1
         if self._stuck_since is None or not unsent or taken != self._taken:
             self._taken, self._stuck_since = taken, now
@@ -262,9 +262,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._is_deaf or self.transport.is_closing():
             return
         if self._bare_bytes:
-            self._refuse(_error(408, f"the head of the request did not come within {seconds:g} s"))
+            self._refuse(_error(408, f"the request head did not arrive within {seconds:g} s"))
         else:
-            self.transport.close()  # a connection on stock, as browsers open them
+            self.transport.close()  # a spare connection, as browsers open them
 
     # -- what comes in -------------------------------------------------------------------------------------------
 
@@ -300,9 +300,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._refuse(_too_large())
 
     def _go_on_without_upgrade(self, rest: bytes | memoryview) -> None:
-        """A request asked for another protocol, as Java's client asks for HTTP/2. It is answered in this one.
+        """A request offered an upgrade, as Java's client does to HTTP/2. It is answered in HTTP/1.1.
 
-        The parser takes what follows such a head for the other protocol, so another parser reads it as what it is.
+        The parser treats what follows such a head as the other protocol, so a new parser takes over.
         """
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -334,7 +334,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._count_head(len(name) + len(value) + 4)
         if self._part is _Part.BODY:
-            # A trailer. Nobody here reads any, and among the headers it could pass for one.
+            # A trailer. None are used, and among the headers it could be mistaken for one.
             self._num_trailers += 1
             if self._num_trailers > MAX_HEADERS:
                 self._fail(_error(431, f"the request has more than {MAX_HEADERS} trailers"))
@@ -346,11 +346,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._is_known_head:
             self._is_known_head = False
-            self.cycle.more_body = True  # nobody has looked yet: its task begins after this turn of the loop
+            self.cycle.more_body = True  # its task starts only after this turn of the loop
         else:
             self._check_head()
             super().on_headers_complete()
-        # From here on, counts are those of body and trailers.
+        # From here on, counts are for the body and trailers.
         self._part = _Part.BODY
         self._since = None
         self._head_bytes = self._num_trailers = 0
@@ -365,7 +365,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._part = _Part.HEAD
         self._head_bytes = self._bare_bytes = 0
         if self._ends_at is not None and not self._is_deaf:
-            self._ends_at = None  # the rest of a body came that nobody wanted
+            self._ends_at = None  # the rest of an unwanted body has arrived
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -379,11 +379,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._fail(_error(505, f"HTTP/{version} is not supported; use HTTP/1.1"))
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (not hosts and version == "1.1"):
-            self._fail(_error(400, f"the request has {len(hosts)} Host headers; it needs one"))
+            self._fail(_error(400, f"the request must have exactly one Host header, got {len(hosts)}"))
         if hosts and not _HOST.fullmatch(hosts[0]):
-            self._fail(_error(400, "the Host header is not a host name"))
+            self._fail(_error(400, "the Host header is not a valid host name"))
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._fail(_error(400, f"more than {MAX_PIPELINED} requests wait on this connection"))
+            self._fail(_error(400, f"more than {MAX_PIPELINED} pipelined requests on this connection"))
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
@@ -391,14 +391,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._fail(_too_large())
 
     def _fail(self, error: RequestError) -> None:
-        """Ends the request that is parsed; for callbacks of the parser."""
+        """Rejects the request being parsed; for parser callbacks."""
         self._refusal = error
         raise error
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
     def _refuse(self, error: RequestError) -> None:
-        """Answers the request that is parsed, unless others before it have no answer yet, and ends the connection."""
+        """Answers the request being parsed, unless earlier ones are unanswered, and closes the connection."""
         if self._is_deaf or self.transport.is_closing():
             return
         cycle = self.cycle
@@ -407,7 +407,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if is_idle:
                 self._say_goodbye(error)
             else:
-                self._stop_listening()  # the connection ends with the answers that are under way
+                self._stop_listening()  # the connection closes after the answers in progress
         elif is_idle or cycle.response_started or self.pipeline:
             self._is_deaf = True
             self.transport.close()
@@ -417,7 +417,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._say_goodbye(error)
 
     def _stop_listening(self) -> None:
-        """The connection ends with the answer to the last request that came."""
+        """Closes the connection after the answer to the latest request."""
         self._is_deaf = True
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
@@ -444,11 +444,11 @@ def _error(status: int, message: str) -> RequestError:
 
 
 def _too_large() -> RequestError:
-    return _error(431, f"the head of the request, or what surrounds its body, is larger than {MAX_HEAD_BYTES} bytes")
+    return _error(431, f"the request head, or the framing of its body, is larger than {MAX_HEAD_BYTES} bytes")
 
 
 def _bytes_taken(transport: asyncio.Transport) -> int | None:
-    """Bytes that the peer's kernel acknowledged, which it does until its own buffer is full; None: it is not known."""
+    """Bytes that the peer's kernel has acknowledged, until its buffer is full; None: unknown."""
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return None
@@ -460,19 +460,19 @@ def _bytes_taken(transport: asyncio.Transport) -> int | None:
 
 
 def _is_hung_up(transport: asyncio.Transport) -> bool:
-    """Whether the peer neither sends nor reads. Loops do not tell once they have read the end of what it sent."""
+    """Whether the peer neither sends nor reads. Event loops do not report this after end of file."""
     poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), 0)  # hang-ups and errors are told unasked
+    poll.register(transport.get_extra_info("socket").fileno(), 0)  # hang-ups and errors are always reported
     return bool(poll.poll(0))
 
 
 def _unsent_by_kernel(transport: asyncio.Transport) -> int:
-    """Bytes that the kernel holds for the peer. It says late that there is room again: for megabytes on a fast line."""
+    """Bytes that the kernel holds for the peer. It reports free room late: for megabytes on a fast line."""
     sock = transport.get_extra_info("socket")
     if sock is None:
         return 0
     try:
         answer = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4)
     except OSError:
-        return 0  # not every system says so of every kind of socket
+        return 0  # not available on every system and socket type
     return int(struct.unpack("i", answer)[0])

@@ -1,4 +1,4 @@
-"""What stands between the socket and the endpoints: request scope, keys, draining."""
+"""Middleware between socket and endpoints: request scope, keys, draining."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from engine_core.launch import get_logger
 logger = get_logger()
 
 LARGE_BODY = 1 << 20
-"""Bytes of a body after which memory is given back to the system."""
+"""Body size in bytes above which memory is returned to the system."""
 
 _LABEL = re.compile(rb"[!-~]{1,128}")
-"""What is taken as X-Request-Id: it becomes part of ids and log lines."""
+"""Accepted values of X-Request-Id, which becomes part of ids and log lines."""
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -37,9 +37,9 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 class RequestScope:
-    """Gives each request an id, counts it, and answers what nobody else caught.
+    """Gives each request an id, counts it, and handles uncaught exceptions.
 
-    An exception after the answer began goes on to the server, which cuts the connection.
+    An exception after the answer has started propagates to the server, which closes the connection.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class RequestScope:
         """Prepares.
 
         Args:
-            app: What is wrapped.
-            traffic: Where requests are counted.
-            handler_names: Label of each endpoint function.
-            echo_ids: Send the id back as X-Request-Id.
-            log_requests: A line for each request.
+            app: The wrapped application.
+            traffic: Counts requests.
+            handler_names: Labels of endpoint functions.
+            echo_ids: Return the id as X-Request-Id.
+            log_requests: Log a line per request.
         """
         self._app = app
         self._traffic = traffic
@@ -87,7 +87,7 @@ class RequestScope:
         try:
             await self._app(scope, receive, send_counted)
         except ClientDisconnect:
-            pass  # nobody is left to be answered
+            pass  # nobody is left to answer
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if status:
@@ -109,15 +109,15 @@ def _request_id(scope: Scope) -> str:
 
 
 class AllowedHosts:
-    """Answers only requests for a name that is known to mean this server.
+    """Accepts only requests for a known name of this server.
 
-    A page whose own name is made to resolve to a loopback address (DNS rebinding) is no stranger to the browser, which
-    lets it read every answer. Its name in ``Host`` gives it away. Addresses are no names, so they pass; so does a
-    request without the header, which no browser sends.
+    A page whose own name resolves to a loopback address (DNS rebinding) has the server's origin to the browser, which
+    lets it read every answer. Its name in ``Host`` gives it away. IP addresses pass, and so do requests without the
+    header, which browsers always send.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
-        """Prepares. ``names`` are those that are allowed, without ports."""
+        """``names`` are the allowed names, without ports."""
         self._app = app
         self._names = frozenset(map(_host_name, names))
 
@@ -143,15 +143,15 @@ class AllowedHosts:
     def _refusal(host: str) -> RequestError:
         name = _host_name(host)[:128]
         return RequestError(
-            f"this server does not answer to the name {name!r} in the request's Host header; if it should, start it "
-            f"with --allowed-hosts {name} (or with '*' for any name)",
+            f"the host name {name!r} in the Host header is not allowed; to allow it, start the server with "
+            f"--allowed-hosts {name} (or '*' for any name)",
             status=403,
             kind=KINDS[403],
         )
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, or on the command line: without port, brackets and the dot of the root."""
+    """A host name without port, brackets and the trailing dot."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     name, _, port = host.rpartition(":")
@@ -161,7 +161,7 @@ def _host_name(host: str) -> str:
 
 
 def allowed_hosts(config: ServerConfig) -> list[str] | None:
-    """The names to which a server answers; None: any.
+    """The host names that a server answers to; None: any.
 
     By default that is any, unless everybody who reaches it may use it and that should be this machine alone.
     """
@@ -172,7 +172,7 @@ def allowed_hosts(config: ServerConfig) -> list[str] | None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen on."""
+    """Whether only this machine can reach the address to listen on."""
     if not host:
         return False  # all addresses
     try:
@@ -187,7 +187,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class UnderPrefix:
-    """Serves every path also under a prefix, for proxies that do not take it off."""
+    """Serves every path under a prefix as well, for proxies that do not strip it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app = app
@@ -195,15 +195,15 @@ class UnderPrefix:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope["root_path"] = self._prefix  # routes match without it
+            scope["root_path"] = self._prefix  # routes match without the prefix
         await self._app(scope, receive, send)
 
 
 class Guard:
-    """Stands before an endpoint: only clients with a key come in, and none while the server drains."""
+    """Guards an endpoint: only clients with a key may enter, and none while the server drains."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic, keys: Iterable[str], *, drains: bool = True) -> None:
-        """Prepares. Without ``drains`` it lets clients with a key in while the server drains."""
+        """Without ``drains`` clients with a key may enter while the server drains."""
         self._app = app
         self._traffic = traffic
         self._drains = drains
@@ -214,7 +214,7 @@ class Guard:
             name = self._find_key(scope)
             if name is None:
                 raise RequestError(
-                    "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
+                    "missing or invalid API key; send Authorization: Bearer KEY or x-api-key: KEY",
                     status=401,
                     kind=KINDS[401],
                 )
@@ -226,7 +226,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _find_key(self, scope: Scope) -> str | None:
-        """The short name of the key that a request has; None if it has no valid one."""
+        """The short name of a request's key; None without a valid one."""
         values = header_values(scope, b"authorization")
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         bearer = self._name_of(key.strip()) if scheme.lower() == b"bearer" else None
@@ -235,16 +235,16 @@ class Guard:
 
     def _name_of(self, key: bytes) -> str | None:
         given = hashlib.sha256(key).digest()
-        # All keys are compared, each in constant time: how long it takes tells nothing.
+        # Compares all keys, each in constant time, so that timing reveals nothing.
         matches = [name for digest, name in self._digests.items() if hmac.compare_digest(digest, given)]
         return matches[0] if matches and key else None
 
 
 class WhileConnected:
-    """Ends the work on a request whose client is gone, whatever it is at.
+    """Stops all work on a request whose client has disconnected.
 
-    From the end of the body on somebody listens for the end of the connection. An answer that waits for it is told;
-    before there is one, the request's task is cancelled.
+    Listens for the disconnect from the end of the body on. An answer that waits for it is notified; before there is
+    one, the request's task is cancelled.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -261,16 +261,16 @@ class WhileConnected:
         finally:
             connection.close()
             if connection.size > LARGE_BODY:
-                # What was made of it is many times as large, and the C library would keep it.
+                # The decoded body is many times as large, and the C library would keep the memory.
                 asyncio.get_running_loop().run_in_executor(None, release_memory)
 
 
 class _Connection:
-    """The receiving side of a request, watched from the end of its body on."""
+    """The receiving side of a request, watched for disconnects from the end of its body on."""
 
     def __init__(self, receive: Receive) -> None:
         self.is_lost = False
-        """The client is gone, and the request's task was cancelled for that."""
+        """Whether the request's task was cancelled because the client has disconnected."""
         self.size = 0
         """Bytes of the body so far."""
         self._receive = receive
@@ -303,6 +303,6 @@ class _Connection:
     def close(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
-        # A task keeps the frames in which it was cancelled. Without a way back from them to the task nothing goes round
-        # in a circle, and nothing is left for the garbage collector, which stops the whole server while it runs.
+        # A task keeps the frames in which it was cancelled. Without a reference from them to the task there is no
+        # cycle, and no work for the garbage collector, which stops the whole server while it runs.
         self._watcher = self._task = None

@@ -14,7 +14,7 @@ from api.version import VERSION
 
 class LoadResponse(msgspec.Struct, kw_only=True):
     server_load: int
-    """Completions that run or wait."""
+    """Unfinished completions, running or waiting."""
 
 
 class VersionResponse(msgspec.Struct, kw_only=True):
@@ -22,7 +22,7 @@ class VersionResponse(msgspec.Struct, kw_only=True):
 
 
 async def health(request: Request) -> Response:
-    """200 while requests are taken, 503 when the engine was given up or the server is about to stop."""
+    """200 while requests are accepted, 503 when the engine is dead or the server is shutting down."""
     serving: Serving = request.app.state.serving
     traffic: Traffic = request.app.state.traffic
     if serving.is_dead or traffic.is_draining:
@@ -31,29 +31,29 @@ async def health(request: Request) -> Response:
 
 
 async def ping(request: Request) -> Response:
-    """The same as /health."""
+    """Alias of /health."""
     return await health(request)
 
 
 async def livez(request: Request) -> Response:
-    """200 as long as this process works and the engine is not given up: also during restarts and the last requests."""
+    """200 as long as this process works and the engine is not dead for good, also during restarts and draining."""
     serving: Serving = request.app.state.serving
-    return _probe("the engine was given up" if serving.is_dead else "")
+    return _probe("the engine is dead" if serving.is_dead else "")
 
 
 async def readyz(request: Request) -> Response:
-    """200 while requests that come now are computed at once: 503 during a restart, and when the server is to stop."""
+    """200 while new requests are computed at once: 503 during an engine restart and shutdown."""
     serving: Serving = request.app.state.serving
     traffic: Traffic = request.app.state.traffic
     if serving.is_dead:
-        return _probe("the engine was given up")
+        return _probe("the engine is dead")
     if traffic.is_draining:
-        return _probe("the server is about to stop")
-    return _probe("" if serving.is_ready else "the engine restarts")
+        return _probe("the server is shutting down")
+    return _probe("" if serving.is_ready else "the engine is restarting")
 
 
 async def startupz(request: Request) -> Response:
-    """200 once the model is loaded, whatever happens after that."""
+    """200 from when the model is loaded."""
     return _probe("")
 
 

@@ -17,16 +17,16 @@ from api.server.openapi_fields import describe_fields
 from api.version import VERSION
 
 ERRORS = {
-    400: "The request cannot be served as it is.",
-    401: "No valid API key.",
-    403: "The server does not answer to the name in Host; see --allowed-hosts.",
-    404: "There is no such model.",
-    408: "The body came too slowly.",
+    400: "The request is invalid.",
+    401: "Missing or invalid API key.",
+    403: "The Host name is not allowed; see --allowed-hosts.",
+    404: "Unknown model.",
+    408: "The body arrived too slowly.",
     413: "The body is too large.",
-    422: "The request made the engine fail and is refused for a while.",
+    422: "The request crashed the engine and is rejected for a while.",
     429: "Too many requests are waiting.",
-    500: "The server is at fault.",
-    503: "The server is busy or about to stop.",
+    500: "Server error.",
+    503: "The server is busy or shutting down.",
 }
 _WITH_BODY_ONLY = (400, 408, 413, 422)
 _REF = "#/components/schemas/{name}"

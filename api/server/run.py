@@ -55,7 +55,7 @@ FILES_APART = 256
 """File descriptors that are no connections, at most."""
 FLUSH_TIMEOUT = 2.0
 """Seconds that answers which were ended have to reach their clients."""
-_HOST_ADVICE = "use 127.0.0.1 for this machine only, or 0.0.0.0 for all its addresses"
+_HOST_ADVICE = "use 127.0.0.1 for this machine only, or 0.0.0.0 for all addresses"
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -123,7 +123,7 @@ def check_tls(config: ServerConfig) -> None:
         hint = (
             ""
             if flag == "--ssl-ciphers"
-            else f"; PEM files are expected, the key ({config.ssl_keyfile}) without a passphrase"
+            else f"; expected PEM files, the key ({config.ssl_keyfile}) without a passphrase"
         )
         raise ConfigError(f"{flag} {path}: {error.strerror or error}{hint}") from error
 
@@ -143,7 +143,7 @@ def open_listener(config: ServerConfig) -> socket.socket:
         )
     except OSError as error:
         raise PortInUseError(
-            f"cannot listen on {where}: --host {config.host} is not known here ({error.strerror}); {_HOST_ADVICE}"
+            f"cannot listen on {where}: cannot resolve --host {config.host} ({error.strerror}); {_HOST_ADVICE}"
         ) from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
@@ -161,10 +161,10 @@ def open_listener(config: ServerConfig) -> socket.socket:
 def _advice(error: OSError, config: ServerConfig) -> str:
     """What to do when an address cannot be had."""
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"--host {config.host} is no address of this machine; {_HOST_ADVICE}"
+        return f"--host {config.host} is not an address of this machine; {_HOST_ADVICE}"
     if error.errno == errno.EACCES:
-        return "ports below 1024 need privileges; choose a higher one with --port"
-    return "choose another port with --port, or 0 for a free one"
+        return "ports below 1024 require privileges; choose a higher one with --port"
+    return "choose another port with --port, or 0 for any free one"
 
 
 def _open_unix(path: str) -> socket.socket:
@@ -172,14 +172,14 @@ def _open_unix(path: str) -> socket.socket:
     try:
         if os.path.exists(path):
             if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise PortInUseError(f"cannot listen on {path}: it is a file, but no socket")
+                raise PortInUseError(f"cannot listen on {path}: the path exists and is not a socket")
             with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
                 try:
                     probe.connect(path)
                 except ConnectionRefusedError:
                     os.unlink(path)  # left behind by a server that is gone
                 else:
-                    raise PortInUseError(f"cannot listen on {path}: another server does")
+                    raise PortInUseError(f"cannot listen on {path}: another server is listening there")
         listener.bind(path)
     except OSError as error:
         listener.close()
@@ -317,15 +317,15 @@ class _Run:
 
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
-            logger.warning("%s again: stopping now", signal.Signals(number).name)
+            logger.warning("%s again: exiting now", signal.Signals(number).name)
             self._stop_now.set()
         else:
-            logger.info("%s: stopping; once more to stop now", signal.Signals(number).name)
+            logger.info("%s: shutting down; send it again to exit now", signal.Signals(number).name)
             notify("STOPPING=1")
             self._stop.set()
 
     def _on_fatal(self, error: EngineDeadError) -> None:
-        logger.error("the engine was given up: %s", error)
+        logger.error("the engine is dead: %s", error)
         self._exit_code = error.exit_code
         self._stop.set()
 
@@ -346,7 +346,7 @@ class _Run:
         traffic.is_draining = True
         if self._client.dead is None and traffic.num_open:
             timeout = self._config.shutdown_timeout
-            logger.info("%d open requests have %g s to finish", traffic.num_open, timeout)
+            logger.info("waiting for %d open requests, up to %g s", traffic.num_open, timeout)
             idle = asyncio.ensure_future(traffic.wait_idle(timeout))
             now = asyncio.ensure_future(self._stop_now.wait())
             await asyncio.wait((idle, now), return_when=asyncio.FIRST_COMPLETED)

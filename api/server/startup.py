@@ -57,7 +57,7 @@ class StartupApp:
             await PlainTextResponse(self.status, status, {"Cache-Control": "no-store"})(scope, receive, send)
             return
         error = RequestError(
-            f"The model is not ready ({self.status}). Please try again soon.", status=503, kind=KINDS[503]
+            f"The model is not ready yet ({self.status}); try again soon.", status=503, kind=KINDS[503]
         )
         await error_response(error, scope)(scope, receive, send)
 

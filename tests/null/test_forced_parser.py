@@ -60,10 +60,10 @@ def test_who_is_forced() -> None:
     ("choice", "message"),
     [
         (named("nope"), "'nope'.* get_weather, edit, get_time"),
-        ({"type": "function"}, "None is not the name"),
-        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "no list"),
-        ({"type": "allowed_tools"}, "no list"),
-        ({}, "neither"),
+        ({"type": "function"}, "unknown tool None"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, "must have a list"),
+        ({"type": "allowed_tools"}, "must have a list"),
+        ({}, "must be 'function' or"),
     ],
 )
 def test_bad_choices(choice: Any, message: str) -> None:

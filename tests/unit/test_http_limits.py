@@ -401,7 +401,7 @@ async def test_bodies_that_stop(server: FakeServer) -> None:
             sent += 2000
             await until(lambda total=60_000 + second * 2001: budget.num_bytes == total)
             budget.sweep()
-        assert "body came to a stop" in refusal(await idle.rest(), 408)
+        assert "body stalled" in refusal(await idle.rest(), 408)
         # The window of the other one began with a lot.
         for _ in range(30):
             clock.now += 1

@@ -83,7 +83,7 @@ async def test_probes_tell_the_truth(api: Api) -> None:
     assert await probes() == [200, 200, 200]
     api.server.engine.is_restarting = True
     assert await probes() == [200, 503, 200]
-    assert (await api.get("/readyz")).text == "the engine restarts"
+    assert (await api.get("/readyz")).text == "the engine is restarting"
     assert (await api.get("/health")).status_code == 200  # requests are taken, and wait
     api.server.engine.is_restarting = False
     api.server.traffic.is_draining = True
@@ -91,7 +91,7 @@ async def test_probes_tell_the_truth(api: Api) -> None:
     api.server.traffic.is_draining = False
     api.server.engine.dead = EngineDeadError("it died too often")
     assert await probes() == [503, 503, 200]
-    assert (await api.get("/livez")).text == "the engine was given up"
+    assert (await api.get("/livez")).text == "the engine is dead"
 
 
 async def test_what_answers_while_the_model_loads() -> None:

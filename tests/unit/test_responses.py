@@ -411,7 +411,7 @@ def test_the_store_is_bounded() -> None:
         store.add(each)
     store.add(stored(10))
     assert kept(store) == [7, 8, 9], "what is being generated stays"
-    with pytest.raises(ValueError, match="in the background"):
+    with pytest.raises(ValueError, match="still in progress"):
         store.add(stored(11, status="queued"))
     running[0].response.status = "completed"
     store.update(running[0], [ChatMessage(role="user", content="x" * 50_000)])
