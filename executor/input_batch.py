@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,5 +100,3 @@ class ModelOutput:
 
     hidden: torch.Tensor
     """[num_tokens, hidden_size]."""
-    aux_hidden: list[torch.Tensor] = field(default_factory=list)
-    """Hidden states of inner layers that a proposer asked for."""
