@@ -1,4 +1,4 @@
-"""Drives several engines with the same loads, one after another on this machine, and prints how they compare.
+"""Runs several engines under the same loads, one at a time on this machine, and compares them.
 
     python scripts/bench_compare.py --model folder --json compare.json --plot compare.png \
         --engine 'other=SOME_VARIABLE=4 other/bin/python -m other.server --model {model} --port {port}'
@@ -40,7 +40,7 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Load:
-    """One load and the figure that is taken from it."""
+    """One load and its figure of merit."""
 
     name: str
     unit: str
@@ -49,7 +49,7 @@ class Load:
     """Path in ``Result.summary()``."""
     higher_is_better: bool = False
     repeats: int = 3
-    """Runs with other prompts; the median counts."""
+    """Runs with different prompts; the median counts."""
 
     def value(self, result: Result) -> float:
         node: Any = result.summary()
@@ -117,8 +117,8 @@ def measure(engine: Engine, loads: Sequence[Load], seed: int) -> dict[str, Any]:
     """All figures of one engine, which is started and stopped.
 
     Raises:
-        RuntimeError: It did not start.
-        OSError: It did not answer.
+        RuntimeError: The engine did not start.
+        OSError: The engine did not answer.
     """
     server = Server(engine.command, engine.env)
     try:
@@ -196,14 +196,14 @@ def plot(figures: dict[str, dict[str, Any]], loads: Sequence[Load], file: Path) 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare engines on this machine.")
     add = parser.add_argument
-    add("--model", required=True, help="folder of the model, for every engine")
+    add("--model", required=True, help="model folder, for every engine")
     add(
-        "--engine", action="append", default=[], metavar="NAME=COMMAND", help="another engine, see the top of this file"
+        "--engine", action="append", default=[], metavar="NAME=COMMAND", help="another engine; see the top of this file"
     )
-    add("--octavo-flags", default="", help="more flags of Octavo, as one string")
-    add("--only", nargs="*", default=[], metavar="TEXT", help="loads whose names contain one of these texts")
+    add("--octavo-flags", default="", help="additional flags for Octavo, as one string")
+    add("--only", nargs="*", default=[], metavar="TEXT", help="only loads whose names contain one of these strings")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
     arguments = parser.parse_args()
     loads = [load for load in LOADS if not arguments.only or any(text in load.name for text in arguments.only)]

@@ -36,14 +36,14 @@ from ops.cpu.instructions import kv_shapes
 from ops.dispatch import Spec, StepInput
 
 STREAM_BYTES = 256 << 20
-"""What a kernel's copies of weights or caches take together: more than any cache holds."""
+"""Total size of a kernel's copies of weights or caches: more than any CPU cache holds."""
 MAX_COPIES = 64
 BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a model that kernels see."""
+    """The model dimensions that matter to kernels."""
 
     hidden: int
     heads: int
@@ -73,16 +73,16 @@ class Case:
     shape: str
     num_bytes: int
     operations: int
-    """Multiplications and additions, counted apart."""
+    """Multiplications and additions, counted separately."""
     run: Callable[[], object]
     calls: int
-    """Kernels that ``run`` calls."""
+    """Number of kernels that ``run`` calls."""
     torch_run: Callable[[], object] | None = None
     torch_calls: int = 1
 
 
 class Bench:
-    """Makes the cases of one model and type."""
+    """Creates the cases of one model and dtype."""
 
     def __init__(self, model: Model, dtype: torch.dtype, threads: int) -> None:
         self.model = model
@@ -261,7 +261,7 @@ def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def best_time(run: Callable[[], object], seconds: float) -> float:
-    """The shortest of the times that ``run`` takes."""
+    """The shortest time of several calls of ``run``."""
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="576", help="hidden size of the model (default: 576)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds per measurement")
     parser.add_argument("--no-torch", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -305,7 +305,7 @@ def main() -> None:
         for case in getattr(bench, name)():
             read = bandwidth()
             seconds = best_time(case.run, options.seconds) / case.calls
-            read = max(read, bandwidth())  # neighbours come and go: the floor is that of the better moment
+            read = max(read, bandwidth())  # other load comes and goes: take the best bandwidth seen
             floor = max(case.num_bytes / read, case.operations / peak)
             line = f"{case.kernel:20} {case.shape:26} {seconds * 1e6:9.1f} {case.num_bytes / seconds / 1e9:6.1f}"
             line += f" {case.operations / seconds / 1e9:8.0f} {floor * 1e6:9.1f}"

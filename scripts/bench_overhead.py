@@ -1,9 +1,9 @@
-"""Measures what the stack costs without a model: the real server with a modelled device behind it.
+"""Measures the overhead of the stack without a model: the real server on a simulated device.
 
     python scripts/bench_overhead.py                                  # 256 clients, as fast as the stack can
-    python scripts/bench_overhead.py --rate 20000                     # the device makes that many tokens a second
-    python scripts/bench_overhead.py --clients 512 --rate 28000 --bar 25000 --json overhead.json
-    python scripts/bench_overhead.py -- --model folder --max-num-seqs 512
+    python scripts/bench_overhead.py --rate 20000                     # a device of this many tokens per second python
+    scripts/bench_overhead.py --clients 512 --rate 28000 --bar 25000 --json overhead.json python
+    scripts/bench_overhead.py -- --model folder --max-num-seqs 512
 
 Without ``--rate`` the device is so fast (``--step-us``) that it is never what limits: clients get tokens as fast as the
 stack can bring them, and events that are ready together share a write. With it, steps come at the pace of a device
@@ -61,14 +61,14 @@ RECENT = 800
 START_TIMEOUT = 120.0
 """Seconds until every client has had an event."""
 BAR = 15000.0
-"""Tokens per second through the whole stack that are expected of it."""
+"""Tokens per second expected of the whole stack."""
 PLANNING_BAR_MS = 1.5
 PLANNING_RUNNING = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the load process is told."""
+    """Parameters of the load process."""
 
     port: int
     clients: int
@@ -77,25 +77,25 @@ class Load:
     duration: float
     """Seconds to measure."""
     bodies: list[str]
-    """A request of each client, which it repeats."""
+    """One request per client, which it repeats."""
     path: str
     extra_events: int
     """Events of a response that carry no token."""
     pids: dict[str, int]
-    """Processes whose processor time is taken, by name."""
+    """Processes whose CPU time is measured, by name."""
 
 
 # -- the load process ------------------------------------------------------------------------------------------
 
 
 class Counters:
-    """What all clients of the load process write into."""
+    """Counters shared by all clients of the load process."""
 
     def __init__(self, num_clients: int) -> None:
         self.ready = asyncio.Event()
-        """Every client had an event, or one failed."""
+        """Set when every client has had an event, or one has failed."""
         self.num_waiting = num_clients
-        """Clients that had no event yet."""
+        """Number of clients without an event yet."""
         self.is_measuring = False
         self.events = 0
         self.segments = 0
@@ -110,7 +110,7 @@ class Counters:
         self.token_events = 0
         """The events of the same responses that carry tokens."""
         self.mismatches = 0
-        """Responses with another number of events than tokens."""
+        """Number of responses whose events and tokens differ in number."""
         self.errors: list[str] = []
 
     def start(self) -> None:
@@ -356,7 +356,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_load(load: Load) -> dict[str, Any]:
-    """Runs ``generate`` in a process of its own.
+    """Runs ``generate`` in a separate process.
 
     Raises:
         RuntimeError: It failed.
@@ -369,7 +369,7 @@ def run_load(load: Load) -> dict[str, Any]:
             json.dumps(asdict(load)).encode(), load.warmup + load.duration + 2 * START_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError("the load process does not end") from None
+        raise RuntimeError("the load process did not exit") from None
     finally:
         end_process(process)
     if process.returncode:
@@ -411,22 +411,28 @@ def format_report(figures: dict[str, Any]) -> str:
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure the stack's own cost with a modelled device.")
     add = parser.add_argument
-    add("--clients", type=int, default=256, metavar="N", help="streams that are open at the same time")
-    add("--duration", type=float, default=10.0, metavar="SECONDS", help="time to measure")
-    add("--warmup", type=float, default=2.0, metavar="SECONDS", help="time before, once all clients have had an event")
-    add("--step-us", type=float, default=1000.0, metavar="X", help="time of a step of the device in microseconds")
-    add("--rate", type=float, metavar="R", help="tokens per second that the device makes, instead of --step-us")
+    add("--clients", type=int, default=256, metavar="N", help="number of concurrent streams")
+    add("--duration", type=float, default=10.0, metavar="SECONDS", help="measured time")
+    add("--warmup", type=float, default=2.0, metavar="SECONDS", help="warm-up time after every client has had an event")
+    add("--step-us", type=float, default=1000.0, metavar="X", help="time per step of the device in microseconds")
+    add("--rate", type=float, metavar="R", help="tokens per second of the device, instead of --step-us")
     add("--endpoint", choices=("completions", "chat"), default="completions")
     add("--input-len", type=int, default=32, metavar="N", help="prompt tokens")
-    add("--output-len", type=int, default=256, metavar="N", help="tokens of a response, half more or less")
-    add("--vocab-size", type=int, default=49152, metavar="N", help="ids that the tokenizer knows (the demo model's)")
+    add("--output-len", type=int, default=256, metavar="N", help="mean tokens per response, varied by half")
+    add(
+        "--vocab-size",
+        type=int,
+        default=49152,
+        metavar="N",
+        help="vocabulary size of the tokenizer (default: the demo model's)",
+    )
     add("--seed", type=int, default=0)
     add("--bar", type=float, metavar="R", help=f"tokens per second to reach (default: {BAR:.0f}, or 90 %% of --rate)")
     add("--strict", action="store_true", help="exit with 1 when a bar is missed")
-    add("--label", default="", help="name of the run")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--compare", type=Path, metavar="OLD.json", help="print ratios to an earlier run")
-    add("server_flags", nargs="*", metavar="-- FLAGS", help="flags of the server")
+    add("--label", default="", help="label of the run")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    add("--compare", type=Path, metavar="OLD.json", help="print ratios against an earlier run")
+    add("server_flags", nargs="*", metavar="-- FLAGS", help="server flags")
     return parser
 
 

@@ -1,9 +1,9 @@
-"""Measures what a server does with ten times the requests that it can serve, on a modelled device.
+"""Measures a server under ten times the load that it can serve, on a simulated device.
 
     python scripts/bench_overload.py                                  # a minute of warm-up, three of overload
     python scripts/bench_overload.py --warmup 20 --duration 30        # a shorter look
-    python scripts/bench_overload.py --by user --json overload.json   # users of no key, instead of keys
-    python scripts/bench_overload.py -- --max-num-queued-reqs 100     # more flags of the server
+    python scripts/bench_overload.py --by user --json overload.json   # users without keys, instead of keys python
+    scripts/bench_overload.py -- --max-num-queued-reqs 100     # additional server flags
 
 First requests come as fast as the device can serve them, then ten times as fast: one tenant sends ten times as many as
 each of fifteen others. Requests come whether or not others were answered; who is refused does not try again. Measured
@@ -45,17 +45,17 @@ MAX_REFUSAL_MS = 50.0
 MIN_GOODPUT = 0.9
 MIN_JAIN = 0.95
 FACTOR = 10
-"""Requests of the heavy tenant for each of a light one."""
+"""Requests of the heavy tenant per request of a light one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the load process is told."""
+    """Parameters of the load process."""
 
     port: int
     path: str
     rate: float
-    """Requests a second that the device can serve."""
+    """Requests per second that the device can serve."""
     overload: float
     warmup: float
     duration: float
@@ -68,11 +68,11 @@ class Load:
     output_len: int
     seed: int
     pids: dict[str, int]
-    """Processes whose memory is looked at, by name."""
+    """Processes whose memory is measured, by name."""
 
 
 class Window:
-    """What is counted from now on."""
+    """Counters of one measurement window."""
 
     def __init__(self, num_tenants: int) -> None:
         self.begin = time.perf_counter()
@@ -85,9 +85,9 @@ class Window:
         self.first_events = array("d")
         self.retry_after = array("d")
         self.late = 0.0
-        """Seconds that the load process was late at most."""
+        """Largest delay of the load process in seconds."""
         self.lost = 0
-        """Connections that broke off."""
+        """Number of lost connections."""
 
     def close(self) -> Window:
         self.seconds = time.perf_counter() - self.begin
@@ -99,7 +99,7 @@ class Window:
 
 
 class Client(asyncio.Protocol):
-    """A connection: one request after another, each for whatever tenant."""
+    """A connection that carries one request at a time, for any tenant."""
 
     def __init__(self, load: _Run) -> None:
         self._run = load
@@ -218,7 +218,7 @@ class _Run:
         client.send(tenant, self.request(tenant))
 
     async def drive(self, rate: float, seconds: float, choose: Callable[[], int]) -> None:
-        """Sends requests at random times, so many a second on average."""
+        """Sends requests at random times, at this average rate per second."""
         now = time.perf_counter()
         end = now + seconds
         due = now
@@ -354,7 +354,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_load(load: Load) -> dict[str, Any]:
-    """Runs the load in a process of its own.
+    """Runs the load in a separate process.
 
     Raises:
         RuntimeError: It failed.
@@ -366,7 +366,7 @@ def run_load(load: Load) -> dict[str, Any]:
         seconds = load.baseline + load.warmup + load.duration + 60
         output, _ = process.communicate(json.dumps(asdict(load)).encode(), seconds)
     except subprocess.TimeoutExpired:
-        raise RuntimeError("the load process does not end") from None
+        raise RuntimeError("the load process did not exit") from None
     finally:
         end_process(process)
     if process.returncode:
@@ -413,21 +413,27 @@ def verdicts(figures: dict[str, Any]) -> dict[str, bool]:
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure a server under overload, with a modelled device.")
     add = parser.add_argument
-    add("--overload", type=float, default=10.0, metavar="X", help="times the requests that the device can serve")
-    add("--duration", type=float, default=180.0, metavar="SECONDS", help="time to measure")
-    add("--warmup", type=float, default=60.0, metavar="SECONDS", help="time of overload before")
-    add("--baseline", type=float, default=30.0, metavar="SECONDS", help="time without overload before that")
-    add("--slots", type=int, default=64, metavar="N", help="requests that run at the same time")
-    add("--step-us", type=float, default=25000.0, metavar="X", help="time of a step of the device in microseconds")
-    add("--input-len", type=int, default=32, metavar="N", help="words of a prompt")
-    add("--output-len", type=int, default=64, metavar="N", help="tokens of an output")
+    add("--overload", type=float, default=10.0, metavar="X", help="load as a multiple of what the device can serve")
+    add("--duration", type=float, default=180.0, metavar="SECONDS", help="measured time")
+    add("--warmup", type=float, default=60.0, metavar="SECONDS", help="overload before the measurement")
+    add("--baseline", type=float, default=30.0, metavar="SECONDS", help="time without overload before the warm-up")
+    add("--slots", type=int, default=64, metavar="N", help="maximum number of running requests")
+    add("--step-us", type=float, default=25000.0, metavar="X", help="time per step of the device in microseconds")
+    add("--input-len", type=int, default=32, metavar="N", help="words per prompt")
+    add("--output-len", type=int, default=64, metavar="N", help="tokens per output")
     add("--tenants", type=int, default=16, metavar="N", help=f"the first sends {FACTOR} times as much as each other")
-    add("--by", choices=("key", "user"), default="key", help="what tells tenants apart")
-    add("--vocab-size", type=int, default=49152, metavar="N", help="ids that the tokenizer knows (the demo model's)")
+    add("--by", choices=("key", "user"), default="key", help="how tenants are identified")
+    add(
+        "--vocab-size",
+        type=int,
+        default=49152,
+        metavar="N",
+        help="vocabulary size of the tokenizer (default: the demo model's)",
+    )
     add("--seed", type=int, default=0)
     add("--strict", action="store_true", help="exit with 1 when a bar is missed")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("server_flags", nargs="*", metavar="-- FLAGS", help="flags of the server")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    add("server_flags", nargs="*", metavar="-- FLAGS", help="server flags")
     return parser
 
 

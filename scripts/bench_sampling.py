@@ -1,8 +1,8 @@
-"""How long sampling takes: microseconds per row, beside the usual way to do it in torch.
+"""Times sampling in microseconds per row, compared with the usual torch implementation.
 
     python scripts/bench_sampling.py --vocab-size 49152 151936 --rows 1 32
 
-Prints the best of many runs, so that neighbours on the machine disturb little.
+Prints the best of many runs, to reduce the influence of other load.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def sample_with_sort(logits: torch.Tensor, params: ResolvedParams) -> torch.Tens
 
 
 def microseconds(run: Callable[[], object], seconds: float) -> float:
-    """Best of the runs that fit into a time, three at least."""
+    """Best of the runs that fit into a time, at least three."""
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
     while count < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
@@ -74,7 +74,7 @@ def microseconds(run: Callable[[], object], seconds: float) -> float:
 
 
 def step(rows: int, vocab_size: int, params: ResolvedParams, logits: torch.Tensor) -> Callable[[], object]:
-    """A step of requests that all want the same."""
+    """A step of requests with identical parameters."""
     sampler = Sampler(rows)
     states = RequestStates(rows, 2 * PROMPT_TOKENS, [])
     states.token_ids[:] = np.random.default_rng(0).integers(0, vocab_size, states.token_ids.shape)
@@ -90,10 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[49152, 151936])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds per measurement")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--capability", help="amx, avx512bf16, avx512, avx2 or portable; default: the best")
-    parser.add_argument("--no-torch", action="store_true", help="leave out the slow comparison")
+    parser.add_argument("--no-torch", action="store_true", help="skip the slow comparison")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.capability is not None:

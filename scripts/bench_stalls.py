@@ -1,7 +1,7 @@
-"""Measures how long one request, however hostile, keeps all others waiting, and what memory it leaves behind.
+"""Measures how long a single hostile request stalls all others, and how much memory it leaves behind.
 
     python scripts/bench_stalls.py                        # every row
-    python scripts/bench_stalls.py --rows stop,messages   # rows whose names begin so
+    python scripts/bench_stalls.py --rows stop,messages   # rows whose names have these prefixes
     python scripts/bench_stalls.py --json stalls.json -- --max-num-seqs 512
 
 The real server runs with a modelled device. While each request is sent and answered, a process of its own reads one
@@ -32,7 +32,7 @@ from processes import Server, end_process, signals_as_exceptions, start_process
 TARGET_MS = 50.0
 TARGET_MIB = 200.0
 SETTLE = 1.0
-"""Seconds after a row before memory is looked at."""
+"""Seconds to wait after a row before measuring memory."""
 TIMEOUT = 120.0
 STREAM = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4000, "ignore_eos": True, "stream": True}
 MESSAGE = {"role": "user", "content": "x"}
@@ -169,28 +169,28 @@ def _format(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class Silence:
-    """The longest time without a sign of life."""
+    """Tracks the longest time without a sign of life."""
 
     def __init__(self) -> None:
         self._last = 0.0
         self.longest = 0.0
 
     def sign(self) -> None:
-        """Something came."""
+        """Records a sign of life."""
         now = time.perf_counter()
         if self._last:
             self.longest = max(self.longest, now - self._last)
         self._last = now
 
     def take(self) -> float:
-        """The longest silence since the last time, one that still goes on included."""
+        """The longest silence since the last call, including one still in progress."""
         longest = max(self.longest, time.perf_counter() - self._last)
         self.longest = 0.0
         return longest
 
 
 async def read_stream(port: int, silence: Silence) -> None:
-    """Reads one stream after the other; the time between two does not count."""
+    """Reads one stream after another; the time between streams does not count."""
     body = json.dumps(STREAM)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     while True:
@@ -202,7 +202,7 @@ async def read_stream(port: int, silence: Silence) -> None:
 
 
 async def ask_health(port: int, silence: Silence) -> None:
-    """Asks again as soon as there is an answer."""
+    """Polls, sending the next request as soon as the last is answered."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while True:
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -228,7 +228,7 @@ async def probe(port: int) -> None:
 
 
 class Prober:
-    """The process that looks for silences."""
+    """The process that measures silences."""
 
     def __init__(self, port: int) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--probe", str(port)]
@@ -256,7 +256,7 @@ def _write(pipe: IO[bytes], data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What one request did."""
+    """The effects of one request."""
 
     name: str
     megabytes: float
@@ -267,9 +267,9 @@ class Result:
     """Longest silence of the stream."""
     health_ms: float
     peak_mib: float
-    """Memory that the api grew by at most."""
+    """Peak growth of the api's memory."""
     kept_mib: float
-    """Memory that it grew by for good."""
+    """Lasting growth of the api's memory."""
     answer: str
 
     @property
@@ -373,11 +373,13 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="Only rows whose names begin so, separated by commas.")
-    parser.add_argument("--step-us", type=float, default=5000.0, help="Time of a step of the modelled device.")
-    parser.add_argument("--json", type=Path, help="Where results go.")
+    parser.add_argument("--rows", default="", help="Only rows whose names have these prefixes, separated by commas.")
+    parser.add_argument(
+        "--step-us", type=float, default=5000.0, help="Time per step of the simulated device in microseconds."
+    )
+    parser.add_argument("--json", type=Path, help="Write results to this file.")
     parser.add_argument("--probe", type=int, metavar="PORT", help=argparse.SUPPRESS)
-    parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="More flags of the server.")
+    parser.add_argument("server_flags", nargs="*", metavar="-- FLAG", help="Additional server flags.")
     arguments = parser.parse_args()
     if arguments.probe is not None:
         asyncio.run(probe(arguments.probe))

@@ -1,4 +1,4 @@
-"""Measures how long a server takes from its start to its first token over HTTP, and how much memory it then holds.
+"""Measures the time from a server's start to its first token over HTTP, and its memory at that point.
 
     python scripts/bench_startup.py --model folder                       # kernels cached
     python scripts/bench_startup.py --model folder --empty-cache         # kernels compiled anew each time
@@ -69,12 +69,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the start of a server.")
     add = parser.add_argument
     add("--model", default="", help="model of Octavo (default: the demo model)")
-    add("--command", help="command line of another server; {port} becomes its port")
-    add("--runs", type=int, default=5, help="starts to measure, after one that is not counted")
+    add("--command", help="command line of another server; {port} is replaced by its port")
+    add("--runs", type=int, default=5, help="measured starts, after one that is not counted")
     add("--empty-cache", action="store_true", help="give every start an empty kernel cache")
     add("--weights", type=Path, nargs="*", default=[], help="files whose size is shown beside the memory")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("server_flags", nargs="*", metavar="-- FLAGS", help="more flags of Octavo")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    add("server_flags", nargs="*", metavar="-- FLAGS", help="additional flags for Octavo")
     arguments = parser.parse_args()
     if arguments.command:
         command = shlex.split(arguments.command)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times whole steps of a model on this machine, without server and scheduler, against their floor.
+"""Times whole steps of a model on this machine, without server or scheduler, against their floor.
 
     python scripts/bench_step.py --model folder                        decode, 1 to 64 requests
     python scripts/bench_step.py --model folder --decode 16 --context 1024
@@ -38,7 +38,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Steps:
-    """A worker in this process, and plans for it."""
+    """A worker in this process, with plans for it."""
 
     def __init__(self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int) -> None:
         path = Path(model)
@@ -91,7 +91,7 @@ class Steps:
 
 
 class Clock:
-    """Adds up the time that is spent in a function."""
+    """Accumulates the time spent in a function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -113,12 +113,12 @@ def main() -> None:
         "--dtype",
         default="auto",
         choices=get_args(DType),
-        help="type of weights and activations (default: the model's)",
+        help="dtype of weights and activations (default: the model's)",
     )
     add("--decode", type=int, nargs="*", default=[1, 4, 8, 16, 32, 64], help="requests that get one token each")
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")
-    add("--steps", type=int, default=60, help="decode steps of a measurement")
+    add("--steps", type=int, default=60, help="decode steps per measurement")
     options = parser.parse_args()
     kernels = library.chosen()
     if kernels is None:

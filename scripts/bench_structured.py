@@ -1,4 +1,4 @@
-"""Measures what a constrained request costs more per token than a free one, over HTTP, in one run of one server.
+"""Measures the extra cost per token of constrained requests over free ones, over HTTP, in one run of one server.
 
     python scripts/bench_structured.py                                  # the demo model
     python scripts/bench_structured.py --streams 16 --rounds 5 -- --model folder --dtype bfloat16
@@ -101,10 +101,10 @@ async def run(url: str, arguments: argparse.Namespace) -> dict[str, list[float]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens per stream")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--against", help="URL of a server that runs already")
-    parser.add_argument("flags", nargs="*", help="flags of the server, after --")
+    parser.add_argument("--against", help="URL of a running server")
+    parser.add_argument("flags", nargs="*", help="server flags, after --")
     arguments = parser.parse_args()
     with signals_as_exceptions():
         if arguments.against:

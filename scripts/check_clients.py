@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Clients of OpenAI's API, unmodified, against a running server.
+"""Runs unmodified clients of OpenAI's API against a server.
 
 Each client is installed into an environment of its own below --folder, and its script in ``scripts/clients`` runs
 there: what it asserts is what its users rely on. Python clients come from PyPI, openai-node from npm; lm-eval sees the
@@ -209,7 +209,7 @@ def main() -> int:
     arguments = parser.parse_args()
     unknown = set(arguments.clients) - set(names)
     if unknown:
-        parser.error(f"unknown clients: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"unknown clients: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     chosen = [client for client in CLIENTS if not arguments.clients or client.name in arguments.clients]
     if arguments.url:

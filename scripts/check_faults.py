@@ -36,7 +36,7 @@ PATIENCE = 120.0
 
 
 class Stream(threading.Thread):
-    """One seeded stream and what came of it."""
+    """One seeded stream and its result."""
 
     def __init__(self, port: int, number: int, max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ class Stream(threading.Thread):
 
 @dataclass
 class Kill:
-    """One of them, and how it went."""
+    """One kill and its outcome."""
 
     target: str
     signal: str
@@ -211,12 +211,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=400, help="of each stream; longer ones see more kills")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--max-tokens", type=int, default=400, help="tokens per stream; longer streams see more kills")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the times of kills")
     parser.add_argument("--targets", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS))
     parser.add_argument("--model", default="", help="default: the demo model")
-    parser.add_argument("--tiny", action="store_true", help="a model of random weights")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model with random weights")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT = 600.0
-"""Seconds that a server has until it takes requests; some compile first."""
+"""Seconds until a server must accept requests; some compile first."""
 STOP_TIMEOUT = 20.0
-"""Seconds that a server has to end after it was asked to."""
+"""Seconds that a server has to exit when asked to."""
 
 
 def processor_seconds(pids: dict[str, int]) -> dict[str, float]:
@@ -34,13 +34,13 @@ def processor_seconds(pids: dict[str, int]) -> dict[str, float]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process has in use."""
+    """Resident memory of a process."""
     fields = _stat(pid)
     return int(fields[21]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
 
 def proportional_bytes(pid: int) -> int:
-    """Memory of a process, of shared pages its share (PSS)."""
+    """Proportional set size (PSS) of a process."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -93,14 +93,14 @@ class Server:
         return sum(proportional_bytes(pid) for pid in (self._process.pid, *(child for child, _ in children)))
 
     def wait_ready(self, path: str = "/health", interval: float = 0.1) -> None:
-        """Waits until requests are taken.
+        """Waits until the server accepts requests.
 
         Args:
-            path: What answers 200 then.
-            interval: Seconds between two looks.
+            path: Path that answers 200 once it does.
+            interval: Seconds between checks.
 
         Raises:
-            RuntimeError: It ended, or did not get ready in time.
+            RuntimeError: The server exited or was not ready in time.
         """
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
@@ -118,12 +118,12 @@ class Server:
         raise RuntimeError(f"the server is not ready after {START_TIMEOUT:.0f} s:\n{self.log()}")
 
     def log(self) -> str:
-        """The end of what the server wrote."""
+        """The tail of the server's output."""
         self._log.seek(0)
         return self._log.read()[-4000:].decode("utf-8", "replace")
 
     def stop(self) -> None:
-        """Ends the server and whatever it started."""
+        """Stops the server and all its descendants."""
         self._known |= descendants(self._process.pid)
         end_process(self._process)
         deadline = time.monotonic() + STOP_TIMEOUT
@@ -148,7 +148,7 @@ def start_process(command: list[str], env: dict[str, str] | None = None, **optio
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, and ends it if it does not."""
+    """Asks a process to exit, and kills it if it does not."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -177,7 +177,7 @@ def is_alive(pid: int, started: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody uses at the moment."""
+    """A currently unused port on the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

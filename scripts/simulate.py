@@ -53,7 +53,7 @@ from executor.simulated import FIRST_TOKEN_ID, DeviceModel
 F64 = npt.NDArray[np.float64]
 
 STOP_TOKEN_ID = 2
-"""Requests stop at this token, which the device never samples: they run to their length, at the usual cost."""
+"""Stop token of all requests, which the device never samples: they run to full length, at the usual cost."""
 BUCKETS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
 """Lower bounds of the running counts by which step costs are shown."""
 
@@ -78,7 +78,7 @@ def read_trace(path: Path, limit: int | None = None, speedup: float = 1.0) -> li
 
     Raises:
         KeyError: A column is missing.
-        ValueError: A field is no number or no time.
+        ValueError: A field is not a valid number or time.
     """
     requests: list[TraceRequest] = []
     first: datetime | None = None
@@ -150,7 +150,7 @@ class PromptMaker:
 
 
 def make_request(index: int, prompt: npt.NDArray[np.int32], num_output_tokens: int, arrival: float = 0.0) -> Request:
-    """A request as the engine core gets it."""
+    """A request as the engine core receives it."""
     return Request(
         EngineCoreRequest(
             request_id=str(index),
@@ -232,7 +232,7 @@ class Simulation:
         self.scheduler = Scheduler(config.scheduler, config.cache, shape, self.max_model_len)
         self.costs = StepCosts()
         self.num_clipped = 0
-        """Requests that were shortened to fit the model's length."""
+        """Number of requests shortened to the model's length."""
         self.busy = 0.0
         """Virtual seconds in which the device computed."""
         self.now = 0.0
@@ -523,21 +523,27 @@ def create_parser() -> argparse.ArgumentParser:
     """The command line: the workload's flags, then those of the engine."""
     parser = argparse.ArgumentParser(description="Replay requests through the scheduler in virtual time.")
     add = parser.add_argument
-    add("trace", nargs="?", type=Path, help="CSV file; without it requests are made up")
-    add("--num-requests", type=int, metavar="N", help="default: all of the trace, or 1000 made-up ones")
+    add("trace", nargs="?", type=Path, help="CSV file; default: synthetic requests")
+    add("--num-requests", type=int, metavar="N", help="default: the whole trace, or 1000 synthetic requests")
     add("--speedup", type=float, default=1.0, metavar="X", help="divide the time between arrivals of the trace")
-    add("--rate", type=float, default=10.0, metavar="R", help="arrivals per second of made-up requests")
-    add("--mean-prompt", type=float, default=1000.0, metavar="N", help="prompt tokens of made-up requests")
-    add("--mean-output", type=float, default=200.0, metavar="N", help="output tokens of made-up requests")
-    add("--shared-fraction", type=float, default=0.0, metavar="X", help="share of prompts with a common prefix, 0 to 1")
+    add("--rate", type=float, default=10.0, metavar="R", help="arrivals per second of synthetic requests")
+    add("--mean-prompt", type=float, default=1000.0, metavar="N", help="mean prompt tokens of synthetic requests")
+    add("--mean-output", type=float, default=200.0, metavar="N", help="mean output tokens of synthetic requests")
+    add(
+        "--shared-fraction",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="fraction of prompts with a common prefix, 0 to 1",
+    )
     add("--prefix-len", type=int, default=256, metavar="N", help="tokens of a common prefix")
-    add("--num-prefixes", type=int, default=4, metavar="N", help="different common prefixes")
+    add("--num-prefixes", type=int, default=4, metavar="N", help="number of common prefixes")
     add("--seed", type=int, default=0)
-    add("--charge-python", action="store_true", help="let the scheduler's Python take virtual time")
+    add("--charge-python", action="store_true", help="charge the scheduler's Python time to virtual time")
     add("--steady", type=int, metavar="N", help="measure steady decode of N requests instead")
     add("--steps", type=int, default=1000, metavar="N", help="steps to measure with --steady")
     add("--window", type=int, metavar="N", help="with --steady: a sliding window of N tokens; default: none")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add_arguments(parser, EngineConfig)
     return parser
 

@@ -1,4 +1,4 @@
-"""Keeps a server under mixed load for a while and tells how the memory of each of its processes grows.
+"""Keeps a server under mixed load for a while and reports how the memory of each of its processes grows.
 
     python scripts/soak.py                             # half an hour on the demo model, four clients
     python scripts/soak.py --minutes 5 --json soak.json
@@ -42,7 +42,7 @@ Action = Callable[["Client"], Awaitable[None]]
 
 
 class Client:
-    """Does one thing after another, at random."""
+    """Sends random requests one after another."""
 
     def __init__(self, url: str, seed: int, pause: float, statuses: Counter[str]) -> None:
         self._pause = pause
@@ -73,7 +73,7 @@ class Client:
             self._statuses[f"{path} {response.status_code} {'left' if most_lines is not None else 'streamed'}"] += 1
 
     async def run(self, end: float) -> None:
-        """Until a time."""
+        """Runs until the given time."""
         async with self._http:
             while time.monotonic() < end:
                 await self.random.choice(ACTIONS)(self)
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M")
     parser.add_argument("--clients", type=int, default=4, metavar="N")
     parser.add_argument(
-        "--pause", type=float, default=0.0, metavar="S", help="seconds between two requests of a client"
+        "--pause", type=float, default=0.0, metavar="S", help="pause between a client's requests in seconds"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("server", nargs="*", metavar="FLAG", help="flags of octavo serve, after --")
