@@ -1,4 +1,4 @@
-"""How long it takes to turn tokens into text, beside ``tokenizers.decoders.DecodeStream``: microseconds per token.
+"""Times detokenisation against ``tokenizers.decoders.DecodeStream``, in microseconds per token.
 
     python scripts/bench_detokenizer.py [--model FOLDER or FILE.gguf]
 

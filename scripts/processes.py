@@ -64,7 +64,7 @@ class Server:
 
         Args:
             command: Its command line; ``{port}`` in an argument becomes a free port.
-            env: Variables to set beside the present ones.
+            env: Additional environment variables.
         """
         self.port = free_port()
         self.started = time.monotonic()

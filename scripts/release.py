@@ -69,7 +69,7 @@ def unreleased(changelog: str) -> dict[str, list[str]]:
     """
     _, found, rest = changelog.partition(f"{UNRELEASED}\n")
     if not found:
-        raise ReleaseError(f"{CHANGELOG}: there is no section {UNRELEASED!r}")
+        raise ReleaseError(f"{CHANGELOG}: the section {UNRELEASED!r} is missing")
     section = rest.split("\n## ", 1)[0]
     groups: dict[str, list[str]] = {}
     group: str | None = None
@@ -79,14 +79,14 @@ def unreleased(changelog: str) -> dict[str, list[str]]:
             if group not in GROUPS:
                 raise ReleaseError(f"{CHANGELOG}: unknown group {group!r}; choose from {', '.join(GROUPS)}")
             if group in groups:
-                raise ReleaseError(f"{CHANGELOG}: the group {group} is there twice")
+                raise ReleaseError(f"{CHANGELOG}: the group {group} occurs twice")
             groups[group] = []
         elif line.startswith("* "):
             if group is None:
                 raise ReleaseError(f"{CHANGELOG}: {line[2:60]!r} is in no group; choose from {', '.join(GROUPS)}")
             groups[group].append(line[2:])
     if not any(groups.values()):
-        raise ReleaseError(f"{CHANGELOG}: nothing is unreleased")
+        raise ReleaseError(f"{CHANGELOG}: no unreleased changes")
     return {name: entries for name, entries in groups.items() if entries}
 
 
@@ -153,10 +153,10 @@ def check_tree(version: str) -> None:
     """Checks that what would be released is what was committed.
 
     Raises:
-        ReleaseError: It is not, or the version is there already.
+        ReleaseError: It is not, or the version already exists.
     """
     if changed := _run("git", "status", "--porcelain"):
-        raise ReleaseError(f"the tree has changes that are not committed:\n{changed}")
+        raise ReleaseError(f"the tree has uncommitted changes:\n{changed}")
     if (branch := _run("git", "branch", "--show-current")) != "main":
         raise ReleaseError(f"releases are made on the branch main, this is {branch or 'no branch'}")
     if _run("git", "tag", "--list", f"v{version}"):

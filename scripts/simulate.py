@@ -209,7 +209,7 @@ class Submitted:
 
 
 class Simulation:
-    """A scheduler and a modelled device in virtual time, and what becomes of each request."""
+    """A scheduler and a simulated device in virtual time, with the outcome of each request."""
 
     def __init__(
         self,
@@ -393,7 +393,7 @@ class SteadyCosts:
     num_running: int
     steps: StepCosts
     encode_us: list[float]
-    """Encoding the plan for the workers and the outputs for the api, beside planning and retiring."""
+    """Encoding the plan for the workers and the outputs for the api, in addition to planning and retiring."""
 
     def summary(self) -> dict[str, Any]:
         figures = self.steps.summary()

@@ -95,7 +95,7 @@ class Sampler:
         return self._backend.sample(logits, raw, rows, states, mask)
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
-        """Memory that a step of so many rows takes beside its logits, roughly."""
+        """Approximate memory of a step with this many rows, in addition to its logits."""
         return self._backend.step_bytes(num_rows, vocab_size)
 
     def prompt_logprobs(

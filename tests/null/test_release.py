@@ -48,7 +48,7 @@ def test_the_section_of_the_next_release() -> None:
         ("### Added", "### News", "unknown group 'News'; choose from Added, Changed"),
         ("### Fixed", "### Added", "there twice"),
         ("### Added\n\n", "", "'One thing,' is in no group"),
-        ("## Unreleased\n", "## Unreleased\n\n## 0.1.1 - 2026-01-03\n", "nothing is unreleased"),
+        ("## Unreleased\n", "## Unreleased\n\n## 0.1.1 - 2026-01-03\n", "no unreleased changes"),
     ],
 )
 def test_changelogs_that_are_refused(old: str, new: str, message: str) -> None:
@@ -60,7 +60,7 @@ def test_a_release_dates_its_section() -> None:
     text = release.dated(CHANGELOG, "0.1.1", datetime.date(2026, 3, 4))
     assert text.startswith("# Changelog\n\n## Unreleased\n\n## 0.1.1 - 2026-03-04\n\nWords about it.\n\n### Added\n")
     assert text.endswith(CHANGELOG[CHANGELOG.index("## 0.1.0") :])
-    with pytest.raises(release.ReleaseError, match="nothing is unreleased"):
+    with pytest.raises(release.ReleaseError, match="no unreleased changes"):
         release.unreleased(text)
 
 
@@ -155,7 +155,7 @@ def test_trees_that_are_refused(project: Path) -> None:
             release.release(version, is_dry=True)
 
     (project / "new.py").touch()
-    refused("0.1.1", r"not committed:\n\?\? new.py")
+    refused("0.1.1", r"uncommitted changes:\n\?\? new.py")
     (project / "new.py").unlink()
     git(project, "tag", "v0.1.1")
     refused("0.1.1", "the tag v0.1.1 exists")
