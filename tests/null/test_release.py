@@ -44,9 +44,9 @@ def test_the_section_of_the_next_release() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("## Unreleased", "## Next", "no section"),
+        ("## Unreleased", "## Next", "is missing"),
         ("### Added", "### News", "unknown group 'News'; choose from Added, Changed"),
-        ("### Fixed", "### Added", "there twice"),
+        ("### Fixed", "### Added", "occurs twice"),
         ("### Added\n\n", "", "'One thing,' is in no group"),
         ("## Unreleased\n", "## Unreleased\n\n## 0.1.1 - 2026-01-03\n", "no unreleased changes"),
     ],
