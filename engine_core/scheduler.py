@@ -187,10 +187,9 @@ class Scheduler:
         if self.kv.has_windows:
             self._free_unseen()
         slots, counts = self._wanted_by_running()
-        if self.max_draft_tokens:
-            counts = self._allow_drafts(slots, counts)
-        slots, counts, block_updates, preempted = self._give_blocks(slots, counts)
+        slots, counts, updates, preempted = self._give_blocks(slots, counts)
         self._advance(slots, counts)
+        num_running = len(slots)
         new_reqs: list[NewRequest] = []
         if self.waiting and not preempted:
             budget = self.config.max_num_batched_tokens - int(counts.sum())
@@ -200,6 +199,12 @@ class Scheduler:
                 counts = np.concatenate((counts, np.array(new_counts, np.int64)))
         if not len(slots):
             return None
+        if self.max_draft_tokens:
+            table.allowances[table.running] = 0
+            if not preempted and not self.suspects:  # which position of a suspect kills must be certain
+                counts[:num_running] += self._allow_drafts(
+                    slots[:num_running], self.config.max_num_batched_tokens - int(counts.sum()), updates
+                )
         ends = table.num_scheduled[slots]
         begins = ends - counts
         if self.max_draft_tokens:
@@ -215,7 +220,7 @@ class Scheduler:
             num_draft_tokens=b"" if allowances is None else allowances.astype(np.uint8).tobytes(),
             finished_slots=np.array(table.finished_slots, np.int32).tobytes(),
             new_reqs=tuple(new_reqs),
-            block_updates=block_updates,
+            block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
         )
         table.finished_slots.clear()
@@ -266,30 +271,37 @@ class Scheduler:
                 slots, counts = slots[fits], counts[fits]
         return slots, counts
 
-    def _allow_drafts(self, slots: I32, counts: I64) -> I64:
-        """Lets decoding rows verify drafts, as far as that takes nothing from other rows.
+    def _allow_drafts(self, slots: I32, budget: int, updates: list[list[int]]) -> I64:
+        """Lets decoding rows verify drafts, with the tokens and blocks that all others leave.
+
+        Args:
+            slots: Running rows of the plan. Those that start with it have no drafts yet.
+            budget: Tokens that are left.
+            updates: Takes the blocks that drafts need.
 
         Returns:
-            The rows' tokens, drafts included.
+            Drafts of each row.
         """
         table = self.table
-        planned, max_tokens = table.num_planned[slots], table.max_tokens[slots]
+        planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
         allowances = np.minimum(self.max_draft_tokens, max_tokens - 1 - planned)
-        goes_on = (planned > table.num_prompt[slots]) & (table.num_scheduled[slots] + counts == planned)
+        goes_on = (planned > table.num_prompt[slots]) & (scheduled == planned)
         allowances = np.where(goes_on, np.maximum(allowances, 0), 0)
-        if self.suspects:
-            allowances[:] = 0  # the fatal position must be identifiable
-        left = self.config.max_num_batched_tokens - int(counts.sum())
-        allowances = np.clip(left - (np.cumsum(allowances) - allowances), 0, allowances)
-        ends = table.num_scheduled[slots] + counts + allowances
+        drafts: I64 = np.clip(budget - (np.cumsum(allowances) - allowances), 0, allowances)
+        ends = scheduled + drafts
         rows = np.flatnonzero(ends > table.capacity[slots])
-        growing = [table.request(slot) for slot in slots[rows].tolist()]
-        if not self.kv.can_grow(zip(growing, ends[rows].tolist(), strict=True)):
-            allowances[:] = 0
-        table.allowances[table.running] = 0
-        table.allowances[slots] = allowances
-        wanted: I64 = counts + allowances
-        return wanted
+        growing = [
+            (table.request(slot), end) for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
+        ]
+        if not self.kv.can_grow(growing):
+            return np.zeros_like(drafts)
+        for request, end in growing:
+            capacity = self.kv.grow(request, end, updates)
+            assert capacity is not None, "there are blocks for all"
+            table.capacity[request.slot] = capacity
+        table.allowances[slots] = drafts
+        table.num_scheduled[slots] += drafts
+        return drafts
 
     def _free_unseen(self) -> None:
         """Frees the blocks that have left their windows."""
@@ -298,7 +310,7 @@ class Scheduler:
         for slot in np.flatnonzero(confirmed >= table.free_at).tolist():
             table.free_at[slot] = self.kv.free_unseen(table.request(slot), int(confirmed[slot]))
 
-    def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, tuple[bytes, ...], bool]:
+    def _give_blocks(self, slots: I32, counts: I64) -> tuple[I32, I64, list[list[int]], bool]:
         """Allocates the blocks that running rows need, preempting others if there are too few.
 
         Returns:
@@ -323,14 +335,13 @@ class Scheduler:
                 capacity = kv.grow(request, end, updates)
             if capacity is not None:
                 table.capacity[slot] = capacity
-        columns = [np.array(column, np.int32) for column in updates]
         if dropped:
             gone = list(dropped)
             kept = ~np.isin(slots, gone)
             slots, counts = slots[kept], counts[kept]
-            columns = [column.reshape(-1, 3)[~np.isin(column[::3], gone)] for column in columns]
-        block_updates = tuple(column.tobytes() for column in columns)
-        return slots, counts, block_updates if any(block_updates) else (), bool(dropped)
+            columns = [np.array(column, np.int32).reshape(-1, 3) for column in updates]
+            updates = [column[~np.isin(column[:, 0], gone)].ravel().tolist() for column in columns]
+        return slots, counts, updates, bool(dropped)
 
     def _choose_victim(self) -> Request:
         running = self.running_requests()
@@ -431,6 +442,7 @@ class Scheduler:
         return slot
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
+        adapter = request.message.lora_request
         return NewRequest(
             slot=slot,
             token_ids=request.token_ids.tobytes(),
@@ -440,6 +452,7 @@ class Scheduler:
             block_offsets=tuple(blocks.first for blocks in request.block_tables) if self.kv.has_windows else (),
             params=None if request.is_pooling else request.params,
             pooling_params=request.message.pooling_params,
+            lora_id=0 if adapter is None else adapter.lora_id,
             mm_features=request.message.mm_features,
         )
 

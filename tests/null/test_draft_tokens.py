@@ -77,7 +77,8 @@ def test_tokens_do_not_depend_on_drafts(name: str, depth: int, num_blocks: int, 
     for index, prompt in enumerate(inputs):
         assert engine.outputs[index] == expected_output(prompt, 30, index % 7)
     if name in ("right", "mixed") and max_num_batched_tokens == 64:
-        assert engine.device.num_accepted > 50
+        # In a crowded cache drafts get what waiting requests leave.
+        assert engine.device.num_accepted > (50 if num_blocks == 128 else 10)
 
 
 def test_right_drafts_save_steps() -> None:
@@ -140,6 +141,37 @@ def test_drafts_take_nothing_from_others() -> None:
     without.run()
     assert engine.outputs == without.outputs
     assert engine.scheduler.num_preemptions <= without.scheduler.num_preemptions
+
+
+def test_drafts_leave_the_step_to_whoever_may_start() -> None:
+    engine = Engine.create(depth=1, max_num_batched_tokens=12, max_draft_tokens=4, propose=proposer(), num_blocks=128)
+    inputs = [prompt for prompt in prompts(60, 6) if len(expected_output(prompt, 40)) == 40][:3]
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 40))
+    while len(engine.outputs) < 3:
+        engine.turn()
+    late = prompts(1, 9, seed=9)[0]
+    engine.scheduler.add_request(make_request(9, late, 5))
+    assert engine.plan()
+    plan, _ = engine.in_flight[-1]
+    assert [i32(new.token_ids).tolist() for new in plan.new_reqs] == [late]
+    assert i32(plan.num_scheduled_tokens).tolist() == [1, 1, 1, 9]
+    engine.run()
+    assert engine.outputs[9] == expected_output(late, 5)
+
+
+def test_drafts_leave_the_blocks_to_whoever_may_start() -> None:
+    engine = Engine.create(depth=1, max_draft_tokens=4, propose=proposer(), num_blocks=16, block_size=4)
+    prompt = next(prompt for prompt in prompts(60, 7) if len(expected_output(prompt, 30)) == 30)
+    engine.scheduler.add_request(make_request(0, prompt, 30))
+    while not engine.outputs:
+        engine.turn()
+    late = prompts(1, 56, seed=9)[0]  # needs all blocks that are left
+    engine.scheduler.add_request(make_request(9, late, 5))
+    assert engine.plan()
+    assert [i32(new.token_ids).tolist() for new in engine.in_flight[-1][0].new_reqs] == [late]
+    engine.run()
+    assert engine.outputs[9] == expected_output(late, 5)
 
 
 def test_rejected_drafts_are_never_found_in_the_cache() -> None:

@@ -31,7 +31,7 @@ from engine_core.messages import (
 )
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.messages import ModelRunnerOutput, RowError, SchedulerOutput
+from executor.messages import LoRARequest, ModelRunnerOutput, RowError, SchedulerOutput
 from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
 
@@ -219,6 +219,18 @@ def test_finish_reasons() -> None:
     engine.scheduler.add_request(make_request(1, ends_by_length, 3))
     engine.run()
     assert engine.reasons == {0: FinishReason.STOP, 1: FinishReason.LENGTH}
+
+
+def test_workers_hear_of_the_adapter() -> None:
+    engine = Engine.create()
+    plain, adapted = (make_request(index, prompt, 3) for index, prompt in enumerate(prompts(2)))
+    adapter = LoRARequest(name="polite", lora_id=3, path="/adapters/polite", content_hash="f00d")
+    adapted.message = msgspec.structs.replace(adapted.message, lora_request=adapter)
+    engine.scheduler.add_request(plain)
+    engine.scheduler.add_request(adapted)
+    assert engine.plan()
+    assert [new.lora_id for new in engine.in_flight[0][0].new_reqs] == [0, 3]
+    engine.run()
 
 
 def test_min_tokens_lets_stop_tokens_pass() -> None:
