@@ -151,9 +151,9 @@ class EngineCore:
         self._record = record
         self._watch = watch or WorkerWatch()
         self._suspects: deque[EngineCoreRequest] = deque()
+        """Requests that may have killed engine cores: each is added once the previous one has proven harmless."""
         self._held: dict[int, EngineCoreRequest] = {}
         """Requests whose grammars must not be compiled during a trial, which must run a single request alone."""
-        """Requests that may have killed engine cores: each is added once the previous one has proven harmless."""
         self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason = ""
         self._serving_since = 0.0
@@ -208,7 +208,7 @@ class EngineCore:
             for answer in self.executor.receive():
                 self._handle_worker(answer)
             self._look_after_workers()
-            self._may_schedule |= self._isolates and not self.in_flight
+            self._may_schedule |= self._isolates and not self._awaited
             if self.exit_code is None and self._serving:
                 self._plan()
         except WorkerDiedError as error:
@@ -247,9 +247,9 @@ class EngineCore:
         if not self._may_schedule or not self._has_room:
             return
         if self._isolates:
-            if not self.in_flight:
+            if not self._awaited:
                 self._next_trial(scheduler)
-            if scheduler.suspects.current is None and (self._isolates or self.in_flight):
+            if scheduler.suspects.current is None and (self._isolates or self._awaited):
                 self._may_schedule = False  # the next one runs alone: wait for steps in flight, or for time
                 return
         planned = scheduler.schedule()
@@ -293,7 +293,7 @@ class EngineCore:
         return bool(self._suspects) or (self._scheduler is not None and self._scheduler.suspects.is_isolating)
 
     def _next_trial(self, scheduler: Scheduler) -> None:
-        """Begins the trial of the next suspect. No other request's steps may be in flight."""
+        """Begins the trial of the next suspect. No rank may be computing steps of other requests."""
         may_convict = time.monotonic() - self._serving_since >= self.probation
         scheduler.suspects.next_trial(may_convict=may_convict)
         while self._suspects and not scheduler.suspects.is_isolating:

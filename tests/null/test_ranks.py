@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine_core.messages import FinishReason, WorkersLost
+from engine_core.messages import FinishReason, Suspicion, WorkersLost
 from engine_core.restart import MAX_DEATHS
 from engine_core.worker_watch import Hang, WorkerWatch
 from executor.base import WorkerDiedError
@@ -77,6 +77,23 @@ def test_a_request_that_kills_a_rank_after_the_results_are_there_is_found(depth:
     tokens = harness.outputs.pop(9)
     assert tokens == expected(POISON, 30)[: len(tokens)] and 8 - len(POISON) <= len(tokens) < 8
     assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(prompts(4))}
+
+
+def test_a_trial_waits_for_the_ranks_that_lag() -> None:
+    """A request on trial is not blamed for what another rank still computes of an earlier step."""
+    harness = Harness(num_ranks=2)
+    harness.add(0, prompts(1)[0], max_tokens=1)
+    harness.executor.others_die_of = lambda plan: True
+    harness.executor.others_answer = False
+    harness.run()
+    assert harness.outputs == {0: expected(prompts(1)[0], 1)} and harness.core._lagging
+    harness.add(9, suspicion=Suspicion(MAX_DEATHS - 1, 0, 10))
+    harness.run()
+    harness.executor.others_die_of = lambda plan: False
+    harness.executor.others_answer = True
+    harness.run_to_the_end()
+    assert harness.executor.lives == 2
+    assert harness.errors[9] is None and harness.outputs[9] == expected()
 
 
 class RecordingWatch(WorkerWatch):
