@@ -2,9 +2,9 @@
 
 linear, act_and_mul           -> one product with the activation as its epilogue, where the weight is paired
 linear, add                   -> one product that adds the other operand
-gather_rows, linear           -> one product that reads only the selected rows rms_norm, linear              -> one
-product that normalises the rows it reads rms_norm, rotary, attention   -> attention that normalises and rotates the
-heads of q and k as it reads them
+gather_rows, linear           -> one product that reads only the selected rows
+rms_norm, linear              -> one product that normalises the rows it reads
+rms_norm, rotary, attention   -> attention that normalises and rotates the heads of q and k as it reads them
 """
 
 from __future__ import annotations

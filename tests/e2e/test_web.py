@@ -227,7 +227,7 @@ def test_an_answer_that_was_edited_has_no_price(chat: Browser, script: Script) -
         assert chat.text(".stats") == "edited"
         chat.driver.refresh()
         chat.wait(lambda: len(chat.all(".message")) == 2)
-    chat.click('[aria-label="Write the answer again"]')
+    chat.click('[aria-label="Regenerate answer"]')
     chat.finish()
     assert "3 tokens" in chat.text(".stats") and "edited" not in chat.text(".stats")
 
@@ -308,7 +308,7 @@ def test_edit_and_undo(chat: Browser, script: Script) -> None:
 def test_write_again(chat: Browser, script: Script) -> None:
     chat.ask("one")
     script.says("Otherwise.")
-    chat.click('[aria-label="Write the answer again"]')
+    chat.click('[aria-label="Regenerate answer"]')
     chat.finish()
     assert [found.text for found in chat.all(".from-assistant .message-body")] == ["Otherwise."]
     assert script.requests[1]["messages"] == script.requests[0]["messages"]

@@ -61,7 +61,7 @@ def test_strings_are_told_from_the_rest_wherever_the_body_is_cut() -> None:
 def test_a_body_is_refused_before_all_of_it_is_there() -> None:
     meter = JsonMeter()
     meter.feed(b"1," * (MAX_JSON_VALUES - 1))
-    with pytest.raises(RequestError, match=f"the {MAX_JSON_VALUES} values") as caught:
+    with pytest.raises(RequestError, match=f"limit of {MAX_JSON_VALUES} values") as caught:
         meter.feed(b"1,1,")
     assert (caught.value.status, caught.value.param) == (413, "body")
 

@@ -12,6 +12,7 @@ def two_models() -> tuple[Api, FakeServer, FakeServer]:
     """A client of both, and the servers whose engines they are."""
     first, second = FakeServer(script=says("first")), FakeServer(script=says("second"), generation_config={"top_k": 7})
     second.model.names = ["other", "alias"]
+    second.model.root = "/models/other"
     first.serving = Serving(first.model.host, [first.model, second.model])
     first.app = create_app(first.serving, first.traffic)
     return Api(first), first, second
@@ -32,7 +33,8 @@ async def test_requests_find_their_model_by_name() -> None:
 async def test_models_are_listed_and_others_are_refused() -> None:
     api, *_ = two_models()
     listed = (await api.get("/v1/models")).json()["data"]
-    assert [(card["id"], card["root"]) for card in listed] == [(MODEL, MODEL), ("other", "other"), ("alias", "other")]
+    roots = [(MODEL, "/models/fake"), ("other", "/models/other"), ("alias", "/models/other")]
+    assert [(card["id"], card["root"]) for card in listed] == roots
     error = await api.error("/v1/completions", {"model": "third", "prompt": "hi"}, 404)
     assert error["param"] == "model"
 
