@@ -23,7 +23,7 @@ from tests.e2e.poison.sitecustomize import POISON
 from tests.e2e.server import ROOT, Server
 
 NUM_STREAMS = 8
-MAX_TOKENS = 300
+MAX_TOKENS = 400
 STILL_SECONDS = 15.0
 """Longer than anything may hang."""
 

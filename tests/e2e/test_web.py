@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -140,8 +141,8 @@ def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
 def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
     assert chat.ask("Hi there") == "Hello world."
     assert chat.text(".from-assistant strong") == "world"
-    assert chat.text(".stats").startswith("3 tokens · ")
-    assert "tokens/s" in chat.text(".stats") and "first token after" in chat.text(".stats")
+    # Tokens that arrive in one read have no rate.
+    assert re.match(r"3 tokens · ([\d.,]+ tokens/s · )?first token after ", chat.text(".stats"))
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Hi there"}]
     assert script.requests[0]["stream_options"] == {"include_usage": True}
 
