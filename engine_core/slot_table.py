@@ -9,15 +9,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import numpy.typing as npt
 
-from engine_core.in_flight import InFlight
+from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.messages import I32
 from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.single_type_kv_cache_manager import NEVER
-
-I64 = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 
 class SlotTable:

@@ -12,16 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from engine_core.messages import I32
 from engine_core.request import Request
 
 if TYPE_CHECKING:
-    from engine_core.in_flight import InFlight
-
-I64 = npt.NDArray[np.int64]
+    from engine_core.in_flight import I64, Bools, InFlight
 
 
 class Suspects:
@@ -102,7 +97,7 @@ class Suspects:
                 counts[row] = allowed(request, int(counts[row]), int(num_computed[row]), confirmed)
         return counts
 
-    def computed(self, slots: I32, ends: I64, is_current: npt.NDArray[np.bool_]) -> None:
+    def computed(self, slots: I32, ends: I64, is_current: Bools) -> None:
         """Handles a finished step: clears suspects that have passed the positions in question.
 
         Args:

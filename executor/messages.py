@@ -327,8 +327,6 @@ class KVCacheReady(Message, frozen=True):
 
     rank: int
     """Of the worker that says so."""
-    capture_ms: float = 0.0
-    """Milliseconds that allocating and capturing took."""
 
 
 class TokenLogprobs(Message, frozen=True):

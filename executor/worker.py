@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -127,11 +126,10 @@ class Worker:
             self._masks[message.step_id] = message
             self._work()
         elif isinstance(message, InitKVCache):
-            begin = time.perf_counter()
             self.runner.initialize(message)
             gc.collect()
             gc.freeze()
-            self._send(KVCacheReady(rank=self.rank, capture_ms=(time.perf_counter() - begin) * 1e3))
+            self._send(KVCacheReady(rank=self.rank))
         elif isinstance(message, WorkerShutdown):
             return False
         return True

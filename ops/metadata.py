@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 
@@ -75,7 +74,3 @@ class AttentionShape:
     @property
     def out_width(self) -> int:
         return self.num_heads * self.v_dim
-
-
-def kv_dtype_bytes(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()

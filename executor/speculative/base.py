@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
 
@@ -24,10 +22,6 @@ class Drafts:
     """int64 [slots]: number of drafts per slot."""
     token_ids: I32
     """int32 [sum of counts], concatenated slot by slot. Each is a valid token id."""
-
-    @classmethod
-    def none(cls, num_slots: int) -> Drafts:
-        return cls(np.zeros(num_slots, np.int64), np.empty(0, np.int32))
 
 
 class Proposer(Protocol):
