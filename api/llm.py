@@ -151,7 +151,7 @@ class LLM:
             raise ValueError(str(error)) from None
         setup_logging("api", config.log_level, config.log_format)
         if notes:
-            get_logger().warning("options without effect here: %s", "; ".join(notes))
+            get_logger().warning("options that have no effect: %s", "; ".join(notes))
         files = find_model(config)
         check_defaults(files)
         self._config = with_model(config, files)
@@ -319,7 +319,7 @@ class LLM:
         """Answers one conversation or several. See ``generate``."""
         template = self._model.chat_template
         if template is None:
-            raise RequestError("the model has no chat template; give one with chat_template=", "messages")
+            raise RequestError("the model has no chat template; pass chat_template=", "messages")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -366,7 +366,10 @@ class LLM:
             given.verify()
             return [given] * count
         if len(given) != count:
-            raise RequestError(f"{count} prompts and {len(given)} sampling_params", "sampling_params")
+            raise RequestError(
+                f"sampling_params must be one, or one per prompt; got {len(given)} for {count} prompts",
+                "sampling_params",
+            )
         return list(given)
 
     def embed(
@@ -505,7 +508,9 @@ class LLM:
     ) -> list[RequestOutput]:
         priorities = [priority or 0] * len(inputs) if priority is None or isinstance(priority, int) else list(priority)
         if len(priorities) != len(inputs):
-            raise RequestError(f"{len(inputs)} prompts and {len(priorities)} priorities", "priority")
+            raise RequestError(
+                f"priority must have one entry per prompt; got {len(priorities)} for {len(inputs)} prompts", "priority"
+            )
         model = self._model
         channel = model.client.open_channel()
         folders: list[_Folder] = []
@@ -589,7 +594,7 @@ def _parse_prompt(prompt: Prompt) -> _Input:
             return _Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt)
         if "prompt" in prompt:
             return _Input(prompt["prompt"], None, cache_salt=salt)
-        raise RequestError("a prompt given as a dict needs 'prompt' or 'prompt_token_ids'", "prompts")
+        raise RequestError("a dict prompt must have 'prompt' or 'prompt_token_ids'", "prompts")
     return _Input(None, list(prompt))
 
 

@@ -81,7 +81,7 @@ class _Compiler:
     def _node(self) -> _Node:
         self._num_nodes += 1
         if self._num_nodes > _MAX_NODES:
-            raise StopRegexError("is too large: make repetitions shorter")
+            raise StopRegexError("is too large; shorten its repetitions")
         return _Node()
 
     def _sequence(self, items: Sequence[Node], after: _Node) -> _Node:
@@ -93,7 +93,7 @@ class _Compiler:
         if isinstance(item, Char):
             self._num_tests += 1
             if self._num_tests > MAX_STATES:
-                raise StopRegexError(f"is too large: with repetitions written out it may have {MAX_STATES} characters")
+                raise StopRegexError(f"is too large; expanded, it may have at most {MAX_STATES} characters")
             node = self._node()
             node.test, node.after = item.test, [after]
             return node
@@ -160,7 +160,7 @@ class StopAutomaton:
         for before in (None, "\n", "x"):
             _, pattern = self._closure([(node, -1) for node in self._starts], before)
             if pattern is not None:
-                raise StopRegexError("matches an empty text")
+                raise StopRegexError("matches the empty string")
         self.first = self._number(self._begin(None))
 
     def _begin(self, before: str | None) -> list[_Node]:

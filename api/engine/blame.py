@@ -17,8 +17,8 @@ REFUSAL_TIME = 600.0
 MAX_CULPRITS = 1024
 """Requests that are remembered; the oldest are forgotten first."""
 CULPRIT_ERROR = (
-    "the engine failed repeatedly while it computed this request, and not without it; "
-    f"the same request is refused for the next {REFUSAL_TIME / 60:.0f} minutes"
+    "this request repeatedly crashed the engine; "
+    f"the same request is rejected for the next {REFUSAL_TIME / 60:.0f} minutes"
 )
 
 
@@ -69,7 +69,7 @@ class Culprits:
             return
         wait = math.ceil(seconds)
         raise RequestError(
-            f"This request made the engine fail repeatedly and is refused for another {wait} s; change it or wait.",
+            f"This request repeatedly crashed the engine and is rejected for another {wait} s; change it or wait.",
             status=422,
             kind="UnprocessableEntityError",
             headers={"Retry-After": str(wait), "x-should-retry": "false"},

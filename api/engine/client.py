@@ -535,7 +535,7 @@ class EngineClient:
         elif isinstance(message, WorkersRestarted):
             self._has_workers = True
             self._metrics.on_restart("worker", self.num_unfinished)
-            logger.warning("workers were restarted: %s; %d requests go on", message.reason, self.num_unfinished)
+            logger.warning("workers were restarted: %s; resuming %d requests", message.reason, self.num_unfinished)
         elif isinstance(message, EngineDead):
             self._last_words = message
 
@@ -565,7 +565,7 @@ class EngineClient:
             self._started.set_result(message)
         else:
             self._metrics.on_restart("engine_core", self.num_unfinished)
-            logger.warning("the engine core is back; %d requests go on", self.num_unfinished)
+            logger.warning("the engine core is back; resuming %d requests", self.num_unfinished)
 
     # -- faults --------------------------------------------------------------------------------------------
 
@@ -587,7 +587,7 @@ class EngineClient:
         words = self._last_words
         assert self._started is not None
         if words is not None or (code >= 0 and not self._started.done()):
-            message = words.message if words is not None else f"the engine core ended with exit code {code}"
+            message = words.message if words is not None else f"the engine core exited with code {code}"
             self._give_up(EngineDeadError(message, words.exit_code if words is not None else max(code, 1)))
             return
         if was_serving and not was_stopped:
@@ -596,17 +596,17 @@ class EngineClient:
         if not self._budget.spend(cause):
             count = self._budget.limit + 1
             self._give_up(
-                EngineDeadError(f"the engine core {cause} {count} times and got nothing done in between; gave up")
+                EngineDeadError(f"the engine core {cause} {count} times without any progress; giving up")
                 if was_serving
-                else EngineDeadError(f"the engine core ended {count} times while it loaded; gave up")
+                else EngineDeadError(f"the engine core exited {count} times while loading; giving up")
             )
             return
-        logger.error("the engine core ended with exit code %d; starting it again", code)
+        logger.error("the engine core exited with code %d; restarting it", code)
         try:
             self._launch()
         except Exception as error:  # nobody would ever try again
-            logger.exception("the engine core cannot be started again")
-            self._give_up(EngineDeadError(f"the engine core died and cannot be started again: {error}"))
+            logger.exception("the engine core cannot be restarted")
+            self._give_up(EngineDeadError(f"the engine core died and cannot be restarted: {error}"))
 
     def _blame(self) -> None:
         """Finds out which requests may have ended the engine core, and ends the one that does."""
@@ -624,7 +624,7 @@ class EngineClient:
 
     def _convict(self, culprit: RequestState) -> None:
         """Ends a request that ends the engine, and those that ask the same."""
-        logger.error("request %s ends the engine; refused from now on", culprit.message.request_id)
+        logger.error("request %s crashes the engine; rejecting it from now on", culprit.message.request_id)
         known = self._culprits.add(culprit.message)
         same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
         for state in same:
@@ -663,7 +663,7 @@ class EngineClient:
             return f"has been stopped for {watch.stopped:.0f} s"
         limit = PING_TIMEOUT if self._serving else LOAD_PING_TIMEOUT
         if watch.waited >= limit and self._config.executor.distributed_executor_backend != "inline":
-            return f"has not answered for {watch.waited:.0f} s"
+            return f"has not responded for {watch.waited:.0f} s"
         return None
 
 

@@ -86,22 +86,22 @@ class _StepCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self.totals
-        yield self._gauge("vllm:num_requests_running", "Requests that run.", stats.num_running_reqs)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", stats.num_waiting_reqs)
+        yield self._gauge("vllm:num_requests_running", "Running requests.", stats.num_running_reqs)
+        yield self._gauge("vllm:num_requests_waiting", "Waiting requests.", stats.num_waiting_reqs)
         yield self._gauges(
             "vllm:num_requests_waiting_by_reason",
-            "Requests that wait for room (capacity), or for something of their own such as a grammar (deferred).",
+            "Waiting requests by reason: capacity, or deferred, such as for a grammar.",
             "reason",
             {"capacity": stats.num_waiting_reqs - stats.num_deferred_reqs, "deferred": stats.num_deferred_reqs},
         )
         yield self._gauges(
             "vllm:engine_sleep_state",
-            "Whether the engine sleeps, which this one never does.",
+            "Whether the engine sleeps; always 0.",
             "sleep_state",
             {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
         )
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
-            yield self._gauge(name, "Share of KV blocks in use, 1 = all.", stats.kv_cache_usage)
+            yield self._gauge(name, "Fraction of KV blocks in use.", stats.kv_cache_usage)
         queries, hits = stats.prefix_cache_queries, stats.prefix_cache_hits
         for prefix in ("vllm:", "vllm:gpu_"):
             yield self._counter(
@@ -109,20 +109,20 @@ class _StepCollector(Collector):
             )
             yield self._counter(f"{prefix}prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
         yield self._counter(
-            "vllm:num_preemptions", "Requests that had to start over for lack of blocks.", stats.num_preemptions
+            "vllm:num_preemptions", "Preemptions of requests for lack of KV blocks.", stats.num_preemptions
         )
         yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
         for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
             yield self._histogram(
                 name,
-                "Time between two tokens of a request.",
+                "Time between consecutive tokens of a request.",
                 TOKEN_LATENCY_BUCKETS,
                 self.latency_counts,
                 self.latency_sum,
             )
         yield self._histogram(
             "vllm:iteration_tokens_total",
-            "Prompt tokens computed and tokens generated in a step.",
+            "Prompt tokens computed and tokens generated per step.",
             ITERATION_BUCKETS,
             self.iteration_counts,
             self.iteration_sum,
@@ -190,8 +190,8 @@ class EngineMetrics:
         self._restarts = Counter(
             "octavo:engine_restarts", "Restarts of the engine core or of workers.", ["cause"], registry=self.registry
         )
-        self._resumed = self._counter("octavo:streams_resumed", "Requests that went on after a restart.")
-        self._rejections = self._counter("vllm:admission_rejections", "Requests refused as too many waited.")
+        self._resumed = self._counter("octavo:streams_resumed", "Requests resumed after a restart.")
+        self._rejections = self._counter("vllm:admission_rejections", "Requests rejected because the queue was full.")
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "The KV cache.",
@@ -202,11 +202,11 @@ class EngineMetrics:
         ProcessCollector(registry=self.registry)
 
     def _create_request_series(self, lengths: tuple[float, ...]) -> None:
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of the requests that ran.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of the requests that were run.")
         self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
         self._success = Counter(
             "vllm:request_success",
-            "Requests that ended, by how.",
+            "Finished requests by reason.",
             [*self._labels, "finished_reason"],
             registry=self.registry,
         )
@@ -220,7 +220,7 @@ class EngineMetrics:
         )
         self._prefill_per_token = self._histogram(
             "vllm:time_per_prefill_token_request_seconds",
-            "Time from the first step to the first token, for each prompt token that was computed.",
+            "Time from the first step to the first token, per computed prompt token.",
             TTFT_BUCKETS,
         )
         latency = REQUEST_LATENCY_BUCKETS
@@ -235,14 +235,12 @@ class EngineMetrics:
         self._inference = self._histogram(
             "vllm:request_inference_time_seconds", "Time from the first step to the end.", latency
         )
-        self._request_prompt = self._histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens of a request that ran.", lengths
-        )
+        self._request_prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", lengths)
         self._request_computed = self._histogram(
-            "vllm:request_prefill_kv_computed_tokens", "Of these, tokens that the prefix cache did not have.", lengths
+            "vllm:request_prefill_kv_computed_tokens", "Of these, tokens not in the prefix cache.", lengths
         )
         self._request_output = self._histogram(
-            "vllm:request_generation_tokens", "Tokens generated for a request.", lengths
+            "vllm:request_generation_tokens", "Generated tokens per request.", lengths
         )
         self._request_longest = self._histogram(
             "vllm:request_max_num_generation_tokens", "Tokens of the longest of a prompt's completions.", lengths

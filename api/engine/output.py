@@ -213,7 +213,7 @@ class OutputProcessor:
 
     def _broken(self, state: RequestState, error: Exception, aborts: list[int]) -> None:
         """A token of one request could not be handled; the others of the step must get theirs."""
-        logger.error("request %s: its output could not be handled", state.message.request_id, exc_info=error)
+        logger.error("request %s: output processing failed", state.message.request_id, exc_info=error)
         aborts.append(state.index)
         self.fail(state, f"internal error: {error}")
 

@@ -37,13 +37,13 @@ class VocabularyFrame:
             self._maker = asyncio.create_task(self._make())
 
     async def _make(self) -> None:
-        error = "structured outputs need a tokenizer"
+        error = "structured outputs require a tokenizer"
         try:
             if self._tokenizer is not None:
                 loop = asyncio.get_running_loop()
                 self.frame = await loop.run_in_executor(None, vocabulary_frame, self._tokenizer)
         except Exception as problem:
-            logger.exception("the vocabulary cannot be told to the engine core")
+            logger.exception("sending the vocabulary to the engine core failed")
             error = f"internal error: {problem}"
         self._maker = None
         self._on_made("" if self.frame is not None else error)

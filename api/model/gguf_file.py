@@ -133,7 +133,7 @@ class _Reader:
             self._what = f"metadata key {index}"
             key = self._string(MAX_NAME_BYTES)
             if key in metadata:
-                self._fail(f"{_quote(key)} occurs twice")
+                self._fail(f"duplicate {_quote(key)}")
             self._what = f"metadata key {_quote(key)}"
             metadata[key] = self._value()
         tensors = self._tensors(num_tensors, self._alignment(metadata))
@@ -147,7 +147,7 @@ class _Reader:
         version = self._u32()
         # A version below 65536 written by a big-endian machine has its low half empty.
         if version & 0xFFFF == 0 and version:
-            self._fail("big-endian GGUF files are not supported; convert it to little endian")
+            self._fail("big-endian GGUF files are not supported; convert the file to little endian")
         if version not in (2, 3):
             self._fail(f"GGUF version {version} is not supported (2 and 3 are)")
         num_tensors, num_keys = self._u64(), self._u64()
@@ -177,7 +177,7 @@ class _Reader:
     def _array(self) -> list[Any]:
         item_type, count = self._u32(), self._u64()
         if count > MAX_ARRAY_ITEMS:
-            self._fail(f"array of {count} items (at most {MAX_ARRAY_ITEMS} are read)")
+            self._fail(f"array of {count} items (at most {MAX_ARRAY_ITEMS} are supported)")
         if item_type == _STRING:
             self._check_count("array length", count, 8)
             return self._strings(count)
@@ -239,7 +239,7 @@ class _Reader:
             self._what = f"tensor {index}"
             name = self._string(MAX_NAME_BYTES)
             if name in names:
-                self._fail(f"{_quote(name)} occurs twice")
+                self._fail(f"duplicate {_quote(name)}")
             names.add(name)
             self._what = f"tensor {_quote(name)}"
             num_dims = self._u32()
@@ -307,8 +307,8 @@ class _Reader:
     def _truncated(self, what: str = "value") -> NoReturn:
         place = f"the file ends at byte {self._size}"
         if self._end < self._size:
-            place = f"a header may have {self._end} bytes"
-        self._fail(f"{what} at byte {self._pos} is cut off or too long: {place}")
+            place = f"the maximum header size is {self._end} bytes"
+        self._fail(f"{what} at byte {self._pos} is truncated or too long: {place}")
 
     def _fail(self, detail: str) -> NoReturn:
         raise ModelFileError(self._path, detail if self._what == "header" else f"{self._what}: {detail}")

@@ -179,11 +179,11 @@ def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     fields = _Fields(file)
     model = fields.text("model")
     if not model:
-        raise ModelFileError(file.path, "tokenizer.ggml.model is missing: the file holds no tokenizer")
+        raise ModelFileError(file.path, "tokenizer.ggml.model is missing: the file has no tokenizer")
     build = _BUILDERS.get(model)
     if build is None:
         raise ModelFileError(
-            file.path, f"tokenizer.ggml.model {model!r} is not supported (supported: {', '.join(_BUILDERS)})"
+            file.path, f"tokenizer.ggml.model {model!r} is not supported; expected one of {', '.join(_BUILDERS)}"
         )
     vocabulary = _Vocabulary.read(fields)
     special = {name: fields.token_id(key, len(vocabulary.tokens)) for name, key in _SPECIAL_TOKEN_KEYS.items()}
@@ -195,7 +195,7 @@ def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
     except ModelFileError:
         raise
     except Exception as error:  # the Rust library raises nothing more precise
-        raise ModelFileError(file.path, f"tokenizer arrays do not fit together: {error}") from error
+        raise ModelFileError(file.path, f"inconsistent tokenizer arrays: {error}") from error
     return GGUFTokenizer(
         backend=backend,
         special_tokens_map={name: vocabulary.tokens[token_id] for name, token_id in special_ids.items()},
@@ -217,13 +217,13 @@ class _Fields:
     def text(self, key: str) -> str:
         value = self._metadata.get(f"tokenizer.ggml.{key}", "")
         if not isinstance(value, str):
-            raise self.fail(key, "is not text")
+            raise self.fail(key, "is not a string")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, (bool, int)):
-            raise self.fail(key, "is not a flag")
+            raise self.fail(key, "is not a boolean")
         return bool(value)
 
     def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
@@ -264,7 +264,7 @@ class _Vocabulary:
         ids = {token: index for index, token in enumerate(tokens)}
         if len(ids) < len(tokens):
             twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
-            raise fields.fail("tokens", f"{twice[:40]!r} occurs twice")
+            raise fields.fail("tokens", f"duplicate {twice[:40]!r}")
         return cls(tokens, ids, types)
 
     def of_type(self, token_type: int) -> Iterable[str]:
@@ -285,7 +285,7 @@ def _byte_level_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _Spec
     pre = fields.text("pre")
     rule = _PRE_RULES.get(pre)
     if rule is None:
-        logger.warning("%s: unknown pre-tokenizer %r; text is split as for GPT-2", fields.path, pre)
+        logger.warning("%s: unknown pre-tokenizer %r; splitting text as for GPT-2", fields.path, pre)
         rule = _GPT2
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary.ids, merges=_merges(fields), ignore_merges=rule.ignore_merges)

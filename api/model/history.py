@@ -56,7 +56,7 @@ def _without_functions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[st
                     message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
             elif message.get("role") == "function":
                 if call_id is None:
-                    raise ValueError(f"messages[{index}] has the role 'function' and no function_call before it")
+                    raise ValueError(f"messages[{index}] has the role 'function', but no function_call precedes it")
                 message, call_id = {**message, "role": "tool", "tool_call_id": call_id}, None
         result.append(message)
     return result

@@ -60,7 +60,7 @@ def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
         elif (path / POOLING).exists():
             raise _UnclearError(f"{POOLING} belongs to {MODULES}, which is missing")
     except _UnclearError as unclear:
-        notes.append(f"{path}: {unclear}; it is ignored, and vectors are not those that the model was made for")
+        notes.append(f"{path}: {unclear}; ignored, so vectors differ from those that the model was trained for")
     try:
         settings = _read(path, SETTINGS) if (path / SETTINGS).exists() else {}
         prompt = settings.get("default_prompt_name") if isinstance(settings, dict) else None
@@ -69,7 +69,7 @@ def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
                 f"{path / SETTINGS}: the prompt {str(prompt)[:40]!r} is not added to texts; clients must add it"
             )
     except _UnclearError as unclear:
-        notes.append(f"{path}: {unclear}; it is ignored")
+        notes.append(f"{path}: {unclear}; ignored")
     return ModelPooler(config, tuple(notes))
 
 
@@ -87,9 +87,7 @@ def _from_gguf(gguf: GGUFFile) -> ModelPooler:
     if not isinstance(number, int) or number == 0:
         return ModelPooler()
     if number not in _GGUF_TYPES:
-        return ModelPooler(
-            notes=(f"{gguf.path}: {architecture}.pooling_type {number} is not supported; it is ignored",)
-        )
+        return ModelPooler(notes=(f"{gguf.path}: {architecture}.pooling_type {number} is not supported; ignored",))
     return ModelPooler(PoolerConfig(pooling_type=_GGUF_TYPES[number]))
 
 
@@ -100,13 +98,13 @@ def _from_modules(folder: Path) -> PoolerConfig:
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise _UnclearError(
-            f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])}, which cannot all be run"
+            f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])}, not all of which are supported"
         )
     if len(kinds) == 1:
         return PoolerConfig()
     name = modules[1].get("path")
     if not isinstance(name, str) or Path(name).name != name:
-        raise _UnclearError(f"{MODULES} has a pooling that is not in a folder beside it")
+        raise _UnclearError(f"{MODULES} has a pooling module outside the model's folder")
     return PoolerConfig(pooling_type=_pooling_type(folder, f"{name}/config.json"), use_activation=len(kinds) == 3)
 
 
@@ -121,7 +119,7 @@ def _pooling_type(folder: Path, name: str) -> PoolingType:
     if isinstance(named, str) and not modes and named in _NAMED_MODES:
         return _NAMED_MODES[named]
     shown = ", ".join(modes) or str(named)
-    raise _UnclearError(f"{name} asks for {shown[:200]}, and only cls, mean and lasttoken are supported")
+    raise _UnclearError(f"{name} asks for {shown[:200]}, but only cls, mean and lasttoken are supported")
 
 
 def _read(folder: Path, name: str) -> Any:

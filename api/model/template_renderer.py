@@ -188,9 +188,9 @@ def _encoded(
     try:
         return msgspec.json.encode(rendering)
     except UnicodeEncodeError:
-        raise TemplateError("the conversation is no text: it has a lone surrogate") from None
+        raise TemplateError("the conversation is not valid text: it contains a lone surrogate") from None
     except TypeError as error:
-        raise TemplateError(f"a chat template takes JSON values only: {error}") from None
+        raise TemplateError(f"variables of a chat template must be JSON values: {error}") from None
 
 
 def _translated(error: JobError | HelperError) -> Exception:

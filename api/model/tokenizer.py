@@ -411,7 +411,7 @@ def guarded(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # each extension has a class of its own, which has no module
             raise
-        raise ValueError(f"the tokenizer gave up: {error}") from None
+        raise ValueError(f"the tokenizer failed: {error}") from None
 
 
 def _check_unicode(text: str) -> None:
@@ -541,7 +541,7 @@ def _convert_slow_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
         raise ModelFileError(folder, "no such folder")
     if not any(next(folder.glob(pattern), None) for pattern in _OLDER_VOCABULARIES):
         # transformers would make up a tokenizer with an empty vocabulary.
-        raise ModelFileError(folder, f"no {_TOKENIZER_FILE} and no vocabulary of an older kind")
+        raise ModelFileError(folder, f"no {_TOKENIZER_FILE} and no vocabulary in an older format")
     for file in folder.iterdir():  # transformers opens them by their names
         if not file.is_file() and not file.is_dir():
             raise ModelFileError(file, "not a regular file")

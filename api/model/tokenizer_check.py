@@ -83,12 +83,10 @@ def check_tokenizer_file(path: Path, config: Mapping[str, Any]) -> frozenset[str
         ("post_processor may make a prompt", copies, MAX_COPIES),
     ):
         if number > most:
-            raise ModelFileError(path, f"its {what} {number:.3g} times as long; at most {most} times is accepted")
+            raise ModelFileError(path, f"its {what} {number:.3g} times as long (at most {most} times is accepted)")
     added = sum(len(token.content.encode("utf-8", "replace")) for token in file.added_tokens)
     if (added + len(str(config).encode("utf-8", "replace"))) * growth > MAX_ADDED:
-        raise ModelFileError(
-            path, f"its added tokens may be longer than {MAX_ADDED >> 20} MiB once they are normalized"
-        )
+        raise ModelFileError(path, f"its added tokens may exceed {MAX_ADDED >> 20} MiB after normalization")
     return patterns
 
 

@@ -58,8 +58,8 @@ def try_tokenizer(path: Path, patterns: Set[str]) -> None:
         raise ModelFileError(path, str(error)) from error
     except HelperError as error:
         if error.is_fault_of_data:
-            raise ModelFileError(path, f"its regular expressions cost too much on a short text: {error}") from error
-        logger.warning("%s: could not be tried before it is used: %s", path, error)
+            raise ModelFileError(path, f"its regular expressions are too slow on a short text: {error}") from error
+        logger.warning("%s: the tokenizer could not be tested before use: %s", path, error)
     finally:
         helper.close()
 

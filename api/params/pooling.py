@@ -84,12 +84,12 @@ def pair_up(num_queries: int, num_documents: int, field: str) -> list[tuple[int,
         RequestError: The numbers do not go together.
     """
     if not num_queries or not num_documents:
-        raise RequestError("there must be at least one text on each side", field)
+        raise RequestError("each side needs at least one text", field)
     if num_queries == 1:
         return [(0, number) for number in range(num_documents)]
     if num_queries != num_documents:
         raise RequestError(
-            f"give one query, or as many queries as documents; got {num_queries} queries and {num_documents} documents",
+            f"expected one query, or as many as documents; got {num_queries} queries and {num_documents} documents",
             field,
         )
     return [(number, number) for number in range(num_queries)]

@@ -170,7 +170,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             self.num_completions == 1 or self.temperature > 0, "best_of", "must be 1 with temperature 0", self.best_of
         )
         if self.seed is not None:
-            _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit 64 bits", self.seed)
+            _check(-(1 << 63) <= self.seed < UINT64, "seed", "must fit in 64 bits", self.seed)
         self._verify_end()
         self._verify_words()
         budget = self.thinking_token_budget
@@ -182,10 +182,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.structured_outputs is not None:
             grammar_spec(self.structured_outputs)
         biases = self.logit_bias or {}
-        _check(len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} token ids", len(biases))
+        _check(
+            len(biases) <= MAX_LOGIT_BIAS, "logit_bias", f"may contain at most {MAX_LOGIT_BIAS} token ids", len(biases)
+        )
         if not all(map(math.isfinite, biases.values())):
             bad = next(bias for bias in biases.values() if not math.isfinite(bias))
-            _check(False, "logit_bias", "must hold finite numbers", bad)
+            _check(False, "logit_bias", "must contain finite numbers only", bad)
         self._verify_children()
 
     def _verify_end(self) -> None:
@@ -202,33 +204,37 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(count is None or count >= -1, name, "must be at least 0, or -1 for the whole vocabulary", count)
         stops = self.stop_strings
-        _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings", len(stops))
+        _check(len(stops) <= MAX_STOP_STRINGS, "stop", f"may contain at most {MAX_STOP_STRINGS} strings", len(stops))
         num_chars = sum(map(len, stops))
-        _check(num_chars <= MAX_STOP_CHARS, "stop", f"may hold at most {MAX_STOP_CHARS} characters in all", num_chars)
-        _check(all(stops), "stop", "must not hold an empty string", stops)
-        _check(self.detokenize or not stops, "stop", "needs detokenize", stops)
+        _check(
+            num_chars <= MAX_STOP_CHARS, "stop", f"may contain at most {MAX_STOP_CHARS} characters in total", num_chars
+        )
+        _check(all(stops), "stop", "must not contain an empty string", stops)
+        _check(self.detokenize or not stops, "stop", "requires detokenize", stops)
         self._verify_patterns()
         stop_ids = self.stop_token_ids or []
         _check(
             len(stop_ids) <= MAX_STOP_TOKEN_IDS,
             "stop_token_ids",
-            f"may hold at most {MAX_STOP_TOKEN_IDS} ids",
+            f"may contain at most {MAX_STOP_TOKEN_IDS} ids",
             len(stop_ids),
         )
 
     def _verify_words(self) -> None:
         """Which tokens are candidates."""
         words = self.bad_words or []
-        _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may hold at most {MAX_BAD_WORDS} words", len(words))
+        _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may contain at most {MAX_BAD_WORDS} words", len(words))
         num_chars = sum(map(len, words))
         _check(
             num_chars <= MAX_BAD_WORD_CHARS,
             "bad_words",
-            f"may hold at most {MAX_BAD_WORD_CHARS} characters in all",
+            f"may contain at most {MAX_BAD_WORD_CHARS} characters in total",
             num_chars,
         )
-        _check(all(words), "bad_words", "must not hold an empty string", words)
-        _check(self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "is empty", [])
+        _check(all(words), "bad_words", "must not contain an empty string", words)
+        _check(
+            self.allowed_token_ids is None or bool(self.allowed_token_ids), "allowed_token_ids", "must not be empty", []
+        )
 
     def _verify_children(self) -> None:
         """What every completion brings along is bounded for all of them together."""
@@ -236,7 +242,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for name, items in (("logit_bias", self.logit_bias), ("allowed_token_ids", self.allowed_token_ids)):
             if items is not None and len(items) > most:
                 raise RequestError(
-                    f"{name} may hold at most {most} token ids with {self.num_completions} completions, "
+                    f"{name} may contain at most {most} token ids with {self.num_completions} completions, "
                     f"got {len(items)}",
                     name,
                 )
@@ -245,9 +251,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         patterns = self.stop_patterns
         if not patterns:
             return
-        _check(self.detokenize, "stop_regex", "needs detokenize", patterns)
+        _check(self.detokenize, "stop_regex", "requires detokenize", patterns)
         most = MAX_STOP_PATTERNS
-        _check(len(patterns) <= most, "stop_regex", f"may hold at most {most} patterns", len(patterns))
+        _check(len(patterns) <= most, "stop_regex", f"may contain at most {most} patterns", len(patterns))
         try:
             stop_automaton(tuple(self.stop_strings), tuple(patterns))
         except StopRegexError as error:
@@ -261,16 +267,16 @@ def _check_repetition(wanted: RepetitionDetectionParams) -> None:
     _check(
         1 <= wanted.max_pattern_size <= MAX_PATTERN_SIZE,
         name,
-        f"needs a max_pattern_size between 1 and {MAX_PATTERN_SIZE}",
+        f"must have a max_pattern_size between 1 and {MAX_PATTERN_SIZE}",
         wanted.max_pattern_size,
     )
     _check(
         0 <= wanted.min_pattern_size <= wanted.max_pattern_size,
         name,
-        "needs a min_pattern_size between 0 and max_pattern_size",
+        "must have a min_pattern_size between 0 and max_pattern_size",
         wanted.min_pattern_size,
     )
-    _check(2 <= wanted.min_count <= MAX_INT, name, "needs a min_count of at least 2", wanted.min_count)
+    _check(2 <= wanted.min_count <= MAX_INT, name, "must have a min_count of at least 2", wanted.min_count)
 
 
 def _check(good: bool, name: str, rule: str, value: object) -> None:
@@ -403,7 +409,7 @@ def _token_ids(name: str, ids: Iterable[int] | None, limits: ModelLimits) -> tup
     result = tuple(ids or ())
     if result and not (min(result) >= 0 and max(result) < limits.vocab_size):
         bad = next(token_id for token_id in result if not 0 <= token_id < limits.vocab_size)
-        raise RequestError(f"{name} has token id {bad}, but the vocabulary ends at {limits.vocab_size - 1}", name)
+        raise RequestError(f"{name} contains token id {bad}, but the vocabulary ends at {limits.vocab_size - 1}", name)
     return result
 
 
@@ -426,7 +432,7 @@ def _logprob_token_ids(params: SamplingParams, limits: ModelLimits) -> tuple[int
     most = limits.vocab_size if limits.max_logprobs < 0 else limits.max_logprobs
     if len(ids) > most:
         raise RequestError(
-            f"logprob_token_ids may hold at most {most} ids (--max-logprobs), got {len(ids)}", "logprob_token_ids"
+            f"logprob_token_ids may contain at most {most} ids (--max-logprobs), got {len(ids)}", "logprob_token_ids"
         )
     return _token_ids("logprob_token_ids", ids, limits)
 
@@ -444,7 +450,7 @@ def _repetition_detection(wanted: RepetitionDetectionParams | None) -> Repetitio
 def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
     """The token sequences that spell the words, at the start of a text and after a space."""
     if words and tokenizer is None:
-        raise RequestError("bad_words needs a tokenizer", "bad_words")
+        raise RequestError("bad_words requires a tokenizer", "bad_words")
     if not words:
         return ()
     assert tokenizer is not None
@@ -452,14 +458,14 @@ def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer |
     try:
         encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     except ValueError as error:
-        raise RequestError(f"a word of bad_words cannot be tokenized: {error}", "bad_words") from error
+        raise RequestError(f"bad_words contains a word that cannot be tokenized: {error}", "bad_words") from error
     found: dict[tuple[int, ...], None] = {tuple(ids): None for ids in encoded if ids}
     if sum(map(len, found)) > MAX_BAD_WORD_TOKENS:
-        raise RequestError(f"bad_words are longer than {MAX_BAD_WORD_TOKENS} tokens together", "bad_words")
+        raise RequestError(f"bad_words exceed {MAX_BAD_WORD_TOKENS} tokens in total", "bad_words")
     for ids in found:
         if max(ids) >= limits.vocab_size:
             raise RequestError(
-                f"a word of bad_words has the token {max(ids)}, which this model cannot generate: its vocabulary ends "
+                f"bad_words contains the token {max(ids)}, which this model cannot generate: its vocabulary ends "
                 f"before {limits.vocab_size}",
                 "bad_words",
             )

@@ -102,7 +102,7 @@ def grammar_spec(params: StructuredOutputsParams, name: str = "structured_output
     """
     given = [kind for kind in KINDS if getattr(params, kind) not in (None, False if kind == "json_object" else None)]
     if len(given) != 1:
-        raise RequestError(f"{name} needs exactly one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}", name)
+        raise RequestError(f"{name} requires exactly one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}", name)
     kind = given[0]
     if kind in ("json", "json_object"):
         text = _schema_text(params, name)
@@ -111,13 +111,13 @@ def grammar_spec(params: StructuredOutputsParams, name: str = "structured_output
     else:
         text = (params.regex if kind == "regex" else params.grammar) or ""
         if not text:
-            raise RequestError(f"{name} has an empty {kind}", name)
+            raise RequestError(f"{name}.{kind} must not be empty", name)
         if kind == "regex":
             text = translate(text)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise RequestError(f"{name} is no text: it has a lone surrogate", name) from None
+        raise RequestError(f"{name} is not valid text: it contains a lone surrogate", name) from None
     if size > MAX_GRAMMAR_BYTES:
         raise RequestError(f"{name} must be at most {MAX_GRAMMAR_BYTES} bytes long, got {size}", name)
     return GrammarSpec(
@@ -137,7 +137,7 @@ def _schema_text(params: StructuredOutputsParams, name: str) -> str:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} is not valid JSON: {error}", name) from None
     if not isinstance(schema, (dict, bool)):
-        raise RequestError(f"{name} is not a JSON schema: that is an object", name)
+        raise RequestError(f"{name} is not a JSON schema: expected an object", name)
     if schema is False:
         raise RequestError(f"{name} is the schema false, which allows nothing", name)
     if _depth(schema) > MAX_SCHEMA_DEPTH:
@@ -161,8 +161,8 @@ def _check_min_properties(schema: dict[str, Any], name: str) -> None:
     has_free_names = schema.get("additionalProperties") is not False or "patternProperties" in schema
     if isinstance(least, int) and has_free_names and least > num_required + 1:
         raise RequestError(
-            f"{name} has minProperties {least} where names are free, which cannot be promised: a name may come twice; "
-            "name the properties under required, or leave minProperties out and check the answer",
+            f"{name}: minProperties {least} is not supported for free property names, since a name may occur twice; "
+            "list the properties under required, or omit minProperties and check the answer",
             name,
         )
 
@@ -239,7 +239,7 @@ def _check_multiple(value: Any, name: str) -> None:
     digits = f"{value:.15g}"
     if "e" in digits or int(digits.replace(".", "").replace("-", "") or 0) > MAX_MULTIPLE:
         raise RequestError(
-            f"{name} has multipleOf {digits}: at most {MAX_MULTIPLE}, not counting the decimal point, is supported",
+            f"{name}: multipleOf {digits} is too large; without its decimal point it may be {MAX_MULTIPLE} at most",
             name,
         )
 
@@ -281,7 +281,7 @@ def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
 
 def _choices(choices: list[str], name: str) -> str:
     if not choices or not all(choices):
-        raise RequestError(f"{name} needs choices, none of them empty", name)
+        raise RequestError(f"{name} must be a list of non-empty strings", name)
     if len(choices) > MAX_CHOICES:
         raise RequestError(f"{name} must have at most {MAX_CHOICES} choices, got {len(choices)}", name)
     return json.dumps(choices, ensure_ascii=False)

@@ -105,17 +105,19 @@ def thinking_budget(num_tokens: int, place: PromptEnd, params: ResolvedParams) -
         RequestError: The markers are not known, or the end marker could not be generated.
     """
     if place.reasoning_parser is None:
-        raise RequestError(f"{FIELD} needs a server started with --reasoning-parser", FIELD)
+        raise RequestError(f"{FIELD} requires a server started with --reasoning-parser", FIELD)
     start, end = _markers(place.reasoning_parser, place.tokenizer)
     if not end or max((*start, *end)) >= place.vocab_size:
-        raise RequestError(f"{FIELD}: the model has no tokens for the end of thinking", FIELD)
+        raise RequestError(f"{FIELD}: the model has no token that ends the reasoning", FIELD)
     obstacle = _obstacle(end, params)
     if obstacle == "allowed_token_ids":
-        raise RequestError(f"{FIELD} needs the end of thinking, tokens {list(end)}, in allowed_token_ids", FIELD)
+        raise RequestError(
+            f"{FIELD}: allowed_token_ids must include the end of the reasoning, tokens {list(end)}", FIELD
+        )
     if obstacle == "bad_words":
-        raise RequestError(f"bad_words must leave room for the end of thinking, which {FIELD} needs", "bad_words")
+        raise RequestError(f"bad_words must not include the end of the reasoning, which {FIELD} needs", "bad_words")
     if params.min_tokens and set(end) & set(params.all_stop_token_ids):
-        raise RequestError(f"the end of thinking, which {FIELD} needs, ends the output before min_tokens", "min_tokens")
+        raise RequestError(f"{FIELD}: the end of the reasoning would end the output before min_tokens", "min_tokens")
     is_open = _opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened
     starts_open = create_parser(place.reasoning_parser, prompt_opened=is_open).is_reasoning
     return ThinkingBudget(max_tokens=num_tokens, start_token_ids=start, end_token_ids=end, starts_open=starts_open)
@@ -151,8 +153,8 @@ def after_thought(
         obstacle = "stop_token_ids"
     if obstacle and is_open:
         raise RequestError(
-            f"{obstacle} must leave room for the end of thinking, tokens {list(end)}, after which {grammar.param} "
-            'holds; or let it hold from the first token on: "structured_outputs": {"enable_in_reasoning": true}',
+            f"{obstacle} must allow the end of the reasoning, tokens {list(end)}, after which {grammar.param} "
+            'applies; or constrain it from the first token: "structured_outputs": {"enable_in_reasoning": true}',
             obstacle if obstacle != "reasoning" else grammar.param,
         )
     if obstacle:

@@ -80,7 +80,7 @@ class StopChecker:
     def __init__(self, stop: Iterable[str], include_stop_str_in_output: bool = False) -> None:
         stops = tuple(stop)
         if "" in stops:
-            raise ValueError("a stop string is empty")
+            raise ValueError("stop strings must not be empty")
         self._automaton = _stop_automaton(stops) if stops else None
         self._include = include_stop_str_in_output
         self._state = 0

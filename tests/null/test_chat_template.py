@@ -124,7 +124,7 @@ def test_continue_final_message(source: str, content: Any, expected: str) -> Non
 
 
 def test_continue_final_message_refusals() -> None:
-    with pytest.raises(TemplateError, match="exclude each other"):
+    with pytest.raises(TemplateError, match="cannot both be true"):
         render(CHATML, continue_final_message=True)
     with pytest.raises(TemplateError, match="no text to continue"):
         render(CHATML, [{"role": "assistant"}], add_generation_prompt=False, continue_final_message=True)
@@ -178,11 +178,11 @@ def test_templates_that_are_no_jinja(source: str) -> None:
 
 
 def test_a_template_sees_json_values_only() -> None:
-    with pytest.raises(TemplateError, match="JSON values only, not bytes"):
+    with pytest.raises(TemplateError, match="must be JSON values, not bytes"):
         render(CHATML, [{"role": "user", "content": b"x"}])
-    with pytest.raises(TemplateError, match="not an object"):
+    with pytest.raises(TemplateError, match="messages must be objects"):
         render(CHATML, ["text"])
-    with pytest.raises(TemplateError, match="no messages"):
+    with pytest.raises(TemplateError, match="messages must not be empty"):
         render(CHATML, [])
 
 

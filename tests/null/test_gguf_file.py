@@ -207,7 +207,7 @@ def read_end(good: bytes) -> int:
         (header(0, 1) + text("k") + struct.pack("<IIQQ", 9, 8, 1, 1 << 50) + bytes(64), "'k'"),
         (header(0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 1) + text(b"\xff") + bytes(64), "item 0 is not UTF-8"),
         (header(0, 1) + text("k") + struct.pack("<I", 8) + text(b"\xff") + bytes(64), "not UTF-8"),
-        (header(0, 2) + (text("k") + struct.pack("<IB", 7, 1)) * 2 + bytes(64), "'k' occurs twice"),
+        (header(0, 2) + (text("k") + struct.pack("<IB", 7, 1)) * 2 + bytes(64), "duplicate 'k'"),
         (header(0, 1) + text("general.alignment") + struct.pack("<II", 4, 0), "general.alignment is 0"),
         (header(0, 1) + text("general.alignment") + struct.pack("<II", 4, 24), "power of two"),
         (header(0, 1) + text("general.alignment") + struct.pack("<If", 6, 32.0), "general.alignment"),
@@ -220,7 +220,7 @@ def read_end(good: bytes) -> int:
         (header(1, 0) + tensor("t", (1, 1, 1, 1, 1), 0, 0) + bytes(256), "5 dimensions"),
         (header(1, 0) + tensor("t", (), 0, 0) + bytes(256), "0 dimensions"),
         (header(1, 0) + text("t") + struct.pack("<I", 1 << 31) + bytes(256), "dimensions"),
-        (header(2, 0) + tensor("t", (4,), 0, 0) * 2 + bytes(256), "'t' occurs twice"),
+        (header(2, 0) + tensor("t", (4,), 0, 0) * 2 + bytes(256), "duplicate 't'"),
         (header(2, 0) + tensor("t", (16,), 0, 0) + tensor("u", (16,), 0, 32) + bytes(256), "'u': overlaps tensor 't'"),
     ],
 )

@@ -160,8 +160,8 @@ def test_overrides_count(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
-        ("pytorch_model.bin", "org/model: it has no safetensors weights (pytorch_model.bin may run code when read"),
-        ("model-Q4_K_M.gguf", "download one and give its path (model-Q4_K_M.gguf)"),
+        ("pytorch_model.bin", "org/model: no safetensors weights (pytorch_model.bin may execute code when loaded"),
+        ("model-Q4_K_M.gguf", "download one and pass its path (model-Q4_K_M.gguf)"),
     ],
 )
 def test_other_formats_are_not_downloaded(hub: Hub, tmp_path: Path, other: str, expected: str) -> None:
@@ -175,7 +175,7 @@ def test_a_model_without_configuration(hub: Hub, tmp_path: Path) -> None:
     del hub.files["config.json"]
     hub.files["model.gguf"] = b"GGUF"
     result = hub.find(tmp_path)
-    assert "org/model: it has no config.json; it has GGUF files: download one" in result.stderr
+    assert "org/model: no config.json; it has GGUF files: download one" in result.stderr
     assert hub.sent == []
 
 
@@ -230,7 +230,7 @@ def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, name: str) -> None:
 
 def test_a_pipe_as_the_model(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.gguf")
-    assert refusal(tmp_path / "model.gguf").endswith("a model is a folder or a .gguf file")
+    assert refusal(tmp_path / "model.gguf").endswith("a model must be a folder or a .gguf file")
     folder = tmp_path / "folder"
     folder.mkdir()
     os.mkfifo(folder / "model.gguf")

@@ -25,9 +25,9 @@ def resolve(params: SamplingParams, child: int = 0) -> ResolvedParams:
 
 
 def test_lists_that_every_step_looks_at_are_bounded() -> None:
-    with pytest.raises(RequestError, match="stop_token_ids may hold at most"):
+    with pytest.raises(RequestError, match="stop_token_ids may contain at most"):
         SamplingParams(stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1))
-    with pytest.raises(RequestError, match="logprob_token_ids may hold at most 20"):
+    with pytest.raises(RequestError, match="logprob_token_ids may contain at most 20"):
         resolve(SamplingParams(logprobs=0, logprob_token_ids=list(range(21))))
     assert resolve(SamplingParams(allowed_token_ids=[7, 5] * 100_000)).allowed_token_ids == (7, 5)
 

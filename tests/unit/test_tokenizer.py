@@ -453,18 +453,18 @@ def test_gguf_end_of_turn_tokens() -> None:
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, "holds no tokenizer"),
+        ({}, "has no tokenizer"),
         ({"model": "bert", "tokens": ["a"]}, "'bert' is not supported"),
         ({"model": 5, "tokens": ["a"]}, "tokenizer.ggml.model"),
         ({"model": "gpt2"}, "tokenizer.ggml.tokens"),
         ({"model": "gpt2", "tokens": [1, 2]}, "tokenizer.ggml.tokens"),
-        ({"model": "gpt2", "tokens": ["a", "a"]}, "'a' occurs twice"),
+        ({"model": "gpt2", "tokens": ["a", "a"]}, "duplicate 'a'"),
         ({"model": "gpt2", "tokens": ["a", "b"], "token_type": [1]}, "token_type: has 1 items for 2"),
         ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["ab"]}, "merges: item 0"),
-        ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["a c"]}, "do not fit together"),
+        ({"model": "gpt2", "tokens": ["a", "b"], "merges": ["a c"]}, "inconsistent tokenizer arrays"),
         ({"model": "llama", "tokens": ["a", "b"]}, "tokenizer.ggml.scores"),
         ({"model": "llama", "tokens": ["a"], "scores": ["x"]}, "tokenizer.ggml.scores"),
-        ({"model": "gpt2", "tokens": ["a"], "add_bos_token": "yes"}, "add_bos_token: is not a flag"),
+        ({"model": "gpt2", "tokens": ["a"], "add_bos_token": "yes"}, "add_bos_token: is not a boolean"),
         ({"model": "llama", "tokens": ["a"] * 0, "scores": []}, "tokenizer.ggml.tokens"),
     ],
 )
