@@ -27,7 +27,7 @@ def tokens(model: Path, seed: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=8, ignore_eos=True, flat_logprobs=False, output_kind=2)
         outputs = llm.generate(["one", "two"], params, priority=5, use_tqdm=False)
         outputs += llm.generate(["three", "four"], params, priority=[1, 0], use_tqdm=False)
-        with pytest.raises(ValueError, match="2 prompts and 1 priorities"):
+        with pytest.raises(ValueError, match="priority must have one entry per prompt; got 1 for 2 prompts"):
             llm.generate(["one", "two"], params, priority=[1])
         return [output.outputs[0].token_ids for output in outputs]
 
