@@ -13,16 +13,16 @@ def main() -> int:
 
 
 def leave_current_folder() -> None:
-    """Takes the current folder out of the module search path.
+    """Removes the current folder from the module search path.
 
-    ``python -m`` puts it first, and so does an empty or relative entry of PYTHONPATH. A ``json.py`` that happens to lie
-    there is not ours to run. A folder that PYTHONPATH names in full stays, and so does the one of these packages.
+    ``python -m`` and empty or relative entries of PYTHONPATH put it first, so a ``json.py`` that happens to be there
+    would be run. Folders that PYTHONPATH names by absolute path stay, and so does the folder of these packages.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     keep = {os.path.realpath(entry) for entry in entries if os.path.isabs(entry)}
     keep.add(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     drop = {os.path.realpath(entry) for entry in ("", *entries) if not os.path.isabs(entry)} - keep
-    library = os.path.dirname(os.__file__)  # what comes from it on is Python's own choice
+    library = os.path.dirname(os.__file__)  # this entry and all after it are Python's own
     end = sys.path.index(library) if library in sys.path else len(sys.path)
     sys.path[:end] = [entry for entry in sys.path[:end] if os.path.realpath(entry) not in drop]
 

@@ -336,4 +336,4 @@ COMMANDS = {
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }
-"""By the word that starts them."""
+"""Subcommands by name."""

@@ -1,6 +1,6 @@
-"""Configuration of the server, and the one table of environment variables.
+"""Configuration of the server, and the table of all environment variables.
 
-``executor/config.py`` says how flags are derived from fields.
+``executor/config.py`` describes how flags are derived from fields.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ENVIRONMENT = {
     "NOTIFY_SOCKET": Variable("Set by systemd to receive the ready notification."),
     "PYTHONPATH": Variable("Relative entries are ignored, so that modules in the current folder are never run."),
 }
-"""Every variable that our code reads. Of several for one option, the first that is not empty wins; flags override all.
+"""All variables that our code reads. If several set one option, the first non-empty one wins; flags override all.
 Libraries read more, such as ``HF_TOKEN`` and ``HF_HOME``."""
 
 LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace": "debug"}

@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _spelt(arguments: Sequence[str]) -> list[str]:
-    """Normalises flags to dashes, and collects keys of JSON objects into one value per flag."""
+    """Spells flags with dashes, and collects keys of JSON objects into one value per flag."""
     result: list[str] = []
     objects: dict[str, dict[str, Any]] = {}
     rest = list(arguments)
@@ -258,7 +258,7 @@ def _put(target: dict[str, Any], keys: Sequence[str], text: str) -> None:
 
 
 def _spell(option: Option) -> str:
-    """The default as one would write it on the command line."""
+    """The default as written on the command line."""
     value = option.default
     if option.extra.get("parse") == "bytes":
         return _spell_size(value)

@@ -1,4 +1,4 @@
-"""Offline batches: the engine behind a blocking class."""
+"""Offline inference: the engine behind a blocking class."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; a dictionary may have a ``cache_salt``,
-and then the prompt shares cached blocks with those of the same salt only."""
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. With a ``cache_salt`` in the
+dictionary, the prompt shares cached blocks only with prompts of the same salt."""
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -66,7 +66,7 @@ class Logprob:
 
     logprob: float
     rank: int | None
-    """1: the most likely one."""
+    """1 is the most likely token."""
     decoded_token: str
 
 
@@ -97,7 +97,7 @@ class RequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     metrics: RequestStateStats = field(default_factory=RequestStateStats, compare=False)
-    """When what happened."""
+    """Timestamps of the request."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class BeamSearchSequence:
     tokens: list[int]
     """Prompt and output."""
     logprobs: list[dict[int, Logprob]]
-    """Of each output token; empty unless they were asked for."""
+    """One entry per output token; empty unless requested."""
     cum_logprob: float
     text: str
     """Prompt and output."""
@@ -119,13 +119,13 @@ class BeamSearchSequence:
 
 @dataclass
 class BeamSearchOutput:
-    """The best sequences of a prompt, the best first."""
+    """The best sequences of a prompt, best first."""
 
     sequences: list[BeamSearchSequence]
 
 
 class LLM:
-    """A model for offline use. The processes behind it are those of the server.
+    """A model for offline inference. It runs in the same engine processes as the server.
 
     Example:
         >>> llm = LLM(model="Qwen/Qwen3-0.6B")
@@ -136,7 +136,7 @@ class LLM:
         """Starts the engine and loads the model.
 
         Args:
-            model: Hub id, folder or GGUF file; without it the demo model.
+            model: Hub id, folder or GGUF file. Default: the demo model.
             **options: The server's flags with underscores, such as ``max_model_len=4096``; vLLM's names work.
 
         Raises:
@@ -157,7 +157,7 @@ class LLM:
         self._config = with_model(config, files)
         self._next_id = 0
         self._engine = EngineThread()
-        # When nobody holds this object any more, and when the interpreter exits.
+        # Runs when this object is collected, or when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._model = self._run(_start(self._engine, self._config, files))
@@ -179,7 +179,7 @@ class LLM:
         return self._engine.run(work)
 
     def close(self) -> None:
-        """Ends the engine. Also done when the object is collected, when the interpreter exits, and by ``with``."""
+        """Stops the engine. Also called when the object is collected, when the interpreter exits, and by ``with``."""
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -203,20 +203,21 @@ class LLM:
         use_tqdm: bool = True,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Completes prompts, all together.
+        """Completes prompts, all submitted at once.
 
         Args:
             prompts: One prompt or several; a list of integers is one prompt of token ids.
-            sampling_params: For all prompts, or one for each. Default: the model's.
+            sampling_params: One for all prompts, or one per prompt. Default: the model's defaults.
             use_tqdm: Show a progress bar.
-            priority: A number, or one per prompt; lower ones first (with ``scheduling_policy="priority"``).
+            priority: A number for all prompts, or one per prompt; lower runs first (with
+                ``scheduling_policy="priority"``).
 
         Returns:
             One result per prompt, in the order of the prompts.
 
         Raises:
-            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
-            EngineDeadError: The engine was given up.
+            RequestError: A prompt or a parameter is invalid for the model; nothing was run. It is a ValueError.
+            EngineDeadError: The engine died and is not restarted.
         """
         inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
@@ -229,20 +230,20 @@ class LLM:
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
-        """Searches the most likely continuations.
+        """Finds the most likely continuations by beam search.
 
         Args:
             prompts: See ``generate``.
-            params: How to search.
+            params: Parameters of the search.
             use_tqdm: Show a progress bar.
-            concurrency_limit: Prompts that are worked on at the same time. None: all.
+            concurrency_limit: Maximum number of prompts searched at the same time. None: all.
 
         Returns:
             The best sequences of each prompt, in the order of the prompts.
 
         Raises:
-            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
-            EngineDeadError: The engine was given up.
+            RequestError: A prompt or a parameter is invalid for the model; nothing was run. It is a ValueError.
+            EngineDeadError: The engine died and is not restarted.
         """
         if concurrency_limit is not None and concurrency_limit < 1:
             raise RequestError("concurrency_limit must be at least 1", "concurrency_limit")
@@ -286,7 +287,7 @@ class LLM:
         )
 
     async def _token_ids(self, item: _Input, params: SamplingParams) -> list[int]:
-        """The tokens of a prompt, as many as are wanted."""
+        """The tokens of a prompt, truncated as the parameters ask."""
         ids, around = item.token_ids, NOTHING_ADDED
         if ids is None:
             assert item.text is not None
@@ -379,20 +380,20 @@ class LLM:
         use_tqdm: bool = True,
         pooling_params: PoolingParams | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """Turns prompts into vectors, all together. How is the option ``pooler_config``'s to say.
+        """Computes an embedding of each prompt. The option ``pooler_config`` sets the pooling.
 
         Args:
             prompts: As for ``generate``; a prompt may fill the whole context.
             use_tqdm: Show a progress bar.
-            pooling_params: For all prompts.
+            pooling_params: Parameters for all prompts.
 
         Returns:
             One result per prompt, in the order of the prompts; ``outputs.embedding`` is a list of floats.
 
         Raises:
-            RequestError: A prompt or a parameter does not suit the model; nothing was run. It is a ValueError.
-            RuntimeError: The engine failed at one of the prompts.
-            EngineDeadError: The engine was given up.
+            RequestError: A prompt or a parameter is invalid for the model; nothing was run. It is a ValueError.
+            RuntimeError: The engine failed on one of the prompts.
+            EngineDeadError: The engine died and is not restarted.
         """
         inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
@@ -418,9 +419,9 @@ class LLM:
 
         Args:
             prompts: As for ``generate``.
-            pooling_params: For all prompts.
+            pooling_params: Parameters for all prompts.
             use_tqdm: Show a progress bar.
-            pooling_task: ``embed``: a vector for each prompt. ``token_embed``: one for each token of it.
+            pooling_task: ``embed``: one vector per prompt. ``token_embed``: one vector per token.
         """
         if pooling_task not in ("embed", "token_embed"):
             raise RequestError(f"pooling_task must be embed or token_embed, got {pooling_task!r}", "pooling_task")
@@ -436,20 +437,20 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
-        """Tells how similar texts are: the cosine similarity of their embeddings.
+        """Computes the cosine similarity of the embeddings of text pairs.
 
         Args:
-            data_1: One prompt, which is compared with each of ``data_2``; or as many as there are in ``data_2``.
-            data_2: The prompts on the other side.
-            truncate_prompt_tokens: Keep so many tokens of a longer prompt.
+            data_1: One prompt to compare with each of ``data_2``, or as many prompts as ``data_2``.
+            data_2: The prompts to compare with.
+            truncate_prompt_tokens: Truncate longer prompts to this many tokens.
             use_tqdm: Show a progress bar.
 
         Returns:
             One result per pair, in order; ``outputs.score`` is a float.
 
         Raises:
-            RequestError: The numbers of prompts do not go together, or a prompt does not suit the model.
-            EngineDeadError: The engine was given up.
+            RequestError: The numbers of prompts do not match, or a prompt is invalid for the model.
+            EngineDeadError: The engine died and is not restarted.
         """
         sides = [[_parse_prompt(prompt) for prompt in _as_list(data)] for data in (data_1, data_2)]
         first, second = sides
@@ -558,7 +559,7 @@ class LLM:
 
 
 def _keep_best(result: RequestOutput, params: SamplingParams) -> None:
-    """Leaves the ``n`` completions with the highest cumulative log probability, the best first."""
+    """Keeps the ``n`` completions with the highest cumulative log probability, best first."""
     totals = [output.cumulative_logprob or 0.0 for output in result.outputs]
     result.outputs = [result.outputs[place] for place in best_places(totals, params.n)]
     for index, output in enumerate(result.outputs):
@@ -611,14 +612,14 @@ async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) 
 
 
 class _Meter:
-    """Tokens per second beside a progress bar, in vLLM's words."""
+    """Shows tokens per second on a progress bar, in vLLM's format."""
 
     def __init__(self) -> None:
         self._input = self._output = 0
         self._begin = time.monotonic()
 
     def add(self, bar: tqdm[NoReturn], num_input: int, num_output: int) -> None:
-        """Counts the tokens of something that is done."""
+        """Counts the tokens of a finished completion or prompt and updates the bar's text."""
         self._input += num_input
         self._output += num_output
         seconds = max(time.monotonic() - self._begin, 1e-6)
@@ -643,7 +644,7 @@ class _Folder:
 
     @property
     def num_new_prompt_tokens(self) -> int:
-        """Tokens of the prompt, counted for the first of its completions."""
+        """Tokens of the prompt; 0 for all but its first completion, so that a prompt is counted once."""
         return 0 if self.output.index else len(self._result.prompt_token_ids)
 
     def add(self, delta: Delta) -> None:
@@ -666,7 +667,7 @@ class _Folder:
 
 
 def describe_position(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, Logprob]:
-    """The log probabilities at one position, those of the token that stands there first."""
+    """The log probabilities at one position, by token id. The position's own token comes first."""
     ids, values = i32(entry.token_ids).tolist(), f32(entry.logprobs).tolist()
     ranks = [entry.rank, *range(1, len(ids))]
     position: dict[int, Logprob] = {}
@@ -677,7 +678,7 @@ def describe_position(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, L
 
 
 def _signature() -> inspect.Signature:
-    """What consoles and notebooks complete, which look at the object and not at types."""
+    """The signature that consoles and notebooks use for completion; they inspect the object, not its types."""
     hints = get_type_hints(LLMOptions)
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
     model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="", annotation=str)

@@ -1,4 +1,4 @@
-"""Whether traces can be exported: OpenTelemetry's packages, imported only where they are asked for."""
+"""Access to OpenTelemetry's optional packages, which export traces; imported only on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MISSING = "--otlp-traces-endpoint needs packages that are not installed: pip ins
 
 
 def check_packages() -> None:
-    """Makes sure that traces can be exported.
+    """Checks that traces can be exported.
 
     Raises:
         ConfigError: A package is missing, or the protocol is unknown.

@@ -1,7 +1,7 @@
-"""The syntax of the standard library's regular expressions, as a tree.
+"""Parser for the regular expressions of the standard library's ``re``.
 
-``re`` keeps its own parser to itself, and changes it from version to version. So ``re`` says whether an expression is
-one, and what is wrong if it is none; what it takes is read here, by the rules of its documentation.
+The parser of ``re`` is private and changes between versions. So ``re`` itself validates an expression and reports
+syntax errors, and this module parses what ``re`` accepts, following its documentation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import NoReturn, TypeAlias
 
 CharTest: TypeAlias = Callable[[str], bool]
-"""Whether a character is one that an expression stands for."""
+"""Tells whether an expression matches a character."""
 
 
 class UnsupportedError(ValueError):
-    """An expression that looks at more than the characters of its match; the message names what does."""
+    """An expression that depends on more than the characters of its match; the message names the construct."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Char:
 
 @dataclass(frozen=True)
 class Begin:
-    """The beginning of the text, or of a line."""
+    """The beginning of the text or of a line."""
 
     of_line: bool
 
@@ -40,7 +40,7 @@ class Repeat:
     item: Node
     least: int
     most: int | None
-    """None: no bound."""
+    """None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +73,37 @@ _GROUPS = {
     "(?P=": "a back reference",
     "(?(": "a conditional group",
 }
-"""What begins groups that cannot be searched for."""
+"""Openings of groups that are not supported, with their names."""
 _COUNT = re.compile(r"\{(?!\})(\d*)(?:(,)(\d*))?\}", re.A)
 _OCTAL = re.compile("0[0-7]{0,2}|[0-7]{3}")
-"""Other digits after a backslash refer to a group."""
+"""Any other digits after a backslash are a back reference."""
 _OCTAL_IN_SET = re.compile("[0-7]{1,3}")
 _FLAG_GROUP = re.compile(r"\(\?([aiLmsux]*)(?:-([imsx]+))?([:)])")
 
 
 def parse_regex(source: str) -> list[Node]:
-    """Reads an expression.
+    """Parses an expression.
 
     Raises:
-        re.error: It is none.
-        OverflowError, RecursionError: The library cannot take it.
-        UnsupportedError: It looks around, back, or at the end of the text, or forbids backtracking.
+        re.error: It is not a valid expression.
+        OverflowError, RecursionError: It is too large for ``re``.
+        UnsupportedError: It uses look-around, back references, anchors other than ``^``, conditional groups, or
+            constructs that forbid backtracking.
     """
     return _Parser(source, re.compile(source).flags).parse()
 
 
 @dataclass
 class _Level:
-    """A group that is open."""
+    """An open group."""
 
     flags: int
-    """Those in force in it."""
+    """Flags in effect inside it."""
     options: list[list[Node]] = field(default_factory=lambda: [[]])
 
 
 class _Parser:
-    """Reads an expression that ``re`` takes. Groups that are open are on a stack, so depth costs no recursion."""
+    """Parses an expression that ``re`` accepts. Open groups are on an explicit stack, so nesting needs no recursion."""
 
     def __init__(self, source: str, flags: int) -> None:
         self._source = source
@@ -129,7 +130,7 @@ class _Parser:
         return char
 
     def _step(self) -> None:
-        """One item, or what belongs to the last one."""
+        """Parses one item, or the quantifier of the last one."""
         char = self._take()
         if self._flags & re.X and char in _SPACES:
             return
@@ -173,7 +174,7 @@ class _Parser:
         return Char(self._matching([self._escaped(char, in_set=False).__eq__]))
 
     def _escaped(self, char: str, *, in_set: bool) -> str:
-        """The character that a backslash and what follows stand for."""
+        """The character that an escape sequence stands for; ``char`` is the one after the backslash."""
         if char in _CONTROL:
             return _CONTROL[char]
         if char == "b" and in_set:
@@ -197,7 +198,7 @@ class _Parser:
         return self._source[begin : self._position]
 
     def _class(self, char: str) -> CharTest:
-        r"""``\d`` and the like; an upper-case letter means all others."""
+        r"""A class such as ``\d``; an upper-case letter negates it."""
         kind, negated, only_ascii = _CLASSES[char.lower()], char.isupper(), bool(self._flags & re.A)
         return lambda char: (kind(char) and (char.isascii() or not only_ascii)) != negated
 
@@ -212,21 +213,21 @@ class _Parser:
             if isinstance(low, str) and following.startswith("-") and following != "-]":
                 self._position += 1
                 high = self._member(self._take())
-                assert isinstance(high, str)  # otherwise it is a bad range
+                assert isinstance(high, str)  # re rejects a range that ends in a class
                 tests.append(_range(low, high))
             else:
                 tests.append(low.__eq__ if isinstance(low, str) else low)
         return self._matching(tests, negated=negated)
 
     def _member(self, char: str) -> str | CharTest:
-        """A character of a set, or a class of them."""
+        """One member of a set: a character or a class."""
         if char != "\\":
             return char
         char = self._take()
         return self._class(char) if char.lower() in _CLASSES else self._escaped(char, in_set=True)
 
     def _matching(self, tests: list[CharTest], *, negated: bool = False) -> CharTest:
-        """Whether one of the tests holds, in the present flags."""
+        """A test that passes if any of the given ones does, under the current flags."""
         ignores_case = bool(self._flags & re.I)
         if not ignores_case and not negated and len(tests) == 1:
             return tests[0]
@@ -241,7 +242,7 @@ class _Parser:
         following = self._source[self._position : self._position + 1]
         if following == "+":
             _refuse("a possessive quantifier")
-        self._position += following == "?"  # which of the matches is preferred makes no difference
+        self._position += following == "?"  # greedy or lazy makes no difference here
         self._items.append(Repeat(self._items.pop(), least, most))
 
     def _open(self) -> None:
@@ -258,7 +259,7 @@ class _Parser:
         elif (group := _FLAG_GROUP.match(self._source, begin)) is not None:
             self._position = group.end()
             if group[3] == ")":
-                return  # it holds for all of the expression, and is known
+                return  # global flags, already taken from the compiled expression
             flags = _changed(flags, group[1], group[2] or "")
         self._levels.append(_Level(flags))
 

@@ -1,12 +1,12 @@
-"""Regular expressions that end a completion, searched in a text that arrives in pieces.
+"""Stop regular expressions: regular expressions that end a completion, searched in a text that arrives in pieces.
 
-No library finds matches in a stream in linear time and says how much of the text may still become part of one. So an
-automaton (Thompson 1968) follows all ways to match at once: a character costs the same however long the text is, and no
-pattern makes it explode. Each thread of the automaton knows where its match would begin. What happens for a character
-depends on the set of threads alone, so it is worked out once and then looked up.
+No library finds matches in a stream in linear time and reports how much of the text may still become part of a match.
+So an automaton (Thompson 1968) follows all possible matches at once: the cost per character does not depend on the
+length of the text, and no pattern causes exponential time. Each thread of the automaton records where its match would
+begin. A transition depends only on the set of threads and the character, so it is computed once and then looked up.
 
-Not supported, and refused by name: what needs to look ahead or back (``$``, ``\\b``, assertions, back references) and
-possessive or atomic groups. ``^`` is, also with ``(?m)``.
+Constructs that look ahead or back (``$``, ``\\b``, assertions, back references), possessive quantifiers and atomic
+groups are not supported; the error names them. ``^`` is supported, also with ``(?m)``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from api.regex_syntax import Begin, Char, CharTest, Node, Repeat, UnsupportedErr
 
 MAX_PATTERN_CHARS = 1024
 MAX_STATES = 256
-"""Characters that all patterns of a request can wait for at a time: the most threads that there can be."""
+"""Maximum character nodes in all patterns of a request, which limits the number of threads."""
 _MAX_NODES = 20_000
 _MAX_TRANSITIONS = 4096
-"""Transitions that an automaton remembers."""
+"""Maximum transitions cached per automaton."""
 
 
 class StopRegexError(ValueError):
-    """A pattern that cannot be searched for; the message says why."""
+    """A pattern that cannot be used; the message says why."""
 
 
 class _Node:
-    """A state of the automaton: a character that is waited for, or a fork, or the end of a pattern."""
+    """A node of the automaton: it expects a character, forks, or ends a pattern."""
 
     __slots__ = ("after", "at_line", "at_start", "pattern", "test")
 
@@ -40,13 +40,13 @@ class _Node:
         self.after: list[_Node] = []
         self.pattern: int | None = None
         self.at_start = False
-        """It is only passed at the beginning of the text."""
+        """It can be passed only at the beginning of the text."""
         self.at_line = False
-        """It is only passed at the beginning of a line."""
+        """It can be passed only at the beginning of a line."""
 
 
 class _Compiler:
-    """Makes nodes of parsed patterns, from the end to the beginning."""
+    """Compiles parsed patterns to nodes, from their end to their beginning."""
 
     def __init__(self) -> None:
         self._num_nodes = 0
@@ -69,7 +69,7 @@ class _Compiler:
             raise StopRegexError("is nested too deeply") from None
 
     def text(self, index: int, text: str) -> _Node:
-        """A plain text as a pattern; it may be of any length."""
+        """Compiles a plain stop string, of any length."""
         node = self._node()
         node.pattern = index
         for char in reversed(text):
@@ -128,26 +128,26 @@ class _Compiler:
 
 
 class _Transition(NamedTuple):
-    """What a character does to a set of threads."""
+    """The effect of a character on a set of threads."""
 
     state: int
     sources: tuple[int, ...]
-    """For each new thread the old one that it continues, -1 for those that begin after the character. Empty: all."""
+    """For each new thread, the old thread that it continues, or -1 if it begins after the character. Empty: all -1."""
     pattern: int
     """The pattern that matches here, or -1."""
     matched: int
-    """The thread that does."""
+    """The thread that matched, or -1."""
 
 
 class StopAutomaton:
-    """Patterns and texts, compiled. Threads are ordered by where they began, the earliest first."""
+    """Compiled patterns and stop strings. Threads are ordered by where they began, earliest first."""
 
     def __init__(self, texts: Sequence[str], patterns: Sequence[str]) -> None:
-        """Compiles.
+        """Compiles stop strings and patterns.
 
         Raises:
-            StopRegexError: A pattern is no regular expression, is too large, needs more than one look at the text, or
-                matches an empty text.
+            StopRegexError: A pattern is not a regular expression, is too large, uses an unsupported construct, or
+                matches the empty string.
         """
         compiler = _Compiler()
         self.sources = (*texts, *patterns)
@@ -178,11 +178,11 @@ class StopAutomaton:
     def _closure(
         self, entries: Iterable[tuple[_Node, int]], before: str | None
     ) -> tuple[list[tuple[_Node, int]], tuple[int, int] | None]:
-        """The nodes that wait for a character, with the thread that each comes from, and the first match.
+        """Follows forks to the nodes that expect a character, each with the thread it comes from; and the first match.
 
         Args:
-            entries: Nodes that are reached, with the thread that reached them.
-            before: The character before this place; None at the beginning of the text.
+            entries: Nodes that were reached, each with the thread that reached it.
+            before: The character before this position; None at the beginning of the text.
         """
         seen: set[int] = set()
         waiting: list[tuple[_Node, int]] = []
@@ -205,7 +205,7 @@ class StopAutomaton:
         return waiting, match
 
     def transition(self, state: int, char: str) -> _Transition:
-        """What a character does, worked out for the first time."""
+        """Computes the transition of a state for a character, and caches it if there is room."""
         entries = [
             (node.after[0], source)
             for source, node in enumerate(self._states[state])
@@ -228,18 +228,18 @@ class StopAutomaton:
 
 @lru_cache(maxsize=32)
 def stop_automaton(texts: tuple[str, ...], patterns: tuple[str, ...]) -> StopAutomaton:
-    """The automaton of some stop strings and patterns; see ``StopAutomaton`` for what it raises."""
+    """The cached automaton for stop strings and patterns; raises what ``StopAutomaton`` raises."""
     return StopAutomaton(texts, patterns)
 
 
 class StopRegexChecker:
-    """Finds the first match in a text that arrives in pieces; ``StopChecker`` does the same for texts alone.
+    """Finds the first match in a text that arrives in pieces; ``StopChecker`` does the same for stop strings alone.
 
-    First means the one that ends first, and of several that end together the longest: so the result depends on the
-    text alone, not on how it was cut.
+    The first match is the one that ends first; of several that end at the same character, the longest. So the result
+    depends only on the text, not on how it was divided into pieces.
 
     Attributes:
-        matched: The pattern or the text that was found, if any.
+        matched: The pattern or stop string that was found, if any.
     """
 
     __slots__ = ("_automaton", "_begins", "_held", "_include", "_state", "matched")
@@ -249,7 +249,7 @@ class StopRegexChecker:
         self._include = include_stop_str_in_output
         self._state = self._automaton.first
         self._begins: list[int] = []
-        """Where in the held text the threads began; empty: none has begun."""
+        """Where in the held text each thread began; empty: none has begun."""
         self._held = ""
         self.matched: str | None = None
 
@@ -259,10 +259,9 @@ class StopRegexChecker:
         return self._held
 
     def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
-        """Takes the next piece; returns the text that may go out and the stop that ends it, if any.
+        """Takes the next piece; returns the text that can be sent, and the stop that ended it, if any.
 
-        A match that ends in a piece that is not ``armed`` is passed over; one that begins there and ends later is
-        found.
+        A match that ends in a piece that is not ``armed`` is ignored; one that begins there and ends later is found.
         """
         if self.matched is not None:
             return "", self.matched
@@ -294,7 +293,7 @@ class StopRegexChecker:
         return text[:cut], None
 
     def finish(self) -> str:
-        """The text that was held back; nothing may follow."""
+        """Returns the text that was held back; no more text may follow."""
         held, self._held = self._held, ""
         self._begins, self._state = [], self._automaton.first
         return held
