@@ -1,7 +1,7 @@
-"""A Jinja environment whose renderings cannot cost much: every loop, call and built text is paid from a budget.
+"""A Jinja environment with bounded cost: every loop, call and built text is charged to a budget.
 
-A rendering that would cost more ends with ``BeyondBoundsError`` and belongs into a process that may be killed. Nothing
-has to be known of a template beforehand, and what is rendered here is what the unbounded environment would render.
+A rendering that would exceed its budget ends with ``BeyondBoundsError``; render it in a process that can be killed.
+Templates need no analysis beforehand, and the result is the same as that of the unbounded environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_COST: Final = 256 << 10
-"""Characters that a rendering may build, and what its loops and calls count as: some 20 ms at most."""
+"""Budget of a rendering, in characters built; loops and calls count as characters too. About 20 ms at most."""
 MAX_SOURCE_CHARS: Final = 64 << 10
 _NODE_COST: Final = 10
 _ITEM_COST: Final = 4
@@ -30,18 +30,18 @@ _LINEAR = (
     *("forceescape", "groupby", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject"),
     *("rejectattr", "reverse", "round", "safe", "select", "selectattr", "sort", "title", "trim", "unique", "upper"),
 )
-"""Filters whose result is no longer than what they are given, and which take as long as it is."""
+"""Filters whose result is no longer than their input, and whose time is linear in it."""
 _UNBOUNDED_METHODS = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill")
 
 _left: ContextVar[list[int]] = ContextVar("budget of a rendering")
 
 
 class BeyondBoundsError(Exception):
-    """A rendering would cost more than is done without a process of its own."""
+    """A rendering would exceed its budget; it needs a process of its own."""
 
 
 def start_budget() -> None:
-    """Gives the rendering that follows in this context its budget."""
+    """Sets the budget of the next rendering in this context."""
     _left.set([MAX_COST])
 
 
@@ -53,7 +53,7 @@ def _spend(amount: int) -> None:
 
 
 def _weigh(value: Any) -> Any:
-    """Pays for a value that is about to become text, all that it is made of included."""
+    """Charges for a value that is about to become text, including everything nested in it."""
     if isinstance(value, str):
         _spend(len(value))
         return value
@@ -78,7 +78,7 @@ def _weigh(value: Any) -> Any:
         elif item is None or isinstance(item, float):
             _spend(_ITEM_COST)
         elif item is value:
-            return value  # a macro, a generator: their text is short, or paid for when it is built
+            return value  # a macro or a generator: its text is short, or charged when it is built
         else:
             raise BeyondBoundsError
     return value
@@ -90,7 +90,7 @@ def _size(value: Any) -> int:
 
 @jinja2.pass_context
 def _loop(context: Context, iterable: Any, cost: int) -> Any:
-    """Pays for the turns of a loop."""
+    """Charges for the iterations of a loop."""
     if isinstance(iterable, (str, list, tuple, dict, range, Undefined)):
         _spend(cost * len(iterable))
         return iterable
@@ -105,32 +105,32 @@ def _paid(iterable: Iterable[Any], cost: int) -> Iterator[Any]:
 
 @jinja2.pass_context
 def _enter(context: Context, value: str, cost: int) -> str:
-    """Pays for a call of a macro."""
+    """Charges for the call of a macro."""
     _spend(cost)
     return value
 
 
 @jinja2.pass_context
 def _concat(context: Context, parts: list[Any]) -> str:
-    """``a ~ b``."""
+    """Charged version of ``a ~ b``."""
     return "".join(str(_weigh(part)) for part in parts)
 
 
 @jinja2.pass_context
 def _weighed(context: Context, value: Any) -> Any:
-    """A value that is put together from others, each perhaps many times."""
+    """Charges for a list, tuple or dict literal, which may contain the same value many times."""
     return _weigh(value)
 
 
 @jinja2.pass_context
 def _touched(context: Context, value: Any) -> Any:
-    """A value that is about to be sliced."""
+    """Charges for a value that is about to be sliced."""
     _spend(_size(value))
     return value
 
 
 class _Metered(NodeTransformer):
-    """Puts the meters into a template."""
+    """Inserts the charges into the syntax tree of a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         if node.recursive:
@@ -172,7 +172,7 @@ def _filter(node: Any, name: str, *args: int) -> nodes.Filter:
 
 
 def _cost(body: list[Any]) -> int:
-    """What a turn through a body costs at least."""
+    """Minimum cost of one pass through a body."""
     cost = _NODE_COST
     pending: list[nodes.Node] = list(body)
     while pending:
@@ -183,10 +183,10 @@ def _cost(body: list[Any]) -> int:
 
 
 def make_bounded(base: type[ImmutableSandboxedEnvironment], **options: Any) -> type[ImmutableSandboxedEnvironment]:
-    """The class of a bounded environment.
+    """Creates the class of a bounded environment.
 
     Args:
-        base: The environment without bounds. Filters are bounded by ``bound_filters``.
+        base: The unbounded environment. ``bound_filters`` bounds its filters.
     """
 
     class BoundedEnvironment(base):  # type: ignore[misc, valid-type]
@@ -202,7 +202,7 @@ def make_bounded(base: type[ImmutableSandboxedEnvironment], **options: Any) -> t
             return tree
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+" and type(left) is str and type(right) is str:  # what templates do most
+            if operator == "+" and type(left) is str and type(right) is str:  # the most common operation in templates
                 _spend(len(left) + len(right))
                 return left + right
             if operator == "%" and isinstance(left, str):
@@ -248,14 +248,14 @@ def _is_iterator(value: Any) -> bool:
 
 
 def _replaced_size(text: Any, old: Any, new: Any) -> int:
-    """Upper bound of what a replacement makes of a text."""
+    """Upper bound on the length of a text after a replacement."""
     if not all(isinstance(value, str) for value in (text, old, new)):
         raise BeyondBoundsError
     return len(text) + int(text.count(old)) * len(new)
 
 
 def bound_filters(environment: jinja2.Environment, unbounded: jinja2.Environment) -> None:
-    """Has the filters of an environment pay, and those that cannot refuse."""
+    """Makes filters charge the budget; those whose cost cannot be bounded raise ``BeyondBoundsError``."""
     for name in list(environment.filters):
         environment.filters[name] = _metered_filter(name, unbounded)
     for function in (_loop, _enter, _concat, _weighed, _touched):

@@ -1,8 +1,8 @@
-"""Chat messages to prompt text, by the Jinja template that a model brings along.
+"""Renders chat messages to prompt text with a model's Jinja template.
 
-Templates are written for transformers, so the environment offers what it offers there and renders the
-same text. They are code from outside: they run in Jinja's sandbox, see copies of plain JSON values
-only, and can neither build nor loop over more than a prompt could need.
+Templates are written for transformers, so the environment offers the same functions as there and renders
+the same text. Templates are untrusted code: they run in Jinja's sandbox, see only copies of plain JSON
+values, and cannot build or loop over more than a prompt could need.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Message: TypeAlias = dict[str, Any]
 
 MAX_OUTPUT_CHARS: Final = 32 << 20
 MAX_RANGE_ITEMS: Final = 1_000_000
-"""Numbers that all ``range`` calls of one rendering may yield together."""
+"""Maximum numbers that all ``range`` calls of one rendering may yield in total."""
 
 _MAX_MESSAGE_CHARS: Final = 400
 _CONTINUE_TAG: Final = "\ue000continue-here\ue000 "
@@ -35,19 +35,19 @@ _REASONING_FIELDS: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateError(ValueError):
-    """A chat template is wrong, or refused or could not render the conversation it was given."""
+    """A chat template is invalid, or rejected or failed to render a conversation."""
 
 
 class BrokenTemplateError(TemplateError):
-    """The template itself is at fault, whatever the conversation: it is no valid one, or costs too much."""
+    """The template itself is at fault, whatever the conversation: it is invalid or too expensive."""
 
 
 class ChatTemplate:
     """A compiled chat template, or several by name.
 
     Attributes:
-        source: What it was compiled from.
-        special_tokens: By the names that templates know.
+        source: The Jinja source, or several by name.
+        special_tokens: Special tokens by the names that templates use.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class ChatTemplate:
         """
         Args:
             source: Jinja text, or several by name.
-            special_tokens_map: What templates know as ``bos_token`` and so on.
-            is_bounded: Renderings that would take long, or much memory, end with ``BeyondBoundsError``. Otherwise only
-                a process that may be killed is a safe place for them.
+            special_tokens_map: Special tokens by the names that templates use, such as ``bos_token``.
+            is_bounded: Renderings that would take much time or memory end with ``BeyondBoundsError``. Without this,
+                render only in a process that can be killed.
 
         Raises:
-            TemplateError: It is no valid template.
+            TemplateError: The template is invalid.
         """
         self.source = source
         sources = {"default": source} if isinstance(source, str) else dict(source)
@@ -75,10 +75,10 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens_map or {})
 
     def uses(self, *, has_tools: bool) -> TemplateUses:
-        """How the template of conversations with or without tools wants them.
+        """The message format that the template for conversations with or without tools expects.
 
         Raises:
-            TemplateError: There is none.
+            TemplateError: There is no such template.
         """
         return self._choose(has_tools).uses
 
@@ -93,19 +93,19 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """Render a conversation.
+        """Renders a conversation.
 
         Args:
             messages: The conversation as ``normalize_messages`` returns it; values are plain JSON.
-            tools: Function definitions. A template called ``tool_use`` is taken if there are any.
+            tools: Function definitions. If there are any, a template named ``tool_use`` is preferred.
             documents: Documents for retrieval-augmented templates.
             add_generation_prompt: End with the header of an assistant message.
-            continue_final_message: End inside the last message, for the model to go on with it.
-            **kwargs: Further variables of the template; they go before the special tokens.
+            continue_final_message: End inside the last message, so that the model continues it.
+            **kwargs: Further variables of the template; they take precedence over special tokens.
 
         Raises:
-            TemplateError: The template fails, refuses the conversation or exceeds a limit.
-            BeyondBoundsError: It is bounded, and this would cost more.
+            TemplateError: The template fails, rejects the conversation or exceeds a limit.
+            BeyondBoundsError: The template is bounded, and this rendering would exceed its budget.
         """
         if not messages:
             raise TemplateError("messages must not be empty")
@@ -123,7 +123,7 @@ class ChatTemplate:
             **self.special_tokens,
             **_plain(kwargs),
             "messages": chat,
-            # Templates ask whether there are tools by "is not none".
+            # Templates test for tools with "is not none".
             "tools": _plain(list(tools)) if tools else None,
             "documents": _plain(list(documents)) if documents else None,
             "add_generation_prompt": add_generation_prompt,
@@ -142,10 +142,10 @@ class ChatTemplate:
 
 
 def load_chat_template(argument: str) -> str:
-    """The template that ``--chat-template`` names: a file, or the Jinja text itself.
+    """Loads the template that ``--chat-template`` gives: a file, or the Jinja text itself.
 
     Raises:
-        ValueError: It is neither an existing file nor looks like Jinja.
+        ValueError: It is neither a readable file nor looks like Jinja.
     """
     if "{{" in argument or "{%" in argument or "\n" in argument:
         return argument
@@ -171,7 +171,7 @@ def load_chat_template(argument: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON types only, so that a template gets at nothing with methods of its own."""
+    """Copies a value to plain JSON types, so that a template sees no objects with other methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -186,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def _prepared(message: Any) -> Message:
-    """Drop empty fields, which templates would print as ``None``, and give reasoning its usual names."""
+    """Drops None fields, which templates would print as ``None``, and stores reasoning under its usual names."""
     if not isinstance(message, dict):
         raise TemplateError("messages must be objects")
     prepared: Message = {key: value for key, value in message.items() if value is not None}
@@ -198,7 +198,7 @@ def _prepared(message: Any) -> Message:
 
 
 def _mark_final_message(message: Message) -> str:
-    """Append a mark to the last text of a message; return that text."""
+    """Appends a marker to the last text of a message; returns that text."""
     content = message.get("content")
     if isinstance(content, str):
         message["content"] = content + _CONTINUE_TAG
@@ -217,7 +217,7 @@ def _cut_at_mark(text: str, final_text: str) -> str:
         raise TemplateError("continue_final_message: the chat template changes or drops the last message")
     if text.startswith(_CONTINUE_TAG, position):
         return text[:position]
-    # The template trims messages, and took the space after the mark; so it would the message's own.
+    # The template trims messages: it removed the space after the marker, so it would also strip the message's own.
     return text[:position].rstrip()
 
 
@@ -225,7 +225,7 @@ def _cut_at_mark(text: str, final_text: str) -> str:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks assistant text for training; here it only stands around its body."""
+    """``{% generation %}``, which marks assistant text for training; here only its body matters."""
 
     tags = {"generation"}
 
@@ -236,7 +236,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a bound on what one multiplication may build."""
+    """The sandbox, with a limit on the result of a multiplication or power."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -255,7 +255,7 @@ def _repeated_size(value: Any, times: Any) -> int:
 
 
 class _TemplateNamespace(Namespace):
-    """``namespace()`` without names that begin with an underscore, which mean something to Python."""
+    """``namespace()`` that rejects names with a leading underscore, which have a meaning in Python."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)
@@ -288,7 +288,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML and sorts keys; models are trained on neither.
+    # Jinja's own filter escapes HTML and sorts keys, but models are trained on text without either.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -308,7 +308,7 @@ bound_filters(_BOUNDED_ENVIRONMENT, _ENVIRONMENT)
 
 
 def _make_range() -> Callable[..., range]:
-    """``range`` for one rendering: nested loops over it must end."""
+    """Creates the ``range`` of one rendering, which limits the numbers yielded so that nested loops end."""
     left = MAX_RANGE_ITEMS
 
     def bounded_range(*args: int) -> range:
@@ -335,7 +335,7 @@ class _Template:
         try:
             self._template = (_BOUNDED_ENVIRONMENT if is_bounded else _ENVIRONMENT).from_string(source)
         except BeyondBoundsError:
-            pass  # so is each rendering
+            pass  # and so does each rendering
         except Exception as error:
             raise BrokenTemplateError(f"chat template: {_describe(error)}") from error
 
@@ -353,8 +353,8 @@ class _Template:
                     raise TemplateError(f"chat template: the rendered text exceeds {MAX_OUTPUT_CHARS} characters")
                 pieces.append(piece)
         except (TemplateError, BeyondBoundsError, MemoryError):
-            raise  # memory runs out in a helper process only, which names its limit
-        except Exception as error:  # an expression of a template may raise anything
+            raise  # MemoryError occurs only in a helper process, which reports its limit
+        except Exception as error:  # an expression in a template may raise anything
             if self._is_bounded and isinstance(error, (RecursionError, SecurityError)):
                 raise BeyondBoundsError from error
             raise TemplateError(f"chat template: {_describe(error)}") from error
@@ -373,5 +373,5 @@ def _describe(error: Exception) -> str:
 def _parse(source: str) -> nodes.Template:
     try:
         return _ENVIRONMENT.parse(source)
-    except Exception as error:  # a parser that meets hostile text may overflow the stack, too
+    except Exception as error:  # hostile text may also overflow the parser's stack
         raise BrokenTemplateError(f"chat template: {_describe(error)}") from error

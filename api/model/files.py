@@ -1,4 +1,4 @@
-"""From the name of a model to local files: the only place that downloads."""
+"""Finds the local files of a model; the only module that downloads."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ OTHER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
-    """A model on this machine, as far as the api needs to know it."""
+    """A model on this machine: what the api process needs to know about it."""
 
     name: str
-    """Under which it is served if nothing else is configured."""
+    """Name under which it is served, unless another is configured."""
     path: Path
     """Folder or GGUF file."""
     root: str
-    """The model as the command line names it: a path, or a name that the hub knows."""
+    """The model as given on the command line: a path or a hub id."""
     gguf: GGUFFile | None
     tokenizer: Tokenizer
     chat_template: str | dict[str, str] | None
     generation_config: dict[str, Any]
-    """Sampling defaults, as they came; ``check_defaults`` of ``api/params`` says whether they are any good."""
+    """Sampling defaults as read; ``check_defaults`` in ``api/params`` validates them."""
     generation_config_file: Path
-    """Where they would be, if there were any."""
+    """The file they come from; it need not exist."""
     pooler: PoolerConfig = PoolerConfig()
-    """How the model's files say that prompts become vectors."""
+    """Pooling of prompts into vectors, as the model's files configure it."""
 
 
 def find_model(config: ServerConfig) -> ModelFiles:
-    """Finds or downloads what the configuration names, and reads all but the weights.
+    """Finds or downloads the configured model, and reads everything but the weights.
 
     Raises:
-        ModelFileError: It is not there, damaged or of a kind that is not supported, or no device has that name.
+        ModelFileError: The model is missing, damaged or unsupported, or there is no such device.
     """
     problem = device_problem(config.engine.executor.device.device)
     if problem is not None:
@@ -93,15 +93,15 @@ def find_model(config: ServerConfig) -> ModelFiles:
 
 
 def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
-    """The configuration that the other processes are told: with local files instead of names."""
+    """The configuration for the other processes, with the path of the local files as the model."""
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
     model = replace(executor.model, model=str(files.path), gguf=header)
     if not config.offers_generation:
-        # Logits are never computed: models that were saved without an output layer need none.
+        # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     if header is not None and model.quantization == "gguf":
-        model = replace(model, quantization=None)  # the file says it itself
+        model = replace(model, quantization=None)  # the file itself defines it
     return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
 
 
@@ -117,7 +117,7 @@ def _demo_model() -> Path:
 
 
 def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) -> Path:
-    """A local folder or file as it is; a hub id is downloaded."""
+    """The path of a local folder or file; a hub id is downloaded first."""
     try:
         path = Path(name).expanduser()
         status = path.stat()
@@ -125,7 +125,7 @@ def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) ->
         if name[0] in "./~" or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
             raise ModelFileError(name, "no such folder or file (a hub id looks like organisation/name)") from None
         return _download(name, config, tokenizer_only=tokenizer_only)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~user of an unknown user
         raise ModelFileError(name, why(error) if isinstance(error, OSError) else str(error)) from error
     if stat.S_ISDIR(status.st_mode):
         ggufs = sorted(path.glob("*.gguf"))
@@ -138,7 +138,7 @@ def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) ->
 
 
 def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Path:
-    import huggingface_hub  # most servers have their model on disk
+    import huggingface_hub  # imported late: most servers have their model on disk
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     executor = config.engine.executor
@@ -163,12 +163,12 @@ def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Pat
 
 
 def _token(config: ServerConfig) -> str | bool | None:
-    """For huggingface_hub: None leaves it to HF_TOKEN and to who is logged in, which True asks for by name."""
+    """The token for huggingface_hub. None: HF_TOKEN or the logged-in user; True: require one of these."""
     return True if config.hf_token in ("True", "true") else config.hf_token
 
 
 def _check_before_download(hub_id: str, config: ServerConfig, *, needs_weights: bool) -> None:
-    """Fetches config.json alone, and refuses what cannot be served before gigabytes come.
+    """Fetches config.json first and rejects unsupported models before gigabytes are downloaded.
 
     Raises:
         ModelFileError: The architecture, the quantisation or the format of the weights is not supported.
@@ -191,9 +191,13 @@ def _check_before_download(hub_id: str, config: ServerConfig, *, needs_weights: 
 
 
 def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> None:
-    """Refuses a model that no worker will load. Raises: ModelFileError."""
+    """Rejects a model that no worker can load.
+
+    Raises:
+        ModelFileError: config.json cannot be read, or the model is not supported.
+    """
     executor = config.engine.executor
-    if executor.distributed_executor_backend == "simulated":  # it needs a tokenizer and no model
+    if executor.distributed_executor_backend == "simulated":  # it needs a tokenizer but no model
         return
     model = executor.model
     try:
@@ -209,17 +213,17 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> N
 
 
 def _list_files(hub_id: str, config: ServerConfig) -> list[str]:
-    """Names of a model's files on the hub; none if it does not say, as when there is no connection."""
+    """Names of a model's files on the hub; empty if they are unavailable, for example without a connection."""
     import huggingface_hub
 
     try:
         return huggingface_hub.list_repo_files(hub_id, revision=config.revision, token=_token(config))
-    except Exception:  # the download will say why
+    except Exception:  # the download will report the reason
         return []
 
 
 def _other_weights(files: list[str]) -> str:
-    """What to do with a model whose weights are in another format."""
+    """Advice for a model whose weights are in another format, to append to an error; empty if there is none."""
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
         return f"; it has GGUF files: download one and pass its path ({', '.join(ggufs[:8])})"
@@ -231,12 +235,12 @@ def _other_weights(files: list[str]) -> str:
 
 
 def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """Sampling defaults, and the file where they were looked for: the model's or another's, then what overrides them.
+    """Sampling defaults after overrides, and the file that was looked for.
 
     Args:
-        config: Says where they come from.
+        config: Its ``generation_config`` selects the file, and ``override_generation_config`` the overrides.
         path: The model.
-        own: What the model's would say, if it has no file.
+        own: Defaults of the model if it has no file.
     """
     fields: dict[str, Any] = dict(own) if config.generation_config == "auto" else {}
     file = path

@@ -1,9 +1,9 @@
-"""Reading the header of a GGUF file: metadata, tokenizer arrays and the tensor table, but no weights.
+"""Reads the header of a GGUF file: metadata, tokenizer arrays and the tensor table, but no weights.
 
 The ``gguf`` package builds a numpy view per value and takes seconds for a vocabulary; this reader
-walks the header once and takes some 50 ms. The file is not trusted: every length, count and offset
-is compared with what the file can hold before anything is allocated for it, so a damaged or hostile
-file ends in ``ModelFileError`` and nothing else.
+makes one pass over the header and takes about 50 ms. The file is not trusted: every length, count and
+offset is checked against the size of the file before anything is allocated, so a damaged or hostile
+file causes a ``ModelFileError`` and nothing else.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class GGUFFile:
 
     Attributes:
         path: The file.
-        metadata: All keys, the tokenizer's arrays included, as plain Python values.
+        metadata: All keys, including the tokenizer's arrays, as plain Python values.
         tensors: The tensor table in file order, with absolute offsets.
     """
 
@@ -93,13 +93,13 @@ class GGUFFile:
     tensors: list[GGUFTensor]
 
     def header(self) -> GGUFHeader:
-        """The part that a worker needs: the tensor table, and the metadata without the tokenizer."""
+        """The part that a worker needs: the tensor table and the metadata without the tokenizer."""
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("tokenizer.")}
         return GGUFHeader(metadata=metadata, tensors=self.tensors)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Read the header of a GGUF file (version 2 or 3, little endian).
+    """Reads the header of a GGUF file (version 2 or 3, little endian).
 
     Raises:
         ModelFileError: The file cannot be read, is damaged or is of an unsupported version.
@@ -145,7 +145,7 @@ class _Reader:
             self._fail(f"not a GGUF file: starts with {magic!r}")
         self._pos = 4
         version = self._u32()
-        # A version below 65536 written by a big-endian machine has its low half empty.
+        # Read as little endian, a big-endian version below 65536 has a low half of zero.
         if version & 0xFFFF == 0 and version:
             self._fail("big-endian GGUF files are not supported; convert the file to little endian")
         if version not in (2, 3):
@@ -265,7 +265,7 @@ class _Reader:
             num_elements *= dim
         if num_elements == 0:
             self._fail(f"a dimension of {dims} is 0")
-        # ggml lists the fastest dimension first, and blocks lie along it.
+        # ggml lists the fastest-varying dimension first; blocks run along it.
         if dims[0] % block_size:
             self._fail(f"rows of {dims[0]} elements are not whole {type_name} blocks of {block_size}")
         num_bytes = num_elements // block_size * block_bytes
@@ -315,5 +315,5 @@ class _Reader:
 
 
 def _quote(name: str) -> str:
-    """A name from the file, fit for a one-line message."""
+    """A name from the file, quoted and shortened for a one-line message."""
     return repr(name if len(name) <= 100 else f"{name[:100]}...")

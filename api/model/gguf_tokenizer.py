@@ -1,10 +1,10 @@
-"""Building a ``tokenizers`` backend from the tokenizer arrays of a GGUF file.
+"""Builds a ``tokenizers`` backend from the tokenizer arrays of a GGUF file.
 
-A GGUF file stores the vocabulary, but of the rules around it only names: ``tokenizer.ggml.model``
-says which algorithm, ``tokenizer.ggml.pre`` how text is cut up before byte-pair merging. The tables
-below hold the rules that each model's own ``tokenizer.json`` states, so that text gets the token
-ids the model was trained with. Those of models that cannot be loaded are left out: with a model whose files
-name another ``pre``, add a line to ``_PRE_RULES``, or a builder for another kind of tokenizer.
+A GGUF file stores the vocabulary, but only the names of the rules around it: ``tokenizer.ggml.model``
+names the algorithm, and ``tokenizer.ggml.pre`` the way text is split before byte-pair merging. The tables
+below hold the rules of each model's own ``tokenizer.json``, so that text gets the token ids the model was
+trained with. They cover only models that can be loaded: to support a model whose files name another
+``pre``, add a line to ``_PRE_RULES``, or a builder for another kind of tokenizer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TOKEN_CONTROL: Final = 3
 TOKEN_USER_DEFINED: Final = 4
 
 SPACE: Final = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's mark for a space."""
 
 MAX_PIECE_CHARS: Final = 512
-"""Longer pieces get no merges: no trained vocabulary has them, and finding merges takes quadratic time."""
+"""Longer pieces get no merges: no trained vocabulary has any, and finding merges takes quadratic time."""
 
 _SPECIAL_TOKEN_KEYS: Final = {
     "bos_token": "bos_token_id",
@@ -63,7 +63,7 @@ _END_OF_TURN_TOKENS: Final = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-"""Control tokens that end a turn. A file names one eos token, a chat model may have several."""
+"""Control tokens that end a turn. A file names one EOS token, but a chat model may have several."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GGUFTokenizer:
     chat_template: str | dict[str, str] | None
 
 
-# How text is cut up before the merges of byte-level BPE.
+# How text is split before the merges of byte-level BPE.
 
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,7 +96,7 @@ _CASED_WORDS: Final = (
 
 @dataclass(frozen=True)
 class PreRule:
-    """``splits`` are applied one after the other, then bytes are spelt out; ``gpt2`` splits once more before that."""
+    """``splits`` apply in order, then GPT-2's own split if ``gpt2`` is set, then bytes are mapped to characters."""
 
     splits: tuple[str | pre_tokenizers.PreTokenizer, ...] = ()
     gpt2: bool = False
@@ -167,11 +167,11 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "viking": _VIKING,
     "seed-coder": _SEED_CODER,
 }
-"""Of models whose architecture can be loaded: llama's, which many others are converted to, and Qwen's."""
+"""Rules of models whose architecture can be loaded: Llama's, to which many others are converted, and Qwen's."""
 
 
 def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
-    """Build the tokenizer that a GGUF file describes.
+    """Builds the tokenizer that a GGUF file describes.
 
     Raises:
         ModelFileError: The file has no tokenizer, one of an unsupported kind, or damaged arrays.
@@ -194,7 +194,7 @@ def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         _add_post_processor(backend, fields, vocabulary, special_ids)
     except ModelFileError:
         raise
-    except Exception as error:  # the Rust library raises nothing more precise
+    except Exception as error:  # the Rust library raises nothing more specific
         raise ModelFileError(file.path, f"inconsistent tokenizer arrays: {error}") from error
     return GGUFTokenizer(
         backend=backend,
@@ -228,7 +228,7 @@ class _Fields:
 
     def array(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
         values = self._metadata.get(f"tokenizer.ggml.{key}", [])
-        # Arrays of a file are of one type, so the first item tells.
+        # All items of a GGUF array have one type, so checking the first is enough.
         if not isinstance(values, list) or (values and not isinstance(values[0], kind)):
             raise self.fail(key, "has values of the wrong type")
         return values
@@ -271,7 +271,7 @@ class _Vocabulary:
         return (token for token, kind in zip(self.tokens, self.types, strict=False) if kind == token_type)
 
     def add_to(self, backend: tokenizers.Tokenizer) -> None:
-        """Make control tokens special, and have user-defined ones found whole in text."""
+        """Adds control tokens as special tokens, and user-defined tokens so that they are matched whole in text."""
         backend.add_special_tokens(
             [AddedToken(token, normalized=False, special=True) for token in self.of_type(TOKEN_CONTROL)]
         )
@@ -341,7 +341,7 @@ def _merges(fields: _Fields) -> list[tuple[str, str]]:
     lines: list[str] = fields.array("merges", str)
     pairs: list[tuple[str, str]] = []
     for index, line in enumerate(lines):
-        # From the second character on: the left half of a merge may itself be a space.
+        # Search from the second character: the left half of a merge may itself be a space.
         cut = line.find(" ", 1)
         if cut < 0:
             raise fields.fail("merges", f"item {index} is not a pair: {line[:40]!r}")
@@ -357,7 +357,7 @@ def _scores(fields: _Fields, vocabulary: _Vocabulary) -> list[float]:
 
 
 def _sentencepiece_merges(fields: _Fields, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """The merges that SentencePiece's scores imply: two pieces join if their union is a piece, the best first."""
+    """The merges that SentencePiece's scores imply: two pieces merge if they form a piece, highest scores first."""
     ids = vocabulary.ids
     pieces = [index for index, kind in enumerate(vocabulary.types[: len(ids)]) if kind == TOKEN_NORMAL]
     scores = _scores(fields, vocabulary)
@@ -402,7 +402,7 @@ def _eos_token_ids(fields: _Fields, vocabulary: _Vocabulary, special_ids: _Speci
     found += [i for key in _END_OF_TURN_KEYS if (i := fields.token_id(key, len(vocabulary.tokens))) is not None]
     control = set(vocabulary.of_type(TOKEN_CONTROL)) & _END_OF_TURN_TOKENS
     if {"<|return|>", "<|call|>"} <= control:
-        control.discard("<|end|>")  # there it ends a message, not the turn
+        control.discard("<|end|>")  # in this format it ends a message, not the turn
     found += sorted(vocabulary.ids[token] for token in control)
     return tuple(dict.fromkeys(found))
 

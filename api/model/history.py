@@ -1,7 +1,7 @@
-"""A conversation as the chat template wants it, whatever protocol it came by.
+"""Normalises conversations of all protocols to the form that the chat template expects.
 
-This is the one place that decides it; endpoints hand on what clients sent: content in parts, arguments as JSON text,
-roles by the client's names.
+All such conversions are made here. Endpoints pass on what clients sent: content in parts, arguments as JSON text,
+the client's names of roles.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ _ERROR: Final = "Error"
 
 
 def normalize_messages(messages: Sequence[Mapping[str, Any]], uses: TemplateUses) -> list[Message]:
-    """Messages as a template expects them.
+    """Converts messages to the form that a template expects.
 
-    * Content that is a text already stays one; parts become a text for a template that does not loop over them. Empty
-      fields are left out, as templates print ``None``; only an assistant that said nothing, as clients send it back
-      after a tool call, has an empty text, since many templates add to it.
-    * Arguments of calls are objects, or the client's own text. An empty list of calls is left out.
+    * String content stays a string; a list of parts becomes a string if the template does not loop over parts. Null
+      fields are omitted, since templates print ``None``. The content of an assistant message is the exception: if it
+      is missing, as after a tool call, it becomes an empty string, since many templates concatenate it.
+    * Arguments of calls become objects or JSON text, as the template expects. An empty list of calls is omitted.
     * ``function_call`` and the role ``function``, the older form of calls, become ``tool_calls`` and ``tool``.
-    * A result with ``is_error`` begins with "Error: ", unless the template looks for the field itself.
-    * ``developer`` is ``system`` to a template that does not know it. Systems that lead the conversation become one, as
-      templates look at the first message only.
+    * A result with ``is_error`` begins with "Error: ", unless the template reads the field itself.
+    * ``developer`` becomes ``system`` unless the template knows it. Leading system messages are joined, since templates
+      look only at the first message.
 
     Raises:
-        ValueError: A message is malformed or has content that is no text; the text names the place.
+        ValueError: A message is malformed or has content other than text; the error names the field.
     """
     messages = _without_functions(messages)
     return _with_one_system([_normalized(message, f"messages[{i}]", uses) for i, message in enumerate(messages)])
 
 
 def _without_functions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages in which calls have their present form. The older one has no ids: a call's is made of its place.
+    """Converts ``function_call`` to ``tool_calls``. The older form has no ids, so the message's index becomes the id.
 
     Raises:
-        ValueError: A result answers no call.
+        ValueError: A result has no preceding call.
     """
     result: list[Mapping[str, Any]] = []
     call_id = None
@@ -52,7 +52,7 @@ def _without_functions(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[st
             if call is not None:
                 message = {key: value for key, value in message.items() if key != "function_call"}
                 if not message.get("tool_calls"):
-                    call_id = f"{index:09}"  # templates of Mistral want nine characters
+                    call_id = f"{index:09}"  # Mistral's templates require nine characters
                     message["tool_calls"] = [{"id": call_id, "type": "function", "function": call}]
             elif message.get("role") == "function":
                 if call_id is None:
@@ -112,7 +112,7 @@ def _text_of_part(part: Any, where: str) -> str:
 
 
 def _as_error(content: str | list[Message]) -> str | list[Message]:
-    """Content that says that it is an error, in words, unless it does so already."""
+    """Prefixes content with "Error: ", unless it already begins with "error"."""
     first = content if isinstance(content, str) else content[0]["text"]
     if first.lstrip()[: len(_ERROR)].lower() == _ERROR.lower():
         return content
@@ -135,7 +135,7 @@ def _tool_calls(calls: Any, where: str, arguments_format: ArgumentsFormat) -> li
 
 
 def _arguments(function: Mapping[str, Any], arguments_format: ArgumentsFormat) -> Any:
-    """Arguments in a format. What the model wrote may have been cut off: a text that is no object stays a text."""
+    """Converts arguments to a format. Text that is not a JSON object, such as truncated output, stays text."""
     arguments = function.get("arguments")
     if arguments is None or arguments == "":
         arguments = {}
@@ -151,7 +151,7 @@ def _arguments(function: Mapping[str, Any], arguments_format: ArgumentsFormat) -
 
 
 def _with_one_system(messages: list[Message]) -> list[Message]:
-    """Makes one message of those of the role ``system`` that come first. Later ones stay where they are."""
+    """Joins leading ``system`` messages to one. Later ones stay in place."""
     leading = list(takewhile(lambda message: message["role"] == "system", messages))
     if len(leading) < 2:
         return messages
@@ -166,7 +166,7 @@ def _joined(contents: list[str | list[Message]]) -> str | list[Message]:
     parts: list[Message] = []
     for content in contents:
         more = [_part(content)] if isinstance(content, str) else content
-        if parts:  # templates put nothing between parts
+        if parts:  # templates put no separator between parts
             more = [_part("\n\n" + more[0]["text"]), *more[1:]]
         parts += more
     return parts

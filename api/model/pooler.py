@@ -1,7 +1,7 @@
-"""How a model's own files say that prompts become vectors: sentence-transformers' modules, or a GGUF file's key.
+"""Reads the pooling configuration from a model's files: sentence-transformers' modules, or a key of a GGUF file.
 
-Only what amounts to a ``PoolerConfig`` is taken: a transformer, then one pooling, then perhaps scaling to length 1.
-What says more is ignored as a whole, and notes name the files.
+Only configurations that a ``PoolerConfig`` can express are used: a transformer, then one pooling, then optionally
+normalisation. Anything else is ignored as a whole, with a note that names the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PoolingType = Literal["LAST", "MEAN", "CLS"]
 
 MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
-"""Where the pooling is by habit."""
+"""The usual path of the pooling module's configuration."""
 SETTINGS = "config_sentence_transformers.json"
 MAX_DOCUMENT = 1 << 20
 
@@ -28,23 +28,23 @@ _MODES: dict[str, PoolingType] = {
 }
 _NAMED_MODES: dict[str, PoolingType] = {"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}
 _GGUF_TYPES: dict[int, PoolingType] = {1: "MEAN", 2: "CLS", 3: "LAST"}
-"""llama.cpp's numbers."""
+"""Pooling types by llama.cpp's numbers."""
 
 
 class ModelPooler(NamedTuple):
-    """What a model's files say, and what of them is ignored."""
+    """The pooling configuration of a model's files, and notes on what was ignored."""
 
     config: PoolerConfig = PoolerConfig()
     notes: tuple[str, ...] = ()
-    """A line for each file that is ignored and would have changed vectors."""
+    """A line for each ignored file that would have changed vectors."""
 
 
 class _UnclearError(Exception):
-    """The message names a file and why it does not amount to a ``PoolerConfig``."""
+    """A file cannot be expressed as a ``PoolerConfig``; the message names it and says why."""
 
 
 def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
-    """Reads how a model pools, as far as that can be done here. Never refuses a model.
+    """Reads a model's pooling configuration, as far as it is supported. Never rejects a model.
 
     Args:
         path: The model's folder or file.
@@ -74,7 +74,7 @@ def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
 
 
 def merge_pooler(wanted: PoolerConfig, own: PoolerConfig) -> PoolerConfig:
-    """What the server's options say, else the model's files."""
+    """Merges the pooling configurations: the server's options take precedence over the model's files."""
     return PoolerConfig(
         pooling_type=wanted.pooling_type or own.pooling_type,
         use_activation=own.use_activation if wanted.use_activation is None else wanted.use_activation,

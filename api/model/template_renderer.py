@@ -1,9 +1,9 @@
-"""Where chat templates are rendered: here as long as that costs little, else in a helper process.
+"""Renders chat templates: in the event loop while that is cheap, else in a helper process.
 
-A template is code from outside, whoever gave it: the model's author, ``--chat-template``, or a request. None of them is
-trusted more than another. What decides is what a rendering costs (``bounded_template.py``), so the usual template with
-a short conversation is rendered in the event loop; long conversations, and templates of requests, which have to be
-compiled first, go to the helper.
+A template is untrusted code, wherever it comes from: the model's author, ``--chat-template``, or a request. Only the
+cost of a rendering (``bounded_template.py``) decides where it runs: the usual template with a short conversation is
+rendered in the event loop; long conversations go to the helper, and so do templates of requests, which must be
+compiled first.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ JOBS = {"render": "api.model.template_renderer:render_job"}
 
 
 class Rendering(msgspec.Struct, frozen=True):
-    """All that a rendering depends on, as plain JSON."""
+    """Everything that a rendering depends on, as plain JSON."""
 
     source: str | dict[str, str]
     special_tokens: dict[str, str]
     content_format: str
-    """``auto``: what the template wants."""
+    """``auto``: the format that the template expects."""
     messages: list[dict[str, Any]]
     options: dict[str, Any]
-    """Arguments of ``ChatTemplate.render`` that have a name."""
+    """Named arguments of ``ChatTemplate.render``."""
     variables: dict[str, Any]
-    """Further ones, which the user names."""
+    """Further variables, named by the user."""
 
 
 class TemplateRenderer:
-    """Renders conversations. Its helper process starts when it is first needed."""
+    """Renders conversations. Its helper process starts on first use."""
 
     def __init__(self) -> None:
         self._helper = Helper("octavo template helper", JOBS, LIMITS)
@@ -61,22 +61,22 @@ class TemplateRenderer:
         threads: Executor,
         owner: str = "",
     ) -> str:
-        """The text of a conversation.
+        """Renders a conversation to text.
 
         Args:
-            template: Bounded; or the source of one that a request brings along.
-            messages: The conversation, of structs or plain JSON, not normalised yet.
-            content_format: How the template wants contents; ``auto``: as it looks.
+            template: A bounded template, or the source of one that came with a request.
+            messages: The conversation, as structs or plain JSON, not yet normalised.
+            content_format: The format of content that the template expects; ``auto``: detected from its source.
             options: ``tools``, ``documents``, ``add_generation_prompt``, ``continue_final_message``.
-            variables: What else the template is told.
-            is_short: It is worth a try in the event loop.
-            special_tokens: By the names that templates know.
-            threads: Where long conversations are encoded.
-            owner: Whose turn it is, if many wait.
+            variables: Further variables of the template.
+            is_short: Try to render in the event loop first.
+            special_tokens: Special tokens by the names that templates use.
+            threads: Executor in which long conversations are encoded.
+            owner: Whom the work is for; owners take turns if many jobs wait.
 
         Raises:
-            ValueError: The conversation is malformed. A ``TemplateError``: the template refuses it or costs too much.
-            HelperError: Nobody can render it now.
+            ValueError: The conversation is malformed. A ``TemplateError``: the template rejects it or is too expensive.
+            HelperError: No helper can render it now.
         """
         if is_short and isinstance(template, ChatTemplate):
             try:
@@ -103,7 +103,7 @@ class TemplateRenderer:
         options: Mapping[str, Any],
         variables: Mapping[str, Any],
     ) -> str:
-        """The same for callers without an event loop."""
+        """Like ``render``, for callers without an event loop."""
         try:
             return render_inline(template, messages, "auto", options, variables)
         except BeyondBoundsError:
@@ -128,8 +128,8 @@ def render_inline(
     """Renders in this process.
 
     Raises:
-        ValueError: The conversation is malformed, or the template refuses it.
-        BeyondBoundsError: The template is bounded, and this would cost more.
+        ValueError: The conversation is malformed, or the template rejects it.
+        BeyondBoundsError: The template is bounded, and this rendering would exceed its budget.
     """
     uses = template.uses(has_tools=bool(options.get("tools")))
     if content_format != "auto":
@@ -139,10 +139,10 @@ def render_inline(
 
 
 def render_job(data: bytes) -> bytes:
-    """The job of the helper process: a ``Rendering`` as JSON, to text or what is wrong with the template.
+    """The helper process's job: renders a ``Rendering`` given as JSON. Returns the text, or the template's error.
 
     Raises:
-        ValueError: As ``render_inline``.
+        ValueError: As for ``render_inline``.
     """
     rendering = msgspec.json.decode(data, type=Rendering)
     source = rendering.source
@@ -158,7 +158,7 @@ def render_job(data: bytes) -> bytes:
 
 
 def _text_of(result: bytes) -> str:
-    """What ``render_job`` returned."""
+    """Decodes the result of ``render_job``."""
     if result[:1] == _BROKEN:
         raise BrokenTemplateError(result[1:].decode())
     return str(memoryview(result)[1:], "utf-8", "surrogatepass")

@@ -1,7 +1,7 @@
-"""What a chat template does with a conversation, read from its source once.
+"""Detects from the source of a chat template which message format it expects.
 
-Clients write the same history in several ways, and templates know one of them each: content is a text or a list of
-parts, the arguments of a call are an object or JSON text, instructions come from the system or from a developer.
+Clients write the same history in several ways, and each template understands only one of them: content as a string or
+a list of parts, the arguments of a call as an object or JSON text, instructions from ``system`` or ``developer``.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ ArgumentsFormat: TypeAlias = Literal["object", "text"]
 
 _TYPE_TESTS: Final = ("string", "iterable", "sequence", "mapping")
 _SAME_VALUE_FILTERS: Final = ("d", "default", "safe", "string", "trim")
-"""What they return is still a value as far as the next expression is concerned."""
+"""Filters whose result still counts as the field itself in the enclosing expression."""
 _TEXT_FILTERS: Final = ("e", "escape", "indent", "lower", "replace", "string", "trim", "upper")
 _OBJECT_FILTERS: Final = ("dictsort", "items", "tojson", "xmlattr")
 
 _MAX_PASSES: Final = 4
-"""Over assignments; names that are given on against the order of the text, more often than that, are not followed."""
+"""Passes over the assignments. Longer chains of names assigned against the order of the source are not followed."""
 
 
 @dataclass(frozen=True)
 class TemplateUses:
-    """How a template wants a conversation.
+    """The message format that a template expects.
 
     Attributes:
-        content_format: ``openai``: it loops over content.
-        needs_parts: It never asks whether content is a text, so it would loop over the characters of one.
-        tool_content_format: The same for results of calls: a template may loop over what users say and print results. A
-            text where it takes both, as some templates have parts of their own kind there.
-        arguments_format: ``text``: it adds the arguments of calls to a text, or prints them. ``object`` if it writes
-            them as JSON, looks into them, asks for their type, or does nothing with them alone.
+        content_format: ``openai`` if it loops over content, else ``string``.
+        needs_parts: It loops over content without testing for a string, so it would loop over a string's characters.
+        tool_content_format: Like ``content_format``, for tool results: a template may loop over user content but print
+            results. ``string`` if it accepts both, since some templates expect their own kind of parts there.
+        arguments_format: ``text`` if it concatenates or prints the arguments of calls. ``object`` if it writes them as
+            JSON, accesses their items, tests their type, or does none of these.
         knows_developer: It names the role ``developer``.
-        reads_is_error: It looks whether a call failed.
+        reads_is_error: It reads ``is_error`` of a tool result.
     """
 
     content_format: ContentFormat = "string"
@@ -50,7 +50,7 @@ class TemplateUses:
 
 
 def find_uses(tree: nodes.Template) -> TemplateUses:
-    """Reads a template that was parsed."""
+    """Analyses a parsed template."""
     content = _Uses(tree, "content", follows_filter=lambda _: True)
     loops = content.are_looped_over(tree)
     needs_parts = loops and not content.are_tested(tree)
@@ -73,7 +73,7 @@ def _arguments_format(tree: nodes.Template, arguments: _Uses) -> ArgumentsFormat
 
 
 def _prints_results(tree: nodes.Template, content: _Uses) -> bool:
-    """Whether what a template does for the role ``tool`` takes content as a text."""
+    """Whether the branches for the role ``tool`` treat content as a string."""
     branches = [branch.body for branch in tree.find_all(nodes.If) if _asks_for_role(branch.test, "tool")]
     body = nodes.Template([node for branch in branches for node in branch])
     return content.are_texts(body) and not content.are_looped_over(body)
@@ -90,7 +90,7 @@ def _asks_for_role(test: nodes.Node, role: str) -> bool:
 
 
 class _Uses:
-    """What a template does with one field of messages or calls, by whatever names it goes."""
+    """What a template does with one field of messages or calls, under any of the names it is assigned to."""
 
     def __init__(self, tree: nodes.Template, field: str, follows_filter: Callable[[str], bool]) -> None:
         self._field = field
@@ -99,7 +99,7 @@ class _Uses:
         self._follow(tree)
 
     def _follow(self, tree: nodes.Template) -> None:
-        """Collect the names: {% set text = message.content %}, {{ show(message.content) }}."""
+        """Collects the names of the field: {% set text = message.content %}, {{ show(message.content) }}."""
         macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
         assignments = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
         for call in tree.find_all(nodes.Call):
@@ -118,7 +118,7 @@ class _Uses:
                     self._names.add(f"{target.name}.{target.attr}")
 
     def holds(self, node: nodes.Node | None) -> bool:
-        """Whether an expression is the field, perhaps filtered or sliced."""
+        """Whether an expression is the field, possibly filtered or sliced."""
         if isinstance(node, nodes.Filter):
             return self._follows_filter(node.name) and self.holds(node.node)
         if isinstance(node, nodes.Getattr):
@@ -138,11 +138,11 @@ class _Uses:
         return any(self.holds(loop.iter) for loop in tree.find_all(nodes.For))
 
     def are_tested(self, tree: nodes.Node) -> bool:
-        """Whether it asks for the type."""
+        """Whether the template tests the field's type."""
         return any(test.name in _TYPE_TESTS and self.holds(test.node) for test in tree.find_all(nodes.Test))
 
     def are_objects(self, tree: nodes.Node) -> bool:
-        """Whether it does what only an object can."""
+        """Whether the template uses the field in a way that only an object supports."""
         return (
             self.are_looped_over(tree)
             or any(node.name in _OBJECT_FILTERS and self.holds(node.node) for node in tree.find_all(nodes.Filter))
@@ -153,7 +153,7 @@ class _Uses:
         )
 
     def are_texts(self, tree: nodes.Node) -> bool:
-        """Whether it does what only a text can, or prints it."""
+        """Whether the template prints the field, or uses it in a way that only a string supports."""
         pieces = chain(
             (side for node in tree.find_all(nodes.Add) for side in (node.left, node.right)),
             (part for node in tree.find_all(nodes.Concat) for part in node.nodes),

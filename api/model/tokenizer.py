@@ -1,9 +1,9 @@
-"""Text to token ids and back, over the ``tokenizers`` Rust library.
+"""Converts text to token ids and back, with the ``tokenizers`` Rust library.
 
 A tokenizer comes from a model's folder (``tokenizer.json`` and the files around it) or from a GGUF
-file. ``transformers`` is only imported for a folder that has no ``tokenizer.json``, because that
-import takes seconds. What ``tokenizer.json`` says holds, its post-processor included: flags such as
-``add_bos_token`` in ``tokenizer_config.json`` describe how that file was once made.
+file. ``transformers`` is imported only for a folder without ``tokenizer.json``, because the import takes
+seconds. ``tokenizer.json`` is authoritative, including its post-processor: flags such as
+``add_bos_token`` in ``tokenizer_config.json`` describe how that file was created, and are ignored.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _TOKENIZER_FILE: Final = "tokenizer.json"
 _CONFIG_FILE: Final = "tokenizer_config.json"
 _OLDER_VOCABULARIES: Final = ("*.model", "*.spm", "*.tiktoken", "vocab.*", "vocab-*", "tekken.json")
 _MAX_MODEL_LENGTH: Final = 1 << 40
-"""Larger values of ``model_max_length`` are how transformers writes "unknown"."""
+"""transformers writes larger values of ``model_max_length`` for "unknown"."""
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 _NFC_SHRINK: Final = 4
-"""Composing a text may make one character of up to four."""
+"""Composition may merge up to four characters into one."""
 
-# Steps that neither drop text nor swallow any amount of it into one token.
+# Steps that neither drop text nor merge an unlimited amount of it into one token.
 _KEEPING_NORMALIZERS: Final = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
 _KEEPING_PRE_TOKENIZERS: Final = frozenset(
     {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts"}
@@ -58,13 +58,13 @@ _KEEPING_PRE_TOKENIZERS: Final = frozenset(
 
 @dataclass(frozen=True)
 class TokenDecoding:
-    """How tokens turn into text, as far as it can be said of each token alone.
+    """How single tokens decode to text.
 
     Attributes:
-        kind: ``byte_level``: tokens spell bytes. ``byte_fallback``: tokens are text, but for those
-            that stand for one byte. ``other``: only the backend knows.
-        replacements: Texts that are replaced in every token (``byte_fallback``).
-        strip_left: Character that is removed from the start of a text, and how often at most.
+        kind: ``byte_level``: tokens spell bytes. ``byte_fallback``: tokens are text, except those
+            that stand for one byte. ``other``: only the backend can decode them.
+        replacements: Texts to replace in every token, with their replacements (``byte_fallback``).
+        strip_left: Character to remove from the start of a text, and the maximum number of times.
     """
 
     kind: Literal["byte_level", "byte_fallback", "other"]
@@ -73,7 +73,7 @@ class TokenDecoding:
 
     @classmethod
     def of(cls, backend: tokenizers.Tokenizer) -> TokenDecoding:
-        """Look at the decoder of a backend."""
+        """Analyses the decoder of a backend."""
         steps = _steps(_state(backend.decoder), "decoders")
         if [step["type"] for step in steps if step["type"] != "Fuse"] == ["ByteLevel"]:
             return cls("byte_level")
@@ -100,20 +100,20 @@ class TokenDecoding:
 
 
 AddedAround: TypeAlias = tuple[int, int]
-"""How many tokens there are before and after those of a text itself."""
+"""Numbers of tokens that the tokenizer adds before and after those of a text."""
 NOTHING_ADDED: Final[AddedAround] = (0, 0)
 
 
 def kept_tokens(
     count: int, keep: int, side: Literal["left", "right"], around: AddedAround = NOTHING_ADDED
 ) -> Sequence[int]:
-    """Places of the tokens that stay when a prompt is cut.
+    """Positions of the tokens to keep when a prompt is truncated.
 
     Args:
         count: Tokens of the prompt.
-        keep: Most tokens that may stay.
-        side: Where others are cut off.
-        around: Of them, what the tokenizer put around the text: it stays, and the text is cut.
+        keep: Maximum number of tokens to keep.
+        side: Side on which tokens are removed.
+        around: Tokens that the tokenizer added around the text; they are kept, and the text is truncated.
     """
     if count <= keep:
         return range(count)
@@ -133,11 +133,11 @@ class Tokenizer:
         special_tokens_map: ``bos_token``, ``eos_token`` and so on as text, for chat templates.
         bos_token_id: Id of the token that starts a text, if the model has one.
         eos_token_id: Id of the token that ends a text, if the model has one.
-        eos_token_ids: Every token that ends the model's output; ``eos_token_id`` comes first.
-        all_special_ids: Ids that ``skip_special_tokens`` leaves out.
+        eos_token_ids: All tokens that end the model's output; ``eos_token_id`` comes first.
+        all_special_ids: Ids that ``skip_special_tokens`` omits.
         chat_template: Jinja source, or several by name.
-        model_max_length: Longest input by the tokenizer's configuration, if it says so.
-        vocab_size: One more than the largest token id, added tokens included.
+        model_max_length: Maximum input length in the tokenizer's configuration, if it has one.
+        vocab_size: One more than the largest token id, including added tokens.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Load the tokenizer of a model's folder.
+        """Loads the tokenizer of a model's folder.
 
         Raises:
             ModelFileError: A file is missing or damaged.
@@ -187,7 +187,7 @@ class Tokenizer:
         try_tokenizer(folder / _TOKENIZER_FILE, check_tokenizer_file(folder / _TOKENIZER_FILE, config))
         try:
             backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
-        except Exception as error:  # the Rust library raises nothing more precise
+        except Exception as error:  # the Rust library raises nothing more specific
             raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
         try:
             more = _read_json(folder / "special_tokens_map.json")
@@ -210,7 +210,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """Build the tokenizer that a GGUF file describes.
+        """Builds the tokenizer that a GGUF file describes.
 
         Raises:
             ModelFileError: The file has no tokenizer, or one of an unsupported kind.
@@ -227,7 +227,7 @@ class Tokenizer:
         """Token ids of a text.
 
         Raises:
-            ValueError: The text holds a lone surrogate, or is one on which the tokenizer's patterns give up.
+            ValueError: The text contains a lone surrogate, or the tokenizer's patterns fail on it.
         """
         return self.encode_batch([text], add_special_tokens)[0]
 
@@ -249,30 +249,30 @@ class Tokenizer:
         num_tokens: int | None = None,
         truncation_side: Literal["left", "right"] = "left",
     ) -> list[tuple[int, int]]:
-        """Where each token of a text begins and ends in it, in characters; (0, 0) for one that was added to it.
+        """Begin and end of each token in a text, in characters; (0, 0) for tokens that were added to it.
 
         Args:
             text: The text.
             add_special_tokens: See ``encode``.
-            num_tokens: Only of so many tokens; None: of all.
-            truncation_side: Where the others are left out.
+            num_tokens: Maximum number of tokens to return; None: all.
+            truncation_side: Side on which the other tokens are omitted.
 
         Raises:
             ValueError: As for ``encode``.
         """
         _check_unicode(text)
-        # Unlike encode, a batch of one releases the interpreter's lock.
+        # Unlike encode, encode_batch releases the GIL.
         (encoding,) = guarded(self.backend.encode_batch, [text], add_special_tokens=add_special_tokens)
         count = len(encoding)
         kept = kept_tokens(
             count, count if num_tokens is None else num_tokens, truncation_side, self.added_around(add_special_tokens)
         )
-        # One by one, as a list of all of them takes long in one piece.
+        # Fetched one by one: encoding.offsets would build the list of all in one long call.
         places = map(encoding.token_to_chars, kept)
         return [place or (0, 0) for place in places]
 
     def added_around(self, add_special_tokens: bool) -> AddedAround:
-        """How many tokens ``encode`` puts before and after those of a text."""
+        """Numbers of tokens that ``encode`` adds before and after those of a text."""
         return self._added_around if add_special_tokens else NOTHING_ADDED
 
     @cached_property
@@ -282,10 +282,10 @@ class Tokenizer:
         return NOTHING_ADDED if mask is None else (mask.index(0), mask[::-1].index(0))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; unknown ids are left out.
+        """Text of token ids; unknown ids are skipped.
 
         Raises:
-            ValueError: An id is negative or larger than any vocabulary, or the decoder gives up.
+            ValueError: An id is negative or too large for any vocabulary, or the decoder fails.
         """
         try:
             return guarded(self.backend.decode, token_ids, skip_special_tokens=skip_special_tokens)
@@ -293,7 +293,7 @@ class Tokenizer:
             raise ValueError("a token id is negative or too large") from None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text it does not start; none for an unknown id."""
+        """The bytes that a token adds to a text when it is not the first; empty for an unknown id."""
         return self._token_bytes[token_id]
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -312,10 +312,10 @@ class Tokenizer:
 
     @cached_property
     def max_chars_per_token(self) -> int | None:
-        """The most characters of a text that one token can stand for; None if there is no such bound.
+        """Upper bound on the characters of a text that one token can represent; None if there is none.
 
-        A text longer than n times this has more than n tokens, so an overlong prompt is found before it
-        is tokenised. A model that drops characters which its vocabulary lacks may beat the bound.
+        A text longer than n times this has more than n tokens, so an overlong prompt can be rejected before
+        it is tokenised. A model that drops characters missing from its vocabulary may exceed the bound.
         """
         normalizers = _steps(_state(self.backend.normalizer), "normalizers")
         pre_tokenizers = _steps(_state(self.backend.pre_tokenizer), "pretokenizers")
@@ -343,7 +343,7 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def _is_skipped(self, token_id: int, token: AddedToken) -> bool:
-        # A token once added as special stays so for the backend, whatever its entry says later.
+        # A token once added as special stays special for the backend, whatever its entry says later.
         if token.special:
             return True
         return bool(self.decode([token_id], False)) and not self.decode([token_id], True)
@@ -361,7 +361,7 @@ class _TokenBytes(dict[int, bytes]):
         tokenizer = self._tokenizer
         token = tokenizer.id_to_token(token_id)
         if token is None:
-            return b""  # not stored: a caller could name any number of ids
+            return b""  # not stored: a caller could pass any number of unknown ids
         if tokenizer.decoding.kind == "byte_level":
             value = byte_level_bytes(token)
         elif tokenizer.decoding.kind == "byte_fallback":
@@ -383,7 +383,7 @@ class _TokenBytes(dict[int, bytes]):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the rest follows U+0100."""
+    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, the others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
@@ -401,15 +401,15 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 def guarded(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """Calls the Rust library. Its panics are no ``Exception``: they would pass every handler and end a thread.
+    """Calls the Rust library and converts panics, which no ``except Exception`` would catch.
 
     Raises:
-        ValueError: It panicked, as it does when a regular expression takes too many steps on a text.
+        ValueError: The library panicked, for example because a regular expression took too many steps on a text.
     """
     try:
         return function(*args, **options)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # each extension has a class of its own, which has no module
+        if type(error).__name__ != "PanicException":  # each extension defines its own class, which cannot be imported
             raise
         raise ValueError(f"the tokenizer failed: {error}") from None
 
@@ -423,11 +423,11 @@ def _check_unicode(text: str) -> None:
         raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
 
 
-# What a backend is made of
+# Components of a backend
 
 
 def _state(component: Any) -> dict[str, Any]:
-    """A component as ``tokenizer.json`` would hold it."""
+    """A component as written in ``tokenizer.json``."""
     if component is None:
         return {"type": "Sequence"}
     state: dict[str, Any] = json.loads(component.__getstate__())
@@ -457,7 +457,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _added_token(value: Any) -> AddedToken:
-    """An entry of ``tokenizer_config.json``: plain text, or an object of flags."""
+    """Converts an entry of ``tokenizer_config.json``: plain text, or an object with flags."""
     if isinstance(value, str):
         return AddedToken(value, normalized=False, special=True)
     flags = {name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
@@ -467,7 +467,7 @@ def _added_token(value: Any) -> AddedToken:
 def _add_special_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], special_tokens_file: dict[str, Any]
 ) -> dict[str, str]:
-    """Add the tokens that the configuration names, and return the named ones as text."""
+    """Adds the configured tokens to the backend, and returns the named ones as text."""
     configured: dict[str, Any] = config.get("added_tokens_decoder") or {}
     settings = config if configured else {**config, **special_tokens_file}
     known = backend.get_added_tokens_decoder()
@@ -497,7 +497,7 @@ def _add_special_tokens(
 
 
 def _generation_eos_token_ids(folder: Path) -> list[int]:
-    """End tokens that generation stops at: a chat model may have more than its tokenizer names."""
+    """EOS tokens of the generation configuration: a chat model may have more than its tokenizer names."""
     for name in ("generation_config.json", "config.json"):
         config = _read_json(folder / name)
         text_config = config.get("text_config")
@@ -511,7 +511,7 @@ def _generation_eos_token_ids(folder: Path) -> list[int]:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """The chat template: files of their own go before the configuration's entry."""
+    """The chat template. Separate files take precedence over the entry in the configuration."""
     found: dict[str, str] = {}
     try:
         if (folder / "chat_template.jinja").is_file():
@@ -536,20 +536,20 @@ def _model_max_length(value: Any) -> int | None:
 
 
 def _convert_slow_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
-    """Let transformers convert an older kind of tokenizer. Code of the model's own is never run."""
+    """Converts an older kind of tokenizer with transformers. The model's own code is never run."""
     if not folder.is_dir():
         raise ModelFileError(folder, "no such folder")
     if not any(next(folder.glob(pattern), None) for pattern in _OLDER_VOCABULARIES):
         # transformers would make up a tokenizer with an empty vocabulary.
         raise ModelFileError(folder, f"no {_TOKENIZER_FILE} and no vocabulary in an older format")
-    for file in folder.iterdir():  # transformers opens them by their names
+    for file in folder.iterdir():  # transformers opens them by name
         if not file.is_file() and not file.is_dir():
             raise ModelFileError(file, "not a regular file")
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever the model's own files lead it to
+    except Exception as error:  # the model's files may cause any error
         raise ModelFileError(folder, f"no {_TOKENIZER_FILE}, and conversion by transformers failed: {error}") from error
     if not isinstance(slow, PreTrainedTokenizerFast):
         raise ModelFileError(folder, f"no {_TOKENIZER_FILE}, and {type(slow).__name__} has no fast equivalent")

@@ -1,9 +1,9 @@
-"""What a ``tokenizer.json`` would do to a text, found out before it is loaded.
+"""Checks how much a ``tokenizer.json`` can lengthen a text, before it is loaded.
 
-The file comes from a hub. Its steps may make a text any number of times as long: a dozen replacements of ``a`` by
-``aaaa`` fill the memory, when the file is loaded already, as added tokens go through them too. So the growth of each
-step is bounded by what the step says, and a file whose steps together may grow a text more than real ones do is
-refused.
+The file comes from a hub and is not trusted. Its steps may lengthen a text without limit: a dozen replacements of ``a``
+by ``aaaa`` fill the memory, and already while the file is loaded, since added tokens pass through them too. So an upper
+bound on the growth of each step is computed from its parameters, and a file that may lengthen a text by more than real
+tokenizers do is rejected.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from engine_core.launch import read_document, why
 
 MAX_FILE: Final = 512 << 20
 MAX_GROWTH: Final = 1024
-"""Real tokenizers stay below 500, counted as ``_growth`` counts."""
+"""Maximum growth by ``_growth``; real tokenizers stay below 500."""
 MAX_ADDED: Final = 256 << 20
-"""Bytes that all added tokens together may have after the normalizer."""
+"""Maximum bytes of all added tokens together after normalization."""
 MAX_COPIES: Final = 4
-"""Times that a post-processor may repeat a text."""
+"""Maximum number of times that a post-processor may repeat a text."""
 
 _GROWTH: Final = {
     "BertNormalizer": 8,
@@ -35,7 +35,10 @@ _GROWTH: Final = {
     "NFKD": 11,
     "Precompiled": 11,
 }
-"""How many times as many bytes a step may make (https://unicode.org/faq/normalization.html); others make no more."""
+"""Maximum factor by which a step multiplies the bytes of a text; others do not lengthen it.
+
+See https://unicode.org/faq/normalization.html.
+"""
 
 
 class _Added(msgspec.Struct):
@@ -43,7 +46,7 @@ class _Added(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    """The parts of a tokenizer.json that this module looks at; a vocabulary of any size is only skipped."""
+    """The parts of a tokenizer.json that this module reads; the vocabulary, of any size, is skipped."""
 
     added_tokens: list[_Added] = []
     normalizer: Any = None
@@ -53,17 +56,17 @@ class _File(msgspec.Struct):
 
 
 def check_tokenizer_file(path: Path, config: Mapping[str, Any]) -> frozenset[str]:
-    """Refuses a file whose steps would make texts far longer.
+    """Rejects a file whose steps may lengthen texts too much.
 
     Args:
-        path: The file.
-        config: Of ``tokenizer_config.json``, which may add tokens.
+        path: The ``tokenizer.json``.
+        config: Content of ``tokenizer_config.json``, which may add tokens.
 
     Returns:
-        The regular expressions that it runs over texts.
+        The regular expressions that the tokenizer applies to texts.
 
     Raises:
-        ModelFileError: The file cannot be read, is no such document or does that.
+        ModelFileError: The file cannot be read, is not a tokenizer, or may lengthen texts too much.
     """
     try:
         file = msgspec.json.decode(read_document(path, MAX_FILE), type=_File)
@@ -101,13 +104,13 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 
 def _growth(part: Any) -> float:
-    """How many times as long, in bytes of UTF-8, a text may become."""
+    """Upper bound on the factor by which steps lengthen a text, in bytes of UTF-8."""
     growth = 1.0
     for step in _steps(part):
         if step["type"] == "Replace":
             content = len(step["content"].encode("utf-8", "replace"))
             old = step["pattern"].get("String", "")
-            # A pattern that matches nothing puts the content between all characters.
+            # A pattern that matches the empty string inserts the content between all characters.
             growth *= max(1.0, content / len(old.encode("utf-8", "replace"))) if old else 1.0 + content
         elif step["type"] == "Prepend":
             growth *= 1.0 + len(step["prepend"].encode("utf-8", "replace"))
@@ -117,7 +120,7 @@ def _growth(part: Any) -> float:
 
 
 def _copies(part: Any) -> int:
-    """How often a post-processor writes a text."""
+    """How many times a post-processor repeats a text."""
     copies = 1
     for step in _steps(part):
         if step["type"] == "TemplateProcessing":

@@ -1,8 +1,8 @@
-"""A tokenizer with unknown regular expressions is tried in a process that may die of it, before a server relies on it.
+"""Tests a tokenizer with unknown regular expressions in a helper process before the server uses it.
 
-The expressions run over every prompt, and may take time that is exponential in the length of a text. Those of the
-common tokenizers are known to be harmless and cost nothing here; others have to split some texts of the kind on which
-such expressions fail, and the file has to be loaded, within limits of time and memory.
+The expressions run over every prompt, and may take time exponential in the length of a text. Those of common
+tokenizers are known to be harmless and are not tested. With others, the file must load and split texts that are typical
+worst cases for such expressions, within limits of time and memory.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from engine_core.launch import Helper, HelperError, HelperLimits, JobError, get_
 logger = get_logger()
 
 LIMITS: Final = HelperLimits(cpu_seconds=20.0, deadline=90.0, memory_bytes=2 << 30)
-"""A vocabulary of 256,000 tokens loads in some 2 s of CPU time and 300 MB."""
+"""A vocabulary of 256,000 tokens loads in about 2 s of CPU time and 300 MB."""
 LENGTH: Final = 2000
-"""Characters of a probe: time that grows with their square is fine, with their cube is not."""
+"""Characters of a probe: long enough to reject cubic time, short enough to accept quadratic time."""
 RUNS: Final = ("a", "A", "1", " ", "\n", "\t", ".", "_", "-", "'", '"', "é", "一", "👍", "ab ", "a1", " \n", "aA", "'s")
 
 _HARMLESS: Final = frozenset({" +", " {2,}", r"\s+", r"\p{N}", r"\p{N}{1,3}", r"\d", "[0-9]", r"[\r\n]"})
@@ -32,7 +32,7 @@ _HARMLESS: Final = frozenset({" +", " {2,}", r"\s+", r"\p{N}", r"\p{N}{1,3}", r"
 
 @cache
 def known_patterns() -> frozenset[str]:
-    """The expressions of the common tokenizers, as the table for GGUF files has them."""
+    """The expressions of common tokenizers, from the table for GGUF files."""
     rules = [value for value in vars(gguf_tokenizer).values() if isinstance(value, gguf_tokenizer.PreRule)]
     return _HARMLESS | {
         split for rule in rules for split in rule.splits if not isinstance(split, pre_tokenizers.PreTokenizer)
@@ -40,14 +40,14 @@ def known_patterns() -> frozenset[str]:
 
 
 def try_tokenizer(path: Path, patterns: Set[str]) -> None:
-    """Tries a file unless all its expressions are known.
+    """Tests a tokenizer file, unless all its expressions are known.
 
     Args:
         path: The ``tokenizer.json``.
-        patterns: The expressions that it runs over texts.
+        patterns: The expressions that it applies to texts.
 
     Raises:
-        ModelFileError: It takes too much time or memory, or gives up on a text.
+        ModelFileError: The tokenizer takes too much time or memory, or fails on a text.
     """
     if patterns <= known_patterns():
         return
@@ -65,10 +65,10 @@ def try_tokenizer(path: Path, patterns: Set[str]) -> None:
 
 
 def job(data: bytes) -> bytes:
-    """In the helper process: loads the file and splits all probes.
+    """The helper process's job: loads the file and tokenizes all probes.
 
     Raises:
-        ValueError: The file is damaged, or an expression gave up.
+        ValueError: The file is damaged, or an expression failed.
     """
     try:
         tokenizer = tokenizers.Tokenizer.from_file(data.decode())
@@ -76,6 +76,6 @@ def job(data: bytes) -> bytes:
             text = run * (LENGTH // len(run))
             for end in ("", "!", "\0", "b"):
                 tokenizer.encode(text + end)
-    except BaseException as error:  # the library's panics are no Exception
+    except BaseException as error:  # the library's panics do not derive from Exception
         raise ValueError(str(error)) from None
     return b""
