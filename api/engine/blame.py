@@ -1,4 +1,4 @@
-"""Requests that ended the engine must not do so again soon."""
+"""Rejects requests that crashed the engine, so that they cannot do it again soon."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from api.errors import RequestError
 from engine_core.messages import EngineCoreRequest
 
 REFUSAL_TIME = 600.0
-"""Seconds for which a request is refused that ended the engine."""
+"""Seconds for which a request that crashed the engine is rejected."""
 MAX_CULPRITS = 1024
-"""Requests that are remembered; the oldest are forgotten first."""
+"""Maximum number of remembered requests; the oldest are forgotten first."""
 CULPRIT_ERROR = (
     "this request repeatedly crashed the engine; "
     f"the same request is rejected for the next {REFUSAL_TIME / 60:.0f} minutes"
@@ -23,7 +23,7 @@ CULPRIT_ERROR = (
 
 
 def fingerprint(request: EngineCoreRequest) -> bytes:
-    """Tells what a request asks of the engine, not who asks and when; another seed is the same request."""
+    """Hash of the work that a request asks for, whoever sends it and when; the seed does not count."""
     params = request.sampling_params
     asked = (
         None if params is None else msgspec.structs.replace(params, seed=0),
@@ -39,14 +39,14 @@ def fingerprint(request: EngineCoreRequest) -> bytes:
 
 
 class Culprits:
-    """Remembers requests that ended the engine."""
+    """Remembers requests that crashed the engine."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._until: dict[bytes, float] = {}
 
     def add(self, request: EngineCoreRequest) -> bytes:
-        """Refuses a request from now on. Returns its fingerprint."""
+        """Rejects a request from now on. Returns its fingerprint."""
         known = fingerprint(request)
         self._until.pop(known, None)
         self._until[known] = self._clock() + REFUSAL_TIME
@@ -55,10 +55,10 @@ class Culprits:
         return known
 
     def check(self, request: EngineCoreRequest) -> None:
-        """Lets a request pass, unless it is one of them.
+        """Rejects a request that crashed the engine recently.
 
         Raises:
-            RequestError: With the time for which it stays refused.
+            RequestError: 422, with the seconds for which the request is still rejected.
         """
         if not self._until:
             return

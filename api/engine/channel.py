@@ -1,4 +1,4 @@
-"""Deltas of completions on their way to the one who waits for them."""
+"""Channels that carry the deltas of completions to their consumer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from engine_core.messages import TokenLogprobs
 
 
 class Delta(msgspec.Struct, gc=False):
-    """What a step brought for one completion."""
+    """New output of one completion."""
 
     choice: int
-    """Which completion of the channel."""
+    """Number of the completion in its channel."""
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -22,18 +22,18 @@ class Delta(msgspec.Struct, gc=False):
     stop_reason: int | str | None = None
     error: str | None = None
     error_param: str | None = None
-    """The error is the client's fault: the field that is to blame."""
+    """The request field at fault, if the error is the client's fault."""
 
 
 MAX_TAKEN = 256
-"""Deltas that a consumer takes in one go: after a pause, as when a reader was slow, there may be any number."""
+"""Maximum deltas that a consumer takes at once; after a pause, such as for a slow reader, any number may be waiting."""
 
 
 class Channel:
-    """Where the deltas of one or more completions wait for their one consumer.
+    """A queue of the deltas of one or more completions, with one consumer.
 
     Attributes:
-        quiet: Wake the consumer at the end of completions only: it does not care before.
+        quiet: Wake the consumer only when completions end.
     """
 
     __slots__ = ("_is_behind", "_items", "_loop", "_waiter", "quiet")
@@ -51,7 +51,7 @@ class Channel:
             self.wake()
 
     def wake(self) -> None:
-        """Lets the consumer go on if it waits, even if there is nothing."""
+        """Wakes the consumer if it is waiting, even without deltas."""
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -59,9 +59,9 @@ class Channel:
                 waiter.set_result(None)
 
     async def take(self) -> list[Delta]:
-        """Waits until there is something, then returns it in order; nothing after ``wake``.
+        """Waits for deltas and returns them in order; empty after ``wake``.
 
-        More than ``MAX_TAKEN`` are left for the next time, before which others have their turn.
+        At most ``MAX_TAKEN`` are returned; the next call then yields to other tasks before it returns more.
         """
         if not self._items:
             self._waiter = self._loop.create_future()
@@ -77,16 +77,16 @@ class Channel:
 
 
 class PacedChannel(Channel):
-    """A channel whose deltas hold several tokens of a choice, but for the first and the last one."""
+    """A channel that joins deltas so that each holds several tokens of a choice, except the first and the last."""
 
     __slots__ = ("_begun", "_held", "_interval")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: int) -> None:
-        """Opens it.
+        """Opens the channel.
 
         Args:
-            loop: Of the consumer.
-            interval: Tokens that a delta holds.
+            loop: The consumer's event loop.
+            interval: Tokens per delta.
         """
         super().__init__(loop)
         self._interval = interval
@@ -107,7 +107,7 @@ class PacedChannel(Channel):
 
 
 def _joined(first: Delta, second: Delta) -> Delta:
-    """Two deltas of a choice as one."""
+    """Joins two consecutive deltas of a choice."""
     return Delta(
         first.choice,
         first.text + second.text,

@@ -1,8 +1,8 @@
-"""The api's side of the engine: requests go in, deltas come out, whatever happens to the processes behind.
+"""The api process's client of the engine: requests go in and deltas come out, even if processes behind it die.
 
-The client keeps a journal of each request (prompt, resolved parameters with their seed, emitted tokens). Everything
-that a request's output depends on is in it, so when the engine core dies, the client starts another and submits what
-was unfinished again; consumers see a pause. The only user of ZeroMQ in this package.
+The client keeps a journal of each request: its prompt, resolved parameters with the seed, and emitted tokens. A
+request's output depends on nothing else, so when the engine core dies, the client starts another and resubmits the
+unfinished requests; consumers see only a pause. This module is the only user of ZeroMQ in this package.
 """
 
 from __future__ import annotations
@@ -56,21 +56,22 @@ logger = get_logger()
 
 PING_INTERVAL = 1.0
 PING_TIMEOUT = 10.0
-"""Seconds without a word after which an engine core counts as hung: seconds that it could have used, see
-``ProcessWatch``. It never waits for a forward pass, so it answers much sooner however long a step takes."""
+"""Seconds without a message after which an engine core counts as hung; only time in which it could run counts, see
+``ProcessWatch``. It never waits for a forward pass, so it answers much sooner, however long a step takes."""
 LOAD_PING_TIMEOUT = 60.0
-"""The same for one that is starting."""
+"""The same for an engine core that is starting."""
 UNREADY_TIME = 3.0
-"""Seconds without a word after which the engine does not count as ready."""
+"""Seconds without a message after which the engine counts as not ready."""
 
 LAST_WORDS_TIMEOUT = 200
-"""Milliseconds to wait for the reason of an engine core that has ended with an error."""
+"""Milliseconds to wait for the last message of an engine core that exited with an error."""
 
 ROWS_PER_TURN = 768
-"""Tokens that are taken from the engine core in one turn of the loop, some seven milliseconds: their consumers and new
-connections must get their turns. Several steps at once cost less than each by itself, as their events share writes."""
+"""Tokens taken from the engine core per iteration of the event loop, about seven milliseconds of work, so that their
+consumers and new connections get their turns. Several steps at once are cheaper than one by one, since their events
+share writes."""
 BYTES_PER_ROW = 16
-"""Of a message. A row that has more to say than its token takes more of both, bytes and time."""
+"""Bytes of a message that count as one row. A row with more than a token takes more of both, bytes and time."""
 MAX_ABORTS_PER_TURN = 256
 
 ControlMessage = Ping | StatusRequest | ResetPrefixCache
@@ -78,20 +79,20 @@ ControlMessage = Ping | StatusRequest | ResetPrefixCache
 
 @dataclass
 class _Life:
-    """What is known of the present engine core."""
+    """State of the current engine core process."""
 
     watch: ProcessWatch | None = None
-    """None: there is none, or none that could hang."""
+    """None: there is no process to watch."""
     is_connected: bool = False
-    """It said something."""
+    """It has sent a message."""
     has_vocabulary: bool = False
-    """It was sent what grammars are about."""
+    """It was sent the vocabulary, which grammars need."""
     is_hung: bool = False
     """It was killed because it did not answer."""
 
 
 class EngineClient:
-    """One engine core behind a ROUTER socket, supervised and resumed."""
+    """One engine core behind a ROUTER socket, supervised and restarted."""
 
     def __init__(
         self,
@@ -105,24 +106,24 @@ class EngineClient:
         prepares_grammars: bool = False,
         log_level: str = "info",
     ) -> None:
-        """Prepares a client; ``start`` launches the engine.
+        """Creates a client; ``start`` launches the engine.
 
         Args:
-            config: For the engine core.
-            tokenizer: For the text of outputs; None gives token ids alone.
-            metrics: Where everything is counted.
+            config: Configuration of the engine core.
+            tokenizer: Detokenizes outputs; None: outputs are token ids only.
+            metrics: Metrics to update.
             on_progress: Called while the model loads.
-            on_fatal: Called once when the engine is given up after it had been ready.
-            bounds_queue: ``check_queue`` refuses requests when too many wait.
-            prepares_grammars: The engine hears the vocabulary while it loads, rather than with the first request that
-                has a grammar, which would hold up all others for some tenths of a second.
-            log_level: Of the child processes.
+            on_fatal: Called once if the engine dies for good after it had been ready.
+            bounds_queue: ``check_queue`` rejects requests when too many wait.
+            prepares_grammars: Send the vocabulary while the engine loads, instead of with the first request that has a
+                grammar, which would delay all others by some tenths of a second.
+            log_level: Log level of the child processes.
         """
         self.tokenizer = tokenizer
         self.ready: EngineReady | None = None
-        """What the engine said when it was ready first."""
+        """The engine's first ready message."""
         self.dead: EngineDeadError | None = None
-        """Why the engine was given up."""
+        """Why the engine is dead for good; None: it is not."""
         self._config = config
         self._metrics = metrics
         self._on_progress = on_progress
@@ -153,10 +154,10 @@ class EngineClient:
     # -- life ----------------------------------------------------------------------------------------------
 
     async def start(self) -> EngineReady:
-        """Launches the engine and waits until it serves.
+        """Launches the engine and waits until it is ready.
 
         Raises:
-            EngineDeadError: It cannot be started; ``exit_code`` 78 if the model or its configuration is at fault.
+            EngineDeadError: The engine cannot start; ``exit_code`` 78 if the model or its configuration is at fault.
         """
         self._loop = asyncio.get_running_loop()
         socket = self._socket
@@ -188,7 +189,7 @@ class EngineClient:
         self._life.watch = None if pid is None else ProcessWatch(pid)
 
     async def close(self) -> None:
-        """Ends the engine. Unfinished requests end with an error."""
+        """Stops the engine. Unfinished requests end with an error."""
         self._closing = True
         if self.dead is None:
             self.dead = EngineDeadError("the server is shutting down")
@@ -215,12 +216,12 @@ class EngineClient:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the engine takes and computes requests at this moment; requests that come meanwhile wait."""
+        """Whether an engine core accepts requests right now; otherwise new requests wait in the journal."""
         return self._serving
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests that come now are computed without a pause: engine core and workers are there and answer."""
+        """Whether new requests run without a pause: engine core and workers are up and responding."""
         watch = self._life.watch
         is_silent = watch is not None and watch.waited > UNREADY_TIME
         return self.dead is None and self._serving and self._has_workers and not is_silent
@@ -228,10 +229,10 @@ class EngineClient:
     # -- requests ------------------------------------------------------------------------------------------
 
     def open_channel(self, stream_interval: int = 1) -> Channel:
-        """A place for the outputs of requests that one consumer reads.
+        """Opens a channel for the outputs of requests that share a consumer.
 
         Args:
-            stream_interval: Tokens of a choice that a delta brings, but for its first and its last one.
+            stream_interval: Tokens of a choice per delta, except its first and last delta.
         """
         loop = asyncio.get_running_loop()
         return Channel(loop) if stream_interval == 1 else PacedChannel(loop, stream_interval)
@@ -254,14 +255,14 @@ class EngineClient:
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
 
-        ``output_token_ids`` are taken for the beginning of its output; what comes goes on from there. Such a request
-        is part of something that has begun, so it does not count as waiting.
-        ``is_extra`` is what ``check_queue`` said, which comes before: nothing is refused here.
+        ``output_token_ids`` are the beginning of its output, and generation continues after them. Such a request is
+        part of work that has begun, so it does not count as waiting.
+        ``is_extra`` is the result of ``check_queue``, which callers call first: the queue is not checked here.
         A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
 
         Raises:
-            EngineDeadError: The engine was given up.
-            RequestError: This request ended the engine not long ago.
+            EngineDeadError: The engine died and is not restarted.
+            RequestError: This request crashed the engine recently.
         """
         if self.dead is not None:
             raise self.dead
@@ -281,7 +282,7 @@ class EngineClient:
         )
         self._culprits.check(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
-        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
+        frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._processor.add(state)
         if not output_token_ids:
             self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
@@ -304,13 +305,13 @@ class EngineClient:
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
     ) -> list[RequestState]:
-        """Starts completions of one prompt that differ in name and seed alone: one message, and nothing is copied.
+        """Starts completions of one prompt that differ only in id and seed, with one message and no copies.
 
         ``prompt_token_ids`` are int32; the rest is as for ``submit``. Choices are numbered from ``first_choice``.
 
         Raises:
-            EngineDeadError: The engine was given up.
-            RequestError: This request ended the engine not long ago.
+            EngineDeadError: The engine died and is not restarted.
+            RequestError: This request crashed the engine recently.
         """
         if self.dead is not None:
             raise self.dead
@@ -341,7 +342,7 @@ class EngineClient:
             RequestState(request, options, self.tokenizer, channel, first_choice + number)
             for number, request in enumerate(requests)
         ]
-        frame = self._encoder.encode(message)  # before it is in the journal: what cannot be sent must not stay there
+        frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._next_index = indices[-1]
         for state in states:
             self._processor.add(state)
@@ -350,24 +351,24 @@ class EngineClient:
         return states
 
     def _send_new(self, states: list[RequestState], frame: bytes) -> None:
-        """Sends requests that are in the journal now, unless an engine core has to hear of others before."""
+        """Sends new requests of the journal; queues them if the outbox still has requests to send first."""
         if not self._serving:
-            return  # all of the journal is sent when there is one
+            return  # the whole journal is sent to the next engine core
         if self._outbox:
             self._outbox.add(states)
         elif self._send_vocabulary(states[0]):
             self._send_frame(frame)
 
     def _send_again(self, state: RequestState) -> None:
-        """Sends a request of the journal, with what it emitted already."""
+        """Sends a request of the journal, with the output that it has emitted."""
         if self._send_vocabulary(state):
             self._send(resumed_request(state))
 
     def _send_vocabulary(self, state: RequestState) -> bool:
-        """Lets the engine core know what grammars are about, if a request has one.
+        """Sends the vocabulary to the engine core if the request has a grammar and needs it.
 
         Returns:
-            False: that takes a moment; the request is sent from the journal when it is done.
+            False: the vocabulary is still being encoded; the request is sent from the journal afterwards.
         """
         if state.message.grammar is None or self._life.has_vocabulary:
             return True
@@ -379,14 +380,14 @@ class EngineClient:
         return True
 
     def _offer_vocabulary(self) -> None:
-        """Sends the vocabulary before it is needed, as soon as there are both it and an engine core."""
+        """Sends the vocabulary ahead of time, as soon as both it and an engine core are available."""
         frame = self._vocabulary.frame
         if self._prepares_grammars and self._life.is_connected and not self._life.has_vocabulary and frame is not None:
             self._send_frame(frame)
             self._life.has_vocabulary = True
 
     def _on_vocabulary(self, error: str) -> None:
-        """Sends the requests that waited for it, or ends them with an error."""
+        """Sends the requests that waited for the vocabulary, or ends them with an error."""
         self._offer_vocabulary()
         waiting = [state for state in self._processor.states.values() if state.message.grammar is not None]
         if error:
@@ -396,27 +397,28 @@ class EngineClient:
             self._outbox.add(waiting)
 
     def check_queue(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
-        """Refuses requests when too many wait already.
+        """Rejects requests when too many are waiting.
 
         Args:
-            tenant: Who they are for.
-            count: How many there are; they come in together or not at all.
-            num_tokens: Of all their prompts; 0: not known yet.
+            tenant: Whom they are for.
+            count: Number of requests; either all are accepted or none.
+            num_tokens: Tokens of all their prompts; 0: not known yet.
 
         Returns:
-            ``is_extra`` of ``submit``: they come in although the queue is full, as others have more than their share.
+            ``is_extra`` of ``submit``: they are accepted although the queue is full, since the tenant uses less than
+            its share.
 
         Raises:
-            EngineDeadError: The engine was given up.
+            EngineDeadError: The engine died and is not restarted.
             RequestError: 429.
         """
         return self._present_queue().check(tenant, count, num_tokens)
 
     def check_key(self, key: str) -> None:
-        """Refuses a request of a key, whoever it is for, when too many wait already.
+        """Rejects a request of a key when too many are waiting, whichever user it is for.
 
         Raises:
-            EngineDeadError: The engine was given up.
+            EngineDeadError: The engine died and is not restarted.
             RequestError: 429.
         """
         self._present_queue().check_key(key)
@@ -426,12 +428,12 @@ class EngineClient:
             raise self.dead
         self._queue.num_unfinished = self.num_unfinished
         stats = self._metrics.scheduler_stats
-        # Requests whose grammar is being compiled hold up nobody.
+        # Requests whose grammar is being compiled do not delay others.
         self._queue.is_saturated = stats.num_waiting_reqs > stats.num_deferred_reqs
         return self._queue
 
     def abort(self, states: Iterable[RequestState]) -> None:
-        """Drops requests, many of them in several turns; those that are finished already are left alone."""
+        """Aborts requests, large numbers over several iterations of the event loop; finished ones are ignored."""
         rest = list(states)
         now, rest = rest[:MAX_ABORTS_PER_TURN], rest[MAX_ABORTS_PER_TURN:]
         self._abort([state.index for state in now if self._processor.abort(state)])
@@ -440,7 +442,7 @@ class EngineClient:
             self._loop.call_soon(self.abort, rest)
 
     def fail_all(self, message: str) -> None:
-        """Ends all requests with an error, and refuses those to come."""
+        """Ends all requests with an error, and rejects new ones."""
         if self.dead is None:
             self.dead = EngineDeadError(message)
         self._abort(list(self._processor.states))
@@ -471,15 +473,15 @@ class EngineClient:
         try:
             self._socket.send_multipart((engine_identity(self._epoch), frame), zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            # It is gone and its end not noticed yet: the journal has the request.
+            # The process is gone but its exit is not noticed yet; the journal has the request.
             logger.debug("message not delivered: %s", error)
-        # ZeroMQ's descriptor tells of events once; sending may have swallowed one.
+        # ZeroMQ's descriptor is edge-triggered; sending may have consumed an event.
         assert self._loop is not None
         if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._receive_soon()
 
     def _receive_soon(self) -> None:
-        """Takes messages in the next turn of the loop: once, however many requests are sent in this one."""
+        """Schedules ``_receive`` for the next iteration of the loop, once per iteration."""
         if not self._receives_soon:
             self._receives_soon = True
             assert self._loop is not None
@@ -490,13 +492,13 @@ class EngineClient:
             self._receive()
 
     def _receive(self) -> None:
-        """Takes messages that are there, a few at a time."""
+        """Handles the available messages, a few per iteration of the event loop."""
         self._receives_soon = False
         if self._take():
             self._receive_soon()
 
     def _take(self) -> bool:
-        """Handles messages of about ``ROWS_PER_TURN`` rows. False: there are no more."""
+        """Handles messages of about ``ROWS_PER_TURN`` rows. Returns False if there are no more."""
         expected = engine_identity(self._epoch)
         num_rows = 0
         while num_rows < ROWS_PER_TURN:
@@ -514,7 +516,7 @@ class EngineClient:
             num_rows += 1 + len(frame) // BYTES_PER_ROW
             try:
                 self._handle(self._decoder.decode(frame))
-            except Exception:  # ZeroMQ's descriptor stays silent until everything was taken: go on
+            except Exception:  # go on: ZeroMQ's descriptor signals again only after all messages were taken
                 logger.exception("a message of the engine core could not be handled")
         return True
 
@@ -570,12 +572,12 @@ class EngineClient:
     # -- faults --------------------------------------------------------------------------------------------
 
     def _on_exit(self, code: int) -> None:
-        """The engine core process ended unasked: start another, unless it said that this is of no use."""
+        """Restarts the engine core after an unexpected exit, unless its last message said that it is dead for good."""
         if code > 0 and self._last_words is None:
-            self._socket.poll(LAST_WORDS_TIMEOUT)  # the reason may still be on its way
+            self._socket.poll(LAST_WORDS_TIMEOUT)  # its last message may still be in transit
         if self._take():
             assert self._loop is not None
-            self._loop.call_soon(self._on_exit, code)  # it left more
+            self._loop.call_soon(self._on_exit, code)  # there are more messages from it
             return
         if self._closing:
             return
@@ -604,12 +606,12 @@ class EngineClient:
         logger.error("the engine core exited with code %d; restarting it", code)
         try:
             self._launch()
-        except Exception as error:  # nobody would ever try again
+        except Exception as error:  # without this, requests would wait forever
             logger.exception("the engine core cannot be restarted")
             self._give_up(EngineDeadError(f"the engine core died and cannot be restarted: {error}"))
 
     def _blame(self) -> None:
-        """Finds out which requests may have ended the engine core, and ends the one that does."""
+        """Records suspicion against the requests that ran when the engine core died; rejects a proven culprit."""
         states = self._processor.states
         suspects = {index: place for index, place in self._supervisor.last_work().suspects.items() if index in states}
         for index, (first, last) in suspects.items():
@@ -623,7 +625,7 @@ class EngineClient:
                 return
 
     def _convict(self, culprit: RequestState) -> None:
-        """Ends a request that ends the engine, and those that ask the same."""
+        """Ends a request that crashes the engine and all with the same fingerprint; rejects it from now on."""
         logger.error("request %s crashes the engine; rejecting it from now on", culprit.message.request_id)
         known = self._culprits.add(culprit.message)
         same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
@@ -641,7 +643,7 @@ class EngineClient:
             self._on_fatal(error)
 
     async def _watch_heartbeat(self) -> None:
-        """Kills an engine core that does not answer, which starts it again."""
+        """Kills an engine core that does not respond, so that it is restarted."""
         ping = self._encoder.encode(Ping(call_id=0))
         while True:
             await asyncio.sleep(PING_INTERVAL)
@@ -658,7 +660,7 @@ class EngineClient:
                 self._send_frame(ping)
 
     def _hung(self, watch: ProcessWatch) -> str | None:
-        """What is wrong with the engine core, if anything."""
+        """Describes how the engine core hangs; None if it does not."""
         if watch.stopped >= STOPPED_TIMEOUT:
             return f"has been stopped for {watch.stopped:.0f} s"
         limit = PING_TIMEOUT if self._serving else LOAD_PING_TIMEOUT
@@ -668,17 +670,17 @@ class EngineClient:
 
 
 def runs_alone(state: RequestState) -> bool:
-    """Whether the engine core has to isolate a request, since deaths point at it."""
+    """Whether the engine core runs a request in isolation, because it is suspected of enough deaths."""
     return state.suspicion is not None and state.suspicion.num_deaths >= ISOLATE_DEATHS
 
 
 def trial_order(state: RequestState) -> int:
-    """Sorts requests as a new engine core has to hear of them: those that run alone first, the worst suspects last."""
+    """Sort key for resubmission: isolated requests first, by increasing number of deaths, then all others."""
     return state.suspicion.num_deaths if state.suspicion is not None and runs_alone(state) else MAX_DEATHS
 
 
 def clear_suspicion(state: RequestState) -> None:
-    """Takes note of it if a request got past the place where it was suspected to end engine cores."""
+    """Clears the suspicion of a request that has computed past the position at which it was suspected."""
     num_outputs = len(state.output_token_ids)
     num_known = state.num_prompt_tokens + num_outputs
     if state.suspicion is not None and num_outputs > state.suspected_at and num_known > state.suspicion.last:
@@ -686,7 +688,7 @@ def clear_suspicion(state: RequestState) -> None:
 
 
 def resumed_request(state: RequestState) -> EngineCoreRequest:
-    """The request as another engine core has to hear of it: with what it emitted already."""
+    """The message that resubmits a request to another engine core, with the output that it has emitted."""
     return msgspec.structs.replace(
         state.message,
         resumed_output_token_ids=state.output_token_ids.tobytes(),

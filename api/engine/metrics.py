@@ -1,7 +1,7 @@
 """Prometheus metrics under the names that vLLM uses, so that existing dashboards and scalers work.
 
-Numbers that change with every token are kept as plain arrays and turned into metrics when someone asks: a histogram's
-``observe`` per token would cost more than detokenising it.
+Numbers that change with every token are kept in plain arrays and converted to metrics on request: calling a histogram's
+``observe`` for each token would cost more than detokenising it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from api.engine.request_state import RequestState
 from engine_core.messages import EngineReady, SchedulerStats
 
 ENGINE = "0"
-"""Label of the one engine, by which dashboards filter."""
+"""Label value of the only engine; dashboards filter by it."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TTFT_BUCKETS = (
@@ -58,24 +58,24 @@ def _length_buckets(max_model_len: int) -> tuple[float, ...]:
 
 
 class _StepCollector(Collector):
-    """What each step changes."""
+    """Collects the metrics that change with each step."""
 
     def __init__(self, labels: Mapping[str, str]) -> None:
         self._names, self._values = list(labels), list(labels.values())
         self.stats = SchedulerStats()
         self.generation_tokens = 0
         self.num_started = 0
-        """Requests whose first token came with the step that is being counted."""
+        """Requests whose first token came with the step being counted."""
         self.latency_counts = np.zeros(len(TOKEN_LATENCY_BUCKETS) + 1, np.int64)
         self.latency_sum = 0.0
         self.iteration_counts = np.zeros(len(ITERATION_BUCKETS) + 1, np.int64)
         self.iteration_sum = 0
         self.lost = SchedulerStats()
-        """Counts of engines that are gone."""
+        """Counts of previous engine cores."""
 
     @property
     def totals(self) -> SchedulerStats:
-        """The last step's statistics, with counts since the start of the server."""
+        """The last step's statistics, with counts since the server started."""
         stats, lost = self.stats, self.lost
         return msgspec.structs.replace(
             stats,
@@ -160,12 +160,12 @@ class _StepCollector(Collector):
 
 
 class FinishedRequest(NamedTuple):
-    """What is counted of a request of a client that is over. Times are CLOCK_MONOTONIC seconds."""
+    """The metrics of a client's request that has finished. Times are CLOCK_MONOTONIC seconds."""
 
     reason: str
     arrival_time: float
     scheduled_time: float | None
-    """None: it never ran."""
+    """None: the request never ran."""
     first_token_time: float | None
     num_prompt_tokens: int
     num_cached_tokens: int
@@ -174,15 +174,15 @@ class FinishedRequest(NamedTuple):
 
 
 class EngineMetrics:
-    """Everything that is counted about requests and steps."""
+    """All metrics of requests and steps."""
 
     def __init__(self, model_name: str, max_model_len: int = 8192) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self.model_name = model_name
         self.num_prompt_tokens = 0
-        """Of the requests that ran."""
+        """Prompt tokens of all requests that ran."""
         self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
-        """Told of each request that is over, if somebody wants to know."""
+        """Called for each finished request, if set."""
         self._labels = {"model_name": model_name, "engine": ENGINE}
         self._steps = _StepCollector(self._labels)
         self._latency_bounds = np.array(TOKEN_LATENCY_BUCKETS)
@@ -260,11 +260,11 @@ class EngineMetrics:
         self._cache_config.labels(**self._labels, **shape).set(1)
 
     def on_refused(self) -> None:
-        """Counts a request that was refused since too many waited."""
+        """Counts a request that was rejected because too many were waiting."""
         self._rejections.inc()
 
     def on_request(self, n: int | None, max_tokens: int) -> None:
-        """Counts a completion that was started; ``n`` comes with the first of those of a prompt."""
+        """Counts a completion that was started; ``n`` is given for the first completion of a prompt."""
         if n is not None:
             self._request_n.observe(n)
         self._request_max.observe(max_tokens)
@@ -273,9 +273,9 @@ class EngineMetrics:
         """Counts a step.
 
         Args:
-            stats: Of the scheduler, if the message had them.
-            num_tokens: Tokens that came.
-            latencies: Seconds since the last token, for each plain token.
+            stats: The scheduler's statistics, if the message had them.
+            num_tokens: Number of new tokens.
+            latencies: Seconds since the previous token of the request, for each plain token.
         """
         steps = self._steps
         steps.generation_tokens += num_tokens
@@ -294,7 +294,7 @@ class EngineMetrics:
             steps.latency_sum += sum(latencies)
 
     def on_latency(self, seconds: float) -> None:
-        """Counts one token that came by itself."""
+        """Counts the latency of one token that is not in ``on_step``'s ``latencies``."""
         self._steps.latency_counts[np.searchsorted(self._latency_bounds, seconds)] += 1
         self._steps.latency_sum += seconds
 
@@ -306,7 +306,7 @@ class EngineMetrics:
         self._on_prompt(state, now)
 
     def on_pooled(self, state: RequestState, now: float) -> None:
-        """Counts the prompt of a request that generates nothing, which is done with it."""
+        """Counts the prompt of a pooling request, which ends with it."""
         self._on_prompt(state, now)
 
     def _on_prompt(self, state: RequestState, now: float) -> None:
@@ -323,7 +323,7 @@ class EngineMetrics:
         self._cached_tokens.inc(num_cached)
 
     def on_finished(self, state: RequestState, reason: str) -> None:
-        """Counts a request that is over, unless it is a part of another."""
+        """Counts a finished request, unless it is part of another."""
         if state.is_part:
             return
         request = FinishedRequest(
@@ -345,11 +345,11 @@ class EngineMetrics:
             self.on_trace(state, request)
 
     def on_search(self, request: FinishedRequest, longest: int) -> None:
-        """Counts a beam search, whose parts are no requests of their own.
+        """Counts a beam search as one request.
 
         Args:
-            request: All of it; its output is every token that was generated for it.
-            longest: Tokens of the longest sequence that is returned.
+            request: The whole search; its output tokens are all tokens generated for it.
+            longest: Tokens of the longest returned sequence.
         """
         if request.first_token_time is not None and request.scheduled_time is not None:
             self._ttft.observe(request.first_token_time - request.arrival_time)
@@ -365,7 +365,7 @@ class EngineMetrics:
         self._success.labels(**self._labels, finished_reason=request.reason).inc()
         self._e2e.observe(now - request.arrival_time)
         if request.scheduled_time is not None:
-            # One that never ran has no tokens in the totals, so it has none here.
+            # A request that never ran has no tokens in the totals, so it has none here either.
             self._request_prompt.observe(request.num_prompt_tokens)
             self._request_computed.observe(request.num_prompt_tokens - request.num_cached_tokens)
             self._inference.observe(now - request.scheduled_time)
@@ -392,7 +392,7 @@ class EngineMetrics:
 
     @property
     def scheduler_stats(self) -> SchedulerStats:
-        """Of the last step; counts are since the start of the server."""
+        """Statistics of the last step; counts are since the server started."""
         return self._steps.totals
 
     @property

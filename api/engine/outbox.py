@@ -1,7 +1,7 @@
-"""What a new engine core has to hear first, told in turns of the event loop.
+"""Resubmits requests to a new engine core, a few per iteration of the event loop.
 
-After a restart there may be thousands of requests to submit again, each with its prompt and its output so far. While
-some are left, requests that come meanwhile queue behind them.
+After a restart there may be thousands of requests to resubmit, each with its prompt and its output so far. New requests
+queue behind them until all are sent.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable
 from api.engine.request_state import RequestState
 
 REQUESTS_PER_TURN = 128
-"""Requests that are sent in one go: some milliseconds."""
+"""Requests sent per iteration of the event loop, which takes some milliseconds."""
 BYTES_PER_REQUEST = 1 << 14
-"""Tokens of so many bytes count as one request more."""
+"""Bytes of token ids that count as one more request."""
 
 
 class Outbox:
-    """Requests that wait to be sent, in this order."""
+    """An ordered queue of requests to send."""
 
     def __init__(self, send: Callable[[RequestState], None]) -> None:
-        """``send`` sends one that is not over."""
+        """Creates an empty queue; ``send`` is called with each request that has not finished."""
         self._send = send
         self._states: deque[RequestState] = deque()
         self._indices: set[int] = set()
@@ -32,7 +32,7 @@ class Outbox:
         return bool(self._states)
 
     def add(self, states: Iterable[RequestState]) -> None:
-        """Puts requests behind those that wait, and sends some; those that wait already stay where they are."""
+        """Appends requests and starts sending; requests that are already queued keep their position."""
         for state in states:
             if state.index not in self._indices:
                 self._indices.add(state.index)
@@ -41,7 +41,7 @@ class Outbox:
             self._take_turn()
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Drops all queued requests."""
         self._states.clear()
         self._indices.clear()
         if self._next_turn is not None:

@@ -1,7 +1,7 @@
-"""From tokens to text: the only loop over a step's outputs.
+"""Converts the engine's output tokens to text: the only loop over a step's outputs.
 
-Streaming or not, chat or completion, server or offline: everything a request gets passes through ``process``. What it
-costs per token is the budget of the whole front end.
+Streaming or not, chat or completion, server or offline: all output of all requests passes through ``process``. Its cost
+per token limits the throughput of the front end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FINISH_REASONS = {
 
 
 def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
-    """The tokens of each row of the columns."""
+    """The tokens of each row."""
     tokens = i32(outputs.token_ids).tolist()
     if not outputs.num_tokens:
         return zip(tokens, strict=True)
@@ -46,10 +46,10 @@ def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
 
 
 class OutputProcessor:
-    """Owns the table of requests and the text of each."""
+    """Owns the table of requests and detokenizes their output."""
 
     def __init__(self, metrics: EngineMetrics, queue: QueueBound) -> None:
-        """Prepares. ``queue`` is told when requests have their first output or end without one."""
+        """Creates an empty table. ``queue`` is notified when a request first gets output or ends without any."""
         self.states: dict[int, RequestState] = {}
         self._metrics = metrics
         self._queue = queue
@@ -58,7 +58,7 @@ class OutputProcessor:
         self.states[state.index] = state
 
     def remove(self, index: int) -> RequestState | None:
-        """Forgets a request; what still comes for it is dropped."""
+        """Removes a request; any further output for it is dropped."""
         state = self.states.pop(index, None)
         if state is not None:
             state.finished = True
@@ -66,17 +66,17 @@ class OutputProcessor:
         return state
 
     def abort(self, state: RequestState) -> bool:
-        """Forgets a request that nobody waits for any more. False: it was finished already."""
+        """Removes a request whose client is gone. Returns False if it had already finished."""
         if self.remove(state.index) is None:
             return False
         self._metrics.on_finished(state, FINISH_REASONS[FinishReason.ABORT])
         return True
 
     def process(self, outputs: EngineCoreOutputs) -> list[int]:
-        """Hands each row of a step to the consumer of its request.
+        """Passes each row of a step to the consumer of its request.
 
         Returns:
-            Requests that ended here, by a stop string, and still run in the engine.
+            Indices of requests that ended here, such as by a stop string, but still run in the engine.
         """
         states = self.states
         now = outputs.timestamp
@@ -129,7 +129,7 @@ class OutputProcessor:
         return aborts
 
     def _process_special(self, state: RequestState, output: EngineCoreOutput, now: float, aborts: list[int]) -> int:
-        """A row that has more to say than its tokens. Returns the number of new tokens."""
+        """Handles a row with more than plain tokens. Returns the number of new tokens."""
         known = state.output_token_ids
         skip = len(known) - output.first_output_index
         if skip < 0:
@@ -149,7 +149,7 @@ class OutputProcessor:
                     self._metrics.on_latency((now - state.last_token_time) / len(tokens))
             state.last_token_time = now
         elif output.finish_reason is None:
-            return 0  # all of it was known already
+            return 0  # all its tokens were already known
         if output.pooling_output is not None:
             state.pooling_output = to_array(output.pooling_output)
             self._metrics.on_pooled(state, now)
@@ -164,10 +164,10 @@ class OutputProcessor:
         output: EngineCoreOutput | None,
         aborts: list[int],
     ) -> int:
-        """Looks for stop strings, ends what is done, and hands over what is new.
+        """Detokenizes new tokens, checks stop strings, and sends the delta; ends the request if it is done.
 
         Returns:
-            How many of the tokens are part of the output: not those behind the one that completes a stop string.
+            How many of the tokens are part of the output, which excludes those after a completed stop string.
         """
         finish = output.finish_reason if output is not None else None
         shown = tokens
@@ -207,12 +207,12 @@ class OutputProcessor:
         return len(tokens)
 
     def _lost(self, state: RequestState, output_index: int, aborts: list[int]) -> None:
-        """Tokens are missing, which must not happen: end the request rather than pass on a text with a hole."""
+        """Ends a request whose tokens are missing, which must not happen, instead of sending text with a gap."""
         aborts.append(state.index)
         self.fail(state, f"tokens {len(state.output_token_ids)} to {output_index - 1} of the output were lost")
 
     def _broken(self, state: RequestState, error: Exception, aborts: list[int]) -> None:
-        """A token of one request could not be handled; the others of the step must get theirs."""
+        """Ends a request whose output could not be processed, so that the other requests of the step are unaffected."""
         logger.error("request %s: output processing failed", state.message.request_id, exc_info=error)
         aborts.append(state.index)
         self.fail(state, f"internal error: {error}")

@@ -1,4 +1,4 @@
-"""A progress bar for what takes longer than a second."""
+"""A progress bar for loading, shown if it takes longer than a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine_core.messages import LoadProgress
 
 
 class LoadBar:
-    """Shows how far the workers are with loading."""
+    """Shows the workers' loading progress."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
@@ -18,7 +18,7 @@ class LoadBar:
         self._stage = ""
 
     def update(self, progress: LoadProgress) -> None:
-        """Takes what a worker says; the first one speaks for all."""
+        """Updates the bar from a worker's report; only rank 0 is shown."""
         if progress.rank or not self._enabled:
             return
         bar = self._bar

@@ -1,12 +1,13 @@
-"""How many requests may wait for the engine, and what those are told that may not.
+"""Limits how many requests may wait for the engine, and rejects the others with a time to retry.
 
-What would wait longer than anybody waits is better refused at once. By Little's law that is a number of requests: the
-rate at which they leave the queue, which is measured, times the longest wait; the same with prompt tokens, so that a
-few long prompts count for what they are. As much may always wait as may run: such a queue takes no longer than the
-requests before it. What comes at once to a server that had room may wait, too, within wider bounds.
+A request that would wait longer than clients do is better rejected at once. By Little's law this gives a maximum queue
+length: the measured rate at which requests leave the queue times the maximum wait. Prompt tokens have the same kind of
+limit, so that a few long prompts count by their length. As many requests as can run may always wait, since such a queue
+takes no longer than the requests before it. A burst that reaches a server with free slots may also wait, within wider
+limits.
 
-A full queue still takes requests of tenants who have less than their share of it waiting. Those are counted apart, and
-bounded as well.
+A full queue still accepts requests of tenants who use less than their share of it. These are counted separately, and
+limited as well.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from engine_core.config import SchedulerConfig
 from engine_core.messages import EngineReady
 
 MAX_WAIT = 30.0
-"""Seconds that requests may have to wait by the measured rates."""
+"""Maximum expected wait in seconds, by the measured rates."""
 MAX_QUEUED_REQS = 2048
-"""Bound where none is configured, however fast the engine is: each has a connection and a prompt in memory."""
+"""Default limit, however fast the engine is: each request holds a connection and a prompt in memory."""
 MAX_QUEUED_TOKENS = 16 << 20
-"""The same for prompt tokens, of which each takes four bytes in two processes."""
+"""The same for prompt tokens, each of which takes four bytes in two processes."""
 BURST_TIME = 5.0
-"""Seconds after a calm moment in which only these two bounds hold: many requests at once are no overload yet."""
+"""Seconds after a request last found a free slot in which only these two limits apply: a burst is not yet overload."""
 AVERAGING_TIME = 30.0
-"""Seconds of work over which rates are averaged."""
+"""Time constant in seconds over which rates are averaged."""
 MIN_MEASURED = 1.0
-"""Seconds of work before rates mean something."""
+"""Seconds of measurement before the rates are used."""
 MAX_RETRY_AFTER = 60
-"""Seconds; clients ignore more."""
+"""Seconds; clients ignore larger values."""
 
 Tenant: TypeAlias = tuple[str, str]
 """Short names of an API key and of one of its users."""
@@ -42,7 +43,7 @@ NOBODY: Tenant = ("", "")
 
 
 def queue_full(seconds: int) -> RequestError:
-    """The error for a request that may not wait."""
+    """The error for a request that is not accepted into the queue."""
     return RequestError(
         f"The server is busy and too many requests are waiting. Please try again in {seconds} s.",
         status=429,
@@ -52,29 +53,29 @@ def queue_full(seconds: int) -> RequestError:
 
 
 class _Rates:
-    """Requests and prompt tokens that leave the queue per second, as long as there is one."""
+    """Rates at which requests and prompt tokens leave the queue, measured while it is not empty."""
 
     def __init__(self) -> None:
         self._requests = 0.0
         self._tokens = 0.0
         self._busy = 0.0
-        """Seconds with requests in the queue, the older the less they count; the others in the same way."""
+        """Seconds with requests in the queue, decayed exponentially like the other counts."""
 
     def advance(self, seconds: float) -> None:
-        """Time went by in which requests waited."""
+        """Records time during which requests waited."""
         kept = math.exp(-seconds / AVERAGING_TIME)
         self._requests *= kept
         self._tokens *= kept
         self._busy = self._busy * kept + AVERAGING_TIME * (1 - kept)
 
     def count(self, num_tokens: int) -> None:
-        """A request left the queue."""
+        """Records that a request left the queue."""
         self._requests += 1
         self._tokens += num_tokens
 
     @property
     def requests(self) -> float:
-        """Per second; 0 if it is not known yet."""
+        """Requests per second; 0 if not known yet."""
         return self._requests / self._busy if self._busy >= MIN_MEASURED else 0.0
 
     @property
@@ -84,12 +85,12 @@ class _Rates:
 
 @dataclass
 class _Load:
-    """What waits for somebody."""
+    """What waits in the queue in total, or for one key or user."""
 
     num_reqs: int = 0
     num_tokens: int = 0
     users: dict[str, _Load] = field(default_factory=dict)
-    """Of a key."""
+    """Loads of a key's users."""
 
     def add(self, num_reqs: int, num_tokens: int) -> None:
         self.num_reqs += num_reqs
@@ -97,13 +98,13 @@ class _Load:
 
 
 class _Bounds(NamedTuple):
-    """What may wait."""
+    """Maximum size of the queue."""
 
     num_reqs: int
     num_tokens: float
 
     def share(self, load: _Load | None, count: int = 0, num_tokens: int = 0) -> float:
-        """The part of the queue that a load takes together with more requests and tokens; 1 is all of it."""
+        """Fraction of the queue that a load would use with additional requests and tokens; 1 is all of it."""
         if load is not None:
             count += load.num_reqs
             num_tokens += load.num_tokens
@@ -117,7 +118,7 @@ class _Entry(NamedTuple):
 
 
 class QueueBound:
-    """The queue of one engine as the api sees it: requests that had no output yet."""
+    """The queue of one engine as seen by the api process: requests without any output yet."""
 
     def __init__(
         self,
@@ -127,38 +128,38 @@ class QueueBound:
         on_refused: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepares.
+        """Creates an empty queue.
 
         Args:
-            config: The bounds, where they are given.
-            enabled: False: everything may wait.
-            on_refused: Called for each refusal.
-            clock: Seconds.
+            config: Its limits, if configured.
+            enabled: False: accept all requests.
+            on_refused: Called for each rejection.
+            clock: Returns the time in seconds.
         """
         self.num_unfinished = 0
         """Requests that wait or run."""
         self.is_saturated = False
-        """The engine said last that requests wait: what comes now waits as well, even if there are slots."""
+        """The engine last reported waiting requests, so new ones wait as well, even if there are free slots."""
         self._config = config
         self._enabled = enabled
         self._on_refused = on_refused
         self._clock = clock
         self._rates = _Rates()
         self._entries: dict[int, _Entry] = {}
-        """By index of the request."""
+        """Waiting requests by index."""
         self._all = _Load()
         self._keys: dict[str, _Load] = {}
         self._extra = _Load()
-        """What came in although the queue was full."""
+        """Requests accepted although the queue was full."""
         self._kv_tokens = 0
         self._seen_at = clock()
         self._calm_at = -math.inf
-        """When a request came last that found a slot free."""
+        """When a request last found a free slot."""
         self._promised = 0.0
-        """When the last of those who were told to come back will come."""
+        """When the last rejected client was told to retry."""
 
     def on_ready(self, ready: EngineReady) -> None:
-        """Takes note of what the engine has room for."""
+        """Records the size of the engine's KV cache."""
         self._kv_tokens = ready.num_kv_blocks * ready.block_size
 
     def __len__(self) -> int:
@@ -167,27 +168,27 @@ class QueueBound:
     # -- requests come and go ------------------------------------------------------------------------------
 
     def enter(self, index: int, tenant: Tenant, num_tokens: int, *, is_extra: bool = False) -> None:
-        """A request waits from now on.
+        """Adds a waiting request.
 
         Args:
-            index: Of the request.
-            tenant: Who it is for.
-            num_tokens: Of its prompt.
-            is_extra: What ``check`` said.
+            index: Index of the request.
+            tenant: Whom the request is for.
+            num_tokens: Tokens of its prompt.
+            is_extra: The result of ``check``.
         """
         self._advance()
         entry = self._entries[index] = _Entry(tenant, num_tokens, is_extra)
         self._add(entry, 1)
 
     def begin(self, index: int) -> None:
-        """A request had its first output."""
+        """Records that a request got its first output."""
         entry = self._entries.get(index)
         if entry is not None:
             self.leave(index)
             self._rates.count(entry.num_tokens)
 
     def leave(self, index: int) -> None:
-        """A request waits no more, for whatever reason."""
+        """Removes a request that no longer waits, for whatever reason."""
         entry = self._entries.get(index)
         if entry is not None:
             self._advance()
@@ -214,18 +215,18 @@ class QueueBound:
     # -- who may come in -----------------------------------------------------------------------------------
 
     def check(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
-        """Refuses requests that there is no room for.
+        """Rejects requests for which there is no room.
 
         Args:
-            tenant: Who they are for.
-            count: How many there are; they come in together or not at all.
-            num_tokens: Of all their prompts; 0: not known yet.
+            tenant: Whom they are for.
+            count: Number of requests; either all are accepted or none.
+            num_tokens: Tokens of all their prompts; 0: not known yet.
 
         Returns:
-            Whether they come in although the queue is full.
+            Whether they are accepted although the queue is full.
 
         Raises:
-            RequestError: 429, with the seconds after which to try again.
+            RequestError: 429, with the seconds after which to retry.
         """
         bounds = self._bounds_if_tight(count, num_tokens)
         if bounds is None:
@@ -235,10 +236,10 @@ class QueueBound:
         raise self._refuse(bounds, count, num_tokens)
 
     def check_key(self, key: str) -> None:
-        """Refuses what could not come in whichever user of the key it is for.
+        """Rejects a request that could not be accepted for any user of the key.
 
         Raises:
-            RequestError: As in ``check``.
+            RequestError: As for ``check``.
         """
         bounds = self._bounds_if_tight(1, 0)
         if bounds is not None:
@@ -248,7 +249,7 @@ class QueueBound:
                 raise self._refuse(bounds, 1, 0)
 
     def _bounds_if_tight(self, count: int, num_tokens: int) -> _Bounds | None:
-        """What may wait, if that is too little; None if there is room."""
+        """The limits if they would be exceeded; None if there is room."""
         num_slots = 0 if self.is_saturated else self._config.max_num_seqs - self.num_unfinished
         num_waiting = len(self._entries) if self.is_saturated else min(len(self._entries), max(0, -num_slots))
         if not self._enabled:
@@ -275,8 +276,10 @@ class QueueBound:
         return _Bounds(num_reqs, num_tokens)
 
     def _has_share(self, bounds: _Bounds, tenant: Tenant, count: int, num_tokens: int) -> bool:
-        """Whether the tenant may come into a full queue: keys have equal shares of it, and the users of a key have
-        equal shares of that; who has nothing there may come in at least once.
+        """Whether a full queue accepts the tenant's requests.
+
+        Keys have equal shares of the queue, and the users of a key equal shares of the key's. A tenant with nothing in
+        the queue is accepted at least once.
         """
         if self._extra.num_reqs and bounds.share(self._extra, count, num_tokens) > 1:
             return False
@@ -293,7 +296,7 @@ class QueueBound:
         return share_of_key <= 2 and share_of_user <= 1
 
     def _refuse(self, bounds: _Bounds, count: int, num_tokens: int) -> RequestError:
-        """Tells when there will be room: those who are told one after another come back one after another."""
+        """The error with an estimate of when there will be room; consecutive rejections get increasing times."""
         self._on_refused()
         now = self._clock()
         rate, token_rate = self._rates.requests, self._rates.tokens

@@ -1,4 +1,4 @@
-"""One engine request as the api knows it: the journal from which it can be run again, and the state of its text."""
+"""The api process's state of an engine request: the journal from which it can be rerun, and its detokenization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine_core.messages import EngineCoreRequest, Suspicion, i32
 
 
 class OutputOptions(msgspec.Struct, frozen=True):
-    """What is done with a request's tokens in this process."""
+    """How this process handles a request's tokens."""
 
     stop: tuple[str, ...] = ()
     stop_regex: tuple[str, ...] = ()
@@ -25,16 +25,16 @@ class OutputOptions(msgspec.Struct, frozen=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     kept_special_ids: frozenset[int] = frozenset()
-    """Special tokens that stay in the text although others are left out."""
+    """Special tokens that stay in the text even if ``skip_special_tokens`` is set."""
     detokenize: bool = True
     min_tokens: int = 0
-    """Stop strings do not count before this many tokens."""
+    """Stop strings are ignored before this many tokens."""
     is_part: bool = False
-    """It is a part of a client's request, which is not counted as a request of its own."""
+    """It is part of a larger request of a client, and is not counted as a request of its own."""
 
 
 class Siblings:
-    """The completions of one prompt that a client asked for together."""
+    """The completions of one prompt that a client requested together."""
 
     __slots__ = ("_longest", "_num_left")
 
@@ -43,14 +43,14 @@ class Siblings:
         self._longest = 0
 
     def end(self, num_tokens: int) -> int | None:
-        """One of them is over. Returns the tokens of the longest one once all are."""
+        """Records the end of one completion. After the last one, returns the tokens of the longest."""
         self._num_left -= 1
         self._longest = max(self._longest, num_tokens)
         return None if self._num_left else self._longest
 
 
 class RequestState:
-    """One engine request as the api knows it: its journal, and the state of its text."""
+    """The api process's state of an engine request: its journal and its detokenization."""
 
     __slots__ = (
         "arrival_time",
@@ -88,31 +88,31 @@ class RequestState:
     ) -> None:
         self.index = message.index
         self.message = message
-        """What the engine was told: with ``output_token_ids`` the request's journal."""
+        """The message to the engine; together with ``output_token_ids`` it is the request's journal."""
         self.output_token_ids = array("i", message.resumed_output_token_ids)
         self.channel = channel
         self.choice = choice
         self.num_prompt_tokens = len(message.prompt_token_ids) // 4
         self.num_cached_tokens = 0
         self.suspicion: Suspicion | None = None
-        """Deaths of engine cores that point at it."""
+        """Deaths of engine cores that this request is suspected of."""
         self.suspected_at = 0
-        """Output tokens at the last of them."""
+        """Number of output tokens at the last of these deaths."""
         self.pooling_output: npt.NDArray[np.float32] | None = None
-        """The result of a request that generates nothing."""
+        """The result of a pooling request."""
         self.finished = False
         self.arrival_time = message.arrival_time
         self.siblings: Siblings | None = None
-        """Those that a client asked for together with it, itself included."""
+        """The completions that the client requested together, including this one."""
         self.trace_headers: Mapping[str, str] | None = None
-        """The client's headers that say which trace it is part of, where there are traces."""
+        """The client's trace context headers, if tracing is on."""
         self.scheduled_time: float | None = None
         self.first_token_time: float | None = None
         self.last_token_time = 0.0
         self.min_tokens = options.min_tokens
         self.is_part = options.is_part
         self.hides_stop_token = not options.include_stop_str_in_output
-        """The token that ends the output is no part of the text."""
+        """Omit the token that ends the output from the text."""
         self.tokenizer = tokenizer
         self.detokenizer: IncrementalDetokenizer | None = None
         self.stop_search: StopSearch | None = None
@@ -128,15 +128,15 @@ class RequestState:
                 self.stop_search = StopSearch(options.stop, options.stop_regex, options.include_stop_str_in_output)
 
     def append_text(self, tokens: Sequence[int], num_tokens: int) -> tuple[str, str | None, int]:
-        """Decodes tokens and searches their text for what ends the output.
+        """Detokenizes tokens and searches their text for stop strings and patterns.
 
         Args:
-            tokens: They follow those that were decoded before.
-            num_tokens: Length of the output without them.
+            tokens: The next tokens.
+            num_tokens: Length of the output before them.
 
         Returns:
-            The text that is final; the stop string or pattern that ends it, if there is one; and how many of the tokens
-            there are up to the one that completes it.
+            The text that is final; the stop string or pattern that ends it, if any; and the number of tokens read, up
+            to the one that completes the stop.
         """
         detokenizer, search = self.detokenizer, self.stop_search
         if detokenizer is None:
@@ -156,7 +156,7 @@ class RequestState:
         return "".join(parts), matched, num_read
 
     def finish_text(self) -> tuple[str, str | None]:
-        """Text that was held back, and the stop that ends it, if there is one; nothing may follow."""
+        """Returns the text that was held back, and the stop that ends it, if any; no more tokens may follow."""
         text = "" if self.detokenizer is None else self.detokenizer.finish()
         if self.stop_search is None:
             return text, None

@@ -1,4 +1,4 @@
-"""How long the parts of a request took, as vLLM's users know it: ``RequestOutput.metrics``."""
+"""Timestamps of a request in vLLM's format: ``RequestOutput.metrics``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from api.engine.request_state import RequestState
 
 @dataclass
 class RequestStateStats:
-    """Of a prompt and all its completions; 0 stands for what did not happen."""
+    """Timestamps of a prompt and all its completions; 0 if an event did not happen."""
 
     num_generation_tokens: int = 0
-    """Of all completions, up to and including the tokens that ended them."""
+    """Tokens of all completions, up to and including the tokens that ended them."""
     arrival_time: float = 0.0
-    """When the request came, in seconds since the epoch. The other moments are seconds of ``time.monotonic()``."""
+    """When the request arrived, in seconds since the epoch. The other timestamps are ``time.monotonic()`` seconds."""
     queued_ts: float = 0.0
     scheduled_ts: float = 0.0
-    """When the first of its completions began."""
+    """When its first completion started to run."""
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
     first_token_latency: float = 0.0
-    """Seconds from its arrival to the first token."""
+    """Seconds from arrival to the first token."""
 
 
 def request_stats(states: Sequence[RequestState]) -> RequestStateStats:
-    """What the states of a request's completions, of which there is at least one, tell when they have ended."""
+    """The timestamps of a finished request, from the states of its completions, of which there is at least one."""
     arrival = min(state.arrival_time for state in states)
     first = min((state.first_token_time for state in states if state.first_token_time is not None), default=0.0)
     return RequestStateStats(

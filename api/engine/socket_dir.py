@@ -1,4 +1,4 @@
-"""The folder of a server's sockets, and of servers that were killed before they could remove theirs."""
+"""The folder of a server's sockets; also removes the folders of servers that were killed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 PREFIX = "octavo-"
 MAX_SOCKET_PATH = 100
-"""Bytes that a socket's path may have, with some room (the kernel's bound is 107)."""
+"""Maximum bytes of a socket's path, with some margin (the kernel's limit is 107)."""
 LOCK = "lock"
 
 
 class SocketDir:
-    """A folder that only this user can enter, with a path short enough for sockets.
+    """A folder that only this user can access, with a path short enough for sockets.
 
-    While it is in use its lock file is locked, and the kernel unlocks it however the process ends. That tells dead
-    owners from living ones, in other containers too, which process ids would not.
+    Its lock file is locked while the folder is in use, and the kernel releases the lock however the process ends. So
+    the folders of dead servers can be recognised even across containers, which process ids do not allow.
     """
 
     def __init__(self) -> None:
-        """Makes the folder, and removes those of dead servers beside it."""
+        """Creates the folder, and removes those of dead servers next to it."""
         folder = tempfile.mkdtemp(prefix=PREFIX)
         if len(folder) > MAX_SOCKET_PATH - 20:
             os.rmdir(folder)
@@ -41,16 +41,16 @@ class SocketDir:
 
 
 def _lock_new(folder: Path) -> int:
-    """Locks a folder. Its lock file has its name only when it is locked, so nobody sees it free."""
+    """Locks a folder. Its lock file gets its final name only once locked, so no process sees it unlocked."""
     descriptor = os.open(folder / f"{LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with contextlib.suppress(OSError):  # a file system without locks: nobody takes the folder for stale then
+    with contextlib.suppress(OSError):  # on a file system without locks, the folder never counts as stale
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(folder / f"{LOCK}.new", folder / LOCK)
     return descriptor
 
 
 def remove_stale(parent: Path) -> None:
-    """Removes folders of this user whose server has died. Whatever cannot be removed stays."""
+    """Removes folders of this user whose server is dead. Folders that cannot be removed stay."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():

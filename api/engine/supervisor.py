@@ -1,4 +1,4 @@
-"""Watches over the engine core process: starts it, notices its end, ends it."""
+"""Supervises the engine core process: starts it, detects its exit, stops it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Supervisor:
     """Owns the engine core process and the directory of its sockets."""
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str = "info") -> None:
-        """Prepares; starts nothing yet.
+        """Creates the socket directory; starts no process yet.
 
         Args:
-            config: For the engine core.
-            on_exit: Called with the exit code, in the event loop, when the process ends unasked.
-            log_level: Of the child processes.
+            config: Configuration of the engine core.
+            on_exit: Called in the event loop with the exit code when the process exits unexpectedly.
+            log_level: Log level of the child processes.
         """
         self._config = config
         self._on_exit = on_exit
@@ -42,7 +42,7 @@ class Supervisor:
         """Starts the engine core."""
         worker_dir = f"{self.ipc_dir}/{engine_epoch}"
         os.mkdir(worker_dir, 0o700)
-        if self._record_path:  # what the engine core before left has been read
+        if self._record_path:  # the previous engine core's record has been read
             shutil.rmtree(os.path.dirname(self._record_path), ignore_errors=True)
         launch = EngineCoreLaunch(
             config=self._config,
@@ -69,16 +69,16 @@ class Supervisor:
         return child.wait()
 
     def last_work(self) -> LastWork:
-        """What the last engine core was doing when it ended."""
+        """The work of the last engine core when it ended."""
         return read_flight_record(self._record_path)
 
     def kill(self) -> None:
-        """Ends a process that does not answer; its end is then noticed as any other."""
+        """Kills a process that does not respond; its exit is then handled like any other."""
         if self._child is not None:
             os.kill(self._child.pid, 9)
 
     async def stop(self, timeout: float = 5.0) -> None:
-        """Ends the engine core and removes its sockets."""
+        """Stops the engine core and removes its sockets."""
         child = self._child
         if child is not None:
             assert self._loop is not None

@@ -1,4 +1,4 @@
-"""The thread in which an offline engine lives, apart from the object that users hold."""
+"""The thread of an offline engine's client, separate from the object that users hold."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ T = TypeVar("T")
 
 
 class EngineThread:
-    """An event loop in a thread of its own, with the engine's client.
+    """An event loop in its own thread, with the engine's client.
 
-    The engine core dies with the thread that starts it, so this one lives as long as the engine. It holds nothing of
-    its user, who may therefore be collected at any time; then ``close`` is called, in whichever thread that happens.
+    The engine core dies with the thread that starts it, so this thread lives as long as the engine. It holds no
+    reference to the ``LLM`` object, which may therefore be collected at any time; ``close`` is then called in
+    whichever thread collects it.
 
     Attributes:
-        client: To be set by the user once there is one; ``close`` ends its processes.
+        client: Set by the owner once there is one; ``close`` stops its processes.
     """
 
     def __init__(self) -> None:
@@ -49,17 +50,17 @@ class EngineThread:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # on Ctrl-C: nobody waits for the work any more
+            future.cancel()  # for example on Ctrl-C: the result is no longer needed
             raise
 
     def close(self) -> None:
-        """Ends the engine's processes, then the thread, and waits for both. May be called again."""
+        """Stops the engine's processes, then the thread, and waits for both. May be called more than once."""
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        if threading.current_thread() is not self._thread:  # the collector may run in any thread, in this one too
+        if threading.current_thread() is not self._thread:  # the garbage collector may run in any thread, even this one
             self._thread.join()
 
     async def _end(self) -> None:

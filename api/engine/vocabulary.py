@@ -1,4 +1,4 @@
-"""What grammars are about: the tokens of the model, as an engine core has to hear of them once."""
+"""The vocabulary message, which each engine core needs once before it can use grammars."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ logger = get_logger()
 
 
 class VocabularyFrame:
-    """The encoded ``SetVocabulary``, made in a thread when it is wanted first.
+    """The encoded ``SetVocabulary`` message, created in a thread on first use.
 
     Attributes:
-        frame: None: it is not there yet.
+        frame: The encoded message; None: not created yet.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, on_made: Callable[[str], None]) -> None:
-        """Prepares.
+        """Prepares; ``make`` creates the frame.
 
         Args:
-            tokenizer: Whose tokens they are.
-            on_made: Called when the frame is there, with an empty text, or with the reason why there will be none.
+            tokenizer: The tokenizer whose tokens to send.
+            on_made: Called with an empty string when the frame is ready, or with the reason why it failed.
         """
         self.frame: bytes | None = None
         self._tokenizer = tokenizer
@@ -32,7 +32,7 @@ class VocabularyFrame:
         self._maker: asyncio.Task[None] | None = None
 
     def make(self) -> None:
-        """Starts to make it, unless that goes on already."""
+        """Starts to create the frame, unless this is already in progress."""
         if self._maker is None:
             self._maker = asyncio.create_task(self._make())
 
@@ -49,6 +49,6 @@ class VocabularyFrame:
         self._on_made("" if self.frame is not None else error)
 
     def close(self) -> None:
-        """Stops making it."""
+        """Cancels the creation of the frame."""
         if self._maker is not None:
             self._maker.cancel()
