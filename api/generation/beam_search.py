@@ -1,9 +1,9 @@
-"""Beam search on top of an engine that knows nothing of it.
+"""Beam search on top of an engine without support for it.
 
-A beam is prolonged by an engine request for one token, which takes up the beam's tokens as output that it has already
-and reports the most likely next ones. The prefix cache spares it most of the work. Search and scores are vLLM's: the
-score of a sequence is its cumulative log probability divided by its length, prompt included, to the power of the
-length penalty; all beams go on until ``max_tokens``, or until none of those that run can get among the best.
+A beam is extended by an engine request for one token, which starts with the beam's tokens as its output so far and
+reports the most likely next tokens. The prefix cache avoids most of the work. Search and scores are vLLM's: the score
+of a sequence is its cumulative log probability divided by its length, including the prompt, to the power of the length
+penalty; all beams continue until ``max_tokens``, or until no running beam can still become one of the best.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MAX_BEAM_WIDTH = 256
 
 
 class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How beams are searched. Names and defaults are vLLM's.
+    """Parameters of a beam search. Names and defaults are vLLM's.
 
     Attributes:
-        beam_width: Sequences that are kept at each length, and that are returned.
-        max_tokens: Longest output. None: what the context has room for.
-        ignore_eos: An end token is a token like any other.
-        temperature: Not used: scores are of the model's own log probabilities.
-        length_penalty: Above 0 longer sequences score better, below 0 shorter ones.
-        include_stop_str_in_output: The end token is part of the output.
-        stop_token_ids: Tokens that end a beam beside the model's end tokens.
+        beam_width: Number of sequences that are kept at each length, and that are returned.
+        max_tokens: Maximum tokens of the output. None: as many as fit in the context.
+        ignore_eos: Treat EOS tokens like any other token.
+        temperature: Not used: scores are computed from the model's own log probabilities.
+        length_penalty: Above 0, longer sequences score better; below 0, shorter ones.
+        include_stop_str_in_output: Keep the end token in the output.
+        stop_token_ids: Tokens that end a beam, in addition to the model's EOS tokens.
         logprobs: Report log probabilities of this many most likely tokens at each position; -1: of all.
     """
 
@@ -70,7 +70,7 @@ class BeamSearchParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         return self.beam_width
 
     def as_sampling(self) -> SamplingParams:
-        """The part that the engine knows as well.
+        """The parameters that also exist in ``SamplingParams``.
 
         Raises:
             RequestError: A field is out of range.
@@ -89,17 +89,17 @@ class Beam:
     """A sequence of the search."""
 
     token_ids: list[int] = field(default_factory=list)
-    """Output only."""
+    """Output tokens, without the prompt."""
     cum_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Of each output token, if they are wanted."""
+    """One entry per output token, if requested."""
     finish_reason: str = "length"
     stop_reason: int | None = None
     score: float = 0.0
 
 
 class BeamSearchError(Exception):
-    """The engine failed one of the requests of a search."""
+    """The engine failed on one of the requests of a search."""
 
 
 class BeamSearch:
@@ -116,10 +116,10 @@ class BeamSearch:
         cache_salt: str = "",
         tenant: Tenant = NOBODY,
     ) -> None:
-        """Prepares; nothing runs before ``start``.
+        """Validates the request; nothing runs before ``start``.
 
         Raises:
-            RequestError: The prompt is too long, or a parameter does not suit the model.
+            RequestError: The prompt is too long, or a parameter is invalid for the model.
         """
         model.check_token_ids(prompt)
         model.check_priority(priority)
@@ -141,7 +141,7 @@ class BeamSearch:
         self._num_reported = resolved.logprobs
         self._num_candidates = min(2 * params.beam_width, limits.vocab_size)
         count = self._num_candidates if resolved.logprobs is None else max(self._num_candidates, resolved.logprobs)
-        # These are the search's own wish; --max-logprobs bounds the client's alone.
+        # The search needs these itself; --max-logprobs limits only what clients request.
         self._step_params = ResolvedParams(
             temperature=0.0,
             logprobs=-1 if resolved.logprobs == -1 or count >= limits.vocab_size else count,
@@ -152,29 +152,29 @@ class BeamSearch:
         self._metrics: EngineMetrics = model.metrics
         self._arrival_time = time.monotonic()
         self._first: RequestState | None = None
-        """The request that began the search, once it is done."""
+        """The first request of the search, once it has finished."""
         self._num_generated = 0
-        """Tokens that the engine made for the search."""
+        """Tokens that the engine has generated for the search."""
 
     def start(self) -> None:
         """Sends the first request.
 
         Raises:
-            EngineDeadError: The engine was given up.
-            RequestError: Too many requests wait already.
+            EngineDeadError: The engine died and is not restarted.
+            RequestError: Too many requests are waiting.
         """
         is_extra = self._client.check_queue(self._tenant, 1, len(self._prompt))
         self._submit([Beam()], is_extra=is_extra)
 
     async def run(self) -> list[Beam]:
-        """Searches.
+        """Runs the search.
 
         Returns:
-            As many sequences as the beam is wide, the best first.
+            ``beam_width`` sequences, best first.
 
         Raises:
             BeamSearchError: The engine failed.
-            EngineDeadError: The engine was given up.
+            EngineDeadError: The engine died and is not restarted.
         """
         best: list[Beam] = []
         reason = "abort"
@@ -203,7 +203,7 @@ class BeamSearch:
         return best
 
     def _count(self, reason: str, best: Sequence[Beam]) -> None:
-        """Counts the search as one request: its parts are none."""
+        """Counts the search as one request in the metrics; its parts are not counted."""
         first = self._first
         request = FinishedRequest(
             reason,
@@ -217,7 +217,7 @@ class BeamSearch:
         self._metrics.on_search(request, max((len(beam.token_ids) for beam in best), default=0))
 
     def abort(self) -> None:
-        """Drops the requests that run."""
+        """Aborts the running requests."""
         self._client.abort(self._states)
         self._states = []
 
@@ -241,7 +241,7 @@ class BeamSearch:
             )
 
     async def _results(self, count: int) -> list[TokenLogprobs]:
-        """What the engine says of the next token of each beam."""
+        """Waits for the log probabilities of the next token of each beam."""
         results: dict[int, TokenLogprobs] = {}
         while len(results) < count:
             for delta in await self._channel.take():
@@ -257,8 +257,8 @@ class BeamSearch:
         return [results[choice] for choice in range(count)]
 
     def _extend(self, beams: list[Beam], results: list[TokenLogprobs]) -> list[Beam]:
-        """The most likely beams that are one token longer; those that end there are kept aside."""
-        # Column 0 is the token that the engine took, the others are the most likely ones in order.
+        """Extends beams by one token and returns the most likely ones; stores those that end."""
+        # Column 0 is the token that the engine sampled, the others are the most likely ones in order.
         columns = slice(1, 1 + self._num_candidates)
         ids = np.stack([i32(entry.token_ids)[columns] for entry in results])
         gains = np.stack([f32(entry.logprobs)[columns] for entry in results]).astype(np.float64)
@@ -277,7 +277,7 @@ class BeamSearch:
         return longer
 
     def _longer(self, beam: Beam, entry: TokenLogprobs, column: int, total: float) -> Beam:
-        """A beam and one of its next tokens."""
+        """Extends a beam by one of its next tokens."""
         ids, values = i32(entry.token_ids)[1:], f32(entry.logprobs)[1:]
         longer = Beam([*beam.token_ids, int(ids[column])], total, beam.logprobs)
         longer.score = total / (len(self._prompt) + len(longer.token_ids)) ** self._params.length_penalty
@@ -295,7 +295,7 @@ class BeamSearch:
         return longer
 
     def _end(self, beam: Beam) -> None:
-        """Keeps a sequence that is over, if it is among the best of those. Its end token does not count as length."""
+        """Stores a finished sequence if it is one of the best. Its end token does not count towards its length."""
         beam.finish_reason, beam.stop_reason = "stop", beam.token_ids[-1]
         length = len(self._prompt) + len(beam.token_ids) - 1
         beam.score = beam.cum_logprob / length**self._params.length_penalty
@@ -305,22 +305,22 @@ class BeamSearch:
         self._completed = self._best([*self._completed, beam])
 
     def _best(self, beams: list[Beam]) -> list[Beam]:
-        """Of equals the earlier stays."""
+        """The best ``beam_width`` sequences; ties keep the earlier one."""
         return sorted(beams, key=lambda beam: -beam.score)[: self._params.beam_width]
 
     def _is_decided(self, beams: list[Beam]) -> bool:
-        """Whether no beam that runs can still get among the best: log probabilities only add up to less."""
+        """Whether no running beam can still become one of the best, since log probabilities only decrease its total."""
         if len(self._completed) < self._params.beam_width:
             return False
         penalty = self._params.length_penalty
-        # The length that would flatter a beam most: the longest one where length is rewarded.
+        # The length that gives the highest score: the maximum if length is rewarded, else the current one.
         num_tokens = self._max_tokens if penalty > 0 else len(beams[0].token_ids)
         bound: float = beams[0].cum_logprob / (len(self._prompt) + num_tokens) ** penalty
         return bound <= self._completed[-1].score
 
 
 async def gather(searches: Sequence[BeamSearch]) -> list[list[Beam]]:
-    """Runs searches side by side; when one fails, all are dropped."""
+    """Runs searches concurrently; if one fails, all are cancelled."""
     tasks = [asyncio.create_task(search.run()) for search in searches]
     try:
         return list(await asyncio.gather(*tasks))

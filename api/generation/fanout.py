@@ -1,4 +1,4 @@
-"""Several engine requests behind one completion; the engine core never knows."""
+"""``best_of``: several engine requests per returned completion, unknown to the engine core."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from engine_core.messages import f32
 
 
 def choose_best(deltas: Iterable[Delta], n: int, best_of: int) -> list[Delta]:
-    """Of each ``best_of`` completions the ``n`` with the highest cumulative log probability, the best first.
+    """Keeps the ``n`` completions of each prompt with the highest cumulative log probability, best first.
 
     Args:
-        deltas: All deltas of all completions, with log probabilities; ``best_of`` choices belong to a prompt.
-        n: How many to keep of each prompt.
-        best_of: How many there are of each prompt.
+        deltas: All deltas of all completions, with log probabilities; each prompt has ``best_of`` choices.
+        n: Completions to keep per prompt.
+        best_of: Completions per prompt.
 
     Returns:
-        Their deltas; choice ``i`` of prompt ``p`` is now choice ``p * n + i``. Of equals the earlier stays.
+        The deltas of those completions; choice ``i`` of prompt ``p`` is now ``p * n + i``. Ties keep the earlier one.
     """
     if n == best_of:
         return list(deltas)
@@ -38,7 +38,7 @@ def choose_best(deltas: Iterable[Delta], n: int, best_of: int) -> list[Delta]:
 
 
 def best_places(totals: Sequence[float], n: int) -> list[int]:
-    """Places of the ``n`` highest cumulative log probabilities, the highest first; of equals the earlier."""
+    """Indices of the ``n`` highest cumulative log probabilities, highest first; ties keep the earlier one."""
     return sorted(range(len(totals)), key=lambda place: -totals[place])[:n]
 
 

@@ -1,4 +1,4 @@
-"""The engine requests behind one request of a client, whatever brought it: HTTP, or a batch of lines."""
+"""The engine requests behind one request of a client, from HTTP or a batch file."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from api.generation.usage import PromptTokensDetails, Usage
 from api.params.sampling import SamplingParams
 
 ENCODED_AT_ONCE = 1 << 19
-"""Bytes of an answer in one piece that are written down in one go."""
+"""Bytes of a non-streamed response that are encoded before yielding to other tasks."""
 PART_COST = 256
-"""What each part of it costs beside its bytes, in bytes."""
+"""Fixed cost of each part of such a response, in bytes."""
 CHOSEN_STEPS = 16
-"""Steps that it takes to look at a delta when the best completions are chosen."""
+"""Steps per delta when the best completions are chosen."""
 
 
 class WholeReply(Protocol):
-    """Gives the outputs of requests the form of an endpoint."""
+    """Builds the non-streamed response of an endpoint."""
 
     def fold(self, deltas: Sequence[Delta]) -> None:
-        """Takes the next deltas of an answer that is not streamed; several times, so that each takes a moment only."""
+        """Adds the next deltas. Called several times, so that each call is short."""
 
     def whole(self) -> Iterator[bytes]:
-        """The body of that answer, in parts that each take a moment only. What was folded is gone afterwards."""
+        """Yields the body of the response in parts that each take little time. Consumes the folded deltas."""
 
 
 class EngineWork(ABC):
-    """The engine requests behind one HTTP request. Whatever ends it, it leaves nothing running."""
+    """The engine requests behind one client request. However it ends, it leaves none of them running."""
 
     def __init__(
         self,
@@ -48,19 +48,19 @@ class EngineWork(ABC):
         num_choices: int,
         stream_interval: int = 1,
     ) -> None:
-        """Prepares. Nothing runs before ``start``.
+        """Opens a channel; nothing runs before ``start``.
 
-        ``stream_interval`` is how many tokens of a choice a delta brings, but for its first and its last one.
+        ``stream_interval`` is the number of tokens of a choice per delta, except its first and last delta.
         """
         self.request_id = request_id
         self.prompts = prompts
         self.num_choices = num_choices
         self.headers: dict[str, str] = {}
-        """More headers of the answer."""
+        """Additional headers of the response."""
         self.trace_headers: Mapping[str, str] | None = None
-        """Set before ``start``: which trace the requests belong to."""
+        """Trace context of the requests; set it before ``start``."""
         self.disconnected = False
-        """The client is gone, and with it the requests."""
+        """The client has disconnected, and the requests were aborted."""
         self.states: list[RequestState] = []
         self._model = model
         self._channel = model.client.open_channel(stream_interval)
@@ -68,20 +68,20 @@ class EngineWork(ABC):
 
     @property
     def metrics(self) -> EngineMetrics:
-        """Of the engine that runs them."""
+        """Metrics of the engine that runs the requests."""
         return self._model.metrics
 
     async def start(self, gone: Awaitable[object] | None, *, quiet: bool = False) -> None:
-        """Starts the requests, and waits for the client to go.
+        """Starts the requests, and aborts them when the client disconnects.
 
         Args:
-            gone: Returns when the client is gone; None: nobody waits for the answer. It is awaited once the requests
-                run, or never.
-            quiet: ``take`` need only return at the end of choices.
+            gone: Returns when the client has disconnected; None: there is no client to watch. It is awaited only after
+                the requests have started.
+            quiet: ``take`` need return only when choices end.
 
         Raises:
-            RequestError: They cannot be served as they are.
-            EngineDeadError: The engine was given up.
+            RequestError: The requests are invalid.
+            EngineDeadError: The engine died and is not restarted.
         """
         self._channel.quiet = quiet
         await self.submit()
@@ -93,10 +93,10 @@ class EngineWork(ABC):
 
     @abstractmethod
     async def submit(self) -> None:
-        """Starts the requests, whose deltas come through the channel."""
+        """Starts the requests; their deltas go to the channel."""
 
     def drop(self) -> None:
-        """Ends what is unfinished."""
+        """Aborts unfinished requests."""
         self._model.client.abort(self.states)
 
     async def _watch(self, gone: Awaitable[object]) -> None:
@@ -106,7 +106,7 @@ class EngineWork(ABC):
         self._channel.wake()
 
     async def take(self) -> list[Delta]:
-        """Waits for deltas; none come after ``wake`` and when the client is gone."""
+        """Waits for deltas; empty after ``wake`` and after the client has disconnected."""
         return await self._channel.take()
 
     async def choose(self, deltas: list[Delta]) -> list[Delta]:
@@ -114,7 +114,7 @@ class EngineWork(ABC):
         return deltas
 
     async def build(self, reply: WholeReply) -> bytes:
-        """The body of an answer that is not streamed, whose deltas were folded."""
+        """Builds the body of a non-streamed response from its folded deltas."""
         turns = Turns(ENCODED_AT_ONCE)
         parts = []
         for part in reply.whole():
@@ -123,25 +123,25 @@ class EngineWork(ABC):
         return b"".join(parts)
 
     def wake(self) -> None:
-        """Lets ``take`` return."""
+        """Makes ``take`` return."""
         self._channel.wake()
 
     def close(self) -> None:
-        """Drops what is unfinished, and forgets the requests: thousands of them are not freed in one go."""
+        """Aborts unfinished requests and drops references to all: freeing thousands at once would take long."""
         if self._watcher is not None:
             self._watcher.cancel()
-            self._watcher = None  # which would be a circle, see ``api/server/middleware.py``
+            self._watcher = None  # would be a reference cycle, see ``api/server/middleware.py``
         self.drop()
         self.states = []
 
     def failure(self, delta: Delta) -> RequestError | EngineDeadError:
-        """The error that a delta's ``error`` amounts to."""
+        """Converts a delta's ``error`` to an exception."""
         message = delta.error or ""
         if delta.error_param is not None:
             return RequestError(message, delta.error_param or None)
         if self._model.client.dead is not None:
             return self._model.client.dead
-        # The engine tried already, and more than once if that could help.
+        # The engine has already retried if that could help.
         return RequestError(message, status=500, kind=KINDS[500], headers={"x-should-retry": "false"})
 
 
@@ -158,15 +158,15 @@ class Generation(EngineWork):
         *,
         stream_interval: int = 1,
     ) -> None:
-        """Prepares.
+        """Opens a channel; nothing runs before ``start``.
 
         Args:
-            model: Where it runs.
-            request_id: Becomes the answer's id.
+            model: The model to run.
+            request_id: Id of the response.
             prompts: Token ids.
-            params: How the tokens are chosen: what was asked for, with the server's defaults.
-            request: What all completions share; None: a subclass knows.
-            stream_interval: Tokens that a delta brings.
+            params: The requested parameters, with the server's defaults.
+            request: What all completions share; None: a subclass overrides ``submit``.
+            stream_interval: Tokens of a choice per delta.
         """
         super().__init__(model, request_id, prompts, len(prompts) * params.num_completions, stream_interval)
         self.params = params
@@ -185,10 +185,10 @@ class Generation(EngineWork):
         return await self._model.host.apart(CHOSEN_STEPS * len(deltas), choose_best, deltas, n, best_of)
 
     def usage(self, num_output_tokens: int | None = None) -> Usage:
-        """Tokens of all choices.
+        """Token usage of all choices.
 
         Args:
-            num_output_tokens: Generated tokens, if it is not all that there are.
+            num_output_tokens: Generated tokens to report; None: all of them.
         """
         states = self.states
         if num_output_tokens is None:
@@ -198,7 +198,7 @@ class Generation(EngineWork):
         )
 
     def count_usage(self, num_output_tokens: int, num_cached_tokens: int) -> Usage:
-        """The report of so many tokens."""
+        """Token usage with the given counts."""
         num_prompt_tokens = sum(map(len, self.prompts))
         return Usage(
             prompt_tokens=num_prompt_tokens,

@@ -1,4 +1,4 @@
-"""What a process that serves has once, whatever it serves: threads, helpers, turns in the event loop, seeds."""
+"""Resources that all models of a process share: threads, helper processes, event loop turns, seeds."""
 
 from __future__ import annotations
 
@@ -19,52 +19,53 @@ T = TypeVar("T")
 logger = get_logger()
 
 INLINE_TEXT = 2048
-"""Characters up to which a text is tokenised in the event loop: a thread costs more."""
+"""Maximum characters of a text that is tokenised in the event loop, where a thread would cost more."""
 INLINE_STEPS = 4096
-"""Steps of about a tenth of a microsecond up to which work is done in the event loop."""
+"""Maximum steps, of about a tenth of a microsecond each, of work that is done in the event loop."""
 
 
 class Host:
-    """Lends models what there is one of."""
+    """The resources that models share."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.templates = TemplateRenderer()
         self.threads = ThreadPoolExecutor(2, "text")
         self._turns = Turns(2 * INLINE_TEXT)
-        """Of texts that are tokenised in the event loop, and of what costs as much."""
+        """Budget for tokenising in the event loop and for work that costs as much."""
         self._seeds = None if config.seed is None else random.Random(config.seed)
-        """Where requests without a seed get theirs, if it must be the same after each start."""
+        """Source of seeds for requests without one, if they must be the same after each start."""
         self._warnings: set[str] = set()
 
     def close(self) -> None:
-        """Ends threads and helper processes."""
+        """Stops threads and helper processes."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.templates.close()
 
     def warn_once(self, message: str) -> None:
-        """Logs a warning, unless it was logged before. ``message`` comes from a closed set, not from clients."""
+        """Logs a warning once. ``message`` must come from a fixed set, not from clients."""
         if message not in self._warnings:
             self._warnings.add(message)
             logger.warning("%s", message)
 
     async def spend_turn(self, cost: int) -> None:
-        """Takes note of work that was done in the event loop, and gives others their turn when it is enough.
+        """Records work done in the event loop, and yields to other tasks when the budget is spent.
 
         Args:
-            cost: About how many characters could have been tokenised instead.
+            cost: Cost of the work as the number of characters that could be tokenised in the same time.
         """
         await self._turns.spend(cost)
 
     async def apart(self, size: int, function: Callable[..., T], *args: Any) -> T:
-        """Calls a function whose work is about that many steps: beside the event loop, unless they are few.
+        """Calls a function of about ``size`` steps: in a thread, or directly if the steps are few.
 
-        It may be Python, since threads take turns. A single call that keeps the interpreter's lock for long may not.
+        The function may be Python code, since threads take turns, but must not make a single call that holds the GIL
+        for long.
         """
         if size <= INLINE_STEPS:
             return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def draw_seed(self) -> int:
-        """A seed for a request that has none."""
+        """Draws a seed for a request without one."""
         return secrets.randbits(63) if self._seeds is None else self._seeds.getrandbits(63)

@@ -1,4 +1,4 @@
-"""A request for completions, resolved once: everything after its handler takes this."""
+"""A request for completions with its parameters resolved, as all code after the request's handler uses it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from engine_core.messages import GrammarSpec, ResolvedParams
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """What all completions of a request share, however many there are. ``ServedModel.resolve`` makes it."""
+    """What all completions of a request share. Created by ``ServedModel.resolve``."""
 
     params: SamplingParams
-    """What was asked for, with the server's defaults."""
+    """The requested parameters, with the server's defaults."""
     engine_params: ResolvedParams
     """The same as numbers and token ids. Length and thinking budget depend on the prompt, seeds on the completion."""
     options: OutputOptions
     grammar: GrammarSpec | None = None
-    """The language that the outputs must be in."""
+    """The grammar of the outputs."""
     priority: int = 0
     cache_salt: str = ""
     tenant: Tenant = NOBODY
-    """Who it is for."""
+    """Whom the request is for."""
     opened: bool | UnsetType | None = UNSET
-    """Whether the prompt of a conversation has begun the reasoning or ended it; unset: it is no conversation."""
+    """Whether the prompt of a conversation has begun or ended the reasoning; unset: it is not a conversation."""
     holds_in_reasoning: bool = False
-    """The grammar holds from the first token on."""
+    """The grammar applies from the first token."""

@@ -1,4 +1,4 @@
-"""A model that is served: its engine, tokenizer, template, limits, defaults and names."""
+"""A served model: its engine, tokenizer, chat template, limits, defaults and names."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from api.version import VERSION
 from engine_core.messages import EngineReady, GrammarSpec, ResolvedParams, ResolvedPoolingParams
 
 MAX_SIBLINGS = 256
-"""Completions of a prompt that are submitted in one piece: some milliseconds here and in the engine core."""
+"""Maximum completions of a prompt per message, which takes some milliseconds here and in the engine core."""
 SUBMIT_COST = 128
-"""What it costs to submit a request, in token ids that are looked at."""
+"""Cost of submitting a request, in token ids checked."""
 _NO_TEXT = OutputOptions(detokenize=False)
 
 
 def _fingerprint(model_name: str, ready: EngineReady) -> str:
-    """Changes when answers to the same request may."""
+    """A fingerprint that changes when the answer to the same request may change."""
     backend = (model_name, ready.architecture, ready.dtype, ready.device, ready.vocab_size, ready.max_model_len)
     return f"octavo-{VERSION}-{hashlib.sha256(repr(backend).encode()).hexdigest()[:8]}"
 
 
 class ServedModel:
-    """What requests for one model need, once its engine is ready."""
+    """A model whose engine is ready, with everything that requests need."""
 
     def __init__(
         self, host: Host, files: ModelFiles, client: EngineClient, metrics: EngineMetrics, ready: EngineReady
@@ -61,7 +61,7 @@ class ServedModel:
         self.ready = ready
         self.tokenizer: Tokenizer = files.tokenizer
         self.root = files.root
-        """As the command line names it: a path, or a name that the hub knows."""
+        """The model as given on the command line: a path or a hub id."""
         self.names = list(config.served_model_name) or [files.name]
         self.created = int(time.time())
         self.system_fingerprint = _fingerprint(self.name, ready)
@@ -75,7 +75,7 @@ class ServedModel:
             vocab_size=ready.vocab_size,
             max_logprobs=config.max_logprobs,
             max_output_tokens=self.defaults.pop("max_new_tokens", None),
-            # A tokenizer may name ids that the model has no logits for.
+            # A tokenizer may have ids for which the model has no logits.
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
             hidden_size=ready.hidden_size,
         )
@@ -83,19 +83,19 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What answers call it, whichever of its names they ask for."""
+        """The name in responses, whichever of its names a request used."""
         return self.names[0]
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, any_length: bool = False) -> list[int]:
         """Token ids of a text that fits the model.
 
         Args:
-            text: What to tokenise.
-            add_special_tokens: Add what the tokenizer puts around a text.
-            any_length: It need not fit.
+            text: The text to tokenise.
+            add_special_tokens: Add the special tokens that the tokenizer puts around a text.
+            any_length: Accept a text that does not fit.
 
         Raises:
-            RequestError: It is too long, by its characters already, or is no text.
+            RequestError: The text is too long judging by its number of characters, or is not valid text.
         """
         if any_length:
             check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
@@ -107,7 +107,7 @@ class ServedModel:
             )
         try:
             if len(text) <= INLINE_TEXT:
-                await self.host.spend_turn(len(text))  # one request may have thousands of them
+                await self.host.spend_turn(len(text))  # one request may have thousands of texts
                 return self.tokenizer.encode(text, add_special_tokens)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
@@ -115,7 +115,7 @@ class ServedModel:
             raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool, field: str) -> str:
-        """The text of token ids, however many.
+        """The text of any number of token ids.
 
         Raises:
             RequestError: An id is outside the vocabulary.
@@ -125,22 +125,22 @@ class ServedModel:
             self.check_token_ids(token_ids, field)
             if len(token_ids) <= INLINE_STEPS:
                 return self.tokenizer.decode(token_ids, skip_special_tokens)
-            # One call of the backend would keep the interpreter's lock all the time.
+            # A single call of the backend would hold the GIL the whole time.
             detokenizer = IncrementalDetokenizer(self.tokenizer, (), skip_special_tokens)
             return detokenizer.extend(token_ids) + detokenizer.finish()
 
         return await self.host.apart(len(token_ids), decode)
 
     def special_ids(self, tokens: Iterable[str]) -> frozenset[int]:
-        """Ids of those texts that are special tokens here."""
+        """Ids of those texts that are special tokens of the model."""
         ids = (self.tokenizer.token_to_id(token) for token in tokens)
         return frozenset(token_id for token_id in ids if token_id in self.tokenizer.all_special_ids)
 
     def check_token_ids(self, token_ids: Sequence[int], field: str = "prompt") -> None:
-        """Refuses a prompt of token ids that the model does not have.
+        """Checks that token ids are in the model's vocabulary.
 
         Raises:
-            RequestError: An id is outside the vocabulary, or there is none.
+            RequestError: An id is outside the vocabulary, or there are no ids.
         """
         if not token_ids:
             raise RequestError(f"{field} must not be empty", field)
@@ -150,10 +150,10 @@ class ServedModel:
             )
 
     def check_priority(self, priority: int) -> None:
-        """Refuses a priority that would mean nothing.
+        """Rejects a priority that would have no effect.
 
         Raises:
-            RequestError: Requests run in the order in which they come.
+            RequestError: The scheduling policy is not ``priority``.
         """
         if priority and self.config.engine.scheduler.scheduling_policy != "priority":
             raise RequestError("priority requires a server started with --scheduling-policy priority", "priority")
@@ -170,21 +170,21 @@ class ServedModel:
         kept_special_ids: frozenset[int] = frozenset(),
         tenant: Tenant = NOBODY,
     ) -> ResolvedRequest:
-        """Works out what all completions of a request share.
+        """Resolves what all completions of a request share.
 
         Args:
-            params: What is asked for.
-            grammar: The language that outputs must be in, if ``params`` does not say it.
-            when: Where the request may say from when on, if it is not ``params``.
-            opened: Whether the prompt of a conversation has begun the reasoning or ended it; see
-                ``prompt_opens_reasoning``. Unset: it is no conversation, and its tokens tell.
+            params: The requested parameters.
+            grammar: The grammar of the outputs, if it does not come from ``params``.
+            when: Parameters whose ``enable_in_reasoning`` applies; None: those in ``params``.
+            opened: Whether the prompt of a conversation has begun or ended the reasoning; see
+                ``prompt_opens_reasoning``. Unset: it is not a conversation, and its tokens decide.
             priority: Lower runs first.
-            cache_salt: Requests share cached prompts with those of the same salt only.
-            kept_special_ids: Special tokens that stay in the text although others are left out.
-            tenant: Who it is for.
+            cache_salt: Requests share cached prompts only with those of the same salt.
+            kept_special_ids: Special tokens that stay in the text even if ``skip_special_tokens`` is set.
+            tenant: Whom the request is for.
 
         Raises:
-            RequestError: A parameter does not suit the model.
+            RequestError: A parameter is invalid for the model.
         """
         self.check_priority(priority)
         if grammar is None and params.structured_outputs is not None:
@@ -215,14 +215,14 @@ class ServedModel:
         )
 
     def holds_in_reasoning(self, wanted: StructuredOutputsParams | None) -> bool:
-        """Whether a grammar holds from the first token on, rather than once the model has thought."""
+        """Whether a grammar applies from the first token, instead of after the reasoning."""
         own = None if wanted is None else wanted.enable_in_reasoning
         return self.config.structured_outputs_config.enable_in_reasoning if own is None else own
 
     def _resolve_prompt(
         self, request: ResolvedRequest, prompt: Sequence[int]
     ) -> tuple[ResolvedParams, GrammarSpec | None]:
-        """The parameters of the first completion of a prompt, others have other seeds; and the grammar of all."""
+        """The parameters of a prompt's first completion (others differ in the seed), and the grammar of all."""
         self.check_token_ids(prompt)
         params = request.params
         resolved = msgspec.structs.replace(
@@ -260,22 +260,22 @@ class ServedModel:
         *,
         first_choice: int = 0,
     ) -> None:
-        """Starts ``params.num_completions`` completions of each prompt; call their number ``m``.
+        """Starts ``m = params.num_completions`` completions of each prompt.
 
-        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is checked
-        before anything starts. If there are many, others get their turns meanwhile.
+        Completion ``i`` of prompt ``p`` is choice ``first_choice + p * m + i`` of the channel. Everything is validated
+        before anything starts. With many completions, the work yields to other tasks.
 
         Args:
-            channel: Where deltas go.
-            request_id: For people.
+            channel: Receives the deltas.
+            request_id: Id of the request in logs.
             prompts: Token ids.
             request: What the completions share.
-            states: Takes what has started, which the caller ends if this fails or is cancelled halfway.
+            states: Started requests are appended; the caller aborts them if this fails or is cancelled halfway.
             first_choice: Number of the first completion.
 
         Raises:
-            RequestError: A prompt does not suit the model, or too many requests wait.
-            EngineDeadError: The engine was given up.
+            RequestError: A prompt is invalid for the model, or too many requests are waiting.
+            EngineDeadError: The engine died and is not restarted.
         """
         turns = Turns()
         resolved = await self._resolve_prompts(request, prompts, turns)
@@ -323,25 +323,25 @@ class ServedModel:
         first_choice: int = 0,
         tenant: Tenant = NOBODY,
     ) -> None:
-        """Starts requests that generate nothing: the vector of prompt ``p`` is choice ``first_choice + p``.
+        """Starts pooling requests: the vector of prompt ``p`` is choice ``first_choice + p``.
 
-        Everything is checked before anything starts. If there are many, others get their turns meanwhile.
+        Everything is validated before anything starts. With many prompts, the work yields to other tasks.
 
         Args:
-            channel: Where their ends are told.
-            request_id: For people.
+            channel: Receives a delta when a request finishes.
+            request_id: Id of the request in logs.
             prompts: Token ids.
-            params: For all of them.
-            states: As in ``submit``.
-            field: What the client calls the prompts.
-            priority: As in ``submit``.
-            cache_salt: As in ``submit``.
-            first_choice: Number of the first one.
-            tenant: Who they are for.
+            params: Parameters of all requests.
+            states: As for ``submit``.
+            field: The client's name of the prompts, for errors.
+            priority: As for ``resolve``.
+            cache_salt: As for ``resolve``.
+            first_choice: Number of the first request.
+            tenant: Whom the requests are for.
 
         Raises:
-            RequestError: A prompt does not suit the model, or too many requests wait.
-            EngineDeadError: The engine was given up.
+            RequestError: A prompt is invalid for the model, or too many requests are waiting.
+            EngineDeadError: The engine died and is not restarted.
         """
         self.check_priority(priority)
         turns = Turns()

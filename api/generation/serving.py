@@ -1,4 +1,4 @@
-"""What the endpoints of a server work with: its models by name, and what the process has once."""
+"""What the endpoints of a server use: its models by name, and the resources that they share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from api.generation.served_model import ServedModel
 
 
 class Serving:
-    """Built once the engines are ready; endpoints get it and nothing else."""
+    """The models of a server. Created once the engines are ready; endpoints receive only this."""
 
     def __init__(self, host: Host, models: Sequence[ServedModel]) -> None:
-        """Takes what is served.
+        """Registers the models by their names.
 
         Args:
-            host: What the models share.
-            models: At least one; the first answers requests that name none.
+            host: Resources that the models share.
+            models: At least one; the first handles requests that name none.
         """
         self.host = host
         self.config = host.config
@@ -26,17 +26,17 @@ class Serving:
 
     @property
     def default_model(self) -> ServedModel:
-        """Answers requests that name no model."""
+        """The model that handles requests that name none."""
         return self.models[0]
 
     def find_model(self, name: str | None) -> ServedModel:
         """The model that a request is for.
 
         Args:
-            name: As the request says; None: it says nothing.
+            name: The request's ``model``; None: not given.
 
         Raises:
-            RequestError: 404, it is not served here.
+            RequestError: 404: the model is not served here.
         """
         if name is None:
             return self.default_model
@@ -46,15 +46,15 @@ class Serving:
         return model
 
     def check_key(self, key: str) -> None:
-        """Refuses a request whose body was not read when too many of its key wait already.
+        """Rejects a request before its body is read when too many of its key are waiting.
 
-        Of several models only the body says which it is for: then it is looked at later.
+        With several models, only the body tells which one the request is for; it is then checked later.
 
         Args:
             key: Short name of the key.
 
         Raises:
-            EngineDeadError: The engine was given up.
+            EngineDeadError: The engine died and is not restarted.
             RequestError: 429.
         """
         if len(self.models) == 1:
@@ -62,20 +62,20 @@ class Serving:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest sequence that any of the models takes."""
+        """Maximum sequence length of any of the models, in tokens."""
         return max(model.limits.max_model_len for model in self.models)
 
     @property
     def num_unfinished(self) -> int:
-        """Engine requests that run or wait."""
+        """Number of engine requests that run or wait."""
         return sum(model.client.num_unfinished for model in self.models)
 
     @property
     def is_dead(self) -> bool:
-        """An engine was given up."""
+        """Whether an engine is dead for good."""
         return any(model.client.dead is not None for model in self.models)
 
     @property
     def is_ready(self) -> bool:
-        """Whatever a request is for, it is computed at once."""
+        """Whether all engines run new requests without a pause."""
         return all(model.client.is_ready for model in self.models)

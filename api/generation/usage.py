@@ -1,4 +1,4 @@
-"""What an answer says that it took, in the names of OpenAI's completions, which other protocols translate."""
+"""Token usage of a response, with the names of OpenAI's completions; other protocols translate it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class CompletionTokensDetails(msgspec.Struct, kw_only=True):
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
-    """Of all choices, up to and including the tokens that ended them."""
+    """Tokens of all choices, up to and including the tokens that ended them."""
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
-    """If the server tells reasoning from answers."""
+    """Set if the server separates reasoning from answers."""
