@@ -1,4 +1,4 @@
-"""What a model says of how its tokens are to be chosen, where a request says nothing."""
+"""Sampling defaults of a model, for parameters that a request does not set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from api.params.sampling import SamplingParams
 
 
 def check_defaults(files: ModelFiles) -> None:
-    """Refuses a model whose defaults no request could use.
+    """Rejects a model whose sampling defaults are invalid.
 
     Raises:
         ModelFileError: A value is out of range.
@@ -27,7 +27,7 @@ def check_defaults(files: ModelFiles) -> None:
 
 
 def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """The sampling defaults that a generation_config.json holds, under our names."""
+    """The sampling defaults in a generation_config.json, by the names of ``SamplingParams`` and ``max_new_tokens``."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
     if generation_config.get("max_new_tokens") is not None:

@@ -1,4 +1,4 @@
-"""Embeddings and scores: what users say about them, and what becomes of the vectors."""
+"""Parameters and results of embeddings and scores."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ F32 = npt.NDArray[np.float32]
 
 
 class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What is made of the hidden states of a prompt.
+    """How the hidden states of a prompt are pooled to vectors.
 
     Attributes:
-        dimensions: Keep that many leading numbers of the vector (for models that were trained so).
-        use_activation: Scale the vector to length 1. None: as ``--pooler-config`` says.
-        truncate_prompt_tokens: Keep so many tokens of a longer prompt, the last ones; -1: as many as the model takes.
+        dimensions: Keep only this many leading elements of the vector (for models trained for this).
+        use_activation: Scale the vector to length 1. None: as configured by ``--pooler-config``.
+        truncate_prompt_tokens: Keep only the last so many tokens of a longer prompt; -1: as many as fit the model.
     """
 
     dimensions: int | None = None
@@ -35,16 +35,16 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def resolve_pooling(
     params: PoolingParams, pooler: PoolerConfig, limits: ModelLimits, *, every_token: bool = False
 ) -> ResolvedPoolingParams:
-    """Turns a user's parameters into the engine's.
+    """Converts a user's parameters to the engine's.
 
     Args:
-        params: What the user wants.
-        pooler: What the server is configured for, and the model's files say.
-        limits: What the model can do.
-        every_token: A vector for each token instead of one for the prompt.
+        params: The user's parameters.
+        pooler: Defaults from the server's options and the model's files.
+        limits: The model's limits.
+        every_token: Return a vector for each token instead of one for the prompt.
 
     Raises:
-        RequestError: The model has no vectors of that size.
+        RequestError: ``dimensions`` is out of range for the model.
     """
     dimensions = params.dimensions
     if dimensions is not None and not 1 <= dimensions <= limits.hidden_size:
@@ -58,10 +58,10 @@ def resolve_pooling(
 
 
 def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
-    """Refuses a prompt that is longer than the model's context; a pooled one may fill it.
+    """Rejects a prompt that is longer than the model's context; for pooling it may fill the context.
 
     Raises:
-        RequestError: It is too long.
+        RequestError: The prompt is too long.
     """
     if num_tokens > limits.max_model_len:
         raise ContextLengthError(
@@ -71,17 +71,17 @@ def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
 
 
 def cosine(x: F32, y: F32) -> float:
-    """Cosine of the angle between two vectors, -1 to 1; 0 if one of them has no direction."""
+    """Cosine of the angle between two vectors, -1 to 1; 0 if one of them is zero."""
     a, b = x.astype(np.float64), y.astype(np.float64)
     lengths = float(np.sqrt(np.square(a).sum() * np.square(b).sum()))
     return max(-1.0, min(1.0, float((a * b).sum()) / lengths)) if lengths else 0.0
 
 
 def pair_up(num_queries: int, num_documents: int, field: str) -> list[tuple[int, int]]:
-    """Which query is compared with which document: one with each, or each with its own.
+    """Index pairs of queries and documents to compare: one query with each document, or pairwise.
 
     Raises:
-        RequestError: The numbers do not go together.
+        RequestError: The numbers do not match.
     """
     if not num_queries or not num_documents:
         raise RequestError("each side needs at least one text", field)
@@ -101,7 +101,7 @@ def pair_up(num_queries: int, num_documents: int, field: str) -> list[tuple[int,
 
 @dataclass
 class PoolingOutput:
-    """A vector, or one for each token."""
+    """One vector, or one vector per token."""
 
     data: F32
     """float32 [dimensions] or [num_tokens, dimensions]."""
@@ -120,19 +120,19 @@ class ScoringOutput:
 
 @dataclass
 class PoolingRequestOutput(Generic[T]):
-    """A prompt and what it was pooled into."""
+    """A prompt and its pooling result."""
 
     request_id: str
     outputs: T
     prompt_token_ids: list[int]
-    """Of a score: the tokens of both texts, one after the other."""
+    """For a score: the tokens of both texts, concatenated."""
     num_cached_tokens: int = 0
     finished: bool = True
 
 
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
-    """Of ``LLM.embed``; ``outputs.embedding`` is a list of floats."""
+    """Result of ``LLM.embed``; ``outputs.embedding`` is a list of floats."""
 
 
 class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
-    """Of ``LLM.score``; ``outputs.score`` is a float."""
+    """Result of ``LLM.score``; ``outputs.score`` is a float."""

@@ -1,7 +1,7 @@
-"""Regular expressions as Python and ECMAScript read them, for an engine that reads Rust's dialect.
+"""Translates Python and ECMAScript regular expressions to Rust's dialect, which the engine uses.
 
-The dialects differ inside of character classes: Rust nests classes (``[a[bc]]``), knows set operations (``&&``, ``--``,
-``~~``) and POSIX names (``[:digit:]``), where the others see plain characters. So these are escaped.
+The dialects differ inside character classes: Rust has nested classes (``[a[bc]]``), set operations (``&&``, ``--``,
+``~~``) and POSIX names (``[:digit:]``), which are plain characters in the others. So these are escaped.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ _ESCAPE: Final = re.compile(
     r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|u\{[0-9A-Fa-f]+\}|U[0-9A-Fa-f]{8}|[pP]\{[^}]*\}|c[A-Za-z]|.)", re.DOTALL
 )
 _SPECIAL: Final = frozenset("[&~-")
-"""Characters that Rust may take for more than themselves in a class."""
+"""Characters that may have a special meaning in a class in Rust."""
 
 
 def translate(pattern: str) -> str:
-    """The pattern with the same meaning in Rust's dialect. What is malformed stays so, for the engine to refuse."""
+    """Translates a pattern to Rust's dialect. A malformed pattern stays malformed, and the engine rejects it."""
     if "[" not in pattern:
         return pattern
     result: list[str] = []
@@ -37,7 +37,7 @@ def translate(pattern: str) -> str:
 
 
 def _class(pattern: str, pos: int, result: list[str]) -> int:
-    """Translates the class that begins at a place; returns where it ends."""
+    """Translates the class that begins at ``pos``; returns the position after it."""
     start = pos
     parts = ["["]
     pos += 1
@@ -55,12 +55,12 @@ def _class(pattern: str, pos: int, result: list[str]) -> int:
         if pattern.startswith("-", pos) and not pattern.startswith("-]", pos) and pos + 1 < len(pattern):
             atom, pos = _atom(pattern, pos + 1)
             parts += ["-", atom]
-    result.append(pattern[start:])  # it has no end
+    result.append(pattern[start:])  # the class is not closed
     return pos
 
 
 def _atom(pattern: str, pos: int) -> tuple[str, int]:
-    """One member of a class, or one end of a range, and where it ends."""
+    """One member of a class, or one end of a range, and the position after it."""
     char = pattern[pos]
     if char == "\\":
         escape = _escape_at(pattern, pos)

@@ -1,4 +1,4 @@
-"""Sampling parameters as users write them, and what becomes of them."""
+"""Sampling parameters as users set them, and their conversion to the engine's."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from engine_core.messages import RepetitionDetection, ResolvedParams
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
-"""Of all stop strings of a request together: the automaton that finds them has as many states."""
+"""Maximum characters of all stop strings of a request together: the automaton that finds them has as many states."""
 MAX_STOP_PATTERNS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 16384
-"""Of all bad words together, before they are tokenised."""
+"""Maximum characters of all bad words together, before they are tokenised."""
 MAX_BAD_WORD_TOKENS = 1024
 MAX_LOGIT_BIAS = 1 << 16
 MAX_BIAS = 100.0
 MAX_CHILD_ENTRIES = 1 << 24
-"""Entries of lists such as ``logit_bias``, times the completions that have them."""
+"""Maximum entries of lists such as ``logit_bias``, times the number of completions."""
 MAX_PATTERN_SIZE = 1024
 UINT64 = 1 << 64
 MAX_REPETITION_PENALTY = 1e20
 MAX_INT = (1 << 31) - 1
-"""Counts travel as 32-bit numbers."""
+"""Counts are sent as 32-bit numbers."""
 MAX_SHOWN = 200
-"""Characters of a bad value that an error repeats."""
+"""Maximum characters of an invalid value that an error message quotes."""
 
 
 class RepetitionDetectionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Ends a completion that says the same thing over and over.
+    """Ends a completion that repeats itself.
 
     Attributes:
-        max_pattern_size: Tokens of the longest pattern that is looked for; 0: none is.
-        min_pattern_size: Tokens of the shortest; 0 means 1.
+        max_pattern_size: Maximum tokens of a repeated pattern; 0: off.
+        min_pattern_size: Minimum tokens of a repeated pattern; 0 means 1.
         min_count: The completion ends when its last tokens are one pattern this many times in a row; at least 2.
     """
 
@@ -56,41 +56,41 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of a completion are chosen and when it ends. Names and defaults are vLLM's.
 
     Attributes:
-        n: Completions of one prompt.
+        n: Number of completions per prompt.
         best_of: Generate this many completions and return the ``n`` with the highest cumulative log probability.
         temperature: 0 takes the most likely token each time.
         top_p: Only the most likely tokens that together have this probability are candidates.
         top_k: Only this many most likely tokens are candidates; 0 or -1: all.
-        min_p: Only tokens with at least this share of the largest probability are candidates.
-        seed: The same seed gives the same tokens. None: one is drawn.
-        presence_penalty: Taken from the logit of every token that the output holds already, -2 to 2.
-        frequency_penalty: The same, times how often.
+        min_p: Only tokens with at least this fraction of the largest probability are candidates.
+        seed: The same seed gives the same tokens. None: a random one.
+        presence_penalty: Subtracted from the logit of every token that is already in the output, -2 to 2.
+        frequency_penalty: The same, times the number of occurrences.
         repetition_penalty: Divides the logits of tokens in prompt and output; 1e-20 to 1e20, 1: off.
-        stop: Strings that end the completion, and are not part of it.
-        stop_regex: Regular expressions that end the completion, as ``stop`` does; see ``api/stop_regex.py``.
+        stop: Strings that end the completion and are not part of it.
+        stop_regex: Regular expressions that end the completion like ``stop``; see ``api/stop_regex.py``.
         stop_token_ids: Tokens that end the completion.
-        ignore_eos: Go on after the model's end token.
-        max_tokens: Longest completion. None: what the context has room for.
+        ignore_eos: Continue after the model's EOS token.
+        max_tokens: Maximum tokens of the completion. None: as many as fit in the context.
         min_tokens: No end token before this many tokens.
         logprobs: Report log probabilities of this many most likely tokens at each position; -1: of all.
         prompt_logprobs: The same for the prompt.
         logprob_token_ids: Report the log probabilities of these tokens instead of the most likely ones.
-        logit_bias: Added to the logits of these token ids.
+        logit_bias: Values to add to the logits of these token ids.
         allowed_token_ids: Only these tokens are candidates.
         bad_words: Texts that must not be generated.
-        include_stop_str_in_output: Leave the stop string that was found in the text.
+        include_stop_str_in_output: Keep the stop string that was found in the text.
         detokenize: False: token ids only, no text.
-        skip_special_tokens: Leave special tokens out of the text.
+        skip_special_tokens: Omit special tokens from the text.
         spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
-        structured_outputs: The language that the output must be in.
-        repetition_detection: End a completion that is caught in a loop, with the finish reason ``repetition``.
-        thinking_token_budget: Tokens after which a section of thinking is ended. Needs ``reasoning_parser``.
-        truncate_prompt_tokens: Keep this many tokens of a longer prompt, with those that the tokenizer adds; -1: as
-            many as leave room for the output.
-        truncation_side: ``left``: the last tokens stay; ``right``: the first ones.
-        output_kind: Taken from programs written for vLLM and ignored: results are complete.
-        flat_logprobs: The same: log probabilities are a list by position.
-        extra_args: The same: there are no logits processors that could read it.
+        structured_outputs: Constrains the output, for example to a JSON schema.
+        repetition_detection: End a completion that repeats itself, with the finish reason ``repetition``.
+        thinking_token_budget: Maximum tokens of a section of thinking. Needs ``reasoning_parser``.
+        truncate_prompt_tokens: Keep only this many tokens of a longer prompt, including those that the tokenizer adds;
+            -1: as many as leave room for the output.
+        truncation_side: The side on which tokens are removed: ``left`` keeps the last tokens, ``right`` the first.
+        output_kind: Accepted for compatibility with vLLM and ignored: results are always complete.
+        flat_logprobs: Accepted and ignored: log probabilities are a list by position.
+        extra_args: Accepted and ignored: there are no logits processors to read it.
     """
 
     n: int = 1
@@ -145,11 +145,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def num_completions(self) -> int:
-        """How many are generated, of which ``n`` are returned."""
+        """Number of completions that are generated; ``n`` of them are returned."""
         return self.n if self.best_of is None else self.best_of
 
     def verify(self) -> None:
-        """Checks everything that can be said without a model.
+        """Checks everything that can be checked without a model.
 
         Raises:
             RequestError: A field is out of range; it is a ValueError.
@@ -163,7 +163,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        # Logits are float32: beyond these bounds they would be no numbers any more.
+        # Logits are float32: beyond these bounds they could overflow to infinity or NaN.
         _check_range("repetition_penalty", self.repetition_penalty, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _check(self.n == 1 or self.temperature > 0, "n", "must be 1 with temperature 0", self.n)
         _check(
@@ -191,7 +191,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         self._verify_children()
 
     def _verify_end(self) -> None:
-        """Where a completion ends, and what is reported of its tokens."""
+        """Checks the fields that end a completion, and those for log probabilities."""
         if self.max_tokens is not None:
             _check(1 <= self.max_tokens <= MAX_INT, "max_tokens", "must be at least 1", self.max_tokens)
             _check(
@@ -221,7 +221,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
     def _verify_words(self) -> None:
-        """Which tokens are candidates."""
+        """Checks the fields that select candidate tokens."""
         words = self.bad_words or []
         _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"may contain at most {MAX_BAD_WORDS} words", len(words))
         num_chars = sum(map(len, words))
@@ -237,7 +237,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
     def _verify_children(self) -> None:
-        """What every completion brings along is bounded for all of them together."""
+        """Checks lists that every completion carries, for all completions together."""
         most = MAX_CHILD_ENTRIES // self.num_completions
         for name, items in (("logit_bias", self.logit_bias), ("allowed_token_ids", self.allowed_token_ids)):
             if items is not None and len(items) > most:
@@ -292,13 +292,13 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 class ModelLimits(msgspec.Struct, frozen=True):
-    """What bounds a request beside itself."""
+    """Limits of the model and the server for requests."""
 
     max_model_len: int
     vocab_size: int
     """Width of the logits."""
     max_logprobs: int = 20
-    """-1: no bound."""
+    """-1: no limit."""
     max_output_tokens: int | None = None
     """Cap from the model's generation configuration."""
     eos_token_ids: tuple[int, ...] = ()
@@ -309,16 +309,16 @@ class ModelLimits(msgspec.Struct, frozen=True):
 def resolve_params(
     params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits, tokenizer: Tokenizer | None
 ) -> ResolvedParams:
-    """Turns a user's parameters into numbers and token ids, for a completion of one prompt.
+    """Converts a user's parameters to numbers and token ids, for a completion of one prompt.
 
     Args:
-        params: What the user wants.
+        params: The user's parameters.
         num_prompt_tokens: Length of the prompt.
-        limits: What bounds the request.
-        tokenizer: For ``bad_words``; may be missing without them.
+        limits: Limits of the model and the server.
+        tokenizer: Tokenizer for ``bad_words``; needed only with them.
 
     Raises:
-        RequestError: A field does not suit the model, or the prompt is too long.
+        RequestError: A field is invalid for the model, or the prompt is too long.
     """
     resolved = resolve_shared_params(params, limits, tokenizer)
     return msgspec.structs.replace(
@@ -329,10 +329,10 @@ def resolve_params(
 
 
 def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer: Tokenizer | None) -> ResolvedParams:
-    """What all completions of a request have in common: all but the seed, if none is given, and ``max_tokens``.
+    """The parameters that all completions of a request share: all but ``max_tokens``, and the seed if none is given.
 
     Raises:
-        RequestError: A field does not suit the model.
+        RequestError: A field is invalid for the model.
     """
     return ResolvedParams(
         temperature=params.temperature,
@@ -352,7 +352,7 @@ def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer
         if params.allowed_token_ids is None
         else tuple(dict.fromkeys(_token_ids("allowed_token_ids", params.allowed_token_ids, limits))),
         bad_words_token_ids=_bad_words(params.bad_words or [], limits, tokenizer),
-        # The log probability of each token decides which completions are the best.
+        # The log probabilities of the tokens decide which completions are the best.
         logprobs=0
         if params.logprobs is None and params.num_completions > params.n
         else _num_logprobs("logprobs", params.logprobs, limits),
@@ -363,7 +363,7 @@ def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer
 
 
 def child_seed(seed: int, child: int) -> int:
-    """The seed of one of ``n`` completions: the parent's for the first, spread by SplitMix64's constants for others."""
+    """The seed of one of ``n`` completions: the parent's for the first, mixed by SplitMix64's constants for others."""
     if child == 0:
         return seed
     mixed = (seed + child * 0x9E3779B97F4A7C15) % UINT64
@@ -373,10 +373,10 @@ def child_seed(seed: int, child: int) -> int:
 
 
 def check_room(num_prompt_tokens: int, limits: ModelLimits) -> None:
-    """Refuses a prompt that is as long as the context, or longer.
+    """Rejects a prompt that fills the context.
 
     Raises:
-        RequestError: There is no room for a token.
+        RequestError: There is no room for an output token.
     """
     if num_prompt_tokens >= limits.max_model_len:
         raise ContextLengthError(
@@ -386,10 +386,10 @@ def check_room(num_prompt_tokens: int, limits: ModelLimits) -> None:
 
 
 def resolve_max_tokens(params: SamplingParams, num_prompt_tokens: int, limits: ModelLimits) -> int:
-    """Longest completion of a prompt of that length.
+    """Maximum tokens of a completion of a prompt of the given length.
 
     Raises:
-        RequestError: There is no room for it.
+        RequestError: There is not enough room for ``max_tokens``.
     """
     check_room(num_prompt_tokens, limits)
     room = limits.max_model_len - num_prompt_tokens
@@ -448,7 +448,7 @@ def _repetition_detection(wanted: RepetitionDetectionParams | None) -> Repetitio
 
 
 def _bad_words(words: Sequence[str], limits: ModelLimits, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that spell the words, at the start of a text and after a space."""
+    """The token sequences that spell the words, both at the start of a text and after a space."""
     if words and tokenizer is None:
         raise RequestError("bad_words requires a tokenizer", "bad_words")
     if not words:

@@ -1,4 +1,4 @@
-"""Structured outputs: what a user asks for, checked and put into the engine's terms."""
+"""Structured outputs: validates a user's constraints and converts them for the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_GRAMMAR_BYTES = 256 << 10
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 4096
 MAX_MULTIPLE = 1000
-"""Largest ``multipleOf`` without its decimal point: the automaton that divides has as many states."""
+"""Maximum ``multipleOf`` without its decimal point: the automaton that checks divisibility has as many states."""
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -36,7 +36,7 @@ _FORMATS = frozenset(
         "uri",
     )
 )
-"""Formats of strings that the engine keeps to."""
+"""String formats that the engine enforces."""
 
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -58,7 +58,7 @@ _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "deprec
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The language that an output must be in: exactly one of the first five.
+    """Constraints on an output: exactly one of the first five fields is set.
 
     Attributes:
         json: A JSON schema, as an object or as text.
@@ -67,10 +67,10 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
         grammar: A context-free grammar in Lark's notation.
         json_object: Any JSON object.
         disable_any_whitespace: JSON without white space between its parts.
-        disable_additional_properties: Objects of a schema that says nothing of further properties have none.
+        disable_additional_properties: Schemas that do not mention additional properties allow none.
         whitespace_pattern: Regular expression of the white space between parts of JSON.
-        enable_in_reasoning: Whether the output is in it from the first token on, rather than once the model has
-            thought. Default: what the server was told.
+        enable_in_reasoning: Apply the constraint from the first token instead of after the reasoning. Default: the
+            server's setting.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -85,20 +85,20 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
 
     @property
     def says_only_when(self) -> bool:
-        """It tells when the language of another field holds, and names none itself."""
+        """It sets only ``enable_in_reasoning``, for a constraint given elsewhere in the request."""
         when = self.enable_in_reasoning
         return when is not None and self == StructuredOutputsParams(enable_in_reasoning=when)
 
 
 def grammar_spec(params: StructuredOutputsParams, name: str = "structured_outputs") -> GrammarSpec:
-    """The language that an output must be in, for the engine.
+    """Converts a user's constraints to the engine's grammar.
 
     Args:
-        params: What the user wants.
-        name: The field of the user's request, for errors here and in the engine.
+        params: The user's constraints.
+        name: The field of the request, for errors here and in the engine.
 
     Raises:
-        RequestError: It is none or several, malformed, or too large.
+        RequestError: No constraint or several are given, or it is malformed or too large.
     """
     given = [kind for kind in KINDS if getattr(params, kind) not in (None, False if kind == "json_object" else None)]
     if len(given) != 1:
@@ -154,7 +154,7 @@ def _schema_text(params: StructuredOutputsParams, name: str) -> str:
 
 
 def _check_min_properties(schema: dict[str, Any], name: str) -> None:
-    """Refuses a number of properties that the same name, written several times, would make up."""
+    """Rejects a ``minProperties`` that repeating one property name could satisfy."""
     least = schema.get("minProperties")
     required = schema.get("required")
     num_required = len(set(required)) if isinstance(required, list) else 0
@@ -168,12 +168,12 @@ def _check_min_properties(schema: dict[str, Any], name: str) -> None:
 
 
 def _say_otherwise(schema: dict[str, Any]) -> None:
-    """Puts keywords that the engine does not know into those that it knows, where they mean the same, or nothing."""
+    """Rewrites keywords that the engine does not support to equivalent ones, and removes those without effect."""
     if schema.get("not") in (False, {"not": {}}):
         del schema["not"]
     elif "not" in schema and schema["not"] in (True, {}):
         schema.clear()
-        schema["enum"] = []  # nothing, as zod writes z.never()
+        schema["enum"] = []  # matches nothing; zod writes z.never() like this
     for keyword in ("dependentRequired", "dependentSchemas"):
         if schema.get(keyword) == {}:
             del schema[keyword]
@@ -192,12 +192,12 @@ def _say_otherwise(schema: dict[str, Any]) -> None:
 
 
 def _say_names_otherwise(schema: dict[str, Any]) -> None:
-    """Makes ``propertyNames``, which zod writes for every record, a pattern of properties."""
+    """Rewrites ``propertyNames``, which zod writes for every record, to ``patternProperties``."""
     names = schema.get("propertyNames")
     if names is True:
         names = {}
     if not isinstance(names, dict) or names.get("type", "string") != "string":
-        return  # absent, or the engine says that it is not supported
+        return  # absent, or the engine reports that it is not supported
     constraints = names.keys() - _ANNOTATIONS - {"type"}
     if constraints and not schema.keys() & {"properties", "patternProperties", *_APPLICATORS}:
         if constraints == {"pattern"} and isinstance(names["pattern"], str):
@@ -221,11 +221,11 @@ def _allowed(names: dict[str, Any]) -> list[Any]:
 
 
 def _put_into_engines_terms(schema: dict[str, Any]) -> None:
-    """Takes out annotations that the engine takes for unknown constraints, and translates patterns."""
+    """Removes annotations that the engine would reject as unknown constraints, and translates patterns."""
     if schema.get("uniqueItems") is False:
         del schema["uniqueItems"]
     if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
-        del schema["format"]  # an annotation, as the standard has it (2020-12 Validation, 7.2.3)
+        del schema["format"]  # unknown formats are annotations (JSON Schema 2020-12 Validation, 7.2.3)
     if isinstance(schema.get("pattern"), str):
         schema["pattern"] = translate(schema["pattern"])
     by_pattern = schema.get("patternProperties")
@@ -235,7 +235,7 @@ def _put_into_engines_terms(schema: dict[str, Any]) -> None:
 
 def _check_multiple(value: Any, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return  # absent, or the engine says what is wrong with it
+        return  # absent, or the engine reports what is wrong with it
     digits = f"{value:.15g}"
     if "e" in digits or int(digits.replace(".", "").replace("-", "") or 0) > MAX_MULTIPLE:
         raise RequestError(
@@ -245,7 +245,7 @@ def _check_multiple(value: Any, name: str) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep a JSON value is nested, without recursion."""
+    """Nesting depth of a JSON value, computed without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -263,7 +263,7 @@ def _depth(value: Any) -> int:
 
 
 def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """A schema and all that it is made of."""
+    """Yields a schema and all its subschemas."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -288,7 +288,7 @@ def _choices(choices: list[str], name: str) -> str:
 
 
 def vocabulary_frame(tokenizer: Tokenizer) -> bytes:
-    """The encoded ``SetVocabulary`` of a tokenizer. It takes some tenths of a second for a large one."""
+    """The encoded ``SetVocabulary`` of a tokenizer. Takes some tenths of a second for a large vocabulary."""
     return msgspec.msgpack.encode(
         SetVocabulary(
             tokens=tuple(tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)),

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model's thinking: its budget, and where a grammar begins behind it."""
+"""Thinking budgets, and grammars that apply only after the thinking."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from engine_core.messages import GrammarSpec, ResolvedParams, ThinkingBudget, Th
 FIELD = "thinking_token_budget"
 _LAST_WORDS = "\ue000last-words\ue000"
 TAIL = 64
-"""Tokens at the end of a prompt that are looked at for what it says of reasoning."""
+"""Tokens at the end of a prompt that are searched for reasoning markers."""
 
 
 @dataclass(frozen=True)
 class PromptEnd:
-    """Where a prompt leaves the model."""
+    """The end of a prompt, from which it is determined whether the model is thinking."""
 
     reasoning_parser: str | None
-    """The server's; it knows the markers."""
+    """Name of the server's reasoning parser, which defines the markers."""
     tokenizer: Tokenizer
-    """Spells the markers in tokens."""
+    """Converts the markers to tokens."""
     vocab_size: int
     """Width of the logits."""
     prompt: Sequence[int]
     opened: bool | UnsetType | None = UNSET
-    """What the text of a conversation says, see ``prompt_opens_reasoning``; unset: it is none, and the tokens tell."""
+    """Result of ``prompt_opens_reasoning`` for a conversation; unset: not a conversation, and the tokens decide."""
 
 
 async def conversation_opens_reasoning(
@@ -43,14 +43,14 @@ async def conversation_opens_reasoning(
     *,
     continues: bool,
 ) -> bool | None:
-    """Whether the prompt of a conversation leaves the model in the middle of reasoning.
+    """Whether the prompt of a conversation ends in the middle of reasoning.
 
     Args:
-        reasoning: The name of the reasoning parser, if there is one.
-        render: Renders other messages as the prompt's; takes ``add_generation_prompt`` and ``continue_final_message``.
+        reasoning: Name of the reasoning parser, if there is one.
+        render: Renders other messages in the same way; takes ``add_generation_prompt`` and ``continue_final_message``.
         messages: The conversation: structs or mappings.
-        prompt: What it was rendered to.
-        continues: The model goes on with the last message.
+        prompt: The rendered conversation.
+        continues: The model continues the last message.
 
     Returns:
         See ``prompt_opens_reasoning``.
@@ -66,10 +66,10 @@ async def conversation_opens_reasoning(
 async def _last_turn(
     render: Callable[..., Awaitable[str]], messages: Sequence[Any], prompt: str, *, continues: bool
 ) -> str | None:
-    """What a prompt has of the turn that the model goes on with: its header, or the last message.
+    """The part of a prompt that belongs to the turn that the model continues: its header, or the last message.
 
     Returns:
-        None: the template does not tell.
+        None if it cannot be determined with this template.
     """
     last = messages[-1]
     try:
@@ -97,12 +97,12 @@ def thinking_budget(num_tokens: int, place: PromptEnd, params: ResolvedParams) -
     """The budget of a completion of one prompt.
 
     Args:
-        num_tokens: Tokens that each section of thinking may have.
-        place: It may be in the middle of thinking.
-        params: The request's other parameters, which must leave room for the end marker.
+        num_tokens: Maximum tokens of each section of thinking.
+        place: The end of the prompt, which may be in the middle of thinking.
+        params: The request's other parameters, which must allow the end marker.
 
     Raises:
-        RequestError: The markers are not known, or the end marker could not be generated.
+        RequestError: The markers are unknown, or the end marker cannot be generated.
     """
     if place.reasoning_parser is None:
         raise RequestError(f"{FIELD} requires a server started with --reasoning-parser", FIELD)
@@ -126,26 +126,27 @@ def thinking_budget(num_tokens: int, place: PromptEnd, params: ResolvedParams) -
 def after_thought(
     grammar: GrammarSpec, num_tokens: int | None, place: PromptEnd, params: ResolvedParams
 ) -> GrammarSpec:
-    """A grammar that begins once the model has thought, where it does.
+    """Makes a grammar apply only after the thinking, if the model thinks.
 
-    It thinks if the prompt has begun a thought, and may begin to if the prompt of a conversation has neither begun nor
-    ended one, and the marker is one token: the output begins with it, or is in the language. Elsewhere nobody tells
-    thoughts from answers.
+    The model thinks if the prompt has begun a thought. It may begin one if the prompt of a conversation has neither
+    begun nor ended a thought and the start marker is a single token: the output then either begins with the marker or
+    matches the grammar. In all other cases the grammar applies from the first token, since thoughts and answers cannot
+    be told apart.
 
     Args:
-        grammar: The language of what comes then.
-        num_tokens: Tokens that the thought may have; None: what is left.
-        place: It may be in the middle of thinking.
-        params: The request's other parameters, which must leave room for the end marker.
+        grammar: The grammar of the answer.
+        num_tokens: Maximum tokens of the thought; None: as many as are left.
+        place: The end of the prompt, which may be in the middle of thinking.
+        params: The request's other parameters, which must allow the end marker.
 
     Raises:
-        RequestError: A thought has begun that could not end.
+        RequestError: The prompt has begun a thought that cannot end.
     """
     if place.reasoning_parser is None or place.opened is False:
         return grammar
     start, end = _markers(place.reasoning_parser, place.tokenizer)
     is_open = bool(_opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened)
-    # A marker of several tokens begins as other markup does ("<tool_call>"): its first one would decide for a thought.
+    # The first token of a longer marker may also begin other markup ("<tool_call>"), but it would decide for a thought.
     if not is_open and (place.opened is UNSET or len(start) != 1):
         return grammar
     obstacle = "reasoning" if not end or max((*start, *end)) >= place.vocab_size else _obstacle(end, params)
@@ -167,13 +168,13 @@ def after_thought(
 
 
 def _markers(reasoning_parser: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens that begin and that end thinking."""
+    """The tokens of the start and end markers of thinking."""
     start, end = resolve_reasoning_parser(reasoning_parser).special_tokens[:2]
     return _token_ids(tokenizer, start), _token_ids(tokenizer, end)
 
 
 def _obstacle(end: Sequence[int], params: ResolvedParams) -> str:
-    """The parameter that keeps the end of thinking from being generated, if one does."""
+    """The parameter that prevents the end marker from being generated; empty if none does."""
     allowed = params.allowed_token_ids
     if allowed is not None and not set(end) <= set(allowed):
         return "allowed_token_ids"
@@ -189,7 +190,7 @@ def _token_ids(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
 
 
 def _opened_by_tokens(place: PromptEnd, start: Sequence[int], end: Sequence[int]) -> bool | None:
-    """Whether a prompt that is no conversation leaves the model in the middle of thinking; see ``PromptEnd.opened``."""
+    """Whether a prompt that is not a conversation ends in the middle of thinking; see ``PromptEnd.opened``."""
     assert place.reasoning_parser is not None
     if _last_place(place.prompt, start) > _last_place(place.prompt, end):
         return True
@@ -198,7 +199,7 @@ def _opened_by_tokens(place: PromptEnd, start: Sequence[int], end: Sequence[int]
 
 
 def _last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int:
-    """Where a sequence stands last; -1: nowhere."""
+    """Position of the last occurrence of a sequence; -1: none."""
     wanted, tokens = list(wanted), list(tokens)
     for place in range(len(tokens) - len(wanted), -1, -1):
         if tokens[place] == wanted[0] and tokens[place : place + len(wanted)] == wanted:

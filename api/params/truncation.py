@@ -1,4 +1,4 @@
-"""What stays of a prompt that is longer than a request wants."""
+"""Truncates prompts to the length that a request sets."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def truncate_prompt(
     room: int = 0,
     max_own: int = 0,
 ) -> list[int]:
-    """A prompt, cut to the length that the request wants.
+    """Truncates a prompt to the length that the request sets.
 
     Args:
         token_ids: The prompt.
-        keep: Most tokens; None: all of them, -1: as many as the model takes with ``room`` behind them.
-        limits: What the model takes.
-        around: What the tokenizer added to the text; it stays.
-        side: Where the others are cut off; None: left.
-        room: Tokens that follow the prompt, as far as is known.
-        max_own: Before that, use the first so many tokens of the text itself; 0: all.
+        keep: Maximum tokens to keep; None: all, -1: as many as fit the model with ``room`` after them.
+        limits: The model's limits.
+        around: Tokens that the tokenizer added around the text; they are kept.
+        side: Side on which tokens are removed; None: left.
+        room: Tokens to reserve after the prompt.
+        max_own: First keep only this many leading tokens of the text itself; 0: all.
 
     Raises:
-        RequestError: ``keep`` is more than the model takes, or 0.
+        RequestError: ``keep`` is 0, below -1, or more than the model's context.
     """
     if max_own:
         most = max_own + sum(around)
