@@ -1,11 +1,11 @@
-"""Token ids to text as they arrive.
+"""Detokenizes streams of token ids incrementally.
 
-What is emitted is final: the deltas of a stream joined are exactly what decoding all its ids at once
-gives, whatever the ids and wherever a character is cut in two. This runs for every token of every
-stream, so the two decoders that nearly all models have are a dictionary look-up per token, which takes
-a fraction of the time of ``tokenizers.decoders.DecodeStream`` (``scripts/bench_detokenizer.py``); others
-are decoded by the backend in a small window. That is slower than ``DecodeStream``, which however gives
-up on decoders that rewrite their text, and has no end at which a cut character would come out.
+Emitted text is final: the joined deltas of a stream are exactly the text of decoding all its ids at once,
+whatever the ids and wherever a character is split between tokens. This runs for every token of every
+stream, so for the two kinds of decoders that nearly all models use it is one dictionary look-up per token,
+a fraction of the time of ``tokenizers.decoders.DecodeStream`` (``scripts/bench_detokenizer.py``). Other
+decoders run in the backend over a small window. That is slower than ``DecodeStream``, which however fails
+on decoders that rewrite their text, and cannot flush an incomplete character at the end.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _REPLACEMENT_BYTES: Final = _REPLACEMENT.encode()
 
 
 class IncrementalDetokenizer:
-    """The text of one stream of token ids.
+    """Detokenizes one stream of token ids.
 
-    The prompt is context: it decides whether a leading space stays, and completes a character that it
-    left unfinished. None of its own text is emitted.
+    The prompt is context: it determines whether a leading space is kept, and the stream may complete a
+    character that the prompt left incomplete. None of the prompt's own text is emitted.
 
     Attributes:
-        skipped: Ids that are left out of the text.
+        skipped: Ids that are omitted from the text.
         append: Takes the next token id, returns the text that has become final.
         extend: The same for several ids.
-        finish: Returns what was held back; nothing may follow.
+        finish: Returns the text that was held back; no more ids may follow.
     """
 
     __slots__ = ("append", "extend", "finish", "skipped")
@@ -45,14 +45,14 @@ class IncrementalDetokenizer:
         spaces_between_special_tokens: bool = True,
         kept_special_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Prepares for a stream.
+        """Starts a stream.
 
         Args:
-            tokenizer: Whose ids they are.
-            prompt_token_ids: The prompt's last ids.
-            skip_special_tokens: Leave special tokens out of the text.
+            tokenizer: The tokenizer of the ids.
+            prompt_token_ids: The last ids of the prompt.
+            skip_special_tokens: Omit special tokens from the text.
             spaces_between_special_tokens: Put spaces between special tokens (some tokenizers only).
-            kept_special_ids: Special tokens that are not left out, as they mean something to a parser of the text.
+            kept_special_ids: Special tokens to keep nevertheless, since a parser of the text needs them.
         """
         decoder: _Decoder
         kind = tokenizer.decoding.kind
@@ -65,7 +65,7 @@ class IncrementalDetokenizer:
             joins_added = not skip_special_tokens and not spaces_between_special_tokens
             decoder = _WindowDecoder(tokenizer, prompt_token_ids, skipped, joins_added)
         self.skipped = skipped
-        # Bound here rather than delegated to: one call per token, not two.
+        # Bound methods instead of delegation save one call per token.
         self.append: Callable[[int], str] = decoder.append
         self.extend: Callable[[Iterable[int]], str] = decoder.extend
         self.finish: Callable[[], str] = decoder.finish
@@ -107,7 +107,7 @@ def _byte_level_texts(tokenizer: Tokenizer, skipped: frozenset[int]) -> _ByteLev
 
 
 class _ByteLevelDecoder:
-    """Tokens spell bytes: only a character cut in two is held back."""
+    """Decodes tokens that spell bytes; only an incomplete character is held back."""
 
     __slots__ = ("_pending", "_prompt_text", "_texts", "_token_bytes")
 
@@ -115,7 +115,7 @@ class _ByteLevelDecoder:
         self._texts = _byte_level_texts(tokenizer, skipped)
         self._token_bytes = tokenizer.token_bytes
         self._pending = self._prompt_tail(prompt_token_ids)
-        # What the backend makes of these bytes, if nothing completes them, belongs to the prompt.
+        # If nothing completes these bytes, the backend's replacement text for them belongs to the prompt.
         self._prompt_text = utf_8_decode(self._pending, "replace", True)[0]
 
     def append(self, token_id: int) -> str:
@@ -144,7 +144,7 @@ class _ByteLevelDecoder:
         return text
 
     def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> bytes:
-        """The bytes of a character that the prompt leaves unfinished: at most three."""
+        """The bytes of a character that the prompt leaves incomplete, at most three."""
         tail = b""
         for token_id in reversed(prompt_token_ids):
             text = self._texts[token_id]
@@ -159,7 +159,7 @@ class _ByteLevelDecoder:
 
 
 class _Pieces(dict[int, "str | int | None"]):
-    """Text by token id; an int for a token that stands for one byte, None for one that is left out."""
+    """Text by token id; an int for a token that stands for one byte, None for an omitted token."""
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         super().__init__()
@@ -181,10 +181,10 @@ def _pieces(tokenizer: Tokenizer, skipped: frozenset[int]) -> _Pieces:
 
 
 class _ByteFallbackDecoder:
-    """Tokens are text or bytes. A run of byte tokens is judged as a whole once it is over.
+    """Decodes tokens that are text or single bytes. A run of byte tokens is decoded as a whole at its end.
 
-    If the run is not UTF-8, every byte of it becomes U+FFFD, valid characters among them too; that is
-    how the backend decodes, so no part of a run is final before its end.
+    If the run is not valid UTF-8, each of its bytes becomes U+FFFD, even those of valid characters. The
+    backend decodes in this way, so no part of a run is final before its end.
     """
 
     __slots__ = ("_num_prompt_bytes", "_pieces", "_run", "_strip", "_strips_left")
@@ -205,7 +205,7 @@ class _ByteFallbackDecoder:
             self._run.insert(0, piece)
             if len(self._run) == 3:
                 break
-        # Of the prompt's bytes, only those of an unfinished character matter to what follows.
+        # Of the prompt's bytes, only those of an incomplete character affect the following text.
         del self._run[: utf_8_decode(self._run, "replace", False)[1]]
         self._num_prompt_bytes = len(self._run)
 
@@ -255,10 +255,10 @@ class _ByteFallbackDecoder:
 
 
 class _WindowDecoder:
-    """Decodes a window of the last ids with the backend and emits by how much its text grew.
+    """Decodes a window of the last ids with the backend and emits the growth of its text.
 
-    The window starts with ids whose text is out already, for decoders that look at what is before a
-    token: they put spaces between words, or treat the first one differently.
+    The window starts with ids whose text was already emitted, as context for decoders that depend on the
+    preceding token: they put spaces between words, or treat the first one differently.
     """
 
     __slots__ = (
@@ -307,7 +307,7 @@ class _WindowDecoder:
             return held + self._added[token_id]
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        delta = "" if text.endswith(_REPLACEMENT) else self._growth(text)  # a character may be incomplete
+        delta = "" if text.endswith(_REPLACEMENT) else self._growth(text)  # the last character may be incomplete
         if delta:
             self._move_context(text)
         return delta
@@ -322,11 +322,11 @@ class _WindowDecoder:
         return delta
 
     def _growth(self, text: str) -> str:
-        """What ``text`` has beyond the context."""
+        """The part of ``text`` after the context."""
         context = self._context_text
         common = len(context)
         if not text.startswith(context):
-            # The rest of a character may have replaced the end of the context. A decoder that rewrites
+            # The completion of a character may have replaced the end of the context. Decoders that rewrite
             # more than that cannot be streamed exactly.
             shared = len(commonprefix((context, text)))
             if not context[shared:].strip(_REPLACEMENT):
@@ -337,11 +337,11 @@ class _WindowDecoder:
         return 0 <= token_id < self._vocab_size and token_id not in self._skipped
 
     def _decode(self, token_ids: list[int]) -> str:
-        # What is to be left out never gets here.
+        # Omitted ids were already filtered out.
         return guarded(self._backend.decode, token_ids, skip_special_tokens=False)
 
     def _move_context(self, text: str) -> None:
-        """All ids are out; keep the fewest that still have text of their own."""
+        """Moves the context after all ids have been emitted; keeps the fewest that still decode to text."""
         for start in range(self._context_len, max(self._context_len - 4, 0), -1):
             kept = self._decode(self._ids[start:])
             if kept and not kept.startswith(_REPLACEMENT):

@@ -1,7 +1,7 @@
-"""Where an output ends because of what it says: stop strings and patterns, special tokens included.
+"""Searches an output for stop strings and patterns, including special tokens that are not shown.
 
-A stop may name a special token, which ``skip_special_tokens`` leaves out of the text. So the text is searched twice: as
-it is shown, and as the model wrote it. The second search starts with the first special token that is left out; up to
+A stop may contain a special token, which ``skip_special_tokens`` omits from the text. So two texts are searched: the
+text as shown, and the text as the model wrote it. The second search starts at the first omitted special token; up to
 there both texts are the same.
 """
 
@@ -19,7 +19,7 @@ Checker = StopChecker | StopRegexChecker
 class StopSearch:
     """Finds the first stop in an output that arrives token by token.
 
-    Text that may be the beginning of a stop is held back, so that nothing that went out has to be taken back.
+    Text that may be the beginning of a stop is held back, since text that was sent cannot be taken back.
     """
 
     __slots__ = ("_end", "_out", "_pending", "_shown", "_written")
@@ -31,22 +31,22 @@ class StopSearch:
         else:
             self._shown = StopChecker(stop, include_stop_str_in_output)
         self._written: _WrittenText | None = None
-        # From the first hidden token on; positions count shown characters from the text that was held back then.
+        # Used from the first hidden token on; positions count shown characters from the text that was held back then.
         self._pending = ""
         self._out = 0
-        """Where ``_pending`` begins: what is before it went out."""
+        """Where ``_pending`` begins; the text before it was sent."""
         self._end = 0
 
     def feed(self, text: str, hidden: str = "", armed: bool = True) -> tuple[str, str | None]:
-        """Takes what a token adds to the text.
+        """Takes the text that a token adds.
 
         Args:
-            text: As it is shown.
+            text: The shown text.
             hidden: The special token that follows it and is not shown.
-            armed: False: the output may not end here yet. A stop that begins here and ends later is found.
+            armed: False: the output must not end here yet. A stop that begins here and ends later is found.
 
         Returns:
-            The text that may go out, and the stop string or pattern that ends the output, if one does.
+            The text that can be sent, and the stop string or pattern that ends the output, if any.
         """
         if self._written is not None:
             return self._feed_both(self._written, text, hidden, armed)
@@ -75,29 +75,29 @@ class StopSearch:
         return ready, matched
 
     def finish(self) -> str:
-        """The text that was held back; nothing may follow."""
+        """Returns the text that was held back; no more text may follow."""
         return self._shown.finish() if self._written is None else self._pending
 
 
 class _WrittenText:
-    """A search in the text with the special tokens that are not shown."""
+    """A search in the text as the model wrote it, with the hidden special tokens."""
 
     __slots__ = ("_checker", "_end", "_hidden", "_num_hidden")
 
     def __init__(self, checker: Checker) -> None:
-        """Goes on where the search in the shown text stands."""
+        """Continues from the state of the search in the shown text."""
         self._checker = copy.copy(checker)
         self._end = len(checker.held)
         self._hidden: list[tuple[int, int]] = []
-        """Beginnings and ends of hidden tokens that may still lie behind a cut."""
+        """Begin and end of hidden tokens that are not yet entirely before the cut."""
         self._num_hidden = 0
         """Characters of hidden tokens before those."""
 
     def feed(self, text: str, hidden: str, armed: bool) -> tuple[int, str | None]:
-        """Takes what a token adds.
+        """Takes the text that a token adds.
 
         Returns:
-            Up to which character of the shown text the text may go out, and the stop that was found, if any.
+            The position in the shown text up to which it can be sent, and the stop that was found, if any.
         """
         cut = self._end - len(self._checker.held)
         out, matched = self._checker.feed(text, armed)

@@ -1,4 +1,4 @@
-"""Stop strings, searched in a text that arrives in pieces. This runs for every token of a request that has any."""
+"""Searches a text that arrives in pieces for stop strings. Runs for every token of requests with stop strings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class _StopAutomaton:
     """The stop strings of a request as one automaton (Aho-Corasick).
 
     A state is the longest suffix of the text that begins a stop string. ``depth`` is its length, which
-    is how much text must be held back; ``match`` the longest stop string that ends there.
+    is the amount of text to hold back; ``match`` is the longest stop string that ends there.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -67,9 +67,10 @@ def _stop_automaton(stops: tuple[str, ...]) -> _StopAutomaton:
 class StopChecker:
     """Finds the first stop string in a text that arrives in pieces.
 
-    First means the one that ends first, and of several that end together the longest: so the result
-    depends on the text alone, not on how it was cut. Only text that may be the beginning of a stop
-    string is held back. Linear in the length of the text, whatever the stop strings.
+    The first stop string is the one that ends first; of several that end at the same character, the longest.
+    So the result depends only on the text, not on how it was divided into pieces. Only text that may be the
+    beginning of a stop string is held back. The time is linear in the length of the text, whatever the stop
+    strings.
 
     Attributes:
         matched: The stop string that was found, if any.
@@ -93,10 +94,10 @@ class StopChecker:
         return self._held
 
     def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
-        """Take the next piece; return the text that may go out and the stop string that ends it, if any.
+        """Takes the next piece; returns the text that can be sent, and the stop string that ended it, if any.
 
-        A stop string that ends in a piece that is not ``armed`` is passed over; one that begins there and ends later
-        is found. After a match everything else is dropped.
+        A stop string that ends in a piece that is not ``armed`` is ignored; one that begins there and ends later is
+        found. After a match all further text is dropped.
         """
         automaton = self._automaton
         if automaton is None:
@@ -127,7 +128,7 @@ class StopChecker:
         return text[:cut], None
 
     def finish(self) -> str:
-        """The text that was held back; nothing may follow."""
+        """Returns the text that was held back; no more text may follow."""
         held, self._held, self._state = self._held, "", 0
         return held
 
