@@ -1,9 +1,8 @@
-"""Collectives, and a transport between threads of one process: the oracle of other transports."""
+"""Collectives: ops of all ranks that share a model's layers, and ops on a rank's own shard."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,9 +13,6 @@ from ops.dispatch import Op, Spec, like_first, op
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MEETING_TIMEOUT = 60.0
-"""Seconds that a rank waits for the others."""
 
 
 class CollectiveOp(Op[P, R]):
@@ -71,42 +67,3 @@ def keep_rows(x: Tensor, kept: Tensor) -> Tensor:
         kept: bool [rows].
     """
     return torch.where(kept.unsqueeze(1), x, 0)
-
-
-class ThreadRank:
-    """A rank that runs as a thread and exchanges tensors in memory. Sums are taken in rank order."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, given: list[Any]) -> None:
-        self.rank = rank
-        self.size = len(given)
-        self._barrier = barrier
-        self._given = given
-
-    @classmethod
-    def group(cls, size: int) -> list[ThreadRank]:
-        """One communicator per rank, for a group of that size."""
-        barrier, given = threading.Barrier(size, timeout=MEETING_TIMEOUT), [None] * size
-        return [cls(rank, barrier, given) for rank in range(size)]
-
-    def leave(self) -> None:
-        """Leaves the group, so that ranks waiting for this one fail instead of hanging."""
-        self._barrier.abort()
-
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self._given[self.rank] = x.clone()  # the rank may overwrite it right after this
-        self._barrier.wait()
-        result = list(self._given)
-        self._barrier.wait()
-        return result
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        first, *others = self._exchange(x)
-        total = first.clone()
-        for other in others:
-            total += other
-        return total
-
-    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        parts = self._exchange(x)
-        assert [part.shape[1] for part in parts] == list(widths)
-        return torch.cat(parts, dim=1)

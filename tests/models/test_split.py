@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from executor.parallel import ParallelState
-from ops.reference.collective import ThreadRank
 from tests import tiny
 from tests.models.harness import Chunk, Runner, assert_close, load, random_tokens
-from tests.ops.test_collective import on_ranks
+from tests.thread_ranks import ThreadRank, on_ranks
 
 STEPS = [
     [Chunk(0, random_tokens(40)), Chunk(1, random_tokens(3, 2))],

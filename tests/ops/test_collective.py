@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,24 +11,8 @@ import torch
 import ops
 from executor.graphs import Program
 from ops.dispatch import Spec
-from ops.reference import collective
-from ops.reference.collective import ThreadRank
-
-T = TypeVar("T")
-
-
-def on_ranks(size: int, run: Callable[[ThreadRank], T]) -> list[T]:
-    """What each rank returns. If one fails, the others do not wait for it."""
-
-    def guarded(rank: ThreadRank) -> T:
-        try:
-            return run(rank)
-        except BaseException:
-            rank.leave()
-            raise
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(guarded, ThreadRank.group(size)))
+from tests import thread_ranks
+from tests.thread_ranks import ThreadRank, on_ranks
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -94,6 +76,6 @@ def test_a_rank_that_is_alone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.all_reduce(torch.zeros(1, 1), ops.NotConnected(1, 2))
     with pytest.raises(RuntimeError, match="rank 1 of 2 is not connected to the others"):
         ops.all_gather(torch.zeros(1, 1), ops.NotConnected(1, 2), (1, 1))
-    monkeypatch.setattr(collective, "MEETING_TIMEOUT", 0.01)
+    monkeypatch.setattr(thread_ranks, "MEETING_TIMEOUT", 0.01)
     with pytest.raises(threading.BrokenBarrierError):
         ThreadRank.group(2)[0].all_reduce(torch.zeros(1, 1))

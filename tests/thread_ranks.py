@@ -1,0 +1,69 @@
+"""Ranks that are threads of one process: a communicator without devices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+MEETING_TIMEOUT = 60.0
+"""Seconds that a rank waits for the others."""
+
+
+class ThreadRank:
+    """A rank that runs as a thread and exchanges tensors in memory. Sums are taken in rank order."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, given: list[Any]) -> None:
+        self.rank = rank
+        self.size = len(given)
+        self._barrier = barrier
+        self._given = given
+
+    @classmethod
+    def group(cls, size: int) -> list[ThreadRank]:
+        """One communicator per rank, for a group of that size."""
+        barrier, given = threading.Barrier(size, timeout=MEETING_TIMEOUT), [None] * size
+        return [cls(rank, barrier, given) for rank in range(size)]
+
+    def leave(self) -> None:
+        """Leaves the group, so that ranks waiting for this one fail instead of hanging."""
+        self._barrier.abort()
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        self._given[self.rank] = x.clone()  # the rank may overwrite it right after this
+        self._barrier.wait()
+        result = list(self._given)
+        self._barrier.wait()
+        return result
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        first, *others = self._exchange(x)
+        total = first.clone()
+        for other in others:
+            total += other
+        return total
+
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        parts = self._exchange(x)
+        assert [part.shape[1] for part in parts] == list(widths)
+        return torch.cat(parts, dim=1)
+
+
+def on_ranks(size: int, run: Callable[[ThreadRank], T]) -> list[T]:
+    """What each rank returns. If one fails, the others do not wait for it."""
+
+    def guarded(rank: ThreadRank) -> T:
+        try:
+            return run(rank)
+        except BaseException:
+            rank.leave()
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(guarded, ThreadRank.group(size)))
