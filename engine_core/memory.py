@@ -32,6 +32,9 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
     Returns:
         The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.
     """
+    problem = _different_groups(ready)
+    if problem is not None:
+        return problem
     sizes = _Sizes(ready, config)
     if config.cache.num_gpu_blocks_override is not None:
         num_blocks = config.cache.num_gpu_blocks_override
@@ -60,6 +63,31 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
             f"--kv-cache-memory {needed.replace(' ', '')} or more"
         )
     return shape, max_model_len
+
+
+def _different_groups(ready: list[WorkerReady]) -> str | None:
+    """The first rank whose KV cache groups are not those of rank 0, as a message.
+
+    A plan names blocks by group, and all ranks get the same plan. Which layers a group has, and how many bytes they
+    take, may differ.
+    """
+    first, *others = ready
+    expected = _describe(first)
+    for worker in others:
+        if (groups := _describe(worker)) != expected:
+            return (
+                f"worker {worker.rank} has other KV cache groups than worker {first.rank}: {groups} instead of "
+                f"{expected}; all workers need the same model files and versions"
+            )
+    return None
+
+
+def _describe(worker: WorkerReady) -> str:
+    groups = [
+        f"{spec.kind} (block_size {spec.block_size}, sliding_window {spec.sliding_window}, {spec.dtype}, {spec.layout})"
+        for spec in worker.kv_cache_groups
+    ]
+    return ", ".join(groups) or "none"
 
 
 class _Sizes:

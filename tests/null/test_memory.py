@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine_core.cache_shape import CacheShape, GroupShape
@@ -16,9 +17,9 @@ SEQS = 4
 BUDGET = 16
 
 
-def ready(*groups: KVCacheGroupSpec, kv_bytes: int = 0) -> WorkerReady:
+def ready(*groups: KVCacheGroupSpec, kv_bytes: int = 0, rank: int = 0) -> WorkerReady:
     return WorkerReady(
-        rank=0,
+        rank=rank,
         free_bytes=kv_bytes,
         total_bytes=kv_bytes,
         weight_bytes=0,
@@ -92,6 +93,22 @@ def test_groups_may_have_blocks_of_different_sizes() -> None:
 def test_the_rank_with_the_least_room_decides() -> None:
     shape, _ = planned(ready(group(3), kv_bytes=100), ready(group(5), kv_bytes=100))
     assert shape.groups == (GroupShape(20, 4),)
+
+
+def test_all_ranks_must_have_the_same_groups() -> None:
+    first = ready(group(2), group(3, window=8), kv_bytes=1000)
+    same = ready(group(5), msgspec.structs.replace(group(1, window=8), layers=(4, 5)), kv_bytes=1000, rank=1)
+    planned(first, same)
+    for other in (
+        (group(2),),
+        (group(3, window=8), group(2)),
+        (group(2), group(3, window=9)),
+        (group(2, block_size=8), group(3, window=8)),
+        (group(2), msgspec.structs.replace(group(3, window=8), dtype="float16")),
+        (),
+    ):
+        problem = plan(first, same, ready(*other, kv_bytes=1000, rank=2))
+        assert isinstance(problem, str) and problem.startswith("worker 2 has other KV cache groups than worker 0: ")
 
 
 def test_a_model_without_a_cache_needs_no_room() -> None:
