@@ -25,7 +25,7 @@ import ops
 from executor.config import DeviceConfig
 from executor.deferred import Array
 from executor.device.base import Memory
-from executor.device.steps import RECENT_TOKENS, Block, BlockPool, DeviceTokens, Pending, RecentTokens
+from executor.device.steps import RECENT_TOKENS, DeviceTokens, Pending, RecentTokens, StagingBuffer, StagingPool
 from executor.parallel import ParallelState
 from ops.dispatch import Op, OpSet
 
@@ -146,10 +146,10 @@ class LateResults:
 
     device_ms = 0.0
 
-    def __init__(self, channel: LateSteps, arrays: list[Array], blocks: list[Block]) -> None:
+    def __init__(self, channel: LateSteps, arrays: list[Array], buffers: list[StagingBuffer]) -> None:
         self._channel = channel
         self._arrays = arrays
-        self._blocks = blocks
+        self._buffers = buffers
         self.has_come = threading.Event()
 
     def is_ready(self) -> bool:
@@ -159,9 +159,9 @@ class LateResults:
         os.eventfd_read(self._channel.event)  # waits
         assert self.has_come.is_set(), "results are collected in the order of the steps"
         self._channel.num_in_flight -= 1
-        for block in self._blocks:
-            _plain(block.device).fill_(POISON)
-        self._channel.pool.give_back(self._blocks)
+        for buffer in self._buffers:
+            _plain(buffer.device).fill_(POISON)
+        self._channel.pool.give_back(self._buffers)
         return self._arrays
 
 
@@ -170,7 +170,7 @@ class LateSteps:
 
     def __init__(self, *, by_itself: bool) -> None:
         """Results come by themselves, after some time; or when ``let_come`` says so."""
-        self.pool = BlockPool(self._make_block, self._copy)
+        self.pool = StagingPool(self._make_buffer, self._copy)
         self.event = os.eventfd(0, os.EFD_SEMAPHORE)
         weakref.finalize(self, os.close, self.event)
         self.num_in_flight = 0
@@ -180,12 +180,12 @@ class LateSteps:
             threading.Thread(target=_run, args=(self._launched, self.event), daemon=True, name="late device").start()
 
     @staticmethod
-    def _make_block(size: int) -> Block:
-        return Block(np.full(size, POISON, np.uint8), on_device(torch.full((size,), POISON, dtype=torch.uint8)))
+    def _make_buffer(size: int) -> StagingBuffer:
+        return StagingBuffer(np.full(size, POISON, np.uint8), on_device(torch.full((size,), POISON, dtype=torch.uint8)))
 
     @staticmethod
-    def _copy(block: Block, begin: int, end: int) -> None:
-        _plain(block.device)[begin:end] = torch.from_numpy(block.host[begin:end])
+    def _copy(buffer: StagingBuffer, begin: int, end: int) -> None:
+        _plain(buffer.device)[begin:end] = torch.from_numpy(buffer.host[begin:end])
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
         return self.pool.upload(columns)

@@ -172,7 +172,7 @@ def _places(slots: I32, positions: I64) -> I64:
 
 
 @dataclass(eq=False)
-class Block:
+class StagingBuffer:
     """A host buffer with a device buffer of the same size to copy it to."""
 
     host: npt.NDArray[np.uint8]
@@ -183,61 +183,61 @@ class Block:
 
 ALIGNMENT = 64
 """Alignment of columns in bytes."""
-BLOCK_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20
 
 
-class BlockPool:
-    """Persistent buffers for the columns of the steps in flight.
+class StagingPool:
+    """The staging buffers of the steps in flight.
 
-    A step fills blocks from the start, one copy per upload. They are free again once its results are collected, so
-    launching a step never waits for a block and never overwrites data that another step reads. The pool grows to the
-    largest number of blocks in flight.
+    A step fills buffers from the start, one copy per upload. They are free again once its results are collected, so
+    launching a step never waits for a buffer and never overwrites data that another step reads. The pool grows to the
+    largest number of buffers in flight.
     """
 
-    def __init__(self, make: Callable[[int], Block], copy: Callable[[Block, int, int], None]) -> None:
+    def __init__(self, make: Callable[[int], StagingBuffer], copy: Callable[[StagingBuffer, int, int], None]) -> None:
         """
         Args:
-            make: Creates a block of the given size in bytes.
-            copy: Copies a byte range of a block from host to device, ordered after all earlier launches.
+            make: Creates a buffer of the given size in bytes.
+            copy: Copies a byte range of a buffer from host to device, ordered after all earlier launches.
         """
         self._make = make
         self._copy = copy
-        self._free: list[Block] = []
-        self._current: list[Block] = []
+        self._free: list[StagingBuffer] = []
+        self._current: list[StagingBuffer] = []
 
     def upload(self, columns: Mapping[str, Array]) -> dict[str, Tensor]:
         """See ``StepChannel``."""
         sizes = {name: -(-column.nbytes // ALIGNMENT) * ALIGNMENT for name, column in columns.items()}
-        block = self._block(sum(sizes.values()))
-        begin = block.used
+        buffer = self._buffer(sum(sizes.values()))
+        begin = buffer.used
         views = {}
         for name, column in columns.items():
-            start, end = block.used, block.used + column.nbytes
-            block.host[start:end] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
+            start, end = buffer.used, buffer.used + column.nbytes
+            buffer.host[start:end] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
             dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
-            views[name] = block.device[start:end].view(dtype).view(column.shape)
-            block.used += sizes[name]
-        self._copy(block, begin, block.used)
+            views[name] = buffer.device[start:end].view(dtype).view(column.shape)
+            buffer.used += sizes[name]
+        self._copy(buffer, begin, buffer.used)
         return views
 
-    def _block(self, num_bytes: int) -> Block:
+    def _buffer(self, num_bytes: int) -> StagingBuffer:
         if self._current and self._current[-1].used + num_bytes <= len(self._current[-1].host):
             return self._current[-1]
-        block = next((block for block in self._free if num_bytes <= len(block.host)), None)
-        if block is None:
-            block = self._make(max(BLOCK_BYTES, num_bytes))
+        buffer = next((buffer for buffer in self._free if num_bytes <= len(buffer.host)), None)
+        if buffer is None:
+            buffer = self._make(max(BUFFER_BYTES, num_bytes))
         else:
-            self._free.remove(block)
-        self._current.append(block)
-        return block
+            self._free.remove(buffer)
+        self._current.append(buffer)
+        return buffer
 
-    def take(self) -> list[Block]:
-        """Hands over the blocks of the step that ends."""
-        blocks, self._current = self._current, []
-        return blocks
+    def take(self) -> list[StagingBuffer]:
+        """Hands over the buffers of the step that ends."""
+        buffers, self._current = self._current, []
+        return buffers
 
-    def give_back(self, blocks: list[Block]) -> None:
-        """Returns the blocks of a step whose results are collected."""
-        for block in blocks:
-            block.used = 0
-        self._free += blocks
+    def give_back(self, buffers: list[StagingBuffer]) -> None:
+        """Returns the buffers of a step whose results are collected."""
+        for buffer in buffers:
+            buffer.used = 0
+        self._free += buffers
