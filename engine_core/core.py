@@ -615,11 +615,6 @@ class EngineCore:
                 vocab_size=self._vocab_size,
                 num_kv_blocks=shape.num_tokens // shape.alignment,
                 block_size=shape.alignment,
-                kv_cache_bytes=sum(
-                    spec.bytes_per_block * group.num_blocks
-                    for spec, group in zip(worker.kv_cache_groups, shape.groups, strict=True)
-                ),
-                weight_bytes=sum(ready.weight_bytes for ready in self._ready.values()),
                 max_num_seqs=self.config.scheduler.max_num_seqs,
                 dtype=worker.dtype,
                 device=worker.device,

@@ -265,10 +265,6 @@ class EngineReady(Message, frozen=True):
     """Blocks for prefix cache and running requests together, in the largest KV cache group; 0: no KV cache."""
     block_size: int
     """Tokens in a block."""
-    kv_cache_bytes: int
-    """Device memory of all blocks."""
-    weight_bytes: int
-    """Device memory of the weights."""
     max_num_seqs: int
     """Most requests running at the same time."""
     dtype: str = ""

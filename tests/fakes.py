@@ -463,8 +463,6 @@ class FakeServer:
             vocab_size=vocab_size,
             num_kv_blocks=8,
             block_size=32,
-            kv_cache_bytes=1,
-            weight_bytes=1,
             max_num_seqs=8,
             hidden_size=HIDDEN_SIZE,
         )

@@ -69,7 +69,7 @@ class Core:
         self._socket.send(frame)
 
     def ready(self) -> None:
-        self.send(EngineReady(self.epoch, 1, 64, 50, 16, 4, 1, 1, 8))
+        self.send(EngineReady(self.epoch, 1, 64, 50, 16, 4, 8))
 
     def tokens(self, state: RequestState, first: int, *tokens: int) -> None:
         """What a step says of a request that only got its next token, step by step."""

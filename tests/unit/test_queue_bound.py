@@ -43,8 +43,6 @@ class Queue:
                 vocab_size=10,
                 num_kv_blocks=num_kv_blocks,
                 block_size=32,
-                kv_cache_bytes=1,
-                weight_bytes=1,
                 max_num_seqs=num_slots,
             )
         )
