@@ -14,6 +14,7 @@ from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.messages import I32
 from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.single_type_kv_cache_manager import NEVER
+from executor.messages import row_offsets
 
 
 class SlotTable:
@@ -181,9 +182,8 @@ class SlotTable:
             counts: int64 [n]: drafts per slot.
             token_ids: int32 [sum of counts], concatenated slot by slot.
         """
-        rows = np.repeat(np.arange(len(slots)), counts)
-        places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
-        self.drafts[slots[rows], places] = token_ids
+        rows, offsets = row_offsets(counts)
+        self.drafts[slots[rows], offsets] = token_ids
         self.num_drafts[slots] = counts
 
     def append(self, slots: I32, offsets: I64 | None, tokens: I32) -> I64:

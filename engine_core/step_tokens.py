@@ -6,7 +6,7 @@ import numpy as np
 
 from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.messages import I32, i32, u8
-from executor.messages import ModelRunnerOutput
+from executor.messages import ModelRunnerOutput, row_offsets
 
 
 class StepTokens:
@@ -60,7 +60,6 @@ class StepTokens:
         if self._starts is None:
             kept = self.kept > 0
             return (self._tokens, self.rows, None) if kept.all() else (self._tokens[kept], self.rows[kept], None)
-        samples = np.repeat(np.arange(len(self.rows)), self.counts)
-        offsets = np.arange(len(samples)) - self._starts[samples]
+        samples, offsets = row_offsets(self.counts)
         kept = offsets < self.kept[samples]
         return self._tokens[kept], self.rows[samples[kept]], offsets[kept]

@@ -422,6 +422,16 @@ def to_array(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def i32(column: bytes) -> I32:
+def row_offsets(counts: I64) -> tuple[I64, I64]:
+    """The places of a column's numbers if row ``i`` has ``counts[i]`` of them, one row after another.
+
+    Returns:
+        int64 [sum of counts]: the row of each number; int64 [sum of counts]: its index in the row.
+    """
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+
+
     """A read-only view of an int32 column."""
     return np.frombuffer(column, dtype=np.int32)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOutput, i32
+from executor.messages import I32, I64, NewRequest, ResolvedParams, SchedulerOutput, i32, row_offsets
 
 
 class RequestStates:
@@ -126,7 +126,6 @@ class RequestStates:
             counts: int64 [n]: drafts per slot.
             token_ids: int32 [sum of counts], concatenated slot by slot.
         """
-        rows = np.repeat(np.arange(len(slots)), counts)
-        places = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
-        self.token_ids[slots[rows], self.num_known[slots[rows]] + places] = token_ids
+        rows, offsets = row_offsets(counts)
+        self.token_ids[slots[rows], self.num_known[slots[rows]] + offsets] = token_ids
         self.num_drafts[slots] = counts
