@@ -582,8 +582,6 @@ class EngineCore:
         self.executor.submit(
             InitKVCache(
                 num_blocks=tuple(group.num_blocks for group in shape.groups),
-                max_num_seqs=self.config.scheduler.max_num_seqs,
-                max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
                 max_model_len=self._scheduler.max_model_len,
             )
         )

@@ -234,14 +234,10 @@ class GrammarMask(Message, frozen=True):
 
 class InitKVCache(Message, frozen=True):
     """The engine core's sizing decisions. The worker allocates its KV cache and tables accordingly and captures its
-    programs."""
+    program."""
 
     num_blocks: tuple[int, ...]
     """Blocks of each KV cache group."""
-    max_num_seqs: int
-    """Number of slots: requests running at the same time."""
-    max_num_batched_tokens: int
-    """Most tokens per step."""
     max_model_len: int
     """Longest sequence served, prompt and output together."""
 
@@ -422,6 +418,10 @@ def to_array(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def i32(column: bytes) -> I32:
+    """A read-only view of an int32 column."""
+    return np.frombuffer(column, dtype=np.int32)
+
+
 def row_offsets(counts: I64) -> tuple[I64, I64]:
     """The places of a column's numbers if row ``i`` has ``counts[i]`` of them, one row after another.
 
@@ -430,10 +430,6 @@ def row_offsets(counts: I64) -> tuple[I64, I64]:
     """
     rows = np.repeat(np.arange(len(counts)), counts)
     return rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
-
-
-    """A read-only view of an int32 column."""
-    return np.frombuffer(column, dtype=np.int32)
 
 
 def u8(column: bytes) -> npt.NDArray[np.uint8]:

@@ -37,6 +37,7 @@ from executor.messages import (
     i32,
     u8,
 )
+from executor.peak_memory import PeakMemory
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
@@ -123,14 +124,18 @@ class ModelRunner:
         device: Device,
         groups: tuple[AttentionGroup, ...],
         *,
+        step_size: StepSize,
         enforce_eager: bool,
         speculative: SpeculativeConfig | None = None,
         rank: int = 0,
     ) -> None:
         self.rank = rank
         self.model = loaded.model
+        self.vocab_size = loaded.hf_config.vocab_size
+        self.max_model_len = loaded.max_model_len
         self.device = device
         self.groups = groups
+        self.step_size = step_size
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
         self.channel = device.steps()
@@ -143,32 +148,59 @@ class ModelRunner:
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
+        max_num_seqs = self.step_size.max_num_seqs
         self._allocate_kv(init.num_blocks)
         self.model.reserve_positions(init.max_model_len)
-        self.states = RequestStates(init.max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
-        self.recent = self.channel.recent_tokens(init.max_num_seqs)
-        self.sampler = Sampler(init.max_num_seqs, self.device.torch_device.type, channel=self.channel)
-        self.pooler = Pooler(init.max_num_seqs)
-        self.speculation = Speculation(self.speculative, init.max_num_seqs)
+        self.states = RequestStates(max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
+        self.recent = self.channel.recent_tokens(max_num_seqs)
+        self.sampler = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
+        self.pooler = Pooler(max_num_seqs)
+        self.speculation = Speculation(self.speculative, max_num_seqs)
         if not self.enforce_eager:
-            self.program = self.capture(init.max_num_batched_tokens, self._max_samples(init))
+            self.program = self.capture()
 
-    def step_memory(self, size: StepSize, vocab_size: int) -> tuple[int, int]:
+    def step_memory(self) -> tuple[int, int]:
         """Memory needed in addition to weights and KV cache. Called before the KV cache exists.
 
         Returns:
             Bytes of the largest step, and bytes per token of the longest sequence.
         """
-        self._allocate_kv([1] * len(self.groups))  # capture needs its address; the real cache is captured later
-        max_samples = self._max_samples(size)
-        values = self.capture(size.max_num_batched_tokens, max_samples).num_bytes
-        sampling = Sampler(size.max_num_seqs, self.device.torch_device.type, channel=self.channel)
-        states = RequestStates.position_bytes(size.max_num_seqs, [group.block_size for group in self.groups])
-        return values + sampling.step_bytes(max_samples, vocab_size), states + self.model.position_bytes()
+        self._allocate_kv([1] * len(self.groups))  # a step needs its address; the real cache is captured later
+        max_num_seqs = self.step_size.max_num_seqs
+        values = self._dry_run() if self.enforce_eager else self.capture().num_bytes
+        sampling = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
+        states = RequestStates.position_bytes(max_num_seqs, [group.block_size for group in self.groups])
+        return values + sampling.step_bytes(self.max_samples, self.vocab_size), states + self.model.position_bytes()
 
-    def _max_samples(self, size: StepSize | InitKVCache) -> int:
+    def _dry_run(self) -> int:
+        """Runs the model eagerly on the largest step: prompts as long as possible, all in the same block.
+
+        Nothing is downloaded, so the channel keeps the inputs until the results of the first real step are collected.
+
+        Returns:
+            The most bytes that the step's tensors took at the same time.
+        """
+        size = self.step_size
+        longest = min(size.max_num_batched_tokens, self.max_model_len)
+        num_rows = min(size.max_num_seqs, -(-size.max_num_batched_tokens // longest))
+        slots, counts = np.arange(num_rows, dtype=np.int32), np.full(num_rows, longest, np.int32)
+        counts[-1] = min(longest, size.max_num_batched_tokens - longest * (num_rows - 1))
+        self.model.reserve_positions(longest)
+        self.states = RequestStates(num_rows, longest, [group.block_size for group in self.groups])
+        self.states.num_known[:] = counts
+        self.recent = self.channel.recent_tokens(num_rows)
+        memory = PeakMemory()
+        with memory:
+            batch = self.prepare(slots, counts, np.ones(num_rows, np.uint8))
+            rows = np.arange(min(self.max_samples, int(counts.sum())))
+            self._forward(replace(batch, logits_rows=self.channel.upload({"logits_rows": rows})["logits_rows"]))
+        return memory.peak_bytes
+
+    @property
+    def max_samples(self) -> int:
+        """Most tokens that a step samples."""
         max_drafts = 0 if self.speculative is None else self.speculative.num_speculative_tokens
-        return min(size.max_num_batched_tokens, size.max_num_seqs * (1 + max_drafts))
+        return min(self.step_size.max_num_batched_tokens, self.step_size.max_num_seqs * (1 + max_drafts))
 
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()
@@ -177,9 +209,10 @@ class ModelRunner:
             for index in group.layers:
                 layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
 
-    def capture(self, max_tokens: int, max_samples: int) -> Program:
+    def capture(self) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
-        program = Program(self.device.torch_device.type, max_tokens=max_tokens, max_samples=max_samples)
+        max_tokens = self.step_size.max_num_batched_tokens
+        program = Program(self.device.torch_device.type, max_tokens=max_tokens, max_samples=self.max_samples)
         batch = InputBatch.symbolic(program, len(self.groups))
         hidden, logits = self._forward(batch)
         program.finish(hidden, logits)

@@ -88,13 +88,14 @@ class Worker:
             loaded,
             device,
             groups,
+            step_size=config.step_size,
             enforce_eager=config.model.enforce_eager,
             speculative=config.speculative,
             rank=self.rank,
         )
         self.results_fd = self.runner.channel.fileno()
-        step_bytes, position_bytes = self.runner.step_memory(config.step_size, loaded.hf_config.vocab_size)
-        memory = device.memory()
+        memory = device.memory()  # before the step, whose memory an allocator may keep
+        step_bytes, position_bytes = self.runner.step_memory()
         self._send(
             WorkerReady(
                 rank=self.rank,

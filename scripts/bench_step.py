@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from api.model.gguf_file import read_gguf
-from executor.config import DeviceConfig, ExecutorConfig, ModelConfig
+from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, StepSize
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
 from executor.parallel import ParallelState
 from executor.worker import Worker
@@ -43,7 +43,11 @@ class Steps:
     def __init__(self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int) -> None:
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
-        config = ExecutorConfig(model=ModelConfig(model=model, dtype=dtype, gguf=gguf), device=DeviceConfig())
+        config = ExecutorConfig(
+            model=ModelConfig(model=model, dtype=dtype, gguf=gguf),
+            device=DeviceConfig(),
+            step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
+        )
         self.answers: list[FromWorker] = []
         self.worker = Worker(ParallelState(), config, self.answers.append)
         self.worker.start()
@@ -54,7 +58,7 @@ class Steps:
         self.bytes_per_token = group.bytes_per_block / group.block_size
         self.vocab_size = ready.vocab_size
         self.blocks_each = -(-max_len // self.block_size)
-        self.worker.handle(InitKVCache((max_seqs * self.blocks_each,), max_seqs, max_tokens, max_len))
+        self.worker.handle(InitKVCache((max_seqs * self.blocks_each,), max_len))
         self.step_id = 0
 
     def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:

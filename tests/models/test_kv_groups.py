@@ -17,7 +17,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.config import ModelConfig
+from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
 from executor.layers.attention import form_groups
 from executor.layers.context import ModelContext
@@ -35,6 +35,7 @@ WINDOW = 40
 MAX_LEN = 512
 MAX_SEQS = 4
 STEP = 64
+STEP_SIZE = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP)
 
 MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
@@ -53,7 +54,7 @@ def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
     config = ModelConfig(model=str(tiny.checkpoint(kind, **MODELS[kind])), dtype=dtype)  # type: ignore[arg-type]
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
-    return ModelRunner(loaded, CpuDevice(), groups, enforce_eager=False)
+    return ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=False)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Engine:
             for group in self.runner.groups
         ]
         num_blocks = tuple(group.num_blocks for group in groups)
-        self.runner.initialize(InitKVCache(num_blocks, MAX_SEQS, STEP, MAX_LEN))
+        self.runner.initialize(InitKVCache(num_blocks, MAX_LEN))
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP, max_in_flight_steps=depth),
             CacheConfig(enable_prefix_caching=caching),
@@ -325,8 +326,8 @@ def test_a_model_without_attention_has_no_groups(enforce_eager: bool) -> None:
     loaded, _ = random_model(make_model)
     groups = form_groups(loaded.model.attention_layers(), None)
     assert groups == ()
-    machine = ModelRunner(loaded, CpuDevice(), groups, enforce_eager=enforce_eager)
-    machine.initialize(InitKVCache((), MAX_SEQS, STEP, MAX_LEN))
+    machine = ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=enforce_eager)
+    machine.initialize(InitKVCache((), MAX_LEN))
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP), CacheConfig(), CacheShape(()), MAX_LEN
     )

@@ -17,7 +17,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, SpeculativeConfig
+from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, SpeculativeConfig, StepSize
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.inline import InlineExecutor
@@ -39,6 +39,7 @@ WINDOWS: dict[str, Any] = {
 """A model with two KV cache groups."""
 MAX_LEN = 256
 MAX_SEQS = 5
+STEP_SIZE = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=64)
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +88,11 @@ class Engine:
         model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager)
         self.answers: list[FromWorker] = []
         self.device = device
-        executor = ExecutorConfig(model=model, speculative=speculative)
+        executor = ExecutorConfig(model=model, speculative=speculative, step_size=STEP_SIZE)
         self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
         groups = [group.shape.sliding_window for group in self.worker.runner.groups]
-        self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_SEQS, 64, MAX_LEN))
+        self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_LEN))
         drafts = 0 if speculative is None else speculative.num_speculative_tokens
         self.scheduler = new_scheduler(num_blocks, groups, drafts, **config)
         self.num_accepted = 0
@@ -254,10 +255,10 @@ def test_late_tokens_do_not_reach_the_next_owner_of_a_slot(monkeypatch: pytest.M
 def test_a_worker_inside_the_caller_says_when_results_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("executor.worker.create_device", lambda name: LateDevice())
     model = ModelConfig(model=str(tiny.checkpoint("llama")), dtype="float32")
-    executor = InlineExecutor(ExecutorConfig(model=model), "")
+    executor = InlineExecutor(ExecutorConfig(model=model, step_size=STEP_SIZE), "")
     executor.start()
     scheduler = new_scheduler()
-    executor.submit(InitKVCache((48,), MAX_SEQS, 64, MAX_LEN))
+    executor.submit(InitKVCache((48,), MAX_LEN))
     prompt = np.array(random_tokens(9), np.int32).tobytes()
     message = EngineCoreRequest(
         request_id="0", index=0, prompt_token_ids=prompt, sampling_params=ResolvedParams(max_tokens=9)

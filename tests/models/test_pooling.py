@@ -25,6 +25,7 @@ from engine_core.messages import (
 )
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
+from executor.config import StepSize
 from executor.device.cpu import CpuDevice
 from executor.layers.attention import form_groups
 from executor.messages import InitKVCache
@@ -44,7 +45,13 @@ MAX_SEQS = 4
 def runner(kind: str, dtype: str = "float32") -> ModelRunner:
     loaded = load(tiny.checkpoint(kind), dtype=dtype)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
-    return ModelRunner(loaded, CpuDevice(), groups, enforce_eager=False)
+    return ModelRunner(
+        loaded,
+        CpuDevice(),
+        groups,
+        step_size=StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=512),
+        enforce_eager=False,
+    )
 
 
 class Engine:
@@ -52,7 +59,7 @@ class Engine:
 
     def __init__(self, kind: str = "llama", dtype: str = "float32", **config: Any) -> None:
         self.runner = runner(kind, dtype)
-        self.runner.initialize(InitKVCache((NUM_BLOCKS,) * len(self.runner.groups), MAX_SEQS, 512, MAX_LEN))
+        self.runner.initialize(InitKVCache((NUM_BLOCKS,) * len(self.runner.groups), MAX_LEN))
         self.scheduler = Scheduler(
             SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 512, **config}),
             CacheConfig(),

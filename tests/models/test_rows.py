@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ops
+from executor.config import StepSize
 from executor.device.cpu import CpuDevice
 from executor.graphs import Program
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
@@ -169,8 +170,11 @@ def test_captured_equals_eager_whatever_the_rows_have(dtype: torch.dtype) -> Non
 
 def run(loaded: LoadedModel, lora_ids: list[int]) -> list[ModelRunnerOutput]:
     """Prompts of three requests, then two decode steps, by the plans that a scheduler would make."""
-    runner = ModelRunner(loaded, CpuDevice(), form_groups(loaded.model.attention_layers(), 32), enforce_eager=False)
-    runner.initialize(InitKVCache(num_blocks=(12,), max_num_seqs=3, max_num_batched_tokens=256, max_model_len=128))
+    groups = form_groups(loaded.model.attention_layers(), 32)
+    runner = ModelRunner(
+        loaded, CpuDevice(), groups, step_size=StepSize(max_num_seqs=3, max_num_batched_tokens=256), enforce_eager=False
+    )
+    runner.initialize(InitKVCache(num_blocks=(12,), max_model_len=128))
     params = ResolvedParams(temperature=0, prompt_logprobs=1, logprobs=0)
     requests = [
         NewRequest(

@@ -85,7 +85,7 @@ def receive(executor: MultiprocExecutor) -> list[object]:
 
 
 def test_a_worker_that_hung_up_is_dead(executor: MultiprocExecutor) -> None:
-    message = InitKVCache((1,), 1, 1, 1)
+    message = InitKVCache((1,), 1)
     with pytest.raises(WorkerDiedError, match="worker 0 .* closed its connection"):
         executor.submit(message)
     peer = Peer(FakeChild.last.launch)
@@ -117,7 +117,7 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [launch.parallel for launch in launches] == places(config.parallel)
     assert len({launch.input_address for launch in launches}) == 2
     peers = [Peer(launch) for launch in launches]
-    message = InitKVCache((1,), 1, 1, 1)
+    message = InitKVCache((1,), 1)
     for socket in executor._inputs:
         assert socket.poll(5000, zmq.POLLOUT)
     executor.submit(message)
