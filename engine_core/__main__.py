@@ -19,7 +19,7 @@ from executor.process import become_child, read_payload
 logger = get_logger()
 
 REQUESTS_PER_TURN = 256
-"""Most requests received before the loop goes on: a few milliseconds."""
+"""Maximum requests received per turn of the loop: a few milliseconds."""
 
 
 class ZmqTransport:

@@ -19,7 +19,7 @@ class GroupShape:
     """Tokens that a token attends to, itself included; None: all before it."""
 
     def max_live_blocks(self, num_tokens: int, step_tokens: int) -> int:
-        """The most blocks that a sequence holds at any time until this many of its tokens are computed.
+        """Maximum blocks that a sequence holds at any time until this many of its tokens are computed.
 
         Args:
             num_tokens: Tokens of the sequence.
@@ -64,7 +64,7 @@ class CacheShape:
 
 
 def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int) -> int:
-    """The most tokens of a request that may be planned beyond its confirmed ones.
+    """Maximum tokens of a request that may be planned beyond its confirmed ones.
 
     Prompt tokens are known, so they are confirmed when planned. Output tokens sampled by steps in flight are not, nor
     are the drafts that these steps verify.

@@ -229,7 +229,7 @@ class EngineCore:
         return fds, min((limit for limit in limits if limit is not None), default=None)
 
     def _rest(self, *, heard_nothing: bool) -> None:
-        """Called while nothing is being computed: ends if requested, or checks integrity."""
+        """Called while nothing is being computed: exits after draining, or checks integrity."""
         scheduler = self._scheduler
         assert scheduler is not None
         if scheduler.has_unfinished or self._suspects or self._held:
@@ -250,7 +250,7 @@ class EngineCore:
             if not self._awaited:
                 self._next_trial(scheduler)
             if scheduler.suspects.current is None and (self._isolates or self._awaited):
-                self._may_schedule = False  # the next one runs alone: wait for steps in flight, or for time
+                self._may_schedule = False  # the next one runs alone: wait for steps in flight or the probation time
                 return
         planned = scheduler.schedule()
         if self._record is not None:
@@ -361,7 +361,7 @@ class EngineCore:
             is_checked = self._add_request(request, is_checked=is_checked)
 
     def _add_request(self, message: EngineCoreRequest, *, is_checked: bool = False) -> bool:
-        """Accepts a request. False: it was not admitted, or not yet."""
+        """Accepts a request. Returns False if it was not admitted, or not yet."""
         scheduler = self._scheduler
         if scheduler is None or not self._announced:
             self._early.setdefault(message.index, message)
@@ -379,7 +379,7 @@ class EngineCore:
         return False
 
     def _admit(self, message: EngineCoreRequest, *, is_checked: bool = False) -> Request | None:
-        """Validates a request again, unless already done, and queues it. None: it was rejected."""
+        """Validates a request, unless that is already done, and queues it. Returns None if it was rejected."""
         scheduler = self._scheduler
         assert scheduler is not None
         request = None

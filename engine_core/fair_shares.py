@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 MAX_IDLE_TENANTS = 1024
-"""Most idle tenants remembered for having been served more than the others; clients may invent any number of names."""
+"""Maximum idle tenants remembered because they were served more than others; clients may invent any number of names."""
 OUTPUT_WEIGHT = 0.125
 """Weight of the latest output in the moving average of a tenant's outputs."""
 

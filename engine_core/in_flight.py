@@ -34,7 +34,7 @@ class InFlight:
     sampled: Bools
     """Rows that sample."""
     allowances: I64 | None
-    """Most drafts that the worker may verify in each row; None: none."""
+    """Maximum drafts that the worker may verify in each row; None: none."""
     grammar_rows: I64
     """Rows whose sampling waits for the step's ``GrammarMask``, in the mask's order."""
     num_tokens: int

@@ -34,7 +34,7 @@ class KVCacheManager:
 
         Args:
             shape: The groups.
-            step_tokens: The most tokens of a request planned beyond its confirmed ones.
+            step_tokens: Maximum tokens of a request planned beyond its confirmed ones.
             enable_prefix_caching: Whether blocks are cached for reuse.
         """
         self.shape = shape
@@ -155,7 +155,7 @@ class KVCacheManager:
         return capacity
 
     def can_grow(self, wanted: Iterable[tuple[Request, int]]) -> bool:
-        """Whether each of these requests can grow to that many tokens without preempting others."""
+        """Whether all these requests can grow to the given numbers of tokens without preempting others."""
         missing = [0] * len(self.managers)
         for request, num_tokens in wanted:
             for group, (manager, table) in enumerate(zip(self.managers, request.block_tables, strict=True)):

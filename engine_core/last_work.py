@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 SIZE = 1 << 17
 """Size of the file in bytes. Entries that do not fit are left out."""
 MAX_COMPILING = 1 << 11
-"""Most requests whose grammars are being compiled; the end of the file is reserved for them."""
+"""Maximum requests recorded whose grammars are being compiled; the end of the file is reserved for them."""
 HEADER = 3
 """Number of int64 header fields: the request being accepted or 0, the number of rows computed, the number of grammars
 being compiled."""

@@ -26,8 +26,8 @@ def format_bytes(count: float) -> str:
 def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[CacheShape, int] | str:
     """Sizes the KV cache for the rank with the least free memory.
 
-    Groups without a window hold as many tokens as fit. A group with a window holds as many too, but next to groups
-    without a window no more than all running requests can attend to together: the others get what that saves.
+    Groups without a window hold as many tokens as fit. So do groups with a window; but if there are groups without one
+    as well, they hold no more than all running requests can attend to together, and the others get the memory saved.
 
     Returns:
         The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.

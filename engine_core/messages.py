@@ -266,7 +266,7 @@ class EngineReady(Message, frozen=True):
     block_size: int
     """Tokens in a block."""
     max_num_seqs: int
-    """Most requests running at the same time."""
+    """Maximum number of requests running at the same time."""
     dtype: str = ""
     """torch's name of the dtype of weights and activations."""
     device: str = ""
@@ -338,7 +338,7 @@ class EngineCoreOutput(Message, frozen=True):
 
 
 MAX_OUTPUTS = 64
-"""Most ``outputs`` per message: each costs the api about a tenth of a millisecond."""
+"""Maximum ``outputs`` per message: each costs the api about a tenth of a millisecond."""
 
 
 class EngineCoreOutputs(Message, frozen=True):

@@ -35,7 +35,7 @@ class RepetitionDetector:
             self._runs[i] = max(0, len(tail) - size) - (int(differs[-1]) + 1 if len(differs) else 0)
 
     def append(self, output: I32) -> bool:
-        """Records a new token. True: the output now ends with enough repetitions of a pattern.
+        """Records a new token. Returns whether the output now ends with enough repetitions of a pattern.
 
         Args:
             output: int32 [num_output_tokens]: the whole output, the new token included.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from engine_core.structured.request_grammar import RequestGrammar
 
 MAX_STOP_IDS = 8
-"""Most stop token ids compared for all rows at once; a request with more takes the slow path."""
+"""Maximum stop token ids compared for all rows at once; a request with more takes the slow path."""
 
 
 class Request:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from executor.messages import Message
 
 MAX_RESTARTS = 5
-"""Most restarts without progress in between."""
+"""Maximum restarts without progress in between."""
 RESTART_WINDOW = 600.0
 """Seconds after which a death no longer counts."""
 STABLE_TIME = 10.0

@@ -120,11 +120,11 @@ class Scheduler:
         self.waiting.add(request)
 
     def max_output_tokens(self, request: Request) -> int:
-        """The most tokens that a request may generate, including those of an earlier life."""
+        """Maximum tokens that a request may generate, including those of an earlier life."""
         return min(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
 
     def abort_request(self, index: int) -> bool:
-        """Drops a request, whatever its state. False: no such request (any more)."""
+        """Drops a request, whatever its state. Returns False if it does not exist (any more)."""
         request = self.requests.get(index)
         if request is None:
             return False
@@ -201,7 +201,7 @@ class Scheduler:
             return None
         if self.max_draft_tokens:
             table.allowances[table.running] = 0
-            if not preempted and not self.suspects:  # which position of a suspect kills must be certain
+            if not preempted and not self.suspects:  # drafts would blur the position at which a suspect kills
                 counts[:num_running] += self._allow_drafts(
                     slots[:num_running], self.config.max_num_batched_tokens - int(counts.sum()), updates
                 )
@@ -277,10 +277,10 @@ class Scheduler:
         Args:
             slots: Running rows of the plan. Those that start with it have no drafts yet.
             budget: Tokens that are left.
-            updates: Takes the blocks that drafts need.
+            updates: Extended by the blocks that drafts need.
 
         Returns:
-            Drafts of each row.
+            Number of drafts that each row may verify.
         """
         table = self.table
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]

@@ -77,9 +77,9 @@ class SingleTypeKVCacheManager(ABC):
         """Adds the blocks that a request lacks for its first ``num_tokens``; enough blocks must be free.
 
         Args:
-            table: The request's.
+            table: The request's block table.
             num_tokens: Tokens that must fit.
-            slot: The request's.
+            slot: The request's slot.
             updates: Extended by slot, index in the table and block id of each new block.
 
         Returns:
@@ -100,7 +100,7 @@ class SingleTypeKVCacheManager(ABC):
         """Frees the blocks that no token computed from now on attends to.
 
         Args:
-            table: The request's.
+            table: The request's block table.
             num_confirmed: Number of tokens before the first one that may still be computed.
         """
         count = self.shape.first_live_block(num_confirmed) - table.first

@@ -69,7 +69,7 @@ def _is_stop(request: Request, token: int) -> bool:
 
 
 def _is_loop(table: SlotTable, request: Request, length: int) -> bool:
-    """Records the last of ``length`` tokens. True: the output up to there is stuck in a loop."""
+    """Records the last of ``length`` tokens. Returns whether the output up to it is stuck in a loop."""
     if request.repetition is None:
         return False
     found = request.repetition.append(table.token_ids[request.slot, request.num_prompt_tokens : length])

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from engine_core.messages import POOLING_TYPES, EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, Thought, i32
 
 MAX_TOKEN_IDS = 1 << 20
-"""Most ids in a list that every step reads; no vocabulary is larger."""
+"""Maximum ids in a list that every step reads; no vocabulary is larger."""
 INT32_MAX = 2**31 - 1
 MAX_PATTERN_SIZE = 1024
 """Longest pattern of repetition detection in tokens: every length is checked at every step."""

@@ -35,13 +35,13 @@ logger = get_logger()
 
 NUM_THREADS = 2
 MAX_CACHED = 256
-"""Most cached grammars."""
+"""Maximum number of cached grammars."""
 MAX_CACHED_BYTES = 256 << 20
 """Memory limit of the cached grammars, as measured by their trials."""
 MIN_GRAMMAR_BYTES = 256 << 10
 """Minimum size assumed for a grammar, including states discovered during use."""
 MAX_VERDICTS = 2048
-"""Most cached trial verdicts."""
+"""Maximum number of cached trial verdicts."""
 STACK_BYTES = 16 << 20
 """Stack of a compiling thread: several times that of a trial. This is address space, not memory."""
 MAX_WAIT = 30.0
@@ -194,7 +194,7 @@ class GrammarCompiler:
             self._finish(Compiled(request, f"internal error: {error}"))
 
     def _build(self, request: Request, remaining: int) -> Compiled | None:
-        """Compiles a request's grammar. None: a trial must first show that this is safe."""
+        """Compiles a request's grammar. Returns None if a trial must first show that this is safe."""
         spec = request.message.grammar
         assert spec is not None and self._vocabulary is not None
         try:

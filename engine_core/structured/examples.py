@@ -18,7 +18,7 @@ from engine_core.structured.vocabulary import Vocabulary
 
 MAX_PATTERNS = 16
 _LONGEST = 256
-"""Most tokens of an example."""
+"""Maximum tokens of an example."""
 
 
 @lru_cache(maxsize=256)

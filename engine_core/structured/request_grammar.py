@@ -24,7 +24,7 @@ class Verdict(IntEnum):
     ENDED = 1
     """The output is complete: the grammar allows nothing after the token."""
     REJECTED = 2
-    """The token is not part of the output, since what it begins could not be completed. Another is sampled instead."""
+    """The token is not part of the output, which could not be completed after it. Another is sampled instead."""
     COMPLETE = 3
     """The token is not part of the output, which is complete without it."""
     FAILED = 4
@@ -215,7 +215,7 @@ class RequestGrammar:
         return Verdict.ENDED if matcher.is_stopped() else Verdict.GOES_ON
 
     def _follow(self, token: int) -> bool:
-        """Updates the closing path. False: none is short enough."""
+        """Updates the closing path. Returns False if none is short enough."""
         assert self._paths is not None
         if self._path and token == self._path[0]:
             del self._path[0]

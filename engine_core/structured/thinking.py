@@ -62,7 +62,7 @@ class Thinking:
         self.expected = None if self.is_inside else start[self._num_begun]
 
     def think(self, token: int) -> bool:
-        """Accepts a token of thinking. False: the token would also begin what follows, so it is not accepted."""
+        """Accepts a token of thinking. Returns False, without accepting it, if it would also begin the answer."""
         thought, vocabulary = self._thought, self._vocabulary
         tokens = (*self._tokens, token)
         is_end = tokens[-len(thought.end_token_ids) :] == thought.end_token_ids

@@ -42,7 +42,7 @@ class Vocabulary:
         self.special_tokens = special = {token for token in message.special_token_ids if token < size}
         self.end_tokens = tuple(token for token in message.end_token_ids if token < size)
         if not self.end_tokens:
-            # A model without one: use an id that no request treats as its end.
+            # The model has none: use an id that no request treats as its end.
             self.end_tokens = (len(tokens),)
             tokens.append(b"<|end|>")
             special.add(len(tokens) - 1)
