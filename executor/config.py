@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 Positive = Annotated[int, Meta(ge=1)]
 
 MAX_DRAFT_TOKENS = 32
-"""Most drafts of a request in one step."""
+"""Maximum drafts of a request in one step."""
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,7 +152,7 @@ class SpeculativeConfig(Config, frozen=True):
     method: str
     """Name in ``executor/speculative/registry.py``."""
     num_speculative_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS)]
-    """Most drafts of a request in one step."""
+    """Maximum drafts of a request in one step."""
     script: str = ""
     """File read by the method ``scripted``."""
     wrong_every: int = 0
@@ -201,5 +201,5 @@ class ExecutorConfig(Config, frozen=True):
 
     @property
     def max_draft_tokens(self) -> int:
-        """Most drafts of a request in one step."""
+        """Maximum drafts of a request in one step."""
         return 0 if self.speculative is None else self.speculative.num_speculative_tokens

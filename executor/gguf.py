@@ -197,16 +197,16 @@ class GGUFCheckpoint:
 
 
 def check_size(tensor: GGUFTensor, origin: str) -> None:
-    """Refuses an entry of the tensor table whose size is not that of its shape and type.
+    """Rejects an entry of the tensor table whose size does not match its shape and type.
 
-    The api has checked the file in the same way, with a table of its own; see ``tests/models/test_gguf.py``.
+    The api has checked the file in the same way, with its own table; see ``tests/models/test_gguf.py``.
 
     Args:
         tensor: The entry.
-        origin: What to call it in errors.
+        origin: How error messages refer to the entry.
 
     Raises:
-        ModelError: The type is unknown, rows are not whole blocks, or the number of bytes is another.
+        ModelError: The type is unknown, rows are not whole blocks, or the number of bytes is wrong.
     """
     kind = _type_of(tensor, origin)
     block, block_bytes = GGML_QUANT_SIZES[kind]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_TICK = 2.0
-"""Most seconds counted between two samples; watchers sample about once a second."""
+"""Maximum seconds counted between two samples; watchers sample about once a second."""
 STOPPED_TIMEOUT = 10.0
 """Seconds after which a process that is stopped (SIGSTOP) while its watcher runs counts as hung."""
 
@@ -23,7 +23,7 @@ class ProcessSample(NamedTuple):
     """A sample of a process's state."""
 
     state: str
-    """State from /proc (R, S, D, T, ...): the most telling one of all threads."""
+    """State from /proc (R, S, D, T, ...): the most significant one of all threads."""
     processor_seconds: float
     """CPU time of all threads since the start."""
 

@@ -194,7 +194,7 @@ def load_weights(
         model: The model to fill.
         checkpoint: The weights.
         context: The context the model was built with.
-        progress: Told about the bytes read so far.
+        progress: Called with the bytes read so far.
         is_tied_by_file: The model's own configuration ties tensors; warn about a tied tensor stored twice with
             different values.
     """

@@ -54,7 +54,7 @@ class ThinkingBudget(Message, frozen=True):
     """Limits thinking: when the budget is used up, the end marker is forced, token by token."""
 
     max_tokens: int
-    """Most tokens between the markers."""
+    """Maximum tokens between the markers."""
     start_token_ids: tuple[int, ...]
     """Marker that begins thinking."""
     end_token_ids: tuple[int, ...]
@@ -215,7 +215,7 @@ class SchedulerOutput(Message, frozen=True):
     block_updates: tuple[bytes, ...] = ()
     """One int32 [k, 3] per KV cache group: (slot, index in its block table, block id)."""
     num_draft_tokens: bytes = b""
-    """uint8 [num_rows]: most of its drafts that the worker may verify in the row. Empty: none in any row."""
+    """uint8 [num_rows]: maximum drafts that the worker may verify in the row. Empty: none in any row."""
     grammar_slots: bytes = b""
     """int32: slots whose sampling waits for this step's ``GrammarMask``."""
 
@@ -276,7 +276,7 @@ class LoadProgress(Message, frozen=True):
     """Progress of a worker's long-running stage."""
 
     rank: int
-    """Of the worker that says so."""
+    """Rank of the sending worker."""
     stage: str
     """Human-readable name of the stage."""
     done: int
@@ -289,7 +289,7 @@ class WorkerReady(Message, frozen=True):
     """The weights are loaded; the worker reports what its KV cache needs."""
 
     rank: int
-    """Of the worker that says so."""
+    """Rank of the sending worker."""
     free_bytes: int
     """Device memory available now."""
     total_bytes: int
@@ -322,7 +322,7 @@ class KVCacheReady(Message, frozen=True):
     """The KV cache is allocated and programs are captured; the worker accepts plans."""
 
     rank: int
-    """Of the worker that says so."""
+    """Rank of the sending worker."""
 
 
 class TokenLogprobs(Message, frozen=True):
@@ -391,11 +391,11 @@ class Heartbeat(Message, frozen=True):
 
 
 class WorkerFailed(Message, frozen=True):
-    """A worker cannot go on. With ``exit_code`` 78 the model or its configuration is at fault: a restart does not
+    """A worker cannot continue. With ``exit_code`` 78 the model or its configuration is at fault: a restart does not
     help."""
 
     rank: int
-    """Of the worker that says so."""
+    """Rank of the sending worker."""
     message: str
     """Human-readable message, one line if possible."""
     exit_code: int = 1

@@ -89,13 +89,13 @@ class ChildProcess:
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
-        with contextlib.suppress(OSError):  # or a long message blocks until the child has its imports
+        with contextlib.suppress(OSError):  # otherwise a long message blocks until the child has finished its imports
             fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
         try:
             self._pipe.write(_LENGTH.pack(len(payload)) + payload)
             self._pipe.flush()
         except BrokenPipeError:
-            pass  # it died at once; whoever watches the process will notice
+            pass  # it died at once; the watcher of the process will notice
 
     def fileno(self) -> int:
         return self._pidfd

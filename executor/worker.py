@@ -119,7 +119,7 @@ class Worker:
         self._send(LoadProgress(rank=self.rank, stage=stage, done=done, total=total))
 
     def handle(self, message: ToWorker) -> bool:
-        """Handles a message. False: it asks the worker to end."""
+        """Handles a message. Returns False if it asks the worker to exit."""
         if isinstance(message, SchedulerOutput):
             self._plans.append(message)
             self._work()

@@ -32,7 +32,7 @@ class Attention(nn.Module):
         """Creates the layer.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             shape: Shape over all ranks; ``self.shape`` has this rank's share of the heads.
         """
         super().__init__()

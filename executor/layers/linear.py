@@ -33,7 +33,7 @@ class LinearLayer(nn.Module):
         """Creates the layer.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             input_part: This rank's columns of the weight.
             output_parts: This rank's rows, for each projection merged into the layer.
             bias: Whether there is a bias.
@@ -90,7 +90,7 @@ class MergedColumnParallelLinear(LinearLayer):
         """Creates the layer.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             in_features: Size of the input.
             out_features: Size of each projection by its name in the checkpoint, or without names if one tensor there
                 holds them all, concatenated. Two of equal size are an MLP's gate and up projections.
@@ -125,7 +125,7 @@ class QKVParallelLinear(LinearLayer):
         """Creates the layer.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             in_features: Size of the input.
             head_dim: Size of a head.
             num_heads: Query heads over all ranks.

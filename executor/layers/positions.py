@@ -16,7 +16,7 @@ class LearnedPositions(nn.Module):
         """Creates the table for ``max_position_embeddings`` positions.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             offset: Rows of the table before the row of position 0.
         """
         super().__init__()

@@ -173,7 +173,7 @@ class RotaryEmbedding(nn.Module):
         """Computes the angles.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             rope: Rotary parameters, as returned by ``HFConfig.rope_for``. Default: ``config.rope``.
             head_dim: Size of a head. Default: ``config.head_dim``.
             is_interleaved: Pairs are adjacent columns instead of the two halves.

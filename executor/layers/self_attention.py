@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
         """Creates the layer with the heads given by the configuration.
 
         Args:
-            context: What the model is built from.
+            context: The model's construction context.
             rotary: Rotates q and k by their positions; None: no rotation.
             qkv_bias: Whether the projections to q, k and v have biases.
             out_bias: Whether the output projection has one.

@@ -123,7 +123,7 @@ def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> Q
 
 
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
-    """The name of the method that ``choose_quantization`` would return. Raises likewise."""
+    """The name of the method that ``choose_quantization`` would return. Raises the same errors."""
     saved = None if fields is None else str(fields.get("quant_method"))
     chosen = saved or name or "unquantized"
     if name is not None and name != chosen:

@@ -32,8 +32,8 @@ class SampleRows:
     slots: I32
     """int32 [rows]: the slot of each row."""
     positions: I64
-    """int64 [rows]: positions of the tokens in the sequence, ascending within a slot. Whoever reads the tokens before
-    them, drafts included, has them in its table."""
+    """int64 [rows]: positions of the tokens in the sequence, ascending within a slot. Code that reads the tokens before
+    them, including drafts, finds these in ``RequestStates``."""
     step_rows: I32
     """int32 [rows]: rows in the step, for the results."""
     offsets: I64 | None = None

@@ -35,7 +35,7 @@ class ThinkingBudgets:
 
         Args:
             mask: The step's grammar mask, if any; not modified.
-            rows: Whose next tokens they are.
+            rows: The rows to sample.
             states: The tokens so far.
             vocab_size: Width of the logits.
         """

@@ -35,6 +35,6 @@ class Proposer(Protocol):
 
         Args:
             slots: int32 [n]: slots that got tokens.
-            limits: int64 [n]: most drafts per slot.
+            limits: int64 [n]: maximum drafts per slot.
             states: Tokens by slot, ``num_known`` of each.
         """

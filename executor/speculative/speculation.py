@@ -87,7 +87,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig | None, max_num_seqs: int) -> None:
         self._proposer = None if config is None else create_proposer(config, max_num_seqs)
         self.max_drafts = 0 if config is None else config.num_speculative_tokens
-        """Most drafts of a row."""
+        """Maximum drafts of a row."""
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot."""
