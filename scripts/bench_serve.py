@@ -1,4 +1,4 @@
-"""``octavo bench serve`` from a checkout that is not installed; ``api/commands/bench/serve.py`` says what it does."""
+"""``octavo bench serve`` for a checkout that is not installed; see ``api/commands/bench/serve.py``."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@
     python scripts/bench_stalls.py --rows stop,messages   # rows whose names have these prefixes
     python scripts/bench_stalls.py --json stalls.json -- --max-num-seqs 512
 
-The real server runs with a modelled device. While each request is sent and answered, a process of its own reads one
-stream and asks /health over and over: the longest silence of either is the row's figure. The machine has a share in it,
-so rows without a request stand at the beginning and at the end. Memory is the api's: what it grew by at most while the
-request was there, and what it kept a second after. Linux only (memory comes from /proc).
+The real server runs with a simulated device. While each request is sent and answered, a separate process reads one
+stream and polls /health; the longest silence of either is the row's result. Part of it is due to the machine, so the
+first and the last row send no request. Memory is that of the api process: its maximum growth during the request, and
+the growth that remains a second later. Linux only (memory comes from /proc).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def items(count: int) -> list[Any]:
 
 
 def sequence(*pairs: tuple[str, bytes]) -> bytes:
-    """JSON whose values are given as they are."""
+    """A JSON object whose values are given as encoded JSON."""
     return b"{" + b",".join(b'"%b":%b' % (name.encode(), value) for name, value in pairs) + b"}"
 
 
@@ -261,7 +261,7 @@ class Result:
     name: str
     megabytes: float
     status: int
-    """Of the answer; 0: the connection was cut."""
+    """HTTP status; 0: the connection was closed."""
     seconds: float
     stream_ms: float
     """Longest silence of the stream."""
@@ -293,15 +293,15 @@ def memory_mib(pid: int, field: str) -> float:
 
 
 def reset_peak(pid: int) -> None:
-    """From now on VmHWM is the peak since now."""
+    """Makes VmHWM the peak from now on."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def send(port: int, path: str, body: bytes) -> tuple[int, bytes]:
-    """Status and answer of a request; 0 if the server cut the connection."""
+    """Status and body of the response; status 0 if the server closed the connection."""
     connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may be refused before all of it is sent
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may be rejected before all of it is sent
             connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read()
@@ -312,7 +312,7 @@ def send(port: int, path: str, body: bytes) -> tuple[int, bytes]:
 
 
 def measure_row(server: Server, prober: Prober, name: str, path: str, body: bytes) -> Result:
-    """Sends one request; without a path none, for as long as one may take."""
+    """Sends one request and measures its effects; with an empty path, measures without a request."""
     before = memory_mib(server.pid, "VmRSS")
     reset_peak(server.pid)
     prober.take()
@@ -365,7 +365,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
             prober.stop()
         return results
     except BaseException:
-        print(f"the server wrote:\n{server.log()}", file=sys.stderr)
+        print(f"server log:\n{server.log()}", file=sys.stderr)
         raise
     finally:
         server.stop()

@@ -5,8 +5,8 @@
     python scripts/bench_startup.py --command 'python -m other.server --model folder --port {port}'
 
 Memory is the proportional set size (PSS) of the whole process tree after the first answer: pages that processes share
-count once. Weights and KV cache are part of it as far as they were touched; ``--weights`` names the files whose size
-is shown beside it.
+count once. It includes weights and KV cache as far as they were touched; ``--weights`` prints the size of the given
+files for comparison.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from processes import Server, signals_as_exceptions
 
 
 def first_token(server: Server) -> float:
-    """Seconds from the start of a server that is ready to the first event of a streamed completion."""
+    """Seconds from the start of a server, now ready, to the first event of a streamed completion."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     try:
         connection.request("GET", "/v1/models")
@@ -72,7 +72,7 @@ def main() -> int:
     add("--command", help="command line of another server; {port} is replaced by its port")
     add("--runs", type=int, default=5, help="measured starts, after one that is not counted")
     add("--empty-cache", action="store_true", help="give every start an empty kernel cache")
-    add("--weights", type=Path, nargs="*", default=[], help="files whose size is shown beside the memory")
+    add("--weights", type=Path, nargs="*", default=[], help="files whose total size is printed for comparison")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("server_flags", nargs="*", metavar="-- FLAGS", help="additional flags for Octavo")
     arguments = parser.parse_args()

@@ -5,10 +5,10 @@
     python scripts/bench_step.py --model folder --decode 16 --context 1024
     python scripts/bench_step.py --model folder --prefill 256 2048     prompts alone
 
-The floor of a step is the larger of two times: weights and KV cache read once at the bandwidth that all threads
-together read memory with, and the multiplications at the rate of the inner kernel. Bandwidth is measured before and
-after each batch of steps, for other programs take their part of it. ``python`` is the part of a step that is not spent
-in compiled kernels.
+The floor of a step is the larger of two times: reading weights and KV cache once, at the memory bandwidth of all
+threads together, and the multiplications, at the rate of the inner kernel. Bandwidth is measured before and after each
+batch of steps, since other programs use part of it. ``python`` is the share of a step that is not spent in compiled
+kernels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Steps:
         self.step_id = 0
 
     def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:
-        """One step; returns its seconds."""
+        """Runs one step and returns its seconds."""
         self.step_id += 1
         plan = SchedulerOutput(
             step_id=self.step_id,
@@ -88,7 +88,7 @@ class Steps:
         )
 
     def fill(self, requests: int, length: int) -> None:
-        """Gives the first slots prompts, and computes these."""
+        """Computes a prompt in each of the first slots."""
         for slot in range(requests):
             free = np.array([slot], np.int32).tobytes() if self.step_id else b""
             self.run([slot], [length], new_reqs=(self.admit(slot, length),), finished_slots=free)
@@ -135,7 +135,7 @@ def main() -> None:
     dtype = next(iter(steps.worker.runner.model.parameters())).dtype
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
     peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], threads) for _ in range(8))
-    # Without the input embedding, unless that makes the logits as well.
+    # Excludes the input embedding, unless it also computes the logits.
     parameters = steps.weight_bytes / dtype.itemsize
 
     def bandwidth() -> float:

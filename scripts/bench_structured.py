@@ -4,8 +4,9 @@
     python scripts/bench_structured.py --streams 16 --rounds 5 -- --model folder --dtype bfloat16
     python scripts/bench_structured.py --against http://127.0.0.1:8000
 
-Rounds of free, constrained and mixed streams take turns. All streams of a round start together; the time per token is
-taken from a round's last first token to its first last one, while all of them run. Flags after ``--`` are the server's.
+Rounds of free, constrained and mixed streams alternate. All streams of a round start together; the time per token is
+measured while all of them run: from the moment the last stream gets its first token to the moment the first stream gets
+its last. Flags after ``--`` are passed to the server.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from api.commands.bench.sse_client import EventStream, HttpClient
 
 
 def record(**text: int) -> dict[str, object]:
-    """The schema of an object; ``text`` are bounds of its strings."""
+    """The schema of an object; ``text`` are constraints on its strings."""
     string = {"type": "string", **text}
     properties = {
         "id": {"type": "integer"},
@@ -46,14 +47,14 @@ GRAMMARS: dict[str, dict[str, Any]] = {
     },
     "regex": {"regex": "([A-Z][a-z]{2,9} ){300}"},
 }
-"""Languages whose outputs are about as long as a round, or longer."""
+"""Constraints whose outputs are about as long as a round, or longer."""
 
 
 async def measure(client: HttpClient, model: str, grammars: list[dict[str, Any] | None], max_tokens: int) -> float:
     """Milliseconds per token while all streams of a round run.
 
     Raises:
-        RuntimeError: The server refused a request, or a stream was too short.
+        RuntimeError: The server rejected a request, or a stream was too short.
     """
     sinks = [EventStream() for _ in grammars]
     sends = []
@@ -120,7 +121,7 @@ def main() -> int:
     for name, values in figures.items():
         middle = statistics.median(values)
         more = 100 * (middle / free - 1)
-        print(f"{name:16} {middle:8.3f} ms a token  {more:+6.1f} %  ({min(values):.3f} to {max(values):.3f})")
+        print(f"{name:16} {middle:8.3f} ms per token  {more:+6.1f} %  ({min(values):.3f} to {max(values):.3f})")
     print(json.dumps({"streams": arguments.streams, "tokens": arguments.tokens, "ms_per_token": figures}))
     return 0
 
