@@ -170,7 +170,7 @@ class EngineCore:
     # -- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Serves until told to stop. Returns the exit code."""
+        """Runs the loop until the engine core should exit. Returns the exit code."""
         self._start_workers()
         try:
             while self.exit_code is None:
@@ -628,7 +628,7 @@ class EngineCore:
     # -- faults --------------------------------------------------------------------------------------------
 
     def _worker_failed(self, message: WorkerFailed) -> None:
-        """Handles a worker's report that it cannot go on.
+        """Handles a worker's report that it cannot continue.
 
         Raises:
             WorkerDiedError: A restart may help. Further messages of these workers are ignored.

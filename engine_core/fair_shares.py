@@ -3,8 +3,8 @@
 Every tenant has a virtual time, the tokens it was served, and the tenant with the least is next (Sheng et al.,
 "Fairness in Serving Large Language Models", OSDI 2024). Tenants form a tree of two levels, keys and the users of each:
 keys take turns, and within a key its users do. A tenant that returns after a pause starts level with the active ones,
-so that nobody saves up turns. A request is charged for its prompt and its tenant's average output when it starts, and
-for the difference once it is known.
+so that pauses earn no extra turns. A request is charged for its prompt and its tenant's average output when it starts,
+and for the difference once it is known.
 
 Virtual times only grow: overcharges become credit towards later requests.
 """

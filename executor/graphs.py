@@ -40,7 +40,7 @@ class Program:
     # -- capture -------------------------------------------------------------------------------------------
 
     def input(self, name: str, spec: Spec) -> Value:
-        """Declares a tensor that each step brings."""
+        """Declares an input tensor of each step."""
         value = self._new_value(spec)
         self.inputs[name] = value.index
         return value

@@ -168,7 +168,7 @@ class Worker:
             self._send(output if self.parallel.is_output_rank else Heartbeat(self.rank, output.step_id))
 
     def run(self, receive: Callable[[int | None], ToWorker | None]) -> int:
-        """Starts the worker, then handles messages until told to end.
+        """Starts the worker, then handles messages until one asks it to exit.
 
         Args:
             receive: Waits for a message, or returns None once the given descriptor becomes readable.

@@ -141,7 +141,7 @@ class Client(asyncio.Protocol):
         self._is_closing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop has a class of its own
+        self._transport = cast(asyncio.Transport, transport)  # uvloop has its own class
         self._send()
 
     def _send(self) -> None:
@@ -379,7 +379,7 @@ def run_load(load: Load) -> dict[str, Any]:
 
 
 def load_main() -> int:
-    """The load process: a ``Load`` comes in on standard input, figures go out on standard output."""
+    """The load process: reads a ``Load`` from standard input, writes the figures to standard output."""
     spec = json.load(sys.stdin)
     load = Load(**{**spec, "pids": {**spec["pids"], "load": os.getpid()}})
     print(json.dumps(run_loop(generate(load))))

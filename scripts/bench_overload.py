@@ -81,7 +81,7 @@ class Window:
         self.sent = 0
         self.statuses: Counter[int] = Counter()
         self.refusals = array("d")
-        """Seconds from sending a request to the end of its refusal."""
+        """Seconds from sending a request to the end of its rejection."""
         self.first_events = array("d")
         self.retry_after = array("d")
         self.late = 0.0
@@ -293,7 +293,7 @@ class _Run:
 
 
 def load_main() -> int:
-    """The load process: a ``Load`` comes in on standard input, figures go out on standard output."""
+    """The load process: reads a ``Load`` from standard input, writes the figures to standard output."""
     load = Load(**json.load(sys.stdin))
 
     async def run() -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _format(value: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
 
 
-# -- the prober: a process of its own --------------------------------------------------------------------------
+# -- the prober: a separate process ----------------------------------------------------------------------------
 
 
 class Silence:

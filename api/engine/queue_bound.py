@@ -212,7 +212,7 @@ class QueueBound:
             self._rates.advance(now - self._seen_at)
         self._seen_at = now
 
-    # -- who may come in -----------------------------------------------------------------------------------
+    # -- admission -----------------------------------------------------------------------------------------
 
     def check(self, tenant: Tenant, count: int = 1, num_tokens: int = 0) -> bool:
         """Rejects requests for which there is no room.

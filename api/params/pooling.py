@@ -24,7 +24,7 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         dimensions: Keep only this many leading elements of the vector (for models trained for this).
         use_activation: Scale the vector to length 1. None: as configured by ``--pooler-config``.
-        truncate_prompt_tokens: Keep only the last so many tokens of a longer prompt; -1: as many as fit the model.
+        truncate_prompt_tokens: Keep only this many of the last tokens of a longer prompt; -1: as many as fit the model.
     """
 
     dimensions: int | None = None

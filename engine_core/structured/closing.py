@@ -3,8 +3,8 @@
 The search takes whatever leads to an end soon: all forced text, closing brackets and quotes, the shortest value where
 one must begin. Where none of that is allowed (in a string with a pattern, say), it takes a byte that leads to a new
 state, so as to leave repetitions. The path known for an earlier state helps: as soon as a tail of it completes the
-current state, it is the rest of the path. So a new path costs only as much as what the last token opened. Paths are
-short, but not always shortest.
+current state, it is the rest of the path. So a new path costs only as much as closing what the last token opened.
+Paths are short, but not always shortest.
 
 The shortest completion of a context-free grammar could be computed directly (Knuth, A generalization of Dijkstra's
 algorithm, 1977), but llguidance exposes a grammar only through a matcher: the allowed tokens, the forced bytes, and

@@ -17,7 +17,7 @@ MAX_GRAMMAR_BYTES = 256 << 10
 """Longest text of a grammar in bytes."""
 
 _HEADER = '%llguidance {"no_forcing": true}\n'
-"""Otherwise llguidance would tokenise forced text itself; the model is the better judge of its own tokens."""
+"""Otherwise llguidance would tokenise forced text itself; it is better to let the model choose the tokens."""
 WHITE_SPACE = r"[ ]|\n([ ]{0,64}|\t{0,32})"
 """Default whitespace between parts of JSON: a space, or a line break with indentation. Without a limit, some models
 write whitespace until they run out of tokens."""
