@@ -174,6 +174,23 @@ def test_drafts_leave_the_blocks_to_whoever_may_start() -> None:
     assert engine.outputs[9] == expected_output(late, 5)
 
 
+@pytest.mark.parametrize(("num_blocks", "allowed"), [(6, 4), (5, 0), (4, 0)])
+def test_drafts_need_blocks_for_all_rows(num_blocks: int, allowed: int) -> None:
+    """Each row's drafts need one more block. Drafts preempt nobody."""
+    engine = Engine.create(depth=1, max_draft_tokens=4, propose=proposer(), num_blocks=num_blocks, block_size=4)
+    inputs = [prompt for prompt in prompts(100, 7) if len(expected_output(prompt, 8)) == 8][:2]
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 8))
+    engine.turn()
+    engine.turn()
+    assert engine.scheduler.num_running == 2 and len(engine.outputs) == 2
+    assert engine.plan()
+    assert u8(engine.in_flight[-1][0].num_draft_tokens).tolist() == [allowed, allowed]
+    assert engine.scheduler.num_preemptions == 0
+    engine.run()
+    assert engine.outputs == {index: expected_output(prompt, 8) for index, prompt in enumerate(inputs)}
+
+
 def test_rejected_drafts_are_never_found_in_the_cache() -> None:
     """Blocks that are findable hold what their hashes say, at every moment."""
     engine = Engine.create(max_draft_tokens=MAX_DRAFTS, propose=proposer(3), block_size=2, num_blocks=200, depth=1)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import islice
 
 import pytest
 
+from engine_core import scheduler
 from engine_core.messages import GrammarSpec
-from engine_core.structured.drafts import mask_counts
+from engine_core.request import Request
+from engine_core.structured.drafts import mask_counts, states_along
+from engine_core.structured.request_grammar import RequestGrammar
+from tests.fakes import VOCAB_SIZE
 from tests.grammars import Drafts, Engine, random_schema
 from tests.null.test_late_grammars import add as add_late
 from tests.null.test_structured import KINDS, schema_spec
@@ -73,6 +79,28 @@ def test_drafts_that_a_grammar_forbids() -> None:
     outputs = outputs_of(expected)
     shifted = {index: outputs[(index + 1) % len(outputs)] for index in outputs}
     assert run(specs, Drafts(4, shifted)) == expected
+
+
+@pytest.mark.parametrize("position", [1, 3])
+def test_tokens_that_had_no_mask_are_not_output(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar that fails at a later position has no mask there, and the worker samples any token."""
+    specs = {index: (KINDS[index % len(KINDS)], 40) for index in range(2 * len(KINDS))}
+    expected = run(specs)
+    num_failed = 0
+
+    def failing(request: Request, drafts: Sequence[int], num_outputs: int) -> list[RequestGrammar]:
+        nonlocal num_failed
+        states = states_along(request, drafts, num_outputs)
+        if len(states) > position:
+            matcher = states[position].matcher
+            forbidden = (token for token in range(VOCAB_SIZE) if not matcher.validate_tokens([token]))
+            num_failed += any(not matcher.consume_token(token) for token in islice(forbidden, 1))
+        return states
+
+    monkeypatch.setattr(scheduler, "states_along", failing)
+    drafts = Drafts(4, outputs_of(expected))
+    assert run(specs, drafts) == expected
+    assert num_failed > 20 and drafts.num_accepted > 20
 
 
 def test_positions_without_a_token_end_rows_or_masks() -> None:

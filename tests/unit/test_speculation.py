@@ -206,6 +206,23 @@ def test_drafts_stay_within_the_table_and_end_with_their_request(tmp_path: Path)
     assert states.num_drafts[2] == 0
 
 
+def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> None:
+    states, request = table_with([1, 2], [10])
+    slots = np.array([2, 2, 2], np.int32)
+    rows = SampleRows(slots, np.array([3, 4, 5]), np.zeros(3, np.int32))
+    epochs = states.epochs[slots]
+    states.set_drafts(slots[:1], np.array([2]), np.array([11, 12], np.int32))
+    drafts = drafts_of(rows, states)
+    states.advance(slots[:1], np.array([3], np.int32), np.array([3], np.uint8))
+    states.apply(SchedulerOutput(2, b"", b"", b"", finished_slots=slots[:1].tobytes(), new_reqs=(request,)))
+    counts = (states.num_tokens[2], states.num_known[2], states.num_computed[2])
+    tokens = states.token_ids[2].tolist()
+    _, accepted = settle(states, rows, epochs, drafts, SamplerOutput(np.array([11, 13, 14])))
+    assert list(accepted) == [1]
+    assert (states.num_tokens[2], states.num_known[2], states.num_computed[2]) == counts
+    assert states.token_ids[2].tolist() == tokens
+
+
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown speculative method 'magic'; choose from scripted"):
         create_proposer(SpeculativeConfig(method="magic", num_speculative_tokens=1), 4)
