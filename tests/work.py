@@ -35,3 +35,36 @@ def count_calls(function: Callable[[], Any], most: int = sys.maxsize) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+def count_characters(function: Callable[[], Any]) -> int:
+    """Characters that functions get while ``function`` runs: texts as arguments of Python's, or as the object of a
+    method of ``str``. Of a text with a position ``pos``, those from there on; of a text that the same function gets
+    several times in a row, only those of the first call, and one for each further call.
+
+    Unlike the number of calls, this shows that a growing text is searched or copied with each piece that it gets.
+    """
+    count = 0
+    last: dict[object, str] = {}
+
+    def add(key: object, text: str, begin: int) -> None:
+        nonlocal count
+        count += 1 if last.get(key) is text else max(1, len(text) - begin)
+        last[key] = text
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            names, values = frame.f_code.co_varnames[: frame.f_code.co_argcount], frame.f_locals
+            for name in names:
+                if type(text := values[name]) is str:
+                    add((frame.f_code, name), text, values["pos"] if "pos" in names else 0)
+        elif event == "c_call" and type(text := getattr(argument, "__self__", None)) is str:
+            add(getattr(argument, "__name__", ""), text, 0)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count

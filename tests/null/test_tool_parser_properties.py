@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from api.parsers import REASONING_PARSERS, TOOL_PARSERS, ToolCallStart, collect, create_parser
 from api.parsers.python_literal import to_json
 from tests.null.test_tool_parsers import COMPLETE, parse, qwen, tool
+from tests.work import count_characters
 
 FRAGMENTS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "<|python_start|>", "<|python_end|>"),
@@ -32,7 +32,8 @@ VALUES = st.recursive(
 OBJECTS = st.dictionaries(st.text(), VALUES, max_size=4)
 NAMES = st.from_regex(r"[a-z_][a-z0-9_.]{0,10}", fullmatch=True)
 VALUE_ENDS = ["</parameter>", "\n<parameter=", "\n</function>", "\n</tool_call>"]
-SIZE = 256 * 1024
+SIZE = 4096
+PIECE = 32
 
 
 def pieces_of(text: str, cuts: Sequence[int]) -> list[str]:
@@ -146,43 +147,54 @@ def test_tagged_arguments(values: dict[str, Any]) -> None:
     assert [json.loads(call.arguments) for call in parsed.tool_calls] == [values]
 
 
-def repeated(unit: str) -> str:
-    return unit * (SIZE // len(unit))
+def repeat(unit: str, size: int) -> str:
+    return unit * (size // len(unit))
 
 
-LONG_OBJECT = json.dumps({"a": [{"b": "line\n" * 20, "c": [1, None, {}]}] * (SIZE // 160)})
-LONG_TEXTS = {
-    "text": repeated("The quick brown fox. "),
-    "beginnings": repeated("<"),
-    "brackets": repeated("[\n"),
-    "spaces": repeated(" "),
-    "breaks": repeated("\n"),
-    "hermes": f'<tool_call>{{"name": "f", "arguments": {LONG_OBJECT}}}</tool_call>',
-    "no name": f'<tool_call>{{"arguments": {LONG_OBJECT}, "x": 1}}</tool_call>',
-    "unclosed": repeated('<tool_call>{"'),
-    "many failures": repeated('<tool_call>{"a":'),
-    "llama": repeated('{"name": "f", "parameters": {"a": 1}};'),
-    "unnamed": repeated('{"name":"'),
-    "mistral": repeated("[TOOL_CALLS]f[CALL_ID]"),
-    "pythonic": f"[f(a={json.loads(LONG_OBJECT)!r})]",
-    "quotes": "[f(a='''" + repeated("''\\'") + "''')]",
-    "deep": "[f(a=" + repeated("[(") + ")]",
-    "tagged": "<function=f>\n<parameter=a>\n" + repeated("a <b>\n") + "</parameter>\n</function>",
-    "parameters": "<function=f>" + repeated("\n<parameter=a>\n") + "</function>",
-    "tagged object": f"<function=f>\n<parameter=a>{json.loads(LONG_OBJECT)!r}</parameter>\n</function>",
-    "digits": f"<function=f>\n<parameter=a>{repeated('1')}</parameter>\n</function>",
-    "thoughts": "<think>" + repeated("\n\n</thin"),
+def long_object(size: int) -> str:
+    return json.dumps({"a": [{"b": "line\n" * 20, "c": [1, None, {}]}] * (size // 160)})
+
+
+LONG_TEXTS: dict[str, Callable[[int], str]] = {
+    "text": lambda n: repeat("The quick brown fox. ", n),
+    "beginnings": lambda n: repeat("<", n),
+    "brackets": lambda n: repeat("[\n", n),
+    "spaces": lambda n: repeat(" ", n),
+    "breaks": lambda n: repeat("\n", n),
+    "hermes": lambda n: f'<tool_call>{{"name": "f", "arguments": {long_object(n)}}}</tool_call>',
+    "no name": lambda n: f'<tool_call>{{"arguments": {long_object(n)}, "x": 1}}</tool_call>',
+    "unclosed": lambda n: repeat('<tool_call>{"', n),
+    "many failures": lambda n: repeat('<tool_call>{"a":', n),
+    "llama": lambda n: repeat('{"name": "f", "parameters": {"a": 1}};', n),
+    "unnamed": lambda n: repeat('{"name":"', n),
+    "mistral": lambda n: repeat("[TOOL_CALLS]f[CALL_ID]", n),
+    "pythonic": lambda n: f"[f(a={json.loads(long_object(n))!r})]",
+    "quotes": lambda n: "[f(a='''" + repeat("''\\'", n) + "''')]",
+    "deep": lambda n: "[f(a=" + repeat("[(", n) + ")]",
+    "tagged": lambda n: "<function=f>\n<parameter=a>\n" + repeat("a <b>\n", n) + "</parameter>\n</function>",
+    "parameters": lambda n: "<function=f>" + repeat("\n<parameter=a>\n", n) + "</function>",
+    "tagged object": lambda n: f"<function=f>\n<parameter=a>{json.loads(long_object(n))!r}</parameter>\n</function>",
+    "digits": lambda n: f"<function=f>\n<parameter=a>{repeat('1', n)}</parameter>\n</function>",
+    "thoughts": lambda n: "<think>" + repeat("\n\n</thin", n),
 }
+"""Texts of about ``n`` characters."""
 
 
+@pytest.mark.parametrize("name", TOOL_PARSERS)
 @pytest.mark.parametrize("kind", LONG_TEXTS)
-def test_long_texts(kind: str) -> None:
-    """Well under a second each on an idle machine; in quadratic time, most would take minutes."""
-    text = LONG_TEXTS[kind]
-    for name in TOOL_PARSERS:
-        begin = time.process_time()
-        parser = create_parser("qwen3", name)
-        for position in range(0, len(text), 128):
-            parser.feed(text[position : position + 128])
-        parser.finish()
-        assert time.process_time() - begin < 4, name
+def test_work_is_linear(kind: str, name: str) -> None:
+    """Four times the text takes four times the work. It would be sixteen times if a parser began again with each
+    piece."""
+
+    def work(size: int) -> int:
+        text = LONG_TEXTS[kind](size)
+
+        def parse_pieces() -> None:
+            parser = create_parser("qwen3", name)
+            for position in range(0, len(text), PIECE):
+                parser.feed(text[position : position + PIECE])
+            parser.finish()
+
+        return count_characters(parse_pieces)
+
+    assert work(4 * SIZE) < 6 * work(SIZE)
