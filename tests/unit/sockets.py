@@ -71,9 +71,9 @@ async def talk(port: int, *parts: bytes) -> bytes:
         writer.close()
 
 
-async def until(condition: Callable[..., object]) -> None:
-    """Waits for something that must happen."""
+async def until(condition: Callable[..., object], interval: float = 0.002) -> None:
+    """Waits for something that must happen; an interval of 0 waits no turn of the loop longer."""
     deadline = asyncio.get_running_loop().time() + DEADLINE
     while not condition():
         assert asyncio.get_running_loop().time() < deadline
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(interval)

@@ -16,6 +16,7 @@ from api.generation.beam_search import BeamSearch, BeamSearchParams
 from engine_core.config import EngineConfig, SchedulerConfig
 from tests.fakes import EOS, IM_END, VOCAB_SIZE, Connection, FakeServer, token_of, tokens_of
 from tests.unit.conftest import Api
+from tests.unit.sockets import until
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -173,12 +174,11 @@ async def test_a_client_that_leaves_ends_its_search(api: Api) -> None:
     engine = api.server.engine
     engine.likely = likely
     connection = Connection(api.server.app, COMPLETIONS, {"prompt": "x", "max_tokens": 400, "use_beam_search": True})
-    while len(engine.submitted) < 5:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: len(engine.submitted) >= 5, interval=0)
     connection.leave()
     await connection.task
-    await asyncio.sleep(0.01)
-    assert engine.num_unfinished == 0 and connection.sent == []
+    await until(lambda: engine.num_unfinished == 0)
+    assert connection.sent == []
     assert len(engine.submitted) < 100
 
 
@@ -188,8 +188,7 @@ async def test_an_engine_that_fails(api: Api) -> None:
     request = asyncio.create_task(
         api.post(COMPLETIONS, {"prompt": ["x", "y"], "max_tokens": 9, "use_beam_search": True})
     )
-    while engine.steps_left or not engine.num_unfinished:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: not engine.steps_left and engine.num_unfinished, interval=0)
     engine.fail_one("bad logits")
     engine.steps_left = None
     response = await request

@@ -51,6 +51,7 @@ from engine_core.messages import (
 from engine_core.restart import MAX_DEATHS, MAX_RESTARTS
 from executor.liveness import ProcessSample, ProcessWatch
 from tests.fakes import tiny_tokenizer
+from tests.unit.sockets import until
 
 
 class Core:
@@ -87,6 +88,10 @@ class Core:
     def finish(self, state: RequestState, first: int, token: int) -> None:
         output = EngineCoreOutput(state.index, first, (token,), FinishReason.LENGTH)
         self.send(EngineCoreOutputs(self.epoch, outputs=(output,)))
+
+    def has_news(self) -> bool:
+        """Whether the client sent something."""
+        return bool(self._socket.poll(0))
 
     def received(self) -> list[ToEngineCore]:
         """What the client sent until now."""
@@ -193,12 +198,20 @@ class Harness:
 
     async def serving(self, interval: float = 0.01) -> None:
         """Waits until a restarted core is heard of; an interval of 0 waits no turn of the loop longer."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            if self.client.is_serving:
-                return
-            await asyncio.sleep(interval)
-        raise AssertionError("the client does not serve")
+        await until(lambda: self.client.is_serving, interval)
+
+    async def hears(self, count: int) -> list[EngineCoreRequest]:
+        """The next requests that the core is told, as soon as there are so many."""
+        told: list[EngineCoreRequest] = []
+
+        def are_enough() -> bool:
+            told.extend(
+                message for message in self.supervisor.core.received() if isinstance(message, EngineCoreRequest)
+            )
+            return len(told) >= count
+
+        await until(are_enough)
+        return told
 
     def sample(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, {"model_name": "model", "engine": "0", **labels}) or 0
@@ -292,12 +305,8 @@ async def test_every_core_hears_the_vocabulary_before_it_is_needed(harness: Harn
     try:
         await prepared.start()
         core = prepared.supervisor.core
-        deadline = time.monotonic() + 5
-        told: list[ToEngineCore] = []
-        while not told and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-            told = core.received()
-        assert [type(message) for message in told] == [SetVocabulary]
+        await until(core.has_news)
+        assert [type(message) for message in core.received()] == [SetVocabulary]
         prepared.submit(grammar=GrammarSpec("choice", "[]"))
         assert [type(message) for message in core.received()] == [EngineCoreRequest]
         prepared.supervisor.die()
@@ -339,11 +348,7 @@ async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None
     assert harness.client._socket.poll(5000)
     harness.supervisor.die()
     assert len(state.output_token_ids) < ROWS_PER_TURN
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if len(harness.supervisor.cores) > 1:
-            break
-        await asyncio.sleep(0.001)
+    await until(lambda: len(harness.supervisor.cores) > 1)
     # As far as it had arrived: what had not is computed again.
     assert state.output_token_ids.tolist() == list(range(len(state.output_token_ids)))
 
@@ -357,9 +362,7 @@ async def test_a_new_core_hears_of_many_requests_in_turns(harness: Harness) -> N
     assert len(told) <= REQUESTS_PER_TURN
     states.append(harness.submit())  # it comes after all those that were there before
     harness.client.abort(states[-3:-1])
-    while len(told) < len(states) - 2:
-        await asyncio.sleep(0.001)
-        told += [request for request in harness.supervisor.core.received() if isinstance(request, EngineCoreRequest)]
+    told += await harness.hears(len(states) - 2 - len(told))
     assert [request.index for request in told] == [state.index for state in (*states[:-3], states[-1])]
 
 
@@ -370,9 +373,7 @@ async def test_what_was_left_to_say_to_a_core_dies_with_it(harness: Harness) -> 
     await harness.serving(interval=0)
     harness.supervisor.die()
     again = await back(harness)
-    while len(again) < len(states):
-        await asyncio.sleep(0.001)
-        again += [request for request in harness.supervisor.core.received() if isinstance(request, EngineCoreRequest)]
+    again += await harness.hears(len(states) - len(again))
     assert [request.index for request in again] == [state.index for state in states]
 
 
@@ -535,26 +536,27 @@ async def test_readiness_is_the_truth(harness: Harness) -> None:
     assert harness.client.is_ready
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen")
-
-
 @pytest.mark.parametrize("is_serving", [True, False])
 async def test_a_core_that_does_not_answer_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_serving: bool
 ) -> None:
-    now = 0.0
+    now, num_looks = 0.0, 0
+
+    def look(pid: int) -> ProcessSample:
+        nonlocal num_looks
+        num_looks += 1
+        return ProcessSample("S", 1.0)
+
     FakeSupervisor.folder = tmp_path
     monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
     monkeypatch.setattr(engine_client, "PING_INTERVAL", 0.001)
-    monkeypatch.setattr(
-        engine_client, "ProcessWatch", lambda pid: ProcessWatch(pid, lambda: now, lambda pid: ProcessSample("S", 1.0))
-    )
+    monkeypatch.setattr(engine_client, "ProcessWatch", lambda pid: ProcessWatch(pid, lambda: now, look))
     harness = Harness()
+
+    async def looks(count: int) -> None:
+        wanted = num_looks + count
+        await until(lambda: num_looks >= wanted or harness.supervisor.num_kills)
+
     start = asyncio.create_task(harness.client.start())
     await asyncio.sleep(0)
     if is_serving:
@@ -563,11 +565,11 @@ async def test_a_core_that_does_not_answer_is_killed(
         state = harness.submit()
     limit = engine_client.PING_TIMEOUT if is_serving else engine_client.LOAD_PING_TIMEOUT
     now = 60.0  # the watcher stood still; that does not count
-    await asyncio.sleep(0.05)
+    await looks(10)
     assert harness.supervisor.num_kills == 0
     while harness.supervisor.num_kills == 0:
         now += 1.0
-        await asyncio.sleep(0.01)
+        await looks(1)
     assert limit - 3 < now - 60 < limit + 10
     now = 0.0
     harness.supervisor.core.ready()

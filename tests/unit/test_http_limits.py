@@ -16,6 +16,7 @@ from api.config import ServerConfig
 from api.errors import RequestError
 from api.http import body as body_module
 from api.http.body_budget import BodyBudget, BodyLimits
+from api.server import http_protocol
 from api.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connections, Limits
 from tests.fakes import Connection, FakeServer
 from tests.unit.sockets import DEADLINE, Clock, running, talk, until
@@ -244,7 +245,8 @@ async def test_slow_heads(server: FakeServer) -> None:
             clock.now += 9.9
             await slow.send(b"X-A: 1\r\n")
             await later.send(b"GET ")
-            await asyncio.sleep(0.05)
+            heads = [0, len(b"GET "), len(GET + b"X-A: 1\r\n")]
+            await until(lambda: sorted(one._bare_bytes for one in connections.all()) == heads)
             connections.sweep()
             assert connections.num_open == 3
             clock.now += 0.1
@@ -298,6 +300,15 @@ def narrow_socket(port: int) -> socket.socket:
     return sock
 
 
+def bytes_taken(connections: Connections, sock: socket.socket) -> int:
+    """What the server is told of how much a client has read."""
+    name = sock.getsockname()
+    (one,) = (one for one in connections.all() if one.transport.get_extra_info("peername") == name)
+    taken = http_protocol._bytes_taken(one.transport)
+    assert taken is not None
+    return taken
+
+
 async def test_readers_that_do_not_read() -> None:
     """They are cut, and their requests with them; those that read a little are not."""
     server = FakeServer(ServerConfig(max_logprobs=-1))
@@ -314,10 +325,11 @@ async def test_readers_that_do_not_read() -> None:
         assert server.engine.num_unfinished == 8
         connections.sweep()
         for _ in range(4):
+            taken = bytes_taken(connections, slow)
             received = 0
             while received < 200_000:
                 received += len(await loop.sock_recv(slow, 65536))
-            await asyncio.sleep(0.01)
+            await until(lambda before=taken: bytes_taken(connections, slow) != before)
             clock.now += 20
             connections.sweep()
         await until(lambda: server.engine.num_unfinished == 4)
@@ -341,9 +353,12 @@ async def test_a_reader_that_takes_nothing_of_a_short_answer(server: FakeServer)
         await until(lambda: server.engine.steps_left == 0)
         assert not any(one.flow.write_paused for one in connections.all())
         connections.sweep()
-        for _ in range(8):
+        taken = bytes_taken(connections, slow)
+        for number in range(1, 10):
             assert await loop.sock_recv(slow, 1500)
-            await asyncio.sleep(0.02)
+            if number % 3 == 0:  # the kernel reports no small reads
+                await until(lambda before=taken: bytes_taken(connections, slow) != before)
+                taken = bytes_taken(connections, slow)
             clock.now += 10
             await loop.sock_sendall(idle, b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")  # not about to be cut
             assert await loop.sock_recv(idle, 4096)
@@ -408,7 +423,7 @@ async def test_bodies_that_stop(server: FakeServer) -> None:
             await trickle.send(b"a")
             await slow.send(body[sent : sent + 2000])
             sent += 2000
-            await asyncio.sleep(0.005)
+            await until(lambda size=sent: has_body_of(budget, size))
             budget.sweep()
         refusal(await trickle.rest(), 408)
         await slow.send(body[sent:])
@@ -444,7 +459,7 @@ async def test_memory_of_bodies_is_shared(server: FakeServer) -> None:
         for one in clients:
             await one.send(post_head(len(body)) + body[:1000])
             sends.append(asyncio.create_task(one.send(body[1000:-1])))
-        await until(lambda: len(budget.waiting) >= 1 and first_is_complete(budget, len(body) - 1))
+        await until(lambda: len(budget.waiting) >= 1 and has_body_of(budget, len(body) - 1))
         assert budget.num_bytes < LIMITS.total + len(body)
         small = padded(1000)
         assert b'"text":"xx"' in await talk(port, POST + b"Content-Length: 1000\r\n" + CLOSE, small)
@@ -456,7 +471,7 @@ async def test_memory_of_bodies_is_shared(server: FakeServer) -> None:
     assert budget.num_bytes == 0
 
 
-def first_is_complete(budget: BodyBudget, size: int) -> bool:
+def has_body_of(budget: BodyBudget, size: int) -> bool:
     return any(body.size == size for body in budget.bodies)
 
 
@@ -467,7 +482,7 @@ async def test_who_waits_too_long_for_memory(server: FakeServer) -> None:
     body = padded(3 << 20)
     async with running(server) as port, client(port) as stopped, client(port) as other:
         await stopped.send(post_head(len(body)) + body[:-1])
-        await until(lambda: first_is_complete(budget, len(body) - 1))
+        await until(lambda: has_body_of(budget, len(body) - 1))
         send = asyncio.create_task(other.send(post_head(len(body)) + body))
         await until(lambda: budget.waiting)
         budget.sweep()
@@ -480,7 +495,7 @@ async def test_who_waits_too_long_for_memory(server: FakeServer) -> None:
         sent = 3 << 20
         large = padded(4 << 20)
         await slow.send(post_head(len(large)) + large[:sent])
-        await until(lambda: first_is_complete(budget, sent))
+        await until(lambda: has_body_of(budget, sent))
         send = asyncio.create_task(other.send(post_head(len(large)) + large))
         await until(lambda: budget.waiting)
         for _ in range(11):
@@ -488,7 +503,7 @@ async def test_who_waits_too_long_for_memory(server: FakeServer) -> None:
             clock.now += 1
             await slow.send(large[sent : sent + 80_000])  # faster than it would have to be
             sent += 80_000
-            await until(lambda size=sent: first_is_complete(budget, size))
+            await until(lambda size=sent: has_body_of(budget, size))
         budget.sweep()
         answer = await asyncio.wait_for(other.reader.readuntil(b"}}"), DEADLINE)
         assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in answer
