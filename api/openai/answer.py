@@ -47,7 +47,7 @@ from api.parsers import (
 from engine_core.messages import GrammarSpec
 
 MAX_TOOLS_LOOKED_FOR = 8
-"""A template that renders tools renders the first ones; searching for a thousand would be slow."""
+"""Tools to search for in a prompt: a template that renders tools renders the first ones, and more would be slow."""
 TOOLS_IGNORED = "the model's chat template ignores tools, so the model does not see them; see --chat-template"
 
 
@@ -270,11 +270,11 @@ async def prepare_answer(
         request: The conversation and its parameters.
         answer_id: Id of the generation.
         tenant: The client's tenant.
+        fits_max_tokens: Reduce ``max_tokens`` to what fits in the context instead of rejecting the request.
         work: Approximate number of steps to walk the request.
-        fits_max_tokens: Cap ``max_tokens`` at the context instead of rejecting it.
 
     Raises:
-        RequestError: The request is invalid; it names the field of a chat completion.
+        RequestError: The request is invalid. The error names the field of a chat completion.
     """
     refuse_chat(request)
     check_stream_fields(request)
@@ -316,14 +316,14 @@ async def prepare_answer(
 def _text_format(
     model: ServedModel, request: ChatCompletionRequest, use: ToolUse, *, is_constrained: bool, opened: bool | None
 ) -> TextFormat:
-    """How the text of an answer is to be read.
+    """How to parse the text of an answer.
 
     Args:
-        model: Names the parser of reasoning.
+        model: Names the reasoning parser.
         request: The conversation.
-        use: Its tools.
-        is_constrained: The answer, or what comes after its reasoning, follows a grammar.
-        opened: The prompt leaves the model in the middle of reasoning.
+        use: How its tools are used.
+        is_constrained: Whether a grammar constrains the answer, or the part after the reasoning.
+        opened: Whether the prompt has opened or closed the reasoning; see ``create_parser``.
     """
     is_thoughtless = is_constrained and model.holds_in_reasoning(request.structured_outputs)
     return TextFormat(

@@ -58,7 +58,7 @@ def beam_search_params(
 
     Args:
         request: A request with ``use_beam_search``.
-        grammar: Its constraint, which is rejected.
+        grammar: The request's constraint. Beam search supports none, so it is rejected.
         max_tokens: Maximum length of a completion.
         logprobs: Number of most likely tokens to report per position.
 
@@ -113,7 +113,7 @@ def create_generation(
         grammar: Constraint on the outputs.
         opened: Whether the conversation's prompt has opened or closed the reasoning; see ``ServedModel.resolve``.
         kept_special_ids: Special tokens to keep in the text when others are skipped.
-        tenant: Who it is for.
+        tenant: The client's tenant.
 
     Raises:
         RequestError: A parameter is invalid for the model.

@@ -87,7 +87,7 @@ class ChatReply:
         self._has_token_ids = bool(request.return_token_ids)
         self._ends_with_usage, self._has_usage = wants_usage(request, always=model.config.enable_force_include_usage)
         self._is_bare = not (self._has_logprobs or self._has_token_ids or self._has_usage)
-        """Chunks have no per-token information."""
+        """Chunks have no log probabilities, token ids or usage."""
         self._is_content = answer.text_format.is_plain
         """All text is content."""
         self._is_plain = self._is_bare and self._is_content
@@ -99,7 +99,7 @@ class ChatReply:
         self._folds: dict[int, _Fold] = {}
         """By choice, for a whole answer."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
-        """By started choice: the JSON before and after the text of a plain chunk."""
+        """For each started choice, the JSON before and after the text of a plain chunk."""
         self._chunk = ChatCompletionChunk(
             id=generation.request_id,
             created=int(time.time()),
@@ -224,7 +224,7 @@ class ChatReply:
 
 
 def _change(event: Event) -> ChatDelta | None:
-    """The change of the message by a part of the text."""
+    """The change of the message that an event makes; None if it makes none."""
     if isinstance(event, Content):
         return ChatDelta(content=event.text)
     if isinstance(event, Reasoning):
@@ -249,7 +249,7 @@ class _Fold:
         self._calls: list[tuple[ToolCallDelta, list[str]]] = []
         """Each call's start, and the pieces of its arguments."""
         self._logprobs: list[bytes] | None = None
-        """Encoded pieces: as objects they would be thousands."""
+        """Encoded pieces, instead of thousands of objects."""
         self._token_ids: list[int] = []
         self._last: ChatChunkChoice | None = None
 

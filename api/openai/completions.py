@@ -132,7 +132,7 @@ def list_prompts(prompt: str | list[str | int | list[int]], field: str = "prompt
 
 
 def _max_tokens(model: ServedModel, request: CompletionRequest, num_prompt_tokens: int) -> int:
-    """The engine generates at least one token; with ``echo`` only, it is dropped."""
+    """The engine's token limit. The engine generates at least one token; if ``max_tokens`` is 0, it is dropped."""
     if request.max_tokens is None:
         return max(1, min(DEFAULT_MAX_TOKENS, model.limits.max_model_len - num_prompt_tokens))
     return 1 if _is_echo_only(request) else request.max_tokens
@@ -152,7 +152,7 @@ def _num_prompt_logprobs(request: CompletionRequest) -> int | None:
 async def _echoes(
     model: ServedModel, request: CompletionRequest, prompts: Sequence[str | list[int]], token_ids: Sequence[list[int]]
 ) -> list[str]:
-    """The echoed texts that completions start with."""
+    """The texts of the prompts, which completions start with if ``echo`` is set."""
     if not request.echo:
         return [""] * len(prompts)
     echoes = []
@@ -236,7 +236,7 @@ class CompletionReply:
         self._folds: dict[int, _Fold] = {}
         """By choice, for a whole answer."""
         self._constants: dict[int, tuple[bytes, bytes]] = {}
-        """By started choice: the JSON before and after the text of a plain chunk."""
+        """For each started choice, the JSON before and after the text of a plain chunk."""
         self._chunk = CompletionResponse(
             id=generation.request_id,
             created=int(time.time()),
@@ -353,7 +353,7 @@ class _Fold:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._columns: list[list[bytes]] | None = None
-        """Encoded pieces of the log probability columns: as objects they would be thousands."""
+        """Encoded pieces of the log probability columns, instead of thousands of objects."""
 
     def add(self, piece: CompletionChoice) -> None:
         whole = self._whole

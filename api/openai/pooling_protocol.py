@@ -1,4 +1,4 @@
-"""Bodies of the endpoints that pool: embeddings, scores and rankings. Types only, as in ``protocol.py``."""
+"""Types of request and response bodies of the pooling endpoints: embeddings, scores and rankings."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ Limit = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 
 
 class PoolingRequest(msgspec.Struct, kw_only=True):
-    """What all of them have in common."""
+    """Common fields of the pooling endpoints."""
 
     model: str | None = None
-    """None: the model that is served."""
+    """Name of the model. None: the served model."""
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
-    """Keep so many tokens of a longer text, with those that the tokenizer adds; -1: as many as the model takes."""
+    """Truncate each text to this many tokens, including special tokens that the tokenizer adds. -1: to the model's
+    maximum length."""
     truncation_side: Literal["left", "right"] | None = None
-    """Where tokens are cut off. Default: left, the last tokens stay."""
+    """Side from which a text is truncated. Default: left, which keeps the last tokens."""
     priority: Int32 | None = None
-    """Lower runs first; needs a server with that policy."""
+    """Lower values run first. Requires the priority scheduling policy."""
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
-    """Requests share cached prompts with those of the same salt only."""
+    """Cached prefixes are shared only between requests with the same salt."""
     request_id: Label | None = None
-    """Becomes part of the answer's id. Default: the X-Request-Id header, else a random one."""
+    """Becomes part of the answer's id. Default: the X-Request-Id header, or else a random id."""
     user: str | None = None
-    """Who the request is for: users of an API key take turns."""
+    """Identifier of the end user. The users of an API key take turns."""
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True):
-    """Body of POST /v1/embeddings: ``input``, or ``messages`` with what chat completions take to render them."""
+    """Body of POST /v1/embeddings: ``input``, or ``messages`` with the template fields of chat completions."""
 
     input: str | list[str | int | list[int]] | None = None
-    """A text, several texts, token ids, or several lists of token ids."""
+    """A text, several texts, a list of token ids, or several such lists."""
     messages: Annotated[list[ChatMessage | list[ChatMessage]], Meta(min_length=1)] | None = None
     """A conversation, or a list of conversations."""
     encoding_format: Literal["float", "base64"] | None = None
-    """base64: the bytes of the numbers, which is smaller and faster."""
+    """``base64`` encodes the bytes of the numbers, which is smaller and faster."""
     dimensions: PositiveCount | None = None
-    """Keep that many leading numbers (for models that were trained so), then scale the vector to length 1."""
+    """Truncate vectors to this length, then normalise them to length 1. For models trained for this (Matryoshka)."""
     use_activation: bool | None = None
-    """Scale vectors to length 1. Default: as the server is configured."""
+    """Normalise vectors to length 1. Default: the server's setting."""
     normalize: bool | None = None
-    """Older name of ``use_activation``."""
+    """Old name of ``use_activation``."""
     embed_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type of the numbers in base64. Default: float32."""
+    """Number type for ``base64``. Default: float32."""
     endianness: Literal["native", "little", "big"] | None = None
-    """Order of their bytes. Default: the server's, which is little."""
+    """Byte order for ``base64``. Default: native, that of the server, which is little-endian."""
     add_special_tokens: bool | None = None
-    """Let the tokenizer add its start token. Default: for ``input``, not for ``messages``, whose template has it."""
+    """Add the tokenizer's special tokens, such as the start token. Default: true for ``input``, false for ``messages``,
+    whose template writes them."""
     add_generation_prompt: bool | None = None
-    """End with the header of an assistant message. Default: no."""
+    """End the prompt with the header of an assistant message. Default: false."""
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -65,29 +67,29 @@ class EmbeddingRequest(PoolingRequest, kw_only=True):
 
 
 class ScoreRequest(PoolingRequest, kw_only=True):
-    """Body of POST /score: one query with each document, or each query with its own document.
+    """Body of POST /score: compares one query with each document, or each query with its own document.
 
-    The two sides have several names; one of each side is needed.
+    The queries and the documents can each be given under several names, of which exactly one is required.
     """
 
     queries: str | list[str] | None = None
     documents: str | list[str] | None = None
     items: str | list[str] | None = None
-    """Another name of ``documents``."""
+    """Alias of ``documents``."""
     text_1: str | list[str] | None = None
-    """Another name of ``queries``."""
+    """Alias of ``queries``."""
     text_2: str | list[str] | None = None
-    """Another name of ``documents``."""
+    """Alias of ``documents``."""
     data_1: str | list[str] | None = None
-    """Another name of ``queries``."""
+    """Alias of ``queries``."""
     data_2: str | list[str] | None = None
-    """Another name of ``documents``."""
+    """Alias of ``documents``."""
     max_tokens_per_query: Limit | None = None
-    """Use the first so many tokens of a query; 0: all."""
+    """Use at most this many leading tokens of a query; 0: all."""
     max_tokens_per_doc: Limit | None = None
-    """Use the first so many tokens of a document, those that the tokenizer adds not counted; 0: all."""
+    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
     add_special_tokens: bool | None = None
-    """Let the tokenizer add its start token. Default: yes."""
+    """Add the tokenizer's special tokens, such as the start token. Default: true."""
     instruction: Later = None
 
 
@@ -96,20 +98,20 @@ class RerankDocument(msgspec.Struct, kw_only=True):
 
 
 class RerankRequest(PoolingRequest, kw_only=True):
-    """Body of POST /rerank, in the form that Jina and Cohere share."""
+    """Body of POST /rerank, in the format shared by Jina and Cohere."""
 
     query: str
     documents: Annotated[list[str | RerankDocument], Meta(min_length=1)]
     top_n: Limit | None = None
-    """Return the best so many; 0: all."""
+    """Return only this many documents, the most relevant ones; 0: all."""
     return_documents: bool | None = None
-    """Repeat the texts in the answer. Default: yes."""
+    """Return the texts of the documents. Default: true."""
     max_tokens_per_query: Limit | None = None
-    """Use the first so many tokens of the query; 0: all."""
+    """Use at most this many leading tokens of the query; 0: all."""
     max_tokens_per_doc: Limit | None = None
-    """Use the first so many tokens of a document, those that the tokenizer adds not counted; 0: all."""
+    """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
     add_special_tokens: bool | None = None
-    """Let the tokenizer add its start token. Default: yes."""
+    """Add the tokenizer's special tokens, such as the start token. Default: true."""
     instruction: Later = None
 
 
@@ -119,7 +121,7 @@ class RerankRequest(PoolingRequest, kw_only=True):
 
 class PoolingUsage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
-    """Of all texts, each counted once."""
+    """Tokens of all texts, each counted once."""
     total_tokens: int
 
 
@@ -127,7 +129,7 @@ class Embedding(msgspec.Struct, kw_only=True):
     index: int
     object: str = "embedding"
     embedding: list[float] | str
-    """Numbers, or base64 of their bytes."""
+    """The numbers, or their bytes in base64."""
 
 
 class EmbeddingResponse(msgspec.Struct, kw_only=True):
@@ -143,7 +145,7 @@ class Score(msgspec.Struct, kw_only=True):
     index: int
     object: str = "score"
     score: float
-    """Cosine similarity, -1 to 1."""
+    """Cosine similarity, from -1 to 1."""
 
 
 class ScoreResponse(msgspec.Struct, kw_only=True):
@@ -157,10 +159,10 @@ class ScoreResponse(msgspec.Struct, kw_only=True):
 
 class RerankResult(msgspec.Struct, kw_only=True):
     index: int
-    """Place of the document in the request."""
+    """Index of the document in the request."""
     document: RerankDocument | UnsetType = UNSET
     relevance_score: float
-    """Cosine similarity, -1 to 1."""
+    """Cosine similarity, from -1 to 1."""
 
 
 class RerankResponse(msgspec.Struct, kw_only=True):
@@ -168,4 +170,4 @@ class RerankResponse(msgspec.Struct, kw_only=True):
     model: str
     usage: PoolingUsage
     results: list[RerankResult]
-    """From the best to the worst; equal ones in the order of the request."""
+    """Most relevant first; documents with equal scores in the order of the request."""

@@ -106,7 +106,7 @@ async def prompt_opened(
 
 
 def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
-    """The server's template, or the source of the request's."""
+    """The server's template, or the source of the request's own template."""
     if source is not None:
         if not model.config.trust_request_chat_template:
             raise RequestError(
@@ -121,7 +121,7 @@ def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
 
 
 def _template_options(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> dict[str, Any]:
-    """The fields of a request that every template is told."""
+    """The fields of a request that are passed to every template."""
     continues = bool(request.continue_final_message)
     add_generation_prompt = adds_generation_prompt(request)
     if continues and add_generation_prompt:
@@ -138,7 +138,7 @@ def _template_options(request: ChatCompletionRequest | TokenizeRequest | Embeddi
 def _template_variables(
     model: ServedModel, request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest
 ) -> dict[str, Any]:
-    """The variables of a template beside its fields: the server's, then the request's own."""
+    """The other variables of a template: those of the server, overridden by those of the request."""
     variables = dict(request.chat_template_kwargs or {})
     check_number(len(variables), MAX_TEMPLATE_KWARGS, "chat_template_kwargs", "variables")
     for name in TEMPLATE_FIELDS:

@@ -1,7 +1,8 @@
-"""Bodies of requests and answers, types only. Names are OpenAI's and, where it has more, vLLM's.
+"""Types of OpenAI request and response bodies, without logic.
 
-Unknown fields of a request are ignored. A field of type ``Later`` belongs to a feature that does not exist yet:
-``refusals.py`` says what is refused, as silence would give the client something else than it asked for.
+Fields are named as in OpenAI's API; those that vLLM adds are named as in vLLM. Unknown fields of a request are ignored.
+Fields of type ``Later`` belong to features that are not implemented. ``refusals.py`` rejects them: ignoring one would
+silently give the client something that it did not ask for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Int32 = Annotated[int, Meta(ge=-(1 << 31), le=MAX_INT32)]
 Label = Annotated[str, Meta(pattern=r"^[!-~]{1,128}$")]
 Later = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 
-# Ranges that are checked with a message of their own are in the document only.
+# These ranges only appear in the OpenAPI document; the server checks them elsewhere, with better error messages.
 Penalty = Annotated[float, Meta(extra_json_schema={"minimum": -2, "maximum": 2})]
 Share = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
 Temperature = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 2})]
@@ -31,7 +32,7 @@ OffOrCount = Annotated[int, Meta(le=MAX_INT32, extra_json_schema={"minimum": -1}
 
 JsonObject: TypeAlias = dict[str, Any]
 Tools: TypeAlias = list[Annotated[JsonObject, Meta(extra_json_schema={"$ref": "#/components/schemas/ChatTool"})],]
-"""``ChatTool``s, kept as they came for the chat template."""
+"""``ChatTool`` objects, passed to the chat template unchanged."""
 ToolChoice: TypeAlias = Annotated[JsonObject, Meta(extra_json_schema={"required": ["type"]})]
 
 
@@ -41,37 +42,37 @@ ToolChoice: TypeAlias = Annotated[JsonObject, Meta(extra_json_schema={"required"
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
-    """End the stream with a chunk that has no choices but the token usage."""
+    """End the stream with a chunk that has the token usage and no choices."""
     continuous_usage_stats: bool | None = None
-    """Every chunk has the usage so far."""
+    """Include the usage so far in every chunk. Requires ``include_usage``."""
 
 
 class JsonSchemaFormat(msgspec.Struct, kw_only=True):
     name: str | None = None
-    """Not read."""
+    """Ignored."""
     description: str | None = None
-    """Not read."""
+    """Ignored."""
     schema: JsonObject | bool | None = None
     """A JSON schema."""
     strict: bool | None = None
-    """Not read: answers always keep to the schema."""
+    """Ignored: the schema is always enforced."""
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
-    """The form of an answer."""
+    """The format of an answer."""
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["text", "json_object", "json_schema"]})]
     json_schema: JsonSchemaFormat | None = None
-    """With the type json_schema."""
+    """Required for type ``json_schema``."""
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """What means the same in every protocol of OpenAI's, whatever an answer looks like."""
+    """Fields that are the same in completions, chat completions and responses."""
 
     stream_interval: PositiveCount | None = None
-    """Tokens of a choice in each chunk of a stream, but for the first and the last one. Default: the server's."""
+    """Tokens per chunk of a choice in a stream, except the first and the last chunk. Default: the server's setting."""
 
-    # How tokens are chosen. None: the server's default, then SamplingParams'.
+    # Sampling. None: the server's default, or else that of SamplingParams.
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: OffOrCount | None = None
@@ -84,55 +85,55 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
 
-    # When it ends.
+    # Stop conditions.
     stop: str | list[str] | None = None
     stop_regex: str | list[str] | None = None
-    """Regular expressions that end it like stop strings. No look-around, no ``$``."""
+    """Regular expressions that act like stop strings. Look-around and ``$`` are not supported."""
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
-    """No end token and no stop string before this many tokens."""
+    """Minimum number of tokens: until then, end tokens and stop strings do not end the completion."""
     repetition_detection: RepetitionDetectionParams | None = None
-    """End a completion that is caught in a loop, with the finish reason ``repetition``."""
+    """End a completion that repeats itself, with finish reason ``repetition``."""
 
     thinking_token_budget: Count | None = None
-    """Tokens after which thinking is ended; needs a server with a reasoning parser."""
+    """Maximum number of reasoning tokens, after which reasoning is ended. Requires a reasoning parser."""
 
     structured_outputs: StructuredOutputsParams | None = None
-    """What language it is in."""
+    """Constraint on the output."""
 
-    # What is reported.
+    # Output.
     return_tokens_as_token_ids: bool | None = None
-    """Spell tokens in log probabilities as ``token_id:17``. Default: the server's."""
+    """Write tokens in log probabilities as ``token_id:17``. Default: the server's setting."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
 
-    # How it is scheduled and cached.
+    # Scheduling and caching.
     priority: Int32 | None = None
-    """Lower runs first; needs a server with that policy."""
+    """Lower values run first. Requires the priority scheduling policy."""
     cache_salt: CacheSalt | None = None
-    """Requests share cached prompts with those of the same salt only."""
+    """Cached prefixes are shared only between requests with the same salt."""
 
 
 class GenerationRequest(SamplingFields, kw_only=True):
-    """What completions and chat completions have in common."""
+    """Common fields of completions and chat completions."""
 
     model: str | None = None
-    """None: the model that is served."""
+    """Name of the model. None: the served model."""
     n: PositiveCount | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     use_beam_search: bool | None = None
-    """Search for the ``n`` most likely sequences; not in a stream."""
+    """Search for the ``n`` most likely sequences. Not supported with ``stream``."""
     length_penalty: float | None = None
-    """Of beam search: above 0 longer sequences score better. Default: 1."""
+    """For beam search: values above 0 favour longer sequences. Default: 1."""
 
-    # What language it is in: at most one of these and ``structured_outputs``.
+    # Constraint on the output: at most one of these fields and ``structured_outputs``.
     response_format: ResponseFormat | None = None
     guided_json: JsonObject | str | None = None
-    """Older name of ``structured_outputs.json``, and so on."""
+    """Old name of ``structured_outputs.json``; likewise for the other ``guided`` fields."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -141,33 +142,34 @@ class GenerationRequest(SamplingFields, kw_only=True):
     json_schema: Later = None
     format: Annotated[Any, Meta(extra_json_schema={"enum": [None, ""]})] = None
 
-    # What is reported.
+    # Output.
     prompt_logprobs: OffOrCount | None = None
-    """Log probabilities of this many tokens at each place of the prompt; not in a stream."""
+    """Number of most likely tokens to return per prompt position. Not supported with ``stream``."""
     logprob_token_ids: list[int] | None = None
-    """Report these tokens instead of the most likely ones."""
+    """Return the log probabilities of these tokens instead of the most likely ones."""
     return_token_ids: bool | None = None
-    """Add ``token_ids`` and ``prompt_token_ids``."""
+    """Add ``token_ids`` and ``prompt_token_ids`` to the answer."""
     return_token_offsets: bool | None = None
-    """Add ``prompt_token_offsets``: where each token of the prompt begins and ends in its text, in characters."""
+    """Add ``prompt_token_offsets`` to the answer: start and end of each prompt token in its text, in characters."""
 
     # The prompt.
     add_special_tokens: bool | None = None
-    """Let the tokenizer add its start token. Default: for a prompt, not for messages, whose template has it."""
+    """Add the tokenizer's special tokens, such as the start token. Default: true for a prompt, false for messages,
+    whose template writes them."""
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
-    """Keep so many tokens of a longer prompt, with those that the tokenizer adds; -1: as many as leave room
-    for the output."""
+    """Truncate the prompt to this many tokens, including special tokens that the tokenizer adds. -1: as many as leave
+    room for the output."""
     truncation_side: Literal["left", "right"] | None = None
-    """Where tokens are cut off. Default: left, the last tokens stay."""
+    """Side from which the prompt is truncated. Default: left, which keeps the last tokens."""
 
     request_id: Label | None = None
-    """Becomes part of the answer's id. Default: the X-Request-Id header, else a random one."""
+    """Becomes part of the answer's id. Default: the X-Request-Id header, or else a random id."""
     user: str | None = None
-    """Who the request is for: users of an API key take turns."""
+    """Identifier of the end user. The users of an API key take turns."""
     safety_identifier: str | None = None
-    """Newer name of ``user``."""
+    """New name of ``user``."""
 
-    # Refused, see refusals.py.
+    # Not supported; see refusals.py.
     prompt_embeds: Later = None
     logits_processors: Later = None
     watermarking: Later = None
@@ -178,16 +180,17 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]
-    """A text, several texts, token ids, or several lists of token ids."""
+    """A text, several texts, a list of token ids, or several such lists."""
     echo: bool | None = None
-    """The completion's text begins with the prompt."""
+    """Start the completion's text with the prompt."""
     logprobs: OffOrCount | None = None
-    """Report log probabilities of this many most likely tokens; with ``echo`` of the prompt, too."""
+    """Number of most likely tokens to return per position; with ``echo``, for the prompt as well."""
     max_tokens: Count | None = None
-    """None: 16. 0 only with ``echo``."""
+    """Default: 16. 0 is allowed only with ``echo``."""
 
     best_of: PositiveCount | None = None
-    """Generate so many and return the ``n`` with the highest log probability; not more than ``n`` in a stream."""
+    """Generate this many completions and return the ``n`` with the highest log probability. With ``stream``, at most
+    ``n``."""
     suffix: Later = None
 
 
@@ -197,34 +200,35 @@ class FunctionDefinition(msgspec.Struct, kw_only=True):
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     description: str | None = None
     parameters: JsonObject | bool | None = None
-    """JSON schema of the arguments. None: there are none."""
+    """JSON schema of the arguments. None: the function has no arguments."""
     strict: bool | None = None
-    """Not read: arguments follow the schema whenever calls are forced."""
+    """Ignored: the schema is enforced whenever calls are forced."""
 
 
 class ChatTool(msgspec.Struct, kw_only=True):
-    """A tool. Chat templates see more fields, if there are more."""
+    """A tool. Additional fields are passed to the chat template."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
 class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One message of a conversation, as the chat template sees it."""
+    """A message of a conversation, as passed to the chat template."""
 
     role: str
     content: str | list[str | JsonObject] | None = None
-    """A text, or parts such as ``{"type": "text", "text": "..."}``."""
+    """A text, or a list of parts such as ``{"type": "text", "text": "..."}``."""
     name: str | None = None
     tool_calls: list[JsonObject] | None = None
     tool_call_id: str | None = None
     function_call: JsonObject | None = None
-    """Older form of ``tool_calls``, with one call; the role of its result is ``function``."""
+    """Old form of ``tool_calls``, for a single call; the message with its result has the role ``function``."""
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     is_error: bool | None = None
-    """Of a tool's result: the call failed. The text begins with "Error: ", unless the template reads this itself."""
+    """For a tool's result: whether the call failed. The text is prefixed with "Error: " unless the template uses this
+    field."""
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
@@ -232,38 +236,38 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: PositiveCount | None = None
-    """None: what the context has room for."""
+    """Default: what fits in the context."""
     max_tokens: PositiveCount | None = None
-    """Older name of ``max_completion_tokens``."""
+    """Old name of ``max_completion_tokens``."""
     logprobs: bool | None = None
     top_logprobs: OffOrCount | None = None
-    """Most likely tokens to report at each place; needs ``logprobs``."""
+    """Number of most likely tokens to return per position. Requires ``logprobs``."""
     echo: bool | None = None
-    """The answer begins with the last message, if that has the answer's role."""
+    """Start the answer with the last message, if that message has the role of the answer."""
 
     return_prompt_text: bool | None = None
-    """Add ``prompt_text``: the conversation as the chat template wrote it."""
+    """Add ``prompt_text`` to the answer: the conversation as rendered by the chat template."""
 
     add_generation_prompt: bool | None = None
-    """End with the header of an assistant message. Default: yes, unless ``continue_final_message``."""
+    """End the prompt with the header of an assistant message. Default: the opposite of ``continue_final_message``."""
     continue_final_message: bool | None = None
-    """The model goes on with the last message."""
+    """Continue the last message instead of starting a new one."""
     chat_template: str | None = None
-    """A template of the request's own; needs a server that trusts such templates."""
+    """Chat template for this request. Requires a server that trusts templates of requests."""
     chat_template_kwargs: JsonObject | None = None
-    """More variables for the template."""
+    """Additional variables for the chat template."""
     documents: list[JsonObject] | None = None
-    """Documents for templates that know retrieval."""
+    """Documents for chat templates that support retrieval."""
     reasoning_effort: str | None = None
-    """A variable for the template."""
+    """Variable for the chat template."""
 
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    """Default: auto with tools. A grammar forces calls if it is ``required`` or names a function."""
+    """Default: ``auto`` if there are tools. ``required`` or a named function forces calls with a grammar."""
     parallel_tool_calls: bool | None = None
-    """False: at most one call. Default: any number."""
+    """False: at most one call. Default: any number of calls."""
     include_reasoning: bool | None = None
-    """Whether the answer shows the model's reasoning. Default: yes."""
+    """Return the model's reasoning. Default: true."""
 
     functions: Later = None
     function_call: Annotated[Any, Meta(extra_json_schema={"enum": [None, "none"]})] = None
@@ -274,13 +278,13 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
-    """Body of POST /tokenize: a prompt, or messages with what chat completions take to render them."""
+    """Body of POST /tokenize: a prompt, or messages with the template fields of chat completions."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
     add_special_tokens: bool | None = None
-    """Default: for a prompt, not for messages."""
+    """Default: true for a prompt, false for messages."""
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -292,11 +296,11 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 class TokenizerInfo(msgspec.Struct, kw_only=True):
-    """Answer of GET /tokenizer_info: what ``tokenizer_config.json`` holds, and always these two."""
+    """Answer of GET /tokenizer_info: the contents of ``tokenizer_config.json``, and always these two fields."""
 
     tokenizer_class: str
     chat_template: str | dict[str, str] | None
-    """The template in use, or several by name."""
+    """The template in use, or several templates by name."""
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
@@ -313,45 +317,45 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 class PromptLogprob(msgspec.Struct, kw_only=True):
     logprob: float
     rank: int
-    """1: the most likely token of all."""
+    """Rank by probability; 1 is the most likely token."""
     decoded_token: str
 
 
 TokenOffsets: TypeAlias = list[tuple[int, int]]
 
 PromptLogprobs: TypeAlias = list[dict[int, PromptLogprob] | None]
-"""By place in the prompt, then by token id. The first token has none."""
+"""One dictionary per prompt position, by token id; None for the first position."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    """Columns with an entry for each token."""
+    """Log probabilities as columns, with one entry per token."""
 
     text_offset: list[int] = msgspec.field(default_factory=list)
-    """Where the token begins in the choice's text, in characters."""
+    """Start of the token in the choice's text, in characters."""
     token_logprobs: list[float | None] = msgspec.field(default_factory=list)
     tokens: list[str] = msgspec.field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = msgspec.field(default_factory=list)
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """A completion, or what one chunk of a stream adds to it."""
+    """A completion, or the part of it in one chunk of a stream."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
-    """stop, length or abort; None while it goes on."""
+    """``stop``, ``length``, ``repetition`` or ``abort``; None while it is being generated."""
     stop_reason: int | str | None = None
-    """The stop string or the one of ``stop_token_ids`` that ended it."""
+    """The stop string, or the token of ``stop_token_ids``, that ended the completion."""
     token_ids: list[int] | None | UnsetType = UNSET
-    """This and what follows are null in whole answers and absent in chunks, unless they were asked for."""
+    """Like the fields below, returned on request. Otherwise null in whole answers and absent from chunks."""
     prompt_token_ids: list[int] | None | UnsetType = UNSET
     prompt_token_offsets: TokenOffsets | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | None | UnsetType = UNSET
 
 
 class CompletionResponse(msgspec.Struct, kw_only=True):
-    """A completion, or a chunk of a stream of them."""
+    """The completions of a request, or one chunk of their stream."""
 
     id: str
     object: str = "text_completion"
@@ -360,7 +364,7 @@ class CompletionResponse(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     system_fingerprint: str
     usage: Usage | None | UnsetType = UNSET
-    """In a stream: only if it was asked for, and then null in all chunks but the last."""
+    """In a stream, present only if requested, and null in all chunks except the last."""
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
@@ -373,7 +377,7 @@ class ChatLogprob(msgspec.Struct, kw_only=True):
     token: str
     logprob: float
     bytes: list[int]
-    """A token may be a part of a character."""
+    """UTF-8 bytes of the token, which may be only part of a character."""
     top_logprobs: list[TopLogprob]
 
 
@@ -385,7 +389,7 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
 class FunctionCall(msgspec.Struct, kw_only=True):
     name: str
     arguments: str
-    """JSON, as the model wrote it: it may be cut off."""
+    """JSON as the model wrote it, which may be incomplete."""
 
 
 class ChatToolCall(msgspec.Struct, kw_only=True):
@@ -397,10 +401,10 @@ class ChatToolCall(msgspec.Struct, kw_only=True):
 class AssistantMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str | None
-    """None if there are only reasoning or calls."""
+    """None if the message consists of reasoning or tool calls only."""
     refusal: str | None = None
     reasoning: str | UnsetType = UNSET
-    """What the model thought before it answered."""
+    """The model's reasoning before the answer."""
     tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
@@ -434,7 +438,7 @@ class FunctionDelta(msgspec.Struct, kw_only=True):
 
 
 class ToolCallDelta(msgspec.Struct, kw_only=True):
-    """What a chunk adds to a call; the first of a call has its id, type and name."""
+    """The part of a call in one chunk. The first chunk of a call has its id, type and name."""
 
     index: int
     id: str | UnsetType = UNSET
@@ -444,7 +448,7 @@ class ToolCallDelta(msgspec.Struct, kw_only=True):
 
 class ChatDelta(msgspec.Struct, kw_only=True):
     role: str | UnsetType = UNSET
-    """In the first chunk of a choice."""
+    """Present in the first chunk of a choice."""
     content: str | UnsetType = UNSET
     reasoning: str | UnsetType = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
@@ -484,7 +488,7 @@ class DetokenizeResponse(msgspec.Struct, kw_only=True):
 
 
 class ModelPermission(msgspec.Struct, kw_only=True):
-    """What older clients expect to find."""
+    """Permissions that old clients expect."""
 
     id: str
     object: str = "model_permission"
@@ -506,7 +510,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     created: int
     owned_by: str = "octavo"
     root: str
-    """The first name; others are aliases."""
+    """The model as given on the command line: a path or a hub name."""
     parent: str | None = None
     max_model_len: int
     permission: list[ModelPermission]

@@ -91,7 +91,7 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
         RequestError: There are too many, or a key is not a token id.
     """
     check_number(len(biases), MAX_LOGIT_BIAS, "logit_bias", "token ids")
-    # There may be many, so there is no Python loop over them.
+    # There may be many biases, so avoid a Python loop.
     is_good = all(map(str.isdecimal, biases)) and all(map(str.isascii, biases))
     if not is_good or max(map(len, biases), default=0) > MAX_KEY_DIGITS:
         bad = next(key for key in biases if not (key.isdecimal() and key.isascii() and len(key) <= MAX_KEY_DIGITS))
@@ -136,7 +136,7 @@ def answer_id(prefix: str, request: Request, label: str | None) -> str:
 
 
 def wants_usage(request: GenerationRequest, *, always: bool) -> tuple[bool, bool]:
-    """Whether a stream ends with its usage, and whether every chunk has it. ``always``: both, as in vLLM."""
+    """Whether a stream ends with its usage, and whether every chunk has it. ``always`` forces both, as in vLLM."""
     options = request.stream_options
     if always or options is None:
         return always, always
