@@ -1,4 +1,4 @@
-"""Errors as Anthropic's clients expect them: ``{"type": "error", "error": {"type", "message"}}``."""
+"""Errors in Anthropic's format: ``{"type": "error", "error": {"type", "message"}}``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 def error_body(error: RequestError) -> AnthropicErrorResponse:
-    """An error as the clients expect it."""
+    """The error in Anthropic's format."""
     kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return AnthropicErrorResponse(error=AnthropicError(type=kind, message=shortened(error.message)))
 

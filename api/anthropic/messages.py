@@ -62,7 +62,7 @@ async def create_message(request: Request) -> Response:
     tenant = enter_queue(request, model, None if body.metadata is None else body.metadata.user_id)
     chat = await model.host.apart(work_on(request), to_chat_request, body)
     if model.config.reasoning_parser is None:
-        chat.thinking_token_budget = None  # a model that does not think keeps to any budget
+        chat.thinking_token_budget = None  # without reasoning, no budget is exceeded
     answer = await prepare_answer(
         model, chat, f"msg_{secrets.token_hex(12)}", tenant=tenant, work=work_on(request), fits_max_tokens=True
     )
@@ -73,7 +73,7 @@ async def create_message(request: Request) -> Response:
 
 
 async def count_tokens(request: Request) -> Response:
-    """The length of a conversation's prompt, whatever it is."""
+    """The number of tokens in a conversation's prompt, which may exceed the context."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, COUNT_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
@@ -98,7 +98,7 @@ def _signature(thinking: Iterable[str]) -> str:
 
 
 class MessagesReply:
-    """The outputs of a generation as Anthropic's events, or folded into one message."""
+    """The outputs of a generation, as Anthropic stream events or as one message."""
 
     keep_alive = _event(Ping())
 
@@ -106,14 +106,14 @@ class MessagesReply:
         self._answer = answer
         self._has_begun = False
         self._index = -1
-        """Of the block that came last."""
+        """Index of the latest block; -1 before the first."""
         self._kind: type[Event] | None = None
-        """What the open block is made of; None if none is open."""
+        """Event type of the open block's content; None if no block is open."""
         self._around = (b"", b"")
-        """What stands before and after the text of the open block's deltas."""
+        """The encoded event before and after the text of the open block's deltas."""
         self._thinking: list[str] = []
         self._pieces: list[str] = []
-        """The text of the open block of a message in one piece."""
+        """Pieces of the open block's text, for a message that is not streamed."""
         self._message = Message(id=answer.generation.request_id, model=model.name, content=[], usage=self._usage(0))
         self._encoder = msgspec.json.Encoder()
 
@@ -153,7 +153,7 @@ class MessagesReply:
 
     def _begin(self) -> bytes:
         self._has_begun = True
-        self._message.usage = self._usage(0)  # now it is known how much was cached
+        self._message.usage = self._usage(0)  # the number of cached tokens is known by now
         return _event(MessageStart(message=self._message)) + self.keep_alive
 
     def _write(self, event: Event, parts: list[bytes]) -> None:
@@ -241,5 +241,5 @@ class MessagesReply:
         else:
             try:
                 block.input = msgspec.json.decode(text)
-            except (msgspec.DecodeError, RecursionError):  # halves of a surrogate pair: this JSON has no UTF-8
+            except (msgspec.DecodeError, RecursionError):  # such as lone surrogates, which UTF-8 cannot encode
                 self._message.content[-1] = TextBlock(text=text)

@@ -1,4 +1,4 @@
-"""Bodies of Anthropic's Messages API, types only. Unknown fields of a request are ignored."""
+"""Types of request and response bodies of Anthropic's Messages API. Unknown fields of a request are ignored."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Effort: TypeAlias = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 class TextBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
-    """A text, in a request or in an answer."""
+    """Text, in a request or an answer."""
 
     text: str
 
 
 class ThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
-    """The model's reasoning, in a request or in an answer."""
+    """The model's reasoning, in a request or an answer."""
 
     thinking: str
     signature: str = ""
-    """A digest of the text. Not read."""
+    """A digest of the text. Ignored in requests."""
 
 
 class RedactedThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="redacted_thinking"):
-    """Reasoning that nobody can read; it is left out of the conversation."""
+    """Encrypted reasoning, which is omitted from the conversation."""
 
 
 class ToolUseBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
-    """A call, in a request or in an answer."""
+    """A tool call, in a request or an answer."""
 
     id: str
     name: str
@@ -42,16 +42,16 @@ class ToolUseBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use
 
 
 class ToolResultBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_result"):
-    """What came of a call."""
+    """The result of a tool call."""
 
     tool_use_id: str
     content: str | list[TextBlock | ImageBlock | DocumentBlock] | None = None
     is_error: bool | None = None
-    """The text begins with "Error: ", unless the chat template looks for this itself."""
+    """Whether the call failed. The text is prefixed with "Error: " unless the chat template uses this field."""
 
 
 class ImageBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="image"):
-    """Refused: models here see texts only."""
+    """Not supported: models accept text only."""
 
 
 class PlainTextSource(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
@@ -59,15 +59,15 @@ class PlainTextSource(msgspec.Struct, kw_only=True, tag_field="type", tag="text"
 
 
 class Base64Source(msgspec.Struct, kw_only=True, tag_field="type", tag="base64"):
-    """Refused."""
+    """Not supported."""
 
 
 class UrlSource(msgspec.Struct, kw_only=True, tag_field="type", tag="url"):
-    """Refused."""
+    """Not supported."""
 
 
 class DocumentBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="document"):
-    """A document; only plain text is taken."""
+    """A document; only plain text is supported."""
 
     source: PlainTextSource | Base64Source | UrlSource
     title: str | None = None
@@ -90,22 +90,23 @@ class InputTool(msgspec.Struct, kw_only=True):
     description: str | None = None
     input_schema: JsonObject | None = None
     type: str | None = None
-    """None or ``custom``: tools that a provider runs are refused."""
+    """None or ``custom``. Server-side tools are not supported."""
 
 
 class InputToolChoice(msgspec.Struct, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    """The tool of type ``tool``."""
+    """Name of the tool, for type ``tool``."""
     disable_parallel_tool_use: bool | None = None
-    """At most one call."""
+    """Allow at most one call."""
 
 
 class Thinking(msgspec.Struct, kw_only=True):
     type: Literal["enabled", "adaptive", "disabled"]
-    """The template's variable ``enable_thinking``; ``disabled`` also leaves out what the model thinks nevertheless."""
+    """Sets the template variable ``enable_thinking``. ``disabled`` also omits any reasoning that the model still
+    generates."""
     budget_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)] | None = None
-    """Thinking ends after so many tokens."""
+    """Maximum number of reasoning tokens."""
 
 
 class OutputFormat(msgspec.Struct, kw_only=True):
@@ -115,9 +116,9 @@ class OutputFormat(msgspec.Struct, kw_only=True):
 
 class OutputConfig(msgspec.Struct, kw_only=True):
     format: OutputFormat | None = None
-    """The answer is JSON of this schema."""
+    """Schema of the answer, which is JSON."""
     effort: Effort | None = None
-    """The template's variable ``reasoning_effort``."""
+    """Sets the template variable ``reasoning_effort``."""
 
 
 class ConversationRequest(msgspec.Struct, kw_only=True):
@@ -125,30 +126,30 @@ class ConversationRequest(msgspec.Struct, kw_only=True):
 
     model: str
     messages: Annotated[list[InputMessage], Meta(min_length=1)]
-    """The model goes on with the last message if that is the assistant's."""
+    """If the last message is from the assistant, the model continues it."""
     system: str | list[TextBlock] | None = None
     tools: list[InputTool] | None = None
     tool_choice: InputToolChoice | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: JsonObject | None = None
-    """More variables for the template; they win over what ``thinking`` sets."""
+    """Additional variables for the chat template. They override those set by ``thinking``."""
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
-    """Older name of ``output_config.format``."""
+    """Old name of ``output_config.format``."""
 
 
 class RequestMetadata(msgspec.Struct, kw_only=True):
-    """What a client says about a request."""
+    """Metadata of a request."""
 
     user_id: str | None = None
-    """Who it is for: users of an API key take turns."""
+    """Identifier of the end user. The users of an API key take turns."""
 
 
 class MessagesRequest(ConversationRequest, kw_only=True):
     """Body of POST /v1/messages."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)]
-    """An answer ends earlier if the context has no more room."""
+    """Maximum number of tokens to generate. The answer ends earlier if the context is full."""
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     temperature: Share | None = None
@@ -156,7 +157,7 @@ class MessagesRequest(ConversationRequest, kw_only=True):
     top_p: Share | None = None
     metadata: RequestMetadata | None = None
     cache_salt: CacheSalt | None = None
-    """Requests share cached prompts with those of the same salt only."""
+    """Cached prefixes are shared only between requests with the same salt."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -172,13 +173,13 @@ class MessageOutputDetails(msgspec.Struct, kw_only=True):
 
 class MessageUsage(msgspec.Struct, kw_only=True):
     input_tokens: int
-    """Prompt tokens that did not come from the prefix cache."""
+    """Number of prompt tokens not found in the prefix cache."""
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
     output_tokens: int
     output_tokens_details: MessageOutputDetails | None = None
-    """If the server tells reasoning from answers."""
+    """Present if the server has a reasoning parser."""
 
 
 class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
@@ -188,7 +189,7 @@ class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     content: list[OutputBlock]
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None
-    """The one of ``stop_sequences`` that ended it."""
+    """The stop sequence that ended the message, if any."""
     usage: MessageUsage
 
 
@@ -257,7 +258,7 @@ class AnthropicError(msgspec.Struct, kw_only=True):
 
 
 class AnthropicErrorResponse(msgspec.Struct, kw_only=True, tag_field="type", tag="error"):
-    """The body of an error, and the event that ends a stream which fails."""
+    """The body of an error response, and the last event of a stream that fails."""
 
     error: AnthropicError
 
