@@ -171,7 +171,7 @@ class _Making:
         return _json(response)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
-        """Called however it ended: a cancelled task may never have started."""
+        """Called when the task ends in any way; a cancelled task may never have started."""
         self._answer.generation.close()
         assert self._stored is not None
         if self._stored.is_running:
@@ -213,7 +213,7 @@ def _follow(log: EventLog, place: int, max_silence: float) -> Response:
 
 
 async def retrieve_response(request: Request) -> Response:
-    """A stored response, or its events."""
+    """Returns a stored response, or streams its events."""
     serving: Serving = request.app.state.serving
     store: ResponseStore = request.app.state.responses
     stored = store.get(request.path_params["response_id"])

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's Responses API, types only. Unknown fields of a request are ignored."""
+"""Types of request and response bodies of OpenAI's Responses API. Unknown fields of a request are ignored."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 
 class ReasoningConfig(msgspec.Struct, kw_only=True):
     effort: str | None = None
-    """A variable for the template."""
+    """Variable for the chat template."""
     summary: str | None = None
-    """Not read: reasoning is shown as it is."""
+    """Ignored: reasoning is returned in full."""
 
 
 class TextFormat(msgspec.Struct, kw_only=True):
@@ -42,7 +42,7 @@ class TextFormat(msgspec.Struct, kw_only=True):
 class TextConfig(msgspec.Struct, kw_only=True):
     format: TextFormat = msgspec.field(default_factory=TextFormat)
     verbosity: str | None = None
-    """Not read."""
+    """Ignored."""
 
 
 class FunctionTool(msgspec.Struct, kw_only=True):
@@ -59,24 +59,24 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     """Body of POST /v1/responses."""
 
     model: str | None = None
-    """None: the model that is served."""
+    """Name of the model. None: the served model."""
     input: str | Annotated[list[JsonObject], Meta(min_length=1)]
-    """A text of the user, or items: messages, function_call, function_call_output, reasoning."""
+    """A user message as text, or a list of items: messages, function_call, function_call_output, reasoning."""
     instructions: str | None = None
-    """Goes before the conversation, and is not remembered with it."""
+    """System prompt, placed before the conversation but not stored with it."""
     previous_response_id: str | None = None
-    """Go on with the conversation of a response that is stored."""
+    """Continue the conversation of a stored response."""
     store: bool | None = None
-    """Keep the response for later requests. Default: yes, as long as there is room."""
+    """Store the response for later requests. Default: true. Old responses are evicted to make room."""
     background: bool | None = None
-    """Answer at once and generate meanwhile; the response must be stored."""
+    """Return immediately and generate in the background. The response must be stored."""
     stream: bool | None = None
 
     max_output_tokens: PositiveCount | None = None
-    """None: what the context has room for."""
+    """Default: what fits in the context."""
 
     tools: list[JsonObject] | None = None
-    """``FunctionTool``s."""
+    """List of ``FunctionTool`` objects."""
     tool_choice: Literal["none", "auto", "required"] | JsonObject | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -85,22 +85,22 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     """``message.output_text.logprobs`` adds log probabilities."""
     top_logprobs: OffOrCount | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    """Not read: a conversation that is too long is refused."""
+    """Ignored: a conversation that is too long is rejected."""
     metadata: dict[str, str] | None = None
-    """Comes back with the response."""
+    """Returned with the response."""
     user: str | None = None
-    """Who the request is for: users of an API key take turns. Comes back with the response."""
+    """Identifier of the end user, returned with the response. The users of an API key take turns."""
     safety_identifier: str | None = None
-    """Newer name of ``user``."""
+    """New name of ``user``."""
 
     include_reasoning: bool | None = None
-    """Whether the response shows the model's reasoning. Default: yes."""
+    """Return the model's reasoning. Default: true."""
     chat_template: str | None = None
-    """A template of the request's own; needs a server that trusts such templates."""
+    """Chat template for this request. Requires a server that trusts templates of requests."""
     chat_template_kwargs: JsonObject | None = None
-    """More variables for the template."""
+    """Additional variables for the chat template."""
 
-    # Refused.
+    # Not supported.
     conversation: Later = None
     prompt: Later = None
 
@@ -164,7 +164,7 @@ class FunctionCallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="func
     id: str
     status: ItemStatus = "in_progress"
     call_id: str
-    """What the output of the function refers to."""
+    """Id by which the function's output refers to this call."""
     name: str
     arguments: str = ""
 
@@ -199,7 +199,7 @@ class ResponseError(msgspec.Struct, kw_only=True):
 
 
 class ResponseObject(msgspec.Struct, kw_only=True):
-    """A response: what was asked for, how far it is, and what came of it."""
+    """A response: its parameters, status and output."""
 
     id: str
     object: str = "response"
@@ -238,7 +238,7 @@ class DeletedResponse(msgspec.Struct, kw_only=True):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Events. ``sequence_number`` comes last, so that the rest of a delta's event is constant.
+# Stream events. ``sequence_number`` comes last, so that everything before the text of a delta event is constant.
 
 
 class ResponseCreated(msgspec.Struct, kw_only=True, tag_field="type", tag="response.created"):

@@ -65,7 +65,7 @@ class ResponseReply:
         self._on_done = on_done
         self._has_begun = False
         self._events: list[Event] = []
-        """For whole answers, with the last delta."""
+        """Events of an answer that is not streamed; used with its last delta."""
         self._last: Delta | None = None
         self._logprobs: list[ChatLogprob] = []
         """Log probabilities of tokens whose text is still held back."""
@@ -158,7 +158,7 @@ class ResponseReply:
         return b"".join(self._writer.take())
 
     def cancel(self) -> None:
-        """Ends the response as it is. There is no event for this."""
+        """Ends the response with what it has. There is no event for this."""
         self._writer.close("incomplete")
         self._writer.take()
         self.response.status = "cancelled"

@@ -13,7 +13,7 @@ from api.responses.protocol import ResponseObject
 
 _CONVERSATION = msgspec.json.Decoder(list[ChatMessage])
 _OVERHEAD = 1024
-"""Approximate size of a response in bytes, without its texts."""
+"""Approximate size of a response in bytes, excluding its texts."""
 
 
 class EventLog:
@@ -104,7 +104,7 @@ class ResponseStore:
 
         Args:
             max_count: Maximum number of responses; 0: none.
-            max_bytes: Maximum total size in bytes, without responses in progress.
+            max_bytes: Maximum total size in bytes, excluding responses in progress.
         """
         self.is_enabled = max_count > 0
         self.num_bytes = 0
