@@ -1,4 +1,4 @@
-"""What a model's text means: reasoning, content and tool calls."""
+"""Parsers that split a model's text into reasoning, content and tool calls."""
 
 from api.parsers.base import (
     Content,

@@ -1,8 +1,8 @@
-"""The seam between a model's text and the fields of a message.
+"""The interface of parsers, which turn a model's text into events for the fields of a message.
 
-A parser is pushed the text of one choice as it arrives and says what each part of it is. Whatever the pieces, the
-events joined are the same: a client may stream or not. Text that could still turn out to be markup is held back, and
-text that looked like a tool call but is none becomes content, as the client must not lose what the model wrote.
+A parser receives the text of one choice in pieces, as it is generated. However the text is divided, the merged events
+are the same, so streamed and whole answers agree. Text that may still turn out to be markup is held back. Text that
+looked like a tool call but is not one becomes content, so that nothing the model wrote is lost.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 Tool: TypeAlias = Mapping[str, Any]
-"""A tool as requests have it: ``{"type": "function", "function": {"name": ..., "parameters": {JSON schema}}}``."""
+"""A tool as in requests: ``{"type": "function", "function": {"name": ..., "parameters": {JSON schema}}}``."""
 
 MakeId: TypeAlias = Callable[[], str]
 
 MAX_DEPTH = 128
-"""How deep arguments may nest. What is deeper is malformed."""
+"""Maximum nesting depth of arguments. Deeper ones are malformed."""
 MAX_NAME = 256
-"""Characters of a function's name. A longer one is malformed: names are held back until they end."""
+"""Maximum characters of a function's name. Longer names are malformed, since a name is held back until it ends."""
 
 
 class Content(msgspec.Struct, frozen=True, gc=False):
-    """Text for the reader."""
+    """Text of the answer."""
 
     text: str
 
 
 class Reasoning(msgspec.Struct, frozen=True, gc=False):
-    """Text that the model thinks to itself."""
+    """Text of the reasoning."""
 
     text: str
 
 
 class ToolCallStart(msgspec.Struct, frozen=True, gc=False):
-    """A call begins. Calls do not overlap; indices count from 0."""
+    """The start of a tool call. Calls do not overlap; indices count from 0."""
 
     index: int
     id: str
     name: str
-    """What the model wrote; not checked against the request's tools, as only the client can tell what to do."""
+    """As the model wrote it. Not checked against the request's tools: only the client knows how to handle others."""
 
 
 class ToolCallArguments(msgspec.Struct, frozen=True, gc=False):
@@ -52,13 +52,13 @@ class ToolCallArguments(msgspec.Struct, frozen=True, gc=False):
 
 
 class ToolCallEnd(msgspec.Struct, frozen=True, gc=False):
-    """A call ends."""
+    """The end of a tool call."""
 
     index: int
     complete: bool = True
-    """Whether the arguments are whole, rather than cut off by the end of the text or by something malformed."""
+    """Whether the arguments are complete, not cut off by the end of the text or by malformed text."""
     text: str = ""
-    """Of a call that is not complete: what the model wrote, markup included."""
+    """For an incomplete call, its text as the model wrote it, including markup."""
 
 
 Event: TypeAlias = Content | Reasoning | ToolCallStart | ToolCallArguments | ToolCallEnd
@@ -69,53 +69,53 @@ class Parser(Protocol):
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Markers that may be special tokens of a tokenizer, which must not be left out of the text then."""
+        """Markers that may be special tokens of the tokenizer and must then be kept in the text."""
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece; returns what it settles."""
+        """Takes the next piece of text; returns the events that it completes."""
 
     def finish(self) -> list[Event]:
-        """Returns what was held back, and ends a call that is open; nothing may follow."""
+        """Ends the text: returns events for text that was held back, and ends an open call."""
 
 
 class ReasoningParser(Parser, Protocol):
-    """Tells reasoning from the rest, which it calls content."""
+    """Separates reasoning from all other text, which it reports as content."""
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether the text that comes next is reasoning, as far as is known."""
+        """Whether the next text is reasoning, as far as is known."""
 
 
 class ReasoningParserClass(Protocol):
-    """What the registry of reasoning parsers names."""
+    """The interface of classes in the registry of reasoning parsers."""
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """See ``Parser``."""
 
     def __call__(self, prompt_opened: bool | None, *, needs_mark: bool = False) -> ReasoningParser:
-        """Makes a parser for one choice; see ``create_parser``."""
+        """Creates a parser for one choice; see ``create_parser``."""
 
     def opened_by(self, turn: str) -> bool | None:
         """See ``prompt_opens_reasoning``."""
 
 
 class ToolParserClass(Protocol):
-    """What the registry of tool parsers names."""
+    """The interface of classes in the registry of tool parsers."""
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """See ``Parser``."""
 
     def __call__(self, tools: Iterable[Tool], make_id: MakeId) -> Parser:
-        """Makes a parser for one choice."""
+        """Creates a parser for one choice."""
 
     def new_id(self) -> str:
-        """A new id for a call, of the form that the model's chat template expects."""
+        """A new id for a call, in the format that the model's chat template expects."""
 
 
 class ToolCall(msgspec.Struct):
-    """A call, put together."""
+    """A tool call, collected from its events."""
 
     id: str
     name: str
@@ -124,7 +124,7 @@ class ToolCall(msgspec.Struct):
 
 
 class Parsed(msgspec.Struct):
-    """All events of a text, put together."""
+    """The fields of a message, collected from all events of a text."""
 
     content: str = ""
     reasoning: str = ""
@@ -132,7 +132,7 @@ class Parsed(msgspec.Struct):
 
 
 def merge(events: Iterable[Event]) -> list[Event]:
-    """Joins events of a kind that follow each other, so that it no longer shows in which pieces the text came."""
+    """Merges adjacent events of the same kind, so that the result does not depend on how the text was divided."""
     merged: list[Event] = []
     texts: list[str] = []
 
@@ -153,7 +153,7 @@ def merge(events: Iterable[Event]) -> list[Event]:
 
 
 def collect(events: Iterable[Event]) -> Parsed:
-    """Puts the events of one choice together, for an answer that is not streamed."""
+    """Collects the events of one choice, for an answer that is not streamed."""
     parsed = Parsed()
     content, reasoning, arguments = [], [], []
     for event in merge(events):

@@ -1,4 +1,4 @@
-"""Parsers put together: reasoning first, then tool calls in what is no reasoning."""
+"""Combines parsers: reasoning first, then tool calls in the remaining text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from api.parsers.base import Content, Event, Parser, ReasoningParser
 
 
 class ParserChain:
-    """Two parsers, either of which may be missing."""
+    """A reasoning parser followed by a tool parser, both optional."""
 
     def __init__(self, reasoning: ReasoningParser | None, tools: Parser | None) -> None:
         self._reasoning = reasoning
@@ -18,11 +18,11 @@ class ParserChain:
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether the text that comes next is reasoning, as far as is known."""
+        """Whether the next text is reasoning, as far as is known."""
         return self._reasoning is not None and self._reasoning.is_reasoning
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece; returns what it settles."""
+        """Takes the next piece of text; returns the events that it completes."""
         if not text:
             return []
         if self._reasoning is not None:
@@ -30,7 +30,7 @@ class ParserChain:
         return [Content(text)] if self._tools is None else self._tools.feed(text)
 
     def finish(self) -> list[Event]:
-        """Returns what was held back, and ends a call that is open; nothing may follow."""
+        """Ends the text: returns events for text that was held back, and ends an open call."""
         events = [] if self._reasoning is None else self._call_tools(self._reasoning.finish())
         return events if self._tools is None else events + self._tools.finish()
 

@@ -9,10 +9,10 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 def new_id() -> str:
-    """An id as OpenAI's are."""
+    """An id in OpenAI's format."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def new_short_id() -> str:
-    """Nine letters and digits: chat templates of Mistral accept no others when a call comes back in a conversation."""
+    """An id of nine letters and digits, the only format that Mistral's chat templates accept in a conversation."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))

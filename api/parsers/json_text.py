@@ -1,4 +1,4 @@
-"""JSON as models write it, in text that arrives in pieces."""
+"""Incremental scanning of JSON as models write it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 class _Place(Enum):
     START = auto()
     BETWEEN = auto()
-    """In a list or object, outside of strings."""
+    """In a list or object, outside strings."""
     FIRST = auto()
     """After the opening brace of an object."""
     STRING = auto()
@@ -33,13 +33,13 @@ class _Place(Enum):
 class JsonScanner:
     """Finds the end of a JSON value.
 
-    It follows the structure and leaves details to who reads the value: a ``None`` is the model's mistake, but no
-    reason to hide a call. Line breaks and other control characters in strings, which JSON forbids and models write, are
-    escaped.
+    It follows only the structure. Details are left to the reader of the value: a ``None`` is a mistake of the model,
+    but no reason to hide a call. Line breaks and other control characters in strings, which JSON forbids but models
+    write, are escaped.
 
     Attributes:
         done: The value is complete.
-        failed: The text is no JSON value, or too deep.
+        failed: The text is not a JSON value, or is nested too deeply.
     """
 
     __slots__ = ("_closers", "_pieces", "_place", "done", "failed")
@@ -52,7 +52,7 @@ class JsonScanner:
         self._place = _Place.START
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads from a place in a text to the end of the value or of the text, or to what makes it fail."""
+        """Reads from a position up to the end of the value, the end of the text or an error; returns that position."""
         copied = pos
         while pos < len(text) and not self.done and not self.failed:
             place = self._place
@@ -87,13 +87,13 @@ class JsonScanner:
         return pos
 
     def take(self) -> str:
-        """The value's text since the last time."""
+        """Takes the value's text since the last call."""
         text = "".join(self._pieces)
         self._pieces.clear()
         return text
 
     def _structure(self, char: str, pos: int) -> int:
-        """Takes a character outside of strings, if it may stand there."""
+        """Reads a character outside strings; fails if it is not allowed there."""
         place, closers = self._place, self._closers
         if char == '"':
             self._place = _Place.STRING
@@ -116,28 +116,28 @@ class JsonScanner:
 
 def _end(pattern: re.Pattern[str], text: str, pos: int) -> int:
     match = pattern.match(text, pos)
-    assert match is not None  # the patterns match nothing, too
+    assert match is not None  # the patterns also match the empty string
     return match.end()
 
 
 def json_string(text: str) -> str:
-    """A JSON string. Halves of a surrogate pair are escaped: they have no place in UTF-8."""
+    """The text as a JSON string. If it has lone surrogates, which UTF-8 cannot encode, it is escaped to ASCII."""
     return json.dumps(text, ensure_ascii=has_surrogates(text))
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether a text cannot be encoded."""
+    """Whether a text has lone surrogates and so cannot be encoded as UTF-8."""
     return _SURROGATES.search(text) is not None
 
 
 def decode_string(text: str) -> str | None:
-    """The value of a JSON string; None if it is malformed or no text that can be encoded."""
+    """The value of a JSON string; None if it is malformed or cannot be encoded as UTF-8."""
     value = _load(text)
     return value if isinstance(value, str) and not has_surrogates(value) else None
 
 
 def kind_of(text: str) -> str | None:
-    """The JSON schema type of a JSON text, ``number`` also for integers; None if it is no JSON."""
+    """The JSON schema type of a JSON text (``number`` for integers as well); None if it is not JSON."""
     value = _load(text)
     if isinstance(value, dict):
         return "object"
@@ -158,7 +158,7 @@ class _NotJson:
 
 def _load(text: str) -> Any:
     try:
-        # Numbers need not be converted, which takes quadratic time for long ones.
+        # Numbers are not converted: that would take quadratic time for long ones.
         return json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return _NotJson()

@@ -1,4 +1,4 @@
-"""What parsers are made of: states that run over pieces of text, a search for markers, and a collector of events."""
+"""Building blocks of parsers: a state machine over pieces of text, a search for markers, a collector of events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 from api.parsers.base import Content, Event, MakeId, ToolCallArguments, ToolCallEnd, ToolCallStart
 
 State: TypeAlias = Callable[[str, int], int]
-"""Takes a text and a place in it, returns the place up to which it is done with the text."""
+"""Takes a text and a position in it; returns the position up to which it has consumed the text."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -17,11 +17,11 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 class Steps:
     """Runs the states of a parser.
 
-    A state that neither moves nor hands over to another needs more text. It must not leave much: what is left is
-    joined with the next piece, so that a state that waits for the end of something long would take quadratic time.
+    A state that consumes nothing and does not change the state needs more text. It must leave little text unconsumed:
+    the rest is joined with the next piece, so waiting for the end of something long would take quadratic time.
 
     Attributes:
-        state: What the next text is given to.
+        state: The state that gets the next text.
     """
 
     __slots__ = ("_rest", "state")
@@ -31,7 +31,7 @@ class Steps:
         self._rest = ""
 
     def run(self, text: str) -> None:
-        """Gives a piece of text to the states."""
+        """Runs the states on the next piece of text."""
         if self._rest:
             text = self._rest + text
         pos = 0
@@ -44,12 +44,12 @@ class Steps:
         self._rest = text[pos:]
 
     def rest(self) -> str:
-        """The end of the text, which a state was waiting to see more of."""
+        """The end of the text, not consumed because a state needs more."""
         return self._rest
 
 
 class Markers:
-    """Finds the first of several markers, none of which is part of another."""
+    """Finds the first of several markers. No marker may be part of another."""
 
     __slots__ = ("_first", "_longest", "_markers", "_pattern")
 
@@ -60,7 +60,8 @@ class Markers:
         self._longest = max(map(len, markers))
 
     def find(self, text: str, pos: int) -> tuple[int, str]:
-        """Where a marker is, and which; if there is none, from where on the text may be the beginning of one."""
+        """Position and text of the first marker. If there is none, where a marker cut off at the end may begin, and
+        an empty string."""
         match = self._pattern.search(text, pos)
         if match is not None:
             return match.start(), match.group()
@@ -77,14 +78,14 @@ class Markers:
 
 
 def skip_space(text: str, pos: int) -> int:
-    """The place of the next character that is no white space of JSON."""
+    """The position of the next character that is not JSON white space."""
     match = _SPACE.match(text, pos)
     assert match is not None
     return match.end()
 
 
 def marker_at(text: str, pos: int, *markers: str) -> str | None:
-    """Which marker is at a place: empty if there is none, None if that takes more text."""
+    """The marker at a position; empty if there is none, None if more text is needed to tell."""
     for marker in markers:
         if text.startswith(marker, pos):
             return marker
@@ -95,11 +96,11 @@ def marker_at(text: str, pos: int, *markers: str) -> str | None:
 class Output:
     """Collects the events of a tool parser.
 
-    White space before a call, between calls and after the last one is layout and left out, unless text has preceded
-    it or follows.
+    White space before a call, between calls and after the last call is layout and is omitted, unless other text
+    precedes or follows it.
 
     Attributes:
-        num_calls: Calls that have begun.
+        num_calls: Number of calls that have begun.
     """
 
     __slots__ = (
@@ -123,9 +124,9 @@ class Output:
         self._pieces_kind = ""
         self._held: list[str] = []
         self._written: list[str] = []
-        """The text of the call that is open, as far as it has been understood."""
+        """The text of the open call that has been parsed, as the model wrote it."""
         self._blank: list[str] | None = []
-        """White space that may be layout; None once there is text."""
+        """White space that may be layout; None after other text."""
 
     def text(self, text: str) -> None:
         """Adds content."""
@@ -138,16 +139,16 @@ class Output:
         self._add("content", text)
 
     def end_layout(self) -> None:
-        """What white space there is since the last call is between tags: it is layout, whatever follows."""
+        """Drops white space since the last call: it is between tags, and so layout whatever follows."""
         if self._blank is not None:
             self._blank.clear()
 
     def hold(self, text: str) -> None:
-        """Keeps text that is part of a call if there is one."""
+        """Holds back text that may be part of a call."""
         self._held.append(text)
 
     def release(self) -> None:
-        """What is held back was no call: it becomes content. A call that is open ends here."""
+        """Turns held text into content, since it was not part of a call. Ends an open call."""
         self.end(complete=False)
         if self._held:
             held = "".join(self._held)
@@ -155,13 +156,13 @@ class Output:
             self.text(held)
 
     def drop(self) -> None:
-        """What is held back is markup that has been understood."""
+        """Drops held text, which was parsed as markup."""
         if self._is_open:
             self._written += self._held
         self._held.clear()
 
     def start(self, name: str) -> None:
-        """Begins a call; what is held back belongs to it."""
+        """Begins a call, which includes the held text."""
         self._written, self._held = self._held, []
         self._blank = []
         self._flush()
@@ -170,11 +171,11 @@ class Output:
         self._is_open = True
 
     def arguments(self, text: str, written: str = "") -> None:
-        """Adds a piece of the arguments of the call that is open.
+        """Adds a piece of the open call's arguments.
 
         Args:
             text: JSON.
-            written: What the model wrote for it, unless that is or was held back.
+            written: The same as the model wrote it, unless that text is or was held back.
         """
         assert self._is_open
         if written:
@@ -182,7 +183,7 @@ class Output:
         self._add("arguments", text)
 
     def end(self, *, complete: bool = True) -> None:
-        """Ends the call that is open, if one is."""
+        """Ends the open call, if any."""
         if self._is_open:
             self._is_open = False
             self._flush()
@@ -190,16 +191,16 @@ class Output:
             self._written.clear()
 
     def take(self) -> list[Event]:
-        """The events since the last time."""
+        """Takes the events since the last call of this method."""
         self._flush()
         events, self._events = self._events, []
         return events
 
     def finish(self, rest: str) -> list[Event]:
-        """The text is over.
+        """Ends the text.
 
         Args:
-            rest: Its end, which is no markup.
+            rest: The unconsumed end of the text, which is not markup.
         """
         self.hold(rest)
         self.release()

@@ -1,7 +1,7 @@
-"""Python literals as models write them, translated to JSON in text that arrives in pieces.
+"""Incremental translation of Python literals, as models write them, to JSON.
 
-Nothing is evaluated. Strings, numbers, ``None``, ``True``, ``False`` (and JSON's spelling of them), lists, tuples and
-dictionaries are known; a tuple becomes a list.
+Nothing is evaluated. Strings, numbers, ``None``, ``True``, ``False`` (or their JSON spellings), lists, tuples and
+dictionaries are supported; a tuple becomes a list.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class _Container:
     def __init__(self, closer: str, opening: int) -> None:
         self.closer = closer
         self.opening = opening
-        """Where in the output it begins."""
+        """Index in the output at which it begins."""
         self.is_key = closer == "}"
-        """The next value is a key."""
+        """Whether the next value is a key."""
         self.num_commas = 0
 
 
@@ -51,8 +51,8 @@ class PythonLiteral:
     """Translates one literal.
 
     Attributes:
-        done: It is complete.
-        failed: It is malformed, too deep, or something else than a literal.
+        done: The literal is complete.
+        failed: The text is malformed, nested too deeply, or not a literal.
     """
 
     __slots__ = ("_containers", "_expects", "_json", "_size", "_string", "_word", "done", "failed")
@@ -68,7 +68,7 @@ class PythonLiteral:
         self._size = 0
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads from a place in a text to the end of the literal or of the text, or to what makes it fail.
+        """Reads from a position up to the end of the literal, the end of the text or an error; returns that position.
 
         A number is complete only when something else follows it.
         """
@@ -165,7 +165,7 @@ class PythonLiteral:
             self._end_value()
 
     def _separate(self) -> None:
-        """A trailing comma is Python's, so that commas are written before what follows them."""
+        """Writes a comma before a value, not after the previous one: Python allows trailing commas, JSON does not."""
         if self._expects is _Expects.ITEM and self._containers[-1].num_commas:
             self._json.append(", ")
 
@@ -175,10 +175,10 @@ class PythonLiteral:
 
 
 class PythonString:
-    """A string literal, from after its first quote.
+    """A string literal, from the character after its first quote.
 
     Attributes:
-        done: It is complete.
+        done: The string is complete.
     """
 
     __slots__ = ("_is_escape", "_is_raw", "_num_closing", "_num_opening", "_pieces", "_quote", "_run", "done")
@@ -189,21 +189,21 @@ class PythonString:
         self._is_raw = is_raw
         self._is_escape = False
         self._num_opening = 1
-        """Quotes at the beginning: two are an empty string, or the better part of three."""
+        """Number of quotes at the start: two are an empty string, or the beginning of three."""
         self._num_closing = 0
-        """Quotes that close it; 0 as long as that is not known."""
+        """Number of quotes that close it; 0 while unknown."""
         self._run = 0
-        """Quotes in a row that have just been read."""
+        """Number of consecutive quotes read last."""
         self._pieces: list[str] = []
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads up to the end of the string or of the text."""
+        """Reads up to the end of the string or of the text; returns that position."""
         while pos < len(text) and not self.done:
             pos = self._inside(text, pos) if self._num_closing else self._open(text[pos], pos)
         return pos
 
     def value(self) -> str:
-        """What the string stands for."""
+        """The value of the literal."""
         text = "".join(self._pieces)
         return text if self._is_raw else _ESCAPE.sub(_unescape, text)
 
@@ -262,7 +262,7 @@ def _number(word: str) -> str | None:
 
 
 def to_json(text: str) -> str | None:
-    """The JSON of a Python literal, None if it is none."""
+    """The JSON of a Python literal; None if the text is not a literal."""
     literal = PythonLiteral()
     end = literal.feed(text + "\n", 0)
     return literal.json() if literal.done and skip_space(text, end) >= len(text) else None

@@ -103,7 +103,7 @@ def prompt_opens_reasoning(reasoning: str, turn: str) -> bool | None:
 
 
 def is_last_turn_needed(reasoning: str, prompt: str) -> bool:
-    """Whether a prompt has marks whose turn must be determined. A mark at the very end is the last."""
+    """Whether a prompt has marks whose turn must be determined. A mark at the very end decides by itself."""
     marks = resolve_reasoning_parser(reasoning).special_tokens
     return any(mark in prompt for mark in marks) and not prompt.rstrip().endswith(marks)
 

@@ -1,6 +1,6 @@
-"""Reasoning between ``<think>`` and ``</think>``, which comes before the answer.
+"""Reasoning between ``<think>`` and ``</think>``, before the answer.
 
-Line breaks next to the tags are layout and left out. After the end tag everything is content, tags included.
+Line breaks next to the tags are layout and are omitted. Everything after the closing tag is content, even tags.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ def think_opened_by(turn: str) -> bool | None:
 
 
 class ThinkSection:
-    """A section of reasoning, then content.
+    """Parses a section of reasoning, followed by content.
 
     Attributes:
-        is_reasoning: What comes next is reasoning, as far as is known.
+        is_reasoning: Whether the next text is reasoning, as far as is known.
     """
 
     def __init__(self, *, needs_tag: bool, skip: bool) -> None:
         """Prepares for the beginning of an answer.
 
         Args:
-            needs_tag: Without the opening tag, all is content. Else all is reasoning until the end tag.
-            skip: All is content, whatever tags there are.
+            needs_tag: Whether reasoning requires an opening tag; without it, all is content. If false, everything up to
+                the closing tag is reasoning.
+            skip: All is content, regardless of tags.
         """
         self.is_reasoning = not needs_tag and not skip
         self._needs_tag = needs_tag
@@ -42,16 +43,16 @@ class ThinkSection:
         self._events: list[Event] = []
         self._held: list[str] = []
         self._num_breaks: int | None = None
-        """Line breaks that may be the section's last; None before its first text."""
+        """Number of line breaks that may be the last ones of the section; None before its first text."""
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         events, self._events = self._events, []
         return events
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         rest = "".join(self._held) + self._steps.rest()
         if self.is_reasoning:
             self._reason(rest)
@@ -116,9 +117,9 @@ class ThinkSection:
 
 
 class DeepSeekR1Parser:
-    """DeepSeek-R1 and its distillations: an answer begins with reasoning, whether the opening tag is there or not.
+    """DeepSeek-R1 and its distillations: an answer begins with reasoning, with or without the opening tag.
 
-    Templates put it into the prompt. An answer that never comes to the end tag is all reasoning.
+    Chat templates put the tag in the prompt. An answer without the closing tag is all reasoning.
     """
 
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
@@ -136,7 +137,7 @@ class DeepSeekR1Parser:
 
 
 class Qwen3Parser:
-    """Qwen3 and others whose reasoning is optional: it is there if the prompt or the answer begins it."""
+    """Qwen3 and other models with optional reasoning, which begins with a tag in the prompt or in the answer."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
     opened_by = staticmethod(think_opened_by)

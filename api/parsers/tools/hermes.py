@@ -1,4 +1,4 @@
-"""``<tool_call>{"name": "f", "arguments": {...}}</tool_call>``: Hermes, Qwen2.5, Qwen3 and many more."""
+"""``<tool_call>{"name": "f", "arguments": {...}}</tool_call>``: Hermes, Qwen2.5, Qwen3 and many others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CLOSING: Final = Markers(_OPEN, _CLOSE)
 
 
 class HermesParser:
-    """Calls between tags, with text before, between and after them."""
+    """Parses calls between tags, with text before, between and after them."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
     new_id = staticmethod(new_id)
@@ -28,23 +28,23 @@ class HermesParser:
         self._call = JsonCall(self._out)
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         if self._steps.state == self._object:
             self._call.finish()
         rest = self._steps.rest()
-        # A call is as good without all of its end tag.
+        # A partial closing tag after a complete call is not content.
         return self._out.finish("" if self._steps.state == self._after and _CLOSE.startswith(rest) else rest)
 
     def _content(self, text: str, pos: int) -> int:
         return self._until(_OPENING, text, pos)
 
     def _after(self, text: str, pos: int) -> int:
-        """After a call: its end tag is missing at times, or comes after what should not be there."""
+        """After a call: the closing tag may be missing, or unexpected text may precede it."""
         return self._until(_CLOSING, text, pos)
 
     def _until(self, markers: Markers, text: str, pos: int) -> int:
@@ -72,7 +72,7 @@ class HermesParser:
         return end
 
     def _another(self, text: str, pos: int) -> int:
-        """After a complete call, there may be one more between the same tags."""
+        """After a complete call: another call may follow between the same tags."""
         end = skip_space(text, pos)
         self._out.text(text[pos:end])
         if end < len(text):

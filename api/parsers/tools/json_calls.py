@@ -1,7 +1,7 @@
 """Calls written as JSON: ``{"name": "f", "arguments": {...}}``, alone or in a list.
 
-The arguments are passed on as they come. A call begins once its name is known and its arguments have begun like an
-object; what is malformed before that is content, what is malformed later ends the call.
+Arguments are streamed as they arrive. A call begins when its name is known and its arguments have begun as an object.
+Text that is malformed before that is content; malformed text after it ends the call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ArgumentsObject:
 
     Attributes:
         done: The object is complete.
-        failed: It is malformed, and the call, if it had begun, is over.
+        failed: The object is malformed. If the call had begun, it has ended.
         started: The call has begun.
     """
 
@@ -31,8 +31,8 @@ class ArgumentsObject:
         """Prepares for the opening brace.
 
         Args:
-            out: Where the call goes.
-            name: Of the function; None if it is not known yet.
+            out: Collects the call's events.
+            name: Name of the function; None if not known yet.
         """
         self.done = False
         self.failed = False
@@ -43,10 +43,10 @@ class ArgumentsObject:
         self._pending: list[str] = []
         self._pieces: list[str] = []
         self._size = 0
-        """Characters that are no space, up to two: a brace, and something that may follow one."""
+        """Number of characters other than white space, counted up to two: the brace and the character after it."""
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads up to the end of the object or of the text, or to what is malformed."""
+        """Reads up to the end of the object, the end of the text or an error; returns that position."""
         end = self._scanner.feed(text, pos)
         piece = self._scanner.take()
         self._pieces.append(piece)
@@ -63,17 +63,17 @@ class ArgumentsObject:
         return end
 
     def _end(self) -> None:
-        """Ends the call. It is whole if its arguments are JSON: the scanner followed their structure alone."""
+        """Ends the call. It is complete if its arguments are valid JSON; the scanner only checked their structure."""
         self._out.end(complete=self.done and kind_of("".join(self._pieces)) == "object")
 
     def finish(self) -> None:
-        """The text is over: with its brace the call has begun, though nothing follows."""
+        """Ends the text. If it ends with the opening brace, the call begins now."""
         if self._size == 1 and not self.failed:
             self._size = 2
             self._start()
 
     def named(self, name: str) -> None:
-        """Tells the name of the function."""
+        """Sets the name of the function, if it comes after the arguments."""
         self._name = name
         self._start()
         if self.started and self.done:
@@ -99,8 +99,8 @@ class JsonCall:
     """One call as a JSON object.
 
     Attributes:
-        done: The object is complete, and so is the call.
-        failed: It is malformed. If the call had not begun, all of it is still held back.
+        done: The object, and so the call, is complete.
+        failed: The object is malformed. If the call had not begun, all of its text is still held back.
         started: The call has begun.
     """
 
@@ -126,9 +126,9 @@ class JsonCall:
         """Prepares for the opening brace.
 
         Args:
-            out: Where the call goes.
-            keys: The keys that the object may have, all if None.
-            needs_arguments: An object without arguments is no call, rather than one with empty arguments.
+            out: Collects the call's events.
+            keys: The keys that the object may have; None: any.
+            needs_arguments: An object without arguments is not a call, instead of a call with empty arguments.
         """
         self.done = False
         self.failed = False
@@ -138,7 +138,7 @@ class JsonCall:
         self._needs_arguments = needs_arguments
         self._expects = _Expects.OPEN
         self._key: str | None = None
-        """The key whose value is read; None while it is itself read."""
+        """The key of the value being read; None while a key is being read."""
         self._scanner: JsonScanner | None = None
         self._value: list[str] = []
         self._size = 0
@@ -146,10 +146,10 @@ class JsonCall:
         self._arguments: ArgumentsObject | None = None
         self._in_arguments = False
         self._whole_arguments: str | None = None
-        """Arguments that need no streaming."""
+        """Arguments that are not streamed: a string with JSON in it, or none."""
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads up to the end of the object or of the text, or to what is malformed."""
+        """Reads up to the end of the object, the end of the text or an error; returns that position."""
         while pos < len(text) and not self.done and not self.failed:
             if self._in_arguments:
                 pos = self._feed_arguments(text, pos)
@@ -164,7 +164,7 @@ class JsonCall:
         return pos
 
     def finish(self) -> None:
-        """The text is over; see ``ArgumentsObject``."""
+        """Ends the text; see ``ArgumentsObject.finish``."""
         if self._in_arguments and self._arguments is not None:
             self._arguments.finish()
 
@@ -199,7 +199,7 @@ class JsonCall:
                 self._arguments = ArgumentsObject(self._out, self._name)
                 self._in_arguments = True
                 return
-            # Some models write the object as a string, or null if there are no arguments.
+            # Some models write the arguments as a string, or as null if there are none.
             self.failed = char not in '"n'
         elif self._key == "name":
             self.failed = char != '"' or self._name is not None
@@ -236,7 +236,7 @@ class JsonCall:
         return end
 
     def _take_value(self, value: str) -> bool:
-        """Takes a key, or a value that was not streamed. Returns whether it may be what it is."""
+        """Takes a key, or a value that was not streamed. Returns whether it is valid."""
         if self._key is None:
             self._key = decode_string(value)
             self._expects = _Expects.COLON
@@ -264,7 +264,7 @@ class JsonCall:
             self._out.end()
 
     def _complete(self) -> bool:
-        """Whether the object has all that a call needs."""
+        """Whether the finished object is a call; starts one without arguments."""
         if not self.started and self._name is not None and not self._needs_arguments:
             self._whole_arguments = "{}"
             self._start_whole()
@@ -272,11 +272,11 @@ class JsonCall:
 
 
 class JsonCalls:
-    """A list of calls, or one that stands alone.
+    """A list of calls, or a single call without a list.
 
     Attributes:
-        done: The list is complete.
-        failed: It is malformed. What is not part of a call is still held back.
+        done: The list or single call is complete.
+        failed: The text is malformed. The part that does not belong to a call is still held back.
     """
 
     __slots__ = ("_call", "_is_list", "_needs_comma", "_out", "done", "failed")
@@ -290,7 +290,7 @@ class JsonCalls:
         self._call: JsonCall | None = None
 
     def feed(self, text: str, pos: int) -> int:
-        """Reads up to the end of the list or of the text, or to what is malformed."""
+        """Reads up to the end of the list, the end of the text or an error; returns that position."""
         while pos < len(text) and not self.done and not self.failed:
             if self._call is not None:
                 pos = self._feed_call(self._call, text, pos)
@@ -303,7 +303,7 @@ class JsonCalls:
         return pos
 
     def finish(self) -> None:
-        """The text is over; see ``ArgumentsObject``."""
+        """Ends the text; see ``ArgumentsObject.finish``."""
         if self._call is not None:
             self._call.finish()
 

@@ -1,7 +1,6 @@
-"""Calls that a grammar forces, with any model: ``[{"name": "f", "parameters": {...}}]``, or one call without the list.
+"""Calls forced by a grammar, for any model: ``[{"name": "f", "parameters": {...}}]``, or one call without the list.
 
-See ``forced_calls_schema`` for the grammar. What the parser does not understand, as the grammar did not apply, is
-content.
+See ``forced_calls_schema`` for the grammar. Text that does not match it, because the grammar did not apply, is content.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from api.parsers.tools.json_calls import JsonCalls
 
 
 class JsonForcedParser:
-    """Calls and nothing else."""
+    """Parses text that consists of calls only."""
 
     special_tokens: ClassVar[tuple[str, ...]] = ()
     new_id = staticmethod(new_id)
@@ -27,12 +26,12 @@ class JsonForcedParser:
         self._calls = JsonCalls(self._out)
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         if self._steps.state == self._list:
             self._calls.finish()
         return self._out.finish(self._steps.rest())

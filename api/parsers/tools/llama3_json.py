@@ -1,8 +1,8 @@
 """``{"name": "f", "parameters": {...}}`` without tags: Llama 3.1 to 3.3, Llama 4.
 
-Several calls are separated by ``;`` or white space; ``<|python_tag|>`` may precede them. As an answer may hold other
-JSON, too, an object is a call only if it has a name and arguments and nothing that a call has not: a tool's definition,
-if the model quotes it, has a description.
+Several calls are separated by ``;``, ``,`` or white space; ``<|python_tag|>`` may precede them. Since an answer may
+contain other JSON, an object without the tag is a call only if it has a name, arguments and no keys that calls do not
+have. A quoted tool definition, for example, has a description.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KEYS: Final = frozenset(("name", "type", "id", *ARGUMENTS_KEYS))
 
 
 class Llama3JsonParser:
-    """Calls among text."""
+    """Parses calls within text."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_TAG,)
     new_id = staticmethod(new_id)
@@ -34,12 +34,12 @@ class Llama3JsonParser:
         self._call = JsonCall(self._out)
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         if self._steps.state == self._object:
             self._call.finish()
         if self._steps.state == self._separators and not self._steps.rest():
@@ -67,7 +67,7 @@ class Llama3JsonParser:
             if text[end] == "{":
                 self._call = JsonCall(self._out, keys=_KEYS)
                 self._steps.state = self._object
-            else:  # such as code for a tool that is built in
+            else:  # such as code for a built-in tool
                 self._out.release()
                 self._steps.state = self._content
         return end
@@ -82,7 +82,7 @@ class Llama3JsonParser:
         return end
 
     def _separators(self, text: str, pos: int) -> int:
-        """After a call: what separates it from the next, if there is one."""
+        """After a call: the separators before the next call, if any."""
         match = _SEPARATORS.match(text, pos)
         assert match is not None
         end = match.end()

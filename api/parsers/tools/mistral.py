@@ -1,8 +1,8 @@
-"""``[TOOL_CALLS]`` and what follows it, which depends on the version of the tokenizer.
+"""``[TOOL_CALLS]`` and the calls after it, in the format of the tokenizer's version.
 
 * up to 7: a list, ``[TOOL_CALLS] [{"name": "f", "arguments": {...}}, ...]``;
 * 11: ``[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{...}`` for each call;
-* 13: ``[TOOL_CALLS]f[ARGS]{...}`` for each call; ``[ARGS]`` is left out where templates do so.
+* 13: ``[TOOL_CALLS]f[ARGS]{...}`` for each call; some templates omit ``[ARGS]``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME: Final = re.compile(r"[\w.:/-]*")
 
 
 class MistralParser:
-    """Text, then calls. The ids of calls are our own, as versions other than 11 have none."""
+    """Parses text followed by calls. New ids are generated for calls, since only version 11 has ids."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CALL_ID, _ARGS)
     new_id = staticmethod(new_short_id)
@@ -38,12 +38,12 @@ class MistralParser:
         self._size = 0
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         if self._steps.state == self._list:
             self._calls.finish()
         elif self._steps.state == self._object:

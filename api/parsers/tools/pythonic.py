@@ -1,7 +1,7 @@
-"""``[f(a=1, b="x"), g()]``: Llama 3.2 and 4, ToolACE and others that call functions as Python does.
+"""``[f(a=1, b="x"), g()]``: Llama 3.2 and 4, ToolACE and others that write calls in Python syntax.
 
-A list of calls is looked for where a line begins and after ``<|python_start|>``: elsewhere brackets are text. Each
-argument is passed on when it is complete, as JSON.
+A list of calls may begin at the start of a line or after ``<|python_start|>``; brackets elsewhere are text. Each
+argument is emitted as JSON when it is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WORD: Final = re.compile(r"[\w.-]*")
 
 
 class PythonicParser:
-    """Lists of calls among text. Arguments have names: what a position means, the model's text does not say."""
+    """Parses lists of calls within text. Only keyword arguments are supported: positions do not tell the parameter."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_START, _END)
     new_id = staticmethod(new_id)
@@ -39,12 +39,12 @@ class PythonicParser:
         self._literal = PythonLiteral()
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         return self._out.finish(self._steps.rest())
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class PythonicParser:
         self._size = 0
 
     def _read_word(self, text: str, pos: int) -> int:
-        """Reads a name; the space around it is skipped, too."""
+        """Reads a name and the white space before it; returns the position after it."""
         if not self._word:
             pos = self._space(text, pos)
         match = _WORD.match(text, pos)

@@ -1,10 +1,10 @@
 """``<tool_call><function=f><parameter=a>value</parameter></function></tool_call>``: Qwen3-Coder and later Qwen models.
 
-Each value stands on lines of its own as it is, without quotes or escapes; what it means depends on its type in the
-tool's schema. It is passed on when it is complete. The end tags that models forget are not insisted on.
+Each value is written verbatim on its own lines, without quotes or escapes, and converted using its type in the tool's
+schema. It is emitted when it is complete. Closing tags may be missing, since models forget them.
 
-A value may hold tags, as code about this format does. So a closing tag ends a value only if the next tag of the format
-follows, and an opening tag only if it names a parameter of the tool.
+A value may contain tags itself, such as code about this format. So a closing tag ends a value only if the next expected
+tag follows it, and an opening tag only if it names a parameter of the tool.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _PARAMETER_END: Final = "</parameter>"
 _OPENING: Final = Markers(_OPEN, _FUNCTION)
 _CLOSING: Final = Markers(_OPEN, _FUNCTION, _CLOSE)
 _NAME_END: Final = Markers(">", "<", "\n")
-# Without its own closing tag a value ends at another tag, if that begins a line.
+# A value without its closing tag ends at another tag at the start of a line.
 _VALUE_END: Final = Markers(_PARAMETER_END, "\n" + _PARAMETER, "\n" + _FUNCTION_END, "\n" + _CLOSE)
 
 
 class Qwen3CoderParser:
-    """Calls between tags, with text before, between and after them."""
+    """Parses calls between tags, with text before, between and after them."""
 
     special_tokens: ClassVar[tuple[str, ...]] = (_OPEN, _CLOSE)
     new_id = staticmethod(new_id)
@@ -45,28 +45,28 @@ class Qwen3CoderParser:
         self._name: list[str] = []
         self._size = 0
         self._is_wrapped = False
-        """The function stands in ``<tool_call>``."""
+        """Whether the function is inside ``<tool_call>``."""
         self._function = ""
         self._parameter = ""
         self._num_parameters = 0
         self._value: list[str] = []
         self._tail: list[str] = []
-        """What ends the value, unless it turns out to be part of it."""
+        """Text that ends the value, unless it turns out to be part of the value."""
 
     def feed(self, text: str, /) -> list[Event]:
-        """Takes the next piece."""
+        """Takes the next piece of text; returns its events."""
         self._steps.run(text)
         return self._out.take()
 
     def finish(self) -> list[Event]:
-        """Ends the text."""
+        """Ends the text; returns the remaining events."""
         rest = self._steps.rest()
         if not rest and self._steps.state in (self._after_value, self._after_function):
             is_whole = self._steps.state == self._after_function
             self._end_value()
             if is_whole:
                 self._end_call()
-        # A call is as good without all of its end tag.
+        # A partial closing tag after a complete call is not content.
         return self._out.finish("" if self._steps.state == self._after and _CLOSE.startswith(rest) else rest)
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Qwen3CoderParser:
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _take(self, tag: str, pos: int, state: State) -> int:
-        """Takes the beginning of a tag that has a name."""
+        """Consumes the beginning of a tag, up to the name in it."""
         self._out.hold(tag)
         self._name.clear()
         self._size = 0
@@ -119,7 +119,7 @@ class Qwen3CoderParser:
         return self._take(tag, end, self._function_name) if tag else self._give_up(end, self._content)
 
     def _read_name(self, text: str, pos: int) -> tuple[int, str | None]:
-        """Reads the name in a tag. Returns where it ends, and the name: None as long as there is more, empty if bad."""
+        """Reads the name in a tag. Returns the end position and the name: None if incomplete, empty if malformed."""
         end, marker = _NAME_END.find(text, pos)
         self._name.append(text[pos:end])
         self._out.hold(text[pos:end])
@@ -143,7 +143,7 @@ class Qwen3CoderParser:
         return end if name else self._give_up(end, self._content)
 
     def _body(self, text: str, pos: int) -> int:
-        """In a function, outside of its parameters."""
+        """In a function, outside its parameters."""
         end = skip_space(text, pos)
         self._out.hold(text[pos:end])
         if end == len(text):
@@ -204,19 +204,19 @@ class Qwen3CoderParser:
         return end + len(marker)
 
     def _resume_value(self) -> None:
-        """What looked like the end of the value is part of it."""
+        """Continues the value: the text that looked like its end is part of it."""
         self._value += self._tail
         self._steps.state = self._read_value
 
     def _tag_behind(self, text: str, pos: int, *tags: str) -> tuple[int, str | None]:
-        """Skips space. Returns where it ends, and the tag there: empty if there is none, None if that takes more."""
+        """Skips white space. Returns its end and the tag there: empty if there is none, None if more text is needed."""
         end = skip_space(text, pos)
         self._tail.append(text[pos:end])
         self._out.hold(text[pos:end])
         return end, None if end == len(text) else marker_at(text, end, *tags)
 
     def _after_value(self, text: str, pos: int) -> int:
-        """Behind a closing tag of the parameter."""
+        """After a closing tag of the parameter."""
         end, tag = self._tag_behind(text, pos, _PARAMETER, _FUNCTION_END, _CLOSE)
         if tag:
             self._end_value()
@@ -225,7 +225,7 @@ class Qwen3CoderParser:
         return end
 
     def _after_function(self, text: str, pos: int) -> int:
-        """Behind a closing tag of the function, with the parameter's own closing tag missing."""
+        """After a closing tag of the function, if that of the parameter is missing."""
         end, tag = self._tag_behind(text, pos, _CLOSE, _OPEN, _FUNCTION)
         if tag or (tag is not None and not self._is_wrapped):
             self._end_value()
@@ -235,7 +235,7 @@ class Qwen3CoderParser:
         return end
 
     def _next_name(self, text: str, pos: int) -> int:
-        """In the opening tag of a parameter, with the closing tag of the one before missing."""
+        """In the opening tag of a parameter, if the closing tag of the previous one is missing."""
         end, name = self._read_name(text, pos)
         if name is None:
             return end
@@ -252,7 +252,7 @@ class Qwen3CoderParser:
         return end
 
     def _end_value(self) -> None:
-        """Passes the value on."""
+        """Ends the value and emits it."""
         value = "".join(self._value).removeprefix("\n")
         if self._tail[:1] == [_PARAMETER_END]:
             value = value.removesuffix("\n")

@@ -1,4 +1,4 @@
-"""JSON of values that a model writes as plain text, by the types that a tool's schema gives them."""
+"""Converts arguments that a model writes as plain text to JSON, using the types in the tool's schema."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class Parameters:
     def json(self, function: str, parameter: str, text: str) -> str:
         """The JSON of an argument.
 
-        What does not fit its type, or has none, is a string; without a type, an object or list is one, too.
+        Text that does not fit its type becomes a string. Without a type, only objects and lists are converted; all
+        other text becomes a string.
 
         Args:
-            function: The name of the tool.
-            parameter: The name of the argument.
-            text: As the model wrote it.
+            function: Name of the tool.
+            parameter: Name of the argument.
+            text: The value as the model wrote it.
         """
         root = self._schemas.get(function)
         types = set[str]()
@@ -47,13 +48,13 @@ class Parameters:
         return json_string(text) if types == {"string"} else _convert(text, types)
 
     def may_have(self, function: str, parameter: str) -> bool:
-        """Whether a tool has a parameter, as far as is known."""
+        """Whether a tool has a parameter; true if its schema is unknown."""
         root = self._schemas.get(function)
         return not isinstance(root, Mapping) or bool(_property_schemas(root, parameter, root, _MAX_HOPS))
 
 
 def _property_schemas(schema: Any, name: str, root: Any, hops: int) -> list[Any]:
-    """The schemas of an object's property, wherever the object's own schema declares it; see ``_types``."""
+    """All schemas that an object's schema declares for a property; see ``_types``."""
     if not isinstance(schema, Mapping) or not hops:
         return []
     found = []
@@ -79,7 +80,7 @@ def _matches(pattern: Any, name: str) -> bool:
     if not isinstance(pattern, str):
         return False
     if pattern.endswith("$") and not pattern.endswith("\\$"):
-        # Only beginnings have an anchor there: a character that no name has stands for the end.
+        # The checker does not support ``$``, so a character that no name contains stands for the end.
         pattern, name = pattern[:-1] + _END, name + _END
     try:
         checker = StopRegexChecker((), (pattern,), False)
@@ -89,12 +90,12 @@ def _matches(pattern: Any, name: str) -> bool:
 
 
 def _types(schema: Any, root: Any, hops: int) -> set[str]:
-    """The types that a schema allows, as far as can be told; none if it does not say.
+    """The types that a schema allows, as far as can be determined; empty if it declares none.
 
     Args:
         schema: A schema, or part of one.
-        root: What references are relative to.
-        hops: How deep to look: references may lead in circles.
+        root: The schema that references are relative to.
+        hops: Maximum depth, since references may be circular.
     """
     if not isinstance(schema, Mapping) or not hops:
         return set()
@@ -139,7 +140,7 @@ def _convert(text: str, types: set[str]) -> str:
     if types & {"object", "array"}:
         if kind in types:
             return value
-        # Models know that Python's literals are not JSON, but not always.
+        # Models sometimes write Python literals instead of JSON.
         json = to_json(value)
         if json is not None and kind_of(json) in types & {"object", "array"}:
             return json
