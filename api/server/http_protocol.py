@@ -42,7 +42,7 @@ FIRST_LOOK = 0.005
 LAST_LOOK = 1.0
 
 _PIECE = 16 << 10
-"""Bytes fed to the parser at once: how far a limit may be overshot before it is noticed."""
+"""Bytes fed to the parser at once, by which a limit may be exceeded before this is noticed."""
 _BYTES_ACKED = 120
 """Offset of tcpi_bytes_acked in Linux's struct tcp_info."""
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
@@ -87,7 +87,7 @@ class Connections:
         return len(self._open)
 
     def all(self) -> list[BoundedHttpProtocol]:
-        """Number of open connections."""
+        """The open connections."""
         return list(self._open)
 
     def add(self, connection: BoundedHttpProtocol) -> None:
@@ -116,11 +116,11 @@ class Connections:
 
 
 class _Part(Enum):
-    """Of a request, that comes next."""
+    """The part of a request that comes next."""
 
     HEAD = 0
     BODY = 1
-    """And trailers."""
+    """Includes trailers."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -160,7 +160,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._taken = 0
         """Increases when the client reads."""
         self._stuck_since: float | None = None
-        """Since when it has not, despite pending output."""
+        """Time since which the client has not read, despite pending output."""
         self._is_half_closed = False
         """Whether the client has half-closed the connection and may still wait for its answer."""
 
@@ -181,11 +181,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has stopped sending. If it waits for an answer, the connection stays open until it has it.
+        """The client has stopped sending. If it still waits for an answer, the connection stays open until then.
 
-        A client that is gone looks the same until something is sent to it: then its system reports that nobody is
-        there. So a client without any part of its answer is sent ``100 Continue``, which is harmless and may precede
-        any answer. HTTP/1.0 has no such status, and TLS cannot be half-closed: there the client counts as gone.
+        A client that has disconnected looks the same until something is sent to it, which its system then rejects. So
+        if no part of the answer has been sent yet, ``100 Continue`` is sent, which is harmless and may precede any
+        answer. HTTP/1.0 has no such status, and TLS cannot be half-closed: such clients count as disconnected.
         """
         if self._is_half_closed:
             return True
@@ -300,9 +300,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._refuse(_too_large())
 
     def _go_on_without_upgrade(self, rest: bytes | memoryview) -> None:
-        """A request offered an upgrade, as Java's client does to HTTP/2. It is answered in HTTP/1.1.
+        """Answers a request that offered an upgrade, such as Java's client to HTTP/2, in HTTP/1.1.
 
-        The parser treats what follows such a head as the other protocol, so a new parser takes over.
+        The parser treats the data after such a head as the other protocol, so a new parser takes over.
         """
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -334,7 +334,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._count_head(len(name) + len(value) + 4)
         if self._part is _Part.BODY:
-            # A trailer. None are used, and among the headers it could be mistaken for one.
+            # Trailers are dropped: none are used, and among the headers they could be mistaken for headers.
             self._num_trailers += 1
             if self._num_trailers > MAX_HEADERS:
                 self._fail(_error(431, f"the request has more than {MAX_HEADERS} trailers"))

@@ -163,7 +163,8 @@ def _host_name(host: str) -> str:
 def allowed_hosts(config: ServerConfig) -> list[str] | None:
     """The host names that a server answers to; None: any.
 
-    By default that is any, unless everybody who reaches it may use it and that should be this machine alone.
+    The default is any name, except for a server without keys that listens only on the loopback interface: it answers
+    to its local names.
     """
     is_private = not config.api_key and config.uds is None and _is_loopback(config.host)
     if "*" in config.allowed_hosts or not (is_private or config.allowed_hosts):
@@ -203,7 +204,7 @@ class Guard:
     """Guards an endpoint: only clients with a key may enter, and none while the server drains."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic, keys: Iterable[str], *, drains: bool = True) -> None:
-        """Without ``drains`` clients with a key may enter while the server drains."""
+        """Without ``drains``, clients with a key may also enter while the server drains."""
         self._app = app
         self._traffic = traffic
         self._drains = drains

@@ -14,7 +14,7 @@ from api.version import VERSION
 
 class LoadResponse(msgspec.Struct, kw_only=True):
     server_load: int
-    """Unfinished completions, running or waiting."""
+    """Number of unfinished completions, running or waiting."""
 
 
 class VersionResponse(msgspec.Struct, kw_only=True):
@@ -36,13 +36,13 @@ async def ping(request: Request) -> Response:
 
 
 async def livez(request: Request) -> Response:
-    """200 as long as this process works and the engine is not dead for good, also during restarts and draining."""
+    """200 while this process works, including engine restarts and draining; 503 when the engine is permanently dead."""
     serving: Serving = request.app.state.serving
     return _probe("the engine is dead" if serving.is_dead else "")
 
 
 async def readyz(request: Request) -> Response:
-    """200 while new requests are computed at once: 503 during an engine restart and shutdown."""
+    """200 while new requests run immediately; 503 during an engine restart or shutdown, or when the engine is dead."""
     serving: Serving = request.app.state.serving
     traffic: Traffic = request.app.state.traffic
     if serving.is_dead:
@@ -53,7 +53,7 @@ async def readyz(request: Request) -> Response:
 
 
 async def startupz(request: Request) -> Response:
-    """200 from when the model is loaded."""
+    """200 once the model is loaded."""
     return _probe("")
 
 
@@ -67,13 +67,13 @@ async def version(request: Request) -> Response:
 
 
 async def load(request: Request) -> Response:
-    """How many completions are unfinished, running or waiting."""
+    """The number of unfinished completions, running or waiting."""
     serving: Serving = request.app.state.serving
     answer = LoadResponse(server_load=serving.num_unfinished)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def metrics(request: Request) -> Response:
-    """Everything that is counted, for Prometheus."""
+    """All metrics, in Prometheus text format."""
     serving: Serving = request.app.state.serving
     return Response(serving.default_model.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

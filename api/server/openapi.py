@@ -1,4 +1,4 @@
-"""The OpenAPI document, built from the route table and the types of bodies."""
+"""The OpenAPI document, built from the route table and the types of request and response bodies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WITH_BODY_ONLY = (400, 408, 413, 422)
 _REF = "#/components/schemas/{name}"
 _KEY = "apiKey"
 Schemas: TypeAlias = dict[Any, dict[str, Any]]
-"""By type."""
+"""JSON schemas by type."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class Operation:
     request: type[msgspec.Struct] | None = None
     """Type of the JSON body."""
     example: Mapping[str, Any] | None = None
-    """Such a body, where the type does not show what goes together."""
+    """An example body, for types that do not show which fields belong together."""
     response: type[msgspec.Struct] | None = None
     """Type of the answer's JSON body."""
     chunk: Any = None
-    """Type of the events, if the answer can be streamed; a struct or a union of them."""
+    """Type of the stream events, a struct or a union of structs; None if the answer cannot be streamed."""
     media_type: str | None = None
-    """Of an answer that is no JSON."""
+    """Content type of an answer that is not JSON."""
     errors: ErrorShape = OPENAI_ERRORS
     task: Literal["generate", "pool"] | None = None
-    """What the server must be configured to do; None: nothing in particular."""
+    """Task that the server must be configured for; None: any."""
     is_wanted: Callable[[ServerConfig], bool] = lambda config: True
-    """Whether options ask for it."""
+    """Whether the server's options enable the route."""
     queues: bool = False
-    """Its requests wait for the engine, so they are refused when too many do."""
+    """Whether requests wait for the engine, and so are rejected while too many others wait."""
     is_open: bool = False
-    """Needs no key, and is served while the server drains."""
+    """Whether the route needs no key and is also served while the server drains."""
 
 
 class Document:
@@ -83,7 +83,7 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
         for kind in (operation.request, operation.response, operation.chunk, operation.errors.body)
         if kind is not None
     }
-    types[ChatTool] = None  # requests refer to it, though they keep tools as they came
+    types[ChatTool] = None  # request schemas refer to it, though their tools are plain dictionaries
     schemas, components = msgspec.json.schema_components(list(types), ref_template=_REF)
     describe_fields(components)
     by_type: Schemas = dict(zip(types, schemas, strict=True))
@@ -130,7 +130,7 @@ def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dic
     if operation.response is not None:
         content["application/json"] = {"schema": schemas[operation.response]}
     if operation.chunk is not None:
-        # This version of OpenAPI cannot say what events look like; a ``schema`` would be taken for theirs.
+        # OpenAPI 3.1 cannot describe stream events: a ``schema`` would describe the whole body.
         content["text/event-stream"] = {"x-event-schema": schemas[operation.chunk]}
     if operation.media_type is not None:
         content[operation.media_type] = {"schema": {"type": "string"}}

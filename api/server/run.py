@@ -1,4 +1,4 @@
-"""Running the server: port, engine, HTTP, and an orderly end."""
+"""Runs the server: opens the port, starts the engine, serves HTTP and shuts down."""
 
 from __future__ import annotations
 
@@ -48,38 +48,39 @@ T = TypeVar("T")
 
 BACKLOG = 2048
 KEEP_ALIVE_TIMEOUT = 65
-"""Seconds that an idle connection stays open: longer than proxies keep theirs, who would else run into its end."""
+"""Seconds that an idle connection stays open. Longer than the timeout of proxies, which could otherwise send a request
+on a connection that is just being closed."""
 MAX_UNSENT_BYTES = 128 << 10
-"""Of each connection that the kernel holds beside what is on its way."""
+"""Bytes per connection that the kernel buffers in addition to those in flight."""
 FILES_APART = 256
-"""File descriptors that are no connections, at most."""
+"""Maximum number of file descriptors other than connections."""
 FLUSH_TIMEOUT = 2.0
-"""Seconds that answers which were ended have to reach their clients."""
+"""Seconds for answers that were ended at shutdown to reach their clients."""
 _HOST_ADVICE = "use 127.0.0.1 for this machine only, or 0.0.0.0 for all addresses"
 SHUTTING_DOWN = "the server is shutting down"
 
 
 class PortInUseError(Exception):
-    """The address to listen on cannot be had; the message says why."""
+    """The server cannot listen on its address; the message says why."""
 
 
 def run_server(
     config: ServerConfig, files: ModelFiles, *, announce: Callable[[str], None] | None = None, progress: bool = True
 ) -> int:
-    """Serves until a signal or the end of the engine.
+    """Serves until a signal arrives or the engine dies.
 
     Args:
-        config: Resolved, with the model's files in it.
-        files: The model's.
-        announce: Takes the text for people once requests are taken. Default: standard output.
-        progress: Show a bar while the model loads.
+        config: The resolved configuration.
+        files: The model's files.
+        announce: Shows the welcome text once requests are accepted. Default: print it to standard output.
+        progress: Show a progress bar while the model loads.
 
     Returns:
-        The exit code: 0, or that of an engine that was given up after it had served.
+        The exit code: 0, or that of an engine that died permanently after it had started.
 
     Raises:
-        PortInUseError: Nothing was started.
-        ConfigError: Key or certificate cannot be used; nothing was started.
+        PortInUseError: The server cannot listen on its address. Nothing was started.
+        ConfigError: The TLS files cannot be used. Nothing was started.
         EngineDeadError: The engine cannot be started.
     """
     faulthandler.register(signal.SIGUSR1)
@@ -100,10 +101,10 @@ def _write(text: str) -> None:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Reads key and certificates before anything expensive starts.
+    """Checks the TLS files before anything expensive starts.
 
     Raises:
-        ConfigError: One cannot be read, or they do not fit together.
+        ConfigError: A file cannot be read, key and certificate do not match, or the ciphers are invalid.
     """
     if config.ssl_keyfile is None:
         return
@@ -111,7 +112,7 @@ def check_tls(config: ServerConfig) -> None:
     path = config.ssl_certfile or config.ssl_keyfile
     flag = "--ssl-certfile" if config.ssl_certfile else "--ssl-keyfile"
     try:
-        # Asking for a passphrase would wait for somebody at a terminal.
+        # Without a password callback, OpenSSL would ask for the passphrase at the terminal.
         context.load_cert_chain(path, config.ssl_keyfile, password=lambda: b"")
         if config.ssl_ca_certs is not None:
             flag, path = "--ssl-ca-certs", config.ssl_ca_certs
@@ -119,7 +120,7 @@ def check_tls(config: ServerConfig) -> None:
         if config.ssl_ciphers is not None:
             flag, path = "--ssl-ciphers", config.ssl_ciphers
             context.set_ciphers(path)
-    except OSError as error:  # ssl.SSLError too
+    except OSError as error:  # includes ssl.SSLError
         hint = (
             ""
             if flag == "--ssl-ciphers"
@@ -129,10 +130,10 @@ def check_tls(config: ServerConfig) -> None:
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
-    """Takes the port, or the Unix socket, before anything expensive starts. Nobody can connect yet.
+    """Binds the port, or the Unix socket, before anything expensive starts. Clients cannot connect yet.
 
     Raises:
-        PortInUseError: Somebody else has it, or it is not ours to take.
+        PortInUseError: The address is in use, not available or not permitted.
     """
     if config.uds is not None:
         return _open_unix(config.uds)
@@ -149,7 +150,7 @@ def open_listener(config: ServerConfig) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. Else the kernel would take megabytes for a client that does not read.
+        # Connections inherit this. Otherwise, the kernel would buffer megabytes for a client that does not read.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         listener.bind(address)
     except OSError as error:
@@ -159,7 +160,7 @@ def open_listener(config: ServerConfig) -> socket.socket:
 
 
 def _advice(error: OSError, config: ServerConfig) -> str:
-    """What to do when an address cannot be had."""
+    """What to do about an address that cannot be bound."""
     if error.errno == errno.EADDRNOTAVAIL:
         return f"--host {config.host} is not an address of this machine; {_HOST_ADVICE}"
     if error.errno == errno.EACCES:
@@ -177,7 +178,7 @@ def _open_unix(path: str) -> socket.socket:
                 try:
                     probe.connect(path)
                 except ConnectionRefusedError:
-                    os.unlink(path)  # left behind by a server that is gone
+                    os.unlink(path)  # left over from a server that has exited
                 else:
                     raise PortInUseError(f"cannot listen on {path}: another server is listening there")
         listener.bind(path)
@@ -191,7 +192,7 @@ def _open_unix(path: str) -> socket.socket:
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its own idea of signals."""
+    """uvicorn without its own signal handling."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -204,15 +205,15 @@ class _HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
-        except OSError as error:  # two servers may hold a port as long as neither listens
+        except OSError as error:  # two servers may bind the same port while neither listens
             raise PortInUseError(f"cannot listen: {error.strerror}") from error
         self._is_listening.set()
 
     async def start(self, listener: socket.socket) -> asyncio.Task[None]:
-        """Serves from now on. Returns what ends with the server.
+        """Starts to serve. Returns the task of the server.
 
         Raises:
-            PortInUseError: Somebody else listens already.
+            PortInUseError: Another server is already listening.
         """
         task = asyncio.create_task(self.serve(sockets=[listener]))
         listening = asyncio.create_task(self._is_listening.wait())
@@ -224,7 +225,7 @@ class _HttpServer(uvicorn.Server):
 
 
 class _Run:
-    """One life of the server."""
+    """One run of the server, from start to exit."""
 
     def __init__(
         self,
@@ -243,9 +244,9 @@ class _Run:
         self._app = StartupApp(config.root_path)
         self._begin = time.monotonic()
         self._stop = asyncio.Event()
-        """The first signal, or the end of the engine."""
+        """Set by the first signal, or when the engine is dead."""
         self._stop_now = asyncio.Event()
-        """The second."""
+        """Set by the second signal."""
         self._exit_code = 0
         self._tracer: Tracer | None = None
         names = config.served_model_name
@@ -264,7 +265,7 @@ class _Run:
     async def serve(self) -> int:
         loop = asyncio.get_running_loop()
         signals = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the server outlives its terminal
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
             signals.append(signal.SIGHUP)
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -284,7 +285,7 @@ class _Run:
                 await asyncio.to_thread(self._tracer.close)
 
     async def _serve(self, server: _HttpServer, http: asyncio.Task[None]) -> None:
-        """Starts the engine, then serves until the end."""
+        """Starts the engine, then serves until shutdown."""
         ready = await self._unless_stopped(self._client.start())
         self._bar.close()
         if ready is None:
@@ -330,7 +331,7 @@ class _Run:
         self._stop.set()
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
-        """Waits for something; None if a signal came before."""
+        """The result of ``work``; None if the server is told to stop first."""
         task = asyncio.ensure_future(work)
         stop = asyncio.ensure_future(self._stop.wait())
         try:
@@ -341,7 +342,7 @@ class _Run:
             stop.cancel()
 
     async def _stop_when_asked(self, server: _HttpServer, traffic: Traffic) -> None:
-        """New requests are refused, open ones may finish, then they are told the end."""
+        """Waits for the stop, then drains: rejects new requests, lets open ones finish, and fails those that remain."""
         await self._stop.wait()
         traffic.is_draining = True
         if self._client.dead is None and traffic.num_open:
@@ -359,10 +360,10 @@ class _Run:
         server.force_exit = traffic.num_open > 0
 
     def _ready_text(self, model: ServedModel) -> str:
-        """What a person wants to know now, with a command to try."""
+        """The welcome text: where the server listens, and a command to try."""
         seconds = time.monotonic() - self._begin
         config = self._config
-        # The name in a certificate is hardly that of the loopback.
+        # A certificate rarely names the loopback address, so curl gets -k.
         target, options = _url(config, self._listener), ["-s" if config.ssl_keyfile is None else "-sk"]
         if config.uds is not None:
             options += ["--unix-socket", config.uds]
@@ -400,7 +401,7 @@ def _url(config: ServerConfig, listener: socket.socket) -> str:
 
 
 def _limits() -> Limits:
-    """As many connections as there may be file descriptors for."""
+    """Limits with as many connections as file descriptors allow; raises the soft limit if needed."""
     wanted = MAX_CONNECTIONS + FILES_APART
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -429,7 +430,7 @@ def _uvicorn_config(config: ServerConfig, app: StartupApp) -> uvicorn.Config:
         ssl_certfile=config.ssl_certfile,
         ssl_ca_certs=config.ssl_ca_certs,
         ssl_cert_reqs=config.ssl_cert_reqs,
-        ssl_ciphers=config.ssl_ciphers or "TLSv1",  # which is uvicorn's default
+        ssl_ciphers=config.ssl_ciphers or "TLSv1",  # uvicorn's default
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
         timeout_graceful_shutdown=int(FLUSH_TIMEOUT),

@@ -1,4 +1,4 @@
-"""Telling systemd when the server is ready: the protocol of ``sd_notify``, a datagram to a socket that it names."""
+"""Notifies systemd when the server is ready: ``sd_notify``'s protocol, a datagram to the socket in NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 
 def notify(state: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Sends a state such as ``READY=1``; without a service manager that wants it, nothing happens."""
+    """Sends a state such as ``READY=1``; does nothing if no service manager asks for it."""
     address = environment.get("NOTIFY_SOCKET", "")
     if address[:1] not in ("/", "@"):
         return

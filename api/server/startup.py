@@ -1,4 +1,4 @@
-"""What answers while the model loads: probes tell how far it is, everything else is told to come back."""
+"""Answers requests while the model loads: probes report progress, all other requests get 503."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from api.http.errors import error_response
 from engine_core.messages import LoadProgress
 
 PROBES = frozenset({"/health", "/ping", "/readyz", "/startupz"})
-"""Answered 503 in one line while the model loads; ``/livez`` is answered 200."""
+"""Paths answered with 503 and one line of text while the model loads; ``/livez`` is answered with 200."""
 
 
 class StartupApp:
-    """Stands where the application will be.
+    """An ASGI application that forwards requests to the real one as soon as that exists.
 
     Attributes:
-        app: The application, once there is one; from then on it gets every request.
+        app: The real application; None while the model loads.
     """
 
     def __init__(self, prefix: str = "") -> None:
-        """Waits for the application.
+        """Prepares.
 
         Args:
-            prefix: Path under which a proxy shows this server; requests may come with it or without.
+            prefix: Path prefix under which a proxy exposes this server. Requests may arrive with or without it.
         """
         self._prefix = prefix
         self.app: ASGIApp | None = None
         self._progress: LoadProgress | None = None
 
     def update(self, progress: LoadProgress) -> None:
-        """Takes what a worker says."""
+        """Takes a progress report of a worker."""
         self._progress = progress
 
     @property
     def status(self) -> str:
-        """How far it is, for people."""
+        """The loading progress as text."""
         progress = self._progress
         if progress is None:
             return "starting"
@@ -63,7 +63,7 @@ class StartupApp:
 
 
 async def _live(receive: Receive, send: Send) -> None:
-    """The server's own start and end: there is nothing to be done."""
+    """Acknowledges the ASGI lifespan events; there is nothing to do."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

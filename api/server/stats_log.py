@@ -1,4 +1,4 @@
-"""A line in the log every ten seconds while there is traffic: how fast, how much waits, how full the cache is."""
+"""Logs throughput, queue length and cache usage every ten seconds while there is traffic."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from engine_core.launch import get_logger
 logger = get_logger()
 
 INTERVAL = 10.0
-"""Seconds between two lines."""
+"""Seconds between log lines."""
 
 
 class StatsLog:
-    """Means over the time since the line before, in vLLM's words."""
+    """Averages since the previous line, in vLLM's format."""
 
     def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
@@ -28,7 +28,7 @@ class StatsLog:
         self._hit_rate = 0.0
 
     def line(self) -> str | None:
-        """What happened since the last call; None if that was nothing, and nothing before it."""
+        """The line for the time since the last call; None if the server was idle then and in the interval before."""
         metrics = self._metrics
         now, stats = time.monotonic(), metrics.scheduler_stats
         seconds = max(now - self._at, 1e-9)
@@ -54,7 +54,7 @@ class StatsLog:
         )
 
     async def run(self) -> None:
-        """Writes lines until it is cancelled."""
+        """Logs lines until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL)
             line = self.line()

@@ -1,8 +1,8 @@
 """The web page: chat and dashboard at ``/``, the API reference at ``/docs``.
 
-Static files from ``api/web``, without a build step. The scripts talk to the public API like any other client, so the
-files themselves are no secret and need no key. What may be fetched is a table of names that is built at the start: no
-path of a request ever reaches the file system.
+Static files from ``api/web``, without a build step. The scripts use the public API like any other client, so the files
+are not secret and need no key. Files are looked up in a table that is built at startup: no path from a request ever
+reaches the file system.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from api.server.openapi import Operation
 
 FOLDER = Path(__file__).parents[1] / "web"
 VENDORED = "katex"
-"""A folder in it with files of others, as they are published, and their licence."""
+"""Subfolder with third-party files, unmodified, and their licence."""
 CHAT_PAGE = "index.html"
 DOCS_PAGE = "docs.html"
 CONTENT_TYPES = {
@@ -33,17 +33,17 @@ CONTENT_TYPES = {
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
-        "default-src 'self'",  # nothing inline, nothing from elsewhere: not even the picture a model may ask for
+        "default-src 'self'",  # nothing inline, nothing from other origins, not even images that a model links to
         "object-src 'none'",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",  # with the next line: innerHTML and its kin throw
+        "require-trusted-types-for 'script'",  # with the next line: innerHTML and similar sinks throw
         "trusted-types 'none'",
     )
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for at each use: the files change with the server's version
+    "Cache-Control": "no-cache",  # cached, but revalidated at each use: the files change with the server's version
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -67,7 +67,7 @@ class WebPages:
         """Reads all files.
 
         Args:
-            folder: Where they are; folders in it are left out, but for ``VENDORED``.
+            folder: Their location. Subfolders other than ``VENDORED`` are ignored.
         """
         self._files = {
             path.name: _read(path)
@@ -77,11 +77,11 @@ class WebPages:
 
     @property
     def names(self) -> frozenset[str]:
-        """What can be had under ``/web``."""
+        """Names of the files served under ``/web``."""
         return frozenset(self._files)
 
     def operations(self) -> tuple[Operation, ...]:
-        """Rows of the route table. They are for browsers and so no part of the OpenAPI document."""
+        """Rows of the route table. They are for browsers, so they are not in the OpenAPI document."""
         html, any_type = "text/html", "*/*"
         return (
             Operation("GET", "/", self.show_chat, "Chat and dashboard", media_type=html, is_open=True),
@@ -117,6 +117,6 @@ def _read(path: Path) -> WebFile:
 
 
 def _matches(conditions: list[str], etag: str) -> bool:
-    """Whether one of the tags of If-None-Match is that of the file. A proxy that compresses makes them weak."""
+    """Whether a tag of If-None-Match matches the file. Weak tags match too, since compressing proxies weaken them."""
     tags = {tag.strip().removeprefix("W/") for condition in conditions for tag in condition.split(",")}
     return etag in tags or "*" in tags
