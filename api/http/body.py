@@ -1,4 +1,4 @@
-"""Turns the bytes of a request into a typed body, checking every limit before the work."""
+"""Reads and decodes request bodies, checking each limit before the work that it limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error that a client sees: ``{"error": {"message", "type", "param", "code"}}`` but where ``ErrorShape`` says."""
+"""Error responses: ``{"error": {"message", "type", "param", "code"}}``, or another ``ErrorShape`` of the endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ORCA header: tells load balancers that ask for it how busy the server is."""
+"""The ORCA header, which reports the server's load to load balancers that request it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""From deltas to bytes on the wire: the path that every generated token takes.
+"""Sends answers to clients, as streams of server-sent events or as whole bodies.
 
-Be careful with additions to ``TokenStream``: what happens per token here happens thousands of times a second. An event
-carries what one step brought for one choice, which is one token; events that are ready together go out in one write.
-The constant parts of an event are encoded once per choice, and between two tokens there is one wait.
+``TokenStream`` is on the path of every generated token, thousands of times a second, so add to it with care. An event
+has the output of one step for one choice, which is one token. Events that are ready together are sent in one write. The
+constant parts of an event are encoded once per choice, and there is one wait between two tokens.
 
-``sse_starlette`` gives the response its headers and formats the events that are rare. Its own loop is not used: with
-four tasks per response and a cancel scope per event, a token takes the process half as long again, or more.
+``sse_starlette`` provides the headers of the response and formats rare events. Its own loop is not used: with four
+tasks per response and a cancel scope per event, it makes a token at least 50 % more expensive for the process.
 """
 
 from __future__ import annotations
@@ -30,67 +30,67 @@ from engine_core.launch import get_logger
 logger = get_logger()
 
 FOLDED_AT_ONCE = 256
-"""Deltas of an answer in one piece that are folded in one go: some milliseconds."""
+"""Deltas of a whole answer to fold without a pause, which takes some milliseconds."""
 DONE = ServerSentEvent("[DONE]", sep="\n").encode()
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 MARK = "\0"
-"""Stands for the text while the constant parts of an event are encoded."""
+"""Placeholder for the text when the constant parts of an event are encoded."""
 
 _MARK_JSON = msgspec.json.encode(MARK)
 _NO_CHOICES = b'"choices":[]'
 
 
 def event(data: bytes) -> bytes:
-    """One server-sent event of a JSON value, which has no line breaks."""
+    """A server-sent event with a JSON value, which must have no line breaks."""
     return b"data: " + data + b"\n\n"
 
 
 def typed_event(name: str, data: bytes) -> bytes:
-    """The same with a name."""
+    """A server-sent event with a name and a JSON value."""
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
 def split_at_mark(whole: bytes) -> tuple[bytes, bytes]:
-    """The constant parts of an event whose text is ``MARK``."""
+    """The parts of an encoded event before and after its text, which is ``MARK``."""
     before, _, after = whole.partition(_MARK_JSON)
     return before, after
 
 
 def around_choices(whole: bytes) -> tuple[bytes, bytes]:
-    """The parts of an answer before and after its choices, of which it has none yet."""
-    before, _, after = whole.partition(_NO_CHOICES)  # in a string its quotation marks would be escaped
+    """The parts of an encoded answer before and after its list of choices, which must be empty."""
+    before, _, after = whole.partition(_NO_CHOICES)  # cannot occur in a string: its quotes would be escaped
     return before + _NO_CHOICES[:-1], _NO_CHOICES[-1:] + after
 
 
 def joined(lists: Iterable[bytes]) -> msgspec.Raw:
-    """Lists that were encoded one by one, without their brackets, as one."""
+    """Concatenates encoded lists, given without their brackets, into one list."""
     return msgspec.Raw(b"[" + b",".join(filter(None, lists)) + b"]")
 
 
 def error_event(error: RequestError) -> bytes:
-    """How a stream of completions ends that fails: without ``DONE``, which says that an answer is whole."""
+    """The last event of a stream that fails. ``DONE`` does not follow, since it means that the answer is complete."""
     return event(render(error))
 
 
 class Reply(WholeReply, Protocol):
-    """The same for endpoints that can stream."""
+    """Formats the outputs of requests for an endpoint that can stream."""
 
     @property
     def keep_alive(self) -> bytes:
-        """What is sent in a long silence."""
+        """Data to send when there have been no events for a while."""
 
     def event(self, delta: Delta) -> bytes:
-        """One or more server-sent events, or none if the delta settles nothing."""
+        """The server-sent events that a delta completes; empty if it completes none."""
 
     def last_event(self) -> bytes:
-        """What follows the last delta."""
+        """The data after the last delta."""
 
     def error_event(self, error: RequestError) -> bytes:
-        """What follows the last delta of a generation that fails."""
+        """The data after the last delta of a generation that fails."""
 
 
 class Disconnect:
-    """Awaited, it returns when the client of an HTTP request whose body was read is gone."""
+    """An awaitable that completes when the client has disconnected. The request's body must have been read."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -104,21 +104,21 @@ class Disconnect:
 
 
 def _look_at(scope: Scope, work: EngineWork) -> None:
-    """Takes from an HTTP request what traces want to know of it."""
+    """Passes the trace headers of an HTTP request on, if tracing is enabled."""
     if work.metrics.on_trace is not None:
         work.trace_headers = trace_headers(scope)
 
 
 class TokenStream(EventSourceResponse):
-    """An answer as server-sent events, one per token.
+    """Streams an answer as server-sent events, one per token.
 
-    The head goes out with the first event or keep-alive comment: a request that fails before that gets a proper
-    status.
+    The response head is sent with the first event or keep-alive comment, so that a request that fails before gets an
+    error status.
     """
 
     def __init__(self, generation: Generation, reply: Reply, keep_alive_interval: float) -> None:
         super().__init__(_no_content(), ping=keep_alive_interval, sep="\n")
-        del self.headers["connection"]  # the server knows better, when it is about to stop
+        del self.headers["connection"]  # set by the server, which closes connections at shutdown
         self.headers.update(generation.headers)
         self._generation = generation
         self._reply = reply
@@ -173,7 +173,7 @@ class TokenStream(EventSourceResponse):
                 await self._end_with_error(error, send)
                 return
             if not data and num_open:
-                continue  # what came may still turn out to be markup
+                continue  # the text is held back, since it may turn out to be markup
             if not is_started:
                 is_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -181,7 +181,12 @@ class TokenStream(EventSourceResponse):
             await send({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
 
     def _events(self, deltas: list[Delta]) -> tuple[bytes, int]:
-        """The events of several deltas, or of one that ends a choice, and how many choices ended."""
+        """The events of deltas, and the number of choices that they end.
+
+        Raises:
+            RequestError: A choice failed.
+            EngineDeadError: A choice failed because the engine is dead.
+        """
         num_finished = 0
         parts = []
         for delta in deltas:
@@ -193,7 +198,7 @@ class TokenStream(EventSourceResponse):
         return b"".join(parts), num_finished
 
     async def _end_with_error(self, error: Exception, send: Send) -> None:
-        """Tells the client what happened; the status is long gone."""
+        """Sends an error as the last event, since the status has already been sent."""
         if not isinstance(error, (RequestError, EngineDeadError)):
             logger.error("request %s failed", self._generation.request_id, exc_info=error)
         data = self._reply.error_event(to_request_error(error))
@@ -201,7 +206,7 @@ class TokenStream(EventSourceResponse):
 
 
 class WholeAnswer(Response):
-    """An answer in one piece, of the same deltas as a stream."""
+    """Sends a whole answer, built from the same deltas as a stream."""
 
     media_type = "application/json"
 
@@ -226,7 +231,7 @@ class WholeAnswer(Response):
             generation.close()
 
     async def _collect(self) -> list[Delta]:
-        """All deltas of all choices; fewer if the client goes."""
+        """All deltas of all choices; fewer if the client disconnects."""
         generation = self._generation
         deltas: list[Delta] = []
         num_open = generation.num_choices
@@ -243,7 +248,7 @@ class WholeAnswer(Response):
         return deltas
 
     async def _fold(self, deltas: list[Delta]) -> None:
-        """Folds deltas and empties their list: neither is done in one go, so that others have their turns."""
+        """Folds deltas and frees them, in portions so that other requests get their turns."""
         deltas.reverse()
         while deltas:
             if not self._generation.disconnected:
@@ -254,6 +259,6 @@ class WholeAnswer(Response):
 
 
 async def _no_content() -> AsyncIterator[bytes]:
-    """What the base class would stream."""
+    """An empty stream for the base class, which requires one."""
     return
     yield b""

@@ -11,7 +11,7 @@ from api.http.body_budget import BodyBudget
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_HANDLER = "none"
 CLIENT_GONE = 499
-"""Status recorded for a request whose client disconnected before the answer started."""
+"""Status recorded for a request whose client disconnected before the answer began."""
 DURATION_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
