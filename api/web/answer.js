@@ -1,10 +1,10 @@
-// One answer while it is written: the request, its stream, and what comes of them in a message.
+// An answer being generated: sends the request and fills a message from the stream.
 
 import { ApiError, request, streamError } from "./api.js";
 import { bodyFields } from "./settings.js";
 import { events } from "./sse.js";
 
-/** A message for an answer that is about to come. */
+/** Creates the message for a new answer. */
 export function newAnswer(model) {
   return {
     role: "assistant",
@@ -19,7 +19,7 @@ export function newAnswer(model) {
   };
 }
 
-/** Fills in a message. Tells `onChange` whenever it has grown, and `onEnd` once. */
+/** Fills a message with an answer. Calls `onChange` whenever it has grown, and `onEnd` once. */
 export class Answer {
   #abort = new AbortController();
   #onChange;
@@ -34,7 +34,7 @@ export class Answer {
     this.#onChange = onChange;
   }
 
-  /** Ends it early, and at once; what is there stays. */
+  /** Aborts the answer immediately; the text so far is kept. */
   stop() {
     this.#abort.abort();
     this.message.status = "stopped";
@@ -47,7 +47,7 @@ export class Answer {
   }
 
   /**
-   * Asks for the answer and takes it. Never throws: what went wrong stands in the message.
+   * Requests and receives the answer. Never throws: errors are recorded in the message.
    *
    * @param {object} conversation Whose settings and messages before this one are sent.
    */
@@ -57,13 +57,13 @@ export class Answer {
       const response = await request("v1/chat/completions", {
         json: requestBody(conversation, message),
         signal: this.#abort.signal,
-        // Once more if a key is asked for: the time that a person takes is not the server's.
+        // Called again after the user has entered a key, so that this time is not measured as the server's.
         onSend: () => {
           this.#begin = performance.now();
         },
       });
       for await (const data of events(response.body)) {
-        if (this.#abort.signal.aborted) return; // what had come before the end is not shown
+        if (this.#abort.signal.aborted) return; // data that was already received is not shown
         if (data === "[DONE]") break;
         this.#take(JSON.parse(data));
       }
@@ -98,7 +98,7 @@ export class Answer {
     this.#onChange();
   }
 
-  /** An event is a token, even one without text, which is a part of a character; the one with the role is not. */
+  /** Each event is one token, even without text (a partial character), except the event with the role. */
   #countToken(delta) {
     const isToken = [delta.content, delta.reasoning, delta.reasoning_content, delta.tool_calls].some(
       (part) => part !== undefined && part !== null,
@@ -124,7 +124,7 @@ export class Answer {
   }
 }
 
-/** The parts of a tool call come in pieces, told apart by their index. */
+/** Adds a piece of a tool call; the index tells which call it belongs to. */
 function addToolCall(calls, piece) {
   const index = Number.isInteger(piece.index) ? Math.min(piece.index, 127) : calls.length;
   while (calls.length <= index) calls.push({ id: "", name: "", arguments: "" });
@@ -152,7 +152,7 @@ function requestBody(conversation, answer) {
   };
 }
 
-/** A message as the server takes it, or null for an answer that never came to anything. Reasoning is not sent back. */
+/** A message in the format of the API, or null for an empty answer. Reasoning is not sent back. */
 function asSent(message) {
   if (message.role === "user") return { role: "user", content: message.content };
   if (message.role === "tool") return { role: "tool", tool_call_id: message.toolCallId, content: message.content };

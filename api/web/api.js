@@ -1,12 +1,12 @@
-// Requests to the server. Addresses are relative to the page, so that it works under any path of a proxy.
+// Requests to the server. URLs are relative to the page, so that it works under any path prefix of a proxy.
 
 import { askForKey, authorization, currentKey } from "./keys.js";
 
-/** A request that did not work; the message is for people. */
+/** A failed request, with a message for the user. */
 export class ApiError extends Error {
   /**
    * @param {string} message What to show.
-   * @param {object} details `status`: of HTTP, 0 if there was no answer; `param`: the field at fault.
+   * @param {object} details `status`: HTTP status, 0 if there was no response; `param`: the field at fault.
    */
   constructor(message, { status = 0, param = null } = {}) {
     super(message);
@@ -28,13 +28,13 @@ export function address(path) {
 }
 
 /**
- * Sends a request; on 401 asks for a key and tries again.
+ * Sends a request; on 401, asks for a key and retries.
  *
  * @param {string} path Relative to the page.
- * @param {object} options `json`: a body to post; `signal`; `quiet`: do not ask for a key; `onSend`: called at each try.
- * @returns {Promise<Response>} A good answer.
- * @throws {ApiError} The server cannot be reached, or refuses.
- * @throws {DOMException} AbortError, if the signal says so.
+ * @param {object} options `json`: body to post; `signal`; `quiet`: do not ask for a key; `onSend`: called per attempt.
+ * @returns {Promise<Response>} A successful response.
+ * @throws {ApiError} The server cannot be reached, or returns an error.
+ * @throws {DOMException} AbortError, if the signal is aborted.
  */
 export async function request(path, { json, signal, quiet = false, onSend } = {}) {
   for (;;) {
@@ -86,17 +86,17 @@ function errorInfo(text) {
   try {
     return JSON.parse(text).error;
   } catch {
-    return undefined; // a proxy's page, say
+    return undefined; // for example, an error page of a proxy
   }
 }
 
-/** Messages of the server begin in lower case, as in a log; alone on a page they read better as a sentence. */
+/** Turns an error message of the server, which begins in lower case as in a log, into a sentence. */
 function sentence(message) {
   const text = /^[a-z]+ /.test(message) ? message[0].toUpperCase() + message.slice(1) : message;
   return /[.!?:]$/.test(text) ? text : `${text}.`;
 }
 
-/** The error of an event in a stream, if it is one. */
+/** The error in an event of a stream, if any. */
 export function streamError(data) {
   if (data?.error === undefined || data.error === null) return null;
   const message = typeof data.error.message === "string" ? sentence(data.error.message) : "The answer was cut off.";

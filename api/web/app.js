@@ -1,7 +1,7 @@
-// Where the page begins: which of its two views is shown follows from the address.
+// Entry point of the page. The URL's fragment selects the view:
 //
 //   #chat          a new conversation
-//   #chat/<id>     one that is kept
+//   #chat/<id>     a saved conversation
 //   #dashboard     the dashboard
 
 import { Chat } from "./chat.js";
@@ -30,7 +30,7 @@ function show() {
 }
 
 byId("skip-link").addEventListener("click", (event) => {
-  event.preventDefault(); // the address says which conversation it is
+  event.preventDefault(); // the URL's fragment identifies the conversation, so it must not change
   byId("composer-input").focus();
 });
 addEventListener("hashchange", show);

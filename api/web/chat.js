@@ -1,5 +1,5 @@
-// The chat: which conversation is shown, what is sent, and the answers that are being written, of which there may be one
-// in each conversation at the same time.
+// The chat view: shows a conversation, sends messages and manages running answers, of which each conversation may have
+// one at the same time.
 
 import { Answer, newAnswer } from "./answer.js";
 import { ConversationStore, newConversation, titleOf } from "./conversations.js";
@@ -15,9 +15,9 @@ import { Sidebar } from "./sidebar.js";
 import { Thread } from "./thread.js";
 
 const SAVE_MS = 2000;
-/** How often an answer is kept while it grows. */
+/** How often a growing answer is saved. */
 const HAS_KEYBOARD = matchMedia("not all and (pointer: coarse)");
-/** Where fingers do the typing, a field with the focus brings up a keyboard that hides half of the page. */
+/** On touch screens, a focused field opens a keyboard that covers half of the page. */
 
 export class Chat {
   #store = new ConversationStore();
@@ -59,7 +59,7 @@ export class Chat {
       this.#send();
     });
     this.#input.addEventListener("keydown", (event) => {
-      // A word that an input method composes is confirmed with Enter as well.
+      // In an input method, Enter confirms the composed word.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
       event.preventDefault();
       this.#send();
@@ -95,7 +95,7 @@ export class Chat {
     else this.#stop();
   }
 
-  /** Fetches the list of models; says so if that does not work. */
+  /** Fetches the list of models; shows a notice on failure. */
   async loadModels() {
     document.getElementById("connection")?.remove();
     try {
@@ -113,14 +113,14 @@ export class Chat {
     }
   }
 
-  // -- what is shown -------------------------------------------------------------------------------------------
+  // -- display -------------------------------------------------------------------------------------------------
 
-  /** Shows a conversation, or a new one if there is none with that id. */
+  /** Shows a conversation, or a new one if the id is unknown. */
   open(id) {
     this.#drafts.set(this.#current.id, this.#input.value);
     const found = id === null ? null : (this.#running.get(id)?.conversation ?? this.#store.get(id));
     if (found === null && this.#current.messages.length === 0 && this.#current.id !== id) {
-      // a new one is there already
+      // a new one is already shown
     } else {
       this.#current = found ?? newConversation(this.#models.value, lastSettings());
     }
@@ -141,7 +141,7 @@ export class Chat {
     const length = Number.isFinite(card?.max_model_len) ? `, ${number(card.max_model_len)}-token context` : "";
     this.#thread.show(this.#current.messages, card === undefined ? "" : `${card.id}${length}`);
     this.#showButtons();
-    // From the dashboard one comes back to the same conversation.
+    // The link from the dashboard leads back to the same conversation.
     const place = this.#current.messages.length > 0 ? `#chat/${this.#current.id}` : "#chat";
     for (const link of document.querySelectorAll("#bar a[href^='#chat']")) link.setAttribute("href", place);
   }
@@ -153,7 +153,7 @@ export class Chat {
     byId("stop").hidden = !isRunning;
     byId("send").disabled = this.#input.value.trim() === "";
     byId("messages").setAttribute("aria-busy", String(isRunning));
-    // The button that had the focus is gone.
+    // The button that had the focus has been hidden.
     if (hadFocus === byId("send") || hadFocus === byId("stop")) this.#input.focus();
   }
 
@@ -168,9 +168,9 @@ export class Chat {
     this.#input.focus();
   }
 
-  // -- keeping -------------------------------------------------------------------------------------------------
+  // -- saving --------------------------------------------------------------------------------------------------
 
-  /** Model and settings belong to the conversation. */
+  /** Saves a choice of model or settings with the conversation. */
   #keepChoice(choice) {
     const conversation = this.#current;
     Object.assign(conversation, choice);
@@ -209,7 +209,7 @@ export class Chat {
     }
     conversation.messages.push({ role: "user", content: text });
     this.#fill("");
-    if (!HAS_KEYBOARD.matches) this.#input.blur(); // the keyboard on the screen would hide the answer
+    if (!HAS_KEYBOARD.matches) this.#input.blur(); // the on-screen keyboard would cover the answer
     this.#start(conversation);
   }
 
@@ -224,7 +224,7 @@ export class Chat {
     return false;
   }
 
-  /** Lets the model answer what was said. */
+  /** Starts an answer to the conversation. */
   async #start(conversation) {
     const { id } = conversation;
     conversation.model = this.#models.value || conversation.model;
@@ -253,7 +253,7 @@ export class Chat {
 
   #onEnd(conversation, answer) {
     const { id } = conversation;
-    if (this.#running.get(id)?.answer !== answer) return; // removed or replaced meanwhile
+    if (this.#running.get(id)?.answer !== answer) return; // removed or replaced in the meantime
     this.#running.delete(id);
     conversation.updated = Date.now();
     this.#save(conversation);
@@ -265,7 +265,7 @@ export class Chat {
     if (message.status in ends) announce(`${ends[message.status]} ${message.content.slice(0, 300)}`);
   }
 
-  /** Ends the answer of a conversation at once; what came of it stays. */
+  /** Aborts the answer of a conversation immediately; the text so far is kept. */
   #stop(id = this.#current.id) {
     const run = this.#running.get(id);
     if (run === undefined) return;
@@ -273,12 +273,12 @@ export class Chat {
     this.#onEnd(run.conversation, run.answer);
   }
 
-  // -- changing what was said ----------------------------------------------------------------------------------
+  // -- editing messages ----------------------------------------------------------------------------------------
 
   #edit(message, text) {
     const conversation = this.#current;
     if (message.role === "assistant") {
-      Object.assign(message, { content: text, stats: null, finishReason: null, isEdited: true }); // no longer what it cost
+      Object.assign(message, { content: text, stats: null, finishReason: null, isEdited: true }); // outdated
       this.#save(conversation);
       this.#thread.update(message);
       return;
@@ -295,7 +295,7 @@ export class Chat {
     this.#replaceFrom(messages.length - 1, [], hadText ? "The answer was replaced." : null);
   }
 
-  /** Drops messages from one on, adds others, and asks for a new answer. */
+  /** Replaces all messages from an index on, and starts a new answer. */
   #replaceFrom(index, messages, notice) {
     const conversation = this.#current;
     this.#stop();

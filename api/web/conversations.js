@@ -1,14 +1,15 @@
-// Conversations, kept in the browser: one entry of the storage each, so that tabs do not undo each other's work. All of
-// them together have a bound; the oldest make room.
+// Conversations, saved in browser storage under one key each, so that tabs do not overwrite each other's changes. Their
+// total size is limited; the oldest are evicted.
 //
-// A conversation: {id, title, created, updated, model, settings, messages}. A message: {role, content} and, if it is an
-// answer, {reasoning, toolCalls, status, error, finishReason, stats, model}; status is streaming, done, stopped or error.
+// A conversation: {id, title, created, updated, model, settings, messages}. A message: {role, content} and, for an
+// answer, {reasoning, toolCalls, status, error, finishReason, stats, model}. Status is streaming, done, stopped or
+// error.
 
 import * as storage from "./storage.js";
 
 const START = "conversation:";
 const MAX_CHARS = 3_500_000;
-/** Browsers give an origin about 5 million characters. */
+/** Browsers allow an origin about 5 million characters. */
 const MAX_TITLE = 60;
 const ROLES = new Set(["user", "assistant", "tool"]);
 const STATUSES = new Set(["done", "stopped", "error"]);
@@ -19,13 +20,13 @@ export function newConversation(model, settings) {
   return { id, title: "", created: now, updated: now, model, settings: { ...settings }, messages: [] };
 }
 
-/** A title made of the first words that were said. */
+/** A title from the first words of a text. */
 export function titleOf(text) {
   const line = text.trim().split("\n", 1)[0].replace(/\s+/g, " ");
   return line.length <= MAX_TITLE ? line : `${line.slice(0, MAX_TITLE).replace(/\s\S*$/, "")}…`;
 }
 
-/** All conversations. Tells listeners of `change` events when the list is another one. */
+/** All conversations. Dispatches a `change` event when the list has changed. */
 export class ConversationStore extends EventTarget {
   #all = new Map();
   #sizes = new Map();
@@ -63,9 +64,9 @@ export class ConversationStore extends EventTarget {
   }
 
   /**
-   * Keeps a conversation.
+   * Saves a conversation.
    *
-   * @returns {{removed: number, isKept: boolean}} How many old ones made room, and whether it worked at all.
+   * @returns {{removed: number, isKept: boolean}} Number of evicted ones, and whether it was saved.
    */
   save(conversation) {
     const { id } = conversation;
@@ -100,7 +101,7 @@ export class ConversationStore extends EventTarget {
     this.save(conversation);
   }
 
-  /** Removes a conversation and returns it, so that it can be saved again. */
+  /** Removes a conversation and returns it, so that it can be restored. */
   remove(id) {
     const conversation = this.get(id);
     this.#drop(id);
@@ -128,7 +129,7 @@ function tryWrite(name, text) {
   }
 }
 
-/** What was stored, with everything in place that the page relies on, or null if it is something else. */
+/** A stored conversation with all fields that the page relies on, or null if the value is not a conversation. */
 function repair(value, id) {
   if (value === null || typeof value !== "object" || !Array.isArray(value.messages)) return null;
   const messages = value.messages.map(repairMessage).filter((message) => message !== null);
@@ -149,7 +150,7 @@ function repairMessage(value) {
   if (message.role !== "assistant") return message;
   message.reasoning = textOr(value.reasoning, "");
   message.toolCalls = Array.isArray(value.toolCalls) ? value.toolCalls.filter(isToolCall) : [];
-  // An answer that was being written when the page went away ends where it was kept last.
+  // An answer that was running when the page was closed ends where it was last saved.
   if (!STATUSES.has(message.status)) message.status = "stopped";
   message.error = textOr(value.error, "");
   message.stats = value.stats !== null && typeof value.stats === "object" ? value.stats : null;

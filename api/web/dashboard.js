@@ -1,4 +1,4 @@
-// The dashboard: what /metrics says, read every second while somebody looks.
+// The dashboard: plots of /metrics, which is polled every second while the view is visible.
 
 import { request } from "./api.js";
 import { element, icon } from "./dom.js";
@@ -10,11 +10,11 @@ import { increase, newBuckets, quantile, Reading, rate } from "./prometheus.js";
 const PERIOD_MS = 1000;
 const SPANS = { "1 min": 60, "5 min": 300, "15 min": 900 };
 const MAX_SPAN = 900;
-/** Seconds of samples that are kept. */
+/** Seconds for which samples are kept. */
 const RATE_SPAN = 2;
-/** Seconds over which rates are taken: the server tells of what a step did when the step is over. */
+/** Seconds over which rates are computed: counters change only at the end of a step. */
 const LATENCY_SPAN = 10;
-/** Seconds over which percentiles are taken: in a single one there may be no request at all. */
+/** Seconds over which percentiles are computed: a single second may have no request. */
 
 const M = {
   running: "vllm:num_requests_running",
@@ -48,7 +48,7 @@ export class Dashboard {
   #isShown = false;
   #timer = 0;
   #readings = [];
-  /** {time, reading, values}: what was read, and what plots show of it. Old ones have no reading any more. */
+  /** {time, reading, values}: metrics, and the values plotted from them. `reading` is null for old samples. */
   #span = 60;
   #tiles = {};
   #plots = [];
@@ -61,13 +61,13 @@ export class Dashboard {
     document.addEventListener("visibilitychange", () => this.#goOn());
   }
 
-  /** Whether the view is the one that is shown; nothing is fetched otherwise. */
+  /** Whether the view is shown. Metrics are only fetched while it is. */
   set isShown(isShown) {
     this.#isShown = isShown;
     this.#goOn();
   }
 
-  // -- reading -------------------------------------------------------------------------------------------------
+  // -- polling -------------------------------------------------------------------------------------------------
 
   #goOn() {
     clearTimeout(this.#timer);
@@ -87,7 +87,7 @@ export class Dashboard {
     this.#show();
     if (!this.#isShown || document.visibilityState !== "visible") return;
     const pause = Math.max(100, PERIOD_MS - (performance.now() - begin));
-    clearTimeout(this.#timer); // another poll may have begun meanwhile
+    clearTimeout(this.#timer); // another poll may have started in the meantime
     this.#timer = setTimeout(() => this.#poll(), pause);
   }
 
@@ -96,11 +96,11 @@ export class Dashboard {
     const values = this.#derive(reading);
     readings.push({ time: reading.time, reading, values });
     while (readings[0].time < reading.time - MAX_SPAN) readings.shift();
-    // A reading is some thousand objects, and only differences need it.
+    // A reading has thousands of objects, and is only needed to compute differences.
     for (const old of readings) if (old.time < reading.time - 2 * LATENCY_SPAN) old.reading = null;
   }
 
-  /** The newest earlier reading that is about so old, else the oldest there is; null at first. */
+  /** The newest earlier reading of about that age, or else the oldest; null if there is none. */
   #before(reading, age) {
     const usable = this.#readings.filter((old) => old.reading !== null);
     const old = usable.filter(({ time }) => time <= reading.time - age + PERIOD_MS / 2000);
@@ -130,7 +130,7 @@ export class Dashboard {
     };
   }
 
-  // -- showing -------------------------------------------------------------------------------------------------
+  // -- display -------------------------------------------------------------------------------------------------
 
   #build() {
     const latency = { series: ["median", "95 %"], format: seconds, note: `Requests in the last ${LATENCY_SPAN} s.` };
@@ -214,7 +214,7 @@ export class Dashboard {
       error.status === 401
         ? element("button", { type: "button", class: "button small", click: enter }, "Enter key")
         : null;
-    // Said once, not every second.
+    // Announce a problem once, not every second.
     if (this.#problem.hidden || this.#problem.dataset.status !== String(error.status)) {
       this.#problem.replaceChildren(icon("alert"), text, ...(button === null ? [] : [button]));
     }

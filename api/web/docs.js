@@ -1,4 +1,4 @@
-// The API reference: shows /openapi.json, which the server makes of its route table.
+// The API reference, rendered from /openapi.json, which the server generates from its route table.
 
 import { address, getJson } from "./api.js";
 import { byId, copyButton, element, icon, offerFile } from "./dom.js";
@@ -17,7 +17,7 @@ const SAMPLES = {
   text_1: "A text",
   text_2: "Another text",
 };
-/** Values for the examples, by name of the field. */
+/** Example values by field name. */
 const BOUNDS = ["max_completion_tokens", "max_output_tokens", "max_tokens"];
 const MAX_TOKENS = 64;
 
@@ -54,7 +54,7 @@ function show(document_, model) {
     }
   }
   const { title = "API", version = "" } = document_.info ?? {};
-  // A plain link would come without the key.
+  // A plain link would not send the API key.
   const save = () => offerFile("openapi.json", JSON.stringify(document_, null, 2));
   const link = element("button", { type: "button", class: "link-button nowrap", click: save }, "openapi.json");
   byId("operations").replaceChildren(
@@ -149,7 +149,7 @@ function example({ path, method }, body, needsKey) {
   );
 }
 
-/** What is required; if nothing is, the first field that there is a good value for. Answers are short. */
+/** An example body: the required fields, or else the first field with an example value; answers are limited. */
 function exampleBody(body, schemas) {
   const names = Object.keys(schemas.resolve(body).properties ?? {});
   let value = schemas.example(body, SAMPLES) ?? {};
@@ -161,7 +161,7 @@ function exampleBody(body, schemas) {
   return bound === undefined ? value : { ...value, [bound]: MAX_TOKENS };
 }
 
-/** A word of a shell command: safe in single quotes, whatever is in it. */
+/** Quotes a text as one word of a shell command. */
 function quoted(text) {
   return /^[\w:/.@%+=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 }

@@ -1,22 +1,22 @@
-// Building elements. Text only ever goes in as text: nothing here, or anywhere else on the page, parses HTML.
+// Helpers to build elements. Text is always inserted as text nodes: no code of the page parses HTML.
 
 import { ICONS } from "./icons.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * Makes an element.
+ * Creates an element.
  *
- * @param {string} tag Name of the element.
- * @param {object} attributes Attributes; functions become listeners of the event that the key names, `class` takes a
- *   string, true and false switch an attribute on and off, null and undefined leave it out.
+ * @param {string} tag Tag name.
+ * @param {object} attributes Attributes. A function becomes a listener of the event named by its key; `class` takes a
+ *   string; true and false set and omit a boolean attribute; null and undefined omit an attribute.
  * @param {...(Node|string|null|undefined|Array)} children Nodes and texts.
  */
 export function element(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
 
-/** Makes an SVG element. */
+/** Creates an SVG element. */
 export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
@@ -38,17 +38,17 @@ function append(node, children) {
   }
 }
 
-/** A drawing of icons.js; decoration for those who see, so screen readers pass over it. */
+/** Creates an icon of icons.js. It is decoration, hidden from screen readers. */
 export function icon(name) {
   return draw(svg("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": "true" }), name);
 }
 
-/** Shows another drawing. */
+/** Replaces the icon in an element. */
 export function setIcon(holder, name) {
   draw(holder.querySelector(".icon"), name);
 }
 
-/** Draws the icons that the page itself has, each named by its attribute `data-icon`. */
+/** Draws the icons in the page's HTML, which are named by `data-icon` attributes. */
 export function drawIcons() {
   for (const place of document.querySelectorAll("svg[data-icon]")) draw(place, place.dataset.icon);
 }
@@ -58,14 +58,14 @@ function draw(place, name) {
   return place;
 }
 
-/** A button that shows an icon and has its name as a tooltip and for screen readers. */
+/** A button with an icon, labelled by a tooltip and for screen readers. */
 export function iconButton(name, label, onClick, attributes = {}) {
   const button = element("button", { type: "button", class: "icon-button", ...attributes, click: onClick }, icon(name));
   setLabel(button, label);
   return button;
 }
 
-/** Names a button that shows no text. */
+/** Labels a button without text. */
 export function setLabel(button, label) {
   button.setAttribute("aria-label", label);
   button.title = label;
@@ -79,10 +79,10 @@ export function byId(id) {
 }
 
 /**
- * Copies a text. Pages that come over plain HTTP from another machine have no clipboard interface, so there is a way
- * around it.
+ * Copies a text to the clipboard. Browsers disable the clipboard API for pages from other machines over plain HTTP, so
+ * there is a fallback.
  *
- * @returns {Promise<boolean>} Whether it worked.
+ * @returns {Promise<boolean>} Whether it succeeded.
  */
 export async function copyText(text) {
   try {
@@ -108,7 +108,7 @@ export async function copyText(text) {
 
 const DONE_MS = 1600;
 
-/** A button that copies what `text()` returns and says so for a moment. */
+/** A button that copies the result of `text()` and briefly confirms it. */
 export function copyButton(label, text, attributes = {}) {
   let timer = 0;
   const button = iconButton(
@@ -129,7 +129,7 @@ export function copyButton(label, text, attributes = {}) {
   return button;
 }
 
-/** Lets the browser save a JSON text as a file. */
+/** Offers a JSON text as a file download. */
 export function offerFile(name, text) {
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   const link = element("a", { href: address, download: name });

@@ -1,5 +1,5 @@
-// The two side panels. Where there is room they stand beside the chat; on narrow screens they lie above it, and then the
-// rest cannot be reached until they are closed.
+// The two side panels. On wide screens they are beside the chat; on narrow screens they overlay it, and the rest of the
+// page is inert until they are closed.
 
 import { byId } from "./dom.js";
 import * as storage from "./storage.js";
@@ -15,8 +15,8 @@ export class Drawer {
 
   /**
    * @param {string} name Id of the panel; the button is `${name}-toggle`.
-   * @param {object} options `isBeside`: whether it stands open at the side unless the user closed it; `width`: pixels
-   *   up to which there is no room for it at the side, as in the style sheet.
+   * @param {object} options `isBeside`: whether it is open at the side unless the user has closed it; `width`: width of
+   *   the page in pixels up to which it overlays the page, as in the style sheet.
    */
   constructor(name, { isBeside, width }) {
     this.#narrow = matchMedia(`(max-width: ${width}px)`);
@@ -58,7 +58,7 @@ export class Drawer {
     if (hadFocus) this.#button.focus();
   }
 
-  /** Closes it where it hides the page. */
+  /** Closes the panel if it overlays the page. */
   closeIfOver() {
     if (this.isOver) this.close();
   }
@@ -70,7 +70,7 @@ export class Drawer {
       try {
         storage.write(`${this.#name}-open`, isOpen ? "yes" : "no");
       } catch {
-        // next time it is as at first
+        // not saved: the next visit starts with the initial state
       }
     }
     this.#show();

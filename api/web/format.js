@@ -1,9 +1,9 @@
-// Numbers and times as people read them. A space before a unit is one that does not break.
+// Formats numbers and times for display. Units are preceded by a non-breaking space.
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
-/** 3 significant digits or so: 0.42, 4.2, 42, 4,242. */
+/** About 3 significant digits: 0.42, 4.2, 42, 4,242. */
 export function number(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -34,7 +34,7 @@ export function seconds(value) {
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)}\u00a0s`;
 }
 
-/** How long ago, for a list: now, 5 min, 3 h, Tue, 4 Mar. */
+/** Time ago, for a list: now, 5 min, 3 h, Tue, 4 Mar. */
 export function age(then, now = Date.now()) {
   const minutes = Math.floor((now - then) / 60000);
   if (minutes < 1) return "now";
@@ -44,7 +44,7 @@ export function age(then, now = Date.now()) {
   return new Intl.DateTimeFormat("en-GB", options).format(then);
 }
 
-/** One word for one, another for more. */
+/** Singular or plural, depending on a count. */
 export function count(value, noun) {
   return `${number(value)} ${noun}${value === 1 ? "" : "s"}`;
 }

@@ -1,25 +1,25 @@
-// Formulas, set by KaTeX. It is fetched when the first one is shown; until then, and if it cannot be had or does not
-// understand a formula, the source is shown.
+// Formulas, rendered by KaTeX, which is loaded when the first formula is shown. Until it has loaded, and if it fails to
+// load or to parse a formula, the source is shown.
 
 import { element } from "./dom.js";
 
 const MAX_CHARS = 4000;
 const MAX_DEPTH = 90;
-/** Of the elements of a formula. */
+/** Maximum depth of a formula's elements. */
 const MAX_KEPT = 300;
 const OPTIONS = { throwOnError: true, strict: "ignore", trust: false, maxSize: 20, maxExpand: 200 };
 
 let katex = null;
 let loading = null;
-/** Formulas that were set, by source: while an answer grows, they are shown again and again. */
+/** Cache of rendered formulas by source, since they are shown repeatedly while an answer grows. */
 const kept = new Map();
 
 /**
  * An element that shows a formula.
  *
  * @param {string} source TeX.
- * @param {boolean} isDisplay Whether it stands by itself.
- * @param {string} tag Name of the element.
+ * @param {boolean} isDisplay Whether it is a display formula, not an inline one.
+ * @param {string} tag Tag name of the element.
  */
 export function formula(source, isDisplay, tag = "span") {
   const node = element(tag, { class: isDisplay ? "formula block" : "formula", "data-source": source }, source);
@@ -33,7 +33,7 @@ export function formula(source, isDisplay, tag = "span") {
   return node;
 }
 
-/** Fetches KaTeX, once; after a failure the next formula tries again. */
+/** Loads KaTeX once; after a failure, the next formula retries. */
 function load() {
   loading ??= fetchKatex().catch((error) => {
     loading = null;
@@ -45,7 +45,7 @@ function load() {
 async function fetchKatex() {
   const styles = element("link", { rel: "stylesheet", href: new URL("katex.min.css", import.meta.url).href });
   document.head.append(styles);
-  await import("./katex.min.js"); // a plain script, which leaves its name behind
+  await import("./katex.min.js"); // a classic script, which defines a global
   katex = globalThis.katex;
 }
 
@@ -62,7 +62,7 @@ function set(node, source, isDisplay) {
   node.classList.add("is-set");
 }
 
-/** The elements of a formula, or null if there is something wrong with it. */
+/** The elements of a formula, or null if it is invalid or nested too deeply. */
 function typeset(source, isDisplay) {
   const place = element("span");
   try {

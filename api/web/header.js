@@ -1,4 +1,4 @@
-// What the pages have in common at the top: icons, and the switch between light and dark.
+// The common header of the pages: icons, and the switch between light and dark.
 
 import { byId, drawIcons, setIcon, setLabel } from "./dom.js";
 

@@ -1,10 +1,10 @@
-// Colours for code: comments, strings, numbers and keywords, which are nearly the same in most languages. It need not be
-// right about everything, only calm to look at, and it never changes a letter of the text.
+// Syntax highlighting: comments, strings, numbers and keywords, which are similar in most languages. It is approximate,
+// and never changes the text.
 
 import { element } from "./dom.js";
 
 const MAX_CHARS = 30000;
-/** Longer code stays plain. */
+/** Longer code is not highlighted. */
 
 const words = (text) => new Set(text.split(" "));
 const C_COMMENT = String.raw`\/\/[^\n]*|\/\*[^]*?(?:\*\/|$)`;
@@ -92,7 +92,7 @@ function patternOf(language) {
   return found;
 }
 
-/** Replaces the content of an element by a coloured text. */
+/** Replaces the content of an element with highlighted text. */
 export function highlight(code, text, name) {
   const lower = name.toLowerCase();
   if (text.length > MAX_CHARS) return;

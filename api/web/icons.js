@@ -1,7 +1,7 @@
-// The drawings of the pages: 24 x 24 lines, whose colour and width come from the class "icon". They come with the script,
-// not from a file of their own, so that what is drawn later does not depend on the server.
+// The icons of the pages: 24 x 24 line drawings, whose colour and width come from the class "icon". They are in the
+// script, not in separate files, so that icons that appear later need no request to the server.
 
-/** By name: the shapes, each a tag and its attributes. */
+/** Shapes by icon name, each with a tag and its attributes. */
 export const ICONS = {
   menu: [["path", { d: "M4 7h16M4 12h16M4 17h10" }]],
   plus: [["path", { d: "M12 5v14M5 12h14" }]],

@@ -1,6 +1,6 @@
-// Markdown within a paragraph: emphasis, code, links. Elements are built one by one and text stays text, so whatever a
-// model writes, no markup of its own comes to life. Costs are bounded for hostile texts: every search either moves
-// forward for good or is remembered, and nesting has a limit.
+// Inline Markdown: emphasis, code, links. Elements are created one by one and text is inserted as text nodes, so HTML
+// in a model's answer has no effect. The cost is bounded for hostile texts: no search repeats a part of the text unless
+// its result is cached, and nesting is limited.
 
 import { element } from "./dom.js";
 import { formula } from "./formula.js";
@@ -42,11 +42,11 @@ const PRICE = /^\d[\d.,]*\s+\p{L}{2,}/u;
 const VARIABLE = /^\{?[A-Z_]{2,}/;
 const CODE_OR_GAP = /`|\n[ \t]*\n/;
 const MAX_OPEN = 48;
-/** Emphasis that may be open at once, and so the depth of elements. */
+/** Maximum number of open delimiter runs, which limits the depth of elements. */
 
 /**
- * The address that a link may have, or null. Only absolute ones of harmless schemes: a relative one would lead to some
- * page of this server.
+ * The URL of a link if it is allowed, or null. Only absolute URLs with safe schemes are allowed: a relative one would
+ * lead to a page of this server.
  */
 export function safeAddress(text) {
   let url;
@@ -58,7 +58,7 @@ export function safeAddress(text) {
   return SCHEMES.has(url.protocol) ? url.href : null;
 }
 
-/** A link to elsewhere, which gets to know nothing about this page. */
+/** A link to another site, without a referrer or access to this page. */
 export function link(address, ...children) {
   return element(
     "a",
@@ -71,8 +71,8 @@ export function link(address, ...children) {
  * Renders a text.
  *
  * @param {string} text Markdown of a paragraph, heading or cell.
- * @param {Node} parent Gets the nodes.
- * @param {boolean} hasLinks Whether links may begin; not within links.
+ * @param {Node} parent Node to append to.
+ * @param {boolean} hasLinks Whether links are allowed; false within links.
  */
 export function renderInline(text, parent, hasLinks = true) {
   new Inline(text, parent, hasLinks).run();
@@ -84,15 +84,15 @@ class Inline {
   #hasLinks;
   #at = 0;
   #pending = "";
-  /** Delimiter runs that may yet open emphasis: {node, char, count, original, canClose}. */
+  /** Delimiter runs that may still open emphasis: {node, char, count, original, canClose}. */
   #open = [];
-  /** Places of closing brackets by opening ones, found at the first bracket. */
+  /** Positions of closing brackets by opening ones; computed at the first bracket. */
   #brackets = null;
-  /** Starts of backtick runs by length, found at the first. */
+  /** Starts of backtick runs by length; computed at the first run. */
   #ticks = null;
-  /** Closers of formulas that are known not to come again. */
+  /** Closing delimiters of formulas that are known not to occur in the rest of the text. */
   #missing = new Set();
-  /** Where links may lead, found at the first. */
+  /** Parser for link targets; created at the first link. */
   #targets = null;
 
   constructor(text, parent, hasLinks) {
@@ -117,7 +117,7 @@ class Inline {
     this.#flush();
   }
 
-  /** Handles the special character at the current place; false if it is nothing special there. */
+  /** Handles a special character at the current position; returns false if it has no special meaning there. */
   #take(char) {
     switch (char) {
       case "\\":
@@ -170,7 +170,7 @@ class Inline {
     return true;
   }
 
-  /** Nothing in a formula is Markdown. */
+  /** A formula between delimiters. Its content is not parsed as Markdown. */
   #formula(start, end) {
     if (!this.#text.startsWith(start, this.#at) || this.#missing.has(end)) return false;
     const close = this.#text.indexOf(end, this.#at + start.length);
@@ -186,8 +186,8 @@ class Inline {
   }
 
   /**
-   * A formula between single dollars. They are prices as often, so there must be no space at its ends, no digit behind
-   * it, no letter before it, and no number with a word at its begin: "$5 and $6", "US$5-$10", "$5 or less, not 6$".
+   * A formula between single dollar signs. Since these often mean prices, a formula must not begin or end with a space,
+   * follow a letter, precede a digit, or begin with a number and a word: "US$5-$10", "$5 and $6", "$5 or less, not 6$".
    */
   #dollars() {
     const text = this.#text;
@@ -237,7 +237,7 @@ class Inline {
       this.#at += match[0].length;
       return true;
     }
-    const lineBreak = matchAt(LINE_BREAK_TAG, text, this.#at); // the one tag that models write for its effect
+    const lineBreak = matchAt(LINE_BREAK_TAG, text, this.#at); // the only HTML tag that models use for formatting
     if (lineBreak === null) return false;
     this.#add(element("br"));
     this.#at += lineBreak[0].length;
@@ -295,7 +295,7 @@ class Inline {
     return node;
   }
 
-  /** Pictures are not fetched: their addresses would tell others what was said here. A link stays. */
+  /** Shows an image as a link. Images are not fetched, since their URLs could leak the conversation. */
   #image(label, target) {
     const name = label.trim() || "picture";
     const address = this.#hasLinks ? safeAddress(target) : null;
@@ -327,21 +327,22 @@ class Inline {
     const node = document.createTextNode(char.repeat(left));
     this.#parent.append(node);
     this.#open.push({ node, char, count: left, original: count, canClose });
-    if (this.#open.length > MAX_OPEN) this.#open.shift(); // stays what it is: text
+    if (this.#open.length > MAX_OPEN) this.#open.shift(); // the oldest run remains text
     return true;
   }
 
-  /** Ends as much emphasis as a run of delimiters can; returns how many of its characters are left. */
+  /** Closes as much emphasis as a delimiter run can; returns how many of its characters are left. */
   #close(char, count, canOpen) {
     let left = count;
     for (let i = this.#open.length - 1; i >= 0 && left > 0; i--) {
       const opener = this.#open[i];
       if (opener.char !== char) continue;
-      // "The rule of three": a run that could do both does not pair with one that makes up a multiple of three.
+      // CommonMark's "rule of 3": if a run can both open and close, the lengths must not add up to a multiple of 3,
+      // unless both are multiples of 3.
       const both = canOpen || opener.canClose;
       const sum = opener.original + count;
       if (both && sum % 3 === 0 && (opener.original % 3 !== 0 || count % 3 !== 0)) continue;
-      this.#open.length = i + 1; // what opened within is text
+      this.#open.length = i + 1; // delimiters opened in between remain text
       while (left > 0 && opener.count > 0) {
         const size = char === "~" || (left >= 2 && opener.count >= 2) ? 2 : 1;
         this.#wrap(opener, char === "~" ? "del" : size === 2 ? "strong" : "em", size);
@@ -362,13 +363,13 @@ class Inline {
   }
 }
 
-/** Whether a run of delimiters may open or close emphasis, by what stands beside it. */
+/** Whether a delimiter run may open or close emphasis, depending on the characters next to it. */
 function flanking(text, start, end, char) {
   const before = start === 0 ? " " : charBefore(text, start);
   const after = end === text.length ? " " : String.fromCodePoint(text.codePointAt(end));
   const [spaceBefore, spaceAfter] = [SPACE.test(before), SPACE.test(after)];
   const [markBefore, markAfter] = [PUNCTUATION.test(before), PUNCTUATION.test(after)];
-  // Scripts without spaces put emphasis next to punctuation and letters alike.
+  // In scripts without spaces, emphasis may touch letters as well as punctuation.
   const isLeft = !spaceAfter && (!markAfter || spaceBefore || markBefore || CJK.test(before));
   const isRight = !spaceBefore && (!markBefore || spaceAfter || markAfter || CJK.test(after));
   if (char !== "_") return { canOpen: isLeft, canClose: isRight };
@@ -401,7 +402,7 @@ function backtickRuns(text) {
   return runs;
 }
 
-/** Which bracket closes which, in one pass; those in code and behind backslashes count for nothing. */
+/** Finds matching brackets in one pass, ignoring those in code or after a backslash. */
 function matchBrackets(text) {
   const pairs = new Map();
   const open = [];
@@ -417,19 +418,19 @@ function matchBrackets(text) {
 
 function skipCode(text, start) {
   const length = runLength(text, start);
-  if (length > 3) return start + length - 1; // rare, and not worth a search
+  if (length > 3) return start + length - 1; // rare, so its end is not searched for
   const close = text.indexOf("`".repeat(length), start + length);
   return close < 0 || close - start > MAX_ADDRESS ? start + length - 1 : close + length - 1;
 }
 
-/** Whether an odd number of backslashes stands before a place. */
+/** Whether an odd number of backslashes precedes a position. */
 function isEscaped(text, index) {
   let start = index;
   while (text[start - 1] === "\\") start--;
   return (index - start) % 2 === 1;
 }
 
-/** An address in running text without the punctuation that belongs to the sentence. */
+/** A bare URL, without trailing punctuation that belongs to the sentence. */
 function withoutTail(text) {
   let end = text.length;
   for (; end > 0; end--) {

@@ -1,4 +1,4 @@
-// The API key: asked for when the server wants one, kept for the tab, or for the browser if the user says so.
+// The API key: requested when the server requires one, and saved for the tab or, if the user chooses so, the browser.
 
 import { element } from "./dom.js";
 import * as storage from "./storage.js";
@@ -6,13 +6,13 @@ import * as storage from "./storage.js";
 const NAME = "api-key";
 
 let remembered = null;
-/** For pages without storage: as long as the page lives. */
+/** Holds the key until the page is closed, for browsers without storage. */
 
 export function currentKey() {
   return storage.read(NAME, storage.sessionArea()) ?? storage.read(NAME) ?? remembered;
 }
 
-/** Drops the key everywhere. */
+/** Deletes the key from all storage. */
 export function forgetKey() {
   remembered = null;
   storage.remove(NAME);
@@ -26,12 +26,12 @@ function keep(key, always) {
   try {
     storage.write(NAME, key, always ? undefined : storage.sessionArea());
   } catch {
-    // it stays in the variable
+    // the key is kept in the variable
   }
   document.dispatchEvent(new Event("keychange"));
 }
 
-/** The header for a key. Header values are bytes to a browser, so letters beyond ASCII go as UTF-8. */
+/** The header for a key. Browsers treat header values as bytes, so non-ASCII characters are encoded as UTF-8. */
 export function authorization(key) {
   return `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}`;
 }
@@ -39,13 +39,13 @@ export function authorization(key) {
 let question = null;
 
 /**
- * Asks for the key, in one dialog however many requests want it.
+ * Asks the user for the key, in one dialog for all requests that need it.
  *
- * @param {string|null} refused The key that was just refused.
- * @returns {Promise<boolean>} Whether there is a new one.
+ * @param {string|null} refused The key that was just rejected.
+ * @returns {Promise<boolean>} Whether there is a new key.
  */
 export function askForKey(refused) {
-  if (currentKey() !== refused) return Promise.resolve(true); // somebody else was faster
+  if (currentKey() !== refused) return Promise.resolve(true); // another request has already got one
   question ??= showDialog(refused !== null).finally(() => {
     question = null;
   });

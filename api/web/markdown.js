@@ -1,6 +1,5 @@
-// Markdown as a view that grows with its text. A text is cut into blocks; when it grows, only blocks that changed are
-// built again, which is the last one: the cost per token does not grow with the answer, and what was selected in
-// earlier blocks stays selected.
+// An incremental Markdown view. Text is split into blocks; when it grows, only changed blocks are rebuilt, usually the
+// last one. So the cost per token does not grow with the answer, and selections in earlier blocks are kept.
 
 import { copyButton, element } from "./dom.js";
 import { formula } from "./formula.js";
@@ -16,9 +15,9 @@ const INDENTED = /^(?: {4}|\t)/;
 const UNDERLINE = /^ {0,3}(=+|-{2,})[ \t]*$/;
 const FORMULA = { $$: "$$", "\\[": "\\]" };
 const MAX_DEPTH = 8;
-/** Of quotations and lists; what is deeper is shown as plain text. */
+/** Maximum nesting of quotes and lists; deeper ones are shown as plain text. */
 
-/** Shows Markdown in an element. */
+/** Renders Markdown in an element. */
 export class MarkdownView {
   #root;
   #shown = [];
@@ -27,7 +26,7 @@ export class MarkdownView {
     this.#root = root;
   }
 
-  /** Shows a text, reusing what is shown of the one before. */
+  /** Shows a text, reusing the unchanged blocks of the previous one. */
   update(text) {
     const blocks = parseBlocks(text);
     const shown = this.#shown;
@@ -50,10 +49,10 @@ function isSame(one, other) {
   return one.kind === other.kind && one.isClosed === other.isClosed && one.source === other.source;
 }
 
-// -- cutting into blocks ---------------------------------------------------------------------------------------
+// -- parsing blocks --------------------------------------------------------------------------------------------
 
 /**
- * Cuts a text into blocks; those within lists and quotations are left for later.
+ * Splits a text into blocks. Blocks nested in lists and quotes are parsed when those are rendered.
  *
  * @returns {Array<{kind: string, lines: string[], source: string}>} Kinds: code, heading, rule, quote, list, table,
  *   formula, paragraph.
@@ -87,7 +86,7 @@ function takeBlock(lines, at) {
   return takeFormula(lines, at) ?? takeTable(lines, at) ?? takeParagraph(lines, at);
 }
 
-/** What a line says that begins a block of code; one that goes on with backticks is code within a line. */
+/** The fence that a line opens, or null. A line with further backticks is inline code, not a fence. */
 function matchFence(line) {
   const match = FENCE.exec(line);
   if (match === null) return null;
@@ -132,7 +131,7 @@ function takeIndented(lines, at) {
   return { kind: "code", language: "", text: text.join("\n"), isClosed: true, end: last + 1 };
 }
 
-/** Items with the same kind of mark. An item goes on as long as lines are indented, and lazily without a blank line. */
+/** Items with the same kind of marker. An item continues over indented lines, and over others until a blank line. */
 function takeList(lines, at) {
   const first = ITEM.exec(lines[at]);
   const mark = first[2].at(-1);
@@ -157,7 +156,7 @@ function takeList(lines, at) {
 }
 
 function takeItem(lines, at, [head, indent, mark, gap]) {
-  // A deep gap belongs to code in the item; nested marks may be indented less than the rules of Markdown demand.
+  // A wide gap begins a code block in the item. Nested markers may be indented less than Markdown requires.
   const offset = gap.length > 4 || gap === "" ? indent.length + mark.length + 1 : head.length;
   const nested = Math.min(offset, indent.length + 2);
   const inner = [lines[at].slice(Math.min(offset, head.length))];
@@ -248,7 +247,7 @@ function takeParagraph(lines, at) {
   return { kind: "paragraph", text: text(), end };
 }
 
-/** Whether a line ends a paragraph above it. An ordered list does so with 1 only: "in\n1984. That year". */
+/** Whether a line ends the paragraph before it. An ordered list does so only with number 1: "in\n1984. That year". */
 function startsBlock(line) {
   if (matchFence(line) !== null || [HEADING, RULE, QUOTE, UNDERLINE].some((start) => start.test(line))) return true;
   const item = ITEM.exec(line);
@@ -271,15 +270,15 @@ function withoutIndent(line, width) {
   return line.slice(at);
 }
 
-// -- building elements -----------------------------------------------------------------------------------------
+// -- rendering blocks ------------------------------------------------------------------------------------------
 
-/** The element of a block; `grow` takes a longer version of it and says whether that worked. */
+/** The element of a block. `grow` updates it to a longer version of the block and returns whether it could. */
 function renderBlock(block, depth) {
   switch (block.kind) {
     case "code":
       return codeBlock(block);
     case "heading": {
-      const level = Math.min(6, block.level + 2); // the page has headings of its own above
+      const level = Math.min(6, block.level + 2); // the page's own headings are above
       return { node: withInline(`h${level}`, block.text, `heading-${block.level}`) };
     }
     case "rule":

@@ -1,11 +1,11 @@
-// A message on the page. Answers can grow; everything is built from text nodes and elements, never from markup.
+// The view of a message. Answers can grow. All content is built from text nodes and elements, never from HTML.
 
 import { copyButton, element, icon, iconButton } from "./dom.js";
 import { number, seconds } from "./format.js";
 import { MarkdownView } from "./markdown.js";
 
 /**
- * @typedef {object} Actions What can be done with a message.
+ * @typedef {object} Actions Callbacks for the actions on a message.
  * @property {(message: object, text: string) => void} edit
  * @property {() => void} regenerate
  * @property {(results: string[]) => void} sendResults
@@ -43,9 +43,9 @@ export class MessageView {
   }
 
   /**
-   * Shows what the message has become.
+   * Updates the view from the message.
    *
-   * @param {object} options `rate`: tokens per second while it grows; `isLast`: of the conversation.
+   * @param {object} options `rate`: tokens per second while it grows; `isLast`: whether it is the last message.
    */
   update({ rate = NaN, isLast = false } = {}) {
     const message = this.#message;
@@ -63,7 +63,7 @@ export class MessageView {
     this.#showFoot(isStreaming, rate, isLast);
   }
 
-  /** Reasoning is folded away; a look inside lasts until the reader closes it. */
+  /** Shows the reasoning, collapsed by default; once opened, it stays open until the user closes it. */
   #showReasoning(isStreaming) {
     const { reasoning, content } = this.#message;
     if (reasoning === "") return;
@@ -97,7 +97,7 @@ export class MessageView {
     if (isStreaming) {
       const speed = Number.isFinite(rate) ? `${number(rate)} tokens/s` : "";
       const waiting = message.content === "" && message.reasoning === "" && message.toolCalls.length === 0;
-      // Only the text changes from token to token.
+      // Only the text changes between tokens.
       if (this.#foot.dataset.grows === "yes") this.#foot.lastChild.textContent = speed;
       else this.#foot.replaceChildren(dots(), element("span", { class: "stats" }, speed));
       this.#foot.dataset.grows = "yes";
@@ -148,7 +148,7 @@ export class MessageView {
     return element("div", { class: "error-box", role: "alert" }, icon("alert"), element("p", {}, error), again);
   }
 
-  /** For tool calls of the last answer: fields for what the tools return, to be sent back. */
+  /** For tool calls of the last answer, shows fields for the results to send back. */
   #resultsForm() {
     const { toolCalls, status } = this.#message;
     if (toolCalls.length === 0 || status !== "done") return null;
@@ -221,7 +221,7 @@ export class MessageView {
   }
 }
 
-/** Lets a text area be as high as its text, up to the bound that its style gives. */
+/** Fits the height of a text area to its text, up to the maximum height in the style sheet. */
 export function growWith(area) {
   const fit = () => {
     area.style.height = "auto";
@@ -241,7 +241,7 @@ function toolCall({ name, arguments: text }) {
   try {
     shown = JSON.stringify(JSON.parse(text), null, 2);
   } catch {
-    // not complete yet, or no JSON at all
+    // incomplete or not JSON
   }
   return element(
     "div",
@@ -258,7 +258,7 @@ const REASONS = {
   abort: "aborted",
 };
 
-/** What an answer cost. */
+/** The statistics of an answer. */
 function stats({ stats: values, status, finishReason, model, isEdited }) {
   const parts = isEdited ? ["edited"] : [];
   if (values !== null) {

@@ -1,4 +1,4 @@
-// The choice of model: everything under /v1/models, adapters below the model that they belong to.
+// The model selector: lists /v1/models, with adapters below their base model.
 
 import { getJson } from "./api.js";
 import { element } from "./dom.js";
@@ -20,24 +20,24 @@ export class ModelChoice extends EventTarget {
     });
   }
 
-  /** The name to send, or "" as long as none is known. */
+  /** The model name to send; "" while none is known. */
   get value() {
     return this.#cards.has(this.#select.value) ? this.#select.value : "";
   }
 
-  /** The card of the model that is chosen, or undefined. */
+  /** The card of the selected model, or undefined. */
   get card() {
     return this.#cards.get(this.value);
   }
 
-  /** Chooses a model if it exists; one that does not leaves the choice as it is. */
+  /** Selects a model; does nothing if it does not exist. */
   choose(name) {
     this.#wanted = name;
     if (this.#cards.has(name)) this.#select.value = name;
     this.#describe();
   }
 
-  /** @throws {ApiError} The list cannot be had. */
+  /** @throws {ApiError} The list cannot be fetched. */
   async load() {
     const { data } = await getJson("v1/models");
     const cards = data.filter((card) => typeof card?.id === "string");
@@ -54,7 +54,7 @@ export class ModelChoice extends EventTarget {
     this.dispatchEvent(new Event("change"));
   }
 
-  /** Says that there is nothing to choose from. */
+  /** Shows that there is no model to select. */
   showNone() {
     if (this.#cards.size === 0) this.#select.replaceChildren(element("option", {}, "No model"));
   }

@@ -1,4 +1,4 @@
-// What the page has to say: short notices at the edge, and announcements for screen readers.
+// Short notices at the edge of the page, and announcements for screen readers.
 
 import { byId, element } from "./dom.js";
 
@@ -8,8 +8,8 @@ let timer = 0;
 /**
  * Shows a short notice.
  *
- * @param {string} text What to say.
- * @param {object} action `label` and `run` of a button, if something can be done about it.
+ * @param {string} text The text.
+ * @param {object} action `label` and `run` of an action button, if any.
  */
 export function notify(text, action = null) {
   const place = byId("notices");
@@ -33,7 +33,7 @@ export function notify(text, action = null) {
   const waitAndClose = () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      // Nothing goes away under somebody's hands.
+      // A notice does not disappear while the user points at it or has focused it.
       if (notice.matches(":hover, :focus-within")) waitAndClose();
       else close();
     }, SHOWN_MS);
@@ -42,7 +42,7 @@ export function notify(text, action = null) {
   waitAndClose();
 }
 
-/** Says something to screen readers only. */
+/** Announces a text to screen readers only. */
 export function announce(text) {
   byId("announcer").textContent = text;
 }

@@ -1,13 +1,13 @@
-// A line plot that moves with time, drawn as SVG, so that colours come from the style sheet and text stays sharp.
+// A scrolling line plot over time. It is drawn as SVG, so that colours come from the style sheet and text is sharp.
 
 import { element, svg } from "./dom.js";
 
 const HEIGHT = 168;
 const PAD = { left: 52, right: 10, top: 10, bottom: 22 };
 const MAX_GAP = 4;
-/** Seconds without a sample after which a line is broken. */
+/** Seconds without a sample after which a line is interrupted. */
 
-/** One plot of one to three lines. */
+/** A plot of one to three lines. */
 export class Plot {
   /** The element to show. */
   node;
@@ -23,10 +23,10 @@ export class Plot {
   #now = 0;
   #width = 0;
   #cursor = null;
-  /** Time that the pointer, or the arrow keys, point at. */
+  /** Time selected by the pointer or the arrow keys. */
 
   /**
-   * @param {object} options `title`; `note`; `series`: names of the lines; `format(value)`; `limit`: the least upper end
+   * @param {object} options `title`; `note`; `series`: names of the lines; `format(value)`; `limit`: minimum upper end
    *   of the scale; `isShare`: the scale ends at 1.
    */
   constructor({ title, note, series, format, limit = 0, isShare = false }) {
@@ -59,9 +59,9 @@ export class Plot {
   }
 
   /**
-   * @param {Array<{time: number, values: number[]}>} points By rising time; NaN where there is no value.
+   * @param {Array<{time: number, values: number[]}>} points By increasing time; NaN: no value.
    * @param {number} span Seconds to show.
-   * @param {number} now The time at the right end.
+   * @param {number} now Time at the right edge.
    */
   update(points, span, now) {
     this.#points = points.filter(({ time }) => time >= now - span - MAX_GAP);
@@ -152,7 +152,7 @@ export class Plot {
     ];
   }
 
-  /** A line at the sample that is pointed at, and its values in words. */
+  /** Shows a line at the selected sample, and its values as text. */
   #crosshair(y) {
     const point = this.#cursor === null ? null : nearest(this.#points, this.#cursor);
     this.#reader.hidden = point === null;

@@ -1,16 +1,16 @@
-// Metrics in Prometheus' text format: reading them, and what follows from two readings.
+// Parses metrics in Prometheus text format, and computes rates and quantiles between two readings.
 
 const SAMPLE = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})? +([^ ]+)/;
 const LABEL = /([A-Za-z_]\w*)="((?:[^"\\]|\\.)*)"/g;
 const ESCAPES = { n: "\n", "\\": "\\", '"': '"' };
 
-/** All samples of one reading. Sums are over labels: several replicas, or models, count together. */
+/** All samples of one reading. Values are aggregated over all labels, such as replicas and models. */
 export class Reading {
   #samples = new Map();
 
   /**
-   * @param {string} text What /metrics says.
-   * @param {number} time When, in seconds.
+   * @param {string} text Response of /metrics.
+   * @param {number} time Time of the reading, in seconds.
    */
   constructor(text, time) {
     this.time = time;
@@ -42,12 +42,12 @@ export class Reading {
     return samples.length === 0 ? NaN : Math.max(...samples.map(({ value }) => value));
   }
 
-  /** Mean of what a histogram counted, or NaN. */
+  /** Mean of a histogram's observations, or NaN. */
   mean(name) {
     return this.sum(`${name}_sum`) / this.sum(`${name}_count`);
   }
 
-  /** A histogram as [upper bound, count of what is not above it], by rising bound. */
+  /** A histogram as [upper bound, cumulative count], by increasing bound. */
   buckets(name) {
     const counts = new Map();
     for (const { labels, value } of this.all(`${name}_bucket`)) {
@@ -72,19 +72,19 @@ function parseValue(text) {
   return Number(text);
 }
 
-/** How much a counter grew. One that shrank belongs to a server that was started again, and counts from zero. */
+/** Increase of a counter. If it has decreased, the server was restarted and the counter started at zero. */
 export function increase(name, before, after) {
   const [old, now] = [before.sum(name), after.sum(name)];
   if (Number.isNaN(now)) return NaN;
   return Number.isNaN(old) || now < old ? now : now - old;
 }
 
-/** How fast a counter grew, per second. */
+/** Increase of a counter per second. */
 export function rate(name, before, after) {
   return increase(name, before, after) / (after.time - before.time);
 }
 
-/** What came into a histogram between two readings. */
+/** The observations of a histogram between two readings. */
 export function newBuckets(name, before, after) {
   const old = new Map(before.buckets(name));
   const now = after.buckets(name);
@@ -93,11 +93,11 @@ export function newBuckets(name, before, after) {
 }
 
 /**
- * A quantile of a histogram: within a bucket values are taken to be spread evenly, as Prometheus does it.
+ * A quantile of a histogram, interpolated linearly within buckets as in Prometheus.
  *
- * @param {number} share 0.95 for the 95th percentile.
+ * @param {number} share The quantile, such as 0.95 for the 95th percentile.
  * @param {Array<[number, number]>} buckets
- * @returns {number} NaN of an empty histogram; the highest finite bound if it lies above.
+ * @returns {number} NaN for an empty histogram; the highest finite bound if the quantile is above it.
  */
 export function quantile(share, buckets) {
   const total = buckets.at(-1)?.[1] ?? 0;

@@ -1,11 +1,11 @@
-// JSON schemas as trees that unfold, and values that would satisfy them.
+// Shows JSON schemas as expandable trees, and generates example values for them.
 
 import { element } from "./dom.js";
 
 const MAX_DEPTH = 6;
 const MAX_INT32 = 2 ** 31 - 1;
 
-/** Finds what references lead to, and describes schemas. */
+/** Resolves references and describes schemas. */
 export class Schemas {
   #components;
 
@@ -14,13 +14,13 @@ export class Schemas {
     this.#components = document.components?.schemas ?? {};
   }
 
-  /** The schema itself, if this is a reference to one. */
+  /** The schema, or the target if it is a reference. */
   resolve(schema) {
     const name = referenceName(schema);
     return name === null ? (schema ?? {}) : (this.#components[name] ?? {});
   }
 
-  /** The rows of an object's fields; what lies deeper is built when it is unfolded. */
+  /** The rows of an object's fields. Nested objects are rendered when they are expanded. */
   fields(schema, depth = 0) {
     const { properties = {}, required = [] } = this.resolve(schema);
     const isRequired = ([name]) => required.includes(name);
@@ -45,7 +45,7 @@ export class Schemas {
     return details;
   }
 
-  /** The schema of the object that a field holds, perhaps in a list or as one of several things; null: no object. */
+  /** The object schema in a field, directly, in a list or as one of several alternatives; null if there is none. */
   #objectWithin(schema) {
     for (const part of [schema, ...(schema.anyOf ?? []), schema.items ?? null]) {
       if (part === null) continue;
@@ -59,7 +59,7 @@ export class Schemas {
     return null;
   }
 
-  /** A type in words: string, list of integer, ChatMessage. */
+  /** A type as text: string, list of integer, ChatMessage. */
   typeText(schema) {
     const name = referenceName(schema);
     if (name !== null) return name;
@@ -74,7 +74,7 @@ export class Schemas {
     return Array.isArray(schema.type) ? schema.type.join(" | ") : (schema.type ?? "any");
   }
 
-  /** An example of a schema, with what is required and nothing else; `samples` knows good values by field name. */
+  /** An example value of a schema, with required fields only; `samples` has example values by field name. */
   example(schema, samples, depth = 0) {
     const found = this.resolve(schema);
     if (found.default !== undefined && found.default !== null) return found.default;
@@ -103,7 +103,7 @@ export class Schemas {
   }
 }
 
-/** What is not required may always be null here, so it need not be said. */
+/** Removes the null alternative: all optional fields of this API may be null, so it is not shown. */
 function withoutNull(schema) {
   const parts = schema.anyOf?.filter((part) => part.type !== "null") ?? [];
   return parts.length === 0 ? schema : { ...schema, anyOf: parts };
@@ -113,12 +113,12 @@ function referenceName(schema) {
   return typeof schema?.$ref === "string" ? schema.$ref.split("/").at(-1) : null;
 }
 
-/** What a schema says about values, in words. A field that may be null keeps its limits one level down. */
+/** The limits of a schema's values as text. For a field that may be null, they are in one of its alternatives. */
 function limits(schema) {
   const notes = [];
   for (const part of [schema, ...(schema.anyOf ?? [])]) {
     const { minimum, exclusiveMinimum, minLength, maxLength, minItems, pattern } = part;
-    const maximum = part.maximum >= MAX_INT32 ? undefined : part.maximum; // no bound that anyone would meet
+    const maximum = part.maximum >= MAX_INT32 ? undefined : part.maximum; // not a meaningful limit
     if (minimum !== undefined && maximum !== undefined) notes.push(`${minimum} to ${maximum}.`);
     else if (minimum !== undefined) notes.push(`At least ${minimum}.`);
     else if (maximum !== undefined) notes.push(`At most ${maximum}.`);

@@ -1,12 +1,12 @@
-// How answers are made: the panel with the system prompt and sampling parameters, and what goes into requests. An empty
-// field is left to the server, which knows the model's own defaults.
+// The settings panel, with the system prompt and sampling parameters, and the resulting request fields. An empty field
+// is not sent, so the server uses the model's default.
 
 import { byId, element, iconButton } from "./dom.js";
 import * as storage from "./storage.js";
 
 const NAME = "settings";
 
-/** The numbers. `slider`: where it makes sense to slide, from and to. */
+/** Numeric settings. `slider`: the range of its slider, if it has one. */
 const NUMBERS = [
   {
     name: "temperature",
@@ -85,13 +85,13 @@ const NUMBERS = [
 
 const RESERVED = new Set(["messages", "stream", "stream_options", "model"]);
 
-/** What new conversations begin with: what was set last. */
+/** Settings of new conversations: those used last. */
 export function lastSettings() {
   const value = storage.readJson(NAME);
   return value !== null && typeof value === "object" && !Array.isArray(value) ? value : {};
 }
 
-/** The fields of a request that settings stand for. */
+/** The request fields that correspond to settings. */
 export function bodyFields(settings) {
   const fields = {};
   for (const { name } of NUMBERS) if (Number.isFinite(settings[name])) fields[name] = settings[name];
@@ -100,7 +100,7 @@ export function bodyFields(settings) {
   return { ...fields, ...extraFields(settings.extra ?? "").fields };
 }
 
-/** Lines of a text; \n and \t in them stand for a line break and a tabulator. */
+/** Lines of a text; \n and \t in them are unescaped to a line break and a tab. */
 export function stopStrings(text) {
   const escapes = { n: "\n", t: "\t", r: "\r" };
   const lines = String(text)
@@ -109,7 +109,7 @@ export function stopStrings(text) {
   return lines.map((line) => line.replace(/\\(.)/g, (_, char) => escapes[char] ?? char));
 }
 
-/** The fields of a JSON object in a text; `problem` says why there are none. */
+/** Parses a text as a JSON object; `problem` says why it is invalid. */
 function extraFields(text) {
   if (String(text).trim() === "") return { fields: {}, problem: null };
   let value;
@@ -126,12 +126,12 @@ function extraFields(text) {
   return { fields: value, problem: null };
 }
 
-/** The panel. `onChange` is called with the settings whenever one has changed. */
+/** The settings panel. `onChange` is called with all settings whenever one has changed. */
 export class SettingsPanel {
   #settings = {};
   #onChange;
   #show = [];
-  /** Functions that bring the controls in line with the settings. */
+  /** Functions that update the controls from the settings. */
 
   constructor(onChange) {
     this.#onChange = onChange;
@@ -178,7 +178,7 @@ export class SettingsPanel {
     return { ...this.#settings };
   }
 
-  /** The first field that holds something invalid, or null. */
+  /** The first field with an invalid value, or null. */
   firstInvalid() {
     return document.querySelector("#settings-body [aria-invalid=true]");
   }
@@ -191,7 +191,7 @@ export class SettingsPanel {
     this.#onChange(this.settings);
   }
 
-  /** A dot at the button of the panel tells that something in it is set. */
+  /** Shows a dot on the panel's button if any setting is set. */
   #mark() {
     byId("settings-toggle").classList.toggle("is-marked", Object.keys(this.#settings).length > 0);
   }

@@ -23,14 +23,14 @@ export class Sidebar {
     this.show();
   }
 
-  /** Marks the conversation that is shown. */
+  /** Marks the current conversation. */
   select(id) {
     this.#current = id;
     this.show();
   }
 
   show() {
-    if (this.#renaming !== null) return; // the field would lose what was typed
+    if (this.#renaming !== null) return; // keep the field with the typed text
     const list = byId("conversations");
     const focused = list.contains(document.activeElement) ? document.activeElement.dataset.focus : undefined;
     const items = this.#store.list().map((conversation) => this.#item(conversation));
@@ -73,7 +73,7 @@ export class Sidebar {
     input.value = conversation.title;
     this.#renaming = input;
     const finish = (isWanted) => {
-      if (this.#renaming !== input) return; // leaving the field after Enter or Esc
+      if (this.#renaming !== input) return; // already handled: blur follows Enter or Esc
       this.#renaming = null;
       if (isWanted) this.#store.rename(conversation.id, input.value);
       this.show();

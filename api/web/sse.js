@@ -1,9 +1,9 @@
-// Server-sent events from the body of a fetch: EventSource can neither post nor send a key.
+// Parses server-sent events from a fetch response, since EventSource can neither post a body nor send a key.
 
 /**
  * The data of each event.
  *
- * @param {ReadableStream<Uint8Array>} body Of the response.
+ * @param {ReadableStream<Uint8Array>} body Body of the response.
  * @yields {string} Data lines of an event, joined by line breaks.
  */
 export async function* events(body) {
@@ -15,7 +15,7 @@ export async function* events(body) {
     for (;;) {
       const { done, value } = await reader.read();
       rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      // A carriage return at the end may be half of a line break, so it waits for what follows.
+      // A carriage return at the end may be half of a CRLF, so it is held back until more data arrives.
       const lines = rest.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {
@@ -29,7 +29,7 @@ export async function* events(body) {
       if (done) return;
     }
   } finally {
-    // Whoever stops listening wants the rest of the answer no more.
+    // A consumer that stops early does not need the rest of the response.
     reader.cancel().catch(() => {});
   }
 }

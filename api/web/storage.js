@@ -1,5 +1,5 @@
-// Browser storage under names of our own. Several servers may share an origin behind a proxy, so keys carry the path;
-// storage may be full or forbidden, so nothing here throws but `write`.
+// Browser storage with prefixed keys. Several servers may share an origin behind a proxy, so keys include the path.
+// Storage may be full or disabled, so only `write` throws.
 
 const PREFIX = `octavo:${new URL(".", document.baseURI).pathname}:`;
 
@@ -11,7 +11,7 @@ export function read(name, area = localStorage_()) {
   }
 }
 
-/** @throws {DOMException} There is no room. */
+/** @throws {DOMException} The storage is full. */
 export function write(name, value, area = localStorage_()) {
   area?.setItem(PREFIX + name, value);
 }
@@ -20,11 +20,11 @@ export function remove(name, area = localStorage_()) {
   try {
     area?.removeItem(PREFIX + name);
   } catch {
-    // then it is not there either
+    // storage is disabled, so there is no entry
   }
 }
 
-/** Names of all entries that begin with a text. */
+/** Names of all entries with a prefix. */
 export function names(start) {
   const found = [];
   try {
@@ -38,7 +38,7 @@ export function names(start) {
   return found;
 }
 
-/** A JSON value, or null if there is none that makes sense. */
+/** A stored JSON value, or null if it is missing or invalid. */
 export function readJson(name) {
   const text = read(name);
   if (text === null) return null;
@@ -49,21 +49,21 @@ export function readJson(name) {
   }
 }
 
-/** Keeps a JSON value if there is room; for what may be lost. */
+/** Saves a JSON value that may be lost if the storage is full. */
 export function writeJson(name, value) {
   try {
     write(name, JSON.stringify(value));
   } catch {
-    // a preference that is not kept
+    // the value is not saved
   }
 }
 
-/** The name that a storage event of another tab is about, or null. */
+/** The entry name in a storage event from another tab, or null. */
 export function nameOf(event) {
   return event.key?.startsWith(PREFIX) ? event.key.slice(PREFIX.length) : null;
 }
 
-/** The storage of this tab, or undefined where it is forbidden. */
+/** The session storage of this tab, or undefined if it is disabled. */
 export function sessionArea() {
   try {
     return sessionStorage;

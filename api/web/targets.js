@@ -1,17 +1,17 @@
-// What stands in the parentheses of links.
+// Parses link targets: the parentheses in [text](URL "title").
 
 const SPACE = /[\s\u00a0]/;
 export const MAX_ADDRESS = 2000;
 
 /**
- * Reads them. Every search goes through the text once, however many links begin: pairs of
- * parentheses are found in one pass, and what comes next of a kind is remembered.
+ * A parser for the link targets in a text. The total cost is linear, however many links there are: matching parentheses
+ * are found in one pass, and the next occurrence of each character is cached.
  */
 export class Targets {
   #text;
   /** Closing parentheses by opening ones, within words. */
   #pairs = new Map();
-  /** By the beginning of a word: its first closing parenthesis without an opening one. */
+  /** The first unmatched closing parenthesis of each word, by the start of the word. */
   #odd = new Map();
   #next = new Map();
 
@@ -33,10 +33,10 @@ export class Targets {
   }
 
   /**
-   * Reads an address, perhaps in angle brackets, and perhaps a title.
+   * Parses a URL, which may be in angle brackets, and an optional title.
    *
-   * @param {number} start Behind the opening parenthesis.
-   * @returns {?{address: string, end: number}} `end`: behind the closing one. Null: there is none.
+   * @param {number} start Position after the opening parenthesis.
+   * @returns {?{address: string, end: number}} `end`: position after the closing one. Null: not a link target.
    */
   at(start) {
     const text = this.#text;
@@ -67,7 +67,7 @@ export class Targets {
     return at;
   }
 
-  /** The next place of a character, where a space stands for all white space; the text's length if there is none. */
+  /** Next position of a character (a space means any white space); the text's length if there is none. */
   #find(char, start) {
     const known = this.#next.get(char);
     if (known !== undefined && known.start <= start && start <= known.found) return known.found;

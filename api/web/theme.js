@@ -1,5 +1,5 @@
-// A classic script that runs before the first paint: with a module the page would flash in the wrong colours.
-// The dark colours are a style sheet of their own (dark.css); its media attribute decides whether they apply.
+// A classic script that runs before the first paint: with a module, the page would flash in the wrong colours.
+// The dark colours are in a separate style sheet (dark.css), which its media attribute enables.
 (() => {
   const KEY = "octavo:theme";
   const sheet = document.getElementById("dark-theme");
@@ -10,7 +10,7 @@
       const value = localStorage.getItem(KEY);
       return value === "dark" || value === "light" ? value : null;
     } catch {
-      return null; // storage may be switched off
+      return null; // storage may be disabled
     }
   }
 
@@ -22,14 +22,14 @@
     document.dispatchEvent(new CustomEvent("themechange"));
   }
 
-  /** Switches between light and dark. A choice equal to the system's is no choice: the page follows it again. */
+  /** Switches between light and dark. If the new theme is the system's, the page follows the system again. */
   function toggle() {
     const wanted = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
     try {
       if (wanted === (system.matches ? "dark" : "light")) localStorage.removeItem(KEY);
       else localStorage.setItem(KEY, wanted);
     } catch {
-      sheet.media = wanted === "dark" ? "all" : "not all"; // for as long as the page lives
+      sheet.media = wanted === "dark" ? "all" : "not all"; // not saved: applies until the page is closed
       document.documentElement.dataset.theme = wanted;
       return;
     }

@@ -1,10 +1,10 @@
-// The messages of the conversation that is shown: what is on the page, and where it is scrolled to.
+// The message list of the current conversation, and its scroll position.
 
 import { byId, element } from "./dom.js";
 import { MessageView } from "./message-view.js";
 
 const NEAR_END = 60;
-/** Pixels from the end within which the page follows an answer. */
+/** Distance from the end in pixels within which the page scrolls along with an answer. */
 const SUGGESTIONS = [
   "Explain how a transformer predicts the next token",
   "Write a Python function that merges two sorted lists",
@@ -22,11 +22,11 @@ export class Thread {
   #onSuggestion;
   #frame = 0;
   #cost = 0;
-  /** Milliseconds that showing the answer took the last time. */
+  /** Milliseconds that the last update of the answer took. */
 
   /**
    * @param {object} actions See MessageView.
-   * @param {(text: string) => void} onSuggestion A suggestion was taken.
+   * @param {(text: string) => void} onSuggestion Called when a suggestion is chosen.
    */
   constructor(actions, onSuggestion) {
     this.#actions = actions;
@@ -39,7 +39,7 @@ export class Thread {
     new ResizeObserver(() => this.#follow()).observe(this.#scroller);
   }
 
-  /** Shows messages; views of those that were shown before are kept. */
+  /** Shows messages, reusing the views of those already shown. */
   show(messages, modelText = "") {
     const views = new Map();
     for (const message of messages) {
@@ -47,7 +47,7 @@ export class Thread {
     }
     this.#views = views;
     const last = messages.at(-1) ?? null;
-    // The one that was last loses what only the last one has.
+    // The previously last message loses the actions that only the last one has.
     for (const message of new Set([this.#last, last])) views.get(message)?.update({ isLast: message === last });
     this.#last = last;
     const nodes = [...views.values()].map((view) => view.node);
@@ -55,13 +55,13 @@ export class Thread {
     this.#follow();
   }
 
-  /** Shows what a message has become, all at once. */
+  /** Updates the view of a message immediately. */
   update(message, options = {}) {
     this.#views.get(message)?.update({ isLast: message === this.#last, ...options });
     this.#follow();
   }
 
-  /** Shows it soon: once per frame at most, and less often if that takes long. */
+  /** Schedules an update: at most one per frame, and fewer if updates are slow. */
   updateSoon(message, rate) {
     if (this.#frame !== 0) return;
     const show = () => {
@@ -76,7 +76,7 @@ export class Thread {
     else this.#frame = setTimeout(show, 3 * this.#cost);
   }
 
-  /** Goes to the end and stays there. */
+  /** Scrolls to the end and follows the answer. */
   scrollToEnd() {
     this.#follows = true;
     this.#follow();

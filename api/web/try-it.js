@@ -1,4 +1,4 @@
-// "Try it": a form below each endpoint of the API reference that sends a request and shows what comes back, as it comes.
+// "Try it": a form for each endpoint of the API reference, which sends a request and shows the response as it arrives.
 
 import { address } from "./api.js";
 import { element } from "./dom.js";
@@ -6,14 +6,14 @@ import { seconds } from "./format.js";
 import { askForKey, authorization, currentKey } from "./keys.js";
 
 const MAX_SHOWN = 100_000;
-/** Characters of an answer that are shown. */
+/** Maximum number of characters of a response to show. */
 
 /**
  * The form of an endpoint.
  *
  * @param {{path: string, method: string}} operation
  * @param {object[]} parameters Its path parameters, as OpenAPI lists them.
- * @param {?object} body The body to begin with; null: it takes none.
+ * @param {?object} body The initial body; null: the endpoint takes none.
  */
 export function tryIt({ path, method }, parameters, body) {
   const fields = parameters.map((parameter) => parameterField(parameter));
@@ -84,13 +84,13 @@ function isJson(area) {
 
 function filled(path, fields) {
   let result = path.slice(1);
-  // A name of a model may have slashes, which the server takes as they are.
+  // A model name may contain slashes, which the server accepts unescaped.
   const encoded = (text) => text.split("/").map(encodeURIComponent).join("/");
   for (const { name, input } of fields) result = result.replace(`{${name}}`, () => encoded(input.value));
   return result;
 }
 
-/** Sends a request, once more if a key is asked for, and shows its answer. */
+/** Sends a request, and again if a key was requested, and shows the response. */
 async function exchange(path, method, body, signal, status, output) {
   try {
     for (;;) {
