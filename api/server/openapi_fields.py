@@ -17,7 +17,7 @@ FIELDS: Mapping[str, str] = {
     "content": "Content of the message: a string, or a list of parts.",
     "name": "Name.",
     "prompt": "Text for the model to continue: a string, token ids, or a list of either.",
-    "suffix": "Text after the completion. Not supported.",
+    "suffix": "Not supported: text after the completion.",
     "input": "A string, token ids, or a list of either.",
     "system": "System prompt.",
     "instructions": "System prompt; not carried over to the next response.",
