@@ -18,8 +18,8 @@ from executor.process import become_child, read_payload
 
 logger = get_logger()
 
-REQUESTS_PER_TURN = 256
-"""Maximum requests received per turn of the loop: a few milliseconds."""
+REQUESTS_PER_TURN = 64
+"""Maximum requests received per turn of the loop, so that a burst delays running streams by milliseconds only."""
 
 
 class ZmqTransport:

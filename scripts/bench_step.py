@@ -4,20 +4,27 @@
     python scripts/bench_step.py --model folder                        decode, 1 to 64 requests
     python scripts/bench_step.py --model folder --decode 16 --context 1024
     python scripts/bench_step.py --model folder --prefill 256 2048     prompts alone
+    python scripts/bench_step.py --model folder --explain              where the time of a step goes
+    python scripts/bench_step.py --model 1b --load-format dummy        a shape with random weights
 
 The floor of a step is the larger of two times: reading weights and KV cache once, at the memory bandwidth of all
-threads together, and the multiplications, at the rate of the inner kernel. Bandwidth is measured before and after each
-batch of steps, since other programs use part of it. ``python`` is the share of a step that is not spent in compiled
-kernels.
+threads together, and the multiplications, at the rate at which all threads multiply in registers. Loops that share no
+code with the kernels measure both. Bandwidth is measured before and after each batch of steps, since other programs use
+part of it. ``python`` is the share of a step that is not spent in compiled kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,17 +41,38 @@ from executor.worker import Worker
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
+MOST_NODES = 4096
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
+}
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+}
+"""Llama models without weights, by the name that ``--model`` takes; all have 8 KV heads."""
 
 
 class Steps:
     """A worker in this process, with plans for it."""
 
-    def __init__(self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int) -> None:
+    def __init__(
+        self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int, load_format: LoadFormat = "auto"
+    ) -> None:
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(
-            model=ModelConfig(model=model, dtype=dtype, gguf=gguf),
+            model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format),
             device=DeviceConfig(),
             step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
         )
@@ -109,10 +137,83 @@ class Clock:
             self.seconds += time.perf_counter() - begin
 
 
+@contextmanager
+def folder_of(model: str) -> Iterator[str]:
+    """The model itself, or a folder with the configuration of one of ``SHAPES``."""
+    if model not in SHAPES:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = LLAMA | SHAPES[model] | {"num_key_value_heads": 8}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield folder
+
+
+class Explanation:
+    """Seconds that a step spends in each kind of kernel call. Wraps ``octavo_run``."""
+
+    def __init__(self, kernels: library.Library, function: Callable[..., Any]) -> None:
+        self._kernels = kernels
+        self._run = function
+        self.own: dict[str, float] = defaultdict(float)
+        """In the first thread's part."""
+        self.all: dict[str, float] = defaultdict(float)
+        """Until all threads are done."""
+        self.calls: dict[str, int] = defaultdict(int)
+
+    def clear(self) -> None:
+        for figures in (self.own, self.all, self.calls):
+            figures.clear()
+
+    def __call__(self, nodes: Any, count: int, *args: Any) -> None:
+        if count > MOST_NODES or not isinstance(nodes, ctypes.Array):
+            self._run(nodes, count, *args)
+            return
+        seconds = (ctypes.c_double * (2 * count))()
+        self._kernels.profile(ctypes.addressof(seconds))
+        try:
+            self._run(nodes, count, *args)
+        finally:
+            self._kernels.profile(None)
+        for i in range(count):
+            name = _name(nodes[i])
+            self.own[name] += seconds[2 * i]
+            self.all[name] += seconds[2 * i + 1]
+            self.calls[name] += 1
+
+    def show(self, steps: int) -> None:
+        """Prints one line per kind, per step."""
+        total = sum(self.all.values())
+        for name, seconds in sorted(self.all.items(), key=lambda item: -item[1]):
+            waits = 1 - self.own[name] / seconds
+            print(
+                f"    {name:36} {self.calls[name] / steps:5.0f} calls {seconds / steps * 1e3:9.3f} ms "
+                f"{seconds / total:6.1%}   first thread waits {waits:5.1%}"
+            )
+
+
+def _name(node: library.Node) -> str:
+    struct = library.STRUCTS[node.op].from_address(node.args)
+    if isinstance(struct, library.LinearArgs):
+        weight = struct.weight
+        extras = [
+            word
+            for word, there in (
+                ("norm", struct.norm_weight),
+                ("gated", struct.epilogue == library.EPILOGUE_GATED),
+                ("add", struct.epilogue == library.EPILOGUE_RESIDUAL),
+            )
+            if there
+        ]
+        return " ".join([f"linear {weight.columns} -> {weight.rows}", *extras])
+    return type(struct).__name__.removesuffix("Args").lower()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="folder or GGUF file")
+    add("--model", required=True, help=f"folder, GGUF file, or with --load-format dummy one of {', '.join(SHAPES)}")
+    add("--load-format", default="auto", choices=get_args(LoadFormat), help="dummy: random weights")
     add(
         "--dtype",
         default="auto",
@@ -123,15 +224,24 @@ def main() -> None:
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")
     add("--steps", type=int, default=60, help="decode steps per measurement")
+    add("--explain", action="store_true", help="also print what each kind of kernel call takes; slower a little")
     options = parser.parse_args()
+    with folder_of(options.model) as options.model:
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Prints the table."""
     kernels = library.chosen()
     if kernels is None:
         sys.exit("no kernels are available on this machine")
-    clock = Clock(kernels.run)
+    explanation = Explanation(kernels, kernels.run) if options.explain else None
+    clock = Clock(explanation or kernels.run)
     kernels.run = clock  # type: ignore[assignment]
     threads = torch.get_num_threads()
     longest = max([options.context + options.steps + 1, *options.prefill])
-    steps = Steps(options.model, options.dtype, 2048, max([1, *options.decode]), longest)
+    max_tokens = max([2048, *options.prefill])
+    steps = Steps(options.model, options.dtype, max_tokens, max([1, *options.decode]), longest, options.load_format)
     dtype = next(iter(steps.worker.runner.model.parameters())).dtype
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
     peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], threads) for _ in range(8))
@@ -153,11 +263,18 @@ def main() -> None:
             f"{name:22} {seconds * 1e3:8.2f} {read / 1e9:6.1f} {floor * 1e3:9.2f} {seconds / floor:8.3f} {python:8.1%}",
             flush=True,
         )
+        if explanation is not None:
+            explanation.show(len(times))
+
+    def restart_clocks() -> None:
+        clock.seconds = 0.0
+        if explanation is not None:
+            explanation.clear()
 
     for requests in options.decode:
         steps.fill(requests, options.context)
         before = bandwidth()
-        clock.seconds = 0.0
+        restart_clocks()
         times = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
         read = (before + bandwidth()) / 2
         kv = requests * (options.context + options.steps / 2) * steps.bytes_per_token
@@ -165,7 +282,7 @@ def main() -> None:
     for length in options.prefill:
         times = []
         before = bandwidth()
-        clock.seconds = 0.0
+        restart_clocks()
         for _ in range(5):
             new = steps.admit(0, length)
             free = np.array([0], np.int32).tobytes()

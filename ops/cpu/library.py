@@ -218,6 +218,9 @@ class Library:
         self.unpack = dll.octavo_unpack
         self.unpack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
         self.unpack.restype = None
+        self.profile = dll.octavo_profile
+        self.profile.argtypes = (c_void_p,)
+        self.profile.restype = None
         self.measure_bandwidth = dll.octavo_measure_bandwidth
         self.measure_bandwidth.argtypes = (c_void_p, c_int64, c_int32)
         self.measure_bandwidth.restype = ctypes.c_double

@@ -20,7 +20,8 @@ _CHUNK = 64 << 20
 
 def map_zeros(num_bytes: int) -> Tensor:
     """uint8 [num_bytes], zeroed; memory is committed only where it is written."""
-    mapping = mmap.mmap(-1, max(num_bytes, 1))
+    # Private: Linux gives shared mappings no huge pages unless an administrator allows it.
+    mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -22,10 +22,18 @@ namespace {
 // From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
 constexpr int kFetchedRows = 5;
 
-inline void advance(Fetch& fetch) {
-    prefetch(fetch.first);
-    fetch.first += fetch.step;
-}
+// From this many rows on, AVX2 has no registers beside the sums for pairs of bfloat16 and the numbers made of them;
+// then none for the mask that makes these.
+#if defined(__AVX512F__)
+constexpr int kRowsReadingTwice = kMostRows + 1;
+constexpr int kRowsWithoutMask = kMostRows + 1;
+#else
+constexpr int kRowsReadingTwice = 5;
+constexpr int kRowsWithoutMask = 6;
+#endif
+
+// Blocks of k for which 16 columns are added before the other 16 are.
+constexpr int kBlocksPerPass = 2;
 
 // One block of k for 16 columns, or for two groups of 16 that lie `half` apart: sums[r] += left[r] * right.
 //
@@ -53,66 +61,101 @@ inline void add_block(Vec (*sums)[kNumRows], const L* left, int64_t row, const B
             for (int h = 0; h < kHalves; ++h) {
                 const Vec even = load_even(right + h * half);
                 for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row]), even, sums[h][r]);
-                const Vec odd = load_odd(right + h * half);
+                // With many sums, the pairs do not stay in registers: they are read again.
+                if constexpr (kNumRows >= kRowsReadingTwice) asm volatile("" ::: "memory");
+                const Vec odd =
+                    kNumRows >= kRowsWithoutMask ? load_odd_by_shifts(right + h * half) : load_odd(right + h * half);
                 for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row + 1]), odd, sums[h][r]);
             }
         }
     }
 }
 
-template <class T, int kNumRows>
-void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, float* result) {
-    // All 32 columns in one pass if the sums fit into registers, else 16 at a time.
-    constexpr bool kBothHalves = kNumRows <= kRowsOfBothHalves;
-    for (int first = 0; first < 2; first += kBothHalves ? 2 : 1) {
-        Vec sums[2][kNumRows];
-        for (int r = 0; r < kNumRows; ++r) sums[0][r] = sums[1][r] = zero();
-        Fetch fetch = right.fetch;
-        for (int k = 0; k < blocks; ++k) {
-            const LeftOf<T>* x = left.data + k * left.block;
-            const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first * right.half;
-            if (right.next) fetch.first = address_of(right.next[k]);
-            if constexpr (kNumRows >= kFetchedRows)
-                for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x + left.block + r * left.row));
-            if constexpr (kIsBFloat16<T>) {
-                // The halves are contiguous. With few rows, memory bandwidth is the limit, so they are read in order;
-                // with many, loads of the rows are, so both halves share them.
-                if constexpr (kBothHalves && kNumRows >= kFetchedRows) {
-                    add_block<kNumRows, 2>(sums, x, left.row, w, right.step, right.half, fetch);
-                    continue;
-                }
-                add_block<kNumRows, 1>(sums, x, left.row, w, right.step, 0, fetch);
-                if constexpr (kBothHalves)
-                    add_block<kNumRows, 1>(sums + 1, x, left.row, w + right.half, right.step, 0, fetch);
-                continue;
-            } else {
+// Adds the products with block number k of both halves of the columns, or of one.
+template <class T, int kNumRows, int kHalves>
+inline void add_products(Vec (*sums)[kNumRows], const Left<T>& left, const Right<T>& right, int k, int first_half,
+                         Fetch& fetch) {
+    const LeftOf<T>* x = left.data + k * left.block;
+    const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * right.half;
+    if (right.next) fetch.first = address_of(right.next[k] + first_half * (kBlock * kColumns / 2));
+    if constexpr (kNumRows >= kFetchedRows)
+        for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x + left.block + r * left.row));
+    if constexpr (kIsBFloat16<T>) {
+        // The halves are contiguous. With few rows, memory bandwidth is the limit, so they are read in order; with
+        // many, loads of the rows are, so both halves share them.
+        if constexpr (kHalves == 2 && kNumRows >= kFetchedRows) {
+            add_block<kNumRows, 2>(sums, x, left.row, w, right.step, right.half, fetch);
+        } else {
+            add_block<kNumRows, 1>(sums, x, left.row, w, right.step, 0, fetch);
+            if constexpr (kHalves == 2)
+                add_block<kNumRows, 1>(sums + 1, x, left.row, w + right.half, right.step, 0, fetch);
+        }
+    } else {
+        constexpr int kStepBytes = sizeof(T) * kHalves * kLanes;
 #pragma GCC unroll 4
-                for (int s = 0; s < kSteps<T>; ++s, ++x, w += right.step) {
-                    advance(fetch);
-                    if constexpr (sizeof(T) * kColumns > kCacheLineBytes) advance(fetch);
-                    const Vec columns = load(w);
-                    for (int r = 0; r < kNumRows; ++r) sums[0][r] = fma(splat(x[r * left.row]), columns, sums[0][r]);
-                    if constexpr (!kBothHalves) continue;
-                    const Vec more = load(w + right.half);
-                    for (int r = 0; r < kNumRows; ++r) sums[1][r] = fma(splat(x[r * left.row]), more, sums[1][r]);
-                }
+        for (int s = 0; s < kSteps<T>; ++s, ++x, w += right.step) {
+            if (kStepBytes >= kCacheLineBytes || s % 2 == 0) advance(fetch);
+            if constexpr (kStepBytes > kCacheLineBytes) advance(fetch);
+            for (int h = 0; h < kHalves; ++h) {
+                const Vec columns = load(w + h * right.half);
+                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r * left.row]), columns, sums[h][r]);
             }
         }
+    }
+}
+
+// All 32 columns in one pass if the sums fit into registers. Else 16 at a time, for a few blocks of k: so the right
+// factor is read almost in order, and what is prefetched is what is read next.
+//
+// GCC keeps arrays of sums in registers only if all loops over them are unrolled early; hence the pragmas.
+template <class T, int kNumRows>
+void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first, float* result) {
+    Fetch fetch = right.fetch;
+    if constexpr (kNumRows <= kRowsOfBothHalves) {
+        Vec sums[2][kNumRows];
+#pragma GCC unroll 16
+        for (int r = 0; r < kNumRows; ++r) sums[0][r] = sums[1][r] = zero();
+        if constexpr (kMultipliesFloat<T>) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kNumRows && !first; ++r) {
+                sums[0][r] = load(result + r * kColumns);
+                sums[1][r] = load(result + r * kColumns + kLanes);
+            }
+        }
+        for (int k = 0; k < blocks; ++k) add_products<T, kNumRows, 2>(sums, left, right, k, 0, fetch);
+#pragma GCC unroll 16
         for (int r = 0; r < kNumRows; ++r) {
-            store(result + r * kColumns + first * kLanes, sums[0][r]);
-            if constexpr (kBothHalves) store(result + r * kColumns + kLanes, sums[1][r]);
+            store(result + r * kColumns, sums[0][r]);
+            store(result + r * kColumns + kLanes, sums[1][r]);
+        }
+    } else {
+        for (int begin = 0; begin < blocks; begin += kBlocksPerPass) {
+            const int end = std::min(begin + kBlocksPerPass, blocks);
+            for (int h = 0; h < 2; ++h) {
+                float* const half = result + h * kLanes;
+                Vec sums[1][kNumRows];
+#pragma GCC unroll 16
+                for (int r = 0; r < kNumRows; ++r) sums[0][r] = zero();
+                if (begin > 0 || !first) {
+#pragma GCC unroll 16
+                    for (int r = 0; r < kNumRows; ++r) sums[0][r] = load(half + r * kColumns);
+                }
+                for (int k = begin; k < end; ++k) add_products<T, kNumRows, 1>(sums, left, right, k, h, fetch);
+#pragma GCC unroll 16
+                for (int r = 0; r < kNumRows; ++r) store(half + r * kColumns, sums[0][r]);
+            }
         }
     }
 }
 
 template <class T>
-using DotRows = void (*)(const Left<T>&, const Right<T>&, int, float*);
+using DotRows = void (*)(const Left<T>&, const Right<T>&, int, bool, float*);
 
 template <class T, int... kIndices>
-void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int blocks, float* sums,
+void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums,
                  std::integer_sequence<int, kIndices...>) {
     static constexpr DotRows<T> kTable[] = {dot_rows<T, kIndices + 1>...};
-    kTable[rows - 1](left, right, blocks, sums);
+    kTable[rows - 1](left, right, blocks, first, sums);
 }
 
 #if defined(OCTAVO_AMX)
@@ -173,6 +216,11 @@ void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& righ
 }  // namespace
 
 template <class T>
+void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums) {
+    choose_rows<T>(rows, left, right, blocks, first, sums, std::make_integer_sequence<int, kRows<T>>());
+}
+
+template <class T>
 void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float* sums) {
 #if defined(OCTAVO_AMX)
     if constexpr (kIsBFloat16<T>) {
@@ -180,12 +228,17 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
         return;
     } else
 #endif
-        choose_rows<T>(rows, left, right, blocks, sums, std::make_integer_sequence<int, kRows<T>>());
+        add_dot(rows, left, right, blocks, true, sums);
 }
 
 template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, float*);
 template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, float*);
 template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
+template void add_dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, bool, float*);
+template void add_dot<float>(int, const Left<float>&, const Right<float>&, int, bool, float*);
+#if !defined(OCTAVO_DOT_BF16)
+template void add_dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, bool, float*);
+#endif
 
 void release_tiles() {
 #if defined(OCTAVO_AMX)

@@ -71,6 +71,11 @@ struct Fetch {
     int64_t step = 0;
 };
 
+inline void advance(Fetch& fetch) {
+    prefetch(fetch.first);
+    fetch.first += fetch.step;
+}
+
 // The right factor: blocks of k of 32 columns, in two halves of 16. In a step, each column has kPair elements.
 template <class T>
 struct Right {
@@ -87,9 +92,22 @@ struct Right {
 template <class T>
 void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float* sums);
 
+// Whether a product with a right factor of type T multiplies float32 numbers.
+template <class T>
+constexpr bool kMultipliesFloat = std::is_same_v<LeftOf<T>, float>;
+
+// The same with += if not `first`: for products in parts of ascending k. T is a type for which kMultipliesFloat holds.
+template <class T>
+void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums);
+
 extern template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, float*);
 extern template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, float*);
 extern template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
+#if !defined(OCTAVO_DOT_BF16)
+extern template void add_dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, bool, float*);
+#endif
+extern template void add_dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, bool, float*);
+extern template void add_dot<float>(int, const Left<float>&, const Right<float>&, int, bool, float*);
 
 // Restores the tile registers to their initial state; called last by each thread.
 void release_tiles();

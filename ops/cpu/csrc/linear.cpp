@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "norm.h"
 #include "packed.h"
+#include "panel.h"
 #include "vec_math.h"
 
 namespace octavo {
@@ -15,6 +16,13 @@ constexpr int64_t kChunkBytesPerTile = 32 << 10;
 
 // Weights are one long stream from memory, which the hardware prefetcher alone does not keep up with.
 constexpr int64_t kFetchAheadBytes = 4096;
+
+// Rows that stay in the L2 cache while panels of weights pass by.
+constexpr int64_t kRowBytesPerGroup = 512 << 10;
+constexpr int64_t kMinTilesPerGroup = 8;
+
+// With fewer tiles than this, converting weights for each costs less than a panel.
+constexpr int kMinTilesPerPanel = 3;
 
 // Rows a multiple of this apart map to the same few lines of the L1 cache.
 constexpr int64_t kAliasBytes = 4096;
@@ -119,48 +127,59 @@ void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows,
     }
 }
 
+// The rows of x, in tiles: in place, or staged as [tile][columns / 32][rows of the tile][32].
 template <class T>
-void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
-    const int rows = rows_of(step, op.rows);
-    if (rows == 0) return;
-    const PackedShape shape(op.weight);
-    const T* weight = static_cast<const T*>(op.weight.data);
-    const int column_blocks = shape.column_blocks();
-    const Tiles tiles = Tiles::of<T>(rows);
-    const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
-    const bool in_place = reads_in_place<T>(op, rows);
-    const int64_t padded = static_cast<int64_t>(column_blocks) * kBlock;
+struct Rows {
+    Tiles tiles;
+    const LeftOf<T>* data;
+    int64_t stride;  // in place; 0: staged
+    int64_t padded;  // columns
 
-    LeftOf<T>* staged = nullptr;
-    T* normed = op.norm_weight ? team.scratch.take<T>(padded) : nullptr;
-    if (!in_place && tiles.count == 1) {  // every thread stages all rows: quicker than a barrier
-        staged = team.scratch.take<LeftOf<T>>(rows * padded);
-        stage<T>(op, step, 0, rows, normed, staged);
-    } else if (!in_place) {
-        staged = reinterpret_cast<LeftOf<T>*>(team.shared.workspace);
-        const Range mine = team.share(tiles.count);
-        for (int tile = mine.begin; tile < mine.end; ++tile) {
-            const int begin = tiles.begin(tile);
-            stage<T>(op, step, begin, tiles.begin(tile + 1) - begin, normed, staged + begin * padded);
-        }
-        team.wait();
+    int begin(int tile) const { return tiles.begin(tile); }
+    int count(int tile) const { return tiles.begin(tile + 1) - tiles.begin(tile); }
+    Left<T> operator[](int tile) const {
+        if (stride) return {data + begin(tile) * stride, stride, kBlock};
+        return {data + begin(tile) * padded, kBlock, static_cast<int64_t>(count(tile)) * kBlock};
     }
+};
 
+template <class T>
+Rows<T> rows_of_x(const OctavoLinear& op, const OctavoStep& step, const Team& team, const Tiles& tiles) {
+    const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
+    if (reads_in_place<T>(op, tiles.rows))
+        return {tiles, static_cast<const LeftOf<T>*>(op.x.data), op.x.stride, padded};
+    T* normed = op.norm_weight ? team.scratch.take<T>(padded) : nullptr;
+    if (tiles.count == 1) {  // every thread stages all rows: quicker than a barrier
+        LeftOf<T>* staged = team.scratch.take<LeftOf<T>>(tiles.rows * padded);
+        stage<T>(op, step, 0, tiles.rows, normed, staged);
+        return {tiles, staged, 0, padded};
+    }
+    LeftOf<T>* staged = reinterpret_cast<LeftOf<T>*>(team.shared.workspace);
+    const Range mine = team.share(tiles.count);
+    for (int tile = mine.begin; tile < mine.end; ++tile) {
+        const int begin = tiles.begin(tile);
+        stage<T>(op, step, begin, tiles.begin(tile + 1) - begin, normed, staged + begin * padded);
+    }
+    team.wait();
+    return {tiles, staged, 0, padded};
+}
+
+// Weights stay in the L2 cache, a chunk at a time, while all rows pass by.
+template <class T>
+void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid) {
     alignas(kCacheLine) float sums[kMostRows * kColumns];
+    const T* weight = static_cast<const T*>(op.weight.data);
     const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
+    const int column_blocks = shape.column_blocks();
     const int num_tiles = grid.tiles.end - grid.tiles.begin;
     const int64_t chunk_bytes = std::min(kChunkBytes, kChunkBytesPerTile * num_tiles);
     const int chunk = static_cast<int>(std::max<int64_t>(1, chunk_bytes / block_bytes));
     for (int first = grid.blocks.begin; first < grid.blocks.end; first += chunk) {
         const int last = std::min(first + chunk, grid.blocks.end);
         for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
-            const int begin = tiles.begin(tile);
-            const int count = tiles.begin(tile + 1) - begin;
-            Left<T> left;
-            if (in_place)
-                left = {static_cast<const LeftOf<T>*>(op.x.data) + begin * op.x.stride, op.x.stride, kBlock};
-            else
-                left = {staged + begin * padded, kBlock, static_cast<int64_t>(count) * kBlock};
+            const Left<T> left = rows[tile];
+            const int begin = rows.begin(tile);
+            const int count = rows.count(tile);
             for (int block = first; block < last; ++block) {
                 Fetch fetch;
                 if (num_tiles == 1 || (tile == grid.tiles.begin && first == grid.blocks.begin))
@@ -173,6 +192,93 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
             }
         }
     }
+}
+
+// Adds the products of all tiles from `first` to `last` with blocks of k of 32 columns.
+//
+// While they are computed, the same amount of weights after these is prefetched: weights are one long stream.
+template <class T>
+class PanelProducts {
+public:
+    PanelProducts(const Rows<T>& rows, int first, int last, float* buffer, float* sums)
+        : rows_(rows), first_(first), last_(last), buffer_(buffer), sums_(sums) {}
+
+    void add(const Right<T>& right, int k, int blocks) {
+        Right<T> factor = right;
+        factor.data += k * right.block;
+        const int64_t bytes = blocks * kBlockElements * static_cast<int64_t>(sizeof(T));
+        const uintptr_t next = address_of(factor.data) + bytes;
+        if (last_ - first_ < kMinTilesPerPanel) {
+            for (int tile = first_; tile < last_; ++tile) {
+                factor.fetch = part_of(next, bytes, tile - first_, last_ - first_);
+                add_dot(rows_.count(tile), left_of(tile, k), factor, blocks, k == 0, sums_of(tile));
+            }
+            return;
+        }
+        const int64_t fetches = fetches_of_panel(blocks);
+        const int64_t lines = static_cast<int64_t>(last_ - first_) * kPanelsPerBlock * fetches;
+        Fetch fetch = {next, (bytes + lines - 1) / lines};
+        for (int part = 0; part < kPanelsPerBlock; ++part) {
+            const Panel panel = make_panel(factor, blocks, part, buffer_);
+            for (int tile = first_; tile < last_; ++tile) {
+                const Left<T> left = left_of(tile, k);
+                dot_panel(rows_.count(tile), {left.data, left.row, left.block}, panel, blocks, k == 0, fetch,
+                          sums_of(tile) + part * kPanelColumns);
+                fetch.first += fetch.step * fetches;
+            }
+        }
+    }
+
+    float* sums_of(int tile) const { return sums_ + (rows_.begin(tile) - rows_.begin(first_)) * kColumns; }
+
+private:
+    Left<T> left_of(int tile, int k) const {
+        Left<T> left = rows_[tile];
+        left.data += k * left.block;
+        return left;
+    }
+
+    const Rows<T>& rows_;
+    int first_;
+    int last_;
+    float* buffer_;
+    float* sums_;
+};
+
+// Rows stay in the L2 cache, some tiles at a time, while panels of all weights pass by.
+template <class T>
+void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
+                     Scratch& scratch) {
+    const T* weight = static_cast<const T*>(op.weight.data);
+    const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
+    const int group = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
+    float* buffer = scratch.take<float>(kPanelElements);
+    float* sums = scratch.take<float>(static_cast<size_t>(group) * kRows<T> * kColumns);
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
+        const int last = std::min(first + group, grid.tiles.end);
+        PanelProducts<T> products(rows, first, last, buffer, sums);
+        for (int block = grid.blocks.begin; block < grid.blocks.end; ++block) {
+            const Right<T> right = packed_block(weight, shape, block, {});
+            for (int k = 0; k < shape.column_blocks(); k += kPanelBlocks)
+                products.add(right, k, std::min(kPanelBlocks, shape.column_blocks() - k));
+            for (int tile = first; tile < last; ++tile)
+                finish<T>(op, shape, rows.begin(tile), rows.count(tile), block, products.sums_of(tile));
+        }
+    }
+}
+
+template <class T>
+void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    const int num_rows = rows_of(step, op.rows);
+    if (num_rows == 0) return;
+    const PackedShape shape(op.weight);
+    const Tiles tiles = Tiles::of<T>(num_rows);
+    const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
+    const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
+    if constexpr (kMultipliesFloat<T>) {
+        if (grid.tiles.end - grid.tiles.begin > 1) return multiply_panels(op, shape, rows, grid, team.scratch);
+    }
+    multiply_chunks(op, shape, rows, grid);
 }
 
 template <class T>

@@ -187,6 +187,10 @@ OCTAVO_EXPORT void octavo_unpack(const void* packed, void* weight, int32_t rows,
 OCTAVO_EXPORT int32_t octavo_initialize();
 // Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2) or OctavoNode (-3), to check the Python mirror.
 OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
-// Bytes per second that `threads` threads read from a buffer; multiply-adds per second of the dot products.
+// From now on octavo_run adds up how long ops take: seconds[2 i] for the first thread's part of op number i of a list,
+// seconds[2 i + 1] until all threads are done. Null ends this.
+OCTAVO_EXPORT void octavo_profile(double* seconds);
+// Bytes per second that `threads` threads read from a buffer; multiply-adds per second that they do in registers, as
+// products of `type` need them.
 OCTAVO_EXPORT double octavo_measure_bandwidth(const void* data, int64_t num_bytes, int32_t threads);
 OCTAVO_EXPORT double octavo_measure_peak(int32_t type, int32_t threads);

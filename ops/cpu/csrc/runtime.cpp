@@ -6,6 +6,7 @@
 
 #include "dot.h"
 #include "kernels.h"
+#include "team_size.h"
 
 #if defined(OCTAVO_AMX)
 #include "amx.h"
@@ -36,6 +37,8 @@ private:
 };
 
 std::mutex run_mutex;
+TeamSize team_size;
+double* profile = nullptr;
 Workspace workspace;
 
 void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
@@ -80,10 +83,14 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
 }
 
 void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const Team& team) {
+    double* times = team.index == 0 ? profile : nullptr;
     for (int i = 0; i < count; ++i) {
-        if (i) team.wait();
+        const double begin = times ? omp_get_wtime() : 0.0;
         run_op(nodes[i], step, team);
         team.scratch.reset();
+        if (times) times[2 * i] += omp_get_wtime() - begin;
+        if (i + 1 < count) team.wait();
+        if (times) times[2 * i + 1] += omp_get_wtime() - begin;
     }
     release_tiles();
 }
@@ -96,16 +103,32 @@ using namespace octavo;
 
 void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads) {
     const std::lock_guard<std::mutex> lock(run_mutex);
-    int threads = omp_get_max_threads();
-    if (max_threads > 0 && max_threads < threads) threads = max_threads;
+    int most = omp_get_max_threads();
+    if (max_threads > 0 && max_threads < most) most = max_threads;
+    const int threads = team_size.next(most);
     Shared shared;
     shared.workspace = workspace.reserve(workspace_bytes(nodes, count, *step, threads));
+    double asleep = 0.0;
     if (threads == 1) {
-        run_list(nodes, count, *step, {0, 1, shared, thread_scratch});
+        run_list(nodes, count, *step, {0, 1, shared, thread_scratch, asleep});
         return;
     }
-#pragma omp parallel num_threads(threads)
-    run_list(nodes, count, *step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch});
+    const double begin = seconds();
+    double stolen = 0.0;
+#pragma omp parallel num_threads(threads) reduction(max : asleep, stolen)
+    {
+        double slept = 0.0;
+        const double cpu = cpu_seconds();
+        run_list(nodes, count, *step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch, slept});
+        stolen = (seconds() - begin) - (cpu_seconds() - cpu) - slept;
+        asleep = slept;
+    }
+    if (threads == most) team_size.saw(seconds() - begin, stolen, asleep);
+}
+
+void octavo_profile(double* seconds) {
+    const std::lock_guard<std::mutex> lock(run_mutex);
+    profile = seconds;
 }
 
 int32_t octavo_initialize() {

@@ -85,6 +85,7 @@ inline Vec load_odd(const BFloat16* p) {
     return {
         _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+inline Vec load_odd_by_shifts(const BFloat16* p) { return load_odd(p); }
 
 #else  // ---------------------------------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ inline IntPart part_bits(Part a) { return _mm256_castps_si256(a); }
 inline Part part_of_bits(IntPart a) { return _mm256_castsi256_ps(a); }
 inline IntPart part_load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline IntPart part_shift_left(IntPart a, int n) { return _mm256_slli_epi32(a, n); }
+inline IntPart part_shift_right(IntPart a, int n) { return _mm256_srli_epi32(a, n); }
 inline IntPart part_and(IntPart a, uint32_t mask) {
     return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(mask)));
 }
@@ -162,6 +164,7 @@ inline IntPart part_load_bits(const void* p) {
     return a;
 }
 inline IntPart part_shift_left(IntPart a, int n) { return a << n; }
+inline IntPart part_shift_right(IntPart a, int n) { return a >> n; }
 inline IntPart part_and(IntPart a, uint32_t mask) { return a & static_cast<int32_t>(mask); }
 // Out of line: these are long and used everywhere.
 template <class T>
@@ -264,6 +267,13 @@ inline Vec load_even(const BFloat16* p) {
 }
 inline Vec load_odd(const BFloat16* p) {
     return each([=](int i) { return part_of_bits(part_and(part_load_bits(p + 2 * i * kPartLanes), 0xffff0000)); });
+}
+
+// The same as `load_odd`, without a register for a mask.
+inline Vec load_odd_by_shifts(const BFloat16* p) {
+    return each([=](int i) {
+        return part_of_bits(part_shift_left(part_shift_right(part_load_bits(p + 2 * i * kPartLanes), 16), 16));
+    });
 }
 
 #endif  // -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdint>
 #include <cstdlib>
@@ -28,6 +29,10 @@ inline void relax() {
 #endif
 }
 
+inline double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // State that all threads share.
 struct Shared {
     // A waiting thread sleeps after this many spins, about 30 us: threads that share their cores with other programs
@@ -41,7 +46,8 @@ struct Shared {
     char* workspace = nullptr;
 
     // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and tickets restart at 0.
-    void wait(int size) {
+    // Adds to `asleep` the seconds that the thread slept.
+    void wait(int size, double& asleep) {
         const int before = generation.load(std::memory_order_relaxed);
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
@@ -55,9 +61,11 @@ struct Shared {
             if (generation.load(std::memory_order_acquire) != before) return;
             relax();
         }
+        const double begin = seconds();
         sleepers.fetch_add(1, std::memory_order_seq_cst);
         while (generation.load(std::memory_order_seq_cst) == before) sleep_while(before);
         sleepers.fetch_sub(1, std::memory_order_relaxed);
+        asleep += seconds() - begin;
     }
 
 private:
@@ -130,8 +138,9 @@ struct Team {
     int size;
     Shared& shared;
     Scratch& scratch;
+    double& asleep;  // seconds, at barriers
 
-    void wait() const { shared.wait(size); }
+    void wait() const { shared.wait(size, asleep); }
     Range share(int n) const { return octavo::share(n, index, size); }
     // 0, 1, 2 ... across all threads, since the last wait.
     int ticket() const { return shared.ticket.fetch_add(1, std::memory_order_relaxed); }
