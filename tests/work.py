@@ -12,6 +12,16 @@ class TooMuchWorkError(AssertionError):
     """More calls than allowed."""
 
 
+def _run(function: Callable[[], Any], note: Callable[[FrameType, str, object], None]) -> None:
+    """Runs a function with a profiler, and restores the previous one."""
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+
+
 def count_calls(function: Callable[[], Any], most: int = sys.maxsize) -> int:
     """Calls of functions, Python's and C's, that this thread makes while ``function`` runs.
 
@@ -28,12 +38,7 @@ def count_calls(function: Callable[[], Any], most: int = sys.maxsize) -> int:
                 sys.setprofile(None)
                 raise TooMuchWorkError(f"more than {most} calls")
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
+    _run(function, note)
     return count
 
 
@@ -61,10 +66,5 @@ def count_characters(function: Callable[[], Any]) -> int:
         elif event == "c_call" and type(text := getattr(argument, "__self__", None)) is str:
             add(getattr(argument, "__name__", ""), text, 0)
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
+    _run(function, note)
     return count

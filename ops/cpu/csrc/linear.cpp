@@ -135,11 +135,9 @@ struct Rows {
     int64_t stride;  // in place; 0: staged
     int64_t padded;  // columns
 
-    int begin(int tile) const { return tiles.begin(tile); }
-    int count(int tile) const { return tiles.begin(tile + 1) - tiles.begin(tile); }
-    Left<T> operator[](int tile) const {
-        if (stride) return {data + begin(tile) * stride, stride, kBlock};
-        return {data + begin(tile) * padded, kBlock, static_cast<int64_t>(count(tile)) * kBlock};
+    Left<T> tile(int begin, int count) const {
+        if (stride) return {data + begin * stride, stride, kBlock};
+        return {data + begin * padded, kBlock, static_cast<int64_t>(count) * kBlock};
     }
 };
 
@@ -177,9 +175,9 @@ void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Row
     for (int first = grid.blocks.begin; first < grid.blocks.end; first += chunk) {
         const int last = std::min(first + chunk, grid.blocks.end);
         for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
-            const Left<T> left = rows[tile];
-            const int begin = rows.begin(tile);
-            const int count = rows.count(tile);
+            const int begin = rows.tiles.begin(tile);
+            const int count = rows.tiles.begin(tile + 1) - begin;
+            const Left<T> left = rows.tile(begin, count);
             for (int block = first; block < last; ++block) {
                 Fetch fetch;
                 if (num_tiles == 1 || (tile == grid.tiles.begin && first == grid.blocks.begin))
@@ -194,75 +192,69 @@ void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Row
     }
 }
 
-// Adds the products of all tiles from `first` to `last` with blocks of k of 32 columns.
+// A tile of rows, and where its sums are.
+struct TileSums {
+    int begin;
+    int count;
+    float* sums;
+};
+
+// Adds the products of some tiles with blocks of k of 32 columns.
 //
 // While they are computed, the same amount of weights after these is prefetched: weights are one long stream.
 template <class T>
-class PanelProducts {
-public:
-    PanelProducts(const Rows<T>& rows, int first, int last, float* buffer, float* sums)
-        : rows_(rows), first_(first), last_(last), buffer_(buffer), sums_(sums) {}
-
-    void add(const Right<T>& right, int k, int blocks) {
-        Right<T> factor = right;
-        factor.data += k * right.block;
-        const int64_t bytes = blocks * kBlockElements * static_cast<int64_t>(sizeof(T));
-        const uintptr_t next = address_of(factor.data) + bytes;
-        if (last_ - first_ < kMinTilesPerPanel) {
-            for (int tile = first_; tile < last_; ++tile) {
-                factor.fetch = part_of(next, bytes, tile - first_, last_ - first_);
-                add_dot(rows_.count(tile), left_of(tile, k), factor, blocks, k == 0, sums_of(tile));
-            }
-            return;
+void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Right<T> right, int k, int blocks,
+                  float* buffer) {
+    right.data += k * right.block;
+    const int64_t bytes = blocks * kBlockElements * static_cast<int64_t>(sizeof(T));
+    const uintptr_t next = address_of(right.data) + bytes;
+    if (num_tiles < kMinTilesPerPanel) {
+        for (int i = 0; i < num_tiles; ++i) {
+            Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
+            left.data += k * left.block;
+            right.fetch = part_of(next, bytes, i, num_tiles);
+            add_dot(tiles[i].count, left, right, blocks, k == 0, tiles[i].sums);
         }
-        const int64_t fetches = fetches_of_panel(blocks);
-        const int64_t lines = static_cast<int64_t>(last_ - first_) * kPanelsPerBlock * fetches;
-        Fetch fetch = {next, (bytes + lines - 1) / lines};
-        for (int part = 0; part < kPanelsPerBlock; ++part) {
-            const Panel panel = make_panel(factor, blocks, part, buffer_);
-            for (int tile = first_; tile < last_; ++tile) {
-                const Left<T> left = left_of(tile, k);
-                dot_panel(rows_.count(tile), {left.data, left.row, left.block}, panel, blocks, k == 0, fetch,
-                          sums_of(tile) + part * kPanelColumns);
-                fetch.first += fetch.step * fetches;
-            }
+        return;
+    }
+    const int64_t fetches = fetches_of_panel(blocks);
+    const int64_t lines = num_tiles * kPanelsPerBlock * fetches;
+    Fetch fetch = {next, (bytes + lines - 1) / lines};
+    for (int part = 0; part < kPanelsPerBlock; ++part) {
+        const Panel panel = make_panel(right, blocks, part, buffer);
+        for (int i = 0; i < num_tiles; ++i) {
+            const Left<T> left = rows.tile(tiles[i].begin, tiles[i].count);
+            dot_panel(tiles[i].count, {left.data + k * left.block, left.row, left.block}, panel, blocks, k == 0, fetch,
+                      tiles[i].sums + part * kPanelColumns);
+            fetch.first += fetch.step * fetches;
         }
     }
-
-    float* sums_of(int tile) const { return sums_ + (rows_.begin(tile) - rows_.begin(first_)) * kColumns; }
-
-private:
-    Left<T> left_of(int tile, int k) const {
-        Left<T> left = rows_[tile];
-        left.data += k * left.block;
-        return left;
-    }
-
-    const Rows<T>& rows_;
-    int first_;
-    int last_;
-    float* buffer_;
-    float* sums_;
-};
+}
 
 // Rows stay in the L2 cache, some tiles at a time, while panels of all weights pass by.
 template <class T>
 void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
                      Scratch& scratch) {
     const T* weight = static_cast<const T*>(op.weight.data);
+    const int column_blocks = shape.column_blocks();
     const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
     const int group = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
     float* buffer = scratch.take<float>(kPanelElements);
     float* sums = scratch.take<float>(static_cast<size_t>(group) * kRows<T> * kColumns);
+    TileSums* tiles = scratch.take<TileSums>(group);
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
-        const int last = std::min(first + group, grid.tiles.end);
-        PanelProducts<T> products(rows, first, last, buffer, sums);
+        const int num_tiles = std::min(group, grid.tiles.end - first);
+        const int first_row = rows.tiles.begin(first);
+        for (int i = 0; i < num_tiles; ++i) {
+            const int begin = rows.tiles.begin(first + i);
+            tiles[i] = {begin, rows.tiles.begin(first + i + 1) - begin, sums + (begin - first_row) * kColumns};
+        }
         for (int block = grid.blocks.begin; block < grid.blocks.end; ++block) {
             const Right<T> right = packed_block(weight, shape, block, {});
-            for (int k = 0; k < shape.column_blocks(); k += kPanelBlocks)
-                products.add(right, k, std::min(kPanelBlocks, shape.column_blocks() - k));
-            for (int tile = first; tile < last; ++tile)
-                finish<T>(op, shape, rows.begin(tile), rows.count(tile), block, products.sums_of(tile));
+            for (int k = 0; k < column_blocks; k += kPanelBlocks)
+                add_products(rows, tiles, num_tiles, right, k, std::min(kPanelBlocks, column_blocks - k), buffer);
+            for (int i = 0; i < num_tiles; ++i)
+                finish<T>(op, shape, tiles[i].begin, tiles[i].count, block, tiles[i].sums);
         }
     }
 }

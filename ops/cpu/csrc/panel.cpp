@@ -64,7 +64,7 @@ void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks
 
 template <class T>
 Panel make_panel(const Right<T>& right, int blocks, int part, float* buffer) {
-    const T* begin = right.data + part * (kHalves)*right.half;
+    const T* begin = right.data + part * kHalves * right.half;
     if constexpr (std::is_same_v<T, float>) return {begin, right.step};
     float* out = buffer;
     for (int k = 0; k < blocks; ++k) {
