@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -60,10 +62,14 @@ class Server:
         raise AssertionError(f"the server did not start: {''.join(self.errors)}")
 
     def child(self, title: str) -> psutil.Process:
-        """The child process of that title."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            if title in " ".join(process.cmdline()):
-                return process
+        """The child process of that title; waits while one is being started."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            for process in _children(self.process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if title in " ".join(process.cmdline()):
+                        return process
+            time.sleep(0.01)
         raise AssertionError(f"there is no process {title!r}")
 
     def metric(self, name: str) -> float:

@@ -324,7 +324,7 @@ def test_rename_export_delete(chat: Browser, tmp_path: Path) -> None:
     assert chat.text(".conversation-title") == "New/ name"
     chat.run("document.querySelector('[aria-label^=Export]').click()")
     file = tmp_path / "New-name.json"
-    chat.wait(file.exists)
+    chat.wait(lambda: file.exists() and file.stat().st_size > 0)  # the browser makes the file, then fills it
     exported = json.loads(file.read_text())
     assert [message["content"] for message in exported["messages"]] == ["A question", "Hello **world**."]
     chat.run("document.querySelector('[aria-label^=Delete]').click()")
