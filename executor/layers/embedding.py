@@ -18,7 +18,14 @@ class VocabParallelEmbedding(nn.Module):
 
     is_output: ClassVar[bool] = False
 
-    def __init__(self, context: ModelContext, *, prefix: str) -> None:
+    def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
+        """Creates the table.
+
+        Args:
+            context: The model's construction context.
+            bias: Whether the logits have a bias.
+            prefix: The layer's name in the model.
+        """
         super().__init__()
         config = context.config
         self.communicator = context.communicator
@@ -26,6 +33,7 @@ class VocabParallelEmbedding(nn.Module):
             vocab=Part.shard(config.vocab_size, context.parallel, f"{prefix}: vocabulary"),
             hidden=Part.whole(config.hidden_size),
             makes_logits=self.is_output or config.tie_word_embeddings,
+            bias=bias,
             dtype=context.dtype,
             device=context.device,
         )
@@ -56,6 +64,16 @@ class LMHead(VocabParallelEmbedding):
     is_output = True
 
 
-def output_layer(context: ModelContext, embedding: VocabParallelEmbedding, *, prefix: str) -> VocabParallelEmbedding:
-    """The layer that computes logits: the embedding itself if the configuration ties the two."""
-    return embedding if context.config.tie_word_embeddings else LMHead(context, prefix=prefix)
+def output_layer(
+    context: ModelContext, embedding: VocabParallelEmbedding, *, bias: bool = False, prefix: str
+) -> VocabParallelEmbedding:
+    """The layer that computes logits: the embedding itself if the configuration ties the two.
+
+    Raises:
+        ModelError: The configuration ties a layer that has a bias.
+    """
+    if not context.config.tie_word_embeddings:
+        return LMHead(context, bias=bias, prefix=prefix)
+    if bias:
+        context.config.bad("tie_word_embeddings", "false for this architecture, whose output layer has a bias")
+    return embedding

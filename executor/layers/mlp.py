@@ -19,7 +19,13 @@ GATED_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "swish": "silu",
 }
 """By ``hidden_act`` in config.json."""
-ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {**GATED_ACTIVATIONS, "relu": "relu"}
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]] = {
+    **GATED_ACTIVATIONS,
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 """Activations of an MLP without a gate."""
 
 

@@ -22,14 +22,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm of each row (Ba et al., arXiv:1607.06450)."""
+    """Layer norm of each group of ``size`` columns (Ba et al., arXiv:1607.06450)."""
 
-    def __init__(self, context: ModelContext, size: int, eps: float, *, bias: bool = True) -> None:
+    def __init__(self, context: ModelContext, size: int, eps: float, *, weight: bool = True, bias: bool = True) -> None:
         super().__init__()
-        self.eps = eps
+        self.size, self.eps = size, eps
         parts = single(Part.whole(size))
-        self.weight = WeightParameter.empty(parts, dtype=context.dtype, device=context.device)
+        self.weight = WeightParameter.empty(parts, dtype=context.dtype, device=context.device) if weight else None
         self.bias = WeightParameter.empty(parts, dtype=context.dtype, device=context.device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.size)

@@ -46,11 +46,19 @@ class DecoderLayer(nn.Module):
     Norms before the blocks (pre-norm), after them (OLMo 2), or both (the sandwich of Gemma 2).
     """
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, norms: Norms, make_norm: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        mlp: nn.Module,
+        norms: Norms,
+        make_norm: Callable[[], nn.Module],
+        residual_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
         self._names = norms
+        self._residual_scale = residual_scale
         for name in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
             if name is not None:
                 self.add_module(name, make_norm())
@@ -62,12 +70,16 @@ class DecoderLayer(nn.Module):
         out: Tensor = self.get_submodule(name)(x)
         return out
 
+    def add(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Adds a block's output, times the residual factor if there is one."""
+        return hidden + (out if self._residual_scale is None else ops.scale(out, self._residual_scale))
+
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         names = self._names
-        hidden = hidden + self.norm(
-            names.after_attention, self.self_attn(self.norm(names.before_attention, hidden), batch)
-        )
-        return hidden + self.norm(names.after_mlp, self.mlp(self.norm(names.before_mlp, hidden), batch))
+        out = self.self_attn(self.norm(names.before_attention, hidden), batch)
+        hidden = self.add(hidden, self.norm(names.after_attention, out))
+        out = self.mlp(self.norm(names.before_mlp, hidden), batch)
+        return self.add(hidden, self.norm(names.after_mlp, out))
 
 
 class ParallelDecoderLayer(DecoderLayer):
@@ -78,8 +90,7 @@ class ParallelDecoderLayer(DecoderLayer):
         names = self._names
         normed = self.norm(names.before_attention, hidden)
         mlp_input = normed if names.before_mlp is None else self.norm(names.before_mlp, hidden)
-        out: Tensor = hidden + self.self_attn(normed, batch) + self.mlp(mlp_input, batch)
-        return out
+        return self.add(self.add(hidden, self.self_attn(normed, batch)), self.mlp(mlp_input, batch))
 
 
 class PostNormDecoderLayer(DecoderLayer):
@@ -87,8 +98,8 @@ class PostNormDecoderLayer(DecoderLayer):
     BERT)."""
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        hidden = self.norm(self._names.after_attention, hidden + self.self_attn(hidden, batch))
-        return self.norm(self._names.after_mlp, hidden + self.mlp(hidden, batch))
+        hidden = self.norm(self._names.after_attention, self.add(hidden, self.self_attn(hidden, batch)))
+        return self.norm(self._names.after_mlp, self.add(hidden, self.mlp(hidden, batch)))
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,14 @@ class DecoderParts:
     """Factor of the token embeddings."""
     positions: LearnedPositions | None = None
     """Added to the token embeddings."""
+    residual_scale: float | None = None
+    """Factor of what the blocks add to the hidden states."""
+    logit_bias: bool = False
+    """Whether the output layer has a bias."""
+    logit_scale: float | None = None
+    """Factor of the logits."""
     logit_softcap: float | None = None
-    """Logits are soft-capped to plus and minus this."""
+    """Logits are soft-capped to plus and minus this, after the factor."""
 
 
 class Decoder(nn.Module):
@@ -128,7 +145,9 @@ class Decoder(nn.Module):
             name = f"{prefix}.layers.{index}"
             attention = parts.attention(index, f"{name}.self_attn")
             mlp = make_mlp(index, f"{name}.mlp")
-            self.layers.append(parts.layer(attention, mlp, parts.norms, lambda: make_norm(config.hidden_size)))
+            self.layers.append(
+                parts.layer(attention, mlp, parts.norms, lambda: make_norm(config.hidden_size), parts.residual_scale)
+            )
         self.norm = make_norm(config.hidden_size) if parts.has_final_norm else None
 
     def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
@@ -157,14 +176,16 @@ class CausalDecoder(Model):
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()
         self.model = Decoder(context, parts, prefix="model")
-        self.lm_head = output_layer(context, self.model.embed_tokens, prefix="lm_head")
-        self.logit_softcap = parts.logit_softcap
+        self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
+        self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         return ModelOutput(self.model(batch, hidden))
 
     def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         logits = self.lm_head.logits(hidden, batch)
+        if self.logit_scale is not None:
+            logits = ops.scale(logits, self.logit_scale)
         return logits if self.logit_softcap is None else ops.softcap(logits, self.logit_softcap)
 
     def attention_layers(self) -> list[Attention]:

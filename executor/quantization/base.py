@@ -52,6 +52,8 @@ class TableShape:
     hidden: Part
     makes_logits: bool
     """Whether the table computes logits; a tied one is also used for lookups."""
+    bias: bool
+    """Whether the logits have a bias."""
     dtype: torch.dtype
     """Dtype of the activations."""
     device: torch.device

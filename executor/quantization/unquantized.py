@@ -43,9 +43,13 @@ class UnquantizedLinear:
 
 
 class PlainTable(Weights):
-    """``weight`` [vocab_size, hidden_size]; packed if it computes logits, and then kept only in that form."""
+    """``weight`` [vocab_size, hidden_size] and ``bias`` [vocab_size] or None.
+
+    The weight is packed if it computes logits, and then kept only in that form.
+    """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     packed: ops.Weight
     """What the ops read, once the weights are loaded."""
 
@@ -53,6 +57,8 @@ class PlainTable(Weights):
         super().__init__()
         self.makes_logits = shape.makes_logits
         self.weight = WeightParameter.empty(single(shape.vocab, shape.hidden), dtype=shape.dtype, device=shape.device)
+        bias = single(shape.vocab)
+        self.bias = WeightParameter.empty(bias, dtype=shape.dtype, device=shape.device) if shape.bias else None
 
     def pack(self) -> None:
         self.packed = ops.pack_linear(self.weight.data) if self.makes_logits else self.weight.data
@@ -67,7 +73,7 @@ class UnquantizedEmbedding:
         return ops.embedding(ids, weights.packed)
 
     def logits(self, weights: PlainTable, hidden: Tensor, batch: InputBatch) -> Tensor:
-        return ops.logits(hidden, weights.packed)
+        return ops.logits(hidden, weights.packed, weights.bias)
 
 
 def stored(weight: ops.Weight) -> nn.Parameter:

@@ -1,9 +1,10 @@
 """Peephole fusion: folds instructions into the prologue or epilogue of another. No fusion changes a bit.
 
 linear, act_and_mul           -> one product with the activation as its epilogue, where the weight is paired
-linear, add                   -> one product that adds the other operand
+linear, activation            -> one product with the activation as its epilogue; so with scale, softcap and clip
+linear, add                   -> one product that adds the other operand, after an activation if there is one
 gather_rows, linear           -> one product that reads only the selected rows
-rms_norm, linear              -> one product that normalises the rows it reads
+norm, linear                  -> one product that normalises the rows it reads (RMS norm or layer norm)
 rms_norm, rotary, attention   -> attention that normalises and rotates the heads of q and k as it reads them
 """
 
@@ -65,6 +66,8 @@ class Fusion:
             return []
         if instruction.op == lib.OP_ACT_AND_MUL:
             return self._gated(item, instruction)
+        if instruction.op == lib.OP_ACTIVATION:
+            return self._activated(item, instruction)
         if instruction.op == lib.OP_ADD:
             return self._residual(item, instruction)
         if instruction.op == lib.OP_LINEAR:
@@ -80,14 +83,15 @@ class Fusion:
             return None
         return item
 
-    def _plain_linear(self, ref: Any) -> Item | None:
+    def _linear(self, ref: Any, *epilogues: int, activated: bool = False) -> Item | None:
+        """The product that makes a value, if it has one of these epilogues, and no activation unless ``activated``."""
         item = self._maker(ref, lib.OP_LINEAR)
-        if item is None or item.instruction is None or item.instruction.fields["epilogue"] != lib.EPILOGUE_STORE:
+        if item is None or item.instruction is None or item.instruction.fields["epilogue"] not in epilogues:
             return None
-        return item
+        return item if activated or item.instruction.fields["activation"] == lib.IDENTITY else None
 
     def _gated(self, item: Item, act: Instruction) -> list[Item]:
-        linear = self._plain_linear(act.matrices["x"])
+        linear = self._linear(act.matrices["x"], lib.EPILOGUE_STORE)
         if linear is None or linear.instruction is None or not linear.instruction.fields["weight"].paired:
             return []
         item.instruction = _finished_by(
@@ -95,9 +99,18 @@ class Fusion:
         )
         return [linear]
 
+    def _activated(self, item: Item, act: Instruction) -> list[Item]:
+        linear = self._linear(act.matrices["x"], lib.EPILOGUE_STORE, lib.EPILOGUE_LOGITS)
+        if linear is None or linear.instruction is None:
+            return []
+        item.instruction = _finished_by(
+            linear.instruction, act, activation=act.fields["activation"], parameter=act.fields["parameter"]
+        )
+        return [linear]
+
     def _residual(self, item: Item, add: Instruction) -> list[Item]:
         for name, other in (("y", "x"), ("x", "y")):
-            linear = self._plain_linear(add.matrices[name])
+            linear = self._linear(add.matrices[name], lib.EPILOGUE_STORE, activated=True)
             if linear is not None and linear.instruction is not None:
                 item.instruction = _finished_by(linear.instruction, add, epilogue=lib.EPILOGUE_RESIDUAL)
                 item.instruction.matrices["residual"] = add.matrices[other]
@@ -115,12 +128,15 @@ class Fusion:
         return [gather]
 
     def _normed(self, linear: Instruction) -> list[Item]:
-        norm = self._maker(linear.matrices["x"], lib.OP_RMS_NORM)
+        x = linear.matrices["x"]
+        norm = self._maker(x, lib.OP_RMS_NORM) or self._maker(x, lib.OP_LAYER_NORM)
         if norm is None or norm.instruction is None or norm.instruction.fields["groups"] != 1:
             return []
         source = norm.instruction
         linear.matrices["x"] = source.matrices["x"]
+        linear.fields["norm"] = lib.RMS_NORM if source.op == lib.OP_RMS_NORM else lib.LAYER_NORM
         linear.fields["norm_weight"], linear.fields["norm_eps"] = source.fields["weight"], source.fields["eps"]
+        linear.fields["norm_bias"] = source.fields.get("bias")
         linear.keep += source.keep
         linear.num_ops += source.num_ops
         return [norm]

@@ -100,14 +100,15 @@ def linear(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) ->
         "bias": None if bias is None else bias.data_ptr(),
         "type": TYPES[x.dtype],
         "epilogue": lib.EPILOGUE_STORE,
+        "activation": lib.IDENTITY,
         "rows": _rows(x),
     }
     rows, columns = weight.shape
     return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(weight, bias))
 
 
-def logits(x: Any, weight: Tensor | PackedWeight) -> Instruction | None:
-    result = linear(x, weight)
+def logits(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Instruction | None:
+    result = linear(x, weight, bias)
     if result is not None:
         result.fields["epilogue"] = lib.EPILOGUE_LOGITS
         result.dtype = torch.float32
@@ -129,15 +130,28 @@ def rms_norm(x: Any, weight: Tensor, eps: float) -> Instruction | None:
     return Instruction(lib.OP_RMS_NORM, {"x": x}, fields, _width(x), x.dtype, work=_width(x), keep=(weight,))
 
 
-def layer_norm(x: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Instruction | None:
-    if weight.shape[0] != _width(x) or (bias is not None and not _is_vector(bias, x.dtype)):
+def layer_norm(
+    x: Any, weight: Tensor | None, bias: Tensor | None, eps: float, size: int | None = None
+) -> Instruction | None:
+    width = _width(x)
+    size = width if size is None else size
+    vectors = [vector for vector in (weight, bias) if vector is not None]
+    lengths = {len(vector) for vector in vectors} or {size}
+    if not is_matrix(x) or width % size or not all(_is_vector(vector, x.dtype) for vector in vectors):
         return None
-    result = rms_norm(x, weight, eps)
-    if result is not None:
-        result.op = lib.OP_LAYER_NORM
-        result.fields["bias"] = None if bias is None else bias.data_ptr()
-        result.keep = (weight, bias)
-    return result
+    if len(lengths) > 1 or not lengths <= {size, width}:
+        return None
+    fields = {
+        "weight": None if weight is None else weight.data_ptr(),
+        "bias": None if bias is None else bias.data_ptr(),
+        "eps": eps,
+        "groups": width // size,
+        "size": size,
+        "weight_stride": size if lengths == {width} else 0,
+        "type": TYPES[x.dtype],
+        "rows": _rows(x),
+    }
+    return Instruction(lib.OP_LAYER_NORM, {"x": x}, fields, width, x.dtype, work=width, keep=(weight, bias))
 
 
 def rotary_embedding(
@@ -237,6 +251,18 @@ def activation(x: Any, kind: str) -> Instruction | None:
     return _pointwise(lib.OP_ACTIVATION, x, _width(x), ACTIVATIONS[kind])
 
 
+def scale(x: Any, factor: float) -> Instruction | None:
+    return _pointwise(lib.OP_ACTIVATION, x, _width(x), lib.SCALE, factor)
+
+
+def softcap(x: Any, cap: float) -> Instruction | None:
+    return _pointwise(lib.OP_ACTIVATION, x, _width(x), lib.SOFTCAP, cap)
+
+
+def clip(x: Any, limit: float) -> Instruction | None:
+    return _pointwise(lib.OP_ACTIVATION, x, _width(x), lib.CLIP, limit)
+
+
 def add(x: Any, y: Any) -> Instruction | None:
     if y.dtype != x.dtype or not is_matrix(y) or _width(x) != _width(y):
         return None
@@ -253,10 +279,18 @@ def gather_rows(x: Any, rows: Any) -> Instruction | None:
     return result
 
 
-def _pointwise(op: int, x: Any, width: int, activation: int = 0) -> Instruction | None:
+def _pointwise(
+    op: int, x: Any, width: int, activation: int = lib.IDENTITY, parameter: float = 0.0
+) -> Instruction | None:
     if not is_matrix(x):
         return None
-    fields = {"width": width, "activation": activation, "type": TYPES[x.dtype], "rows": _rows(x)}
+    fields = {
+        "width": width,
+        "activation": activation,
+        "parameter": parameter,
+        "type": TYPES[x.dtype],
+        "rows": _rows(x),
+    }
     return Instruction(op, {"x": x}, fields, width, x.dtype, work=width)
 
 
@@ -272,6 +306,9 @@ BY_NAME = {
         paged_attention,
         act_and_mul,
         activation,
+        scale,
+        softcap,
+        clip,
         add,
         gather_rows,
     )

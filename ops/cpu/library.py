@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """``OctavoType``."""
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu2": 6}
+"""``OctavoActivation``: functions without a parameter."""
+IDENTITY, SCALE, SOFTCAP, CLIP = 0, 7, 8, 9
+"""The others."""
+NO_NORM, RMS_NORM, LAYER_NORM = range(3)
+"""``OctavoNormKind``."""
 ROWS = {"tokens": 0, "samples": 1}
 EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
 (
@@ -83,13 +88,14 @@ class Node(ctypes.Structure):
 
 
 class EmbeddingArgs(ctypes.Structure):
-    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32))
+    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32), ("of_positions", c_int32))
 
 
 class LinearArgs(ctypes.Structure):
     _fields_ = (
         ("x", Matrix),
         ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
         ("weight", Weight),
         ("bias", c_void_p),
         ("out", Matrix),
@@ -97,7 +103,9 @@ class LinearArgs(ctypes.Structure):
         ("type", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
+        ("parameter", c_float),
         ("rows", c_int32),
+        ("norm", c_int32),
         ("norm_eps", c_float),
         ("gather", c_int32),
     )
@@ -112,6 +120,7 @@ class NormArgs(ctypes.Structure):
         ("eps", c_float),
         ("groups", c_int32),
         ("size", c_int32),
+        ("weight_stride", c_int32),
         ("type", c_int32),
         ("rows", c_int32),
     )
@@ -171,6 +180,7 @@ class PointwiseArgs(ctypes.Structure):
         ("out", Matrix),
         ("width", c_int32),
         ("activation", c_int32),
+        ("parameter", c_float),
         ("type", c_int32),
         ("rows", c_int32),
     )

@@ -16,6 +16,7 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.act_and_mul,
     ops.activation,
     ops.add,
+    ops.clip,
     ops.embedding,
     ops.gather_rows,
     ops.layer_norm,
@@ -24,6 +25,8 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.paged_attention,
     ops.rms_norm,
     ops.rotary_embedding,
+    ops.scale,
+    ops.softcap,
 )
 """Ops that map to one kernel each (``instructions.py``)."""
 

@@ -205,7 +205,11 @@ class NativeProgram:
                 if type(source) is not StepInput or self._rows_name not in ("", source.name):
                     return None
                 self._rows_name = source.name
-            elif type(source) is not Ref or self._inputs.get(name) != source.index:
+            elif type(source) is not Ref:
+                return None
+            elif name == "input_ids" and self._inputs.get("positions") == source.index:
+                instruction.fields["of_positions"] = 1
+            elif self._inputs.get(name) != source.index:
                 return None
         return instruction
 

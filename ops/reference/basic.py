@@ -11,6 +11,9 @@ from torch import Tensor
 from ops.dispatch import Spec, StepInput, Value, like_first, op
 from ops.packed import PackedWeight, Weight
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+"""relu2: the square of relu; quick_gelu: ``x * sigmoid(1.702 * x)``."""
+
 
 @op(lambda ids, weight: Spec(ids.spec.rows, weight.shape[1], weight.dtype))
 def embedding(ids: Tensor, weight: Weight) -> Tensor:
@@ -41,13 +44,13 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, plain(weight), bias)
 
 
-@op(lambda x, weight: Spec(x.spec.rows, weight.shape[0], torch.float32))
-def logits(x: Tensor, weight: Weight) -> Tensor:
-    """``x @ weight.T`` as float32 [rows, vocab_size].
+@op(lambda x, weight, bias=None: Spec(x.spec.rows, weight.shape[0], torch.float32))
+def logits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` as float32 [rows, vocab_size].
 
     Kernels return their float32 accumulators; the reference rounds to the dtype of ``x`` on the way, as torch does.
     """
-    return F.linear(x, plain(weight)).float()
+    return F.linear(x, plain(weight), bias).float()
 
 
 @op(like_first)
@@ -68,6 +71,12 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
 
 
+@op(like_first)
+def clip(x: Tensor, limit: float) -> Tensor:
+    """x [rows, width] limited to the range of plus and minus ``limit``, which is rounded to the dtype of ``x``."""
+    return x.clamp(-limit, limit)
+
+
 @op(lambda x, activation: Spec(x.spec.rows, x.spec.width // 2, x.spec.dtype))
 def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
     """``act(x[:, :half]) * x[:, half:]``: the gated activation of an MLP.
@@ -80,8 +89,8 @@ def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> 
 
 
 @op(like_first)
-def activation(x: Tensor, kind: Literal["silu", "gelu", "gelu_tanh", "relu"]) -> Tensor:
-    """An elementwise activation function."""
+def activation(x: Tensor, kind: Activation) -> Tensor:
+    """An elementwise activation function, rounded once."""
     return _activate(x, kind)
 
 
@@ -90,6 +99,11 @@ def _activate(x: Tensor, kind: str) -> Tensor:
         return F.silu(x)
     if kind == "relu":
         return F.relu(x)
+    if kind == "relu2":
+        return F.relu(x).square()
+    if kind == "quick_gelu":
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
@@ -127,6 +141,7 @@ __all__ = [
     "act_and_mul",
     "activation",
     "add",
+    "clip",
     "embedding",
     "gather_rows",
     "linear",

@@ -27,13 +27,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @op(like_first)
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of each row, in float32.
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, size: int | None = None) -> Tensor:
+    """Layer norm of each group of ``size`` columns, in float32 and rounded once.
 
     Args:
-        x: [rows, width].
-        weight: [width].
-        bias: [width] or None.
+        x: [rows, groups * size].
+        weight: [size]; [groups * size] if each group has its own; None: 1.
+        bias: Likewise; None: 0.
+        eps: Added to the variance.
+        size: Columns of a group. Default: a whole row.
     """
-    bias_f32 = None if bias is None else bias.float()
-    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias_f32, eps).to(x.dtype)
+    size = x.shape[-1] if size is None else size
+    out = F.layer_norm(x.float().unflatten(-1, (-1, size)), (size,), None, None, eps)
+    if weight is not None:
+        out = out * weight.float().view(-1, size)
+    if bias is not None:
+        out = out + bias.float().view(-1, size)
+    return out.flatten(-2).to(x.dtype)

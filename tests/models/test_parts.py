@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from executor.layers.self_attention import SelfAttention
 from executor.loader import LoadedModel
 from executor.models.decoder import CausalDecoder, DecoderParts, Norms, ParallelDecoderLayer, PostNormDecoderLayer
 from ops.cpu import build
+from ops.cpu.program import NativeProgram, Segment
 from tests.models.harness import RANDOM_MODEL, Chunk, Runner, assert_close, logits_of, random_model, random_tokens
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = (
@@ -48,6 +50,8 @@ class Shape:
     is_interleaved: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    attention_scale: float = HEAD_DIM**-0.5
+    logit_scale: float = 1.0
     embedding_scale: float = 1.0
     is_layer_norm: bool = False
     has_final_norm: bool = True
@@ -55,8 +59,6 @@ class Shape:
     activation: Callable[[Tensor], Tensor] = F.silu
     has_gate: bool = True
     config: dict[str, Any] = field(default_factory=dict)
-    python_ops: int = 0
-    """Ops that have no kernel."""
 
 
 def layer_norm(context: ModelContext, *, bias: bool) -> Callable[[int], nn.Module]:
@@ -70,6 +72,17 @@ def layer_norm(context: ModelContext, *, bias: bool) -> Callable[[int], nn.Modul
 def pre_norm(context: ModelContext) -> DecoderParts:
     rotary = RotaryEmbedding(context)
     return DecoderParts(lambda index, prefix: SelfAttention(context, rotary, prefix=prefix))
+
+
+def pre_norm_with_factors(context: ModelContext) -> DecoderParts:
+    """As Granite."""
+    rotary = RotaryEmbedding(context)
+    return DecoderParts(
+        lambda index, prefix: SelfAttention(context, rotary, scale=0.2, prefix=prefix),
+        embedding_scale=3.0,
+        residual_scale=0.6,
+        logit_scale=0.7,
+    )
 
 
 def sandwich(context: ModelContext) -> DecoderParts:
@@ -127,6 +140,19 @@ def parallel_with_one_norm(context: ModelContext) -> DecoderParts:
         layer_norm(context, bias=False),
         ParallelDecoderLayer,
         Norms(before_attention="input_layernorm"),
+        residual_scale=0.6,
+        logit_bias=True,
+        logit_scale=1.3,
+    )
+
+
+def norm_without_weight(context: ModelContext) -> DecoderParts:
+    """As OLMo, with the squared relu of Nemotron."""
+    rotary = RotaryEmbedding(context)
+    return DecoderParts(
+        lambda index, prefix: SelfAttention(context, rotary, prefix=prefix),
+        lambda index, prefix: MLP(context, prefix=prefix),
+        lambda size: LayerNorm(context, size, EPS, weight=False, bias=False),
     )
 
 
@@ -143,9 +169,9 @@ def post_norm_on_the_sum(context: ModelContext) -> DecoderParts:
     )
 
 
-def pre_norm_layer(name: str, h: Tensor, norm: Any, attention: Any, mlp: Any) -> Tensor:
-    h = h + attention(norm(f"{name}.input_layernorm", h))
-    out: Tensor = h + mlp(norm(f"{name}.post_attention_layernorm", h))
+def pre_norm_layer(name: str, h: Tensor, norm: Any, attention: Any, mlp: Any, factor: float = 1.0) -> Tensor:
+    h = h + factor * attention(norm(f"{name}.input_layernorm", h))
+    out: Tensor = h + factor * mlp(norm(f"{name}.post_attention_layernorm", h))
     return out
 
 
@@ -170,7 +196,7 @@ def parallel_layer(name: str, h: Tensor, norm: Any, attention: Any, mlp: Any) ->
 
 def one_norm_layer(name: str, h: Tensor, norm: Any, attention: Any, mlp: Any) -> Tensor:
     normed = norm(f"{name}.input_layernorm", h)
-    out: Tensor = h + attention(normed) + mlp(normed)
+    out: Tensor = h + 0.6 * attention(normed) + 0.6 * mlp(normed)
     return out
 
 
@@ -182,11 +208,27 @@ def sum_layer(name: str, h: Tensor, norm: Any, attention: Any, mlp: Any) -> Tens
 
 SHAPES = {
     "pre-norm": Shape(pre_norm, pre_norm_layer),
+    "pre-norm with factors": Shape(
+        pre_norm_with_factors,
+        partial(pre_norm_layer, factor=0.6),
+        attention_scale=0.2,
+        embedding_scale=3.0,
+        logit_scale=0.7,
+    ),
+    "norm without weight": Shape(
+        norm_without_weight,
+        pre_norm_layer,
+        is_layer_norm=True,
+        activation=lambda x: F.relu(x).square(),
+        has_gate=False,
+        config={"hidden_act": "relu2"},
+    ),
     "sandwich": Shape(
         sandwich,
         sandwich_layer,
         theta=lambda index: 100.0 if index % 2 == 0 else 5000.0,
         window=lambda index: 11 if index % 2 == 0 else None,
+        attention_scale=0.3,
         attention_softcap=2.0,
         logit_softcap=1.5,
         embedding_scale=8.0,
@@ -198,7 +240,6 @@ SHAPES = {
                 "full_attention": {"rope_theta": 5000.0, "rope_type": "default"},
             },
         },
-        python_ops=2,  # the embedding's factor and the cap of the logits
     ),
     "post-norm on the branch": Shape(
         post_norm_on_the_branch, branch_layer, theta=lambda index: 10000.0 if index % 2 else None
@@ -213,7 +254,7 @@ SHAPES = {
         has_gate=False,
         config={"hidden_act": "gelu", "rope_parameters": {"partial_rotary_factor": 0.5}},
     ),
-    "parallel with one norm": Shape(parallel_with_one_norm, one_norm_layer, is_layer_norm=True),
+    "parallel with one norm": Shape(parallel_with_one_norm, one_norm_layer, is_layer_norm=True, logit_scale=1.3),
     "post-norm on the sum": Shape(
         post_norm_on_the_sum,
         sum_layer,
@@ -224,7 +265,6 @@ SHAPES = {
         activation=F.relu,
         has_gate=False,
         config={"hidden_act": "relu"},
-        python_ops=1,  # the lookup of the positions
     ),
 }
 
@@ -244,10 +284,10 @@ class Plain:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
         if self.shape.is_layer_norm:
-            return F.layer_norm(x, (len(weight),), weight, bias, EPS)
-        return F.rms_norm(x, (len(weight),), weight, EPS)
+            return F.layer_norm(x, (x.shape[-1],), weight, bias, EPS)
+        return F.rms_norm(x, (x.shape[-1],), weight, EPS)
 
     def rotate(self, x: Tensor, theta: float) -> Tensor:
         """``x`` [heads, tokens, head_dim], as complex numbers times unit vectors."""
@@ -266,14 +306,13 @@ class Plain:
         name, shape = f"model.layers.{index}.self_attn", self.shape
         projected = self.linear(f"{name}.qkv_proj", x).unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
         q, k, v = projected.split([HEADS, KV_HEADS, KV_HEADS])
-        scale = HEAD_DIM**-0.5
         if f"{name}.q_norm.weight" in self.weights:
-            q, k, scale = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k), 0.3
+            q, k = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k)
         theta = shape.theta(index)
         if theta is not None:
             q, k = self.rotate(q, theta), self.rotate(k, theta)
         k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=0) for tensor in (k, v))
-        scores = q @ k.transpose(1, 2) * scale
+        scores = q @ k.transpose(1, 2) * shape.attention_scale
         if shape.attention_softcap is not None:
             scores = shape.attention_softcap * torch.tanh(scores / shape.attention_softcap)
         distance = torch.arange(len(x)).unsqueeze(1) - torch.arange(len(x))
@@ -305,7 +344,7 @@ class Plain:
             )
         if shape.has_final_norm:
             hidden = self.norm("model.norm", hidden)
-        logits = self.linear("lm_head", hidden)
+        logits = shape.logit_scale * self.linear("lm_head", hidden)
         return logits if shape.logit_softcap is None else shape.logit_softcap * torch.tanh(logits / shape.logit_softcap)
 
 
@@ -336,7 +375,30 @@ def test_captured_equals_eager(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(captured.step(step), logits)
     if build.available():
         assert captured.program is not None
-        assert captured.program.python_ops == SHAPES[name].python_ops
+        assert captured.program.python_ops == 0
+
+
+@pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("pre-norm", 2),  # the embedding; the final norm and the logits
+        ("pre-norm with factors", 3),  # and the embedding's factor
+        ("norm without weight", 2),
+        ("parallel", 2),
+        ("parallel with one norm", 2 + LAYERS),  # the norm has two readers
+        ("post-norm on the sum", 3 + 2 * LAYERS),  # the positions, their sum; norms follow sums, the last one is fused
+    ],
+)
+def test_fusion_leaves_five_calls_per_layer(name: str, others: int) -> None:
+    loaded, _ = make(SHAPES[name], torch.bfloat16)
+    program = Runner(loaded, captured=True).program
+    assert program is not None
+    native = program._runner
+    assert isinstance(native, NativeProgram)
+    (segment,) = native._parts
+    assert isinstance(segment, Segment)
+    assert len(segment.items) == 5 * LAYERS + others
 
 
 def test_layers_of_one_kind_form_a_group() -> None:

@@ -58,6 +58,7 @@ def test_linear(capability: str, dtype: torch.dtype, out_features: int, in_featu
             assert_near(ops.linear(x, layer), exact, dtype, scale)
             assert_near(ops.linear(x, layer, bias), exact + bias.double(), dtype, scale)
             assert_near(ops.logits(x, layer), exact, torch.float32, scale)
+            assert_near(ops.logits(x, layer, bias), exact + bias.double(), torch.float32, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,12 +102,12 @@ def test_norms(capability: str, dtype: torch.dtype, groups: int, size: int) -> N
         expected = (exact * weight.double()).flatten(1)
         error = (ops.rms_norm(x, weight, 1e-5).double() - expected).abs()
         assert (error <= (2.1 * unit_roundoff(dtype) + 4e-6) * expected.abs() + 1e-7).all()
-        if groups == 1:
-            for shift in (bias, None):
-                expected = torch.nn.functional.layer_norm(
-                    x.double(), (size,), weight.double(), None if shift is None else shift.double(), 1e-5
-                )
-                assert_near(ops.layer_norm(x, weight, shift, 1e-5), expected, dtype, 2.0)
+        exact = torch.nn.functional.layer_norm(x.double().unflatten(1, (groups, size)), (size,), eps=1e-5)
+        own, own_bias = randn(groups * size, seed=3, dtype=dtype), randn(groups * size, seed=4, dtype=dtype)
+        for factor, shift in ((weight, bias), (weight, None), (None, bias), (None, None), (own, own_bias)):
+            expected = exact if factor is None else exact * factor.double().view(-1, size)
+            expected = expected if shift is None else expected + shift.double().view(-1, size)
+            assert_near(ops.layer_norm(x, factor, shift, 1e-5, size), expected.flatten(1), dtype, 2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,12 +116,22 @@ def test_activations(capability: str, dtype: torch.dtype, width: int) -> None:
     x = (4 * randn(5, 2 * width)).to(dtype)
     x[0, :3] = torch.tensor([-100.0, 100.0, 0.0])
     with use(capability):
-        for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        for kind in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"):
             expected = reference(ops.activation, x.double(), kind)
             assert_near(ops.activation(x, kind), expected, dtype, 1.0)
-            if kind != "relu":
+            if kind in ("silu", "gelu", "gelu_tanh"):
                 active = ops.activation(x[:, :width].contiguous(), kind)
                 assert torch.equal(ops.act_and_mul(x, kind), active * x[:, width:])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [45, 1536])
+def test_scale_softcap_and_clip(capability: str, dtype: torch.dtype, width: int) -> None:
+    x = (4 * randn(5, width + 3)).to(dtype)[:, :width]
+    with use(capability):
+        assert torch.equal(ops.scale(x, 0.30078), reference(ops.scale, x, 0.30078))
+        assert torch.equal(ops.clip(x, 1.3), reference(ops.clip, x, 1.3))
+        assert_near(ops.softcap(x, 3.0), reference(ops.softcap, x.double(), 3.0), dtype, 3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,6 +49,7 @@ def test_linear_and_logits(dtype: torch.dtype) -> None:
     logits = ops.logits(x, weight)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ops.logits(x, weight, bias).double(), with_bias, rtol=tolerance, atol=tolerance)
 
 
 def test_embedding_and_rows() -> None:
@@ -66,13 +67,15 @@ def test_activations(dtype: torch.dtype) -> None:
         "silu": lambda y: y / (1 + torch.exp(-y)),
         "gelu": lambda y: y * 0.5 * (1 + torch.erf(y / math.sqrt(2))),
         "gelu_tanh": lambda y: 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+        "quick_gelu": lambda y: y / (1 + torch.exp(-1.702 * y)),
         "relu": lambda y: y.clamp(min=0),
+        "relu2": lambda y: y.clamp(min=0) ** 2,
     }
     tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-6
     for kind, function in exact.items():
         expected = function(x.double())
         torch.testing.assert_close(ops.activation(x, kind).double(), expected, rtol=tolerance, atol=tolerance)
-        if kind != "relu":
+        if kind in ("silu", "gelu", "gelu_tanh"):
             gated = function(x.double()[:, :10]) * x.double()[:, 10:]
             torch.testing.assert_close(ops.act_and_mul(x, kind).double(), gated, rtol=tolerance, atol=tolerance)
 
@@ -81,6 +84,14 @@ def test_scale_rounds_once() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = randn(6, 20, dtype=dtype)
         assert torch.equal(ops.scale(x, 8.046875), (x.double() * 8.046875).to(dtype))
+
+
+def test_clip() -> None:
+    x = 10 * randn(6, 20)
+    result = ops.clip(x, 3.0)
+    assert (result.abs() <= 3).all()
+    assert torch.equal(result[x.abs() <= 3], x[x.abs() <= 3])
+    assert torch.equal(result[x.abs() > 3], 3 * x[x.abs() > 3].sign())
 
 
 def test_softcap() -> None:
@@ -111,6 +122,16 @@ def test_layer_norm() -> None:
     expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     torch.testing.assert_close(ops.layer_norm(x, weight, None, 1e-5), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ops.layer_norm(x, weight, bias, 1e-5), expected + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.layer_norm(x, None, None, 1e-5) * weight, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_of_groups() -> None:
+    x, weights, biases = 3 * randn(5, 24) + 1, randn(24, seed=1), randn(24, seed=2)
+    for columns in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        alone = ops.layer_norm(x[:, columns], weights[columns], biases[columns], 1e-5)
+        assert torch.equal(ops.layer_norm(x, weights, biases, 1e-5, 8)[:, columns], alone)
+        shared = ops.layer_norm(x[:, columns], weights[:8], biases[:8], 1e-5)
+        assert torch.equal(ops.layer_norm(x, weights[:8], biases[:8], 1e-5, 8)[:, columns], shared)
 
 
 def cos_sin_table(max_positions: int, rotary_dim: int) -> Tensor:

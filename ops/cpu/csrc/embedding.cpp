@@ -42,10 +42,11 @@ void copy_row(const T* packed, const PackedShape& shape, int row, T* out) {
 template <class T>
 void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& team) {
     const PackedShape shape(op.weight);
+    const int32_t* ids = op.of_positions ? step.positions : step.input_ids;
     const Range mine = team.share(step.num_tokens);
     for (int i = mine.begin; i < mine.end; ++i) {
         T* out = static_cast<T*>(op.out.data) + i * op.out.stride;
-        const int id = step.input_ids[i];
+        const int id = ids[i];
         if (op.plain.data)
             std::memcpy(out, static_cast<const T*>(op.plain.data) + id * op.plain.stride, shape.columns * sizeof(T));
         else

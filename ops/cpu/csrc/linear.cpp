@@ -42,7 +42,7 @@ struct Tiles {
 // Whether the kernel can read the rows of x in place.
 template <class T>
 bool reads_in_place(const OctavoLinear& op, int rows) {
-    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm_weight) return false;
+    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm) return false;
     return rows <= kRows<T> || op.x.stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
@@ -54,10 +54,12 @@ void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, 
     for (int r = 0; r < rows; ++r) {
         const int64_t row = op.gather ? step.logits_rows[begin + r] : begin + r;
         const T* x = static_cast<const T*>(op.x.data) + row * op.x.stride;
-        if (op.norm_weight) {
+        if (op.norm == kRmsNorm)
             rms_norm(x, static_cast<const T*>(op.norm_weight), columns, op.norm_eps, normed);
-            x = normed;
-        }
+        else if (op.norm == kLayerNorm)
+            layer_norm(x, static_cast<const T*>(op.norm_weight), static_cast<const T*>(op.norm_bias), columns,
+                       op.norm_eps, normed);
+        if (op.norm) x = normed;
         for (int k = 0; k < blocks; ++k) {
             LeftOf<T>* target = staged + (static_cast<int64_t>(k) * rows + r) * kBlock;
             for (int i = 0; i < kBlock; i += kLanes) {
@@ -106,15 +108,17 @@ void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows,
             const int column = shape.first_row(block, half);
             const int count = shape.rows_in(block, half);
             Vec x = load(sums + half * kLanes);
+            if (op.bias && count) x = x + load_first(static_cast<const T*>(op.bias) + column, count);
             if (op.epilogue == kLogits) {
+                if (op.activation) x = activate(x, op.activation, op.parameter);
                 float* out = static_cast<float*>(op.out.data) + (row + r) * op.out.stride + column;
                 if (count) store_first(out, x, count);
                 continue;
             }
-            if (op.bias && count) x = x + load_first(static_cast<const T*>(op.bias) + column, count);
             x = round_to<T>(x);
             halves[half] = x;
             if (op.epilogue == kGated || !count) continue;
+            if (op.activation) x = round_to<T>(activate(x, op.activation, op.parameter));
             if (op.epilogue == kResidual)
                 x = load_first(static_cast<const T*>(op.residual.data) + (row + r) * op.residual.stride + column,
                                count) +
@@ -123,7 +127,8 @@ void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows,
         }
         if (op.epilogue != kGated) continue;
         T* out = static_cast<T*>(op.out.data) + (row + r) * op.out.stride + block * kLanes;
-        store_first(out, round_to<T>(activate(halves[0], op.activation)) * halves[1], shape.rows_in(block, 0));
+        store_first(out, round_to<T>(activate(halves[0], op.activation, op.parameter)) * halves[1],
+                    shape.rows_in(block, 0));
     }
 }
 
@@ -146,7 +151,7 @@ Rows<T> rows_of_x(const OctavoLinear& op, const OctavoStep& step, const Team& te
     const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
     if (reads_in_place<T>(op, tiles.rows))
         return {tiles, static_cast<const LeftOf<T>*>(op.x.data), op.x.stride, padded};
-    T* normed = op.norm_weight ? team.scratch.take<T>(padded) : nullptr;
+    T* normed = op.norm ? team.scratch.take<T>(padded) : nullptr;
     if (tiles.count == 1) {  // every thread stages all rows: quicker than a barrier
         LeftOf<T>* staged = team.scratch.take<LeftOf<T>>(tiles.rows * padded);
         stage<T>(op, step, 0, tiles.rows, normed, staged);

@@ -1,4 +1,4 @@
-// RMS norm (Zhang and Sennrich, arXiv:1910.07467).
+// RMS norm (Zhang and Sennrich, arXiv:1910.07467) and layer norm (Ba et al., arXiv:1607.06450).
 #pragma once
 
 #include <cmath>
@@ -34,6 +34,28 @@ void rms_norm(const T* x, const T* weight, int size, float eps, U* out) {
     for (int i = 0; i < size; i += kLanes) {
         const Vec normed = round_to<T>(load_first(x + i, size - i) * scale);
         store_first(out + i, round_to<T>(normed * load_first(weight + i, size - i)), size - i);
+    }
+}
+
+// Layer norm; weight and bias may be null. Two-pass variance: E[x^2] - E[x]^2 would lose digits.
+template <class T>
+void layer_norm(const T* x, const T* weight, const T* bias, int size, float eps, T* out) {
+    Vec total = zero();
+    for (int i = 0; i < size; i += kLanes) total = total + load_first(x + i, size - i);
+    const float mean = sum(total) / static_cast<float>(size);
+    Vec squares = zero();
+    for (int i = 0; i < size; i += kLanes) {
+        float difference[kLanes];
+        store(difference, load_first(x + i, size - i) - splat(mean));
+        const Vec d = load_first(difference, size - i);
+        squares = fma(d, d, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+    for (int i = 0; i < size; i += kLanes) {
+        Vec y = (load_first(x + i, size - i) - splat(mean)) * splat(scale);
+        if (weight) y = y * load_first(weight + i, size - i);
+        if (bias) y = y + load_first(bias + i, size - i);
+        store_first(out + i, y, size - i);
     }
 }
 

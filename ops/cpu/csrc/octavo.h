@@ -14,7 +14,21 @@
 
 enum OctavoType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-enum OctavoActivation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+// Functions of one number; p: the op's parameter.
+enum OctavoActivation : int32_t {
+    kIdentity = 0,
+    kSilu = 1,
+    kGelu = 2,
+    kGeluTanh = 3,
+    kQuickGelu = 4,  // x sigmoid(1.702 x)
+    kRelu = 5,
+    kSquaredRelu = 6,
+    kScale = 7,    // x p
+    kSoftcap = 8,  // p tanh(x / p)
+    kClip = 9,     // limited to -p .. p
+};
+
+enum OctavoNormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
 
 // What the rows of an op's result are.
 enum OctavoRows : int32_t { kTokens = 0, kSamples = 1 };
@@ -77,18 +91,20 @@ struct OctavoEmbedding {
     OctavoMatrix plain;   // the unpacked table; null: use `weight`
     OctavoMatrix out;
     int32_t type;
+    int32_t of_positions;  // the rows are numbered by the step's positions instead of its input ids
 };
 
 enum OctavoEpilogue : int32_t {
-    kStore = 0,  // out = x W^T + bias
-    kResidual,   // out = residual + (x W^T + bias)
+    kStore = 0,  // out = act(x W^T + bias)
+    kResidual,   // out = residual + act(x W^T + bias)
     kGated,      // out = act(first half) * second half; the weight is paired
-    kLogits,     // out = x W^T, not rounded: float32
+    kLogits,     // out = act(x W^T + bias), not rounded: float32
 };
 
 struct OctavoLinear {
     OctavoMatrix x;
-    const void* norm_weight;  // [weight.columns]: RMS norm of each row of x first; or null
+    const void* norm_weight;  // [weight.columns]; null: 1
+    const void* norm_bias;    // [weight.columns]; null: 0; layer norm only
     OctavoWeight weight;
     const void* bias;  // [weight.rows] or null
     OctavoMatrix out;
@@ -96,7 +112,9 @@ struct OctavoLinear {
     int32_t type;
     int32_t epilogue;
     int32_t activation;
-    int32_t rows;  // OctavoRows
+    float parameter;  // of the activation
+    int32_t rows;     // OctavoRows
+    int32_t norm;     // OctavoNormKind: of each row of x first
     float norm_eps;
     int32_t gather;  // x holds all tokens; read the rows in logits_rows
 };
@@ -104,11 +122,12 @@ struct OctavoLinear {
 struct OctavoNorm {
     OctavoMatrix x;
     OctavoMatrix out;
-    const void* weight;  // [size]
-    const void* bias;    // [size] or null; layer norm only
+    const void* weight;  // [size], or [groups * size]; null: 1; layer norm only
+    const void* bias;    // likewise; null: 0; layer norm only
     float eps;
     int32_t groups;  // each of `size` columns
     int32_t size;
+    int32_t weight_stride;  // from one group's weights to the next's: 0 or `size`; layer norm only
     int32_t type;
     int32_t rows;
 };
@@ -159,6 +178,7 @@ struct OctavoPointwise {  // act_and_mul, activation, add, gather_rows
     OctavoMatrix out;
     int32_t width;  // of the result
     int32_t activation;
+    float parameter;  // of the activation
     int32_t type;
     int32_t rows;
 };

@@ -22,34 +22,17 @@ void rms_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& tea
     }
 }
 
-// Two-pass variance: E[x^2] - E[x]^2 would lose digits.
-template <class T>
-void layer_norm_row(const OctavoNorm& op, const T* x, T* out) {
-    const int size = op.size;
-    Vec total = zero();
-    for (int i = 0; i < size; i += kLanes) total = total + load_first(x + i, size - i);
-    const float mean = sum(total) / static_cast<float>(size);
-    Vec squares = zero();
-    for (int i = 0; i < size; i += kLanes) {
-        float difference[kLanes];
-        store(difference, load_first(x + i, size - i) - splat(mean));
-        const Vec d = load_first(difference, size - i);
-        squares = fma(d, d, squares);
-    }
-    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + op.eps);
-    const T* weight = static_cast<const T*>(op.weight);
-    const T* bias = static_cast<const T*>(op.bias);
-    for (int i = 0; i < size; i += kLanes) {
-        Vec y = (load_first(x + i, size - i) - splat(mean)) * splat(scale) * load_first(weight + i, size - i);
-        if (bias) y = y + load_first(bias + i, size - i);
-        store_first(out + i, y, size - i);
-    }
-}
-
 template <class T>
 void layer_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& team) {
-    const Range mine = team.share(rows_of(step, op.rows));
-    for (int row = mine.begin; row < mine.end; ++row) layer_norm_row(op, row_of<T>(op.x, row), row_of<T>(op.out, row));
+    const T* weight = static_cast<const T*>(op.weight);
+    const T* bias = static_cast<const T*>(op.bias);
+    const Range mine = team.share(rows_of(step, op.rows) * op.groups);
+    for (int i = mine.begin; i < mine.end; ++i) {
+        const int64_t row = i / op.groups, column = static_cast<int64_t>(i % op.groups) * op.size;
+        const int64_t place = static_cast<int64_t>(i % op.groups) * op.weight_stride;
+        layer_norm(row_of<T>(op.x, row) + column, weight ? weight + place : nullptr, bias ? bias + place : nullptr,
+                   op.size, op.eps, row_of<T>(op.out, row) + column);
+    }
 }
 
 template <class T>
@@ -100,7 +83,7 @@ void run_act_and_mul(const OctavoPointwise& op, const OctavoStep& step, const Te
         using T = decltype(number);
         each_vector(op, step, team, [&](int row, int column, int count) {
             const T* gate = row_of<T>(op.x, row) + column;
-            const Vec active = round_to<T>(activate(load_first(gate, count), op.activation));
+            const Vec active = round_to<T>(activate(load_first(gate, count), op.activation, op.parameter));
             store_first(row_of<T>(op.out, row) + column, active * load_first(gate + op.width, count), count);
         });
     });
@@ -111,7 +94,7 @@ void run_activation(const OctavoPointwise& op, const OctavoStep& step, const Tea
         using T = decltype(number);
         each_vector(op, step, team, [&](int row, int column, int count) {
             const Vec x = load_first(row_of<T>(op.x, row) + column, count);
-            store_first(row_of<T>(op.out, row) + column, activate(x, op.activation), count);
+            store_first(row_of<T>(op.out, row) + column, activate(x, op.activation, op.parameter), count);
         });
     });
 }

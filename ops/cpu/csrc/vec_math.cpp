@@ -33,7 +33,7 @@ static Vec normal_cdf(Vec x) {
     return select(less(x, zero()), tail, splat(1.0f) - tail);
 }
 
-Vec activate(Vec x, int32_t kind) {
+Vec activate(Vec x, int32_t kind, float parameter) {
     switch (kind) {
         case kSilu:
             return x * sigmoid(x);
@@ -43,8 +43,22 @@ Vec activate(Vec x, int32_t kind) {
             const Vec inner = x * fma(x * x, splat(0.7978845608f * 0.044715f), splat(0.7978845608f));
             return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
         }
-        default:
+        case kQuickGelu:
+            return x * sigmoid(x * splat(1.702f));
+        case kRelu:
             return select(less(x, zero()), zero(), x);
+        case kSquaredRelu: {
+            const Vec positive = select(less(x, zero()), zero(), x);
+            return positive * positive;
+        }
+        case kScale:
+            return x * splat(parameter);
+        case kSoftcap:
+            return tanh(x / splat(parameter)) * splat(parameter);
+        case kClip:  // both return their second argument for NaN
+            return min(splat(parameter), max(splat(-parameter), x));
+        default:
+            return x;
     }
 }
 

@@ -56,7 +56,7 @@ inline Vec absolute(Vec x) { return max(negate(x), x); }
 
 Vec tanh(Vec x);
 
-// Applies the activation function OctavoActivation `kind`.
-Vec activate(Vec x, int32_t kind);
+// Applies the function OctavoActivation `kind`.
+Vec activate(Vec x, int32_t kind, float parameter);
 
 }  // namespace octavo
