@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from executor.base import ModelError
 from executor.files import open_regular, read_json, why
 from executor.hf_config import shorten
+from executor.weights_mapper import WeightsMapper
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class StoredTensor:
     """A tensor of a checkpoint that has not been read yet."""
 
     name: str
-    """Hugging Face's name of the tensor."""
+    """The tensor's name in the model; before ``WeightsMapper``, in the checkpoint."""
     origin: str
     """The file and the tensor's name in it, for error messages."""
     num_bytes: int
@@ -43,14 +44,29 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Floating-point dtypes in which weights, scales and biases may be stored."""
 
 
+def mapped(tensor: StoredTensor, mapper: WeightsMapper) -> StoredTensor:
+    """A tensor with the model's name and layout."""
+    name = mapper.name(tensor.name)
+    transforms = mapper.transforms_of(name)
+
+    def read(dtype: torch.dtype) -> Tensor:
+        result = tensor.read(dtype)
+        for transform in transforms:
+            result = transform(result)
+        return result
+
+    return replace(tensor, name=name, read=read if transforms else tensor.read)
+
+
 class Checkpoint(Protocol):
     """Weights in some format."""
 
-    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
-        """All tensors of the checkpoint, in file order.
+    def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
+        """The tensors of the checkpoint in file order, under the model's names. May leave out those that are ignored.
 
         Args:
-            wanted: The names that the model needs, for formats that use other names.
+            wanted: The names that the model needs.
+            mapper: For formats with Hugging Face's names and layouts.
         """
 
     def origin(self, name: str) -> str:
@@ -137,11 +153,11 @@ class SafetensorsCheckpoint:
             self.file_of = {}
             self.files = _find_files(folder)
 
-    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
+    def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
         stored: dict[str, StoredTensor] = {}
         for path in self.files:
             for tensor in read_safetensors(path):
-                if not self._counts(tensor.name, path, wanted):
+                if not self._counts(tensor.name, path, wanted, mapper):
                     continue
                 if tensor.name in stored:
                     raise ModelError(f"{tensor.origin}: stored in more than one file")
@@ -149,13 +165,13 @@ class SafetensorsCheckpoint:
         for name in self.file_of:
             if name not in stored:
                 raise ModelError(f"{self.origin(name)} is missing, although {self.index.name} lists it")
-        return list(stored.values())
+        return [mapped(tensor, mapper) for tensor in stored.values()]
 
-    def _counts(self, name: str, path: Path, wanted: Collection[str]) -> bool:
+    def _counts(self, name: str, path: Path, wanted: Collection[str], mapper: WeightsMapper) -> bool:
         if not self.file_of:
             return True
         listed = self.file_of.get(name)
-        return name in wanted if listed is None else listed == path.name
+        return mapper.name(name) in wanted if listed is None else listed == path.name
 
     def origin(self, name: str) -> str:
         if name in self.file_of:

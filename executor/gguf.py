@@ -24,6 +24,7 @@ from executor.base import ModelError
 from executor.checkpoint import FLOATS, StoredTensor, map_file
 from executor.config import GGUFHeader, GGUFTensor
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
+from executor.weights_mapper import WeightsMapper
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """``general.architecture`` -> ``architectures`` of config.json. Mistral's files also say llama."""
@@ -150,7 +151,7 @@ class GGUFCheckpoint:
             factors = self._read(self.entries[ROPE_FACTORS], None, torch.float32)
             self.config["rope_parameters"] |= {"rope_type": "frequency_factors", "factors": factors.tolist()}
 
-    def tensors(self, wanted: Collection[str]) -> list[StoredTensor]:
+    def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
         hf_names = {self._gguf_name(name): name for name in wanted}
         return [
             StoredTensor(

@@ -7,8 +7,8 @@ names the file and the field. Defaults come from the model's class (``Model.conf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,6 +34,9 @@ MAX_LAYERS = 1 << 10
 MAX_POSITIONS = (1 << 31) - 1
 """Positions are int32."""
 
+LOCAL_THETA = "rope_local_base_freq"
+"""The base of layers with a window, in files without ``rope_parameters``."""
+
 
 def is_number(value: object) -> bool:
     """Whether a JSON value is a finite number; ``1e999`` parses as infinity."""
@@ -55,8 +58,16 @@ class Fields:
     source: str
     """How error messages refer to the object: the file and the path in it."""
 
+    def named(self, name: str) -> str:
+        """The name that the object itself uses for a field."""
+        return name
+
+    def get(self, name: str) -> Any:
+        """The value as it is; None if missing."""
+        return self.values.get(self.named(name))
+
     def has(self, name: str) -> bool:
-        return self.values.get(name) not in (None, {})
+        return self.get(name) not in (None, {})
 
     def integer(self, name: str, default: int | None = None) -> int:
         """An integer of at least 0. Here and below, a field without a default is required."""
@@ -121,20 +132,26 @@ class Fields:
 
     def bad(self, name: str, expected: str) -> NoReturn:
         """Raises ``ModelError`` about a field's value."""
-        raise ModelError(f"{self.source}: {name} must be {expected}, not {shorten(repr(self.values.get(name)))}")
+        own = self.named(name)
+        raise ModelError(f"{self.source}: {own} must be {expected}, not {shorten(repr(self.values.get(own)))}")
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
+        value = self.get(name)
         if value is not None:
             return value
         if default is None:
-            raise ModelError(f"{self.source}: {name} is missing")
+            raise ModelError(f"{self.source}: {self.named(name)} is missing")
         return default
 
 
 @dataclass(frozen=True)
 class HFConfig(Fields):
     """The configuration of a language model under Hugging Face's names."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """``--hf-overrides``, already part of ``values``."""
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    """The file's own names of fields: ``{"hidden_size": "n_embd"}``."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> HFConfig:
@@ -150,7 +167,7 @@ class HFConfig(Fields):
             values["rope_scaling"] = overrides.get("rope_scaling")
         if "rope_theta" in overrides and isinstance(values.get("rope_parameters"), dict):
             values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": overrides["rope_theta"]}
-        return cls(values, source)
+        return cls(values, source, overrides)
 
     @classmethod
     def from_folder(cls, folder: Path, overrides: Mapping[str, Any]) -> HFConfig:
@@ -164,9 +181,33 @@ class HFConfig(Fields):
             raise ModelError(f"{path}: not a JSON object")
         return cls.from_fields(fields, overrides, str(path))
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> HFConfig:
-        """The same configuration, with missing fields filled in."""
-        return replace(self, values={**defaults, **self.values})
+    def for_model(self, spelling: Mapping[str, str], defaults: Mapping[str, Any]) -> HFConfig:
+        """The same configuration as a model's class reads it.
+
+        Args:
+            spelling: The class's own names of fields (``Model.attribute_map``). Files may use either.
+            defaults: Values of missing fields, under the common names.
+
+        Raises:
+            ModelError: The file has a field under both names, with different values.
+        """
+        values = dict(self.values)
+        for name, own in spelling.items():
+            if name in self.overrides:
+                values[own] = self.overrides[name]
+            elif name in values and values.get(own, values[name]) != values[name]:
+                shown = f"{own} ({shorten(repr(values[own]), 40)}) and {name} ({shorten(repr(values[name]), 40)})"
+                raise ModelError(
+                    f"{self.source}: {shown} are the same field; remove one, or set it with --hf-overrides"
+                )
+        missing = {
+            name: value for name, value in defaults.items() if name not in values and spelling.get(name) not in values
+        }
+        return replace(self, values={**missing, **values}, spelling=spelling)
+
+    def named(self, name: str) -> str:
+        own = self.spelling.get(name)
+        return name if own is None or (name in self.values and own not in self.values) else own
 
     # -- the model ----------------------------------------------------------------------------------------
 
@@ -237,11 +278,27 @@ class HFConfig(Fields):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        value = self.values.get("eos_token_id")
+        value = self.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(item, int) and 0 <= item <= MAX_POSITIONS for item in ids):
             self.bad("eos_token_id", "a token id or a list of them")
         return tuple(ids)
+
+    # -- layers -------------------------------------------------------------------------------------------
+
+    def layer_types(self, *known: str, default: Callable[[int], str]) -> list[str]:
+        """The type of each layer.
+
+        Args:
+            known: The types that the model has.
+            default: The type of a layer, by its index, in files without ``layer_types``.
+        """
+        if not self.has("layer_types"):
+            return [default(index) for index in range(self.num_layers)]
+        types = self.strings("layer_types")
+        if len(types) != self.num_layers or set(types) - set(known):
+            self.bad("layer_types", f"{self.num_layers} times {' or '.join(known)}")
+        return types
 
     # -- positions ----------------------------------------------------------------------------------------
 
@@ -256,14 +313,26 @@ class HFConfig(Fields):
             self.bad(self._rope_name, f"one set of parameters for all layers (it has one for {kinds[0]!r})")
         return self._complete_rope(self.section(self._rope_name))
 
-    def rope_for(self, layer_type: str) -> Fields:
-        """Rotary parameters of one type of layer, named as in ``layer_types``."""
+    def rope_for(self, layer_type: str, *, is_scaled: bool = True) -> Fields:
+        """Rotary parameters of one type of layer, named as in ``layer_types``.
+
+        Read from the type's set in ``rope_parameters``. Older files have one set for all types, or ``rope_theta`` and
+        ``rope_scaling`` for full attention and ``rope_local_base_freq`` for layers with a window.
+
+        Args:
+            layer_type: The type.
+            is_scaled: Whether ``rope_scaling`` of older files applies to this type.
+        """
         kinds = self._rope_kinds
+        is_local = layer_type == "sliding_attention" and self.has(LOCAL_THETA)
+        theta = LOCAL_THETA if is_local else "rope_theta"
         if not kinds:
-            return self.rope
+            section = self.section(self._rope_name)
+            is_plain = is_local or not is_scaled
+            return self._complete_rope(replace(section, values={}) if is_plain else section, theta)
         if layer_type not in kinds:
             self.bad(self._rope_name, f"a set of parameters for each layer type, {layer_type!r} included")
-        return self._complete_rope(self.section(self._rope_name).section(layer_type))
+        return self._complete_rope(self.section(self._rope_name).section(layer_type), theta)
 
     @property
     def _rope_name(self) -> str:
@@ -274,17 +343,17 @@ class HFConfig(Fields):
         """Layer types that have their own rotary parameters."""
         return [key for key, value in self.section(self._rope_name).values.items() if isinstance(value, dict)]
 
-    def _complete_rope(self, section: Fields) -> Fields:
+    def _complete_rope(self, section: Fields, theta: str = "rope_theta") -> Fields:
         values = dict(section.values)
         values["rope_type"] = values.get("rope_type") or values.get("type") or "default"
-        for key, fallback in (
-            ("rope_theta", self.section("rope_parameters").values.get("rope_theta") or 10000.0),
-            ("partial_rotary_factor", 1.0),
+        for key, own, fallback in (
+            ("rope_theta", theta, self.section("rope_parameters").values.get("rope_theta") or 10000.0),
+            ("partial_rotary_factor", "partial_rotary_factor", 1.0),
         ):
             if values.get(key) is None:
-                values[key] = self.number(key, fallback)
+                values[key] = self.number(own, fallback)
         if self.has("original_max_position_embeddings"):  # Phi-3 keeps it here, and it takes precedence
-            values["original_max_position_embeddings"] = self.values["original_max_position_embeddings"]
+            values["original_max_position_embeddings"] = self.get("original_max_position_embeddings")
         return replace(section, values=values)
 
     @property
@@ -299,6 +368,8 @@ class HFConfig(Fields):
 
     @property
     def _ropes(self) -> list[Fields]:
+        if not self._rope_kinds and self.has(LOCAL_THETA):
+            return [self.rope, self.rope_for("sliding_attention")]
         return [self.rope_for(kind) for kind in self._rope_kinds] or [self.rope]
 
     def _longest(self, rope: Fields) -> int:

@@ -30,6 +30,7 @@ from executor.models.base import Model
 from executor.models.registry import resolve_model
 from executor.parallel import ParallelState
 from executor.quantization import choose_quantization
+from executor.weights_mapper import WeightsMapper
 from ops import Communicator, NotConnected, SingleRank
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def load_model(
     """
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture)
-    hf_config = hf_config.with_defaults(model_class.config_defaults)
+    hf_config = hf_config.for_model(model_class.attribute_map, model_class.config_defaults)
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
@@ -200,8 +201,8 @@ def load_weights(
     """
     targets = find_targets(model)
     tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
-    stored = checkpoint.tensors(targets.keys() | tied.keys())
-    found, doubles = match_names(stored, targets, model.ignored_weights, tied)
+    stored = checkpoint.tensors(targets.keys() | tied.keys(), model.mapper)
+    found, doubles = match_names(stored, targets, model.mapper, tied)
     for name, double in doubles.items():
         if name not in found:
             found[name] = double
@@ -272,21 +273,23 @@ def _differ(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
 
 
 def match_names(
-    stored: Iterable[StoredTensor], targets: dict[str, Target], ignored: tuple[str, ...], tied: Mapping[str, str]
+    stored: Iterable[StoredTensor], targets: dict[str, Target], mapper: WeightsMapper, tied: Mapping[str, str]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The tensors that the model needs, by name, and duplicates stored under the other name of a tied one.
 
     Raises:
-        ModelError: A tensor is not part of the model.
+        ModelError: A tensor is not part of the model, or two would fill the same place.
     """
     found: dict[str, StoredTensor] = {}
     doubles: dict[str, StoredTensor] = {}
     for tensor in stored:
         if tensor.name in targets:
+            if tensor.name in found:
+                raise ModelError(f"{tensor.origin} and {found[tensor.name].origin} are the same tensor of the model")
             found[tensor.name] = tensor
         elif tensor.name in tied:
             doubles[tied[tensor.name]] = tensor
-        elif not tensor.name.endswith(ignored):
+        elif not mapper.ignores(tensor.name):
             raise ModelError(f"{tensor.origin} is not part of this model")
     return found, doubles  # a tied tensor may be stored under either name, or both
 

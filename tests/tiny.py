@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,10 +25,9 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB_SIZE = 384
-"""Width of the logits; the tokenizer knows a few ids less."""
-END_OF_TEXT, IM_START, IM_END = 0, 1, 2
-"""Ids of the special tokens. The last ends a turn."""
+from tests.families import COMMON, END_OF_TEXT, FAMILIES, IM_END, IM_START, VOCAB_SIZE
+
+__all__ = ["COMMON", "END_OF_TEXT", "IM_END", "IM_START", "VOCAB_SIZE"]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -44,34 +44,6 @@ SENTENCES = [
     "user assistant system\n\nHello, how are you today?",
 ]
 
-_CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-}
-
-COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": END_OF_TEXT,
-    "eos_token_id": IM_END,
-    "pad_token_id": END_OF_TEXT,
-}
-
-_SPECIFIC: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 24},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-}
-
 
 @functools.cache
 def session_folder() -> Path:
@@ -84,7 +56,7 @@ def session_folder() -> Path:
 def checkpoint(
     kind: str = "llama",
     *,
-    tied: bool = False,
+    tied: bool | None = None,
     dtype: str = "float32",
     shard_size: str | None = None,
     old_rope_spelling: bool = False,
@@ -93,11 +65,11 @@ def checkpoint(
     """A folder with a tiny random model and its tokenizer.
 
     Args:
-        kind: llama, mistral (sliding window of 24), qwen2 or qwen3.
-        tied: Whether the output layer is the embedding.
+        kind: A family.
+        tied: Whether the output layer is the embedding. None: as the family's row says, else not.
         dtype: Type of the weights in the file.
         shard_size: Size limit of each file, as transformers takes it; None: one file.
-        old_rope_spelling: ``rope_theta`` and ``rope_scaling`` instead of ``rope_parameters`` in config.json.
+        old_rope_spelling: config.json as before transformers 5 (``Family.old_spelling``).
         fields: More fields of the model's configuration.
     """
     options = {"tied": tied, "dtype": dtype, "shard_size": shard_size, "old_rope_spelling": old_rope_spelling}
@@ -111,25 +83,35 @@ def _checkpoint(kind: str, arguments: str) -> Path:
     given = json.loads(arguments)
     options, fields = given["options"], given["fields"]
     folder = session_folder() / f"{kind}-{len(list(session_folder().iterdir()))}"
-    config_class, model_class = (getattr(transformers, name) for name in _CLASSES[kind])
-    config = config_class(**{**COMMON, **_SPECIFIC[kind], "tie_word_embeddings": options["tied"], **fields})
+    family = FAMILIES[kind]
+    if options["tied"] is not None:
+        fields["tie_word_embeddings"] = options["tied"]
+    config_class, model_class = (getattr(transformers, name) for name in (family.config, family.model))
+    config = config_class(**family.arguments(fields))
     model = model_class(config)
     randomize(model)
     sharding = {"max_shard_size": options["shard_size"]} if options["shard_size"] else {}
     model.to(getattr(torch, options["dtype"])).save_pretrained(folder, **sharding)
     if options["old_rope_spelling"]:
-        edit_json(folder / "config.json", _use_old_rope_spelling)
+        edit_json(folder / "config.json", family.old_spelling)
     write_tokenizer(folder)
     return folder
+
+
+IS_NORM = re.compile(r"(norm\d?|ln_\w+)\.weight$")
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     """Gives every parameter values that matter: biases that are not zero, norms that are not one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.15 * noise)
+            parameter.copy_(1 + 0.2 * noise if IS_NORM.search(name) else 0.15 * noise)
+        for name, buffer in sorted(model.state_dict().items()):
+            if name not in parameters and buffer.is_floating_point():
+                buffer.copy_(1 + 0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -143,13 +125,6 @@ def copy_of(folder: Path, target: Path) -> Path:
     """A copy to damage: checkpoints are shared by all tests of a session."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
     return target
-
-
-def _use_old_rope_spelling(config: dict[str, Any]) -> None:
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
 
 
 # ---------------------------------------------------------------------------------------------------------

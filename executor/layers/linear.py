@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single, stored_module
+from executor.layers.parameter import Part, Range, ShardId, WeightParameter, Weights, single, stored_module
 from executor.quantization.base import LinearShape
 
 
@@ -120,6 +120,7 @@ class QKVParallelLinear(LinearLayer):
         *,
         bias: bool = False,
         names: tuple[str, str, str] | None = ("q_proj", "k_proj", "v_proj"),
+        is_grouped: bool = False,
         prefix: str,
     ) -> None:
         """Creates the layer.
@@ -131,7 +132,9 @@ class QKVParallelLinear(LinearLayer):
             num_heads: Query heads over all ranks.
             num_kv_heads: KV heads over all ranks.
             bias: Whether they have biases.
-            names: Names of the projections in the checkpoint; None: one tensor there holds q, k and v, concatenated.
+            names: Names of the projections in the checkpoint; None: one tensor there holds q, k and v.
+            is_grouped: Whether that one holds for each KV head its query heads, its k and its v (GPT-NeoX, Falcon,
+                InternLM2). Otherwise it holds q, k and v one after the other.
             prefix: The layer's name in the model.
         """
         parallel = context.parallel
@@ -145,7 +148,30 @@ class QKVParallelLinear(LinearLayer):
         full = num_kv_heads * head_dim
         k = Part.piece(full, kv_start, kv_size, q.size)
         v = Part.piece(full, kv_start, kv_size, q.size + kv_size)
-        super().__init__(context, Part.whole(in_features), merged_parts(names, [q, k, v]), bias=bias, prefix=prefix)
+        rows = merged_parts(names, [q, k, v])
+        if is_grouped:
+            rows = {None: grouped_part(q, k, v, head_dim)}
+        super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
+        self.output_sizes = [q.size, k.size, v.size]
+
+
+def grouped_part(q: Part, k: Part, v: Part, head_dim: int) -> Part:
+    """Rows of q, k and v in a tensor that holds them by KV head: [num_kv_heads, queries of one + 2, head_dim]."""
+    queries = q.full // k.full
+    rows_each = (queries + 2) * head_dim
+
+    def ranges(part: Part, heads_each: int, first: int) -> list[Range]:
+        """The heads of a part, each where the tensor has it; a KV head has ``heads_each``, after ``first`` others."""
+        (own,) = part.ranges
+        result = []
+        for index in range(own.size // head_dim):
+            group, member = divmod(own.start // head_dim + index, heads_each)
+            start = group * rows_each + (first + member) * head_dim
+            result.append(Range(start, head_dim, own.offset + index * head_dim))
+        return result
+
+    heads = ranges(q, queries, 0) + ranges(k, 1, queries) + ranges(v, 1, queries + 1)
+    return Part(k.full // head_dim * rows_each, tuple(heads))
 
 
 def merged_parts(names: Sequence[str] | None, rows: Sequence[Part]) -> dict[ShardId, Part]:

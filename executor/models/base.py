@@ -12,8 +12,9 @@ from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.rotary import RotaryEmbedding
+from executor.weights_mapper import WeightsMapper
 
-__all__ = ["Model", "ModelContext"]
+__all__ = ["Model", "ModelContext", "WeightsMapper"]
 
 
 class Model(nn.Module, ABC):
@@ -21,10 +22,12 @@ class Model(nn.Module, ABC):
 
     tied_modules: ClassVar[Mapping[str, str]] = {}
     """Modules tied to another one by the configuration, whose tensors a checkpoint may hold nevertheless."""
-    ignored_weights: ClassVar[tuple[str, ...]] = ()
-    """Name suffixes of checkpoint tensors to ignore."""
+    mapper: ClassVar[WeightsMapper] = WeightsMapper()
+    """Names and layouts in checkpoints that differ from the model's."""
+    attribute_map: ClassVar[Mapping[str, str]] = {}
+    """The family's own names of fields in config.json: ``{"hidden_size": "n_embd"}``."""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Fields that config.json may leave out."""
+    """Fields that config.json may leave out, under their common names."""
 
     @abstractmethod
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:

@@ -19,7 +19,7 @@ from executor.layers.embedding import VocabParallelEmbedding, output_layer
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
 from executor.layers.positions import LearnedPositions
-from executor.models.base import Model
+from executor.models.base import Model, WeightsMapper
 
 MakeBlock = Callable[[int, str], nn.Module]
 """Creates the attention or the MLP of a layer: takes the layer's index and the block's name in the model.
@@ -167,11 +167,15 @@ class Decoder(nn.Module):
         return hidden
 
 
+ROTARY_BUFFERS = r"rotary_emb\.inv_freq$"
+"""Names of the angles, which old checkpoints hold."""
+
+
 class CausalDecoder(Model):
     """A decoder with an output layer."""
 
     tied_modules = {"lm_head": "model.embed_tokens"}
-    ignored_weights = ("rotary_emb.inv_freq",)
+    mapper = WeightsMapper(ignored=[ROTARY_BUFFERS])
 
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()

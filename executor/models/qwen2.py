@@ -22,12 +22,12 @@ def sliding_windows(config: HFConfig) -> list[int | None]:
     """The window of each layer. Unless the configuration lists layer types, only the upper layers have one."""
     has_window = config.boolean("use_sliding_window") and config.has("sliding_window")
     window = config.size("sliding_window") if has_window else None
-    if not config.has("layer_types"):
-        full = config.integer("max_window_layers")
-        return [None if index < full else window for index in range(config.num_layers)]
-    types = config.strings("layer_types")
-    if len(types) != config.num_layers or set(types) - {"full_attention", "sliding_attention"}:
-        config.bad("layer_types", f"{config.num_layers} times full_attention or sliding_attention")
+    full = config.integer("max_window_layers")
+    types = config.layer_types(
+        "full_attention",
+        "sliding_attention",
+        default=lambda index: "full_attention" if index < full else "sliding_attention",
+    )
     return [window if kind == "sliding_attention" else None for kind in types]
 
 

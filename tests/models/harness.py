@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,8 +200,33 @@ def logits_of(loaded: LoadedModel, token_ids: Sequence[int], **options: Any) -> 
     return Runner(loaded, **options).step([Chunk(0, token_ids)])
 
 
+@functools.cache
+def reference(folder: Path) -> Any:
+    """A checkpoint as transformers loads it, in float32."""
+    from transformers import AutoModelForCausalLM  # takes seconds
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+    """transformers' logits of one sequence, float32 [num_tokens, vocab_size]."""
+    with torch.inference_mode():
+        logits: torch.Tensor = reference(folder)(torch.tensor([token_ids])).logits[0]
+    return logits
+
+
 def random_tokens(count: int, seed: int = 1) -> list[int]:
     return torch.randint(0, tiny.VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def steps_of(seed: int, num_requests: int = 4, num_steps: int = 6) -> list[list[Chunk]]:
+    """Steps of a few requests, at random."""
+    rng = random.Random(seed)
+    steps = []
+    for _ in range(num_steps):
+        rows = rng.sample(range(num_requests), rng.randint(1, num_requests))
+        steps.append([Chunk(row, random_tokens(rng.choice([1, 1, 3, 17, 33]), rng.randrange(1000))) for row in rows])
+    return steps
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import weakref
 from typing import Any
 
@@ -19,7 +18,7 @@ from ops.cpu import build
 from ops.cpu.program import NativeProgram
 from ops.dispatch import Spec, StepInput, like_first, op
 from tests import tiny
-from tests.models.harness import Chunk, Runner, load, random_tokens
+from tests.models.harness import Chunk, Runner, load, random_tokens, steps_of
 from tests.ops.cpu import DTYPES, threads, use, using
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,16 +39,6 @@ pytestmark = pytest.mark.skipif(not build.available(), reason="no kernels are av
 def load_tiny(name: str, dtype: torch.dtype) -> LoadedModel:
     kind, fields = MODELS[name]
     return load(tiny.checkpoint(kind, **fields), dtype=str(dtype).removeprefix("torch."))
-
-
-def steps_of(seed: int, num_requests: int = 4, num_steps: int = 6) -> list[list[Chunk]]:
-    """Steps of a few requests, at random."""
-    rng = random.Random(seed)
-    steps = []
-    for _ in range(num_steps):
-        rows = rng.sample(range(num_requests), rng.randint(1, num_requests))
-        steps.append([Chunk(row, random_tokens(rng.choice([1, 1, 3, 17, 33]), rng.randrange(1000))) for row in rows])
-    return steps
 
 
 def capture(loaded: LoadedModel, **options: Any) -> Program:

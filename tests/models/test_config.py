@@ -162,6 +162,49 @@ def test_types_of_layers_may_have_angles_of_their_own() -> None:
     assert config_of(rope_theta=9.0).rope_for("full_attention").number("rope_theta") == 9.0
 
 
+def test_older_files_have_one_base_for_each_type_of_layer() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    config = config_of(rope_theta=1e6, rope_local_base_freq=100.0, rope_scaling=scaling)
+    full, local = config.rope_for("full_attention"), config.rope_for("sliding_attention")
+    assert (full.number("rope_theta"), full.string("rope_type")) == (1e6, "linear")
+    assert (local.number("rope_theta"), local.string("rope_type")) == (100.0, "default")
+    assert config.max_position == 1000  # layers with the local base are not scaled
+    # The base of the older spelling completes the newer one.
+    config = config_of(rope_local_base_freq=100.0, rope_parameters={"sliding_attention": {"rope_type": "default"}})
+    assert config.rope_for("sliding_attention").number("rope_theta") == 100.0
+
+
+def test_scaling_may_apply_to_some_types_of_layers() -> None:
+    config = config_of(rope_theta=7.0, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert config.rope_for("full_attention").string("rope_type") == "linear"
+    local = config.rope_for("sliding_attention", is_scaled=False)
+    assert (local.number("rope_theta"), local.string("rope_type")) == (7.0, "default")
+
+
+def test_a_family_has_names_of_its_own_for_fields() -> None:
+    spelling = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "partial_rotary_factor": "rotary_pct",
+    }
+    defaults = {"hidden_size": 8, "max_position_embeddings": 50, "vocab_size": 9}
+
+    def read(fields: dict[str, Any], **overrides: Any) -> HFConfig:
+        return HFConfig.from_fields(fields, overrides, "config.json").for_model(spelling, defaults)
+
+    config = read({"n_embd": 64, "n_positions": 100, "rotary_pct": 0.25})
+    assert (config.hidden_size, config.max_position, config.vocab_size) == (64, 100, 9)
+    assert config.rope.number("partial_rotary_factor") == 0.25
+    assert read({"hidden_size": 64, "max_position_embeddings": 100}).max_position == 100
+    assert read({}).hidden_size == 8
+    assert read({"n_embd": 64, "n_positions": 100}, max_position_embeddings=20).max_position == 20
+    assert read({"n_embd": 64, "n_positions": 100}, n_positions=20).max_position == 20
+    with pytest.raises(ModelError, match="config.json: n_embd must be an integer, not 'big'"):
+        _ = read({"n_embd": "big"}).hidden_size
+    with pytest.raises(ModelError, match=r"n_embd \(64\) and hidden_size \(32\) are the same field; remove one"):
+        read({"n_embd": 64, "hidden_size": 32})
+
+
 def test_an_empty_object_is_absent() -> None:
     config = config_of(
         rope_scaling={}, rope_parameters={"rope_type": "llama3", "rope_theta": 5.0}, quantization_config={}

@@ -1,44 +1,20 @@
-"""Our models against transformers' on tiny random checkpoints, in float32."""
+"""Rotary variants and windows, on tiny random checkpoints in float32; ``test_families.py`` compares the families."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from executor.layers.attention import form_groups
 from tests import tiny
-from tests.models.harness import Chunk, Runner, assert_close, load, logits_of, random_tokens
+from tests.families import FAMILIES
+from tests.models.harness import assert_close, load, logits_of, random_tokens, reference, reference_logits
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama tied": {"tied": True},
-    "llama head_dim": {"head_dim": 24},
-    "llama biases": {"attention_bias": True, "mlp_bias": True},
-    "llama gelu": {"hidden_act": "gelu_pytorch_tanh"},
-    "llama one kv head": {"num_key_value_heads": 1},
-    "llama old spelling": {"old_rope_spelling": True, "rope_parameters": {"rope_theta": 3000.0}},
-    "mistral": {},
-    "mistral no window": {"sliding_window": None},
-    "qwen2": {},
-    "qwen2 some windows": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},
-    "qwen2 listed windows": {
-        "use_sliding_window": True,
-        "sliding_window": 40,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "qwen3": {},
-    "qwen3 tied": {"tied": True},
-    "qwen3 some windows": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2},
-    "qwen3 biases": {"attention_bias": True},
-}
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
@@ -56,24 +32,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn mscale": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.3},
     "yarn betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
 }
-
-
-@functools.cache
-def reference(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = reference(folder)(torch.tensor([token_ids])).logits[0]
-    return logits
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_same_logits_as_transformers(name: str) -> None:
-    folder = tiny.checkpoint(name.split()[0], **MODELS[name])
-    token_ids = random_tokens(100)
-    assert_close(logits_of(load(folder), token_ids), reference_logits(folder, token_ids))
 
 
 @pytest.mark.parametrize("old_spelling", [False, True], ids=["rope_parameters", "rope_scaling"])
@@ -116,47 +74,8 @@ def test_dynamic_rope_is_plain_within_the_original_length() -> None:
     assert_close(logits_of(load(folder, max_model_len=64), token_ids), theirs)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2 some windows", "qwen3"])
-def test_a_captured_program_gives_the_same_bits(name: str, dtype: str) -> None:
-    loaded = load(tiny.checkpoint(name.split()[0], **MODELS[name]), dtype=dtype)
-    steps = [
-        [Chunk(0, random_tokens(40)), Chunk(1, random_tokens(7, 2))],
-        [Chunk(1, random_tokens(1, 3)), Chunk(2, random_tokens(33, 4)), Chunk(0, random_tokens(1, 5))],
-        [Chunk(0, random_tokens(1, 6)), Chunk(1, random_tokens(1, 7)), Chunk(2, random_tokens(1, 8))],
-    ]
-    eager = Runner(loaded)
-    expected = [eager.step(step) for step in steps]
-    captured = Runner(loaded, captured=True)
-    for step, logits in zip(steps, expected, strict=True):
-        assert torch.equal(captured.step(step), logits)
-
-
-@pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2 some windows", "qwen3"])
-def test_chunks_and_decode_equal_one_step(name: str, block_size: int) -> None:
-    loaded = load(tiny.checkpoint(name.split()[0], **MODELS[name]))
-    first, second = random_tokens(90), random_tokens(61, 2)
-    expected = logits_of(loaded, first), logits_of(loaded, second)
-    runner = Runner(loaded, captured=True, block_size=block_size, seed=3)
-    parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    positions = [0, 0]
-    for counts in [(5, 0), (32, 1), (31, 1), (1, 40), (0, 16), *[(1, 1)] * 3, *[(1, 0)] * 18]:
-        chunks = []
-        for request, (tokens, count) in enumerate(zip((first, second), counts, strict=True)):
-            if count:
-                chunks.append(Chunk(request, tokens[positions[request] : positions[request] + count]))
-                positions[request] += count
-        rows = runner.step(chunks).split([len(chunk.token_ids) for chunk in chunks])
-        for chunk, logits in zip(chunks, rows, strict=True):
-            parts[chunk.request].append(logits)
-    assert positions == [90, 61]
-    for part, whole in zip(parts, expected, strict=True):
-        torch.testing.assert_close(torch.cat(part), whole, rtol=0, atol=2e-5)
-
-
 def test_layers_with_windows_form_groups_of_their_own() -> None:
-    loaded = load(tiny.checkpoint("qwen2", **MODELS["qwen2 listed windows"]))
+    loaded = load(tiny.checkpoint("qwen2", **FAMILIES["qwen2"].variants["listed windows"]))
     layers = loaded.model.attention_layers()
     assert [layer.shape.sliding_window for layer in layers] == [40, None, 40]
     groups = form_groups(layers, block_size=64)
@@ -171,16 +90,6 @@ def test_layers_with_windows_form_groups_of_their_own() -> None:
 def test_a_window_that_no_sequence_outgrows_is_none() -> None:
     loaded = load(tiny.checkpoint("mistral"), max_model_len=24)
     assert {layer.shape.sliding_window for layer in loaded.model.attention_layers()} == {None}
-
-
-def test_bfloat16_is_close_to_transformers() -> None:
-    folder = tiny.checkpoint("qwen3", dtype="bfloat16")
-    loaded = load(folder, dtype="auto")
-    assert loaded.dtype == torch.bfloat16
-    token_ids = random_tokens(60)
-    theirs = reference_logits(folder, token_ids)
-    difference = (logits_of(loaded, token_ids) - theirs).abs()
-    assert difference.max() < 0.05 * theirs.abs().max()
 
 
 def test_the_demo_model() -> None:

@@ -38,7 +38,7 @@ both_modes = pytest.mark.parametrize("captured", [False, True], ids=["eager", "c
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toys have names, as everything that is loaded has."""
     monkeypatch.setitem(quantization.REGISTRY, "toy", "tests.models.toys:Toy")
-    for name in ("ToyMixtral", "ToyPhi3", "ToyRagged"):
+    for name in ("ToyMixtral", "ToyPhi3", "ToyRagged", "ToyRenamed"):
         monkeypatch.setitem(registry.REGISTRY, name, f"tests.models.toys:{name}")
 
 
@@ -221,6 +221,59 @@ def test_ranks_share_fused_projections(tmp_path: Path) -> None:
         assert layer.output_sizes == [32, 16, 16]
         expected = torch.cat([q[32 * rank :][:32], k[16 * rank :][:16], v[16 * rank :][:16]])
         assert torch.equal(apply(layer, torch.eye(64)).T, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# other names and layouts
+
+
+def rename(tensors: Tensors) -> Tensors:
+    """The tensors of Llama, as ``toys.ToyRenamed`` reads them."""
+    renamed = {"transformer.h.0.attn.mask": torch.ones(3), "transformer.h.7.mlp.draft.weight": torch.ones(2)}
+    for name, tensor in tensors.items():
+        name = name.replace("model.layers.", "transformer.h.").replace("model.", "transformer.")
+        name = name.replace(".self_attn.", ".attn.")
+        renamed[name] = tensor.t().contiguous() if ".down_proj." in name else tensor
+    for index in range(3):
+        q, k, v = (renamed.pop(f"transformer.h.{index}.attn.{name}_proj.weight") for name in "qkv")
+        heads = (q.view(2, 2, 16, 64), k.view(2, 1, 16, 64), v.view(2, 1, 16, 64))
+        renamed[f"transformer.h.{index}.attn.qkv_proj.weight"] = torch.cat(heads, dim=1).reshape(128, 64)
+    return renamed
+
+
+def renamed_folder(tmp_path: Path) -> Path:
+    folder = rewritten(tiny.checkpoint("llama"), tmp_path / "renamed", rename, architectures=["ToyRenamed"])
+
+    def respell(config: dict[str, Any]) -> None:
+        config["n_embd"], config["n_layer"] = config.pop("hidden_size"), config.pop("num_hidden_layers")
+
+    tiny.edit_json(folder / "config.json", respell)
+    return folder
+
+
+@both_modes
+def test_other_names_and_layouts(tmp_path: Path, captured: bool) -> None:
+    expected = logits_of(load(tiny.checkpoint("llama")), random_tokens(40))
+    assert torch.equal(logits_of(load(renamed_folder(tmp_path)), random_tokens(40), captured=captured), expected)
+
+
+def test_ranks_share_projections_stored_by_head(tmp_path: Path) -> None:
+    folder = renamed_folder(tmp_path)
+    for size in (2, 4):
+        for rank in range(size):
+            place = ParallelState(tp_rank=rank, tp_size=size)
+            plain, renamed = load(tiny.checkpoint("llama"), parallel=place), load(folder, parallel=place)
+            for name in ("model.layers.1.self_attn.qkv_proj", "model.layers.2.mlp.down_proj"):
+                x = torch.eye(part_of(plain, name).shape.input.size)
+                assert torch.equal(apply(part_of(renamed, name), x), apply(part_of(plain, name), x))
+
+
+def test_two_tensors_for_one_place(tmp_path: Path) -> None:
+    folder = renamed_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(64)}, folder / "model.safetensors")
+    assert "'transformer.norm.weight' and " in (message := refusal(folder)) or "'model.norm.weight' and " in message
+    assert message.endswith("are the same tensor of the model")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from executor.layers.linear import LinearLayer, MergedColumnParallelLinear, QKVP
 from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
+from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts
 from executor.models.llama import LlamaForCausalLM
 from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, TableShape
@@ -274,6 +275,32 @@ class ToyPhi3(LlamaForCausalLM):
             )
             layer.mlp.gate_up_proj = MergedColumnParallelLinear(
                 context, config.hidden_size, [inner, inner], prefix=f"{prefix}.mlp.gate_up_proj"
+            )
+
+
+class ToyRenamed(LlamaForCausalLM):
+    """Llama under other names (GPT-2's), with q, k and v by head (GPT-NeoX's) and transposed down projections."""
+
+    attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
+    mapper = WeightsMapper(
+        renames=[(r"^transformer\.h\.", "model.layers."), (r"^transformer\.", "model."), (r"\.attn\.", ".self_attn.")],
+        ignored=[r"\.masks?$", r"^model\.layers\.[3-9]\."],
+        transforms={r"\.down_proj\.weight$": Tensor.t},
+    )
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__(context)
+        config = context.config
+        for index, layer in enumerate(layers_of(self)):
+            layer.self_attn.qkv_proj = QKVParallelLinear(
+                context,
+                config.hidden_size,
+                config.head_dim,
+                config.num_heads,
+                config.num_kv_heads,
+                names=None,
+                is_grouped=True,
+                prefix=f"model.layers.{index}.self_attn.qkv_proj",
             )
 
 

@@ -1,0 +1,34 @@
+"""How a family's checkpoints differ from its model: names and layouts of tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WeightsMapper:
+    """Turns the tensors of Hugging Face's checkpoints into the model's. Names are regular expressions (``re``)."""
+
+    renames: Sequence[tuple[str, str]] = ()
+    """Patterns and replacements (``re.sub``), applied to the checkpoint's names one after the other."""
+    ignored: Sequence[str] = ()
+    """Names, after ``renames``, of tensors that the model does not need."""
+    transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Names, after ``renames``, of tensors that are stored in another layout, and what turns them into the model's."""
+
+    def name(self, stored: str) -> str:
+        """The model's name of a tensor."""
+        for pattern, replacement in self.renames:
+            stored = re.sub(pattern, replacement, stored)
+        return stored
+
+    def ignores(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+    def transforms_of(self, name: str) -> list[Callable[[Tensor], Tensor]]:
+        """What turns a stored tensor into the model's, in this order."""
+        return [transform for pattern, transform in self.transforms.items() if re.search(pattern, name)]
