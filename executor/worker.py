@@ -109,7 +109,7 @@ class Worker:
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=device.name,
                 architecture=loaded.hf_config.architecture,
-                hidden_size=loaded.hf_config.hidden_size,
+                hidden_size=loaded.model.hidden_size or loaded.hf_config.hidden_size,
                 step_bytes=step_bytes,
                 position_bytes=position_bytes,
             )

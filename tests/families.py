@@ -47,6 +47,23 @@ def old_rope(config: Fields) -> None:
         config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
 
 
+def no_rope(config: Fields) -> None:
+    """For families whose positions are learned or need no parameters: one spelling."""
+
+
+def old_cohere2(config: Fields) -> None:
+    """A pattern instead of ``layer_types``."""
+    old_rope(config)
+    assert config.pop("layer_types") == [SLIDING, FULL, SLIDING]
+    config["sliding_window_pattern"] = 2
+
+
+def old_neox(config: Fields) -> None:
+    """GPT-NeoX's own names."""
+    rope = config.pop("rope_parameters")
+    config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers makes a tiny model of a family."""
@@ -72,7 +89,101 @@ class Family:
 REMOVED = object()
 """A value in ``Family.fields``: the class does not take a field of ``COMMON``."""
 
+LAYER_NORM: Fields = {"rms_norm_eps": REMOVED}
+"""Families with layer norm, which have another name for what is added to the variance."""
+GPT: Fields = {
+    **LAYER_NORM,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), REMOVED),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), REMOVED),
+    "n_embd": 64,
+    "n_inner": 96,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+    "layer_norm_epsilon": 0.01,
+}
+"""Fields of GPT-2 and GPT-J under their own names."""
+
 FAMILIES: Mapping[str, Family] = {
+    "arcee": Family(
+        "ArceeConfig",
+        "ArceeForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_theta": 3000.0}, "head_dim": 24},
+        variants={"plain": {"attention_bias": False, "mlp_bias": False}},
+    ),
+    "cohere": Family(
+        "CohereConfig",
+        "CohereForCausalLM",
+        {
+            **LAYER_NORM,
+            "layer_norm_eps": 0.01,
+            "logit_scale": 0.3,
+            "use_qk_norm": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        variants={"plain": {"use_qk_norm": False, "attention_bias": True, "tie_word_embeddings": False}},
+    ),
+    "cohere2": Family(
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {
+            **LAYER_NORM,
+            "layer_norm_eps": 0.01,
+            "logit_scale": 0.3,
+            "sliding_window": 17,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        old_spelling=old_cohere2,
+        variants={"biases": {"attention_bias": True}},
+    ),
+    "falcon": Family(
+        "FalconConfig",
+        "FalconForCausalLM",
+        {
+            **LAYER_NORM,
+            "intermediate_size": REMOVED,
+            "num_key_value_heads": REMOVED,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 96,
+            "layer_norm_epsilon": 0.01,
+            "new_decoder_architecture": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        variants={
+            "7b": {"new_decoder_architecture": False},
+            "11b": {"num_ln_in_parallel_attn": 1},
+            "many heads": {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4, "bias": True},
+            "sequential": {"new_decoder_architecture": False, "parallel_attn": False, "bias": True},
+        },
+    ),
+    "gpt2": Family(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {**GPT, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": True},
+        no_rope,
+        variants={"plain": {"n_inner": None, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": False}},
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {
+            **LAYER_NORM,
+            "num_key_value_heads": REMOVED,
+            "layer_norm_eps": 0.01,
+            "rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.25},
+        },
+        old_neox,
+        variants={
+            "sequential": {"use_parallel_residual": False},
+            "no biases": {"attention_bias": False, "hidden_act": "relu"},
+        },
+    ),
+    "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT, "rotary_dim": 6}, no_rope),
     "llama": Family(
         "LlamaConfig",
         "LlamaForCausalLM",
@@ -87,6 +198,52 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         "MistralConfig", "MistralForCausalLM", {"sliding_window": 24}, variants={"no window": {"sliding_window": None}}
+    ),
+    "nemotron": Family(
+        "NemotronConfig",
+        "NemotronForCausalLM",
+        {
+            **LAYER_NORM,
+            "norm_eps": 0.01,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.5},
+        },
+        variants={"plain": {"attention_bias": False, "mlp_bias": False, "head_dim": 24}},
+    ),
+    "olmo": Family(
+        "OlmoConfig",
+        "OlmoForCausalLM",
+        {**LAYER_NORM, "clip_qkv": 0.5, "rope_parameters": {"rope_theta": 3000.0}},
+        variants={"biases": {"attention_bias": True, "clip_qkv": None}},
+    ),
+    "opt": Family(
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            **LAYER_NORM,
+            "intermediate_size": REMOVED,
+            "num_key_value_heads": REMOVED,
+            "ffn_dim": 96,
+            "tie_word_embeddings": True,
+        },
+        no_rope,
+        variants={
+            "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+            "no final norm": {"_remove_final_layer_norm": True, "activation_function": "gelu"},
+            "no biases": {"enable_bias": False, "layer_norm_elementwise_affine": False},
+        },
+    ),
+    "phi": Family(
+        "PhiConfig",
+        "PhiForCausalLM",
+        {
+            **LAYER_NORM,
+            "layer_norm_eps": 0.01,
+            "qk_layernorm": True,
+            "rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.4},
+        },
+        variants={"plain": {"qk_layernorm": False}},
     ),
     "qwen2": Family(
         "Qwen2Config",
@@ -109,6 +266,29 @@ FAMILIES: Mapping[str, Family] = {
             "some windows": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2},
             "biases": {"attention_bias": True},
         },
+    ),
+    "stablelm": Family(
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {
+            **LAYER_NORM,
+            "layer_norm_eps": 0.01,
+            "use_qkv_bias": True,
+            "rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.25},
+        },
+        variants={"12b": {"use_qkv_bias": False, "qk_layernorm": True, "use_parallel_residual": True}},
+    ),
+    "starcoder2": Family(
+        "Starcoder2Config",
+        "Starcoder2ForCausalLM",
+        {
+            **LAYER_NORM,
+            "norm_epsilon": 0.01,
+            "sliding_window": 17,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        variants={"plain": {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}},
     ),
 }
 """By the name that tests use, in alphabetical order."""

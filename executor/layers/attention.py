@@ -68,7 +68,9 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
     """
     members: dict[tuple[AttentionBackend, AttentionShape, torch.dtype], list[int]] = {}
     for index, layer in enumerate(layers):
-        members.setdefault((layer.backend, layer.shape, layer.kv_dtype), []).append(index)
+        # Scores may be scaled differently: this concerns no cache.
+        shape = replace(layer.shape, scale=1.0)
+        members.setdefault((layer.backend, shape, layer.kv_dtype), []).append(index)
     groups = []
     for number, ((backend, shape, dtype), indexes) in enumerate(members.items()):
         size = block_size or backend.block_size

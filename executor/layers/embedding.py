@@ -18,11 +18,14 @@ class VocabParallelEmbedding(nn.Module):
 
     is_output: ClassVar[bool] = False
 
-    def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
+    def __init__(
+        self, context: ModelContext, embedding_dim: int | None = None, *, bias: bool = False, prefix: str
+    ) -> None:
         """Creates the table.
 
         Args:
             context: The model's construction context.
+            embedding_dim: Columns of the table. Default: ``config.hidden_size``.
             bias: Whether the logits have a bias.
             prefix: The layer's name in the model.
         """
@@ -31,7 +34,7 @@ class VocabParallelEmbedding(nn.Module):
         self.communicator = context.communicator
         self.shape = TableShape(
             vocab=Part.shard(config.vocab_size, context.parallel, f"{prefix}: vocabulary"),
-            hidden=Part.whole(config.hidden_size),
+            hidden=Part.whole(embedding_dim or config.hidden_size),
             makes_logits=self.is_output or config.tie_word_embeddings,
             bias=bias,
             dtype=context.dtype,
@@ -44,7 +47,7 @@ class VocabParallelEmbedding(nn.Module):
             raise ValueError(f"{prefix}: {error}") from error
 
     def forward(self, ids: Tensor, batch: InputBatch) -> Tensor:
-        """``ids`` [num_tokens] -> [num_tokens, hidden_size]."""
+        """``ids`` [num_tokens] -> [num_tokens, embedding_dim]."""
         if self.communicator.size == 1:
             return self.method.embed(self.weights, ids, batch)
         (rows,) = self.shape.vocab.ranges
@@ -53,7 +56,7 @@ class VocabParallelEmbedding(nn.Module):
         return ops.all_reduce(found, self.communicator)
 
     def logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        """``hidden`` [num_samples, hidden_size] -> float32 [num_samples, vocab_size]."""
+        """``hidden`` [num_samples, embedding_dim] -> float32 [num_samples, vocab_size]."""
         widths = (self.shape.vocab.size,) * self.communicator.size
         return ops.all_gather(self.method.logits(self.weights, hidden, batch), self.communicator, widths)
 
@@ -73,7 +76,7 @@ def output_layer(
         ModelError: The configuration ties a layer that has a bias.
     """
     if not context.config.tie_word_embeddings:
-        return LMHead(context, bias=bias, prefix=prefix)
+        return LMHead(context, embedding.shape.hidden.size, bias=bias, prefix=prefix)
     if bias:
         context.config.bad("tie_word_embeddings", "false for this architecture, whose output layer has a bias")
     return embedding

@@ -50,10 +50,20 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """``down(act(up(x)))``."""
 
-    def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
+    def __init__(
+        self, context: ModelContext, intermediate_size: int | None = None, *, bias: bool = False, prefix: str
+    ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: The model's construction context.
+            intermediate_size: Columns between the projections. Default: ``config.intermediate_size``.
+            bias: Whether the projections have biases.
+            prefix: The layer's name in the model.
+        """
         super().__init__()
         config = context.config
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.activation = config.choice("hidden_act", ACTIVATIONS)
         self.up_proj = ColumnParallelLinear(context, hidden, inner, bias=bias, prefix=f"{prefix}.up_proj")
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")

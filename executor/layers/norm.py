@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import ops
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, WeightParameter, single
+from executor.layers.parameter import Part, Parts, WeightParameter, single
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +19,45 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+class HeadsLayerNorm(nn.Module):
+    """Layer norm of each head of q or of k, with weights of its own and no bias.
+
+    Its weights are ``heads.weight``, [num_heads, head_dim].
+    """
+
+    def __init__(self, context: ModelContext, num_heads: int, eps: float, *, is_stacked: bool = True) -> None:
+        """Creates the norm.
+
+        Args:
+            context: The model's construction context.
+            num_heads: Heads over all ranks. With more ranks than heads, several ranks have the same head.
+            eps: Added to the variance.
+            is_stacked: Whether the checkpoint holds one tensor. Otherwise it holds a module for each head, named by
+                its index: ``0.weight``.
+        """
+        super().__init__()
+        self.size, self.eps = context.config.head_dim, eps
+        ranks, rank = context.parallel.tp_size, context.parallel.tp_rank
+        own = max(1, num_heads // ranks)
+        first = rank // max(1, ranks // num_heads) * own
+        columns = Part.whole(self.size)
+        parts: Parts = single(Part.piece(num_heads, first, own), columns)
+        if not is_stacked:
+            places = {head: head - first for head in range(num_heads)}
+            parts = {
+                str(head): (Part.element(place, is_here=0 <= place < own), columns) for head, place in places.items()
+            }
+        self.heads = nn.Module()
+        self.heads.register_parameter(
+            "weight", WeightParameter.empty(parts, dtype=context.dtype, device=context.device)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [num_tokens, this rank's heads * head_dim] -> the same."""
+        weight = self.heads.get_parameter("weight").data.flatten()
+        return ops.layer_norm(x, weight, None, self.eps, self.size)
 
 
 class LayerNorm(nn.Module):

@@ -79,9 +79,12 @@ class Part:
         return cls.piece(full, parallel.tp_rank * size, size, offset)
 
     @classmethod
-    def element(cls, index: int) -> Part:
-        """Element ``index`` of a stack, such as an expert, with one checkpoint tensor for each element."""
-        return cls(1, (Range(0, 1, index),), is_stacked=True)
+    def element(cls, index: int, *, is_here: bool = True) -> Part:
+        """Element ``index`` of a stack, such as an expert, with one checkpoint tensor for each element.
+
+        ``is_here`` is false for an element that another rank holds.
+        """
+        return cls(1, (Range(0, 1, index),) if is_here else (), is_stacked=True)
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
@@ -104,7 +107,7 @@ class Part:
     @property
     def end(self) -> int:
         """End of the part in the parameter."""
-        return max(each.offset + each.size for each in self.ranges)
+        return max((each.offset + each.size for each in self.ranges), default=0)
 
     def in_units_of(self, count: int | Fraction) -> Part:
         """The same elements in a tensor with one entry per ``count`` elements of this dimension.

@@ -21,6 +21,8 @@ class LearnedPositions(nn.Module):
         """
         super().__init__()
         config = context.config
+        if context.max_model_len > config.max_position_embeddings:
+            config.bad("max_position_embeddings", f"at least {context.max_model_len}, the longest sequence served")
         self.offset = offset
         rows = Part.whole(config.max_position_embeddings + offset)
         self.weight = WeightParameter.empty(

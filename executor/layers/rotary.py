@@ -168,6 +168,7 @@ class RotaryEmbedding(nn.Module):
         rope: Fields | None = None,
         *,
         head_dim: int | None = None,
+        rotary_dim: int | None = None,
         is_interleaved: bool = False,
     ) -> None:
         """Computes the angles.
@@ -176,6 +177,7 @@ class RotaryEmbedding(nn.Module):
             context: The model's construction context.
             rope: Rotary parameters, as returned by ``HFConfig.rope_for``. Default: ``config.rope``.
             head_dim: Size of a head. Default: ``config.head_dim``.
+            rotary_dim: Columns of each head that are rotated. Default: ``partial_rotary_factor`` of them.
             is_interleaved: Pairs are adjacent columns instead of the two halves.
         """
         super().__init__()
@@ -183,7 +185,7 @@ class RotaryEmbedding(nn.Module):
         rope = config.rope if rope is None else rope
         self.head_dim = head_dim or config.head_dim
         self.is_interleaved = is_interleaved
-        rotary_dim = int(self.head_dim * rope.number("partial_rotary_factor"))
+        rotary_dim = rotary_dim or int(self.head_dim * rope.number("partial_rotary_factor"))
         if not 2 <= rotary_dim <= self.head_dim:
             rope.bad("partial_rotary_factor", f"a fraction that gives 2 to head_dim ({self.head_dim}) columns")
         compute = rope.choice("rope_type", ROPE_TYPES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+import ops
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
@@ -24,7 +25,12 @@ class SelfAttention(nn.Module):
         *,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        num_kv_heads: int | None = None,
+        is_fused: bool = False,
+        is_grouped: bool = False,
+        clip: float | None = None,
         head_norm: Callable[[int], nn.Module] | None = None,
+        heads_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
         sliding_window: int | None = None,
         logit_softcap: float | None = None,
@@ -37,7 +43,12 @@ class SelfAttention(nn.Module):
             rotary: Rotates q and k by their positions; None: no rotation.
             qkv_bias: Whether the projections to q, k and v have biases.
             out_bias: Whether the output projection has one.
-            head_norm: Creates the norm of the heads of q and of k, applied before rotation; takes the head size.
+            num_kv_heads: Heads of k and of v. Default: ``config.num_kv_heads``.
+            is_fused: The checkpoint holds q, k and v, concatenated, as one tensor ``qkv_proj``.
+            is_grouped: It holds them as one tensor by KV head (see ``QKVParallelLinear``).
+            clip: q, k and v are limited to plus and minus this.
+            head_norm: Creates the norm of each head of q and of k, applied before rotation; takes the head size.
+            heads_norm: Creates a norm over all heads of q, and one of k, instead; takes the number of heads.
             scale: Factor of the scores. Default: ``head_dim ** -0.5``.
             sliding_window: A token attends to this many tokens, itself included.
             logit_softcap: Scores are soft-capped to plus and minus this.
@@ -45,31 +56,34 @@ class SelfAttention(nn.Module):
         """
         super().__init__()
         config = context.config
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        hidden_size, head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_heads, num_kv_heads or config.num_kv_heads
+        sizes = (hidden_size, head_dim, heads, kv_heads)
+        names = None if is_fused or is_grouped else ("q_proj", "k_proj", "v_proj")
         self.qkv_proj = QKVParallelLinear(
-            context, config.hidden_size, head_dim, heads, kv_heads, bias=qkv_bias, prefix=f"{prefix}.qkv_proj"
+            context, *sizes, bias=qkv_bias, names=names, is_grouped=is_grouped, prefix=f"{prefix}.qkv_proj"
         )
-        self.q_norm = None if head_norm is None else head_norm(head_dim)
-        self.k_norm = None if head_norm is None else head_norm(head_dim)
+        self.clip = clip
+        self.q_norm = self.k_norm = None
+        if head_norm is not None:
+            self.q_norm, self.k_norm = head_norm(head_dim), head_norm(head_dim)
+        elif heads_norm is not None:
+            self.q_norm, self.k_norm = heads_norm(heads), heads_norm(kv_heads)
         self.rotary = rotary
-        self.attn = Attention(
-            context,
-            AttentionShape(
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=head_dim,
-                scale=head_dim**-0.5 if scale is None else scale,
-                sliding_window=sliding_window,
-                logit_softcap=logit_softcap,
-            ),
+        scale = head_dim**-0.5 if scale is None else scale
+        shape = AttentionShape(
+            heads, kv_heads, head_dim, scale, sliding_window=sliding_window, logit_softcap=logit_softcap
         )
-        self.o_proj = RowParallelLinear(
-            context, heads * head_dim, config.hidden_size, bias=out_bias, prefix=f"{prefix}.o_proj"
-        )
+        self.attn = Attention(context, shape)
+        out_name = f"{prefix}.o_proj"
+        self.o_proj = RowParallelLinear(context, heads * head_dim, hidden_size, bias=out_bias, prefix=out_name)
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""
-        q, k, v = self.qkv_proj(hidden, batch).split(self.qkv_proj.output_sizes, dim=-1)
+        qkv = self.qkv_proj(hidden, batch)
+        if self.clip is not None:
+            qkv = ops.clip(qkv, self.clip)
+        q, k, v = qkv.split(self.qkv_proj.output_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:

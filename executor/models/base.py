@@ -28,6 +28,8 @@ class Model(nn.Module, ABC):
     """The family's own names of fields in config.json: ``{"hidden_size": "n_embd"}``."""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields that config.json may leave out, under their common names."""
+    hidden_size: int | None = None
+    """Columns of the hidden states that ``forward`` returns. None: ``hidden_size`` of the configuration."""
 
     @abstractmethod
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:

@@ -16,6 +16,7 @@ from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.embedding import VocabParallelEmbedding, output_layer
+from executor.layers.linear import ReplicatedLinear
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
 from executor.layers.positions import LearnedPositions
@@ -115,6 +116,9 @@ class DecoderParts:
     """How a layer combines its blocks and norms."""
     norms: Norms = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
     has_final_norm: bool = True
+    embedding_dim: int | None = None
+    """Columns of the embedding and of the output layer, if they differ from the hidden size: then there are projections
+    from and to them (OPT-350m)."""
     embedding_scale: float | None = None
     """Factor of the token embeddings."""
     positions: LearnedPositions | None = None
@@ -137,7 +141,12 @@ class Decoder(nn.Module):
         config = context.config
         make_mlp = parts.mlp or (lambda index, prefix: GatedMLP(context, prefix=prefix))
         make_norm = parts.norm or (lambda size: RMSNorm(context, size, config.rms_norm_eps))
-        self.embed_tokens = VocabParallelEmbedding(context, prefix=f"{prefix}.embed_tokens")
+        size, hidden_size = parts.embedding_dim or config.hidden_size, config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(context, size, prefix=f"{prefix}.embed_tokens")
+        self.project_in = self.project_out = None
+        if size != hidden_size:
+            self.project_in = ReplicatedLinear(context, size, hidden_size, prefix=f"{prefix}.project_in")
+            self.project_out = ReplicatedLinear(context, hidden_size, size, prefix=f"{prefix}.project_out")
         self.embedding_scale = parts.embedding_scale
         self.embed_positions = parts.positions
         self.layers = nn.ModuleList()
@@ -155,13 +164,17 @@ class Decoder(nn.Module):
             hidden = self.embed(batch)
         for layer in self.layers:
             hidden = layer(hidden, batch)
-        return hidden if self.norm is None else self.norm(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return hidden if self.project_out is None else self.project_out(hidden, batch)
 
     def embed(self, batch: InputBatch) -> Tensor:
         """[num_tokens, hidden_size]: input of the first layer."""
         hidden: Tensor = self.embed_tokens(batch.input_ids, batch)
         if self.embedding_scale is not None:
             hidden = ops.scale(hidden, self.embedding_scale)
+        if self.project_in is not None:
+            hidden = self.project_in(hidden, batch)
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(batch.positions)
         return hidden
@@ -179,6 +192,7 @@ class CausalDecoder(Model):
 
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()
+        self.hidden_size = parts.embedding_dim
         self.model = Decoder(context, parts, prefix="model")
         self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
         self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap

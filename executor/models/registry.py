@@ -11,10 +11,23 @@ if TYPE_CHECKING:  # the names are known without torch
     from executor.models.base import Model
 
 REGISTRY = {
+    "ArceeForCausalLM": "executor.models.arcee:ArceeForCausalLM",
+    "Cohere2ForCausalLM": "executor.models.cohere:Cohere2ForCausalLM",
+    "CohereForCausalLM": "executor.models.cohere:CohereForCausalLM",
+    "FalconForCausalLM": "executor.models.falcon:FalconForCausalLM",
+    "GPT2LMHeadModel": "executor.models.gpt2:GPT2LMHeadModel",
+    "GPTJForCausalLM": "executor.models.gptj:GPTJForCausalLM",
+    "GPTNeoXForCausalLM": "executor.models.gpt_neox:GPTNeoXForCausalLM",
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "executor.models.llama:MistralForCausalLM",
+    "NemotronForCausalLM": "executor.models.nemotron:NemotronForCausalLM",
+    "OPTForCausalLM": "executor.models.opt:OPTForCausalLM",
+    "OlmoForCausalLM": "executor.models.olmo:OlmoForCausalLM",
+    "PhiForCausalLM": "executor.models.phi:PhiForCausalLM",
     "Qwen2ForCausalLM": "executor.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "executor.models.qwen3:Qwen3ForCausalLM",
+    "StableLmForCausalLM": "executor.models.stablelm:StableLmForCausalLM",
+    "Starcoder2ForCausalLM": "executor.models.starcoder2:Starcoder2ForCausalLM",
 }
 """The ``architectures`` of config.json."""
 
