@@ -2,19 +2,15 @@
 
 A model is built with uninitialised parameters, each of which knows where checkpoint tensors go in it
 (``layers/parameter.py``). The loader matches names, reports missing and unexpected tensors before it reads any data,
-then copies tensor by tensor.
+then copies tensor by tensor. Each layer is packed once it is complete (``packing.py``).
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import crc32
 
 import torch
 
@@ -25,9 +21,10 @@ from executor.config import ModelConfig
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
-from executor.layers.parameter import ShardId, WeightParameter, Weights, named_weights, stored_module
+from executor.layers.parameter import ShardId, WeightParameter, named_weights, stored_module
 from executor.models.base import Model
 from executor.models.registry import resolve_model
+from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import choose_quantization
 from executor.weights_mapper import WeightsMapper
@@ -37,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Takes a stage, the amount done and the total."""
-
-MAX_THREADS = 8
 
 
 @dataclass
@@ -110,9 +105,6 @@ def load_model(
         load_weights(
             model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
         )
-    for module in model.modules():
-        if isinstance(module, Weights):
-            module.pack()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)
 
@@ -189,7 +181,7 @@ def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
 def load_weights(
     model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress, *, is_tied_by_file: bool = True
 ) -> None:
-    """Fills every parameter from a checkpoint that holds exactly the model's tensors.
+    """Fills every parameter from a checkpoint that holds exactly the model's tensors, and packs the layers.
 
     Args:
         model: The model to fill.
@@ -217,25 +209,26 @@ def load_weights(
         if name not in found:
             raise ModelError(f"{checkpoint.origin(name)} is missing")
 
+    packing = Packing(model)
+    order = sorted(found, key=lambda name: not packing.is_large(targets[name].parameter))
+
     def load(name: str) -> int:
-        stored, target = found[name], targets[name]
+        stored, target = found[name], targets.pop(name)  # unpacked weights are freed once nothing refers to them
+        packing.stage(target.parameter)
         try:
             target.parameter.load(stored.read(target.parameter.dtype), target.shard_id)
         except ValueError as error:
             raise ModelError(f"{stored.origin} {error}") from error
+        packing.loaded(target.parameter)
         return stored.num_bytes
 
     total = sum(stored.num_bytes for stored in found.values())
     done = 0
     progress("weights", done, total)
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))), "load") as threads:
-        try:
-            for num_bytes in threads.map(load, found):
-                done += num_bytes
-                progress("weights", done, total)
-        except ModelError:
-            threads.shutdown(cancel_futures=True)
-            raise
+    for num_bytes in in_threads(load, order):
+        done += num_bytes
+        progress("weights", done, total)
+    packing.finish()
 
 
 def find_targets(model: Model) -> dict[str, Target]:
@@ -292,25 +285,3 @@ def match_names(
         elif not mapper.ignores(tensor.name):
             raise ModelError(f"{tensor.origin} is not part of this model")
     return found, doubles  # a tied tensor may be stored under either name, or both
-
-
-_NORM = re.compile(r"norm\.weight$")
-
-
-def fill_with_random_numbers(model: Model) -> None:
-    """Fills in small weights, the same in every run; norms are 1, codes of quantised weights arbitrary bytes.
-
-    For benchmarks: repeating one pattern is fast.
-    """
-    for name, parameter in named_weights(model):
-        flat = parameter.data.view(-1)
-        if _NORM.search(name):
-            flat.fill_(1)
-            continue
-        generator = torch.Generator().manual_seed(crc32(name.encode()))
-        if not flat.dtype.is_floating_point or flat.dtype == torch.float4_e2m1fn_x2:
-            flat.view(torch.uint8).random_(0, 256, generator=generator)
-            continue
-        pattern = torch.empty(min(len(flat), 1 << 20), dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
-        for start in range(0, len(flat), len(pattern)):
-            flat[start : start + len(pattern)] = pattern[: len(flat) - start]

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from executor.parallel import ParallelState
+from ops.cpu.memory import map_zeros
+
+HUGE = 2 << 20
+"""Bytes from which memory is worth a mapping in huge pages: most of the time of loading was spent in page faults."""
 
 ShardId = str | None
 """Identifies one of the checkpoint tensors that share a parameter, by the name of its module, a sibling of the layer's.
@@ -159,6 +163,9 @@ class WeightParameter(nn.Parameter):
     def empty(cls, parts: Parts, *, dtype: torch.dtype, device: torch.device) -> WeightParameter:
         """An uninitialised parameter of exactly the size of its parts."""
         shape = [max(part.end for part in dim) for dim in zip(*parts.values(), strict=True)]
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if device.type == "cpu" and num_bytes >= HUGE:
+            return cls(map_zeros(num_bytes).view(dtype).view(shape), parts)
         return cls(torch.empty(shape, dtype=dtype, device=device), parts)
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:

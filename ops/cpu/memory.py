@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 import threading
+import weakref
 from contextlib import suppress
 
 import torch
@@ -20,12 +21,16 @@ _CHUNK = 64 << 20
 
 def map_zeros(num_bytes: int) -> Tensor:
     """uint8 [num_bytes], zeroed; memory is committed only where it is written."""
+    return torch.frombuffer(_map(num_bytes), dtype=torch.uint8)[:num_bytes]
+
+
+def _map(num_bytes: int) -> mmap.mmap:
     # Private: Linux gives shared mappings no huge pages unless an administrator allows it.
     mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)[:num_bytes]
+    return mapping
 
 
 class Pool:
@@ -46,6 +51,30 @@ class Pool:
             piece = self._chunk[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         return piece.view(dtype)
+
+
+class Recycler:
+    """Hands out memory that earlier holders no longer use: committing fresh pages takes longer than copying into them.
+
+    Thread-safe. Memory is released once neither the recycler nor a tensor refers to it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unused: list[mmap.mmap] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] with undefined content."""
+        with self._lock:
+            fitting = [each for each in self._unused if num_bytes <= len(each) <= 2 * num_bytes]
+            mapping = min(fitting, key=len, default=None)
+            if mapping is not None:
+                self._unused.remove(mapping)
+        if mapping is None:
+            mapping = _map(num_bytes)
+        view = memoryview(mapping)  # which torch holds as long as a tensor uses the memory
+        weakref.finalize(view, self._unused.append, mapping).atexit = False
+        return torch.frombuffer(view, dtype=torch.uint8)[:num_bytes]
 
 
 weights = Pool()

@@ -39,3 +39,17 @@ def test_mappings_are_private_and_in_huge_pages() -> None:
     if not enabled.exists() or "[never]" in enabled.read_text():
         pytest.skip("this kernel has no transparent huge pages")
     assert "hg" in entry["VmFlags"].split()
+
+
+def test_unused_memory_is_handed_out_again() -> None:
+    recycler = memory.Recycler()
+    first, second = recycler.take(1000), recycler.take(1000)
+    address = first.data_ptr()
+    assert second.data_ptr() != address
+    view = first[500:]
+    del first
+    third = recycler.take(1000)
+    assert third.data_ptr() != address, "a view still uses it"
+    del view
+    assert recycler.take(100).data_ptr() != address, "far too large"
+    assert recycler.take(900).data_ptr() == address
