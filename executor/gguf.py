@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, MODEL_TENSOR, GGMLQuantizationType, Keys
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, Keys
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
@@ -23,15 +23,9 @@ from torch import Tensor
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, StoredTensor, map_file
 from executor.config import GGUFHeader, GGUFTensor
+from executor.gguf_architectures import ARCHITECTURES
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
 from executor.weights_mapper import WeightsMapper
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""``general.architecture`` -> ``architectures`` of config.json. Mistral's files also say llama."""
-
-PERMUTED = {"llama": {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}}
-"""Tensors whose rows llama.cpp reorders so that columns rotated together are adjacent, with the field of their head
-count."""
 
 PLAIN_TYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
@@ -75,7 +69,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[arch]],
+        "architectures": [ARCHITECTURES[arch].model],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": fields.size(key(Keys.LLM.EMBEDDING_LENGTH)),
@@ -93,6 +87,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     config["head_dim"] = fields.size(
         key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
     )
+    ARCHITECTURES[arch].configure(fields, config)
     return config
 
 
@@ -146,7 +141,7 @@ class GGUFCheckpoint:
         arch = self.config["model_type"]
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
-        self.permuted = {role: self.config[heads] for role, heads in PERMUTED.get(arch, {}).items()}
+        self.architecture = ARCHITECTURES[arch]
         if ROPE_FACTORS in self.entries:  # Llama 3's frequency factors, as a tensor
             factors = self._read(self.entries[ROPE_FACTORS], None, torch.float32)
             self.config["rope_parameters"] |= {"rope_type": "frequency_factors", "factors": factors.tolist()}
@@ -187,10 +182,13 @@ class GGUFCheckpoint:
             raise ValueError(f"has type {kind.name}; the model needs {dtype}")
         raw = np.frombuffer(self.mapped, np.uint8, tensor.num_bytes, tensor.offset)
         role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
-        if role in self.permuted:
-            raw = unpermute(raw.reshape(tensor.shape[0], -1), self.permuted[role]).reshape(-1)
+        if role is not None and role in self.architecture.permuted:
+            num_heads = self.config[self.architecture.permuted[role]]
+            raw = unpermute(raw.reshape(tensor.shape[0], -1), num_heads).reshape(-1)
         if kind in PLAIN_TYPES:
-            return torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
+            plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
+            is_norm = hf_name is not None and hf_name.endswith("norm.weight")
+            return plain.float() - self.architecture.norm_offset if is_norm else plain
         try:
             return dequantize_to(raw, kind, dtype).view(tensor.shape)
         except NotImplementedError as error:

@@ -64,6 +64,16 @@ def old_neox(config: Fields) -> None:
     config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
 
 
+def gemma3_spelling(config: Fields) -> None:
+    """A base for each type of layer, scaling of one, and ``sliding_window_pattern``."""
+    rope = config.pop("rope_parameters")
+    full = rope[FULL]
+    config |= {"rope_theta": full.pop("rope_theta"), "rope_local_base_freq": rope[SLIDING]["rope_theta"]}
+    config["rope_scaling"] = full
+    del config["layer_types"]
+    config["sliding_window_pattern"] = 2
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers makes a tiny model of a family."""
@@ -159,6 +169,46 @@ FAMILIES: Mapping[str, Family] = {
             "11b": {"num_ln_in_parallel_attn": 1},
             "many heads": {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4, "bias": True},
             "sequential": {"new_decoder_architecture": False, "parallel_attn": False, "bias": True},
+        },
+    ),
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "hidden_size": 72,  # its root is no whole number
+            "head_dim": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 17,
+            "tie_word_embeddings": True,
+        },
+        variants={
+            "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+            "listed types": {"layer_types": [FULL, SLIDING, FULL]},
+            "biases": {"attention_bias": True, "tie_word_embeddings": False},
+        },
+    ),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "hidden_size": 72,
+            "head_dim": 24,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "query_pre_attn_scalar": 7,
+            "rope_parameters": {
+                FULL: {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "sliding_window": 17,
+            "tie_word_embeddings": True,
+        },
+        old_spelling=gemma3_spelling,
+        variants={
+            "caps": {"final_logit_softcapping": 3.0},
+            "default types": {"layer_types": None, "num_hidden_layers": 7},
+            "biases": {"attention_bias": True, "tie_word_embeddings": False},
         },
     ),
     "gpt2": Family(

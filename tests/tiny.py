@@ -108,7 +108,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if IS_NORM.search(name) else 0.15 * noise)
+            # A norm keeps its start, 1 or 0, where it does nothing.
+            parameter.copy_(parameter + 0.2 * noise if IS_NORM.search(name) else 0.15 * noise)
         for name, buffer in sorted(model.state_dict().items()):
             if name not in parameters and buffer.is_floating_point():
                 buffer.copy_(1 + 0.2 * torch.randn(buffer.shape, generator=generator))
@@ -192,7 +193,7 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
     """
     config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"].replace("mistral", "llama")
+    arch = config["model_type"].replace("mistral", "llama").removesuffix("_text")
     path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}.gguf"
     writer = gguf.GGUFWriter(path, arch)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -205,14 +206,18 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if arch.startswith("gemma"):
+        _add_gemma(writer, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
     weights = {}
     generator = np.random.default_rng(0)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        data = tensor.float().numpy()
+        offset = 1 if arch.startswith("gemma") and name.endswith("norm.weight") else 0
+        data = tensor.float().numpy() + offset
         permuted = arch == "llama" and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads
         if permuted:
@@ -226,7 +231,7 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         if permuted:
             order = permute(np.arange(len(meaning)), num_heads)
             meaning = meaning[np.argsort(order)]
-        weights[name] = torch.from_numpy(np.array(meaning))
+        weights[name] = torch.from_numpy(np.array(meaning)) - offset
     if rope_factors:
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     writer.write_header_to_file()
@@ -234,6 +239,18 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
     writer.write_tensors_to_file()
     writer.close()
     return GGUFModel(path, weights)
+
+
+def _add_gemma(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_sliding_window(config["sliding_window"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    scaling = config["rope_parameters"].get("full_attention", {})
+    if scaling.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
 
 
 def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:

@@ -12,13 +12,33 @@ from executor.layers.parameter import Part, Parts, WeightParameter, single
 class RMSNorm(nn.Module):
     """Root mean square norm of each group of ``size`` columns (Zhang and Sennrich, arXiv:1910.07467)."""
 
-    def __init__(self, context: ModelContext, size: int, eps: float) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        size: int,
+        eps: float,
+        *,
+        weight: bool = True,
+        offset: float = 0.0,
+        round_first: bool = True,
+    ) -> None:
+        """Creates the norm.
+
+        Args:
+            context: The model's construction context.
+            size: Columns of a group.
+            eps: Added to the mean of squares.
+            weight: Whether there is a weight.
+            offset: Added to the weight; then ``round_first`` must be False.
+            round_first: Whether the normalised values are rounded before the weight is applied; see ``ops.rms_norm``.
+        """
         super().__init__()
-        self.eps = eps
-        self.weight = WeightParameter.empty(single(Part.whole(size)), dtype=context.dtype, device=context.device)
+        self.size, self.eps, self.offset, self.round_first = size, eps, offset, round_first
+        parts = single(Part.whole(size))
+        self.weight = WeightParameter.empty(parts, dtype=context.dtype, device=context.device) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, size=self.size, offset=self.offset, round_first=self.round_first)
 
 
 class HeadsLayerNorm(nn.Module):

@@ -18,6 +18,8 @@ REGISTRY = {
     "GPT2LMHeadModel": "executor.models.gpt2:GPT2LMHeadModel",
     "GPTJForCausalLM": "executor.models.gptj:GPTJForCausalLM",
     "GPTNeoXForCausalLM": "executor.models.gpt_neox:GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM": "executor.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "executor.models.gemma3:Gemma3ForCausalLM",
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "executor.models.llama:MistralForCausalLM",
     "NemotronForCausalLM": "executor.models.nemotron:NemotronForCausalLM",

@@ -5,6 +5,7 @@ linear, activation            -> one product with the activation as its epilogue
 linear, add                   -> one product that adds the other operand, after an activation if there is one
 gather_rows, linear           -> one product that reads only the selected rows
 norm, linear                  -> one product that normalises the rows it reads (RMS norm or layer norm)
+rms_norm, add                 -> one norm that adds the other operand
 rms_norm, rotary, attention   -> attention that normalises and rotates the heads of q and k as it reads them
 """
 
@@ -115,7 +116,20 @@ class Fusion:
                 item.instruction = _finished_by(linear.instruction, add, epilogue=lib.EPILOGUE_RESIDUAL)
                 item.instruction.matrices["residual"] = add.matrices[other]
                 return [linear]
+        for name, other in (("y", "x"), ("x", "y")):
+            norm = self._rms_norm(add.matrices[name])
+            if norm is not None:
+                matrices = norm.matrices | {"residual": add.matrices[other]}
+                item.instruction = replace(norm, matrices=matrices, num_ops=norm.num_ops + add.num_ops)
+                return [self._made_by[add.matrices[name].index]]
         return []
+
+    def _rms_norm(self, ref: Any) -> Instruction | None:
+        """The norm that makes a value, if it adds nothing."""
+        norm = self._maker(ref, lib.OP_RMS_NORM)
+        if norm is None or norm.instruction is None or "residual" in norm.instruction.matrices:
+            return None
+        return norm.instruction
 
     def _gathered(self, linear: Instruction) -> list[Item]:
         gather = self._maker(linear.matrices["x"], lib.OP_GATHER_ROWS)
@@ -129,17 +143,20 @@ class Fusion:
 
     def _normed(self, linear: Instruction) -> list[Item]:
         x = linear.matrices["x"]
-        norm = self._maker(x, lib.OP_RMS_NORM) or self._maker(x, lib.OP_LAYER_NORM)
-        if norm is None or norm.instruction is None or norm.instruction.fields["groups"] != 1:
+        norm = self._maker(x, lib.OP_LAYER_NORM)
+        source = self._rms_norm(x) if norm is None else norm.instruction
+        if source is None or source.fields["groups"] != 1:
             return []
-        source = norm.instruction
         linear.matrices["x"] = source.matrices["x"]
-        linear.fields["norm"] = lib.RMS_NORM if source.op == lib.OP_RMS_NORM else lib.LAYER_NORM
-        linear.fields["norm_weight"], linear.fields["norm_eps"] = source.fields["weight"], source.fields["eps"]
-        linear.fields["norm_bias"] = source.fields.get("bias")
+        if source.op == lib.OP_RMS_NORM:
+            linear.fields |= {"norm": lib.RMS_NORM, "rms_norm": source.fields["rms_norm"]}
+        else:
+            linear.fields["norm"] = lib.LAYER_NORM
+            linear.fields["norm_weight"], linear.fields["norm_eps"] = source.fields["weight"], source.fields["eps"]
+            linear.fields["norm_bias"] = source.fields["bias"]
         linear.keep += source.keep
         linear.num_ops += source.num_ops
-        return [norm]
+        return [self._made_by[x.index]]
 
     def _heads(self, attention: Instruction, name: str) -> list[Item]:
         absorbed = []
@@ -151,11 +168,12 @@ class Fusion:
             heads.rotary_dim, heads.cos_sin, heads.interleaved = turn.rotary_dim, turn.cos_sin, turn.interleaved
             self._take(attention, name, rotary.instruction)
             absorbed.append(rotary)
-        norm = self._maker(attention.matrices[name], lib.OP_RMS_NORM)
-        if norm is not None and norm.instruction is not None and norm.instruction.fields["size"] == head_dim:
-            heads.norm_weight, heads.norm_eps = norm.instruction.fields["weight"], norm.instruction.fields["eps"]
-            self._take(attention, name, norm.instruction)
-            absorbed.append(norm)
+        source = attention.matrices[name]
+        norm = self._rms_norm(source)
+        if norm is not None and norm.fields["size"] == head_dim:
+            heads.norm, heads.has_norm = norm.fields["rms_norm"], 1
+            self._take(attention, name, norm)
+            absorbed.append(self._made_by[source.index])
         attention.fields[f"{name}_heads"] = heads
         return absorbed
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu import library as lib
-from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, Weight
+from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
 from ops.metadata import AttentionShape, KVLayout
 from ops.packed import PackedWeight
@@ -115,19 +115,24 @@ def logits(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) ->
     return result
 
 
-def rms_norm(x: Any, weight: Tensor, eps: float) -> Instruction | None:
-    size = weight.shape[0]
-    if not is_matrix(x) or not _is_vector(weight, x.dtype) or _width(x) % size:
+def rms_norm(
+    x: Any,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    size: int | None = None,
+    offset: float = 0.0,
+    round_first: bool = True,
+) -> Instruction | None:
+    width = _width(x)
+    size = size or (width if weight is None else len(weight))
+    if not is_matrix(x) or width % size:
         return None
-    fields = {
-        "weight": weight.data_ptr(),
-        "eps": eps,
-        "groups": _width(x) // size,
-        "size": size,
-        "type": TYPES[x.dtype],
-        "rows": _rows(x),
-    }
-    return Instruction(lib.OP_RMS_NORM, {"x": x}, fields, _width(x), x.dtype, work=_width(x), keep=(weight,))
+    if weight is not None and (len(weight) != size or not _is_vector(weight, x.dtype)):
+        return None
+    norm = RmsNorm(None if weight is None else weight.data_ptr(), eps, offset, int(round_first))
+    fields = {"rms_norm": norm, "groups": width // size, "size": size, "type": TYPES[x.dtype], "rows": _rows(x)}
+    return Instruction(lib.OP_RMS_NORM, {"x": x}, fields, width, x.dtype, work=width, keep=(weight,))
 
 
 def layer_norm(

@@ -91,9 +91,16 @@ class EmbeddingArgs(ctypes.Structure):
     _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32), ("of_positions", c_int32))
 
 
+class RmsNorm(ctypes.Structure):
+    """An RMS norm; see ``ops.rms_norm``."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("offset", c_float), ("rounds_first", c_int32))
+
+
 class LinearArgs(ctypes.Structure):
     _fields_ = (
         ("x", Matrix),
+        ("rms_norm", RmsNorm),
         ("norm_weight", c_void_p),
         ("norm_bias", c_void_p),
         ("weight", Weight),
@@ -115,6 +122,8 @@ class NormArgs(ctypes.Structure):
     _fields_ = (
         ("x", Matrix),
         ("out", Matrix),
+        ("residual", Matrix),
+        ("rms_norm", RmsNorm),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("eps", c_float),
@@ -130,8 +139,8 @@ class Heads(ctypes.Structure):
     """Transforms applied to each head of q or k before use."""
 
     _fields_ = (
-        ("norm_weight", c_void_p),
-        ("norm_eps", c_float),
+        ("norm", RmsNorm),
+        ("has_norm", c_int32),
         ("rotary_dim", c_int32),
         ("cos_sin", c_void_p),
         ("interleaved", c_int32),

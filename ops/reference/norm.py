@@ -10,20 +10,39 @@ from ops.dispatch import like_first, op
 
 
 @op(like_first)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square (RMS) norm of each group of ``len(weight)`` columns.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    size: int | None = None,
+    offset: float = 0.0,
+    round_first: bool = True,
+) -> Tensor:
+    """Root mean square (RMS) norm of each group of ``size`` columns, computed in float32.
 
-    Usually one group is a whole row; with a weight of head size, each head is normalised separately. The norm is
-    computed in float32 and rounded to the dtype of ``x`` before the weight is applied, as in Llama.
+    Usually one group is a whole row; with head size, each head is normalised separately.
 
     Args:
         x: [rows, groups * size].
-        weight: [size].
+        weight: [size]; None: 1.
+        eps: Added to the mean of squares.
+        size: Columns of a group. Default: ``len(weight)``, or a whole row.
+        offset: Added to the weight (1 in Gemma).
+        round_first: Whether the normalised values are rounded to the dtype of ``x`` before the weight is applied, as in
+            Llama. Otherwise only the result is (Gemma, OLMo 2). Without an offset only.
     """
-    groups = x.unflatten(-1, (-1, weight.shape[0])).float()
-    scale = torch.rsqrt(groups.pow(2).mean(dim=-1, keepdim=True) + eps)
-    normed: Tensor = (groups * scale).to(x.dtype) * weight
-    return normed.flatten(-2)
+    assert offset == 0.0 or not round_first
+    size = size or (x.shape[-1] if weight is None else len(weight))
+    groups = x.unflatten(-1, (-1, size)).float()
+    normed: Tensor = groups * torch.rsqrt(groups.pow(2).mean(dim=-1, keepdim=True) + eps)
+    if weight is None:
+        out = normed.to(x.dtype)
+    elif round_first:
+        out = normed.to(x.dtype) * weight
+    else:
+        out = (normed * (offset + weight.float())).to(x.dtype)
+    return out.flatten(-2)
 
 
 @op(like_first)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ops.cpu import build
 from tests import tiny
@@ -90,6 +91,16 @@ def test_bfloat16_is_close_to_transformers(name: str) -> None:
     theirs = reference_logits(folder, token_ids)
     difference = (logits_of(loaded, token_ids) - theirs).abs()
     assert difference.max() < 0.08 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_factors_of_embeddings_are_rounded_first(name: str) -> None:
+    folder = tiny.checkpoint(name, dtype="bfloat16")
+    runner = Runner(load(folder, dtype="auto"))
+    batch = runner._batch([Chunk(0, random_tokens(20))])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(runner.model.model.embed(batch), model.model.embed_tokens(batch.input_ids))  # type: ignore[operator, union-attr]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -385,6 +385,7 @@ def test_captured_equals_eager(name: str, dtype: torch.dtype) -> None:
         ("pre-norm", 2),  # the embedding; the final norm and the logits
         ("pre-norm with factors", 3),  # and the embedding's factor
         ("norm without weight", 2),
+        ("sandwich", 3 + 2 * LAYERS),  # the embedding's factor; norms after a block are fused with the sums
         ("parallel", 2),
         ("parallel with one norm", 2 + LAYERS),  # the norm has two readers
         ("post-norm on the sum", 3 + 2 * LAYERS),  # the positions, their sum; norms follow sums, the last one is fused

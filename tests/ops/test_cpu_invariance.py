@@ -122,6 +122,7 @@ def test_other_ops_row_by_row(capability: str, dtype: torch.dtype) -> None:
         functions: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
             lambda rows: ops.rms_norm(rows, weight, 1e-5),
             lambda rows: ops.rms_norm(rows, whole, 1e-5),
+            lambda rows: ops.rms_norm(rows, weight, 1e-5, offset=1.0, round_first=False),
             lambda rows: ops.layer_norm(rows, whole, None, 1e-5),
             lambda rows: ops.act_and_mul(rows, "silu"),
             lambda rows: ops.activation(rows, "gelu"),

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import ops
 from executor.graphs import Program
@@ -114,6 +116,18 @@ def test_rms_norm_is_that_of_llama(dtype: torch.dtype) -> None:
     heads = 3 * randn(5, 4 * 24, seed=2, dtype=dtype)
     expected = norm(heads.view(5, 4, 24)).flatten(1)
     assert torch.equal(ops.rms_norm(heads, norm.weight.data, 1e-5), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rms_norm_is_that_of_gemma_and_olmo2(dtype: torch.dtype) -> None:
+    weight, x = randn(24, seed=1, dtype=dtype), 3 * randn(5, 4 * 24, seed=2, dtype=dtype)
+    heads = x.view(5, 4, 24)
+    gemma, olmo = Gemma3RMSNorm(24, eps=1e-5), Olmo2RMSNorm(24, eps=1e-5)
+    gemma.weight.data = olmo.weight.data = weight
+    ours = ops.rms_norm(x, weight, 1e-5, offset=1.0, round_first=False)
+    assert torch.equal(ours, gemma(heads).flatten(1))
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5, round_first=False), olmo(heads).flatten(1))
+    assert torch.equal(ops.rms_norm(x, None, 1e-5, size=24), ops.rms_norm(x, torch.ones(24, dtype=dtype), 1e-5))
 
 
 def test_layer_norm() -> None:

@@ -50,7 +50,7 @@ void write_head(const OctavoAttention& op, const KVCache<T>& cache, const Octavo
         std::memset(values, 0, static_cast<size_t>(cache.block_size) * cache.v_head_dim * sizeof(T));
     }
     T key[kMaxHeadDim];
-    if (op.k_heads.norm_weight || op.k_heads.rotary_dim) {
+    if (op.k_heads.has_norm || op.k_heads.rotary_dim) {
         float numbers[kMaxHeadDim];
         const int position = op.k_heads.rotary_dim ? step.positions[token] : 0;
         prepare_head(k, op.head_dim, op.k_heads, position, op.head_dim, numbers);

@@ -35,8 +35,8 @@ void rotate(float* x, const OctavoHeads& heads, int position) {
 // Writes a transformed head to floats (all values representable in T), zero-padded to `padded`.
 template <class T>
 void prepare_head(const T* x, int dim, const OctavoHeads& heads, int position, int padded, float* out) {
-    if (heads.norm_weight)
-        rms_norm(x, static_cast<const T*>(heads.norm_weight), dim, heads.norm_eps, out);
+    if (heads.has_norm)
+        rms_norm(x, heads.norm, dim, out);
     else
         for (int i = 0; i < dim; i += kLanes) store_first(out + i, load_first(x + i, dim - i), dim - i);
     if (heads.rotary_dim) rotate<T>(out, heads, position);

@@ -55,7 +55,7 @@ void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, 
         const int64_t row = op.gather ? step.logits_rows[begin + r] : begin + r;
         const T* x = static_cast<const T*>(op.x.data) + row * op.x.stride;
         if (op.norm == kRmsNorm)
-            rms_norm(x, static_cast<const T*>(op.norm_weight), columns, op.norm_eps, normed);
+            rms_norm(x, op.rms_norm, columns, normed);
         else if (op.norm == kLayerNorm)
             layer_norm(x, static_cast<const T*>(op.norm_weight), static_cast<const T*>(op.norm_bias), columns,
                        op.norm_eps, normed);

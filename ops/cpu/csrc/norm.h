@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "octavo.h"
 #include "simd.h"
 
 namespace octavo {
@@ -27,10 +28,19 @@ float inverse_rms(const T* x, int size, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
 }
 
-// Rounds to T both before and after the weight is applied. T: the model's type; U: T, or float holding values of T.
+// T: the model's type; U: T, or float holding values of T.
 template <class T, class U>
-void rms_norm(const T* x, const T* weight, int size, float eps, U* out) {
-    const Vec scale = splat(inverse_rms(x, size, eps));
+void rms_norm(const T* x, const OctavoRmsNorm& norm, int size, U* out) {
+    const T* weight = static_cast<const T*>(norm.weight);
+    const Vec scale = splat(inverse_rms(x, size, norm.eps)), offset = splat(norm.offset);
+    if (!weight || !norm.rounds_first) {
+        for (int i = 0; i < size; i += kLanes) {
+            Vec normed = load_first(x + i, size - i) * scale;
+            if (weight) normed = normed * (offset + load_first(weight + i, size - i));
+            store_first(out + i, round_to<T>(normed), size - i);
+        }
+        return;
+    }
     for (int i = 0; i < size; i += kLanes) {
         const Vec normed = round_to<T>(load_first(x + i, size - i) * scale);
         store_first(out + i, round_to<T>(normed * load_first(weight + i, size - i)), size - i);

@@ -101,10 +101,19 @@ enum OctavoEpilogue : int32_t {
     kLogits,     // out = act(x W^T + bias), not rounded: float32
 };
 
+// An RMS norm. Rounded once, after the weight, or also before it.
+struct OctavoRmsNorm {
+    const void* weight;  // [size]; null: 1
+    float eps;
+    float offset;  // added to the weight; 0 if rounds_first
+    int32_t rounds_first;
+};
+
 struct OctavoLinear {
     OctavoMatrix x;
-    const void* norm_weight;  // [weight.columns]; null: 1
-    const void* norm_bias;    // [weight.columns]; null: 0; layer norm only
+    OctavoRmsNorm rms_norm;
+    const void* norm_weight;  // layer norm: [weight.columns]; null: 1
+    const void* norm_bias;    // layer norm: [weight.columns]; null: 0
     OctavoWeight weight;
     const void* bias;  // [weight.rows] or null
     OctavoMatrix out;
@@ -115,17 +124,19 @@ struct OctavoLinear {
     float parameter;  // of the activation
     int32_t rows;     // OctavoRows
     int32_t norm;     // OctavoNormKind: of each row of x first
-    float norm_eps;
-    int32_t gather;  // x holds all tokens; read the rows in logits_rows
+    float norm_eps;   // of a layer norm
+    int32_t gather;   // x holds all tokens; read the rows in logits_rows
 };
 
 struct OctavoNorm {
     OctavoMatrix x;
     OctavoMatrix out;
-    const void* weight;  // [size], or [groups * size]; null: 1; layer norm only
-    const void* bias;    // likewise; null: 0; layer norm only
-    float eps;
-    int32_t groups;  // each of `size` columns
+    OctavoMatrix residual;  // added to an RMS norm's result; null: 0
+    OctavoRmsNorm rms_norm;
+    const void* weight;  // layer norm: [size], or [groups * size]; null: 1
+    const void* bias;    // likewise; null: 0
+    float eps;           // of a layer norm
+    int32_t groups;      // each of `size` columns
     int32_t size;
     int32_t weight_stride;  // from one group's weights to the next's: 0 or `size`; layer norm only
     int32_t type;
@@ -134,8 +145,8 @@ struct OctavoNorm {
 
 // Transforms applied to each head of q or k before use.
 struct OctavoHeads {
-    const void* norm_weight;  // [head_dim]: RMS norm of each head; or null
-    float norm_eps;
+    OctavoRmsNorm norm;  // of each head
+    int32_t has_norm;
     int32_t rotary_dim;    // 0: no rotary embedding
     const float* cos_sin;  // [max_positions, rotary_dim]
     int32_t interleaved;

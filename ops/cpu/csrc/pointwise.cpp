@@ -17,8 +17,14 @@ void rms_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& tea
     const Range mine = team.share(rows_of(step, op.rows) * op.groups);
     for (int i = mine.begin; i < mine.end; ++i) {
         const int64_t row = i / op.groups, column = static_cast<int64_t>(i % op.groups) * op.size;
-        rms_norm(row_of<T>(op.x, row) + column, static_cast<const T*>(op.weight), op.size, op.eps,
-                 row_of<T>(op.out, row) + column);
+        T* out = row_of<T>(op.out, row) + column;
+        rms_norm(row_of<T>(op.x, row) + column, op.rms_norm, op.size, out);
+        if (!op.residual.data) continue;
+        const T* residual = row_of<T>(op.residual, row) + column;
+        for (int k = 0; k < op.size; k += kLanes) {
+            const int count = op.size - k;
+            store_first(out + k, load_first(residual + k, count) + load_first(out + k, count), count);
+        }
     }
 }
 

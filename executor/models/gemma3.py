@@ -1,0 +1,61 @@
+"""Gemma 3 (arXiv:2503.19786): five layers with a window and their own angles to one without, heads normalised."""
+
+from __future__ import annotations
+
+from executor.layers.context import ModelContext
+from executor.layers.rotary import RotaryEmbedding
+from executor.layers.self_attention import SelfAttention
+from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.models.gemma2 import FULL, SANDWICH, SLIDING, embedding_scale, gemma_norm, optional
+
+
+class Gemma3ForCausalLM(CausalDecoder):
+    attribute_map = {"hidden_act": "hidden_activation"}
+    config_defaults = {
+        "attention_bias": False,
+        "eos_token_id": 1,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1000000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": False,
+        "vocab_size": 262208,
+    }
+
+    def __init__(self, context: ModelContext) -> None:
+        config = context.config
+        if config.boolean("use_bidirectional_attention"):
+            config.bad("use_bidirectional_attention", "false: an encoder (EmbeddingGemma) cannot generate text")
+        pattern = config.size("sliding_window_pattern")
+        types = config.layer_types(FULL, SLIDING, default=lambda index: SLIDING if (index + 1) % pattern else FULL)
+        rotary = {kind: RotaryEmbedding(context, config.rope_for(kind)) for kind in set(types)}
+        bias = config.boolean("attention_bias")
+
+        def attention(index: int, prefix: str) -> SelfAttention:
+            return SelfAttention(
+                context,
+                rotary[types[index]],
+                qkv_bias=bias,
+                out_bias=bias,
+                head_norm=lambda size: gemma_norm(context, size),
+                scale=config.number("query_pre_attn_scalar") ** -0.5,
+                sliding_window=config.size("sliding_window") if types[index] == SLIDING else None,
+                prefix=prefix,
+            )
+
+        parts = DecoderParts(
+            attention,
+            norm=lambda size: gemma_norm(context, size),
+            norms=SANDWICH,
+            embedding_scale=embedding_scale(context),
+            logit_softcap=optional(config, "final_logit_softcapping"),
+        )
+        super().__init__(context, parts)
