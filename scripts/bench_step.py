@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from bench_models import SHAPES, config_of
 
 from api.model.gguf_file import read_gguf
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, StepSize
@@ -44,23 +45,6 @@ BANDWIDTH_BYTES = 256 << 20
 MOST_NODES = 4096
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 49152,
-}
-SHAPES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
-}
-"""Llama models without weights, by the name that ``--model`` takes; all have 8 KV heads."""
 
 
 class Steps:
@@ -144,8 +128,7 @@ def folder_of(model: str) -> Iterator[str]:
         yield model
         return
     with tempfile.TemporaryDirectory() as folder:
-        config = LLAMA | SHAPES[model] | {"num_key_value_heads": 8}
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json.dumps(config_of(model)))
         yield folder
 
 

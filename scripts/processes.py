@@ -88,9 +88,13 @@ class Server:
 
     def memory_bytes(self) -> int:
         """Memory of the whole process tree; pages that several of its processes share count once."""
+        return sum(proportional_bytes(pid) for pid in self.pids())
+
+    def pids(self) -> list[int]:
+        """Process ids of the whole process tree."""
         children = descendants(self._process.pid)
         self._known |= children
-        return sum(proportional_bytes(pid) for pid in (self._process.pid, *(child for child, _ in children)))
+        return [self._process.pid, *(child for child, _ in children)]
 
     def wait_ready(self, path: str = "/health", interval: float = 0.1) -> None:
         """Waits until the server accepts requests.
