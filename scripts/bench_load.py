@@ -105,14 +105,14 @@ def warm_up() -> None:
 
 
 def write_config(folder: Path, shape: dict[str, int]) -> None:
-    from bench_step import LLAMA
+    from bench_models import LLAMA
 
     (folder / "config.json").write_text(json.dumps({**LLAMA, "num_key_value_heads": 8, **shape}))
 
 
 def write_checkpoint(folder: Path, shape: dict[str, int]) -> None:
     """Writes a Llama model with arbitrary weights, one file, in bfloat16."""
-    from bench_step import LLAMA
+    from bench_models import LLAMA
     from safetensors.torch import save_file
 
     sizes: dict[str, Any] = {**LLAMA, **shape}
@@ -207,7 +207,7 @@ def measure(model: str, files: list[Path], options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    from bench_step import SHAPES
+    from bench_models import SHAPES
 
     parser = argparse.ArgumentParser(description="Measure loading from a cold disk.")
     add = parser.add_argument
