@@ -161,7 +161,8 @@ def _demo_weights(demo: GGUFFile) -> dict[str, Bits]:
 def _random_bits(shape: tuple[int, ...], random: np.random.Generator) -> Bits:
     """Random bfloat16 numbers: sign and mantissa are random."""
     bits = np.frombuffer(random.bytes(2 * int(np.prod(shape))), np.uint16).reshape(shape)
-    return (bits & np.uint16(0x807F)) | np.uint16(SMALLEST_EXPONENT)
+    random_bits: Bits = (bits & np.uint16(0x807F)) | np.uint16(SMALLEST_EXPONENT)
+    return random_bits
 
 
 def _floats(bits: Bits) -> npt.NDArray[np.float32]:
