@@ -16,6 +16,7 @@ import torch
 
 from executor.base import ModelError
 from executor.files import read_json, why
+from executor.language_part import is_multimodal, language_fields
 
 T = TypeVar("T")
 
@@ -152,22 +153,22 @@ class HFConfig(Fields):
     """``--hf-overrides``, already part of ``values``."""
     spelling: Mapping[str, str] = field(default_factory=dict)
     """The file's own names of fields: ``{"hidden_size": "n_embd"}``."""
+    is_part: bool = False
+    """Whether it is the language model within a multimodal one."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> HFConfig:
         """A configuration with the keys of ``overrides`` replaced.
 
-        A multi-part model keeps the fields of its language model in ``text_config``.
+        A multimodal model becomes the language model within it, whose fields are in ``text_config``.
         """
-        text = fields.get("text_config")
-        values = {**fields, **text} if isinstance(text, dict) else dict(fields)
-        values["architectures"] = fields.get("architectures") or values.get("architectures")
+        values = language_fields(fields)
         values.update(overrides)
         if "rope_parameters" in overrides:
             values["rope_scaling"] = overrides.get("rope_scaling")
         if "rope_theta" in overrides and isinstance(values.get("rope_parameters"), dict):
             values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": overrides["rope_theta"]}
-        return cls(values, source, overrides)
+        return cls(values, source, overrides, is_part=is_multimodal(fields))
 
     @classmethod
     def from_folder(cls, folder: Path, overrides: Mapping[str, Any]) -> HFConfig:
@@ -346,6 +347,8 @@ class HFConfig(Fields):
     def _complete_rope(self, section: Fields, theta: str = "rope_theta") -> Fields:
         values = dict(section.values)
         values["rope_type"] = values.get("rope_type") or values.get("type") or "default"
+        if values["rope_type"] == "mrope":  # positions on several axes, which are equal where there is only text
+            values["rope_type"] = "default"
         for key, own, fallback in (
             ("rope_theta", theta, self.section("rope_parameters").values.get("rope_theta") or 10000.0),
             ("partial_rotary_factor", "partial_rotary_factor", 1.0),

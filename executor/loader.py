@@ -8,12 +8,14 @@ then copies tensor by tensor. Each layer is packed once it is complete (``packin
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from executor import language_part
 from executor.attention.base import choose_backends
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
@@ -193,8 +195,13 @@ def load_weights(
     """
     targets = find_targets(model)
     tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
-    stored = checkpoint.tensors(targets.keys() | tied.keys(), model.mapper)
-    found, doubles = match_names(stored, targets, model.mapper, tied)
+    is_part, mapper = context.config.is_part, model.mapper
+    if is_part:
+        mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
+    stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
+    found, doubles = match_names(stored, targets, mapper, tied)
+    if is_part:
+        _report_other_parts(stored)
     for name, double in doubles.items():
         if name not in found:
             found[name] = double
@@ -229,6 +236,15 @@ def load_weights(
         done += num_bytes
         progress("weights", done, total)
     packing.finish()
+
+
+def _report_other_parts(stored: Iterable[StoredTensor]) -> None:
+    rest = [tensor.num_bytes for tensor in stored if re.search(language_part.OTHER_PARTS, tensor.name)]
+    logger.info(
+        "a multimodal model: its language model is served, for text alone; skipping %d tensors (%.3g GB) of others",
+        len(rest),
+        sum(rest) / 1e9,
+    )
 
 
 def find_targets(model: Model) -> dict[str, Target]:

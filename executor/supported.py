@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from executor.base import ModelError
+from executor.language_part import language_fields
 from executor.models.registry import check_architecture
 from executor.quantization.base import quantization_name
 
@@ -20,7 +21,7 @@ def check_supported(fields: Mapping[str, Any], quantization: str | None = None) 
     Raises:
         ModelError: One of them is missing, invalid or not supported.
     """
-    names = fields.get("architectures")
+    names = language_fields(fields).get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelError("architectures must be a list of at least one name")
     check_architecture(names[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,6 +19,15 @@ class WeightsMapper:
     """Names, after ``renames``, of tensors that the model does not need."""
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """Names, after ``renames``, of tensors that are stored in another layout, and what turns them into the model's."""
+
+    def within(self, renames: Sequence[tuple[str, str]], other_parts: str) -> WeightsMapper:
+        """The mapper for a checkpoint that holds the model as a part.
+
+        Args:
+            renames: Turn the part's names into those of the model alone.
+            other_parts: Names of tensors of the other parts.
+        """
+        return replace(self, renames=[*renames, *self.renames], ignored=[*self.ignored, other_parts])
 
     def name(self, stored: str) -> str:
         """The model's name of a tensor."""
