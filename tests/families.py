@@ -74,6 +74,26 @@ def gemma3_spelling(config: Fields) -> None:
     config["sliding_window_pattern"] = 2
 
 
+def old_phi3(config: Fields) -> None:
+    """The lengths are no part of ``rope_scaling``, and the type has an older name."""
+    rope = config["rope_parameters"]
+    del rope["original_max_position_embeddings"]
+    rope["rope_type"] = "su"
+    old_rope(config)
+
+
+def old_olmo3(config: Fields) -> None:
+    """One set of rotary parameters, whose scaling is for full attention only."""
+    config["rope_parameters"] = config["rope_parameters"][FULL]
+    old_rope(config)
+
+
+def old_granite(config: Fields) -> None:
+    """Types of layers have older names."""
+    config["layer_types"] = ["attention"] * len(config["layer_types"])
+    old_rope(config)
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers makes a tiny model of a family."""
@@ -114,6 +134,22 @@ GPT: Fields = {
 }
 """Fields of GPT-2 and GPT-J under their own names."""
 
+GRANITE: Fields = {
+    "attention_bias": True,
+    "attention_multiplier": 0.4,
+    "embedding_multiplier": 2.5,
+    "logits_scaling": 0.7,
+    "residual_multiplier": 0.6,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 7000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
 FAMILIES: Mapping[str, Family] = {
     "arcee": Family(
         "ArceeConfig",
@@ -148,6 +184,21 @@ FAMILIES: Mapping[str, Family] = {
         },
         old_spelling=old_cohere2,
         variants={"biases": {"attention_bias": True}},
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5Config",
+        "Ernie4_5ForCausalLM",
+        {"head_dim": 32, "use_bias": True, "tie_word_embeddings": True},
+        variants={"untied": {"tie_word_embeddings": False, "use_bias": False}},
+    ),
+    "exaone4": Family(
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        {"sliding_window": 24, "layer_types": [SLIDING, FULL, SLIDING]},
+        variants={
+            "pattern": {"sliding_window": 24, "sliding_window_pattern": 2, "layer_types": None},
+            "no windows": {"sliding_window": None, "layer_types": [FULL] * 3},
+        },
     ),
     "falcon": Family(
         "FalconConfig",
@@ -211,6 +262,13 @@ FAMILIES: Mapping[str, Family] = {
             "biases": {"attention_bias": True, "tie_word_embeddings": False},
         },
     ),
+    "glm": Family("GlmConfig", "GlmForCausalLM", {"head_dim": 32}, variants={"no biases": {"attention_bias": False}}),
+    "glm4": Family(
+        "Glm4Config",
+        "Glm4ForCausalLM",
+        {"head_dim": 32},
+        variants={"a quarter rotated": {"rope_parameters": {"rope_theta": 3000.0, "partial_rotary_factor": 0.25}}},
+    ),
     "gpt2": Family(
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -234,6 +292,21 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT, "rotary_dim": 6}, no_rope),
+    "granite": Family("GraniteConfig", "GraniteForCausalLM", {**GRANITE, "mlp_bias": True}),
+    "granite4": Family(
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **GRANITE,
+            "layer_types": [FULL] * 3,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "shared_intermediate_size": 80,
+            "mamba_n_heads": 4,
+        },
+        old_spelling=old_granite,
+        variants={"no rotation": {"position_embedding_type": None}},
+    ),
     "llama": Family(
         "LlamaConfig",
         "LlamaForCausalLM",
@@ -245,6 +318,23 @@ FAMILIES: Mapping[str, Family] = {
             "gelu": {"hidden_act": "gelu_pytorch_tanh"},
             "one kv head": {"num_key_value_heads": 1},
         },
+    ),
+    "ministral3": Family(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 32,
+            "sliding_window": 50,
+            "rope_parameters": {
+                **YARN,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        variants={"no window": {"sliding_window": None}},
     ),
     "mistral": Family(
         "MistralConfig", "MistralForCausalLM", {"sliding_window": 24}, variants={"no window": {"sliding_window": None}}
@@ -266,6 +356,31 @@ FAMILIES: Mapping[str, Family] = {
         "OlmoForCausalLM",
         {**LAYER_NORM, "clip_qkv": 0.5, "rope_parameters": {"rope_theta": 3000.0}},
         variants={"biases": {"attention_bias": True, "clip_qkv": None}},
+    ),
+    "olmo2": Family(
+        "Olmo2Config", "Olmo2ForCausalLM", {"attention_bias": True}, variants={"yarn": {"rope_parameters": YARN}}
+    ),
+    "olmo3": Family(
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            "sliding_window": 24,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {
+                FULL: YARN,
+                SLIDING: {"rope_type": "default", "rope_theta": YARN["rope_theta"]},
+            },
+        },
+        old_spelling=old_olmo3,
+        variants={
+            "default types": {"sliding_window": 24, "layer_types": None, "num_hidden_layers": 4},
+            "two bases": {
+                "rope_parameters": {
+                    FULL: YARN,
+                    SLIDING: {"rope_type": "default", "rope_theta": 300.0},
+                }
+            },
+        },
     ),
     "opt": Family(
         "OPTConfig",
@@ -295,6 +410,16 @@ FAMILIES: Mapping[str, Family] = {
         },
         variants={"plain": {"qk_layernorm": False}},
     ),
+    "phi3": Family(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {"sliding_window": 24, "original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+        old_spelling=old_phi3,
+        variants={
+            "plain": {"rope_parameters": {"rope_theta": 3000.0}, "sliding_window": None},
+            "factors": {"rope_parameters": {**LONGROPE, "attention_factor": 1.3}},
+        },
+    ),
     "qwen2": Family(
         "Qwen2Config",
         "Qwen2ForCausalLM",
@@ -315,6 +440,28 @@ FAMILIES: Mapping[str, Family] = {
             "tied": {"tie_word_embeddings": True},
             "some windows": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2},
             "biases": {"attention_bias": True},
+        },
+    ),
+    "seed_oss": Family(
+        "SeedOssConfig",
+        "SeedOssForCausalLM",
+        {"head_dim": 32, "mlp_bias": True},
+        variants={"other biases": {"attention_bias": False, "attention_out_bias": True}},
+    ),
+    "smollm3": Family(
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+        variants={
+            "interval": {"no_rope_layers": None, "no_rope_layer_interval": 2, "use_sliding_window": False},
+            "listed types": {"layer_types": [SLIDING, FULL, SLIDING], "no_rope_layers": [0, 0, 1]},
         },
     ),
     "stablelm": Family(

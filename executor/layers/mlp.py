@@ -32,13 +32,31 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))`` (Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202)."""
 
-    def __init__(self, context: ModelContext, *, bias: bool = False, prefix: str) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        intermediate_size: int | None = None,
+        *,
+        bias: bool = False,
+        is_fused: bool = False,
+        prefix: str,
+    ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: The model's construction context.
+            intermediate_size: Columns of gate and of up. Default: ``config.intermediate_size``.
+            bias: Whether the projections have biases.
+            is_fused: The checkpoint holds gate and up, concatenated, as one tensor ``gate_up_proj``.
+            prefix: The layer's name in the model.
+        """
         super().__init__()
         config = context.config
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.activation = config.choice("hidden_act", GATED_ACTIVATIONS)
+        projections = [inner, inner] if is_fused else {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = MergedColumnParallelLinear(
-            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
+            context, hidden, projections, bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import ops
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, Parts, WeightParameter, single
+from executor.layers.parameter import Part, Parts, Range, WeightParameter, single
 
 
 class RMSNorm(nn.Module):
@@ -78,6 +78,40 @@ class HeadsLayerNorm(nn.Module):
         """``x`` [num_tokens, this rank's heads * head_dim] -> the same."""
         weight = self.heads.get_parameter("weight").data.flatten()
         return ops.layer_norm(x, weight, None, self.eps, self.size)
+
+
+class AllHeadsRMSNorm(nn.Module):
+    """Root mean square norm over all heads of q or of k, of which each rank holds a share. Rounds once, at the end."""
+
+    def __init__(self, context: ModelContext, num_heads: int, head_dim: int, eps: float) -> None:
+        """Creates the norm.
+
+        Args:
+            context: The model's construction context.
+            num_heads: Heads over all ranks. With more ranks than heads, several ranks have the same head.
+            head_dim: Size of a head.
+            eps: Added to the mean of the squares.
+        """
+        super().__init__()
+        ranks = context.parallel.tp_size
+        copies = max(1, ranks // num_heads)
+        width = num_heads * copies // ranks * head_dim
+        shares = tuple(Range(rank // copies * width, width, rank * width) for rank in range(ranks))
+        self.eps = eps
+        self.communicator = context.communicator
+        self.widths = [width] * ranks
+        self.weight = WeightParameter.empty(
+            single(Part(num_heads * head_dim, shares)), dtype=context.dtype, device=context.device
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [num_tokens, this rank's heads * head_dim] -> the same."""
+        if self.communicator.size == 1:
+            return ops.rms_norm(x, self.weight, self.eps, round_first=False)
+        whole = ops.all_gather(x, self.communicator, tuple(self.widths))
+        normed = ops.rms_norm(whole, self.weight, self.eps, round_first=False)
+        shares: tuple[Tensor, ...] = normed.split(self.widths, dim=-1)
+        return shares[self.communicator.rank]
 
 
 class LayerNorm(nn.Module):

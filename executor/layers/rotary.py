@@ -137,6 +137,34 @@ def yarn(given: RopeInput) -> tuple[Tensor, float]:
     return frequencies, attention_factor
 
 
+def longrope(given: RopeInput) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al., arXiv:2402.13753): a factor for each frequency, from one of two lists.
+
+    ``short_factor`` is for sequences up to ``original_max_position_embeddings``, ``long_factor`` for longer ones.
+    transformers switches when a sequence passes that length. Here, as with ``dynamic``, the longest sequence served
+    decides for every request.
+    """
+    rope, original = given.rope, given.original_max_position
+    is_long = given.max_model_len > original
+    if is_long:
+        logger.warning(
+            "longrope: angles are those for more than %d tokens, for shorter prompts too; --max-model-len %d gives "
+            "those for short prompts",
+            original,
+            original,
+        )
+    name = "long_factor" if is_long else "short_factor"
+    factors = torch.tensor(rope.numbers(name), dtype=torch.float32)
+    if 2 * len(factors) != given.rotary_dim:
+        rope.bad(name, f"a list of {given.rotary_dim // 2} numbers")
+    factor = rope.number("factor", given.max_position / original)
+    if rope.has("attention_factor"):
+        attention_factor = rope.number("attention_factor")
+    else:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0 / (factors * given.wavelengths(given.base)), attention_factor
+
+
 def frequency_factors(given: RopeInput) -> tuple[Tensor, float]:
     """Divides each frequency by its own factor, as GGUF files store Llama 3's scaling (``rope_freqs.weight``)."""
     factors = torch.tensor(given.rope.numbers("factors"), dtype=torch.float32)
@@ -151,6 +179,8 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
     "frequency_factors": frequency_factors,
     "linear": linear,
     "llama3": llama3,
+    "longrope": longrope,
+    "su": longrope,
     "yarn": yarn,
 }
 """Each returns the angles per position, float32 [rotary_dim / 2], and a factor for cosines and sines."""
@@ -161,6 +191,8 @@ class RotaryEmbedding(nn.Module):
 
     cos_sin: Tensor
     """float32 [positions, rotary_dim]: cosines, then sines. Empty until ``reserve``."""
+    q_cos_sin: Tensor
+    """The same times ``query_scale``; ``cos_sin`` itself without one."""
 
     def __init__(
         self,
@@ -170,6 +202,7 @@ class RotaryEmbedding(nn.Module):
         head_dim: int | None = None,
         rotary_dim: int | None = None,
         is_interleaved: bool = False,
+        query_scale: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Computes the angles.
 
@@ -179,6 +212,8 @@ class RotaryEmbedding(nn.Module):
             head_dim: Size of a head. Default: ``config.head_dim``.
             rotary_dim: Columns of each head that are rotated. Default: ``partial_rotary_factor`` of them.
             is_interleaved: Pairs are adjacent columns instead of the two halves.
+            query_scale: Factors of the queries: takes positions [n], int64, returns float32 [n]. All columns of a head
+                must be rotated.
         """
         super().__init__()
         config = context.config
@@ -188,6 +223,8 @@ class RotaryEmbedding(nn.Module):
         rotary_dim = rotary_dim or int(self.head_dim * rope.number("partial_rotary_factor"))
         if not 2 <= rotary_dim <= self.head_dim:
             rope.bad("partial_rotary_factor", f"a fraction that gives 2 to head_dim ({self.head_dim}) columns")
+        if query_scale is not None and rotary_dim != self.head_dim:
+            rope.bad("partial_rotary_factor", "1 in a model that scales queries by their positions")
         compute = rope.choice("rope_type", ROPE_TYPES)
         self._frequencies, self._factor = compute(
             RopeInput(rope, rotary_dim, config.max_position_embeddings, context.max_model_len)
@@ -196,21 +233,27 @@ class RotaryEmbedding(nn.Module):
             raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
         self.register_buffer("cos_sin", table, persistent=False)
+        self.register_buffer("q_cos_sin", table, persistent=False)
+        self._query_scale = query_scale
 
     @property
     def position_bytes(self) -> int:
-        """Bytes of the table per position."""
-        return self.cos_sin.shape[1] * self.cos_sin.element_size()
+        """Bytes of the tables per position."""
+        return self.cos_sin.shape[1] * self.cos_sin.element_size() * (1 if self._query_scale is None else 2)
 
     def reserve(self, num_positions: int) -> None:
         """Builds the table for the positions served, which may be far fewer than the model allows."""
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), self._frequencies)
         table = torch.cat((angles.cos() * self._factor, angles.sin() * self._factor), dim=-1)
-        self.cos_sin = table.to(self.cos_sin.device)
+        device = self.cos_sin.device
+        self.cos_sin = table.to(device)
+        self.q_cos_sin = self.cos_sin
+        if self._query_scale is not None:
+            self.q_cos_sin = (table * self._query_scale(torch.arange(num_positions)).unsqueeze(1)).to(device)
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
         return (
-            ops.rotary_embedding(q, positions, self.cos_sin, self.head_dim, self.is_interleaved),
+            ops.rotary_embedding(q, positions, self.q_cos_sin, self.head_dim, self.is_interleaved),
             ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim, self.is_interleaved),
         )

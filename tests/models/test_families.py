@@ -6,13 +6,18 @@ the CPU kernels: the same bits alone and in any batch.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
+from executor.models.registry import resolve_model
 from ops.cpu import build
 from tests import tiny
-from tests.families import FAMILIES
+from tests.families import FAMILIES, FULL, LONGROPE
 from tests.models.harness import (
     Chunk,
     Runner,
@@ -21,6 +26,7 @@ from tests.models.harness import (
     logits_of,
     random_tokens,
     reference_logits,
+    refusal,
     steps_of,
 )
 from tests.ops.cpu import DTYPES, threads
@@ -29,6 +35,9 @@ NEEDS_KERNELS = pytest.mark.skipif(not build.available(), reason="no kernels are
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
 
 families = pytest.mark.parametrize("name", FAMILIES)
+
+ONLY_IN_OLDER_FILES = {"rope_local_base_freq", "sliding_window_pattern"}
+"""Fields that transformers reads without having them."""
 
 
 @pytest.mark.parametrize("old_spelling", [False, True], ids=["new", "old"])
@@ -139,3 +148,52 @@ def test_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> Non
         tokens = [token for step in steps for chunk in step if chunk.request == request for token in chunk.token_ids]
         alone = torch.cat([runner.step([Chunk(request, [token])]) for token in tokens])
         assert torch.equal(torch.cat(logits), alone)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# configurations
+
+
+@families
+def test_defaults_are_those_of_transformers(name: str) -> None:
+    made = getattr(transformers, FAMILIES[name].config)()
+    rope = made.to_dict().get("rope_parameters") or {}
+    theirs = {**vars(type(made)), **rope.get(FULL, rope)}
+    ours = resolve_model(FAMILIES[name].model)
+    for key, value in ours.config_defaults.items():
+        own = ours.attribute_map.get(key, made.attribute_map.get(key, key))
+        if own in theirs or own not in ONLY_IN_OLDER_FILES:
+            assert value in (theirs.get(own), theirs.get(key), getattr(made, own, None)), key
+
+
+def test_longrope_is_chosen_by_the_longest_sequence() -> None:
+    folder = tiny.checkpoint("phi3")  # short factors up to 32 tokens
+    token_ids = random_tokens(32)
+    short = logits_of(load(folder, max_model_len=32), token_ids)
+    assert_close(short, reference_logits(folder, token_ids))
+    long = load(folder)
+    token_ids = random_tokens(33)  # transformers chooses by the length at hand
+    assert_close(logits_of(long, token_ids), reference_logits(folder, token_ids))
+    prefix = logits_of(long, token_ids[:32])
+    torch.testing.assert_close(prefix, logits_of(long, token_ids)[:32], rtol=0, atol=1e-4)
+    assert (prefix - short).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": "LXG"}, "sliding_window_pattern must be"),
+        ("exaone4", {"layer_types": [FULL]}, "layer_types must be 3 times"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be a number other than 0"),
+        ("granite4", {"layer_types": ["attention", "mamba", "attention"]}, "Mamba layers are not supported yet"),
+        ("granite4", {"num_local_experts": 4}, "mixture-of-experts layers are not supported yet"),
+        ("ministral3", {"rope_parameters": {"rope_type": "yarn"}}, "llama_4_scaling_beta is missing"),
+        ("phi3", {"rope_parameters": {**LONGROPE, "long_factor": [1.0]}}, "long_factor must be a list of 6 numbers"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be 3 times 0 or 1"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers must be 3 times 0 or 1"),
+    ],
+)
+def test_contradictory_configurations(tmp_path: Path, name: str, fields: dict[str, Any], expected: str) -> None:
+    folder = tiny.copy_of(tiny.checkpoint(name), tmp_path / "model")
+    tiny.edit_json(folder / "config.json", lambda config: config.update(fields))
+    assert expected in refusal(folder)

@@ -20,10 +20,18 @@ STEPS = [
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(
-    "fields", [{}, {"tied": True}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "tied", "biases"]
+    ("kind", "fields"),
+    [
+        pytest.param("llama", {}, id="plain"),
+        pytest.param("llama", {"tied": True}, id="tied"),
+        pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="biases"),
+        pytest.param("phi3", {}, id="fused in the checkpoint"),
+        pytest.param("olmo2", {}, id="norm over all heads"),
+        pytest.param("olmo2", {"num_key_value_heads": 1}, id="norm over a head that both have"),
+    ],
 )
-def test_two_ranks_have_the_logits_of_one(fields: dict[str, Any], captured: bool) -> None:
-    folder = tiny.checkpoint("llama", **fields)
+def test_two_ranks_have_the_logits_of_one(kind: str, fields: dict[str, Any], captured: bool) -> None:
+    folder = tiny.checkpoint(kind, **fields)
 
     def run(rank: ThreadRank) -> list[torch.Tensor]:
         loaded = load(folder, parallel=ParallelState(rank.rank, rank.size), communicator=rank)

@@ -1,0 +1,93 @@
+"""Granite 3 and 4 (IBM, Granite 3.0 Language Models, 2024): Llama with factors for embeddings, scores, residuals and
+logits, as in muP (Yang et al., arXiv:2203.03466)."""
+
+from __future__ import annotations
+
+from executor.base import ModelError
+from executor.layers.context import ModelContext
+from executor.layers.mlp import GatedMLP
+from executor.layers.rotary import RotaryEmbedding
+from executor.layers.self_attention import SelfAttention
+from executor.models.base import WeightsMapper
+from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts, MakeBlock
+
+GRANITE_DEFAULTS = {
+    "attention_bias": False,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "logits_scaling": 1.0,
+    "max_position_embeddings": 2048,
+    "residual_multiplier": 1.0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def granite_parts(context: ModelContext, mlp: MakeBlock, *, is_rotated: bool = True) -> DecoderParts:
+    """What the two generations share."""
+    config = context.config
+    rotary = RotaryEmbedding(context) if is_rotated else None
+    bias, scale = config.boolean("attention_bias"), config.number("attention_multiplier")
+    logits_scaling = config.number("logits_scaling")
+    if logits_scaling == 0:
+        config.bad("logits_scaling", "a number other than 0")
+
+    def attention(index: int, prefix: str) -> SelfAttention:
+        return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, scale=scale, prefix=prefix)
+
+    return DecoderParts(
+        attention,
+        mlp,
+        embedding_scale=config.number("embedding_multiplier"),
+        residual_scale=config.number("residual_multiplier"),
+        logit_scale=1 / logits_scaling,
+    )
+
+
+class GraniteForCausalLM(CausalDecoder):
+    config_defaults = {**GRANITE_DEFAULTS, "mlp_bias": False}
+
+    def __init__(self, context: ModelContext) -> None:
+        bias = context.config.boolean("mlp_bias")
+
+        def mlp(index: int, prefix: str) -> GatedMLP:
+            return GatedMLP(context, bias=bias, prefix=prefix)
+
+        super().__init__(context, granite_parts(context, mlp))
+
+
+class GraniteMoeHybridForCausalLM(CausalDecoder):
+    """Granite 4 models that have neither Mamba layers nor experts: what remains is their shared MLP."""
+
+    mapper = WeightsMapper(
+        renames=[
+            (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
+            (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
+        ],
+        ignored=[ROTARY_BUFFERS],
+    )
+    config_defaults = {
+        **GRANITE_DEFAULTS,
+        "num_local_experts": 8,
+        "shared_intermediate_size": 1024,
+    }
+
+    def __init__(self, context: ModelContext) -> None:
+        config = context.config
+        kinds = ("attention", "full_attention", "mamba", "linear_attention")  # full and linear since transformers 5
+        types = config.layer_types(*kinds, default=lambda index: "mamba")
+        if set(types) & {"mamba", "linear_attention"}:
+            raise ModelError(
+                f"{config.source}: Mamba layers are not supported yet; choose a Granite 4 model without them, such as "
+                "ibm-granite/granite-4.0-micro"
+            )
+        if config.integer("num_local_experts"):
+            raise ModelError(f"{config.source}: mixture-of-experts layers are not supported yet")
+        inner = config.size("shared_intermediate_size")
+
+        def mlp(index: int, prefix: str) -> GatedMLP:
+            return GatedMLP(context, inner, is_fused=True, prefix=prefix)
+
+        is_rotated = config.string("position_embedding_type", "nope") == "rope"
+        super().__init__(context, granite_parts(context, mlp, is_rotated=is_rotated))
