@@ -34,8 +34,11 @@ ENVIRONMENT = {
     "OCTAVO_LOG_FORMAT": Variable("`--log-format`.", "log_format"),
     "VLLM_HTTP_MAX_REQUEST_BODY_SIZE": Variable("`--max-body-size`.", "max_body_size"),
     "VLLM_CPU_KVCACHE_SPACE": Variable("`--kv-cache-memory` in GiB; 0: the default.", "kv_cache_memory"),
+    "VLLM_USE_MODELSCOPE": Variable("`--use-modelscope`.", "use_modelscope"),
     CONFIG_VARIABLE: Variable("Configuration file, if `--config` is not given."),
-    "OCTAVO_CACHE_DIR": Variable("Folder for compiled kernels. Default: `octavo` in the cache folder."),
+    "OCTAVO_CACHE_DIR": Variable(
+        "Folder for compiled kernels and converted weights. Default: `octavo` in the cache folder."
+    ),
     "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avx2, portable or reference."),
     "CXX": Variable("C++ compiler for the kernels. Default: g++, c++ or clang++."),
     "XDG_CACHE_HOME": Variable("Cache folder. Default: `~/.cache`."),
@@ -119,6 +122,13 @@ class ServerConfig(Config, frozen=True):
         str | None,
         Meta(description="Hub token for private and gated models. Default: HF_TOKEN.", extra={"group": "Model"}),
     ] = None
+    use_modelscope: Annotated[
+        bool,
+        Meta(
+            description="Download from modelscope.cn instead of huggingface.co. Needs pip install modelscope.",
+            extra={"group": "Model"},
+        ),
+    ] = False
     seed: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(

@@ -20,6 +20,7 @@ class LLMOptions(TypedDict, total=False):
     revision: str | None
     tokenizer_revision: str | None
     hf_token: str | None
+    use_modelscope: bool
     seed: int | None
     download_dir: str | None
     chat_template: str | None

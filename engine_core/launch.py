@@ -13,7 +13,7 @@ from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, printable, setup_logging
 from executor.process import ChildProcess, child_command, child_environment
-from executor.supported import check_supported
+from executor.supported import check_gguf_architecture, check_supported
 
 RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
@@ -57,6 +57,7 @@ __all__ = [
     "LastWork",
     "ProcessWatch",
     "ModelError",
+    "check_gguf_architecture",
     "check_supported",
     "child_command",
     "child_environment",

@@ -36,6 +36,8 @@ class GGUFTensor(Config, frozen=True, array_like=True):
     offset: int
     """Bytes from the start of the file."""
     num_bytes: int
+    file: int = 0
+    """Index of the file in ``GGUFHeader.files``."""
 
 
 class GGUFHeader(Config, frozen=True):
@@ -46,6 +48,8 @@ class GGUFHeader(Config, frozen=True):
 
     metadata: dict[str, bool | int | float | str | list[bool | int | float | str]]
     tensors: list[GGUFTensor]
+    files: list[str] = []
+    """Names of the parts of a split model, in one folder; empty: a single file."""
 
 
 class ModelConfig(Config, frozen=True):
@@ -56,7 +60,8 @@ class ModelConfig(Config, frozen=True):
     model: Annotated[
         str,
         Meta(
-            description="Hugging Face hub id, local folder or GGUF file. Default: the demo model.",
+            description="Hugging Face hub id, local folder or GGUF file; owner/name:Q4_K_M selects a GGUF file of a "
+            "repository. Default: the demo model.",
             extra={"flags": ["--model"]},
         ),
     ] = ""
@@ -83,12 +88,17 @@ class ModelConfig(Config, frozen=True):
     ] = {}
     load_format: Annotated[
         Literal["auto", "safetensors", "gguf", "dummy"],
-        Meta(description="Format of the weights. dummy: random weights, for benchmarks."),
+        Meta(
+            description="Format of the weights. auto: safetensors, else GGUF, else pickled weights, converted once. "
+            "dummy: random weights, for benchmarks."
+        ),
     ] = "auto"
     enforce_eager: Annotated[bool, Meta(description="Run ops one by one instead of replaying a captured program.")] = (
         False
     )
     gguf: Annotated[GGUFHeader | None, Meta(extra={"internal": True})] = None
+    weights: Annotated[str, Meta(extra={"internal": True})] = ""
+    """Folder of the safetensors files, if not the model's."""
 
 
 class ParallelConfig(Config, frozen=True):

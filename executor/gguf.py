@@ -25,6 +25,7 @@ from executor.checkpoint import FLOATS, StoredTensor, map_file
 from executor.config import GGUFHeader, GGUFTensor
 from executor.gguf_architectures import ARCHITECTURES
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
+from executor.supported import check_gguf_architecture
 from executor.weights_mapper import WeightsMapper
 
 PLAIN_TYPES = {
@@ -57,8 +58,6 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     """
     fields = Fields(header.metadata, source)
     arch = _architecture(fields)
-    if header.metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) not in (0, 1):
-        raise ModelError(f"{source}: split GGUF models are not supported; merge the files with gguf-split")
     if header.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)):
         raise ModelError(f"{source}: mixture-of-experts models are not supported")
 
@@ -93,11 +92,10 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
 
 def _architecture(fields: Fields) -> str:
     arch = fields.string(Keys.General.ARCHITECTURE)
-    if arch not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise ModelError(
-            f"{fields.source}: architecture {arch!r} is not supported yet; choose a file with one of: {supported}"
-        )
+    try:
+        check_gguf_architecture(arch)
+    except ModelError as error:
+        raise ModelError(f"{fields.source}: {error}") from error
     return arch
 
 
@@ -127,12 +125,19 @@ def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
 
 
 class GGUFCheckpoint:
-    """A GGUF file."""
+    """A GGUF model in one or more files."""
 
     def __init__(self, path: Path, header: GGUFHeader) -> None:
+        """Opens the files.
+
+        Args:
+            path: The file, or the first of several.
+            header: Its header, with the tensors of all files.
+        """
         self.path = path
         self.header = header
-        self.mapped = map_file(path)
+        self.paths = [path.parent / name for name in header.files] or [path]
+        self.mapped = [map_file(each) for each in self.paths]
         self.entries = {tensor.name: tensor for tensor in header.tensors}
         for tensor in header.tensors:
             self._check(tensor)
@@ -163,7 +168,8 @@ class GGUFCheckpoint:
         return self._origin(self._gguf_name(name))
 
     def _origin(self, gguf_name: str) -> str:
-        return f"{self.path}: tensor {gguf_name!r}"
+        entry = self.entries.get(gguf_name)
+        return f"{self.path if entry is None else self.paths[entry.file]}: tensor {gguf_name!r}"
 
     def _gguf_name(self, name: str) -> str:
         return self.names.get_name(name, try_suffixes=SUFFIXES) or name
@@ -172,7 +178,7 @@ class GGUFCheckpoint:
         """Checks that the tensor has a known type and lies within the file."""
         origin = self._origin(tensor.name)
         check_size(tensor, origin)
-        missing = tensor.offset + tensor.num_bytes - len(self.mapped)
+        missing = tensor.offset + tensor.num_bytes - len(self.mapped[tensor.file])
         if missing > 0:
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
 
@@ -180,7 +186,7 @@ class GGUFCheckpoint:
         kind = _type_of(tensor, self._origin(tensor.name))
         if dtype not in FLOATS:
             raise ValueError(f"has type {kind.name}; the model needs {dtype}")
-        raw = np.frombuffer(self.mapped, np.uint8, tensor.num_bytes, tensor.offset)
+        raw = np.frombuffer(self.mapped[tensor.file], np.uint8, tensor.num_bytes, tensor.offset)
         role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
         if role is not None and role in self.architecture.permuted:
             num_heads = self.config[self.architecture.permuted[role]]

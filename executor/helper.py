@@ -62,6 +62,8 @@ class HelperLimits(Config, frozen=True):
     stack_bytes: int = 8 << 20
     """Stack of the thread that runs the job, the interpreter's frames above it included."""
     max_output_bytes: int = 64 << 20
+    max_file_bytes: int = 1 << 20
+    """Size of a file that the job writes."""
 
 
 class HelperLaunch(Config, frozen=True):
@@ -136,8 +138,8 @@ class Helper:
     From a thread: ``helper.call("job", data)``. From asyncio: ``await asyncio.wrap_future(helper.submit(...))``. From
     a poller: ``helper.submit(...).add_done_callback`` with a function that wakes it, called in another thread.
 
-    A job is a top-level function ``(data: bytes) -> bytes`` of a module that does not import torch. It raises
-    ``ValueError`` for invalid data and must keep no state between calls, except caches of pure results.
+    A job is a top-level function ``(data: bytes) -> bytes``. It raises ``ValueError`` for invalid data and must keep no
+    state between calls, except caches of pure results.
 
     Owners take turns by the helper time they have used, so an owner whose calls hit limits waits behind the others.
 

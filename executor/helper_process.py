@@ -26,7 +26,6 @@ MAX_GROWTH = 48 << 20
 """Bytes by which a process may grow after its preparation before a fresh one replaces it."""
 _ADDRESS_ROOM = 256 << 20
 """Address space in addition to the memory limit: allocators and threads reserve more than they use."""
-_MAX_FILE_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 
 Job = Callable[[bytes], bytes]
@@ -38,7 +37,6 @@ def main() -> int:
     output = os.dup(1)
     os.dup2(2, 1)  # keep a job's prints out of the replies
     _set_limit(resource.RLIMIT_CORE, 0)
-    _set_limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
     jobs: dict[str, Job] = {}
     _send(output, HelperReply())
     base = resident_bytes()
@@ -95,13 +93,14 @@ class _Limits:
         _set_limit(resource.RLIMIT_DATA, data + limits.memory_bytes)
         _set_limit(resource.RLIMIT_AS, size + limits.memory_bytes + _ADDRESS_ROOM)
         _set_limit(resource.RLIMIT_STACK, limits.stack_bytes)
+        _set_limit(resource.RLIMIT_FSIZE, limits.max_file_bytes)
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
 
     def __exit__(self, *_: object) -> None:
         if self._limits is None:
             return
         signal.setitimer(signal.ITIMER_PROF, 0)
-        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_STACK):
+        for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_STACK, resource.RLIMIT_FSIZE):
             _set_limit(kind, resource.RLIM_INFINITY)
 
 

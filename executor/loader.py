@@ -152,7 +152,7 @@ def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
     if config.load_format == "gguf" or path.suffix == ".gguf":
         raise ModelError(f"{path}: not a GGUF file")
     hf_config = HFConfig.from_folder(path, config.hf_overrides)
-    return hf_config, None if config.load_format == "dummy" else SafetensorsCheckpoint(path)
+    return hf_config, None if config.load_format == "dummy" else SafetensorsCheckpoint(Path(config.weights or path))
 
 
 def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:

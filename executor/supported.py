@@ -1,4 +1,4 @@
-"""Checks from config.json alone whether a model can be served, before its weights are downloaded. Needs no torch."""
+"""Checks whether a model can be served, before its weights are downloaded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from executor.base import ModelError
 from executor.language_part import language_fields
 from executor.models.registry import check_architecture
 from executor.quantization.base import quantization_name
+
+GGUF_ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
+"""The keys of ``ARCHITECTURES`` in ``gguf_architectures.py``, which needs torch."""
+
+
+def check_gguf_architecture(architecture: str) -> None:
+    """Checks the ``general.architecture`` of a GGUF file.
+
+    Raises:
+        ModelError: It is not supported.
+    """
+    if architecture not in GGUF_ARCHITECTURES:
+        supported = ", ".join(GGUF_ARCHITECTURES)
+        raise ModelError(f"architecture {architecture!r} is not supported yet; choose a file with one of: {supported}")
 
 
 def check_supported(fields: Mapping[str, Any], quantization: str | None = None) -> None:

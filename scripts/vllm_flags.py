@@ -28,8 +28,9 @@ be set as flags (`--hf-overrides.rope_theta 1e6`). `octavo serve --help` explain
 * **refused**: the feature does not exist yet. The server exits with an error that names the option. Default values, and
   `false` for a switch, are accepted.
 
-Of vLLM's environment variables, `VLLM_API_KEY`, `VLLM_LOGGING_LEVEL`, `VLLM_CPU_KVCACHE_SPACE` and
-`VLLM_HTTP_MAX_REQUEST_BODY_SIZE` work as in vLLM; with `--log-level debug`, the log names others that are set.
+Of vLLM's environment variables, `VLLM_API_KEY`, `VLLM_LOGGING_LEVEL`, `VLLM_CPU_KVCACHE_SPACE`,
+`VLLM_HTTP_MAX_REQUEST_BODY_SIZE` and `VLLM_USE_MODELSCOPE` work as in vLLM; with `--log-level debug`, the log names
+others that are set.
 
 `scripts/vllm_flags.py` generates this file.
 

@@ -253,6 +253,32 @@ def _add_gemma(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
 
 
+def split_gguf(folder: Path, count: int) -> list[Path]:
+    """Writes a checkpoint in float32 as a GGUF model in several files, as llama.cpp's gguf-split does."""
+    path = gguf_file(folder, GGMLQuantizationType.F32).path
+    reader = gguf.GGUFReader(path)
+    num_tensors = len(reader.tensors)
+    paths = []
+    for part in range(count):
+        paths.append(path.with_name(f"{path.stem}-{part + 1:05}-of-{count:05}.gguf"))
+        writer = gguf.GGUFWriter(paths[-1], "llama")
+        if part == 0:
+            for name, field in reader.fields.items():
+                if not name.startswith("GGUF.") and name != "general.architecture":
+                    array_type = field.types[-1] if len(field.types) > 1 else None
+                    writer.add_key_value(name, field.contents(), field.types[0], array_type)
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", num_tensors)
+        for tensor in reader.tensors[part::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
 def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """The order of the rows of q and k in llama.cpp (LlamaModel.permute of convert_hf_to_gguf)."""
     halves = rows.reshape(num_heads, 2, len(rows) // num_heads // 2, *rows.shape[1:])

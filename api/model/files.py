@@ -1,11 +1,12 @@
-"""Finds the local files of a model; the only module that downloads."""
+"""Finds the files of a model, on this machine or on a hub, and reads all but the weights."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import stat
 from collections.abc import Mapping
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,33 @@ from msgspec.structs import replace
 from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
 from api.errors import ModelFileError
 from api.model.chat_template import load_chat_template
+from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_parts
 from api.model.gguf_file import GGUFFile, read_gguf
+from api.model.hub import Hub, HubName, open_hub, parse_hub_name
+from api.model.pickled_weights import PATTERN as PICKLED
+from api.model.pickled_weights import converted_folder, pickled_files
 from api.model.pooler import ModelPooler, find_pooler
 from api.model.tokenizer import Tokenizer
-from engine_core.launch import ModelError, check_supported, device_problem, get_logger, read_json, why
+from engine_core.launch import (
+    ModelError,
+    check_gguf_architecture,
+    check_supported,
+    device_problem,
+    get_logger,
+    read_json,
+    why,
+)
 
 logger = get_logger()
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 OTHER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
+WEIGHT_PATTERNS = {
+    "auto": ("*.safetensors",),
+    "dummy": (),
+    "tensorizer": ("*.tensors",),
+}
+"""By load format; the others read safetensors."""
+IGNORED = ("original/*", "consolidated*")
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
@@ -33,7 +51,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
     name: str
     """Name under which it is served, unless another is configured."""
     path: Path
-    """Folder or GGUF file."""
+    """Folder, GGUF file, or the first file of a split GGUF model."""
     root: str
     """The model as given on the command line: a path or a hub id."""
     gguf: GGUFFile | None
@@ -45,6 +63,8 @@ class ModelFiles(msgspec.Struct, frozen=True):
     """The file they come from; it need not exist."""
     pooler: PoolerConfig = PoolerConfig()
     """Pooling of prompts into vectors, as the model's files configure it."""
+    weights: Path | None = None
+    """Folder of the weights if they were converted."""
 
 
 def find_model(config: ServerConfig) -> ModelFiles:
@@ -60,8 +80,11 @@ def find_model(config: ServerConfig) -> ModelFiles:
     path = _demo_model() if not wanted else _locate(wanted, config)
     name = wanted or DEMO_NAME
     gguf = read_gguf(path) if path.is_file() else None
-    if gguf is None and (path / "config.json").exists():
+    if gguf is not None:
+        path = Path(gguf.path)
+    elif (path / "config.json").exists():
         _check_config(path / "config.json", config, path)
+    weights = _converted_weights(path, config)
     if config.tokenizer is not None:
         tokenizer = Tokenizer.from_folder(_locate(config.tokenizer, config, tokenizer_only=True))
     elif gguf is not None:
@@ -89,6 +112,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
         generation_config=generation_config,
         generation_config_file=generation_config_file,
         pooler=pooler.config,
+        weights=weights,
     )
 
 
@@ -96,7 +120,7 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     """The configuration for the other processes, with the path of the local files as the model."""
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
-    model = replace(executor.model, model=str(files.path), gguf=header)
+    model = replace(executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""))
     if not config.offers_generation:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
@@ -117,77 +141,122 @@ def _demo_model() -> Path:
 
 
 def _locate(name: str, config: ServerConfig, *, tokenizer_only: bool = False) -> Path:
-    """The path of a local folder or file; a hub id is downloaded first."""
+    """The path of a local folder or file; a model on a hub is downloaded first."""
     try:
         path = Path(name).expanduser()
         status = path.stat()
     except FileNotFoundError:
-        if name[0] in "./~" or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        found = None if name[0] in "./~" or Path(name).parts[0].endswith(".gguf") else parse_hub_name(name)
+        is_local = found is None or (found.file or found.repository).endswith(".gguf") and path.parent.is_dir()
+        if found is None or is_local or found.repository.endswith(".gguf"):
             raise ModelFileError(name, "no such folder or file (a hub id looks like organisation/name)") from None
-        return _download(name, config, tokenizer_only=tokenizer_only)
+        return _download(found, config, tokenizer_only=tokenizer_only)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~user of an unknown user
         raise ModelFileError(name, why(error) if isinstance(error, OSError) else str(error)) from error
     if stat.S_ISDIR(status.st_mode):
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not (path / "config.json").exists() and not tokenizer_only:
-            return ggufs[0]
-        return path.resolve()
+        return path.resolve() if tokenizer_only else _only_gguf(path, config) or path.resolve()
     if path.suffix != ".gguf" or not stat.S_ISREG(status.st_mode):
         raise ModelFileError(path, "a model must be a folder or a .gguf file")
     return path.resolve()
 
 
-def _download(hub_id: str, config: ServerConfig, *, tokenizer_only: bool) -> Path:
-    import huggingface_hub  # imported late: most servers have their model on disk
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    executor = config.engine.executor
-    is_loaded = executor.model.load_format != "dummy" and executor.distributed_executor_backend != "simulated"
-    needs_weights = is_loaded and not tokenizer_only
+def _only_gguf(folder: Path, config: ServerConfig) -> Path | None:
+    """The GGUF model in a folder that has no other, or from which one was asked for; None: there is none."""
+    is_wanted = config.engine.executor.model.load_format == "gguf"
+    names = [path.name for path in folder.glob("*.gguf")]
+    if not is_wanted and (not names or (folder / "config.json").exists()):
+        return None
     try:
-        if not tokenizer_only:
-            _check_before_download(hub_id, config, needs_weights=needs_weights)
-        folder = huggingface_hub.snapshot_download(
-            hub_id,
-            revision=config.tokenizer_revision if tokenizer_only else config.revision,
-            token=_token(config),
-            cache_dir=config.download_dir,
-            allow_patterns=[*OTHER_PATTERNS, *(WEIGHT_PATTERNS if needs_weights else ())],
-            ignore_patterns=["original/*", "consolidated*"],
-        )
-    except LocalEntryNotFoundError as error:
-        raise ModelFileError(hub_id, "not on this machine, and the hub cannot be reached") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelFileError(hub_id, f"download failed: {error}") from error
-    return Path(folder)
+        return folder / choose_gguf(names, None)[0]
+    except ChoiceError as error:
+        raise ModelFileError(folder, f"{error}; pass the path of a file") from None
 
 
-def _token(config: ServerConfig) -> str | bool | None:
-    """The token for huggingface_hub. None: HF_TOKEN or the logged-in user; True: require one of these."""
-    return True if config.hf_token in ("True", "true") else config.hf_token
+def _download(name: HubName, config: ServerConfig, *, tokenizer_only: bool) -> Path:
+    if tokenizer_only:
+        return open_hub(name.repository, config, config.tokenizer_revision).download(OTHER_PATTERNS, IGNORED)
+    hub = open_hub(name.repository, config, config.revision)
+    executor = config.engine.executor
+    load_format = executor.model.load_format
+    files = hub.files()
+    has_weights = any(file.endswith((".safetensors", ".bin", ".tensors")) for file in files)
+    has_config = "config.json" in files or not files
+    needs_weights = load_format != "dummy" and executor.distributed_executor_backend != "simulated"
+    if name.tag or name.file or load_format == "gguf":
+        return _download_gguf(hub, name, files, config)
+    if (
+        group_parts(files)
+        and load_format in ("auto", "dummy")
+        and not (has_weights or has_config and not needs_weights)
+    ):
+        return _download_gguf(hub, name, files, config)
+    file = hub.fetch("config.json")
+    if file is None:
+        raise ModelFileError(name.repository, "no config.json and no GGUF file; it is not a language model to serve")
+    _check_config(file, config, name.repository)
+    if not needs_weights:
+        return hub.download(OTHER_PATTERNS, IGNORED)
+    hub, patterns = _weights_on_hub(hub, files, load_format)
+    return hub.download([*OTHER_PATTERNS, *patterns], IGNORED)
 
 
-def _check_before_download(hub_id: str, config: ServerConfig, *, needs_weights: bool) -> None:
-    """Fetches config.json first and rejects unsupported models before gigabytes are downloaded.
+def _weights_on_hub(hub: Hub, files: list[str], load_format: str) -> tuple[Hub, tuple[str, ...]]:
+    """Where a model's weights are, and the files to download.
 
     Raises:
-        ModelFileError: The architecture, the quantisation or the format of the weights is not supported.
+        ModelFileError: The repository has no weights of the format.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        file = huggingface_hub.hf_hub_download(
-            hub_id, "config.json", revision=config.revision, token=_token(config), cache_dir=config.download_dir
+    patterns = WEIGHT_PATTERNS.get(load_format, WEIGHT_PATTERNS["auto"])
+    if not files or any(fnmatch(file, pattern) for file in files for pattern in patterns):
+        return hub, patterns
+    pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
+    if load_format == "auto" and any(fnmatch(file, PICKLED) for file in pickled):
+        converted = hub.conversion()
+        if converted is not None:
+            logger.info("%s has no safetensors weights; using the conversion that the hub offers", hub.repository)
+            return converted, patterns
+        return hub, (PICKLED,)
+    if pickled:
+        names = ", ".join(pickled[:3])
+        advice = "--load-format auto converts it" if load_format != "auto" else "look for a safetensors version"
+        raise ModelFileError(hub.repository, f"no {patterns[0]} file ({names} may execute code when loaded); {advice}")
+    models = group_parts(files)
+    if models:
+        raise ModelFileError(
+            hub.repository, f"no {patterns[0]} file; --load-format gguf takes one of {describe(models)}"
         )
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        raise ModelFileError(hub_id, f"no config.json{_other_weights(_list_files(hub_id, config))}") from None
-    _check_config(file, config, hub_id)
-    files = _list_files(hub_id, config)
-    if needs_weights and files and not any(name.endswith(".safetensors") for name in files):
-        raise ModelFileError(hub_id, f"no safetensors weights{_other_weights(files)}")
+    raise ModelFileError(hub.repository, f"no {patterns[0]} file")
+
+
+def _download_gguf(hub: Hub, name: HubName, files: list[str], config: ServerConfig) -> Path:
+    """Downloads one GGUF model of a repository, all its parts."""
+    try:
+        chosen = choose_gguf(files, name.file or name.tag)
+    except ChoiceError as error:
+        advice = (
+            f"; write {hub.repository}:NAME" if files else " are known: the repository does not exist, or is offline"
+        )
+        raise ModelFileError(hub.repository, f"{error}{advice}") from None
+    architecture = hub.gguf_architecture()
+    if architecture is not None and config.engine.executor.distributed_executor_backend != "simulated":
+        try:
+            check_gguf_architecture(architecture)
+        except ModelError as error:
+            raise ModelFileError(hub.repository, str(error)) from error
+    if name.tag is None and name.file is None:
+        logger.info("%s: using %s", hub.repository, chosen[0])
+    return hub.download([escape(file) for file in chosen]) / chosen[0]
+
+
+def _converted_weights(path: Path, config: ServerConfig) -> Path | None:
+    """The folder with the converted weights of a model that has only pickled ones; None: it has others."""
+    executor = config.engine.executor
+    if executor.model.load_format != "auto" or executor.distributed_executor_backend == "simulated":
+        return None
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    files = pickled_files(path)
+    return converted_folder(path, files) if files else None
 
 
 def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> None:
@@ -210,28 +279,6 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> N
         check_supported({**fields, **model.hf_overrides}, model.quantization)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
-
-
-def _list_files(hub_id: str, config: ServerConfig) -> list[str]:
-    """Names of a model's files on the hub; empty if they are unavailable, for example without a connection."""
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.list_repo_files(hub_id, revision=config.revision, token=_token(config))
-    except Exception:  # the download will report the reason
-        return []
-
-
-def _other_weights(files: list[str]) -> str:
-    """Advice for a model whose weights are in another format, to append to an error; empty if there is none."""
-    ggufs = [name for name in files if name.endswith(".gguf")]
-    if ggufs:
-        return f"; it has GGUF files: download one and pass its path ({', '.join(ggufs[:8])})"
-    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-    if pickled:
-        names = ", ".join(pickled[:3])
-        return f" ({names} may execute code when loaded, and is not supported); look for a safetensors version"
-    return ""
 
 
 def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

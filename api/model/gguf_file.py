@@ -12,11 +12,14 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from msgspec.structs import replace
+
 from api.errors import ModelFileError
+from api.model.gguf_choice import part_names
 from engine_core.config import GGUFHeader, GGUFTensor
 from engine_core.launch import open_regular
 
@@ -61,6 +64,10 @@ GGML_TYPES: Final[dict[int, tuple[str, int, int]]] = {
 ``gguf.constants`` has the same table, but importing it costs a quarter of a second.
 """
 
+SPLIT_COUNT: Final = "split.count"
+SPLIT_NUMBER: Final = "split.no"
+SPLIT_TENSORS: Final = "split.tensors.count"
+
 MAX_HEADER_BYTES: Final = 1 << 30
 MAX_ARRAY_ITEMS: Final = 1 << 23
 MAX_NAME_BYTES: Final = (1 << 16) - 1
@@ -80,30 +87,62 @@ _U64: Final = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The header of one GGUF file.
+    """The header of a GGUF model.
 
     Attributes:
-        path: The file.
+        path: The file, or the first of a split model.
         metadata: All keys, including the tokenizer's arrays, as plain Python values.
         tensors: The tensor table in file order, with absolute offsets.
+        files: Names of all files of a split model; empty for a single file.
     """
 
     path: str
     metadata: dict[str, Any]
     tensors: list[GGUFTensor]
+    files: list[str] = field(default_factory=list)
 
     def header(self) -> GGUFHeader:
         """The part that a worker needs: the tensor table and the metadata without the tokenizer."""
         metadata = {key: value for key, value in self.metadata.items() if not key.startswith("tokenizer.")}
-        return GGUFHeader(metadata=metadata, tensors=self.tensors)
+        return GGUFHeader(metadata=metadata, tensors=self.tensors, files=self.files)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Reads the header of a GGUF file (version 2 or 3, little endian).
+    """Reads the header of a GGUF model (version 2 or 3, little endian).
+
+    Args:
+        path: The file, or any part of a split model (``model-00001-of-00003.gguf``).
 
     Raises:
-        ModelFileError: The file cannot be read, is damaged or is of an unsupported version.
+        ModelFileError: A file cannot be read, is damaged, of an unsupported version, or a part of another model.
     """
+    path = Path(path)
+    names = part_names(path.name)
+    first = _read_file(path.with_name(names[0]))
+    count = first.metadata.get(SPLIT_COUNT, 0)
+    if len(names) == 1 and count in (0, 1):
+        return first
+    if count != len(names):
+        advice = f"; the names of its files must end in -00001-of-{count:05}.gguf" if type(count) is int else ""
+        raise ModelFileError(first.path, f"{SPLIT_COUNT} is {count!r}, but the name says {len(names)}{advice}")
+    tensors = list(first.tensors)
+    seen = {tensor.name for tensor in tensors}
+    for number, name in enumerate(names[1:], 1):
+        part = _read_file(path.with_name(name))
+        if part.metadata.get(SPLIT_NUMBER) != number or part.metadata.get(SPLIT_COUNT) != count:
+            raise ModelFileError(part.path, f"is not part {number + 1} of {count}, according to its metadata")
+        for tensor in part.tensors:
+            if tensor.name in seen:
+                raise ModelFileError(part.path, f"tensor {_quote(tensor.name)}: stored in more than one file")
+            seen.add(tensor.name)
+            tensors.append(replace(tensor, file=number))
+    total = first.metadata.get(SPLIT_TENSORS, len(tensors))
+    if total != len(tensors):
+        raise ModelFileError(first.path, f"{SPLIT_TENSORS} is {total!r}, but its files have {len(tensors)}")
+    return GGUFFile(first.path, first.metadata, tensors, names)
+
+
+def _read_file(path: Path) -> GGUFFile:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size

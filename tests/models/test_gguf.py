@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from api.model.gguf_file import read_gguf
 from executor.base import ModelError
 from executor.config import GGUFHeader, ModelConfig
 from executor.gguf import check_size, hf_config_from_gguf
+from executor.gguf_architectures import ARCHITECTURES
 from executor.loader import load_model
 from executor.parallel import ParallelState
+from executor.supported import GGUF_ARCHITECTURES
 from tests import tiny
 from tests.models.harness import CPU, assert_close, load, logits_of, random_tokens, refusal, split_shares
 
@@ -111,6 +114,43 @@ def test_gguf_of_a_mistral_model_is_a_llama() -> None:
     assert_close(logits_of(loaded, random_tokens(20)), expected)
 
 
+def test_the_names_that_are_known_without_torch() -> None:
+    assert sorted(ARCHITECTURES) == list(GGUF_ARCHITECTURES)
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_a_split_model_is_the_whole(given: int) -> None:
+    folder = tiny.checkpoint("llama")
+    parts = tiny.split_gguf(folder, 3)
+    whole, split = load(folder), load(parts[given - 1])
+    assert torch.equal(logits_of(split, random_tokens(20)), logits_of(whole, random_tokens(20)))
+
+
+def damaged_parts(folder: Path) -> list[Path]:
+    folder.mkdir()
+    return [folder / path.name for path in tiny.split_gguf(tiny.checkpoint("llama"), 3) if shutil.copy(path, folder)]
+
+
+def test_damaged_split_models(tmp_path: Path) -> None:
+    first, second, third = damaged_parts(tmp_path / "missing")
+    third.unlink()
+    with pytest.raises(ModelFileError, match=f"{third.name}: cannot be read: No such file"):
+        read_gguf(first)
+    first, second, third = damaged_parts(tmp_path / "twice")
+    shutil.copy(second, third)
+    with pytest.raises(ModelFileError, match=f"{third.name}: is not part 3 of 3"):
+        read_gguf(first)
+    first, second, third = damaged_parts(tmp_path / "renamed")
+    alone = first.rename(first.with_name("model.gguf"))
+    with pytest.raises(ModelFileError, match=r"split.count is 3, but the name says 1; .* must end in -00001-of-00003"):
+        read_gguf(alone)
+    first, second, third = damaged_parts(tmp_path / "short")
+    header = read_gguf(first).header()
+    third.write_bytes(third.read_bytes()[:-64])
+    with pytest.raises(ModelError, match=f"{third.name}: tensor .* truncated"):
+        load_model(ModelConfig(model=str(first), gguf=header), ParallelState(), CPU, None, lambda *_: None)
+
+
 def test_gguf_rope_factors() -> None:
     folder = tiny.checkpoint("llama")
     rope = {
@@ -166,7 +206,6 @@ def test_gguf_configuration() -> None:
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
-        ({"split.count": 3}, "split GGUF models"),
     ],
 )
 def test_gguf_header_that_is_refused(metadata: dict[str, Any], expected: str) -> None:

@@ -104,6 +104,8 @@ MAX_FUNCTION_LINES = 60
 HEAVY = {"torch", "transformers", "triton"}
 HTTP = {"starlette", "sse_starlette", "uvicorn"}
 ENGINE = {"zmq", "api.engine", "engine_core.core", "engine_core.scheduler", "executor.worker", "executor.model_runner"}
+UNPICKLES = "executor.conversion"
+"""The only module that reads pickles: tensors alone, as a job of a helper."""
 NO_PICKLE = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing"}
 
 
@@ -228,8 +230,18 @@ def test_nothing_unpickles(floor: str) -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in {"send_pyobj", "recv_pyobj"}, path
-                whole = ast.unparse(node)
-                assert whole != "torch.load", f"{path.relative_to(ROOT)} calls torch.load"
+                is_load = ast.unparse(node) == "torch.load"
+                assert not is_load or module_name(path) == UNPICKLES, f"{path.relative_to(ROOT)} calls torch.load"
+
+
+def test_weights_are_unpickled_in_a_helper_and_with_care() -> None:
+    importing = [module for module in MODULES if UNPICKLES in imported_modules(module)]
+    assert importing == [], "helpers find it by its name"
+    calls = [node for node in ast.walk(ast.parse(MODULES[UNPICKLES].read_text())) if isinstance(node, ast.Call)]
+    loads = [node for node in calls if ast.unparse(node.func) == "torch.load"]
+    assert loads
+    for node in loads:
+        assert "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords]
 
 
 @pytest.mark.parametrize(

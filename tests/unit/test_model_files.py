@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 
 from api.cli import resolve
 from api.config import DEMO_GENERATION, DEMO_MODULE
@@ -27,6 +31,7 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 WEIGHTS = "model.safetensors"
 
 
@@ -37,6 +42,13 @@ class Hub:
         self.files = files
         self.sent: list[str] = []
         """Files whose content was asked for."""
+        self.pull_request: dict[str, bytes] | None = None
+        """Files of pull request 1, by the hub's conversion bot."""
+        self.author = "SFconvertbot"
+        self.main_commits = [COMMIT]
+        """History of the main branch, newest first."""
+        self.gguf: dict[str, Any] | None = None
+        """What the hub read from the repository's GGUF files."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,30 +62,40 @@ class Hub:
 
             def answer(self, *, with_body: bool) -> None:
                 path = unquote(self.path.partition("?")[0])
+                is_converted = "refs/pr/1" in path or CONVERTED in path
+                files, commit = (hub.pull_request or {}, CONVERTED) if is_converted else (hub.files, COMMIT)
                 if path.startswith("/api/models/org/model/tree/"):
                     listed = [
                         {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                        for name, content in hub.files.items()
+                        for name, content in files.items()
                     ]
-                    self.reply(200, json.dumps(listed).encode(), with_body)
+                    self.reply(200, listed, with_body)
+                elif path.startswith("/api/models/org/model/discussions"):
+                    self.reply(200, hub.discussions(), with_body)
+                elif path.startswith("/api/models/org/model/commits/"):
+                    history = [CONVERTED, COMMIT] if is_converted else hub.main_commits
+                    date = "2024-01-01T00:00:00.000Z"
+                    listed = [{"id": each, "title": "", "message": "", "date": date, "authors": []} for each in history]
+                    self.reply(200, listed, with_body)
                 elif path.startswith("/api/models/org/model"):
-                    listed = [{"rfilename": name} for name in hub.files]
-                    body = {"id": "org/model", "sha": COMMIT, "siblings": listed, "private": False, "tags": []}
-                    self.reply(200, json.dumps(body).encode(), with_body)
+                    listed = [{"rfilename": name} for name in files]
+                    body = {"id": "org/model", "sha": commit, "siblings": listed, "private": False, "tags": []}
+                    self.reply(200, {**body, "gguf": hub.gguf}, with_body)
                 elif path.startswith("/org/model/resolve/"):
-                    name = path.split("/", 5)[5]
-                    content = hub.files.get(name)
+                    name = path.removeprefix("/org/model/resolve/").replace("refs/pr/1", CONVERTED).split("/", 1)[1]
+                    content = files.get(name)
                     if content is None:
                         self.reply(404, b"", with_body, {"X-Error-Code": "EntryNotFound"})
                         return
                     if with_body:
                         hub.sent.append(name)
                     etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                    self.reply(200, content, with_body, {"ETag": etag})
+                    self.reply(200, content, with_body, {"ETag": etag, "X-Repo-Commit": commit})
                 else:
                     self.reply(404, b"", with_body, {"X-Error-Code": "RepoNotFound"})
 
-            def reply(self, status: int, body: bytes, with_body: bool, headers: dict[str, str] | None = None) -> None:
+            def reply(self, status: int, body: Any, with_body: bool, headers: dict[str, str] | None = None) -> None:
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 for key, value in {"X-Repo-Commit": COMMIT, **(headers or {})}.items():
                     self.send_header(key, value)
@@ -89,17 +111,36 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def find(self, cache: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    def discussions(self) -> dict[str, Any]:
+        found = []
+        if self.pull_request is not None:
+            title = "Adding `safetensors` variant of this model"
+            found.append(
+                {"title": title, "num": 1, "status": "open", "author": {"name": self.author}, "isPullRequest": True,
+                 "createdAt": "2024-01-01T00:00:00.000Z", "repo": {"name": "org/model", "type": "model"}}
+            )  # fmt: skip
+        return {"discussions": found, "count": len(found), "start": 0}
+
+    def find(
+        self, cache: Path, *flags: str, model: str = "org/model", offline: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """``find_model`` in a process of its own: the package reads its endpoint when it is imported."""
         code = (
             "import sys; from api.cli import resolve, serve_parser; from api.model.files import find_model\n"
+            "from engine_core.launch import setup_logging; setup_logging('api', 'info')\n"
             "given = serve_parser().parse(sys.argv[1:])\n"
-            "try: print(find_model(resolve(given, {})[0]).path)\n"
+            "try: files = find_model(resolve(given, {})[0]); print(files.weights or files.path)\n"
             "except Exception as error: sys.exit(f'{type(error).__name__}: {error}')"
         )
-        environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+        environment = {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        environment["OCTAVO_CACHE_DIR"] = str(cache / "octavo")
         return subprocess.run(
-            [sys.executable, "-c", code, "--model", "org/model", *flags],
+            [sys.executable, "-c", code, "--model", model, *flags],
             cwd=ROOT,
             env={**os.environ, **environment},
             capture_output=True,
@@ -158,25 +199,136 @@ def test_overrides_count(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "expected"),
+    ("other", "flags", "expected"),
     [
-        ("pytorch_model.bin", "org/model: no safetensors weights (pytorch_model.bin may execute code when loaded"),
-        ("model-Q4_K_M.gguf", "download one and pass its path (model-Q4_K_M.gguf)"),
+        ("consolidated.00.pth", (), "org/model: no *.safetensors file (consolidated.00.pth may execute code"),
+        ("pytorch_model.bin", ("--load-format", "safetensors"), "--load-format auto converts it"),
+        ("model-Q4_K_M.gguf", ("--load-format", "safetensors"), "--load-format gguf takes one of Q4_K_M"),
+        ("weights.msgpack", (), "org/model: no *.safetensors file"),
     ],
 )
-def test_other_formats_are_not_downloaded(hub: Hub, tmp_path: Path, other: str, expected: str) -> None:
+def test_other_formats_are_not_downloaded(
+    hub: Hub, tmp_path: Path, other: str, flags: tuple[str, ...], expected: str
+) -> None:
     hub.files[other] = hub.files.pop(WEIGHTS)
-    result = hub.find(tmp_path)
+    result = hub.find(tmp_path, *flags)
     assert expected in result.stderr
     assert hub.sent == ["config.json"]
 
 
-def test_a_model_without_configuration(hub: Hub, tmp_path: Path) -> None:
-    del hub.files["config.json"]
-    hub.files["model.gguf"] = b"GGUF"
-    result = hub.find(tmp_path)
-    assert "org/model: no config.json; it has GGUF files: download one" in result.stderr
+def test_a_repository_that_is_no_model(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"README.md": b"#"}
+    assert "org/model: no config.json and no GGUF file" in hub.find(tmp_path).stderr
     assert hub.sent == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GGUF files of a repository
+
+
+@pytest.fixture
+def gguf_hub(hub: Hub) -> Hub:
+    """A repository of GGUF files alone, one of them split."""
+    content = tiny.gguf_file(tiny.checkpoint("llama"), GGMLQuantizationType.Q8_0).path.read_bytes()
+    hub.files = {f"model-{label}.gguf": content for label in ("Q4_K_M", "Q8_0", "UD-Q6_K")}
+    parts = tiny.split_gguf(tiny.checkpoint("llama"), 3)
+    hub.files |= {f"BF16/model-BF16-{path.name[-19:]}": path.read_bytes() for path in parts}
+    hub.files |= {"mmproj-BF16.gguf": b"", "README.md": b""}
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("org/model", "model-Q4_K_M.gguf"),
+        ("hf.co/org/model:q8_0", "model-Q8_0.gguf"),
+    ],
+)
+def test_a_file_of_a_gguf_repository(gguf_hub: Hub, tmp_path: Path, model: str, expected: str) -> None:
+    result = gguf_hub.find(tmp_path, model=model)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).name == expected
+    assert gguf_hub.sent == [expected]
+    again = gguf_hub.find(tmp_path, model=model, offline=True)
+    assert again.stdout == result.stdout, f"{again.stderr}: without a connection, the files on this machine count"
+
+
+def test_all_parts_of_a_split_model(gguf_hub: Hub, tmp_path: Path) -> None:
+    result = gguf_hub.find(tmp_path, model="org/model:bf16")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("BF16/model-BF16-00001-of-00003.gguf")
+    assert sorted(gguf_hub.sent) == [f"BF16/model-BF16-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("org/model:Q5_K_M", "no GGUF file for 'Q5_K_M'; it has BF16, Q4_K_M, Q8_0, UD-Q6_K; write org/model:NAME"),
+        ("org/other:Q5_K_M", "org/other: no GGUF files are known"),
+    ],
+)
+def test_a_quantisation_that_is_not_there(gguf_hub: Hub, tmp_path: Path, model: str, expected: str) -> None:
+    assert expected in gguf_hub.find(tmp_path, model=model).stderr
+    assert gguf_hub.sent == []
+
+
+def test_the_hub_knows_the_architecture_of_gguf_files(gguf_hub: Hub, tmp_path: Path) -> None:
+    gguf_hub.gguf = {"architecture": "mamba"}
+    assert "architecture 'mamba' is not supported yet" in gguf_hub.find(tmp_path).stderr
+    assert gguf_hub.sent == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# pickled weights
+
+
+@pytest.fixture
+def pickled_hub(hub: Hub, tmp_path: Path) -> Hub:
+    """A repository with pickled weights alone."""
+    file = tmp_path / "pickle"
+    torch.save(load_file(tiny.checkpoint("llama") / WEIGHTS), file)
+    del hub.files[WEIGHTS]
+    hub.files |= {
+        "pytorch_model.bin": file.read_bytes(),
+        "training_args.bin": b"",
+        "config.json": hub.files["config.json"],
+    }
+    return hub
+
+
+def test_the_conversion_that_the_hub_offers(pickled_hub: Hub, tmp_path: Path) -> None:
+    weights = (tiny.checkpoint("llama") / WEIGHTS).read_bytes()
+    pickled_hub.pull_request = {**pickled_hub.files, WEIGHTS: weights}
+    result = pickled_hub.find(tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.strip())
+    assert folder.name == CONVERTED and (folder / WEIGHTS).read_bytes() == weights
+    assert "using the conversion that the hub offers" in result.stderr
+    assert not [name for name in pickled_hub.sent if name.endswith(".bin")]
+
+
+@pytest.mark.parametrize(("author", "commits"), [("somebody", [COMMIT]), ("SFconvertbot", ["f" * 40, COMMIT])])
+def test_other_pull_requests_do_not_count(pickled_hub: Hub, tmp_path: Path, author: str, commits: list[str]) -> None:
+    """Anyone may open one, and the main branch may have changed since."""
+    pickled_hub.pull_request = {**pickled_hub.files, WEIGHTS: b"not the model"}
+    pickled_hub.author, pickled_hub.main_commits = author, commits
+    result = pickled_hub.find(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert WEIGHTS not in pickled_hub.sent
+
+
+def test_pickled_weights_are_converted_once(pickled_hub: Hub, tmp_path: Path) -> None:
+    result = pickled_hub.find(tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.strip())
+    assert folder.is_relative_to(tmp_path / "octavo" / "converted")
+    expected = load_file(tiny.checkpoint("llama") / WEIGHTS)
+    found = load_file(folder / WEIGHTS)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "training_args.bin" not in pickled_hub.sent
+    assert result.stderr.count("converting 0.00 GB of pickled weights to safetensors, once, in ") == 1
+    again = pickled_hub.find(tmp_path)
+    assert again.stdout == result.stdout and "converting" not in again.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -268,3 +420,134 @@ def test_the_demo_model_has_defaults_of_its_own() -> None:
     assert find(generation_config="vllm").generation_config == {}
     changed = find(override_generation_config={"temperature": 0.7}).generation_config
     assert changed == {"temperature": 0.7, "top_p": 0.9}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# pickled weights in a local folder
+
+
+@pytest.fixture
+def pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose weights are a pickle, and a cache of its own."""
+    monkeypatch.setenv("OCTAVO_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    return folder
+
+
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_folder_of_pickled_weights(pickled: Path) -> None:
+    """In shards, in the format before torch 1.6, with tensors that share memory."""
+    tensors = load_file(tiny.checkpoint("llama") / WEIGHTS)
+    expected = dict(tensors)
+    tensors["lm_head.weight"] = expected["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (pickled / "pytorch_model.bin").unlink()
+    names = sorted(tensors)
+    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for is_new, (file, chosen) in enumerate(shards.items()):
+        state = {name: tensors[name] for name in chosen}
+        torch.save(state, pickled / file, _use_new_zipfile_serialization=bool(is_new))
+    weight_map = {name: file for file, chosen in shards.items() for name in chosen}
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (pickled / "pytorch_model-left-over.bin").write_bytes(b"")
+    found = find(pickled)
+    assert found.weights is not None and found.path == pickled
+    converted = {}
+    for path in sorted(found.weights.glob("*.safetensors")):
+        converted.update(load_file(path))
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in expected.items())
+    index = json.loads((found.weights / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == names
+    (pickled / "pytorch_model-00001-of-00002.bin").touch()
+    assert find(pickled).weights != found.weights, "a file has changed"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "cannot be read as tensors only: "),
+        (b"PK\x03\x04 not a zip file", "cannot be read as tensors only: "),
+        ([torch.ones(2)], "does not hold named tensors"),
+        ({"model": {"weight": torch.ones(2)}}, "'model' is not a tensor: expected the state dict of a model"),
+    ],
+)
+def test_pickled_files_that_hold_no_model(pickled: Path, content: Any, expected: str) -> None:
+    file = pickled / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    message = refusal(pickled)
+    assert message.startswith(f"{file}: cannot be converted to safetensors: ") and expected in message
+    assert list((pickled.parent / "cache" / "converted").iterdir()) == []
+
+
+def test_a_pickle_that_runs_code_does_not(pickled: Path) -> None:
+    target = pickled.parent / "made-by-the-pickle"
+    torch.save({"weight": Hostile(target)}, pickled / "pytorch_model.bin")
+    assert "cannot be read as tensors only: UnpicklingError" in refusal(pickled)
+    assert not target.exists()
+
+
+def test_pickled_weights_are_opened_by_nothing_else(pickled: Path) -> None:
+    assert find(pickled, load_format="dummy").weights is None
+    assert find(pickled, distributed_executor_backend="simulated").weights is None
+    assert find(pickled, load_format="safetensors").weights is None
+    (pickled / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "../x.bin"}}')
+    assert "not an index of weights: files must lie beside it" in refusal(pickled)
+    (pickled / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "x.bin"}}')
+    assert "x.bin: missing, although pytorch_model.bin.index.json lists it" in refusal(pickled)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ModelScope
+
+
+def test_modelscope_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    assert refusal("org/model", use_modelscope=True).endswith("pip install modelscope")
+
+
+def test_a_model_from_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    folder = tiny.checkpoint("llama")
+
+    class HubApi:
+        def get_model_files(self, model: str, revision: str | None, recursive: bool) -> list[dict[str, str]]:
+            return [{"Path": path.name, "Type": "blob"} for path in folder.iterdir()] + [{"Path": "x", "Type": "tree"}]
+
+    def model_file_download(model: str, file: str, revision: str | None, cache_dir: str | None) -> str:
+        asked.append((model, file, revision))
+        return str(folder / file)
+
+    def snapshot_download(model: str, **options: Any) -> str:
+        asked.append((model, options))
+        return str(folder)
+
+    modules: dict[str, dict[str, Any]] = {
+        "modelscope": {},
+        "modelscope.hub": {},
+        "modelscope.hub.api": {"HubApi": HubApi},
+        "modelscope.hub.file_download": {"model_file_download": model_file_download},
+        "modelscope.hub.snapshot_download": {"snapshot_download": snapshot_download},
+    }
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    config = resolve({"model": "org/model", "revision": "v1"}, {"VLLM_USE_MODELSCOPE": "True"})[0]
+    assert find_model(config).path == folder
+    (first, (model, options)) = asked
+    assert first == ("org/model", "config.json", "v1") and model == "org/model"
+    assert options["revision"] == "v1" and "*.safetensors" in options["allow_file_pattern"]
