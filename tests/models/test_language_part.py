@@ -51,6 +51,14 @@ MODELS: dict[str, tuple[str, Fields]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "ministral3": (
+        "Mistral3",
+        {
+            "text_config": {**text("ministral3"), "model_type": "ministral3"},
+            "vision_config": {**CLIP, "model_type": "pixtral", "head_dim": 16},
+            "tie_word_embeddings": False,
+        },
+    ),
     "llava": ("Llava", {"text_config": {**text("llama"), "model_type": "llama"}, "vision_config": CLIP}),
     "qwen2_vl": (
         "Qwen2VL",

@@ -1,0 +1,97 @@
+"""What the README says about each family of ``registry.py``; ``scripts/models_table.py`` writes its table from this.
+
+Every family is compared with transformers on tiny models with random weights (``tests/models/test_families.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One family."""
+
+    name: str
+    architectures: tuple[str, ...]
+    examples: tuple[str, ...]
+    """Ids on the hub."""
+    gguf: tuple[str, ...] = ()
+    """``general.architecture`` of its GGUF files."""
+    real_weights: str = ""
+    """A model whose real weights tests compare too."""
+    limits: str = ""
+
+
+CATALOG = (
+    Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",)),
+    Entry(
+        "Cohere",
+        ("CohereForCausalLM", "Cohere2ForCausalLM"),
+        ("CohereLabs/c4ai-command-r-v01", "CohereLabs/c4ai-command-r7b-12-2024"),
+    ),
+    Entry(
+        "ERNIE 4.5",
+        ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
+        ("baidu/ERNIE-4.5-0.3B-PT",),
+        limits="dense models only",
+    ),
+    Entry("EXAONE 4", ("Exaone4ForCausalLM",), ("LGAI-EXAONE/EXAONE-4.0-1.2B", "LGAI-EXAONE/EXAONE-4.0-32B")),
+    Entry(
+        "Falcon",
+        ("FalconForCausalLM",),
+        ("tiiuae/falcon-7b", "tiiuae/falcon-11B"),
+        limits="no ALiBi (Falcon RW)",
+    ),
+    Entry(
+        "Gemma",
+        ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        ("google/gemma-2-2b-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it"),
+        gguf=("gemma2", "gemma3"),
+        limits="text only",
+    ),
+    Entry("GLM-4", ("GlmForCausalLM", "Glm4ForCausalLM"), ("THUDM/glm-4-9b-chat-hf", "THUDM/GLM-4-9B-0414")),
+    Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2")),
+    Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
+    Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b")),
+    Entry(
+        "Granite",
+        ("GraniteForCausalLM", "GraniteMoeHybridForCausalLM"),
+        ("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-4.0-micro"),
+        limits="no Mamba layers, no experts (Granite 4 H)",
+    ),
+    Entry(
+        "Llama",
+        ("LlamaForCausalLM",),
+        ("meta-llama/Llama-3.2-1B-Instruct", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "01-ai/Yi-1.5-6B-Chat"),
+        gguf=("llama",),
+        real_weights="SmolLM2-135M",
+    ),
+    Entry(
+        "Mistral",
+        ("MistralForCausalLM", "Ministral3ForCausalLM"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Ministral-3-3B-Instruct-2512-BF16"),
+        gguf=("llama",),
+        limits="text only",
+    ),
+    Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",)),
+    Entry(
+        "OLMo",
+        ("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+        ("allenai/OLMo-1B-hf", "allenai/OLMo-2-0425-1B-Instruct", "allenai/Olmo-3-7B-Instruct"),
+    ),
+    Entry("OPT", ("OPTForCausalLM",), ("facebook/opt-125m",)),
+    Entry("Phi", ("PhiForCausalLM",), ("microsoft/phi-1_5", "microsoft/phi-2")),
+    Entry(
+        "Phi-3, Phi-4",
+        ("Phi3ForCausalLM",),
+        ("microsoft/Phi-3.5-mini-instruct", "microsoft/phi-4", "microsoft/Phi-4-mini-instruct"),
+        limits="`--max-model-len` decides between short and long LongRoPE factors",
+    ),
+    Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2",)),
+    Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
+    Entry("Seed-OSS", ("SeedOssForCausalLM",), ("ByteDance-Seed/Seed-OSS-36B-Instruct",)),
+    Entry("SmolLM3", ("SmolLM3ForCausalLM",), ("HuggingFaceTB/SmolLM3-3B",)),
+    Entry("StableLM", ("StableLmForCausalLM",), ("stabilityai/stablelm-2-1_6b", "stabilityai/stablelm-3b-4e1t")),
+    Entry("StarCoder2", ("Starcoder2ForCausalLM",), ("bigcode/starcoder2-3b",)),
+)

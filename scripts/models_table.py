@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Writes the table of model families into README.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from executor.models.catalog import CATALOG, Entry  # noqa: E402
+
+TARGET = ROOT / "README.md"
+START = "<!-- scripts/models_table.py writes this table -->\n"
+END = "<!-- end of the table -->\n"
+HEAD = """\
+| family | `architectures` | examples | tested weights | in GGUF files | limits |
+|---|---|---|---|---|---|
+"""
+
+
+def row(entry: Entry) -> str:
+    tested = "random" + (f", {entry.real_weights}" if entry.real_weights else "")
+    cells = (
+        entry.name,
+        ", ".join(f"`{name}`" for name in entry.architectures),
+        ", ".join(entry.examples),
+        tested,
+        ", ".join(f"`{name}`" for name in entry.gguf),
+        entry.limits,
+    )
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|\n"
+
+
+def table() -> str:
+    """The table, between its marks."""
+    return START + HEAD + "".join(map(row, CATALOG)) + END
+
+
+def text(readme: str) -> str:
+    """The README with the table as it should be."""
+    before, _, rest = readme.partition(START)
+    return before + table() + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text(TARGET.read_text()))

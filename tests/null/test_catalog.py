@@ -1,0 +1,30 @@
+"""The README's table of model families, the registry and the tests agree."""
+
+from __future__ import annotations
+
+import models_table
+
+from executor.models.catalog import CATALOG
+from executor.models.registry import REGISTRY
+from tests.families import FAMILIES
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = models_table.TARGET.read_text()
+    assert models_table.text(readme) == readme, "run scripts/models_table.py"
+    assert readme.count(models_table.START) == readme.count(models_table.END) == 1
+
+
+def test_every_architecture_is_in_one_row() -> None:
+    listed = [name for entry in CATALOG for name in entry.architectures]
+    assert sorted(listed) == sorted(REGISTRY), "add the model to executor/models/catalog.py"
+
+
+def test_every_architecture_is_tested() -> None:
+    tested = {REGISTRY[family.model] for family in FAMILIES.values()}
+    assert set(REGISTRY.values()) == tested, "add a row to tests/families.py"
+
+
+def test_rows_are_in_order() -> None:
+    names = [entry.name.lower() for entry in CATALOG]
+    assert names == sorted(names)
