@@ -35,6 +35,15 @@ PLAIN_TYPES = {
 }
 
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+"""By their names in config.json."""
+
+YARN_FIELDS = {
+    "attention_factor": Keys.Rope.SCALING_YARN_ATTN_FACTOR,
+    "beta_fast": Keys.Rope.SCALING_YARN_BETA_FAST,
+    "beta_slow": Keys.Rope.SCALING_YARN_BETA_SLOW,
+    "mscale_all_dim": Keys.Rope.SCALING_YARN_LOG_MUL,
+}
 
 CHUNK_BYTES = 256 << 10
 """Quantised bytes dequantised at a time: the float32 result should fit a core's cache."""
@@ -79,6 +88,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         "rms_norm_eps": fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS)),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "attention_out_bias": "blk.0.attn_output.bias" in shapes,
         "mlp_bias": "blk.0.ffn_down.bias" in shapes,
         "rope_parameters": _rope_parameters(fields, arch),
     }
@@ -86,6 +96,9 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     config["head_dim"] = fields.size(
         key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
     )
+    rotary_dim = fields.size(key(Keys.Rope.DIMENSION_COUNT), config["head_dim"])
+    if rotary_dim != config["head_dim"]:  # rounded up, so that the product with head_dim is not below rotary_dim
+        config["rope_parameters"]["partial_rotary_factor"] = math.nextafter(rotary_dim / config["head_dim"], math.inf)
     ARCHITECTURES[arch].configure(fields, config)
     return config
 
@@ -105,10 +118,10 @@ def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
 
     kind = fields.string(key(Keys.Rope.SCALING_TYPE), "none")
     rope: dict[str, Any] = {
-        "rope_type": "default" if kind == "none" else kind,
+        "rope_type": "default" if kind in ("none", "longrope") else kind,  # LongRoPE's factors are tensors
         "rope_theta": fields.number(key(Keys.Rope.FREQ_BASE), 10000.0),
     }
-    if kind != "none":
+    if rope["rope_type"] != "default":
         rope["factor"] = fields.number(key(Keys.Rope.SCALING_FACTOR))
         if rope["factor"] <= 0:
             fields.bad(key(Keys.Rope.SCALING_FACTOR), "greater than 0")
@@ -117,6 +130,11 @@ def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
     if fields.has(key(Keys.Rope.SCALING_ATTN_FACTOR)):  # llama.cpp multiplies it by YaRN's own factor
         own = 1.0 + 0.1 * math.log(rope["factor"]) if kind == "yarn" else 1.0
         rope["attention_factor"] = fields.number(key(Keys.Rope.SCALING_ATTN_FACTOR)) * own
+    for name, stored in YARN_FIELDS.items():
+        if fields.has(key(stored)):
+            rope[name] = fields.number(key(stored))
+    if rope.get("mscale_all_dim"):
+        rope["mscale"] = 1.0
     return rope
 
 
@@ -147,9 +165,12 @@ class GGUFCheckpoint:
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.architecture = ARCHITECTURES[arch]
+        rope = self.config["rope_parameters"]
         if ROPE_FACTORS in self.entries:  # Llama 3's frequency factors, as a tensor
-            factors = self._read(self.entries[ROPE_FACTORS], None, torch.float32)
-            self.config["rope_parameters"] |= {"rope_type": "frequency_factors", "factors": factors.tolist()}
+            rope |= {"rope_type": "frequency_factors", "factors": self._numbers(ROPE_FACTORS)}
+        if all(name in self.entries for name in LONGROPE_FACTORS.values()):
+            rope |= {"rope_type": "longrope"}
+            rope |= {field: self._numbers(name) for field, name in LONGROPE_FACTORS.items()}
 
     def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
         hf_names = {self._gguf_name(name): name for name in wanted}
@@ -161,8 +182,12 @@ class GGUFCheckpoint:
                 read=partial(self._read, entry, hf_names.get(entry.name)),
             )
             for entry in self.header.tensors
-            if entry.name != ROPE_FACTORS
+            if entry.name not in (ROPE_FACTORS, *LONGROPE_FACTORS.values())
         ]
+
+    def _numbers(self, name: str) -> list[float]:
+        numbers: list[float] = self._read(self.entries[name], None, torch.float32).tolist()
+        return numbers
 
     def origin(self, name: str) -> str:
         return self._origin(self._gguf_name(name))

@@ -8,6 +8,7 @@ from typing import Any
 
 from gguf import MODEL_TENSOR, Keys
 
+from executor.base import ModelError
 from executor.hf_config import MAX_POSITIONS, Fields
 
 Config = dict[str, Any]
@@ -58,14 +59,82 @@ def gemma(fields: Fields, config: Config) -> None:
         }
 
 
+def windows(fields: Fields, config: Config) -> None:
+    """Windows with the layers that have them: a list of flags, or every layer but each n-th."""
+    arch = config["model_type"]
+    window = Keys.Attention.SLIDING_WINDOW.format(arch=arch)
+    config["sliding_window"] = fields.size(window, most=MAX_POSITIONS) if fields.integer(window, 0) else None
+    stored = Keys.Attention.SLIDING_WINDOW_PATTERN.format(arch=arch)
+    if config["sliding_window"] is None or not fields.has(stored):
+        return
+    pattern = fields.get(stored)
+    if isinstance(pattern, list) and len(pattern) == config["num_hidden_layers"]:
+        flags = [bool(flag) for flag in pattern]
+    else:
+        period = fields.size(stored)
+        flags = [(index + 1) % period != 0 for index in range(config["num_hidden_layers"])]
+    config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in flags]
+
+
+def olmo2(fields: Fields, config: Config) -> None:
+    """OLMo 3 is an OLMo 2 with windows, in whose layers angles are not scaled."""
+    windows(fields, config)
+    if config["sliding_window"] is not None:
+        config["architectures"] = ["Olmo3ForCausalLM"]
+        rope = config["rope_parameters"]
+        local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+
+
+def granite(fields: Fields, config: Config) -> None:
+    arch = config["model_type"]
+    for name, key, default in (
+        ("attention_multiplier", Keys.Attention.SCALE, config["head_dim"] ** -0.5),
+        ("embedding_multiplier", Keys.LLM.EMBEDDING_SCALE, 1.0),
+        ("logits_scaling", Keys.LLM.LOGIT_SCALE, 1.0),
+        ("residual_multiplier", Keys.LLM.RESIDUAL_SCALE, 1.0),
+    ):
+        config[name] = fields.number(key.format(arch=arch), default)
+    if not fields.boolean(Keys.Rope.SCALING_FINETUNED.format(arch=arch), True):
+        raise ModelError(f"{fields.source}: Granite models without rotary embeddings are not supported yet")
+
+
+def phi3(fields: Fields, config: Config) -> None:
+    windows(fields, config)
+    length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
+    config["original_max_position_embeddings"] = length
+
+
+def mistral3(fields: Fields, config: Config) -> None:
+    """Ministral 3 scales its queries; other Mistral models with this name are Llamas."""
+    scale = Keys.Attention.TEMPERATURE_SCALE.format(arch=config["model_type"])
+    if fields.has(scale):
+        config["rope_parameters"]["llama_4_scaling_beta"] = fields.number(scale)
+    else:
+        config["architectures"] = ["LlamaForCausalLM"]
+
+
+def ernie4_5(fields: Fields, config: Config) -> None:
+    config["use_bias"] = config["attention_bias"]
+
+
+PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
+"""What the converter does to Llama and those that it treats as Llama."""
+
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=ernie4_5),
+    "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
-    "llama": Architecture(
-        "LlamaForCausalLM",
-        permuted={MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"},
-    ),
+    "glm4": Architecture("Glm4ForCausalLM"),
+    "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
+    "llama": Architecture("LlamaForCausalLM", PERMUTED),
+    "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
+    "olmo2": Architecture("Olmo2ForCausalLM", configure=olmo2),
+    "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
+    "seed_oss": Architecture("SeedOssForCausalLM"),
+    "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),
 }
 """By ``general.architecture``. Mistral's files also say llama."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from executor.base import ModelError
 from executor.language_part import language_fields
+from executor.models.catalog import CATALOG
 from executor.models.registry import check_architecture
 from executor.quantization.base import quantization_name
 
-GGUF_ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
+GGUF_ARCHITECTURES = tuple(sorted({name for entry in CATALOG for name in entry.gguf}))
 """The keys of ``ARCHITECTURES`` in ``gguf_architectures.py``, which needs torch."""
 
 

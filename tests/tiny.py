@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -184,6 +185,12 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
 """Formats that the package can only read, with the places of the float16 scales in a block."""
 
 
+GGUF_NAMES = {"ministral3": "mistral3", "mistral": "llama", "olmo3": "olmo2"}
+"""``model_type`` -> ``general.architecture``, where they differ."""
+PERMUTED = {"granite", "llama", "mistral3", "smollm3"}
+"""Architectures whose rows of q and k the converter reorders."""
+
+
 def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float] | None = None) -> GGUFModel:
     """Writes a checkpoint as convert_hf_to_gguf does; vectors stay float32.
 
@@ -193,7 +200,8 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
     """
     config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"].replace("mistral", "llama").removesuffix("_text")
+    kind_of_model = config["model_type"].removesuffix("_text")
+    arch = GGUF_NAMES.get(kind_of_model, kind_of_model)
     path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}.gguf"
     writer = gguf.GGUFWriter(path, arch)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -210,6 +218,8 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if arch.startswith("gemma"):
         _add_gemma(writer, config)
+    elif arch not in ("llama", "qwen2", "qwen3"):
+        _add_facts(writer, arch, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
@@ -218,7 +228,7 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
     for name, tensor in load_file(folder / "model.safetensors").items():
         offset = 1 if arch.startswith("gemma") and name.endswith("norm.weight") else 0
         data = tensor.float().numpy() + offset
-        permuted = arch == "llama" and (".q_proj." in name or ".k_proj." in name)
+        permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads
         if permuted:
             data = permute(data, num_heads)
@@ -232,6 +242,9 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
             order = permute(np.arange(len(meaning)), num_heads)
             meaning = meaning[np.argsort(order)]
         weights[name] = torch.from_numpy(np.array(meaning)) - offset
+    if "long_factor" in rope:
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
     if rope_factors:
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     writer.write_header_to_file()
@@ -277,6 +290,38 @@ def split_gguf(folder: Path, count: int) -> list[Path]:
         writer.write_tensors_to_file()
         writer.close()
     return paths
+
+
+def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
+    """Fields of other families, as convert_hf_to_gguf writes them."""
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    if window is not None or arch == "phi3":
+        writer.add_sliding_window(window or 0)
+        if types is not None:
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
+    if rope["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        if "beta_fast" in rope:
+            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if arch == "mistral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if "long_factor" in rope:
+        scale, length = config["max_position_embeddings"], rope["original_max_position_embeddings"]
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale / length) / math.log(length)))
+    if arch == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
 
 
 def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:

@@ -26,6 +26,7 @@ from executor.loader import load_model
 from executor.parallel import ParallelState
 from executor.supported import GGUF_ARCHITECTURES
 from tests import tiny
+from tests.families import FAMILIES
 from tests.models.harness import CPU, assert_close, load, logits_of, random_tokens, refusal, split_shares
 
 GGUF_TYPES = [
@@ -103,6 +104,56 @@ def test_gguf_of_gemma(kind: str) -> None:
     loaded = load(file.path)
     assert loaded.hf_config.architecture == json.loads((folder / "config.json").read_text())["architectures"][0]
     assert_close(logits_of(loaded, token_ids), reference_logits(folder, file.weights, token_ids), 2e-4)
+
+
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {
+    # llama.cpp knows the layers of SmolLM3 that are not rotated.
+    "smollm3": {"no_rope_layers": None, "num_hidden_layers": 4, "use_sliding_window": False},
+    "phi3": {},
+    "glm4": {},
+    "granite": {},
+    "olmo2": {},
+    "olmo3": {},
+    "ministral3": {"sliding_window": None},
+    "exaone4": {},
+    "seed_oss": {},
+    "ernie4_5": {},
+}
+
+
+@pytest.mark.parametrize("kind", GGUF_FAMILIES)
+def test_gguf_of_families(kind: str) -> None:
+    folder = tiny.checkpoint(kind, **GGUF_FAMILIES[kind])
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
+    loaded = load(file.path)
+    assert loaded.hf_config.architecture == json.loads((folder / "config.json").read_text())["architectures"][0]
+    token_ids = random_tokens(100)
+    expected = reference_logits(folder, file.weights, token_ids)
+    assert_close(logits_of(loaded, token_ids), expected)
+
+
+def test_gguf_of_exaone_without_windows() -> None:
+    folder = tiny.checkpoint("exaone4", **FAMILIES["exaone4"].variants["no windows"])
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
+    token_ids = random_tokens(60)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+def test_gguf_of_granite_without_rotation_is_refused() -> None:
+    file = tiny.gguf_file(tiny.checkpoint("granite"), GGMLQuantizationType.F32)
+    header = read_gguf(file.path).header()
+    metadata = {**header.metadata, "granite.rope.scaling.finetuned": False}
+    message = refusal(file.path, gguf=msgspec.structs.replace(header, metadata=metadata))
+    assert "without rotary embeddings are not supported yet" in message
+
+
+@pytest.mark.parametrize("flags", [[True, False], "every"])
+def test_gguf_with_a_wrong_pattern_is_refused(flags: Any) -> None:
+    file = tiny.gguf_file(tiny.checkpoint("exaone4"), GGMLQuantizationType.F32)
+    header = read_gguf(file.path).header()
+    metadata = {**header.metadata, "exaone4.attention.sliding_window_pattern": flags}
+    message = refusal(file.path, gguf=msgspec.structs.replace(header, metadata=metadata))
+    assert "exaone4.attention.sliding_window_pattern must be" in message
 
 
 def test_gguf_of_a_mistral_model_is_a_llama() -> None:
