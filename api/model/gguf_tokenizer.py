@@ -88,10 +88,11 @@ def _words(digits: str) -> str:
     return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 
-_CASED_WORDS: Final = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
+def _cased_words(digits: str, end: str = "") -> str:
+    return (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}"
+        rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ _DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
 _LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
 _QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
-_TEKKEN: Final = PreRule((_CASED_WORDS,), ignore_merges=True, add_bos=True)
+_TEKKEN: Final = PreRule((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
+_GPT4O: Final = PreRule((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
 _DEEPSEEK_LLM: Final = PreRule(
     (
         r"[\r\n]",
@@ -143,10 +145,13 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "gpt2": _GPT2,
+    "exaone4": _GPT2,
+    "olmo": _GPT2,
     "trillion": _GPT2,
     "granite-docling": _GPT2,
     "a.x-4.0": _GPT2,
     "mellum": _GPT2,
+    "refact": _DIGITS_GPT2,
     "smollm": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
     "llama3": _LLAMA3,
@@ -155,19 +160,23 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "falcon3": _LLAMA3,
     "pixtral": _LLAMA3,
     "midm-2.0": _LLAMA3,
+    "chatglm-bpe": _LLAMA3_MERGES,
+    "dbrx": _LLAMA3_MERGES,
+    "glm4": _LLAMA3_MERGES,
     "smaug-bpe": _LLAMA3_MERGES,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
     "kormo": _QWEN2,
     "f2llmv2": _QWEN2,
+    "gpt-4o": _GPT4O,
     "tekken": _TEKKEN,
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,
     "viking": _VIKING,
     "seed-coder": _SEED_CODER,
 }
-"""Rules of models whose architecture can be loaded: Llama's, to which many others are converted, and Qwen's."""
+"""Rules of models whose architecture can be loaded."""
 
 
 def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:

@@ -411,6 +411,8 @@ def test_gguf_sentencepiece_merges_as_transformers_derives_them() -> None:
         ("gpt-2", ["Hi", " World", "'s", " 12345", " ", " x", "!!"]),
         ("smollm", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("llama-bpe", ["Hi", " World", "'s", " ", "123", "45", " ", " x", "!!"]),
+        ("dbrx", ["Hi", " World", "'s", " ", "123", "45", " ", " x", "!!"]),
+        ("gpt-4o", ["Hi", " World's", " ", "123", "45", " ", " x", "!!"]),
         ("qwen2", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("tekken", ["Hi", " World", "'s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
         ("deepseek-llm", ["Hi", " World", "'", "s", " ", "1", "2", "3", "4", "5", " ", " x", "!!"]),
