@@ -88,6 +88,7 @@ class LLMOptions(TypedDict, total=False):
     max_model_len: int | str | None
     hf_overrides: dict[str, object]
     load_format: Literal["auto", "safetensors", "gguf", "dummy"]
+    model_impl: Literal["auto", "octavo", "vllm", "transformers"]
     enforce_eager: bool
     tensor_parallel_size: int
     pipeline_parallel_size: int

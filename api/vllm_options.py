@@ -255,7 +255,7 @@ TABLE = (
     (
         Verdict.REFUSED,
         "only built-in model classes are supported; the README lists them",
-        "model_impl=auto,vllm hf_config_path config_format=auto,hf diffusion_config",
+        "hf_config_path config_format=auto,hf diffusion_config",
     ),
     (
         Verdict.REFUSED,
@@ -313,8 +313,9 @@ _WORKING = """
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
     generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_memory_bytes load_format log_level
     long_prefill_token_threshold max_logprobs max_model_len max_num_batched_tokens max_num_queued_reqs
-    max_num_queued_tokens max_num_seqs model num_gpu_blocks_override otlp_traces_endpoint override_generation_config
-    pipeline_parallel_size pooler_config port quantization reasoning_parser response_role return_tokens_as_token_ids
+    max_num_queued_tokens max_num_seqs model model_impl num_gpu_blocks_override otlp_traces_endpoint
+    override_generation_config pipeline_parallel_size pooler_config port quantization reasoning_parser response_role
+    return_tokens_as_token_ids
     revision root_path runner scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs
     ssl_certfile ssl_ciphers ssl_keyfile stream_interval structured_outputs_config task tensor_parallel_size
     tokenizer tokenizer_revision tool_call_parser trust_request_chat_template uds

@@ -93,6 +93,13 @@ class ModelConfig(Config, frozen=True):
             "dummy: random weights, for benchmarks."
         ),
     ] = "auto"
+    model_impl: Annotated[
+        Literal["auto", "octavo", "vllm", "transformers"],
+        Meta(
+            description="Implementation of the model. octavo (or vllm): built in. transformers: that of transformers, "
+            "slower. auto: built in if there is one, otherwise transformers."
+        ),
+    ] = "auto"
     enforce_eager: Annotated[bool, Meta(description="Run ops one by one instead of replaying a captured program.")] = (
         False
     )

@@ -82,8 +82,8 @@ def load_model(
         ModelError: The model cannot be loaded; one line that names the file and the problem.
     """
     hf_config, checkpoint = open_model(config)
-    model_class = resolve_model(hf_config.architecture)
-    hf_config = hf_config.for_model(model_class.attribute_map, model_class.config_defaults)
+    model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
+    hf_config = model_class.configure(hf_config)
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
@@ -107,6 +107,7 @@ def load_model(
         load_weights(
             model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
         )
+    model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)
 
@@ -198,6 +199,7 @@ def load_weights(
     is_part, mapper = context.config.is_part, model.mapper
     if is_part:
         mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
+    checkpoint = model.stored_as(checkpoint)
     stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
     found, doubles = match_names(stored, targets, mapper, tied)
     if is_part:

@@ -8,7 +8,7 @@ from typing import Any
 from executor.base import ModelError
 from executor.language_part import language_fields
 from executor.models.catalog import CATALOG
-from executor.models.registry import check_architecture
+from executor.models.registry import implementation
 from executor.quantization.base import quantization_name
 
 GGUF_ARCHITECTURES = tuple(sorted({name for entry in CATALOG for name in entry.gguf}))
@@ -26,20 +26,22 @@ def check_gguf_architecture(architecture: str) -> None:
         raise ModelError(f"architecture {architecture!r} is not supported yet; choose a file with one of: {supported}")
 
 
-def check_supported(fields: Mapping[str, Any], quantization: str | None = None) -> None:
+def check_supported(fields: Mapping[str, Any], quantization: str | None = None, model_impl: str = "auto") -> None:
     """Checks architecture and quantisation; loading the model checks the rest.
 
     Args:
         fields: Contents of config.json, with the user's overrides applied.
         quantization: ``--quantization``.
+        model_impl: ``--model-impl``.
 
     Raises:
         ModelError: One of them is missing, invalid or not supported.
     """
-    names = language_fields(fields).get("architectures")
+    language = language_fields(fields)
+    names = language.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelError("architectures must be a list of at least one name")
-    check_architecture(names[0])
+    implementation(names[0], language, model_impl)
     saved = fields.get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ModelError("quantization_config must be an object")

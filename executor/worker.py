@@ -89,7 +89,7 @@ class Worker:
             device,
             groups,
             step_size=config.step_size,
-            enforce_eager=config.model.enforce_eager,
+            enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
             speculative=config.speculative,
             rank=self.rank,
         )

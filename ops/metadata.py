@@ -60,6 +60,8 @@ class AttentionShape:
     """A token attends to this many tokens, itself included."""
     causal: bool = True
     logit_softcap: float | None = None
+    has_sinks: bool = False
+    """Each head has a learned score that takes part in the softmax without a value."""
     kind: str = "kv"
     """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
 

@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.families import COMMON, END_OF_TEXT, FAMILIES, IM_END, IM_START, VOCAB_SIZE
+from tests.families import COMMON, END_OF_TEXT, FALLBACKS, FAMILIES, IM_END, IM_START, VOCAB_SIZE
 
 __all__ = ["COMMON", "END_OF_TEXT", "IM_END", "IM_START", "VOCAB_SIZE"]
 
@@ -84,7 +84,7 @@ def _checkpoint(kind: str, arguments: str) -> Path:
     given = json.loads(arguments)
     options, fields = given["options"], given["fields"]
     folder = session_folder() / f"{kind}-{len(list(session_folder().iterdir()))}"
-    family = FAMILIES[kind]
+    family = {**FAMILIES, **FALLBACKS}[kind]
     if options["tied"] is not None:
         fields["tie_word_embeddings"] = options["tied"]
     config_class, model_class = (getattr(transformers, name) for name in (family.config, family.model))

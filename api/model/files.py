@@ -276,7 +276,7 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> N
     if not isinstance(fields, dict):
         raise ModelFileError(file, "not a JSON object")
     try:
-        check_supported({**fields, **model.hf_overrides}, model.quantization)
+        check_supported({**fields, **model.hf_overrides}, model.quantization, model.model_impl)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
 

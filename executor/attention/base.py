@@ -46,7 +46,8 @@ class AttentionBackend(Protocol):
         """Writes this step's entries to the cache, then computes attention.
 
         Args:
-            inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns.
+            inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns, then the sinks
+                if ``shape.has_sinks``.
             kv_cache: The layer's cache.
             shape: The layer's constants.
             meta: The result of ``plan``.
@@ -108,9 +109,9 @@ class OpsAttention:
     def run(
         self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        q, k, v = inputs
+        q, k, v, *sinks = inputs
         keys, values = kv_cache
-        return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout)
+        return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, *sinks)
 
 
 def unsupported_kind(shape: AttentionShape) -> str | None:

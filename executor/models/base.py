@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from executor.checkpoint import Checkpoint
+from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
@@ -20,7 +22,7 @@ __all__ = ["Model", "ModelContext", "WeightsMapper"]
 class Model(nn.Module, ABC):
     """A language model. Its forward pass uses only ops, ``+`` and ``split``, so that it can be captured."""
 
-    tied_modules: ClassVar[Mapping[str, str]] = {}
+    tied_modules: Mapping[str, str] = {}
     """Modules tied to another one by the configuration, whose tensors a checkpoint may hold nevertheless."""
     mapper: ClassVar[WeightsMapper] = WeightsMapper()
     """Names and layouts in checkpoints that differ from the model's."""
@@ -30,6 +32,13 @@ class Model(nn.Module, ABC):
     """Fields that config.json may leave out, under their common names."""
     hidden_size: int | None = None
     """Columns of the hidden states that ``forward`` returns. None: ``hidden_size`` of the configuration."""
+    can_be_captured: ClassVar[bool] = True
+    """False: the forward pass is more than ops, and runs eagerly in each step."""
+
+    @classmethod
+    def configure(cls, config: HFConfig) -> HFConfig:
+        """The configuration as the model reads it."""
+        return config.for_model(cls.attribute_map, cls.config_defaults)
 
     @abstractmethod
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
@@ -47,6 +56,17 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def attention_layers(self) -> list[Attention]:
         """The attention layers, in order."""
+
+    def stored_as(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the names and layouts of this model's tensors."""
+        return checkpoint
+
+    def loaded(self) -> None:
+        """Called once, when the weights are loaded and packed.
+
+        Raises:
+            ModelError: The model cannot run.
+        """
 
     def reserve_positions(self, num_positions: int) -> None:
         """Builds the tables with a row per position, before the first forward pass.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from executor.base import ModelError
+from executor.models.fallback.support import fallback_problem
 from executor.registry import resolve
 
 if TYPE_CHECKING:  # the names are known without torch
@@ -47,25 +49,41 @@ REGISTRY = {
 """The ``architectures`` of config.json."""
 
 
-def check_architecture(architecture: str) -> None:
-    """Checks that an architecture is supported.
+FALLBACK = "executor.models.fallback.model:TransformersForCausalLM"
+
+
+def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str = "auto") -> str:
+    """The model class of an architecture, as ``"module:Class"``.
+
+    Args:
+        architecture: First entry of ``architectures`` in config.json.
+        fields: Contents of config.json.
+        model_impl: ``--model-impl``.
 
     Raises:
-        ModelError: It is not.
+        ModelError: The architecture is not supported.
     """
-    if architecture not in REGISTRY:
-        shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
+    if architecture in REGISTRY and model_impl != "transformers":
+        return REGISTRY[architecture]
+    shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
+    if model_impl in ("octavo", "vllm"):
         raise ModelError(
-            f"architecture {shown} is not supported yet; choose a model with one of: {', '.join(sorted(REGISTRY))}"
+            f"architecture {shown} is not built in; use --model-impl auto, or choose a model with one of: "
+            f"{', '.join(sorted(REGISTRY))}"
         )
+    problem = fallback_problem(architecture, fields)
+    if problem is None:
+        return FALLBACK
+    if model_impl == "transformers":
+        raise ModelError(f"--model-impl transformers cannot run architecture {shown}: {problem}")
+    raise ModelError(
+        f"architecture {shown} is not supported yet: {problem}; choose a model with one of: "
+        f"{', '.join(sorted(REGISTRY))}"
+    )
 
 
-def resolve_model(architecture: str) -> type[Model]:
-    """The model class of an architecture.
-
-    Raises:
-        ModelError: The architecture is unknown.
-    """
-    check_architecture(architecture)
-    result: type[Model] = resolve(REGISTRY, architecture, "architecture")
+def resolve_model(architecture: str, fields: Mapping[str, Any] | None = None, model_impl: str = "auto") -> type[Model]:
+    """The class that ``implementation`` names. Raises the same errors."""
+    name = implementation(architecture, fields or {}, model_impl)
+    result: type[Model] = resolve({architecture: name}, architecture, "architecture")
     return result

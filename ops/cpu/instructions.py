@@ -196,9 +196,10 @@ def paged_attention(
     meta: Any,
     shape: AttentionShape,
     layout: KVLayout = "plain",
+    sinks: Tensor | None = None,
 ) -> Instruction | None:
     keys, values = kv_cache
-    if layout != "tiled":
+    if layout != "tiled" or sinks is not None:
         return None
     if keys.dtype != q.dtype or not (is_matrix(q) and is_matrix(k) and is_matrix(v)):
         return None
@@ -233,6 +234,8 @@ def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | No
         return f"unsupported dtype {dtype}; the kernels take {', '.join(str(known) for known in TYPES)}"
     if max(shape.head_dim, shape.v_dim) > lib.MAX_HEAD_DIM:
         return f"heads are larger than {lib.MAX_HEAD_DIM} columns"
+    if shape.has_sinks:
+        return "attention sinks are not supported"
     return None
 
 

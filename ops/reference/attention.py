@@ -9,7 +9,7 @@ from ops.dispatch import Spec, StepInput, op
 from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 
 
-@op(lambda q, k, v, kv_cache, meta, shape, layout="plain": Spec(q.spec.rows, shape.out_width, q.spec.dtype))
+@op(lambda q, k, v, kv_cache, meta, shape, layout="plain", sinks=None: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -18,6 +18,7 @@ def paged_attention(
     meta: AttentionMetadata | StepInput,
     shape: AttentionShape,
     layout: KVLayout = "plain",
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Writes this step's K and V into the cache, then attends to each request's whole context.
 
@@ -31,6 +32,8 @@ def paged_attention(
         meta: The step's requests.
         shape: The layer's constants.
         layout: Layout of the cache. The reference reads only the plain one.
+        sinks: [num_heads] if ``shape.has_sinks``: a score per head that takes part in the softmax without a value
+            (Xiao et al., arXiv:2309.17453; as in gpt-oss).
 
     Returns:
         [num_tokens, num_heads * v_head_dim] in the type of ``q``; scores and softmax in float32.
@@ -52,7 +55,7 @@ def paged_attention(
             unseen = max(0, seq_len - (end - start) + 1 - shape.sliding_window)
             keys[:unseen] = 0
             values[:unseen] = 0
-        out[start:end] = attend(queries[start:end], keys, values, shape)
+        out[start:end] = attend(queries[start:end], keys, values, shape, sinks)
     return out.flatten(1)
 
 
@@ -76,13 +79,14 @@ def write_kv(
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor | None = None) -> Tensor:
     """Attention of one request's last tokens over its context.
 
     Args:
         q: [num_queries, num_heads, head_dim]: the last ``num_queries`` of ``seq_len`` tokens.
         k: [seq_len, num_kv_heads, head_dim].
         v: [seq_len, num_kv_heads, v_head_dim].
+        sinks: [num_heads]; None: no sinks.
 
     Returns:
         [num_queries, num_heads, v_head_dim] in the type of ``q``.
@@ -98,6 +102,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
         if shape.sliding_window is not None:
             hidden |= distance >= shape.sliding_window
         scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        column = sinks.float().view(shape.num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, -1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :seq_len]
     out = weights @ v.float().permute(1, 0, 2).unsqueeze(1)  # [kv_heads, group, queries, dim]
     return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)

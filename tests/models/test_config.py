@@ -120,7 +120,7 @@ def test_max_model_len_must_not_exceed_the_model() -> None:
 
 def test_every_registered_model_exists() -> None:
     for name in REGISTRY:
-        assert resolve_model(name).__name__ == name
+        assert resolve_model(name).__name__ == REGISTRY[name].partition(":")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------

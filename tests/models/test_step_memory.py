@@ -105,7 +105,7 @@ class Uncapturable(LlamaForCausalLM):
 
 
 def test_eager_mode_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executor.loader.resolve_model", lambda architecture: Uncapturable)
+    monkeypatch.setattr("executor.loader.resolve_model", lambda *_: Uncapturable)
     with pytest.raises(TypeError, match="Value"):
         started()
     worker, _ = started(enforce_eager=True)

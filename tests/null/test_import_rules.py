@@ -80,7 +80,7 @@ of the first and of the last line, which are no rooms, import others of their li
 
 FOLDERS: dict[str, set[str]] = {
     # A model is described by layers. It knows no step but the batch that it is handed, and no device.
-    "executor/models": {"base", "hf_config", "input_batch", "layers.*", "registry", "weights_mapper"},
+    "executor/models": {"base", "checkpoint", "hf_config", "input_batch", "layers.*", "registry", "weights_mapper"},
     "executor/layers": {
         # Of backends and methods what they have in common; each is looked up by its name.
         *("attention.base", "base", "hf_config", "input_batch", "log", "parallel", "quantization", "quantization.base"),

@@ -175,7 +175,8 @@ def test_a_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture 'MambaForCausalLM' is not supported yet; choose a model with one of: ",
+            "architecture 'MambaForCausalLM' is not supported yet: it keeps a recurrent state, not only keys and "
+            "values; choose a model with one of: ",
         ),
         ({"architectures": None}, "architectures must be a list"),
         ({"quantization_config": {"quant_method": "awq"}}, "weights quantised with 'awq' are not supported yet"),
