@@ -196,7 +196,10 @@ class Comparison:
             self._servers[engine.name] = server
             server.wait_ready(path="/v1/models")
             seconds = time.monotonic() - begin
-            warm = Options(base_url=server.url, num_prompts=2, max_concurrency=2, input_len=200, output_len=8, warmup=0)
+            warm = Options(
+                base_url=server.url, num_prompts=2, max_concurrency=2, input_len=200, output_len=8, warmup=0,
+                keep_alive=False,
+            )  # fmt: skip
             self._check(engine, run_loop(run(warm)))
             print(f"{engine.name} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
         self._check_idleness()
@@ -239,7 +242,7 @@ class Comparison:
     def _run(self, engine: Engine, load: Load, seed: int, round_: int) -> Sample:
         url = self._servers[engine.name].url
         before = self._machine.measure()
-        result = run_loop(run(Options(base_url=url, seed=seed, warmup=0, **load.options)))
+        result = run_loop(run(Options(base_url=url, seed=seed, warmup=0, keep_alive=False, **load.options)))
         after = self._machine.measure()
         self._check(engine, result)
         rates = Rates(

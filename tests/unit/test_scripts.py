@@ -211,6 +211,17 @@ async def answer_awkwardly(path: str, body: Any, writer: asyncio.StreamWriter) -
         await asyncio.sleep(0)
 
 
+@pytest.mark.parametrize("keep_alive", [True, False])
+async def test_connections_are_reused_unless_told_otherwise(keep_alive: bool) -> None:
+    async with toy_server(answer_awkwardly) as (toy, url):
+        options = Options(
+            base_url=url, num_prompts=3, max_concurrency=1, warmup=0, token_ids=True, keep_alive=keep_alive
+        )
+        result = await bench_serve.run(options)
+    assert not result.errors()
+    assert len(toy.requests) == 4 and toy.num_connections == (1 if keep_alive else 4)
+
+
 async def test_a_run_over_an_awkward_server() -> None:
     async with toy_server(answer_awkwardly) as (toy, url):
         options = Options(

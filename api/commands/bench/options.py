@@ -71,6 +71,8 @@ class Options:
     timeout: float = 600.0
     insecure: bool = False
     """Do not verify certificates."""
+    keep_alive: bool = True
+    """Reuse connections. Some servers close them after a stream, without saying so."""
     keep_text: bool = False
     label: str = ""
     goodput: dict[str, float] = field(default_factory=dict)
@@ -162,6 +164,7 @@ def create_parser() -> Parser:
     add("--host", help="Host of the server.")
     add("--port", type=int, metavar="N", help="Port of the server.")
     add("--insecure", action="store_true", help="Do not verify certificates.")
+    add("--keep-alive", action=argparse.BooleanOptionalAction, help="Reuse connections (default: on).")
     add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="API key. Default: OPENAI_API_KEY.")
     add("--model", help="Model. Default: the first that the server lists.")
     add("--served-model-name", help="Model, overriding --model.")

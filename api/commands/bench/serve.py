@@ -240,7 +240,13 @@ async def run(options: Options) -> Result:
     Raises:
         OSError: The server cannot be reached or refused a request before the clock started.
     """
-    client = HttpClient(options.base_url, options.api_key, options.timeout, insecure=options.insecure)
+    client = HttpClient(
+        options.base_url,
+        options.api_key,
+        options.timeout,
+        insecure=options.insecure,
+        keep_alive=options.keep_alive,
+    )
     try:
         model = options.model or (await client.call("GET", "/v1/models"))["data"][0]["id"]
         # The answers in ShareGPT's file are texts, too.

@@ -158,10 +158,16 @@ class HttpConnection(asyncio.Protocol):
 
 
 class HttpClient:
-    """Keep-alive connections to one server."""
+    """Connections to one server, kept alive."""
 
     def __init__(
-        self, base_url: str, api_key: str | None = None, timeout: float | None = None, *, insecure: bool = False
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        *,
+        insecure: bool = False,
+        keep_alive: bool = True,
     ) -> None:
         """Connects later.
 
@@ -170,6 +176,7 @@ class HttpClient:
             api_key: Sent as a bearer token.
             timeout: Seconds that a request may take.
             insecure: Trust any certificate.
+            keep_alive: Keep connections; otherwise each request has its own.
         """
         url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
         self._ssl = ssl.create_default_context() if url.scheme == "https" else None
@@ -181,6 +188,9 @@ class HttpClient:
         self._prefix = url.path.rstrip("/").removesuffix("/v1")
         authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         self._headers = f"Host: {url.netloc}\r\n{authorization}"
+        self._keep_alive = keep_alive
+        if not keep_alive:
+            self._headers += "Connection: close\r\n"
         self._timeout = timeout
         self._idle: list[HttpConnection] = []
 
@@ -215,7 +225,9 @@ class HttpClient:
 
     async def _send_over(self, connection: HttpConnection, data: bytes, sink: Sink | None) -> Response:
         response = await connection.request(data, sink, self._timeout)
-        if connection.is_open:
+        if not self._keep_alive:
+            connection.close()
+        elif connection.is_open:
             connection.idle_since = time.monotonic()
             self._idle.append(connection)
         return response
