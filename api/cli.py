@@ -218,10 +218,17 @@ def model_parser(prog: str, description: str) -> Parser:
 
 def serve(arguments: Sequence[str]) -> int:
     """``octavo serve``."""
-    from api.server.run import run_server
-
     parser = serve_parser()
-    return _with_model(parser, parser.parse(arguments), "octavo api", run_server)
+    return _with_model(parser, parser.parse(arguments), "octavo api", _run_server)
+
+
+def _run_server(config: ServerConfig, files: ModelFiles) -> int:
+    from api.server.run import PortInUseError, run_server
+
+    try:
+        return run_server(config, files)
+    except PortInUseError as error:
+        return _fail(str(error), 1)
 
 
 def _with_model(
@@ -233,10 +240,7 @@ def _with_model(
     from api.config import unused_variables
     from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
-    from api.model.files import find_model, with_model
-    from api.params.defaults import check_defaults
-    from api.server.run import PortInUseError
-    from engine_core.launch import get_logger, setup_logging
+    from engine_core.launch import discard_engine_core, get_logger, prepare_engine_core, setup_logging
     from engine_core.messages import EXIT_MODEL
 
     try:
@@ -249,7 +253,12 @@ def _with_model(
         get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
+    prepare_engine_core(config.engine)
     try:
+        # These, and the model's files, take about as long as the imports of a worker, which run in the meantime.
+        from api.model.files import find_model, with_model
+        from api.params.defaults import check_defaults
+
         files = find_model(config)
         check_defaults(files)
         return run(with_model(config, files), files)
@@ -257,10 +266,10 @@ def _with_model(
         return _fail(str(error), EXIT_MODEL)
     except EngineDeadError as error:
         return _fail(str(error), error.exit_code)
-    except PortInUseError as error:
-        return _fail(str(error), 1)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
+    finally:
+        discard_engine_core()
 
 
 def _fail(message: str, code: int) -> int:

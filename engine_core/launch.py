@@ -6,17 +6,26 @@ import msgspec
 
 from engine_core.config import Config, EngineConfig
 from engine_core.last_work import LastWork, read_flight_record
-from executor.base import ModelError
+from executor.base import WORKER_MODULE, ModelError
 from executor.device.base import device_problem
 from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, printable, setup_logging
-from executor.process import ChildProcess, child_command, child_environment
+from executor.process import (
+    ChildProcess,
+    child_command,
+    child_environment,
+    discard_child,
+    prepare_child,
+    prepared_child,
+)
 from executor.supported import check_gguf_architecture, check_supported
 
 RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
+_MODULE = "engine_core"
+_ENVIRONMENT = {"RUST_MIN_STACK": str(RUST_STACK_BYTES)}
 
 
 class EngineCoreLaunch(Config, frozen=True):
@@ -37,8 +46,33 @@ class EngineCoreLaunch(Config, frozen=True):
 
 
 def launch_engine_core(launch: EngineCoreLaunch) -> ChildProcess:
-    """Starts ``engine_core/__main__.py``. It dies with the calling process, and with the thread that called."""
-    return ChildProcess("engine_core", msgspec.msgpack.encode(launch), {"RUST_MIN_STACK": str(RUST_STACK_BYTES)})
+    """Starts ``engine_core/__main__.py``, or goes on with a prepared one.
+
+    It dies with the calling process, and with the thread that called.
+    """
+    payload = msgspec.msgpack.encode(launch)
+    return prepared_child(_MODULE, payload) or ChildProcess(
+        _MODULE, payload, _ENVIRONMENT, arguments=_early_children(launch.config)
+    )
+
+
+def prepare_engine_core(config: EngineConfig) -> None:
+    """Starts the process of the next ``launch_engine_core``, and a worker's, while the caller is still preparing.
+
+    Args:
+        config: May still change in all but the kind of executor.
+    """
+    prepare_child(_MODULE, _ENVIRONMENT, _early_children(config))
+
+
+def discard_engine_core() -> None:
+    """Ends what ``prepare_engine_core`` started, if no engine core was launched."""
+    discard_child(_MODULE)
+
+
+def _early_children(config: EngineConfig) -> list[str]:
+    """Modules of the processes that an engine core certainly needs."""
+    return [WORKER_MODULE] if config.executor.distributed_executor_backend == "mp" else []
 
 
 def engine_identity(engine_epoch: int) -> bytes:
@@ -65,6 +99,8 @@ __all__ = [
     "engine_identity",
     "get_logger",
     "launch_engine_core",
+    "discard_engine_core",
+    "prepare_engine_core",
     "read_flight_record",
     "open_regular",
     "printable",

@@ -57,6 +57,8 @@ class Executor(Protocol):
         """Kills the workers at once."""
 
 
+WORKER_MODULE = "executor.worker"
+"""The module that a worker process runs."""
 REGISTRY = {
     "mp": "executor.multiproc:MultiprocExecutor",
     "inline": "executor.inline:InlineExecutor",

@@ -10,11 +10,11 @@ import time
 import msgspec
 import zmq
 
-from executor.base import WorkerDiedError
+from executor.base import WORKER_MODULE, WorkerDiedError
 from executor.config import Config, ExecutorConfig
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
 from executor.parallel import ParallelState, places
-from executor.process import ChildProcess
+from executor.process import ChildProcess, prepared_child
 
 LAST_WORDS_TIMEOUT = 500
 """Milliseconds to wait for the last message of a worker that exited with an error."""
@@ -62,7 +62,8 @@ class MultiprocExecutor:
                 output_address=output_address,
                 log_level=self._log_level,
             )
-            self._children.append(ChildProcess("executor.worker", msgspec.msgpack.encode(launch)))
+            payload = msgspec.msgpack.encode(launch)
+            self._children.append(prepared_child(WORKER_MODULE, payload) or ChildProcess(WORKER_MODULE, payload))
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

@@ -16,7 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import setproctitle
@@ -28,7 +28,7 @@ _PIPE_BYTES = 1 << 20
 _ROOT = str(Path(__file__).resolve().parent.parent)
 """The folder of the four packages."""
 _BOOTSTRAP = (
-    "import sys; root, module = sys.argv[1:]; del sys.argv[1:]; "
+    "import sys; root, module = sys.argv[1:3]; del sys.argv[1:3]; "
     "sys.path[:] = [root, *(entry for entry in sys.path if entry not in ('', root))]; "
     "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
@@ -36,13 +36,14 @@ _BOOTSTRAP = (
 Python 3.11, and ``-I`` drops PYTHONPATH and the user's site-packages."""
 
 
-def child_command(module: str) -> list[str]:
+def child_command(module: str, *arguments: str) -> list[str]:
     """The command that runs one of our modules as ``__main__``, importing nothing from the current folder.
 
     Args:
         module: Dotted name of the module, such as ``executor.worker``.
+        arguments: What it finds in ``sys.argv[1:]``.
     """
-    return [sys.executable, "-c", _BOOTSTRAP, _ROOT, module]
+    return [sys.executable, "-c", _BOOTSTRAP, _ROOT, module, *arguments]
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -63,22 +64,24 @@ class ChildProcess:
     def __init__(
         self,
         module: str,
-        payload: bytes,
+        payload: bytes | None,
         env: dict[str, str] | None = None,
         *,
+        arguments: Sequence[str] = (),
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> None:
         """
         Args:
             module: Module to run.
-            payload: The start message.
+            payload: The start message. None: ``begin`` sends it, and the child imports what it needs in the meantime.
             env: Additions to the environment.
+            arguments: Command line arguments.
             stdout: Descriptor for standard output. None: inherited.
             stderr: Descriptor for standard error. None: inherited.
         """
         self._process = subprocess.Popen(
-            child_command(module),
+            child_command(module, *arguments),
             stdin=subprocess.PIPE,
             stdout=stdout,
             stderr=stderr,
@@ -91,6 +94,11 @@ class ChildProcess:
         self._pipe = self._process.stdin
         with contextlib.suppress(OSError):  # otherwise a long message blocks until the child has finished its imports
             fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
+        if payload is not None:
+            self.begin(payload)
+
+    def begin(self, payload: bytes) -> None:
+        """Sends the start message to a child that was started without one."""
         try:
             self._pipe.write(_LENGTH.pack(len(payload)) + payload)
             self._pipe.flush()
@@ -135,6 +143,33 @@ class ChildProcess:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+_prepared: dict[str, ChildProcess] = {}
+
+
+def prepare_child(module: str, env: dict[str, str] | None = None, arguments: Sequence[str] = ()) -> None:
+    """Starts a child that ``prepared_child`` will need soon: its imports run while this process does other work."""
+    _prepared[module] = ChildProcess(module, None, env, arguments=arguments)
+
+
+def prepared_child(module: str, payload: bytes) -> ChildProcess | None:
+    """The child that was prepared for a module, with its start message; None if there is none, or it has died."""
+    child = _prepared.pop(module, None)
+    if child is None:
+        return None
+    if child.poll() is not None:
+        child.wait()
+        return None
+    child.begin(payload)
+    return child
+
+
+def discard_child(module: str) -> None:
+    """Ends the child that was prepared for a module, if it was never needed."""
+    child = _prepared.pop(module, None)
+    if child is not None:
+        child.kill()
 
 
 def read_payload() -> bytes:

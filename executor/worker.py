@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
+import setproctitle
 import torch
 import zmq
 
@@ -195,8 +196,12 @@ class Worker:
 
 
 def main() -> int:
-    launch = msgspec.msgpack.decode(read_payload(), type=WorkerLaunch)
-    become_child(f"octavo worker {launch.parallel.rank}")
+    become_child("octavo worker")
+    try:
+        launch = msgspec.msgpack.decode(read_payload(), type=WorkerLaunch)
+    except EOFError:  # prepared, and never needed
+        return 0
+    setproctitle.setproctitle(f"octavo worker {launch.parallel.rank}")
     setup_logging(f"worker {launch.parallel.rank}", launch.log_level)
     context = zmq.Context()
     inputs: zmq.Socket[bytes] = context.socket(zmq.PULL)

@@ -22,7 +22,7 @@ LLAMA_SERVER = (
 )
 PEERS = {
     "llama.cpp": LLAMA_SERVER + " --no-webui --no-kv-unified",
-    "ik_llama.cpp": LLAMA_SERVER + " -rtr",
+    "ik_llama.cpp": LLAMA_SERVER + " -rtr --log-disable",
     "vllm": "VLLM_CPU_KVCACHE_SPACE=4 VLLM_CPU_OMP_THREADS_BIND={cores} VLLM_CPU_NUM_OF_RESERVED_CPU=0 "
     "HF_HUB_OFFLINE=1 PYTHONPATH= {program} -m vllm.entrypoints.openai.api_server --model {folder} --port {port} "
     "--host 127.0.0.1 --dtype bfloat16 --max-model-len {length} --load-format {load_format}",

@@ -16,7 +16,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine_core import core, validation
-from engine_core.__main__ import REQUESTS_PER_TURN, ZmqTransport
 from engine_core.messages import (
     MAX_OUTPUTS,
     POOLING_TYPES,
@@ -40,6 +39,7 @@ from engine_core.messages import (
     UtilityOutput,
     to_array,
 )
+from engine_core.process import REQUESTS_PER_TURN, ZmqTransport
 from executor.messages import (
     EXIT_MODEL,
     KVCacheGroupSpec,

@@ -251,6 +251,7 @@ def test_weights_are_unpickled_in_a_helper_and_with_care() -> None:
         "api.server.run",
         "engine_core.core",
         "engine_core.__main__",
+        "engine_core.process",
         *(f"executor.{name}" for name in TORCH_FREE),
     ],
 )

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import zmq
 
-from executor import multiproc
+from executor import multiproc, process
 from executor.base import WorkerDiedError
 from executor.config import ExecutorConfig, ParallelConfig
 from executor.messages import Heartbeat, InitKVCache, KVCacheReady, ModelRunnerOutput, WorkerFailed
@@ -21,6 +21,14 @@ from executor.multiproc import MultiprocExecutor, WorkerLaunch
 from executor.parallel import places
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_for_title(pid: int) -> None:
+    """Waits until a child has named itself, that is until it is tied to its parent's life."""
+    deadline = time.monotonic() + 60
+    while not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"octavo"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class FakeChild:
@@ -162,9 +170,37 @@ def test_the_reason_of_a_worker_that_ended_by_itself_is_waited_for(
 
 def test_a_child_without_a_parent_ends_before_it_does_anything() -> None:
     code = "from executor.process import become_child; become_child('orphan')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
-    assert process.wait(30) == 0
-    assert process.stdin is not None
-    process.stdin.close()
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE)
+    assert child.wait(30) == 0
+    assert child.stdin is not None
+    child.stdin.close()
     orphan = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=b"", timeout=30, check=False)
     assert orphan.returncode == 1
+
+
+def test_a_prepared_child_gets_its_start_message_once() -> None:
+    process.prepare_child("json.tool")
+    child = process.prepared_child("json.tool", b"")
+    assert child is not None and process.prepared_child("json.tool", b"") is None
+    child.kill()
+
+
+def test_a_prepared_child_that_is_dead_or_discarded_is_not_used() -> None:
+    process.prepare_child("json.tool")
+    process.discard_child("json.tool")
+    assert process.prepared_child("json.tool", b"") is None
+    process.discard_child("json.tool")
+    process.prepare_child("json.tool")
+    process._prepared["json.tool"]._process.kill()
+    process._prepared["json.tool"]._process.wait()
+    assert process.prepared_child("json.tool", b"") is None
+
+
+def test_an_engine_core_that_is_never_needed_ends_without_a_word() -> None:
+    child = subprocess.Popen(process.child_command("engine_core"), stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdin is not None and child.stderr is not None
+    wait_for_title(child.pid)
+    child.stdin.close()
+    assert child.wait(60) == 0
+    assert child.stderr.read() == b""
+    child.stderr.close()
