@@ -49,6 +49,8 @@ from api.model.gguf_file import read_gguf
 from executor.gguf import hf_config_from_gguf
 
 OCTAVO = "octavo"
+WARM_TOKENS = 208
+"""Length of the requests that warm a server up."""
 SPARE_TOKENS = 32
 """Added to the length of the longest request: prompts of words are of approximate length."""
 IDLE_SHARE = 0.05
@@ -153,7 +155,7 @@ class Sample:
 
 def room_for(loads: Sequence[Load]) -> Room:
     """What the loads need at once."""
-    return Room(max(load.streams for load in loads), max(load.length for load in loads) + SPARE_TOKENS)
+    return Room(max(load.streams for load in loads), max(WARM_TOKENS, *(load.length for load in loads)) + SPARE_TOKENS)
 
 
 def least_seconds(load: Load, result: Result, cost: ModelCost, rates: Rates) -> tuple[float, float]:
@@ -197,8 +199,8 @@ class Comparison:
             server.wait_ready(path="/v1/models")
             seconds = time.monotonic() - begin
             warm = Options(
-                base_url=server.url, num_prompts=2, max_concurrency=2, input_len=200, output_len=8, warmup=0,
-                keep_alive=False,
+                base_url=server.url, num_prompts=2, max_concurrency=2, warmup=0, keep_alive=False,
+                input_len=WARM_TOKENS - 8, output_len=8,
             )  # fmt: skip
             self._check(engine, run_loop(run(warm)))
             print(f"{engine.name} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
