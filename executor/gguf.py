@@ -45,6 +45,9 @@ YARN_FIELDS = {
     "mscale_all_dim": Keys.Rope.SCALING_YARN_LOG_MUL,
 }
 
+LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+"""The names that families have for what layer norms add to the variance."""
+
 CHUNK_BYTES = 256 << 10
 """Quantised bytes dequantised at a time: the float32 result should fit a core's cache."""
 
@@ -85,13 +88,17 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         "num_hidden_layers": fields.size(key(Keys.LLM.BLOCK_COUNT), most=MAX_LAYERS),
         "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)),
         "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH), most=MAX_POSITIONS),
-        "rms_norm_eps": fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS)),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes,
         "attention_out_bias": "blk.0.attn_output.bias" in shapes,
         "mlp_bias": "blk.0.ffn_down.bias" in shapes,
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in shapes,
         "rope_parameters": _rope_parameters(fields, arch),
     }
+    if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
+        config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
+    else:
+        config["rms_norm_eps"] = fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS))
     config["num_key_value_heads"] = fields.size(key(Keys.Attention.HEAD_COUNT_KV), config["num_attention_heads"])
     config["head_dim"] = fields.size(
         key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
@@ -216,6 +223,8 @@ class GGUFCheckpoint:
         if role is not None and role in self.architecture.permuted:
             num_heads = self.config[self.architecture.permuted[role]]
             raw = unpermute(raw.reshape(tensor.shape[0], -1), num_heads).reshape(-1)
+        if role in self.architecture.ungrouped:
+            raw = group(raw.reshape(tensor.shape[0], -1), self.config["num_attention_heads"]).reshape(-1)
         if kind in PLAIN_TYPES:
             plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
             is_norm = hf_name is not None and hf_name.endswith("norm.weight")
@@ -261,6 +270,12 @@ def unpermute(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uin
     """
     pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])  # [num_heads, head_dim / 2, 2, bytes]
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def group(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
+    """Rows of q, k and v, one after the other, by head: [num_heads, 3, head_dim]; there are as many heads of each."""
+    heads = rows.reshape(3, num_heads, -1, rows.shape[1])
+    return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(rows.shape)
 
 
 def dequantize_to(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, dtype: torch.dtype) -> Tensor:

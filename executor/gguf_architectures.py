@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Architecture:
     permuted: Mapping[MODEL_TENSOR, str] = field(default_factory=dict)
     """Tensors whose rows are reordered so that columns rotated together are adjacent, with the field of their head
     count."""
+    ungrouped: Collection[MODEL_TENSOR] = ()
+    """Tensors with q, k and v one after the other, which the model has by head."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
@@ -114,27 +116,54 @@ def mistral3(fields: Fields, config: Config) -> None:
         config["architectures"] = ["LlamaForCausalLM"]
 
 
-def ernie4_5(fields: Fields, config: Config) -> None:
-    config["use_bias"] = config["attention_bias"]
+def biases(fields: Fields, config: Config) -> None:
+    """Families with names of their own for biases that the file has or not."""
+    config["use_bias"] = config["use_qkv_bias"] = config["attention_bias"]
+
+
+def cohere(fields: Fields, config: Config) -> None:
+    arch = config["model_type"]
+    config["logit_scale"] = fields.number(Keys.LLM.LOGIT_SCALE.format(arch=arch))
+    if arch == "cohere2":
+        windows(fields, config)
+
+
+def gpt_neox(fields: Fields, config: Config) -> None:
+    config["use_parallel_residual"] = fields.boolean(Keys.LLM.USE_PARALLEL_RESIDUAL.format(arch=config["model_type"]))
+
+
+def olmo(fields: Fields, config: Config) -> None:
+    limit = Keys.Attention.CLAMP_KQV.format(arch=config["model_type"])
+    config["clip_qkv"] = fields.number(limit) if fields.has(limit) else None
 
 
 PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
 """What the converter does to Llama and those that it treats as Llama."""
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=ernie4_5),
+    "arcee": Architecture("ArceeForCausalLM", PERMUTED),
+    "cohere2": Architecture("Cohere2ForCausalLM", configure=cohere),
+    "command-r": Architecture("CohereForCausalLM", configure=cohere),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=biases),
     "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
     "glm4": Architecture("Glm4ForCausalLM"),
+    "gpt2": Architecture("GPT2LMHeadModel"),
+    "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),
     "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
     "llama": Architecture("LlamaForCausalLM", PERMUTED),
     "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
+    "nemotron": Architecture("NemotronForCausalLM"),
+    "olmo": Architecture("OlmoForCausalLM", PERMUTED, configure=olmo),
     "olmo2": Architecture("Olmo2ForCausalLM", configure=olmo2),
+    "phi2": Architecture("PhiForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),
+    "stablelm": Architecture("StableLmForCausalLM", configure=biases),
+    "starcoder2": Architecture("Starcoder2ForCausalLM", configure=biases),
 }
 """By ``general.architecture``. Mistral's files also say llama."""

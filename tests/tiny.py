@@ -185,9 +185,17 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
 """Formats that the package can only read, with the places of the float16 scales in a block."""
 
 
-GGUF_NAMES = {"ministral3": "mistral3", "mistral": "llama", "olmo3": "olmo2"}
+LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+GGUF_NAMES = {
+    "cohere": "command-r",
+    "gpt_neox": "gptneox",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+}
 """``model_type`` -> ``general.architecture``, where they differ."""
-PERMUTED = {"granite", "llama", "mistral3", "smollm3"}
+PERMUTED = {"arcee", "granite", "llama", "mistral3", "olmo", "smollm3"}
 """Architectures whose rows of q and k the converter reorders."""
 
 
@@ -199,35 +207,43 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         kind: Type of the matrices. K-quants get random blocks instead of the folder's weights.
         rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
     """
+    import transformers
+
     config = json.loads((folder / "config.json").read_text())
     kind_of_model = config["model_type"].removesuffix("_text")
     arch = GGUF_NAMES.get(kind_of_model, kind_of_model)
     path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}.gguf"
     writer = gguf.GGUFWriter(path, arch)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    common = transformers.AutoConfig.from_pretrained(folder)  # under the common names
+    heads = common.num_attention_heads
+    kv_heads = config.get("num_key_value_heads") or heads
     writer.add_name(folder.name)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_context_length(common.max_position_embeddings)
+    writer.add_embedding_length(common.hidden_size)
+    writer.add_block_count(common.num_hidden_layers)
+    writer.add_feed_forward_length(config.get("intermediate_size") or config["n_inner"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(config.get("head_dim") or config["hidden_size"] // heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    writer.add_key_length(config.get("head_dim") or common.hidden_size // heads)
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    else:
+        writer.add_layer_norm_eps(next((config[name] for name in LAYER_NORM_EPS if name in config), 1e-5))
+    rope = config.get("rope_parameters", {})
+    if rope:
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if arch.startswith("gemma"):
         _add_gemma(writer, config)
     elif arch not in ("llama", "qwen2", "qwen3"):
         _add_facts(writer, arch, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
-    names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch_id, common.num_hidden_layers)
     weights = {}
     generator = np.random.default_rng(0)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        offset = 1 if arch.startswith("gemma") and name.endswith("norm.weight") else 0
-        data = tensor.float().numpy() + offset
+        offset = 1 if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight") else 0
+        data = _converted(arch, name, tensor.float().numpy() + offset, heads)
         permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads
         if permuted:
@@ -241,7 +257,8 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         if permuted:
             order = permute(np.arange(len(meaning)), num_heads)
             meaning = meaning[np.argsort(order)]
-        weights[name] = torch.from_numpy(np.array(meaning)) - offset
+        is_exact = stored == GGMLQuantizationType.F32
+        weights[name] = tensor.float() if is_exact else torch.from_numpy(np.array(meaning)) - offset
     if "long_factor" in rope:
         for length in ("long", "short"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
@@ -252,6 +269,16 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
     writer.write_tensors_to_file()
     writer.close()
     return GGUFModel(path, weights)
+
+
+def _converted(arch: str, name: str, data: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """The converter's layout of a tensor: without Conv1D's transposition, and q, k and v one after the other."""
+    if arch == "gpt2" and data.ndim == 2 and ".c_" in name:
+        return np.ascontiguousarray(data.T)
+    if arch == "gptneox" and ".query_key_value." in name:
+        by_head = data.reshape(heads, 3, -1, *data.shape[1:])
+        return np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(data.shape)
+    return data
 
 
 def _add_gemma(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -294,10 +321,18 @@ def split_gguf(folder: Path, count: int) -> list[Path]:
 
 def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
     """Fields of other families, as convert_hf_to_gguf writes them."""
+    if arch == "gpt2":
+        return
     rope = config["rope_parameters"]
     rope = rope.get("full_attention", rope)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if arch == "gptneox":
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    if arch in ("cohere2", "command-r"):
+        writer.add_logit_scale(config["logit_scale"])
+    if arch == "olmo":
+        writer.add_clamp_kqv(config["clip_qkv"])
     window, types = config.get("sliding_window"), config.get("layer_types")
     if window is not None or arch == "phi3":
         writer.add_sliding_window(window or 0)

@@ -24,11 +24,12 @@ class Entry:
 
 
 CATALOG = (
-    Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",)),
+    Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",), gguf=("arcee",)),
     Entry(
         "Cohere",
         ("CohereForCausalLM", "Cohere2ForCausalLM"),
         ("CohereLabs/c4ai-command-r-v01", "CohereLabs/c4ai-command-r7b-12-2024"),
+        gguf=("cohere2", "command-r"),
     ),
     Entry(
         "ERNIE 4.5",
@@ -62,9 +63,9 @@ CATALOG = (
         ("THUDM/glm-4-9b-chat-hf", "THUDM/GLM-4-9B-0414"),
         gguf=("glm4",),
     ),
-    Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2")),
+    Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
-    Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b")),
+    Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b"), gguf=("gptneox",)),
     Entry(
         "Granite",
         ("GraniteForCausalLM", "GraniteMoeHybridForCausalLM"),
@@ -86,15 +87,15 @@ CATALOG = (
         gguf=("llama", "mistral3"),
         limits="text only",
     ),
-    Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",)),
+    Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
     Entry(
         "OLMo",
         ("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"),
         ("allenai/OLMo-1B-hf", "allenai/OLMo-2-0425-1B-Instruct", "allenai/Olmo-3-7B-Instruct"),
-        gguf=("olmo2",),
+        gguf=("olmo", "olmo2"),
     ),
     Entry("OPT", ("OPTForCausalLM",), ("facebook/opt-125m",)),
-    Entry("Phi", ("PhiForCausalLM",), ("microsoft/phi-1_5", "microsoft/phi-2")),
+    Entry("Phi", ("PhiForCausalLM",), ("microsoft/phi-1_5", "microsoft/phi-2"), gguf=("phi2",)),
     Entry(
         "Phi-3, Phi-4",
         ("Phi3ForCausalLM",),
@@ -106,6 +107,11 @@ CATALOG = (
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
     Entry("Seed-OSS", ("SeedOssForCausalLM",), ("ByteDance-Seed/Seed-OSS-36B-Instruct",), gguf=("seed_oss",)),
     Entry("SmolLM3", ("SmolLM3ForCausalLM",), ("HuggingFaceTB/SmolLM3-3B",), gguf=("smollm3",)),
-    Entry("StableLM", ("StableLmForCausalLM",), ("stabilityai/stablelm-2-1_6b", "stabilityai/stablelm-3b-4e1t")),
-    Entry("StarCoder2", ("Starcoder2ForCausalLM",), ("bigcode/starcoder2-3b",)),
+    Entry(
+        "StableLM",
+        ("StableLmForCausalLM",),
+        ("stabilityai/stablelm-2-1_6b", "stabilityai/stablelm-3b-4e1t"),
+        gguf=("stablelm",),
+    ),
+    Entry("StarCoder2", ("Starcoder2ForCausalLM",), ("bigcode/starcoder2-3b",), gguf=("starcoder2",)),
 )

@@ -44,6 +44,7 @@ def reference_logits(folder: Path, weights: dict[str, torch.Tensor], token_ids: 
     """transformers' logits with the weights that a GGUF file stands for."""
     config = AutoConfig.from_pretrained(folder, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    weights = {name.replace("embed_out.", "lm_head."): weight for name, weight in weights.items()}  # GPT-NeoX
     result = model.load_state_dict(weights, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}
@@ -118,6 +119,16 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4": {},
     "seed_oss": {},
     "ernie4_5": {},
+    "arcee": {},
+    "cohere": {"use_qk_norm": False},
+    "cohere2": {"layer_types": None, "num_hidden_layers": 4},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False},
+    "gpt_neox": {},
+    "nemotron": {},
+    "olmo": {},
+    "phi": {"qk_layernorm": False},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
 }
 
 
