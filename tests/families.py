@@ -513,6 +513,7 @@ FALLBACKS: Mapping[str, Family] = {
         },
     ),
     "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM", {"attention_bias": True}),
+    "doge": Family("DogeConfig", "DogeForCausalLM"),
     "dots1": Family(
         "Dots1Config",
         "Dots1ForCausalLM",

@@ -12,8 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from api import LLM, SamplingParams
+from executor.models.fallback.attention import Mask
 from executor.models.fallback.layers import StepEmbedding, StepLinear, StepOutput
 from executor.models.fallback.support import fallback_problem
 from executor.models.registry import REGISTRY, resolve_model
@@ -31,7 +38,7 @@ from tests.models.harness import (
     refusal,
 )
 
-REFUSED = ("lfm2 without types", "roberta")
+REFUSED = ("doge", "lfm2 without types", "roberta")
 RUNNING = [name for name in FALLBACKS if name not in REFUSED]
 families = pytest.mark.parametrize("name", RUNNING)
 
@@ -145,6 +152,18 @@ def test_positions_that_do_not_begin_at_0_are_refused() -> None:
     assert "RobertaForCausalLM does not count positions from 0" in refusal(checkpoint("roberta"))
 
 
+def test_masks_that_paged_attention_does_not_apply_are_refused() -> None:
+    assert "DogeAttention has an attention mask of its own" in refusal(checkpoint("doge"))
+    assert Mask(causal_mask_function).is_causal(None, 100)
+    assert not Mask(causal_mask_function).is_causal(30, 100)
+    assert Mask(sliding_window_causal_mask_function(30)).is_causal(30, 100)
+    assert not Mask(sliding_window_causal_mask_function(30)).is_causal(None, 100)
+    assert Mask(sliding_window_causal_mask_function(30)).is_causal(None, 30), "no sequence exceeds the window"
+    assert not Mask(bidirectional_mask_function).is_causal(None, 100)
+    chunked = chunked_causal_mask_function(40, torch.zeros(1, dtype=torch.int64))
+    assert not Mask(chunked).is_causal(None, 100) and Mask(chunked).is_causal(None, 40)
+
+
 def test_a_convolution_over_tokens_is_refused(tmp_path: Path) -> None:
     folder = edited("lfm2 without types", tmp_path, layer_types=None, full_attn_idxs=[1])
     assert "is a convolution over tokens" in refusal(folder, model_impl="transformers")
@@ -210,7 +229,7 @@ def edited(name: str, target: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "fields", "reason"),
     [
-        ("mixtral", {"num_local_experts": 1 << 40}, "num_local_experts must be at most 1024"),
+        ("mixtral", {"num_local_experts": 1 << 40}, "num_local_experts must be at most 32768"),
         ("mixtral", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024"),
         ("mixtral", {"num_attention_heads": "four"}, "transformers rejects this configuration"),
         ("mixtral", {"num_key_value_heads": 3}, ""),

@@ -7,10 +7,11 @@ the same in every step, so a module may attend more than once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from executor.base import ModelError
@@ -20,6 +21,8 @@ from ops import AttentionShape
 
 INTERFACE = "octavo"
 """Our name in transformers' ``AttentionInterface``."""
+SURVEY = "octavo_survey"
+"""The same while a network is tried out: transformers also makes masks, as ``Mask``s."""
 STEP = "octavo_step"
 """Attribute of each of transformers' modules that holds the network's ``Step``."""
 
@@ -71,11 +74,35 @@ def attend(
 
 
 @dataclass
+class Mask:
+    """What a layer may attend to, as transformers describes it."""
+
+    function: Callable[..., Any]
+    """Takes indices of sequence, head, query and key."""
+
+    def is_causal(self, window: int | None, max_model_len: int) -> bool:
+        """Whether it is the causal mask with this window, for sequences up to this length."""
+        edges = (0, 1, 2) if window is None else (0, 1, window - 1, window, window + 1)
+        edges = (*edges, *(max_model_len // 2 + edge for edge in edges), max_model_len - 1)
+        q = torch.tensor(sorted({edge for edge in edges if 0 <= edge < max_model_len})).unsqueeze(1)
+        k = torch.arange(max_model_len)
+        allowed: Tensor = self.function(torch.zeros_like(k), torch.zeros_like(k), q, k)
+        expected = k <= q if window is None else (k <= q) & (k > q - window)
+        return not allowed.is_meta and torch.equal(allowed.expand(expected.shape), expected)
+
+
+def describe_mask(*_: object, mask_function: Callable[..., Any], **__: object) -> Mask:
+    """What transformers calls to make a mask."""
+    return Mask(mask_function)
+
+
+@dataclass
 class Survey:
     """Records the attention calls of a forward pass; the results have the right shapes and no meaning."""
 
     source: str
     """Names the configuration in errors."""
+    max_model_len: int
     shapes: list[AttentionShape] = field(default_factory=list)
 
     def attend(
@@ -106,7 +133,9 @@ class Survey:
         if not (getattr(module, "is_causal", True) if causal is None else causal):
             return "attends to later tokens"
         if mask is not None:
-            return "has an attention mask of its own"
+            window = options.get("sliding_window") or None
+            if not isinstance(mask, Mask) or not mask.is_causal(window, self.max_model_len):
+                return f"has an attention mask of its own within {self.max_model_len} tokens (--max-model-len)"
         if q.shape[2] != k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
             return "attends to something other than the tokens of the sequence"
         if q.shape[1] % k.shape[1]:
@@ -164,6 +193,8 @@ class PagedCalls:
 
 def register() -> None:
     """Makes ``attend`` known to transformers."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(INTERFACE, attend)
+    AttentionInterface.register(SURVEY, attend)
+    AttentionMaskInterface.register(SURVEY, describe_mask)

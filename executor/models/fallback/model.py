@@ -59,7 +59,7 @@ class TransformersForCausalLM(Model):
         if context.parallel.tp_size * context.parallel.pp_size > 1:
             raise ModelError(f"{source}: {context.config.architecture} runs through transformers on one rank only")
         network = build_network(context)
-        trial = try_out(network, source)
+        trial = try_out(network, source, context.max_model_len)
         self.context = context
         self.source = source
         self.network = network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from executor.base import ModelError
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, HFConfig, shorten
 from executor.layers.context import ModelContext
-from executor.models.fallback.attention import INTERFACE, STEP, Step, Survey, register
+from executor.models.fallback.attention import INTERFACE, STEP, SURVEY, Step, Survey, register
 from ops import AttentionShape
 
+logger = logging.getLogger(__name__)
+
+MAX_EXPERTS = 1 << 15
 TRIAL_TOKENS = 4
 COMMON_NAMES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 """Fields that we read and every family has, some under other names."""
@@ -33,14 +37,15 @@ class Network:
     base_name: str
     step: Step
 
-    def hidden_states(self, ids: Tensor, positions: Tensor | None) -> Any:
+    def hidden_states(self, ids: Tensor, positions: Tensor | None, **options: Tensor) -> Any:
         """Runs the base model on one row of tokens; returns transformers' output object.
 
         Args:
             ids: int64 [1, num_tokens].
             positions: int64 [1, num_tokens]; None: those of a sequence that begins here.
+            options: More arguments.
         """
-        return self.base(input_ids=ids, position_ids=positions, use_cache=False)
+        return self.base(input_ids=ids, position_ids=positions, use_cache=False, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, num_samples, vocab_size] of hidden states [1, num_samples, hidden_size], as ``whole`` computes them.
@@ -94,7 +99,7 @@ def read_config(config: HFConfig) -> Any:
     from transformers import CONFIG_MAPPING
 
     for name, value in config.values.items():
-        limit = MAX_LAYERS if "layers" in name or "experts" in name else MAX_POSITIONS
+        limit = MAX_LAYERS if "layers" in name else MAX_EXPERTS if "experts" in name else MAX_POSITIONS
         if isinstance(value, int) and abs(value) > limit:
             config.bad(name, f"at most {limit}")
     kind = config.values.get("model_type")
@@ -126,10 +131,10 @@ def build_network(context: ModelContext) -> Network:
     Raises:
         ModelError: transformers cannot build it, or it is not a decoder over token ids and positions.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import set_verbosity_error
 
     register()
-    logging.set_verbosity_error()  # its advice is for users of transformers
+    set_verbosity_error()  # its advice is for users of transformers
     config, source = read_config(context.config), context.config.source
     for each in (config, config.get_text_config()):
         each._attn_implementation = INTERFACE
@@ -140,13 +145,13 @@ def build_network(context: ModelContext) -> Network:
     base = whole.base_model
     if base is whole:
         raise ModelError(f"{source}: {context.config.architecture} has no base model; the fallback cannot run it")
-    step = Step(Survey(source))
+    step = Step(Survey(source, context.max_model_len))
     for module in whole.modules():
         setattr(module, STEP, step)
     return Network(whole, base, whole.base_model_prefix, step)
 
 
-def try_out(network: Network, source: str) -> Trial:
+def try_out(network: Network, source: str, max_model_len: int) -> Trial:
     """Runs the network on the meta device to learn the shapes of its attention calls.
 
     Raises:
@@ -155,27 +160,48 @@ def try_out(network: Network, source: str) -> Trial:
     for name, module in network.whole.named_modules():
         if isinstance(module, nn.Conv1d):
             raise ModelError(f"{source}: {name} is a convolution over tokens, whose state is not supported yet")
-    survey = Survey(source)
+    mask = torch.ones(1, TRIAL_TOKENS, dtype=torch.long, device="meta")
+    try:
+        with _implementation(network.whole, SURVEY):
+            return _try_once(network, Survey(source, max_model_len), attention_mask=mask)
+    except ModelError:
+        raise
+    except Exception as error:  # a model may compute with masks, which are descriptions in this run
+        logger.debug("trying without masks", exc_info=error)
+    with as_model_errors(source, "transformers' implementation cannot run without a cache and a mask"):
+        return _try_once(network, Survey(source, max_model_len))
+
+
+def _try_once(network: Network, survey: Survey, **options: Tensor) -> Trial:
     network.step.calls = survey
     read_directly: set[str] = set()
     ids = torch.zeros(1, TRIAL_TOKENS, dtype=torch.long, device="meta")
     no_data = NoData()  # type: ignore[no-untyped-call]
-    failure = "transformers' implementation cannot run without a cache and a mask"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(as_model_errors(source, failure))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_data)
-        stack.enter_context(_without_adaptation(network.whole))
-        stack.enter_context(_watch_weights(network.whole, read_directly))
-        out = network.hidden_states(ids, ids)
-        hidden = out.last_hidden_state
+    with torch.no_grad(), no_data, _without_adaptation(network.whole), _watch_weights(network.whole, read_directly):
+        out = network.hidden_states(ids, ids, **options)
         network.isolate_head(type(out))
-        logits = network.logits(hidden)
-        network.restore_base()
-        assert logits.shape[:2] == ids.shape, "not one row of logits per token"
+        try:
+            logits = network.logits(out.last_hidden_state)
+        finally:
+            network.restore_base()
+    assert logits.shape[:2] == ids.shape, "not one row of logits per token"
     if not survey.shapes:
-        raise ModelError(f"{source}: the model has no attention layers")
+        raise ModelError(f"{survey.source}: the model has no attention layers")
     return Trial(survey.shapes, read_directly, type(out))
+
+
+@contextlib.contextmanager
+def _implementation(network: nn.Module, name: str) -> Iterator[None]:
+    """Selects an attention implementation for a while."""
+    configs: dict[int, Any] = {id(each.config): each.config for each in network.modules() if hasattr(each, "config")}
+    before = [config._attn_implementation for config in configs.values()]
+    for config in configs.values():
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs.values(), before, strict=True):
+            config._attn_implementation = implementation
 
 
 class NoData(TorchDispatchMode):
