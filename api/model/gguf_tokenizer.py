@@ -123,6 +123,7 @@ _DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
 _LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
 _QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
+_STABLELM2: Final = PreRule((_words(r"\p{N}"),))
 _TEKKEN: Final = PreRule((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
 _GPT4O: Final = PreRule((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
 _DEEPSEEK_LLM: Final = PreRule(
@@ -147,11 +148,14 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "gpt2": _GPT2,
     "exaone4": _GPT2,
     "olmo": _GPT2,
+    "phi-2": _GPT2,
     "trillion": _GPT2,
     "granite-docling": _GPT2,
     "a.x-4.0": _GPT2,
     "mellum": _GPT2,
+    "command-r": _DIGITS_GPT2,
     "refact": _DIGITS_GPT2,
+    "starcoder": _DIGITS_GPT2,
     "smollm": _DIGITS_GPT2,
     "minerva-7b": _DIGITS_GPT2,
     "llama3": _LLAMA3,
@@ -167,6 +171,7 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
+    "stablelm2": _STABLELM2,
     "kormo": _QWEN2,
     "f2llmv2": _QWEN2,
     "gpt-4o": _GPT4O,

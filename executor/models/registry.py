@@ -49,6 +49,15 @@ REGISTRY = {
 """The ``architectures`` of config.json."""
 
 
+RECURRENT = {
+    "Qwen3NextForCausalLM": "Gated DeltaNet",
+    "Qwen3_5ForCausalLM": "Gated DeltaNet",
+    "Qwen3_5ForConditionalGeneration": "Gated DeltaNet",
+    "Qwen3_5MoeForCausalLM": "Gated DeltaNet",
+    "Qwen3_5MoeForConditionalGeneration": "Gated DeltaNet",
+}
+"""Known architectures whose layers of this kind keep a recurrent state."""
+
 FALLBACK = "executor.models.fallback.model:TransformersForCausalLM"
 
 
@@ -70,6 +79,12 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
         raise ModelError(
             f"architecture {shown} is not built in; use --model-impl auto, or choose a model with one of: "
             f"{', '.join(sorted(REGISTRY))}"
+        )
+    if architecture in RECURRENT:
+        kind = RECURRENT[architecture]
+        raise ModelError(
+            f"architecture {shown} is not supported yet: its {kind} layers keep a recurrent state; choose a model "
+            "whose layers all have attention, such as Qwen3"
         )
     problem = fallback_problem(architecture, fields)
     if problem is None:
