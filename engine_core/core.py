@@ -219,12 +219,15 @@ class EngineCore:
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for besides the api, and for how long."""
         fds = self.executor.poll_fds()
-        limits = [timeout, self._watch.interval if self._awaited or not self._serving else None]
-        if self._isolates:
-            limits.append(TRIAL_INTERVAL)
         grammars = self._grammars
         if grammars is not None:
             fds = [*fds, grammars.fileno()]
+        if timeout == 0:
+            return fds, timeout
+        limits = [timeout, self._watch.interval if self._awaited or not self._serving else None]
+        if self._isolates:
+            limits.append(TRIAL_INTERVAL)
+        if grammars is not None:
             limits.append(grammars.timeout)
         return fds, min((limit for limit in limits if limit is not None), default=None)
 

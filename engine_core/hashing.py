@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from hashlib import sha256
 
 from engine_core.messages import I32, MultiModalFeature
@@ -22,6 +23,7 @@ HASH_SIZE = 32
 NO_KEYS: Mapping[int, bytes] = {}
 
 
+@lru_cache(maxsize=256)
 def root_hash(*, cache_salt: str = "", adapter_hash: str = "") -> bytes:
     """The hash before the first block.
 

@@ -62,7 +62,10 @@ class KVCacheManager:
     @property
     def usage(self) -> float:
         """Fraction of blocks in use, 0 to 1, in the fullest group, which limits what else can run."""
-        return max((1 - manager.pool.num_free / manager.pool.num_blocks for manager in self.managers), default=0.0)
+        usage = 0.0
+        for manager in self.managers:
+            usage = max(usage, 1 - manager.pool.num_free / manager.pool.num_blocks)
+        return usage
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Asserts that pools and prefix caches agree with the block tables of all requests."""
@@ -174,14 +177,15 @@ class KVCacheManager:
         Returns:
             Tokens that fit into the request's blocks; None: it got no blocks.
         """
-        tables = request.block_tables
-        for group, manager in enumerate(self.managers):
-            if -(-num_tokens // manager.block_size) - tables[group].num_blocks > manager.pool.num_free:
-                return None
+        if len(self.managers) > 1 and not self.can_grow([(request, num_tokens)]):
+            return None
         capacity = NEVER
-        for group, manager in enumerate(self.managers):
-            fitting = manager.grow(tables[group], num_tokens, request.slot, updates[group])
-            capacity = min(capacity, fitting)
+        for manager, table, new in zip(self.managers, request.block_tables, updates, strict=True):
+            fitting = manager.grow(table, num_tokens, request.slot, new)
+            if fitting is None:
+                return None
+            if fitting < capacity:
+                capacity = fitting
         return capacity
 
     def free_unseen(self, request: Request, num_confirmed: int) -> int:

@@ -210,7 +210,7 @@ class Scheduler:
         if self.max_draft_tokens:
             begins -= table.num_open_drafts[slots]
         sampled, allowances = table.note_samples(slots)
-        grammar_rows = np.flatnonzero(sampled & table.has_grammar[slots])
+        grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
         self._step_id += 1
         plan = SchedulerOutput(
             step_id=self._step_id,
@@ -218,7 +218,7 @@ class Scheduler:
             num_scheduled_tokens=counts.astype(np.int32).tobytes(),
             num_sampled=sampled.tobytes(),
             num_draft_tokens=b"" if allowances is None else allowances.astype(np.uint8).tobytes(),
-            finished_slots=np.array(table.finished_slots, np.int32).tobytes(),
+            finished_slots=np.array(table.finished_slots, np.int32).tobytes() if table.finished_slots else b"",
             new_reqs=tuple(new_reqs),
             block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
@@ -257,8 +257,8 @@ class Scheduler:
             counts = np.minimum(counts, self.config.long_prefill_token_threshold)
         if self.suspects:
             counts = self.suspects.limit(slots, counts, scheduled)
-        active = counts > 0
-        if not active.all():
+        active = (counts > 0).nonzero()[0]
+        if len(active) < len(slots):
             slots, counts = slots[active], counts[active]
         budget = self.config.max_num_batched_tokens
         if int(counts.sum()) > budget:
@@ -320,7 +320,7 @@ class Scheduler:
         ends = table.num_scheduled[slots] + counts
         updates: list[list[int]] = [[] for _ in kv.managers]
         dropped: set[int] = set()
-        rows = np.flatnonzero(ends > table.capacity[slots])
+        rows = (ends > table.capacity[slots]).nonzero()[0]
         for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True):
             request = table.owners[slot]
             if request is None:
@@ -353,12 +353,13 @@ class Scheduler:
 
     def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[list[int], list[int]]:
         """Starts waiting requests as long as token budget, slots and blocks allow."""
+        table = self.table
         slots: list[int] = []
         counts: list[int] = []
-        if self.table.free_slots:
+        if table.free_slots:
             self._charge_long_outputs()
         num_described = 0
-        while budget > 0 and self.waiting and (self.table.free_slots or self.suspects.is_isolating):
+        while budget > 0 and self.waiting and (table.free_slots or self.suspects.is_isolating):
             if num_described >= MAX_DESCRIBED_TOKENS:
                 break  # the rest in the next step: do not hold up running requests
             request = self._next_waiting()
@@ -390,7 +391,8 @@ class Scheduler:
             slot = self._occupy(request, num_computed, capacity)
             new_reqs.append(self._describe(request, slot, num_computed))
             num_described += num_tokens + len(request.params.logit_bias)
-            self._advance(np.array([slot], np.int32), np.array([count], np.int64))
+            table.num_scheduled[slot] += count
+            self._publish(slot)
             slots.append(slot)
             counts.append(count)
             budget -= count
@@ -433,7 +435,8 @@ class Scheduler:
         table = self.table
         slot = table.occupy(request, num_computed, max_tokens)
         table.capacity[slot] = capacity
-        table.publish_at[slot] = num_computed + 1
+        if self.kv.enable_prefix_caching:
+            table.publish_at[slot] = num_computed + 1
         table.free_at[slot] = self.kv.free_unseen(request, num_computed)
         request.account.charge(num_new + num_left)
         table.num_charged[slot] = num_tokens + num_left
@@ -459,28 +462,28 @@ class Scheduler:
     def _advance(self, slots: I32, counts: I64) -> None:
         """Counts planned tokens as computed and caches the blocks that they fill."""
         self.table.num_scheduled[slots] += counts
-        self._publish(slots)
+        self._publish_ready()
 
-    def _publish(self, slots: I32) -> None:
-        """Adds full blocks of known tokens to the prefix cache as soon as their computation is planned.
+    def _publish_ready(self) -> None:
+        """Publishes the blocks that known tokens have filled since the last call, of all running requests."""
+        table = self.table
+        counts = np.minimum(table.num_scheduled, table.num_known)
+        for slot in (counts >= table.publish_at).nonzero()[0].tolist():
+            self._publish(slot)
+
+    def _publish(self, slot: int) -> None:
+        """Adds a request's full blocks of known tokens to the prefix cache as soon as their computation is planned.
 
         Workers execute plans in order and write all K and V of a step before reading any, so any request that hits such
         a block reads it after it was written.
         """
-        if not self.kv.enable_prefix_caching:
+        table = self.table
+        count = min(int(table.num_scheduled[slot]), int(table.num_known[slot]))
+        if count < table.publish_at[slot]:
             return
-        table, step = self.table, self.kv.publish_step
-        counts = np.minimum(table.num_scheduled, table.num_known)
-        ready = counts >= table.publish_at
-        if not ready.any():
-            return
-        slots = slots[ready[slots]]
-        counts = counts[slots]
-        table.publish_at[slots] = (counts // step + 1) * step
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-            request = table.owners[slot]
-            if request is not None:
-                self.kv.publish(request, table.token_ids[slot], count)
+        step = self.kv.publish_step
+        table.publish_at[slot] = (count // step + 1) * step
+        self.kv.publish(table.request(slot), table.token_ids[slot], count)
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -503,8 +506,8 @@ class Scheduler:
         tokens, rows, offsets = new.columns()
         slots = step.slots[rows]
         lengths = table.append(slots, offsets, tokens)
-        special = table.ends_here(slots, tokens, lengths) | table.is_special[slots]
-        if special.any() or verdicts or result.row_errors:
+        special = (table.ends_here(slots, tokens, lengths) | table.is_special[slots]).nonzero()[0]
+        if len(special) or verdicts or result.row_errors:
             described = np.zeros(len(step.slots), np.bool_)
             described[rows[special]] = True
             described[[*verdicts, *(error.row for error in result.row_errors)]] = True
@@ -512,7 +515,7 @@ class Scheduler:
             plain = ~described[rows]
             tokens, slots, lengths = tokens[plain], slots[plain], lengths[plain]
             offsets = None if offsets is None else offsets[plain]
-        self._publish(slots)
+        self._publish_ready()
         indices, output_indices, num_tokens = token_columns(
             table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets
         )
@@ -595,18 +598,19 @@ class Scheduler:
         for entry in result.logprobs:
             logprobs.setdefault(entry.row, []).append(entry)
         outputs: list[EngineCoreOutput] = []
-        for row in np.flatnonzero(described & step.sampled).tolist():
-            tokens = new.of(new.sample(row))
+        samples = described[new.rows].nonzero()[0]
+        rows = new.rows[samples]
+        for sample, row, slot in zip(samples.tolist(), rows.tolist(), step.slots[rows].tolist(), strict=True):
+            tokens = new.of(sample)
             if not tokens:
                 continue
-            slot = int(step.slots[row])
             request, reason = self.table.request(slot), None
             if verdicts.get(row) is Verdict.ENDED:
                 assert request.grammar is not None
                 reason = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
             output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []))
             outputs.append(output)
-            self._publish(np.array([slot], np.int32))
+            self._publish(slot)
             if output.finish_reason is not None:
                 self._finish(request)
             else:

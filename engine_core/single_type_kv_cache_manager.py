@@ -73,8 +73,8 @@ class SingleTypeKVCacheManager(ABC):
         needed = live - len(cached.block_ids)
         return needed <= self.pool.num_free - self.pool.num_free_among(cached.block_ids)
 
-    def grow(self, table: BlockTable, num_tokens: int, slot: int, updates: list[int]) -> int:
-        """Adds the blocks that a request lacks for its first ``num_tokens``; enough blocks must be free.
+    def grow(self, table: BlockTable, num_tokens: int, slot: int, updates: list[int]) -> int | None:
+        """Adds the blocks that a request lacks for its first ``num_tokens``, or none if too few are free.
 
         Args:
             table: The request's block table.
@@ -83,11 +83,13 @@ class SingleTypeKVCacheManager(ABC):
             updates: Extended by slot, index in the table and block id of each new block.
 
         Returns:
-            Tokens that fit into the request's blocks.
+            Tokens that fit into the request's blocks; None: it got no blocks.
         """
         index = table.num_blocks
         count = -(-num_tokens // self.block_size) - index
         if count > 0:
+            if count > self.pool.num_free:
+                return None
             new_blocks = self.pool.allocate(count)
             table.block_ids += new_blocks
             for block_id in new_blocks:

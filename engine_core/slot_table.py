@@ -65,8 +65,10 @@ class SlotTable:
         """Number of known and scheduled tokens at which the next block can be cached."""
         self.free_at = np.full(size, NEVER, np.int64)
         """Number of confirmed tokens at which the next block leaves a window."""
-        self.stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
-        self.has_stop_ids = np.zeros(size, np.bool_)
+        self.stop_ids = np.full((MAX_STOP_IDS, size), -1, np.int32)
+        """int32 [stop tokens, slots]; -1: none."""
+        self.num_stop_ids = 0
+        """Rows of ``stop_ids`` that have been in use."""
         self.is_special = np.zeros(size, np.bool_)
         """Rows that take the slow path: a request's first one, and those of special requests."""
         self.is_pooling = np.zeros(size, np.bool_)
@@ -92,7 +94,7 @@ class SlotTable:
         if request.scheduled_time is None:
             request.scheduled_time = time.monotonic()
         self.owners[slot] = request
-        self.running = np.append(self.running, np.int32(slot))
+        self.running = np.concatenate((self.running, np.array([slot], np.int32)))
         self.indices[slot] = request.index
         self.token_ids[slot, :num_tokens] = request.token_ids
         self.num_prompt[slot] = request.num_prompt_tokens
@@ -104,9 +106,10 @@ class SlotTable:
         self.max_tokens[slot] = max_tokens
         self.min_tokens[slot] = request.num_prompt_tokens + params.min_tokens
         stop_ids = params.all_stop_token_ids
-        self.stop_ids[slot] = -1
-        self.stop_ids[slot, : min(len(stop_ids), MAX_STOP_IDS)] = stop_ids[:MAX_STOP_IDS]
-        self.has_stop_ids[slot] = bool(stop_ids)
+        count = min(len(stop_ids), MAX_STOP_IDS)
+        self.num_stop_ids = max(self.num_stop_ids, count)
+        self.stop_ids[:count, slot] = stop_ids[:count]
+        self.stop_ids[count : self.num_stop_ids, slot] = -1
         self.is_special[slot] = is_first or request.is_special
         return slot
 
@@ -214,9 +217,10 @@ class SlotTable:
             lengths: int64 [tokens]: length of the request up to and including each token.
         """
         ends: Bools = lengths >= self.max_tokens[slots]
-        if self.has_stop_ids[slots].any():
-            is_stop = (tokens[:, None] == self.stop_ids[slots]).any(axis=1)
-            ends |= is_stop & (lengths >= self.min_tokens[slots])
+        for stop_ids in self.stop_ids[: self.num_stop_ids]:
+            hits = (tokens == stop_ids[slots]).nonzero()[0]
+            if len(hits):
+                ends[hits] |= lengths[hits] >= self.min_tokens[slots[hits]]
         return ends
 
     def num_confirmed(self) -> I64:

@@ -27,13 +27,12 @@ class StepTokens:
             current: bool [rows]: the request still has its slot.
         """
         self._tokens = i32(result.sampled_token_ids)
-        self.rows: I64 = np.flatnonzero(step.sampled)
-        accepted = u8(result.num_accepted)
+        self.rows: I64 = step.sampled.nonzero()[0]
         self.counts: I64 = np.ones(len(self.rows), np.int64)
         self._starts: I64 | None = None
         """Start of each row's tokens; None: one token per row."""
-        if accepted.any():
-            self.counts += accepted
+        if result.num_accepted.strip(b"\0"):
+            self.counts += u8(result.num_accepted)
             self._starts = np.cumsum(self.counts) - self.counts
         self.kept: I64 = self.counts * current[self.rows]
         for error in result.row_errors:
@@ -58,8 +57,10 @@ class StepTokens:
             tokens, None: one token per row.
         """
         if self._starts is None:
-            kept = self.kept > 0
-            return (self._tokens, self.rows, None) if kept.all() else (self._tokens[kept], self.rows[kept], None)
+            kept = self.kept.nonzero()[0]
+            if len(kept) == len(self.rows):
+                return self._tokens, self.rows, None
+            return self._tokens[kept], self.rows[kept], None
         samples, offsets = row_offsets(self.counts)
         kept = offsets < self.kept[samples]
         return self._tokens[kept], self.rows[samples[kept]], offsets[kept]
