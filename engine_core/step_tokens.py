@@ -57,10 +57,10 @@ class StepTokens:
             tokens, None: one token per row.
         """
         if self._starts is None:
-            kept = self.kept.nonzero()[0]
-            if len(kept) == len(self.rows):
+            samples = self.kept.nonzero()[0]
+            if len(samples) == len(self.rows):
                 return self._tokens, self.rows, None
-            return self._tokens[kept], self.rows[kept], None
+            return self._tokens[samples], self.rows[samples], None
         samples, offsets = row_offsets(self.counts)
         kept = offsets < self.kept[samples]
         return self._tokens[kept], self.rows[samples[kept]], offsets[kept]

@@ -24,6 +24,7 @@ from api.errors import EngineDeadError, RequestError
 from api.generation.generation import EngineWork, Generation, WholeReply
 from api.http.errors import render, to_request_error
 from api.http.load_header import LOAD_HEADER, load_header
+from api.http.server_send import SERVER_SEND
 from api.http.tracing import trace_headers
 from engine_core.launch import get_logger
 
@@ -134,7 +135,7 @@ class TokenStream(EventSourceResponse):
             self._last_write = self._loop.time()
             if self.ping_interval > 0:
                 self._timer = self._loop.call_later(self.ping_interval, self._watch_silence)
-            await self._stream(send)
+            await self._stream(send, scope.get(SERVER_SEND, send))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -148,7 +149,13 @@ class TokenStream(EventSourceResponse):
             due = now + self.ping_interval
         self._timer = self._loop.call_at(due, self._watch_silence)
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, send_part: Send) -> None:
+        """Sends the answer.
+
+        Args:
+            send: Sends the head.
+            send_part: Sends the parts of the body.
+        """
         generation, to_event, time = self._generation, self._reply.event, self._loop.time
         num_open = generation.num_choices
         is_started = False
@@ -170,7 +177,7 @@ class TokenStream(EventSourceResponse):
             except Exception as error:
                 if not is_started:
                     raise
-                await self._end_with_error(error, send)
+                await self._end_with_error(error, send_part)
                 return
             if not data and num_open:
                 continue  # the text is held back, since it may turn out to be markup
@@ -178,7 +185,7 @@ class TokenStream(EventSourceResponse):
                 is_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._last_write = time()
-            await send({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
+            await send_part({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
 
     def _events(self, deltas: list[Delta]) -> tuple[bytes, int]:
         """The events of deltas, and the number of choices that they end.

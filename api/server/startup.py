@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import KINDS, RequestError
 from api.http.errors import error_response
+from api.http.server_send import SERVER_SEND
 from engine_core.messages import LoadProgress
 
 PROBES = frozenset({"/health", "/ping", "/readyz", "/startupz"})
@@ -46,6 +47,7 @@ class StartupApp:
         if scope["type"] == "lifespan":
             await _live(receive, send)
         elif self.app is not None:
+            scope[SERVER_SEND] = send
             await self.app(scope, receive, send)
         else:
             await self._answer(scope, receive, send)
