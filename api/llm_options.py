@@ -87,7 +87,7 @@ class LLMOptions(TypedDict, total=False):
     quantization: str | None
     max_model_len: int | str | None
     hf_overrides: dict[str, object]
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"]
+    load_format: Literal["auto", "safetensors", "gguf", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"]
     model_impl: Literal["auto", "octavo", "vllm", "transformers"]
     enforce_eager: bool
     tensor_parallel_size: int

@@ -156,7 +156,7 @@ class SafetensorsCheckpoint:
     def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
         stored: dict[str, StoredTensor] = {}
         for path in self.files:
-            for tensor in read_safetensors(path):
+            for tensor in self.read_file(path):
                 if not self._counts(tensor.name, path, wanted, mapper):
                     continue
                 if tensor.name in stored:
@@ -166,6 +166,10 @@ class SafetensorsCheckpoint:
             if name not in stored:
                 raise ModelError(f"{self.origin(name)} is missing, although {self.index.name} lists it")
         return [mapped(tensor, mapper) for tensor in stored.values()]
+
+    def read_file(self, path: Path) -> list[StoredTensor]:
+        """The tensors of one file."""
+        return read_safetensors(path)
 
     def _counts(self, name: str, path: Path, wanted: Collection[str], mapper: WeightsMapper) -> bool:
         if not self.file_of:
@@ -250,12 +254,21 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
     return stored
 
 
+def check_dtype(stored: torch.dtype, wanted: torch.dtype) -> None:
+    """Checks that a tensor can fill a parameter; see ``StoredTensor.read``.
+
+    Raises:
+        ValueError: It cannot; the message continues the tensor's origin.
+    """
+    fitting = FLOATS if wanted in FLOATS else (wanted,)
+    if stored not in fitting:
+        raise ValueError(f"has type {NAMES[stored]}; supported: {', '.join(NAMES[each] for each in fitting)}")
+
+
 def _reader(mapped: mmap.mmap, offset: int, entry: Entry) -> Callable[[torch.dtype], Tensor]:
     def read(dtype: torch.dtype) -> Tensor:
         stored = DTYPES[entry.dtype]
-        fitting = FLOATS if dtype in FLOATS else (dtype,)
-        if stored not in fitting:
-            raise ValueError(f"has type {entry.dtype}; supported: {', '.join(NAMES[each] for each in fitting)}")
+        check_dtype(stored, dtype)
         count = math.prod(entry.elements)
         if not count:
             return torch.empty(entry.elements, dtype=stored)

@@ -87,10 +87,11 @@ class ModelConfig(Config, frozen=True):
         dict[str, object], Meta(description="JSON object of values that override the model's config.json.")
     ] = {}
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy"],
+        Literal["auto", "safetensors", "gguf", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"],
         Meta(
             description="Format of the weights. auto: safetensors, else GGUF, else pickled weights, converted once. "
-            "dummy: random weights, for benchmarks."
+            "dummy: random weights, for benchmarks. fastsafetensors, runai_streamer and tensorizer read through the "
+            "package of that name."
         ),
     ] = "auto"
     model_impl: Annotated[

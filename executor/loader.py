@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from executor.models.registry import resolve_model
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import choose_quantization
+from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
 from ops import Communicator, NotConnected, SingleRank
 
@@ -152,8 +153,17 @@ def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
         return hf_config, None if config.load_format == "dummy" else gguf
     if config.load_format == "gguf" or path.suffix == ".gguf":
         raise ModelError(f"{path}: not a GGUF file")
-    hf_config = HFConfig.from_folder(path, config.hf_overrides)
-    return hf_config, None if config.load_format == "dummy" else SafetensorsCheckpoint(Path(config.weights or path))
+    return HFConfig.from_folder(path, config.hf_overrides), _open_folder(config, path)
+
+
+def _open_folder(config: ModelConfig, path: Path) -> Checkpoint | None:
+    if config.load_format == "dummy":
+        return None
+    if config.load_format == "tensorizer":
+        return TensorizerCheckpoint(path)
+    if config.load_format in STREAMS:
+        return StreamedCheckpoint(path, config.load_format)
+    return SafetensorsCheckpoint(Path(config.weights or path))
 
 
 def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
@@ -234,9 +244,15 @@ def load_weights(
     total = sum(stored.num_bytes for stored in found.values())
     done = 0
     progress("weights", done, total)
-    for num_bytes in in_threads(load, order):
+    if isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint):
+        loads: Iterator[int] = (load(name) for name in checkpoint.arrivals() if name in found and name in targets)
+    else:
+        loads = in_threads(load, order)
+    for num_bytes in loads:
         done += num_bytes
         progress("weights", done, total)
+    if targets:
+        raise ModelError(f"{checkpoint.origin(next(iter(targets)))} was not read by the package of --load-format")
     packing.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,25 @@ from executor.quantization.base import quantization_name
 
 GGUF_ARCHITECTURES = tuple(sorted({name for entry in CATALOG for name in entry.gguf}))
 """The keys of ``ARCHITECTURES`` in ``gguf_architectures.py``, which needs torch."""
+
+
+PACKAGES = {
+    "fastsafetensors": ("fastsafetensors", "fastsafetensors"),
+    "runai_streamer": ("runai_model_streamer", "runai-model-streamer"),
+    "tensorizer": ("tensorizer", "tensorizer"),
+}
+"""Load formats read by another package: its module, and its name for pip."""
+
+
+def check_load_format(load_format: str) -> None:
+    """Checks that the package of a load format is installed.
+
+    Raises:
+        ModelError: It is not.
+    """
+    module, package = PACKAGES.get(load_format, ("executor", ""))
+    if importlib.util.find_spec(module) is None:
+        raise ModelError(f"--load-format {load_format} needs its package: pip install {package}")
 
 
 def check_gguf_architecture(architecture: str) -> None:

@@ -26,6 +26,7 @@ from api.model.tokenizer import Tokenizer
 from engine_core.launch import (
     ModelError,
     check_gguf_architecture,
+    check_load_format,
     check_supported,
     device_problem,
     get_logger,
@@ -76,6 +77,10 @@ def find_model(config: ServerConfig) -> ModelFiles:
     problem = device_problem(config.engine.executor.device.device)
     if problem is not None:
         raise ModelFileError("--device", problem)
+    try:
+        check_load_format(config.engine.executor.model.load_format)
+    except ModelError as error:
+        raise ModelFileError("--load-format", str(error).removeprefix("--load-format ")) from error
     wanted = config.engine.executor.model.model
     path = _demo_model() if not wanted else _locate(wanted, config)
     name = wanted or DEMO_NAME
