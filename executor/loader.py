@@ -244,16 +244,19 @@ def load_weights(
     total = sum(stored.num_bytes for stored in found.values())
     done = 0
     progress("weights", done, total)
-    if isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint):
-        loads: Iterator[int] = (load(name) for name in checkpoint.arrivals() if name in found and name in targets)
-    else:
-        loads = in_threads(load, order)
-    for num_bytes in loads:
+    for num_bytes in _loads(checkpoint, load, order):
         done += num_bytes
         progress("weights", done, total)
     if targets:
         raise ModelError(f"{checkpoint.origin(next(iter(targets)))} was not read by the package of --load-format")
     packing.finish()
+
+
+def _loads(checkpoint: Checkpoint, load: Callable[[str], int], order: list[str]) -> Iterator[int]:
+    """The results of ``load`` for all names, in the order in which the checkpoint has the tensors."""
+    if not isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint):
+        return in_threads(load, order)
+    return map(load, filter(set(order).__contains__, checkpoint.arrivals()))
 
 
 def _report_other_parts(stored: Iterable[StoredTensor]) -> None:
