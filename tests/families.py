@@ -94,6 +94,12 @@ def old_granite(config: Fields) -> None:
     old_rope(config)
 
 
+def old_gemma4(config: Fields) -> None:
+    """As on the hub: sizes of global layers, not of each layer."""
+    sizes = config.pop("per_layer_config")["1"]
+    config |= {"global_head_dim": sizes["head_dim"], "num_global_key_value_heads": sizes["num_key_value_heads"]}
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers makes a tiny model of a family."""
@@ -306,6 +312,36 @@ FAMILIES: Mapping[str, Family] = {
         },
         old_spelling=old_granite,
         variants={"no rotation": {"position_embedding_type": None}},
+    ),
+    "gemma4": Family(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "hidden_size": 72,
+            "num_hidden_layers": 6,
+            "head_dim": 8,  # scores have no factor: with larger heads they would be as large
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "layer_types": [SLIDING, FULL] * 3,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 17,
+            "rope_parameters": {
+                FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "tie_word_embeddings": True,
+        },
+        old_spelling=old_gemma4,
+        variants={
+            "no inputs of layers": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+            "v": {"attention_k_eq_v": False, "num_kv_shared_layers": 0, "tie_word_embeddings": False},
+            "biases": {"attention_bias": True, "final_logit_softcapping": None},
+        },
     ),
     "llama": Family(
         "LlamaConfig",

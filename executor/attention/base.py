@@ -41,13 +41,13 @@ class AttentionBackend(Protocol):
         """Prepares the step's metadata for ``run``."""
 
     def run(
-        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
+        self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
         """Writes this step's entries to the cache, then computes attention.
 
         Args:
             inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns, then the sinks
-                if ``shape.has_sinks``.
+                if ``shape.has_sinks``. Without k and v, the cache is that of an earlier layer, which has written them.
             kv_cache: The layer's cache.
             shape: The layer's constants.
             meta: The result of ``plan``.
@@ -107,9 +107,10 @@ class OpsAttention:
         return step.columns
 
     def run(
-        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
+        self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
         q, k, v, *sinks = inputs
+        assert q is not None
         keys, values = kv_cache
         return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, *sinks)
 

@@ -56,6 +56,19 @@ class Attention(nn.Module):
         return self.backend.run(inputs, self.kv_cache, self.shape, batch.attention[self.group])
 
 
+class SharedAttention(nn.Module):
+    """Attention to the K and V of an earlier layer, which has the same shape."""
+
+    def __init__(self, source: Attention) -> None:
+        super().__init__()
+        self._source = (source,)  # not a submodule: it belongs to its layer
+
+    def forward(self, q: Tensor, *, batch: InputBatch) -> Tensor:
+        """``q`` [num_tokens, num_heads * head_dim] -> [num_tokens, num_heads * v_head_dim]."""
+        (source,) = self._source
+        return source.backend.run((q, None, None), source.kv_cache, source.shape, batch.attention[source.group])
+
+
 def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[AttentionGroup, ...]:
     """Groups layers of the same kind, in order of first appearance.
 

@@ -119,7 +119,7 @@ class QKVParallelLinear(LinearLayer):
         num_kv_heads: int,
         *,
         bias: bool = False,
-        names: tuple[str, str, str] | None = ("q_proj", "k_proj", "v_proj"),
+        names: Sequence[str] | None = ("q_proj", "k_proj", "v_proj"),
         is_grouped: bool = False,
         prefix: str,
     ) -> None:
@@ -132,7 +132,8 @@ class QKVParallelLinear(LinearLayer):
             num_heads: Query heads over all ranks.
             num_kv_heads: KV heads over all ranks.
             bias: Whether they have biases.
-            names: Names of the projections in the checkpoint; None: one tensor there holds q, k and v.
+            names: Names of the projections in the checkpoint; None: one tensor there holds q, k and v. Two names: k is
+                v as well.
             is_grouped: Whether that one holds for each KV head its query heads, its k and its v (GPT-NeoX, Falcon,
                 InternLM2). Otherwise it holds q, k and v one after the other.
             prefix: The layer's name in the model.
@@ -148,11 +149,12 @@ class QKVParallelLinear(LinearLayer):
         full = num_kv_heads * head_dim
         k = Part.piece(full, kv_start, kv_size, q.size)
         v = Part.piece(full, kv_start, kv_size, q.size + kv_size)
-        rows = merged_parts(names, [q, k, v])
+        parts = [q, k, v] if names is None else [q, k, v][: len(names)]
+        rows = merged_parts(names, parts)
         if is_grouped:
             rows = {None: grouped_part(q, k, v, head_dim)}
         super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
-        self.output_sizes = [q.size, k.size, v.size]
+        self.output_sizes = [part.size for part in parts]
 
 
 def grouped_part(q: Part, k: Part, v: Part, head_dim: int) -> Part:

@@ -173,6 +173,14 @@ def frequency_factors(given: RopeInput) -> tuple[Tensor, float]:
     return given.frequencies(given.base) / factors, 1.0
 
 
+def proportional(given: RopeInput) -> tuple[Tensor, float]:
+    """Rotates the first ``partial_rotary_factor`` of the pairs of a head, by angles of the whole head (Gemma 4)."""
+    half = given.rotary_dim // 2
+    num_rotated = int(given.rope.number("partial_rotary_factor") * given.rotary_dim // 2)
+    frequencies = given.frequencies(given.base) / given.rope.number("factor", 1.0)
+    return torch.where(torch.arange(half) < num_rotated, frequencies, 0.0), 1.0
+
+
 ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
     "default": default,
     "dynamic": dynamic,
@@ -180,6 +188,7 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
     "linear": linear,
     "llama3": llama3,
     "longrope": longrope,
+    "proportional": proportional,
     "su": longrope,
     "yarn": yarn,
 }
@@ -220,6 +229,8 @@ class RotaryEmbedding(nn.Module):
         rope = config.rope if rope is None else rope
         self.head_dim = head_dim or config.head_dim
         self.is_interleaved = is_interleaved
+        if rope.string("rope_type") == "proportional":
+            rotary_dim = self.head_dim
         rotary_dim = rotary_dim or int(self.head_dim * rope.number("partial_rotary_factor"))
         if not 2 <= rotary_dim <= self.head_dim:
             rope.bad("partial_rotary_factor", f"a fraction that gives 2 to head_dim ({self.head_dim}) columns")
@@ -254,6 +265,10 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
         return (
-            ops.rotary_embedding(q, positions, self.q_cos_sin, self.head_dim, self.is_interleaved),
+            self.rotate(positions, q),
             ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim, self.is_interleaved),
         )
+
+    def rotate(self, positions: Tensor, q: Tensor) -> Tensor:
+        """q [num_tokens, num_heads * head_dim], rotated."""
+        return ops.rotary_embedding(q, positions, self.q_cos_sin, self.head_dim, self.is_interleaved)

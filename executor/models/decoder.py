@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -187,13 +188,14 @@ ROTARY_BUFFERS = r"rotary_emb\.inv_freq$"
 class CausalDecoder(Model):
     """A decoder with an output layer."""
 
+    decoder: ClassVar[type[Decoder]] = Decoder
     tied_modules = {"lm_head": "model.embed_tokens"}
     mapper = WeightsMapper(ignored=[ROTARY_BUFFERS])
 
     def __init__(self, context: ModelContext, parts: DecoderParts) -> None:
         super().__init__()
         self.hidden_size = parts.embedding_dim
-        self.model = Decoder(context, parts, prefix="model")
+        self.model = self.decoder(context, parts, prefix="model")
         self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
         self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap
 

@@ -25,6 +25,7 @@ REGISTRY = {
     "GPTNeoXForCausalLM": "executor.models.gpt_neox:GPTNeoXForCausalLM",
     "Gemma2ForCausalLM": "executor.models.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "executor.models.gemma3:Gemma3ForCausalLM",
+    "Gemma4ForCausalLM": "executor.models.gemma4:Gemma4ForCausalLM",
     "Glm4ForCausalLM": "executor.models.glm4:Glm4ForCausalLM",
     "GlmForCausalLM": "executor.models.glm4:GlmForCausalLM",
     "GraniteForCausalLM": "executor.models.granite:GraniteForCausalLM",

@@ -159,6 +159,8 @@ class Fusion:
         return [self._made_by[x.index]]
 
     def _heads(self, attention: Instruction, name: str) -> list[Item]:
+        if name not in attention.matrices:
+            return []
         absorbed = []
         heads = Heads()
         head_dim = attention.fields["head_dim"]

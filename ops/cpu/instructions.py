@@ -190,8 +190,8 @@ def rotary_embedding(
 
 def paged_attention(
     q: Any,
-    k: Any,
-    v: Any,
+    k: Any | None,
+    v: Any | None,
     kv_cache: tuple[Tensor, Tensor],
     meta: Any,
     shape: AttentionShape,
@@ -201,7 +201,8 @@ def paged_attention(
     keys, values = kv_cache
     if layout != "tiled" or sinks is not None:
         return None
-    if keys.dtype != q.dtype or not (is_matrix(q) and is_matrix(k) and is_matrix(v)):
+    matrices = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
+    if keys.dtype != q.dtype or not all(map(is_matrix, matrices.values())):
         return None
     fields = {
         "k_cache": keys.data_ptr(),
@@ -218,7 +219,7 @@ def paged_attention(
     }
     return Instruction(
         lib.OP_ATTENTION,
-        {"q": q, "k": k, "v": v},
+        matrices,
         fields,
         shape.out_width,
         q.dtype,
@@ -280,6 +281,13 @@ def add(x: Any, y: Any) -> Instruction | None:
     return result
 
 
+def multiply(x: Any, y: Any) -> Instruction | None:
+    result = add(x, y)
+    if result is not None:
+        result.op = lib.OP_MULTIPLY
+    return result
+
+
 def gather_rows(x: Any, rows: Any) -> Instruction | None:
     result = _pointwise(lib.OP_GATHER_ROWS, x, _width(x))
     if result is not None:
@@ -318,6 +326,7 @@ BY_NAME = {
         softcap,
         clip,
         add,
+        multiply,
         gather_rows,
     )
 }

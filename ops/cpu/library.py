@@ -37,9 +37,10 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
     OP_ACTIVATION,
     OP_ADD,
     OP_GATHER_ROWS,
-) = range(10)
+    OP_MULTIPLY,
+) = range(11)
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 TOKENS_MULTIPLE = 32
 """A KV block holds a multiple of this many tokens."""
 HEAD_MULTIPLE = 32
@@ -205,6 +206,7 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_ACT_AND_MUL: PointwiseArgs,
     OP_ACTIVATION: PointwiseArgs,
     OP_ADD: PointwiseArgs,
+    OP_MULTIPLY: PointwiseArgs,
     OP_GATHER_ROWS: PointwiseArgs,
 }
 _OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}

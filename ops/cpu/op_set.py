@@ -22,6 +22,7 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.layer_norm,
     ops.linear,
     ops.logits,
+    ops.multiply,
     ops.paged_attention,
     ops.rms_norm,
     ops.rotary_embedding,

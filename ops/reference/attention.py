@@ -12,8 +12,8 @@ from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 @op(lambda q, k, v, kv_cache, meta, shape, layout="plain", sinks=None: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
 def paged_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     kv_cache: tuple[Tensor, Tensor],
     meta: AttentionMetadata | StepInput,
     shape: AttentionShape,
@@ -26,8 +26,8 @@ def paged_attention(
 
     Args:
         q: [num_tokens, num_heads * head_dim], after the rotary embedding.
-        k: [num_tokens, num_kv_heads * head_dim], likewise.
-        v: [num_tokens, num_kv_heads * v_head_dim].
+        k: [num_tokens, num_kv_heads * head_dim], likewise. None: an earlier layer has written K and V of this step.
+        v: [num_tokens, num_kv_heads * v_head_dim]; None: likewise.
         kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout.
         meta: The step's requests.
         shape: The layer's constants.
@@ -40,7 +40,8 @@ def paged_attention(
     """
     assert isinstance(meta, AttentionMetadata)
     assert layout == "plain", "a tiled KV cache needs the kernels of its device"
-    write_kv(k, v, kv_cache, meta, shape)
+    if k is not None and v is not None:
+        write_kv(k, v, kv_cache, meta, shape)
     out = q.new_empty((q.shape[0], shape.num_heads, shape.v_dim))
     queries = q.view(q.shape[0], shape.num_heads, shape.head_dim)
     starts = meta.query_start_loc.tolist()

@@ -60,6 +60,12 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 @op(like_first)
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """``x * y``, element by element."""
+    return x * y
+
+
+@op(like_first)
 def scale(x: Tensor, factor: float) -> Tensor:
     """``x * factor`` [rows, width], in float32 and rounded once."""
     return x * factor

@@ -36,7 +36,7 @@ VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in 
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
-ONLY_IN_OLDER_FILES = {"rope_local_base_freq", "sliding_window_pattern"}
+ONLY_IN_OLDER_FILES = {"global_head_dim", "rope_local_base_freq", "sliding_window_pattern"}
 """Fields that transformers reads without having them."""
 
 
@@ -99,7 +99,12 @@ def test_bfloat16_is_close_to_transformers(name: str) -> None:
     token_ids = random_tokens(60)
     theirs = reference_logits(folder, token_ids)
     difference = (logits_of(loaded, token_ids) - theirs).abs()
-    assert difference.max() < 0.08 * theirs.abs().max()
+    if difference.max() > 0.08 * theirs.abs().max():  # then rounding must change transformers' logits as much
+        rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            own = (rounded(torch.tensor([token_ids])).logits[0].float() - theirs).abs()
+        assert difference.max() < 1.5 * own.max()
+        assert difference.mean() < 1.2 * own.mean()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
@@ -157,6 +162,7 @@ def test_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> Non
 @families
 def test_defaults_are_those_of_transformers(name: str) -> None:
     made = getattr(transformers, FAMILIES[name].config)()
+    made.allow_global_per_layer_attribute_access = True  # a default may differ between layers
     rope = made.to_dict().get("rope_parameters") or {}
     theirs = {**vars(type(made)), **rope.get(FULL, rope)}
     ours = resolve_model(FAMILIES[name].model)

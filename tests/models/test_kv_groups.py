@@ -38,6 +38,7 @@ STEP = 64
 STEP_SIZE = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP)
 
 MODELS: dict[str, dict[str, Any]] = {
+    "gemma3": {"num_hidden_layers": 6, "layer_types": None, "sliding_window": WINDOW},
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {
         "num_hidden_layers": 4,
@@ -202,7 +203,7 @@ def test_freed_blocks_change_no_bit(kind: str, dtype: str) -> None:
     add_all(engine)
     assert same(engine.run(), expected)
     assert engine.answers[3].num_cached == 96, "all but the last block's tokens"
-    crowded = Engine(kind, dtype=dtype, num_tokens=576 if kind == "qwen2" else 288)
+    crowded = Engine(kind, dtype=dtype, num_tokens=288 if kind == "mistral" else 576)
     add_all(crowded)
     assert same(crowded.run(), expected)
     assert crowded.scheduler.num_preemptions
@@ -256,6 +257,18 @@ def test_two_groups_free_what_is_out_of_the_window_only() -> None:
     full, window = (group.spec.bytes_per_block for group in engine.runner.groups)
     assert [group.layers for group in engine.runner.groups] == [(0, 2), (1, 3)]
     assert engine.most_bytes == 16 * full + 3 * window
+
+
+def test_gemma_3_holds_what_its_windows_and_its_global_layers_need() -> None:
+    """Five layers of six have a window; in a long sequence, they hold that and the block it begins in."""
+    engine = Engine("gemma3")
+    engine.add(0, random_tokens(400, seed=5), 100)
+    engine.run()
+    bytes_of = {group.shape.sliding_window: group.spec.bytes_per_block for group in engine.runner.groups}
+    full, window = bytes_of[None], bytes_of[WINDOW]
+    assert window == 5 * full
+    # 4 blocks of windows during the prompt, of which a step is part; at the end, 3 beside 16 of the global layer.
+    assert 16 * full + 3 * window <= engine.most_bytes < 16 * full + 4 * window < 16 * (full + window) / 2
 
 
 @pytest.mark.parametrize(("kind", "num_blocks"), [("mistral", 9), ("qwen2", 18)])

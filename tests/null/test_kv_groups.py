@@ -115,6 +115,17 @@ def test_a_requests_bytes_are_those_of_its_windows() -> None:
     assert by_length[59] <= 1000 * 15 + 2 * 3000 * 4 < (1000 + 2 * 3000) * 15
 
 
+@pytest.mark.parametrize("step", [2, 512], ids=["decode", "prefill"])
+def test_gemma_3_1b_at_32k_holds_little_more_than_it_needs(step: int) -> None:
+    """Four of its 26 layers see all tokens, the others 512."""
+    length, window = 32768, 512
+    full, local = GroupShape(1024, 32), GroupShape(1024, 32, window)
+    held = 32 * (4 * full.max_live_blocks(length, step) + 22 * local.max_live_blocks(length, step))
+    assert 4 * length + 22 * (window - 1 + step) <= held <= 1.1 * (4 * length + 22 * (window - 1 + step))
+    if step == 2:
+        assert held <= 1.1 * (4 * length + 22 * window) < 0.2 * 26 * length
+
+
 def test_a_hit_begins_behind_the_window() -> None:
     engine = Engine.create(groups=(FULL, WINDOW), max_num_batched_tokens=64)
     prompt = prompts(1, 45)[0]

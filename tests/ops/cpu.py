@@ -102,8 +102,13 @@ class Requests:
         self.cache = keys, values
         self.done = [0] * len(lengths)
 
-    def step(self, counts: dict[int, int]) -> dict[int, Tensor]:
-        """Attends with the next tokens of some requests, in this order; returns each one's result."""
+    def step(self, counts: dict[int, int], *, writes: bool = True) -> dict[int, Tensor]:
+        """Attends with the next tokens of some requests, in this order; returns each one's result.
+
+        Args:
+            counts: Tokens of each request.
+            writes: Whether K and V are written; else the cache must hold them.
+        """
         rows = list(counts)
         begins = [self.done[row] for row in rows]
         for row, count in counts.items():
@@ -122,5 +127,7 @@ class Requests:
             torch.cat([self.data[row][i][begin:end] for row, begin, end in zip(rows, begins, ends, strict=True)])
             for i in range(3)
         )
-        out = ops.paged_attention(q, k, v, self.cache, meta, self.shape, self.layout)
+        out = ops.paged_attention(
+            q, k if writes else None, v if writes else None, self.cache, meta, self.shape, self.layout
+        )
         return dict(zip(rows, out.split(list(counts.values())), strict=True))

@@ -145,6 +145,7 @@ def test_add_and_gather(capability: str, dtype: torch.dtype) -> None:
     rows = torch.tensor([8, 0, 0, 5])
     with use(capability):
         assert torch.equal(ops.add(x, y), x + y)
+        assert torch.equal(ops.multiply(x, y), x * y)
         assert torch.equal(ops.gather_rows(y, rows), y[rows])
         assert ops.gather_rows(y, rows[:0]).shape == (0, 45)
 
@@ -171,6 +172,7 @@ ATTENTION = {
     "head of 16": AttentionShape(4, 2, 16, scale=0.25),
     "head of 24": AttentionShape(4, 2, 24, scale=0.25),
     "head of 256": AttentionShape(4, 1, 256, scale=1 / 16),
+    "head of 512": AttentionShape(2, 1, 512, scale=1 / 16),
     "v smaller": AttentionShape(4, 2, 96, scale=0.1, v_head_dim=32),
     "v larger": AttentionShape(2, 2, 40, scale=0.1, v_head_dim=128),
     "window": AttentionShape(6, 2, 32, scale=0.2, sliding_window=70),
@@ -199,6 +201,23 @@ def test_attention(capability: str, name: str, dtype: torch.dtype) -> None:
                 # Weights are rounded to bfloat16 before they are multiplied with V, where the CPU multiplies that.
                 tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
                 torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_to_what_another_layer_has_written(capability: str, dtype: torch.dtype) -> None:
+    steps = [{0: 33, 1: 60}, {1: 1, 0: 1}, {0: 36}]
+    for plain in (False, True):
+        with use(capability), threads(2):
+            requests = Requests(AttentionShape(4, 2, 40, scale=0.25, sliding_window=20), [70, 61], dtype, plain=plain)
+            for counts in steps:
+                before = list(requests.done)
+                expected = requests.step(counts)
+                cache = [tensor.clone() for tensor in requests.cache]
+                requests.done = before
+                for row, result in requests.step(counts, writes=False).items():
+                    assert torch.equal(result, expected[row])
+                pairs = zip(requests.cache, cache, strict=True)
+                assert all(torch.equal(one.view(torch.uint8), two.view(torch.uint8)) for one, two in pairs)
 
 
 def test_first_token_of_a_block_clears_it(capability: str) -> None:

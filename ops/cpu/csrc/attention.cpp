@@ -414,8 +414,9 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     const OctavoGroup& group = step.groups[op.group];
     const KVCache<T> cache(op, group.block_size);
     Work work;
-    work.writes_alone = writes_alone<T>(op, group, step.num_tokens);
-    if (!work.writes_alone) write_kv(op, cache, step, team);
+    work.writes_alone = op.k.data && writes_alone<T>(op, group, step.num_tokens);
+    const bool writes_first = op.k.data && !work.writes_alone;
+    if (writes_first) write_kv(op, cache, step, team);
     work.num_tiles = count_tiles(op, group, kRows<T>);
     Tile* tiles = team.scratch.take<Tile>(work.num_tiles);
     work.num_items = list_tiles(op, group, kRows<T>, tiles);
@@ -426,7 +427,7 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     Attention<T> kernel(op, step, cache, team.scratch);
     const Partial sum(team.scratch.take<float>(work.partial_floats), kRows<T>);
     const Partial part(team.scratch.take<float>(work.partial_floats), kRows<T>);
-    if (!work.writes_alone) team.wait();  // for all K and V of the step
+    if (writes_first) team.wait();  // for all K and V of the step
 
     const int run = std::min(kMostUnits, std::max(1, work.units() / (kRunsPerThread * team.size)));
     for (int unit = team.ticket() * run; unit < work.units(); unit = team.ticket() * run)

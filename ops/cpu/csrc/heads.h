@@ -6,7 +6,7 @@
 
 namespace octavo {
 
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
 
 // Rotates pairs of elements in place by the angles of a position, rounding to T wherever torch would.
 template <class T>

@@ -32,6 +32,7 @@ void run_rotary(const OctavoRotary& op, const OctavoStep& step, const Team& team
 void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team& team);
 void run_act_and_mul(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_activation(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
+void run_multiply(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 

@@ -44,7 +44,8 @@ enum OctavoOpCode : int32_t {
     kOpActivation = 7,
     kOpAdd = 8,
     kOpGatherRows = 9,
-    kNumOps = 10,
+    kOpMultiply = 10,
+    kNumOps = 11,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ struct OctavoRotary {
 
 struct OctavoAttention {
     OctavoMatrix q;
-    OctavoMatrix k;
+    OctavoMatrix k;  // null, as v: the cache holds those of this step already
     OctavoMatrix v;
     OctavoMatrix out;
     OctavoHeads q_heads;
@@ -183,9 +184,9 @@ struct OctavoAttention {
     int32_t type;
 };
 
-struct OctavoPointwise {  // act_and_mul, activation, add, gather_rows
+struct OctavoPointwise {  // act_and_mul, activation, add, multiply, gather_rows
     OctavoMatrix x;
-    OctavoMatrix y;  // add only
+    OctavoMatrix y;  // add and multiply only
     OctavoMatrix out;
     int32_t width;  // of the result
     int32_t activation;

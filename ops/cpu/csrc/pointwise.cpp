@@ -115,6 +115,16 @@ void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team
     });
 }
 
+void run_multiply(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        each_vector(op, step, team, [&](int row, int column, int count) {
+            const Vec x = load_first(row_of<T>(op.x, row) + column, count);
+            store_first(row_of<T>(op.out, row) + column, x * load_first(row_of<T>(op.y, row) + column, count), count);
+        });
+    });
+}
+
 void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team) {
     with_type(op.type, [&](auto number) {
         using T = decltype(number);

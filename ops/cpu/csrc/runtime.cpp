@@ -61,6 +61,8 @@ void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
             return run_activation(*static_cast<const OctavoPointwise*>(node.args), step, team);
         case kOpAdd:
             return run_add(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        case kOpMultiply:
+            return run_multiply(*static_cast<const OctavoPointwise*>(node.args), step, team);
         case kOpGatherRows:
             return run_gather_rows(*static_cast<const OctavoPointwise*>(node.args), step, team);
         default:
@@ -155,6 +157,7 @@ int64_t octavo_sizeof(int32_t op) {
         case kOpActAndMul:
         case kOpActivation:
         case kOpAdd:
+        case kOpMultiply:
         case kOpGatherRows:
             return sizeof(OctavoPointwise);
         case -1:
