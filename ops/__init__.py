@@ -28,6 +28,7 @@ from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_id
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
+from ops.reference.short_conv import short_conv
 
 __all__ = [
     "AdapterRows",
@@ -61,6 +62,7 @@ __all__ = [
     "sample",
     "scale",
     "shard_ids",
+    "short_conv",
     "softcap",
     "use",
     "weight_sum",

@@ -58,6 +58,15 @@ def old_cohere2(config: Fields) -> None:
     config["sliding_window_pattern"] = 2
 
 
+def old_lfm2(config: Fields) -> None:
+    """LFM2's own names."""
+    old_rope(config)
+    assert config.pop("layer_types") == ["conv", FULL, "conv"]
+    config["full_attn_idxs"] = [1]
+    config["block_ff_dim"] = config.pop("intermediate_size")
+    config["tie_embedding"] = config.pop("tie_word_embeddings")
+
+
 def old_neox(config: Fields) -> None:
     """GPT-NeoX's own names."""
     rope = config.pop("rope_parameters")
@@ -342,6 +351,24 @@ FAMILIES: Mapping[str, Family] = {
             "v": {"attention_k_eq_v": False, "num_kv_shared_layers": 0, "tie_word_embeddings": False},
             "biases": {"attention_bias": True, "final_logit_softcapping": None},
         },
+    ),
+    "lfm2": Family(
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {
+            **LAYER_NORM,
+            "norm_eps": 0.01,
+            "intermediate_size": 144,
+            "block_multiple_of": 10,
+            "block_ffn_dim_multiplier": 1.1,
+            "conv_L_cache": 4,
+            "conv_bias": True,
+            "layer_types": ["conv", FULL, "conv"],
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        old_lfm2,
+        variants={"plain": {"conv_bias": False, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3}},
     ),
     "llama": Family(
         "LlamaConfig",

@@ -115,6 +115,10 @@ class OpsAttention:
         return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, *sinks)
 
 
+SHORT_CONV = "short_conv"
+"""``AttentionShape.kind`` of short convolutions, which cache their inputs: ``num_heads`` columns per token."""
+
+
 def unsupported_kind(shape: AttentionShape) -> str | None:
     """The reason why ``ops.paged_attention`` cannot compute such a layer, or None if it can."""
     return None if shape.kind == "kv" else f"layers of kind {shape.kind!r} are not supported"
@@ -123,9 +127,12 @@ def unsupported_kind(shape: AttentionShape) -> str | None:
 REGISTRY = {
     "cpu": "executor.attention.cpu:CpuAttention",
     "reference": "executor.attention.reference:ReferenceAttention",
+    "short_conv": "executor.attention.short_conv:ShortConvCache",
 }
 PREFERENCE = {"cpu": ["cpu", "reference"]}
 """Backends of each op set, best first. Other op sets use the reference."""
+OTHER_KINDS = ["short_conv"]
+"""Backends of layers that are not attention, whatever ``--attention-backend`` says."""
 
 
 def choose_backends(
@@ -138,7 +145,10 @@ def choose_backends(
     """
     candidates: list[AttentionBackend] = [
         resolve(REGISTRY, candidate, "attention backend")()
-        for candidate in ([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]))
+        for candidate in [
+            *([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"])),
+            *OTHER_KINDS,
+        ]
     ]
 
     def choose(shape: AttentionShape) -> AttentionBackend:

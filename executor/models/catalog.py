@@ -75,6 +75,12 @@ CATALOG = (
         limits="no Mamba layers, no experts (Granite 4 H)",
     ),
     Entry(
+        "LFM2",
+        ("Lfm2ForCausalLM",),
+        ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B"),
+        limits="text only; dense models only",
+    ),
+    Entry(
         "Llama",
         ("LlamaForCausalLM",),
         ("meta-llama/Llama-3.2-1B-Instruct", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "01-ai/Yi-1.5-6B-Chat"),

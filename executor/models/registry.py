@@ -30,6 +30,7 @@ REGISTRY = {
     "GlmForCausalLM": "executor.models.glm4:GlmForCausalLM",
     "GraniteForCausalLM": "executor.models.granite:GraniteForCausalLM",
     "GraniteMoeHybridForCausalLM": "executor.models.granite:GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM": "executor.models.lfm2:Lfm2ForCausalLM",
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
     "Ministral3ForCausalLM": "executor.models.ministral3:Ministral3ForCausalLM",
     "MistralForCausalLM": "executor.models.llama:MistralForCausalLM",

@@ -252,6 +252,35 @@ def kv_shapes(num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[
     )
 
 
+def short_conv(
+    gate_in: Any, gate_out: Any, x: Any, weight: Tensor, bias: Tensor | None, cache: Tensor, meta: Any
+) -> Instruction | None:
+    matrices = {"gate_in": gate_in, "gate_out": gate_out, "x": x}
+    if not all(is_matrix(matrix) and matrix.dtype == cache.dtype for matrix in matrices.values()):
+        return None
+    if weight.dtype != x.dtype or not weight.is_contiguous() or (bias is not None and not _is_vector(bias, x.dtype)):
+        return None
+    length, width = weight.shape
+    fields = {
+        "cache": cache.data_ptr(),
+        "weight": weight.data_ptr(),
+        "bias": None if bias is None else bias.data_ptr(),
+        "width": width,
+        "length": length,
+        "type": TYPES[x.dtype],
+    }
+    return Instruction(
+        lib.OP_SHORT_CONV,
+        matrices,
+        fields,
+        width,
+        x.dtype,
+        work=(length + 2) * width,
+        step={"group": meta},
+        keep=(cache, weight, bias),
+    )
+
+
 def act_and_mul(x: Any, activation: str) -> Instruction | None:
     return _pointwise(lib.OP_ACT_AND_MUL, x, _width(x) // 2, ACTIVATIONS[activation])
 
@@ -320,6 +349,7 @@ BY_NAME = {
         layer_norm,
         rotary_embedding,
         paged_attention,
+        short_conv,
         act_and_mul,
         activation,
         scale,

@@ -38,7 +38,8 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
     OP_ADD,
     OP_GATHER_ROWS,
     OP_MULTIPLY,
-) = range(11)
+    OP_SHORT_CONV,
+) = range(12)
 
 MAX_HEAD_DIM = 512
 TOKENS_MULTIPLE = 32
@@ -196,6 +197,22 @@ class PointwiseArgs(ctypes.Structure):
     )
 
 
+class ShortConvArgs(ctypes.Structure):
+    _fields_ = (
+        ("gate_in", Matrix),
+        ("gate_out", Matrix),
+        ("x", Matrix),
+        ("out", Matrix),
+        ("cache", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("width", c_int32),
+        ("length", c_int32),
+        ("group", c_int32),
+        ("type", c_int32),
+    )
+
+
 STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_EMBEDDING: EmbeddingArgs,
     OP_LINEAR: LinearArgs,
@@ -208,6 +225,7 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_ADD: PointwiseArgs,
     OP_MULTIPLY: PointwiseArgs,
     OP_GATHER_ROWS: PointwiseArgs,
+    OP_SHORT_CONV: ShortConvArgs,
 }
 _OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}
 

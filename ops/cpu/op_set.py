@@ -27,6 +27,7 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.rms_norm,
     ops.rotary_embedding,
     ops.scale,
+    ops.short_conv,
     ops.softcap,
 )
 """Ops that map to one kernel each (``instructions.py``)."""

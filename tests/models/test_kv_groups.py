@@ -39,6 +39,7 @@ STEP_SIZE = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP)
 
 MODELS: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 6, "layer_types": None, "sliding_window": WINDOW},
+    "lfm2": {},  # short convolutions look back a few tokens
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {
         "num_hidden_layers": 4,
@@ -271,7 +272,7 @@ def test_gemma_3_holds_what_its_windows_and_its_global_layers_need() -> None:
     assert 16 * full + 3 * window <= engine.most_bytes < 16 * full + 4 * window < 16 * (full + window) / 2
 
 
-@pytest.mark.parametrize(("kind", "num_blocks"), [("mistral", 9), ("qwen2", 18)])
+@pytest.mark.parametrize(("kind", "num_blocks"), [("lfm2", 18), ("mistral", 9), ("qwen2", 18)])
 def test_a_whole_engine_serves_more_tokens_than_its_cache_holds(kind: str, num_blocks: int) -> None:
     """Sized by its core, in a process of its own: the longest sequence alone does not fit nine blocks."""
     model = str(tiny.checkpoint(kind, **MODELS[kind]))

@@ -162,6 +162,35 @@ def test_rotary(capability: str, dtype: torch.dtype, interleaved: bool, head_dim
         assert torch.equal(ops.rotary_embedding(x, positions.long(), table, head_dim, interleaved), result)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "length"), [(45, 3), (1536, 4), (16, 1)])
+def test_short_conv(capability: str, dtype: torch.dtype, width: int, length: int) -> None:
+    """Three requests: one begins, one goes on in the middle of a block, one decodes."""
+    block_size, counts, lens = 4, [7, 3, 1], [7, 6, 30]
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(0)).int().view(3, 8)
+    cache = randn(24, block_size, width, seed=1, dtype=dtype)
+    positions = [torch.arange(end - count, end) for count, end in zip(counts, lens, strict=True)]
+    slots = [table[row][at // block_size].long() * block_size + at % block_size for row, at in enumerate(positions)]
+    starts = torch.tensor([0, 7, 10, 11], dtype=torch.int32)
+    meta = ops.AttentionMetadata(starts, torch.tensor(lens, dtype=torch.int32), table, torch.cat(slots), block_size)
+    gate_in, gate_out, x = randn(11, 3 * width, seed=2, dtype=dtype).split([width] * 3, dim=1)
+    weight, bias = randn(length, width, seed=3, dtype=dtype), randn(width, seed=4, dtype=dtype)
+    for shift in (bias, None):
+        theirs = cache.clone()
+        expected = reference(ops.short_conv, gate_in, gate_out, x, weight, shift, theirs, meta)
+        with use(capability), threads(2):
+            ours = cache.clone()
+            result = ops.short_conv(gate_in, gate_out, x, weight, shift, ours, meta)
+            assert torch.equal(ours, theirs)
+            tolerance = 4 * unit_roundoff(dtype)
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)
+            # The order of the sum depends on nothing but the length.
+            one = torch.tensor([0, 1], dtype=torch.int32)
+            alone = ops.AttentionMetadata(one, meta.seq_lens[2:], table[2:], meta.slot_mapping[10:], block_size)
+            again = ops.short_conv(gate_in[10:], gate_out[10:], x[10:], weight, shift, ours, alone)
+            assert torch.equal(again, result[10:])
+
+
 # ---------------------------------------------------------------------------------------------------------
 # attention
 

@@ -271,6 +271,35 @@ def test_attention_softcap() -> None:
             torch.testing.assert_close(result[i].view(2, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_short_conv_is_a_causal_convolution(length: int) -> None:
+    contexts, width, block_size = [1, 9, 8, 23], 6, 4
+    weight, bias = randn(length, width, seed=1), randn(width, seed=2)
+    gate_in, gate_out, x = (randn(len(contexts), 23, width, seed=seed) for seed in (3, 4, 5))
+    padded = F.pad((gate_in * x).transpose(1, 2), (length - 1, 0))
+    expected = gate_out * F.conv1d(padded, weight.T.unsqueeze(1), bias, groups=width).transpose(1, 2)
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(0)).int().view(4, 6)
+    cache = torch.full((24, block_size, width), float("nan"))
+    done = [0] * 4
+    for counts in ({0: 1, 1: 5}, {3: 2, 1: 1, 2: 7}, {1: 3, 3: 21, 2: 1}):  # every chunk begins somewhere else
+        rows = list(counts)
+        at = {row: torch.arange(done[row], done[row] + counts[row]) for row in rows}
+        for row in rows:
+            done[row] += counts[row]
+        slots = [table[row][at[row] // block_size].long() * block_size + at[row] % block_size for row in rows]
+        starts = torch.tensor([0, *np.cumsum([counts[row] for row in rows])], dtype=torch.int32)
+        lens = torch.tensor([done[row] for row in rows], dtype=torch.int32)
+        meta = AttentionMetadata(starts, lens, table[rows], torch.cat(slots), block_size)
+        first, last, inputs, wanted = (
+            torch.cat([tensor[row, at[row]] for row in rows]) for tensor in (gate_in, gate_out, x, expected)
+        )
+        result = ops.short_conv(first, last, inputs, weight, bias, cache, meta)
+        torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+        plain = ops.short_conv(first, last, inputs, weight, None, cache, meta)
+        torch.testing.assert_close(plain, wanted - last * bias, rtol=1e-5, atol=1e-5)
+    assert done == contexts
+
+
 def test_the_first_token_of_a_block_clears_it() -> None:
     shape = AttentionShape(2, 1, 8, scale=0.25)
     q, k, v, cache, meta, _, _ = step(shape, [9], [2], 8)  # positions 7 and 8: the last and the first of a block

@@ -35,6 +35,7 @@ void run_activation(const OctavoPointwise& op, const OctavoStep& step, const Tea
 void run_multiply(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
+void run_short_conv(const OctavoShortConv& op, const OctavoStep& step, const Team& team);
 
 // Bytes of workspace that the threads share during an op.
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step);

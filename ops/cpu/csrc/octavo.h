@@ -45,7 +45,8 @@ enum OctavoOpCode : int32_t {
     kOpAdd = 8,
     kOpGatherRows = 9,
     kOpMultiply = 10,
-    kNumOps = 11,
+    kOpShortConv = 11,
+    kNumOps = 12,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -180,6 +181,22 @@ struct OctavoAttention {
     int32_t v_head_dim;
     int32_t window;  // 0: none
     int32_t causal;
+    int32_t group;  // index into the step's groups
+    int32_t type;
+};
+
+// A causal convolution over the last `length` tokens of a request, each column by itself, between two gates:
+// out = gate_out * (sum of weight[i] * y of the i-th of these tokens, the latest last, + bias), y = gate_in * x.
+struct OctavoShortConv {
+    OctavoMatrix gate_in;
+    OctavoMatrix gate_out;
+    OctavoMatrix x;
+    OctavoMatrix out;
+    void* cache;         // y [num_blocks, block_size, width]
+    const void* weight;  // [length, width]
+    const void* bias;    // [width] or null
+    int32_t width;
+    int32_t length;
     int32_t group;  // index into the step's groups
     int32_t type;
 };

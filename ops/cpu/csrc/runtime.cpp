@@ -65,6 +65,8 @@ void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
             return run_multiply(*static_cast<const OctavoPointwise*>(node.args), step, team);
         case kOpGatherRows:
             return run_gather_rows(*static_cast<const OctavoPointwise*>(node.args), step, team);
+        case kOpShortConv:
+            return run_short_conv(*static_cast<const OctavoShortConv*>(node.args), step, team);
         default:
             std::fprintf(stderr, "octavo: unknown op %d\n", node.op);
             std::abort();
@@ -160,6 +162,8 @@ int64_t octavo_sizeof(int32_t op) {
         case kOpMultiply:
         case kOpGatherRows:
             return sizeof(OctavoPointwise);
+        case kOpShortConv:
+            return sizeof(OctavoShortConv);
         case -1:
             return sizeof(OctavoStep);
         case -2:
