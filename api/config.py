@@ -12,6 +12,7 @@ from msgspec import Meta, field
 
 from api.flags import ConfigError, build, options
 from api.otlp import check_packages
+from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.vllm_options import take_foreign
 from engine_core.config import Config, EngineConfig, Positive
@@ -171,7 +172,9 @@ class ServerConfig(Config, frozen=True):
     tool_call_parser: Annotated[
         str | None,
         Meta(
-            description=f"Parser of the model's tool calls: {', '.join(sorted(TOOL_PARSERS))}.", extra={"group": "Chat"}
+            description="Parser of the model's tool calls; auto chooses it by the chat template: "
+            f"{', '.join((AUTO, *sorted(TOOL_PARSERS)))}.",
+            extra={"group": "Chat"},
         ),
     ] = None
     exclude_tools_when_tool_choice_none: Annotated[
@@ -180,7 +183,8 @@ class ServerConfig(Config, frozen=True):
     reasoning_parser: Annotated[
         str | None,
         Meta(
-            description=f"Parser of the model's reasoning: {', '.join(sorted(REASONING_PARSERS))}. Default: none.",
+            description="Parser of the model's reasoning; auto chooses it by the chat template: "
+            f"{', '.join((AUTO, *sorted(REASONING_PARSERS)))}. Default: none.",
             extra={"group": "Chat"},
         ),
     ] = None
@@ -478,7 +482,7 @@ def _check_parsers(config: ServerConfig) -> None:
         ("--tool-call-parser", config.tool_call_parser, TOOL_PARSERS),
         ("--reasoning-parser", config.reasoning_parser, REASONING_PARSERS),
     ):
-        if name is not None and name not in known:
-            raise ConfigError(f"{flag}: unknown parser {name!r}; choose from {', '.join(sorted(known))}")
+        if name not in (None, AUTO, *known):
+            raise ConfigError(f"{flag}: unknown parser {name!r}; choose from {', '.join((AUTO, *sorted(known)))}")
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser")

@@ -31,7 +31,7 @@ from api.generation.host import Host
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.traffic import Traffic
-from api.model.files import ModelFiles
+from api.model.files import ModelFiles, with_parsers
 from api.model.tokenizer import Tokenizer
 from api.server.app import create_app
 from engine_core.config import SchedulerConfig
@@ -467,7 +467,7 @@ class FakeServer:
             hidden_size=HIDDEN_SIZE,
         )
         client = cast(EngineClient, self.engine)
-        host = Host(config or ServerConfig())
+        host = Host(with_parsers(config or ServerConfig(), chat_template))
         self.model = ServedModel(host, files, client, self.metrics, ready)
         self.serving = Serving(host, [self.model])
         self.traffic = Traffic(self.metrics.registry)

@@ -23,6 +23,7 @@ from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
 from api.model.pooler import ModelPooler, find_pooler
 from api.model.tokenizer import Tokenizer
+from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
 from engine_core.launch import (
     ModelError,
     check_gguf_architecture,
@@ -122,7 +123,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
 
 
 def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
-    """The configuration for the other processes, with the path of the local files as the model."""
+    """The configuration for the other processes: the model is the path of the local files, and parsers are chosen."""
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
     model = replace(executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""))
@@ -131,7 +132,23 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     if header is not None and model.quantization == "gguf":
         model = replace(model, quantization=None)  # the file itself defines it
+    config = with_parsers(config, files.chat_template)
     return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
+
+
+def with_parsers(config: ServerConfig, chat_template: str | dict[str, str] | None) -> ServerConfig:
+    """The configuration with the parsers that ``auto`` stands for; None where the template shows no known format."""
+    tool, reasoning = config.tool_call_parser, config.reasoning_parser
+    if tool == AUTO:
+        tool = detect_tool_parser(chat_template)
+        if tool is None:
+            logger.warning("--tool-call-parser auto: no parser is known for the chat template; name one to parse calls")
+        else:
+            logger.info("--tool-call-parser auto: %s, by the chat template", tool)
+    if reasoning == AUTO:
+        reasoning = detect_reasoning_parser(chat_template)
+        logger.info("--reasoning-parser auto: %s, by the chat template", reasoning or "none")
+    return replace(config, tool_call_parser=tool, reasoning_parser=reasoning)
 
 
 def _demo_model() -> Path:

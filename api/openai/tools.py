@@ -56,6 +56,12 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
         raise RequestError(f"tool_choice: {error}", "tool_choice") from None
     single = is_single(choice, parallel_tool_calls=request.parallel_tool_calls is not False)
     if chosen is None:
+        if config.enable_auto_tool_choice and config.tool_call_parser is None:
+            raise RequestError(
+                'tool_choice "auto", the default with tools: --tool-call-parser auto knows no parser for the model\'s '
+                'chat template; start the server with the name of one, or use "required" or a named function',
+                "tool_choice",
+            )
         if not config.enable_auto_tool_choice or config.tool_call_parser is None:
             raise RequestError(
                 'tool_choice "auto", the default with tools, requires a server started with '

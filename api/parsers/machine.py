@@ -161,12 +161,12 @@ class Output:
             self._written += self._held
         self._held.clear()
 
-    def start(self, name: str) -> None:
-        """Begins a call, which includes the held text."""
+    def start(self, name: str, id: str | None = None) -> None:
+        """Begins a call, which includes the held text. It gets a new id if it has none."""
         self._written, self._held = self._held, []
         self._blank = []
         self._flush()
-        self._events.append(ToolCallStart(self.num_calls, self._make_id(), name))
+        self._events.append(ToolCallStart(self.num_calls, id or self._make_id(), name))
         self.num_calls += 1
         self._is_open = True
 

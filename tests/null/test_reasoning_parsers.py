@@ -38,6 +38,34 @@ from tests.null.test_tool_parsers import parse
         ("qwen3", True, "\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
         ("qwen3", False, "\nYes, <think>.", "", "\nYes, <think>."),
         ("qwen3", None, "<think>Hm.</think>  \n Yes.", "Hm.", "  \n Yes."),
+        ("glm45", None, "\n<think>Hm.</think>\nYes.", "Hm.", "Yes."),
+        ("gemma4", None, "<|channel>thought\nHm.\n<channel|>Yes.", "Hm.", "Yes."),
+        ("gemma4", None, "<|channel>thoughts\n<channel|>Yes.", "thoughts", "Yes."),
+        ("gemma4", None, "<|channel>thought\n<channel|>Yes.", "", "Yes."),
+        ("gemma4", None, "<|channel>thou", "thou", ""),
+        ("gemma4", None, "<|channel>thought\nHm.<|tool_call>call:f{}", "Hm.", "<|tool_call>call:f{}"),
+        ("gemma4", False, "Yes.", "", "Yes."),
+        ("mistral", None, "[THINK]Hm.[/THINK]Yes.", "Hm.", "Yes."),
+        ("mistral", None, "[THINK]Hm.[TOOL_CALLS]f[ARGS]{}", "Hm.", "[TOOL_CALLS]f[ARGS]{}"),
+        ("kimi_k2", None, "<think>Hm.<|tool_calls_section_begin|>x", "Hm.", "<|tool_calls_section_begin|>x"),
+        ("granite", None, "<think>Hm.</think><response>Yes.</response>", "Hm.", "Yes."),
+        ("granite", None, "<think>Hm.</think>\n <response> Yes.</resp", "Hm.", " Yes.</resp"),
+        ("granite", None, "Here is my thought process:\n\nHm.\n\nHere is my response:\n\nYes.", "Hm.", "Yes."),
+        ("granite", None, "Here's my thought process:Hm.Here's my response:Yes.", "Hm.", "Yes."),
+        ("granite", None, "Here is my idea: <response> is a tag.", "", "Here is my idea: <response> is a tag."),
+        ("granite", None, " \n<res", "", " \n<res"),
+        (
+            "cohere_command3",
+            None,
+            "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>",
+            "Hm.",
+            "Yes.",
+        ),
+        ("cohere_command3", False, "<|START_RESPONSE|>Yes.<|END_RESPONSE|>", "", "Yes."),
+        ("cohere_command4", True, "Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", "Hm.", "Yes."),
+        ("cohere_command4", True, "Hm.<|START_ACTION|>[]", "Hm.", "<|START_ACTION|>[]"),
+        ("seed_oss", None, "<seed:think>Hm.</seed:think>Yes.", "Hm.", "Yes."),
+        ("hunyuan_a13b", None, "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>", "Hm.", "\nYes.\n"),
     ],
 )
 def test_reasoning(name: str, prompt_opened: bool | None, text: str, reasoning: str, content: str) -> None:
@@ -80,19 +108,21 @@ def test_is_reasoning() -> None:
 
 @pytest.mark.parametrize("name", REASONING_PARSERS)
 def test_what_the_prompt_says(name: str) -> None:
-    assert prompt_opens_reasoning(name, "<|User|>Hi <think><|Assistant|><think>\n") is True
-    assert prompt_opens_reasoning(name, "<|im_start|>assistant\n<think>\n\n</think>\n\n") is False
-    assert prompt_opens_reasoning(name, "<think>\nOkay,") is True
-    assert prompt_opens_reasoning(name, "<think>\nHm\n</think>\nYes, ") is False
+    start, end = resolve_reasoning_parser(name).special_tokens[:2]
+    assert prompt_opens_reasoning(name, f"<|User|>Hi {start}<|Assistant|>{start}\n") is True
+    assert prompt_opens_reasoning(name, f"<|im_start|>assistant\n{start}\n\n{end}\n\n") is False
+    assert prompt_opens_reasoning(name, f"<|im_start|>assistant\n{end}") is False
+    assert prompt_opens_reasoning(name, f"{start}\nOkay,") is True
+    assert prompt_opens_reasoning(name, f"{start}\nHm\n{end}\nYes, ") is False
     assert prompt_opens_reasoning(name, "Yes, ") is None
-    assert is_last_turn_needed(name, "What is <think>?<|im_end|>\n<|im_start|>assistant\n")
-    assert is_last_turn_needed(name, "<|im_start|>assistant\n<think>\nOkay,")
-    assert not is_last_turn_needed(name, "<|im_start|>assistant\n<think>\n")
+    assert is_last_turn_needed(name, f"What is {start}?<|im_end|>\n<|im_start|>assistant\n")
+    assert is_last_turn_needed(name, f"<|im_start|>assistant\n{start}\nOkay,")
+    assert not is_last_turn_needed(name, f"<|im_start|>assistant\n{start}\n")
     assert not is_last_turn_needed(name, "<|im_start|>assistant\n")
 
 
 def test_names() -> None:
     for name in REASONING_PARSERS:
         resolve_reasoning_parser(name)
-    with pytest.raises(ValueError, match="'none_such'.*deepseek_r1, qwen3"):
+    with pytest.raises(ValueError, match="'none_such'.*deepseek_r1.*qwen3"):
         create_parser("none_such")

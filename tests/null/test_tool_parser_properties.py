@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from api.parsers import REASONING_PARSERS, TOOL_PARSERS, ToolCallStart, collect, create_parser
+from api.parsers import REASONING_PARSERS, ToolCallStart, collect, create_parser
 from api.parsers.python_literal import to_json
-from tests.null.test_tool_parsers import COMPLETE, parse, qwen, tool
+from tests.null.test_tool_parsers import COMPLETE, TRANSLATED, parse, qwen, tool
 from tests.work import count_characters
 
 FRAGMENTS = [
@@ -21,6 +21,18 @@ FRAGMENTS = [
     *('{"name": "f", "arguments": {', '"parameters": {"a": "b', '"name"', '"arguments"', "f", "g(", "[f(", "a=", "'b'"),
     *("null", "1", "-2.5", "True", '"""', "'''", "\\", '"', "'", "{", "}", "[", "]", "(", ")", "<", ">", "|", "=", ":"),
     *(",", ";", "\n", " ", "\t", "é", "😀", ".", "\x00", "\u2028", "fn=f>\n", "a>\n"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call>call:f{", "<tool_call|>", '<|"|>', "a:"),
+    *(
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "```json",
+        "```",
+        "<function_calls>",
+        "</function_calls>",
+        "functools[",
+    ),
+    *("<|channel>", "thought\n", "<channel|>", "[THINK]", "[/THINK]", "<response>", "</response>", "<|START_ACTION|>"),
+    "functools[",
     *COMPLETE.values(),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
@@ -41,7 +53,7 @@ def pieces_of(text: str, cuts: Sequence[int]) -> list[str]:
     return [text[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
+@pytest.mark.parametrize("name", COMPLETE)
 @settings(max_examples=50, deadline=None)
 @given(
     text=TEXTS,
@@ -57,7 +69,7 @@ def test_pieces_do_not_matter(
         assert parse(name, pieces, reasoning=reasoning, prompt_opened=prompt_opened) == events
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
+@pytest.mark.parametrize("name", COMPLETE)
 @settings(max_examples=50, deadline=None)
 @given(text=TEXTS)
 def test_a_text_without_calls_is_content(name: str, text: str) -> None:
@@ -65,7 +77,7 @@ def test_a_text_without_calls_is_content(name: str, text: str) -> None:
     if not any(isinstance(event, ToolCallStart) for event in events):
         assert collect(events).content == text
     for call in collect(events).tool_calls:
-        if call.complete and name in ("pythonic", "qwen3_coder"):
+        if call.complete and name in TRANSLATED:
             assert isinstance(json.loads(call.arguments), dict)
 
 
@@ -175,12 +187,20 @@ LONG_TEXTS: dict[str, Callable[[int], str]] = {
     "parameters": lambda n: "<function=f>" + repeat("\n<parameter=a>\n", n) + "</function>",
     "tagged object": lambda n: f"<function=f>\n<parameter=a>{json.loads(long_object(n))!r}</parameter>\n</function>",
     "digits": lambda n: f"<function=f>\n<parameter=a>{repeat('1', n)}</parameter>\n</function>",
+    "gemma": lambda n: (
+        '<|tool_call>call:f{a:<|"|>' + repeat("x <|", n // 2) + '<|"|>,b:[' + repeat("{k:1},", n // 2) + "]}"
+    ),
+    "gemma quotes": lambda n: "<|tool_call>call:f{" + repeat('<|"|>', n),
+    "bare": lambda n: "<|tool_call>call:f{a:" + repeat("1 ", n),
+    "keys": lambda n: "<tool_call>f" + repeat("<arg_key>a</arg_key><arg_value>1</arg_value> ", n),
+    "separators": lambda n: repeat("<｜tool▁call▁begin｜>f<｜tool▁sep｜>", n),
+    "calls in a block": lambda n: "<function_calls>" + repeat("f(a=1)\n", n),
     "thoughts": lambda n: "<think>" + repeat("\n\n</thin", n),
 }
 """Texts of about ``n`` characters."""
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
+@pytest.mark.parametrize("name", COMPLETE)
 @pytest.mark.parametrize("kind", LONG_TEXTS)
 def test_work_is_linear(kind: str, name: str) -> None:
     """Four times the text takes four times the work. It would be sixteen times if a parser began again with each

@@ -66,7 +66,8 @@ def check(
                 assert isinstance(call, tuple)
                 found.append((call[0], json.loads(arguments)))
             case ToolCallStart(index, id, function):
-                assert (str(index), index) == (id, sum(isinstance(item, tuple) for item in found))
+                assert id == str(index) or id == f"functions.{function}:{index}"
+                assert index == sum(isinstance(item, tuple) for item in found)
                 found.append((function, None))
             case ToolCallEnd(_, complete):
                 assert complete
@@ -409,21 +410,50 @@ def test_tools_may_be_anything(tools: list[Tool]) -> None:
 
 # All of them
 
+EDIT = '{"name": "edit", "arguments": {"path": "a", "text": "b"}}'
 COMPLETE = {
-    "hermes": '<tool_call>\n{"name": "edit", "arguments": {"path": "a", "text": "b"}}\n</tool_call>',
+    "cohere_command3": f"<|START_ACTION|>[\n    {EDIT.replace('name', 'tool_name', 1)}\n]<|END_ACTION|>",
+    "deepseek_v3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>edit\n```json\n"
+        '{"path": "a", "text": "b"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
+    "functiongemma": "<start_function_call>call:edit{path:<escape>a<escape>,text:<escape>b<escape>}<end_function_call>",
+    "gemma4": '<|tool_call>call:edit{path:<|"|>a<|"|>,text:<|"|>b<|"|>}<tool_call|>',
+    "glm45": (
+        "<tool_call>edit\n<arg_key>path</arg_key>\n<arg_value>a</arg_value>\n"
+        "<arg_key>text</arg_key>\n<arg_value>b</arg_value>\n</tool_call>"
+    ),
+    "granite": f"<|tool_call|>[{EDIT}]",
+    "granite-20b-fc": f"<function_call> {EDIT}",
+    "hermes": f"<tool_call>\n{EDIT}\n</tool_call>",
+    "internlm": f"<|action_start|><|plugin|>\n{EDIT}<|action_end|>",
+    "jamba": f"<tool_calls>[{EDIT}]</tool_calls>",
     "json_forced": '[{"name": "edit", "parameters": {"path": "a", "text": "b"}}]',
+    "kimi_k2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.edit:0<|tool_call_argument_begin|>"
+        '{"path": "a", "text": "b"}<|tool_call_end|><|tool_calls_section_end|>'
+    ),
+    "lfm2": "<|tool_call_start|>[edit(path='a', text='b')]<|tool_call_end|>",
     "llama3_json": '{"name": "edit", "parameters": {"path": "a", "text": "b"}}',
+    "longcat": f"<longcat_tool_call>{EDIT}</longcat_tool_call>",
     "mistral": '[TOOL_CALLS]edit[ARGS]{"path": "a", "text": "b"}',
+    "olmo3": "<function_calls>\nedit(path='a', text='b')\n</function_calls>",
+    "phi4_mini_json": f"functools[{EDIT}]",
     "pythonic": "[edit(path='a', text='b')]",
     "qwen3_coder": qwen("edit", path="a", text="b"),
+    "xlam": f"[{EDIT}]",
 }
+"""A call of each format, by the first name of it."""
+TRANSLATED = ("functiongemma", "gemma4", "glm45", "lfm2", "olmo3", "pythonic", "qwen3_coder")
+"""Formats whose arguments are not JSON."""
 
 
 def test_all_are_tested() -> None:
-    assert sorted(COMPLETE) == sorted(TOOL_PARSERS)
+    formats = {target: name for name, target in reversed(TOOL_PARSERS.items())}
+    assert {TOOL_PARSERS[name] for name in COMPLETE} == set(formats) and len(COMPLETE) == len(formats)
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_a_text_that_is_cut_off(name: str) -> None:
     text = COMPLETE[name]
     whole = '{"path": "a", "text": "b"}'
@@ -436,7 +466,7 @@ def test_a_text_that_is_cut_off(name: str) -> None:
         assert call.name == "edit"
         assert whole.startswith(call.arguments)
         assert call.complete == (call.arguments == whole)
-        if name not in ("pythonic", "qwen3_coder"):
+        if name not in TRANSLATED:
             assert call.complete or text[:length].endswith(call.arguments)
             assert not parsed.content
     assert call.complete
@@ -460,7 +490,7 @@ def test_a_brace_begins_a_call(name: str, text: str) -> None:
     assert collect(parse(name, text[:-1])).content == text[:-1]
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_arguments_are_streamed(name: str) -> None:
     parser = create_parser(None, name, TOOLS)
     pieces = [
@@ -489,6 +519,15 @@ def test_json_is_passed_on_as_it_is(name: str) -> None:
         ("llama3_json", '{"name": "f", "parameters": {"a": (1)}}', '{"a": ', "(1)}}"),
         ("mistral", '[TOOL_CALLS]f{"a": {1}}', '{"a": {', "1}}"),
         ("pythonic", "[f(a=1, b=c)]", '{"a": 1', ", b=c)]"),
+        ("gemma4", "<|tool_call>call:f{a:1,b}x", '{"a": 1, ', "}x"),
+        ("gemma4", "<|tool_call>call:f{a:[1}]", '{"a": [1', "}]"),
+        ("kimi_k2", '<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": {1}}', '{"a": {', "1}}"),
+        (
+            "glm45",
+            "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b</arg_key>x",
+            '{"a": "1"',
+            "<arg_key>b</arg_key>x",
+        ),
         (
             "qwen3_coder",
             "<function=f>\n<parameter=a>1</parameter>\n<parameter=>2</parameter>\n</function>",
@@ -539,6 +578,146 @@ def test_arguments_may_be_nested_but_not_forever() -> None:
         assert bool(parsed.tool_calls) == is_call
 
 
+# The others
+
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, CALL_END, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # Granite 3, with both tags and without one; a list that is none.
+        (
+            "granite",
+            '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "get_time"}]',
+            [PARIS, TIME],
+        ),
+        ("granite", '[{"name": "get_weather", "arguments": {"city": "Paris"}}]', [PARIS]),
+        ("granite", '[1, 2] <|tool_call|>[{"name": "get_time"}]', ["[1, 2] ", TIME]),
+        ("granite", '[{"name": "Bob", "age": 3}]', ['[{"name": "Bob", "age": 3}]']),
+        (
+            "granite-20b-fc",
+            '<function_call> {"name": "get_time", "arguments": {}}\n<function_call> {"name": "get_time"}',
+            [TIME, TIME],
+        ),
+        # Phi-4-mini: the word by itself is text.
+        (
+            "phi4_mini_json",
+            'Ok. functools[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "get_time"}]',
+            ["Ok. ", PARIS, TIME],
+        ),
+        ("phi4_mini_json", '<|tool_call|>[{"name": "get_time", "arguments": {}}]<|/tool_call|>', [TIME]),
+        ("phi4_mini_json", "import functools\nfunctools[0]", ["import functools\nfunctools[0]"]),
+        ("xlam", '```json\n[{"name": "get_time", "arguments": {}}]\n```\n', [TIME]),
+        ("xlam", 'See ```json\n{"a": 1}\n```', ['See ```json\n{"a": 1}\n```']),
+        ("xlam", '[TOOL_CALLS][{"name": "get_time", "arguments": {}}]', [TIME]),
+        (
+            "cohere_command3",
+            '<|START_ACTION|>[\n {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}},\n'
+            ' {"tool_call_id": "1", "tool_name": "get_time", "parameters": {}}\n]<|END_ACTION|>',
+            [PARIS, TIME],
+        ),
+        (
+            "internlm",
+            'Hm.<|action_start|><|plugin|>\n{"name": "get_time", "parameters": {}}<|action_end|>\n',
+            ["Hm.", TIME],
+        ),
+        ("jamba", '<tool_calls>\n{"name": "get_time"}\n{"name": "get_time"}\n</tool_calls>', [TIME, TIME]),
+        # DeepSeek: both versions, and tokens that are missing.
+        (
+            "deepseek_v3",
+            f'Ok.{BEGIN}{CALL}function{SEP}get_weather\n```json\n{{"city": "Paris"}}\n```{CALL_END}\n'
+            f"{CALL}function{SEP}get_time\n```json\n{{}}\n```{CALL_END}{END}",
+            ["Ok.", PARIS, TIME],
+        ),
+        (
+            "deepseek_v31",
+            f'{BEGIN}{CALL}get_weather{SEP}{{"city": "Paris"}}{CALL_END}{CALL}get_time{SEP}{{}}{CALL_END}{END}',
+            [PARIS, TIME],
+        ),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{}", [TIME]),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜>no", ["<｜tool▁calls▁begin｜>no"]),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+            '{"city": "Paris"}<|tool_call_end|>'
+            "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+            "<|tool_calls_section_end|>",
+            [PARIS, TIME],
+        ),
+        # GLM-4.5 with line breaks, GLM-4.7 without; a value with a tag in it.
+        (
+            "glm45",
+            "Ok.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>\n<tool_call>get_time\n</tool_call>",
+            ["Ok.\n", PARIS, TIME],
+        ),
+        (
+            "glm47",
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call><tool_call>get_time</tool_call>",
+            [PARIS, TIME],
+        ),
+        (
+            "glm45",
+            "<tool_call>edit<arg_key>text</arg_key><arg_value> a</arg_value> b\n</arg_value></tool_call>",
+            [("edit", {"text": " a</arg_value> b\n"})],
+        ),
+        ("glm45", "<tool_call> is a tag", ["<tool_call> is a tag"]),
+        # OLMo 3 and Gemma 3: blocks without brackets.
+        (
+            "olmo3",
+            "Ok.\n<function_calls>\nget_weather(city='Paris')\nget_time()\n</function_calls>",
+            ["Ok.\n", PARIS, TIME],
+        ),
+        ("olmo3", "<function_calls>get_time()", [TIME]),
+        ("olmo3", "[get_time()]", ["[get_time()]"]),
+        ("pythonic", "```tool_code\nget_weather(city='Paris')\n```", [PARIS]),
+        ("pythonic", "```tool_code\n[get_time()]\n```\nOk", [TIME, "\nOk"]),
+        ("pythonic", "```tool_code\nimport x\n```", ["```tool_code\nimport x\n```"]),
+        (
+            "lfm2",
+            "[1] <|tool_call_start|>[get_weather(city='Paris'), get_time()]<|tool_call_end|>Ok.",
+            ["[1] ", PARIS, TIME, "Ok."],
+        ),
+    ],
+)
+def test_other_formats(name: str, text: str, expected: list[Any]) -> None:
+    check(name, text, *expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        (' city : <|"|>Pa,r}i"s\n\\<|"|> ', {"city": 'Pa,r}i"s\n\\'}),
+        ("days:3,city:75001", {"days": 3, "city": "75001"}),
+        (
+            "a:-1.5e3,b:true,c:False,d:null,e:x y,f:007,g:",
+            {"a": -1500.0, "b": True, "c": False, "d": None, "e": "x y", "f": "007", "g": ""},
+        ),
+        (
+            'a:[],b:{},c:[1,<|"|>x<|"|>,[true],{k:<|"|><|"|>,l:2}],',
+            {"a": [], "b": {}, "c": [1, "x", [True], {"k": "", "l": 2}]},
+        ),
+        ('<|"|>a:b<|"|>:1', {"a:b": 1}),
+    ],
+)
+def test_gemma_arguments(arguments: str, expected: dict[str, Any]) -> None:
+    for name, quote in ("gemma4", '<|"|>'), ("functiongemma", "<escape>"):
+        begin, end = (
+            ("<|tool_call>", "<tool_call|>") if name == "gemma4" else ("<start_function_call>", "<end_function_call>")
+        )
+        text = f"{begin}call:get_weather{{{arguments}}}{end}\n{begin}call:get_time{{}}{end}"
+        check(name, text.replace('<|"|>', quote), ("get_weather", expected), TIME)
+
+
+@pytest.mark.parametrize(
+    "text", ["<|tool_call>no", "<|tool_call>call:", "<|tool_call>call:f g{}", "<|tool_call", "<|tool_call>call:{}"]
+)
+def test_what_is_no_gemma_call(text: str) -> None:
+    check("gemma4", text, text)
+
+
 def test_ids() -> None:
     text = '<tool_call>{"name": "f"}</tool_call>' * 2
     parser = create_parser(None, "hermes", TOOLS)
@@ -555,7 +734,7 @@ def test_ids() -> None:
 def test_names() -> None:
     for name in TOOL_PARSERS:
         resolve_tool_parser(name)
-    with pytest.raises(ValueError, match="'none_such'.*hermes, json_forced, llama3_json"):
+    with pytest.raises(ValueError, match="'none_such'.*hermes.*json_forced.*llama3_json"):
         create_parser(None, "none_such")
 
 

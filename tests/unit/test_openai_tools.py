@@ -198,8 +198,14 @@ async def test_auto_needs_a_parser() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ServerConfig(tool_call_parser="nope"), "--tool-call-parser: unknown parser 'nope'; choose from hermes"),
-        (ServerConfig(reasoning_parser="nope"), "--reasoning-parser: unknown parser 'nope'; choose from deepseek_r1"),
+        (
+            ServerConfig(tool_call_parser="nope"),
+            "--tool-call-parser: unknown parser 'nope'; choose from auto, cohere_command3",
+        ),
+        (
+            ServerConfig(reasoning_parser="nope"),
+            "--reasoning-parser: unknown parser 'nope'; choose from auto, cohere_command3",
+        ),
         (ServerConfig(enable_auto_tool_choice=True), "--enable-auto-tool-choice needs --tool-call-parser"),
     ],
 )

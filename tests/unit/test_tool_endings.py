@@ -16,16 +16,28 @@ TOOLS: list[Any] = [
     {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
 ]
 WHOLE = {
+    "deepseek_v3": '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "b c"}\n```<｜tool▁call▁end｜>',
+    "gemma4": '<|tool_call>call:f{a:<|"|>b c<|"|>}<tool_call|>',
+    "glm45": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>b c</arg_value>\n</tool_call>",
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": "b c"}}]',
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "b c"}}\n</tool_call>',
     "llama3_json": '{"name": "f", "parameters": {"a": "b c"}}',
     "mistral": '[TOOL_CALLS]f[ARGS]{"a": "b c"}',
+    "olmo3": "<function_calls>\nf(a='b c', b='d')\n</function_calls>",
+    "phi4_mini_json": 'functools[{"name": "f", "arguments": {"a": "b c"}}]',
     "pythonic": "[f(a='b c', b='d')]",
     "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nb c\n</parameter>\n</function>\n</tool_call>",
 }
 CUT = {
+    "deepseek_v3": '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "b',
+    "gemma4": '<|tool_call>call:f{a:<|"|>b',
+    "glm45": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>b c</arg_value>\n<arg_key>b</arg_key>\n<arg_value>d",
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": "b',
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "b',
     "llama3_json": '{"name": "f", "parameters": {"a": "b',
     "mistral": '[TOOL_CALLS]f[ARGS]{"a": "b',
+    "olmo3": "<function_calls>\nf(a='b c', b='d",
+    "phi4_mini_json": 'functools[{"name": "f", "arguments": {"a": "b',
     "pythonic": "[f(a='b c', b='d",
     "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nb c\n</parameter>\n<parameter=b>\nd",
 }
@@ -58,7 +70,7 @@ async def test_whole_calls(route: str, stream: bool, parser: str) -> None:
 @pytest.mark.parametrize("end", ["end token", "stop string", "length"])
 async def test_a_call_that_breaks_off_is_none(route: str, stream: bool, parser: str, end: str) -> None:
     text = CUT[parser]
-    fields: dict[str, Any] = {"max_tokens": len(text)} if end == "length" else {"max_tokens": 200}
+    fields: dict[str, Any] = {"max_tokens": len(text.encode())} if end == "length" else {"max_tokens": 200}
     if end == "stop string":
         fields["stop"] = ["STOP"]
         text += "STOP"

@@ -14,6 +14,8 @@ from api.parsers.json_text import JsonScanner, decode_string, kind_of
 from api.parsers.machine import Output, skip_space
 
 ARGUMENTS_KEYS: Final = ("arguments", "parameters")
+PLAIN_KEYS: Final = frozenset(("name", "type", "id", *ARGUMENTS_KEYS))
+"""The keys of calls. An object with others, such as the description in the definition of a tool, is no call."""
 
 
 class ArgumentsObject:
@@ -25,20 +27,22 @@ class ArgumentsObject:
         started: The call has begun.
     """
 
-    __slots__ = ("_name", "_out", "_pending", "_pieces", "_scanner", "_size", "done", "failed", "started")
+    __slots__ = ("_id", "_name", "_out", "_pending", "_pieces", "_scanner", "_size", "done", "failed", "started")
 
-    def __init__(self, out: Output, name: str | None) -> None:
+    def __init__(self, out: Output, name: str | None, *, id: str | None = None) -> None:
         """Prepares for the opening brace.
 
         Args:
             out: Collects the call's events.
             name: Name of the function; None if not known yet.
+            id: The call's id, if the model wrote one.
         """
         self.done = False
         self.failed = False
         self.started = False
         self._out = out
         self._name = name
+        self._id = id
         self._scanner = JsonScanner()
         self._pending: list[str] = []
         self._pieces: list[str] = []
@@ -82,7 +86,7 @@ class ArgumentsObject:
     def _start(self) -> None:
         if self._name is not None and self._size == 2:
             self.started = True
-            self._out.start(self._name)
+            self._out.start(self._name, self._id)
             self._out.arguments("".join(self._pending))
             self._pending.clear()
 
@@ -111,6 +115,7 @@ class JsonCall:
         "_key",
         "_keys",
         "_name",
+        "_name_key",
         "_needs_arguments",
         "_out",
         "_scanner",
@@ -122,11 +127,19 @@ class JsonCall:
         "started",
     )
 
-    def __init__(self, out: Output, *, keys: frozenset[str] | None = None, needs_arguments: bool = False) -> None:
+    def __init__(
+        self,
+        out: Output,
+        *,
+        name_key: str = "name",
+        keys: frozenset[str] | None = None,
+        needs_arguments: bool = False,
+    ) -> None:
         """Prepares for the opening brace.
 
         Args:
             out: Collects the call's events.
+            name_key: The key of the function's name.
             keys: The keys that the object may have; None: any.
             needs_arguments: An object without arguments is not a call, instead of a call with empty arguments.
         """
@@ -134,6 +147,7 @@ class JsonCall:
         self.failed = False
         self.started = False
         self._out = out
+        self._name_key = name_key
         self._keys = keys
         self._needs_arguments = needs_arguments
         self._expects = _Expects.OPEN
@@ -201,7 +215,7 @@ class JsonCall:
                 return
             # Some models write the arguments as a string, or as null if there are none.
             self.failed = char not in '"n'
-        elif self._key == "name":
+        elif self._key == self._name_key:
             self.failed = char != '"' or self._name is not None
         self._scanner = JsonScanner()
 
@@ -222,7 +236,7 @@ class JsonCall:
         end = scanner.feed(text, pos)
         self._out.hold(text[pos:end])
         piece = scanner.take()
-        is_short = self._key is None or self._key == "name"
+        is_short = self._key is None or self._key == self._name_key
         if is_short or self._is_arguments():
             self._value.append(piece)
             self._size += len(piece)
@@ -242,7 +256,7 @@ class JsonCall:
             self._expects = _Expects.COLON
             return self._key is not None and (self._keys is None or self._key in self._keys)
         self._expects = _Expects.NEXT
-        if self._key == "name":
+        if self._key == self._name_key:
             self._name = decode_string(value)
             if not self._name:
                 return False
@@ -277,14 +291,38 @@ class JsonCalls:
     Attributes:
         done: The list or single call is complete.
         failed: The text is malformed. The part that does not belong to a call is still held back.
+        started: A call has begun.
     """
 
-    __slots__ = ("_call", "_is_list", "_needs_comma", "_out", "done", "failed")
+    __slots__ = (
+        "_call",
+        "_is_list",
+        "_keys",
+        "_name_key",
+        "_needs_arguments",
+        "_needs_comma",
+        "_out",
+        "done",
+        "failed",
+        "started",
+    )
 
-    def __init__(self, out: Output) -> None:
+    def __init__(
+        self,
+        out: Output,
+        *,
+        name_key: str = "name",
+        keys: frozenset[str] | None = None,
+        needs_arguments: bool = False,
+    ) -> None:
+        """Prepares for the first bracket or brace; see ``JsonCall``."""
         self.done = False
         self.failed = False
+        self.started = False
         self._out = out
+        self._name_key = name_key
+        self._keys = keys
+        self._needs_arguments = needs_arguments
         self._is_list = False
         self._needs_comma = False
         self._call: JsonCall | None = None
@@ -310,6 +348,7 @@ class JsonCalls:
     def _feed_call(self, call: JsonCall, text: str, pos: int) -> int:
         end = call.feed(text, pos)
         self.failed = call.failed
+        self.started = self.started or call.started
         if call.done:
             self._call = None
             self._needs_comma = True
@@ -318,7 +357,9 @@ class JsonCalls:
 
     def _punctuation(self, char: str, pos: int) -> int:
         if char == "{" and not self._needs_comma:
-            self._call = JsonCall(self._out)
+            self._call = JsonCall(
+                self._out, name_key=self._name_key, keys=self._keys, needs_arguments=self._needs_arguments
+            )
             return pos
         if char == "[" and not self._is_list:
             self._is_list = True

@@ -14,12 +14,11 @@ from typing import ClassVar, Final
 from api.parsers.base import Event, MakeId, Tool
 from api.parsers.ids import new_id
 from api.parsers.machine import Markers, Output, Steps, marker_at, skip_space
-from api.parsers.tools.json_calls import ARGUMENTS_KEYS, JsonCall
+from api.parsers.tools.json_calls import PLAIN_KEYS, JsonCall
 
 _TAG: Final = "<|python_tag|>"
 _OPENING: Final = Markers("{", _TAG)
 _SEPARATORS: Final = re.compile(r"[ \t\r\n;,]*")
-_KEYS: Final = frozenset(("name", "type", "id", *ARGUMENTS_KEYS))
 
 
 class Llama3JsonParser:
@@ -56,7 +55,7 @@ class Llama3JsonParser:
             self._out.hold(marker)
             self._steps.state = self._tagged
             return pos + len(marker)
-        self._call = JsonCall(self._out, keys=_KEYS, needs_arguments=True)
+        self._call = JsonCall(self._out, keys=PLAIN_KEYS, needs_arguments=True)
         self._steps.state = self._object
         return pos
 
@@ -65,7 +64,7 @@ class Llama3JsonParser:
         self._out.hold(text[pos:end])
         if end < len(text):
             if text[end] == "{":
-                self._call = JsonCall(self._out, keys=_KEYS)
+                self._call = JsonCall(self._out, keys=PLAIN_KEYS)
                 self._steps.state = self._object
             else:  # such as code for a built-in tool
                 self._out.release()

@@ -1,14 +1,17 @@
-"""``[f(a=1, b="x"), g()]``: Llama 3.2 and 4, ToolACE and others that write calls in Python syntax.
+"""``[f(a=1, b="x"), g()]``: Llama 3.2 and 4, Gemma 3, OLMo 3, LFM2 and others that write calls in Python syntax.
 
-A list of calls may begin at the start of a line or after ``<|python_start|>``; brackets elsewhere are text. Each
-argument is emitted as JSON when it is complete.
+A family's format is a ``Pythonic``. A list of calls may begin at the start of a line or in a block; brackets elsewhere
+are text. In a block, calls may also follow each other without brackets. Each argument is emitted as JSON when it is
+complete.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import ClassVar, Final
+from typing import Final
+
+import msgspec
 
 from api.parsers.base import MAX_NAME, Event, MakeId, Tool
 from api.parsers.ids import new_id
@@ -16,21 +19,41 @@ from api.parsers.json_text import json_string
 from api.parsers.machine import Markers, Output, State, Steps, marker_at, skip_space
 from api.parsers.python_literal import PythonLiteral
 
-_START: Final = "<|python_start|>"
-_END: Final = "<|python_end|>"
-_IN_LINE: Final = Markers("\n", _START)
 _WORD: Final = re.compile(r"[\w.-]*")
+
+
+class Pythonic(msgspec.Struct, frozen=True):
+    """Where a family writes calls. Calling it creates a parser; see ``ToolParserClass``."""
+
+    blocks: tuple[tuple[str, str], ...]
+    """Marks around calls. The second may be missing."""
+    in_lines: bool = False
+    """A list of calls may begin at the start of a line."""
+    special_tokens: tuple[str, ...] = ()
+    """See ``Parser``."""
+
+    def __call__(self, tools: Iterable[Tool], make_id: MakeId) -> PythonicParser:
+        """Creates a parser for one choice."""
+        return PythonicParser(self, make_id)
+
+    def new_id(self) -> str:
+        """See ``ToolParserClass``."""
+        return new_id()
 
 
 class PythonicParser:
     """Parses lists of calls within text. Only keyword arguments are supported: positions do not tell the parameter."""
 
-    special_tokens: ClassVar[tuple[str, ...]] = (_START, _END)
-    new_id = staticmethod(new_id)
-
-    def __init__(self, tools: Iterable[Tool], make_id: MakeId) -> None:
+    def __init__(self, format: Pythonic, make_id: MakeId) -> None:
+        self.special_tokens = format.special_tokens
+        self._format = format
         self._out = Output(make_id)
-        self._steps = Steps(self._line_start)
+        self._in_line = Markers(*(("\n",) if format.in_lines else ()), *(start for start, _ in format.blocks))
+        self._text_state = self._line_start if format.in_lines else self._line
+        self._steps = Steps(self._text_state)
+        self._closing = ""
+        """The end of the block; empty outside blocks."""
+        self._is_list = True
         self._word: list[str] = []
         self._size = 0
         self._function = ""
@@ -45,7 +68,10 @@ class PythonicParser:
 
     def finish(self) -> list[Event]:
         """Ends the text; returns the remaining events."""
-        return self._out.finish(self._steps.rest())
+        rest = self._steps.rest()
+        # A partial mark after complete calls is not content.
+        is_mark = self._steps.state == self._after_list or (self._steps.state == self._after_call and not self._is_list)
+        return self._out.finish("" if is_mark and self._closing.startswith(rest) else rest)
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -55,17 +81,19 @@ class PythonicParser:
         if end < len(text):
             self._steps.state = self._line
             if text[end] == "[":
+                self._closing = ""
                 return self._open(end)
         return end
 
     def _line(self, text: str, pos: int) -> int:
-        end, marker = _IN_LINE.find(text, pos)
+        end, marker = self._in_line.find(text, pos)
         if marker == "\n":
             self._steps.state = self._line_start
             end += 1
         self._out.text(text[pos:end])
-        if marker == _START:
+        if marker not in ("", "\n"):
             self._out.hold(marker)
+            self._closing = dict(self._format.blocks)[marker]
             self._steps.state = self._before_list
             end += len(marker)
         return end
@@ -92,9 +120,15 @@ class PythonicParser:
         end = self._space(text, pos)
         if end == len(text):
             return end
-        return self._open(end) if text[end] == "[" else self._give_up(end)
+        if text[end] == "[":
+            return self._open(end)
+        self._is_list = False
+        self._begin_word()
+        self._steps.state = self._name
+        return end
 
     def _open(self, pos: int) -> int:
+        self._is_list = True
         self._begin_word()
         return self._take("[", pos, self._name)
 
@@ -187,6 +221,8 @@ class PythonicParser:
         end = self._space(text, pos)
         if end == len(text):
             return end
+        if not self._is_list:
+            return self._next_call(text, end)
         if text[end] == ",":
             self._begin_word()
             return self._take(",", end, self._name)
@@ -196,14 +232,42 @@ class PythonicParser:
         self._steps.state = self._after_list
         return end + 1
 
+    def _next_call(self, text: str, pos: int) -> int:
+        """In a block without brackets, after a call: another call, or the end of the block."""
+        closing = marker_at(text, pos, self._closing)
+        if closing is None:
+            return pos
+        self._out.drop()
+        if closing:
+            return self._close(pos + len(closing))
+        self._begin_word()
+        self._steps.state = self._name
+        return pos
+
+    def _close(self, pos: int) -> int:
+        self._out.end_layout()
+        self._steps.state = self._text_state
+        return pos
+
     def _after_list(self, text: str, pos: int) -> int:
         end = skip_space(text, pos)
         self._out.text(text[pos:end])
         if end < len(text):
-            marker = marker_at(text, end, _END)
-            if marker is not None:
-                if marker:
-                    self._out.end_layout()
-                self._steps.state = self._line_start
-                return end + len(marker)
+            closing = marker_at(text, end, self._closing) if self._closing else ""
+            if closing:
+                return self._close(end + len(closing))
+            if closing is not None:
+                self._steps.state = self._text_state
         return end
+
+
+PYTHONIC: Final = Pythonic(
+    (("<|python_start|>", "<|python_end|>"), ("```tool_code", "```")),
+    in_lines=True,
+    special_tokens=("<|python_start|>", "<|python_end|>"),
+)
+"""Llama 3.2 and 4, ToolACE, and Gemma 3, which puts code in a Markdown block of its own."""
+OLMO3: Final = Pythonic((("<function_calls>", "</function_calls>"),))
+LFM2: Final = Pythonic(
+    (("<|tool_call_start|>", "<|tool_call_end|>"),), special_tokens=("<|tool_call_start|>", "<|tool_call_end|>")
+)

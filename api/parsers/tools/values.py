@@ -40,12 +40,16 @@ class Parameters:
             parameter: Name of the argument.
             text: The value as the model wrote it.
         """
+        types = self.types(function, parameter) or {"object", "array", "string"}
+        return json_string(text) if types == {"string"} else _convert(text, types)
+
+    def types(self, function: str, parameter: str) -> set[str]:
+        """The types that a tool's schema allows for an argument; empty if it declares none."""
         root = self._schemas.get(function)
         types = set[str]()
         for schema in _property_schemas(root, parameter, root, _MAX_HOPS):
             types |= _types(schema, root, _MAX_HOPS)
-        types = types or {"object", "array", "string"}
-        return json_string(text) if types == {"string"} else _convert(text, types)
+        return types
 
     def may_have(self, function: str, parameter: str) -> bool:
         """Whether a tool has a parameter; true if its schema is unknown."""
