@@ -20,13 +20,20 @@ _CHUNK = 64 << 20
 
 
 def map_zeros(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes], zeroed; memory is committed only where it is written."""
+    """uint8 [num_bytes], zeroed; memory is committed only where it is written.
+
+    Raises:
+        MemoryError: The system refuses so much.
+    """
     return torch.frombuffer(_map(num_bytes), dtype=torch.uint8)[:num_bytes]
 
 
 def _map(num_bytes: int) -> mmap.mmap:
     # Private: Linux gives shared mappings no huge pages unless an administrator allows it.
-    mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate {num_bytes} bytes: {error.strerror}") from error
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
