@@ -105,9 +105,9 @@ class EngineWork(ABC):
         self.drop()
         self._channel.wake()
 
-    async def take(self) -> list[Delta]:
+    def take(self) -> Awaitable[list[Delta]]:
         """Waits for deltas; empty after ``wake`` and after the client has disconnected."""
-        return await self._channel.take()
+        return self._channel.take()  # no coroutine of its own: one is created per token
 
     async def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned."""
