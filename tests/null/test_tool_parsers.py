@@ -394,6 +394,9 @@ def test_qwen3_coder_values_hold_tags(value: str, is_wrapped: bool) -> None:
         ({"patternProperties": {"^[a-z]{2}$": {"type": "integer"}}}, "3"),
         ({"patternProperties": {"(?=v)v": {"type": "integer"}, "(": {}, "(a+)+$": {}}}, "3"),
         ({"$ref": "#"}, "3"),
+        # Many ways to the same schema.
+        ({"allOf": [{"$ref": "#"}] * 16, "properties": {"v": {"type": "integer"}}}, 3),
+        ({"properties": {"v": {"anyOf": [*[{"$ref": "#/properties/v"}] * 15, {"type": "integer"}]}}}, 3),
         ({"properties": {"v": {"$ref": "#/$defs/a%20b"}}, "$defs": {"a b": {"type": "integer"}}}, 3),
     ],
 )

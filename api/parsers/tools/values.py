@@ -47,20 +47,22 @@ class Parameters:
         """The types that a tool's schema allows for an argument; empty if it declares none."""
         root = self._schemas.get(function)
         types = set[str]()
-        for schema in _property_schemas(root, parameter, root, _MAX_HOPS):
-            types |= _types(schema, root, _MAX_HOPS)
+        seen = set[int]()
+        for schema in _property_schemas(root, parameter, root, _MAX_HOPS, set()):
+            types |= _types(schema, root, _MAX_HOPS, seen)
         return types
 
     def may_have(self, function: str, parameter: str) -> bool:
         """Whether a tool has a parameter; true if its schema is unknown."""
         root = self._schemas.get(function)
-        return not isinstance(root, Mapping) or bool(_property_schemas(root, parameter, root, _MAX_HOPS))
+        return not isinstance(root, Mapping) or bool(_property_schemas(root, parameter, root, _MAX_HOPS, set()))
 
 
-def _property_schemas(schema: Any, name: str, root: Any, hops: int) -> list[Any]:
+def _property_schemas(schema: Any, name: str, root: Any, hops: int, seen: set[int]) -> list[Any]:
     """All schemas that an object's schema declares for a property; see ``_types``."""
-    if not isinstance(schema, Mapping) or not hops:
+    if not isinstance(schema, Mapping) or not hops or id(schema) in seen:
         return []
+    seen.add(id(schema))
     found = []
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and name in properties:
@@ -73,9 +75,9 @@ def _property_schemas(schema: Any, name: str, root: Any, hops: int) -> list[Any]
     for key in ("allOf", "anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
             for part in schema[key][:_MAX_HOPS]:
-                found += _property_schemas(part, name, root, hops - 1)
+                found += _property_schemas(part, name, root, hops - 1, seen)
     if "$ref" in schema:
-        found += _property_schemas(_resolve(schema["$ref"], root), name, root, hops - 1)
+        found += _property_schemas(_resolve(schema["$ref"], root), name, root, hops - 1, seen)
     return found
 
 
@@ -93,16 +95,19 @@ def _matches(pattern: Any, name: str) -> bool:
     return checker.feed(name)[1] is not None
 
 
-def _types(schema: Any, root: Any, hops: int) -> set[str]:
+def _types(schema: Any, root: Any, hops: int, seen: set[int]) -> set[str]:
     """The types that a schema allows, as far as can be determined; empty if it declares none.
 
     Args:
         schema: A schema, or part of one.
         root: The schema that references are relative to.
-        hops: Maximum depth, since references may be circular.
+        hops: Maximum depth.
+        seen: Ids of the schemas already visited. References may be circular, and several may lead to one schema: to
+            follow each of them would take exponential time.
     """
-    if not isinstance(schema, Mapping) or not hops:
+    if not isinstance(schema, Mapping) or not hops or id(schema) in seen:
         return set()
+    seen.add(id(schema))
     declared = schema.get("type")
     if declared is not None:
         names = declared if isinstance(declared, list) else [declared]
@@ -113,9 +118,9 @@ def _types(schema: Any, root: Any, hops: int) -> set[str]:
             return {_NAMES.get(type(value), "null") for value in values}
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
-            found = [_types(part, root, hops - 1) for part in schema[key][:_MAX_HOPS]]
+            found = [_types(part, root, hops - 1, seen) for part in schema[key][:_MAX_HOPS]]
             return set[str]().union(*found)
-    return _types(_resolve(schema.get("$ref"), root), root, hops - 1)
+    return _types(_resolve(schema.get("$ref"), root), root, hops - 1, seen)
 
 
 def _resolve(reference: Any, root: Any) -> Any:
