@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
-from api.parsers.base import Content, Event, MakeId, ToolCallArguments, ToolCallEnd, ToolCallStart
+from api.parsers.base import MAX_NAME, Content, Event, MakeId, ToolCallArguments, ToolCallEnd, ToolCallStart
+from api.parsers.json_text import json_string
 
 State: TypeAlias = Callable[[str, int], int]
 """Takes a text and a position in it; returns the position up to which it has consumed the text."""
@@ -147,6 +148,13 @@ class Output:
         """Holds back text that may be part of a call."""
         self._held.append(text)
 
+    def hold_space(self, text: str, pos: int) -> int:
+        """Holds back the white space at a position; returns its end."""
+        end = skip_space(text, pos)
+        if end > pos:
+            self._held.append(text[pos:end])
+        return end
+
     def release(self) -> None:
         """Turns held text into content, since it was not part of a call. Ends an open call."""
         self.end(complete=False)
@@ -222,3 +230,73 @@ class Output:
             self._pieces.clear()
             is_content = self._pieces_kind == "content"
             self._events.append(Content(text) if is_content else ToolCallArguments(self.num_calls - 1, text))
+
+
+class Name:
+    """A name that is read in pieces, which are held back."""
+
+    __slots__ = ("_out", "_pieces", "_size")
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._pieces: list[str] = []
+        self._size = 0
+
+    def clear(self) -> None:
+        """Prepares for another name."""
+        self._pieces.clear()
+        self._size = 0
+
+    def read(self, piece: str) -> bool:
+        """Takes a piece. Returns False if the name is too long."""
+        self._out.hold(piece)
+        self._pieces.append(piece)
+        self._size += len(piece)
+        return self._size <= MAX_NAME
+
+    def text(self) -> str:
+        """The name, as far as it has been read."""
+        return "".join(self._pieces)
+
+
+class CallWriter:
+    """Writes calls whose arguments become known one by one, in formats that are not JSON.
+
+    Attributes:
+        function: Name of the function that is called.
+        num_arguments: Number of its arguments so far. The call begins with the first one.
+    """
+
+    __slots__ = ("_out", "function", "num_arguments")
+
+    def __init__(self, out: Output) -> None:
+        self.function = ""
+        self.num_arguments = 0
+        self._out = out
+
+    def name(self, function: str) -> None:
+        """Prepares for the arguments of a function."""
+        self.function = function
+        self.num_arguments = 0
+
+    def add(self, argument: str, json: str) -> None:
+        """Writes an argument; the held text is its markup.
+
+        Args:
+            argument: Its name.
+            json: Its value.
+        """
+        self._begin()
+        self._out.arguments(f"{', ' if self.num_arguments else '{'}{json_string(argument)}: {json}")
+        self.num_arguments += 1
+
+    def end(self) -> None:
+        """Ends the call; the held text is its markup."""
+        self._begin()
+        self._out.arguments("}" if self.num_arguments else "{}")
+        self._out.end()
+
+    def _begin(self) -> None:
+        if not self.num_arguments:
+            self._out.start(self.function)
+        self._out.drop()

@@ -16,7 +16,7 @@ import msgspec
 from api.parsers.base import MAX_DEPTH, MAX_NAME, Event, MakeId, Tool
 from api.parsers.ids import new_id
 from api.parsers.json_text import json_string, kind_of
-from api.parsers.machine import Markers, Output, Steps, marker_at, skip_space
+from api.parsers.machine import Markers, Name, Output, Steps, marker_at, skip_space
 from api.parsers.tools.values import Parameters
 
 _CALL: Final = "call:"
@@ -227,8 +227,7 @@ class GemmaParser:
         self._steps = Steps(self._content)
         self._parameters = Parameters(tools)
         self._opening = Markers(format.opening)
-        self._name: list[str] = []
-        self._size = 0
+        self._name = Name(self._out)
         self._arguments = GemmaArguments(format.quote, lambda _: set())
 
     def feed(self, text: str, /) -> list[Event]:
@@ -257,8 +256,7 @@ class GemmaParser:
         return pos
 
     def _opened(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         marker = marker_at(text, end, _CALL)
@@ -268,7 +266,6 @@ class GemmaParser:
             return self._give_up(end)
         self._out.hold(marker)
         self._name.clear()
-        self._size = 0
         self._steps.state = self._function
         return end + len(marker)
 
@@ -276,16 +273,13 @@ class GemmaParser:
         match = _NAME.match(text, pos)
         assert match is not None
         end = match.end()
-        self._name.append(match.group())
-        self._size += end - pos
-        self._out.hold(match.group())
-        if self._size > MAX_NAME:
+        if not self._name.read(match.group()):
             return self._give_up(end)
         if end == len(text):
             return end
-        if text[end] != "{" or not self._size:
+        name = self._name.text()
+        if text[end] != "{" or not name:
             return self._give_up(end)
-        name = "".join(self._name)
         self._out.hold("{")
         self._out.start(name)
         self._arguments = GemmaArguments(self._format.quote, lambda key: self._parameters.types(name, key))

@@ -10,10 +10,9 @@ import re
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
-from api.parsers.base import MAX_NAME, Event, MakeId, Tool
+from api.parsers.base import Event, MakeId, Tool
 from api.parsers.ids import new_id
-from api.parsers.json_text import json_string
-from api.parsers.machine import Markers, Output, State, Steps, marker_at, skip_space
+from api.parsers.machine import CallWriter, Markers, Name, Output, State, Steps, marker_at
 from api.parsers.tools.values import Parameters
 
 _OPEN: Final = "<tool_call>"
@@ -39,11 +38,9 @@ class Glm45Parser:
         self._out = Output(make_id)
         self._steps = Steps(self._content)
         self._parameters = Parameters(tools)
-        self._name: list[str] = []
-        self._size = 0
-        self._function = ""
+        self._name = Name(self._out)
+        self._call = CallWriter(self._out)
         self._key = ""
-        self._num_arguments = 0
         self._value: list[str] = []
         self._tail: list[str] = []
         """Text that ends the value, unless it turns out to be part of the value."""
@@ -69,7 +66,6 @@ class Glm45Parser:
         """Takes a tag that is part of a call."""
         self._out.hold(tag)
         self._name.clear()
-        self._size = 0
         self._steps.state = state
         return pos + len(tag)
 
@@ -78,35 +74,22 @@ class Glm45Parser:
         self._steps.state = self._content
         return pos
 
-    def _space(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
-        return end
-
-    def _read(self, text: str, pos: int, end: int) -> bool:
-        """Takes a part of a name. Returns False if it is too long."""
-        self._name.append(text[pos:end])
-        self._size += end - pos
-        self._out.hold(text[pos:end])
-        return self._size <= MAX_NAME
-
     def _function_name(self, text: str, pos: int) -> int:
-        if not self._size:
-            pos = self._space(text, pos)
+        if not self._name.text():
+            pos = self._out.hold_space(text, pos)
         match = _WORD.match(text, pos)
         assert match is not None
         end = match.end()
-        if not self._read(text, pos, end) or (not self._size and end < len(text)):
+        if not self._name.read(match.group()) or (end < len(text) and not self._name.text()):
             return self._give_up(end)
         if end < len(text):
-            self._function = "".join(self._name)
-            self._num_arguments = 0
+            self._call.name(self._name.text())
             self._steps.state = self._body
         return end
 
     def _body(self, text: str, pos: int) -> int:
         """In a call, outside its arguments."""
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         tag = marker_at(text, end, _KEY, _CLOSE)
@@ -114,21 +97,25 @@ class Glm45Parser:
             return end
         if tag == _KEY:
             return self._take(tag, end, self._key_name)
-        return self._end_call(end + len(tag)) if tag else self._give_up(end)
+        if not tag:
+            return self._give_up(end)
+        self._call.end()
+        self._steps.state = self._content
+        return end + len(tag)
 
     def _key_name(self, text: str, pos: int) -> int:
         end, tag = _KEY_ENDS.find(text, pos)
-        if not self._read(text, pos, end):
+        if not self._name.read(text[pos:end]):
             return self._give_up(end)
         if not tag:
             return end
-        self._key = "".join(self._name).strip()
+        self._key = self._name.text().strip()
         if not self._key:
             return self._give_up(end)
         return self._take(tag, end, self._before_value)
 
     def _before_value(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         tag = marker_at(text, end, _VALUE)
@@ -147,7 +134,7 @@ class Glm45Parser:
         return end
 
     def _after_value(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         self._tail.append(text[pos:end])
         if end == len(text):
             return end
@@ -161,20 +148,6 @@ class Glm45Parser:
 
     def _end_value(self) -> None:
         """Ends the value and emits it."""
-        json = self._parameters.json(self._function, self._key, "".join(self._value))
-        if not self._num_arguments:
-            self._out.start(self._function)
-        self._out.drop()
-        opening = ", " if self._num_arguments else "{"
-        self._out.arguments(f"{opening}{json_string(self._key)}: {json}")
-        self._num_arguments += 1
+        json = self._parameters.json(self._call.function, self._key, "".join(self._value))
+        self._call.add(self._key, json)
         self._steps.state = self._body
-
-    def _end_call(self, pos: int) -> int:
-        if not self._num_arguments:
-            self._out.start(self._function)
-        self._out.drop()
-        self._out.arguments("}" if self._num_arguments else "{}")
-        self._out.end()
-        self._steps.state = self._content
-        return pos

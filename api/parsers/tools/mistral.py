@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
-from api.parsers.base import MAX_NAME, Event, MakeId, Tool
+from api.parsers.base import Event, MakeId, Tool
 from api.parsers.ids import new_short_id
-from api.parsers.machine import Markers, Output, Steps, marker_at, skip_space
+from api.parsers.machine import Markers, Name, Output, Steps, marker_at
 from api.parsers.tools.json_calls import ArgumentsObject, JsonCalls
 
 _OPEN: Final = "[TOOL_CALLS]"
@@ -34,8 +34,8 @@ class MistralParser:
         self._steps = Steps(self._content)
         self._calls = JsonCalls(self._out)
         self._arguments = ArgumentsObject(self._out, None)
-        self._name: list[str] = []
-        self._size = 0
+        self._name = Name(self._out)
+        self._call_id = Name(self._out)
 
     def feed(self, text: str, /) -> list[Event]:
         """Takes the next piece of text; returns its events."""
@@ -64,15 +64,13 @@ class MistralParser:
         return pos
 
     def _opened(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
+        end = self._out.hold_space(text, pos)
         if end < len(text):
             if text[end] in "[{":
                 self._calls = JsonCalls(self._out)
                 self._steps.state = self._list
             else:
                 self._name.clear()
-                self._size = 0
                 self._steps.state = self._function
         return end
 
@@ -82,27 +80,26 @@ class MistralParser:
             self._steps.state = self._content
         return self._give_up(end) if self._calls.failed else end
 
-    def _word(self, text: str, pos: int) -> int:
+    def _function(self, text: str, pos: int) -> int:
+        return self._word(self._name, text, pos)
+
+    def _read_id(self, text: str, pos: int) -> int:
+        return self._word(self._call_id, text, pos)
+
+    def _word(self, word: Name, text: str, pos: int) -> int:
         match = _NAME.match(text, pos)
         assert match is not None
-        self._out.hold(match.group())
-        self._size += len(match.group())
-        return match.end()
-
-    def _function(self, text: str, pos: int) -> int:
-        end = self._word(text, pos)
-        self._name.append(text[pos:end])
-        if self._size > MAX_NAME:
+        end = match.end()
+        if not word.read(match.group()):
             return self._give_up(end)
         if end < len(text):
-            if not self._size:
+            if not self._name.text():
                 return self._give_up(end)
             self._steps.state = self._after_name
         return end
 
     def _after_name(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         marker = marker_at(text, end, "{", _ARGS, _CALL_ID)
@@ -111,8 +108,8 @@ class MistralParser:
         if not marker:
             return self._give_up(end)
         if marker == _CALL_ID:
-            self._size = 0
-            self._steps.state = self._call_id
+            self._call_id.clear()
+            self._steps.state = self._read_id
         else:
             self._steps.state = self._before_arguments
             if marker == "{":
@@ -120,21 +117,12 @@ class MistralParser:
         self._out.hold(marker)
         return end + len(marker)
 
-    def _call_id(self, text: str, pos: int) -> int:
-        end = self._word(text, pos)
-        if self._size > MAX_NAME:
-            return self._give_up(end)
-        if end < len(text):
-            self._steps.state = self._after_name
-        return end
-
     def _before_arguments(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
+        end = self._out.hold_space(text, pos)
         if end < len(text):
             if text[end] != "{":
                 return self._give_up(end)
-            self._arguments = ArgumentsObject(self._out, "".join(self._name))
+            self._arguments = ArgumentsObject(self._out, self._name.text())
             self._steps.state = self._object
         return end
 

@@ -15,9 +15,9 @@ from typing import Final
 
 import msgspec
 
-from api.parsers.base import MAX_NAME, Event, MakeId, Tool
+from api.parsers.base import Event, MakeId, Tool
 from api.parsers.ids import new_id
-from api.parsers.machine import Markers, Output, State, Steps, marker_at, skip_space
+from api.parsers.machine import Markers, Name, Output, State, Steps, marker_at, skip_space
 from api.parsers.tools.json_calls import ArgumentsObject
 
 _FENCE: Final = "```json"
@@ -68,8 +68,7 @@ class NamedJsonParser:
         self._separator = Markers(format.separator)
         self._tails = (format.call_end, _FENCE_END, format.call, format.closing)
         self._arguments = ArgumentsObject(self._out, None)
-        self._name: list[str] = []
-        self._size = 0
+        self._name = Name(self._out)
 
     def feed(self, text: str, /) -> list[Event]:
         """Takes the next piece of text; returns its events."""
@@ -96,7 +95,6 @@ class NamedJsonParser:
         """Takes text that is part of a call."""
         self._out.hold(markup)
         self._name.clear()
-        self._size = 0
         self._steps.state = state
         return pos + len(markup)
 
@@ -105,13 +103,8 @@ class NamedJsonParser:
         self._steps.state = self._content
         return pos
 
-    def _space(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
-        return end
-
     def _opened(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         call = marker_at(text, end, self._format.call)
@@ -119,17 +112,10 @@ class NamedJsonParser:
             return end
         return self._take(call, end, self._head) if call else self._give_up(end)
 
-    def _read(self, text: str, pos: int, end: int) -> bool:
-        """Takes a part of a name. Returns False if it is too long."""
-        self._name.append(text[pos:end])
-        self._size += end - pos
-        self._out.hold(text[pos:end])
-        return self._size <= MAX_NAME
-
     def _head(self, text: str, pos: int) -> int:
         """What is before the separator: the name, an id with the name in it, or the kind of call."""
         end, separator = self._separator.find(text, pos)
-        if not self._read(text, pos, end):
+        if not self._name.read(text[pos:end]):
             return self._give_up(end)
         if separator:
             self._out.hold(separator)
@@ -137,13 +123,12 @@ class NamedJsonParser:
         return end + len(separator)
 
     def _after_head(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end < len(text):
             if text[end] == "{":
                 self._steps.state = self._before_arguments
             else:
                 self._name.clear()
-                self._size = 0
                 self._steps.state = self._function
         return end
 
@@ -151,14 +136,14 @@ class NamedJsonParser:
         """The name, if a kind of call is before the separator."""
         match = _WORD.match(text, pos)
         assert match is not None
-        if not self._read(text, pos, match.end()):
+        if not self._name.read(match.group()):
             return self._give_up(match.end())
         if match.end() < len(text):
             self._steps.state = self._before_arguments
         return match.end()
 
     def _before_arguments(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         marker = marker_at(text, end, "{", _FENCE)
@@ -167,7 +152,7 @@ class NamedJsonParser:
         if marker == _FENCE:
             self._out.hold(marker)
             return end + len(marker)
-        head = "".join(self._name).strip()
+        head = self._name.text().strip()
         name = head
         if self._format.has_ids:
             name = head.removeprefix(_ID_PREFIX).rpartition(":")[0] or head.removeprefix(_ID_PREFIX)

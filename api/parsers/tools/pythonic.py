@@ -13,10 +13,9 @@ from typing import Final
 
 import msgspec
 
-from api.parsers.base import MAX_NAME, Event, MakeId, Tool
+from api.parsers.base import Event, MakeId, Tool
 from api.parsers.ids import new_id
-from api.parsers.json_text import json_string
-from api.parsers.machine import Markers, Output, State, Steps, marker_at, skip_space
+from api.parsers.machine import CallWriter, Markers, Name, Output, State, Steps, marker_at, skip_space
 from api.parsers.python_literal import PythonLiteral
 
 _WORD: Final = re.compile(r"[\w.-]*")
@@ -54,11 +53,9 @@ class PythonicParser:
         self._closing = ""
         """The end of the block; empty outside blocks."""
         self._is_list = True
-        self._word: list[str] = []
-        self._size = 0
-        self._function = ""
+        self._word = Name(self._out)
+        self._call = CallWriter(self._out)
         self._argument = ""
-        self._num_arguments = 0
         self._literal = PythonLiteral()
 
     def feed(self, text: str, /) -> list[Event]:
@@ -111,70 +108,55 @@ class PythonicParser:
         self._steps.state = state
         return pos + 1
 
-    def _space(self, text: str, pos: int) -> int:
-        end = skip_space(text, pos)
-        self._out.hold(text[pos:end])
-        return end
-
     def _before_list(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         if text[end] == "[":
             return self._open(end)
         self._is_list = False
-        self._begin_word()
+        self._word.clear()
         self._steps.state = self._name
         return end
 
     def _open(self, pos: int) -> int:
         self._is_list = True
-        self._begin_word()
+        self._word.clear()
         return self._take("[", pos, self._name)
 
-    def _begin_word(self) -> None:
-        self._word.clear()
-        self._size = 0
-
-    def _read_word(self, text: str, pos: int) -> int:
-        """Reads a name and the white space before it; returns the position after it."""
-        if not self._word:
-            pos = self._space(text, pos)
+    def _read_word(self, text: str, pos: int) -> tuple[int, str | None]:
+        """Reads a name and the white space before it. Returns the end position and the name: None if incomplete."""
+        if not self._word.text():
+            pos = self._out.hold_space(text, pos)
         match = _WORD.match(text, pos)
         assert match is not None
-        if match.group():
-            self._word.append(match.group())
-            self._size += len(match.group())
-            self._out.hold(match.group())
-        return match.end()
+        end = match.end()
+        if not self._word.read(match.group()):
+            return end, ""
+        return end, None if end == len(text) else self._word.text()
 
     def _name(self, text: str, pos: int) -> int:
-        end = self._read_word(text, pos)
-        if self._size > MAX_NAME:
-            return self._give_up(end)
-        if end == len(text):
+        end, name = self._read_word(text, pos)
+        if name is None:
             return end
-        self._function = "".join(self._word)
-        self._num_arguments = 0
-        if text[end] != "(" or not self._function or self._function[0] in "0123456789.-":
+        if not name or text[end] != "(" or name[0] in "0123456789.-":
             return self._give_up(end)
-        self._begin_word()
+        self._call.name(name)
+        self._word.clear()
         return self._take("(", end, self._argument_name)
 
     def _argument_name(self, text: str, pos: int) -> int:
-        end = self._read_word(text, pos)
-        if self._size > MAX_NAME:
-            return self._give_up(end)
-        if end == len(text):
+        end, name = self._read_word(text, pos)
+        if name is None:
             return end
-        self._argument = "".join(self._word)
-        if text[end] == ")" and not self._argument:
-            return self._end_call(end)
+        if not name:
+            return self._end_call(end) if text[end:].startswith(")") and not self._word.text() else self._give_up(end)
+        self._argument = name
         self._steps.state = self._equals
-        return end if self._argument else self._give_up(end)
+        return end
 
     def _equals(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         if text[end] != "=":
@@ -192,39 +174,30 @@ class PythonicParser:
         return end
 
     def _after_value(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         if text[end] not in ",)":
             return self._give_up(end)
-        if not self._num_arguments:
-            self._out.start(self._function)
-        self._out.drop()
-        opening = ", " if self._num_arguments else "{"
-        self._out.arguments(f"{opening}{json_string(self._argument)}: {self._literal.json()}")
-        self._num_arguments += 1
+        self._call.add(self._argument, self._literal.json())
         if text[end] == ")":
             return self._end_call(end)
-        self._begin_word()
+        self._word.clear()
         return self._take(",", end, self._argument_name)
 
     def _end_call(self, pos: int) -> int:
-        if not self._num_arguments:
-            self._out.start(self._function)
-        self._out.drop()
-        self._out.arguments("}" if self._num_arguments else "{}")
-        self._out.end()
+        self._call.end()
         self._steps.state = self._after_call
         return pos + 1
 
     def _after_call(self, text: str, pos: int) -> int:
-        end = self._space(text, pos)
+        end = self._out.hold_space(text, pos)
         if end == len(text):
             return end
         if not self._is_list:
             return self._next_call(text, end)
         if text[end] == ",":
-            self._begin_word()
+            self._word.clear()
             return self._take(",", end, self._name)
         if text[end] != "]":
             return self._give_up(end)
@@ -240,7 +213,7 @@ class PythonicParser:
         self._out.drop()
         if closing:
             return self._close(pos + len(closing))
-        self._begin_word()
+        self._word.clear()
         self._steps.state = self._name
         return pos
 
