@@ -416,6 +416,16 @@ def test_tools_may_be_anything(tools: list[Tool]) -> None:
 EDIT = '{"name": "edit", "arguments": {"path": "a", "text": "b"}}'
 COMPLETE = {
     "cohere_command3": f"<|START_ACTION|>[\n    {EDIT.replace('name', 'tool_name', 1)}\n]<|END_ACTION|>",
+    "deepseek_v32": (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="edit">\n<｜DSML｜parameter name="path" string="true">a'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="text" string="true">b</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+    ),
+    "deepseek_v4": (
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="edit">\n<｜DSML｜parameter name="path" string="true">a'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="text" string="false">"b"</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    ),
     "deepseek_v3": (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>edit\n```json\n"
         '{"path": "a", "text": "b"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
@@ -439,15 +449,23 @@ COMPLETE = {
     "lfm2": "<|tool_call_start|>[edit(path='a', text='b')]<|tool_call_end|>",
     "llama3_json": '{"name": "edit", "parameters": {"path": "a", "text": "b"}}',
     "longcat": f"<longcat_tool_call>{EDIT}</longcat_tool_call>",
+    "minimax_m2": (
+        '<minimax:tool_call>\n<invoke name="edit">\n<parameter name="path">a</parameter>\n'
+        '<parameter name="text">b</parameter>\n</invoke>\n</minimax:tool_call>'
+    ),
     "mistral": '[TOOL_CALLS]edit[ARGS]{"path": "a", "text": "b"}',
     "olmo3": "<function_calls>\nedit(path='a', text='b')\n</function_calls>",
     "phi4_mini_json": f"functools[{EDIT}]",
     "pythonic": "[edit(path='a', text='b')]",
     "qwen3_coder": qwen("edit", path="a", text="b"),
+    "seed_oss": qwen("edit", path="a", text="b").replace("tool_call>", "seed:tool_call>"),
     "xlam": f"[{EDIT}]",
 }
 """A call of each format, by the first name of it."""
-TRANSLATED = ("functiongemma", "gemma4", "glm45", "lfm2", "olmo3", "pythonic", "qwen3_coder")
+TRANSLATED = (
+    *("deepseek_v32", "deepseek_v4", "functiongemma", "gemma4", "glm45", "lfm2", "minimax_m2", "olmo3", "pythonic"),
+    *("qwen3_coder", "seed_oss"),
+)
 """Formats whose arguments are not JSON."""
 
 
@@ -666,6 +684,30 @@ CALL, CALL_END, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
             [("edit", {"text": " a</arg_value> b\n"})],
         ),
         ("glm45", "<tool_call> is a tag", ["<tool_call> is a tag"]),
+        # Relatives of Qwen3-Coder's tags: two calls between the same tags, values with line breaks, types by the tag.
+        (
+            "minimax_m2",
+            'Ok.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris</parameter>\n'
+            '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="get_time">\n</invoke>\n'
+            "</minimax:tool_call>",
+            ["Ok.\n", ("get_weather", {"city": "Paris", "days": 3}), TIME],
+        ),
+        ("minimax_m2", "<minimax:tool_call> is a tag", ["<minimax:tool_call> is a tag"]),
+        (
+            "seed_oss",
+            "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n</function>\n</seed:tool_call>",
+            [PARIS],
+        ),
+        (
+            "deepseek_v32",
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="true">\n1\n'
+            '</｜DSML｜parameter>\n<｜DSML｜parameter name="b" string="false">[1, "x"]</｜DSML｜parameter>\n'
+            '<｜DSML｜parameter name="c" string="false">7</｜DSML｜parameter>\n'
+            '<｜DSML｜parameter name="d" string="false">oops</｜DSML｜parameter>\n'
+            "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+            [("f", {"a": "\n1\n", "b": [1, "x"], "c": 7, "d": "oops"})],
+        ),
+        ("qwen3_coder", '<function="get_time">\n</function>', [TIME]),
         # OLMo 3 and Gemma 3: blocks without brackets.
         (
             "olmo3",
