@@ -268,6 +268,8 @@ def _with_model(
         return _fail(str(error), error.exit_code)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:  # while the model is looked for or downloaded; a server handles signals itself
+        return _fail("interrupted", 130)
     finally:
         discard_engine_core()
 

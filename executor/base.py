@@ -57,7 +57,7 @@ class Executor(Protocol):
         """Kills the workers at once."""
 
 
-WORKER_MODULE = "executor.worker"
+WORKER_MODULE = "executor"
 """The module that a worker process runs."""
 REGISTRY = {
     "mp": "executor.multiproc:MultiprocExecutor",

@@ -33,7 +33,7 @@ class WorkerLaunch(Config, frozen=True):
 
 
 class MultiprocExecutor:
-    """Starts ``executor.worker`` processes and exchanges messages with them. See ``executor/base.py``."""
+    """Starts worker processes and exchanges messages with them. See ``executor/base.py``."""
 
     def __init__(self, config: ExecutorConfig, ipc_dir: str, log_level: str = "info") -> None:
         self.num_ranks = config.parallel.world_size

@@ -40,7 +40,7 @@ def child_command(module: str, *arguments: str) -> list[str]:
     """The command that runs one of our modules as ``__main__``, importing nothing from the current folder.
 
     Args:
-        module: Dotted name of the module, such as ``executor.worker``.
+        module: Dotted name of the module, such as ``executor.describe``.
         arguments: What it finds in ``sys.argv[1:]``.
     """
     return [sys.executable, "-c", _BOOTSTRAP, _ROOT, module, *arguments]

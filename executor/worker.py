@@ -1,4 +1,4 @@
-"""The worker process: started by ``multiproc.py``, with its start message on standard input.
+"""The worker process: its sockets to the engine core, and the loop.
 
 It takes plans in order, launches them, and sends results in the same order as they arrive from the device. Any failure
 becomes a ``WorkerFailed``: a human-readable line if the model or its configuration is at fault, otherwise a traceback.
@@ -40,7 +40,7 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import ParallelState
-from executor.process import become_child, read_payload
+from executor.process import read_payload
 
 logger = get_logger()
 
@@ -195,8 +195,8 @@ class Worker:
         return 0
 
 
-def main() -> int:
-    become_child("octavo worker")
+def run() -> int:
+    """Runs a worker as its start message says. Returns the exit code."""
     try:
         launch = msgspec.msgpack.decode(read_payload(), type=WorkerLaunch)
     except EOFError:  # prepared, and never needed
@@ -233,7 +233,3 @@ def main() -> int:
     inputs.close(linger=0)
     context.term()
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

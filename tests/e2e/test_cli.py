@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import Server, run_cli
+from tests.e2e.server import ROOT, Server, run_cli
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -101,6 +106,63 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         result = run_cli("--model", str(tiny_model), "--port", str(port))
     assert result.returncode == 1
     assert f"127.0.0.1:{port}" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def stuck_torch(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH, with a torch whose import leaves a file ``started`` and never ends."""
+    folder = tmp_path / "stuck"
+    folder.mkdir()
+    (folder / "torch.py").write_text(
+        "import pathlib, threading\npathlib.Path(__file__).with_name('started').touch()\nthreading.Event().wait()\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--version"], 0),
+        (["serve", "--help"], 0),
+        (["--max-num-seqs", "0"], 2),
+        (["--model", "/nonexistent/model"], 78),
+        (["--host", "192.0.2.1"], 1),
+        (["--ssl-keyfile", "/nonexistent.pem"], 2),
+    ],
+)
+def test_a_failed_start_waits_for_no_import(tiny_model: Path, stuck_torch: Path, flags: list[str], code: int) -> None:
+    """``run_cli`` returns when no process is left that could write to standard error."""
+    model = [] if flags[0] in ("--version", "serve", "--model") else ["--model", str(tiny_model)]
+    result = run_cli(*flags, *model, PYTHONPATH=str(stuck_torch))
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_a_server_killed_while_it_looks_for_its_model(stuck_torch: Path, number: int, code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a hub that never answers
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(stuck_torch)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api", "--model", "org/model"],
+            cwd=ROOT,
+            env={**os.environ, **hub, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(stuck_torch)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            silent.settimeout(60)
+            with silent.accept()[0]:
+                deadline = time.monotonic() + 60
+                while not (stuck_torch / "started").exists():
+                    assert time.monotonic() < deadline, "no worker was started early"
+                    time.sleep(0.01)
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=60)  # until no process is left that could write to it
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
 
 
 def test_flags_from_a_file_and_the_environment(tiny_model: Path, tmp_path: Path) -> None:

