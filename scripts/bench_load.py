@@ -29,7 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import msgspec
 import torch
+from msgspec.structs import replace
 
 from api.model.gguf_file import read_gguf
 from executor.config import ModelConfig
@@ -79,12 +81,9 @@ class PeakAnonymous(threading.Thread):
 
 def load(model: str, dtype: str, load_format: str) -> Loaded:
     """Loads a model in this process."""
-    config = ModelConfig(
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]
-        load_format=load_format,  # type: ignore[arg-type]
-        gguf=read_gguf(model).header() if model.endswith(".gguf") else None,
-    )
+    config = msgspec.convert({"model": model, "dtype": dtype, "load_format": load_format}, ModelConfig)
+    if model.endswith(".gguf"):
+        config = replace(config, gguf=read_gguf(model).header())
     torch.set_grad_enabled(False)
     warm_up()
     peak = PeakAnonymous()
