@@ -22,8 +22,8 @@ _TOOLS: Final[_Rules] = (
     ("cohere_command3", ("<|START_ACTION|>",)),
     ("deepseek_v3", ("<｜tool▁call▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁call▁begin｜>",)),
-    ("deepseek_v32", ("<｜DSML｜function_calls>",)),
-    ("deepseek_v4", ("<｜DSML｜tool_calls>",)),
+    ("deepseek_v32", ("｜DSML｜", "function_calls>")),
+    ("deepseek_v4", ("｜DSML｜", "tool_calls>")),
     ("kimi_k2", ("<|tool_calls_section_begin|>",)),
     ("minimax_m2", ("<minimax:tool_call>",)),
     ("seed_oss", ("<seed:tool_call>",)),
@@ -50,6 +50,7 @@ _REASONING: Final[_Rules] = (
     ("cohere_command3", ("<|START_THINKING|>",)),
     ("seed_oss", ("<seed:think>",)),
     ("kimi_k2", ("<|tool_calls_section_begin|>", "<think>")),
+    ("minimax_m2", ("<minimax:tool_call>",)),  # its tool results are a <response>
     ("granite", ("<response></response>",)),
     ("granite", ("Here is my thought process:",)),
     ("hunyuan_a13b", ("<think>", "<answer>")),

@@ -150,7 +150,7 @@ class PythonicParser:
         if name is None:
             return end
         if not name:
-            return self._end_call(end) if text[end:].startswith(")") and not self._word.text() else self._give_up(end)
+            return self._end_call(end) if text.startswith(")", end) and not self._word.text() else self._give_up(end)
         self._argument = name
         self._steps.state = self._equals
         return end
