@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import pytest
@@ -27,6 +28,7 @@ from api.errors import ModelFileError
 from api.model.files import ModelFiles, find_model
 from api.params.defaults import check_defaults, default_params
 from api.params.sampling import SamplingParams
+from executor.conversion import convert
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,20 +37,80 @@ CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 WEIGHTS = "model.safetensors"
 
 
+class Found(NamedTuple):
+    """The outcome of ``find_model``."""
+
+    path: str
+    """Empty if the model was refused."""
+    errors: str
+    """What was written to standard error."""
+
+
+class Finder:
+    """``find_model`` in a process of its own: ``huggingface_hub`` reads its endpoint when it is imported.
+
+    One process serves all tests, since imports would take most of the time.
+    """
+
+    CODE = """
+import contextlib, io, json, os, sys
+from api.cli import resolve, serve_parser
+from api.model.files import find_model
+from engine_core.launch import setup_logging
+
+for line in sys.stdin:
+    os.environ["OCTAVO_CACHE_DIR"], *flags = json.loads(line)
+    found, errors = "", io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        setup_logging("api", "info")
+        try:
+            files = find_model(resolve(serve_parser().parse(flags), {})[0])
+            found = str(files.weights or files.path)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    print(json.dumps([found, errors.getvalue()]), flush=True)
+"""
+
+    def __init__(self, endpoint: str, *, offline: bool) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.CODE],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "HF_ENDPOINT": endpoint,
+                "HF_HUB_OFFLINE": str(int(offline)),
+                "HF_HUB_DISABLE_XET": "1",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def find(self, cache: Path, *flags: str) -> Found:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        line = json.dumps([str(cache / "octavo"), "--download-dir", str(cache), *flags])
+        print(line, file=self._process.stdin, flush=True)
+        return Found(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 class Hub:
     """What ``huggingface_hub`` asks of the hub, with one model on it."""
 
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
         self.sent: list[str] = []
         """Files whose content was asked for."""
         self.pull_request: dict[str, bytes] | None = None
         """Files of pull request 1, by the hub's conversion bot."""
-        self.author = "SFconvertbot"
-        self.main_commits = [COMMIT]
+        self.author = ""
+        self.main_commits: list[str] = []
         """History of the main branch, newest first."""
         self.gguf: dict[str, Any] | None = None
         """What the hub read from the repository's GGUF files."""
+        self._finders: dict[bool, Finder] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,7 +171,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def discussions(self) -> dict[str, Any]:
         found = []
@@ -121,42 +183,35 @@ class Hub:
             )  # fmt: skip
         return {"discussions": found, "count": len(found), "start": 0}
 
-    def find(
-        self, cache: Path, *flags: str, model: str = "org/model", offline: bool = False
-    ) -> subprocess.CompletedProcess[str]:
-        """``find_model`` in a process of its own: the package reads its endpoint when it is imported."""
-        code = (
-            "import sys; from api.cli import resolve, serve_parser; from api.model.files import find_model\n"
-            "from engine_core.launch import setup_logging; setup_logging('api', 'info')\n"
-            "given = serve_parser().parse(sys.argv[1:])\n"
-            "try: files = find_model(resolve(given, {})[0]); print(files.weights or files.path)\n"
-            "except Exception as error: sys.exit(f'{type(error).__name__}: {error}')"
-        )
-        environment = {
-            "HF_ENDPOINT": self.url,
-            "HF_HUB_OFFLINE": str(int(offline)),
-            "HF_HOME": str(cache),
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        environment["OCTAVO_CACHE_DIR"] = str(cache / "octavo")
-        return subprocess.run(
-            [sys.executable, "-c", code, "--model", model, *flags],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    def reset(self, files: dict[str, bytes]) -> None:
+        """Another model, and nothing known about it."""
+        self.files, self.sent, self.pull_request, self.gguf = files, [], None, None
+        self.author, self.main_commits = "SFconvertbot", [COMMIT]
+
+    def find(self, cache: Path, *flags: str, model: str = "org/model", offline: bool = False) -> Found:
+        if offline not in self._finders:
+            self._finders[offline] = Finder(self.url, offline=offline)
+        return self._finders[offline].find(cache, "--model", model, *flags)
+
+    def close(self) -> None:
+        for finder in self._finders.values():
+            finder.close()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def running_hub() -> Iterator[Hub]:
+    hub = Hub()
+    yield hub
+    hub.close()
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub(running_hub: Hub) -> Hub:
     folder = tiny.checkpoint("llama")
-    hub = Hub({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".gguf"})
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    running_hub.reset({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".gguf"})
+    return running_hub
 
 
 def edit_config(hub: Hub, **fields: Any) -> None:
@@ -165,8 +220,8 @@ def edit_config(hub: Hub, **fields: Any) -> None:
 
 def test_a_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     result = hub.find(tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (Path(result.stdout.strip()) / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
+    assert result.path, result.errors
+    assert (Path(result.path) / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
     assert hub.sent[0] == "config.json"
 
 
@@ -187,7 +242,7 @@ def test_what_cannot_be_served_is_not_downloaded(
 ) -> None:
     edit_config(hub, **fields)
     result = hub.find(tmp_path)
-    assert result.stderr.startswith("ModelFileError: org/model: config.json: ") and expected in result.stderr
+    assert result.errors.startswith("ModelFileError: org/model: config.json: ") and expected in result.errors
     assert hub.sent == ["config.json"]
 
 
@@ -195,7 +250,7 @@ def test_overrides_count(hub: Hub, tmp_path: Path) -> None:
     edit_config(hub, architectures=["Renamed"])
     override = json.dumps({"architectures": ["LlamaForCausalLM"]})
     result = hub.find(tmp_path, "--hf-overrides", override, "--load-format", "dummy")
-    assert result.returncode == 0, result.stderr
+    assert result.path, result.errors
     assert WEIGHTS not in hub.sent, "random weights need no file"
 
 
@@ -213,13 +268,13 @@ def test_other_formats_are_not_downloaded(
 ) -> None:
     hub.files[other] = hub.files.pop(WEIGHTS)
     result = hub.find(tmp_path, *flags)
-    assert expected in result.stderr
+    assert expected in result.errors
     assert hub.sent == ["config.json"]
 
 
 def test_a_repository_that_is_no_model(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"README.md": b"#"}
-    assert "org/model: no config.json and no GGUF file" in hub.find(tmp_path).stderr
+    assert "org/model: no config.json and no GGUF file" in hub.find(tmp_path).errors
     assert hub.sent == []
 
 
@@ -247,17 +302,17 @@ def gguf_hub(hub: Hub) -> Hub:
 )
 def test_a_file_of_a_gguf_repository(gguf_hub: Hub, tmp_path: Path, model: str, expected: str) -> None:
     result = gguf_hub.find(tmp_path, model=model)
-    assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()).name == expected
+    assert result.path, result.errors
+    assert Path(result.path).name == expected
     assert gguf_hub.sent == [expected]
     again = gguf_hub.find(tmp_path, model=model, offline=True)
-    assert again.stdout == result.stdout, f"{again.stderr}: without a connection, the files on this machine count"
+    assert again.path == result.path, f"{again.errors}: without a connection, the files on this machine count"
 
 
 def test_all_parts_of_a_split_model(gguf_hub: Hub, tmp_path: Path) -> None:
     result = gguf_hub.find(tmp_path, model="org/model:bf16")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith("BF16/model-BF16-00001-of-00003.gguf")
+    assert result.path, result.errors
+    assert result.path.endswith("BF16/model-BF16-00001-of-00003.gguf")
     assert sorted(gguf_hub.sent) == [f"BF16/model-BF16-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
 
 
@@ -269,13 +324,13 @@ def test_all_parts_of_a_split_model(gguf_hub: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_a_quantisation_that_is_not_there(gguf_hub: Hub, tmp_path: Path, model: str, expected: str) -> None:
-    assert expected in gguf_hub.find(tmp_path, model=model).stderr
+    assert expected in gguf_hub.find(tmp_path, model=model).errors
     assert gguf_hub.sent == []
 
 
 def test_the_hub_knows_the_architecture_of_gguf_files(gguf_hub: Hub, tmp_path: Path) -> None:
     gguf_hub.gguf = {"architecture": "mamba"}
-    assert "architecture 'mamba' is not supported yet" in gguf_hub.find(tmp_path).stderr
+    assert "architecture 'mamba' is not supported yet" in gguf_hub.find(tmp_path).errors
     assert gguf_hub.sent == []
 
 
@@ -301,10 +356,10 @@ def test_the_conversion_that_the_hub_offers(pickled_hub: Hub, tmp_path: Path) ->
     weights = (tiny.checkpoint("llama") / WEIGHTS).read_bytes()
     pickled_hub.pull_request = {**pickled_hub.files, WEIGHTS: weights}
     result = pickled_hub.find(tmp_path)
-    assert result.returncode == 0, result.stderr
-    folder = Path(result.stdout.strip())
+    assert result.path, result.errors
+    folder = Path(result.path)
     assert folder.name == CONVERTED and (folder / WEIGHTS).read_bytes() == weights
-    assert "using the conversion that the hub offers" in result.stderr
+    assert "using the conversion that the hub offers" in result.errors
     assert not [name for name in pickled_hub.sent if name.endswith(".bin")]
 
 
@@ -314,22 +369,22 @@ def test_other_pull_requests_do_not_count(pickled_hub: Hub, tmp_path: Path, auth
     pickled_hub.pull_request = {**pickled_hub.files, WEIGHTS: b"not the model"}
     pickled_hub.author, pickled_hub.main_commits = author, commits
     result = pickled_hub.find(tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.path, result.errors
     assert WEIGHTS not in pickled_hub.sent
 
 
 def test_pickled_weights_are_converted_once(pickled_hub: Hub, tmp_path: Path) -> None:
     result = pickled_hub.find(tmp_path)
-    assert result.returncode == 0, result.stderr
-    folder = Path(result.stdout.strip())
+    assert result.path, result.errors
+    folder = Path(result.path)
     assert folder.is_relative_to(tmp_path / "octavo" / "converted")
     expected = load_file(tiny.checkpoint("llama") / WEIGHTS)
     found = load_file(folder / WEIGHTS)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert "training_args.bin" not in pickled_hub.sent
-    assert result.stderr.count("converting 0.00 GB of pickled weights to safetensors, once, in ") == 1
+    assert result.errors.count("converting 0.00 GB of pickled weights to safetensors, once, in ") == 1
     again = pickled_hub.find(tmp_path)
-    assert again.stdout == result.stdout and "converting" not in again.stderr
+    assert again.path == result.path and "converting" not in again.errors
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -483,22 +538,25 @@ def test_a_folder_of_pickled_weights(pickled: Path) -> None:
         ({"model": {"weight": torch.ones(2)}}, "'model' is not a tensor: expected the state dict of a model"),
     ],
 )
-def test_pickled_files_that_hold_no_model(pickled: Path, content: Any, expected: str) -> None:
-    file = pickled / "pytorch_model.bin"
+def test_pickled_files_that_hold_no_model(tmp_path: Path, content: Any, expected: str) -> None:
+    file = tmp_path / "pytorch_model.bin"
     if isinstance(content, bytes):
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    message = refusal(pickled)
-    assert message.startswith(f"{file}: cannot be converted to safetensors: ") and expected in message
-    assert list((pickled.parent / "cache" / "converted").iterdir()) == []
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        convert(json.dumps({"source": str(file), "target": str(tmp_path / WEIGHTS)}).encode())
+    assert not (tmp_path / WEIGHTS).exists()
 
 
 def test_a_pickle_that_runs_code_does_not(pickled: Path) -> None:
     target = pickled.parent / "made-by-the-pickle"
-    torch.save({"weight": Hostile(target)}, pickled / "pytorch_model.bin")
-    assert "cannot be read as tensors only: UnpicklingError" in refusal(pickled)
+    file = pickled / "pytorch_model.bin"
+    torch.save({"weight": Hostile(target)}, file)
+    expected = f"{file}: cannot be converted to safetensors: cannot be read as tensors only: UnpicklingError"
+    assert refusal(pickled).startswith(expected)
     assert not target.exists()
+    assert list((pickled.parent / "cache" / "converted").iterdir()) == [], "nothing half converted stays"
 
 
 def test_pickled_weights_are_opened_by_nothing_else(pickled: Path) -> None:
