@@ -232,12 +232,14 @@ def _weights_on_hub(hub: Hub, files: list[str], load_format: str) -> tuple[Hub, 
     if not files or any(fnmatch(file, pattern) for file in files for pattern in patterns):
         return hub, patterns
     pickled = [file for file in files if file.endswith((".bin", ".pt", ".pth"))]
-    if load_format == "auto" and any(fnmatch(file, PICKLED) for file in pickled):
+    can_convert = any(fnmatch(file, PICKLED) for file in pickled)
+    if load_format == "auto" and (can_convert or not pickled):  # without a connection none may be known
         converted = hub.conversion()
         if converted is not None:
             logger.info("%s has no safetensors weights; using the conversion that the hub offers", hub.repository)
             return converted, patterns
-        return hub, (PICKLED,)
+        if can_convert:
+            return hub, (PICKLED,)
     if pickled:
         names = ", ".join(pickled[:3])
         advice = "--load-format auto converts it" if load_format != "auto" else "look for a safetensors version"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from api.config import ServerConfig
 from api.errors import ModelFileError
+from api.model.pickled_weights import cache_folder
 
 T = TypeVar("T")
 
@@ -152,10 +154,20 @@ class HuggingFace:
                     continue
                 commits = api.list_repo_commits(self.repository, revision=found.git_reference)
                 if len(commits) > 1 and commits[1].commit_id == api.list_repo_commits(self.repository)[0].commit_id:
-                    return HuggingFace(self.repository, self._config, found.git_reference)
+                    # By commit, since the reference may move on.
+                    with contextlib.suppress(OSError):
+                        self._known_conversion.parent.mkdir(parents=True, exist_ok=True)
+                        self._known_conversion.write_text(commits[0].commit_id)
+                    return HuggingFace(self.repository, self._config, commits[0].commit_id)
         except Exception:  # no connection, or a mirror without pull requests
-            return None
+            with contextlib.suppress(OSError):
+                return HuggingFace(self.repository, self._config, self._known_conversion.read_text())
         return None
+
+    @property
+    def _known_conversion(self) -> Path:
+        """File with the commit of the conversion that was found last, for starts without a connection."""
+        return cache_folder() / "conversions" / self.repository.replace("/", "--")
 
     @property
     def _options(self) -> dict[str, Any]:

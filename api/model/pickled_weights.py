@@ -54,7 +54,7 @@ def converted_folder(folder: Path, files: list[Path]) -> Path:
     Raises:
         ModelFileError: A file is damaged or holds more than tensors, or there is no room.
     """
-    target = _cache() / f"{folder.name[:64]}-{_fingerprint(files)}"
+    target = cache_folder() / "converted" / f"{folder.name[:64]}-{_fingerprint(files)}"
     if target.is_dir():
         return target
     size = sum(path.stat().st_size for path in files)
@@ -104,10 +104,11 @@ def _convert(files: list[Path], target: Path) -> None:
         (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where this program keeps what it would otherwise have to make or to ask for again."""
     configured = os.environ.get("OCTAVO_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
-    return (Path(configured).expanduser() if configured else base) / "converted"
+    return Path(configured).expanduser() if configured else base
 
 
 def _fingerprint(files: list[Path]) -> str:

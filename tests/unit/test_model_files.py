@@ -361,6 +361,8 @@ def test_the_conversion_that_the_hub_offers(pickled_hub: Hub, tmp_path: Path) ->
     assert folder.name == CONVERTED and (folder / WEIGHTS).read_bytes() == weights
     assert "using the conversion that the hub offers" in result.errors
     assert not [name for name in pickled_hub.sent if name.endswith(".bin")]
+    again = pickled_hub.find(tmp_path, offline=True)
+    assert again.path == result.path, again.errors
 
 
 @pytest.mark.parametrize(("author", "commits"), [("somebody", [COMMIT]), ("SFconvertbot", ["f" * 40, COMMIT])])
