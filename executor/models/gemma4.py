@@ -150,7 +150,8 @@ class Gemma4Decoder(Decoder):
         hidden = self.embed(batch)
         inputs = self.layer_inputs(batch, hidden)
         for layer, layer_input in zip(self.layers, inputs, strict=True):
-            hidden = layer.finish(layer(hidden, batch), batch, layer_input)  # type: ignore[operator]
+            assert isinstance(layer, Gemma4Layer)
+            hidden = layer.finish(layer(hidden, batch), batch, layer_input)
         out: Tensor = self.norm(hidden)
         return out
 

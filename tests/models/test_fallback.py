@@ -153,7 +153,7 @@ def test_positions_that_do_not_begin_at_0_are_refused() -> None:
 
 
 def test_masks_that_paged_attention_does_not_apply_are_refused() -> None:
-    assert "DogeAttention has an attention mask of its own" in refusal(checkpoint("doge"))
+    assert "does more with masks than the fallback can check" in refusal(checkpoint("doge"))
     assert Mask(causal_mask_function).is_causal(None, 100)
     assert not Mask(causal_mask_function).is_causal(30, 100)
     assert Mask(sliding_window_causal_mask_function(30)).is_causal(30, 100)

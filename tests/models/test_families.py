@@ -91,6 +91,10 @@ def test_greedy_tokens(name: str) -> None:
     assert ours == theirs
 
 
+ROUGH_IN_BFLOAT16 = {"gemma4"}
+"""Families whose logits rounding changes so much, in transformers too, that its error is the measure."""
+
+
 @families
 def test_bfloat16_is_close_to_transformers(name: str) -> None:
     folder = tiny.checkpoint(name, dtype="bfloat16")
@@ -99,7 +103,9 @@ def test_bfloat16_is_close_to_transformers(name: str) -> None:
     token_ids = random_tokens(60)
     theirs = reference_logits(folder, token_ids)
     difference = (logits_of(loaded, token_ids) - theirs).abs()
-    if difference.max() > 0.08 * theirs.abs().max():  # then rounding must change transformers' logits as much
+    if name not in ROUGH_IN_BFLOAT16:
+        assert difference.max() < 0.08 * theirs.abs().max()
+    else:
         rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         with torch.inference_mode():
             own = (rounded(torch.tensor([token_ids])).logits[0].float() - theirs).abs()

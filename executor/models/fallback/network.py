@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,6 @@ from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, HFConfig, shorten
 from executor.layers.context import ModelContext
 from executor.models.fallback.attention import INTERFACE, STEP, SURVEY, Step, Survey, register
 from ops import AttentionShape
-
-logger = logging.getLogger(__name__)
 
 MAX_EXPERTS = 1 << 15
 TRIAL_TOKENS = 4
@@ -161,15 +158,11 @@ def try_out(network: Network, source: str, max_model_len: int) -> Trial:
         if isinstance(module, nn.Conv1d):
             raise ModelError(f"{source}: {name} is a convolution over tokens, whose state is not supported yet")
     mask = torch.ones(1, TRIAL_TOKENS, dtype=torch.long, device="meta")
-    try:
-        with _implementation(network.whole, SURVEY):
-            return _try_once(network, Survey(source, max_model_len), attention_mask=mask)
-    except ModelError:
-        raise
-    except Exception as error:  # a model may compute with masks, which are descriptions in this run
-        logger.debug("trying without masks", exc_info=error)
-    with as_model_errors(source, "transformers' implementation cannot run without a cache and a mask"):
-        return _try_once(network, Survey(source, max_model_len))
+    with (
+        as_model_errors(source, "transformers' implementation does more with masks than the fallback can check"),
+        _implementation(network.whole, SURVEY),
+    ):
+        return _try_once(network, Survey(source, max_model_len), attention_mask=mask)
 
 
 def _try_once(network: Network, survey: Survey, **options: Tensor) -> Trial:
