@@ -49,9 +49,11 @@ from engine_core.structured.request_grammar import RequestGrammar, Verdict
 from engine_core.suspects import Suspects, allowed
 from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
-MAX_DESCRIBED_TOKENS = 1 << 17
+MAX_DESCRIBED_TOKENS = 1 << 16
 """Tokens, cached ones included, of prompts and accompanying lists of the requests started in one step; once exceeded,
-no more start. Hashing, looking up and describing this many takes about 20 ms."""
+no more start, so that running requests wait for about 10 ms at most."""
+REQUEST_COST = 512
+"""What starting a request costs besides its tokens, in tokens."""
 CHARGED_TOKENS = 64
 """Tokens by which an output may exceed its expected length before its tenant is charged again."""
 
@@ -390,7 +392,7 @@ class Scheduler:
             capacity = self.kv.start(request, hit, num_computed + count)
             slot = self._occupy(request, num_computed, capacity)
             new_reqs.append(self._describe(request, slot, num_computed))
-            num_described += num_tokens + len(request.params.logit_bias)
+            num_described += REQUEST_COST + num_tokens + len(request.params.logit_bias)
             table.num_scheduled[slot] += count
             self._publish(slot)
             slots.append(slot)

@@ -17,6 +17,7 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import default_rng
 
 from executor.config import ExecutorConfig, SimulatedDevice
 from executor.messages import (
@@ -130,7 +131,7 @@ class DeviceModel:
                 continue
             size = self.device.hidden_size
             shape = (len(i32(token_ids)), size) if params.pooling_type == "ALL" else (size,)
-            states = np.random.default_rng(crc32(token_ids)).standard_normal(shape, np.float32)
+            states = default_rng(crc32(token_ids)).standard_normal(shape, np.float32)
             vectors.append((row, to_tensor(finish(states, params))))
         return vectors
 

@@ -413,8 +413,9 @@ def test_without_chunked_prefill_prompts_are_whole() -> None:
 
 
 def test_a_step_starts_a_bounded_number_of_prompt_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cached tokens cost no budget; still somebody has to look them up."""
-    monkeypatch.setattr(scheduler, "MAX_DESCRIBED_TOKENS", 40)
+    """Cached tokens cost no budget; still somebody has to look them up, and each request costs something besides."""
+    monkeypatch.setattr(scheduler, "MAX_DESCRIBED_TOKENS", 60)
+    monkeypatch.setattr(scheduler, "REQUEST_COST", 10)
     engine = Engine.create()
     inputs = prompts(4, 20)
     for index, prompt in enumerate(inputs):
