@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -210,6 +211,7 @@ class EngineMetrics:
             [*self._labels, "finished_reason"],
             registry=self.registry,
         )
+        self._success_of = cache(lambda reason: self._success.labels(**self._labels, finished_reason=reason))
         self._ttft = self._histogram(
             "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
         )
@@ -289,13 +291,13 @@ class EngineMetrics:
                 steps.iteration_sum += count
                 steps.num_started = 0
         if latencies:
-            places = np.searchsorted(self._latency_bounds, latencies)
+            places = self._latency_bounds.searchsorted(latencies)
             steps.latency_counts += np.bincount(places, minlength=len(steps.latency_counts))
             steps.latency_sum += sum(latencies)
 
     def on_latency(self, seconds: float) -> None:
         """Counts the latency of one token that is not in ``on_step``'s ``latencies``."""
-        self._steps.latency_counts[np.searchsorted(self._latency_bounds, seconds)] += 1
+        self._steps.latency_counts[self._latency_bounds.searchsorted(seconds)] += 1
         self._steps.latency_sum += seconds
 
     def on_first_token(self, state: RequestState, now: float) -> None:
@@ -362,7 +364,7 @@ class EngineMetrics:
 
     def _on_finished(self, request: FinishedRequest) -> None:
         now = time.monotonic()
-        self._success.labels(**self._labels, finished_reason=request.reason).inc()
+        self._success_of(request.reason).inc()
         self._e2e.observe(now - request.arrival_time)
         if request.scheduled_time is not None:
             # A request that never ran has no tokens in the totals, so it has none here either.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterable
+from functools import cache
 from typing import Any, Protocol
 
 import msgspec
@@ -110,7 +111,7 @@ def _look_at(scope: Scope, work: EngineWork) -> None:
         work.trace_headers = trace_headers(scope)
 
 
-class TokenStream(EventSourceResponse):
+class TokenStream(Response):
     """Streams an answer as server-sent events, one per token.
 
     The response head is sent with the first event or keep-alive comment, so that a request that fails before gets an
@@ -118,9 +119,13 @@ class TokenStream(EventSourceResponse):
     """
 
     def __init__(self, generation: Generation, reply: Reply, keep_alive_interval: float) -> None:
-        super().__init__(_no_content(), ping=keep_alive_interval, sep="\n")
-        del self.headers["connection"]  # set by the server, which closes connections at shutdown
-        self.headers.update(generation.headers)
+        # Not the base class's: rendering no body and describing it would take longer than some tokens do.
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = list(_stream_headers())
+        if generation.headers:
+            self.headers.update(generation.headers)
+        self._keep_alive_interval = keep_alive_interval
         self._generation = generation
         self._reply = reply
         self._last_write = 0.0
@@ -133,8 +138,8 @@ class TokenStream(EventSourceResponse):
             _look_at(scope, generation)
             await generation.start(Disconnect(receive))
             self._last_write = self._loop.time()
-            if self.ping_interval > 0:
-                self._timer = self._loop.call_later(self.ping_interval, self._watch_silence)
+            if self._keep_alive_interval > 0:
+                self._timer = self._loop.call_later(self._keep_alive_interval, self._watch_silence)
             await self._stream(send, scope.get(SERVER_SEND, send))
         finally:
             if self._timer is not None:
@@ -143,10 +148,10 @@ class TokenStream(EventSourceResponse):
 
     def _watch_silence(self) -> None:
         now = self._loop.time()
-        due = self._last_write + self.ping_interval
+        due = self._last_write + self._keep_alive_interval
         if due <= now:
             self._generation.wake()
-            due = now + self.ping_interval
+            due = now + self._keep_alive_interval
         self._timer = self._loop.call_at(due, self._watch_silence)
 
     async def _stream(self, send: Send, send_part: Send) -> None:
@@ -265,7 +270,13 @@ class WholeAnswer(Response):
                 await asyncio.sleep(0)
 
 
+@cache
+def _stream_headers() -> tuple[tuple[bytes, bytes], ...]:
+    """The headers of every stream, without ``connection``: the server sets that, and closes connections at shutdown."""
+    return tuple(header for header in EventSourceResponse(_no_content()).raw_headers if header[0] != b"connection")
+
+
 async def _no_content() -> AsyncIterator[bytes]:
-    """An empty stream for the base class, which requires one."""
+    """An empty stream: ``EventSourceResponse`` requires one."""
     return
     yield b""

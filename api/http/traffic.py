@@ -36,6 +36,9 @@ class Traffic:
         )
         Gauge("http_requests_in_progress", "Open HTTP requests.", registry=registry).set_function(lambda: self.num_open)
 
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        """By handler, method and class of the status: looking series up by their labels takes long."""
+
     def begin(self) -> None:
         """Registers a new request."""
         self.num_open += 1
@@ -47,8 +50,13 @@ class Traffic:
         if not self.num_open:
             self._idle.set()
         method = method if method in METHODS else "OTHER"
-        self._requests.labels(handler, method, f"{status // 100}xx").inc()
-        self._durations.labels(handler, method).observe(seconds)
+        key = handler, method, status // 100
+        series = self._series.get(key)
+        if series is None:
+            requests = self._requests.labels(handler, method, f"{status // 100}xx")
+            series = self._series[key] = requests, self._durations.labels(handler, method)
+        series[0].inc()
+        series[1].observe(seconds)
 
     async def wait_idle(self, timeout: float) -> bool:
         """Waits until no request is open; False on timeout."""

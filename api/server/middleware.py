@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import random
 import re
-import secrets
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -30,6 +30,8 @@ LARGE_BODY = 1 << 20
 
 _LABEL = re.compile(rb"[!-~]{1,128}")
 """Accepted values of X-Request-Id, which becomes part of ids and log lines."""
+
+_IDS = random.Random()  # seeded by the system; ids are unique, not secret
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -105,7 +107,7 @@ def _request_id(scope: Scope) -> str:
     values = header_values(scope, b"x-request-id")
     if len(values) == 1 and _LABEL.fullmatch(values[0]):
         return values[0].decode("ascii")
-    return secrets.token_hex(16)
+    return f"{_IDS.getrandbits(128):032x}"
 
 
 class AllowedHosts:
