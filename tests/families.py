@@ -19,6 +19,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 """Entries of ``layer_types``."""
 
 Fields = dict[str, Any]
+Tensors = dict[str, Any]
+"""Tensors by name."""
 
 COMMON: Fields = {
     "vocab_size": VOCAB_SIZE,
@@ -109,6 +111,53 @@ def old_gemma4(config: Fields) -> None:
     config |= {"global_head_dim": sizes["head_dim"], "num_global_key_value_heads": sizes["num_key_value_heads"]}
 
 
+def hub_internlm2(config: Fields, tensors: Tensors) -> Tensors:
+    """InternLM2, which transformers does not have: Llama's tensors under its names, q, k and v by KV head in one."""
+    import torch  # the table itself needs none
+
+    config |= {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}
+    config["bias"] = config.pop("attention_bias")
+    kv_heads, head_dim = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    result = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            heads = [tensors[name.replace("q_proj", each)].unflatten(0, (kv_heads, -1)) for each in QKV]
+            by_head = torch.cat([each.unflatten(1, (-1, head_dim)) for each in heads], dim=1)
+            result[name.replace("self_attn.q_proj", "attention.wqkv")] = by_head.flatten(0, 2).contiguous()
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            for pattern, own in INTERNLM2_NAMES:
+                name = name.replace(pattern, own)
+            result[name] = tensor
+    return result
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
+INTERNLM2_NAMES = (
+    ("embed_tokens", "tok_embeddings"),
+    ("lm_head", "output"),
+    ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.o_proj", "attention.wo"),
+    ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.down_proj", "feed_forward.w2"),
+    ("mlp.up_proj", "feed_forward.w3"),
+)
+
+
+def hub_internlm3(config: Fields, tensors: Tensors) -> Tensors:
+    """InternLM3, which transformers runs as Llama, under its own name."""
+    config |= {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM"}
+    return tensors
+
+
+def old_internlm3(config: Fields) -> None:
+    """InternLM3's own names of fields."""
+    config["qkv_bias"], config["bias"] = config.pop("attention_bias"), config.pop("mlp_bias")
+    old_rope(config)
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers makes a tiny model of a family."""
@@ -116,7 +165,7 @@ class Family:
     config: str
     """The configuration's class in transformers."""
     model: str
-    """The model's class: the ``architectures`` of config.json."""
+    """The model's class: the ``architectures`` of config.json, unless ``hub_form`` changes it."""
     fields: Fields = field(default_factory=dict)
     """Fields beside ``COMMON``, under the names that the class takes; ``REMOVED`` takes one of those away."""
     old_spelling: Callable[[Fields], None] = old_rope
@@ -125,6 +174,16 @@ class Family:
     """More models of the family: facts that exclude each other. Compared with transformers, nothing else."""
     python_ops: int = 0
     """Ops of a captured program that have no kernel."""
+    hub_form: Callable[[Fields, Tensors], Tensors] | None = None
+    """Turns what transformers saves into files as on the hub, if transformers has no class of the family: edits
+    config.json, and takes and returns the tensors."""
+    architecture: str = ""
+    """The ``architectures`` that ``hub_form`` gives."""
+
+    @property
+    def own_model(self) -> str:
+        """The ``architectures`` of config.json."""
+        return self.architecture or self.model
 
     def arguments(self, fields: Fields) -> Fields:
         """Arguments of the configuration's class."""
@@ -351,6 +410,28 @@ FAMILIES: Mapping[str, Family] = {
             "v": {"attention_k_eq_v": False, "num_kv_shared_layers": 0, "tie_word_embeddings": False},
             "biases": {"attention_bias": True, "final_logit_softcapping": None},
         },
+    ),
+    "internlm2": Family(
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 3000.0, "factor": 2.0}},
+        variants={"plain": {"attention_bias": False}},
+        hub_form=hub_internlm2,
+        architecture="InternLM2ForCausalLM",
+    ),
+    "internlm3": Family(
+        "InternLM3Config",
+        "LlamaForCausalLM",
+        {
+            "head_dim": 24,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 3000.0, "factor": 6.0},
+        },
+        old_internlm3,
+        variants={"plain": {"attention_bias": False, "mlp_bias": False}},
+        hub_form=hub_internlm3,
+        architecture="InternLM3ForCausalLM",
     ),
     "lfm2": Family(
         "Lfm2Config",

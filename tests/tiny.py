@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.families import COMMON, END_OF_TEXT, FALLBACKS, FAMILIES, IM_END, IM_START, VOCAB_SIZE
@@ -93,10 +93,25 @@ def _checkpoint(kind: str, arguments: str) -> Path:
     randomize(model)
     sharding = {"max_shard_size": options["shard_size"]} if options["shard_size"] else {}
     model.to(getattr(torch, options["dtype"])).save_pretrained(folder, **sharding)
+    if family.hub_form is not None:
+        _write_hub_form(folder, family.hub_form)
     if options["old_rope_spelling"]:
         edit_json(folder / "config.json", family.old_spelling)
     write_tokenizer(folder)
     return folder
+
+
+def saved_by_transformers(folder: Path) -> Path:
+    """The files of a checkpoint that transformers can load: the folder itself, or the original of its hub form."""
+    original = folder / "transformers"
+    return original if original.is_dir() else folder
+
+
+def _write_hub_form(folder: Path, hub_form: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> None:
+    original = folder / "transformers"
+    shutil.copytree(folder, original)
+    tensors = load_file(original / "model.safetensors")
+    edit_json(folder / "config.json", lambda config: save_file(hub_form(config, tensors), folder / "model.safetensors"))
 
 
 IS_NORM = re.compile(r"(norm\d?|ln_\w+)\.weight$")

@@ -1,8 +1,8 @@
 """Converts text to token ids and back, with the ``tokenizers`` Rust library.
 
 A tokenizer comes from a model's folder (``tokenizer.json`` and the files around it) or from a GGUF
-file. ``transformers`` is imported only for a folder without ``tokenizer.json``, because the import takes
-seconds. ``tokenizer.json`` is authoritative, including its post-processor: flags such as
+file. A folder without ``tokenizer.json`` has a SentencePiece model (``sentencepiece_file.py``), or another older form,
+for which ``transformers`` is imported, which takes seconds. ``tokenizer.json`` is authoritative, including its post-processor: flags such as
 ``add_bos_token`` in ``tokenizer_config.json`` describe how that file was created, and are ignored.
 """
 
@@ -22,6 +22,8 @@ from tokenizers import AddedToken
 from api.errors import ModelFileError
 from api.model.gguf_file import GGUFFile
 from api.model.gguf_tokenizer import convert_gguf_tokenizer
+from api.model.sentencepiece_file import FILE_NAME as SENTENCEPIECE_FILE
+from api.model.sentencepiece_file import read_sentencepiece
 from api.model.tokenizer_check import check_tokenizer_file
 from api.model.tokenizer_trial import try_tokenizer
 from engine_core.launch import read_document, read_json, why
@@ -183,12 +185,22 @@ class Tokenizer:
         folder = Path(path)
         config = _read_json(folder / _CONFIG_FILE)
         if not (folder / _TOKENIZER_FILE).is_file():
-            return _convert_slow_tokenizer(folder, config)
+            model = read_sentencepiece(folder, config)
+            if model is None:
+                return _convert_slow_tokenizer(folder, config)
+            return cls._from_files(folder, config, convert_gguf_tokenizer(model).backend, folder / SENTENCEPIECE_FILE)
         try_tokenizer(folder / _TOKENIZER_FILE, check_tokenizer_file(folder / _TOKENIZER_FILE, config))
         try:
             backend = guarded(tokenizers.Tokenizer.from_file, str(folder / _TOKENIZER_FILE))
         except Exception as error:  # the Rust library raises nothing more specific
             raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
+        return cls._from_files(folder, config, backend, folder / _TOKENIZER_FILE)
+
+    @classmethod
+    def _from_files(
+        cls, folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer, source: Path
+    ) -> Tokenizer:
+        """A tokenizer with the special tokens and templates of a folder; ``source`` is the file of ``backend``."""
         try:
             more = _read_json(folder / "special_tokens_map.json")
             special_tokens_map = guarded(_add_special_tokens, backend, config, more)
@@ -206,7 +218,7 @@ class Tokenizer:
                 config=config,
             )
         except ValueError as error:
-            raise ModelFileError(folder / _TOKENIZER_FILE, str(error)) from error
+            raise ModelFileError(source, str(error)) from error
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -535,6 +547,17 @@ def _model_max_length(value: Any) -> int | None:
     return int(value) if isinstance(value, (int, float)) and 0 < value < _MAX_MODEL_LENGTH else None
 
 
+def _why_not_converted(error: Exception, config: Mapping[str, Any]) -> str:
+    """What became of a conversion, and what helps, in one line."""
+    if config.get("auto_map"):
+        return (
+            "the tokenizer needs Python code from the model's repository (auto_map in tokenizer_config.json), which is "
+            f"never run: add a {_TOKENIZER_FILE}, choose another tokenizer with --tokenizer, or serve a GGUF version"
+        )
+    reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    return f"conversion by transformers failed: {reason}"
+
+
 def _convert_slow_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
     """Converts an older kind of tokenizer with transformers. The model's own code is never run."""
     if not folder.is_dir():
@@ -550,7 +573,7 @@ def _convert_slow_tokenizer(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
         slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the model's files may cause any error
-        raise ModelFileError(folder, f"no {_TOKENIZER_FILE}, and conversion by transformers failed: {error}") from error
+        raise ModelFileError(folder, f"no {_TOKENIZER_FILE}, and {_why_not_converted(error, config)}") from error
     if not isinstance(slow, PreTrainedTokenizerFast):
         raise ModelFileError(folder, f"no {_TOKENIZER_FILE}, and {type(slow).__name__} has no fast equivalent")
     return Tokenizer(

@@ -75,6 +75,11 @@ CATALOG = (
         limits="no Mamba layers, no experts (Granite 4 H)",
     ),
     Entry(
+        "InternLM",
+        ("InternLM2ForCausalLM", "InternLM3ForCausalLM"),
+        ("internlm/internlm2_5-1_8b-chat", "internlm/internlm3-8b-instruct"),
+    ),
+    Entry(
         "LFM2",
         ("Lfm2ForCausalLM",),
         ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B"),

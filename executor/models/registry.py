@@ -30,6 +30,8 @@ REGISTRY = {
     "GlmForCausalLM": "executor.models.glm4:GlmForCausalLM",
     "GraniteForCausalLM": "executor.models.granite:GraniteForCausalLM",
     "GraniteMoeHybridForCausalLM": "executor.models.granite:GraniteMoeHybridForCausalLM",
+    "InternLM2ForCausalLM": "executor.models.internlm:InternLM2ForCausalLM",
+    "InternLM3ForCausalLM": "executor.models.internlm:InternLM3ForCausalLM",
     "Lfm2ForCausalLM": "executor.models.lfm2:Lfm2ForCausalLM",
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
     "Ministral3ForCausalLM": "executor.models.ministral3:Ministral3ForCausalLM",

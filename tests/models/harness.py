@@ -205,6 +205,7 @@ def reference(folder: Path) -> Any:
     """A checkpoint as transformers loads it, in float32."""
     from transformers import AutoModelForCausalLM  # takes seconds
 
+    folder = tiny.saved_by_transformers(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -123,6 +123,15 @@ def test_factors_of_embeddings_are_rounded_first(name: str) -> None:
         assert torch.equal(runner.model.model.embed(batch), model.model.embed_tokens(batch.input_ids))  # type: ignore[operator, union-attr]
 
 
+def test_internlm3_with_biases_of_q_k_and_v_alone_is_qwen2(tmp_path: Path) -> None:
+    original = tiny.checkpoint("qwen2")
+    folder = tiny.copy_of(original, tmp_path / "model")
+    names = {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}
+    tiny.edit_json(folder / "config.json", lambda config: config.update(names, head_dim=16, qkv_bias=True, bias=False))
+    token_ids = random_tokens(40)
+    assert torch.equal(logits_of(load(folder), token_ids), logits_of(load(original), token_ids))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # captured programs on the kernels
 
@@ -171,7 +180,7 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     made.allow_global_per_layer_attribute_access = True  # a default may differ between layers
     rope = made.to_dict().get("rope_parameters") or {}
     theirs = {**vars(type(made)), **rope.get(FULL, rope)}
-    ours = resolve_model(FAMILIES[name].model)
+    ours = resolve_model(FAMILIES[name].own_model)
     for key, value in ours.config_defaults.items():
         own = ours.attribute_map.get(key, made.attribute_map.get(key, key))
         if own in theirs or own not in OTHER_FIELDS:
