@@ -1,9 +1,9 @@
 """Converts text to token ids and back, with the ``tokenizers`` Rust library.
 
-A tokenizer comes from a model's folder (``tokenizer.json`` and the files around it) or from a GGUF
-file. A folder without ``tokenizer.json`` has a SentencePiece model (``sentencepiece_file.py``), or another older form,
-for which ``transformers`` is imported, which takes seconds. ``tokenizer.json`` is authoritative, including its post-processor: flags such as
-``add_bos_token`` in ``tokenizer_config.json`` describe how that file was created, and are ignored.
+A tokenizer comes from a model's folder (``tokenizer.json`` and the files around it) or from a GGUF file. A folder
+without ``tokenizer.json`` has a SentencePiece model (``sentencepiece_file.py``), or another older form, for which
+``transformers`` is imported, which takes seconds. ``tokenizer.json`` is authoritative, including its post-processor:
+flags such as ``add_bos_token`` in ``tokenizer_config.json`` describe how that file was created, and are ignored.
 """
 
 from __future__ import annotations
