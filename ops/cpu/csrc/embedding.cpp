@@ -1,29 +1,52 @@
 // Packing of weights, and embedding lookup: from a plain table, or from a packed one that also serves as the LM head.
 #include "kernels.h"
 #include "packed.h"
+#include "transpose.h"
 
 namespace octavo {
 
 namespace {
+
+// Packs 16 rows of a block of columns.
+template <class T>
+void pack_half(const T* rows, int64_t stride, T* target) {
+    constexpr int kWords = kBlock * sizeof(T) / sizeof(uint32_t);
+    const int64_t row = stride * static_cast<int64_t>(sizeof(T));
+    if constexpr (sizeof(T) * kPair<T> == sizeof(uint32_t)) {
+        transpose(rows, row, target, kPackedStep<T> * sizeof(T), kLanes, kWords);
+    } else {
+        uint32_t pairs[kWords][kLanes];  // of consecutive columns
+        transpose(rows, row, pairs, sizeof pairs[0], kLanes, kWords);
+        for (int i = 0; i < kWords; ++i) {
+            T* first = target + 2 * i * kPackedStep<T>;
+            T* second = first + kPackedStep<T>;
+            for (int lane = 0; lane < kLanes; ++lane) {
+                first[lane].bits = static_cast<uint16_t>(pairs[i][lane]);
+                second[lane].bits = static_cast<uint16_t>(pairs[i][lane] >> 16);
+            }
+        }
+    }
+}
 
 template <class T>
 void pack(const T* weight, int64_t stride, T* packed, const PackedShape& shape) {
     const int blocks = shape.row_blocks();
 #pragma omp parallel for schedule(static)
     for (int block = 0; block < blocks; ++block) {
-        T* target = packed + block * shape.block_stride();
-        std::memset(target, 0, static_cast<size_t>(shape.block_stride()) * sizeof(T));
         for (int half = 0; half < 2; ++half) {
-            const int first = shape.first_row(block, half);
+            const T* rows = weight + shape.first_row(block, half) * stride;
             const int count = shape.rows_in(block, half);
-            // Outer loop over blocks of columns, so that a block is written while cached.
-            for (int begin = 0; begin < shape.columns; begin += kBlock) {
-                const int end = std::min(begin + kBlock, shape.columns);
-                for (int lane = 0; lane < count; ++lane) {
-                    const T* row = weight + (first + lane) * stride;
-                    for (int column = begin; column < end; ++column)
-                        target[packed_offset<T>({block, half, lane}, column)] = row[column];
+            T* target = packed + block * shape.block_stride() + half * kPackedHalf<T>;
+            for (int begin = 0; begin < shape.columns; begin += kBlock, target += kBlockElements) {
+                const int width = std::min(kBlock, shape.columns - begin);
+                if (count == kLanes && width == kBlock) {
+                    pack_half(rows + begin, stride, target);
+                    continue;
                 }
+                T padded[kLanes][kBlock] = {};
+                for (int lane = 0; lane < count; ++lane)
+                    std::memcpy(padded[lane], rows + lane * stride + begin, width * sizeof(T));
+                pack_half(padded[0], kBlock, target);
             }
         }
     }
