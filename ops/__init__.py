@@ -8,7 +8,7 @@ belong here.
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import AdapterRows, AttentionMetadata, AttentionShape, KVLayout
-from ops.packed import PackedWeight, Weight
+from ops.packed import PackedWeight, QuantizedActivations, QuantizedWeight, Weight
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
     act_and_mul,
@@ -26,6 +26,7 @@ from ops.reference.basic import (
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
 from ops.reference.norm import layer_norm, rms_norm
+from ops.reference.quantized import block_types, dequantized, join_rows, pack_blocks, pack_groups, pack_segment
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
 from ops.reference.short_conv import short_conv
@@ -39,6 +40,8 @@ __all__ = [
     "NotConnected",
     "OpSet",
     "PackedWeight",
+    "QuantizedActivations",
+    "QuantizedWeight",
     "SingleRank",
     "Weight",
     "act_and_mul",
@@ -46,16 +49,22 @@ __all__ = [
     "add",
     "all_gather",
     "all_reduce",
+    "block_types",
     "clip",
+    "dequantized",
     "embedding",
     "gather_rows",
+    "join_rows",
     "keep_rows",
     "layer_norm",
     "linear",
     "logits",
     "multiply",
     "op_set",
+    "pack_blocks",
+    "pack_groups",
     "pack_linear",
+    "pack_segment",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",

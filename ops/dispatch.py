@@ -164,6 +164,11 @@ class ProgramRunner(Protocol):
 class OpSet:
     """Implementations of ops for one kind of device. The base class has none: every op runs its reference."""
 
+    capability: str = "reference"
+    """The machine's instructions that it uses, for choices of arithmetic; those of CPUs: ``ops/cpu/build.py``."""
+    block_types: frozenset[str] | None = None
+    """The types of GGUF blocks that it can multiply; None: all that the references can."""
+
     def __init__(
         self, name: str = "reference", implementations: Mapping[str, Callable[..., Any]] | None = None
     ) -> None:

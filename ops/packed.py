@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+QuantizedActivations = Literal["float", "int8"]
+"""What quantised weights are multiplied with: activations as they are, or rounded to int8, 32 columns at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,4 +32,58 @@ class PackedWeight:
         return self.data.device
 
 
-Weight = Tensor | PackedWeight
+@dataclass(frozen=True)
+class Encoding:
+    """How the numbers of quantised rows are written.
+
+    Blocks of GGUF are named as there (``Q4_K``). ``int4`` and ``int8`` are codes with a scale for each group of
+    columns: ``scale * (code - zero)``, or ``scale * (code - middle) + minimum``, where the middle is 8 or 128.
+    """
+
+    format: str
+    group_size: int = 0
+    """Columns that share a scale; 0: as the format of blocks defines it."""
+    scale_dtype: torch.dtype | None = None
+    """Dtype of the groups' scales and minimums."""
+    shift: Literal["none", "zeros", "minimums"] = "none"
+    """What else each group has: a zero (uint8), or a minimum."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive rows of a quantised weight in one encoding."""
+
+    data: Tensor
+    """uint8. Of the reference: [rows, bytes of a row]; kernels have a one-dimensional layout of their own."""
+    rows: int
+    encoding: Encoding
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether only the kernels of its device can read it."""
+        return self.data.dim() == 1
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A quantised weight [out_features, in_features], made by ``pack_blocks`` or ``pack_groups``."""
+
+    segments: tuple[Segment, ...]
+    shape: tuple[int, int]
+    paired: bool
+    """As of ``PackedWeight``; there is only one segment then."""
+    dtype: torch.dtype
+    """Of the activations."""
+    activations: QuantizedActivations
+
+    @property
+    def device(self) -> torch.device:
+        return self.segments[0].data.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The memory that the weight occupies."""
+        return tuple(segment.data for segment in self.segments)
+
+
+Weight = Tensor | PackedWeight | QuantizedWeight

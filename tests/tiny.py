@@ -195,6 +195,7 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
     GGMLQuantizationType.Q4_K: (0, 2),
     GGMLQuantizationType.Q5_K: (0, 2),
     GGMLQuantizationType.Q6_K: (208,),
+    GGMLQuantizationType.IQ4_NL: (0,),
     GGMLQuantizationType.IQ4_XS: (0,),
 }
 """Formats that the package can only read, with the places of the float16 scales in a block."""
@@ -264,7 +265,7 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         if permuted:
             data = permute(data, num_heads)
         stored = kind if data.ndim > 1 else GGMLQuantizationType.F32
-        raw = _random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
+        raw = random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
         writer.add_tensor(stored_name, raw, raw_dtype=stored)
@@ -381,7 +382,7 @@ def permute(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     return permuted
 
 
-def _random_blocks(
+def random_blocks(
     shape: tuple[int, ...], kind: GGMLQuantizationType, generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -18,7 +18,7 @@ class PlainLinear(Weights):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    packed: ops.Weight
+    packed: Tensor | ops.PackedWeight
     """What the ops read, once the weights are loaded."""
 
     def __init__(self, shape: LinearShape) -> None:
@@ -50,7 +50,7 @@ class PlainTable(Weights):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    packed: ops.Weight
+    packed: Tensor | ops.PackedWeight
     """What the ops read, once the weights are loaded."""
 
     def __init__(self, shape: TableShape) -> None:
@@ -76,7 +76,7 @@ class UnquantizedEmbedding:
         return ops.logits(hidden, weights.packed, weights.bias)
 
 
-def stored(weight: ops.Weight) -> nn.Parameter:
+def stored(weight: Tensor | ops.PackedWeight) -> nn.Parameter:
     """A weight's data as a parameter: the only copy that remains."""
     data = weight.data
     return nn.Parameter(data, requires_grad=False)

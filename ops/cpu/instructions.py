@@ -18,7 +18,8 @@ from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
 from ops.metadata import AttentionShape, KVLayout
-from ops.packed import PackedWeight
+from ops.packed import PackedWeight, QuantizedWeight
+from ops.packed import Weight as AnyWeight
 
 _INT32_MAX = 2**31 - 1
 
@@ -73,9 +74,9 @@ def _weight(weight: PackedWeight) -> Weight:
     return Weight(weight.data.data_ptr(), *weight.shape, int(weight.paired))
 
 
-def embedding(ids: Any, weight: Tensor | PackedWeight) -> Instruction | None:
+def embedding(ids: Any, weight: AnyWeight) -> Instruction | None:
     rows, columns = weight.shape
-    if weight.dtype not in TYPES:
+    if weight.dtype not in TYPES or isinstance(weight, QuantizedWeight):
         return None
     fields: dict[str, Any] = {"type": TYPES[weight.dtype]}
     if isinstance(weight, PackedWeight):
@@ -90,7 +91,7 @@ def embedding(ids: Any, weight: Tensor | PackedWeight) -> Instruction | None:
     )
 
 
-def linear(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Instruction | None:
+def linear(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:
     if not isinstance(weight, PackedWeight) or x.dtype != weight.dtype or not is_matrix(x):
         return None
     if bias is not None and not _is_vector(bias, x.dtype):
@@ -107,7 +108,7 @@ def linear(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) ->
     return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(weight, bias))
 
 
-def logits(x: Any, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Instruction | None:
+def logits(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:
     result = linear(x, weight, bias)
     if result is not None:
         result.fields["epilogue"] = lib.EPILOGUE_LOGITS

@@ -41,6 +41,7 @@ class CpuOps(OpSet):
         implementations[ops.pack_linear.name] = partial(kernels.pack_linear, library)
         super().__init__("cpu", implementations)
         self.library = library
+        self.capability = library.capability
 
     def compile(
         self,

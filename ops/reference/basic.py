@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, Value, like_first, op
-from ops.packed import PackedWeight, Weight
+from ops.packed import PackedWeight, QuantizedWeight, Weight
+from ops.reference import quantized
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 """relu2: the square of relu; quick_gelu: ``x * sigmoid(1.702 * x)``."""
@@ -21,11 +22,13 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
 
     Args:
         ids: int32 or int64 [num_tokens].
-        weight: [vocab_size, hidden_size], packed or not.
+        weight: [vocab_size, hidden_size], packed or not, quantised or not.
 
     Returns:
         [num_tokens, hidden_size] in the table's dtype.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized.embedding(ids, weight)
     return F.embedding(ids, plain(weight))
 
 
@@ -35,12 +38,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [rows, in_features].
-        weight: [out_features, in_features], as returned by ``pack_linear``.
+        weight: [out_features, in_features], as returned by ``pack_linear``, ``pack_blocks`` or ``pack_groups``.
         bias: [out_features] or None.
 
     Returns:
         [rows, out_features] in the type of ``x``.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized.linear(x, weight, bias)
     return F.linear(x, plain(weight), bias)
 
 
@@ -50,6 +55,8 @@ def logits(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
     Kernels return their float32 accumulators; the reference rounds to the dtype of ``x`` on the way, as torch does.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized.logits(x, weight, bias)
     return F.linear(x, plain(weight), bias).float()
 
 
@@ -126,7 +133,7 @@ def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
 
 
 @op(lambda weight, paired=False: Spec("", weight.shape[1], weight.dtype))
-def pack_linear(weight: Tensor, paired: bool = False) -> Weight:
+def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     """Converts a linear weight to the layout that this device's ``linear`` reads. The reference returns it unchanged.
 
     Args:
@@ -138,7 +145,7 @@ def pack_linear(weight: Tensor, paired: bool = False) -> Weight:
 
 def plain(weight: Weight) -> Tensor:
     """The weight as a tensor. It must not be packed, since only the kernels that packed it can read it."""
-    assert not isinstance(weight, PackedWeight), "a packed weight needs the kernels of its device"
+    assert isinstance(weight, Tensor), "a packed weight needs the kernels of its device"
     return weight
 
 
