@@ -37,7 +37,8 @@ class Encoding:
     """How the numbers of quantised rows are written.
 
     Blocks of GGUF are named as there (``Q4_K``). ``int4`` and ``int8`` are codes with a scale for each group of
-    columns: ``scale * (code - zero)``, or ``scale * (code - middle) + minimum``, where the middle is 8 or 128.
+    columns: ``scale * (code - zero)``, or ``scale * code + minimum``. Without either, codes
+    count from 8 or 128.
     """
 
     format: str

@@ -64,14 +64,16 @@ def _capability(name: str, flags: str, needs: str) -> Capability:
 
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+_AVX512BF16 = f"{_AVX512} -mavx512bf16 -mavx512vnni"  # every CPU that has the one has the other
 _NEEDS_AVX2 = "avx2 fma f16c"
 _NEEDS_AVX512 = f"{_NEEDS_AVX2} avx512f avx512bw avx512vl avx512dq"
+_NEEDS_AVX512BF16 = f"{_NEEDS_AVX512} avx512_bf16 avx512_vnni"
 
 CAPABILITIES = {
     capability.name: capability
     for capability in (
-        _capability("amx", f"{_AVX512} -mavx512bf16 -DOCTAVO_AMX", f"{_NEEDS_AVX512} avx512_bf16 amx_tile amx_bf16"),
-        _capability("avx512bf16", f"{_AVX512} -mavx512bf16", f"{_NEEDS_AVX512} avx512_bf16"),
+        _capability("amx", f"{_AVX512BF16} -DOCTAVO_AMX", f"{_NEEDS_AVX512BF16} amx_tile amx_bf16"),
+        _capability("avx512bf16", _AVX512BF16, _NEEDS_AVX512BF16),
         _capability("avx512", _AVX512, _NEEDS_AVX512),
         _capability("avx2", _AVX2, _NEEDS_AVX2),
         _capability("portable", "", ""),
@@ -79,9 +81,7 @@ CAPABILITIES = {
 }
 """Best first."""
 
-AMX_EMULATION = _capability(
-    "amx_emulation", f"{_AVX512} -mavx512bf16 -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", f"{_NEEDS_AVX512} avx512_bf16"
-)
+AMX_EMULATION = _capability("amx_emulation", f"{_AVX512BF16} -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", _NEEDS_AVX512BF16)
 """The AMX path with its instructions emulated in plain C++, for tests."""
 
 

@@ -18,7 +18,7 @@ from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
 from ops.metadata import AttentionShape, KVLayout
-from ops.packed import PackedWeight, QuantizedWeight
+from ops.packed import Encoding, PackedWeight, QuantizedWeight
 from ops.packed import Weight as AnyWeight
 
 _INT32_MAX = 2**31 - 1
@@ -70,34 +70,62 @@ def _is_vector(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
 
 
-def _weight(weight: PackedWeight) -> Weight:
-    return Weight(weight.data.data_ptr(), *weight.shape, int(weight.paired))
+def encoding_struct(encoding: Encoding) -> lib.QuantizedEncoding:
+    scale_type = 0 if encoding.scale_dtype is None else TYPES[encoding.scale_dtype]
+    return lib.QuantizedEncoding(
+        lib.FORMATS[encoding.format], encoding.group_size, scale_type, lib.SHIFTS[encoding.shift]
+    )
+
+
+def _weight(weight: PackedWeight | QuantizedWeight) -> tuple[Weight, Any]:
+    """The struct, and what must live as long as it."""
+    if isinstance(weight, PackedWeight):
+        return Weight(weight.data.data_ptr(), *weight.shape, int(weight.paired)), weight
+    segments = (lib.Segment * len(weight.segments))(
+        *(lib.Segment(each.data.data_ptr(), each.rows, encoding_struct(each.encoding)) for each in weight.segments)
+    )
+    rounds = int(weight.activations == "int8")
+    struct = Weight(
+        None, *weight.shape, int(weight.paired), len(segments), ctypes.addressof(segments), rounds_activations=rounds
+    )
+    return struct, (weight, segments)
+
+
+def _packed(weight: AnyWeight) -> PackedWeight | QuantizedWeight | None:
+    """The weight, if the kernels can read it."""
+    if isinstance(weight, QuantizedWeight):
+        return weight if all(segment.is_packed for segment in weight.segments) else None
+    return weight if isinstance(weight, PackedWeight) else None
 
 
 def embedding(ids: Any, weight: AnyWeight) -> Instruction | None:
     rows, columns = weight.shape
-    if weight.dtype not in TYPES or isinstance(weight, QuantizedWeight):
+    if weight.dtype not in TYPES:
         return None
     fields: dict[str, Any] = {"type": TYPES[weight.dtype]}
-    if isinstance(weight, PackedWeight):
-        fields["weight"] = _weight(weight)
-    elif weight.stride(1) == 1:
+    keep: Any = weight
+    packed = _packed(weight)
+    if packed is not None:
+        fields["weight"], keep = _weight(packed)
+    elif isinstance(weight, Tensor) and weight.stride(1) == 1:
         fields["weight"] = Weight(None, rows, columns, 0)
         fields["plain"] = Matrix(weight.data_ptr(), weight.stride(0))
     else:
         return None
     return Instruction(
-        lib.OP_EMBEDDING, {}, fields, columns, weight.dtype, work=columns, step={"input_ids": ids}, keep=(weight,)
+        lib.OP_EMBEDDING, {}, fields, columns, weight.dtype, work=columns, step={"input_ids": ids}, keep=(keep,)
     )
 
 
 def linear(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:
-    if not isinstance(weight, PackedWeight) or x.dtype != weight.dtype or not is_matrix(x):
+    packed = _packed(weight)
+    if packed is None or x.dtype != packed.dtype or not is_matrix(x):
         return None
     if bias is not None and not _is_vector(bias, x.dtype):
         return None
+    struct, keep = _weight(packed)
     fields = {
-        "weight": _weight(weight),
+        "weight": struct,
         "bias": None if bias is None else bias.data_ptr(),
         "type": TYPES[x.dtype],
         "epilogue": lib.EPILOGUE_STORE,
@@ -105,7 +133,7 @@ def linear(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction
         "rows": _rows(x),
     }
     rows, columns = weight.shape
-    return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(weight, bias))
+    return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(keep, bias))
 
 
 def logits(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:

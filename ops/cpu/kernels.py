@@ -14,7 +14,7 @@ from ops.cpu.instructions import Instruction
 from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
 from ops.dispatch import Op
 from ops.metadata import AttentionMetadata
-from ops.packed import PackedWeight
+from ops.packed import Encoding, PackedWeight, Segment
 
 _SERIAL_WORK = 1 << 15
 """Operations below which waking a second thread costs more than it saves."""
@@ -98,6 +98,17 @@ def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tenso
     data = memory.weights.empty(kernels.packed_size(rows, columns, paired), weight.dtype)
     kernels.pack(weight.data_ptr(), weight.stride(0), data.data_ptr(), rows, columns, paired, TYPES[weight.dtype])
     return PackedWeight(data, (rows, columns), paired)
+
+
+def pack_segment(kernels: Library, rows: Tensor, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
+    """The op ``pack_segment``."""
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    struct = instructions.encoding_struct(encoding)
+    address, num_rows = ctypes.addressof(struct), len(rows)
+    data = memory.weights.empty(kernels.quantized_size(address, num_rows, columns, paired), torch.uint8)
+    kernels.pack_quantized(address, rows.data_ptr(), rows.stride(0), data.data_ptr(), num_rows, columns, paired)
+    return Segment(data, num_rows, encoding)
 
 
 def unpack_linear(kernels: Library, weight: PackedWeight) -> Tensor:

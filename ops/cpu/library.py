@@ -22,6 +22,25 @@ ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5,
 """``OctavoActivation``: functions without a parameter."""
 IDENTITY, SCALE, SOFTCAP, CLIP = 0, 7, 8, 9
 """The others."""
+FORMATS = {
+    "Q4_0": 0,
+    "Q4_1": 1,
+    "Q5_0": 2,
+    "Q5_1": 3,
+    "Q8_0": 4,
+    "Q2_K": 5,
+    "Q3_K": 6,
+    "Q4_K": 7,
+    "Q5_K": 8,
+    "Q6_K": 9,
+    "IQ4_NL": 10,
+    "IQ4_XS": 11,
+    "int4": 12,
+    "int8": 13,
+}
+"""``OctavoFormat``."""
+SHIFTS = {"none": 0, "zeros": 1, "minimums": 2}
+"""``OctavoShift``."""
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
 """``OctavoNormKind``."""
 ROWS = {"tokens": 0, "samples": 1}
@@ -54,8 +73,28 @@ class Matrix(ctypes.Structure):
     _fields_ = (("data", c_void_p), ("stride", c_int64))
 
 
+class QuantizedEncoding(ctypes.Structure):
+    _fields_ = (("format", c_int32), ("group_size", c_int32), ("scale_type", c_int32), ("shift", c_int32))
+
+
+class Segment(ctypes.Structure):
+    """Consecutive rows of a quantised weight."""
+
+    _fields_ = (("data", c_void_p), ("rows", c_int32), ("encoding", QuantizedEncoding))
+
+
 class Weight(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("rows", c_int32), ("columns", c_int32), ("paired", c_int32))
+    """Also of a quantised weight, which has segments."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("paired", c_int32),
+        ("num_segments", c_int32),
+        ("segments", c_void_p),
+        ("rounds_activations", c_int32),
+    )
 
 
 class Group(ctypes.Structure):
@@ -257,6 +296,12 @@ class Library:
         self.unpack = dll.octavo_unpack
         self.unpack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
         self.unpack.restype = None
+        self.quantized_size = dll.octavo_quantized_size
+        self.quantized_size.argtypes = (c_void_p, c_int32, c_int32, c_int32)
+        self.quantized_size.restype = c_int64
+        self.pack_quantized = dll.octavo_pack_quantized
+        self.pack_quantized.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32)
+        self.pack_quantized.restype = None
         self.profile = dll.octavo_profile
         self.profile.argtypes = (c_void_p,)
         self.profile.restype = None

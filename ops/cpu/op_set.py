@@ -39,6 +39,7 @@ class CpuOps(OpSet):
     def __init__(self, library: Library) -> None:
         implementations: dict[str, Any] = {op.name: kernels.implementation(op, library) for op in _OPS}
         implementations[ops.pack_linear.name] = partial(kernels.pack_linear, library)
+        implementations[ops.pack_segment.name] = partial(kernels.pack_segment, library)
         super().__init__("cpu", implementations)
         self.library = library
         self.capability = library.capability

@@ -1,7 +1,7 @@
 """Quantised weights: packing, and products with them.
 
 The numbers of a row come in groups of 16 or more columns: ``scale * (code - offset) + minimum``, in float32. There are
-two arithmetics, which a weight carries (``QuantizedWeight.activations``):
+two ways to multiply, and a weight says which (``QuantizedWeight.activations``):
 
 ``float``: the weight's numbers are rounded to the dtype of the activations; everything else is as if the weight had
 never been quantised.
@@ -100,23 +100,27 @@ def pack_groups(
     activations: QuantizedActivations,
     paired: bool = False,
 ) -> QuantizedWeight:
-    """A weight of integer codes with a scale for each group of columns: ``scale * (code - zero) + minimum``.
+    """A weight of integer codes with a scale for each group of columns.
+
+    Their numbers are ``scale * (code - zero)``, or ``scale * code + minimum``.
 
     Args:
         codes: uint8, or int8 for codes that count from 0, [rows, columns].
         scales: float16, bfloat16 or float32 [rows, groups]. A group is a multiple of 32 columns, or a whole row.
         zeros: [rows, groups], as codes; None: 8 or 128 for uint8, 0 for int8.
-        minimums: [rows, groups] in the dtype of the scales, instead of zeros.
+        minimums: [rows, groups] in the dtype of the scales, instead of zeros, for codes in uint8.
         bits: 4 or 8.
         dtype: Of the activations.
         activations: What the weight is multiplied with.
         paired: As of ``pack_blocks``.
 
     Raises:
-        ValueError: The groups have another size, or there are other bits.
+        ValueError: The groups have another size, there are other bits, or int8 codes have minimums.
     """
     if bits not in CODE_BITS:
         raise ValueError(f"codes have 4 or 8 bits, not {bits}")
+    if minimums is not None and codes.dtype != torch.uint8:
+        raise ValueError(f"codes with minimums are uint8, not {codes.dtype}")
     (num_rows, columns), groups = codes.shape, scales.shape[1]
     group_size = columns if groups == 1 else columns // groups
     if groups > 1 and (columns % groups or group_size % BLOCK):
@@ -171,7 +175,7 @@ def decode(rows: Tensor, encoding: Encoding, columns: int) -> Codes:
     if encoding.shift == "zeros":
         return Codes(codes, scales, zeros=rest.float())
     minimums = rest.view(encoding.scale_dtype).float() if encoding.shift == "minimums" else None
-    return Codes(codes, scales, MIDDLES[encoding.format], minimums=minimums)
+    return Codes(codes, scales, 0 if minimums is not None else MIDDLES[encoding.format], minimums=minimums)
 
 
 def numbers(found: Codes) -> Tensor:

@@ -56,7 +56,7 @@ def test_groups(columns: int, groups: int, scale_dtype: torch.dtype) -> None:
         middle = high // 2
         assert torch.equal(pack(codes, scales), spread(scales) * (codes.float() - middle))
         assert torch.equal(pack(codes, scales, zeros), spread(scales) * (codes.float() - spread(zeros)))
-        shifted = spread(scales) * (codes.float() - middle) + spread(minimums)
+        shifted = spread(scales) * codes.float() + spread(minimums)
         assert torch.equal(pack(codes, scales, None, minimums), shifted)
         signed = (codes.int() - middle).to(torch.int8)
         assert torch.equal(pack(signed, scales), pack(codes, scales))

@@ -1,4 +1,5 @@
 // Packing of weights, and embedding lookup: from a plain table, or from a packed one that also serves as the LM head.
+#include "dequantize.h"
 #include "kernels.h"
 #include "packed.h"
 #include "transpose.h"
@@ -63,6 +64,17 @@ void copy_row(const T* packed, const PackedShape& shape, int row, T* out) {
 }
 
 template <class T>
+void copy_quantized_row(const OctavoWeight& weight, int row, T* out) {
+    for (const OctavoSegment* segment = weight.segments;; ++segment) {
+        if (row < segment->rows) {
+            const QuantizedLayout layout(segment->encoding, segment->rows, weight.columns, weight.paired != 0);
+            return dequantize_row(layout, static_cast<const uint8_t*>(segment->data), row, out);
+        }
+        row -= segment->rows;
+    }
+}
+
+template <class T>
 void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& team) {
     const PackedShape shape(op.weight);
     const int32_t* ids = op.of_positions ? step.positions : step.input_ids;
@@ -72,6 +84,8 @@ void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& te
         const int id = ids[i];
         if (op.plain.data)
             std::memcpy(out, static_cast<const T*>(op.plain.data) + id * op.plain.stride, shape.columns * sizeof(T));
+        else if (op.weight.num_segments)
+            copy_quantized_row(op.weight, id, out);
         else
             copy_row(static_cast<const T*>(op.weight.data), shape, id, out);
     }

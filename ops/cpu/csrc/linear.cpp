@@ -1,9 +1,7 @@
 // Linear layers: out = x W^T, with the epilogue applied while the results are in registers.
-#include "kernels.h"
-#include "norm.h"
-#include "packed.h"
+#include "linear.h"
+
 #include "panel.h"
-#include "vec_math.h"
 
 namespace octavo {
 
@@ -14,9 +12,6 @@ namespace {
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kChunkBytesPerTile = 32 << 10;
 
-// Weights are one long stream from memory, which the hardware prefetcher alone does not keep up with.
-constexpr int64_t kFetchAheadBytes = 4096;
-
 // Rows that stay in the L2 cache while panels of weights pass by.
 constexpr int64_t kRowBytesPerGroup = 512 << 10;
 constexpr int64_t kMinTilesPerGroup = 8;
@@ -24,147 +19,12 @@ constexpr int64_t kMinTilesPerGroup = 8;
 // With fewer tiles than this, converting weights for each costs less than a panel.
 constexpr int kMinTilesPerPanel = 3;
 
-// Rows a multiple of this apart map to the same few lines of the L1 cache.
-constexpr int64_t kAliasBytes = 4096;
-
-// The rows, split into tiles of nearly equal size.
-struct Tiles {
-    int rows;
-    int count;
-
-    template <class T>
-    static Tiles of(int rows) {
-        return {rows, blocks_of(rows, kRows<T>)};
-    }
-    int begin(int tile) const { return static_cast<int>(static_cast<int64_t>(rows) * tile / count); }
-};
-
-// Whether the kernel can read the rows of x in place.
-template <class T>
-bool reads_in_place(const OctavoLinear& op, int rows) {
-    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm) return false;
-    return rows <= kRows<T> || op.x.stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
-}
-
-// Copies rows into [columns / 32][rows][32]: normalised on request, converted and zero-padded.
-template <class T>
-void stage(const OctavoLinear& op, const OctavoStep& step, int begin, int rows, T* normed, LeftOf<T>* staged) {
-    const int columns = op.weight.columns;
-    const int blocks = blocks_of(columns, kBlock);
-    for (int r = 0; r < rows; ++r) {
-        const int64_t row = op.gather ? step.logits_rows[begin + r] : begin + r;
-        const T* x = static_cast<const T*>(op.x.data) + row * op.x.stride;
-        if (op.norm == kRmsNorm)
-            rms_norm(x, op.rms_norm, columns, normed);
-        else if (op.norm == kLayerNorm)
-            layer_norm(x, static_cast<const T*>(op.norm_weight), static_cast<const T*>(op.norm_bias), columns,
-                       op.norm_eps, normed);
-        if (op.norm) x = normed;
-        for (int k = 0; k < blocks; ++k) {
-            LeftOf<T>* target = staged + (static_cast<int64_t>(k) * rows + r) * kBlock;
-            for (int i = 0; i < kBlock; i += kLanes) {
-                const int count = columns - k * kBlock - i;
-                store(target + i, count > 0 ? load_first(x + k * kBlock + i, count) : zero());
-            }
-        }
-    }
-}
-
-// How the team divides the results: by columns, so that each thread streams its own weights, and also by rows if there
-// are too few columns.
-struct Grid {
-    Range tiles;
-    Range blocks;
-};
-
-Grid divide(int tiles, int blocks, int thread, int threads) {
-    int best = threads;
-    int64_t best_cost = INT64_MAX;
-    for (int parts = threads; parts >= 1; --parts) {
-        if (threads % parts) continue;
-        const int64_t cost = static_cast<int64_t>(blocks_of(blocks, parts)) * blocks_of(tiles, threads / parts);
-        if (cost < best_cost) {
-            best_cost = cost;
-            best = parts;
-        }
-    }
-    return {share(tiles, thread / best, threads / best), share(blocks, thread % best, best)};
-}
-
 // The part of the next block to prefetch during one of the products that read the current block.
 Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     const int64_t step = blocks_of(kCacheLineBytes, parts);
     const int64_t offset = part * step * (bytes / kCacheLineBytes);
     if (offset >= bytes) return {};
     return {block + offset, step};
-}
-
-// Epilogue: turns the sums of a tile's rows and one block of columns into results.
-template <class T>
-void finish(const OctavoLinear& op, const PackedShape& shape, int row, int rows, int block, const float* sums) {
-    for (int r = 0; r < rows; ++r, sums += kColumns) {
-        Vec halves[2];
-        for (int half = 0; half < 2; ++half) {
-            const int column = shape.first_row(block, half);
-            const int count = shape.rows_in(block, half);
-            Vec x = load(sums + half * kLanes);
-            if (op.bias && count) x = x + load_first(static_cast<const T*>(op.bias) + column, count);
-            if (op.epilogue == kLogits) {
-                if (op.activation) x = activate(x, op.activation, op.parameter);
-                float* out = static_cast<float*>(op.out.data) + (row + r) * op.out.stride + column;
-                if (count) store_first(out, x, count);
-                continue;
-            }
-            x = round_to<T>(x);
-            halves[half] = x;
-            if (op.epilogue == kGated || !count) continue;
-            if (op.activation) x = round_to<T>(activate(x, op.activation, op.parameter));
-            if (op.epilogue == kResidual)
-                x = load_first(static_cast<const T*>(op.residual.data) + (row + r) * op.residual.stride + column,
-                               count) +
-                    x;
-            store_first(static_cast<T*>(op.out.data) + (row + r) * op.out.stride + column, x, count);
-        }
-        if (op.epilogue != kGated) continue;
-        T* out = static_cast<T*>(op.out.data) + (row + r) * op.out.stride + block * kLanes;
-        store_first(out, round_to<T>(activate(halves[0], op.activation, op.parameter)) * halves[1],
-                    shape.rows_in(block, 0));
-    }
-}
-
-// The rows of x, in tiles: in place, or staged as [tile][columns / 32][rows of the tile][32].
-template <class T>
-struct Rows {
-    Tiles tiles;
-    const LeftOf<T>* data;
-    int64_t stride;  // in place; 0: staged
-    int64_t padded;  // columns
-
-    Left<T> tile(int begin, int count) const {
-        if (stride) return {data + begin * stride, stride, kBlock};
-        return {data + begin * padded, kBlock, static_cast<int64_t>(count) * kBlock};
-    }
-};
-
-template <class T>
-Rows<T> rows_of_x(const OctavoLinear& op, const OctavoStep& step, const Team& team, const Tiles& tiles) {
-    const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
-    if (reads_in_place<T>(op, tiles.rows))
-        return {tiles, static_cast<const LeftOf<T>*>(op.x.data), op.x.stride, padded};
-    T* normed = op.norm ? team.scratch.take<T>(padded) : nullptr;
-    if (tiles.count == 1) {  // every thread stages all rows: quicker than a barrier
-        LeftOf<T>* staged = team.scratch.take<LeftOf<T>>(tiles.rows * padded);
-        stage<T>(op, step, 0, tiles.rows, normed, staged);
-        return {tiles, staged, 0, padded};
-    }
-    LeftOf<T>* staged = reinterpret_cast<LeftOf<T>*>(team.shared.workspace);
-    const Range mine = team.share(tiles.count);
-    for (int tile = mine.begin; tile < mine.end; ++tile) {
-        const int begin = tiles.begin(tile);
-        stage<T>(op, step, begin, tiles.begin(tile + 1) - begin, normed, staged + begin * padded);
-    }
-    team.wait();
-    return {tiles, staged, 0, padded};
 }
 
 // Weights stay in the L2 cache, a chunk at a time, while all rows pass by.
@@ -191,7 +51,7 @@ void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Row
                     fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes,
                                     tile - grid.tiles.begin, num_tiles);
                 dot(count, left, packed_block(weight, shape, block, fetch), column_blocks, sums);
-                finish<T>(op, shape, begin, count, block, sums);
+                finish<T>(op, Columns::of(shape, block), begin, count, sums);
             }
         }
     }
@@ -259,7 +119,7 @@ void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Row
             for (int k = 0; k < column_blocks; k += kPanelBlocks)
                 add_products(rows, tiles, num_tiles, right, k, std::min(kPanelBlocks, column_blocks - k), buffer);
             for (int i = 0; i < num_tiles; ++i)
-                finish<T>(op, shape, tiles[i].begin, tiles[i].count, block, tiles[i].sums);
+                finish<T>(op, Columns::of(shape, block), tiles[i].begin, tiles[i].count, tiles[i].sums);
         }
     }
 }
@@ -269,7 +129,7 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     const int num_rows = rows_of(step, op.rows);
     if (num_rows == 0) return;
     const PackedShape shape(op.weight);
-    const Tiles tiles = Tiles::of<T>(num_rows);
+    const Tiles tiles = Tiles::of(num_rows, kRows<T>);
     const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
     if constexpr (kMultipliesFloat<T>) {
@@ -278,20 +138,17 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     multiply_chunks(op, shape, rows, grid);
 }
 
-template <class T>
-size_t workspace(const OctavoLinear& op, int rows) {
-    if (rows <= kRows<T> || reads_in_place<T>(op, rows)) return 0;
-    return static_cast<size_t>(rows) * blocks_of(op.weight.columns, kBlock) * kBlock * sizeof(LeftOf<T>);
-}
-
 }  // namespace
 
 void run_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    if (op.weight.num_segments) return run_quantized_linear(op, step, team);
     with_type(op.type, [&](auto number) { linear<decltype(number)>(op, step, team); });
 }
 
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step) {
-    return with_type(op.type, [&](auto number) { return workspace<decltype(number)>(op, rows_of(step, op.rows)); });
+    if (op.weight.num_segments) return quantized_linear_workspace(op, rows_of(step, op.rows));
+    return with_type(op.type,
+                     [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows_of(step, op.rows)); });
 }
 
 }  // namespace octavo

@@ -80,12 +80,51 @@ struct OctavoMatrix {
     int64_t stride;
 };
 
-// A weight packed by octavo_pack.
+// The encodings of quantised rows: blocks of GGUF, and codes with scales for groups of columns.
+enum OctavoFormat : int32_t {
+    kQ4_0 = 0,
+    kQ4_1 = 1,
+    kQ5_0 = 2,
+    kQ5_1 = 3,
+    kQ8_0 = 4,
+    kQ2_K = 5,
+    kQ3_K = 6,
+    kQ4_K = 7,
+    kQ5_K = 8,
+    kQ6_K = 9,
+    kIQ4_NL = 10,
+    kIQ4_XS = 11,
+    kInt4 = 12,
+    kInt8 = 13,
+    kNumFormats = 14,
+};
+
+// What a group of codes has beside its scale.
+enum OctavoShift : int32_t { kNoShift = 0, kZeros = 1, kMinimums = 2 };
+
+struct OctavoEncoding {
+    int32_t format;
+    int32_t group_size;  // of int4 and int8: columns that share a scale
+    int32_t scale_type;  // likewise: OctavoType of scales and minimums
+    int32_t shift;       // likewise
+};
+
+// Consecutive rows of a quantised weight, packed by octavo_pack_quantized.
+struct OctavoSegment {
+    const void* data;
+    int32_t rows;
+    OctavoEncoding encoding;
+};
+
+// A weight packed by octavo_pack, or a quantised one.
 struct OctavoWeight {
     const void* data;
-    int32_t rows;     // out_features
-    int32_t columns;  // in_features
-    int32_t paired;   // the two halves of the rows are interleaved, 16 by 16
+    int32_t rows;          // out_features
+    int32_t columns;       // in_features
+    int32_t paired;        // the two halves of the rows are interleaved, 16 by 16
+    int32_t num_segments;  // 0: not quantised
+    const OctavoSegment* segments;
+    int32_t rounds_activations;  // a quantised weight is multiplied with activations in int8
 };
 
 struct OctavoEmbedding {
@@ -231,6 +270,13 @@ OCTAVO_EXPORT void octavo_pack(const void* weight, int64_t stride, void* packed,
                                int32_t paired, int32_t type);
 OCTAVO_EXPORT void octavo_unpack(const void* packed, void* weight, int32_t rows, int32_t columns, int32_t paired,
                                  int32_t type);
+
+// Bytes of packed rows.
+OCTAVO_EXPORT int64_t octavo_quantized_size(const OctavoEncoding* encoding, int32_t rows, int32_t columns,
+                                            int32_t paired);
+// Packs quantised rows that lie `stride` bytes apart; see ops/reference/quantized.py.
+OCTAVO_EXPORT void octavo_pack_quantized(const OctavoEncoding* encoding, const void* source, int64_t stride,
+                                         void* packed, int32_t rows, int32_t columns, int32_t paired);
 
 // Prepares the process (requests AMX from the kernel). Returns 0 or an error number.
 OCTAVO_EXPORT int32_t octavo_initialize();

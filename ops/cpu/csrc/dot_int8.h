@@ -1,0 +1,47 @@
+// The inner kernel of products with quantised weights and activations in int8: a few rows times 32 columns.
+//
+// The order of operations is that of ops/reference/quantized.py, on every CPU and for any number of rows.
+#pragma once
+
+#include "quantized.h"
+
+namespace octavo {
+
+// 32 columns of a row of activations: x = scale * code.
+struct Int8Block {
+    int8_t codes[kBlock];
+    float scale;
+    float scaled_sum;     // scale * the sum of codes
+    int32_t minus_sum;    // of all codes
+    int32_t minus_first;  // of the first 16
+};
+
+// Rounds a row of numbers to int8, zero-padded; its blocks lie `stride` apart.
+template <class T>
+void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride);
+
+// Most rows per call: of kernels that decode weights as they go, and of those that read decoded ones.
+constexpr int kDirectRows = 4;
+#if defined(__AVX512F__)
+constexpr int kInt8Rows = 8;
+#elif defined(__AVX2__)
+constexpr int kInt8Rows = 4;
+#else
+constexpr int kInt8Rows = 2;
+#endif
+
+// Blocks of k that are decoded into the L1 cache for all rows to pass by.
+constexpr int kInt8PanelBlocks = 8;
+
+// sums[r][0..31] += x[r] * the weight's 32 rows that begin at `weight`. x: [columns / 32][rows]. 1 <= rows <=
+// kDirectRows.
+void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums);
+
+// The same in parts, of `blocks` decoded blocks, for up to kInt8Rows rows.
+void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,
+                 float* sums);
+
+// Decodes blocks of the weight from block k of the columns on.
+void decode_blocks(const QuantizedLayout& layout, const uint8_t* weight, int k, int blocks, DecodedBlock* out);
+
+}  // namespace octavo

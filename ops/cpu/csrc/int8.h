@@ -1,0 +1,284 @@
+// Vectors of codes and of their products with int8.
+//
+// A vector of codes holds four consecutive k of some columns, side by side, as one 32-bit number for each column. It is
+// multiplied with four numbers in int8, the same for all columns. Sums of integers are exact, so all CPUs agree.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define OCTAVO_DOT_INT8 1  // the CPU multiplies uint8 with int8 and adds four products
+#endif
+
+namespace octavo {
+
+#if defined(OCTAVO_DOT_INT8)
+constexpr bool kDotsInt8 = true;
+#else
+constexpr bool kDotsInt8 = false;
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+
+constexpr int kIntColumns = 16;
+using Codes = __m512i;
+using Totals = __m512i;
+using Floats = __m512;
+
+inline Codes load_codes(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_codes(void* p, Codes a) { _mm512_storeu_si512(p, a); }
+inline Codes splat_codes(int32_t x) { return _mm512_set1_epi32(x); }
+inline Codes both(Codes a, Codes b) { return _mm512_and_si512(a, b); }
+inline Codes either(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+template <int kBits>
+inline Codes shift_right(Codes a) {
+    return _mm512_srli_epi16(a, kBits);
+}
+template <int kBits>
+inline Codes shift_left(Codes a) {
+    return _mm512_slli_epi16(a, kBits);
+}
+// The bytes of a table of 16 at these indices.
+inline Codes lookup(const uint8_t* table, Codes indices) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
+                               indices);
+}
+inline Codes absolute(Codes a) { return _mm512_abs_epi8(a); }
+// a with the signs of b.
+inline Codes with_sign(Codes a, Codes b) {
+    return _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(b), _mm512_setzero_si512(), a);
+}
+// Sums of two products of uint8 and int8, which must fit int16.
+inline Codes multiply_pairs(Codes a, Codes b) { return _mm512_maddubs_epi16(a, b); }
+inline Codes add_pairs(Codes a, Codes b) { return _mm512_add_epi16(a, b); }
+inline Totals widen(Codes pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+#if defined(OCTAVO_DOT_INT8)
+inline Totals dot(Totals sum, Codes a, Codes b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#endif
+
+inline Totals splat_total(int32_t x) { return _mm512_set1_epi32(x); }
+inline Totals plus(Totals a, Totals b) { return _mm512_add_epi32(a, b); }
+inline Totals subtract(Totals a, Totals b) { return _mm512_sub_epi32(a, b); }
+template <int kBits>
+inline Totals times_power(Totals a) {
+    return _mm512_slli_epi32(a, kBits);
+}
+
+inline Floats to_floats(Totals a) { return _mm512_cvtepi32_ps(a); }
+inline Floats splat_floats(float x) { return _mm512_set1_ps(x); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline Vec load_integers(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Vec load_integers(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+#elif defined( \
+    __AVX2__)  // ---------------------------------------------------------------------------------------------
+
+constexpr int kIntColumns = 8;
+using Codes = __m256i;
+using Totals = __m256i;
+using Floats = __m256;
+
+inline Codes load_codes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_codes(void* p, Codes a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+inline Codes splat_codes(int32_t x) { return _mm256_set1_epi32(x); }
+inline Codes both(Codes a, Codes b) { return _mm256_and_si256(a, b); }
+inline Codes either(Codes a, Codes b) { return _mm256_or_si256(a, b); }
+template <int kBits>
+inline Codes shift_right(Codes a) {
+    return _mm256_srli_epi16(a, kBits);
+}
+template <int kBits>
+inline Codes shift_left(Codes a) {
+    return _mm256_slli_epi16(a, kBits);
+}
+inline Codes lookup(const uint8_t* table, Codes indices) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
+                               indices);
+}
+inline Codes absolute(Codes a) { return _mm256_abs_epi8(a); }
+inline Codes with_sign(Codes a, Codes b) { return _mm256_sign_epi8(a, b); }
+inline Codes multiply_pairs(Codes a, Codes b) { return _mm256_maddubs_epi16(a, b); }
+inline Codes add_pairs(Codes a, Codes b) { return _mm256_add_epi16(a, b); }
+inline Totals widen(Codes pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+#if defined(OCTAVO_DOT_INT8)
+inline Totals dot(Totals sum, Codes a, Codes b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#endif
+
+inline Totals splat_total(int32_t x) { return _mm256_set1_epi32(x); }
+inline Totals plus(Totals a, Totals b) { return _mm256_add_epi32(a, b); }
+inline Totals subtract(Totals a, Totals b) { return _mm256_sub_epi32(a, b); }
+template <int kBits>
+inline Totals times_power(Totals a) {
+    return _mm256_slli_epi32(a, kBits);
+}
+
+inline Floats to_floats(Totals a) { return _mm256_cvtepi32_ps(a); }
+inline Floats splat_floats(float x) { return _mm256_set1_ps(x); }
+inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline Vec load_integers(const uint8_t* p) {
+    return each([=](int i) {
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * kPartLanes))));
+    });
+}
+inline Vec load_integers(const int8_t* p) {
+    return each([=](int i) {
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * kPartLanes))));
+    });
+}
+
+#else  // any CPU ------------------------------------------------------------------------------------------------------
+
+constexpr int kIntColumns = 4;
+typedef uint8_t Codes __attribute__((vector_size(16)));
+typedef int32_t Totals __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(16)));
+
+inline Codes load_codes(const void* p) {
+    Codes a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+}
+inline void store_codes(void* p, Codes a) { std::memcpy(p, &a, sizeof a); }
+inline Codes splat_codes(int32_t x) { return reinterpret_cast<Codes>(Totals{x, x, x, x}); }
+inline Codes both(Codes a, Codes b) { return a & b; }
+inline Codes either(Codes a, Codes b) { return a | b; }
+template <int kBits>
+inline Codes shift_right(Codes a) {
+    return a >> static_cast<uint8_t>(kBits);
+}
+template <int kBits>
+inline Codes shift_left(Codes a) {
+    return a << static_cast<uint8_t>(kBits);
+}
+inline Codes lookup(const uint8_t* table, Codes indices) {
+    for (int i = 0; i < 16; ++i) indices[i] = table[indices[i]];
+    return indices;
+}
+inline Totals dot(Totals sum, Codes a, Codes b) {
+    for (int i = 0; i < 16; ++i) sum[i / 4] += static_cast<int32_t>(a[i]) * static_cast<int8_t>(b[i]);
+    return sum;
+}
+
+inline Totals splat_total(int32_t x) { return Totals{x, x, x, x}; }
+inline Totals subtract(Totals a, Totals b) { return a - b; }
+template <int kBits>
+inline Totals times_power(Totals a) {
+    return a * (1 << kBits);
+}
+
+inline Floats to_floats(Totals a) { return __builtin_convertvector(a, Floats); }
+inline Floats splat_floats(float x) { return part_splat(x); }
+inline Floats load_floats(const float* p) { return part_load(p); }
+inline void store_floats(float* p, Floats a) { part_store(p, a); }
+inline Floats multiply(Floats a, Floats b) { return a * b; }
+// Rounded once, as on CPUs that have an instruction for it.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    for (int i = 0; i < 4; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+    return c;
+}
+
+template <class T>
+inline Vec load_integers(const T* p) {
+    float x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i]);
+    return load(x);
+}
+
+#endif  // -------------------------------------------------------------------------------------------------------------
+
+// Selects kCount bits of each byte from kFrom on, and moves them to kTo.
+template <int kFrom, int kCount, int kTo>
+inline Codes bits_at(Codes a) {
+    constexpr int kMask = ((1 << kCount) - 1) << kTo;
+    const Codes mask = splat_codes(kMask * 0x01010101);
+    if constexpr (kFrom > kTo)
+        return both(shift_right<kFrom - kTo>(a), mask);
+    else if constexpr (kFrom < kTo)
+        return both(shift_left<kTo - kFrom>(a), mask);
+    else
+        return both(a, mask);
+}
+
+constexpr int kLines = 4;  // steps of a block: vectors of its first 16 k, each with one of its last 16
+
+// Without an instruction for it, products of 8-bit codes are made of absolute values and signs: two products of uint8
+// and int8 would not fit int16. Such codes are taken less 128.
+#if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
+template <int kBits>
+constexpr bool kTakesSigned = kBits == 8;
+#else
+template <int kBits>
+constexpr bool kTakesSigned = false;
+#endif
+
+// Totals of the products of one vector of columns with some rows, over a block of 32 k: one for all of it, or one for
+// each half.
+template <int kBits, int kGroups, int kRows>
+struct Products {
+    Totals totals[kGroups][kRows];
+
+#if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
+    // Vectors whose sums of two products still fit int16 when added up: 8 for 4 bits (8 * 2 * 15 * 127 = 30480).
+    static constexpr int kVectorsThatFit = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+    static constexpr int kVectorsPerLine = kGroups == 1 ? 2 : 1;  // that are added up together
+    static constexpr int kLinesThatFit =
+        kVectorsThatFit / kVectorsPerLine > kLines ? kLines : kVectorsThatFit / kVectorsPerLine;
+    Codes pairs[kGroups][kRows];
+
+    template <int kLine>
+    inline __attribute__((always_inline)) void add(Codes first, Codes second, int row, Codes x_first, Codes x_second) {
+        if constexpr (kTakesSigned<kBits>) {
+            add_signed(totals[0][row], first, x_first);
+            add_signed(totals[kGroups - 1][row], second, x_second);
+        } else {
+            Codes& one = pairs[0][row];
+            Codes& two = pairs[kGroups - 1][row];
+            constexpr bool kBegins = kLine % kLinesThatFit == 0;
+            one = kBegins ? multiply_pairs(first, x_first) : add_pairs(one, multiply_pairs(first, x_first));
+            two = kBegins && kGroups == 2 ? multiply_pairs(second, x_second)
+                                          : add_pairs(two, multiply_pairs(second, x_second));
+            if constexpr (kLine % kLinesThatFit == kLinesThatFit - 1) {
+                totals[0][row] = plus(totals[0][row], widen(one));
+                if constexpr (kGroups == 2) totals[1][row] = plus(totals[1][row], widen(two));
+            }
+        }
+    }
+
+    static void add_signed(Totals& total, Codes codes, Codes x) {
+        const Codes w = subtract_middle(codes);
+        total = plus(total, widen(multiply_pairs(absolute(w), with_sign(x, w))));
+    }
+    static Codes subtract_middle(Codes codes) {
+#if defined(__AVX512F__)
+        return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
+#else
+        return _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
+#endif
+    }
+#else
+    template <int kLine>
+    inline __attribute__((always_inline)) void add(Codes first, Codes second, int row, Codes x_first, Codes x_second) {
+        totals[0][row] = dot(totals[0][row], first, x_first);
+        totals[kGroups - 1][row] = dot(totals[kGroups - 1][row], second, x_second);
+    }
+#endif
+};
+
+}  // namespace octavo

@@ -1,0 +1,168 @@
+// Linear layers with quantised weights; see ops/reference/quantized.py.
+#include "dequantize.h"
+#include "dot_int8.h"
+#include "linear.h"
+
+namespace octavo {
+
+namespace {
+
+// Rows that stay in the L2 cache while panels of weights pass by.
+constexpr int64_t kRowBytesPerGroup = 256 << 10;
+
+// Calls `function(layout, rows, block, columns)` for this thread's blocks of 32 rows of the weight: `rows` are their
+// bytes, `columns` those of the result.
+template <class F>
+void each_block(const OctavoWeight& weight, const Range& mine, F function) {
+    int first_block = 0, first_row = 0;
+    for (int i = 0; i < weight.num_segments; ++i) {
+        const OctavoSegment& segment = weight.segments[i];
+        const QuantizedLayout layout(segment.encoding, segment.rows, weight.columns, weight.paired != 0);
+        const int blocks = layout.shape.row_blocks();
+        const int begin = std::max(mine.begin - first_block, 0), end = std::min(mine.end - first_block, blocks);
+        const uint8_t* data = static_cast<const uint8_t*>(segment.data);
+        for (int block = begin; block < end; ++block)
+            function(layout, data + block * layout.stride(), Columns::of(layout.shape, block, first_row));
+        first_block += blocks;
+        first_row += segment.rows;
+    }
+}
+
+int row_blocks(const OctavoWeight& weight) {
+    int result = 0;
+    for (int i = 0; i < weight.num_segments; ++i)
+        result += PackedShape(weight.segments[i].rows, weight.columns, weight.paired != 0).row_blocks();
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations in int8.
+
+// Rows in int8, as [tile][columns / 32][rows of the tile].
+struct Int8Rows {
+    Tiles tiles;
+    const Int8Block* data;
+    int blocks;  // of columns
+
+    // The rows of a tile from block k of their columns on.
+    const Int8Block* at(int tile, int k) const {
+        return data + static_cast<int64_t>(tiles.begin(tile)) * blocks + static_cast<int64_t>(k) * tiles.size(tile);
+    }
+};
+
+template <class T>
+Int8Rows int8_rows(const OctavoLinear& op, const OctavoStep& step, const Team& team, const Tiles& tiles) {
+    const int columns = op.weight.columns, blocks = blocks_of(columns, kBlock);
+    T* normed = op.norm ? team.scratch.take<T>(static_cast<size_t>(blocks) * kBlock) : nullptr;
+    const bool alone = tiles.count == 1;  // every thread rounds all rows: quicker than a barrier
+    Int8Block* data = alone ? team.scratch.take<Int8Block>(static_cast<size_t>(tiles.rows) * blocks)
+                            : reinterpret_cast<Int8Block*>(team.shared.workspace);
+    const Range mine = alone ? Range{0, 1} : team.share(tiles.count);
+    for (int tile = mine.begin; tile < mine.end; ++tile) {
+        const int begin = tiles.begin(tile), size = tiles.size(tile);
+        for (int r = 0; r < size; ++r)
+            quantize_row(read_row(op, step, begin + r, normed), columns,
+                         data + static_cast<int64_t>(begin) * blocks + r, size);
+    }
+    if (!alone) team.wait();
+    return {tiles, data, blocks};
+}
+
+// Few rows: weights are one long stream from memory.
+template <class T>
+void multiply_directly(const OctavoLinear& op, const Int8Rows& rows, const Grid& grid) {
+    alignas(kCacheLine) float sums[kDirectRows * kColumns];
+    each_block(op.weight, grid.blocks,
+               [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                   for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
+                       const int size = rows.tiles.size(tile);
+                       std::memset(sums, 0, sizeof sums);
+                       dot_int8(layout, weight, size, rows.at(tile, 0), sums);
+                       finish<T>(op, columns, rows.tiles.begin(tile), size, sums);
+                   }
+               });
+}
+
+// Many rows: some tiles of them stay in the L2 cache while all weights pass by, decoded a panel at a time.
+template <class T>
+void multiply_decoded(const OctavoLinear& op, const Int8Rows& rows, const Grid& grid, Scratch& scratch) {
+    const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
+    const int group = static_cast<int>(std::max<int64_t>(1, kRowBytesPerGroup / tile_bytes));
+    DecodedBlock* panel = scratch.take<DecodedBlock>(kInt8PanelBlocks);
+    const size_t sums_of_tile = static_cast<size_t>(kInt8Rows) * kColumns;
+    float* sums = scratch.take<float>(group * sums_of_tile);
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
+        const int last = std::min(first + group, grid.tiles.end);
+        each_block(op.weight, grid.blocks,
+                   [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                       std::memset(sums, 0, (last - first) * sums_of_tile * sizeof(float));
+                       for (int k = 0; k < rows.blocks; k += kInt8PanelBlocks) {
+                           const int blocks = std::min(kInt8PanelBlocks, rows.blocks - k);
+                           decode_blocks(layout, weight, k, blocks, panel);
+                           for (int tile = first; tile < last; ++tile)
+                               dot_decoded(layout, panel, blocks, rows.tiles.size(tile), rows.at(tile, k),
+                                           sums + (tile - first) * sums_of_tile);
+                       }
+                       for (int tile = first; tile < last; ++tile)
+                           finish<T>(op, columns, rows.tiles.begin(tile), rows.tiles.size(tile),
+                                     sums + (tile - first) * sums_of_tile);
+                   });
+    }
+}
+
+template <class T>
+void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
+    const bool directly = num_rows <= kDirectRows;
+    const Tiles tiles = Tiles::of(num_rows, directly ? kDirectRows : kInt8Rows);
+    const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
+    const Int8Rows rows = int8_rows<T>(op, step, team, tiles);
+    if (directly)
+        multiply_directly<T>(op, rows, grid);
+    else
+        multiply_decoded<T>(op, rows, grid, team.scratch);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations as they are: 32 rows of the weight are dequantised into the L2 cache and multiplied as plain ones are.
+
+template <class T>
+void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
+    const Tiles tiles = Tiles::of(num_rows, kRows<T>);
+    const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
+    const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
+    alignas(kCacheLine) float sums[kMostRows * kColumns];
+    const int blocks = blocks_of(op.weight.columns, kBlock);
+    T* numbers = team.scratch.take<T>(static_cast<size_t>(blocks) * kBlockElements);
+    const Right<T> right = {numbers, kPackedStep<T>, kPackedHalf<T>, kBlockElements};
+    each_block(op.weight, grid.blocks,
+               [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                   dequantize_rows(layout, weight, numbers);
+                   for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
+                       const int begin = tiles.begin(tile), size = tiles.size(tile);
+                       dot(size, rows.tile(begin, size), right, blocks, sums);
+                       finish<T>(op, columns, begin, size, sums);
+                   }
+               });
+}
+
+}  // namespace
+
+void run_quantized_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    const int num_rows = rows_of(step, op.rows);
+    if (num_rows == 0) return;
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        if (op.weight.rounds_activations)
+            multiply_int8<T>(op, step, team, num_rows);
+        else
+            multiply_floats<T>(op, step, team, num_rows);
+    });
+}
+
+size_t quantized_linear_workspace(const OctavoLinear& op, int rows) {
+    if (!op.weight.rounds_activations)
+        return with_type(op.type, [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows); });
+    return static_cast<size_t>(rows) * blocks_of(op.weight.columns, kBlock) * sizeof(Int8Block);
+}
+
+}  // namespace octavo

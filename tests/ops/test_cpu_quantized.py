@@ -1,0 +1,173 @@
+"""Products with quantised weights on every capability: the reference's bits, for any number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from executor.graphs import Program
+from ops.dispatch import Spec, StepInput
+from tests.ops.cpu import DTYPES, NAMES, randn, threads, use, using
+from tests.ops.quantized import BLOCK_TYPES, blocks, extreme_blocks
+from tests.ops.test_cpu_invariance import same_bits
+
+pytestmark = pytest.mark.parametrize("capability", NAMES)
+
+ROWS = 13, 1, 2, 3, 4, 5, 8
+
+_expected: dict[str, tuple[Tensor, Tensor]] = {}
+"""Results of the reference, which is the same for all capabilities."""
+
+
+class Weights:
+    """A weight as the reference and as the kernels have it."""
+
+    def __init__(self, name: str, pack: Any) -> None:
+        self.name = name
+        self.ours: ops.QuantizedWeight = pack()
+        with using("reference"):
+            self.plain: ops.QuantizedWeight = pack()
+
+    @property
+    def numbers(self) -> Tensor:
+        return ops.dequantized(self.plain)
+
+    def check(self, x: Tensor, bias: Tensor | None = None) -> None:
+        """All rows at once, then some of them, by one thread and by two."""
+        if self.name not in _expected:
+            with using("reference"):
+                _expected[self.name] = ops.logits(x, self.plain, bias), ops.linear(x, self.plain, bias)
+        logits, product = _expected[self.name]
+        for count in ROWS:
+            with threads(1 + count % 2):
+                assert same_bits(ops.logits(x[:count], self.ours, bias), logits[:count])
+                assert same_bits(ops.linear(x[:count], self.ours, bias), product[:count])
+
+
+def of_blocks(name: str, rows: Tensor, dtype: torch.dtype, activations: Any = "int8", paired: bool = False) -> Weights:
+    key = f"{name} {rows.shape} {int(rows.sum())} {dtype}"
+    return Weights(key, lambda: ops.pack_blocks([(rows, name)], dtype=dtype, activations=activations, paired=paired))
+
+
+def of_groups(
+    rows: int, columns: int, groups: int, bits: int, scale_dtype: torch.dtype, shift: str, **options: Any
+) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    scales = randn(rows, groups).to(scale_dtype)
+    zeros = (
+        torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8, generator=generator) if shift == "zeros" else None
+    )
+    minimums = randn(rows, groups, seed=1) if shift == "minimums" else None
+    key = f"{rows} {columns} {groups} {bits} {scale_dtype} {shift}"
+    return Weights(key, lambda: ops.pack_groups(codes, scales, zeros, minimums, bits=bits, **options))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_with_int8_activations(capability: str, name: str) -> None:
+    with use(capability):
+        for rows, columns, dtype in ((50, 768, torch.float32), (33, 256, torch.bfloat16)):
+            x = randn(13, columns + 3, seed=1, dtype=dtype)[:, :columns]
+            of_blocks(name, blocks(name, rows, columns), dtype).check(x, randn(rows, seed=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_extreme_codes(capability: str, name: str) -> None:
+    """Sums of products that would not fit 16 bits."""
+    x = torch.where(randn(13, 256) > 0, 2.0, -2.0)
+    x[0], x[1] = 2.0, -2.0
+    with use(capability):
+        of_blocks(name, extreme_blocks(name, 34, 256), torch.float32).check(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Q4_0", torch.float16), ("Q6_K", torch.float32), *((name, torch.bfloat16) for name in BLOCK_TYPES)],
+    ids=str,
+)
+def test_float_activations_give_the_bits_of_plain_weights(capability: str, name: str, dtype: torch.dtype) -> None:
+    rows = blocks(name, 70, 512)
+    x, bias = randn(33, 512, seed=1, dtype=dtype), randn(70, seed=2, dtype=dtype)
+    with use(capability), threads(2):
+        weights = of_blocks(name, rows, dtype, "float")
+        plain = ops.pack_linear(weights.numbers.to(dtype))
+        for count in (33, 1):
+            assert same_bits(ops.linear(x[:count], weights.ours, bias), ops.linear(x[:count], plain, bias))
+            assert same_bits(ops.logits(x[:count], weights.ours), ops.logits(x[:count], plain))
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale_dtype"),
+    [("none", torch.bfloat16), ("zeros", torch.float16), ("zeros", torch.float32), ("minimums", torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups(capability: str, bits: int, shift: str, scale_dtype: torch.dtype) -> None:
+    """Groups of 32, 64 and 96 columns, and of whole rows that are not whole blocks."""
+    with use(capability):
+        for columns, groups in ((320, 5), (288, 3), (45, 1)):
+            x, bias = randn(13, columns, seed=1), randn(50, seed=2)
+            options: Any = {"dtype": torch.float32, "activations": "int8"}
+            of_groups(50, columns, groups, bits, scale_dtype, shift, **options).check(x, bias)
+            options["activations"] = "float"
+            weights = of_groups(50, columns, groups, bits, scale_dtype, shift, **options)
+            plain = ops.pack_linear(weights.numbers)
+            assert same_bits(ops.linear(x, weights.ours, bias), ops.linear(x, plain, bias))
+            ids = torch.tensor([49, 0, 17])
+            assert torch.equal(ops.embedding(ids, weights.ours), weights.numbers[ids])
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_embedding_and_memory(capability: str, name: str) -> None:
+    rows = blocks(name, 96, 512)
+    ids = torch.tensor([95, 0, 3, 3, 31, 32], dtype=torch.int32)
+    with use(capability) as chosen:
+        for dtype in DTYPES:
+            weights = of_blocks(name, rows, dtype, paired=dtype == torch.float32)
+            assert torch.equal(ops.embedding(ids, weights.ours), weights.numbers.to(dtype)[ids])
+        assert sum(tensor.nbytes for tensor in weights.ours.tensors) <= 1.04 * rows.nbytes
+        assert name in ops.block_types("cpu") and chosen.capability == capability
+
+
+def test_programs_fuse_what_surrounds_a_product(capability: str) -> None:
+    """A layer's norm, activation, addition and selection of rows, on merged weights of two types."""
+    for dtype, activations in ((torch.bfloat16, "int8"), (torch.float32, "float")):
+        options: Any = {"dtype": dtype, "activations": activations}
+        with use(capability), threads(2):
+            mixed = [(blocks("Q4_K", 64, 256), "Q4_K"), (blocks("Q6_K", 40, 256), "Q6_K")]
+            qkv = ops.pack_blocks(mixed, **options)
+            gate_up = ops.pack_blocks([(blocks("Q5_0", 512, 256, seed=1), "Q5_0")], paired=True, **options)
+            down = ops.pack_blocks([(blocks("Q4_0", 256, 256), "Q4_0")], **options)
+            norm = randn(256, seed=3, dtype=dtype)
+
+            def run(x: Any, rows: Any) -> Any:
+                merged = ops.linear(ops.rms_norm(x, norm, 1e-5), qkv)  # noqa: B023
+                gated = ops.act_and_mul(ops.linear(ops.layer_norm(x, norm, None, 1e-5), gate_up), "silu")  # noqa: B023
+                x = ops.add(x, ops.linear(gated, down))  # noqa: B023
+                return ops.softcap(ops.logits(ops.gather_rows(x, rows), qkv), 30.0), merged  # noqa: B023
+
+            program = Program("cpu", max_tokens=20, max_samples=4)
+            x = program.input("x", Spec("tokens", 256, dtype))
+            program.finish(*run(x, StepInput("rows")))
+            assert program.python_ops == 0
+            for num_rows in (1, 3, 20):
+                tensor, rows = randn(num_rows, 256, dtype=dtype), torch.tensor([num_rows - 1, 0])
+                replayed = program.replay({"x": tensor, "rows": rows})
+                for ours, eager in zip(replayed, run(tensor, rows), strict=True):
+                    assert same_bits(ours, eager)
+
+
+def test_activations_that_are_not_finite_stay_in_their_row(capability: str) -> None:
+    x = randn(13, 128)
+    with use(capability):
+        weights = of_blocks("Q8_0", blocks("Q8_0", 40, 128), torch.float32)
+        expected = ops.linear(x, weights.ours)
+        x[3, 5], x[7, 100], x[9, :] = float("inf"), float("nan"), 0
+        result = ops.linear(x, weights.ours)
+        assert result[[3, 7]].isnan().all() and not result[9].any()
+        others = [row for row in range(13) if row not in (3, 7, 9)]
+        assert same_bits(result[others], expected[others])
