@@ -29,9 +29,8 @@ from api.openai.protocol import ChatCompletionRequest, TokenOffsets
 from api.openai.refusals import refuse_chat
 from api.openai.sampling import check_stream_fields, sampling_params
 from api.openai.structured import requested_grammar
-from api.openai.tools import ToolUse, resolve_tools
+from api.openai.tools import ToolUse, forced_grammar, resolve_tools
 from api.params.sampling import SamplingParams
-from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.parsers import (
     Content,
     Event,
@@ -90,14 +89,13 @@ class Ending(msgspec.Struct, frozen=True):
     stop_string: str | None = None
     """The stop string or pattern that matched."""
     is_context_full: bool = False
-    """With ``length``: the context was full before ``max_tokens``."""
+    """With ``length``: the end of the context was the limit, not ``max_tokens``."""
 
 
 class ChoiceText:
     """The text of one choice, delta by delta.
 
     Attributes:
-        num_tokens: Tokens so far.
         num_reasoning_tokens: Tokens inside reasoning, without its tags.
     """
 
@@ -109,7 +107,6 @@ class ChoiceText:
         "_open_call",
         "_parser",
         "num_reasoning_tokens",
-        "num_tokens",
     )
 
     def __init__(self, text_format: TextFormat, *, only_whole_calls: bool = False) -> None:
@@ -125,7 +122,6 @@ class ChoiceText:
         """Events of a call that may still be cut off."""
         self._num_calls = 0
         self._num_broken_calls = 0
-        self.num_tokens = 0
         self.num_reasoning_tokens = 0
 
     @property
@@ -138,7 +134,6 @@ class ChoiceText:
         parser = self._parser
         was_reasoning = parser.is_reasoning
         events = parser.feed(delta.text)
-        self.num_tokens += len(delta.token_ids)
         if was_reasoning and parser.is_reasoning:
             self.num_reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
@@ -197,7 +192,7 @@ class ChatAnswer:
         text_format: TextFormat,
         *,
         names_call: bool = False,
-        max_tokens: int | None = None,
+        context_is_limit: bool = False,
         prompt_text: str = "",
         prompt_token_offsets: TokenOffsets | UnsetType = UNSET,
     ) -> None:
@@ -205,7 +200,7 @@ class ChatAnswer:
         generation: The generation, not started yet.
         text_format: How to parse its text.
         names_call: Whether the client chose the function to call.
-        max_tokens: The client's limit; None: what fits in the context.
+        context_is_limit: The context ends the answer before ``max_tokens`` does.
         prompt_text: The conversation as rendered by the chat template.
         prompt_token_offsets: Positions of the prompt's tokens in that text, if requested.
         """
@@ -214,7 +209,7 @@ class ChatAnswer:
         self.generation = generation
         self.text_format = text_format
         self.names_call = names_call
-        self._max_tokens = max_tokens
+        self._context_is_limit = context_is_limit
         self._only_whole_calls = False
         self._choices: dict[int, ChoiceText] = {}
 
@@ -244,8 +239,7 @@ class ChatAnswer:
         if reason == "stop" and text is not None and text.has_calls:
             return Ending("tool_calls")
         if reason == "length":
-            num_tokens = 0 if text is None else text.num_tokens
-            return Ending(reason, is_context_full=self._max_tokens is None or num_tokens < self._max_tokens)
+            return Ending(reason, is_context_full=self._context_is_limit)
         return Ending(reason, delta.stop_reason if isinstance(delta.stop_reason, str) else None)
 
     @property
@@ -285,11 +279,12 @@ async def prepare_answer(
     grammar = await model.host.apart(work, requested_grammar, request)
     params = _sampling_params(model, request, use, grammar, max_tokens)
     if use.schema is not None:
-        grammar = await model.host.apart(work, grammar_spec, StructuredOutputsParams(json=use.schema), "tools")
+        grammar = await model.host.apart(work, forced_grammar, use.schema)
     text = await render_messages(model, request, request.messages, use.prompt_tools)
     prompt = await prompt_token_ids(model, request, text, add_special_tokens=False, max_tokens=max_tokens)
+    room = max(1, model.limits.max_model_len - len(prompt))
+    limits = [limit for limit in (params.max_tokens, model.limits.max_output_tokens) if limit]
     if fits_max_tokens and max_tokens is not None:
-        room = max(1, model.limits.max_model_len - len(prompt))
         params = msgspec.structs.replace(params, max_tokens=min(max_tokens, room))
     opened = await prompt_opened(model, request, use.prompt_tools, text)
     text_format = _text_format(model, request, use, is_constrained=grammar is not None, opened=opened)
@@ -307,7 +302,7 @@ async def prepare_answer(
         generation,
         text_format,
         names_call=use.is_named,
-        max_tokens=max_tokens,
+        context_is_limit=all(limit > room for limit in limits),
         prompt_text=text,
         prompt_token_offsets=offsets,
     )

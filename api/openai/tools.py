@@ -11,7 +11,9 @@ from api.admission import MAX_TOOLS, check_number
 from api.config import ServerConfig
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatTool, JsonObject
+from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.parsers import Tool, forced_calls_schema, forced_tools, is_single
+from engine_core.messages import GrammarSpec
 
 
 class ToolUse(msgspec.Struct, frozen=True):
@@ -99,3 +101,21 @@ def check_tools(tools: list[JsonObject]) -> None:
     except msgspec.ValidationError as error:
         text = str(error).replace("`", "").replace("at $", "at tools")
         raise RequestError(f"tools: {text}", "tools") from None
+
+
+def forced_grammar(schema: JsonObject) -> GrammarSpec:
+    """The grammar of the schema of ``forced_calls_schema``.
+
+    Raises:
+        RequestError: The parameters of a tool cannot be used as they are; the message names the tool.
+    """
+    try:
+        return grammar_spec(StructuredOutputsParams(json=schema), "tools")
+    except RequestError as error:
+        calls = schema.get("items", schema)
+        for call in calls.get("anyOf", ()):
+            try:
+                grammar_spec(StructuredOutputsParams(json=call), "tools")
+            except RequestError:
+                raise RequestError(f"{error.message} (in {call['title']!r})", "tools") from None
+        raise

@@ -11,6 +11,7 @@ import msgspec
 
 from api.errors import RequestError
 from api.model.tokenizer import Tokenizer
+from api.params.closed_objects import close_objects
 from api.params.regex_dialect import translate
 from engine_core.messages import GrammarSpec, SetVocabulary
 
@@ -67,7 +68,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
         grammar: A context-free grammar in Lark's notation.
         json_object: Any JSON object.
         disable_any_whitespace: JSON without white space between its parts.
-        disable_additional_properties: Schemas that do not mention additional properties allow none.
+        disable_additional_properties: Objects whose schema lists properties have no others, unless it says otherwise.
         whitespace_pattern: Regular expression of the white space between parts of JSON.
         enable_in_reasoning: Apply the constraint from the first token instead of after the reasoning. Default: the
             server's setting.
@@ -79,7 +80,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, forbid_unknown_field
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
+    disable_additional_properties: bool = True
     whitespace_pattern: str | None = None
     enable_in_reasoning: bool | None = None
 
@@ -143,10 +144,10 @@ def _schema_text(params: StructuredOutputsParams, name: str) -> str:
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise RequestError(f"{name} must not be nested more than {MAX_SCHEMA_DEPTH} deep", name)
     schema = json.loads(json.dumps(schema))
+    if params.disable_additional_properties and isinstance(schema, dict):
+        close_objects(schema)
     for part in _subschemas(schema):
         _check_multiple(part.get("multipleOf"), name)
-        if params.disable_additional_properties and "properties" in part and "patternProperties" not in part:
-            part.setdefault("additionalProperties", False)
         _check_min_properties(part, name)
         _say_otherwise(part)
         _put_into_engines_terms(part)

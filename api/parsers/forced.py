@@ -72,6 +72,7 @@ def _call_schema(tool: Tool, index: int) -> dict[str, Any]:
         raise ValueError(f"tools[{index}] must have a function with a name")
     assert isinstance(function, Mapping)
     return {
+        "title": name,  # for errors
         "type": "object",
         "properties": {"name": {"const": name}, "parameters": _arguments_schema(function.get("parameters"), index)},
         "required": ["name", "parameters"],

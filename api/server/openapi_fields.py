@@ -86,7 +86,7 @@ FIELDS: Mapping[str, str] = {
     "json_object": "Output any JSON object.",
     "strict": "Accepted; schemas are always enforced.",
     "disable_any_whitespace": "Write compact JSON, without white space.",
-    "disable_additional_properties": "Allow only the properties that the schema names.",
+    "disable_additional_properties": "Objects have no other properties than those listed, unless the schema says so.",
     "whitespace_pattern": "Regular expression for white space between the parts of JSON.",
     "guided_json": "Alias of structured_outputs.json.",
     "guided_regex": "Alias of structured_outputs.regex.",

@@ -7,6 +7,8 @@ import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from engine_core.messages import GrammarSpec
 from engine_core.structured.vocabulary import Vocabulary
 
@@ -27,6 +29,8 @@ _UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[.*\])")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _VALUES = ("enum", "const", "default", "examples")
 MAX_ERROR_CHARS = 300
+MAX_ALTERNATIVES = 64
+"""Alternatives that are tried to find the one at fault."""
 
 
 class GrammarError(ValueError):
@@ -65,8 +69,28 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, text: str = "") -
         raise GrammarError(f"is longer than {MAX_GRAMMAR_BYTES} bytes")
     matcher = LLMatcher(vocabulary.tokenizer, text or grammar_text(spec), log_level=0, limits=parser_limits())
     if matcher.is_error():
-        raise GrammarError(_explained(short_error(matcher.get_error()), spec))
+        error = short_error(matcher.get_error())
+        title = _alternative_at_fault(error, spec, vocabulary)
+        raise GrammarError(_explained(error, spec) + (f" (in {title!r})" if title else ""))
     return matcher
+
+
+def _alternative_at_fault(error: str, spec: GrammarSpec, vocabulary: Vocabulary) -> str:
+    """Title of the alternative of a schema, such as a tool's, that has the same error by itself; "" if none has."""
+    from llguidance import LLMatcher
+
+    schema = json.loads(spec.text) if spec.kind == "json" else None
+    while isinstance(schema, dict) and isinstance(schema.get("items"), dict):
+        schema = schema["items"]
+    alternatives = schema.get("anyOf") if isinstance(schema, dict) else None
+    for part in alternatives[:MAX_ALTERNATIVES] if isinstance(alternatives, list) else ():
+        title = part.get("title") if isinstance(part, dict) else None
+        if isinstance(title, str):
+            text = grammar_text(msgspec.structs.replace(spec, text=json.dumps(part)))
+            matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=parser_limits())
+            if matcher.is_error() and short_error(matcher.get_error()) == error:
+                return title
+    return ""
 
 
 def _explained(error: str, spec: GrammarSpec) -> str:

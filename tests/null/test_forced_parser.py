@@ -80,6 +80,7 @@ def test_single() -> None:
 def test_schema() -> None:
     calls = [
         {
+            "title": tool["function"]["name"],
             "type": "object",
             "properties": {"name": {"const": tool["function"]["name"]}, "parameters": tool["function"]["parameters"]},
             "required": ["name", "parameters"],

@@ -217,6 +217,11 @@ def test_white_space_as_json_is_written() -> None:
         ({"type": "string", "format": "zip"}, "has the unknown format 'zip'; leave it out, or write it as a pattern"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "has a oneOf whose alternatives may overlap, which is"),
         ({"type": "thing"}, "cannot be used: Invalid type: thing"),
+        (
+            {"items": {"anyOf": [{"title": "good"}, {"title": "bad", "uniqueItems": True}]}},
+            "leave it out and check the answer yourself (in 'bad')",
+        ),
+        ({"anyOf": [{"title": "A", "type": "thing"}]}, "cannot be used: Invalid type: thing (in 'A')"),
     ],
 )
 def test_errors_say_what_is_wrong_with_a_schema(schema: Any, expected: str) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from api.errors import RequestError
 from api.params.sampling import SamplingParams
-from api.params.structured import MAX_GRAMMAR_BYTES, StructuredOutputsParams, grammar_spec
+from api.params.structured import MAX_GRAMMAR_BYTES, StructuredOutputsParams
 from engine_core.messages import GrammarSpec
 from tests.unit.conftest import Api
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
-TEXT = json.dumps(SCHEMA)
+TEXT = json.dumps({**SCHEMA, "additionalProperties": False})
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
             GrammarSpec("json", TEXT, disable_any_whitespace=True),
         ),
         (
-            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}},
-            GrammarSpec("json", json.dumps({**SCHEMA, "additionalProperties": False})),
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": False}},
+            GrammarSpec("json", json.dumps(SCHEMA)),
         ),
         ({"structured_outputs": {"regex": "[a-z]+"}}, GrammarSpec("regex", "[a-z]+")),
         ({"structured_outputs": {"choice": ["é", 'b"']}}, GrammarSpec("choice", '["é", "b\\""]')),
@@ -115,22 +115,6 @@ def test_a_deeply_nested_schema_is_refused() -> None:
         schema = {"items": schema}
     with pytest.raises(RequestError, match="nested"):
         SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
-
-
-def test_additional_properties_are_disabled_everywhere_but_where_the_schema_has_a_say() -> None:
-    inner = {"properties": {"properties": {"type": "string"}}}
-    schema: dict[str, Any] = {
-        "properties": {"a": inner, "b": {"properties": {}, "additionalProperties": True}},
-        "$defs": {"c": {"anyOf": [inner]}},
-    }
-    spec = grammar_spec(StructuredOutputsParams(json=schema, disable_additional_properties=True))
-    closed = {**inner, "additionalProperties": False}
-    assert json.loads(spec.text) == {
-        "properties": {"a": closed, "b": {"properties": {}, "additionalProperties": True}},
-        "$defs": {"c": {"anyOf": [closed]}},
-        "additionalProperties": False,
-    }
-    assert schema["properties"]["a"] == inner, "the caller's schema stays as it is"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -259,7 +259,8 @@ async def test_a_function_by_name() -> None:
     (choice,) = (await api.ok(PATH, body(tool_choice=named("weather"))))["choices"]
     assert calls_of(choice["message"]) == [("weather", {"city": "x"})]
     assert choice["finish_reason"] == "stop"
-    assert schema_of(api)["properties"] == {"name": {"const": "weather"}, "parameters": CITY}
+    parameters = {**CITY, "additionalProperties": False}
+    assert schema_of(api)["properties"] == {"name": {"const": "weather"}, "parameters": parameters}
 
 
 async def test_required_without_parallel_calls() -> None:
@@ -278,6 +279,12 @@ async def test_a_schema_that_is_too_deep(api: Api) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
     error = await api.error(PATH, {"messages": HI, "tools": [tool], "tool_choice": "required"})
     assert error["param"] == "tools"
+
+
+async def test_an_error_in_one_of_the_schemas_names_its_tool(api: Api) -> None:
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"type": "object", "minProperties": 2}}}
+    error = await api.error(PATH, {"messages": HI, "tools": [WEATHER, bad, TIME], "tool_choice": "required"})
+    assert error["param"] == "tools" and error["message"].endswith("(in 'bad')")
 
 
 # -- the client

@@ -26,7 +26,7 @@ from api.responses.protocol import (
     TextConfig,
 )
 from api.responses.store import ResponseStore, StoredResponse
-from tests.fakes import CHAT_TEMPLATE, FakeServer, says
+from tests.fakes import CHAT_TEMPLATE, MODEL, FakeServer, says
 from tests.scripted import EOS, ScriptedModel
 from tests.unit.conftest import Api, LoopClock, error_of
 from tests.unit.test_openai_stream import until
@@ -152,6 +152,24 @@ async def test_answers_that_are_cut_off() -> None:
     assert (empty["status"], empty["output"]) == ("completed", [])
 
 
+async def test_json_that_is_closed_early_does_not_fill_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine closes JSON in time, which may leave tokens over."""
+    api = talker("Hello.")
+    submit = api.server.engine.submit
+
+    def early(*args: Any, params: Any, **fields: Any) -> Any:
+        params = msgspec.structs.replace(params, max_tokens=params.max_tokens - 2)
+        return submit(*args, params=params, **fields)
+
+    monkeypatch.setattr(api.server.engine, "submit", early)
+    answer = await api.ok(PATH, {"input": "hi", "max_output_tokens": 5})
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    message = await api.ok(
+        "/v1/messages", {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+    )
+    assert message["stop_reason"] == "max_tokens"
+
+
 async def test_logprobs() -> None:
     fields = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
     api = talker("Hi!")
@@ -170,7 +188,7 @@ async def test_structured_outputs() -> None:
     answer = await api.ok(PATH, {"input": "hi", "text": {"format": wanted}})
     assert answer["text"]["format"]["schema"] == CITY
     grammar = api.server.engine.submitted[0].grammar
-    assert grammar is not None and json.loads(grammar.text) == CITY
+    assert grammar is not None and json.loads(grammar.text) == {**CITY, "additionalProperties": False}
     bare = {"format": {"type": "json_schema"}}
     assert (await api.error(PATH, {"input": "hi", "text": bare}))["param"] == "text.format"
 
