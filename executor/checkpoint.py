@@ -5,10 +5,14 @@ Files are memory-mapped: a tensor is a view of the file, and its bytes are read 
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +42,8 @@ class StoredTensor:
     converting would cost a copy. Any other dtype must match the stored one, since quantised codes cannot be rounded.
     Raises ValueError if it does not.
     """
+    prefetch: Callable[[], None] = lambda: None
+    """Reads the tensor's bytes from the disk, so that ``read`` does not wait for them. Raises ModelError."""
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -73,16 +79,48 @@ class Checkpoint(Protocol):
         """How an error message refers to a missing tensor."""
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """A private memory mapping of a file, with read-ahead started."""
-    try:
-        with open_regular(path) as file:
-            # Writable (copy on write), since torch.frombuffer warns about read-only buffers.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise ModelError(f"{path}: cannot be read: {why(error)}") from error
-    mapped.madvise(mmap.MADV_WILLNEED)
-    return mapped
+class MappedFile:
+    """A file mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Maps a file.
+
+        Raises:
+            ModelError: It cannot be read.
+        """
+        self.path = path
+        try:
+            with open_regular(path) as file:
+                # Writable (copy on write), since torch.frombuffer warns about read-only buffers.
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._descriptor = os.dup(file.fileno())
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise ModelError(f"{path}: cannot be read: {why(error)}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def prefetch(self, offset: int, num_bytes: int) -> None:
+        """Reads a range into the system's page cache, of which the mapping is a view.
+
+        Raises:
+            ModelError: It cannot be read.
+        """
+        unused = memoryview(bytearray(min(num_bytes, READ_BYTES)))
+        end = offset + num_bytes
+        try:
+            while offset < end:
+                count = os.preadv(self._descriptor, [unused[: end - offset]], offset)
+                if not count:
+                    raise OSError(errno.EIO, "it has become shorter")
+                offset += count
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read: {why(error)}") from error
+
+
+READ_BYTES = 1 << 20
+"""Bytes per read: few enough for the CPU's cache."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,7 +259,8 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
     Raises:
         ModelError: The file is truncated or corrupt.
     """
-    mapped = map_file(path)
+    file = MappedFile(path)
+    mapped = file.data
     if len(mapped) < 8:
         raise ModelError(f"{path}: truncated: {len(mapped)} bytes are too few for a safetensors file")
     header_size = int.from_bytes(mapped[:8], "little")
@@ -248,7 +287,8 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         if start + end > len(mapped):
             missing = start + end - len(mapped)
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
-        stored.append(StoredTensor(name, origin, end - begin, _reader(mapped, start + begin, entry)))
+        read, prefetch = _reader(mapped, start + begin, entry), partial(file.prefetch, start + begin, end - begin)
+        stored.append(StoredTensor(name, origin, end - begin, read, prefetch))
     if start + end != len(mapped):
         raise ModelError(f"{path}: corrupt: {len(mapped) - start - end} bytes follow the last tensor")
     return stored

@@ -21,7 +21,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 
 from executor.base import ModelError
-from executor.checkpoint import FLOATS, StoredTensor, map_file
+from executor.checkpoint import FLOATS, MappedFile, StoredTensor
 from executor.config import GGUFHeader, GGUFTensor
 from executor.gguf_architectures import ARCHITECTURES
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
@@ -162,7 +162,7 @@ class GGUFCheckpoint:
         self.path = path
         self.header = header
         self.paths = [path.parent / name for name in header.files] or [path]
-        self.mapped = [map_file(each) for each in self.paths]
+        self.mapped = [MappedFile(each) for each in self.paths]
         self.entries = {tensor.name: tensor for tensor in header.tensors}
         for tensor in header.tensors:
             self._check(tensor)
@@ -187,6 +187,7 @@ class GGUFCheckpoint:
                 origin=self._origin(entry.name),
                 num_bytes=entry.num_bytes,
                 read=partial(self._read, entry, hf_names.get(entry.name)),
+                prefetch=partial(self.mapped[entry.file].prefetch, entry.offset, entry.num_bytes),
             )
             for entry in self.header.tensors
             if entry.name not in (ROPE_FACTORS, *LONGROPE_FACTORS.values())
@@ -218,7 +219,7 @@ class GGUFCheckpoint:
         kind = _type_of(tensor, self._origin(tensor.name))
         if dtype not in FLOATS:
             raise ValueError(f"has type {kind.name}; the model needs {dtype}")
-        raw = np.frombuffer(self.mapped[tensor.file], np.uint8, tensor.num_bytes, tensor.offset)
+        raw = np.frombuffer(self.mapped[tensor.file].data, np.uint8, tensor.num_bytes, tensor.offset)
         role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
         if role is not None and role in self.architecture.permuted:
             num_heads = self.config[self.architecture.permuted[role]]

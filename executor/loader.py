@@ -244,7 +244,7 @@ def load_weights(
     total = sum(stored.num_bytes for stored in found.values())
     done = 0
     progress("weights", done, total)
-    for num_bytes in _loads(checkpoint, load, order):
+    for num_bytes in _loads(checkpoint, load, order, found):
         done += num_bytes
         progress("weights", done, total)
     if targets:
@@ -252,10 +252,22 @@ def load_weights(
     packing.finish()
 
 
-def _loads(checkpoint: Checkpoint, load: Callable[[str], int], order: list[str]) -> Iterator[int]:
+def _prefetched(found: Mapping[str, StoredTensor], order: Iterable[str]) -> Iterator[str]:
+    """The names, each once its tensor has been read from the disk.
+
+    One thread reads from end to end, which disks and the system's read-ahead serve best, while others copy and pack.
+    """
+    for name in order:
+        found[name].prefetch()
+        yield name
+
+
+def _loads(
+    checkpoint: Checkpoint, load: Callable[[str], int], order: list[str], found: Mapping[str, StoredTensor]
+) -> Iterator[int]:
     """The results of ``load`` for all names, in the order in which the checkpoint has the tensors."""
     if not isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint):
-        return in_threads(load, order)
+        return in_threads(load, _prefetched(found, order))
     return map(load, filter(set(order).__contains__, checkpoint.arrivals()))
 
 

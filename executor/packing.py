@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 from zlib import crc32
 
@@ -23,6 +24,8 @@ from ops.cpu.memory import Recycler
 T = TypeVar("T")
 
 MAX_THREADS = 8
+MAX_AHEAD = 32
+"""Items that may wait for a thread."""
 LARGE = 1 / 32
 """Share of the model from which a layer counts as large."""
 PATTERN = 1 << 20
@@ -101,14 +104,20 @@ def _pack(layer: nn.Module) -> None:
 def in_threads(work: Callable[[T], int], items: Iterable[T]) -> Iterator[int]:
     """The results of ``work`` in order, computed in as many threads as there are usable cores.
 
-    After the first exception, no further work begins.
+    The calling thread takes items only a little ahead of them. After the first exception, no further work begins.
     """
     num_threads = torch.get_num_threads()
     size = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    results: deque[Future[int]] = deque()
     # Each thread would start a team of its own for a large copy, and the teams would wait for each other's cores.
     with ThreadPoolExecutor(size, "load", torch.set_num_threads, (1,)) as threads:
         try:
-            yield from threads.map(work, items)
+            for item in items:
+                results.append(threads.submit(work, item))
+                while results and (results[0].done() or len(results) > MAX_AHEAD):
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise

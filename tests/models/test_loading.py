@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from executor.base import ModelError
+from executor.checkpoint import read_safetensors
 from executor.config import ModelConfig
 from executor.loader import load_model
 from executor.parallel import ParallelState
@@ -138,6 +142,15 @@ def test_truncated_file(tmp_path: Path) -> None:
         assert str(path) in message
         assert size == 0 or "truncated" in message
     assert "tensor" in message
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    path = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model") / "model.safetensors"
+    first, *_, last = read_safetensors(path)
+    os.truncate(path, path.stat().st_size - 1)
+    first.prefetch()
+    with pytest.raises(ModelError, match=f"{re.escape(str(path))}: cannot be read: it has become shorter"):
+        last.prefetch()
 
 
 @pytest.mark.parametrize(

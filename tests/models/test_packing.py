@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
 from executor.layers.parameter import HUGE, Part, Parts, WeightParameter, Weights, single
-from executor.packing import Packing, fill_with_random_numbers, in_threads
+from executor.packing import MAX_AHEAD, Packing, fill_with_random_numbers, in_threads
 
 CPU = torch.device("cpu")
 HALVES: Parts = {"a": (Part.whole(2), Part.whole(3)), "b": (Part.whole(2, offset=2), Part.whole(3))}
@@ -97,6 +99,21 @@ def test_after_an_error_no_work_begins() -> None:
         list(in_threads(work, range(10_000)))
     assert len(begun) < 10_000
     assert torch.get_num_threads() == num_threads
+
+
+def test_items_are_taken_a_little_ahead_of_the_work() -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while taken < 300:
+            taken += 1
+            yield taken
+
+    for index, result in enumerate(in_threads(lambda item: 2 * item, items())):
+        assert result == 2 * (index + 1)
+        assert taken <= index + MAX_AHEAD + 2
+    assert taken == 300
 
 
 def test_random_weights_are_the_same_in_any_order() -> None:

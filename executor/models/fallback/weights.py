@@ -37,7 +37,14 @@ class Source:
         """The tensors that the conversion makes."""
         first = self.parts[0][1]
         num_bytes = sum(part.num_bytes for _, part in self.parts) // len(self.converter.target_patterns)
-        return [StoredTensor(name, first.origin, num_bytes, self._reader(name, model)) for name in self.targets()]
+        return [
+            StoredTensor(name, first.origin, num_bytes, self._reader(name, model), self._prefetch)
+            for name in self.targets()
+        ]
+
+    def _prefetch(self) -> None:
+        for _, part in self.parts:
+            part.prefetch()
 
     def _reader(self, name: str, model: Any) -> Callable[[torch.dtype], Tensor]:
         def read(dtype: torch.dtype) -> Tensor:
