@@ -35,73 +35,87 @@ constexpr int kRowsWithoutMask = 6;
 // Blocks of k for which 16 columns are added before the other 16 are.
 constexpr int kBlocksPerPass = 2;
 
-// One block of k for 16 columns, or for two groups of 16 that lie `half` apart: sums[r] += left[r] * right.
+// Steps of k that are unrolled. With more, GCC moves all of their prefetches to the front.
+constexpr int kUnrolled = 4;
+
+// One block of k for 16 columns, or for all 32: sums[r] += x[r] * w. `x` then points to the next 32 elements.
 //
 // Pairs of bfloat16 take the CPU's own instruction, or else the even element first and then the odd one.
 template <int kNumRows, int kHalves, class L>
-inline void add_block(Vec (*sums)[kNumRows], const L* left, int64_t row, const BFloat16* right, int64_t step,
-                      int64_t half, Fetch& fetch) {
+inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const BFloat16* w, Fetch& fetch) {
+    constexpr int kPairSize = kPair<BFloat16>, kHalf = kHalfElements<BFloat16>;
+#pragma GCC unroll 1
+    for (int s = 0; s < kSteps<BFloat16>; s += kUnrolled) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSteps<BFloat16>; ++s, left += kPair<BFloat16>, right += step) {
-        for (int h = 0; h < kHalves; ++h) advance(fetch);
+        for (int i = 0; i < kUnrolled; ++i, w += kStepElements) {
+            for (int h = 0; h < kHalves; ++h) advance(fetch);
 #if defined(__AVX512BF16__)
-        if constexpr (std::is_same_v<L, BFloat16>) {
-            __m512bh columns[kHalves];
-            for (int h = 0; h < kHalves; ++h) columns[h] = (__m512bh)_mm512_loadu_si512(right + h * half);
-            for (int r = 0; r < kNumRows; ++r) {
-                int32_t pair;
-                std::memcpy(&pair, left + r * row, sizeof pair);
-                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-                for (int h = 0; h < kHalves; ++h) sums[h][r].v = _mm512_dpbf16_ps(sums[h][r].v, columns[h], x);
+            if constexpr (std::is_same_v<L, BFloat16>) {
+                __m512bh columns[kHalves];
+                for (int h = 0; h < kHalves; ++h) columns[h] = (__m512bh)_mm512_loadu_si512(w + h * kHalf);
+                for (int r = 0; r < kNumRows; ++r) {
+                    int32_t pair;
+                    std::memcpy(&pair, x[r] + i * kPairSize, sizeof pair);
+                    const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+                    for (int h = 0; h < kHalves; ++h) sums[h][r].v = _mm512_dpbf16_ps(sums[h][r].v, columns[h], row);
+                }
+                continue;
             }
-            continue;
-        }
 #endif
-        if constexpr (std::is_same_v<L, float>) {
-            for (int h = 0; h < kHalves; ++h) {
-                const Vec even = load_even(right + h * half);
-                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row]), even, sums[h][r]);
-                // With many sums, the pairs do not stay in registers: they are read again.
-                if constexpr (kNumRows >= kRowsReadingTwice) asm volatile("" ::: "memory");
-                const Vec odd =
-                    kNumRows >= kRowsWithoutMask ? load_odd_by_shifts(right + h * half) : load_odd(right + h * half);
-                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(left[r * row + 1]), odd, sums[h][r]);
+            if constexpr (std::is_same_v<L, float>) {
+                for (int h = 0; h < kHalves; ++h) {
+                    const Vec even = load_even(w + h * kHalf);
+                    for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r][i * kPairSize]), even, sums[h][r]);
+                    // With many sums, the pairs do not stay in registers: they are read again.
+                    if constexpr (kNumRows >= kRowsReadingTwice) asm volatile("" ::: "memory");
+                    const Vec odd =
+                        kNumRows >= kRowsWithoutMask ? load_odd_by_shifts(w + h * kHalf) : load_odd(w + h * kHalf);
+                    for (int r = 0; r < kNumRows; ++r)
+                        sums[h][r] = fma(splat(x[r][i * kPairSize + 1]), odd, sums[h][r]);
+                }
             }
         }
+        x.advance(kUnrolled * kPairSize);
     }
 }
 
-// Adds the products with block number k of both halves of the columns, or of one.
-template <class T, int kNumRows, int kHalves>
-inline void add_products(Vec (*sums)[kNumRows], const Left<T>& left, const Right<T>& right, int k, int first_half,
-                         Fetch& fetch) {
-    const LeftOf<T>* x = left.data + k * left.block;
-    const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * right.half;
-    if (right.next) fetch.first = address_of(right.next[k] + first_half * (kBlock * kColumns / 2));
-    if constexpr (kNumRows >= kFetchedRows)
-        for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x + left.block + r * left.row));
-    if constexpr (kIsBFloat16<T>) {
-        // The halves are contiguous. With few rows, memory bandwidth is the limit, so they are read in order; with
-        // many, loads of the rows are, so both halves share them.
-        if constexpr (kHalves == 2 && kNumRows >= kFetchedRows) {
-            add_block<kNumRows, 2>(sums, x, left.row, w, right.step, right.half, fetch);
-        } else {
-            add_block<kNumRows, 1>(sums, x, left.row, w, right.step, 0, fetch);
-            if constexpr (kHalves == 2)
-                add_block<kNumRows, 1>(sums + 1, x, left.row, w + right.half, right.step, 0, fetch);
-        }
-    } else {
-        constexpr int kStepBytes = sizeof(T) * kHalves * kLanes;
+// The same for other types.
+template <int kNumRows, int kHalves, class L, class T>
+inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const T* w, Fetch& fetch) {
+    constexpr int kStepBytes = sizeof(T) * kHalves * kLanes;
+#pragma GCC unroll 1
+    for (int s = 0; s < kSteps<T>; s += kUnrolled) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps<T>; ++s, ++x, w += right.step) {
-            if (kStepBytes >= kCacheLineBytes || s % 2 == 0) advance(fetch);
+        for (int i = 0; i < kUnrolled; ++i, w += kStepElements) {
+            if (kStepBytes >= kCacheLineBytes || i % 2 == 0) advance(fetch);
             if constexpr (kStepBytes > kCacheLineBytes) advance(fetch);
             for (int h = 0; h < kHalves; ++h) {
-                const Vec columns = load(w + h * right.half);
-                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r * left.row]), columns, sums[h][r]);
+                const Vec columns = load(w + h * kHalfElements<T>);
+                for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r][i]), columns, sums[h][r]);
             }
         }
+        x.advance(kUnrolled);
     }
+}
+
+// Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
+template <class T, int kNumRows, int kHalves>
+inline void add_products(Vec (*sums)[kNumRows], RowPointers<LeftOf<T>, kNumRows>& x, int64_t left_block,
+                         const Right<T>& right, int k, int first_half, Fetch& fetch) {
+    const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * kHalfElements<T>;
+    if (right.next) fetch.first = address_of(right.next[k] + first_half * (kBlock * kColumns / 2));
+    if constexpr (kNumRows >= kFetchedRows)
+        for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x[r] + left_block));
+    // The halves of bfloat16 are contiguous. With few rows, memory bandwidth is the limit, so they are read in order;
+    // with many, loads of the rows are, so both halves share them.
+    if constexpr (kIsBFloat16<T> && kHalves == 2 && kNumRows < kFetchedRows) {
+        add_block<kNumRows, 1>(sums, x, w, fetch);
+        x.advance(-kBlock);
+        add_block<kNumRows, 1>(sums + 1, x, w + kHalfElements<T>, fetch);
+    } else {
+        add_block<kNumRows, kHalves>(sums, x, w, fetch);
+    }
+    x.advance(left_block - kBlock);
 }
 
 // All 32 columns in one pass if the sums fit into registers. Else 16 at a time, for a few blocks of k: so the right
@@ -122,7 +136,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
                 sums[1][r] = load(result + r * kColumns + kLanes);
             }
         }
-        for (int k = 0; k < blocks; ++k) add_products<T, kNumRows, 2>(sums, left, right, k, 0, fetch);
+        RowPointers<LeftOf<T>, kNumRows> x(left.data, left.row);
+        for (int k = 0; k < blocks; ++k) add_products<T, kNumRows, 2>(sums, x, left.block, right, k, 0, fetch);
 #pragma GCC unroll 16
         for (int r = 0; r < kNumRows; ++r) {
             store(result + r * kColumns, sums[0][r]);
@@ -140,7 +155,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
 #pragma GCC unroll 16
                     for (int r = 0; r < kNumRows; ++r) sums[0][r] = load(half + r * kColumns);
                 }
-                for (int k = begin; k < end; ++k) add_products<T, kNumRows, 1>(sums, left, right, k, h, fetch);
+                RowPointers<LeftOf<T>, kNumRows> x(left.data + begin * left.block, left.row);
+                for (int k = begin; k < end; ++k) add_products<T, kNumRows, 1>(sums, x, left.block, right, k, h, fetch);
 #pragma GCC unroll 16
                 for (int r = 0; r < kNumRows; ++r) store(half + r * kColumns, sums[0][r]);
             }
@@ -181,7 +197,7 @@ void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& righ
     configure_tiles(rows);
     const bool two = rows > amx::kTileRows;
     const long left_stride = static_cast<long>(left.row * sizeof(BFloat16));
-    const long right_stride = static_cast<long>(right.step * sizeof(BFloat16));
+    const long right_stride = static_cast<long>(kStepElements * sizeof(BFloat16));
     constexpr long kSumStride = kColumns * sizeof(float);
     amx::zero<4>();
     amx::zero<5>();
@@ -194,7 +210,7 @@ void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& righ
         const BFloat16* w = right.list ? right.list[k] : right.data + k * right.block;
         amx::load<0>(x, left_stride);
         amx::load<2>(w, right_stride);
-        amx::load<3>(w + right.half, right_stride);
+        amx::load<3>(w + kHalfElements<BFloat16>, right_stride);
         amx::dot_product<4, 0, 2>();
         amx::dot_product<5, 0, 3>();
         if (two) {

@@ -30,6 +30,11 @@ constexpr int kPair = kIsBFloat16<T> ? 2 : 1;
 template <class T>
 constexpr int kSteps = kBlock / kPair<T>;
 
+// Elements of a right factor from one step to the next, and from the first 16 columns to the last.
+constexpr int kStepElements = kColumns;
+template <class T>
+constexpr int kHalfElements = kIsBFloat16<T> ? kBlock * kColumns / 2 : kColumns / 2;
+
 // Type of the left factor that the CPU multiplies with a right factor of type T.
 #if defined(OCTAVO_DOT_BF16)
 template <class T>
@@ -64,6 +69,31 @@ struct Left {
     int64_t block;  // from one block of k to the next
 };
 
+// Pointers to some rows of a left factor that fit into registers: x86 adds once or twice the distance to an address.
+template <class T, int kNumRows>
+class RowPointers {
+public:
+    RowPointers(const T* first, int64_t distance) : distance_(distance) {
+        for (int i = 0; i < kPointers; ++i, first += kEach * distance) {
+            pointers_[i] = first;
+#if defined(__x86_64__)
+            asm("" : "+r"(pointers_[i]));  // or else GCC computes each from the first, and runs out of registers
+#endif
+        }
+    }
+    const T* operator[](int row) const { return pointers_[row / kEach] + row % kEach * distance_; }
+    void advance(int64_t elements) {
+        for (int i = 0; i < kPointers; ++i) pointers_[i] += elements;
+    }
+
+private:
+    static constexpr int kEach = 3;
+    static constexpr int kPointers = (kNumRows + kEach - 1) / kEach;
+
+    const T* pointers_[kPointers];
+    int64_t distance_;
+};
+
 // Prefetch into the L2 cache while a right factor is read: with each of its cache lines the line at `first`, which then
 // advances by `step` bytes. The default prefetches nothing and costs one instruction.
 struct Fetch {
@@ -80,8 +110,6 @@ inline void advance(Fetch& fetch) {
 template <class T>
 struct Right {
     const T* data;
-    int64_t step;                    // from one step to the next
-    int64_t half;                    // from the first 16 columns to the last
     int64_t block;                   // from one block of k to the next
     const T* const* list = nullptr;  // instead of `data` and `block`: where each block starts
     Fetch fetch = {};

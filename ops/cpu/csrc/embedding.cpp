@@ -14,13 +14,13 @@ void pack_half(const T* rows, int64_t stride, T* target) {
     constexpr int kWords = kBlock * sizeof(T) / sizeof(uint32_t);
     const int64_t row = stride * static_cast<int64_t>(sizeof(T));
     if constexpr (sizeof(T) * kPair<T> == sizeof(uint32_t)) {
-        transpose(rows, row, target, kPackedStep<T> * sizeof(T), kLanes, kWords);
+        transpose(rows, row, target, kStepElements * sizeof(T), kLanes, kWords);
     } else {
         uint32_t pairs[kWords][kLanes];  // of consecutive columns
         transpose(rows, row, pairs, sizeof pairs[0], kLanes, kWords);
         for (int i = 0; i < kWords; ++i) {
-            T* first = target + 2 * i * kPackedStep<T>;
-            T* second = first + kPackedStep<T>;
+            T* first = target + 2 * i * kStepElements;
+            T* second = first + kStepElements;
             for (int lane = 0; lane < kLanes; ++lane) {
                 first[lane].bits = static_cast<uint16_t>(pairs[i][lane]);
                 second[lane].bits = static_cast<uint16_t>(pairs[i][lane] >> 16);
@@ -37,7 +37,7 @@ void pack(const T* weight, int64_t stride, T* packed, const PackedShape& shape) 
         for (int half = 0; half < 2; ++half) {
             const T* rows = weight + shape.first_row(block, half) * stride;
             const int count = shape.rows_in(block, half);
-            T* target = packed + block * shape.block_stride() + half * kPackedHalf<T>;
+            T* target = packed + block * shape.block_stride() + half * kHalfElements<T>;
             for (int begin = 0; begin < shape.columns; begin += kBlock, target += kBlockElements) {
                 const int width = std::min(kBlock, shape.columns - begin);
                 if (count == kLanes && width == kBlock) {
@@ -59,7 +59,7 @@ void copy_row(const T* packed, const PackedShape& shape, int row, T* out) {
     const T* source = packed + place.block * shape.block_stride() + packed_offset<T>(place, 0);
     for (int begin = 0; begin < shape.columns; begin += kBlock, source += kBlockElements) {
         const int count = std::min(kBlock, shape.columns - begin);
-        for (int i = 0; i < count; ++i) out[begin + i] = source[i / kPair<T> * kPackedStep<T> + i % kPair<T>];
+        for (int i = 0; i < count; ++i) out[begin + i] = source[i / kPair<T> * kStepElements + i % kPair<T>];
     }
 }
 

@@ -45,11 +45,11 @@ struct KVCache {
 
     // The right factor of a unit's scores. While it is read, `next` is prefetched.
     static Right<T> scores_of(const T* keys, const T* next) {
-        return {keys, kPackedStep<T>, kPackedHalf<T>, kBlockElements, nullptr, {address_of(next), kCacheLineBytes}};
+        return {keys, kBlockElements, nullptr, {address_of(next), kCacheLineBytes}};
     }
     // The right factor of the weighted sum of several units.
     static Right<T> sum_of(const T* const* values, const T* const* next) {
-        return {nullptr, kPackedStep<T>, kPackedHalf<T>, 0, values, {0, kCacheLineBytes}, next};
+        return {nullptr, 0, values, {0, kCacheLineBytes}, next};
     }
 
 private:

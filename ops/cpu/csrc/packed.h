@@ -56,16 +56,10 @@ struct PackedShape {
     }
 };
 
-template <class T>
-constexpr int64_t kPackedStep = kColumns;  // elements; of bfloat16: 16 pairs
-
-template <class T>
-constexpr int64_t kPackedHalf = kIsBFloat16<T> ? kBlockElements / 2 : kLanes;
-
 // The right factor of a product with 32 rows of a packed weight.
 template <class T>
 Right<T> packed_block(const T* packed, const PackedShape& shape, int block, Fetch fetch) {
-    return {packed + block * shape.block_stride(), kPackedStep<T>, kPackedHalf<T>, kBlockElements, nullptr, fetch};
+    return {packed + block * shape.block_stride(), kBlockElements, nullptr, fetch};
 }
 
 // Offset of an element within the blocks of its 32 rows.
@@ -73,7 +67,7 @@ template <class T>
 int64_t packed_offset(const PackedRow& row, int column) {
     const int64_t block = static_cast<int64_t>(column / kBlock) * kBlockElements;
     const int step = column % kBlock / kPair<T>;
-    return block + step * kPackedStep<T> + row.half * kPackedHalf<T> + row.lane * kPair<T> + column % kPair<T>;
+    return block + step * kStepElements + row.half * kHalfElements<T> + row.lane * kPair<T> + column % kPair<T>;
 }
 
 }  // namespace octavo

@@ -64,18 +64,18 @@ void dot_panel(int rows, const Left<float>& left, const Panel& panel, int blocks
 
 template <class T>
 Panel make_panel(const Right<T>& right, int blocks, int part, float* buffer) {
-    const T* begin = right.data + part * kHalves * right.half;
-    if constexpr (std::is_same_v<T, float>) return {begin, right.step};
+    const T* begin = right.data + part * kHalves * kHalfElements<T>;
+    if constexpr (std::is_same_v<T, float>) return {begin, kStepElements};
     float* out = buffer;
     for (int k = 0; k < blocks; ++k) {
         const T* w = begin + k * right.block;
-        for (int s = 0; s < kSteps<T>; ++s, w += right.step, out += kPair<T> * kPanelColumns) {
+        for (int s = 0; s < kSteps<T>; ++s, w += kStepElements, out += kPair<T> * kPanelColumns) {
             for (int h = 0; h < kHalves; ++h) {
                 if constexpr (kIsBFloat16<T>) {
-                    store(out + h * kLanes, load_even(w + h * right.half));
-                    store(out + kPanelColumns + h * kLanes, load_odd(w + h * right.half));
+                    store(out + h * kLanes, load_even(w + h * kHalfElements<T>));
+                    store(out + kPanelColumns + h * kLanes, load_odd(w + h * kHalfElements<T>));
                 } else {
-                    store(out + h * kLanes, load(w + h * right.half));
+                    store(out + h * kLanes, load(w + h * kHalfElements<T>));
                 }
             }
         }

@@ -133,7 +133,7 @@ void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team&
     alignas(kCacheLine) float sums[kMostRows * kColumns];
     const int blocks = blocks_of(op.weight.columns, kBlock);
     T* numbers = team.scratch.take<T>(static_cast<size_t>(blocks) * kBlockElements);
-    const Right<T> right = {numbers, kPackedStep<T>, kPackedHalf<T>, kBlockElements};
+    const Right<T> right = {numbers, kBlockElements};
     each_block(op.weight, grid.blocks,
                [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
                    dequantize_rows(layout, weight, numbers);
