@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -99,7 +100,7 @@ def _parser(command: str, *, is_full: bool) -> Parser:
         nargs="*",
         metavar="MODEL TEXT",
         help="Hub id, folder or GGUF file, as for octavo serve; default: the server's model, or the demo model. With "
-        "TEXT, print the answer and exit; - stands for piped input.",
+        "TEXT, print the answer and exit; - stands for piped input. A first argument with white space is TEXT.",
     )
     own = parser.add_argument_group("flags")
     own.add_argument("--url", help=f"URL of the server, or unix:PATH for a Unix socket (default: {DEFAULT_URL}).")
@@ -129,7 +130,7 @@ def _as_flags(given: Mapping[str, Any]) -> list[str]:
 
 def _run(command: str, options: argparse.Namespace, serve_flags: list[str]) -> int:
     key = options.api_key or next((os.environ[name] for name in variables_of("api_key") if os.environ.get(name)), None)
-    model, *words = options.words or [None]
+    model, words = _model_and_texts(options.words)
     wish = Wish(model, options.url, key, options.model_name, serve_flags)
     texts = [*([options.quick] if options.quick is not None else []), *words]
     is_interactive = not texts and sys.stdin.isatty() and sys.stdout.isatty()
@@ -151,6 +152,13 @@ def _run(command: str, options: argparse.Namespace, serve_flags: list[str]) -> i
             conversation.ask(text)
             _answer(backend, conversation)
     return 0
+
+
+def _model_and_texts(words: list[str]) -> tuple[str | None, list[str]]:
+    """The model, if the first word can be one: no model but a local file has white space in its name."""
+    if words and words[0] != "-" and (len(words[0].split()) == 1 or Path(words[0]).exists()):
+        return words[0], words[1:]
+    return None, words
 
 
 def _chat(backend: Backend, conversation: Conversation) -> None:

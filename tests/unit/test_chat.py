@@ -349,6 +349,9 @@ def test_in_a_pipe_only_the_answer_is_printed(server: ScriptedServer) -> None:
     assert piped(server, text="escape").stdout == "\x1b]0;owned\x07\x1b[2J\x9b31m **bold**\n".encode()
     assert piped(server, "-q", "x").stdout == b"echo x\n"
     assert piped(server, "first", "about:", "-", text="this\n").stdout == b"echo about: this\n"
+    assert piped(server, "how are you?").stdout == b"echo how are you?\n"
+    assert piped(server, "about this:", "-", text="this\n").stdout == b"echo about this: this\n"
+    assert piped(server, "-", text="this\n").stdout == b"echo this\n"
     assert piped(server, "--model-name", "second", text="x").returncode == 0
     assert server.requests[-1]["model"] == "second"
     assert piped(server, "--system-prompt", "s", "--temperature", "0", text="x").returncode == 0
