@@ -15,7 +15,7 @@ from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.vllm_options import take_foreign
-from engine_core.config import Config, EngineConfig, Positive
+from engine_core.config import QUANTIZATIONS, Config, EngineConfig, Positive
 
 
 class Variable(NamedTuple):
@@ -458,10 +458,10 @@ def check_config(config: ServerConfig) -> None:
         if size > 1:
             raise ConfigError(f"{name} {size}: more than one worker is not supported yet; use 1")
     method = engine.executor.model.quantization
-    if method not in (None, "none", "gguf", "unquantized"):
+    if method is not None and method not in QUANTIZATIONS:
         raise ConfigError(
-            f"--quantization {method}: quantised weights are read from GGUF files only; serve a GGUF file of "
-            "the model, or the model without quantisation"
+            f"--quantization {method}: not supported yet; leave it out for models quantised with GPTQ or AWQ and for "
+            "GGUF files, or use int8 to quantise a model while it is loaded"
         )
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
         raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")

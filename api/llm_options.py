@@ -85,6 +85,7 @@ class LLMOptions(TypedDict, total=False):
     num_gpu_blocks_override: int | None
     dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
     quantization: str | None
+    quantized_activations: Literal["auto", "float", "int8"]
     max_model_len: int | str | None
     hf_overrides: dict[str, object]
     load_format: Literal["auto", "safetensors", "gguf", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"]

@@ -211,7 +211,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "quantised weights are supported in GGUF files only; serve a GGUF file of the model",
+        "config.json and --quantization say how a model is quantised",
         "quantization_config quantization_param_path",
     ),
     (

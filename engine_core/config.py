@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from executor.config import (
+    QUANTIZATIONS,
     Config,
     DeviceConfig,
     ExecutorConfig,
@@ -21,6 +22,7 @@ from executor.config import (
 )
 
 __all__ = [
+    "QUANTIZATIONS",
     "CacheConfig",
     "Config",
     "DeviceConfig",

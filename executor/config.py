@@ -15,6 +15,15 @@ from msgspec import Meta, Struct
 
 Positive = Annotated[int, Meta(ge=1)]
 
+QUANTIZATIONS_AT_LOAD = frozenset({"int8"})
+"""Values of ``--quantization`` that quantise a model while it is loaded."""
+NO_QUANTIZATION = frozenset({"none", "unquantized"})
+"""Those for weights in the dtype of the activations, whatever the checkpoint has."""
+QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""vLLM's names of kernels, and the methods of the checkpoints that they read."""
+QUANTIZATIONS = ("awq", "gguf", "gptq", *sorted(QUANTIZATIONS_AT_LOAD), "none", "unquantized", *QUANTIZATION_ALIASES)
+"""All values of ``--quantization``."""
+
 MAX_DRAFT_TOKENS = 32
 """Maximum drafts of a request in one step."""
 
@@ -73,8 +82,20 @@ class ModelConfig(Config, frozen=True):
     ] = "auto"
     quantization: Annotated[
         str | None,
-        Meta(description="Quantisation method. Default: from the model's configuration.", extra={"flags": ["-q"]}),
+        Meta(
+            description="How weights are quantised. Default: as in the model's files (gguf, gptq, awq). int8: they are "
+            "quantised while they are loaded. none: they are converted to --dtype while they are loaded.",
+            extra={"flags": ["-q"]},
+        ),
     ] = None
+    quantized_activations: Annotated[
+        Literal["auto", "float", "int8"],
+        Meta(
+            description="Arithmetic of products with quantised weights. float: that of --dtype, exactly as with the "
+            "dequantised weights. int8: activations are rounded to 8 bits in groups of 32. auto: int8 for GGUF files, "
+            "float with --dtype float32."
+        ),
+    ] = "auto"
     max_model_len: Annotated[
         Annotated[int, Meta(ge=-1)] | None,
         Meta(

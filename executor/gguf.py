@@ -172,6 +172,9 @@ class GGUFCheckpoint:
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.architecture = ARCHITECTURES[arch]
+        types = self._quantized_types()
+        if types:
+            self.config["quantization_config"] = {"quant_method": "gguf", "types": types}
         rope = self.config["rope_parameters"]
         if ROPE_FACTORS in self.entries:  # Llama 3's frequency factors, as a tensor
             rope |= {"rope_type": "frequency_factors", "factors": self._numbers(ROPE_FACTORS)}
@@ -192,6 +195,17 @@ class GGUFCheckpoint:
             for entry in self.header.tensors
             if entry.name not in (ROPE_FACTORS, *LONGROPE_FACTORS.values())
         ]
+
+    def _quantized_types(self) -> dict[str, str]:
+        """Types of quantised matrices, by all names that their modules have in any family."""
+        types = {}
+        for module, (_, gguf_name) in self.names.mapping.items():
+            entry = self.entries.get(f"{gguf_name}.weight")
+            if entry is not None and len(entry.shape) == 2:
+                kind = _type_of(entry, self._origin(entry.name))
+                if kind not in PLAIN_TYPES:
+                    types[module] = kind.name
+        return types
 
     def _numbers(self, name: str) -> list[float]:
         numbers: list[float] = self._read(self.entries[name], None, torch.float32).tolist()
@@ -217,7 +231,7 @@ class GGUFCheckpoint:
 
     def _read(self, tensor: GGUFTensor, hf_name: str | None, dtype: torch.dtype) -> Tensor:
         kind = _type_of(tensor, self._origin(tensor.name))
-        if dtype not in FLOATS:
+        if dtype not in (*FLOATS, torch.uint8):
             raise ValueError(f"has type {kind.name}; the model needs {dtype}")
         raw = np.frombuffer(self.mapped[tensor.file].data, np.uint8, tensor.num_bytes, tensor.offset)
         role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
@@ -226,6 +240,8 @@ class GGUFCheckpoint:
             raw = unpermute(raw.reshape(tensor.shape[0], -1), num_heads).reshape(-1)
         if role in self.architecture.ungrouped:
             raw = group(raw.reshape(tensor.shape[0], -1), self.config["num_attention_heads"]).reshape(-1)
+        if dtype == torch.uint8:
+            return torch.from_numpy(raw).view(tensor.shape[0], -1)
         if kind in PLAIN_TYPES:
             plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
             is_norm = hf_name is not None and hf_name.endswith("norm.weight")

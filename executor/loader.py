@@ -28,7 +28,7 @@ from executor.models.base import Model
 from executor.models.registry import resolve_model
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
-from executor.quantization import choose_quantization
+from executor.quantization import Options, choose_quantization
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
 from ops import Communicator, NotConnected, SingleRank
@@ -90,7 +90,9 @@ def load_model(
         parallel=parallel,
         dtype=choose_dtype(config, hf_config),
         device=device,
-        quantization=choose_quantization(config.quantization, hf_config.quantization),
+        quantization=choose_quantization(
+            config.quantization, hf_config.quantization, Options(config.quantized_activations, device.type)
+        ),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
     )
@@ -217,25 +219,25 @@ def load_weights(
     for name, double in doubles.items():
         if name not in found:
             found[name] = double
-        elif is_tied_by_file and _differ(double, found[name], targets[name].parameter.dtype):
+        elif is_tied_by_file and _differ(double, found[name], targets[name].parameter.stored_dtype):
             logger.warning(
                 "ignoring %s: it differs from %r, which the model's configuration uses in its place "
                 "(tie_word_embeddings; --hf-overrides '{\"tie_word_embeddings\": false}' uses both)",
                 double.origin,
                 name,
             )
-    for name in targets:
-        if name not in found:
-            raise ModelError(f"{checkpoint.origin(name)} is missing")
-
     packing = Packing(model)
+    for name in [name for name in targets if name not in found]:
+        if not targets[name].parameter.is_optional:
+            raise ModelError(f"{checkpoint.origin(name)} is missing")
+        packing.loaded(targets.pop(name).parameter)
     order = sorted(found, key=lambda name: not packing.is_large(targets[name].parameter))
 
     def load(name: str) -> int:
         stored, target = found[name], targets.pop(name)  # unpacked weights are freed once nothing refers to them
         packing.stage(target.parameter)
         try:
-            target.parameter.load(stored.read(target.parameter.dtype), target.shard_id)
+            target.parameter.load(stored.read(target.parameter.stored_dtype), target.shard_id)
         except ValueError as error:
             raise ModelError(f"{stored.origin} {error}") from error
         packing.loaded(target.parameter)

@@ -28,8 +28,6 @@ MAX_AHEAD = 32
 """Items that may wait for a thread."""
 LARGE = 1 / 32
 """Share of the model from which a layer counts as large."""
-PATTERN = 1 << 20
-"""Random numbers that are repeated to fill a parameter."""
 
 
 class Packing:
@@ -141,8 +139,9 @@ def fill_with_random_numbers(model: nn.Module) -> None:
 
     def fill(name: str) -> int:
         for parameter in parameters.pop(name):
-            packing.stage(parameter)
-            _fill(parameter, name)
+            if not parameter.is_optional:
+                packing.stage(parameter)
+                _fill(parameter, name)
             packing.loaded(parameter, len(parameter.parts))
         return 0
 
@@ -153,17 +152,7 @@ def fill_with_random_numbers(model: nn.Module) -> None:
 
 
 def _fill(parameter: WeightParameter, name: str) -> None:
-    flat = parameter.data.view(-1)
     if _NORM.search(name):
-        flat.fill_(1)
-        return
-    generator = torch.Generator().manual_seed(crc32(name.encode()))
-    count = min(len(flat), PATTERN)
-    if not flat.dtype.is_floating_point or flat.dtype == torch.float4_e2m1fn_x2:
-        flat = flat.view(torch.uint8)
-        pattern = torch.empty(count, dtype=torch.uint8).random_(0, 256, generator=generator)
+        parameter.data.fill_(1)
     else:
-        numbers = torch.empty(count, dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
-        pattern = numbers.to(flat.dtype)
-    for part in flat.split(count):
-        part.copy_(pattern[: len(part)])
+        parameter.fill_randomly(torch.Generator().manual_seed(crc32(name.encode())))

@@ -66,7 +66,9 @@ def check_supported(fields: Mapping[str, Any], quantization: str | None = None, 
     saved = fields.get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ModelError("quantization_config must be an object")
-    quantization_name(quantization, saved)
+    if quantization == "gguf":
+        raise ModelError("--quantization is gguf, but the model is no GGUF file; name one, or use --load-format gguf")
+    quantization_name(quantization, saved or None)
 
 
 def _check_granite(architecture: str, fields: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from ops.reference.basic import (
     multiply,
     pack_linear,
     scale,
+    select_columns,
     softcap,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
@@ -70,6 +71,7 @@ __all__ = [
     "rotary_embedding",
     "sample",
     "scale",
+    "select_columns",
     "shard_ids",
     "short_conv",
     "softcap",

@@ -215,20 +215,27 @@ PERMUTED = {"arcee", "granite", "llama", "mistral3", "olmo", "smollm3"}
 """Architectures whose rows of q and k the converter reorders."""
 
 
-def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float] | None = None) -> GGUFModel:
+def gguf_file(
+    folder: Path,
+    kind: GGMLQuantizationType,
+    rope_factors: list[float] | None = None,
+    kinds: Mapping[str, GGMLQuantizationType] | None = None,
+) -> GGUFModel:
     """Writes a checkpoint as convert_hf_to_gguf does; vectors stay float32.
 
     Args:
         folder: What ``checkpoint`` returned.
         kind: Type of the matrices. K-quants get random blocks instead of the folder's weights.
         rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
+        kinds: Types of the matrices whose names contain a text, instead of ``kind``.
     """
     import transformers
 
     config = json.loads((folder / "config.json").read_text())
     kind_of_model = config["model_type"].removesuffix("_text")
     arch = GGUF_NAMES.get(kind_of_model, kind_of_model)
-    path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}.gguf"
+    mix = "-mix" + "-".join(each.name for each in kinds.values()) if kinds else ""
+    path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}{mix}.gguf"
     writer = gguf.GGUFWriter(path, arch)
     common = transformers.AutoConfig.from_pretrained(folder)  # under the common names
     heads = common.num_attention_heads
@@ -264,7 +271,8 @@ def gguf_file(folder: Path, kind: GGMLQuantizationType, rope_factors: list[float
         num_heads = heads if ".q_proj." in name else kv_heads
         if permuted:
             data = permute(data, num_heads)
-        stored = kind if data.ndim > 1 else GGMLQuantizationType.F32
+        chosen = next((each for text, each in (kinds or {}).items() if text in name), kind)
+        stored = chosen if data.ndim > 1 else GGMLQuantizationType.F32
         raw = random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name

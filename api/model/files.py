@@ -130,8 +130,6 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     if not config.offers_generation:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
-    if header is not None and model.quantization == "gguf":
-        model = replace(model, quantization=None)  # the file itself defines it
     config = with_parsers(config, files.chat_template)
     return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
 

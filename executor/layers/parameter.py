@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ops.cpu.memory import map_zeros
 
 HUGE = 2 << 20
 """Bytes from which memory is worth a mapping in huge pages: most of the time of loading was spent in page faults."""
+
+PATTERN = 1 << 20
+"""Random numbers that are repeated to fill a parameter."""
 
 ShardId = str | None
 """Identifies one of the checkpoint tensors that share a parameter, by the name of its module, a sibling of the layer's.
@@ -101,12 +105,25 @@ class Part:
 
     def alone(self) -> Part:
         """The same elements, placed at the beginning of a parameter."""
-        first = min(each.offset for each in self.ranges)
-        return replace(self, ranges=tuple(replace(each, offset=each.offset - first) for each in self.ranges))
+        return self.moved(-self.start)
+
+    def moved(self, distance: int) -> Part:
+        """The same elements, further along in the parameter."""
+        return replace(self, ranges=tuple(replace(each, offset=each.offset + distance) for each in self.ranges))
+
+    def times(self, count: int) -> Part:
+        """The same elements in a tensor with ``count`` entries for each element of this dimension."""
+        ranges = (Range(each.start * count, each.size * count, each.offset * count) for each in self.ranges)
+        return replace(self, full=self.full * count, ranges=tuple(ranges))
 
     @property
     def size(self) -> int:
         return sum(each.size for each in self.ranges)
+
+    @property
+    def start(self) -> int:
+        """Start of the part in the parameter."""
+        return min((each.offset for each in self.ranges), default=0)
 
     @property
     def end(self) -> int:
@@ -145,6 +162,9 @@ def single(*dims: Part) -> Parts:
     return {None: dims}
 
 
+P = TypeVar("P", bound="WeightParameter")
+
+
 class WeightParameter(nn.Parameter):
     """A parameter filled from checkpoint tensors.
 
@@ -153,14 +173,16 @@ class WeightParameter(nn.Parameter):
     """
 
     parts: Parts
+    is_optional: bool = False
+    """Its content is right already if the checkpoint has no such tensor."""
 
-    def __new__(cls, data: Tensor, parts: Parts) -> WeightParameter:
+    def __new__(cls: type[P], data: Tensor, parts: Parts) -> P:
         parameter = super().__new__(cls, data, requires_grad=False)
         parameter.parts = parts
         return parameter
 
     @classmethod
-    def empty(cls, parts: Parts, *, dtype: torch.dtype, device: torch.device) -> WeightParameter:
+    def empty(cls: type[P], parts: Parts, *, dtype: torch.dtype, device: torch.device) -> P:
         """An uninitialised parameter of exactly the size of its parts."""
         shape = [max(part.end for part in dim) for dim in zip(*parts.values(), strict=True)]
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
@@ -168,23 +190,53 @@ class WeightParameter(nn.Parameter):
             return cls(map_zeros(num_bytes).view(dtype).view(shape), parts)
         return cls(torch.empty(shape, dtype=dtype, device=device), parts)
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype as which ``load`` takes tensors; see ``StoredTensor.read``."""
+        return self.dtype
+
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         """Copies this rank's share of a checkpoint tensor, rounding to the parameter's dtype.
 
         Raises:
             ValueError: The tensor's shape does not match the model.
         """
+        for source, place in self.shares(tensor, shard_id):
+            target = self.data
+            for dim, each in enumerate(place):
+                target = target.narrow(dim, each.offset, each.size)
+            target.copy_(source)
+
+    def shares(self, tensor: Tensor, shard_id: ShardId) -> Iterator[tuple[Tensor, tuple[Range, ...]]]:
+        """The pieces of a checkpoint tensor that this rank holds, and where they belong. Raises as ``load`` does."""
         dims = self.parts[shard_id]
         expected = [part.full for part in dims if not part.is_stacked]
         if list(tensor.shape) != expected:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {expected}")
+            shape, needed = self.in_numbers(list(tensor.shape)), self.in_numbers(expected)
+            raise ValueError(f"has shape {shape}, the model needs {needed}")
         tensor = tensor.reshape([part.full for part in dims])
-        for block in product(*(part.ranges for part in dims)):
-            source, target = tensor, self.data
-            for dim, each in enumerate(block):
+        for place in product(*(part.ranges for part in dims)):
+            source = tensor
+            for dim, each in enumerate(place):
                 source = source.narrow(dim, each.start, each.size)
-                target = target.narrow(dim, each.offset, each.size)
-            target.copy_(source)
+            yield source, place
+
+    def in_numbers(self, shape: list[int]) -> list[int]:
+        """A tensor's shape, for messages: in a format of blocks that of its numbers."""
+        return shape
+
+    def fill_randomly(self, generator: torch.Generator) -> None:
+        """Fills in small numbers, or arbitrary bytes if they are no numbers: a short pattern, repeated."""
+        flat = self.data.view(-1)
+        count = min(len(flat), PATTERN)
+        if not flat.dtype.is_floating_point or flat.dtype == torch.float4_e2m1fn_x2:
+            flat = flat.view(torch.uint8)
+            pattern = torch.empty(count, dtype=torch.uint8).random_(0, 256, generator=generator)
+        else:
+            numbers = torch.empty(count, dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
+            pattern = numbers.to(flat.dtype)
+        for part in flat.split(count):
+            part.copy_(pattern[: len(part)])
 
 
 class Weights(nn.Module, ABC):

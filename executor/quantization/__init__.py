@@ -4,8 +4,9 @@ from executor.quantization.base import (
     REGISTRY,
     EmbeddingMethod,
     LinearMethod,
+    Options,
     QuantizationConfig,
     choose_quantization,
 )
 
-__all__ = ["REGISTRY", "EmbeddingMethod", "LinearMethod", "QuantizationConfig", "choose_quantization"]
+__all__ = ["REGISTRY", "EmbeddingMethod", "LinearMethod", "Options", "QuantizationConfig", "choose_quantization"]

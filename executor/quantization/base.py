@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from executor.base import ModelError
+from executor.config import NO_QUANTIZATION, QUANTIZATION_ALIASES, QUANTIZATIONS_AT_LOAD
+from executor.quantization.fields import check_fields
 from executor.registry import resolve
 
 if TYPE_CHECKING:  # the names of methods are known without torch
@@ -89,11 +91,27 @@ class EmbeddingMethod(Protocol[W]):
         """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size]."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """How quantised weights are used, as the command line says."""
+
+    activations: Literal["auto", "float", "int8"] = "auto"
+    """``--quantized-activations``."""
+    device_type: str = "cpu"
+    """As torch names it."""
+    dequantize: bool = False
+    """Quantised weights of the checkpoint are converted to the dtype of the activations while they are loaded."""
+
+
 class QuantizationConfig(Protocol):
     """A quantisation method as configured by one model."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Takes the ``quantization_config`` of config.json, empty if there is none."""
+    def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
+        """Takes the ``quantization_config`` of config.json, empty if there is none.
+
+        Raises:
+            ModelError: A field is invalid, or asks for something that is not supported.
+        """
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
         """The method of a linear layer.
@@ -107,31 +125,63 @@ class QuantizationConfig(Protocol):
         """The method of the named embedding or output layer."""
 
 
-REGISTRY = {"unquantized": "executor.quantization.unquantized:Unquantized"}
+REGISTRY = {
+    "awq": "executor.quantization.awq:AWQ",
+    "gguf": "executor.quantization.gguf:GGUF",
+    "gptq": "executor.quantization.gptq:GPTQ",
+    "int8": "executor.quantization.at_load:Int8",
+    "unquantized": "executor.quantization.unquantized:Unquantized",
+}
 
 
-def choose_quantization(name: str | None, fields: Mapping[str, Any] | None) -> QuantizationConfig:
+def choose_quantization(
+    name: str | None, fields: Mapping[str, Any] | None, options: Options = Options()
+) -> QuantizationConfig:
     """The quantisation named by the model's configuration or, failing that, by the command line.
 
     Args:
         name: ``--quantization``.
         fields: ``quantization_config`` of config.json.
+        options: How the weights are used.
 
     Raises:
-        ModelError: The method is unknown, or the two contradict each other.
+        ModelError: The method is not supported, or the two contradict each other.
     """
-    factory: type[QuantizationConfig] = resolve(REGISTRY, quantization_name(name, fields), "quantization")
-    return factory(fields or {})
+    method = quantization_name(name, fields)
+    # Until all formats have kernels, blocks of GGUF files are dequantised unless the command line names them.
+    dequantize = name in NO_QUANTIZATION or (method == "gguf" and name is None)
+    factory: type[QuantizationConfig] = resolve(REGISTRY, method, "quantization")
+    return factory(fields or {}, replace(options, dequantize=dequantize))
 
 
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
-    """The name of the method that ``choose_quantization`` would return. Raises the same errors."""
-    saved = None if fields is None else str(fields.get("quant_method"))
-    chosen = saved or name or "unquantized"
-    if name is not None and name != chosen:
-        raise ModelError(f"--quantization is {name}, but the model's config.json says quant_method: {saved}")
-    if chosen not in REGISTRY:
+    """The name of the method that ``choose_quantization`` would return. Raises the same errors. Needs no torch."""
+    wanted = None if name is None else QUANTIZATION_ALIASES.get(name, name)
+    at_load = " or ".join(QUANTIZATIONS_AT_LOAD)
+    if fields is None:
+        if wanted is None or wanted in NO_QUANTIZATION or wanted == "gguf":  # a GGUF file of plain numbers
+            return "unquantized"
+        if wanted in QUANTIZATIONS_AT_LOAD:
+            return wanted
         raise ModelError(
-            f"weights quantised with {chosen!r} are not supported yet; serve the unquantised model, or a GGUF version"
+            f"--quantization is {name}, but the model is not quantised; leave it out, or use {at_load} to quantise "
+            "the model while it is loaded"
         )
-    return chosen
+    saved = fields.get("quant_method")
+    stored = sorted(REGISTRY.keys() - QUANTIZATIONS_AT_LOAD - {"unquantized"})
+    if not isinstance(saved, str):
+        raise ModelError("quantization_config: quant_method is missing; serve the unquantised model, or a GGUF version")
+    if saved not in stored:
+        raise ModelError(
+            f"weights quantised with {saved[:100]!r} are not supported yet; serve the unquantised model (with "
+            f"--quantization {at_load} it gets smaller), or one quantised with {', '.join(stored)}"
+        )
+    if wanted in QUANTIZATIONS_AT_LOAD:
+        raise ModelError(
+            f"--quantization is {name}, but the model is already quantised with {saved}; leave it out, or serve the "
+            "unquantised model"
+        )
+    if wanted is not None and wanted not in NO_QUANTIZATION and wanted != saved:
+        raise ModelError(f"--quantization is {name}, but the model's config.json says quant_method: {saved}")
+    check_fields(saved, fields)
+    return saved

@@ -132,6 +132,17 @@ def gather_rows(x: Tensor, rows: Tensor | StepInput) -> Tensor:
     return x[rows]
 
 
+@op(lambda x, columns: Spec(x.spec.rows, len(columns), x.spec.dtype))
+def select_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns of ``x`` [rows, width] in another order.
+
+    Args:
+        x: [rows, width].
+        columns: int64 [selected].
+    """
+    return x[:, columns]
+
+
 @op(lambda weight, paired=False: Spec("", weight.shape[1], weight.dtype))
 def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     """Converts a linear weight to the layout that this device's ``linear`` reads. The reference returns it unchanged.
@@ -161,5 +172,6 @@ __all__ = [
     "logits",
     "pack_linear",
     "scale",
+    "select_columns",
     "softcap",
 ]

@@ -23,7 +23,7 @@ from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts
 from executor.models.llama import LlamaForCausalLM
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, TableShape
+from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, TableShape
 from executor.quantization.unquantized import UnquantizedLinear
 from ops.dispatch import Spec, op
 
@@ -161,7 +161,7 @@ class Int8Embedding:
 class Toy:
     """``ignore`` lists modules of the checkpoint that are not quantised."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.ignore = set(fields.get("ignore", []))
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from executor.config import QUANTIZATION_ALIASES, QUANTIZATIONS
+from executor.quantization.base import REGISTRY
 from executor.registry import resolve
 
 
@@ -14,3 +16,8 @@ def test_names_stand_for_what_a_module_has() -> None:
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"^unknown colour 'red'; choose from blue, green$"):
         resolve({"green": "nowhere:nothing", "blue": "nowhere:nothing"}, "red", "colour")
+
+
+def test_the_flag_knows_the_quantisations() -> None:
+    assert set(QUANTIZATIONS) == REGISTRY.keys() | QUANTIZATION_ALIASES.keys() | {"none"}
+    assert set(QUANTIZATION_ALIASES.values()) <= REGISTRY.keys()

@@ -234,7 +234,8 @@ def test_a_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
             "values; choose a model with one of: ",
         ),
         ({"architectures": None}, "architectures must be a list"),
-        ({"quantization_config": {"quant_method": "awq"}}, "weights quantised with 'awq' are not supported yet"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights quantised with 'fp8' are not supported yet"),
+        ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv' is not supported"),
     ],
 )
 def test_what_cannot_be_served_is_not_downloaded(

@@ -1,0 +1,136 @@
+"""The ``quantization_config`` of config.json for each method, and what of it is supported. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct, field
+
+from executor.base import ModelError
+
+
+class GPTQFields(Struct, frozen=True, kw_only=True):
+    """As AutoGPTQ, GPTQModel and auto-round write it."""
+
+    bits: int
+    group_size: int = 128
+    """-1: all columns."""
+    desc_act: bool = False
+    sym: bool = True
+    quant_method: str = "gptq"
+    checkpoint_format: str | None = None
+    format: str | None = None
+    lm_head: bool = False
+    dynamic: dict[str, dict[str, Any]] | None = None
+    """Expressions for names of modules, after ``-:`` for those that are not quantised, and fields that differ there."""
+    modules_in_block_to_quantize: list[list[str] | str] | None = None
+    modules_to_not_convert: list[str] | None = None
+
+    def check(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
+        if self.layout not in ("gptq", "gptq_v2"):
+            raise ValueError(f"the format {self.layout!r} is not supported; save the model as gptq or gptq_v2")
+        for module, changes in self.overrides().items():
+            try:
+                re.compile(module)
+                msgspec.structs.replace(self, dynamic=None, **changes).check()
+            except (TypeError, ValueError, re.error) as error:
+                raise ValueError(f"dynamic: {module!r}: {error}") from None
+
+    @property
+    def layout(self) -> str:
+        return self.checkpoint_format or self.format or "gptq"
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """Fields that differ for modules whose names match an expression."""
+        return {name.removeprefix("+:"): each for name, each in (self.dynamic or {}).items() if name[:2] != "-:"}
+
+    def of_module(self, name: str) -> GPTQFields | None:
+        """The fields of a module; None: it is not quantised."""
+        if self.modules_to_not_convert and is_listed(name, self.modules_to_not_convert):
+            return None
+        if self.modules_in_block_to_quantize is not None:
+            listed = [each for group in self.modules_in_block_to_quantize for each in _several(group)]
+            if not any(name.endswith(f".{each}") for each in listed):
+                return None
+        for pattern, changes in (self.dynamic or {}).items():
+            if pattern.startswith("-:"):
+                if re.match(pattern[2:], name):
+                    return None
+            elif re.match(pattern.removeprefix("+:"), name):
+                return msgspec.structs.replace(self, dynamic=None, **changes)
+        return self
+
+
+def _several(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
+class AWQFields(Struct, frozen=True, kw_only=True):
+    """As AutoAWQ writes it; ``w_bit`` and ``q_group_size`` are its older names."""
+
+    bits: int = field(default=4)
+    group_size: int = 128
+    zero_point: bool = True
+    version: str = "gemm"
+    modules_to_not_convert: list[str] | None = None
+
+    def check(self) -> None:
+        if self.bits != 4:
+            raise ValueError(f"bits must be 4, not {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
+        if self.version.lower() != "gemm":
+            raise ValueError(f"version {self.version!r} is not supported; save the model with version gemm")
+
+    def of_module(self, name: str) -> AWQFields | None:
+        """The fields of a module; None: it is not quantised."""
+        return None if is_listed(name, self.modules_to_not_convert or []) else self
+
+
+def is_listed(name: str, exceptions: list[str]) -> bool:
+    """Whether a list of exceptions has a module, one that it is in, or parts of its name, as transformers reads it."""
+    return any(f".{each}." in f".{name}." or name.startswith(each) for each in exceptions)
+
+
+F = TypeVar("F", GPTQFields, AWQFields)
+
+
+def check_fields(method: str, values: Mapping[str, Any]) -> None:
+    """Checks the fields of a method that has any.
+
+    Raises:
+        ModelError: One is invalid, or asks for something that is not supported.
+    """
+    if method in READERS:
+        READERS[method](values)
+
+
+def gptq_fields(values: Mapping[str, Any]) -> GPTQFields:
+    """Raises as ``check_fields`` does."""
+    return _read(GPTQFields, values)
+
+
+def awq_fields(values: Mapping[str, Any]) -> AWQFields:
+    """Raises as ``check_fields`` does."""
+    return _read(AWQFields, values)
+
+
+def _read(kind: type[F], values: Mapping[str, Any]) -> F:
+    old = {"w_bit": "bits", "q_group_size": "group_size"}
+    try:
+        result = msgspec.convert({old.get(name, name): value for name, value in values.items()}, kind)
+        result.check()
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ModelError(f"quantization_config: {str(error)[:300]}") from error
+    return result
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"awq": awq_fields, "gptq": gptq_fields}
+"""By ``quant_method``."""

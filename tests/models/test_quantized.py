@@ -1,0 +1,288 @@
+"""Quantised checkpoints: their logits are those of the numbers that they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from executor.base import ModelError
+from executor.parallel import ParallelState
+from executor.quantization.at_load import Int8Weights
+from executor.quantization.unquantized import PlainLinear
+from executor.supported import check_supported
+from tests import tiny
+from tests.models.harness import assert_close, load, logits_of, random_tokens, refusal
+from tests.thread_ranks import ThreadRank, on_ranks
+
+Tensors = dict[str, Tensor]
+
+FIELDS: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+def words_of(numbers: Tensor, bits: int) -> Tensor:
+    """int32 [words, columns]: the numbers [rows, columns] of each column as a stream of bits, the lowest first."""
+    rows, columns = numbers.shape
+    words = torch.zeros(rows * bits // 32, columns, dtype=torch.int64)
+    for row in range(rows):
+        for bit in range(bits):
+            word, place = divmod(row * bits + bit, 32)
+            words[word] |= (numbers[row].long() >> bit & 1) << place
+    return words.to(torch.uint32).view(torch.int32)
+
+
+def quantized(weight: Tensor, bits: int, group_of: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [columns, rows], zero points and float16 scales [groups, rows] of a weight [rows, columns]."""
+    most = (1 << bits) - 1
+    zeros, scales = [], []
+    inputs = weight.t()
+    for group in range(int(group_of.max()) + 1):
+        part = inputs[group_of == group]
+        low, high = part.amin(0).clamp(max=0), part.amax(0).clamp(min=0)
+        if symmetric:
+            scales.append((2 * part.abs().amax(0) / most).half())
+            zeros.append(torch.full_like(low, 1 << bits - 1))
+        else:
+            scales.append(((high - low) / most).half())
+            zeros.append((-low / scales[-1].float()).round().clamp(0, most))
+    result = torch.empty(inputs.shape, dtype=torch.int64)
+    for group, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        here = group_of == group
+        result[here] = (inputs[here] / scale.float() + zero).round().clamp(0, most).long()
+    return result, torch.stack(zeros).long(), torch.stack(scales)
+
+
+def meaning(codes: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor) -> Tensor:
+    numbers: Tensor = (codes - zeros[group_of]) * scales.float()[group_of]
+    return numbers.t().contiguous()
+
+
+def gptq_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
+    """The tensors of a module, and the weight that they stand for."""
+    bits, size = config["bits"], config["group_size"]
+    columns = weight.shape[1]
+    size = columns if size == -1 else size
+    group_of = torch.arange(columns)[order.argsort()] // size if config["desc_act"] else torch.arange(columns) // size
+    codes, zeros, scales = quantized(weight, bits, group_of, symmetric=config["sym"])
+    words = words_of(zeros.t(), bits).t().contiguous()
+    if config.get("checkpoint_format") != "gptq_v2":
+        if bits == 3:
+            words = words_of((zeros.t() - 1) & 7, bits).t().contiguous()
+        else:  # from whole words, as GPTQModel does
+            words = words - {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits]
+    tensors = {"qweight": words_of(codes, bits), "qzeros": words, "scales": scales, "g_idx": group_of.int()}
+    return tensors, meaning(codes, zeros, scales, group_of)
+
+
+def awq_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
+    group_of = torch.arange(weight.shape[1]) // config["group_size"]
+    codes, zeros, scales = quantized(weight, 4, group_of, symmetric=False)
+
+    def words(numbers: Tensor) -> Tensor:
+        eights = numbers.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+        result = torch.stack([eights[:, :, place] << 4 * place for place in range(8)]).sum(0)
+        return result.to(torch.uint32).view(torch.int32)
+
+    return {"qweight": words(codes), "qzeros": words(zeros), "scales": scales}, meaning(codes, zeros, scales, group_of)
+
+
+Module = Callable[[Tensor, Mapping[str, Any], Tensor], tuple[Tensors, Tensor]]
+
+
+def written(
+    tmp_path: Path,
+    module: Module,
+    config: dict[str, Any],
+    skip: Callable[[str], bool] = lambda name: False,
+    **fields: Any,
+) -> tuple[Path, Path]:
+    """A quantised checkpoint, and one with the numbers that it stands for."""
+    folder, plain = (tiny.copy_of(tiny.checkpoint("llama", **FIELDS, **fields), tmp_path / name) for name in ("q", "p"))
+    stored, numbers = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    orders = {size: torch.randperm(size, generator=generator) for size in (128, 256)}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored[name] = numbers[name] = tensor
+        prefix = name.removesuffix(".weight")
+        if name.endswith("_proj.weight") and not skip(prefix):
+            tensors, numbers[name] = module(stored.pop(name), config, orders[tensor.shape[1]])
+            stored |= {f"{prefix}.{leaf}": each.contiguous() for leaf, each in tensors.items()}
+    save_file(stored, folder / "model.safetensors")
+    save_file(numbers, plain / "model.safetensors")
+    tiny.edit_json(folder / "config.json", lambda values: values.update(quantization_config=config))
+    return folder, plain
+
+
+def gptq(**fields: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, **fields}
+
+
+GPTQ: dict[str, dict[str, Any]] = {
+    "4 bits": gptq(),
+    "symmetric": gptq(sym=True),
+    "version 2": gptq(checkpoint_format="gptq_v2"),
+    "8 bits": gptq(bits=8, sym=True, group_size=64),
+    "8 bits with zero points": gptq(bits=8),
+    "2 bits": gptq(bits=2),
+    "3 bits": gptq(bits=3, sym=True),
+    "3 bits with zero points": gptq(bits=3),
+    "rows": gptq(group_size=-1),
+    "order": gptq(desc_act=True),
+    "order of rows": gptq(desc_act=True, group_size=-1),
+    "small groups": gptq(group_size=16),
+}
+
+
+def check(folder: Path, plain: Path) -> None:
+    """Exactly the dequantised model with floating-point activations, and close to it with those of 8 bits."""
+    tokens = random_tokens(40)
+    expected = logits_of(load(plain), tokens)
+    assert_close(logits_of(load(folder), tokens), expected)
+    assert torch.equal(logits_of(load(folder, quantization="none"), tokens), expected)
+    for captured in (False, True):
+        loaded = load(folder, quantized_activations="int8")
+        drift = (logits_of(loaded, tokens, captured=captured) - expected).std() / expected.std()
+        assert drift < 0.1
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptq(tmp_path: Path, name: str) -> None:
+    check(*written(tmp_path, gptq_module, GPTQ[name], attention_bias=True))
+
+
+def test_awq(tmp_path: Path) -> None:
+    check(*written(tmp_path, awq_module, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# quantised while they are loaded
+
+
+def int8_numbers(weight: Tensor) -> Tensor:
+    groups = weight.unflatten(1, (-1, 32))
+    scales = (groups.abs().amax(-1) / 127).half().float()[..., None]
+    numbers: Tensor = (groups / scales).round().clamp(-127, 127) * scales
+    return numbers.flatten(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_int8(tmp_path: Path, tied: bool, dtype: str) -> None:
+    folder = tiny.checkpoint("llama", **FIELDS, tied=tied, dtype=dtype)
+    plain = tiny.copy_of(tiny.checkpoint("llama", **FIELDS, tied=tied), tmp_path / "plain")
+    numbers = {
+        name: int8_numbers(tensor.float()) if tensor.dim() == 2 else tensor.float()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(numbers, plain / "model.safetensors")
+    tokens = random_tokens(40)
+    expected = logits_of(load(plain), tokens)
+    loaded = load(folder, quantization="int8")
+    assert_close(logits_of(loaded, tokens), expected)
+    assert loaded.weight_bytes < 0.56 * load(folder, dtype="bfloat16").weight_bytes
+    rounded = load(folder, quantization="int8", dtype="bfloat16", quantized_activations="int8")
+    assert (logits_of(rounded, tokens, captured=True) - expected).std() < 0.1 * expected.std()
+
+
+def test_int8_of_a_plain_gguf_file() -> None:
+    folder = tiny.checkpoint("llama", **FIELDS)
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
+    tokens = random_tokens(20)
+    expected = logits_of(load(folder, quantization="int8"), tokens)
+    assert torch.equal(logits_of(load(file.path, quantization="int8"), tokens), expected)
+
+
+def test_int8_leaves_out_what_has_no_whole_groups() -> None:
+    folder = tiny.checkpoint("llama", hidden_size=64, intermediate_size=80)
+    loaded = load(folder, quantization="int8")
+    mlp = loaded.model.get_submodule("model.layers.0.mlp")
+    assert isinstance(mlp.get_submodule("gate_up_proj.weights"), Int8Weights)
+    assert isinstance(mlp.get_submodule("down_proj.weights"), PlainLinear)
+    assert_close(logits_of(loaded, random_tokens(20)), logits_of(load(folder), random_tokens(20)), 0.2)
+
+
+def test_int8_of_random_weights() -> None:
+    loaded = load(tiny.checkpoint("llama", **FIELDS), quantization="int8", load_format="dummy")
+    logits = logits_of(loaded, random_tokens(9))
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+def test_int8_on_two_ranks() -> None:
+    folder = tiny.checkpoint("llama", **FIELDS)
+    tokens = random_tokens(20)
+
+    def run(rank: ThreadRank) -> Tensor:
+        place = ParallelState(rank.rank, rank.size)
+        return logits_of(load(folder, quantization="int8", parallel=place, communicator=rank), tokens)
+
+    first, second = on_ranks(2, run)
+    assert torch.equal(first, second)
+    assert_close(first, logits_of(load(folder, quantization="int8"), tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is refused, and exceptions
+
+
+def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
+    def skips(name: str) -> bool:
+        return "layers.1.self_attn.k_proj" in name or "layers.0.mlp" in name
+
+    dynamic: dict[str, Any] = {"-:.*layers\\.1\\.self_attn\\.k_proj": {}, "-:.*layers\\.0\\.mlp": {}}
+    check(*written(tmp_path / "dynamic", gptq_module, gptq(dynamic=dynamic), skips))
+    exceptions = ["model.layers.1.self_attn.k_proj", "layers.0.mlp"]
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": exceptions}
+    check(*written(tmp_path / "awq", awq_module, awq, skips))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        (None, {"quant_method": "fp8"}, "weights quantised with 'fp8' are not supported yet; serve the unquantised"),
+        (None, {"bits": 4}, "quantization_config: quant_method is missing"),
+        ("awq", gptq(), "--quantization is awq, but the model's config.json says quant_method: gptq"),
+        ("int8", gptq(), "--quantization is int8, but the model is already quantised with gptq; leave it out"),
+        ("gptq", None, "--quantization is gptq, but the model is not quantised; leave it out, or use int8"),
+        (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
+        (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
+        (None, gptq(group_size="all"), "group_size"),
+        (None, gptq(checkpoint_format="marlin"), "the format 'marlin' is not supported; save the model as gptq"),
+        (None, gptq(dynamic={"x(": {"bits": 8}}), "dynamic: 'x('"),
+        (None, {"quant_method": "awq", "bits": 3}, "bits must be 4, not 3"),
+        (None, {"quant_method": "awq", "version": "gemv"}, "version 'gemv' is not supported; save the model with"),
+    ],
+)
+def test_configurations_that_are_refused(
+    tmp_path: Path, name: str | None, config: dict[str, Any] | None, expected: str
+) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("llama"), tmp_path / "model")
+    tiny.edit_json(folder / "config.json", lambda values: values.update(quantization_config=config))
+    assert expected in refusal(folder, quantization=name)
+    fields = json.loads((folder / "config.json").read_text())
+    with pytest.raises(ModelError, match=re.escape(expected)):  # before anything is downloaded
+        check_supported(fields, name)
+
+
+def test_names_that_vllm_has_for_kernels(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, gptq_module, gptq())
+    tokens = random_tokens(9)
+    assert torch.equal(logits_of(load(folder, quantization="gptq_marlin"), tokens), logits_of(load(folder), tokens))
+    fields = json.loads((folder / "config.json").read_text())
+    with pytest.raises(ModelError, match="--quantization is gguf, but the model is no GGUF file"):
+        check_supported(fields, "gguf")
+
+
+def test_groups_beyond_the_last(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, gptq_module, gptq(desc_act=True))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.g_idx"][3] = 4
+    save_file(tensors, folder / "model.safetensors")
+    assert "q_proj.g_idx' names groups beyond the 4 that there are" in refusal(folder)
