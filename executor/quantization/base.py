@@ -148,10 +148,8 @@ def choose_quantization(
         ModelError: The method is not supported, or the two contradict each other.
     """
     method = quantization_name(name, fields)
-    # Until all formats have kernels, blocks of GGUF files are dequantised unless the command line names them.
-    dequantize = name in NO_QUANTIZATION or (method == "gguf" and name is None)
     factory: type[QuantizationConfig] = resolve(REGISTRY, method, "quantization")
-    return factory(fields or {}, replace(options, dequantize=dequantize))
+    return factory(fields or {}, replace(options, dequantize=name in NO_QUANTIZATION))
 
 
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:

@@ -109,7 +109,12 @@ class BlockParameter(WeightParameter):
         return parameter
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
-        super().load(tensor if self.kind == self.stored_kind else converted(tensor, self.stored_kind), shard_id)
+        if self.kind != self.stored_kind:
+            tensor = converted(tensor, self.stored_kind)
+        if len(self.parts) == 1 and self.parts[shard_id] == tuple(map(Part.whole, tensor.shape)):
+            self.data = tensor  # packed from the mapped file: a large table needs no memory in this form
+        else:
+            super().load(tensor, shard_id)
 
     def in_numbers(self, shape: list[int]) -> list[int]:
         block, block_bytes = sizes(self.kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,10 +30,6 @@ def file_of(kind: GGMLQuantizationType, mix: bool = False, **fields: Any) -> tin
     return tiny.gguf_file(folder, kind, kinds=MIX if mix else None)
 
 
-def blocks(path: Path, **options: Any) -> LoadedModel:
-    return load(path, quantization="gguf", **options)
-
-
 def kinds_of(loaded: LoadedModel) -> dict[str, list[str]]:
     """The formats of each layer's segments."""
     return {
@@ -49,7 +44,7 @@ def test_blocks_of_each_type_have_the_logits_of_their_numbers(kind: str) -> None
     file = file_of(GGMLQuantizationType[kind])
     tokens = random_tokens(20)
     expected = logits_of(load(file.path, quantization="none"), tokens)
-    loaded = blocks(file.path)
+    loaded = load(file.path)
     tolerance = max(1e-4, 3e-5 * expected.abs().max().item())  # random blocks make large logits
     assert_close(logits_of(loaded, tokens), expected, tolerance)
     assert loaded.weight_bytes < 1.1 * file.path.stat().st_size
@@ -58,7 +53,7 @@ def test_blocks_of_each_type_have_the_logits_of_their_numbers(kind: str) -> None
 def test_a_mix_of_types() -> None:
     file = file_of(Q4_K, mix=True, tied=True)
     tokens = random_tokens(20)
-    loaded = blocks(file.path)
+    loaded = load(file.path)
     kinds = kinds_of(loaded)
     assert kinds["model.layers.1.self_attn.qkv_proj"] == ["Q4_K", "Q6_K"]
     assert kinds["model.layers.1.mlp.gate_up_proj"] == ["Q4_K"]
@@ -70,7 +65,7 @@ def test_a_mix_of_types() -> None:
 def test_what_a_layer_has_in_both_forms_is_not_quantised() -> None:
     folder = tiny.checkpoint("llama", hidden_size=256, num_hidden_layers=1)
     file = tiny.gguf_file(folder, Q8_0, kinds={".k_proj.": GGMLQuantizationType.F16})
-    loaded = blocks(file.path)
+    loaded = load(file.path)
     assert "model.layers.0.self_attn.qkv_proj" not in (kinds := kinds_of(loaded))
     assert kinds["model.layers.0.self_attn.o_proj"] == ["Q8_0"]
     assert_close(logits_of(loaded, random_tokens(9)), logits_of(load(file.path, quantization="none"), random_tokens(9)))
@@ -80,7 +75,7 @@ def test_the_flags_choose_the_arithmetic() -> None:
     file = file_of(Q8_0)
 
     def activations(**options: Any) -> set[str]:
-        modules = blocks(file.path, **options).model.modules()
+        modules = load(file.path, **options).model.modules()
         return {str(module.activations) for module in modules if isinstance(module, BlockWeights)}
 
     assert activations() == {"float"}, "who asks for float32 asks for exact products"
@@ -90,7 +85,7 @@ def test_the_flags_choose_the_arithmetic() -> None:
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 def test_any_batch_has_the_same_bits(captured: bool) -> None:
-    loaded = blocks(file_of(Q4_K, mix=True).path, dtype="bfloat16")
+    loaded = load(file_of(Q4_K, mix=True).path, dtype="bfloat16")
     for seed in range(2):
         batch, alone = Runner(loaded, captured=captured), Runner(loaded)
         for step in steps_of(seed, num_steps=3):
@@ -104,7 +99,7 @@ def test_types_without_a_kernel_become_q8_0(monkeypatch: pytest.MonkeyPatch, cap
     expected = logits_of(load(file.path, quantization="none"), random_tokens(20))
     monkeypatch.setattr(ops.op_set("cpu"), "block_types", frozenset({"Q8_0"}))
     with caplog.at_level("INFO"):
-        loaded = blocks(file.path)
+        loaded = load(file.path)
     assert {kind for kinds in kinds_of(loaded).values() for kind in kinds} == {"Q8_0"}
     assert [record.message for record in caplog.records if "no kernel" in record.message] == [
         "weights of type Q6_K have no kernel: they are converted to Q8_0 while they are loaded"
@@ -112,9 +107,9 @@ def test_types_without_a_kernel_become_q8_0(monkeypatch: pytest.MonkeyPatch, cap
     assert (logits_of(loaded, random_tokens(20)) - expected).std() < 0.1 * expected.std()
 
 
-def test_ranks_share_rows_and_whole_blocks() -> None:
+def test_ranks_share_rows_and_whole_load() -> None:
     narrow = file_of(Q4_K, mix=True)
-    message = refusal(narrow.path, quantization="gguf", parallel=ParallelState(0, 4))
+    message = refusal(narrow.path, parallel=ParallelState(0, 4))
     assert message.startswith("model.layers.0.self_attn.o_proj: 64 of 256 elements")
     assert "are not whole units of 256" in message
     wide = tiny.checkpoint("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1, head_dim=128)
@@ -122,11 +117,11 @@ def test_ranks_share_rows_and_whole_blocks() -> None:
     steps = steps_of(3, num_steps=3)
 
     def run(rank: ThreadRank) -> list[torch.Tensor]:
-        loaded = blocks(file.path, parallel=ParallelState(rank.rank, rank.size), communicator=rank)
+        loaded = load(file.path, parallel=ParallelState(rank.rank, rank.size), communicator=rank)
         runner = Runner(loaded)
         return [runner.step(step) for step in steps]
 
-    whole = Runner(blocks(file.path))
+    whole = Runner(load(file.path))
     first, second = on_ranks(2, run)
     for step, ours, theirs in zip(steps, first, second, strict=True):
         assert torch.equal(ours, theirs)
@@ -136,7 +131,7 @@ def test_ranks_share_rows_and_whole_blocks() -> None:
 
 @pytest.mark.parametrize("kind", SCALES)
 def test_random_blocks_for_benchmarks(kind: str) -> None:
-    loaded = blocks(file_of(GGMLQuantizationType[kind]).path, load_format="dummy")
+    loaded = load(file_of(GGMLQuantizationType[kind]).path, load_format="dummy")
     logits = logits_of(loaded, random_tokens(9))
     assert logits.isfinite().all() and logits.std() > 0
 
@@ -150,5 +145,5 @@ def test_shapes_in_messages_count_numbers() -> None:
         else each
         for each in header.tensors
     ]
-    message = refusal(file.path, gguf=msgspec.structs.replace(header, tensors=tensors), quantization="gguf")
+    message = refusal(file.path, gguf=msgspec.structs.replace(header, tensors=tensors))
     assert "has shape [256, 512], the model needs [512, 256]" in message
