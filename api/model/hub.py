@@ -81,6 +81,9 @@ class HuggingFace:
         self.repository = repository
         self._config = config
         self._revision = revision
+        from huggingface_hub.utils.logging import get_logger
+
+        get_logger("huggingface_hub").handlers.clear()  # or each line would be there twice
         for client in ("httpx", "httpx2"):
             logging.getLogger(client).setLevel(logging.WARNING)  # they log each request
         # The package's own default is HF_TOKEN or the logged-in user; True requires one of these.

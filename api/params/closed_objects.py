@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 _SAME_PLACE = ("allOf", "anyOf", "oneOf")
 """Lists of schemas for the same value."""
@@ -125,7 +126,7 @@ def _target(reference: Any, base: Schema) -> Schema | None:
         return None
     value: Any = base
     for step in reference.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(value, list) and name.isdigit() and int(name) < len(value):
             value = value[int(name)]
         elif isinstance(value, dict) and name in value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -23,9 +24,10 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 
 from api.cli import resolve
-from api.config import DEMO_GENERATION, DEMO_MODULE
+from api.config import DEMO_GENERATION, DEMO_MODULE, ServerConfig
 from api.errors import ModelFileError
 from api.model.files import ModelFiles, find_model
+from api.model.hub import open_hub
 from api.params.defaults import check_defaults, default_params
 from api.params.sampling import SamplingParams
 from executor.conversion import convert
@@ -212,6 +214,11 @@ def hub(running_hub: Hub) -> Hub:
     folder = tiny.checkpoint("llama")
     running_hub.reset({path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".gguf"})
     return running_hub
+
+
+def test_the_hubs_package_has_no_log_of_its_own() -> None:
+    open_hub("a/b", ServerConfig(), None)
+    assert "huggingface_hub.utils.logging" in sys.modules and not logging.getLogger("huggingface_hub").handlers
 
 
 def edit_config(hub: Hub, **fields: Any) -> None:

@@ -87,6 +87,10 @@ def kind(value: str, **fields: Any) -> dict[str, Any]:
         ({"anyOf": [A, {"type": "null"}]}, {"anyOf": [{**A, **CLOSED}, {"type": "null"}]}),
         ({"title": "t", "allOf": [{"$ref": "#"}]}, None),
         ({"$ref": "#/$defs/x", "$defs": {"x": A}}, {"$ref": "#/$defs/x", "$defs": {"x": {**A, **CLOSED}}}),
+        (
+            {"$ref": "#/$defs/x%20~1", "$defs": {"x /": A}},
+            {"$ref": "#/$defs/x%20~1", "$defs": {"x /": {**A, **CLOSED}}},
+        ),
         ({"oneOf": [kind("a"), kind("b")]}, {"oneOf": [kind("a", **CLOSED), kind("b", **CLOSED)]}),
         # one object, several schemas: each would forbid the properties of the other
         ({"allOf": [A, B]}, None),
