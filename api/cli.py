@@ -36,7 +36,17 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; the flush at exit must not fail
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     word = arguments[0] if arguments else ""
     if word in ("-h", "--help", "help"):
         print(overview())

@@ -166,7 +166,9 @@ class ServerConfig(Config, frozen=True):
     enable_auto_tool_choice: Annotated[
         bool,
         Meta(
-            description="Let the model decide whether to call tools; needs --tool-call-parser.", extra={"group": "Chat"}
+            description="Let the model decide whether to call tools. Without --tool-call-parser, the chat template "
+            "chooses the parser.",
+            extra={"group": "Chat"},
         ),
     ] = False
     tool_call_parser: Annotated[
@@ -484,5 +486,3 @@ def _check_parsers(config: ServerConfig) -> None:
     ):
         if name not in (None, AUTO, *known):
             raise ConfigError(f"{flag}: unknown parser {name!r}; choose from {', '.join((AUTO, *sorted(known)))}")
-    if config.enable_auto_tool_choice and config.tool_call_parser is None:
-        raise ConfigError("--enable-auto-tool-choice needs --tool-call-parser")

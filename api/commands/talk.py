@@ -42,9 +42,6 @@ def main(command: str, arguments: Sequence[str]) -> int:
     except (ServerError, InputError) as error:
         print(f"octavo: {visible(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; the flush at exit must not fail
-        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
 from api.errors import ModelFileError
+from api.flags import ConfigError
 from api.model.chat_template import load_chat_template
 from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_parts
 from api.model.gguf_file import GGUFFile, read_gguf
@@ -135,14 +136,23 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
 
 
 def with_parsers(config: ServerConfig, chat_template: str | dict[str, str] | None) -> ServerConfig:
-    """The configuration with the parsers that ``auto`` stands for; None where the template shows no known format."""
+    """The configuration with the parsers that ``auto`` stands for; None where the template shows no known format.
+
+    Raises:
+        ConfigError: ``--enable-auto-tool-choice`` without a parser, and the template shows none.
+    """
     tool, reasoning = config.tool_call_parser, config.reasoning_parser
-    if tool == AUTO:
+    if tool == AUTO or (tool is None and config.enable_auto_tool_choice):
+        flag = "--enable-auto-tool-choice" if tool is None else "--tool-call-parser auto"
         tool = detect_tool_parser(chat_template)
-        if tool is None:
-            logger.warning("--tool-call-parser auto: no parser is known for the chat template; name one to parse calls")
+        if tool is not None:
+            logger.info("%s: %s, by the chat template", flag, tool)
+        elif config.tool_call_parser is None:
+            raise ConfigError(
+                f"{flag}: the chat template shows no known format of calls; name the model's with --tool-call-parser"
+            )
         else:
-            logger.info("--tool-call-parser auto: %s, by the chat template", tool)
+            logger.warning("%s: no parser is known for the chat template; name one to parse calls", flag)
     if reasoning == AUTO:
         reasoning = detect_reasoning_parser(chat_template)
         logger.info("--reasoning-parser auto: %s, by the chat template", reasoning or "none")

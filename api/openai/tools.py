@@ -67,7 +67,7 @@ def resolve_tools(request: ChatCompletionRequest, config: ServerConfig) -> ToolU
         if not config.enable_auto_tool_choice or config.tool_call_parser is None:
             raise RequestError(
                 'tool_choice "auto", the default with tools, requires a server started with '
-                '--enable-auto-tool-choice and --tool-call-parser; "required" and a named function do not',
+                '--enable-auto-tool-choice; "required" and a named function do not',
                 "tool_choice",
             )
         return ToolUse(prompt_tools=allowed, parser=config.tool_call_parser, is_single=single)

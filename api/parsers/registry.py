@@ -49,7 +49,6 @@ TOOL_PARSERS: dict[str, str] = {
     "hunyuan_a13b": "api.parsers.tools.json_tags:JAMBA",
     "internlm": "api.parsers.tools.json_tags:INTERNLM",
     "jamba": "api.parsers.tools.json_tags:JAMBA",
-    "json_forced": "api.parsers.tools.json_forced:JsonForcedParser",
     "kimi_k2": "api.parsers.tools.named_json:KIMI_K2",
     "lfm2": "api.parsers.tools.pythonic:LFM2",
     "llama3_json": "api.parsers.tools.llama3_json:Llama3JsonParser",
@@ -66,6 +65,9 @@ TOOL_PARSERS: dict[str, str] = {
     "seed_oss": "api.parsers.tools.xml_calls:SEED_OSS",
     "xlam": "api.parsers.tools.json_tags:XLAM",
 }
+
+FORCED: dict[str, str] = {"json_forced": "api.parsers.tools.json_forced:JsonForcedParser"}
+"""The format of forced calls (``forced.py``): no model has it, so nobody chooses it."""
 
 
 def resolve_reasoning_parser(name: str) -> ReasoningParserClass:
@@ -84,7 +86,7 @@ def resolve_tool_parser(name: str) -> ToolParserClass:
     Raises:
         ValueError: The name is unknown; the message lists the known ones.
     """
-    result: ToolParserClass = _resolve(TOOL_PARSERS, "tool parser", name)
+    result: ToolParserClass = _resolve(FORCED if name in FORCED else TOOL_PARSERS, "tool parser", name)
     return result
 
 

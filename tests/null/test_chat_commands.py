@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -324,3 +325,14 @@ def test_commands_import_no_engine() -> None:
     ours, heavy = json.loads(result.stdout)
     assert heavy == []
     assert not [name for name in ours if name.rpartition(".")[2] in ("engine_client", "server", "core", "multiproc")]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["version"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
+    """As with ``octavo serve --help | head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "api", *arguments]
+    result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode in (0, 1) and result.stderr == ""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from api.config import ServerConfig
+from api.flags import ConfigError
 from api.model.files import with_parsers
 from api.parsers.detect import detect_reasoning_parser, detect_tool_parser
 from tests.fakes import FakeServer, says
@@ -103,6 +104,15 @@ def test_which_parsers(template: Any, tool: str | None, reasoning: str | None) -
     assert (config.tool_call_parser, config.reasoning_parser) == (tool, reasoning)
     named = ServerConfig(tool_call_parser="hermes", reasoning_parser="qwen3")
     assert with_parsers(named, template) == named
+
+
+def test_tools_without_a_named_parser() -> None:
+    """vLLM's command lines name one; without, the template chooses, or the server does not start."""
+    config = ServerConfig(enable_auto_tool_choice=True)
+    assert with_parsers(config, '<tool_call>{"name": 1}</tool_call>').tool_call_parser == "hermes"
+    for template in (None, CHAT_TEMPLATE):
+        with pytest.raises(ConfigError, match="the chat template shows no known format .* with --tool-call-parser$"):
+            with_parsers(config, template)
 
 
 async def test_no_parser_is_known() -> None:

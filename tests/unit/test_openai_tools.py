@@ -190,7 +190,7 @@ async def test_bad_tools(fields: dict[str, Any], param: str) -> None:
 async def test_auto_needs_a_parser() -> None:
     for fields in ({}, {"tool_choice": "auto"}):
         error = await caller(config=ServerConfig()).error(PATH, body(**fields))
-        assert error["param"] == "tool_choice" and "--tool-call-parser" in error["message"]
+        assert error["param"] == "tool_choice" and "--enable-auto-tool-choice" in error["message"]
     parser_only = ServerConfig(tool_call_parser="hermes")
     assert "--enable-auto" in (await caller(config=parser_only).error(PATH, body()))["message"]
 
@@ -206,7 +206,10 @@ async def test_auto_needs_a_parser() -> None:
             ServerConfig(reasoning_parser="nope"),
             "--reasoning-parser: unknown parser 'nope'; choose from auto, cohere_command3",
         ),
-        (ServerConfig(enable_auto_tool_choice=True), "--enable-auto-tool-choice needs --tool-call-parser"),
+        (
+            ServerConfig(tool_call_parser="json_forced"),
+            "--tool-call-parser: unknown parser 'json_forced'; choose from auto, cohere_command3",
+        ),
     ],
 )
 def test_bad_flags(config: ServerConfig, message: str) -> None:
