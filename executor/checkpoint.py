@@ -184,6 +184,7 @@ class SafetensorsCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = folder / "model.safetensors.index.json"
+        self.stored_name: Callable[[str], str] = str
         if self.index.is_file():
             self.file_of = _read_index(self.index)
             self.files = [folder / name for name in sorted(set(self.file_of.values()))]
@@ -200,9 +201,10 @@ class SafetensorsCheckpoint:
                 if tensor.name in stored:
                     raise ModelError(f"{tensor.origin}: stored in more than one file")
                 stored[tensor.name] = tensor
+        self.stored_name = partial(mapper.stored_name, examples=stored)
         for name in self.file_of:
             if name not in stored:
-                raise ModelError(f"{self.origin(name)} is missing, although {self.index.name} lists it")
+                raise ModelError(f"{self._place(name)} is missing, although {self.index.name} lists it")
         return [mapped(tensor, mapper) for tensor in stored.values()]
 
     def read_file(self, path: Path) -> list[StoredTensor]:
@@ -216,6 +218,9 @@ class SafetensorsCheckpoint:
         return mapper.name(name) in wanted if listed is None else listed == path.name
 
     def origin(self, name: str) -> str:
+        return self._place(self.stored_name(name))
+
+    def _place(self, name: str) -> str:
         if name in self.file_of:
             return f"{self.folder / self.file_of[name]}: tensor {name!r}"
         return f"{self.index if self.file_of or len(self.files) != 1 else self.files[0]}: tensor {name!r}"

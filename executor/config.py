@@ -61,6 +61,11 @@ class GGUFHeader(Config, frozen=True):
     """Names of the parts of a split model, in one folder; empty: a single file."""
 
 
+DTYPE_NAMES = ("bfloat16", "float16", "half", "float32", "float")
+"""Names of types that torch and config.json use, too."""
+GOOD_DTYPES = f"one of {', '.join(sorted(DTYPE_NAMES))} (--dtype takes precedence)"
+
+
 class ModelConfig(Config, frozen=True):
     """Which weights to load, and how."""
 

@@ -15,18 +15,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from executor.base import ModelError
+from executor.config import DTYPE_NAMES, GOOD_DTYPES
 from executor.files import read_json, why
 from executor.language_part import is_multimodal, language_fields
 
 T = TypeVar("T")
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "float32": torch.float32,
-    "float": torch.float32,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """Names used by config.json and ``--dtype``."""
 
 # Bounds far beyond any model. Larger numbers are mistakes, or meant to exhaust memory or time.
@@ -92,6 +87,20 @@ class Fields:
             self.bad(name, "a number")
         number: float = value
         return number
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self.number(name, default)
+        if value <= 0:
+            self.bad(name, "above 0")
+        return value
+
+    def epsilon(self, name: str) -> float:
+        """A number that is added to variances."""
+        value = self.number(name)
+        if value < 0:
+            self.bad(name, "at least 0")
+        return value
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
         value = self._value(name, default)
@@ -231,7 +240,7 @@ class HFConfig(Fields):
             return None
         value = self.string(name).removeprefix("torch.")
         if value not in DTYPES:
-            self.bad(name, f"one of {', '.join(sorted(DTYPES))}")
+            self.bad(name, GOOD_DTYPES)
         return DTYPES[value]
 
     @property
@@ -271,7 +280,7 @@ class HFConfig(Fields):
 
     @property
     def rms_norm_eps(self) -> float:
-        return self.number("rms_norm_eps")
+        return self.epsilon("rms_norm_eps")
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -299,6 +308,11 @@ class HFConfig(Fields):
         types = self.strings("layer_types")
         if len(types) != self.num_layers or set(types) - set(known):
             self.bad("layer_types", f"{self.num_layers} times {' or '.join(known)}")
+        if "sliding_attention" in types:
+            if self.get("use_sliding_window") is False:
+                self.bad("use_sliding_window", "true, since layer_types has sliding_attention")
+            if not self.has("sliding_window"):
+                self.bad("sliding_window", "a number of tokens, since layer_types has sliding_attention")
         return types
 
     # -- positions ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from executor.config import ModelConfig
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
-from executor.layers.parameter import ShardId, WeightParameter, named_weights, stored_module
+from executor.layers.parameter import MISFIT, ShardId, WeightParameter, named_weights, stored_module
 from executor.models.base import Model
 from executor.models.registry import resolve_model
 from executor.packing import Packing, fill_with_random_numbers, in_threads
@@ -229,7 +229,7 @@ def load_weights(
     packing = Packing(model)
     for name in [name for name in targets if name not in found]:
         if not targets[name].parameter.is_optional:
-            raise ModelError(f"{checkpoint.origin(name)} is missing")
+            raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
         packing.loaded(targets.pop(name).parameter)
     order = sorted(found, key=lambda name: not packing.is_large(targets[name].parameter))
 
@@ -252,6 +252,16 @@ def load_weights(
     if targets:
         raise ModelError(f"{checkpoint.origin(next(iter(targets)))} was not read by the package of --load-format")
     packing.finish()
+
+
+def _advice(missing: str, model: Model) -> str:
+    """What to do about a missing tensor."""
+    if not any(missing.startswith(f"{module}.") for module in model.tied_modules):
+        return MISFIT
+    return (
+        "; if the model has no output layer of its own, --hf-overrides '{\"tie_word_embeddings\": true}' uses the "
+        "embedding"
+    )
 
 
 def _prefetched(found: Mapping[str, StoredTensor], order: Iterable[str]) -> Iterator[str]:
@@ -334,5 +344,5 @@ def match_names(
         elif tensor.name in tied:
             doubles[tied[tensor.name]] = tensor
         elif not mapper.ignores(tensor.name):
-            raise ModelError(f"{tensor.origin} is not part of this model")
+            raise ModelError(f"{tensor.origin} is not part of this model{MISFIT}")
     return found, doubles  # a tied tensor may be stored under either name, or both

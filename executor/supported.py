@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from executor.base import ModelError
+from executor.config import DTYPE_NAMES, GOOD_DTYPES
 from executor.language_part import language_fields
 from executor.models.catalog import CATALOG
 from executor.models.registry import implementation
@@ -46,13 +47,16 @@ def check_gguf_architecture(architecture: str) -> None:
         raise ModelError(f"architecture {architecture!r} is not supported yet; choose a file with one of: {supported}")
 
 
-def check_supported(fields: Mapping[str, Any], quantization: str | None = None, model_impl: str = "auto") -> None:
-    """Checks architecture and quantisation; loading the model checks the rest.
+def check_supported(
+    fields: Mapping[str, Any], quantization: str | None = None, model_impl: str = "auto", dtype: str = "auto"
+) -> None:
+    """Checks architecture, quantisation and type; loading the model checks the rest.
 
     Args:
         fields: Contents of config.json, with the user's overrides applied.
         quantization: ``--quantization``.
         model_impl: ``--model-impl``.
+        dtype: ``--dtype``.
 
     Raises:
         ModelError: One of them is missing, invalid or not supported.
@@ -69,6 +73,10 @@ def check_supported(fields: Mapping[str, Any], quantization: str | None = None, 
     if quantization == "gguf":
         raise ModelError("--quantization is gguf, but the model is no GGUF file; name one, or use --load-format gguf")
     quantization_name(quantization, saved or None)
+    name = "dtype" if language.get("dtype") is not None else "torch_dtype"
+    stored = language.get(name)
+    if dtype == "auto" and stored is not None and str(stored).removeprefix("torch.") not in DTYPE_NAMES:
+        raise ModelError(f"{name} must be {GOOD_DTYPES}, not {str(stored)[:100]!r}")
 
 
 def _check_granite(architecture: str, fields: Mapping[str, Any]) -> None:

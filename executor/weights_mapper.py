@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The index of a layer in a tensor's name."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,22 @@ class WeightsMapper:
         for pattern, replacement in self.renames:
             stored = re.sub(pattern, replacement, stored)
         return stored
+
+    def stored_name(self, name: str, examples: Iterable[str]) -> str:
+        """The checkpoint's name of a tensor that it may lack, known from the same tensor of other layers.
+
+        Args:
+            name: The model's name.
+            examples: Names in the checkpoint.
+
+        Returns:
+            The model's name if no example tells.
+        """
+        layer = LAYER.search(name)
+        if layer is None:
+            return name
+        candidates = (LAYER.sub(layer.group(), example, 1) for example in examples)
+        return next((each for each in candidates if self.name(each) == name), name)
 
     def ignores(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)

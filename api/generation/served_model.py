@@ -32,7 +32,10 @@ from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.text.detokenizer import IncrementalDetokenizer
 from api.version import VERSION
+from engine_core.launch import get_logger
 from engine_core.messages import EngineReady, GrammarSpec, ResolvedParams, ResolvedPoolingParams
+
+logger = get_logger()
 
 MAX_SIBLINGS = 256
 """Maximum completions of a prompt per message, which takes some milliseconds here and in the engine core."""
@@ -79,6 +82,14 @@ class ServedModel:
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
             hidden_size=ready.hidden_size,
         )
+        ordinary = files.tokenizer.backend.get_vocab_size(with_added_tokens=False)
+        if ordinary > ready.vocab_size:  # models may lack the ids of added tokens
+            logger.warning(
+                "the tokenizer has %d tokens, the model %d: they are of different models; texts with other tokens are "
+                "rejected (--tokenizer chooses another)",
+                ordinary,
+                ready.vocab_size,
+            )
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
 
     @property

@@ -308,9 +308,11 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> N
     if not isinstance(fields, dict):
         raise ModelFileError(file, "not a JSON object")
     try:
-        check_supported({**fields, **model.hf_overrides}, model.quantization, model.model_impl)
+        check_supported({**fields, **model.hf_overrides}, model.quantization, model.model_impl, model.dtype)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
+    if fields.get("auto_map"):
+        logger.info("config.json names Python code of its repository (auto_map): it is neither needed nor run")
 
 
 def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

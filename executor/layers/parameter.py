@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from executor.parallel import ParallelState
 from ops.cpu.memory import map_zeros
 
+MISFIT = "; weights and configuration do not fit: check the configuration, or download the model again"
+"""Advice in messages about tensors that the model does not have, or has in another shape."""
+
 HUGE = 2 << 20
 """Bytes from which memory is worth a mapping in huge pages: most of the time of loading was spent in page faults."""
 
@@ -213,7 +216,7 @@ class WeightParameter(nn.Parameter):
         expected = [part.full for part in dims if not part.is_stacked]
         if list(tensor.shape) != expected:
             shape, needed = self.in_numbers(list(tensor.shape)), self.in_numbers(expected)
-            raise ValueError(f"has shape {shape}, the model needs {needed}")
+            raise ValueError(f"has shape {shape}, the model needs {needed}{MISFIT}")
         tensor = tensor.reshape([part.full for part in dims])
         for place in product(*(part.ranges for part in dims)):
             source = tensor

@@ -36,7 +36,7 @@ class RopeInput:
 
     @property
     def base(self) -> float:
-        return self.rope.number("rope_theta")
+        return self.rope.positive("rope_theta")
 
     @property
     def original_max_position(self) -> int:

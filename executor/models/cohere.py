@@ -29,7 +29,7 @@ COHERE_DEFAULTS = {
 def cohere_parts(context: ModelContext, attention: Callable[[int, str], SelfAttention]) -> DecoderParts:
     """What both generations share."""
     config = context.config
-    eps = config.number("layer_norm_eps")
+    eps = config.epsilon("layer_norm_eps")
     return DecoderParts(
         attention,
         norm=lambda size: LayerNorm(context, size, eps, bias=False),
@@ -46,7 +46,7 @@ class CohereForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context, is_interleaved=True)
-        bias, eps = config.boolean("attention_bias"), config.number("layer_norm_eps")
+        bias, eps = config.boolean("attention_bias"), config.epsilon("layer_norm_eps")
 
         def norms_of_heads(num_heads: int) -> HeadsLayerNorm:
             return HeadsLayerNorm(context, num_heads, eps)

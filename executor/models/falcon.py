@@ -69,7 +69,7 @@ class FalconForCausalLM(CausalDecoder):
         if config.boolean("alibi"):
             config.bad("alibi", "false (positions as biases of the scores are not supported yet)")
         rotary = RotaryEmbedding(context)
-        bias, eps = config.boolean("bias"), config.number("layer_norm_epsilon")
+        bias, eps = config.boolean("bias"), config.epsilon("layer_norm_epsilon")
         inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
         kv_heads, norms = count_kv_heads(config), norms_of(config)
 

@@ -61,7 +61,7 @@ class Gemma2ForCausalLM(CausalDecoder):
                 rotary,
                 qkv_bias=bias,
                 out_bias=bias,
-                scale=config.number("query_pre_attn_scalar") ** -0.5,
+                scale=config.positive("query_pre_attn_scalar") ** -0.5,
                 sliding_window=config.size("sliding_window") if types[index] == SLIDING else None,
                 logit_softcap=optional(config, "attn_logit_softcapping"),
                 prefix=prefix,

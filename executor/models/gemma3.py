@@ -46,7 +46,7 @@ class Gemma3ForCausalLM(CausalDecoder):
                 qkv_bias=bias,
                 out_bias=bias,
                 head_norm=lambda size: gemma_norm(context, size),
-                scale=config.number("query_pre_attn_scalar") ** -0.5,
+                scale=config.positive("query_pre_attn_scalar") ** -0.5,
                 sliding_window=config.size("sliding_window") if types[index] == SLIDING else None,
                 prefix=prefix,
             )

@@ -52,7 +52,7 @@ class GPT2LMHeadModel(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        eps = config.number("layer_norm_epsilon")
+        eps = config.epsilon("layer_norm_epsilon")
         inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
         scale = config.head_dim**-0.5 if config.boolean("scale_attn_weights") else 1.0
         by_layer = config.boolean("scale_attn_by_inverse_layer_idx")

@@ -42,7 +42,7 @@ class GPTNeoXForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context)
-        bias, eps = config.boolean("attention_bias"), config.number("layer_norm_eps")
+        bias, eps = config.boolean("attention_bias"), config.epsilon("layer_norm_eps")
 
         def attention(index: int, prefix: str) -> SelfAttention:
             return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, is_grouped=True, prefix=prefix)

@@ -46,7 +46,7 @@ class GPTJForCausalLM(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        eps = config.number("layer_norm_epsilon")
+        eps = config.epsilon("layer_norm_epsilon")
         inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
         rotary = RotaryEmbedding(context, rotary_dim=config.size("rotary_dim"), is_interleaved=True)
 

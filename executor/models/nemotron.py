@@ -37,7 +37,7 @@ class NemotronForCausalLM(CausalDecoder):
         config = context.config
         rotary = RotaryEmbedding(context)
         bias, mlp_bias = config.boolean("attention_bias"), config.boolean("mlp_bias")
-        eps = config.number("norm_eps")
+        eps = config.epsilon("norm_eps")
 
         def attention(index: int, prefix: str) -> SelfAttention:
             return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, prefix=prefix)

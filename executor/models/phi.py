@@ -37,7 +37,7 @@ class PhiForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context)
-        eps = config.number("layer_norm_eps")
+        eps = config.epsilon("layer_norm_eps")
 
         def norm(size: int) -> LayerNorm:
             return LayerNorm(context, size, eps)

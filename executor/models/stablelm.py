@@ -38,7 +38,7 @@ class StableLmForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context)
-        bias, eps = config.boolean("use_qkv_bias"), config.number("layer_norm_eps")
+        bias, eps = config.boolean("use_qkv_bias"), config.epsilon("layer_norm_eps")
 
         def norms_of_heads(num_heads: int) -> HeadsLayerNorm:
             return HeadsLayerNorm(context, num_heads, eps, is_stacked=False)

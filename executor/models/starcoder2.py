@@ -26,7 +26,7 @@ class Starcoder2ForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context)
-        bias, eps = config.boolean("use_bias"), config.number("norm_epsilon")
+        bias, eps = config.boolean("use_bias"), config.epsilon("norm_epsilon")
         window = config.size("sliding_window") if config.has("sliding_window") else None
 
         def attention(index: int, prefix: str) -> SelfAttention:

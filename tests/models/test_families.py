@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from executor.models.registry import resolve_model
 from ops.cpu import build
 from tests import tiny
-from tests.families import FAMILIES, FULL, LONGROPE
+from tests.families import FAMILIES, FULL, LONGROPE, SLIDING
 from tests.models.harness import (
     Chunk,
     Runner,
@@ -205,6 +205,14 @@ def test_longrope_is_chosen_by_the_longest_sequence() -> None:
     [
         ("exaone4", {"layer_types": None, "sliding_window_pattern": "LXG"}, "sliding_window_pattern must be"),
         ("exaone4", {"layer_types": [FULL]}, "layer_types must be 3 times"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be above 0, not 0"),
+        ("gemma3", {"sliding_window": None}, "sliding_window must be a number of tokens, since layer_types has"),
+        ("gpt2", {"layer_norm_epsilon": -1}, "layer_norm_epsilon must be at least 0, not -1"),
+        ("gpt2", {"hidden_size": 128}, "n_embd (64) and hidden_size (128) are the same field"),
+        ("internlm2", {"bias": None}, "bias is missing"),
+        ("lfm2", {"layer_types": ["conv", "mamba", "conv"]}, "layer_types must be 3 times"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "layer_types": [SLIDING] * 3}, "sliding_window"),
+        ("qwen2", {"layer_types": [SLIDING] * 3}, "use_sliding_window must be true, since layer_types has"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be a number other than 0"),
         ("granite4", {"layer_types": ["attention", "mamba", "attention"]}, "Mamba layers are not supported yet"),
         ("granite4", {"num_local_experts": 4}, "mixture-of-experts layers are not supported yet"),

@@ -136,7 +136,7 @@ def test_a_tied_table_stored_twice(load_format: str, tmp_path: Path, caplog: pyt
 
 def test_contents_are_checked(load_format: str, tmp_path: Path) -> None:
     missing = model(load_format, tmp_path / "missing", lambda tensors: tensors.__delitem__(NORM))
-    assert refusal(missing, load_format=load_format).endswith(f"tensor {NORM!r} is missing")
+    assert f"tensor {NORM!r} is missing" in refusal(missing, load_format=load_format)
     typed = model(load_format, tmp_path / "typed", lambda tensors: tensors.update({NORM: torch.ones(64).int()}))
     assert "has type I32" in refusal(typed, load_format=load_format)
 

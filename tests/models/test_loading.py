@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from executor.base import ModelError
 from executor.checkpoint import read_safetensors
 from executor.config import ModelConfig
+from executor.layers.parameter import MISFIT
 from executor.loader import load_model
 from executor.parallel import ParallelState
 from tests import tiny
@@ -178,7 +179,34 @@ def test_corrupt_file(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
 
 def test_missing_tensor(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda tensors: tensors.__delitem__(K_PROJ))
-    assert refusal(folder) == f"{folder / 'model.safetensors'}: tensor {K_PROJ!r} is missing"
+    assert refusal(folder) == f"{folder / 'model.safetensors'}: tensor {K_PROJ!r} is missing{MISFIT}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight"),
+        ("internlm2", "model.layers.2.attention.wqkv.weight"),
+        ("phi", "model.layers.0.self_attn.dense.bias"),
+    ],
+)
+def test_a_missing_tensor_has_its_name_in_the_checkpoint(tmp_path: Path, kind: str, name: str) -> None:
+    folder = tiny.copy_of(tiny.checkpoint(kind), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    assert f"tensor {name!r} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"),
+    [(4, "'transformer.h.3.attn.c_attn.weight' is missing"), (2, "is not part of this model")],
+)
+def test_weights_of_another_depth(tmp_path: Path, num_layers: int, expected: str) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("gpt2"), tmp_path / "model")
+    tiny.edit_json(folder / "config.json", lambda config: config.update(n_layer=num_layers))
+    message = refusal(folder)
+    assert expected in message and message.endswith(MISFIT)
 
 
 def test_extra_tensor(tmp_path: Path) -> None:
@@ -189,13 +217,17 @@ def test_extra_tensor(tmp_path: Path) -> None:
 
 def test_untied_output_layer_must_be_there(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda tensors: tensors.__delitem__("lm_head.weight"))
-    assert "'lm_head.weight' is missing" in refusal(folder)
+    message = refusal(folder)
+    assert "'lm_head.weight' is missing" in message and '{"tie_word_embeddings": true}' in message
 
 
 def test_wrong_shape(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda tensors: tensors.update({K_PROJ: torch.ones(32, 65)}))
     message = refusal(folder)
-    assert message == f"{folder / 'model.safetensors'}: tensor {K_PROJ!r} has shape [32, 65], the model needs [32, 64]"
+    assert (
+        message
+        == f"{folder / 'model.safetensors'}: tensor {K_PROJ!r} has shape [32, 65], the model needs [32, 64]{MISFIT}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn], ids=str)

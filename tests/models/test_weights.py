@@ -145,7 +145,7 @@ def test_a_tensor_of_the_format_must_be_there(tmp_path: Path) -> None:
         return {key: tensor for key, tensor in pack(tensors).items() if key != name}
 
     folder = rewritten(tiny.checkpoint("llama"), tmp_path / "model", change, **QUANTIZED)
-    assert refusal(folder).endswith(f"tensor '{name}' is missing")
+    assert f"tensor '{name}' is missing" in refusal(folder)
 
 
 def test_a_split_must_leave_groups_whole(tmp_path: Path) -> None:

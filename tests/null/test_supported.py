@@ -9,6 +9,8 @@ import pytest
 from executor.base import ModelError
 from executor.supported import check_supported
 
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
@@ -21,6 +23,14 @@ from executor.supported import check_supported
         (
             {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
             "Mamba layers or experts are not supported yet",
+        ),
+        ({**LLAMA, "dtype": "int4"}, "^dtype must be one of bfloat16, .* takes precedence\\), not 'int4'"),
+        ({**LLAMA, "torch_dtype": "torch.float8_e4m3fn"}, "^torch_dtype must be one of"),
+        ({**LLAMA, "dtype": {"text": "bfloat16"}}, "^dtype must be one of"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "quant_method is missing"),
+        (
+            {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "x.Own"}},
+            "Python code from the model's repository",
         ),
         (
             {
@@ -35,6 +45,12 @@ from executor.supported import check_supported
 def test_refused_by_name(fields: dict[str, Any], expected: str) -> None:
     with pytest.raises(ModelError, match=expected):
         check_supported(fields)
+
+
+def test_what_the_command_line_decides() -> None:
+    check_supported({**LLAMA, "dtype": "int4"}, dtype="bfloat16")
+    check_supported({**LLAMA, "dtype": None, "torch_dtype": "torch.float16", "quantization_config": {}})
+    check_supported({**LLAMA, "auto_map": {"AutoModelForCausalLM": "x.Own"}})
 
 
 def test_granite_without_mamba_layers_is_supported() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from api.generation.serving import Serving
 from api.server.app import create_app
 from tests.fakes import MODEL, FakeServer, says
@@ -28,6 +30,13 @@ async def test_requests_find_their_model_by_name() -> None:
     assert {request.sampling_params.top_k for request in second.engine.submitted if request.sampling_params} == {7}
     chat = await api.chat(model="other")
     assert (chat["model"], chat["choices"][0]["message"]["content"]) == ("other", "second")
+
+
+def test_a_tokenizer_of_another_model_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    FakeServer()
+    assert not caplog.text
+    FakeServer(vocab_size=100)
+    assert "tokens, the model 100: they are of different models" in caplog.text
 
 
 async def test_models_are_listed_and_others_are_refused() -> None:
