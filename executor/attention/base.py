@@ -143,17 +143,16 @@ def choose_backends(
     Raises:
         ValueError: No backend supports a layer; the message says why each was rejected.
     """
-    candidates: list[AttentionBackend] = [
-        resolve(REGISTRY, candidate, "attention backend")()
-        for candidate in [
-            *([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"])),
-            *OTHER_KINDS,
-        ]
-    ]
+
+    def resolved(names: Sequence[str]) -> list[AttentionBackend]:
+        return [resolve(REGISTRY, each, "attention backend")() for each in names]
+
+    usual = resolved([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]))
+    others = resolved(OTHER_KINDS) if any(shape.kind != "kv" for shape in shapes) else []
 
     def choose(shape: AttentionShape) -> AttentionBackend:
         refused = []
-        for backend in candidates:
+        for backend in usual if shape.kind == "kv" else [*usual, *others]:
             reason = backend.supports(shape, dtype)
             if reason is None:
                 return backend

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from executor.layers.context import ModelContext
 from executor.layers.mlp import MLP
-from executor.layers.rotary import RotaryEmbedding
-from executor.layers.self_attention import SelfAttention
-from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.models.llama import LlamaForCausalLM
 
 
-class ArceeForCausalLM(CausalDecoder):
+class ArceeForCausalLM(LlamaForCausalLM):
+    mlp = MLP
     config_defaults = {
         "attention_bias": False,
         "eos_token_id": 128001,
@@ -18,16 +16,3 @@ class ArceeForCausalLM(CausalDecoder):
         "mlp_bias": False,
         "rms_norm_eps": 1e-5,
     }
-
-    def __init__(self, context: ModelContext) -> None:
-        config = context.config
-        rotary = RotaryEmbedding(context)
-        bias, mlp_bias = config.boolean("attention_bias"), config.boolean("mlp_bias")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> MLP:
-            return MLP(context, bias=mlp_bias, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))

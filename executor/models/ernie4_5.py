@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from executor.layers.context import ModelContext
-from executor.layers.mlp import GatedMLP
 from executor.layers.rotary import RotaryEmbedding
-from executor.layers.self_attention import SelfAttention
-from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.models.decoder import CausalDecoder
+from executor.models.llama import llama_parts
 
 
 class Ernie45ForCausalLM(CausalDecoder):
@@ -25,11 +24,4 @@ class Ernie45ForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         rotary = RotaryEmbedding(context, is_interleaved=True)
         bias = context.config.boolean("use_bias")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, bias=bias, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))
+        super().__init__(context, llama_parts(context, rotary, qkv_bias=bias, out_bias=bias, mlp_bias=bias))

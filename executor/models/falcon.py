@@ -70,7 +70,7 @@ class FalconForCausalLM(CausalDecoder):
             config.bad("alibi", "false (positions as biases of the scores are not supported yet)")
         rotary = RotaryEmbedding(context)
         bias, eps = config.boolean("bias"), config.epsilon("layer_norm_epsilon")
-        inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
+        inner = config.size("intermediate_size", 4 * config.hidden_size)
         kv_heads, norms = count_kv_heads(config), norms_of(config)
 
         def attention(index: int, prefix: str) -> SelfAttention:

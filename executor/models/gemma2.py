@@ -9,7 +9,7 @@ from executor.layers.context import ModelContext
 from executor.layers.norm import RMSNorm
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
-from executor.models.decoder import CausalDecoder, DecoderParts, Norms
+from executor.models.decoder import CausalDecoder, DecoderParts, MakeBlock, Norms
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -31,6 +31,17 @@ def embedding_scale(context: ModelContext) -> float:
 def optional(config: HFConfig, name: str) -> float | None:
     """A field that turns something off if it is missing or null."""
     return config.number(name) if config.has(name) else None
+
+
+def gemma_parts(context: ModelContext, attention: MakeBlock) -> DecoderParts:
+    """What Gemma 2 and 3 have around their attention."""
+    return DecoderParts(
+        attention,
+        norm=lambda size: gemma_norm(context, size),
+        norms=SANDWICH,
+        embedding_scale=embedding_scale(context),
+        logit_softcap=optional(context.config, "final_logit_softcapping"),
+    )
 
 
 class Gemma2ForCausalLM(CausalDecoder):
@@ -67,11 +78,4 @@ class Gemma2ForCausalLM(CausalDecoder):
                 prefix=prefix,
             )
 
-        parts = DecoderParts(
-            attention,
-            norm=lambda size: gemma_norm(context, size),
-            norms=SANDWICH,
-            embedding_scale=embedding_scale(context),
-            logit_softcap=optional(config, "final_logit_softcapping"),
-        )
-        super().__init__(context, parts)
+        super().__init__(context, gemma_parts(context, attention))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from executor.layers.context import ModelContext
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
-from executor.models.decoder import CausalDecoder, DecoderParts
-from executor.models.gemma2 import FULL, SANDWICH, SLIDING, embedding_scale, gemma_norm, optional
+from executor.models.decoder import CausalDecoder
+from executor.models.gemma2 import FULL, SLIDING, gemma_norm, gemma_parts
 
 
 class Gemma3ForCausalLM(CausalDecoder):
@@ -51,11 +51,4 @@ class Gemma3ForCausalLM(CausalDecoder):
                 prefix=prefix,
             )
 
-        parts = DecoderParts(
-            attention,
-            norm=lambda size: gemma_norm(context, size),
-            norms=SANDWICH,
-            embedding_scale=embedding_scale(context),
-            logit_softcap=optional(config, "final_logit_softcapping"),
-        )
-        super().__init__(context, parts)
+        super().__init__(context, gemma_parts(context, attention))

@@ -13,16 +13,19 @@ from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts
 
+GPT_NAMES = {
+    "hidden_act": "activation_function",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Names of fields that GPT-J took over."""
+
 
 class GPT2LMHeadModel(CausalDecoder):
-    attribute_map = {
-        "hidden_act": "activation_function",
-        "hidden_size": "n_embd",
-        "intermediate_size": "n_inner",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
+    attribute_map = GPT_NAMES
     config_defaults = {
         "eos_token_id": 50256,
         "hidden_act": "gelu_new",
@@ -53,7 +56,7 @@ class GPT2LMHeadModel(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         eps = config.epsilon("layer_norm_epsilon")
-        inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
+        inner = config.size("intermediate_size", 4 * config.hidden_size)
         scale = config.head_dim**-0.5 if config.boolean("scale_attn_weights") else 1.0
         by_layer = config.boolean("scale_attn_by_inverse_layer_idx")
 

@@ -12,17 +12,11 @@ from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts, Norms, ParallelDecoderLayer
+from executor.models.gpt2 import GPT_NAMES
 
 
 class GPTJForCausalLM(CausalDecoder):
-    attribute_map = {
-        "hidden_act": "activation_function",
-        "hidden_size": "n_embd",
-        "intermediate_size": "n_inner",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
+    attribute_map = GPT_NAMES
     config_defaults = {
         "eos_token_id": 50256,
         "hidden_act": "gelu_new",
@@ -47,7 +41,7 @@ class GPTJForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         eps = config.epsilon("layer_norm_epsilon")
-        inner = config.intermediate_size if config.has("intermediate_size") else 4 * config.hidden_size
+        inner = config.size("intermediate_size", 4 * config.hidden_size)
         rotary = RotaryEmbedding(context, rotary_dim=config.size("rotary_dim"), is_interleaved=True)
 
         parts = DecoderParts(

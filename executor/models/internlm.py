@@ -6,11 +6,11 @@ InternLM2 holds q, k and v as one tensor, by KV head.
 from __future__ import annotations
 
 from executor.layers.context import ModelContext
-from executor.layers.mlp import GatedMLP
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts
+from executor.models.llama import llama_parts
 
 
 class InternLM2ForCausalLM(CausalDecoder):
@@ -60,11 +60,4 @@ class InternLM3ForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         rotary = RotaryEmbedding(context)
         qkv_bias, bias = context.config.boolean("qkv_bias"), context.config.boolean("bias")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, rotary, qkv_bias=qkv_bias, out_bias=bias, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, bias=bias, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))
+        super().__init__(context, llama_parts(context, rotary, qkv_bias=qkv_bias, out_bias=bias, mlp_bias=bias))

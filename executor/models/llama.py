@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from executor.layers.context import ModelContext
-from executor.layers.mlp import GatedMLP
+from executor.layers.mlp import MLP, GatedMLP
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.decoder import CausalDecoder, DecoderParts
 
 
+def llama_parts(
+    context: ModelContext,
+    rotary: RotaryEmbedding,
+    mlp: type[GatedMLP | MLP] = GatedMLP,
+    *,
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+) -> DecoderParts:
+    """Llama's parts, for families that differ in what has biases, in angles or in the MLP."""
+    return DecoderParts(
+        lambda index, prefix: SelfAttention(context, rotary, qkv_bias=qkv_bias, out_bias=out_bias, prefix=prefix),
+        lambda index, prefix: mlp(context, bias=mlp_bias, prefix=prefix),
+    )
+
+
 class LlamaForCausalLM(CausalDecoder):
+    mlp: ClassVar[type[GatedMLP | MLP]] = GatedMLP
     config_defaults = {
         "attention_bias": False,
         "eos_token_id": 2,
@@ -20,17 +39,11 @@ class LlamaForCausalLM(CausalDecoder):
     }
 
     def __init__(self, context: ModelContext) -> None:
-        config = context.config
+        bias, mlp_bias = context.config.boolean("attention_bias"), context.config.boolean("mlp_bias")
         rotary = RotaryEmbedding(context)
-        bias, mlp_bias = config.boolean("attention_bias"), config.boolean("mlp_bias")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, rotary, qkv_bias=bias, out_bias=bias, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, bias=mlp_bias, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))
+        super().__init__(
+            context, llama_parts(context, rotary, self.mlp, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+        )
 
 
 class MistralForCausalLM(CausalDecoder):

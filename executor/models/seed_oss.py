@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from executor.layers.context import ModelContext
-from executor.layers.mlp import GatedMLP
 from executor.layers.rotary import RotaryEmbedding
-from executor.layers.self_attention import SelfAttention
-from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.models.decoder import CausalDecoder
+from executor.models.llama import llama_parts
 
 
 class SeedOssForCausalLM(CausalDecoder):
@@ -24,14 +23,11 @@ class SeedOssForCausalLM(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        rotary = RotaryEmbedding(context)
-        qkv_bias, out_bias = config.boolean("attention_bias"), config.boolean("attention_out_bias")
-        mlp_bias = config.boolean("mlp_bias")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, rotary, qkv_bias=qkv_bias, out_bias=out_bias, prefix=prefix)
-
-        def mlp(index: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, bias=mlp_bias, prefix=prefix)
-
-        super().__init__(context, DecoderParts(attention, mlp))
+        parts = llama_parts(
+            context,
+            RotaryEmbedding(context),
+            qkv_bias=config.boolean("attention_bias"),
+            out_bias=config.boolean("attention_out_bias"),
+            mlp_bias=config.boolean("mlp_bias"),
+        )
+        super().__init__(context, parts)

@@ -33,6 +33,7 @@ from ops import AttentionMetadata
 from ops.cpu.kernels import unpack_linear
 from ops.cpu.op_set import CpuOps
 from tests import tiny
+from tests.ops.cpu import threads
 
 CPU = torch.device("cpu")
 
@@ -234,6 +235,23 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e
     assert ours.dtype == torch.float32
     assert theirs.std() > 0.1, "logits that say nothing prove nothing"
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def assert_independent_of_batch(loaded: LoadedModel) -> None:
+    """Random chunks beside random neighbours, by two threads, give the bits of each request alone, token by token."""
+    steps = steps_of(3, num_steps=8)
+    with threads(2):
+        runner = Runner(loaded, captured=True)
+        batched: dict[int, list[torch.Tensor]] = {}
+        for step in steps:
+            rows = runner.step(step).split([len(chunk.token_ids) for chunk in step])
+            for chunk, logits in zip(step, rows, strict=True):
+                batched.setdefault(chunk.request, []).append(logits)
+    runner = Runner(loaded, captured=True)
+    for request, logits in batched.items():
+        tokens = [token for step in steps for chunk in step if chunk.request == request for token in chunk.token_ids]
+        alone = torch.cat([runner.step([Chunk(request, [token])]) for token in tokens])
+        assert torch.equal(torch.cat(logits), alone)
 
 
 def refusal(path: Path, **fields: Any) -> str:

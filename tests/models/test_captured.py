@@ -18,8 +18,8 @@ from ops.cpu import build
 from ops.cpu.program import NativeProgram
 from ops.dispatch import Spec, StepInput, like_first, op
 from tests import tiny
-from tests.models.harness import Chunk, Runner, load, random_tokens, steps_of
-from tests.ops.cpu import DTYPES, threads, use, using
+from tests.models.harness import Chunk, Runner, assert_independent_of_batch, load, random_tokens, steps_of
+from tests.ops.cpu import DTYPES, NEEDS_KERNELS, use, using
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tied": True}),
 }
 
-pytestmark = pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
+pytestmark = NEEDS_KERNELS
 
 
 def load_tiny(name: str, dtype: torch.dtype) -> LoadedModel:
@@ -113,21 +113,7 @@ def test_captured_equals_eager_on_every_capability(capability: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["llama tied", "mistral", "qwen3"])
 def test_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> None:
-    """Random chunks beside random neighbours, by two threads, against each request alone, token by token."""
-    loaded = load_tiny(name, dtype)
-    steps = steps_of(3, num_steps=8)
-    with threads(2):
-        runner = Runner(loaded, captured=True)
-        batched: dict[int, list[torch.Tensor]] = {}
-        for step in steps:
-            rows = runner.step(step).split([len(chunk.token_ids) for chunk in step])
-            for chunk, logits in zip(step, rows, strict=True):
-                batched.setdefault(chunk.request, []).append(logits)
-    runner = Runner(loaded, captured=True)
-    for request, logits in batched.items():
-        tokens = [token for step in steps for chunk in step if chunk.request == request for token in chunk.token_ids]
-        alone = torch.cat([runner.step([Chunk(request, [token])]) for token in tokens])
-        assert torch.equal(torch.cat(logits), alone)
+    assert_independent_of_batch(load_tiny(name, dtype))
 
 
 def test_only_the_wanted_rows_get_logits_and_all_hidden_states_stay_readable() -> None:

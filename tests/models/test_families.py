@@ -15,13 +15,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from executor.models.registry import resolve_model
-from ops.cpu import build
 from tests import tiny
 from tests.families import FAMILIES, FULL, LONGROPE, SLIDING
 from tests.models.harness import (
     Chunk,
     Runner,
     assert_close,
+    assert_independent_of_batch,
     load,
     logits_of,
     random_tokens,
@@ -29,9 +29,8 @@ from tests.models.harness import (
     refusal,
     steps_of,
 )
-from tests.ops.cpu import DTYPES, threads
+from tests.ops.cpu import DTYPES, NEEDS_KERNELS
 
-NEEDS_KERNELS = pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
 
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -153,21 +152,7 @@ def test_all_ops_run_on_the_kernels_and_give_the_bits_of_eager_mode(name: str, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @families
 def test_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> None:
-    """Random chunks beside random neighbours, by two threads, against each request alone, token by token."""
-    loaded = load(tiny.checkpoint(name), dtype=str(dtype).removeprefix("torch."))
-    steps = steps_of(3, num_steps=8)
-    with threads(2):
-        runner = Runner(loaded, captured=True)
-        batched: dict[int, list[torch.Tensor]] = {}
-        for step in steps:
-            rows = runner.step(step).split([len(chunk.token_ids) for chunk in step])
-            for chunk, logits in zip(step, rows, strict=True):
-                batched.setdefault(chunk.request, []).append(logits)
-    runner = Runner(loaded, captured=True)
-    for request, logits in batched.items():
-        tokens = [token for step in steps for chunk in step if chunk.request == request for token in chunk.token_ids]
-        alone = torch.cat([runner.step([Chunk(request, [token])]) for token in tokens])
-        assert torch.equal(torch.cat(logits), alone)
+    assert_independent_of_batch(load(tiny.checkpoint(name), dtype=str(dtype).removeprefix("torch.")))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from executor.models.decoder import CausalDecoder, DecoderParts, Norms, Parallel
 from ops.cpu import build
 from ops.cpu.program import NativeProgram, Segment
 from tests.models.harness import RANDOM_MODEL, Chunk, Runner, assert_close, logits_of, random_model, random_tokens
+from tests.ops.cpu import NEEDS_KERNELS
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = (
     RANDOM_MODEL[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -378,7 +379,7 @@ def test_captured_equals_eager(name: str, dtype: torch.dtype) -> None:
         assert captured.program.python_ops == 0
 
 
-@pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
+@NEEDS_KERNELS
 @pytest.mark.parametrize(
     ("name", "others"),
     [

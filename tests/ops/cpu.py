@@ -17,6 +17,8 @@ from ops.cpu.op_set import CpuOps
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
+NEEDS_KERNELS = pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
+
 NAMES = [*build.CAPABILITIES, build.AMX_EMULATION.name]
 
 

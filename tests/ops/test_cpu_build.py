@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ops.cpu import build, library
+from tests.ops.cpu import NEEDS_KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTABLE = build.CAPABILITIES["portable"]
@@ -165,7 +166,7 @@ def choose(**environment: str) -> tuple[str, str]:
     return result.stdout.strip(), result.stderr
 
 
-@pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine")
+@NEEDS_KERNELS
 def test_the_environment_chooses() -> None:
     assert choose()[0] == build.available()[0].name or build.configured()
     assert choose(OCTAVO_CPU_CAPABILITY="portable")[0] == "portable"

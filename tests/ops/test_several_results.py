@@ -12,9 +12,8 @@ from torch import Tensor
 
 import ops
 from executor.graphs import Program
-from ops.cpu import build
 from ops.dispatch import Spec, like_first, op
-from tests.ops.cpu import using
+from tests.ops.cpu import NEEDS_KERNELS, using
 
 WIDTH, EXPERTS, K = 40, 8, 2
 
@@ -22,10 +21,7 @@ WIDTH, EXPERTS, K = 40, 8, 2
 @pytest.fixture(
     params=[
         "reference",
-        pytest.param(
-            "kernels",
-            marks=pytest.mark.skipif(not build.available(), reason="no kernels are available on this machine"),
-        ),
+        pytest.param("kernels", marks=NEEDS_KERNELS),
     ]
 )
 def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
