@@ -37,6 +37,8 @@ _TOOLS: Final[_Rules] = (
     ("phi4_mini_json", ("functools",)),
     ("phi4_mini_json", ("<|tool|>",)),
     ("granite", ("<|tool_call|>",)),
+    ("llama_nemotron_json", ("<TOOLCALL>",)),
+    ("apriel", ("<tool_calls>", "Here are my reasoning steps")),
     ("granite-20b-fc", ("<function_call>",)),
     ("jamba", ("<tool_calls>",)),
     ("hermes", ("<tool_call>", '"name')),
@@ -53,6 +55,7 @@ _REASONING: Final[_Rules] = (
     ("minimax_m2", ("<minimax:tool_call>",)),  # its tool results are a <response>
     ("granite", ("<response></response>",)),
     ("granite", ("Here is my thought process:",)),
+    ("apriel", ("Here are my reasoning steps",)),
     ("hunyuan_a13b", ("<think>", "<answer>")),
     ("ernie45", ("<think>", "<response>")),
     ("qwen3", ("</think>",)),

@@ -12,6 +12,7 @@ from api.parsers.ids import new_id
 from api.parsers.tools.json_forced import JsonForcedParser
 
 REASONING_PARSERS: dict[str, str] = {
+    "apriel": "api.parsers.reasoning.think:APRIEL",
     "cohere_command3": "api.parsers.reasoning.think:COHERE_COMMAND",
     "cohere_command4": "api.parsers.reasoning.think:COHERE_COMMAND",
     "deepseek_r1": "api.parsers.reasoning.think:DEEPSEEK_R1",
@@ -32,6 +33,7 @@ REASONING_PARSERS: dict[str, str] = {
     "step3": "api.parsers.reasoning.think:DEEPSEEK_R1",
 }
 TOOL_PARSERS: dict[str, str] = {
+    "apriel": "api.parsers.tools.json_tags:JAMBA",
     "cohere_command3": "api.parsers.tools.json_tags:COHERE_COMMAND",
     "cohere_command4": "api.parsers.tools.json_tags:COHERE_COMMAND",
     "deepseek_v3": "api.parsers.tools.named_json:DEEPSEEK",
@@ -54,9 +56,11 @@ TOOL_PARSERS: dict[str, str] = {
     "llama3_json": "api.parsers.tools.llama3_json:Llama3JsonParser",
     "llama4_json": "api.parsers.tools.llama3_json:Llama3JsonParser",
     "llama4_pythonic": "api.parsers.tools.pythonic:PYTHONIC",
+    "llama_nemotron_json": "api.parsers.tools.json_tags:NEMOTRON",
     "longcat": "api.parsers.tools.json_tags:LONGCAT",
     "minimax_m2": "api.parsers.tools.xml_calls:MINIMAX_M2",
     "mistral": "api.parsers.tools.mistral:MistralParser",
+    "nemotron_json": "api.parsers.tools.json_tags:NEMOTRON",
     "olmo3": "api.parsers.tools.pythonic:OLMO3",
     "phi4_mini_json": "api.parsers.tools.json_tags:PHI4_MINI_JSON",
     "pythonic": "api.parsers.tools.pythonic:PYTHONIC",

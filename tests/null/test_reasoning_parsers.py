@@ -48,6 +48,10 @@ from tests.null.test_tool_parsers import parse
         ("mistral", None, "[THINK]Hm.[/THINK]Yes.", "Hm.", "Yes."),
         ("mistral", None, "[THINK]Hm.[TOOL_CALLS]f[ARGS]{}", "Hm.", "[TOOL_CALLS]f[ARGS]{}"),
         ("kimi_k2", None, "<think>Hm.<|tool_calls_section_begin|>x", "Hm.", "<|tool_calls_section_begin|>x"),
+        ("apriel", True, "\nHm.\n[BEGIN FINAL RESPONSE]\nYes.", "Hm.", "Yes."),
+        ("apriel", True, "Hm.[BEGIN FINAL RESPONSE]Yes.[END FINAL RESPONSE]", "Hm.", "Yes."),
+        ("apriel", None, "Here are my reasoning steps:\nHm.\n<tool_calls>[]", "Hm.", "<tool_calls>[]"),
+        ("apriel", None, "Here are my reasons", "", "Here are my reasons"),
         ("granite", None, "<think>Hm.</think><response>Yes.</response>", "Hm.", "Yes."),
         ("granite", None, "<think>Hm.</think>\n <response> Yes.</resp", "Hm.", " Yes.</resp"),
         ("granite", None, "Here is my thought process:\n\nHm.\n\nHere is my response:\n\nYes.", "Hm.", "Yes."),
@@ -65,7 +69,7 @@ from tests.null.test_tool_parsers import parse
         ("cohere_command4", True, "Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", "Hm.", "Yes."),
         ("cohere_command4", True, "Hm.<|START_ACTION|>[]", "Hm.", "<|START_ACTION|>[]"),
         ("seed_oss", None, "<seed:think>Hm.</seed:think>Yes.", "Hm.", "Yes."),
-        ("hunyuan_a13b", None, "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>", "Hm.", "\nYes.\n"),
+        ("hunyuan_a13b", None, "<think>\nHm.\n</think>\n<answer>\nYes.\n</answer>", "Hm.", "Yes.\n"),
     ],
 )
 def test_reasoning(name: str, prompt_opened: bool | None, text: str, reasoning: str, content: str) -> None:

@@ -32,7 +32,7 @@ FRAGMENTS = [
         "functools[",
     ),
     *("<|channel>", "thought\n", "<channel|>", "[THINK]", "[/THINK]", "<response>", "</response>", "<|START_ACTION|>"),
-    "functools[",
+    *("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
     *COMPLETE.values(),
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)

@@ -441,12 +441,13 @@ COMPLETE = {
     "granite-20b-fc": f"<function_call> {EDIT}",
     "hermes": f"<tool_call>\n{EDIT}\n</tool_call>",
     "internlm": f"<|action_start|><|plugin|>\n{EDIT}<|action_end|>",
-    "jamba": f"<tool_calls>[{EDIT}]</tool_calls>",
+    "apriel": f"<tool_calls>[{EDIT}]</tool_calls>",
     "json_forced": '[{"name": "edit", "parameters": {"path": "a", "text": "b"}}]',
     "kimi_k2": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.edit:0<|tool_call_argument_begin|>"
         '{"path": "a", "text": "b"}<|tool_call_end|><|tool_calls_section_end|>'
     ),
+    "llama_nemotron_json": f"<TOOLCALL>[{EDIT}]</TOOLCALL>",
     "lfm2": "<|tool_call_start|>[edit(path='a', text='b')]<|tool_call_end|>",
     "llama3_json": '{"name": "edit", "parameters": {"path": "a", "text": "b"}}',
     "longcat": f"<longcat_tool_call>{EDIT}</longcat_tool_call>",

@@ -92,6 +92,8 @@ async def test_reasoning_and_a_call(route: str, stream: bool, family: str) -> No
         ('"<seed:tool_call>" "<function=" "<parameter=" "<seed:think>"', "seed_oss", "seed_oss"),
         ("<think>\n\n</think> content.split('<answer>') <tool_calls>", "jamba", "hunyuan_a13b"),
         ("</think> <think>\n <response>\n <tool_call>{\"name\": 1}", "hermes", "ernie45"),
+        ("Here are my reasoning steps:\n <tool_calls>[ [BEGIN FINAL RESPONSE]", "apriel", "apriel"),
+        ("<TOOLCALL>[{}]</TOOLCALL> <think>", "llama_nemotron_json", "qwen3"),
         ("<start_function_call>call:f{}<end_function_call>", "functiongemma", None),
         ("<|tool|>[]<|/tool|>", "phi4_mini_json", None),
         ("<|tool_list_start|>", "lfm2", None),

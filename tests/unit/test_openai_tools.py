@@ -200,15 +200,15 @@ async def test_auto_needs_a_parser() -> None:
     [
         (
             ServerConfig(tool_call_parser="nope"),
-            "--tool-call-parser: unknown parser 'nope'; choose from auto, cohere_command3",
+            "--tool-call-parser: unknown parser 'nope'; choose from auto, apriel, cohere_command3",
         ),
         (
             ServerConfig(reasoning_parser="nope"),
-            "--reasoning-parser: unknown parser 'nope'; choose from auto, cohere_command3",
+            "--reasoning-parser: unknown parser 'nope'; choose from auto, apriel, cohere_command3",
         ),
         (
             ServerConfig(tool_call_parser="json_forced"),
-            "--tool-call-parser: unknown parser 'json_forced'; choose from auto, cohere_command3",
+            "--tool-call-parser: unknown parser 'json_forced'; choose from auto, apriel, cohere_command3",
         ),
     ],
 )

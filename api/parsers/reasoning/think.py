@@ -28,7 +28,7 @@ class ThinkFormat(msgspec.Struct, frozen=True):
     calls: tuple[str, ...] = ()
     """Marks of tool calls, at which reasoning ends without its own mark."""
     answers: tuple[tuple[str, str], ...] = ()
-    """Marks around the answer, which are layout."""
+    """Marks around the answer, which are layout. The first may be the end of the reasoning as well."""
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -137,7 +137,8 @@ class ThinkParser:
         if mark:
             self.is_reasoning = False
             self._steps.state = self._after
-        return end if mark in self._format.calls else end + len(mark)
+        is_kept = mark in self._format.calls or any(mark == start for start, _ in self._format.answers)
+        return end if is_kept else end + len(mark)
 
     def _reason(self, text: str) -> None:
         if self._num_breaks is None:
@@ -175,7 +176,7 @@ class ThinkParser:
             if mark:
                 self._held.clear()
                 self._answer_end = Markers(close)
-                self._steps.state = self._answer
+                self._steps.state = self._before_answer
                 return end + len(mark)
         return self._begin_content(end)
 
@@ -184,6 +185,12 @@ class ThinkParser:
             self._events.append(Content("".join(self._held)))
         self._held.clear()
         self._steps.state = self._content
+        return pos
+
+    def _before_answer(self, text: str, pos: int) -> int:
+        pos = self._after(text, pos)
+        if pos < len(text):
+            self._steps.state = self._answer
         return pos
 
     def _answer(self, text: str, pos: int) -> int:
@@ -226,5 +233,12 @@ COHERE_COMMAND: Final = ThinkFormat(
     answers=(("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<|START_TEXT|>", "<|END_TEXT|>")),
 )
 """Command R7B and Command A mark the answer as a response, later models as text."""
+APRIEL: Final = ThinkFormat(
+    "Here are my reasoning steps:",
+    "[BEGIN FINAL RESPONSE]",
+    calls=("<tool_calls>",),
+    answers=(("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),),
+)
+"""Apriel 1.5 and 1.6, whose prompt has the start. Only Apriel 1.5 marks the end of its answer."""
 ANSWER: Final = ThinkFormat(answers=(("<answer>", "</answer>"), ("<response>", "</response>")))
 """Hunyuan A13B and ERNIE 4.5, which put both parts in tags."""

@@ -166,8 +166,9 @@ COHERE_COMMAND: Final = JsonTags(
     ("<|START_ACTION|>",), ("<|END_ACTION|>",), ("<|START_ACTION|>", "<|END_ACTION|>"), name_key="tool_name"
 )
 JAMBA: Final = JsonTags(("<tool_calls>",), ("</tool_calls>",), ("<tool_calls>", "</tool_calls>"))
-"""Jamba and Hunyuan A13B."""
+"""Jamba, Hunyuan A13B and Apriel."""
 LONGCAT: Final = JsonTags(
     ("<longcat_tool_call>",), ("</longcat_tool_call>",), ("<longcat_tool_call>", "</longcat_tool_call>")
 )
+NEMOTRON: Final = JsonTags(("<TOOLCALL>",), ("</TOOLCALL>",), ("<TOOLCALL>", "</TOOLCALL>"))
 XLAM: Final = JsonTags(("<tool_call>", "[TOOL_CALLS]"), ("</tool_call>",), ("[TOOL_CALLS]",), has_bare_lists=True)
