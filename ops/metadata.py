@@ -60,6 +60,8 @@ class AttentionShape:
     """A token attends to this many tokens, itself included."""
     causal: bool = True
     logit_softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    """Per head, what is subtracted from the scaled score of each earlier token, times its distance (ALiBi)."""
     has_sinks: bool = False
     """Each head has a learned score that takes part in the softmax without a value."""
     kind: str = "kv"

@@ -53,6 +53,11 @@ def no_rope(config: Fields) -> None:
     """For families whose positions are learned or need no parameters: one spelling."""
 
 
+def old_bloom(config: Fields) -> None:
+    """BLOOM's own name of the hidden size."""
+    config["n_embed"] = config.pop("hidden_size")
+
+
 def old_cohere2(config: Fields) -> None:
     """A pattern instead of ``layer_types``."""
     old_rope(config)
@@ -230,6 +235,21 @@ FAMILIES: Mapping[str, Family] = {
         "ArceeForCausalLM",
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_theta": 3000.0}, "head_dim": 24},
         variants={"plain": {"attention_bias": False, "mlp_bias": False}},
+    ),
+    "bloom": Family(
+        "BloomConfig",
+        "BloomForCausalLM",
+        {
+            **LAYER_NORM,
+            **dict.fromkeys(("intermediate_size", "max_position_embeddings", "num_key_value_heads"), REMOVED),
+            **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), REMOVED),
+            "n_layer": 3,
+            "n_head": 4,
+            "layer_norm_epsilon": 0.01,
+            "tie_word_embeddings": True,
+        },
+        old_bloom,
+        variants={"six heads": {"hidden_size": 48, "n_head": 6}, "untied": {"tie_word_embeddings": False}},
     ),
     "cohere": Family(
         "CohereConfig",
@@ -482,6 +502,24 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         "MistralConfig", "MistralForCausalLM", {"sliding_window": 24}, variants={"no window": {"sliding_window": None}}
+    ),
+    "mpt": Family(
+        "MptConfig",
+        "MptForCausalLM",
+        {
+            **LAYER_NORM,
+            **dict.fromkeys(("hidden_size", "intermediate_size", "num_key_value_heads"), REMOVED),
+            **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "max_position_embeddings"), REMOVED),
+            "d_model": 64,
+            "n_layers": 3,
+            "n_heads": 4,
+            "max_seq_len": 512,
+            "layer_norm_epsilon": 0.01,
+            "attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.4},
+            "tie_word_embeddings": True,
+        },
+        no_rope,
+        variants={"six heads": {"d_model": 48, "n_heads": 6, "attn_config": {}}},
     ),
     "nemotron": Family(
         "NemotronConfig",

@@ -37,11 +37,13 @@ class Attention(nn.Module):
         """
         super().__init__()
         window = shape.sliding_window
-        tp_size = context.parallel.tp_size
+        tp_rank, tp_size = context.parallel.tp_rank, context.parallel.tp_size
+        slopes, heads = shape.alibi_slopes, shape.num_heads // tp_size
         self.shape = replace(
             shape,
-            num_heads=shape.num_heads // tp_size,
+            num_heads=heads,
             num_kv_heads=max(1, shape.num_kv_heads // tp_size),
+            alibi_slopes=None if slopes is None else slopes[tp_rank * heads : (tp_rank + 1) * heads],
             # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
             sliding_window=None if window is not None and window >= context.max_model_len else window,
         )
@@ -81,8 +83,8 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
     """
     members: dict[tuple[AttentionBackend, AttentionShape, torch.dtype], list[int]] = {}
     for index, layer in enumerate(layers):
-        # Scores may be scaled differently: this concerns no cache.
-        shape = replace(layer.shape, scale=1.0)
+        # Scores may be computed differently: this concerns no cache.
+        shape = replace(layer.shape, scale=1.0, alibi_slopes=None)
         members.setdefault((layer.backend, shape, layer.kv_dtype), []).append(index)
     groups = []
     for number, ((backend, shape, dtype), indexes) in enumerate(members.items()):

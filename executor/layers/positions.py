@@ -1,12 +1,25 @@
-"""Learned position embeddings."""
+"""Positions without rotation: learned embeddings, and biases of the scores."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 
 import ops
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, WeightParameter, single
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """The slope of each head in ALiBi (Press et al., arXiv:2108.12409): ``2 ** (-8 i / n)`` of n heads, n a power of 2.
+
+    Further heads take every other slope of twice as many heads, as in the authors' code.
+    """
+    count = 1 << math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / count) for head in range(count)]
+    more = [2 ** (-4 * (head + 1) / count) for head in range(0, 2 * (num_heads - count), 2)]
+    return tuple(slopes + more)
 
 
 class LearnedPositions(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ class SelfAttention(nn.Module):
         scale: float | None = None,
         sliding_window: int | None = None,
         logit_softcap: float | None = None,
+        alibi_slopes: tuple[float, ...] | None = None,
         prefix: str,
     ) -> None:
         """Creates the layer with the heads given by the configuration.
@@ -52,6 +54,7 @@ class SelfAttention(nn.Module):
             scale: Factor of the scores. Default: ``head_dim ** -0.5``.
             sliding_window: A token attends to this many tokens, itself included.
             logit_softcap: Scores are soft-capped to plus and minus this.
+            alibi_slopes: See ``AttentionShape``.
             prefix: The layer's name in the model.
         """
         super().__init__()
@@ -70,10 +73,8 @@ class SelfAttention(nn.Module):
         elif heads_norm is not None:
             self.q_norm, self.k_norm = heads_norm(heads), heads_norm(kv_heads)
         self.rotary = rotary
-        scale = head_dim**-0.5 if scale is None else scale
-        shape = AttentionShape(
-            heads, kv_heads, head_dim, scale, sliding_window=sliding_window, logit_softcap=logit_softcap
-        )
+        shape = AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5 if scale is None else scale)
+        shape = replace(shape, sliding_window=sliding_window, logit_softcap=logit_softcap, alibi_slopes=alibi_slopes)
         self.attn = Attention(context, shape)
         out_name = f"{prefix}.o_proj"
         self.o_proj = RowParallelLinear(context, heads * head_dim, hidden_size, bias=out_bias, prefix=out_name)

@@ -25,6 +25,7 @@ class Entry:
 
 CATALOG = (
     Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",), gguf=("arcee",)),
+    Entry("BLOOM", ("BloomForCausalLM",), ("bigscience/bloom-560m", "bigscience/bloomz-1b1")),
     Entry(
         "Cohere",
         ("CohereForCausalLM", "Cohere2ForCausalLM"),
@@ -47,8 +48,7 @@ CATALOG = (
     Entry(
         "Falcon",
         ("FalconForCausalLM",),
-        ("tiiuae/falcon-7b", "tiiuae/falcon-11B"),
-        limits="no ALiBi (Falcon RW)",
+        ("tiiuae/falcon-7b", "tiiuae/falcon-11B", "tiiuae/falcon-rw-1b"),
     ),
     Entry(
         "Gemma",
@@ -99,6 +99,7 @@ CATALOG = (
         gguf=("llama", "mistral3"),
         limits="text only",
     ),
+    Entry("MPT", ("MptForCausalLM",), ("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct")),
     Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
     Entry(
         "OLMo",

@@ -116,6 +116,8 @@ class DecoderParts:
     layer: type[DecoderLayer] = DecoderLayer
     """How a layer combines its blocks and norms."""
     norms: Norms = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
+    has_embedding_norm: bool = False
+    """Whether a norm follows the embedding."""
     has_final_norm: bool = True
     embedding_dim: int | None = None
     """Columns of the embedding and of the output layer, if they differ from the hidden size: then there are projections
@@ -148,6 +150,7 @@ class Decoder(nn.Module):
         if size != hidden_size:
             self.project_in = ReplicatedLinear(context, size, hidden_size, prefix=f"{prefix}.project_in")
             self.project_out = ReplicatedLinear(context, hidden_size, size, prefix=f"{prefix}.project_out")
+        self.embedding_norm = make_norm(hidden_size) if parts.has_embedding_norm else None
         self.embedding_scale = parts.embedding_scale
         self.embed_positions = parts.positions
         self.layers = nn.ModuleList()
@@ -178,7 +181,7 @@ class Decoder(nn.Module):
             hidden = self.project_in(hidden, batch)
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(batch.positions)
-        return hidden
+        return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
 
 
 ROTARY_BUFFERS = r"rotary_emb\.inv_freq$"

@@ -1,7 +1,7 @@
 """Falcon (Almazrouei et al., arXiv:2311.16867): attention and MLP side by side, an MLP without a gate.
 
 Falcon 7B has one KV head, and one norm for both blocks. The newer architecture of Falcon 40B has several KV heads, and
-a norm for each block. In Falcon RW the blocks follow each other.
+a norm for each block. In Falcon RW the blocks follow each other, and positions are biases of the scores.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from executor.hf_config import HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.mlp import MLP
 from executor.layers.norm import LayerNorm
+from executor.layers.positions import alibi_slopes
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
@@ -66,9 +67,9 @@ class FalconForCausalLM(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        if config.boolean("alibi"):
-            config.bad("alibi", "false (positions as biases of the scores are not supported yet)")
-        rotary = RotaryEmbedding(context)
+        has_biases = config.boolean("alibi")
+        rotary = None if has_biases else RotaryEmbedding(context)
+        slopes = tuple(slope * config.head_dim**-0.5 for slope in alibi_slopes(config.num_heads))
         bias, eps = config.boolean("bias"), config.epsilon("layer_norm_epsilon")
         inner = config.size("intermediate_size", 4 * config.hidden_size)
         kv_heads, norms = count_kv_heads(config), norms_of(config)
@@ -81,6 +82,7 @@ class FalconForCausalLM(CausalDecoder):
                 out_bias=bias,
                 num_kv_heads=kv_heads,
                 is_grouped=True,
+                alibi_slopes=slopes if has_biases else None,
                 prefix=prefix,
             )
 

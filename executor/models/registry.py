@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the names are known without torch
 
 REGISTRY = {
     "ArceeForCausalLM": "executor.models.arcee:ArceeForCausalLM",
+    "BloomForCausalLM": "executor.models.bloom:BloomForCausalLM",
     "Cohere2ForCausalLM": "executor.models.cohere:Cohere2ForCausalLM",
     "CohereForCausalLM": "executor.models.cohere:CohereForCausalLM",
     "Ernie4_5ForCausalLM": "executor.models.ernie4_5:Ernie45ForCausalLM",
@@ -36,6 +37,7 @@ REGISTRY = {
     "LlamaForCausalLM": "executor.models.llama:LlamaForCausalLM",
     "Ministral3ForCausalLM": "executor.models.ministral3:Ministral3ForCausalLM",
     "MistralForCausalLM": "executor.models.llama:MistralForCausalLM",
+    "MptForCausalLM": "executor.models.mpt:MptForCausalLM",
     "NemotronForCausalLM": "executor.models.nemotron:NemotronForCausalLM",
     "OPTForCausalLM": "executor.models.opt:OPTForCausalLM",
     "Olmo2ForCausalLM": "executor.models.olmo2:Olmo2ForCausalLM",

@@ -233,9 +233,11 @@ def paged_attention(
     matrices = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     if keys.dtype != q.dtype or not all(map(is_matrix, matrices.values())):
         return None
+    slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes, dtype=torch.float32)
     fields = {
         "k_cache": keys.data_ptr(),
         "v_cache": values.data_ptr(),
+        "slopes": None if slopes is None else slopes.data_ptr(),
         "scale": shape.scale,
         "softcap": shape.logit_softcap or 0.0,
         "num_heads": shape.num_heads,
@@ -254,7 +256,7 @@ def paged_attention(
         q.dtype,
         work=_INT32_MAX,
         step={"group": meta},
-        keep=(keys, values),
+        keep=(keys, values, slopes),
     )
 
 
@@ -266,6 +268,8 @@ def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | No
         return f"heads are larger than {lib.MAX_HEAD_DIM} columns"
     if shape.has_sinks:
         return "attention sinks are not supported"
+    if shape.alibi_slopes is not None and not shape.causal:
+        return "ALiBi is supported in causal attention only"
     return None
 
 

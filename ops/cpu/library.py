@@ -210,6 +210,7 @@ class AttentionArgs(ctypes.Structure):
         ("k_heads", Heads),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
+        ("slopes", c_void_p),
         ("scale", c_float),
         ("softcap", c_float),
         ("num_heads", c_int32),

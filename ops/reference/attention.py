@@ -97,8 +97,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor
     scores = (grouped @ k.float().permute(1, 2, 0).unsqueeze(1)) * shape.scale  # [kv_heads, group, queries, seq_len]
     if shape.logit_softcap:
         scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
+    distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
+    if shape.alibi_slopes is not None:
+        slopes = torch.tensor(shape.alibi_slopes, device=scores.device).view(shape.num_kv_heads, -1, 1, 1)
+        scores = scores - slopes * distance.to(scores.device)
     if shape.causal:
-        distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
         hidden = distance < 0
         if shape.sliding_window is not None:
             hidden |= distance >= shape.sliding_window

@@ -202,18 +202,18 @@ def logits_of(loaded: LoadedModel, token_ids: Sequence[int], **options: Any) -> 
 
 
 @functools.cache
-def reference(folder: Path) -> Any:
-    """A checkpoint as transformers loads it, in float32."""
+def reference(folder: Path, attention: str = "eager") -> Any:
+    """A checkpoint as transformers loads it, in float32, with one of its implementations of attention."""
     from transformers import AutoModelForCausalLM  # takes seconds
 
     folder = tiny.saved_by_transformers(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
-def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+def reference_logits(folder: Path, token_ids: list[int], attention: str = "eager") -> torch.Tensor:
     """transformers' logits of one sequence, float32 [num_tokens, vocab_size]."""
     with torch.inference_mode():
-        logits: torch.Tensor = reference(folder)(torch.tensor([token_ids])).logits[0]
+        logits: torch.Tensor = reference(folder, attention)(torch.tensor([token_ids])).logits[0]
     return logits
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from executor.models.mpt import mpt_slopes
 from executor.models.registry import resolve_model
 from tests import tiny
 from tests.families import FAMILIES, FULL, LONGROPE, SLIDING
@@ -35,7 +36,7 @@ VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in 
 
 families = pytest.mark.parametrize("name", FAMILIES)
 
-OTHER_FIELDS = {"global_head_dim", "hidden_act", "rope_local_base_freq", "sliding_window_pattern"}
+OTHER_FIELDS = {"global_head_dim", "hidden_act", "rope_local_base_freq", "seq_length", "sliding_window_pattern"}
 """Fields that transformers reads, or takes as given, in some families without having them."""
 
 
@@ -120,6 +121,30 @@ def test_factors_of_embeddings_are_rounded_first(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.inference_mode():
         assert torch.equal(runner.model.model.embed(batch), model.model.embed_tokens(batch.input_ids))  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("num_heads", [4, 6])
+def test_falcon_rw(num_heads: int) -> None:
+    """transformers' own attention adds the biases of the scores twice, torch's once."""
+    folder = tiny.checkpoint(
+        "falcon",
+        alibi=True,
+        bias=True,
+        multi_query=False,
+        new_decoder_architecture=False,
+        hidden_size=96,
+        num_attention_heads=num_heads,
+        num_kv_heads=num_heads,
+        parallel_attn=False,
+    )
+    token_ids = random_tokens(100)
+    assert_close(logits_of(load(folder), token_ids), reference_logits(folder, token_ids, "sdpa"))
+
+
+def test_the_largest_exponent_of_mpt_slopes() -> None:
+    """transformers takes 8 for granted."""
+    assert mpt_slopes(4, 4) == (0.5, 0.25, 0.125, 0.0625)
+    assert mpt_slopes(3, 8) == (0.0625, 0.00390625, 0.25)
 
 
 def test_internlm3_with_biases_of_q_k_and_v_alone_is_qwen2(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SHAPES = {
     "groups of 3": AttentionShape(9, 3, 64, scale=0.125),
     "groups of 5": AttentionShape(5, 1, 40, scale=0.3, v_head_dim=24),
     "window": AttentionShape(4, 2, 32, scale=0.3, sliding_window=100),
+    "alibi": AttentionShape(6, 2, 32, scale=0.3, alibi_slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01)),
     "softcap": AttentionShape(4, 4, 32, scale=1.0, logit_softcap=8.0),
 }
 

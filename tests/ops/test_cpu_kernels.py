@@ -208,6 +208,8 @@ ATTENTION = {
     "window of one": AttentionShape(4, 2, 32, scale=0.2, sliding_window=1),
     "long window": AttentionShape(4, 2, 32, scale=0.2, sliding_window=300),
     "softcap": AttentionShape(4, 2, 32, scale=1.0, logit_softcap=5.0),
+    "alibi": AttentionShape(6, 2, 32, scale=0.3, alibi_slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01)),
+    "alibi with a cap": AttentionShape(2, 2, 32, scale=1.0, logit_softcap=5.0, alibi_slopes=(0.2, 0.01)),
     "not causal": AttentionShape(4, 2, 32, scale=0.2, causal=False),
 }
 

@@ -271,6 +271,20 @@ def test_attention_softcap() -> None:
             torch.testing.assert_close(result[i].view(2, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_alibi() -> None:
+    """Biases that grow with the position, as BLOOM adds them: the softmax sees differences alone."""
+    shape = AttentionShape(4, 2, 8, scale=0.7, alibi_slopes=(0.5, 0.2, 0.1, 0.0))
+    q, k, v, cache, meta, (key,), (value,) = step(shape, [19], [5], 4)
+    result = ops.paged_attention(q, k, v, cache, meta, shape)
+    for i in range(5):
+        for head, slope in enumerate((0.5, 0.2, 0.1, 0.0)):
+            query = q[i].view(4, 8)[head].double()
+            scores = [float(query @ key[j, head // 2].double()) * 0.7 + slope * j for j in range(15 + i)]
+            weights = [math.exp(score) for score in scores]
+            expected = sum(w * value[j, head // 2].double() for j, w in enumerate(weights)) / sum(weights)
+            torch.testing.assert_close(result[i].view(4, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_short_conv_is_a_causal_convolution(length: int) -> None:
     contexts, width, block_size = [1, 9, 8, 23], 6, 4

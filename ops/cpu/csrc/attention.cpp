@@ -196,7 +196,7 @@ public:
         for (int r = 0; r < tile.rows; ++r) {
             const int row = tile.first_row + r;
             const int token = request.first_token + row / group_size_;
-            const int column = (tile.kv_head * group_size_ + row % group_size_) * op_.head_dim;
+            const int column = head_of(tile, r) * op_.head_dim;
             const int position = op_.q_heads.rotary_dim ? step_.positions[token] : 0;
             prepare_head(static_cast<const T*>(op_.q.data) + token * op_.q.stride + column, op_.head_dim, op_.q_heads,
                          position, cache_.head_dim, head);
@@ -236,7 +236,8 @@ public:
                 scores_ + i * tile.rows * kColumns);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
-            softmax(tile.rows, r, context.units, view.begin - context.begin, view.end - context.begin, result);
+            softmax(tile.rows, r, context.units, view.begin - context.begin, view.end - context.begin,
+                    op_.slopes ? op_.slopes[head_of(tile, r)] : 0.0f, result);
         }
         const T* values[kSplitUnits];
         const T* fetched[kSplitUnits];
@@ -280,7 +281,7 @@ public:
         for (int r = 0; r < tile.rows; ++r) {
             const int row = tile.first_row + r;
             const int64_t token = request.first_token + row / group_size_;
-            const int column = (tile.kv_head * group_size_ + row % group_size_) * op_.v_head_dim;
+            const int column = head_of(tile, r) * op_.v_head_dim;
             T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
             const Vec scale = splat(1.0f) / splat(sum.total[r]);
             const float* out = sum.out + r * cache_.v_head_dim;
@@ -291,6 +292,11 @@ public:
     }
 
 private:
+    // The query head of a tile's row.
+    int head_of(const Tile& tile, int row) const {
+        return tile.kv_head * group_size_ + (tile.first_row + row) % group_size_;
+    }
+
     static float first_lane(Vec x) {
         float lanes[kLanes];
         store(lanes, x);
@@ -298,11 +304,12 @@ private:
     }
 
     // One row: scores -> weights, with the largest score and the sum of weights. Tokens are numbered from the first
-    // score.
-    void softmax(int rows, int row, int units, int begin, int end, const Partial& result) {
+    // score. Each token's distance from the row's own, which is the last visible one, lowers its score by the slope.
+    void softmax(int rows, int row, int units, int begin, int end, float slope, const Partial& result) {
         const Vec hidden = splat(-kInfinity), lanes = lane_numbers();
         const bool capped = op_.softcap != 0.0f;
-        const Vec scale = splat(capped ? 1.0f : op_.scale);  // of the scores as stored
+        const bool biased = slope != 0.0f;
+        const Vec scale = splat(capped || biased ? 1.0f : op_.scale);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
         Vec top = hidden;
@@ -311,12 +318,16 @@ private:
             Vec x = load(place);
             const bool partly_hidden = i < begin || i + kLanes > end;
             if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
+            if (biased) {
+                const Vec distance = splat(static_cast<float>(end - 1 - i)) - lanes;
+                x = fma(distance, splat(-slope), capped ? x : x * splat(op_.scale));
+            }
             if (partly_hidden) {
                 const Vec tokens = lanes + splat(static_cast<float>(i));
                 x = select(less(tokens, splat(static_cast<float>(end))), x, hidden);
                 x = select(less(tokens, splat(static_cast<float>(begin))), hidden, x);
             }
-            if (capped || partly_hidden) store(place, x);
+            if (capped || biased || partly_hidden) store(place, x);
             top = max(top, x);
         }
         const float peak = largest(top * scale);

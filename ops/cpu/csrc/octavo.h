@@ -212,6 +212,7 @@ struct OctavoAttention {
     OctavoHeads k_heads;
     void* k_cache;
     void* v_cache;
+    const float* slopes;  // [num_heads], of ALiBi; null: none
     float scale;
     float softcap;  // 0: none
     int32_t num_heads;
