@@ -15,6 +15,9 @@ from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.parsers import Tool, forced_calls_schema, forced_tools, is_single
 from engine_core.messages import GrammarSpec
 
+MAX_TOOLS_TRIED = 64
+"""Tools that are looked at to find the one whose schema is at fault."""
+
 
 class ToolUse(msgspec.Struct, frozen=True):
     """How the tools of a request are used."""
@@ -113,7 +116,7 @@ def forced_grammar(schema: JsonObject) -> GrammarSpec:
         return grammar_spec(StructuredOutputsParams(json=schema), "tools")
     except RequestError as error:
         calls = schema.get("items", schema)
-        for call in calls.get("anyOf", ()):
+        for call in calls.get("anyOf", ())[:MAX_TOOLS_TRIED]:
             try:
                 grammar_spec(StructuredOutputsParams(json=call), "tools")
             except RequestError:
