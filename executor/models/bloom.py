@@ -10,6 +10,14 @@ from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts
 
+LAYER_NAMES = (
+    (r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
+    (r"\.self_attention\.dense\.", ".self_attn.o_proj."),
+    (r"\.dense_h_to_4h\.", ".up_proj."),
+    (r"\.dense_4h_to_h\.", ".down_proj."),
+)
+"""Names of tensors that Falcon took over."""
+
 
 class BloomForCausalLM(CausalDecoder):
     attribute_map = {
@@ -33,10 +41,7 @@ class BloomForCausalLM(CausalDecoder):
             (r"^word_embeddings_layernorm\.", "model.embedding_norm."),
             (r"^ln_f\.", "model.norm."),
             (r"^h\.", "model.layers."),
-            (r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
-            (r"\.self_attention\.dense\.", ".self_attn.o_proj."),
-            (r"\.dense_h_to_4h\.", ".up_proj."),
-            (r"\.dense_4h_to_h\.", ".down_proj."),
+            *LAYER_NAMES,
         ]
     )
 

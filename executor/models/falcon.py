@@ -14,6 +14,7 @@ from executor.layers.positions import alibi_slopes
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
+from executor.models.bloom import LAYER_NAMES
 from executor.models.decoder import CausalDecoder, DecoderLayer, DecoderParts, Norms, ParallelDecoderLayer
 
 SEQUENTIAL = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
@@ -58,10 +59,7 @@ class FalconForCausalLM(CausalDecoder):
             (r"^transformer\.word_embeddings\.", "model.embed_tokens."),
             (r"^transformer\.ln_f\.", "model.norm."),
             (r"^transformer\.h\.", "model.layers."),
-            (r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
-            (r"\.self_attention\.dense\.", ".self_attn.o_proj."),
-            (r"\.dense_h_to_4h\.", ".up_proj."),
-            (r"\.dense_4h_to_h\.", ".down_proj."),
+            *LAYER_NAMES,
         ]
     )
 
