@@ -65,12 +65,10 @@ class Steps:
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
         self.weight_bytes = ready.weight_bytes
-        (group,) = ready.kv_cache_groups
-        self.block_size = group.block_size
-        self.bytes_per_token = group.bytes_per_block / group.block_size
+        self.groups = ready.kv_cache_groups
         self.vocab_size = ready.vocab_size
-        self.blocks_each = -(-max_len // self.block_size)
-        self.worker.handle(InitKVCache((max_seqs * self.blocks_each,), max_len))
+        self.blocks_each = [-(-max_len // group.block_size) for group in self.groups]
+        self.worker.handle(InitKVCache(tuple(max_seqs * blocks for blocks in self.blocks_each), max_len))
         self.step_id = 0
 
     def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:
@@ -88,15 +86,22 @@ class Steps:
         return time.perf_counter() - begin
 
     def admit(self, slot: int, length: int) -> NewRequest:
-        blocks = np.arange(slot * self.blocks_each, (slot + 1) * self.blocks_each, dtype=np.int32)
+        blocks = [np.arange(slot * each, (slot + 1) * each, dtype=np.int32) for each in self.blocks_each]
         tokens = np.random.default_rng(slot).integers(0, self.vocab_size, length).astype(np.int32)
         return NewRequest(
             slot=slot,
             token_ids=tokens.tobytes(),
             num_prompt_tokens=length,
             num_computed_tokens=0,
-            block_ids=(blocks.tobytes(),),
+            block_ids=tuple(ids.tobytes() for ids in blocks),
             params=ResolvedParams(temperature=0.0, max_tokens=1 << 20),
+        )
+
+    def kv_bytes(self, context: float) -> float:
+        """Bytes of K and V that a token reads after so many others."""
+        return sum(
+            min(context, group.sliding_window or context) * group.bytes_per_block / group.block_size
+            for group in self.groups
         )
 
     def fill(self, requests: int, length: int) -> None:
@@ -260,7 +265,7 @@ def measure(options: argparse.Namespace) -> None:
         restart_clocks()
         times = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
         read = (before + bandwidth()) / 2
-        kv = requests * (options.context + options.steps / 2) * steps.bytes_per_token
+        kv = requests * steps.kv_bytes(options.context + options.steps / 2)
         show(f"decode {requests}", times, clock.seconds, read, steps.weight_bytes + kv, 2 * parameters * requests)
     for length in options.prefill:
         times = []
