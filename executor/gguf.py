@@ -7,6 +7,7 @@ float32, exactly as the format defines, then converted to the model's dtype.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, Keys
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
+from msgspec.structs import replace
 from torch import Tensor
 
 from executor.base import ModelError
@@ -93,13 +95,21 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         "attention_out_bias": "blk.0.attn_output.bias" in shapes,
         "mlp_bias": "blk.0.ffn_down.bias" in shapes,
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in shapes,
+        "num_ln_in_parallel_attn": 1 + ("blk.0.attn_norm_2.weight" in shapes),
         "rope_parameters": _rope_parameters(fields, arch),
     }
     if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
         config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
     else:
         config["rms_norm_eps"] = fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS))
-    config["num_key_value_heads"] = fields.size(key(Keys.Attention.HEAD_COUNT_KV), config["num_attention_heads"])
+    kv_heads = key(Keys.Attention.HEAD_COUNT_KV)
+    if isinstance(fields.get(kv_heads), list):
+        by_layer = fields.numbers(kv_heads)
+        if len(by_layer) != config["num_hidden_layers"]:
+            fields.bad(kv_heads, "one number, or one for each layer")
+        config["num_key_value_heads"] = int(max(by_layer))
+    else:
+        config["num_key_value_heads"] = fields.size(kv_heads, config["num_attention_heads"])
     config["head_dim"] = fields.size(
         key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
     )
@@ -169,9 +179,13 @@ class GGUFCheckpoint:
         self.config = hf_config_from_gguf(header, str(path))
         """The model's configuration under the names of config.json."""
         arch = self.config["model_type"]
+        if ARCHITECTURES[arch].has_q_k_v_apart:
+            self.entries = {each.name: each for tensor in header.tensors for each in self._apart(tensor)}
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.architecture = ARCHITECTURES[arch]
+        self.known_names = {self._renamed(known): known for known in self.names.mapping}
+        """Names of modules that the ``gguf`` package knows, by ours."""
         types = self._quantized_types()
         if types:
             self.config["quantization_config"] = {"quant_method": "gguf", "types": types}
@@ -192,14 +206,15 @@ class GGUFCheckpoint:
                 read=partial(self._read, entry, hf_names.get(entry.name)),
                 prefetch=partial(self.mapped[entry.file].prefetch, entry.offset, entry.num_bytes),
             )
-            for entry in self.header.tensors
+            for entry in self.entries.values()
             if entry.name not in (ROPE_FACTORS, *LONGROPE_FACTORS.values())
         ]
 
     def _quantized_types(self) -> dict[str, str]:
         """Types of quantised matrices, by all names that their modules have in any family."""
         types = {}
-        for module, (_, gguf_name) in self.names.mapping.items():
+        for module, known in self.known_names.items():
+            _, gguf_name = self.names.mapping[known]
             entry = self.entries.get(f"{gguf_name}.weight")
             if entry is not None and len(entry.shape) == 2:
                 kind = _type_of(entry, self._origin(entry.name))
@@ -219,7 +234,16 @@ class GGUFCheckpoint:
         return f"{self.path if entry is None else self.paths[entry.file]}: tensor {gguf_name!r}"
 
     def _gguf_name(self, name: str) -> str:
-        return self.names.get_name(name, try_suffixes=SUFFIXES) or name
+        return self.names.get_name(self._known_name(name), try_suffixes=SUFFIXES) or name
+
+    def _known_name(self, name: str) -> str:
+        module, dot, leaf = name.rpartition(".")
+        return f"{self.known_names.get(module, module)}{dot}{leaf}"
+
+    def _renamed(self, known: str) -> str:
+        for pattern, replacement in self.architecture.renames:
+            known = re.sub(pattern, replacement, known)
+        return known
 
     def _check(self, tensor: GGUFTensor) -> None:
         """Checks that the tensor has a known type and lies within the file."""
@@ -229,22 +253,39 @@ class GGUFCheckpoint:
         if missing > 0:
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
 
+    def _apart(self, tensor: GGUFTensor) -> list[GGUFTensor]:
+        """The tensor itself, or q, k and v if it holds them one after the other."""
+        heads, kv_heads, size = (self.config[f] for f in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        rows = tensor.shape[0] if tensor.shape else 0
+        if ".attn_qkv." not in tensor.name or rows != (heads + 2 * kv_heads) * size:
+            return [tensor]
+        parts, offset = [], tensor.offset
+        for part, count in (("q", heads * size), ("k", kv_heads * size), ("v", kv_heads * size)):
+            name, num_bytes = tensor.name.replace("attn_qkv", f"attn_{part}"), tensor.num_bytes // rows * count
+            shape = (count, *tensor.shape[1:])
+            parts.append(replace(tensor, name=name, shape=shape, offset=offset, num_bytes=num_bytes))
+            offset += num_bytes
+        return parts
+
     def _read(self, tensor: GGUFTensor, hf_name: str | None, dtype: torch.dtype) -> Tensor:
         kind = _type_of(tensor, self._origin(tensor.name))
         if dtype not in (*FLOATS, torch.uint8):
             raise ValueError(f"has type {kind.name}; the model needs {dtype}")
         raw = np.frombuffer(self.mapped[tensor.file].data, np.uint8, tensor.num_bytes, tensor.offset)
-        role = self.names.get_type(hf_name, try_suffixes=SUFFIXES) if hf_name else None
+        role = self.names.get_type(self._known_name(hf_name), try_suffixes=SUFFIXES) if hf_name else None
         if role is not None and role in self.architecture.permuted:
             num_heads = self.config[self.architecture.permuted[role]]
             raw = unpermute(raw.reshape(tensor.shape[0], -1), num_heads).reshape(-1)
         if role in self.architecture.ungrouped:
-            raw = group(raw.reshape(tensor.shape[0], -1), self.config["num_attention_heads"]).reshape(-1)
+            heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+            raw = group(raw.reshape(tensor.shape[0], -1), heads, kv_heads).reshape(-1)
         if dtype == torch.uint8:
             return torch.from_numpy(raw).view(tensor.shape[0], -1)
         if kind in PLAIN_TYPES:
             plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
             is_norm = hf_name is not None and hf_name.endswith("norm.weight")
+            if role in self.architecture.transposed:
+                return plain.T
             return plain.float() - self.architecture.norm_offset if is_norm else plain
         try:
             return dequantize_to(raw, kind, dtype).view(tensor.shape)
@@ -289,10 +330,12 @@ def unpermute(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uin
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def group(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
-    """Rows of q, k and v, one after the other, by head: [num_heads, 3, head_dim]; there are as many heads of each."""
-    heads = rows.reshape(3, num_heads, -1, rows.shape[1])
-    return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(rows.shape)
+def group(rows: npt.NDArray[np.uint8], num_heads: int, num_kv_heads: int) -> npt.NDArray[np.uint8]:
+    """Rows of q, k and v, one after the other, by KV head: first those of its queries, then of its key and value."""
+    heads = rows.reshape(num_heads + 2 * num_kv_heads, -1, rows.shape[1])
+    parts = np.split(heads, [num_heads, num_heads + num_kv_heads])
+    by_kv_head = [part.reshape(num_kv_heads, -1, rows.shape[1]) for part in parts]
+    return np.concatenate(by_kv_head, axis=1).reshape(rows.shape)
 
 
 def dequantize_to(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,13 @@ class Architecture:
     """Tensors whose rows are reordered so that columns rotated together are adjacent, with the field of their head
     count."""
     ungrouped: Collection[MODEL_TENSOR] = ()
-    """Tensors with q, k and v one after the other, which the model has by head."""
+    """Tensors with q, k and v one after the other, which the model has by KV head."""
+    has_q_k_v_apart: bool = False
+    """Whether the model has q, k and v as three tensors. Files may have them as one."""
+    transposed: Collection[MODEL_TENSOR] = ()
+    """Matrices that the model has transposed."""
+    renames: Sequence[tuple[str, str]] = ()
+    """Regular expressions from the names of modules that the ``gguf`` package knows to ours."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
@@ -116,6 +122,22 @@ def mistral3(fields: Fields, config: Config) -> None:
         config["architectures"] = ["LlamaForCausalLM"]
 
 
+def lfm2(fields: Fields, config: Config) -> None:
+    """Layers without KV heads are convolutions."""
+    arch = config["model_type"]
+    heads = fields.get(Keys.Attention.HEAD_COUNT_KV.format(arch=arch))
+    by_layer = heads if isinstance(heads, list) else [heads] * config["num_hidden_layers"]
+    config["layer_types"] = ["full_attention" if count else "conv" for count in by_layer]
+    config["conv_L_cache"] = fields.size(Keys.ShortConv.L_CACHE.format(arch=arch))
+    config["block_auto_adjust_ff_dim"] = False  # the file has the size that results
+
+
+def falcon(fields: Fields, config: Config) -> None:
+    """Falcon 7B has one KV head; the newer architecture of the others several."""
+    config["bias"] = config["attention_bias"]
+    config["new_decoder_architecture"] = config["num_key_value_heads"] > 1
+
+
 def biases(fields: Fields, config: Config) -> None:
     """Families with names of their own for biases that the file has or not."""
     config["use_bias"] = config["use_qkv_bias"] = config["attention_bias"]
@@ -142,16 +164,33 @@ PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "nu
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("ArceeForCausalLM", PERMUTED),
+    "chatglm": Architecture("GlmForCausalLM", has_q_k_v_apart=True),
     "cohere2": Architecture("Cohere2ForCausalLM", configure=cohere),
     "command-r": Architecture("CohereForCausalLM", configure=cohere),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=biases),
     "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
+    "falcon": Architecture(
+        "FalconForCausalLM",
+        ungrouped=(MODEL_TENSOR.ATTN_QKV,),
+        renames=((r"^transformer\.h\.(\d+)\.(ln_attn|ln_mlp)$", r"model.layers.\1.\2"),),
+        configure=falcon,
+    ),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
     "glm4": Architecture("Glm4ForCausalLM"),
     "gpt2": Architecture("GPT2LMHeadModel"),
     "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),
     "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
+    "internlm2": Architecture("LlamaForCausalLM", PERMUTED),  # with q, k and v apart
+    "lfm2": Architecture(
+        "Lfm2ForCausalLM",
+        transposed=(MODEL_TENSOR.SHORTCONV_CONV,),
+        renames=(
+            (r"^model\.embedding_norm$", "model.norm"),
+            (r"\.conv\.(in_proj|out_proj|conv)$", r".self_attn.\1"),
+        ),
+        configure=lfm2,
+    ),
     "llama": Architecture("LlamaForCausalLM", PERMUTED),
     "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
     "nemotron": Architecture("NemotronForCausalLM"),

@@ -204,6 +204,7 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
 LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 GGUF_NAMES = {
     "cohere": "command-r",
+    "glm": "chatglm",
     "gpt_neox": "gptneox",
     "ministral3": "mistral3",
     "mistral": "llama",
@@ -211,7 +212,7 @@ GGUF_NAMES = {
     "phi": "phi2",
 }
 """``model_type`` -> ``general.architecture``, where they differ."""
-PERMUTED = {"arcee", "granite", "llama", "mistral3", "olmo", "smollm3"}
+PERMUTED = {"arcee", "granite", "internlm2", "llama", "mistral3", "olmo", "smollm3"}
 """Architectures whose rows of q and k the converter reorders."""
 
 
@@ -220,6 +221,9 @@ def gguf_file(
     kind: GGMLQuantizationType,
     rope_factors: list[float] | None = None,
     kinds: Mapping[str, GGMLQuantizationType] | None = None,
+    *,
+    arch: str | None = None,
+    is_fused: bool = False,
 ) -> GGUFModel:
     """Writes a checkpoint as convert_hf_to_gguf does; vectors stay float32.
 
@@ -228,28 +232,36 @@ def gguf_file(
         kind: Type of the matrices. K-quants get random blocks instead of the folder's weights.
         rope_factors: The tensor ``rope_freqs.weight``, as Llama 3.1 has it.
         kinds: Types of the matrices whose names contain a text, instead of ``kind``.
+        arch: The ``general.architecture``. None: that of the checkpoint's family.
+        is_fused: Writes q, k and v of a layer as one tensor; only with float32.
     """
     import transformers
 
     config = json.loads((folder / "config.json").read_text())
     kind_of_model = config["model_type"].removesuffix("_text")
-    arch = GGUF_NAMES.get(kind_of_model, kind_of_model)
+    arch = arch or GGUF_NAMES.get(kind_of_model, kind_of_model)
     mix = "-mix" + "-".join(each.name for each in kinds.values()) if kinds else ""
-    path = folder / f"model-{kind.name}{'-rope' if rope_factors else ''}{mix}.gguf"
+    path = folder / f"{arch}-{kind.name}{'-rope' if rope_factors else ''}{mix}{'-fused' * is_fused}.gguf"
     writer = gguf.GGUFWriter(path, arch)
     common = transformers.AutoConfig.from_pretrained(folder)  # under the common names
     heads = common.num_attention_heads
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = count_kv_heads(config) or heads
+    tensors = load_file(folder / "model.safetensors")
     writer.add_name(folder.name)
     writer.add_context_length(common.max_position_embeddings)
     writer.add_embedding_length(common.hidden_size)
     writer.add_block_count(common.num_hidden_layers)
-    writer.add_feed_forward_length(config.get("intermediate_size") or config["n_inner"])
+    writer.add_feed_forward_length(
+        next(len(tensor) for name, tensor in tensors.items() if re.search(r"\.(w1|dense_h_to_4h)\.weight$", name))
+        if arch in ("falcon", "lfm2")
+        else config.get("intermediate_size") or config["n_inner"]
+    )
     writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    of_layers = [0 if each == "conv" else kv_heads for each in config.get("layer_types") or ()]
+    writer.add_head_count_kv(of_layers if arch == "lfm2" else kv_heads)
     writer.add_key_length(config.get("head_dim") or common.hidden_size // heads)
-    if "rms_norm_eps" in config:
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "rms_norm_eps" in config or arch == "lfm2":
+        writer.add_layer_norm_rms_eps(config["norm_eps" if arch == "lfm2" else "rms_norm_eps"])
     else:
         writer.add_layer_norm_eps(next((config[name] for name in LAYER_NORM_EPS if name in config), 1e-5))
     rope = config.get("rope_parameters", {})
@@ -264,9 +276,9 @@ def gguf_file(
     names = gguf.get_tensor_name_map(arch_id, common.num_hidden_layers)
     weights = {}
     generator = np.random.default_rng(0)
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in (fused(tensors) if is_fused else tensors).items():
         offset = 1 if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight") else 0
-        data = _converted(arch, name, tensor.float().numpy() + offset, heads)
+        data = _converted(arch, name, tensor.float().numpy() + offset, heads, kv_heads)
         permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads
         if permuted:
@@ -292,16 +304,41 @@ def gguf_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return GGUFModel(path, weights)
+    return GGUFModel(path, {name: tensor.float() for name, tensor in tensors.items()} if is_fused else weights)
 
 
-def _converted(arch: str, name: str, data: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+def count_kv_heads(config: Mapping[str, Any]) -> int | None:
+    """As config.json has them; None: one for each head."""
+    if config["model_type"] == "falcon":
+        return config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+    return config.get("num_key_value_heads")
+
+
+def fused(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with q, k and v of a layer as one."""
+    result = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            result[name.replace(".q_proj.", ".qkv_proj.")] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            result[name] = tensor
+    return result
+
+
+def _converted(arch: str, name: str, data: npt.NDArray[Any], heads: int, kv_heads: int) -> npt.NDArray[Any]:
     """The converter's layout of a tensor: without Conv1D's transposition, and q, k and v one after the other."""
     if arch == "gpt2" and data.ndim == 2 and ".c_" in name:
         return np.ascontiguousarray(data.T)
     if arch == "gptneox" and ".query_key_value." in name:
         by_head = data.reshape(heads, 3, -1, *data.shape[1:])
         return np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(data.shape)
+    if arch == "falcon" and ".query_key_value." in name:
+        by_kv_head = data.reshape(kv_heads, heads // kv_heads + 2, -1, *data.shape[1:])
+        q, k, v = np.split(by_kv_head, [-2, -1], axis=1)
+        return np.concatenate([each.reshape(-1, *data.shape[1:]) for each in (q, k, v)])
+    if arch == "lfm2" and name.endswith(".conv.conv.weight"):
+        return data.squeeze(1)
     return data
 
 
@@ -355,6 +392,8 @@ def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) ->
         writer.add_parallel_residual(config["use_parallel_residual"])
     if arch in ("cohere2", "command-r"):
         writer.add_logit_scale(config["logit_scale"])
+    if arch == "lfm2":
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
     if arch == "olmo":
         writer.add_clamp_kqv(config["clip_qkv"])
     window, types = config.get("sliding_window"), config.get("layer_types")

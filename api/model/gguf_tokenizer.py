@@ -126,6 +126,13 @@ _QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
 _STABLELM2: Final = PreRule((_words(r"\p{N}"),))
 _TEKKEN: Final = PreRule((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
 _GPT4O: Final = PreRule((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
+_FALCON: Final = PreRule(
+    (
+        r"[\p{P}\$\+<=>\^~\|`]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"[0-9][0-9][0-9]",
+    )
+)
 _DEEPSEEK_LLM: Final = PreRule(
     (
         r"[\r\n]",
@@ -161,7 +168,9 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
+    "falcon": _FALCON,
     "falcon3": _LLAMA3,
+    "lfm2": _LLAMA3,
     "pixtral": _LLAMA3,
     "midm-2.0": _LLAMA3,
     "chatglm-bpe": _LLAMA3_MERGES,

@@ -49,6 +49,7 @@ CATALOG = (
         "Falcon",
         ("FalconForCausalLM",),
         ("tiiuae/falcon-7b", "tiiuae/falcon-11B", "tiiuae/falcon-rw-1b"),
+        gguf=("falcon",),
     ),
     Entry(
         "Gemma",
@@ -62,7 +63,7 @@ CATALOG = (
         "GLM-4",
         ("GlmForCausalLM", "Glm4ForCausalLM"),
         ("THUDM/glm-4-9b-chat-hf", "THUDM/GLM-4-9B-0414"),
-        gguf=("glm4",),
+        gguf=("chatglm", "glm4"),
     ),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
@@ -78,11 +79,13 @@ CATALOG = (
         "InternLM",
         ("InternLM2ForCausalLM", "InternLM3ForCausalLM"),
         ("internlm/internlm2_5-1_8b-chat", "internlm/internlm3-8b-instruct"),
+        gguf=("internlm2", "llama"),
     ),
     Entry(
         "LFM2",
         ("Lfm2ForCausalLM",),
         ("LiquidAI/LFM2-350M", "LiquidAI/LFM2-1.2B"),
+        gguf=("lfm2",),
         limits="text only; dense models only",
     ),
     Entry(

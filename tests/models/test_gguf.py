@@ -111,6 +111,7 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     # llama.cpp knows the layers of SmolLM3 that are not rotated.
     "smollm3": {"no_rope_layers": None, "num_hidden_layers": 4, "use_sliding_window": False},
     "phi3": {},
+    "glm": {},
     "glm4": {},
     "granite": {},
     "olmo2": {},
@@ -122,6 +123,8 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"use_qk_norm": False},
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},
+    "falcon": {},
+    "lfm2": {"conv_bias": False},
     "gpt2": {"scale_attn_by_inverse_layer_idx": False},
     "gpt_neox": {},
     "nemotron": {},
@@ -141,6 +144,43 @@ def test_gguf_of_families(kind: str) -> None:
     token_ids = random_tokens(100)
     expected = reference_logits(folder, file.weights, token_ids)
     assert_close(logits_of(loaded, token_ids), expected)
+
+
+@pytest.mark.parametrize("variant", ["7b", "11b"])
+def test_gguf_of_falcon(variant: str) -> None:
+    folder = tiny.checkpoint("falcon", **FAMILIES["falcon"].variants[variant])
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
+    token_ids = random_tokens(60)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": False}])
+def test_gguf_of_glm_with_q_k_and_v_in_one_tensor(options: dict[str, Any]) -> None:
+    """As files made from checkpoints in ChatGLM's own format have them."""
+    folder = tiny.checkpoint("glm", **options)
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, is_fused=True)
+    token_ids = random_tokens(60)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+def test_gguf_of_lfm2_keeps_the_blocks_of_convolutions() -> None:
+    folder = tiny.checkpoint(
+        "lfm2", hidden_size=256, intermediate_size=96, block_auto_adjust_ff_dim=False, conv_bias=False
+    )
+    file = tiny.gguf_file(folder, GGMLQuantizationType.Q8_0, kinds={".conv.conv.": GGMLQuantizationType.F32})
+    loaded = load(file.path)
+    assert loaded.hf_config.quantization is not None
+    types = loaded.hf_config.quantization["types"]
+    assert {"model.layers.0.self_attn.in_proj", "model.layers.0.self_attn.out_proj"} <= types.keys()
+    token_ids = random_tokens(60)
+    assert_close(logits_of(loaded, token_ids), reference_logits(folder, file.weights, token_ids))
+
+
+def test_gguf_of_internlm2_is_a_llama() -> None:
+    folder = tiny.checkpoint("llama")
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, arch="internlm2")
+    token_ids = random_tokens(60)
+    assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
 
 
 def test_gguf_of_exaone_without_windows() -> None:
@@ -268,6 +308,7 @@ def test_gguf_configuration() -> None:
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.attention.head_count_kv": [2]}, "llama.attention.head_count_kv must be one number, or one for each"),
     ],
 )
 def test_gguf_header_that_is_refused(metadata: dict[str, Any], expected: str) -> None:
