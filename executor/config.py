@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 Positive = Annotated[int, Meta(ge=1)]
 
-QUANTIZATIONS_AT_LOAD = frozenset({"int8"})
+QUANTIZATIONS_AT_LOAD = frozenset({"int4", "int8"})
 """Values of ``--quantization`` that quantise a model while it is loaded."""
 NO_QUANTIZATION = frozenset({"none", "unquantized"})
 """Those for weights in the dtype of the activations, whatever the checkpoint has."""
@@ -88,8 +88,8 @@ class ModelConfig(Config, frozen=True):
     quantization: Annotated[
         str | None,
         Meta(
-            description="How weights are quantised. Default: as in the model's files (gguf, gptq, awq). int8: they are "
-            "quantised while they are loaded. none: they are converted to --dtype while they are loaded.",
+            description="How weights are quantised. Default: as in the model's files (gguf, gptq, awq). int8, int4: "
+            "quantised while they are loaded. none: converted to --dtype while they are loaded.",
             extra={"flags": ["-q"]},
         ),
     ] = None

@@ -10,7 +10,7 @@ URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 request = {
     "messages": [
         {"role": "system", "content": "You answer in one short sentence."},
-        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "user", "content": "What is the capital of Japan?"},
     ],
     "temperature": 0,
     "max_tokens": 32,

@@ -1,11 +1,13 @@
-"""Quantises the weights of a model while they are loaded: ``--quantization int8``.
+"""Quantises the weights of a model while they are loaded: ``--quantization int8`` and ``int4``.
 
-Each checkpoint tensor is quantised as it is read, so that memory never holds the weights in another form.
+Each checkpoint tensor is quantised as it is read, and a table is packed piece by piece, so that memory never holds the
+weights in another form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +26,106 @@ from executor.quantization.packed import (
     table_bias,
 )
 from executor.quantization.unquantized import UnquantizedEmbedding, UnquantizedLinear
+from ops.packed import Encoding, QuantizedWeight, Segment
 
 GROUP = 32
 """Columns that share a scale."""
-ROWS = 1 << 20
-"""Numbers quantised at a time."""
+NUMBERS = 1 << 16
+"""Numbers quantised at a time: few enough for a core's cache."""
+PIECES = 16
+"""Pieces in which a table is packed, of whole units of rows of the kernels."""
+UNIT = 32
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are written."""
+
+    encoding: Encoding
+    group_bytes: int
+    """What a group has beside its codes."""
+    quantize: Callable[[Tensor], Sequence[Tensor]]
+    """Takes float32 [rows, groups, 32]. Returns the codes, uint8 of the same shape, and the fields of the groups, each
+    [rows, groups], in the order of the encoding."""
+
+
+def nearest_int8(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """8 bits, counting from 128, rounded to the nearest."""
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups / _divisors(scales)).round_().clamp_(-127, 127).add_(128)
+    return codes.to(torch.uint8), scales
+
+
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""Shares of a group's range that 4 bits may cover."""
+
+
+def best_int4(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """4 bits with a minimum: of several ranges for each group, the one with the smallest squared error.
+
+    Scale and minimum are fitted to the codes of each by least squares.
+    """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    mean = groups.mean(-1, keepdim=True)
+    least = torch.full_like(low, torch.inf)
+    best, scales, minimums = torch.zeros_like(groups), torch.zeros_like(low), mean.clone()
+    for share in SHRINKS:
+        start, width = (low + high - share * (high - low)) / 2, share * (high - low) / 15
+        codes = ((groups - start) / torch.where(width > 0, width, 1)).round_().clamp_(0, 15)
+        code_mean = codes.mean(-1, keepdim=True)
+        centred = codes - code_mean
+        spread = centred.square().sum(-1, keepdim=True)
+        scale = (centred * groups).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1)
+        minimum = mean - scale * code_mean
+        error = (codes * scale + minimum).sub_(groups).square_().sum(-1, keepdim=True)
+        is_better = error < least
+        least = torch.where(is_better, error, least)
+        best = torch.where(is_better, codes, best)
+        scales, minimums = torch.where(is_better, scale, scales), torch.where(is_better, minimum, minimums)
+    return best.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales.float(), 1)[..., None]
+
+
+INT8 = Scheme(Encoding("int8", GROUP, torch.float16), 2, nearest_int8)
+INT4 = Scheme(Encoding("int4", GROUP, torch.float16, "minimums"), 4, best_int4)
 
 
 class Int8:
-    """Codes of 8 bits with a float16 scale for each 32 columns."""
+    """8 bits with a scale for each 32 columns."""
+
+    scheme = INT8
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.options = options
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        return Int8Linear(self.options)
+        return QuantizingLinear(self.scheme, self.options)
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
-        return Int8Embedding(self.options)
+        return QuantizingEmbedding(self.options)
+
+
+class Int4(Int8):
+    """4 bits with a scale and a minimum for each 32 columns. Tables have 8 bits: they lose most."""
+
+    scheme = INT4
+
+
+# ---------------------------------------------------------------------------------------------------------
+# parameters
 
 
 class QuantizingParameter(WeightParameter):
-    """Codes, uint8 [rows, columns], which count from 128, and beside them the bytes of the scales."""
+    """Rows as ``ops.pack_segment`` takes them, uint8 [rows, bytes]: codes, then the fields of the groups."""
 
+    scheme: Scheme
     columns: int
 
     @classmethod
-    def of(cls, parts: Parts, columns: Part, device: torch.device) -> QuantizingParameter:
+    def of(cls, scheme: Scheme, parts: Parts, columns: Part, device: torch.device) -> QuantizingParameter:
         """Uninitialised.
 
         Raises:
@@ -58,10 +133,9 @@ class QuantizingParameter(WeightParameter):
         """
         groups = columns.in_units_of(GROUP)
         rows = max(part.end for part, _ in parts.values())
-        row_bytes = columns.size + groups.size * torch.float16.itemsize
+        row_bytes = columns.size + groups.size * scheme.group_bytes
         parameter = cls.empty(single(Part.whole(rows), Part.whole(row_bytes)), dtype=torch.uint8, device=device)
-        parameter.parts = parts
-        parameter.columns = columns.size
+        parameter.parts, parameter.columns, parameter.scheme = parts, columns.size, scheme
         return parameter
 
     @property
@@ -69,71 +143,102 @@ class QuantizingParameter(WeightParameter):
         return torch.float32
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
-        scales = self.data[:, self.columns :].view(torch.float16)
         for source, (rows, columns) in self.shares(tensor, shard_id):
-            step = max(1, ROWS // columns.size)
-            groups = slice(columns.offset // GROUP, (columns.offset + columns.size) // GROUP)
-            for first in range(0, rows.size, step):
-                piece = source[first : first + step]
-                here = slice(rows.offset + first, rows.offset + first + len(piece))
-                codes, scale = quantize(piece)
-                self.data[here, columns.offset : columns.offset + columns.size] = codes
-                scales[here, groups] = scale
+            assert columns.size == self.columns, "only rows are merged"
+            quantize(source, self.data[rows.offset : rows.offset + rows.size], self.scheme)
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)
-        self.data[:, self.columns :].view(torch.float16).fill_(0.05 / 127)
+        end = self.columns + self.columns // GROUP * 2
+        self.data[:, self.columns : end].view(torch.float16).fill_(0.05 / 127)
+        self.data[:, end:].view(torch.float16).fill_(-0.05 * 8 / 127)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds to 8 bits: uint8 [rows, columns], counting from 128, and float16 scales [rows, columns / 32]."""
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(-1) / 127).half()
-    divisors = torch.where(scales > 0, scales.float(), 1)[..., None]
-    codes = (groups / divisors).round_().clamp_(-127, 127).add_(128)
-    return codes.to(torch.uint8).flatten(-2), scales
+def quantize(source: Tensor, target: Tensor, scheme: Scheme) -> None:
+    """Quantises rows.
+
+    Args:
+        source: [rows, columns] of any floating-point type.
+        target: uint8 [rows, bytes of a row].
+        scheme: How they are written.
+    """
+    columns = source.shape[1]
+    step = max(1, NUMBERS // columns)
+    for first in range(0, len(source), step):
+        codes, *fields = scheme.quantize(source[first : first + step].float().unflatten(1, (-1, GROUP)))
+        parts = [codes.flatten(1), *(field.contiguous().view(torch.uint8) for field in fields)]
+        torch.cat(parts, dim=1, out=target[first : first + step])
 
 
-class Int8Weights(PackedWeights):
+class QuantizingTable(QuantizingParameter):
+    """Packed piece by piece as it is loaded; its own memory is never touched."""
+
+    pieces: list[Segment]
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        (rows,) = (source for source, _ in self.shares(tensor, shard_id))
+        size = -(-len(rows) // (PIECES * UNIT)) * UNIT
+        buffer = torch.empty((min(size, len(rows)), self.shape[1]), dtype=torch.uint8)
+        self.pieces = []
+        for piece in rows.split(size):
+            quantize(piece, buffer[: len(piece)], self.scheme)
+            # The reference keeps what it is given.
+            self.pieces.append(ops.pack_segment(buffer[: len(piece)].clone(), self.scheme.encoding, self.columns))
+
+    def fill_randomly(self, generator: torch.Generator) -> None:
+        super().fill_randomly(generator)
+        self.pieces = [ops.pack_segment(self.data, self.scheme.encoding, self.columns)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# layers
+
+
+class QuantizingWeights(PackedWeights):
     def __init__(self, weight: QuantizingParameter, dtype: torch.dtype, options: Options, paired: bool) -> None:
         super().__init__()
         self.weight: Any = weight
         self.dtype = dtype
         self.activations = chosen_activations(options, dtype, weight.device)
-        self.paired = paired
+        self.paired = paired and len(weight) % 2 == 0
 
     def pack(self) -> None:
         weight: QuantizingParameter = self.weight
-        codes, scales = weight.data[:, : weight.columns], weight.data[:, weight.columns :].view(torch.float16)
-        self.packed = ops.pack_groups(
-            codes, scales, bits=8, dtype=self.dtype, activations=self.activations, paired=self.paired
-        )
+        if isinstance(weight, QuantizingTable):
+            segments = weight.pieces
+        else:
+            segments = [ops.pack_segment(weight.data, weight.scheme.encoding, weight.columns, self.paired)]
+        shape = (len(weight), weight.columns)
+        self.packed = QuantizedWeight(tuple(segments), shape, self.paired, self.dtype, self.activations)
         self.weight = None
         keep(self, self.packed)
 
 
-class Int8Linear(PackedLinear[PackedWeights]):
-    def __init__(self, options: Options) -> None:
+class QuantizingLinear(PackedLinear[PackedWeights]):
+    def __init__(self, scheme: Scheme, options: Options) -> None:
+        self.scheme = scheme
         self.options = options
 
     def create(self, shape: LinearShape) -> PackedWeights:
         if shape.input.size % GROUP:
             return UnquantizedLinear().create(shape)
         parts = {shard_id: (rows, shape.input) for shard_id, rows in shape.outputs.items()}
-        weight = QuantizingParameter.of(parts, shape.input, shape.device)
-        weights = Int8Weights(weight, shape.dtype, self.options, shape.paired)
+        weight = QuantizingParameter.of(self.scheme, parts, shape.input, shape.device)
+        weights = QuantizingWeights(weight, shape.dtype, self.options, shape.paired)
         weights.bias = linear_bias(shape)
         return weights
 
 
-class Int8Embedding(PackedEmbedding[PackedWeights]):
+class QuantizingEmbedding(PackedEmbedding[PackedWeights]):
+    """Always 8 bits."""
+
     def __init__(self, options: Options) -> None:
         self.options = options
 
     def create(self, shape: TableShape) -> PackedWeights:
         if shape.hidden.size % GROUP:
             return UnquantizedEmbedding().create(shape)
-        weight = QuantizingParameter.of(single(shape.vocab, shape.hidden), shape.hidden, shape.device)
-        weights = Int8Weights(weight, shape.dtype, self.options, paired=False)
+        weight = QuantizingTable.of(INT8, single(shape.vocab, shape.hidden), shape.hidden, shape.device)
+        weights = QuantizingWeights(weight, shape.dtype, self.options, paired=False)
         weights.bias = table_bias(shape)
         return weights

@@ -129,6 +129,7 @@ REGISTRY = {
     "awq": "executor.quantization.awq:AWQ",
     "gguf": "executor.quantization.gguf:GGUF",
     "gptq": "executor.quantization.gptq:GPTQ",
+    "int4": "executor.quantization.at_load:Int4",
     "int8": "executor.quantization.at_load:Int8",
     "unquantized": "executor.quantization.unquantized:Unquantized",
 }
@@ -155,7 +156,7 @@ def choose_quantization(
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
     """The name of the method that ``choose_quantization`` would return. Raises the same errors. Needs no torch."""
     wanted = None if name is None else QUANTIZATION_ALIASES.get(name, name)
-    at_load = " or ".join(QUANTIZATIONS_AT_LOAD)
+    at_load = " or ".join(sorted(QUANTIZATIONS_AT_LOAD, reverse=True))
     if fields is None:
         if wanted is None or wanted in NO_QUANTIZATION or wanted == "gguf":  # a GGUF file of plain numbers
             return "unquantized"

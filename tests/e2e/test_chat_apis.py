@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.server import Server
 
 MODEL = "demo"
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
 
 
@@ -96,7 +96,7 @@ def test_auto_leaves_plain_answers_alone(client: openai.OpenAI) -> None:
 def test_messages(claude: anthropic.Anthropic) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 16, "extra_body": {"temperature": 0}}
     whole = claude.messages.create(**options)
-    assert whole.content[0].type == "text" and "Paris" in whole.content[0].text
+    assert whole.content[0].type == "text" and "Tokyo" in whole.content[0].text
     assert whole.stop_reason == "end_turn"
     with claude.messages.stream(**options) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text
@@ -114,7 +114,7 @@ def test_messages(claude: anthropic.Anthropic) -> None:
 def test_responses(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 16}
     first = client.responses.create(input=QUESTION, **options)
-    assert "Paris" in first.output_text and first.status == "completed"
+    assert "Tokyo" in first.output_text and first.status == "completed"
     with client.responses.stream(input=QUESTION, **options) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         assert text == stream.get_final_response().output_text == first.output_text

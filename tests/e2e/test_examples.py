@@ -14,7 +14,7 @@ from tests.e2e.server import ROOT, Server
 
 FOLDER = ROOT / "docs" / "examples"
 SHOWS = {
-    "chat": r".*\bParis\b.*\n\(\d+ tokens, finish_reason: (stop|length)\)\n",
+    "chat": r".*\bTokyo\b.*\n\(\d+ tokens, finish_reason: (stop|length)\)\n",
     "streaming": r"(?s).*\b(2|two)\b.*\n\(\d+ \+ \d+ tokens\)\n",
     "structured_output": r"name: .+\ncountry: .+\ninhabitants: \d+\ncontinent: (Africa|America|Asia|Europe|Oceania)\n",
     "tools": r"called weather\(\{'city': '(\w+)'\}\) -> It is sunny in \1, 21 degrees\.\n(?s:answer: .+)",

@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.server import Server
 
-MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of Japan?"}]
 MODEL = "demo"
 
 
@@ -35,7 +35,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=16)
     assert answer.choices[0].message.content is not None
-    assert "Paris" in answer.choices[0].message.content
+    assert "Tokyo" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None and answer.usage.completion_tokens < 16
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from executor.base import ModelError
 from executor.parallel import ParallelState
-from executor.quantization.at_load import Int8Weights
+from executor.quantization.at_load import QuantizingWeights, best_int4
 from executor.quantization.unquantized import PlainLinear
 from executor.supported import check_supported
 from tests import tiny
@@ -192,6 +192,35 @@ def test_int8(tmp_path: Path, tied: bool, dtype: str) -> None:
     assert (logits_of(rounded, tokens, captured=True) - expected).std() < 0.1 * expected.std()
 
 
+def error_of(codes: Tensor, scales: Tensor, minimums: Tensor, groups: Tensor) -> float:
+    numbers = scales.float()[..., None] * codes.float() + minimums.float()[..., None]
+    return float((numbers - groups).square().mean())
+
+
+def test_int4_errs_less_than_rounding_to_the_nearest() -> None:
+    groups = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0)) * 0.02
+    groups[0, 0], groups[1, 1] = 0, 0.01
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = (high - low) / 15
+    codes = ((groups - low[..., None]) / scales.clamp(min=1e-9)[..., None]).round()
+    best = best_int4(groups)
+    assert best[0].max() <= 15
+    assert error_of(*best, groups) < 0.92 * error_of(codes, scales, low, groups)
+    codes, scales, minimums = best_int4(groups[:2, :2])
+    assert error_of(codes[0, 0], scales[0, 0], minimums[0, 0], groups[0, 0]) == 0
+    assert error_of(codes[1, 1], scales[1, 1], minimums[1, 1], groups[1, 1]) < 1e-10
+
+
+def test_int4(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("llama", **FIELDS, tied=True)
+    loaded = load(folder, quantization="int4")
+    plain = load(folder)
+    drift = (logits_of(loaded, random_tokens(40)) - (expected := logits_of(plain, random_tokens(40)))).std()
+    assert 0 < drift < 0.4 * expected.std()
+    assert torch.equal(logits_of(loaded, random_tokens(40), captured=True), logits_of(loaded, random_tokens(40)))
+    assert loaded.weight_bytes < load(folder, quantization="int8").weight_bytes < plain.weight_bytes / 3
+
+
 def test_int8_of_a_plain_gguf_file() -> None:
     folder = tiny.checkpoint("llama", **FIELDS)
     file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
@@ -204,13 +233,14 @@ def test_int8_leaves_out_what_has_no_whole_groups() -> None:
     folder = tiny.checkpoint("llama", hidden_size=64, intermediate_size=80)
     loaded = load(folder, quantization="int8")
     mlp = loaded.model.get_submodule("model.layers.0.mlp")
-    assert isinstance(mlp.get_submodule("gate_up_proj.weights"), Int8Weights)
+    assert isinstance(mlp.get_submodule("gate_up_proj.weights"), QuantizingWeights)
     assert isinstance(mlp.get_submodule("down_proj.weights"), PlainLinear)
     assert_close(logits_of(loaded, random_tokens(20)), logits_of(load(folder), random_tokens(20)), 0.2)
 
 
-def test_int8_of_random_weights() -> None:
-    loaded = load(tiny.checkpoint("llama", **FIELDS), quantization="int8", load_format="dummy")
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_random_weights(quantization: str) -> None:
+    loaded = load(tiny.checkpoint("llama", **FIELDS), quantization=quantization, load_format="dummy")
     logits = logits_of(loaded, random_tokens(9))
     assert logits.isfinite().all() and logits.std() > 0
 
@@ -250,7 +280,7 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
         (None, {"bits": 4}, "quantization_config: quant_method is missing"),
         ("awq", gptq(), "--quantization is awq, but the model's config.json says quant_method: gptq"),
         ("int8", gptq(), "--quantization is int8, but the model is already quantised with gptq; leave it out"),
-        ("gptq", None, "--quantization is gptq, but the model is not quantised; leave it out, or use int8"),
+        ("gptq", None, "--quantization is gptq, but the model is not quantised; leave it out, or use int8 or int4"),
         (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
         (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
         (None, gptq(group_size="all"), "group_size"),
