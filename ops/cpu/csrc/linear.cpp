@@ -19,6 +19,30 @@ constexpr int64_t kMinTilesPerGroup = 8;
 // With fewer tiles than this, converting weights for each costs less than a panel.
 constexpr int kMinTilesPerPanel = 3;
 
+// How far ahead a long stream of weights is prefetched.
+constexpr int64_t kFetchAheadBytes = 6144;
+
+// Up to this many rows, the loads of weights follow each other so closely that the hardware prefetcher of AMD's cores
+// runs ahead by itself, and a third faster than with prefetch instructions.
+template <class T>
+constexpr int kRowsReadByHardware = kMultipliesFloat<T> ? 1 : 3;
+
+bool is_amd() {
+#if defined(__x86_64__)
+    static const bool result = __builtin_cpu_is("amd");
+    return result;
+#else
+    return false;
+#endif
+}
+
+// Prefetches a long stream of weights.
+template <class T>
+Fetch fetch_ahead(uintptr_t block, int rows) {
+    if (rows <= kRowsReadByHardware<T> && is_amd()) return {block, 0};  // what is there already
+    return {block + kFetchAheadBytes, kCacheLineBytes};
+}
+
 // The part of the next block to prefetch during one of the products that read the current block.
 Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     const int64_t step = blocks_of(kCacheLineBytes, parts);
@@ -46,7 +70,7 @@ void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Row
             for (int block = first; block < last; ++block) {
                 Fetch fetch;
                 if (num_tiles == 1 || (tile == grid.tiles.begin && first == grid.blocks.begin))
-                    fetch = {address_of(weight) + block * block_bytes + kFetchAheadBytes, kCacheLineBytes};
+                    fetch = fetch_ahead<T>(address_of(weight) + block * block_bytes, count);
                 else if (block + chunk < grid.blocks.end)
                     fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes,
                                     tile - grid.tiles.begin, num_tiles);

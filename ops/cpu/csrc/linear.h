@@ -9,9 +9,6 @@
 
 namespace octavo {
 
-// Weights are one long stream from memory, which the hardware prefetcher alone does not keep up with.
-constexpr int64_t kFetchAheadBytes = 4096;
-
 // The rows, split into tiles of nearly equal size.
 struct Tiles {
     int rows;
