@@ -72,11 +72,8 @@ inline Totals total_of_offsets(int32_t minus_sum) {
     if constexpr (kOffset == 0) {
         return splat_total(0);
     } else {
-        constexpr int kMagnitude = kOffset < 0 ? -kOffset : kOffset;
-        constexpr int kPower = __builtin_ctz(kMagnitude);
-        static_assert(kMagnitude == 1 << kPower, "offsets are powers of two");
-        const Totals total = times_power<kPower>(splat_total(minus_sum));
-        return kOffset > 0 ? total : subtract(splat_total(0), total);
+        static_assert((kOffset & (kOffset - 1)) == 0, "offsets are powers of two");
+        return times_power<__builtin_ctz(kOffset)>(splat_total(minus_sum));
     }
 }
 
@@ -85,7 +82,7 @@ template <class Blocks, int kRows>
 void multiply_rows(Blocks weight, int blocks, const Int8Block* x, float* sums) {
     using Form = typename Blocks::Form;
     constexpr int kGroups = Form::kGroups;
-    constexpr int kOffset = Form::kOffset - (kTakesSigned<Form::kBits> ? 128 : 0);
+    constexpr int kOffset = Form::kOffset;
     for (int k = 0; k < blocks; ++k, x += kRows, weight.next()) {
         const BlockScales& scales = weight.scales();
         for (int v = 0; v < 2 * kVectorsOfHalf; ++v) {
@@ -143,8 +140,14 @@ void choose_rows(const Blocks& weight, int blocks, int rows, const Int8Block* x,
     kTable[rows - 1](weight, blocks, x, sums);
 }
 
-// Without instructions for the products of some bits, decoded codes need not be told apart by their size.
-constexpr int decoded_bits(int bits) { return kTakesSigned<8> ? bits : 8; }
+// Codes that were decoded are multiplied alike, unless their products are added up in 16 bits.
+constexpr int decoded_bits(int bits) {
+#if defined(OCTAVO_ADD_PAIRS)
+    return bits;
+#else
+    return std::max(bits, 8);
+#endif
+}
 
 }  // namespace
 
@@ -189,7 +192,7 @@ template void quantize_row(const float*, int, Int8Block*, int64_t);
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums) {
     with_form(layout.encoding, [&](auto form) {
         choose_rows(PackedBlocks<decltype(form)>(Cursor::at(layout, weight, 0)), layout.shape.column_blocks(), rows, x,
-                    sums, std::make_integer_sequence<int, kDirectRows>());
+                    sums, std::make_integer_sequence<int, kInt8Rows>());
     });
 }
 
@@ -197,14 +200,20 @@ void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int b
                  float* sums) {
     with_form(layout.encoding, [&](auto form) {
         using F = decltype(form);
-        using Decoded = DecodedForm<decoded_bits(F::kBits), F::kOffset, F::kGroups, F::kHasMinimum>;
-        choose_rows(DecodedBlocks<Decoded>{panel}, blocks, rows, x, sums, std::make_integer_sequence<int, kInt8Rows>());
+        if constexpr (F::Scales::kIsSuper) {
+            using Decoded = DecodedForm<decoded_bits(F::kBits), F::kOffset, F::kGroups, F::kHasMinimum>;
+            choose_rows(DecodedBlocks<Decoded>{panel}, blocks, rows, x, sums,
+                        std::make_integer_sequence<int, kInt8Rows>());
+        }
     });
 }
 
 void decode_blocks(const QuantizedLayout& layout, const uint8_t* weight, int k, int blocks, DecodedBlock* out) {
     with_form(layout.encoding, [&](auto form) {
         Cursor at = Cursor::at(layout, weight, k);
+        const uint8_t* end = Cursor::at(layout, weight, k + blocks).codes;
+        const int64_t bytes = end - at.codes;
+        for (int64_t line = 0; line < bytes; line += kCacheLineBytes) prefetch(address_of(end) + line);
         for (int i = 0; i < blocks; ++i, at.next()) decode<decltype(form)>(at, out[i]);
     });
 }

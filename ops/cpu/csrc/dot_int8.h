@@ -20,8 +20,7 @@ struct Int8Block {
 template <class T>
 void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride);
 
-// Most rows per call: of kernels that decode weights as they go, and of those that read decoded ones.
-constexpr int kDirectRows = 4;
+// Most rows per call.
 #if defined(__AVX512F__)
 constexpr int kInt8Rows = 8;
 #elif defined(__AVX2__)
@@ -34,14 +33,14 @@ constexpr int kInt8Rows = 2;
 constexpr int kInt8PanelBlocks = 8;
 
 // sums[r][0..31] += x[r] * the weight's 32 rows that begin at `weight`. x: [columns / 32][rows]. 1 <= rows <=
-// kDirectRows.
+// kInt8Rows.
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums);
 
-// The same in parts, of `blocks` decoded blocks, for up to kInt8Rows rows.
+// The same in parts, of `blocks` decoded blocks of a k-quant.
 void dot_decoded(const QuantizedLayout& layout, const DecodedBlock* panel, int blocks, int rows, const Int8Block* x,
                  float* sums);
 
-// Decodes blocks of the weight from block k of the columns on.
+// Decodes blocks of the weight from block k of the columns on, and prefetches as many after them.
 void decode_blocks(const QuantizedLayout& layout, const uint8_t* weight, int k, int blocks, DecodedBlock* out);
 
 }  // namespace octavo

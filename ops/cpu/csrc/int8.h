@@ -14,12 +14,6 @@
 
 namespace octavo {
 
-#if defined(OCTAVO_DOT_INT8)
-constexpr bool kDotsInt8 = true;
-#else
-constexpr bool kDotsInt8 = false;
-#endif
-
 // ---------------------------------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 
@@ -46,11 +40,6 @@ inline Codes lookup(const uint8_t* table, Codes indices) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
                                indices);
 }
-inline Codes absolute(Codes a) { return _mm512_abs_epi8(a); }
-// a with the signs of b.
-inline Codes with_sign(Codes a, Codes b) {
-    return _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(b), _mm512_setzero_si512(), a);
-}
 // Sums of two products of uint8 and int8, which must fit int16.
 inline Codes multiply_pairs(Codes a, Codes b) { return _mm512_maddubs_epi16(a, b); }
 inline Codes add_pairs(Codes a, Codes b) { return _mm512_add_epi16(a, b); }
@@ -61,7 +50,6 @@ inline Totals dot(Totals sum, Codes a, Codes b) { return _mm512_dpbusd_epi32(sum
 
 inline Totals splat_total(int32_t x) { return _mm512_set1_epi32(x); }
 inline Totals plus(Totals a, Totals b) { return _mm512_add_epi32(a, b); }
-inline Totals subtract(Totals a, Totals b) { return _mm512_sub_epi32(a, b); }
 template <int kBits>
 inline Totals times_power(Totals a) {
     return _mm512_slli_epi32(a, kBits);
@@ -106,8 +94,6 @@ inline Codes lookup(const uint8_t* table, Codes indices) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
                                indices);
 }
-inline Codes absolute(Codes a) { return _mm256_abs_epi8(a); }
-inline Codes with_sign(Codes a, Codes b) { return _mm256_sign_epi8(a, b); }
 inline Codes multiply_pairs(Codes a, Codes b) { return _mm256_maddubs_epi16(a, b); }
 inline Codes add_pairs(Codes a, Codes b) { return _mm256_add_epi16(a, b); }
 inline Totals widen(Codes pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
@@ -117,7 +103,6 @@ inline Totals dot(Totals sum, Codes a, Codes b) { return _mm256_dpbusd_avx_epi32
 
 inline Totals splat_total(int32_t x) { return _mm256_set1_epi32(x); }
 inline Totals plus(Totals a, Totals b) { return _mm256_add_epi32(a, b); }
-inline Totals subtract(Totals a, Totals b) { return _mm256_sub_epi32(a, b); }
 template <int kBits>
 inline Totals times_power(Totals a) {
     return _mm256_slli_epi32(a, kBits);
@@ -177,7 +162,6 @@ inline Totals dot(Totals sum, Codes a, Codes b) {
 }
 
 inline Totals splat_total(int32_t x) { return Totals{x, x, x, x}; }
-inline Totals subtract(Totals a, Totals b) { return a - b; }
 template <int kBits>
 inline Totals times_power(Totals a) {
     return a * (1 << kBits);
@@ -218,59 +202,62 @@ inline Codes bits_at(Codes a) {
 
 constexpr int kLines = 4;  // steps of a block: vectors of its first 16 k, each with one of its last 16
 
-// Without an instruction for it, products of 8-bit codes are made of absolute values and signs: two products of uint8
-// and int8 would not fit int16. Such codes are taken less 128.
 #if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
-template <int kBits>
-constexpr bool kTakesSigned = kBits == 8;
-#else
-template <int kBits>
-constexpr bool kTakesSigned = false;
+#define OCTAVO_ADD_PAIRS 1
+
+// Keeps GCC from collecting products to add them up later, which takes more registers than there are.
+inline __attribute__((always_inline)) Codes in_order(Codes a) {
+    asm("" : "+v"(a));
+    return a;
+}
 #endif
 
 // Totals of the products of one vector of columns with some rows, over a block of 32 k: one for all of it, or one for
 // each half.
+//
+// Without an instruction for it, sums of two products (uint8 times int8) are 16-bit numbers. As many as fit are added
+// up before they are widened: of 4-bit codes all 8 vectors, since 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are
+// multiplied as two of 4 bits.
 template <int kBits, int kGroups, int kRows>
 struct Products {
     Totals totals[kGroups][kRows];
 
-#if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
-    // Vectors whose sums of two products still fit int16 when added up: 8 for 4 bits (8 * 2 * 15 * 127 = 30480).
-    static constexpr int kVectorsThatFit = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+#if defined(OCTAVO_ADD_PAIRS)
+    static constexpr int kVectorsThatFit = kBits == 5 ? 4 : kBits == 6 ? 2 : 8;
     static constexpr int kVectorsPerLine = kGroups == 1 ? 2 : 1;  // that are added up together
     static constexpr int kLinesThatFit =
         kVectorsThatFit / kVectorsPerLine > kLines ? kLines : kVectorsThatFit / kVectorsPerLine;
-    Codes pairs[kGroups][kRows];
+    Codes pairs[2][kRows];  // of the groups, or of the low and the high halves of codes
 
     template <int kLine>
     inline __attribute__((always_inline)) void add(Codes first, Codes second, int row, Codes x_first, Codes x_second) {
-        if constexpr (kTakesSigned<kBits>) {
-            add_signed(totals[0][row], first, x_first);
-            add_signed(totals[kGroups - 1][row], second, x_second);
+        constexpr bool kBegins = kLine % kLinesThatFit == 0, kEnds = kLine % kLinesThatFit == kLinesThatFit - 1;
+        Codes &one = pairs[0][row], &two = pairs[1][row];
+        if constexpr (kBits == 8) {
+            static_assert(kGroups == 1, "the second pairs are those of high halves");
+            add_product<kBegins>(one, bits_at<0, 4, 0>(first), x_first);
+            add_product<false>(one, bits_at<0, 4, 0>(second), x_second);
+            add_product<kBegins>(two, bits_at<4, 4, 0>(first), x_first);
+            add_product<false>(two, bits_at<4, 4, 0>(second), x_second);
+            if constexpr (kEnds) totals[0][row] = plus(plus(totals[0][row], widen(one)), times_power<4>(widen(two)));
+        } else if constexpr (kGroups == 1) {
+            add_product<kBegins>(one, first, x_first);
+            add_product<false>(one, second, x_second);
+            if constexpr (kEnds) totals[0][row] = in_order(plus(totals[0][row], widen(one)));
         } else {
-            Codes& one = pairs[0][row];
-            Codes& two = pairs[kGroups - 1][row];
-            constexpr bool kBegins = kLine % kLinesThatFit == 0;
-            one = kBegins ? multiply_pairs(first, x_first) : add_pairs(one, multiply_pairs(first, x_first));
-            two = kBegins && kGroups == 2 ? multiply_pairs(second, x_second)
-                                          : add_pairs(two, multiply_pairs(second, x_second));
-            if constexpr (kLine % kLinesThatFit == kLinesThatFit - 1) {
-                totals[0][row] = plus(totals[0][row], widen(one));
-                if constexpr (kGroups == 2) totals[1][row] = plus(totals[1][row], widen(two));
+            add_product<kBegins>(one, first, x_first);
+            add_product<kBegins>(two, second, x_second);
+            if constexpr (kEnds) {
+                totals[0][row] = in_order(plus(totals[0][row], widen(one)));
+                totals[1][row] = in_order(plus(totals[1][row], widen(two)));
             }
         }
     }
 
-    static void add_signed(Totals& total, Codes codes, Codes x) {
-        const Codes w = subtract_middle(codes);
-        total = plus(total, widen(multiply_pairs(absolute(w), with_sign(x, w))));
-    }
-    static Codes subtract_middle(Codes codes) {
-#if defined(__AVX512F__)
-        return _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
-#else
-        return _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
-#endif
+    template <bool kBegins>
+    static inline __attribute__((always_inline)) void add_product(Codes& sum, Codes codes, Codes x) {
+        const Codes product = multiply_pairs(codes, x);
+        sum = in_order(kBegins ? product : add_pairs(sum, product));
     }
 #else
     template <int kLine>

@@ -114,6 +114,7 @@ inline int scale_bytes(int32_t type) { return type == kFloat32 ? 4 : 2; }
 // A scale for a group of any multiple of 32 columns; if shifted, also a zero (uint8) or a minimum.
 template <bool kShifted>
 struct GroupScales {
+    static constexpr bool kIsSuper = false;
     static constexpr int kGroups = 1;
     static constexpr bool kHasMinimum = kShifted;
 
@@ -140,6 +141,7 @@ struct GroupScales {
 // K-quants: float16 scales of 256 columns, times small integers for each block or half of it.
 template <class Integer, int kHalves, bool kMinimum>
 struct SuperScales {
+    static constexpr bool kIsSuper = true;
     static constexpr int kGroups = kHalves;
     static constexpr bool kHasMinimum = kMinimum;
     static constexpr int kFloatBytes = kColumns * 2;
@@ -166,6 +168,7 @@ struct SuperScales {
 
 // Q2_K: scales and minimums are halves of bytes.
 struct NibbleScales {
+    static constexpr bool kIsSuper = true;
     static constexpr int kGroups = 2;
     static constexpr bool kHasMinimum = true;
     static constexpr int kFloatBytes = kColumns * 2;
@@ -237,10 +240,9 @@ auto with_form(const OctavoEncoding& encoding, F function) {
     }
 }
 
-// Whether an encoding is a k-quant, in blocks of 256 columns.
+// Whether a format is a k-quant, in blocks of 256 columns.
 inline bool is_super(int32_t format) {
-    return format == kQ2_K || format == kQ3_K || format == kQ4_K || format == kQ5_K || format == kQ6_K ||
-           format == kIQ4_XS;
+    return with_form({format, 0, 0, 0}, [](auto form) { return decltype(form)::Scales::kIsSuper; });
 }
 
 // The place of everything in a packed segment.

@@ -10,6 +10,10 @@ namespace {
 // Rows that stay in the L2 cache while panels of weights pass by.
 constexpr int64_t kRowBytesPerGroup = 256 << 10;
 
+// With fewer tiles than this, decoding a k-quant for each costs less than storing it decoded. Other formats are decoded
+// in no time.
+constexpr int kMinTilesPerPanel = 3;
+
 // Calls `function(layout, rows, block, columns)` for this thread's blocks of 32 rows of the weight: `rows` are their
 // bytes, `columns` those of the result.
 template <class F>
@@ -68,58 +72,50 @@ Int8Rows int8_rows(const OctavoLinear& op, const OctavoStep& step, const Team& t
     return {tiles, data, blocks};
 }
 
-// Few rows: weights are one long stream from memory.
-template <class T>
-void multiply_directly(const OctavoLinear& op, const Int8Rows& rows, const Grid& grid) {
-    alignas(kCacheLine) float sums[kDirectRows * kColumns];
-    each_block(op.weight, grid.blocks,
-               [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-                   for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
-                       const int size = rows.tiles.size(tile);
-                       std::memset(sums, 0, sizeof sums);
-                       dot_int8(layout, weight, size, rows.at(tile, 0), sums);
-                       finish<T>(op, columns, rows.tiles.begin(tile), size, sums);
-                   }
-               });
+// Products of some tiles with one block of 32 rows of the weight, decoded anew for each tile.
+void multiply_directly(const QuantizedLayout& layout, const uint8_t* weight, const Int8Rows& rows, const Range& tiles,
+                       float* sums) {
+    for (int tile = tiles.begin; tile < tiles.end; ++tile, sums += kInt8Rows * kColumns)
+        dot_int8(layout, weight, rows.tiles.size(tile), rows.at(tile, 0), sums);
 }
 
-// Many rows: some tiles of them stay in the L2 cache while all weights pass by, decoded a panel at a time.
-template <class T>
-void multiply_decoded(const OctavoLinear& op, const Int8Rows& rows, const Grid& grid, Scratch& scratch) {
-    const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
-    const int group = static_cast<int>(std::max<int64_t>(1, kRowBytesPerGroup / tile_bytes));
-    DecodedBlock* panel = scratch.take<DecodedBlock>(kInt8PanelBlocks);
-    const size_t sums_of_tile = static_cast<size_t>(kInt8Rows) * kColumns;
-    float* sums = scratch.take<float>(group * sums_of_tile);
-    for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
-        const int last = std::min(first + group, grid.tiles.end);
-        each_block(op.weight, grid.blocks,
-                   [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-                       std::memset(sums, 0, (last - first) * sums_of_tile * sizeof(float));
-                       for (int k = 0; k < rows.blocks; k += kInt8PanelBlocks) {
-                           const int blocks = std::min(kInt8PanelBlocks, rows.blocks - k);
-                           decode_blocks(layout, weight, k, blocks, panel);
-                           for (int tile = first; tile < last; ++tile)
-                               dot_decoded(layout, panel, blocks, rows.tiles.size(tile), rows.at(tile, k),
-                                           sums + (tile - first) * sums_of_tile);
-                       }
-                       for (int tile = first; tile < last; ++tile)
-                           finish<T>(op, columns, rows.tiles.begin(tile), rows.tiles.size(tile),
-                                     sums + (tile - first) * sums_of_tile);
-                   });
+// The same with panels of the weight that are decoded for all tiles.
+void multiply_decoded(const QuantizedLayout& layout, const uint8_t* weight, const Int8Rows& rows, const Range& tiles,
+                      DecodedBlock* panel, float* sums) {
+    for (int k = 0; k < rows.blocks; k += kInt8PanelBlocks) {
+        const int blocks = std::min(kInt8PanelBlocks, rows.blocks - k);
+        decode_blocks(layout, weight, k, blocks, panel);
+        for (int tile = tiles.begin; tile < tiles.end; ++tile)
+            dot_decoded(layout, panel, blocks, rows.tiles.size(tile), rows.at(tile, k),
+                        sums + (tile - tiles.begin) * kInt8Rows * kColumns);
     }
 }
 
+// Some tiles stay in the L2 cache while all weights pass by.
 template <class T>
 void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
-    const bool directly = num_rows <= kDirectRows;
-    const Tiles tiles = Tiles::of(num_rows, directly ? kDirectRows : kInt8Rows);
+    const Tiles tiles = Tiles::of(num_rows, kInt8Rows);
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const Int8Rows rows = int8_rows<T>(op, step, team, tiles);
-    if (directly)
-        multiply_directly<T>(op, rows, grid);
-    else
-        multiply_decoded<T>(op, rows, grid, team.scratch);
+    const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
+    const int most = static_cast<int>(std::max<int64_t>(kMinTilesPerPanel, kRowBytesPerGroup / tile_bytes));
+    const size_t num_sums = static_cast<size_t>(std::min(most, tiles.count)) * kInt8Rows * kColumns;
+    float* sums = team.scratch.take<float>(num_sums);
+    DecodedBlock* panel = team.scratch.take<DecodedBlock>(kInt8PanelBlocks);
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
+        const Range group = {first, std::min(first + most, grid.tiles.end)};
+        each_block(op.weight, grid.blocks,
+                   [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                       std::memset(sums, 0, num_sums * sizeof(float));
+                       if (is_super(layout.encoding.format) && group.end - group.begin >= kMinTilesPerPanel)
+                           multiply_decoded(layout, weight, rows, group, panel, sums);
+                       else
+                           multiply_directly(layout, weight, rows, group, sums);
+                       for (int tile = group.begin; tile < group.end; ++tile)
+                           finish<T>(op, columns, rows.tiles.begin(tile), rows.tiles.size(tile),
+                                     sums + (tile - group.begin) * kInt8Rows * kColumns);
+                   });
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
