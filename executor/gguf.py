@@ -81,13 +81,14 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
+    num_layers = fields.size(key(Keys.LLM.BLOCK_COUNT), most=MAX_LAYERS)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch].model],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": fields.size(key(Keys.LLM.EMBEDDING_LENGTH)),
-        "intermediate_size": fields.size(key(Keys.LLM.FEED_FORWARD_LENGTH)),
-        "num_hidden_layers": fields.size(key(Keys.LLM.BLOCK_COUNT), most=MAX_LAYERS),
+        "intermediate_size": size_of_layers(fields, key(Keys.LLM.FEED_FORWARD_LENGTH), num_layers),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)),
         "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH), most=MAX_POSITIONS),
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -96,20 +97,19 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         "mlp_bias": "blk.0.ffn_down.bias" in shapes,
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in shapes,
         "num_ln_in_parallel_attn": 1 + ("blk.0.attn_norm_2.weight" in shapes),
+        "attention_k_eq_v": any(
+            f"blk.{layer}.attn_k.weight" in shapes and f"blk.{layer}.attn_v.weight" not in shapes
+            for layer in range(num_layers)
+        ),
         "rope_parameters": _rope_parameters(fields, arch),
     }
     if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
         config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
     else:
         config["rms_norm_eps"] = fields.number(key(Keys.Attention.LAYERNORM_RMS_EPS))
-    kv_heads = key(Keys.Attention.HEAD_COUNT_KV)
-    if isinstance(fields.get(kv_heads), list):
-        by_layer = fields.numbers(kv_heads)
-        if len(by_layer) != config["num_hidden_layers"]:
-            fields.bad(kv_heads, "one number, or one for each layer")
-        config["num_key_value_heads"] = int(max(by_layer))
-    else:
-        config["num_key_value_heads"] = fields.size(kv_heads, config["num_attention_heads"])
+    config["num_key_value_heads"] = size_of_layers(
+        fields, key(Keys.Attention.HEAD_COUNT_KV), num_layers, config["num_attention_heads"]
+    )
     config["head_dim"] = fields.size(
         key(Keys.Attention.KEY_LENGTH), config["hidden_size"] // config["num_attention_heads"]
     )
@@ -118,6 +118,16 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         config["rope_parameters"]["partial_rotary_factor"] = math.nextafter(rotary_dim / config["head_dim"], math.inf)
     ARCHITECTURES[arch].configure(fields, config)
     return config
+
+
+def size_of_layers(fields: Fields, name: str, num_layers: int, default: int | None = None) -> int:
+    """A field with one size, or one for each layer, of which the largest is returned."""
+    if not isinstance(fields.get(name), list):
+        return fields.size(name, default)
+    sizes = fields.numbers(name)
+    if len(sizes) != num_layers:
+        fields.bad(name, "one number, or one for each layer")
+    return int(max(sizes))
 
 
 def _architecture(fields: Fields) -> str:
@@ -190,6 +200,7 @@ class GGUFCheckpoint:
         if types:
             self.config["quantization_config"] = {"quant_method": "gguf", "types": types}
         rope = self.config["rope_parameters"]
+        rope = rope.get("full_attention", rope)
         if ROPE_FACTORS in self.entries:  # Llama 3's frequency factors, as a tensor
             rope |= {"rope_type": "frequency_factors", "factors": self._numbers(ROPE_FACTORS)}
         if all(name in self.entries for name in LONGROPE_FACTORS.values()):
@@ -207,7 +218,7 @@ class GGUFCheckpoint:
                 prefetch=partial(self.mapped[entry.file].prefetch, entry.offset, entry.num_bytes),
             )
             for entry in self.entries.values()
-            if entry.name not in (ROPE_FACTORS, *LONGROPE_FACTORS.values())
+            if entry.name in hf_names or not re.search(self.architecture.unused, entry.name)
         ]
 
     def _quantized_types(self) -> dict[str, str]:
@@ -234,7 +245,9 @@ class GGUFCheckpoint:
         return f"{self.path if entry is None else self.paths[entry.file]}: tensor {gguf_name!r}"
 
     def _gguf_name(self, name: str) -> str:
-        return self.names.get_name(self._known_name(name), try_suffixes=SUFFIXES) or name
+        found = self.names.get_name(self._known_name(name), try_suffixes=SUFFIXES) or name
+        # A parameter of the layer itself: its name has no last component.
+        return f"{found}.weight" if found not in self.entries and f"{found}.weight" in self.entries else found
 
     def _known_name(self, name: str) -> str:
         module, dot, leaf = name.rpartition(".")

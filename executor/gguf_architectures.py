@@ -19,6 +19,9 @@ def nothing(fields: Fields, config: Config) -> None:
     """For architectures without fields of their own."""
 
 
+UNUSED = r"^rope_(freqs|factors_(short|long))\.weight$"  # read with the configuration
+
+
 @dataclass(frozen=True)
 class Architecture:
     """An architecture as llama.cpp writes it."""
@@ -36,6 +39,8 @@ class Architecture:
     """Matrices that the model has transposed."""
     renames: Sequence[tuple[str, str]] = ()
     """Regular expressions from the names of modules that the ``gguf`` package knows to ours."""
+    unused: str = UNUSED
+    """Regular expression of tensors that need not have a place in the model."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
@@ -65,6 +70,34 @@ def gemma(fields: Fields, config: Config) -> None:
             "full_attention": config["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         }
+
+
+def gemma4(fields: Fields, config: Config) -> None:
+    """The factors of the frequencies of global layers are a tensor."""
+    arch = config["model_type"]
+    windows(fields, config)
+    is_sliding = [kind == "sliding_attention" for kind in config.get("layer_types", ())]
+    if len(set(is_sliding)) != 2:
+        fields.bad(Keys.Attention.SLIDING_WINDOW_PATTERN.format(arch=arch), "a list of flags, true and false")
+    kv_heads = fields.get(Keys.Attention.HEAD_COUNT_KV.format(arch=arch))
+    if isinstance(kv_heads, list):
+        config["num_key_value_heads"] = kv_heads[is_sliding.index(True)]
+        config["num_global_key_value_heads"] = kv_heads[is_sliding.index(False)]
+    inner = fields.get(Keys.LLM.FEED_FORWARD_LENGTH.format(arch=arch))
+    if isinstance(inner, list):
+        config["intermediate_size"] = inner[0]
+        config["use_double_wide_mlp"] = inner[-1] == 2 * inner[0]
+    config["global_head_dim"] = config["head_dim"]
+    config["head_dim"] = fields.size(Keys.Attention.KEY_LENGTH_SWA.format(arch=arch))
+    config["num_kv_shared_layers"] = fields.integer(Keys.Attention.SHARED_KV_LAYERS.format(arch=arch), 0)
+    config["hidden_size_per_layer_input"] = fields.integer(Keys.LLM.EMBD_LENGTH_PER_LAYER_INP.format(arch=arch), 0)
+    cap = Keys.LLM.FINAL_LOGIT_SOFTCAPPING.format(arch=arch)
+    config["final_logit_softcapping"] = fields.number(cap) if fields.has(cap) else None
+    local = fields.number(Keys.Rope.FREQ_BASE_SWA.format(arch=arch), 10000.0)
+    config["rope_parameters"] = {
+        "full_attention": config["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    }
 
 
 def windows(fields: Fields, config: Config) -> None:
@@ -177,6 +210,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
+    "gemma4": Architecture(
+        "Gemma4ForCausalLM",
+        unused=rf"{UNUSED}|\.attn_(k|v|k_norm)\.weight$",  # layers that read K and V of others
+        configure=gemma4,
+    ),
     "glm4": Architecture("Glm4ForCausalLM"),
     "gpt2": Architecture("GPT2LMHeadModel"),
     "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),

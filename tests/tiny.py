@@ -252,14 +252,18 @@ def gguf_file(
     writer.add_embedding_length(common.hidden_size)
     writer.add_block_count(common.num_hidden_layers)
     writer.add_feed_forward_length(
-        next(len(tensor) for name, tensor in tensors.items() if re.search(r"\.(w1|dense_h_to_4h)\.weight$", name))
+        [len(tensors[f"model.layers.{layer}.mlp.up_proj.weight"]) for layer in range(common.num_hidden_layers)]
+        if arch == "gemma4"
+        else next(len(tensor) for name, tensor in tensors.items() if re.search(r"\.(w1|dense_h_to_4h)\.weight$", name))
         if arch in ("falcon", "lfm2")
         else config.get("intermediate_size") or config["n_inner"]
     )
     writer.add_head_count(heads)
-    of_layers = [0 if each == "conv" else kv_heads for each in config.get("layer_types") or ()]
-    writer.add_head_count_kv(of_layers if arch == "lfm2" else kv_heads)
-    writer.add_key_length(config.get("head_dim") or common.hidden_size // heads)
+    full_head_dim, full_kv_heads = _global_sizes(arch, config, tensors)
+    others = {"conv": 0, "full_attention": full_kv_heads or kv_heads}
+    of_layers = [others.get(each, kv_heads) for each in config.get("layer_types") or ()]
+    writer.add_head_count_kv(of_layers if arch in ("gemma4", "lfm2") else kv_heads)
+    writer.add_key_length(full_head_dim or config.get("head_dim") or common.hidden_size // heads)
     if "rms_norm_eps" in config or arch == "lfm2":
         writer.add_layer_norm_rms_eps(config["norm_eps" if arch == "lfm2" else "rms_norm_eps"])
     else:
@@ -268,7 +272,7 @@ def gguf_file(
     if rope:
         writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if arch.startswith("gemma"):
-        _add_gemma(writer, config)
+        _add_gemma(writer, arch, config)
     elif arch not in ("llama", "qwen2", "qwen3"):
         _add_facts(writer, arch, config)
     _add_tokenizer(writer)
@@ -277,7 +281,7 @@ def gguf_file(
     weights = {}
     generator = np.random.default_rng(0)
     for name, tensor in (fused(tensors) if is_fused else tensors).items():
-        offset = 1 if (arch.startswith("gemma") or arch == "nemotron") and name.endswith("norm.weight") else 0
+        offset = 1 if arch in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight") else 0
         data = _converted(arch, name, tensor.float().numpy() + offset, heads, kv_heads)
         permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads
@@ -288,6 +292,7 @@ def gguf_file(
         raw = random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
+        stored_name += ".weight" * name.endswith(".layer_scalar")
         writer.add_tensor(stored_name, raw, raw_dtype=stored)
         meaning = gguf.dequantize(raw, stored).reshape(data.shape)
         if permuted:
@@ -298,6 +303,9 @@ def gguf_file(
     if "long_factor" in rope:
         for length in ("long", "short"):
             writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
+    if arch == "gemma4":
+        factor = rope["full_attention"]["partial_rotary_factor"]
+        rope_factors = [1.0 if i < full_head_dim / 2 * factor else 1e30 for i in range(full_head_dim // 2)]
     if rope_factors:
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     writer.write_header_to_file()
@@ -342,7 +350,7 @@ def _converted(arch: str, name: str, data: npt.NDArray[Any], heads: int, kv_head
     return data
 
 
-def _add_gemma(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+def _add_gemma(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
     writer.add_sliding_window(config["sliding_window"])
     if config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -352,6 +360,21 @@ def _add_gemma(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if scaling.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
+    if arch == "gemma4":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+        writer.add_key_length_swa(config["head_dim"])
+        writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+        writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+        writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+
+
+def _global_sizes(arch: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Head size and KV heads of Gemma 4's global layers; else 0."""
+    if arch != "gemma4":
+        return 0, 0
+    prefix = f"model.layers.{config['layer_types'].index('full_attention')}.self_attn"
+    head_dim = len(tensors[f"{prefix}.q_norm.weight"])
+    return head_dim, len(tensors[f"{prefix}.k_proj.weight"]) // head_dim
 
 
 def split_gguf(folder: Path, count: int) -> list[Path]:

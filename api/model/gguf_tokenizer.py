@@ -330,6 +330,11 @@ def _sentencepiece_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _S
     return _space_marked_bpe(vocabulary, merges, special_ids, add_space_prefix=fields.flag("add_space_prefix", True))
 
 
+def _gemma4_bpe(fields: _Fields, vocabulary: _Vocabulary, special_ids: _SpecialIds) -> tokenizers.Tokenizer:
+    add_space_prefix = fields.flag("add_space_prefix", False)
+    return _space_marked_bpe(vocabulary, _merges(fields), special_ids, add_space_prefix=add_space_prefix)
+
+
 def _space_marked_bpe(
     vocabulary: _Vocabulary, merges: list[tuple[str, str]], special_ids: _SpecialIds, *, add_space_prefix: bool
 ) -> tokenizers.Tokenizer:
@@ -355,6 +360,7 @@ def _space_marked_bpe(
 
 
 _BUILDERS: Final[dict[str, Callable[[_Fields, _Vocabulary, _SpecialIds], tokenizers.Tokenizer]]] = {
+    "gemma4": _gemma4_bpe,
     "gpt2": _byte_level_bpe,
     "llama": _sentencepiece_bpe,
 }

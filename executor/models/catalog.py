@@ -58,7 +58,13 @@ CATALOG = (
         gguf=("gemma2", "gemma3"),
         limits="text only",
     ),
-    Entry("Gemma 4", ("Gemma4ForCausalLM",), ("google/gemma-4-E2B-it",), limits="text only; dense models only"),
+    Entry(
+        "Gemma 4",
+        ("Gemma4ForCausalLM",),
+        ("google/gemma-4-E2B-it",),
+        gguf=("gemma4",),
+        limits="text only; dense models only",
+    ),
     Entry(
         "GLM-4",
         ("GlmForCausalLM", "Glm4ForCausalLM"),

@@ -124,6 +124,7 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": False},
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},
     "falcon": {},
+    "gemma4": {},
     "lfm2": {"conv_bias": False},
     "gpt2": {"scale_attn_by_inverse_layer_idx": False},
     "gpt_neox": {},
@@ -146,9 +147,11 @@ def test_gguf_of_families(kind: str) -> None:
     assert_close(logits_of(loaded, token_ids), expected)
 
 
-@pytest.mark.parametrize("variant", ["7b", "11b"])
-def test_gguf_of_falcon(variant: str) -> None:
-    folder = tiny.checkpoint("falcon", **FAMILIES["falcon"].variants[variant])
+@pytest.mark.parametrize(
+    ("kind", "variant"), [("falcon", "7b"), ("falcon", "11b"), ("gemma4", "no inputs of layers"), ("gemma4", "v")]
+)
+def test_gguf_of_variants(kind: str, variant: str) -> None:
+    folder = tiny.checkpoint(kind, **FAMILIES[kind].variants[variant])
     file = tiny.gguf_file(folder, GGMLQuantizationType.F32)
     token_ids = random_tokens(60)
     assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))

@@ -389,6 +389,19 @@ def test_gguf_sentencepiece(prefix: bool) -> None:
     assert tokenizer.decoding.kind == "byte_fallback"
 
 
+def test_gguf_of_gemma4_has_merges_and_spaces_without_a_prefix() -> None:
+    backend = sentencepiece(prefix=False)
+    tokens = tokens_of(backend)
+    types = [6 if token.startswith("<0x") else kind for token, kind in zip(tokens, types_of(backend), strict=True)]
+    special = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True}
+    file = gguf_file(model="gemma4", tokens=tokens, token_type=types, merges=merges_of(backend), **special)
+    tokenizer = Tokenizer.from_gguf(file)
+    for text in [*TEXTS, "the hello world", "hello    there", "日 ☃"]:
+        ids = backend.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == backend.decode(ids)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_gguf_sentencepiece_merges_as_transformers_derives_them() -> None:
     pytest.importorskip("transformers")
