@@ -29,6 +29,7 @@ from executor.models.registry import resolve_model
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import Options, choose_quantization
+from executor.quantization.packed import describe
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
 from ops import Communicator, NotConnected, SingleRank
@@ -110,6 +111,9 @@ def load_model(
         load_weights(
             model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
         )
+    quantized = describe(model)
+    if quantized is not None:
+        logger.info("quantised weights: %s", quantized)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)

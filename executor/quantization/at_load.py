@@ -30,7 +30,7 @@ from ops.packed import Encoding, QuantizedWeight, Segment
 
 GROUP = 32
 """Columns that share a scale."""
-NUMBERS = 1 << 16
+NUMBERS = 1 << 18
 """Numbers quantised at a time: few enough for a core's cache."""
 PIECES = 16
 """Pieces in which a table is packed, of whole units of rows of the kernels."""
@@ -56,7 +56,7 @@ def nearest_int8(groups: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), scales
 
 
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+SHRINKS = (1.0, 0.9, 0.8)
 """Shares of a group's range that 4 bits may cover."""
 
 

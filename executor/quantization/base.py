@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from executor.base import ModelError
 from executor.config import NO_QUANTIZATION, QUANTIZATION_ALIASES, QUANTIZATIONS_AT_LOAD
-from executor.quantization.fields import check_fields
+from executor.quantization.fields import auto_round_method, check_fields
 from executor.registry import resolve
 
 if TYPE_CHECKING:  # the names of methods are known without torch
@@ -167,6 +167,8 @@ def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str
             "the model while it is loaded"
         )
     saved = fields.get("quant_method")
+    if saved == "auto-round":
+        saved = auto_round_method(fields)
     stored = sorted(REGISTRY.keys() - QUANTIZATIONS_AT_LOAD - {"unquantized"})
     if not isinstance(saved, str):
         raise ModelError("quantization_config: quant_method is missing; serve the unquantised model, or a GGUF version")

@@ -28,6 +28,8 @@ class GPTQFields(Struct, frozen=True, kw_only=True):
     """Expressions for names of modules, after ``-:`` for those that are not quantised, and fields that differ there."""
     modules_in_block_to_quantize: list[list[str] | str] | None = None
     modules_to_not_convert: list[str] | None = None
+    extra_config: dict[str, dict[str, Any]] | None = None
+    """auto-round's fields that differ for a module; one of 16 bits is not quantised."""
 
     def check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -36,6 +38,10 @@ class GPTQFields(Struct, frozen=True, kw_only=True):
             raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
         if self.layout not in ("gptq", "gptq_v2"):
             raise ValueError(f"the format {self.layout!r} is not supported; save the model as gptq or gptq_v2")
+        for module in self.extra_config or {}:
+            own = self.of_module(module)
+            if own is not None and own.extra_config is None:
+                own.check()
         for module, changes in self.overrides().items():
             try:
                 re.compile(module)
@@ -59,6 +65,11 @@ class GPTQFields(Struct, frozen=True, kw_only=True):
             listed = [each for group in self.modules_in_block_to_quantize for each in _several(group)]
             if not any(name.endswith(f".{each}") for each in listed):
                 return None
+        if self.extra_config and name in self.extra_config:
+            own = self.extra_config[name]
+            fields = {"bits", "group_size", "sym"} & own.keys()
+            changed = msgspec.structs.replace(self, extra_config=None, **{each: own[each] for each in fields})
+            return None if changed.bits == 16 else changed
         for pattern, changes in (self.dynamic or {}).items():
             if pattern.startswith("-:"):
                 if re.match(pattern[2:], name):
@@ -80,6 +91,8 @@ class AWQFields(Struct, frozen=True, kw_only=True):
     zero_point: bool = True
     version: str = "gemm"
     modules_to_not_convert: list[str] | None = None
+    extra_config: dict[str, dict[str, Any]] | None = None
+    """As of GPTQ."""
 
     def check(self) -> None:
         if self.bits != 4:
@@ -91,7 +104,10 @@ class AWQFields(Struct, frozen=True, kw_only=True):
 
     def of_module(self, name: str) -> AWQFields | None:
         """The fields of a module; None: it is not quantised."""
-        return None if is_listed(name, self.modules_to_not_convert or []) else self
+        own = (self.extra_config or {}).get(name, {})
+        if own.get("bits") == 16 or is_listed(name, self.modules_to_not_convert or []):
+            return None
+        return self
 
 
 def is_listed(name: str, exceptions: list[str]) -> bool:
@@ -100,6 +116,22 @@ def is_listed(name: str, exceptions: list[str]) -> bool:
 
 
 F = TypeVar("F", GPTQFields, AWQFields)
+
+
+def auto_round_method(values: Mapping[str, Any]) -> str:
+    """The method whose tensors a checkpoint of auto-round has.
+
+    Raises:
+        ModelError: It is not supported.
+    """
+    packing = str(values.get("packing_format") or values.get("backend") or "")
+    for method in ("gptq", "awq"):
+        if method in packing:
+            return method
+    raise ModelError(
+        f"quantization_config: packing_format {packing[:100]!r} is not supported; save the model as auto_gptq or "
+        "auto_awq"
+    )
 
 
 def check_fields(method: str, values: Mapping[str, Any]) -> None:

@@ -80,6 +80,17 @@ def keep(weights: PackedWeights, packed: ops.Weight) -> None:
         weights.register_parameter(f"packed_{index}", stored(tensor))
 
 
+def describe(model: nn.Module) -> str | None:
+    """The formats of a model's quantised weights and what they are multiplied with; None: there are none."""
+    packed = [module.packed for module in model.modules() if isinstance(module, PackedWeights)]
+    quantized = [each for each in packed if isinstance(each, ops.QuantizedWeight)]
+    if not quantized:
+        return None
+    formats = sorted({segment.encoding.format for each in quantized for segment in each.segments})
+    activations = sorted({each.activations for each in quantized})
+    return f"{', '.join(formats)}, with activations in {' and '.join(activations)}"
+
+
 EXACT = ("amx", "avx512bf16", "reference")
 """Capabilities with which products of floating-point numbers are not slower than those of integers."""
 

@@ -50,10 +50,12 @@ def test_blocks_of_each_type_have_the_logits_of_their_numbers(kind: str) -> None
     assert loaded.weight_bytes < 1.1 * file.path.stat().st_size
 
 
-def test_a_mix_of_types() -> None:
+def test_a_mix_of_types(caplog: pytest.LogCaptureFixture) -> None:
     file = file_of(Q4_K, mix=True, tied=True)
     tokens = random_tokens(20)
-    loaded = load(file.path)
+    with caplog.at_level("INFO"):
+        loaded = load(file.path)
+    assert "quantised weights: Q4_K, Q6_K, Q8_0, with activations in float" in caplog.messages
     kinds = kinds_of(loaded)
     assert kinds["model.layers.1.self_attn.qkv_proj"] == ["Q4_K", "Q6_K"]
     assert kinds["model.layers.1.mlp.gate_up_proj"] == ["Q4_K"]
