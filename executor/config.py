@@ -21,7 +21,16 @@ NO_QUANTIZATION = frozenset({"none", "unquantized"})
 """Those for weights in the dtype of the activations, whatever the checkpoint has."""
 QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """vLLM's names of kernels, and the methods of the checkpoints that they read."""
-QUANTIZATIONS = ("awq", "gguf", "gptq", *sorted(QUANTIZATIONS_AT_LOAD), "none", "unquantized", *QUANTIZATION_ALIASES)
+QUANTIZATIONS = (
+    "awq",
+    "compressed-tensors",
+    "gguf",
+    "gptq",
+    *sorted(QUANTIZATIONS_AT_LOAD),
+    "none",
+    "unquantized",
+    *QUANTIZATION_ALIASES,
+)
 """All values of ``--quantization``."""
 
 MAX_DRAFT_TOKENS = 32
@@ -88,7 +97,7 @@ class ModelConfig(Config, frozen=True):
     quantization: Annotated[
         str | None,
         Meta(
-            description="How weights are quantised. Default: as in the model's files (gguf, gptq, awq). int8, int4: "
+            description="How weights are quantised. Default: as in the model's files. int8, int4: "
             "quantised while they are loaded. none: converted to --dtype while they are loaded.",
             extra={"flags": ["-q"]},
         ),

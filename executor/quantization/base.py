@@ -127,6 +127,7 @@ class QuantizationConfig(Protocol):
 
 REGISTRY = {
     "awq": "executor.quantization.awq:AWQ",
+    "compressed-tensors": "executor.quantization.compressed_tensors:CompressedTensors",
     "gguf": "executor.quantization.gguf:GGUF",
     "gptq": "executor.quantization.gptq:GPTQ",
     "int4": "executor.quantization.at_load:Int4",

@@ -110,12 +110,91 @@ class AWQFields(Struct, frozen=True, kw_only=True):
         return self
 
 
+class IntegerScheme(Struct, frozen=True, kw_only=True):
+    """How compressed-tensors quantised the weights of some modules."""
+
+    num_bits: int
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str = "channel"
+    group_size: int | None = None
+    actorder: Any = None
+    is_packed: bool = True
+
+    def check(self) -> None:
+        if self.type != "int":
+            raise ValueError(f"weights of type {self.type!r} are not supported yet; use integers")
+        if self.num_bits not in (4, 8):
+            raise ValueError(f"num_bits must be 4 or 8, not {self.num_bits}")
+        if self.strategy not in ("channel", "group") or (self.strategy == "group") != bool(self.group_size):
+            raise ValueError(f"the strategy {self.strategy!r} of weights must be channel, or group with a group_size")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
+        if self.actorder == "group":
+            raise ValueError("the actorder 'group' is not supported yet; use static, or a GPTQ checkpoint")
+        if not self.is_packed and (self.num_bits != 8 or not self.symmetric):
+            raise ValueError("the format int-quantized must have 8 bits, symmetric")
+
+
+class CompressedGroup(Struct, frozen=True, kw_only=True):
+    targets: list[str]
+    weights: IntegerScheme | None = None
+    input_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+
+class CompressedFields(Struct, frozen=True, kw_only=True):
+    """As compressed-tensors writes it."""
+
+    config_groups: dict[str, CompressedGroup]
+    ignore: list[str] | None = None
+    format: str | None = None
+    transform_config: Any = None
+    kv_cache_scheme: Any = None
+
+    def check(self) -> None:
+        if self.transform_config:
+            raise ValueError("transform_config is not supported yet; serve a model without transforms")
+        if self.kv_cache_scheme:
+            raise ValueError("kv_cache_scheme is not supported yet; serve a model without it")
+        for group in self.config_groups.values():
+            if group.input_activations and not group.input_activations.get("dynamic"):
+                raise ValueError("input_activations must be dynamic; static scales are not supported yet")
+            form = group.format or self.format
+            if form not in ("pack-quantized", "int-quantized") or group.weights is None:
+                raise ValueError(f"the format {form!r} is not supported yet; use pack-quantized or int-quantized")
+            msgspec.structs.replace(group.weights, is_packed=form == "pack-quantized").check()
+
+    def of_module(self, name: str) -> IntegerScheme | None:
+        """How a linear module is quantised; None: it is not."""
+        if _is_target(name, self.ignore or []):
+            return None
+        for group in self.config_groups.values():
+            if group.weights is not None and _is_target(name, group.targets):
+                return msgspec.structs.replace(
+                    group.weights, is_packed=(group.format or self.format) == "pack-quantized"
+                )
+        return None
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    """Whether a list has a linear module: its name, the class, or an expression after ``re:``."""
+    return any(
+        re.match(each[3:], name) is not None if each.startswith("re:") else each in (name, "Linear") for each in targets
+    )
+
+
 def is_listed(name: str, exceptions: list[str]) -> bool:
     """Whether a list of exceptions has a module, one that it is in, or parts of its name, as transformers reads it."""
     return any(f".{each}." in f".{name}." or name.startswith(each) for each in exceptions)
 
 
-F = TypeVar("F", GPTQFields, AWQFields)
+F = TypeVar("F", GPTQFields, AWQFields, CompressedFields)
+
+
+def compressed_fields(values: Mapping[str, Any]) -> CompressedFields:
+    """Raises as ``check_fields`` does."""
+    return _read(CompressedFields, values)
 
 
 def auto_round_method(values: Mapping[str, Any]) -> str:
@@ -159,10 +238,14 @@ def _read(kind: type[F], values: Mapping[str, Any]) -> F:
     try:
         result = msgspec.convert({old.get(name, name): value for name, value in values.items()}, kind)
         result.check()
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError, re.error) as error:
         raise ModelError(f"quantization_config: {str(error)[:300]}") from error
     return result
 
 
-READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {"awq": awq_fields, "gptq": gptq_fields}
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "awq": awq_fields,
+    "compressed-tensors": compressed_fields,
+    "gptq": gptq_fields,
+}
 """By ``quant_method``."""

@@ -274,6 +274,43 @@ def test_int8_on_two_ranks() -> None:
 # what is refused, and exceptions
 
 
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", **weights}, "format": None}
+    ignore = ["lm_head", "re:.*layers\\.1\\.mlp"]
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ignore
+    }  # fmt: skip
+
+
+def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
+    scheme = config["config_groups"]["group_0"]["weights"]
+    bits, size = scheme["num_bits"], scheme.get("group_size") or weight.shape[1]
+    group_of = torch.arange(weight.shape[1]) // size
+    codes, zeros, scales = quantized(weight, bits, group_of, symmetric=scheme["symmetric"])
+    numbers = meaning(codes, zeros, scales, group_of)
+    if config["format"] == "int-quantized":
+        return {"weight": (codes - 128).t().to(torch.int8), "weight_scale": scales.t()}, numbers
+    tensors = {"weight_packed": words_of(codes, bits).t(), "weight_scale": scales.t()}
+    tensors["weight_shape"] = torch.tensor(weight.shape)
+    if not scheme["symmetric"]:
+        tensors["weight_zero_point"] = words_of(zeros.t(), bits)
+    return tensors, numbers
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        compressed("pack-quantized", strategy="group", group_size=32, symmetric=True),
+        compressed("pack-quantized", strategy="group", group_size=64, symmetric=False),
+        compressed("pack-quantized", num_bits=8, strategy="channel", symmetric=True),
+        compressed("int-quantized", num_bits=8, strategy="channel", symmetric=True),
+    ],
+    ids=["groups", "zero points", "8 bits", "integers"],
+)
+def test_compressed_tensors(tmp_path: Path, config: dict[str, Any]) -> None:
+    check(*written(tmp_path, compressed_module, config, lambda name: "layers.1.mlp" in name))
+
+
 def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
     def skips(name: str) -> bool:
         return "layers.1.self_attn.k_proj" in name or "layers.0.mlp" in name
@@ -294,6 +331,10 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
         ("int8", gptq(), "--quantization is int8, but the model is already quantised with gptq; leave it out"),
         ("gptq", None, "--quantization is gptq, but the model is not quantised; leave it out, or use int8 or int4"),
         (None, {"quant_method": "auto-round", "packing_format": "x"}, "packing_format 'x' is not supported"),
+        (None, compressed("float-quantized"), "the format 'float-quantized' is not supported yet"),
+        (None, compressed("pack-quantized", num_bits=3), "num_bits must be 4 or 8, not 3"),
+        (None, compressed("pack-quantized", actorder="group"), "the actorder 'group' is not supported yet"),
+        (None, compressed("pack-quantized", strategy="block"), "the strategy 'block' of weights must be channel, or"),
         (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
         (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
         (None, gptq(group_size="all"), "group_size"),
