@@ -24,7 +24,7 @@ void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride);
 #if defined(__AVX512F__)
 constexpr int kInt8Rows = 8;
 #elif defined(__AVX2__)
-constexpr int kInt8Rows = 4;
+constexpr int kInt8Rows = 6;
 #else
 constexpr int kInt8Rows = 2;
 #endif
