@@ -7,6 +7,7 @@ namespace octavo {
 namespace {
 
 constexpr uintptr_t kAheadBytes = 4096;  // how far ahead weights are prefetched
+constexpr int kRowsReadByHardware = 1;   // up to so many, AMD's CPUs prefetch by themselves
 constexpr int kVectorsOfHalf = kLanes / kIntColumns;
 
 // Packed blocks, decoded as they are read. Each cache line that is read prefetches one further on.
@@ -14,13 +15,14 @@ template <class F>
 struct PackedBlocks {
     using Form = F;
     Cursor at;
+    uintptr_t ahead;  // bytes; 0: what is prefetched is there already
     BlockScales buffer;
 
-    explicit PackedBlocks(const Cursor& begin) : at(begin) {}
+    PackedBlocks(const Cursor& begin, uintptr_t ahead) : at(begin), ahead(ahead) {}
     const BlockScales& scales() {
         if (at.index == 0)
             for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
-                prefetch(address_of(at.header) + kAheadBytes + line);
+                prefetch(address_of(at.header) + ahead + line);
         Form::Scales::get(at.layout->encoding, at.header, at.index, buffer);
         return buffer;
     }
@@ -30,7 +32,7 @@ struct PackedBlocks {
         const uint8_t* codes = at.codes + half * Code::kHalfBytes;
         if (part == 0) {
             for (int line = kLine; line < Code::kHalfBytes / kLineBytes; line += kLines)
-                prefetch(address_of(codes) + kAheadBytes + line * kLineBytes);
+                prefetch(address_of(codes) + ahead + line * kLineBytes);
         }
         Code::template get<kLine>(codes + part, first, second);
     }
@@ -190,9 +192,10 @@ template void quantize_row(const Float16*, int, Int8Block*, int64_t);
 template void quantize_row(const float*, int, Int8Block*, int64_t);
 
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums) {
+    const uintptr_t ahead = rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
     with_form(layout.encoding, [&](auto form) {
-        choose_rows(PackedBlocks<decltype(form)>(Cursor::at(layout, weight, 0)), layout.shape.column_blocks(), rows, x,
-                    sums, std::make_integer_sequence<int, kInt8Rows>());
+        choose_rows(PackedBlocks<decltype(form)>(Cursor::at(layout, weight, 0), ahead), layout.shape.column_blocks(),
+                    rows, x, sums, std::make_integer_sequence<int, kInt8Rows>());
     });
 }
 

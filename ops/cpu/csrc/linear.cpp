@@ -22,19 +22,9 @@ constexpr int kMinTilesPerPanel = 3;
 // How far ahead a long stream of weights is prefetched.
 constexpr int64_t kFetchAheadBytes = 6144;
 
-// Up to this many rows, the loads of weights follow each other so closely that the hardware prefetcher of AMD's cores
-// runs ahead by itself, and a third faster than with prefetch instructions.
+// Up to this many rows, the loads of weights follow each other closely.
 template <class T>
 constexpr int kRowsReadByHardware = kMultipliesFloat<T> ? 1 : 3;
-
-bool is_amd() {
-#if defined(__x86_64__)
-    static const bool result = __builtin_cpu_is("amd");
-    return result;
-#else
-    return false;
-#endif
-}
 
 // Prefetches a long stream of weights.
 template <class T>
