@@ -208,6 +208,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         renames=((r"^transformer\.h\.(\d+)\.(ln_attn|ln_mlp)$", r"model.layers.\1.\2"),),
         configure=falcon,
     ),
+    "gemma": Architecture("GemmaForCausalLM", norm_offset=1.0),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma4": Architecture(

@@ -316,6 +316,12 @@ FAMILIES: Mapping[str, Family] = {
             "sequential": {"new_decoder_architecture": False, "parallel_attn": False, "bias": True},
         },
     ),
+    "gemma": Family(
+        "GemmaConfig",
+        "GemmaForCausalLM",
+        {"hidden_size": 72, "head_dim": 24, "tie_word_embeddings": True},
+        variants={"biases": {"attention_bias": True}},
+    ),
     "gemma2": Family(
         "Gemma2Config",
         "Gemma2ForCausalLM",

@@ -271,9 +271,9 @@ def gguf_file(
     rope = config.get("rope_parameters", {})
     if rope:
         writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if arch.startswith("gemma"):
+    if arch in ("gemma2", "gemma3", "gemma4"):
         _add_gemma(writer, arch, config)
-    elif arch not in ("llama", "qwen2", "qwen3"):
+    elif arch not in ("gemma", "llama", "qwen2", "qwen3"):
         _add_facts(writer, arch, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
@@ -281,7 +281,7 @@ def gguf_file(
     weights = {}
     generator = np.random.default_rng(0)
     for name, tensor in (fused(tensors) if is_fused else tensors).items():
-        offset = 1 if arch in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight") else 0
+        offset = 1 if arch in ("gemma", "gemma2", "gemma3", "nemotron") and name.endswith("norm.weight") else 0
         data = _converted(arch, name, tensor.float().numpy() + offset, heads, kv_heads)
         permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
         num_heads = heads if ".q_proj." in name else kv_heads

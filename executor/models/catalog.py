@@ -53,9 +53,9 @@ CATALOG = (
     ),
     Entry(
         "Gemma",
-        ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-        ("google/gemma-2-2b-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it"),
-        gguf=("gemma2", "gemma3"),
+        ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        ("google/gemma-1.1-2b-it", "google/gemma-2-2b-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it"),
+        gguf=("gemma", "gemma2", "gemma3"),
         limits="text only",
     ),
     Entry(

@@ -24,6 +24,7 @@ REGISTRY = {
     "GPT2LMHeadModel": "executor.models.gpt2:GPT2LMHeadModel",
     "GPTJForCausalLM": "executor.models.gptj:GPTJForCausalLM",
     "GPTNeoXForCausalLM": "executor.models.gpt_neox:GPTNeoXForCausalLM",
+    "GemmaForCausalLM": "executor.models.gemma:GemmaForCausalLM",
     "Gemma2ForCausalLM": "executor.models.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "executor.models.gemma3:Gemma3ForCausalLM",
     "Gemma4ForCausalLM": "executor.models.gemma4:Gemma4ForCausalLM",

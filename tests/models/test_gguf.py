@@ -124,6 +124,7 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": False},
     "cohere2": {"layer_types": None, "num_hidden_layers": 4},
     "falcon": {},
+    "gemma": {},
     "gemma4": {},
     "lfm2": {"conv_bias": False},
     "gpt2": {"scale_attn_by_inverse_layer_idx": False},
