@@ -83,7 +83,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], max_size
     return result
 
 
-def _look_for_unknown_fields(body: bytearray, kind: type[Any], *, refuse: bool) -> None:
+def _look_for_unknown_fields(body: bytearray, kind: Any, *, refuse: bool) -> None:
     """Rejects fields that ``kind`` does not have, or logs that they are ignored."""
     names = [shorten(name) for name in unknown_fields(msgspec.json.decode(body), kind)]
     if not names:

@@ -22,6 +22,7 @@ from engine_core.messages import (
     AbortRequests,
     EngineCoreOutput,
     EngineCoreOutputs,
+    EngineCoreRequest,
     EngineDead,
     EngineReady,
     FinishReason,
@@ -299,6 +300,7 @@ def test_hostile_fields_fail_only_their_request(data: st.DataObject, policy: str
             received = msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=ToEngineCore)
         except (msgspec.MsgspecError, UnicodeEncodeError):
             assume(False)  # the socket does not let it through
+        assert isinstance(received, EngineCoreRequest)
         assume(received.index not in used)
         used.add(received.index)
         harness.inbox.append(received)
@@ -326,7 +328,8 @@ def siblings(first: Any, indices: list[int]) -> ToEngineCore:
         indices=np.array(indices, np.int64).tobytes(),
         seeds=tuple(indices),
     )
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToEngineCore)  # type: ignore[no-any-return]
+    received: ToEngineCore = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToEngineCore)
+    return received
 
 
 def test_siblings_share_their_prompt_and_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
