@@ -25,7 +25,7 @@ from api.errors import EngineDeadError, RequestError
 from api.generation.generation import EngineWork, Generation, WholeReply
 from api.http.errors import render, to_request_error
 from api.http.load_header import LOAD_HEADER, load_header
-from api.http.server_send import PART_WRITER, SERVER_SEND, PartWriter
+from api.http.server_send import SERVER_SEND
 from api.http.tracing import trace_headers
 from engine_core.launch import get_logger
 
@@ -140,7 +140,7 @@ class TokenStream(Response):
             self._last_write = self._loop.time()
             if self._keep_alive_interval > 0:
                 self._timer = self._loop.call_later(self._keep_alive_interval, self._watch_silence)
-            await self._stream(send, scope.get(SERVER_SEND, send), scope.get(PART_WRITER))
+            await self._stream(send, scope.get(SERVER_SEND, send))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -154,13 +154,12 @@ class TokenStream(Response):
             due = now + self._keep_alive_interval
         self._timer = self._loop.call_at(due, self._watch_silence)
 
-    async def _stream(self, send: Send, send_part: Send, writer: PartWriter | None) -> None:
+    async def _stream(self, send: Send, send_part: Send) -> None:
         """Sends the answer.
 
         Args:
             send: Sends the head.
             send_part: Sends the parts of the body.
-            writer: Does so faster when it is ready.
         """
         generation, to_event, time = self._generation, self._reply.event, self._loop.time
         num_open = generation.num_choices
@@ -191,10 +190,7 @@ class TokenStream(Response):
                 is_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._last_write = time()
-            if writer is not None and num_open and writer.is_ready:
-                writer.write(data)
-            else:
-                await send_part({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
+            await send_part({"type": "http.response.body", "body": data, "more_body": bool(num_open)})
 
     def _events(self, deltas: list[Delta]) -> tuple[bytes, int]:
         """The events of deltas, and the number of choices that they end.
@@ -203,8 +199,6 @@ class TokenStream(Response):
             RequestError: A choice failed.
             EngineDeadError: A choice failed because the engine is dead.
         """
-        if self._generation.num_choices == 1 and deltas[-1].finish_reason is None:
-            return b"".join(map(self._reply.event, deltas)), 0
         num_finished = 0
         parts = []
         for delta in deltas:

@@ -15,7 +15,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from uvicorn.server import ServerState
 
 from api.errors import KINDS, RequestError
 from api.http.errors import HEADERS, render
-from api.http.server_send import PART_WRITER
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
@@ -114,28 +113,6 @@ class Connections:
         self.sweep()
         if self._open:
             self._timer = loop.call_later(SWEEP_INTERVAL, self._on_timer, loop)
-
-
-class ChunkWriter:
-    """A ``PartWriter`` that writes chunks (RFC 9112, section 7.1)."""
-
-    __slots__ = ("_cycle",)
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    @property
-    def is_ready(self) -> bool:
-        cycle = self._cycle
-        return (
-            not cycle.flow.write_paused
-            and not cycle.disconnected
-            and cycle.chunked_encoding is True
-            and not cycle.response_complete
-        )
-
-    def write(self, data: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class _Part(Enum):
@@ -373,8 +350,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self._check_head()
             super().on_headers_complete()
-            scope: MutableMapping[str, Any] = self.cycle.scope  # type: ignore[assignment]  # ASGI allows more keys
-            scope[PART_WRITER] = ChunkWriter(self.cycle)
         # From here on, counts are for the body and trailers.
         self._part = _Part.BODY
         self._since = None

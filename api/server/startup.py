@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import KINDS, RequestError
 from api.http.errors import error_response
-from api.http.server_send import PART_WRITER, SERVER_SEND
+from api.http.server_send import SERVER_SEND
 from engine_core.messages import LoadProgress
 
 PROBES = frozenset({"/health", "/ping", "/readyz", "/startupz"})
@@ -48,11 +48,7 @@ class StartupApp:
             await _live(receive, send)
         elif self.app is not None:
             scope[SERVER_SEND] = send
-            try:
-                await self.app(scope, receive, send)
-            finally:  # the server's objects refer to the scope: leave no cycle
-                del scope[SERVER_SEND]
-                scope.pop(PART_WRITER, None)
+            await self.app(scope, receive, send)
         else:
             await self._answer(scope, receive, send)
 

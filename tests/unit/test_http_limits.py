@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -590,40 +589,3 @@ async def test_a_body_that_is_refused_is_gone_at_once() -> None:
         await body_module._read(cast(Any, Coming()), 5000, held, JsonMeter(1000))
     sizes = [len(entry.frame.f_locals["body"]) for entry in caught.traceback if entry.name == "_read"]
     assert sizes == [0]
-
-
-async def test_parts_of_streams_are_written_as_chunks(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the writer, past the middleware, with the same bytes as if they were sent as messages."""
-    body = b'{"prompt": "x", "max_tokens": 20, "stream": true, "request_id": "same"}'
-    request = POST + b"Content-Length: %d\r\n" % len(body) + CLOSE + body
-    written: list[bytes] = []
-    write = http_protocol.ChunkWriter.write
-
-    def recorded(writer: http_protocol.ChunkWriter, data: bytes) -> None:
-        written.append(data)
-        write(writer, data)
-
-    monkeypatch.setattr(http_protocol.ChunkWriter, "write", recorded)
-    async with running(server) as port:
-        by_writer = await talk(port, request)
-        assert written
-        monkeypatch.setattr(http_protocol.ChunkWriter, "is_ready", False)
-        del written[:]
-        by_messages = await talk(port, request)
-        assert not written
-    assert events_of(by_writer) == events_of(by_messages)
-    assert len(events_of(by_writer)) == 21
-
-
-def events_of(answer: bytes) -> list[str]:
-    """The events of a chunked answer, without the numbers that differ between requests."""
-    chunks, body = answer.partition(b"\r\n\r\n")[2], b""
-    while (size := int(chunks.partition(b"\r\n")[0], 16)) > 0:
-        chunks = chunks.partition(b"\r\n")[2]
-        body += chunks[:size]
-        assert chunks[size : size + 2] == b"\r\n"
-        chunks = chunks[size + 2 :]
-    assert chunks == b"0\r\n\r\n"
-    events = re.sub(r'"(id|created)":("[^"]*"|\d+)', "", body.decode()).split("\n\n")
-    assert events.pop() == ""
-    return events
