@@ -27,7 +27,15 @@ from ops.reference.basic import (
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
 from ops.reference.norm import layer_norm, rms_norm
-from ops.reference.quantized import block_types, dequantized, join_rows, pack_blocks, pack_groups, pack_segment
+from ops.reference.quantized import (
+    block_types,
+    dequantized,
+    join_rows,
+    pack_blocks,
+    pack_floats,
+    pack_groups,
+    pack_segment,
+)
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
 from ops.reference.short_conv import short_conv
@@ -63,6 +71,7 @@ __all__ = [
     "multiply",
     "op_set",
     "pack_blocks",
+    "pack_floats",
     "pack_groups",
     "pack_linear",
     "pack_segment",

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-QuantizedActivations = Literal["float", "int8"]
-"""What quantised weights are multiplied with: activations as they are, or rounded to int8, 32 columns at a time."""
+QuantizedActivations = Literal["float", "int8", "int8_per_token"]
+"""What quantised weights are multiplied with: activations as they are, or rounded to int8, 32 columns or a whole row at
+a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class Encoding:
     """How the numbers of quantised rows are written.
 
     Blocks of GGUF are named as there (``Q4_K``). ``int4`` and ``int8`` are codes with a scale for each group of
-    columns: ``scale * (code - zero)``, or ``scale * code + minimum``. Without either, codes
-    count from 8 or 128.
+    columns: ``scale * (code - zero)``, or ``scale * code + minimum``. Without either, codes count from 8 or 128. The
+    other formats (``FLOAT_FORMATS``) are codes of floating-point numbers: ``scale * value``.
     """
 
     format: str
@@ -48,6 +49,8 @@ class Encoding:
     """Dtype of the groups' scales and minimums."""
     shift: Literal["none", "zeros", "minimums"] = "none"
     """What else each group has: a zero (uint8), or a minimum."""
+    row_scale: Literal["none", "factor", "divisor"] = "none"
+    """Whether a float32 number for each row multiplies or divides the scales of its groups."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantised weight [out_features, in_features], made by ``pack_blocks`` or ``pack_groups``."""
+    """A quantised weight [out_features, in_features], made by ``pack_blocks``, ``pack_groups`` or
+    ``pack_floats``."""
 
     segments: tuple[Segment, ...]
     shape: tuple[int, int]

@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [rows, in_features].
-        weight: [out_features, in_features], as returned by ``pack_linear``, ``pack_blocks`` or ``pack_groups``.
+        weight: [out_features, in_features], as returned by ``pack_linear`` or by one of the functions that make a
+            ``QuantizedWeight``.
         bias: [out_features] or None.
 
     Returns:

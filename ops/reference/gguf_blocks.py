@@ -19,7 +19,7 @@ class Codes:
     """Numbers ``scales * (codes - offsets) + minimums``, in this order of rounding to float32; products come first."""
 
     codes: Tensor
-    """uint8 [..., columns]."""
+    """uint8 [..., columns], or float32 if they are no integers."""
     scales: Tensor
     """float32 [..., groups], each for as many consecutive columns (the last group may be shorter)."""
     offset: int = 0
@@ -27,6 +27,8 @@ class Codes:
     """float32 [..., groups], instead of ``offset``."""
     minimums: Tensor | None = None
     """float32 [..., groups]."""
+    group_size: int = 0
+    """Columns of a group; 0: all groups have equally many."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ are exact, so the result depends only on the order in which groups are added: bl
 ``acc = fma(isum, scale * d, acc)`` for its one or two groups, then ``acc = fma(qsum * d, minimum, acc)`` for those with
 minimums, where ``isum`` is the sum of ``(code - offset) * q`` and ``qsum`` that of ``q``. All kernels return the same
 bits.
+
+``int8_per_token``: activations are rounded alike, but with one scale for a whole row. The weights are in int8 with one
+scale for each row as well: the result is ``isum * (scale * d)``, where ``isum`` is the sum over all columns as float32.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ from torch import Tensor
 from ops.dispatch import Spec, op, op_set
 from ops.packed import Encoding, QuantizedActivations, QuantizedWeight, Segment
 from ops.reference.gguf_blocks import BLOCK_FORMATS, Codes, decode_blocks
+from ops.reference.small_floats import (
+    E2M1_OFFSET,
+    FLOAT_FORMATS,
+    e2m1_codes,
+    halved_power,
+    values_of,
+)
 
 BLOCK = 32
 """Activations are quantised in blocks of so many columns."""
@@ -33,6 +43,8 @@ SMALLEST = 2.0**-100
 CODE_BITS = {4: "int4", 8: "int8"}
 MIDDLES = {"int4": 8, "int8": 128}
 """What a code without a zero point counts from."""
+MAX_COLUMNS_PER_TOKEN = 1 << 17
+"""With more columns, the sum of a row's products might not fit 32 bits."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -45,7 +57,7 @@ def pack_segment(rows: Tensor, encoding: Encoding, columns: int, paired: bool = 
 
     Args:
         rows: uint8 [rows, bytes of a row]: blocks of GGUF; or of groups one byte for each code, then the scales, then
-            zeros or minimums.
+            zeros or minimums, then the row's own scale.
         encoding: What the bytes are.
         columns: Numbers of a row.
         paired: As of ``pack_linear``.
@@ -70,8 +82,11 @@ def pack_blocks(
         paired: ``act_and_mul`` follows, so its two factors may be computed side by side. One segment only.
 
     Raises:
-        ValueError: A type is unknown, a row is no whole number of blocks, or rows differ in length.
+        ValueError: A type is unknown, a row is no whole number of blocks, rows differ in length, or activations would
+            be rounded per token.
     """
+    if activations == "int8_per_token":
+        raise ValueError("blocks are multiplied with activations in float or int8, not int8_per_token")
     widths = set()
     for rows, name in segments:
         if name not in BLOCK_FORMATS:
@@ -111,17 +126,19 @@ def pack_groups(
         minimums: [rows, groups] in the dtype of the scales, instead of zeros, for codes in uint8.
         bits: 4 or 8.
         dtype: Of the activations.
-        activations: What the weight is multiplied with.
+        activations: What the weight is multiplied with; per token only if there are 8 bits, one scale for a row, and
+            neither zeros nor minimums.
         paired: As of ``pack_blocks``.
 
     Raises:
-        ValueError: The groups have another size, there are other bits, or int8 codes have minimums.
+        ValueError: The groups have another size, there are other bits, int8 codes have minimums, or activations cannot
+            be rounded per token.
     """
     if bits not in CODE_BITS:
         raise ValueError(f"codes have 4 or 8 bits, not {bits}")
     if minimums is not None and codes.dtype != torch.uint8:
         raise ValueError(f"codes with minimums are uint8, not {codes.dtype}")
-    (num_rows, columns), groups = codes.shape, scales.shape[1]
+    columns, groups = codes.shape[1], scales.shape[1]
     group_size = columns if groups == 1 else columns // groups
     if groups > 1 and (columns % groups or group_size % BLOCK):
         raise ValueError(f"{groups} groups of {columns} columns: a group is a multiple of {BLOCK} columns, or a row")
@@ -133,8 +150,82 @@ def pack_groups(
         fields.append(minimums.to(scales.dtype).contiguous().view(torch.uint8))
     shift = "zeros" if zeros is not None else "none" if minimums is None else "minimums"
     encoding = Encoding(name, group_size, scales.dtype, shift)  # type: ignore[arg-type]
+    if activations == "int8_per_token" and (bits != 8 or groups > 1 or shift != "none"):
+        raise ValueError("int8_per_token needs 8 bits, one scale for each row, and neither zeros nor minimums")
+    if activations == "int8_per_token" and columns > MAX_COLUMNS_PER_TOKEN:
+        raise ValueError(f"int8_per_token supports {MAX_COLUMNS_PER_TOKEN} columns, not {columns}")
+    return _packed(fields, encoding, columns, paired, dtype, activations)
+
+
+def pack_floats(
+    codes: Tensor,
+    scales: Tensor,
+    row_scales: Tensor | None = None,
+    *,
+    format: str,
+    group_size: int | None = None,
+    divides: bool = False,
+    dtype: torch.dtype,
+    activations: QuantizedActivations = "float",
+    paired: bool = False,
+) -> QuantizedWeight:
+    """A weight of codes of floating-point numbers with a scale for each group of columns.
+
+    Their numbers are ``scale * value``, in float32. The last group of a row may be shorter than the others.
+
+    Args:
+        codes: uint8 or float8_e4m3fn [rows, columns], one byte for each, also of 4 bits.
+        scales: [rows, groups]: float16, bfloat16 or float32; of mxfp4 uint8 or float8_e8m0fnu, each standing for
+            ``2**(scale - 127)``; of nvfp4 float8_e4m3fn, times or divided by ``row_scales``.
+        row_scales: float32 [rows], of nvfp4 alone.
+        format: ``fp8_e4m3``, ``nf4``, ``fp4`` (both as of bitsandbytes), ``mxfp4`` or ``nvfp4``.
+        group_size: Columns of a group: a multiple of 32, or None for whole rows. 32 for mxfp4 and 16 for nvfp4.
+        divides: ``row_scales`` divide the scales instead of multiplying them.
+        dtype: Of the activations.
+        activations: What the weight is multiplied with: ``float``; of mxfp4 and nvfp4 also ``int8``.
+        paired: As of ``pack_blocks``.
+
+    Raises:
+        ValueError: The format is unknown, or does not have such groups, scales or activations.
+    """
+    if format not in FLOAT_FORMATS:
+        raise ValueError(f"unknown format {format!r} of numbers; choose from {', '.join(FLOAT_FORMATS)}")
+    kind = FLOAT_FORMATS[format]
+    (num_rows, columns), size = codes.shape, kind.group_size or group_size or codes.shape[1]
+    if size != columns and size % (kind.group_size or BLOCK):
+        raise ValueError(f"groups of {size} columns: a group of {format} is a multiple of {BLOCK} columns, or a row")
+    if tuple(scales.shape) != (num_rows, -(-columns // size)):
+        raise ValueError(
+            f"{num_rows} rows of {columns} columns in groups of {size} have scales "
+            f"[{num_rows}, {-(-columns // size)}], not {list(scales.shape)}"
+        )
+    if (format == "nvfp4") != (row_scales is not None):
+        raise ValueError(f"scales of rows belong to nvfp4 alone, and to each weight in it; this one is {format}")
+    if activations != "float" and not (kind.is_integer and activations == "int8"):
+        raise ValueError(f"{format} is not multiplied with activations in {activations}")
+    if kind.scale_dtype is not None:
+        scales = scales.view(kind.scale_dtype)
+    fields = [codes.view(torch.uint8), scales.contiguous().view(torch.uint8)]
+    if row_scales is not None:
+        fields.append(row_scales.float().reshape(-1, 1).contiguous().view(torch.uint8))
+    row_scale = "none" if row_scales is None else "divisor" if divides else "factor"
+    encoding = Encoding(format, size, scales.dtype, row_scale=row_scale)  # type: ignore[arg-type]
+    return _packed(fields, encoding, columns, paired, dtype, activations)
+
+
+def _packed(
+    fields: list[Tensor],
+    encoding: Encoding,
+    columns: int,
+    paired: bool,
+    dtype: torch.dtype,
+    activations: QuantizedActivations,
+) -> QuantizedWeight:
+    """A weight of one segment, whose rows are made of these bytes."""
+    num_rows = len(fields[0])
     paired = paired and num_rows % 2 == 0
-    segment = pack_segment(torch.cat(fields, dim=1), encoding, columns, paired)
+    pack = pack_segment.reference if activations == "int8_per_token" else pack_segment
+    segment = pack(torch.cat(fields, dim=1), encoding, columns, paired)
     return QuantizedWeight((segment,), (num_rows, columns), paired, dtype, activations)
 
 
@@ -170,8 +261,16 @@ def decode(rows: Tensor, encoding: Encoding, columns: int) -> Codes:
     assert encoding.scale_dtype is not None
     groups = -(-columns // encoding.group_size)
     end = columns + groups * encoding.scale_dtype.itemsize
-    scales = rows[:, columns:end].contiguous().view(encoding.scale_dtype).float()
-    codes, rest = rows[:, :columns], rows[:, end:].contiguous()
+    codes, packed_scales, rest = rows[:, :columns], rows[:, columns:end].contiguous(), rows[:, end:].contiguous()
+    if encoding.scale_dtype == torch.float8_e8m0fnu:
+        return Codes(e2m1_codes(codes), halved_power(packed_scales), E2M1_OFFSET, group_size=encoding.group_size)
+    scales = packed_scales.view(encoding.scale_dtype).float()
+    if encoding.row_scale != "none":
+        own = rest.view(torch.float32)
+        scales = (scales * own if encoding.row_scale == "factor" else scales / own) * 0.5
+        return Codes(e2m1_codes(codes), scales, E2M1_OFFSET, group_size=encoding.group_size)
+    if encoding.format in FLOAT_FORMATS:
+        return Codes(values_of(codes, encoding.format), scales, group_size=encoding.group_size)
     if encoding.shift == "zeros":
         return Codes(codes, scales, zeros=rest.float())
     minimums = rest.view(encoding.scale_dtype).float() if encoding.shift == "minimums" else None
@@ -181,7 +280,7 @@ def decode(rows: Tensor, encoding: Encoding, columns: int) -> Codes:
 def numbers(found: Codes) -> Tensor:
     """float32 [rows, columns]."""
     columns = found.codes.shape[1]
-    group_size = -(-columns // found.scales.shape[1])
+    group_size = found.group_size or -(-columns // found.scales.shape[1])
 
     def spread(values: Tensor) -> Tensor:
         return values.repeat_interleave(group_size, dim=1)[:, :columns]
@@ -216,9 +315,13 @@ def logits(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Te
     """``x @ weight.T + bias`` in float32."""
     if weight.activations == "float":
         return F.linear(x, dequantized(weight).to(x.dtype), bias).float()
-    codes, scales = quantize(x)
     columns = weight.shape[1]
-    parts = [_product(codes, scales, _decoded(segment, columns)) for segment in weight.segments]
+    if weight.activations == "int8_per_token":
+        codes, scales = quantize(x, columns)
+        parts = [_product_per_token(codes, scales, _decoded(segment, columns)) for segment in weight.segments]
+    else:
+        codes, scales = quantize(x)
+        parts = [_product(codes, scales, _decoded(segment, columns)) for segment in weight.segments]
     result = torch.cat(parts, dim=1)
     return result if bias is None else result + bias.float()
 
@@ -236,12 +339,12 @@ def embedding(ids: Tensor, weight: QuantizedWeight) -> Tensor:
     return result
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations in int8: codes int32 [rows, blocks, 32], zero-padded, and scales float32 [rows, blocks].
+def quantize(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Activations in int8: codes int32 [rows, blocks, block], zero-padded, and scales float32 [rows, blocks].
 
     A block that is not finite has the scale NaN.
     """
-    blocks = F.pad(x.float(), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = F.pad(x.float(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
     largest = blocks.abs().amax(dim=-1)
     is_finite = largest < torch.inf
     is_zero = largest < SMALLEST
@@ -255,7 +358,7 @@ def _product(codes: Tensor, scales: Tensor, weight: Codes) -> Tensor:
     """float32 [rows of x, rows of the weight]."""
     num_blocks = codes.shape[1]
     columns = weight.codes.shape[1]
-    group_size = -(-columns // weight.scales.shape[1])
+    group_size = weight.group_size or -(-columns // weight.scales.shape[1])
     part = 16 if group_size == 16 else BLOCK
     offset = weight.offset if weight.zeros is None else 0
     factors = F.pad(weight.codes.double() - offset, (0, num_blocks * BLOCK - columns))
@@ -265,7 +368,8 @@ def _product(codes: Tensor, scales: Tensor, weight: Codes) -> Tensor:
         x = codes[:, block].double()
         columns_before = block * BLOCK
         starts = range(0, BLOCK, part)
-        groups = [(columns_before + start) // group_size for start in starts]
+        last = weight.scales.shape[1] - 1
+        groups = [min((columns_before + start) // group_size, last) for start in starts]
         for start, group in zip(starts, groups, strict=True):
             w = factors[:, columns_before + start : columns_before + start + part]
             sums = (x[:, start : start + part] @ w.T).float()  # exact in both types
@@ -275,6 +379,12 @@ def _product(codes: Tensor, scales: Tensor, weight: Codes) -> Tensor:
                 totals = x[:, start : start + part].sum(dim=1).float() * scales[:, block]
                 result = fma(totals[:, None], minimums[:, group].expand_as(result), result)
     return result
+
+
+def _product_per_token(codes: Tensor, scales: Tensor, weight: Codes) -> Tensor:
+    """float32 [rows of x, rows of the weight]."""
+    sums = (codes[:, 0].double() @ (weight.codes.double() - weight.offset).T).float()  # exact in float64
+    return sums * (weight.scales[:, 0] * scales)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -162,6 +162,106 @@ def test_what_cannot_be_packed() -> None:
         ops.pack_groups(codes, torch.ones(2, 3), bits=3, dtype=torch.float32, activations="int8")
 
 
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+def test_numbers_of_8_bits() -> None:
+    """All codes, with a scale for each row and for each 128 columns, the last group being shorter."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    plain = codes.view(torch.float8_e4m3fn).float()
+    assert plain[0].isnan().nonzero().flatten().tolist() == [127, 255]
+    for columns, size, groups in ((256, None, 1), (200, 128, 2)):
+        scales = randn(3, groups)
+        options: Any = {"format": "fp8_e4m3", "group_size": size, "dtype": torch.bfloat16}
+        weight = ops.pack_floats(codes[:, :columns], scales, **options)
+        spread = scales.repeat_interleave(size or columns, dim=1)[:, :columns]
+        assert torch.equal(ops.dequantized(weight).nan_to_num(7.0), (plain[:, :columns] * spread).nan_to_num(7.0))
+        numbers = ops.dequantized(weight).bfloat16()
+        x = randn(2, columns).bfloat16()
+        assert torch.equal(ops.linear(x, weight).isnan(), numbers.isnan().any(dim=1).repeat(2, 1))
+        assert torch.equal(ops.embedding(torch.tensor([1]), weight).nan_to_num(7.0), numbers[1:2].nan_to_num(7.0))
+
+
+def test_numbers_of_4_bits() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(4, 8)
+    options: Any = {"dtype": torch.float32}
+    scales = randn(4, 2)
+    nf4 = ops.dequantized(ops.pack_floats(codes, scales, format="nf4", group_size=64, **options))
+    assert nf4[1, 0] == -scales[1, 0] and nf4[1, 15 + 64] == scales[1, 1] and not nf4[:, 7].any()
+    assert ((nf4[:, 1:16] - nf4[:, :15]) * scales[:, :1] > 0).all()
+    fp4 = ops.dequantized(ops.pack_floats(codes, scales, format="fp4", group_size=64, **options))
+    sizes = torch.tensor([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4])
+    torch.testing.assert_close(fp4[:, :16], torch.cat([sizes, -sizes]) * scales[:, :1], rtol=1e-7, atol=0)
+
+    values = torch.tensor(E2M1).repeat(8)
+    exponents = torch.tensor([[0, 1, 2, 127], [126, 130, 100, 254]], dtype=torch.uint8).repeat(2, 1)
+    weight = ops.pack_floats(codes, exponents, format="mxfp4", **options)
+    powers = 2.0 ** (exponents.double() - 127)
+    assert torch.equal(ops.dequantized(weight), (powers.repeat_interleave(32, dim=1) * values.double()).float())
+
+    small = torch.randint(0, 126, (4, 8), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    rows = torch.tensor([3.0, 0.7, 1e-3, 100.0])
+    for divides in (False, True):
+        weight = ops.pack_floats(codes, small, rows, format="nvfp4", divides=divides, **options)
+        scales = small.float() / rows[:, None] if divides else small.float() * rows[:, None]
+        assert torch.equal(ops.dequantized(weight), scales.repeat_interleave(16, dim=1) * values)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_numbers_of_4_bits_with_int8_activations(name: str) -> None:
+    codes = torch.randint(0, 16, (5, 80), dtype=torch.uint8)
+    options: Any = {"format": name, "dtype": torch.float32, "activations": "int8"}
+    if name == "mxfp4":
+        weight = ops.pack_floats(codes, torch.randint(120, 130, (5, 3), dtype=torch.uint8), **options)
+    else:
+        scales = torch.randint(30, 80, (5, 5), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        weight = ops.pack_floats(codes, scales, randn(5), **options)
+    x = randn(3, 80, seed=1)
+    int8, factors = quantized.quantize(x)
+    rounded = (int8.double() * factors.double()[..., None]).flatten(1)[:, :80]
+    exact = rounded @ ops.dequantized(weight).double().T
+    size = rounded.abs() @ ops.dequantized(weight).double().abs().T
+    assert ((ops.logits(x, weight).double() - exact).abs() <= 1e-5 * size).all()
+
+
+def test_activations_that_are_rounded_by_row() -> None:
+    codes, scales = torch.randint(0, 256, (5, 45), dtype=torch.uint8), randn(5, 1)
+    options: Any = {"bits": 8, "dtype": torch.bfloat16, "activations": "int8_per_token"}
+    weight = ops.pack_groups(codes, scales, **options)
+    x, bias = randn(4, 45, seed=1).bfloat16(), randn(5).bfloat16()
+    x[2], x[3, 7] = 0, math.inf
+    largest = x.float().abs().amax(dim=1, keepdim=True)
+    rounded = (x.float() * (127 / largest)).round().nan_to_num(0.0)
+    sums = (rounded.double() @ (codes.double() - 128).T).float()
+    expected = sums * (scales.T * (largest / 127)) + bias.float()
+    result = ops.logits(x, weight, bias)
+    assert torch.equal(result[:3], expected[:3]) and result[3].isnan().all()
+    assert torch.equal(ops.linear(x, weight, bias)[:3], expected[:3].bfloat16())
+    with pytest.raises(ValueError, match="^int8_per_token needs 8 bits, one scale for each row, and neither zeros nor"):
+        ops.pack_groups(codes, scales, codes[:, :1], **options)
+    with pytest.raises(ValueError, match="^int8_per_token supports 131072 columns, not 131073$"):
+        ops.pack_groups(torch.zeros(1, (1 << 17) + 1, dtype=torch.uint8), scales[:1], **options)
+    with pytest.raises(ValueError, match="^blocks are multiplied with activations in float or int8, not int8_per_"):
+        ops.pack_blocks([(blocks("Q8_0", 2, 32), "Q8_0")], dtype=torch.float32, activations="int8_per_token")
+
+
+def test_what_cannot_be_packed_of_small_floats() -> None:
+    codes = torch.zeros(2, 96, dtype=torch.uint8)
+    options: Any = {"dtype": torch.float32}
+    with pytest.raises(ValueError, match="^unknown format 'fp8' of numbers; choose from fp8_e4m3, nf4, fp4, mxfp4, nv"):
+        ops.pack_floats(codes, torch.ones(2, 1), format="fp8", **options)
+    with pytest.raises(
+        ValueError, match="^groups of 48 columns: a group of nf4 is a multiple of 32 columns, or a row$"
+    ):
+        ops.pack_floats(codes, torch.ones(2, 2), format="nf4", group_size=48, **options)
+    with pytest.raises(ValueError, match=r"^2 rows of 96 columns in groups of 64 have scales \[2, 2\], not \[2, 1\]$"):
+        ops.pack_floats(codes, torch.ones(2, 1), format="nf4", group_size=64, **options)
+    with pytest.raises(ValueError, match="^scales of rows belong to nvfp4 alone"):
+        ops.pack_floats(codes, torch.ones(2, 1), torch.ones(2), format="fp4", **options)
+    with pytest.raises(ValueError, match="^fp8_e4m3 is not multiplied with activations in int8$"):
+        ops.pack_floats(codes, torch.ones(2, 1), format="fp8_e4m3", activations="int8", **options)
+
+
 def test_programs_run_what_kernels_cannot() -> None:
     """Ops without an instruction run their reference between the kernels of a captured program."""
     rows = blocks("Q4_0", 64, 64)
