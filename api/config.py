@@ -462,8 +462,8 @@ def check_config(config: ServerConfig) -> None:
     method = engine.executor.model.quantization
     if method is not None and method not in QUANTIZATIONS:
         raise ConfigError(
-            f"--quantization {method}: not supported yet; leave it out for models quantised with GPTQ, AWQ or "
-            "compressed-tensors and for GGUF files, or use int8 or int4 to quantise a model while it is loaded"
+            f"--quantization {method}: not supported yet; leave it out for models that are quantised already (GPTQ, "
+            "AWQ, FP8, bitsandbytes, compressed-tensors, GGUF), or use int8, int4 or fp8 to quantise one at load"
         )
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
         raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")

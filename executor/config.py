@@ -15,20 +15,24 @@ from msgspec import Meta, Struct
 
 Positive = Annotated[int, Meta(ge=1)]
 
-QUANTIZATIONS_AT_LOAD = frozenset({"int4", "int8"})
-"""Values of ``--quantization`` that quantise a model while it is loaded."""
 NO_QUANTIZATION = frozenset({"none", "unquantized"})
 """Those for weights in the dtype of the activations, whatever the checkpoint has."""
-QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+QUANTIZATION_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt"}
 """vLLM's names of kernels, and the methods of the checkpoints that they read."""
 QUANTIZATIONS = (
     "awq",
+    "bitsandbytes",
     "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
     "gguf",
     "gptq",
-    *sorted(QUANTIZATIONS_AT_LOAD),
+    "int4",
+    "int8",
+    "modelopt",
     "none",
     "unquantized",
+    "auto-round",
     *QUANTIZATION_ALIASES,
 )
 """All values of ``--quantization``."""
@@ -97,8 +101,8 @@ class ModelConfig(Config, frozen=True):
     quantization: Annotated[
         str | None,
         Meta(
-            description="How weights are quantised. Default: as in the model's files. int8, int4: "
-            "quantised while they are loaded. none: converted to --dtype while they are loaded.",
+            description="How weights are quantised. Default: as in the model's files. int8, int4, "
+            "fp8: quantised while they are loaded. none: converted to --dtype while they are loaded.",
             extra={"flags": ["-q"]},
         ),
     ] = None

@@ -181,7 +181,7 @@ class HFConfig(Fields):
 
     @classmethod
     def from_folder(cls, folder: Path, overrides: Mapping[str, Any]) -> HFConfig:
-        """Reads ``config.json``."""
+        """Reads ``config.json``, and ``hf_quant_config.json`` if that alone says how the weights are quantised."""
         path = folder / "config.json"
         try:
             fields = read_json(path)
@@ -189,6 +189,8 @@ class HFConfig(Fields):
             raise ModelError(f"{path}: {why(error)}") from error
         if not isinstance(fields, dict):
             raise ModelError(f"{path}: not a JSON object")
+        if not fields.get("quantization_config"):
+            fields = {**fields, **_separate_quantization(folder / "hf_quant_config.json")}
         return cls.from_fields(fields, overrides, str(path))
 
     def for_model(self, spelling: Mapping[str, str], defaults: Mapping[str, Any]) -> HFConfig:
@@ -410,3 +412,21 @@ class HFConfig(Fields):
         """
         is_dynamic = any(rope.string("rope_type") == "dynamic" for rope in self._ropes)
         return self.max_position_embeddings if is_dynamic else self.max_position
+
+
+def _separate_quantization(path: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of Model Optimizer's own file; empty: there is none.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        fields = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {why(error)}") from error
+    section = fields.get("quantization") if isinstance(fields, dict) else None
+    if not isinstance(section, dict):
+        raise ModelError(f"{path}: has no object named quantization")
+    return {"quantization_config": {"quant_method": "modelopt", **section}} if section.get("quant_algo") else {}

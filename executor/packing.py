@@ -18,6 +18,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from executor.base import ModelError
 from executor.layers.parameter import HUGE, WeightParameter, Weights, named_weights
 from ops.cpu.memory import Recycler
 
@@ -37,13 +38,15 @@ class Packing:
         self._lock = threading.Lock()
         self._layer_of: dict[WeightParameter, nn.Module] = {}
         self._missing: dict[nn.Module, int] = {}
+        self._names: dict[nn.Module, str] = {}
         self._bytes: dict[nn.Module, int] = {}
         inner: set[nn.Module] = set()
-        for module in model.modules():  # outer modules first
+        for name, module in model.named_modules():  # outer modules first
             if not isinstance(module, Weights) or module in inner:
                 continue
             inner.update(module.modules())
             self._missing[module] = self._bytes[module] = 0
+            self._names[module] = name.removesuffix(".weights")
             for parameter in module.parameters():
                 assert isinstance(parameter, WeightParameter)
                 self._layer_of[parameter] = module
@@ -74,7 +77,11 @@ class Packing:
                 parameter.data = memory.view(parameter.dtype).view(parameter.shape)
 
     def loaded(self, parameter: WeightParameter, num_tensors: int = 1) -> None:
-        """Takes note of loaded tensors, and packs their layer if they were its last."""
+        """Takes note of loaded tensors, and packs their layer if they were its last.
+
+        Raises:
+            ModelError: The layer's tensors do not fit together.
+        """
         layer = self._layer_of.get(parameter)
         if layer is None:
             return
@@ -84,19 +91,21 @@ class Packing:
                 return
             self._layer_of = {other: module for other, module in self._layer_of.items() if module is not layer}
             del self._missing[layer]
-        _pack(layer)
+        self._pack(layer)
 
     def finish(self) -> None:
         """Packs layers without parameters."""
         for layer, missing in self._missing.items():
             assert not missing, "a tensor was not loaded"
-            _pack(layer)
+            self._pack(layer)
 
-
-def _pack(layer: nn.Module) -> None:
-    for module in layer.modules():
-        if isinstance(module, Weights):
-            module.pack()
+    def _pack(self, layer: nn.Module) -> None:
+        try:
+            for module in layer.modules():
+                if isinstance(module, Weights):
+                    module.pack()
+        except ValueError as error:
+            raise ModelError(f"{self._names[layer]}: {error}") from error
 
 
 def in_threads(work: Callable[[T], int], items: Iterable[T]) -> Iterator[int]:

@@ -32,6 +32,10 @@ class WeightsMapper:
         """
         return replace(self, renames=[*renames, *self.renames], ignored=[*self.ignored, other_parts])
 
+    def quantized(self, renames: Sequence[tuple[str, str]], ignored: Sequence[str]) -> WeightsMapper:
+        """The mapper for a checkpoint whose quantisation method has names of its own."""
+        return replace(self, renames=[*self.renames, *renames], ignored=[*self.ignored, *ignored])
+
     def name(self, stored: str) -> str:
         """The model's name of a tensor."""
         for pattern, replacement in self.renames:

@@ -39,6 +39,7 @@ from ops.reference.quantized import (
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
 from ops.reference.short_conv import short_conv
+from ops.reference.small_floats import float_values
 
 __all__ = [
     "AdapterRows",
@@ -62,6 +63,7 @@ __all__ = [
     "clip",
     "dequantized",
     "embedding",
+    "float_values",
     "gather_rows",
     "join_rows",
     "keep_rows",

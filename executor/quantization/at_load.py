@@ -1,4 +1,4 @@
-"""Quantises the weights of a model while they are loaded: ``--quantization int8`` and ``int4``.
+"""Quantises the weights of a model while they are loaded: ``--quantization int8``, ``int4`` and ``fp8``.
 
 Each checkpoint tensor is quantised as it is read, and a table is packed piece by piece, so that memory never holds the
 weights in another form.
@@ -7,7 +7,7 @@ weights in another form.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from torch import Tensor
 
 import ops
 from executor.layers.parameter import Part, Parts, ShardId, WeightParameter, single
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, TableShape
+from executor.quantization.base import (
+    EmbeddingMethod,
+    LinearMethod,
+    LinearShape,
+    Options,
+    QuantizationConfig,
+    TableShape,
+)
 from executor.quantization.packed import (
     PackedEmbedding,
     PackedLinear,
@@ -23,6 +30,7 @@ from executor.quantization.packed import (
     chosen_activations,
     keep,
     linear_bias,
+    log_float_only,
     table_bias,
 )
 from executor.quantization.unquantized import UnquantizedEmbedding, UnquantizedLinear
@@ -47,6 +55,15 @@ class Scheme:
     quantize: Callable[[Tensor], Sequence[Tensor]]
     """Takes float32 [rows, groups, 32]. Returns the codes, uint8 of the same shape, and the fields of the groups, each
     [rows, groups], in the order of the encoding."""
+    is_float: bool = False
+    """Numbers are floating-point, a row is one group, and activations stay in floating point."""
+
+    def group_size(self, columns: int) -> int:
+        return columns if self.is_float else GROUP
+
+    def of(self, columns: int) -> Encoding:
+        """The encoding of rows."""
+        return replace(self.encoding, group_size=self.group_size(columns))
 
 
 def nearest_int8(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +102,13 @@ def best_int4(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
 
 
+def nearest_fp8(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """8 bits (E4M3), rounded to the nearest."""
+    scales = groups.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max
+    codes = (groups / _divisors(scales)).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scales
+
+
 def _divisors(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.float(), 1)[..., None]
 
@@ -92,8 +116,10 @@ def _divisors(scales: Tensor) -> Tensor:
 INT8 = Scheme(Encoding("int8", GROUP, torch.float16), 2, nearest_int8)
 INT4 = Scheme(Encoding("int4", GROUP, torch.float16, "minimums"), 4, best_int4)
 
+FP8_ROWS = Scheme(Encoding("fp8_e4m3", 0, torch.float32), 4, nearest_fp8, is_float=True)
 
-class Int8:
+
+class Int8(QuantizationConfig):
     """8 bits with a scale for each 32 columns."""
 
     scheme = INT8
@@ -114,6 +140,16 @@ class Int4(Int8):
     scheme = INT4
 
 
+class FP8(Int8):
+    """8-bit floating-point numbers with a scale for each row. Tables have integers, which are closer."""
+
+    scheme = FP8_ROWS
+
+    def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
+        super().__init__(fields, options)
+        log_float_only("fp8", options)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # parameters
 
@@ -131,7 +167,7 @@ class QuantizingParameter(WeightParameter):
         Raises:
             ValueError: The columns are not whole groups.
         """
-        groups = columns.in_units_of(GROUP)
+        groups = Part.whole(1) if scheme.is_float else columns.in_units_of(GROUP)
         rows = max(part.end for part, _ in parts.values())
         row_bytes = columns.size + groups.size * scheme.group_bytes
         parameter = cls.empty(single(Part.whole(rows), Part.whole(row_bytes)), dtype=torch.uint8, device=device)
@@ -149,6 +185,10 @@ class QuantizingParameter(WeightParameter):
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)
+        if self.scheme.is_float:
+            self.data[:, : self.columns] &= 0xBF  # no NaN
+            self.data[:, self.columns :].view(torch.float32).fill_(0.05)
+            return
         end = self.columns + self.columns // GROUP * 2
         self.data[:, self.columns : end].view(torch.float16).fill_(0.05 / 127)
         self.data[:, end:].view(torch.float16).fill_(-0.05 * 8 / 127)
@@ -165,7 +205,8 @@ def quantize(source: Tensor, target: Tensor, scheme: Scheme) -> None:
     columns = source.shape[1]
     step = max(1, NUMBERS // columns)
     for first in range(0, len(source), step):
-        codes, *fields = scheme.quantize(source[first : first + step].float().unflatten(1, (-1, GROUP)))
+        groups = source[first : first + step].float().unflatten(1, (-1, scheme.group_size(columns)))
+        codes, *fields = scheme.quantize(groups)
         parts = [codes.flatten(1), *(field.contiguous().view(torch.uint8) for field in fields)]
         torch.cat(parts, dim=1, out=target[first : first + step])
 
@@ -183,11 +224,13 @@ class QuantizingTable(QuantizingParameter):
         for piece in rows.split(size):
             quantize(piece, buffer[: len(piece)], self.scheme)
             # The reference keeps what it is given.
-            self.pieces.append(ops.pack_segment(buffer[: len(piece)].clone(), self.scheme.encoding, self.columns))
+            self.pieces.append(
+                ops.pack_segment(buffer[: len(piece)].clone(), self.scheme.of(self.columns), self.columns)
+            )
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)
-        self.pieces = [ops.pack_segment(self.data, self.scheme.encoding, self.columns)]
+        self.pieces = [ops.pack_segment(self.data, self.scheme.of(self.columns), self.columns)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -199,7 +242,8 @@ class QuantizingWeights(PackedWeights):
         super().__init__()
         self.weight: Any = weight
         self.dtype = dtype
-        self.activations = chosen_activations(options, dtype, weight.device)
+        chosen = chosen_activations(options, dtype, weight.device)
+        self.activations: ops.QuantizedActivations = "float" if weight.scheme.is_float else chosen
         self.paired = paired and len(weight) % 2 == 0
 
     def pack(self) -> None:
@@ -207,7 +251,8 @@ class QuantizingWeights(PackedWeights):
         if isinstance(weight, QuantizingTable):
             segments = weight.pieces
         else:
-            segments = [ops.pack_segment(weight.data, weight.scheme.encoding, weight.columns, self.paired)]
+            encoding = weight.scheme.of(weight.columns)
+            segments = [ops.pack_segment(weight.data, encoding, weight.columns, self.paired)]
         shape = (len(weight), weight.columns)
         self.packed = QuantizedWeight(tuple(segments), shape, self.paired, self.dtype, self.activations)
         self.weight = None
@@ -220,7 +265,7 @@ class QuantizingLinear(PackedLinear[PackedWeights]):
         self.options = options
 
     def create(self, shape: LinearShape) -> PackedWeights:
-        if shape.input.size % GROUP:
+        if shape.input.size % GROUP and not self.scheme.is_float:
             return UnquantizedLinear().create(shape)
         parts = {shard_id: (rows, shape.input) for shard_id, rows in shape.outputs.items()}
         weight = QuantizingParameter.of(self.scheme, parts, shape.input, shape.device)

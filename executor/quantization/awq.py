@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import Part, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options
-from executor.quantization.fields import AWQFields, awq_fields
-from executor.quantization.groups import GroupLinear, Groups, PlainSource, Source
+from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.codes import Groups
+from executor.quantization.fields import AWQFields, read
+from executor.quantization.groups import GroupLinear, PlainSource, Source
 from executor.quantization.unquantized import UnquantizedEmbedding
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where a word has the code of each of its 8 columns, in units of 4 bits from the lowest."""
 
 
-class AWQ:
+class AWQ(QuantizationConfig):
     """The method of models quantised with AWQ."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
-        self.fields = awq_fields(fields)
+        self.fields = read(AWQFields, fields)
         self.options = options
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:

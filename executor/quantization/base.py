@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from executor.base import ModelError
-from executor.config import NO_QUANTIZATION, QUANTIZATION_ALIASES, QUANTIZATIONS_AT_LOAD
-from executor.quantization.fields import auto_round_method, check_fields
+from executor.config import NO_QUANTIZATION, QUANTIZATION_ALIASES
+from executor.quantization.readers import auto_round_method, check_fields
 from executor.registry import resolve
 
 if TYPE_CHECKING:  # the names of methods are known without torch
@@ -106,6 +106,11 @@ class Options:
 class QuantizationConfig(Protocol):
     """A quantisation method as configured by one model."""
 
+    renames: ClassVar[Sequence[tuple[str, str]]] = ()
+    """Names of tensors in such checkpoints -> those of parameters, as of ``WeightsMapper``."""
+    ignored: ClassVar[Sequence[str]] = ()
+    """Names, after ``renames``, of tensors that the method does not need."""
+
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         """Takes the ``quantization_config`` of config.json, empty if there is none.
 
@@ -127,13 +132,22 @@ class QuantizationConfig(Protocol):
 
 REGISTRY = {
     "awq": "executor.quantization.awq:AWQ",
+    "bitsandbytes": "executor.quantization.bitsandbytes:BitsAndBytes",
     "compressed-tensors": "executor.quantization.compressed_tensors:CompressedTensors",
+    "fbgemm_fp8": "executor.quantization.fp8:FP8",
+    "fp8": "executor.quantization.fp8:FP8",
     "gguf": "executor.quantization.gguf:GGUF",
     "gptq": "executor.quantization.gptq:GPTQ",
-    "int4": "executor.quantization.at_load:Int4",
-    "int8": "executor.quantization.at_load:Int8",
+    "modelopt": "executor.quantization.modelopt:ModelOpt",
     "unquantized": "executor.quantization.unquantized:Unquantized",
 }
+"""Methods of checkpoints."""
+AT_LOAD = {
+    "fp8": "executor.quantization.at_load:FP8",
+    "int4": "executor.quantization.at_load:Int4",
+    "int8": "executor.quantization.at_load:Int8",
+}
+"""Methods for models that are not quantised."""
 
 
 def choose_quantization(
@@ -150,27 +164,30 @@ def choose_quantization(
         ModelError: The method is not supported, or the two contradict each other.
     """
     method = quantization_name(name, fields)
-    factory: type[QuantizationConfig] = resolve(REGISTRY, method, "quantization")
+    registry = AT_LOAD if fields is None and method in AT_LOAD else REGISTRY
+    factory: type[QuantizationConfig] = resolve(registry, method, "quantization")
     return factory(fields or {}, replace(options, dequantize=name in NO_QUANTIZATION))
 
 
 def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str:
     """The name of the method that ``choose_quantization`` would return. Raises the same errors. Needs no torch."""
     wanted = None if name is None else QUANTIZATION_ALIASES.get(name, name)
-    at_load = " or ".join(sorted(QUANTIZATIONS_AT_LOAD, reverse=True))
+    at_load = "int8, int4 or fp8"
     if fields is None:
         if wanted is None or wanted in NO_QUANTIZATION or wanted == "gguf":  # a GGUF file of plain numbers
             return "unquantized"
-        if wanted in QUANTIZATIONS_AT_LOAD:
+        if wanted in AT_LOAD:
             return wanted
         raise ModelError(
             f"--quantization is {name}, but the model is not quantised; leave it out, or use {at_load} to quantise "
             "the model while it is loaded"
         )
     saved = fields.get("quant_method")
+    if wanted == saved == "auto-round":
+        wanted = None
     if saved == "auto-round":
         saved = auto_round_method(fields)
-    stored = sorted(REGISTRY.keys() - QUANTIZATIONS_AT_LOAD - {"unquantized"})
+    stored = sorted(REGISTRY.keys() - {"unquantized"})
     if not isinstance(saved, str):
         raise ModelError("quantization_config: quant_method is missing; serve the unquantised model, or a GGUF version")
     if saved not in stored:
@@ -178,7 +195,7 @@ def quantization_name(name: str | None, fields: Mapping[str, Any] | None) -> str
             f"weights quantised with {saved[:100]!r} are not supported yet; serve the unquantised model (with "
             f"--quantization {at_load} it gets smaller), or one quantised with {', '.join(stored)}"
         )
-    if wanted in QUANTIZATIONS_AT_LOAD:
+    if wanted in AT_LOAD and wanted != saved:
         raise ModelError(
             f"--quantization is {name}, but the model is already quantised with {saved}; leave it out, or serve the "
             "unquantised model"

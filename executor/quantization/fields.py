@@ -1,10 +1,13 @@
-"""The ``quantization_config`` of config.json for each method, and what of it is supported. Needs no torch."""
+"""The ``quantization_config`` of config.json for GPTQ, AWQ and bitsandbytes, and what of it is supported.
+
+Needs no torch, as all modules of fields.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -34,6 +37,7 @@ class GPTQFields(Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"bits must be 2, 3, 4 or 8, not {self.bits}")
+        is_listed("", self.modules_to_not_convert or [])
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
         if self.layout not in ("gptq", "gptq_v2"):
@@ -97,6 +101,7 @@ class AWQFields(Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         if self.bits != 4:
             raise ValueError(f"bits must be 4, not {self.bits}")
+        is_listed("", self.modules_to_not_convert or [])
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size must be -1 or at least 1, not {self.group_size}")
         if self.version.lower() != "gemm":
@@ -110,130 +115,102 @@ class AWQFields(Struct, frozen=True, kw_only=True):
         return self
 
 
-class IntegerScheme(Struct, frozen=True, kw_only=True):
-    """How compressed-tensors quantised the weights of some modules."""
+class BitsAndBytesFields(Struct, frozen=True, kw_only=True):
+    """As transformers writes it."""
 
-    num_bits: int
-    type: str = "int"
-    symmetric: bool = True
-    strategy: str = "channel"
-    group_size: int | None = None
-    actorder: Any = None
-    is_packed: bool = True
-
-    def check(self) -> None:
-        if self.type != "int":
-            raise ValueError(f"weights of type {self.type!r} are not supported yet; use integers")
-        if self.num_bits not in (4, 8):
-            raise ValueError(f"num_bits must be 4 or 8, not {self.num_bits}")
-        if self.strategy not in ("channel", "group") or (self.strategy == "group") != bool(self.group_size):
-            raise ValueError(f"the strategy {self.strategy!r} of weights must be channel, or group with a group_size")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {self.group_size}")
-        if self.actorder == "group":
-            raise ValueError("the actorder 'group' is not supported yet; use static, or a GPTQ checkpoint")
-        if not self.is_packed and (self.num_bits != 8 or not self.symmetric):
-            raise ValueError("the format int-quantized must have 8 bits, symmetric")
-
-
-class CompressedGroup(Struct, frozen=True, kw_only=True):
-    targets: list[str]
-    weights: IntegerScheme | None = None
-    input_activations: dict[str, Any] | None = None
-    format: str | None = None
-
-
-class CompressedFields(Struct, frozen=True, kw_only=True):
-    """As compressed-tensors writes it."""
-
-    config_groups: dict[str, CompressedGroup]
-    ignore: list[str] | None = None
-    format: str | None = None
-    transform_config: Any = None
-    kv_cache_scheme: Any = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_quant_storage: str = "uint8"
+    bnb_4bit_use_double_quant: bool = False
+    llm_int8_skip_modules: list[str] | None = None
 
     def check(self) -> None:
-        if self.transform_config:
-            raise ValueError("transform_config is not supported yet; serve a model without transforms")
-        if self.kv_cache_scheme:
-            raise ValueError("kv_cache_scheme is not supported yet; serve a model without it")
-        for group in self.config_groups.values():
-            if group.input_activations and not group.input_activations.get("dynamic"):
-                raise ValueError("input_activations must be dynamic; static scales are not supported yet")
-            form = group.format or self.format
-            if form not in ("pack-quantized", "int-quantized") or group.weights is None:
-                raise ValueError(f"the format {form!r} is not supported yet; use pack-quantized or int-quantized")
-            msgspec.structs.replace(group.weights, is_packed=form == "pack-quantized").check()
+        if self.load_in_4bit == self.load_in_8bit:
+            raise ValueError("one of load_in_4bit and load_in_8bit must be true")
+        is_listed("", self.llm_int8_skip_modules or [])
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bnb_4bit_quant_type must be nf4 or fp4, not {self.bnb_4bit_quant_type!r}")
+        if self.load_in_4bit and self.bnb_4bit_quant_storage != "uint8":
+            raise ValueError(
+                f"bnb_4bit_quant_storage {self.bnb_4bit_quant_storage!r} is not supported; save the model with uint8"
+            )
 
-    def of_module(self, name: str) -> IntegerScheme | None:
-        """How a linear module is quantised; None: it is not."""
-        if _is_target(name, self.ignore or []):
-            return None
-        for group in self.config_groups.values():
-            if group.weights is not None and _is_target(name, group.targets):
-                return msgspec.structs.replace(
-                    group.weights, is_packed=(group.format or self.format) == "pack-quantized"
-                )
-        return None
+    def has_module(self, name: str) -> bool:
+        """Whether a linear module is quantised."""
+        if self.llm_int8_skip_modules is None:
+            return not name.endswith("lm_head")
+        return not is_listed(name, self.llm_int8_skip_modules)
 
 
-def _is_target(name: str, targets: list[str]) -> bool:
-    """Whether a list has a linear module: its name, the class, or an expression after ``re:``."""
-    return any(
-        re.match(each[3:], name) is not None if each.startswith("re:") else each in (name, "Linear") for each in targets
-    )
+class FP8Fields(Struct, frozen=True, kw_only=True):
+    """As transformers, AutoFP8 and DeepSeek write it, and FBGEMM for weights with a scale for each row."""
+
+    quant_method: str = "fp8"
+    activation_scheme: str = "dynamic"
+    weight_block_size: list[int] | None = None
+    fmt: str = "e4m3"
+    modules_to_not_convert: list[str] | None = None
+    ignored_layers: list[str] | None = None
+    """The same, as AutoFP8 calls it."""
+    modules_to_convert: list[str] | None = None
+
+    def check(self) -> None:
+        if self.activation_scheme not in ("dynamic", "static"):
+            raise ValueError(f"activation_scheme must be dynamic or static, not {self.activation_scheme!r}")
+        if self.weight_block_size is not None:
+            check_blocks("weight_block_size", self.weight_block_size)
+        if self.fmt not in ("e4m3", "float8_e4m3fn"):
+            raise ValueError(f"fmt must be e4m3, not {self.fmt!r}")
+        if self.modules_to_convert:
+            raise ValueError("modules_to_convert is not supported yet; quantise linear layers alone")
+        is_listed("", self.exceptions)
+
+    @property
+    def exceptions(self) -> list[str]:
+        return [*(self.modules_to_not_convert or []), *(self.ignored_layers or [])]
+
+    def has_module(self, name: str) -> bool:
+        """Whether a linear module is quantised."""
+        return not is_listed(name, self.exceptions)
+
+
+def check_blocks(name: str, sizes: list[int] | None) -> None:
+    """Raises ValueError: These are no sizes of blocks, or columns that share a scale are no multiple of 32."""
+    if sizes is None or len(sizes) != 2 or sizes[0] < 1 or sizes[1] < 1 or sizes[1] % 32:
+        raise ValueError(f"{name} must be the rows and columns of a block, the latter a multiple of 32, not {sizes}")
 
 
 def is_listed(name: str, exceptions: list[str]) -> bool:
-    """Whether a list of exceptions has a module, one that it is in, or parts of its name, as transformers reads it."""
-    return any(f".{each}." in f".{name}." or name.startswith(each) for each in exceptions)
+    """Whether a list of exceptions has a module, one that it is in, or parts of its name, as transformers reads it.
 
-
-F = TypeVar("F", GPTQFields, AWQFields, CompressedFields)
-
-
-def compressed_fields(values: Mapping[str, Any]) -> CompressedFields:
-    """Raises as ``check_fields`` does."""
-    return _read(CompressedFields, values)
-
-
-def auto_round_method(values: Mapping[str, Any]) -> str:
-    """The method whose tensors a checkpoint of auto-round has.
+    Entries may be expressions.
 
     Raises:
-        ModelError: It is not supported.
+        re.error: An expression is invalid.
     """
-    packing = str(values.get("packing_format") or values.get("backend") or "")
-    for method in ("gptq", "awq"):
-        if method in packing:
-            return method
-    raise ModelError(
-        f"quantization_config: packing_format {packing[:100]!r} is not supported; save the model as auto_gptq or "
-        "auto_awq"
+    return any(
+        f".{each}." in f".{name}." or name.endswith(each) or re.match(rf"(?:{each})(?:(?<=\.)|(?=\.|$))", name)
+        for each in exceptions
     )
 
 
-def check_fields(method: str, values: Mapping[str, Any]) -> None:
-    """Checks the fields of a method that has any.
+class Checked(Protocol):
+    """Fields of a method."""
+
+    def check(self) -> None:
+        """Raises ValueError, TypeError or re.error: A field is invalid, or asks for something that is not supported."""
+
+
+F = TypeVar("F", bound=Checked)
+
+
+def read(kind: type[F], values: Mapping[str, Any]) -> F:
+    """The fields of a method that has ``quantization_config``.
 
     Raises:
         ModelError: One is invalid, or asks for something that is not supported.
     """
-    if method in READERS:
-        READERS[method](values)
-
-
-def gptq_fields(values: Mapping[str, Any]) -> GPTQFields:
-    """Raises as ``check_fields`` does."""
-    return _read(GPTQFields, values)
-
-
-def awq_fields(values: Mapping[str, Any]) -> AWQFields:
-    """Raises as ``check_fields`` does."""
-    return _read(AWQFields, values)
-
-
-def _read(kind: type[F], values: Mapping[str, Any]) -> F:
     old = {"w_bit": "bits", "q_group_size": "group_size"}
     try:
         result = msgspec.convert({old.get(name, name): value for name, value in values.items()}, kind)
@@ -241,11 +218,3 @@ def _read(kind: type[F], values: Mapping[str, Any]) -> F:
     except (msgspec.ValidationError, TypeError, ValueError, re.error) as error:
         raise ModelError(f"quantization_config: {str(error)[:300]}") from error
     return result
-
-
-READERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "awq": awq_fields,
-    "compressed-tensors": compressed_fields,
-    "gptq": gptq_fields,
-}
-"""By ``quant_method``."""

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 import ops
 from executor.layers.parameter import Part, Parts, ShardId, WeightParameter, Weights
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, TableShape
+from executor.quantization.base import (
+    EmbeddingMethod,
+    LinearMethod,
+    LinearShape,
+    Options,
+    QuantizationConfig,
+    TableShape,
+)
 from executor.quantization.packed import (
     PackedEmbedding,
     PackedLinear,
@@ -38,7 +45,7 @@ CONVERTED_ROWS = 256
 """Rows converted at a time."""
 
 
-class GGUF:
+class GGUF(QuantizationConfig):
     """``types`` maps modules to the types of their weights; a module without one is not quantised."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import Part, Parts, Range, ShardId, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options
-from executor.quantization.fields import GPTQFields, gptq_fields
-from executor.quantization.groups import GroupEmbedding, GroupLinear, Groups, PlainSource, Source
+from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.codes import Groups
+from executor.quantization.fields import GPTQFields, read
+from executor.quantization.groups import GroupEmbedding, GroupLinear, PlainSource, Source
 from executor.quantization.unquantized import UnquantizedEmbedding
 
 
-class GPTQ:
+class GPTQ(QuantizationConfig):
     """The method of models quantised with GPTQ."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
-        self.fields = gptq_fields(fields)
+        self.fields = read(GPTQFields, fields)
         self.options = options
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
@@ -12,6 +13,8 @@ import ops
 from executor.input_batch import InputBatch
 from executor.layers.parameter import WeightParameter, Weights, single
 from executor.quantization.base import LinearShape, Options, TableShape
+
+logger = logging.getLogger(__name__)
 
 
 class PackedWeights(Weights):
@@ -89,6 +92,12 @@ def describe(model: nn.Module) -> str | None:
     formats = sorted({segment.encoding.format for each in quantized for segment in each.segments})
     activations = sorted({each.activations for each in quantized})
     return f"{', '.join(formats)}, with activations in {' and '.join(activations)}"
+
+
+def log_float_only(kind: str, options: Options) -> None:
+    """For formats whose products with integers do not exist."""
+    if options.activations == "int8":
+        logger.info("weights in %s are multiplied with activations in float: they have no products with int8", kind)
 
 
 EXACT = ("amx", "avx512bf16", "reference")

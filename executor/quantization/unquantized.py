@@ -9,7 +9,7 @@ from torch import nn
 
 import ops
 from executor.layers.parameter import WeightParameter, single
-from executor.quantization.base import LinearMethod, LinearShape, Options, TableShape
+from executor.quantization.base import LinearMethod, LinearShape, Options, QuantizationConfig, TableShape
 from executor.quantization.packed import (
     PackedEmbedding,
     PackedLinear,
@@ -67,7 +67,7 @@ class UnquantizedEmbedding(PackedEmbedding[PlainTable]):
         return PlainTable(shape)
 
 
-class Unquantized:
+class Unquantized(QuantizationConfig):
     """The method of models that are not quantised."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:

@@ -70,6 +70,13 @@ def values_of(codes: Tensor, name: str) -> Tensor:
     return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
+def float_values(codes: Tensor, format: str) -> Tensor:
+    """The numbers, before they are scaled, that codes of any of these formats stand for: float32 of the same shape."""
+    if FLOAT_FORMATS[format].is_integer:
+        return (e2m1_codes(codes).float() - E2M1_OFFSET) / 2
+    return values_of(codes, format)
+
+
 def halved_power(exponents: Tensor) -> Tensor:
     """``2**(e - 128)`` of uint8: half of what a scale of mxfp4 stands for. Float32 has all of them."""
     wide = exponents.to(torch.int32)

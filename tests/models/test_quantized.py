@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,17 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ops
 from executor.base import ModelError
 from executor.parallel import ParallelState
 from executor.quantization.at_load import QuantizingWeights, best_int4
+from executor.quantization.packed import PackedWeights
 from executor.quantization.unquantized import PlainLinear
 from executor.supported import check_supported
 from tests import tiny
 from tests.models.harness import assert_close, load, logits_of, random_tokens, refusal
+from tests.models.quantized import FIELDS, Tensors, check, int8_numbers, written
 from tests.thread_ranks import ThreadRank, on_ranks
-
-Tensors = dict[str, Tensor]
-
-FIELDS: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 
 
 def words_of(numbers: Tensor, bits: int) -> Tensor:
@@ -94,33 +93,6 @@ def awq_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tupl
     return {"qweight": words(codes), "qzeros": words(zeros), "scales": scales}, meaning(codes, zeros, scales, group_of)
 
 
-Module = Callable[[Tensor, Mapping[str, Any], Tensor], tuple[Tensors, Tensor]]
-
-
-def written(
-    tmp_path: Path,
-    module: Module,
-    config: dict[str, Any],
-    skip: Callable[[str], bool] = lambda name: False,
-    **fields: Any,
-) -> tuple[Path, Path]:
-    """A quantised checkpoint, and one with the numbers that it stands for."""
-    folder, plain = (tiny.copy_of(tiny.checkpoint("llama", **FIELDS, **fields), tmp_path / name) for name in ("q", "p"))
-    stored, numbers = {}, {}
-    generator = torch.Generator().manual_seed(0)
-    orders = {size: torch.randperm(size, generator=generator) for size in (128, 256)}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        stored[name] = numbers[name] = tensor
-        prefix = name.removesuffix(".weight")
-        if name.endswith("_proj.weight") and not skip(prefix):
-            tensors, numbers[name] = module(stored.pop(name), config, orders[tensor.shape[1]])
-            stored |= {f"{prefix}.{leaf}": each.contiguous() for leaf, each in tensors.items()}
-    save_file(stored, folder / "model.safetensors")
-    save_file(numbers, plain / "model.safetensors")
-    tiny.edit_json(folder / "config.json", lambda values: values.update(quantization_config=config))
-    return folder, plain
-
-
 def gptq(**fields: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, **fields}
 
@@ -139,18 +111,6 @@ GPTQ: dict[str, dict[str, Any]] = {
     "order of rows": gptq(desc_act=True, group_size=-1),
     "small groups": gptq(group_size=16),
 }
-
-
-def check(folder: Path, plain: Path) -> None:
-    """Exactly the dequantised model with floating-point activations, and close to it with those of 8 bits."""
-    tokens = random_tokens(40)
-    expected = logits_of(load(plain), tokens)
-    assert_close(logits_of(load(folder), tokens), expected)
-    assert torch.equal(logits_of(load(folder, quantization="none"), tokens), expected)
-    for captured in (False, True):
-        loaded = load(folder, quantized_activations="int8")
-        drift = (logits_of(loaded, tokens, captured=captured) - expected).std() / expected.std()
-        assert drift < 0.1
 
 
 @pytest.mark.parametrize("name", GPTQ)
@@ -176,13 +136,6 @@ def test_awq(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------
 # quantised while they are loaded
-
-
-def int8_numbers(weight: Tensor) -> Tensor:
-    groups = weight.unflatten(1, (-1, 32))
-    scales = (groups.abs().amax(-1) / 127).half().float()[..., None]
-    numbers: Tensor = (groups / scales).round().clamp(-127, 127) * scales
-    return numbers.flatten(1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -285,13 +238,17 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
 def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
     scheme = config["config_groups"]["group_0"]["weights"]
     bits, size = scheme["num_bits"], scheme.get("group_size") or weight.shape[1]
-    group_of = torch.arange(weight.shape[1]) // size
+    columns = torch.arange(weight.shape[1])
+    has_order = scheme.get("actorder") == "group"
+    group_of = columns[order.argsort()] // size if has_order else columns // size
     codes, zeros, scales = quantized(weight, bits, group_of, symmetric=scheme["symmetric"])
     numbers = meaning(codes, zeros, scales, group_of)
     if config["format"] == "int-quantized":
         return {"weight": (codes - 128).t().to(torch.int8), "weight_scale": scales.t()}, numbers
     tensors = {"weight_packed": words_of(codes, bits).t(), "weight_scale": scales.t()}
     tensors["weight_shape"] = torch.tensor(weight.shape)
+    if has_order:
+        tensors["weight_g_idx"] = group_of.int()
     if not scheme["symmetric"]:
         tensors["weight_zero_point"] = words_of(zeros.t(), bits)
     return tensors, numbers
@@ -302,13 +259,39 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
     [
         compressed("pack-quantized", strategy="group", group_size=32, symmetric=True),
         compressed("pack-quantized", strategy="group", group_size=64, symmetric=False),
+        compressed("pack-quantized", strategy="group", group_size=32, symmetric=False, actorder="group"),
         compressed("pack-quantized", num_bits=8, strategy="channel", symmetric=True),
+        compressed("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=True),
         compressed("int-quantized", num_bits=8, strategy="channel", symmetric=True),
     ],
-    ids=["groups", "zero points", "8 bits", "integers"],
+    ids=["groups", "zero points", "order", "8 bits", "3 bits", "integers"],
 )
 def test_compressed_tensors(tmp_path: Path, config: dict[str, Any]) -> None:
     check(*written(tmp_path, compressed_module, config, lambda name: "layers.1.mlp" in name))
+
+
+def test_activations_in_8_bits_by_token(tmp_path: Path) -> None:
+    config = compressed("int-quantized", num_bits=8, strategy="channel", symmetric=True)
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    folder, plain = written(tmp_path, compressed_module, config, lambda name: "layers.1.mlp" in name)
+    tokens = random_tokens(40)
+    expected = logits_of(load(plain), tokens)
+    loaded = load(folder)
+    activations = {each.activations for each in (packed_of(module) for module in loaded.model.modules()) if each}
+    assert activations == {"int8_per_token"}
+    logits = logits_of(loaded, tokens)
+    assert 0 < (logits - expected).std() < 0.1 * expected.std()
+    assert torch.equal(logits_of(loaded, tokens, captured=True), logits)
+    assert_close(logits_of(load(folder, quantized_activations="float"), tokens), expected)
+    inputs["dynamic"] = False  # with scales of the whole tensor, which are not used
+    tiny.edit_json(folder / "config.json", lambda values: values.update(quantization_config=config))
+    assert_close(logits_of(load(folder), tokens), expected)
+
+
+def packed_of(module: torch.nn.Module) -> ops.QuantizedWeight | None:
+    packed = module.packed if isinstance(module, PackedWeights) else None
+    return packed if isinstance(packed, ops.QuantizedWeight) else None
 
 
 def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
@@ -325,16 +308,19 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
-        (None, {"quant_method": "fp8"}, "weights quantised with 'fp8' are not supported yet; serve the unquantised"),
+        (None, {"quant_method": "hqq"}, "weights quantised with 'hqq' are not supported yet; serve the unquantised"),
         (None, {"bits": 4}, "quantization_config: quant_method is missing"),
         ("awq", gptq(), "--quantization is awq, but the model's config.json says quant_method: gptq"),
         ("int8", gptq(), "--quantization is int8, but the model is already quantised with gptq; leave it out"),
-        ("gptq", None, "--quantization is gptq, but the model is not quantised; leave it out, or use int8 or int4"),
+        (
+            "gptq",
+            None,
+            "--quantization is gptq, but the model is not quantised; leave it out, or use int8, int4 or fp8",
+        ),
         (None, {"quant_method": "auto-round", "packing_format": "x"}, "packing_format 'x' is not supported"),
-        (None, compressed("float-quantized"), "the format 'float-quantized' is not supported yet"),
-        (None, compressed("pack-quantized", num_bits=3), "num_bits must be 4 or 8, not 3"),
-        (None, compressed("pack-quantized", actorder="group"), "the actorder 'group' is not supported yet"),
-        (None, compressed("pack-quantized", strategy="block"), "the strategy 'block' of weights must be channel, or"),
+        (None, compressed("marlin-24"), "the format 'marlin-24' is not supported yet; use pack-quantized, int-"),
+        (None, compressed("pack-quantized", num_bits=5), "num_bits must be 2, 3, 4 or 8, not 5"),
+        (None, compressed("pack-quantized", strategy="block"), "the strategy 'block' of weights must be tensor or"),
         (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
         (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
         (None, gptq(group_size="all"), "group_size"),

@@ -25,7 +25,7 @@ from executor.loader import LoadedModel
 from executor.messages import InitKVCache, ModelRunnerOutput, NewRequest, ResolvedParams, SchedulerOutput, i32
 from executor.model_runner import ModelRunner
 from executor.models.decoder import CausalDecoder, DecoderParts
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, TableShape
+from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, QuantizationConfig, TableShape
 from executor.quantization.unquantized import UnquantizedEmbedding, UnquantizedLinear
 from ops import AdapterRows
 from ops.dispatch import Spec, like_first, op
@@ -96,7 +96,7 @@ class AdaptedTable:
         return add_adapters(out, hidden, batch.sample_adapters, weights.a, weights.b)
 
 
-class Adapted:
+class Adapted(QuantizationConfig):
     """A quantisation that gives every product adapters."""
 
     def __init__(self, fields: object = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from executor.config import QUANTIZATION_ALIASES, QUANTIZATIONS
-from executor.quantization.base import REGISTRY
+from executor.quantization.base import AT_LOAD, REGISTRY
 from executor.registry import resolve
 
 
@@ -19,5 +19,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_the_flag_knows_the_quantisations() -> None:
-    assert set(QUANTIZATIONS) == REGISTRY.keys() | QUANTIZATION_ALIASES.keys() | {"none"}
+    names = REGISTRY.keys() | AT_LOAD.keys() | QUANTIZATION_ALIASES.keys()
+    assert set(QUANTIZATIONS) == names | {"none", "auto-round"}
     assert set(QUANTIZATION_ALIASES.values()) <= REGISTRY.keys()

@@ -102,7 +102,7 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
     ("arguments", "message"),
     [
         (["--enable-lora"], "--enable-lora: adapters are not supported yet"),
-        (["--quantization", "fp8"], "--quantization fp8: not supported yet; leave it out for models quantised with"),
+        (["--quantization", "quip"], "--quantization quip: not supported yet; leave it out for models that are"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: more than one worker is not supported yet"),
         (["-tp=2"], "--tensor-parallel-size 2"),
         (["--speculative-config", '{"method": "ngram"}'], "--speculative-config {"),

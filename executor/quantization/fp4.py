@@ -1,0 +1,74 @@
+"""FP4 weights: numbers of 4 bits (E2M1), two in a byte, with a scale for each group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from executor.layers.parameter import Part, WeightParameter
+from executor.quantization.base import LinearShape
+from executor.quantization.codes import Floats
+from executor.quantization.fp8 import ScaleParameter
+from executor.quantization.groups import Source
+
+
+@dataclass(frozen=True)
+class FP4Names:
+    """How a writer of NVFP4 calls its tensors."""
+
+    codes: str
+    scale: str
+    """Of all of a weight."""
+    divides: bool
+    """Whether that one divides the scales of the groups instead of multiplying them."""
+
+
+class MXFP4Source(Source):
+    weight_packed: nn.Parameter
+    """uint8 [out_features, in_features / 2], low halves first."""
+    weight_scale: nn.Parameter
+    """uint8 [out_features, in_features / 32]: exponents of 2, from -127."""
+
+    def __init__(self, shape: LinearShape) -> None:
+        super().__init__()
+        ((shard_id, rows),) = shape.outputs.items()
+        columns = shape.input
+
+        def parameter(unit: int) -> WeightParameter:
+            return WeightParameter.empty(
+                {shard_id: (rows, columns.in_units_of(unit))}, dtype=torch.uint8, device=shape.device
+            )
+
+        self.weight_packed, self.weight_scale = parameter(2), parameter(32)
+
+    def unpack(self) -> Floats:
+        scales = self.weight_scale.data.view(torch.float8_e8m0fnu)
+        return Floats(halves(self.weight_packed.data), scales, "mxfp4", 32)
+
+
+class NVFP4Source(Source):
+    """Bytes as of MXFP4; float8_e4m3fn [out_features, in_features / 16] in ``weight_scale``, and one scale for all."""
+
+    weight_scale: nn.Parameter
+
+    def __init__(self, names: FP4Names, shape: LinearShape) -> None:
+        super().__init__()
+        ((shard_id, rows),) = shape.outputs.items()
+        columns = shape.input
+        self.names = names
+        codes = {shard_id: (rows, columns.in_units_of(2))}
+        setattr(self, names.codes, WeightParameter.empty(codes, dtype=torch.uint8, device=shape.device))
+        scales = {shard_id: (rows, columns.in_units_of(16))}
+        self.weight_scale = WeightParameter.empty(scales, dtype=torch.float8_e4m3fn, device=shape.device)
+        setattr(self, names.scale, ScaleParameter.of(shape, Part.whole(1), 1))
+
+    def unpack(self) -> Floats:
+        codes, scale = self.get_parameter(self.names.codes), self.get_parameter(self.names.scale)
+        return Floats(halves(codes.data), self.weight_scale.data, "nvfp4", 16, scale.data.flatten(), self.names.divides)
+
+
+def halves(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, 2 * bytes]: the low and the high half of each byte."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
