@@ -71,9 +71,12 @@ def _is_vector(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def encoding_struct(encoding: Encoding) -> lib.QuantizedEncoding:
-    scale_type = 0 if encoding.scale_dtype is None else TYPES[encoding.scale_dtype]
     return lib.QuantizedEncoding(
-        lib.FORMATS[encoding.format], encoding.group_size, scale_type, lib.SHIFTS[encoding.shift]
+        lib.FORMATS[encoding.format],
+        encoding.group_size,
+        0 if encoding.scale_dtype is None else lib.SCALE_TYPES[encoding.scale_dtype],
+        lib.SHIFTS[encoding.shift],
+        lib.ROW_SCALES[encoding.row_scale],
     )
 
 
@@ -84,9 +87,9 @@ def _weight(weight: PackedWeight | QuantizedWeight) -> tuple[Weight, Any]:
     segments = (lib.Segment * len(weight.segments))(
         *(lib.Segment(each.data.data_ptr(), each.rows, encoding_struct(each.encoding)) for each in weight.segments)
     )
-    rounds = int(weight.activations == "int8")
+    rounding = lib.ROUNDINGS[weight.activations]
     struct = Weight(
-        None, *weight.shape, int(weight.paired), len(segments), ctypes.addressof(segments), rounds_activations=rounds
+        None, *weight.shape, int(weight.paired), len(segments), ctypes.addressof(segments), rounding=rounding
     )
     return struct, (weight, segments)
 

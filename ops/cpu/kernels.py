@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ops.cpu import instructions, memory
 from ops.cpu.instructions import Instruction
-from ops.cpu.library import FORMATS, TYPES, Group, Library, Matrix, Node, Step
+from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
 from ops.dispatch import Op
 from ops.metadata import AttentionMetadata
 from ops.packed import Encoding, PackedWeight, Segment
@@ -102,8 +102,6 @@ def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tenso
 
 def pack_segment(kernels: Library, rows: Tensor, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
     """The op ``pack_segment``."""
-    if encoding.format not in FORMATS:
-        return Segment(rows, len(rows), encoding)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     struct = instructions.encoding_struct(encoding)

@@ -37,10 +37,22 @@ FORMATS = {
     "IQ4_XS": 11,
     "int4": 12,
     "int8": 13,
+    "fp8_e4m3": 14,
+    "nf4": 15,
+    "fp4": 16,
+    "mxfp4": 17,
+    "nvfp4": 18,
+    "MXFP4": 19,
 }
 """``OctavoFormat``."""
 SHIFTS = {"none": 0, "zeros": 1, "minimums": 2}
 """``OctavoShift``."""
+SCALE_TYPES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
+"""``OctavoScaleType``."""
+ROW_SCALES = {"none": 0, "factor": 1, "divisor": 2}
+"""``OctavoRowScale``."""
+ROUNDINGS = {"float": 0, "int8": 1, "int8_per_token": 2}
+"""``OctavoRounding``."""
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
 """``OctavoNormKind``."""
 ROWS = {"tokens": 0, "samples": 1}
@@ -74,7 +86,13 @@ class Matrix(ctypes.Structure):
 
 
 class QuantizedEncoding(ctypes.Structure):
-    _fields_ = (("format", c_int32), ("group_size", c_int32), ("scale_type", c_int32), ("shift", c_int32))
+    _fields_ = (
+        ("format", c_int32),
+        ("group_size", c_int32),
+        ("scale_type", c_int32),
+        ("shift", c_int32),
+        ("row_scale", c_int32),
+    )
 
 
 class Segment(ctypes.Structure):
@@ -93,7 +111,7 @@ class Weight(ctypes.Structure):
         ("paired", c_int32),
         ("num_segments", c_int32),
         ("segments", c_void_p),
-        ("rounds_activations", c_int32),
+        ("rounding", c_int32),
     )
 
 

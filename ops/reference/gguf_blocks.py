@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ops.reference.small_floats import E2M1_OFFSET, e2m1_codes, halved_power
+
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -101,6 +103,10 @@ def _iq4_xs(blocks: Tensor) -> Codes:
     return Codes(codes, _half(blocks, 0) * scales, offset=128)
 
 
+def _mxfp4(blocks: Tensor) -> Codes:
+    return Codes(e2m1_codes(_nibbles(blocks[..., 1:])), halved_power(blocks[..., :1]), offset=E2M1_OFFSET)
+
+
 def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The 8 scales and 8 minimums of 6 bits in 12 bytes of Q4_K and Q5_K."""
     first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:12]
@@ -158,6 +164,7 @@ BLOCK_FORMATS = {
     "Q6_K": BlockFormat(256, 210, _q6_k),
     "IQ4_NL": BlockFormat(32, 18, _iq4_nl),
     "IQ4_XS": BlockFormat(256, 136, _iq4_xs),
+    "MXFP4": BlockFormat(32, 17, _mxfp4),
 }
 """By GGUF's names."""
 

@@ -224,8 +224,7 @@ def _packed(
     """A weight of one segment, whose rows are made of these bytes."""
     num_rows = len(fields[0])
     paired = paired and num_rows % 2 == 0
-    pack = pack_segment.reference if activations == "int8_per_token" else pack_segment
-    segment = pack(torch.cat(fields, dim=1), encoding, columns, paired)
+    segment = pack_segment(torch.cat(fields, dim=1), encoding, columns, paired)
     return QuantizedWeight((segment,), (num_rows, columns), paired, dtype, activations)
 
 

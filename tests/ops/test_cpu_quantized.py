@@ -11,8 +11,9 @@ from torch import Tensor
 import ops
 from executor.graphs import Program
 from ops.dispatch import Spec, StepInput
+from ops.reference.small_floats import FLOAT_FORMATS
 from tests.ops.cpu import DTYPES, NAMES, randn, threads, use, using
-from tests.ops.quantized import BLOCK_TYPES, blocks, extreme_blocks
+from tests.ops.quantized import BLOCK_TYPES, blocks, extreme_blocks, float_arguments
 from tests.ops.test_cpu_invariance import same_bits
 
 pytestmark = pytest.mark.parametrize("capability", NAMES)
@@ -35,6 +36,10 @@ class Weights:
     @property
     def numbers(self) -> Tensor:
         return ops.dequantized(self.plain)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.ours.tensors)
 
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
         """All rows at once, then some of them, by one thread and by two."""
@@ -129,8 +134,89 @@ def test_embedding_and_memory(capability: str, name: str) -> None:
         for dtype in DTYPES:
             weights = of_blocks(name, rows, dtype, paired=dtype == torch.float32)
             assert torch.equal(ops.embedding(ids, weights.ours), weights.numbers.to(dtype)[ids])
-        assert sum(tensor.nbytes for tensor in weights.ours.tensors) <= 1.04 * rows.nbytes
+        assert weights.num_bytes <= 1.04 * rows.nbytes
         assert name in ops.block_types("cpu") and chosen.capability == capability
+
+
+def of_floats(name: str, rows: int, columns: int, *, seed: int = 0, **options: Any) -> Weights:
+    arguments = float_arguments(name, rows, columns, seed)
+    key = f"{name} {rows} {columns} {seed} {options}"
+    return Weights(key, lambda: ops.pack_floats(**arguments, format=name, **options))
+
+
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_numbers_of_4_and_8_bits_give_the_bits_of_plain_weights(capability: str, name: str) -> None:
+    """Also where the last block of a row or the last group is incomplete; products, logits and single rows."""
+    with use(capability), threads(2):
+        for dtype, columns in (*((dtype, 208) for dtype in DTYPES), (torch.bfloat16, 45)):
+            weights = of_floats(name, 70, columns, seed=columns % 2, dtype=dtype, paired=True)
+            x, bias = randn(33, columns, seed=1, dtype=dtype), randn(70, seed=2, dtype=dtype)
+            plain = ops.pack_linear(weights.numbers.to(dtype), paired=True)
+            for count in (33, 1, 5):
+                assert same_bits(ops.linear(x[:count], weights.ours, bias), ops.linear(x[:count], plain, bias))
+                assert same_bits(ops.logits(x[:count], weights.ours), ops.logits(x[:count], plain))
+            ids = torch.tensor([69, 0, 17])
+            assert torch.equal(ops.embedding(ids, weights.ours), weights.numbers.to(dtype)[ids])
+
+
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_memory_of_numbers_of_4_and_8_bits(capability: str, name: str) -> None:
+    with use(capability):
+        weights = of_floats(name, 96, 512, dtype=torch.float32)
+    plain = weights.plain.segments[0].data
+    assert weights.num_bytes <= 1.02 * (plain.nbytes - 96 * 512 * (1 - FLOAT_FORMATS[name].bits / 8))
+
+
+def test_all_codes_of_8_bits(capability: str) -> None:
+    """Subnormal numbers and NaN too, which stays in its row of the weight."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    options: Any = {"format": "fp8_e4m3", "dtype": torch.float32}
+    with use(capability):
+        weight = ops.pack_floats(codes, torch.tensor([[1.0], [3e-7]]), **options)
+        found = ops.embedding(torch.tensor([0, 1]), weight)
+        plain = codes[0].view(torch.float8_e4m3fn).float()
+        assert torch.equal(found.isnan(), plain.isnan().repeat(2, 1))
+        assert same_bits(found.nan_to_num(9.0), torch.stack([plain, plain * torch.tensor(3e-7)]).nan_to_num(9.0))
+        codes[1, [127, 255]] = 0
+        product = ops.linear(randn(3, 256), ops.pack_floats(codes, torch.ones(2, 1), **options))
+        assert product[:, 0].isnan().all() and product[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_numbers_of_4_bits_with_int8_activations(capability: str, name: str) -> None:
+    with use(capability):
+        for columns in (208, 45):
+            for dtype, seed in ((torch.float32, 0), (torch.bfloat16, 1)):
+                weights = of_floats(name, 50, columns, seed=seed, dtype=dtype, activations="int8")
+                weights.check(randn(13, columns, seed=1, dtype=dtype), randn(50, seed=2, dtype=dtype))
+        arguments = float_arguments(name, 34, 64)
+        arguments["codes"][0::2], arguments["codes"][1::2] = 7, 15
+        options: Any = {"format": name, "dtype": torch.float32, "activations": "int8"}
+        weights = Weights(f"largest {name}", lambda: ops.pack_floats(**arguments, **options))
+        x = torch.where(randn(13, 64) > 0, 2.0, -2.0)
+        x[0], x[1] = 2.0, -2.0
+        weights.check(x)
+
+
+def test_activations_that_are_rounded_by_row(capability: str) -> None:
+    """Also with the largest numbers, whose sums over all columns still fit 32 bits."""
+    with use(capability):
+        for columns, dtype in ((96, torch.float32), (320, torch.bfloat16), (45, torch.float16)):
+            options: Any = {"dtype": dtype, "activations": "int8_per_token"}
+            weights = of_groups(70, columns, 1, 8, torch.float16, "none", **options)
+            weights.name += "per token"
+            x = randn(40, columns, seed=1, dtype=dtype)
+            x[2], x[3, 7] = 0, 2.0**-110
+            weights.check(x, randn(70, seed=2, dtype=dtype))
+        codes = torch.full((34, 1 << 17), 255, dtype=torch.uint8)
+        codes[::2] = 0
+        options = {"bits": 8, "dtype": torch.float32, "activations": "int8_per_token"}
+        weight = ops.pack_groups(codes, torch.ones(34, 1), **options)
+        x = torch.ones(2, 1 << 17)
+        x[1] = -1.0
+        numbers = torch.where(torch.arange(34) % 2 == 0, -128.0, 127.0)
+        expected = torch.stack([numbers, -numbers]) * 127 * (1 << 17) * (torch.tensor(1.0) / 127)
+        assert same_bits(ops.linear(x, weight), expected)
 
 
 def test_programs_fuse_what_surrounds_a_product(capability: str) -> None:

@@ -5,92 +5,97 @@
 
 namespace octavo {
 
-// What float products need of a block: w = scale * (code - offset) + minimum, for each half of it.
-struct ExactScales {
-    float scale[2][kColumns];
-    float offset[kColumns];
-    float minimum[2][kColumns];
-    bool has_minimum;
+// What float products read weights as: pairs of bfloat16, or float32.
+template <class T>
+using Unpacked = std::conditional_t<kMultipliesFloat<T>, float, T>;
+
+// Scales of some columns in registers: w = scale * value + minimum, where integer values count from `offset`.
+struct ColumnScales {
+    Floats scale[2];
+    Floats minimum[2];
+    Floats offset;
 };
 
-template <class Form>
-void exact_scales(const Cursor& at, const BlockScales& found, ExactScales& out) {
-    const OctavoEncoding& encoding = at.layout->encoding;
-    out.has_minimum = Form::kHasMinimum && encoding.shift != kZeros;
+template <class Form, bool kZeroPoints>
+inline ColumnScales scales_of(const Cursor& at, const BlockScales& found, int column) {
+    ColumnScales out;
     for (int half = 0; half < 2; ++half) {
         const int group = Form::kGroups == 2 ? half : 0;
-        std::memcpy(out.scale[half], found.scale[group], sizeof out.scale[half]);
-        if (out.has_minimum) std::memcpy(out.minimum[half], found.minimum[group], sizeof out.minimum[half]);
+        out.scale[half] = load_floats(found.scale[group] + column);
+        if constexpr (Form::kHasMinimum && !kZeroPoints) out.minimum[half] = load_floats(found.minimum[group] + column);
     }
-    const uint8_t* zeros = at.header + kColumns * scale_bytes(encoding.scale_type);
-    for (int i = 0; i < kColumns; ++i)
-        out.offset[i] = encoding.shift == kZeros ? zeros[i] : static_cast<float>(Form::kOffset);
-}
-
-// Decodes a block: its codes, and the scales of its numbers.
-inline void decode_exactly(const Cursor& at, DecodedBlock& block, ExactScales& scales) {
-    with_form(at.layout->encoding, [&](auto form) {
-        decode<decltype(form)>(at, block);
-        exact_scales<decltype(form)>(at, block.scales, scales);
-    });
-}
-
-// The numbers of 16 rows of a block, in float32: number i of 4 of one of its 8 lines.
-inline void numbers_of(const DecodedBlock& block, const ExactScales& scales, int half, int line, int i, float* out) {
-    uint32_t codes[kLanes];
-    std::memcpy(codes, block.codes[half][line], sizeof codes);
-    const int group = line / kLines, first = half * kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const float code = static_cast<float>(static_cast<int32_t>(codes[lane] >> 8 * i & 255));
-        out[lane] = scales.scale[group][first + lane] * (code - scales.offset[first + lane]);
+    if constexpr (kZeroPoints) {
+        const OctavoEncoding& encoding = at.layout->encoding;
+        alignas(64) float zeros[kLanes];
+        store(zeros, load_integers(at.header + kColumns * scale_bytes(encoding.scale_type) + column / kLanes * kLanes));
+        out.offset = load_floats(zeros + column % kLanes);
+    } else {
+        out.offset = splat_floats(static_cast<float>(Form::kOffset));
     }
-    if (scales.has_minimum)
-        for (int lane = 0; lane < kLanes; ++lane) out[lane] += scales.minimum[group][first + lane];
+    return out;
 }
 
-// 32 rows of a segment, in the layout of plain weights.
-template <class T>
-void dequantize_rows(const QuantizedLayout& layout, const uint8_t* packed, T* out) {
-    Cursor at = Cursor::at(layout, packed, 0);
-    DecodedBlock block;
-    ExactScales scales;
-    float numbers[kLanes];
-    for (int k = 0; k < layout.shape.column_blocks(); ++k, at.next(), out += kBlockElements) {
-        decode_exactly(at, block, scales);
-        for (int half = 0; half < 2; ++half) {
-            for (int column = 0; column < kBlock; column += kPair<T>) {
-                T rounded[kPair<T>][kLanes];
-                for (int i = 0; i < kPair<T>; ++i) {
-                    numbers_of(block, scales, half, column / 4, column % 4 + i, numbers);
-                    store(rounded[i], load(numbers));
-                }
-                T* target = out + packed_offset<T>({0, half, 0}, column);
-                for (int lane = 0; lane < kLanes; ++lane)
-                    for (int i = 0; i < kPair<T>; ++i) target[lane * kPair<T> + i] = rounded[i][lane];
-            }
+template <class Form, bool kZeroPoints, int kByte>
+inline Floats number_at(Codes codes, const ColumnScales& scales, int half) {
+    const Floats product = multiply(scales.scale[half], Form::Values::template get<kByte>(codes, scales.offset));
+    if constexpr (Form::kHasMinimum && !kZeroPoints) return plus(product, scales.minimum[half]);
+    return product;
+}
+
+// Numbers of one line, four columns of k, to where products read them; `half`: of the block's k.
+template <class Form, bool kZeroPoints, class T, class W>
+inline void store_line(Codes codes, const ColumnScales& scales, int half, W* out) {
+    const Floats first = number_at<Form, kZeroPoints, 0>(codes, scales, half);
+    const Floats second = number_at<Form, kZeroPoints, 1>(codes, scales, half);
+    const Floats third = number_at<Form, kZeroPoints, 2>(codes, scales, half);
+    const Floats fourth = number_at<Form, kZeroPoints, 3>(codes, scales, half);
+    if constexpr (std::is_same_v<W, float>) {
+        store_floats(out, rounded<T>(first));
+        store_floats(out + kStepElements, rounded<T>(second));
+        store_floats(out + 2 * kStepElements, rounded<T>(third));
+        store_floats(out + 3 * kStepElements, rounded<T>(fourth));
+    } else {
+#if defined(__AVX512BF16__)
+        store_pairs(out, first, second);
+        store_pairs(out + kStepElements, third, fourth);
+#endif
+    }
+}
+
+// A block of 32 rows and 32 columns.
+template <class Form, bool kZeroPoints, class T, class W>
+inline void dequantize_block(const Cursor& at, W* out) {
+    using Read = typename Form::Read;
+    constexpr int kLineElements = 4 / kPair<W> * kStepElements;
+    BlockScales found;
+    Form::Scales::get(at.layout->encoding, at.rows, at.header, at.index, found);
+    for (int half = 0; half < 2; ++half) {
+        for (int part = 0; part < kLanes; part += kIntColumns) {
+            const ColumnScales scales = scales_of<Form, kZeroPoints>(at, found, half * kLanes + part);
+            const uint8_t* codes = at.codes + half * Read::kHalfBytes + part * 4;
+            W* target = out + half * kHalfElements<W> + part * kPair<W>;
+            const auto line = [&](auto number) {
+                constexpr int kLine = decltype(number)::value;
+                Codes first, second;
+                Read::template get<kLine>(codes, first, second);
+                store_line<Form, kZeroPoints, T>(first, scales, 0, target + kLine * kLineElements);
+                store_line<Form, kZeroPoints, T>(second, scales, 1, target + (kLine + kLines) * kLineElements);
+            };
+            line(std::integral_constant<int, 0>());
+            line(std::integral_constant<int, 1>());
+            line(std::integral_constant<int, 2>());
+            line(std::integral_constant<int, 3>());
         }
     }
 }
+
+// Some blocks of the same 32 rows, in the layout of plain weights of type W. What lies `ahead` bytes further on is
+// prefetched.
+template <class T, class W>
+void dequantize_blocks(Cursor& at, int blocks, uintptr_t ahead, W* out);
 
 // A row of a segment.
 template <class T>
-void dequantize_row(const QuantizedLayout& layout, const uint8_t* packed, int row, T* out) {
-    const PackedRow place = layout.shape.locate(row);
-    const int column = place.half * kLanes + place.lane;
-    Cursor at = Cursor::at(layout, packed + place.block * layout.stride(), 0);
-    DecodedBlock block;
-    ExactScales scales;
-    for (int begin = 0; begin < layout.shape.columns; begin += kBlock, at.next()) {
-        decode_exactly(at, block, scales);
-        const int count = std::min(kBlock, layout.shape.columns - begin);
-        for (int i = 0; i < count; ++i) {
-            const int half = i / (kBlock / 2);
-            const float code = block.codes[place.half][i / 4][place.lane * 4 + i % 4];
-            float number = scales.scale[half][column] * (code - scales.offset[column]);
-            if (scales.has_minimum) number += scales.minimum[half][column];
-            out[begin + i] = from_float<T>(number);
-        }
-    }
-}
+void dequantize_row(const QuantizedLayout& layout, const uint8_t* packed, int row, T* out);
 
 }  // namespace octavo

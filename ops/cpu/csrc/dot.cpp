@@ -129,7 +129,7 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
         Vec sums[2][kNumRows];
 #pragma GCC unroll 16
         for (int r = 0; r < kNumRows; ++r) sums[0][r] = sums[1][r] = zero();
-        if constexpr (kMultipliesFloat<T>) {
+        if constexpr (kAddsInParts<T>) {
 #pragma GCC unroll 16
             for (int r = 0; r < kNumRows && !first; ++r) {
                 sums[0][r] = load(result + r * kColumns);
@@ -252,7 +252,7 @@ template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int
 template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
 template void add_dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, bool, float*);
 template void add_dot<float>(int, const Left<float>&, const Right<float>&, int, bool, float*);
-#if !defined(OCTAVO_DOT_BF16)
+#if !defined(OCTAVO_AMX)
 template void add_dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, bool, float*);
 #endif
 

@@ -124,14 +124,22 @@ void dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, float
 template <class T>
 constexpr bool kMultipliesFloat = std::is_same_v<LeftOf<T>, float>;
 
-// The same with += if not `first`: for products in parts of ascending k. T is a type for which kMultipliesFloat holds.
+// Whether products can be computed in parts of ascending k. The tiles of AMX start from zero.
+template <class T>
+#if defined(OCTAVO_AMX)
+constexpr bool kAddsInParts = kMultipliesFloat<T>;
+#else
+constexpr bool kAddsInParts = true;
+#endif
+
+// The same with += if not `first`. T is a type for which kAddsInParts holds.
 template <class T>
 void add_dot(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums);
 
 extern template void dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, float*);
 extern template void dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, float*);
 extern template void dot<float>(int, const Left<float>&, const Right<float>&, int, float*);
-#if !defined(OCTAVO_DOT_BF16)
+#if !defined(OCTAVO_AMX)
 extern template void add_dot<BFloat16>(int, const Left<BFloat16>&, const Right<BFloat16>&, int, bool, float*);
 #endif
 extern template void add_dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, bool, float*);

@@ -23,7 +23,7 @@ struct PackedBlocks {
         if (at.index == 0)
             for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
                 prefetch(address_of(at.header) + ahead + line);
-        Form::Scales::get(at.layout->encoding, at.header, at.index, buffer);
+        Form::Scales::get(at.layout->encoding, at.rows, at.header, at.index, buffer);
         return buffer;
     }
     template <int kLine>
@@ -194,8 +194,10 @@ template void quantize_row(const float*, int, Int8Block*, int64_t);
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums) {
     const uintptr_t ahead = rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
     with_form(layout.encoding, [&](auto form) {
-        choose_rows(PackedBlocks<decltype(form)>(Cursor::at(layout, weight, 0), ahead), layout.shape.column_blocks(),
-                    rows, x, sums, std::make_integer_sequence<int, kInt8Rows>());
+        using F = decltype(form);
+        if constexpr (F::kIsInteger)
+            choose_rows(PackedBlocks<F>(Cursor::at(layout, weight, 0), ahead), layout.shape.column_blocks(), rows, x,
+                        sums, std::make_integer_sequence<int, kInt8Rows>());
     });
 }
 
@@ -217,7 +219,8 @@ void decode_blocks(const QuantizedLayout& layout, const uint8_t* weight, int k, 
         const uint8_t* end = Cursor::at(layout, weight, k + blocks).codes;
         const int64_t bytes = end - at.codes;
         for (int64_t line = 0; line < bytes; line += kCacheLineBytes) prefetch(address_of(end) + line);
-        for (int i = 0; i < blocks; ++i, at.next()) decode<decltype(form)>(at, out[i]);
+        if constexpr (decltype(form)::Scales::kIsSuper)
+            for (int i = 0; i < blocks; ++i, at.next()) decode<decltype(form)>(at, out[i]);
     });
 }
 

@@ -80,7 +80,8 @@ struct OctavoMatrix {
     int64_t stride;
 };
 
-// The encodings of quantised rows: blocks of GGUF, and codes with scales for groups of columns.
+// The encodings of quantised rows: blocks of GGUF, and codes with scales for groups of columns; those from kFp8E4M3 on
+// stand for floating-point numbers.
 enum OctavoFormat : int32_t {
     kQ4_0 = 0,
     kQ4_1 = 1,
@@ -96,17 +97,36 @@ enum OctavoFormat : int32_t {
     kIQ4_XS = 11,
     kInt4 = 12,
     kInt8 = 13,
-    kNumFormats = 14,
+    kFp8E4M3 = 14,
+    kNf4 = 15,
+    kFp4 = 16,
+    kMxfp4 = 17,
+    kNvfp4 = 18,
+    kBlocksOfMxfp4 = 19,  // of GGUF
 };
+
+// Types of scales beside those of OctavoType.
+enum OctavoScaleType : int32_t { kScaleE4M3 = 3, kScaleE8M0 = 4 };
+
+// A float32 number of each row that its groups' scales are multiplied with, or divided by.
+enum OctavoRowScale : int32_t { kNoRowScale = 0, kFactor = 1, kDivisor = 2 };
 
 // What a group of codes has beside its scale.
 enum OctavoShift : int32_t { kNoShift = 0, kZeros = 1, kMinimums = 2 };
 
 struct OctavoEncoding {
     int32_t format;
-    int32_t group_size;  // of int4 and int8: columns that share a scale
-    int32_t scale_type;  // likewise: OctavoType of scales and minimums
+    int32_t group_size;  // columns that share a scale; not of blocks
+    int32_t scale_type;  // likewise: OctavoType or OctavoScaleType of scales and minimums
     int32_t shift;       // likewise
+    int32_t row_scale;
+};
+
+// How activations are rounded that a quantised weight is multiplied with.
+enum OctavoRounding : int32_t {
+    kExact = 0,    // not at all
+    kByBlock = 1,  // to int8, with a scale for 32 columns
+    kByRow = 2,    // to int8, with a scale for a row; of weights in int8 with a scale for each row
 };
 
 // Consecutive rows of a quantised weight, packed by octavo_pack_quantized.
@@ -124,7 +144,7 @@ struct OctavoWeight {
     int32_t paired;        // the two halves of the rows are interleaved, 16 by 16
     int32_t num_segments;  // 0: not quantised
     const OctavoSegment* segments;
-    int32_t rounds_activations;  // a quantised weight is multiplied with activations in int8
+    int32_t rounding;  // OctavoRounding
 };
 
 struct OctavoEmbedding {

@@ -75,10 +75,14 @@ void read_codes(const QuantizedLayout& layout, const uint8_t* row, int k, uint8_
             return;
         case kIQ4_XS:
             return split_nibbles(row + super * 136 + 8 + index * 16, codes);
+        case kBlocksOfMxfp4:
+            return split_nibbles(row + k * 17 + 1, codes);
         default: {  // groups
             const int count = std::min(kBlock, layout.shape.columns - k * kBlock);
             std::memset(codes, 0, kBlock);
             std::memcpy(codes, row + k * kBlock, count);
+            if (layout.encoding.format == kFp8E4M3)
+                for (int i = 0; i < kBlock; ++i) codes[i] ^= kInvertedE4M3;
         }
     }
 }
@@ -157,13 +161,24 @@ void pack_super(const QuantizedLayout& layout, const uint8_t* row, int super, in
     }
 }
 
-void pack_group(const QuantizedLayout& layout, const uint8_t* row, int group, int lane, uint8_t* header) {
+// Scales of one byte: of the two groups of a header, those of nvfp4 in one block, those of mxfp4 in two.
+void pack_bytes(const QuantizedLayout& layout, const uint8_t* row, int k, int lane, uint8_t* header) {
+    const bool is_grouped_row = is_grouped(layout.encoding.format);
+    const int groups = blocks_of(layout.shape.columns, layout.encoding.group_size);
+    const int first = k * kBlock / layout.encoding.group_size;
+    for (int i = 0; i < 2 && first + i < groups; ++i)
+        header[i * kColumns + lane] = is_grouped_row ? row[layout.shape.columns + first + i] : row[(first + i) * 17];
+}
+
+void pack_group(const QuantizedLayout& layout, const uint8_t* row, int k, int lane, uint8_t* header) {
     const OctavoEncoding& encoding = layout.encoding;
     const int bytes = scale_bytes(encoding.scale_type);
+    if (bytes == 1) return pack_bytes(layout, row, k, lane, header);
+    const int group = k / layout.header_blocks;
     const uint8_t* scale;
     const uint8_t* shift;
     int shift_bytes = bytes;
-    if (encoding.format == kInt4 || encoding.format == kInt8) {
+    if (is_grouped(encoding.format)) {
         const int groups = blocks_of(layout.shape.columns, encoding.group_size);
         scale = row + layout.shape.columns + group * bytes;
         if (encoding.shift == kZeros) shift_bytes = 1;
@@ -175,6 +190,18 @@ void pack_group(const QuantizedLayout& layout, const uint8_t* row, int group, in
     }
     std::memcpy(header + lane * bytes, scale, bytes);
     if (encoding.shift) std::memcpy(header + kColumns * bytes + lane * shift_bytes, shift, shift_bytes);
+}
+
+// The rows' own scales, which follow those of groups.
+void pack_row_scales(const QuantizedLayout& layout, const uint8_t* source, int64_t stride, int block, uint8_t* packed) {
+    std::memset(packed, 0, layout.prefix_bytes);
+    const int offset = layout.shape.columns + blocks_of(layout.shape.columns, layout.encoding.group_size);
+    for (int half = 0; half < 2 && layout.prefix_bytes; ++half) {
+        const int first = layout.shape.first_row(block, half);
+        for (int lane = 0; lane < layout.shape.rows_in(block, half); ++lane)
+            std::memcpy(packed + (half * kLanes + lane) * sizeof(float), source + (first + lane) * stride + offset,
+                        sizeof(float));
+    }
 }
 
 // Packs half a block: lines[i] holds columns 4 i to 4 i + 3 of its 16 rows.
@@ -221,6 +248,7 @@ int stored_bits(int32_t format) {
             return 6;
         case kQ8_0:
         case kInt8:
+        case kFp8E4M3:
             return 8;
         default:
             return 4;
@@ -229,12 +257,14 @@ int stored_bits(int32_t format) {
 
 void pack_rows(const QuantizedLayout& layout, const uint8_t* source, int64_t stride, int block, uint8_t* packed) {
     const int bits = stored_bits(layout.encoding.format);
+    pack_row_scales(layout, source, stride, block, packed);
     Cursor at = Cursor::at(layout, packed, 0);
     for (int k = 0; k < layout.shape.column_blocks(); ++k, at.next()) {
         uint8_t* header = const_cast<uint8_t*>(at.header);
         if (at.index == 0) std::memset(header, 0, layout.header_bytes);
         for (int half = 0; half < 2; ++half) {
-            uint8_t lines[8][kLineBytes] = {};
+            uint8_t lines[8][kLineBytes];
+            std::memset(lines, layout.encoding.format == kFp8E4M3 ? kInvertedE4M3 : 0, sizeof lines);
             const int first = layout.shape.first_row(block, half);
             for (int lane = 0; lane < layout.shape.rows_in(block, half); ++lane) {
                 const uint8_t* row = source + (first + lane) * stride;
@@ -246,7 +276,7 @@ void pack_rows(const QuantizedLayout& layout, const uint8_t* source, int64_t str
                 if (is_super(layout.encoding.format))
                     pack_super(layout, row, k / kSuperBlocks, column, header);
                 else
-                    pack_group(layout, row, k / layout.header_blocks, column, header);
+                    pack_group(layout, row, k, column, header);
             }
             pack_half(bits, lines, const_cast<uint8_t*>(at.codes) + half * layout.block_bytes / 2);
         }

@@ -5,11 +5,12 @@
 //   [rows / 32][headers]{ scales and minimums of 32 rows; [blocks of the header][2 halves of 16 rows] codes }
 // A line of codes holds four consecutive columns of 16 rows: [16 rows][4 columns]. There are 8 lines in half a block;
 // of codes of 4 bits, lines i and i + 4 share 64 bytes. Further bits of codes follow, those of several lines in one.
+// Where rows have scales of their own, they come first: [32 rows] float32.
 #pragma once
 
-#include "int8.h"
 #include "octavo.h"
 #include "packed.h"
+#include "small_floats.h"
 
 namespace octavo {
 
@@ -94,6 +95,16 @@ struct Indices {
     }
 };
 
+struct DoubledE2M1 {
+    static constexpr int kBits = 5, kMiddle = 16, kHalfBytes = Nibbles::kHalfBytes;
+    template <int kLine>
+    static void get(const uint8_t* half, Codes& first, Codes& second) {
+        Nibbles::get<kLine>(half, first, second);
+        first = lookup(kE2M1Values, first);
+        second = lookup(kE2M1Values, second);
+    }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Scales: w = scale * (code - offset) + minimum, where the offset is a zero point or the middle of the codes.
 
@@ -109,7 +120,7 @@ inline Vec load_as(const uint8_t* p, int32_t type, int first) {
     return load(reinterpret_cast<const float*>(p) + first);
 }
 
-inline int scale_bytes(int32_t type) { return type == kFloat32 ? 4 : 2; }
+inline int scale_bytes(int32_t type) { return type == kFloat32 ? 4 : type > kFloat32 ? 1 : 2; }
 
 // A scale for a group of any multiple of 32 columns; if shifted, also a zero (uint8) or a minimum.
 template <bool kShifted>
@@ -123,7 +134,7 @@ struct GroupScales {
         if (!kShifted) return scales;
         return scales + (encoding.shift == kMinimums ? scales : kLineBytes);  // in whole cache lines
     }
-    static void get(const OctavoEncoding& encoding, const uint8_t* header, int, BlockScales& out) {
+    static void get(const OctavoEncoding& encoding, const uint8_t*, const uint8_t* header, int, BlockScales& out) {
         const uint8_t* rest = header + kColumns * scale_bytes(encoding.scale_type);
         for (int i = 0; i < kColumns; i += kLanes) {
             const Vec scale = load_as(header, encoding.scale_type, i);
@@ -150,7 +161,7 @@ struct SuperScales {
     static int header_bytes(const OctavoEncoding&) {
         return kFloatBytes * (kMinimum ? 2 : 1) + kSuperBlocks * kBlockBytes;
     }
-    static void get(const OctavoEncoding&, const uint8_t* header, int index, BlockScales& out) {
+    static void get(const OctavoEncoding&, const uint8_t*, const uint8_t* header, int index, BlockScales& out) {
         const Float16* scales = reinterpret_cast<const Float16*>(header);
         const uint8_t* integers = header + kFloatBytes * (kMinimum ? 2 : 1) + index * kBlockBytes;
         for (int i = 0; i < kColumns; i += kLanes) {
@@ -174,7 +185,7 @@ struct NibbleScales {
     static constexpr int kFloatBytes = kColumns * 2;
 
     static int header_bytes(const OctavoEncoding&) { return 2 * kFloatBytes + kSuperBlocks * 2 * kColumns; }
-    static void get(const OctavoEncoding&, const uint8_t* header, int index, BlockScales& out) {
+    static void get(const OctavoEncoding&, const uint8_t*, const uint8_t* header, int index, BlockScales& out) {
         const Float16* scales = reinterpret_cast<const Float16*>(header);
         const uint8_t* integers = header + 2 * kFloatBytes + index * 2 * kColumns;
         for (int half = 0; half < 2; ++half, integers += kColumns) {
@@ -191,17 +202,57 @@ struct NibbleScales {
     }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Forms of weights: codes with scales.
+// mxfp4: a power of two for each block; two blocks share a header.
+struct PowerScales {
+    static constexpr bool kIsSuper = false;
+    static constexpr int kGroups = 1;
+    static constexpr bool kHasMinimum = false;
 
-template <class C, class S>
+    static int header_bytes(const OctavoEncoding&) { return 2 * kColumns; }
+    static void get(const OctavoEncoding&, const uint8_t*, const uint8_t* header, int index, BlockScales& out) {
+        for (int i = 0; i < kColumns; i += kLanes)
+            store(out.scale[0] + i, load_halved_powers(header + index * kColumns + i));
+    }
+};
+
+// nvfp4: a number in e4m3 for each half of a block, and one in float32 for each row.
+struct MicroScales {
+    static constexpr bool kIsSuper = false;
+    static constexpr int kGroups = 2;
+    static constexpr bool kHasMinimum = false;
+
+    static int header_bytes(const OctavoEncoding&) { return 2 * kColumns; }
+    static void get(const OctavoEncoding& encoding, const uint8_t* rows, const uint8_t* header, int, BlockScales& out) {
+        const Vec half = splat(0.5f);
+        for (int i = 0; i < 2 * kColumns; i += kLanes) {
+            const int column = i % kColumns;
+            const Vec scale = load_e4m3(header + i), row = load(reinterpret_cast<const float*>(rows) + column);
+            store(out.scale[i / kColumns] + column,
+                  (encoding.row_scale == kDivisor ? scale / row : scale * row) * half);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forms of weights: codes with scales. `V`: how codes become numbers, and `R` how they are read for that.
+
+template <class C, class S, class V = Integers, class R = C>
 struct Form {
     using Code = C;
     using Scales = S;
+    using Values = V;
+    using Read = R;
+    static constexpr bool kIsInteger = true;
     static constexpr int kBits = C::kBits;
     static constexpr int kGroups = S::kGroups;
     static constexpr bool kHasMinimum = S::kHasMinimum;
     static constexpr int kOffset = kHasMinimum ? 0 : C::kMiddle;
+};
+
+// Of numbers that are no multiples of one: for activations as they are.
+template <class C, class V>
+struct FloatForm : Form<C, GroupScales<false>, V> {
+    static constexpr bool kIsInteger = false;
 };
 
 // Calls `function` with the form of an encoding.
@@ -227,9 +278,20 @@ auto with_form(const OctavoEncoding& encoding, F function) {
         case kQ6_K:
             return function(Form<NibblesAndPairs, SuperScales<int8_t, 2, false>>());
         case kIQ4_NL:
-            return function(Form<Indices, Plain>());
+            return function(Form<Indices, Plain, Entries<kIQ4Numbers>, Nibbles>());
         case kIQ4_XS:
-            return function(Form<Indices, SuperScales<int8_t, 1, false>>());
+            return function(Form<Indices, SuperScales<int8_t, 1, false>, Entries<kIQ4Numbers>, Nibbles>());
+        case kFp8E4M3:
+            return function(FloatForm<Bytes, E4M3>());
+        case kNf4:
+            return function(FloatForm<Nibbles, Entries<kNf4Numbers>>());
+        case kFp4:
+            return function(FloatForm<Nibbles, Entries<kFp4Numbers>>());
+        case kMxfp4:
+        case kBlocksOfMxfp4:
+            return function(Form<DoubledE2M1, PowerScales, Entries<kE2M1Numbers>, Nibbles>());
+        case kNvfp4:
+            return function(Form<DoubledE2M1, MicroScales, Entries<kE2M1Numbers>, Nibbles>());
         case kQ8_0:
         case kInt8:
             if (encoding.shift) return function(Form<Bytes, Shifted>());
@@ -242,25 +304,32 @@ auto with_form(const OctavoEncoding& encoding, F function) {
 
 // Whether a format is a k-quant, in blocks of 256 columns.
 inline bool is_super(int32_t format) {
-    return with_form({format, 0, 0, 0}, [](auto form) { return decltype(form)::Scales::kIsSuper; });
+    return with_form({format, 0, 0, 0, 0}, [](auto form) { return decltype(form)::Scales::kIsSuper; });
 }
+
+// Whether rows are codes with scales that follow, and not blocks as GGUF has them.
+inline bool is_grouped(int32_t format) { return format >= kInt4 && format != kBlocksOfMxfp4; }
 
 // The place of everything in a packed segment.
 struct QuantizedLayout {
     OctavoEncoding encoding;
     PackedShape shape;
+    int prefix_bytes;   // the rows' own scales
     int header_blocks;  // blocks that share a header
     int header_bytes;
     int block_bytes;
 
     QuantizedLayout(const OctavoEncoding& given, int rows, int columns, bool paired)
         : encoding(given), shape(rows, columns, paired) {
-        if (encoding.format != kInt4 && encoding.format != kInt8) {
+        if (!is_grouped(encoding.format)) {
             encoding.group_size = kBlock;
-            encoding.scale_type = kFloat16;
+            encoding.scale_type = encoding.format == kBlocksOfMxfp4 ? kScaleE8M0 : int32_t{kFloat16};
             encoding.shift = encoding.format == kQ4_1 || encoding.format == kQ5_1 ? kMinimums : kNoShift;
         }
-        header_blocks = is_super(encoding.format) ? kSuperBlocks : blocks_of(encoding.group_size, kBlock);
+        prefix_bytes = encoding.row_scale ? kColumns * static_cast<int>(sizeof(float)) : 0;
+        header_blocks = is_super(encoding.format)           ? kSuperBlocks
+                        : encoding.scale_type == kScaleE8M0 ? 2
+                                                            : blocks_of(encoding.group_size, kBlock);
         with_form(encoding, [&](auto form) {
             header_bytes = decltype(form)::Scales::header_bytes(encoding);
             block_bytes = 2 * decltype(form)::Code::kHalfBytes;
@@ -270,13 +339,14 @@ struct QuantizedLayout {
     // Bytes of 32 rows.
     int64_t stride() const {
         const int64_t headers = blocks_of(shape.column_blocks(), header_blocks);
-        return headers * header_bytes + static_cast<int64_t>(shape.column_blocks()) * block_bytes;
+        return prefix_bytes + headers * header_bytes + static_cast<int64_t>(shape.column_blocks()) * block_bytes;
     }
 };
 
 // A place in the blocks of 32 rows.
 struct Cursor {
     const QuantizedLayout* layout;
+    const uint8_t* rows;  // their own scales
     const uint8_t* header;
     const uint8_t* codes;
     int index = 0;  // of the block among those of its header
@@ -287,7 +357,9 @@ struct Cursor {
         Cursor result;
         result.layout = &layout;
         result.index = k % layout.header_blocks;
-        result.header = rows + headers * (layout.header_bytes + layout.header_blocks * layout.block_bytes);
+        result.rows = rows;
+        result.header =
+            rows + layout.prefix_bytes + headers * (layout.header_bytes + layout.header_blocks * layout.block_bytes);
         result.codes = result.header + layout.header_bytes + result.index * layout.block_bytes;
         return result;
     }
@@ -332,7 +404,7 @@ inline void decode_codes(const uint8_t* codes, DecodedBlock& out) {
 template <class Form>
 inline void decode(const Cursor& at, DecodedBlock& out) {
     decode_codes<Form>(at.codes, out);
-    Form::Scales::get(at.layout->encoding, at.header, at.index, out.scales);
+    Form::Scales::get(at.layout->encoding, at.rows, at.header, at.index, out.scales);
 }
 
 }  // namespace octavo

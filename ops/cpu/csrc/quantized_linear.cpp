@@ -1,6 +1,7 @@
 // Linear layers with quantised weights; see ops/reference/quantized.py.
 #include "dequantize.h"
 #include "dot_int8.h"
+#include "dot_token.h"
 #include "linear.h"
 
 namespace octavo {
@@ -13,6 +14,18 @@ constexpr int64_t kRowBytesPerGroup = 256 << 10;
 // With fewer tiles than this, decoding a k-quant for each costs less than storing it decoded. Other formats are decoded
 // in no time.
 constexpr int kMinTilesPerPanel = 3;
+
+// The same for float products: blocks of k that are dequantised at once, and rows beside them.
+constexpr int kFloatPanelBlocks = 4;
+constexpr int64_t kFloatBytesPerGroup = 512 << 10;
+constexpr int64_t kMinTilesPerFloatGroup = 8;
+
+// The same for activations with a scale for each row.
+constexpr int64_t kTokenBytesPerGroup = 512 << 10;
+
+// How far ahead weights are prefetched; with so many rows, AMD's CPUs do so by themselves.
+constexpr uintptr_t kAheadBytes = 4096;
+constexpr int kRowsReadByHardware = 1;
 
 // Calls `function(layout, rows, block, columns)` for this thread's blocks of 32 rows of the weight: `rows` are their
 // bytes, `columns` those of the result.
@@ -119,26 +132,121 @@ void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations as they are: 32 rows of the weight are dequantised into the L2 cache and multiplied as plain ones are.
+// Activations in int8 with a scale for each row.
 
+// Rows in int8, as [tile][columns / 32][rows of the tile][32].
+struct TokenRows {
+    Tiles tiles;
+    const TokenRow* rows;
+    const TokenCode* codes;
+    int64_t padded;  // columns
+};
+
+// Shared memory for rows that are rounded.
+size_t bytes_of_tokens(int rows, int columns) {
+    return rows * (sizeof(TokenRow) + static_cast<size_t>(blocks_of(columns, kBlock)) * kBlock * sizeof(TokenCode));
+}
+
+template <class T>
+TokenRows token_rows(const OctavoLinear& op, const OctavoStep& step, const Team& team, const Tiles& tiles) {
+    const int columns = op.weight.columns;
+    const int64_t padded = static_cast<int64_t>(blocks_of(columns, kBlock)) * kBlock;
+    T* normed = op.norm ? team.scratch.take<T>(padded) : nullptr;
+    const bool alone = tiles.count == 1;  // as above
+    const size_t bytes = bytes_of_tokens(tiles.rows, columns);
+    TokenRow* rows = alone ? reinterpret_cast<TokenRow*>(team.scratch.take<uint8_t>(bytes))
+                           : reinterpret_cast<TokenRow*>(team.shared.workspace);
+    TokenCode* codes = reinterpret_cast<TokenCode*>(rows + tiles.rows);
+    const Range mine = alone ? Range{0, 1} : team.share(tiles.count);
+    for (int tile = mine.begin; tile < mine.end; ++tile) {
+        const int begin = tiles.begin(tile), size = tiles.size(tile);
+        for (int r = 0; r < size; ++r)
+            rows[begin + r] = quantize_token(read_row(op, step, begin + r, normed), columns,
+                                             codes + begin * padded + r * kBlock, size * kBlock);
+    }
+    if (!alone) team.wait();
+    return {tiles, rows, codes, padded};
+}
+
+// Some tiles stay in the L2 cache while all weights pass by.
+template <class T>
+void multiply_tokens(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
+    const Tiles tiles = Tiles::of(num_rows, kTokenRows);
+    const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
+    const TokenRows rows = token_rows<T>(op, step, team, tiles);
+    const uintptr_t ahead = num_rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    const int64_t tile_bytes = kTokenRows * rows.padded * static_cast<int64_t>(sizeof(TokenCode));
+    const int most = static_cast<int>(std::max<int64_t>(1, kTokenBytesPerGroup / tile_bytes));
+    alignas(kCacheLine) float sums[kTokenRows * kColumns];
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
+        const int last = std::min(first + most, grid.tiles.end);
+        each_block(
+            op.weight, grid.blocks, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                for (int tile = first; tile < last; ++tile) {
+                    const int begin = tiles.begin(tile), size = tiles.size(tile);
+                    dot_token(layout, weight, size, rows.rows + begin, rows.codes + begin * rows.padded, ahead, sums);
+                    finish<T>(op, columns, begin, size, sums);
+                }
+            });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations as they are: blocks of the weight are dequantised into the L1 cache and multiplied as plain ones are.
+
+// Blocks of k that are dequantised at a time: all of them if products cannot be computed in parts.
+template <class T>
+int blocks_at_once(int blocks) {
+    return kAddsInParts<T> ? std::min(blocks, kFloatPanelBlocks) : blocks;
+}
+
+// Products of some tiles with a block of 32 rows of the weight.
+template <class T>
+void multiply_dequantized(const QuantizedLayout& layout, const uint8_t* weight, const Rows<T>& rows, const Range& tiles,
+                          Unpacked<T>* numbers, float* sums) {
+    using W = Unpacked<T>;
+    const int all = layout.shape.column_blocks(), most = blocks_at_once<T>(all);
+    const uintptr_t ahead = rows.tiles.rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    Cursor at = Cursor::at(layout, weight, 0);
+    for (int k = 0; k < all; k += most) {
+        const int blocks = std::min(most, all - k);
+        dequantize_blocks<T>(at, blocks, ahead, numbers);
+        const Right<W> right = {numbers, kBlockElements};
+        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+            const int size = rows.tiles.size(tile);
+            Left<T> found = rows.tile(rows.tiles.begin(tile), size);
+            const Left<W> left = {found.data + k * found.block, found.row, found.block};
+            float* out = sums + (tile - tiles.begin) * kRows<T> * kColumns;
+            if constexpr (kAddsInParts<T>)
+                add_dot(size, left, right, blocks, k == 0, out);
+            else
+                dot(size, left, right, blocks, out);
+        }
+    }
+}
+
+// Some tiles stay in the L2 cache while all weights pass by.
 template <class T>
 void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
     const Tiles tiles = Tiles::of(num_rows, kRows<T>);
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
-    alignas(kCacheLine) float sums[kMostRows * kColumns];
     const int blocks = blocks_of(op.weight.columns, kBlock);
-    T* numbers = team.scratch.take<T>(static_cast<size_t>(blocks) * kBlockElements);
-    const Right<T> right = {numbers, kBlockElements};
-    each_block(op.weight, grid.blocks,
-               [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-                   dequantize_rows(layout, weight, numbers);
-                   for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
-                       const int begin = tiles.begin(tile), size = tiles.size(tile);
-                       dot(size, rows.tile(begin, size), right, blocks, sums);
-                       finish<T>(op, columns, begin, size, sums);
-                   }
-               });
+    const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(LeftOf<T>));
+    const int most = static_cast<int>(std::max(kMinTilesPerFloatGroup, kFloatBytesPerGroup / tile_bytes));
+    using W = Unpacked<T>;
+    W* numbers = team.scratch.take<W>(static_cast<size_t>(blocks_at_once<T>(blocks)) * kBlockElements);
+    float* sums = team.scratch.take<float>(static_cast<size_t>(std::min(most, tiles.count)) * kRows<T> * kColumns);
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
+        const Range group = {first, std::min(first + most, grid.tiles.end)};
+        each_block(op.weight, grid.blocks,
+                   [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                       multiply_dequantized<T>(layout, weight, rows, group, numbers, sums);
+                       for (int tile = group.begin; tile < group.end; ++tile)
+                           finish<T>(op, columns, tiles.begin(tile), tiles.size(tile),
+                                     sums + (tile - group.begin) * kRows<T> * kColumns);
+                   });
+    }
 }
 
 }  // namespace
@@ -148,15 +256,18 @@ void run_quantized_linear(const OctavoLinear& op, const OctavoStep& step, const 
     if (num_rows == 0) return;
     with_type(op.type, [&](auto number) {
         using T = decltype(number);
-        if (op.weight.rounds_activations)
+        if (op.weight.rounding == kByBlock)
             multiply_int8<T>(op, step, team, num_rows);
+        else if (op.weight.rounding == kByRow)
+            multiply_tokens<T>(op, step, team, num_rows);
         else
             multiply_floats<T>(op, step, team, num_rows);
     });
 }
 
 size_t quantized_linear_workspace(const OctavoLinear& op, int rows) {
-    if (!op.weight.rounds_activations)
+    if (op.weight.rounding == kByRow) return bytes_of_tokens(rows, op.weight.columns);
+    if (op.weight.rounding == kExact)
         return with_type(op.type, [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows); });
     return static_cast<size_t>(rows) * blocks_of(op.weight.columns, kBlock) * sizeof(Int8Block);
 }
