@@ -73,8 +73,8 @@ class Scheme(Struct, frozen=True, kw_only=True):
             raise ValueError(
                 f"the strategy {self.strategy!r} of weights must be tensor or channel, or group with a group_size"
             )
-        if self.format == "int-quantized" and (self.num_bits != 8 or not self.symmetric):
-            raise ValueError("the format int-quantized must have 8 bits, symmetric")
+        if self.format == "int-quantized" and not self.symmetric:
+            raise ValueError("weights of the format int-quantized must be symmetric")
 
     def _check_fp8(self) -> None:
         if self.num_bits != 8:

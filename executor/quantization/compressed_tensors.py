@@ -116,7 +116,7 @@ class IntegerSource(Source):
         if isinstance(packed := self._parameters.get("weight_packed"), Tensor):
             codes = unpack_bits(packed.data, self.bits, self.num_columns)
         else:
-            codes = (self.weight.data.to(torch.int16) + 128).to(torch.uint8)
+            codes = (self.weight.data.to(torch.int16) + (1 << self.bits - 1)).to(torch.uint8)
         zeros = torch.full(scales.shape, 1 << self.bits - 1, dtype=torch.uint8)
         if self.weight_zero_point is not None:
             words = self.weight_zero_point.data.t().contiguous()

@@ -244,7 +244,7 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
     codes, zeros, scales = quantized(weight, bits, group_of, symmetric=scheme["symmetric"])
     numbers = meaning(codes, zeros, scales, group_of)
     if config["format"] == "int-quantized":
-        return {"weight": (codes - 128).t().to(torch.int8), "weight_scale": scales.t()}, numbers
+        return {"weight": (codes - (1 << bits - 1)).t().to(torch.int8), "weight_scale": scales.t()}, numbers
     tensors = {"weight_packed": words_of(codes, bits).t(), "weight_scale": scales.t()}
     tensors["weight_shape"] = torch.tensor(weight.shape)
     if has_order:
@@ -263,8 +263,9 @@ def compressed_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) 
         compressed("pack-quantized", num_bits=8, strategy="channel", symmetric=True),
         compressed("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=True),
         compressed("int-quantized", num_bits=8, strategy="channel", symmetric=True),
+        compressed("int-quantized", strategy="group", group_size=64, symmetric=True),
     ],
-    ids=["groups", "zero points", "order", "8 bits", "3 bits", "integers"],
+    ids=["groups", "zero points", "order", "8 bits", "3 bits", "integers", "integers of 4 bits"],
 )
 def test_compressed_tensors(tmp_path: Path, config: dict[str, Any]) -> None:
     check(*written(tmp_path, compressed_module, config, lambda name: "layers.1.mlp" in name))
@@ -320,6 +321,7 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
         (None, {"quant_method": "auto-round", "packing_format": "x"}, "packing_format 'x' is not supported"),
         (None, compressed("marlin-24"), "the format 'marlin-24' is not supported yet; use pack-quantized, int-"),
         (None, compressed("pack-quantized", num_bits=5), "num_bits must be 2, 3, 4 or 8, not 5"),
+        (None, compressed("int-quantized", symmetric=False), "weights of the format int-quantized must be symmetric"),
         (None, compressed("pack-quantized", strategy="block"), "the strategy 'block' of weights must be tensor or"),
         (None, gptq(bits=5), "bits must be 2, 3, 4 or 8, not 5"),
         (None, gptq(group_size=0), "group_size must be -1 or at least 1, not 0"),
