@@ -110,8 +110,8 @@ class ModelConfig(Config, frozen=True):
         Literal["auto", "float", "int8"],
         Meta(
             description="Arithmetic of products with quantised weights. float: that of --dtype, exactly as with the "
-            "dequantised weights. int8: activations are rounded to 8 bits in groups of 32. auto: int8 for GGUF files, "
-            "float with --dtype float32."
+            "dequantised weights. int8: activations are rounded to 8 bits in groups of 32. auto: as the files say, "
+            "for 8 bits per token; int8 for GGUF files, float with --dtype float32."
         ),
     ] = "auto"
     max_model_len: Annotated[
@@ -126,11 +126,13 @@ class ModelConfig(Config, frozen=True):
         dict[str, object], Meta(description="JSON object of values that override the model's config.json.")
     ] = {}
     load_format: Annotated[
-        Literal["auto", "safetensors", "gguf", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"],
+        Literal[
+            "auto", "safetensors", "gguf", "bitsandbytes", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"
+        ],
         Meta(
             description="Format of the weights. auto: safetensors, else GGUF, else pickled weights, converted once. "
-            "dummy: random weights, for benchmarks. fastsafetensors, runai_streamer and tensorizer read through the "
-            "package of that name."
+            "bitsandbytes: safetensors. dummy: random weights, for benchmarks. fastsafetensors, runai_streamer and "
+            "tensorizer read through the package of that name."
         ),
     ] = "auto"
     model_impl: Annotated[

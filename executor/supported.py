@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from executor.base import ModelError
-from executor.config import DTYPE_NAMES, GOOD_DTYPES
+from executor.config import DTYPE_NAMES, GOOD_DTYPES, QUANTIZATION_ALIASES
 from executor.language_part import language_fields
 from executor.models.catalog import CATALOG
 from executor.models.registry import implementation
@@ -72,7 +72,9 @@ def check_supported(
         raise ModelError("quantization_config must be an object")
     if quantization == "gguf":
         raise ModelError("--quantization is gguf, but the model is no GGUF file; name one, or use --load-format gguf")
-    quantization_name(quantization, saved or None)
+    method = QUANTIZATION_ALIASES.get(quantization or "", quantization)
+    if saved or method != "modelopt":  # which may have a file of its own
+        quantization_name(quantization, saved or None)
     name = "dtype" if language.get("dtype") is not None else "torch_dtype"
     stored = language.get(name)
     if dtype == "auto" and stored is not None and str(stored).removeprefix("torch.") not in DTYPE_NAMES:

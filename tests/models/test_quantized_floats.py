@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from executor.parallel import ParallelState
+from executor.supported import check_supported
 from tests import tiny
 from tests.models.harness import assert_close, load, logits_of, random_tokens, refusal
 from tests.models.quantized import FIELDS, Tensors, check, int8_numbers, written
@@ -179,6 +180,7 @@ def test_model_optimizer(tmp_path: Path, algorithm: str, separate: bool) -> None
         own = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8", "exclude_modules": exceptions}
         (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {}, "quantization": own}))
         tiny.edit_json(folder / "config.json", lambda values: values.pop("quantization_config"))
+        check_supported(json.loads((folder / "config.json").read_text()), "modelopt")
     check(folder, plain)
 
 
