@@ -88,7 +88,16 @@ class LLMOptions(TypedDict, total=False):
     quantized_activations: Literal["auto", "float", "int8"]
     max_model_len: int | str | None
     hf_overrides: dict[str, object]
-    load_format: Literal["auto", "safetensors", "gguf", "bitsandbytes", "dummy", "fastsafetensors", "runai_streamer", "tensorizer"]
+    load_format: Literal[
+        "auto",
+        "safetensors",
+        "gguf",
+        "bitsandbytes",
+        "dummy",
+        "fastsafetensors",
+        "runai_streamer",
+        "tensorizer",
+    ]
     model_impl: Literal["auto", "octavo", "vllm", "transformers"]
     enforce_eager: bool
     tensor_parallel_size: int

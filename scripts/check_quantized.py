@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SCRIPT = ROOT / "scripts" / "quantizers" / "write.py"
-REQUIREMENTS = ("llmcompressor==0.14.0.1", "bitsandbytes==0.50.2", "auto-round==0.16.1")
-WRITERS = ("llmcompressor", "bitsandbytes", "auto_round")
+REQUIREMENTS = ("llmcompressor==0.14.0.1", "bitsandbytes==0.50.2", "auto-round==0.16.1", "nvidia-modelopt==0.47.0")
+WRITERS = ("llmcompressor", "bitsandbytes", "auto_round", "modelopt")
 TOLERANCE = 1e-3
 """Of logits, in standard deviations."""
 ROUNDED_TOLERANCE = 1.2

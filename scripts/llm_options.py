@@ -42,7 +42,15 @@ class LLMOptions(TypedDict, total=False):
 def render() -> str:
     """The content of the file."""
     lines = dict(_lines())
-    return HEAD + "".join(f"    {name}: {kind}\n" for name, kind in lines.items())
+    return HEAD + "".join(_wrapped(f"    {name}: {kind}\n") for name, kind in lines.items())
+
+
+def _wrapped(line: str) -> str:
+    """As ruff formats it."""
+    if len(line) <= 121 or not line.endswith("]\n"):
+        return line
+    start, values = line[:-2].split("[", 1)
+    return "".join([f"{start}[\n", *(f"        {each},\n" for each in values.split(", ")), "    ]\n"])
 
 
 def _lines() -> Iterator[tuple[str, str]]:

@@ -196,11 +196,60 @@ def auto_round(scheme: str, folder: Path, source: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Model Optimizer
+
+MODELOPT = {
+    "modelopt_fp8": "FP8_DEFAULT_CFG",
+    "modelopt_nvfp4": "NVFP4_DEFAULT_CFG",
+    "modelopt_fp8_kv": "FP8_DEFAULT_CFG",
+}
+
+
+def modelopt(scheme: str, folder: Path, source: Path) -> None:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
+
+    config = getattr(mtq, MODELOPT[scheme])
+    if scheme.endswith("kv"):
+        config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model = mtq.quantize(model, config, forward_loop=lambda each: each(tokens()[None]))
+        export_hf_checkpoint(model, export_dir=folder / "quantized")
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    stored = load_file(folder / "quantized" / "model.safetensors")
+    for name, module in plain.named_modules():
+        scale = stored.get(f"{name}.weight_scale")
+        if scale is not None:
+            codes, whole = stored[f"{name}.weight"], stored.get(f"{name}.weight_scale_2")
+            module.weight.data = modelopt_numbers(module.weight, codes, scale, whole)
+    save_plain(plain, folder, source)
+    save_logits(folder)
+
+
+def modelopt_numbers(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor | None
+) -> torch.Tensor:
+    """A dequantised weight."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+
+    if whole is None:
+        tensor = FP8QTensor(weight.shape, torch.float32, codes)
+        result: torch.Tensor = tensor.dequantize(torch.float32, scale=scale)
+        return result
+    tensor = NVFP4QTensor(weight.shape, torch.float32, codes)
+    numbers: torch.Tensor = tensor.dequantize(torch.float32, scale=scale, double_scale=whole, block_sizes={-1: 16})
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 WRITERS: dict[str, tuple[Callable[[str, Path, Path], None], tuple[str, ...]]] = {
     "llmcompressor": (llmcompressor, (*PRESETS, *OTHERS)),
     "bitsandbytes": (bitsandbytes, tuple(BNB)),
     "auto_round": (auto_round, tuple(AUTO_ROUND)),
+    "modelopt": (modelopt, tuple(MODELOPT)),
 }
 
 
