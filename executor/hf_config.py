@@ -17,7 +17,7 @@ import torch
 from executor.base import ModelError
 from executor.config import DTYPE_NAMES, GOOD_DTYPES
 from executor.files import read_json, why
-from executor.language_part import is_multimodal, language_fields
+from executor.language_part import is_multimodal, language_fields, renamed_modules
 
 T = TypeVar("T")
 
@@ -232,7 +232,11 @@ class HFConfig(Fields):
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        return self.section("quantization_config").values if self.has("quantization_config") else None
+        """``quantization_config``."""
+        if not self.has("quantization_config"):
+            return None
+        values = self.section("quantization_config").values
+        return renamed_modules(values) if self.is_part else values
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

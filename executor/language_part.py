@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,21 @@ RENAMES = (
 
 OTHER_PARTS = r"^(model\.)?(vision|visual|multi_modal|mm_|audio|image|connector|embed_vision|embed_audio)"
 """Tensors of towers and projectors."""
+
+
+def renamed_modules(value: Any) -> Any:
+    """A part of ``quantization_config``, in which names of modules become those of a language model alone."""
+    if isinstance(value, dict):
+        return {_renamed(name): renamed_modules(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed(each) if isinstance(each, str) else renamed_modules(each) for each in value]
+    return value
+
+
+def _renamed(module: str) -> str:
+    for pattern, replacement in RENAMES:
+        module = re.sub(pattern, replacement, f"{module}.")[:-1]
+    return module
 
 
 def is_multimodal(fields: Mapping[str, Any]) -> bool:

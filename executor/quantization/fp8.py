@@ -54,7 +54,7 @@ def log_activations(kind: str) -> None:
 
 
 def log_cache() -> None:
-    logger.info("the checkpoint's scales for a KV cache in 8 bits are not used; --kv-cache-dtype says how it is stored")
+    logger.info("the checkpoint's scales for a KV cache in 8 bits are not used")
 
 
 class ScaleParameter(WeightParameter):

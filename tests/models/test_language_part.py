@@ -165,3 +165,21 @@ def test_sizes_that_the_text_config_leaves_out() -> None:
     outer = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": inner}
     config = HFConfig.from_fields(outer, {}, "config.json")
     assert (config.architecture, config.hidden_size, config.vocab_size) == ("LlamaForCausalLM", 4096, 32064)
+
+
+def test_lists_of_exceptions_name_modules_of_the_language_model() -> None:
+    saved = {
+        "quant_method": "fp8",
+        "modules_to_not_convert": ["model.vision_tower", "model.language_model.layers.0.mlp", "language_model.lm_head"],
+        "extra_config": {"language_model.model.layers.1.mlp": {"bits": 16}},
+    }
+    fields = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": {"model_type": "mistral"},
+        "quantization_config": saved,
+    }
+    assert HFConfig.from_fields(fields, {}, "config.json").quantization == {
+        "quant_method": "fp8",
+        "modules_to_not_convert": ["model.vision_tower", "model.layers.0.mlp", "lm_head"],
+        "extra_config": {"model.layers.1.mlp": {"bits": 16}},
+    }

@@ -254,3 +254,9 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
     del tensors[name]
     save_file(tensors, folder / "model.safetensors")
     assert f"tensor '{name}' is missing" in refusal(folder)
+
+
+def test_weights_that_are_not_quantised(tmp_path: Path) -> None:
+    folder = tiny.copy_of(tiny.checkpoint("llama", **FIELDS), tmp_path / "model")
+    tiny.edit_json(folder / "config.json", lambda values: values.update(quantization_config=fp8()))
+    assert "q_proj.weight_scale' is missing; weights and configuration do not fit" in refusal(folder)
