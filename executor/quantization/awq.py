@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,27 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import Part, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.base import EmbeddingMethod, LinearShape, Options
 from executor.quantization.codes import Groups
 from executor.quantization.fields import AWQFields, read
-from executor.quantization.groups import GroupLinear, PlainSource, Source
+from executor.quantization.groups import MakeSource, PlainSource, Source, SourceMethod
 from executor.quantization.unquantized import UnquantizedEmbedding
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where a word has the code of each of its 8 columns, in units of 4 bits from the lowest."""
 
 
-class AWQ(QuantizationConfig):
+class AWQ(SourceMethod):
     """The method of models quantised with AWQ."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(AWQFields, fields)
         self.options = options
 
-    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        own = [self.fields.of_module(name) for name in names]
-        sources = [PlainSource if each is None else partial(AWQSource, each) for each in own]
-        return GroupLinear(sources, self.options)
+    def source(self, name: str) -> MakeSource:
+        fields = self.fields.of_module(name)
+        return PlainSource if fields is None else partial(AWQSource, fields)
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         return UnquantizedEmbedding()

@@ -6,7 +6,7 @@ Columns with outliers, which GPUs multiply apart from the others (``llm_int8_thr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import gcd
 from typing import Any, TypeVar
 
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 import ops
 from executor.layers.parameter import MISFIT, Part, ShardId, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.base import LinearShape, Options
 from executor.quantization.codes import Floats, Groups, taken
 from executor.quantization.fields import BitsAndBytesFields, read
-from executor.quantization.groups import GroupEmbedding, GroupLinear, MakeSource, PlainSource, Source
+from executor.quantization.groups import MakeSource, PlainSource, Source, SourceMethod
 from executor.quantization.packed import log_float_only
-from executor.quantization.unquantized import UnquantizedEmbedding
 
 logger = logging.getLogger(__name__)
 
 
-class BitsAndBytes(QuantizationConfig):
+class BitsAndBytes(SourceMethod):
     """The method of models quantised with bitsandbytes."""
 
     renames = (
@@ -42,20 +41,12 @@ class BitsAndBytes(QuantizationConfig):
         else:
             logger.info("columns with outliers (llm_int8_threshold) are multiplied like all others")
 
-    def _source(self, name: str) -> MakeSource:
+    def source(self, name: str) -> MakeSource:
         if not self.fields.has_module(name):
             return PlainSource
         if self.fields.load_in_8bit:
             return Int8Source
         return lambda shape: FourBitSource(self.fields, shape)
-
-    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        return GroupLinear([self._source(name) for name in names], self.options)
-
-    def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
-        if name.endswith("lm_head") and self.fields.has_module(name):
-            return GroupEmbedding(self._source(name), self.options)
-        return UnquantizedEmbedding()
 
 
 # ---------------------------------------------------------------------------------------------------------

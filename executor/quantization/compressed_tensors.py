@@ -6,7 +6,7 @@ Activations that were quantised to 8-bit integers, row by row, are so here, too;
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import Part, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.base import LinearShape, Options
 from executor.quantization.codes import Groups
 from executor.quantization.compressed_fields import CompressedFields, Scheme
 from executor.quantization.fields import read
@@ -29,15 +29,14 @@ from executor.quantization.fp8 import (
     log_cache,
 )
 from executor.quantization.gptq import GroupIndex, unpack_bits
-from executor.quantization.groups import GroupEmbedding, GroupLinear, MakeSource, PlainSource, Source
-from executor.quantization.unquantized import UnquantizedEmbedding
+from executor.quantization.groups import MakeSource, PlainSource, Source, SourceMethod
 
 logger = logging.getLogger(__name__)
 
 NAMES = FP4Names("weight_packed", "weight_global_scale", divides=True)
 
 
-class CompressedTensors(QuantizationConfig):
+class CompressedTensors(SourceMethod):
     ignored = (INPUT_SCALES, CACHE_SCALES)
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
@@ -50,7 +49,7 @@ class CompressedTensors(QuantizationConfig):
         if self.fields.kv_cache_scheme:
             log_cache()
 
-    def _source(self, name: str) -> MakeSource:
+    def source(self, name: str) -> MakeSource:
         scheme = self.fields.of_module(name)
         if scheme is None:
             return PlainSource
@@ -62,14 +61,6 @@ class CompressedTensors(QuantizationConfig):
             case "nvfp4-pack-quantized":
                 return partial(NVFP4Source, NAMES)
         return partial(IntegerSource, scheme)
-
-    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        return GroupLinear([self._source(name) for name in names], self.options)
-
-    def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
-        if name.endswith("lm_head") and self.fields.of_module(name) is not None:
-            return GroupEmbedding(self._source(name), self.options)
-        return UnquantizedEmbedding()
 
 
 class IntegerSource(Source):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import MISFIT, Part, ShardId, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.base import EmbeddingMethod, LinearShape, Options
 from executor.quantization.codes import Floats
 from executor.quantization.fields import FP8Fields, read
-from executor.quantization.groups import GroupLinear, PlainSource, Source
+from executor.quantization.groups import MakeSource, PlainSource, Source, SourceMethod
 from executor.quantization.packed import log_float_only
 from executor.quantization.unquantized import UnquantizedEmbedding
 
@@ -29,7 +29,7 @@ CACHE_SCALES = r"\.([qkv]|kv|prob)_(scale|zero_point)$|\.[qkv]_proj\.output_(sca
 """Scales of what attention reads."""
 
 
-class FP8(QuantizationConfig):
+class FP8(SourceMethod):
     """The method of models quantised by transformers, AutoFP8, DeepSeek or FBGEMM."""
 
     renames = ((r"\.weight_scale_inv$", ".weight_scale"),)
@@ -41,9 +41,8 @@ class FP8(QuantizationConfig):
         log_activations("FP8")
         log_float_only("fp8", options)
 
-    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        source = partial(FP8Source, self.fields.weight_block_size)
-        return GroupLinear([source if self.fields.has_module(name) else PlainSource for name in names], self.options)
+    def source(self, name: str) -> MakeSource:
+        return partial(FP8Source, self.fields.weight_block_size) if self.fields.has_module(name) else PlainSource
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         return UnquantizedEmbedding()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -11,24 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from executor.layers.parameter import Part, Parts, Range, ShardId, WeightParameter
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, QuantizationConfig
+from executor.quantization.base import EmbeddingMethod, LinearShape, Options
 from executor.quantization.codes import Groups
 from executor.quantization.fields import GPTQFields, read
-from executor.quantization.groups import GroupEmbedding, GroupLinear, PlainSource, Source
+from executor.quantization.groups import GroupEmbedding, MakeSource, PlainSource, Source, SourceMethod
 from executor.quantization.unquantized import UnquantizedEmbedding
 
 
-class GPTQ(QuantizationConfig):
+class GPTQ(SourceMethod):
     """The method of models quantised with GPTQ."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(GPTQFields, fields)
         self.options = options
 
-    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
-        own = [self.fields.of_module(name) for name in names]
-        sources = [PlainSource if each is None else partial(GPTQSource, each) for each in own]
-        return GroupLinear(sources, self.options)
+    def source(self, name: str) -> MakeSource:
+        fields = self.fields.of_module(name)
+        return PlainSource if fields is None else partial(GPTQSource, fields)
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         if self.fields.lm_head and name.endswith("lm_head"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 import ops
 from executor.input_batch import InputBatch
 from executor.layers.parameter import WeightParameter, Weights
-from executor.quantization.base import LinearShape, Options, TableShape
+from executor.quantization.base import (
+    EmbeddingMethod,
+    LinearMethod,
+    LinearShape,
+    Options,
+    QuantizationConfig,
+    TableShape,
+)
 from executor.quantization.codes import Floats, Groups, common_order, pack, with_kernels
 from executor.quantization.packed import (
     PackedEmbedding,
@@ -23,6 +31,7 @@ from executor.quantization.packed import (
     linear_bias,
     table_bias,
 )
+from executor.quantization.unquantized import UnquantizedEmbedding
 
 
 class Source(Weights):
@@ -135,3 +144,20 @@ class GroupEmbedding(PackedEmbedding[GroupWeights]):
         if weights.order is not None:
             hidden = ops.select_columns(hidden, weights.order)
         return super().logits(weights, hidden, batch)
+
+
+class SourceMethod(QuantizationConfig):
+    """A method that says of each module in what tensors it is stored."""
+
+    options: Options
+
+    @abstractmethod
+    def source(self, name: str) -> MakeSource:
+        """``PlainSource`` for a module that is not quantised."""
+
+    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        return GroupLinear([self.source(name) for name in names], self.options)
+
+    def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
+        source = self.source(name) if name.endswith("lm_head") else PlainSource
+        return UnquantizedEmbedding() if source is PlainSource else GroupEmbedding(source, self.options)

@@ -24,9 +24,11 @@ def written(
     module: Module,
     config: dict[str, Any],
     skip: Callable[[str], bool] = lambda name: False,
+    *,
+    has_head: bool = False,
     **fields: Any,
 ) -> tuple[Path, Path]:
-    """A quantised checkpoint, and one with the numbers that it stands for."""
+    """A quantised checkpoint, and one with the numbers that it stands for. ``has_head``: so is the output layer."""
     folder, plain = (
         tiny.copy_of(tiny.checkpoint("llama", **{**FIELDS, **fields}), tmp_path / name) for name in ("q", "p")
     )
@@ -36,7 +38,7 @@ def written(
     for name, tensor in load_file(folder / "model.safetensors").items():
         stored[name] = numbers[name] = tensor
         prefix = name.removesuffix(".weight")
-        if name.endswith("_proj.weight") and not skip(prefix):
+        if name.endswith("_proj.weight") and not skip(prefix) or has_head and prefix == "lm_head":
             columns = tensor.shape[1]
             order = orders.setdefault(columns, torch.randperm(columns, generator=generator))
             tensors, numbers[name] = module(stored.pop(name), config, order)

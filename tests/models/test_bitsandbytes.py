@@ -94,6 +94,10 @@ def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
     check(*written(tmp_path, eight_bits, {**INT8, "llm_int8_skip_modules": exceptions}, skips))
 
 
+def test_output_layers(tmp_path: Path) -> None:
+    check(*written(tmp_path, four_bits, config(llm_int8_skip_modules=[]), has_head=True))
+
+
 @pytest.mark.parametrize("module", [four_bits, eight_bits])
 def test_two_ranks(tmp_path: Path, module: Any) -> None:
     folder, plain = written(tmp_path, module, config() if module is four_bits else INT8)

@@ -159,6 +159,10 @@ def test_compressed_tensors(tmp_path: Path, name: str) -> None:
     check(folder, plain)
 
 
+def test_output_layers(tmp_path: Path) -> None:
+    check(*written(tmp_path, compressed_module, {**FLOATS["channel"], "ignore": []}, has_head=True))
+
+
 def modelopt_module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
     if config["quant_algo"] == "FP8":
         scales, each = fp8_scales(weight, "tensor")
