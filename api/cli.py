@@ -149,6 +149,32 @@ def _offline_parser(name: str) -> Parser:
     return parser
 
 
+def eval_parser() -> Parser:
+    """The flags of ``octavo eval-quant``."""
+    from api.commands import eval_quant
+
+    parser = model_parser("octavo eval-quant", eval_quant.DESCRIPTION, usage="[MODEL] TEXTFILE [flags]")
+    eval_quant.add_arguments(parser)
+    return parser
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """``octavo eval-quant``."""
+    from api.commands import eval_quant
+    from api.flags import ConfigError
+    from api.llm import LLM
+
+    given = eval_parser().parse(arguments, intermixed=True)
+    settings = {name: given.pop(name) for name in eval_quant.Settings.__dataclass_fields__ if name in given}
+    try:
+        base = option_values(given, os.environ)
+        return eval_quant.run(lambda values: LLM(**values), base, eval_quant.Settings(**settings))
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
     from api.commands import collect_env as environment
@@ -169,6 +195,7 @@ def completion(arguments: Sequence[str]) -> int:
         "bench serve": create_parser(),
         "bench latency": _offline_parser("latency"),
         "bench throughput": _offline_parser("throughput"),
+        "eval-quant": eval_parser(),
     }
     return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
 
@@ -208,13 +235,13 @@ def serve_parser() -> Parser:
     return model_parser("octavo serve", "Serve a model over the OpenAI API.")
 
 
-def model_parser(prog: str, description: str) -> Parser:
+def model_parser(prog: str, description: str, usage: str = "[MODEL] [flags]") -> Parser:
     """A command that loads a model: every option is a flag."""
     from api.config import GROUPS, ServerConfig
     from api.flags import Parser, add_arguments, options
     from api.vllm_options import add_foreign_arguments
 
-    parser = Parser(prog, description, usage="[MODEL] [flags]")
+    parser = Parser(prog, description, usage)
     parser.add_argument(
         "model_tag", nargs="?", metavar="MODEL", help="Hub id, folder or GGUF file; the same as --model."
     )
@@ -354,6 +381,7 @@ COMMANDS = {
     "complete": Command("complete [MODEL] [TEXT]", "complete text with a model", complete),
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "process an OpenAI batch file, without a server", batch),
     "bench": Command("bench BENCHMARK [flags]", "benchmark a server or a model (serve, latency, throughput)", bench),
+    "eval-quant": Command("eval-quant [MODEL] TEXTFILE", "compare formats of a model: loss, memory, speed", evaluate),
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }

@@ -188,6 +188,11 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take, in all workers together."""
+        return self._model.ready.weight_bytes
+
     def get_tokenizer(self) -> Tokenizer:
         return self._model.tokenizer
 

@@ -622,6 +622,7 @@ class EngineCore:
                 architecture=worker.architecture,
                 worker_pids=self.executor.worker_pids(),
                 hidden_size=self._hidden_size,
+                weight_bytes=sum(each.weight_bytes for each in self._ready.values()),
             )
         )
         early, self._early = self._early, {}

@@ -277,6 +277,8 @@ class EngineReady(Message, frozen=True):
     """Process ids by rank; empty if the workers have no separate processes."""
     hidden_size: int = 0
     """Size of pooled vectors. 0: the engine cannot pool."""
+    weight_bytes: int = 0
+    """Memory of the weights, of all workers together."""
 
 
 class SchedulerStats(Message, frozen=True):

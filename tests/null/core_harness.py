@@ -196,7 +196,7 @@ def worker_ready(
         rank=rank,
         free_bytes=num_blocks,
         total_bytes=num_blocks,
-        weight_bytes=0,
+        weight_bytes=1000,
         default_kv_bytes=num_blocks,
         kv_cache_groups=groups,
         max_model_len=MAX_LEN,

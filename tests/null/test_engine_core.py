@@ -72,6 +72,7 @@ def test_requests_are_served(depth: int) -> None:
     harness.run_to_the_end()
     (ready,) = harness.messages(EngineReady)
     assert (ready.max_model_len, ready.vocab_size, ready.num_kv_blocks) == (MAX_LEN, VOCAB, NUM_BLOCKS)
+    assert ready.weight_bytes == 1000 * harness.executor.num_ranks
     assert harness.outputs == {index: expected(prompt) for index, prompt in enumerate(prompts(9))}
     assert harness.stats.num_running_reqs == 0 and harness.stats.kv_cache_usage == 0
 
