@@ -175,6 +175,23 @@ def evaluate(arguments: Sequence[str]) -> int:
         return _fail("interrupted", 130)
 
 
+def imatrix(arguments: Sequence[str]) -> int:
+    """``octavo imatrix``."""
+    from api.commands import imatrix as command
+    from api.errors import ModelFileError
+    from api.flags import ConfigError
+    from engine_core.messages import EXIT_MODEL
+
+    try:
+        return command.main(arguments)
+    except ModelFileError as error:
+        return _fail(str(error), EXIT_MODEL)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
     from api.commands import collect_env as environment
@@ -185,6 +202,7 @@ def collect_env(arguments: Sequence[str]) -> int:
 def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
     from api.commands import completion, talk
+    from api.commands import imatrix as imatrix_command
     from api.commands.bench.options import create_parser
 
     parsers = {
@@ -196,6 +214,7 @@ def completion(arguments: Sequence[str]) -> int:
         "bench latency": _offline_parser("latency"),
         "bench throughput": _offline_parser("throughput"),
         "eval-quant": eval_parser(),
+        "imatrix": imatrix_command.create_parser(),
     }
     return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
 
@@ -382,6 +401,7 @@ COMMANDS = {
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "process an OpenAI batch file, without a server", batch),
     "bench": Command("bench BENCHMARK [flags]", "benchmark a server or a model (serve, latency, throughput)", bench),
     "eval-quant": Command("eval-quant [MODEL] TEXTFILE", "compare formats of a model: loss, memory, speed", evaluate),
+    "imatrix": Command("imatrix [MODEL] TEXTFILE", "measure a model on a text, for --quantization int4", imatrix),
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }

@@ -86,6 +86,7 @@ class LLMOptions(TypedDict, total=False):
     dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
     quantization: str | None
     quantized_activations: Literal["auto", "float", "int8"]
+    imatrix: str
     max_model_len: int | str | None
     hf_overrides: dict[str, object]
     load_format: Literal[

@@ -114,6 +114,13 @@ class ModelConfig(Config, frozen=True):
             "for 8 bits per token; int8 for GGUF files, float with --dtype float32."
         ),
     ] = "auto"
+    imatrix: Annotated[
+        str,
+        Meta(
+            description="File that says how important each column of the weights is, for --quantization int4; "
+            "octavo imatrix makes it."
+        ),
+    ] = ""
     max_model_len: Annotated[
         Annotated[int, Meta(ge=-1)] | None,
         Meta(

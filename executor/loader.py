@@ -92,7 +92,9 @@ def load_model(
         dtype=choose_dtype(config, hf_config),
         device=device,
         quantization=choose_quantization(
-            config.quantization, hf_config.quantization, Options(config.quantized_activations, device.type)
+            config.quantization,
+            hf_config.quantization,
+            Options(config.quantized_activations, device.type, config.imatrix),
         ),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),

@@ -4,6 +4,7 @@
     python scripts/bench_load.py --model folder                  # or a GGUF file
     python scripts/bench_load.py --shape 1b                      # writes a checkpoint with random weights first
     python scripts/bench_load.py --shape 1b --load-format dummy  # random weights without a file
+    python scripts/bench_load.py --shape 1b --quantization int4  # quantised while it is loaded
 
 Before each reading and each loading, the files are dropped from the page cache. ``read`` is the rate of plain reads,
 with one thread or as many as there are cores, whichever is faster; ``loaded`` the rate at which bytes of the files
@@ -84,9 +85,11 @@ class PeakAnonymous(threading.Thread):
         return max(self.peak, anonymous_bytes()) - self.base
 
 
-def load(model: str, dtype: str, load_format: str) -> Loaded:
+def load(model: str, options: argparse.Namespace) -> Loaded:
     """Loads a model from a cold disk in this process."""
-    config = msgspec.convert({"model": model, "dtype": dtype, "load_format": load_format}, ModelConfig)
+    load_format = options.load_format
+    given = {"dtype": options.dtype, "load_format": load_format, "quantization": options.quantization}
+    config = msgspec.convert({"model": model, **given}, ModelConfig)
     if model.endswith(".gguf"):
         config = replace(config, gguf=read_gguf(model).header())
     torch.set_grad_enabled(False)
@@ -208,6 +211,8 @@ def load_apart(model: str, options: argparse.Namespace) -> Loaded:
     """
     command = [sys.executable, __file__, "--model", model, "--dtype", options.dtype, "--once"]
     command += ["--load-format", options.load_format]
+    if options.quantization:
+        command += ["--quantization", options.quantization]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -244,6 +249,7 @@ def main() -> int:
     add("--shape", choices=SHAPES, help="a model with random weights instead")
     add("--load-format", default="auto", help="as in octavo serve")
     add("--dtype", default="auto", help="as in octavo serve")
+    add("--quantization", help="as in octavo serve")
     add("--runs", type=int, default=3)
     add("--dir", help="where --shape writes its files (default: the temporary folder)")
     add("--once", action="store_true", help=argparse.SUPPRESS)
@@ -251,7 +257,7 @@ def main() -> int:
     if bool(options.model) == bool(options.shape):
         parser.error("give --model or --shape")
     if options.once:
-        print(json.dumps(asdict(load(options.model, options.dtype, options.load_format))))
+        print(json.dumps(asdict(load(options.model, options))))
         return 0
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         model = options.model or folder

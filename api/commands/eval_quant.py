@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ DTYPES = {
 """Formats of weights that are not quantised."""
 AUTO = "auto"
 """The format of the model's files."""
+USES_IMATRIX = ("int4",)
 TOP = 64
 """Tokens at each position of which the probabilities are compared."""
 WINDOWS_AT_ONCE = 16
@@ -136,6 +137,14 @@ def row_options(row: str) -> dict[str, Any]:
     return options if name == AUTO else {"quantization": name, **options}
 
 
+def engine_options(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a format's engine."""
+    values = {**base, "max_logprobs": TOP, "enable_prefix_caching": False, **row}
+    if values.get("quantization") not in USES_IMATRIX:
+        values.pop("imatrix", None)
+    return values
+
+
 def read_texts(file: str) -> list[str]:
     """The texts of a file: all of it, or one for each line of JSONL.
 
@@ -166,12 +175,12 @@ def _lines(content: str) -> Iterator[str]:
             raise ValueError(f"line {number}: expected text, or question and answer, or prompt and completion")
 
 
-def windows(texts: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
+def windows(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, window: int) -> list[list[int]]:
     """Token ids of pieces of the texts, each with the tokens that the tokenizer puts before a text."""
     num_before, _ = tokenizer.added_around(True)
     before = tokenizer.encode(texts[0])[:num_before]
-    room = max(1, settings.window - len(before))
-    left = settings.max_tokens or sys.maxsize
+    room = max(1, window - len(before))
+    left = max_tokens or sys.maxsize
     pieces = []
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)[:left]
@@ -212,7 +221,7 @@ def decode_speed(engine: Engine, prompt: Sequence[int]) -> float:
         (output,) = engine.generate([{"prompt_token_ids": list(prompt)}], params, use_tqdm=False)
         seconds = output.metrics.last_token_ts - output.metrics.first_token_ts
         speeds.append((output.metrics.num_generation_tokens - 1) / max(seconds, 1e-9))
-    return median(speeds)
+    return float(median(speeds))
 
 
 class Comparison:
@@ -234,7 +243,7 @@ class Comparison:
         """
         tokenizer = engine.get_tokenizer()
         if not self._reference:
-            self._pieces = windows(self.texts, tokenizer, self.settings)
+            self._pieces = windows(self.texts, tokenizer, self.settings.max_tokens, self.settings.window)
             self._vocab_size = tokenizer.vocab_size
         elif tokenizer.vocab_size != self._vocab_size:
             raise ConfigError(
@@ -292,7 +301,7 @@ def run(make_engine: MakeEngine, base: Mapping[str, Any], settings: Settings) ->
     Raises:
         ConfigError: A setting is invalid.
     """
-    if settings.plot and importlib.util.find_spec("matplotlib") is None:
+    if settings.plot and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib")
     rows = {name: row_options(name) for name in settings.formats.split(",")}
     comparison = Comparison(settings)
@@ -300,7 +309,7 @@ def run(make_engine: MakeEngine, base: Mapping[str, Any], settings: Settings) ->
     print(HEADER, flush=True)
     for name, options in rows.items():
         try:
-            with make_engine({**base, "max_logprobs": TOP, "enable_prefix_caching": False, **options}) as engine:
+            with make_engine(engine_options(base, options)) as engine:
                 print(line(comparison.measure(name, engine)), flush=True)
         except (ConfigError, EngineDeadError, ModelFileError, ValueError) as error:
             print(f"octavo: {name}: {error}", file=sys.stderr)

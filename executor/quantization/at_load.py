@@ -1,5 +1,6 @@
 """Quantises the weights of a model while they are loaded: ``--quantization int8``, ``int4`` and ``fp8``.
 
+``--imatrix`` says how large the inputs of each column are, so that 4 bits lose less where it matters.
 Each checkpoint tensor is quantised as it is read, and a table is packed piece by piece, so that memory never holds the
 weights in another form.
 """
@@ -11,9 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ops
+from executor.base import ModelError
 from executor.layers.parameter import Part, Parts, ShardId, WeightParameter, single
 from executor.quantization.base import (
     EmbeddingMethod,
@@ -45,6 +49,10 @@ PIECES = 16
 UNIT = 32
 
 
+LEAST_IMPORTANCE = 1e-4
+"""Of a column, against the mean: one without activations in the calibration may have some later."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights are written."""
@@ -52,9 +60,10 @@ class Scheme:
     encoding: Encoding
     group_bytes: int
     """What a group has beside its codes."""
-    quantize: Callable[[Tensor], Sequence[Tensor]]
-    """Takes float32 [rows, groups, 32]. Returns the codes, uint8 of the same shape, and the fields of the groups, each
-    [rows, groups], in the order of the encoding."""
+    quantize: Callable[[Tensor, Tensor | None], Sequence[Tensor]]
+    """Takes float32 [rows, groups, 32], and the positive importance of errors [groups, 32] where it is known. Returns
+    the codes, uint8 of the shape of the numbers, and the fields of the groups, each [rows, groups], in the order of the
+    encoding."""
     is_float: bool = False
     """Numbers are floating-point, a row is one group, and activations stay in floating point."""
 
@@ -66,7 +75,7 @@ class Scheme:
         return replace(self.encoding, group_size=self.group_size(columns))
 
 
-def nearest_int8(groups: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_int8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """8 bits, counting from 128, rounded to the nearest."""
     scales = (groups.abs().amax(-1) / 127).half()
     codes = (groups / _divisors(scales)).round_().clamp_(-127, 127).add_(128)
@@ -77,24 +86,29 @@ SHRINKS = (1.0, 0.9, 0.8)
 """Shares of a group's range that 4 bits may cover."""
 
 
-def best_int4(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """4 bits with a minimum: of several ranges for each group, the one with the smallest squared error.
 
-    Scale and minimum are fitted to the codes of each by least squares.
+    Scale and minimum are fitted to the codes of each by least squares. ``importance`` weighs the errors.
     """
+    share_of = None if importance is None else importance / importance.sum(-1, keepdim=True)
+
+    def average(numbers: Tensor) -> Tensor:
+        return numbers.mean(-1, keepdim=True) if share_of is None else (numbers * share_of).sum(-1, keepdim=True)
+
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    mean = groups.mean(-1, keepdim=True)
+    mean = average(groups)
     least = torch.full_like(low, torch.inf)
     best, scales, minimums = torch.zeros_like(groups), torch.zeros_like(low), mean.clone()
     for share in SHRINKS:
         start, width = (low + high - share * (high - low)) / 2, share * (high - low) / 15
         codes = ((groups - start) / torch.where(width > 0, width, 1)).round_().clamp_(0, 15)
-        code_mean = codes.mean(-1, keepdim=True)
+        code_mean = average(codes)
         centred = codes - code_mean
-        spread = centred.square().sum(-1, keepdim=True)
-        scale = (centred * groups).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1)
+        spread = average(centred.square())
+        scale = average(centred * groups) / torch.where(spread > 0, spread, 1)
         minimum = mean - scale * code_mean
-        error = (codes * scale + minimum).sub_(groups).square_().sum(-1, keepdim=True)
+        error = average((codes * scale + minimum).sub_(groups).square_())
         is_better = error < least
         least = torch.where(is_better, error, least)
         best = torch.where(is_better, codes, best)
@@ -102,11 +116,29 @@ def best_int4(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
 
 
-def nearest_fp8(groups: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_fp8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """8 bits (E4M3), rounded to the nearest."""
     scales = groups.abs().amax(-1) / torch.finfo(torch.float8_e4m3fn).max
     codes = (groups / _divisors(scales)).to(torch.float8_e4m3fn)
     return codes.view(torch.uint8), scales
+
+
+def read_imatrix(file: str) -> dict[str, Tensor]:
+    """The importance of the columns of each module, as ``octavo imatrix`` writes it: float32, positive, about 1.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"--imatrix {file}: {error}; octavo imatrix makes such files") from None
+    return {name: _importance(squares.float().flatten()) for name, squares in tensors.items()}
+
+
+def _importance(squares: Tensor) -> Tensor:
+    relative = squares / squares.mean().clamp_min(1e-30)
+    return relative.nan_to_num(1, 1, 1).clamp_min(LEAST_IMPORTANCE)
 
 
 def _divisors(scales: Tensor) -> Tensor:
@@ -139,6 +171,18 @@ class Int4(Int8):
 
     scheme = INT4
 
+    def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
+        super().__init__(fields, options)
+        self.importance = read_imatrix(options.imatrix) if options.imatrix else None
+
+    def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        if self.importance is None:
+            return super().linear_method(names)
+        found = next((self.importance[name] for name in names if name in self.importance), None)
+        if found is None:
+            raise ModelError(f"--imatrix {self.options.imatrix} has no {names[0]}; make it from this model")
+        return QuantizingLinear(self.scheme, self.options, found)
+
 
 class FP8(Int8):
     """8-bit floating-point numbers with a scale for each row. Tables have integers, which are closer."""
@@ -159,19 +203,26 @@ class QuantizingParameter(WeightParameter):
 
     scheme: Scheme
     columns: int
+    importance: Tensor | None
+    """Of the checkpoint's columns, float32."""
 
     @classmethod
-    def of(cls, scheme: Scheme, parts: Parts, columns: Part, device: torch.device) -> QuantizingParameter:
+    def of(
+        cls, scheme: Scheme, parts: Parts, columns: Part, device: torch.device, importance: Tensor | None = None
+    ) -> QuantizingParameter:
         """Uninitialised.
 
         Raises:
-            ValueError: The columns are not whole groups.
+            ValueError: The columns are not whole groups, or not those of ``importance``.
         """
         groups = Part.whole(1) if scheme.is_float else columns.in_units_of(GROUP)
+        if importance is not None and len(importance) != columns.full:
+            raise ValueError(f"--imatrix has {len(importance)} columns, not {columns.full}; make it from this model")
         rows = max(part.end for part, _ in parts.values())
         row_bytes = columns.size + groups.size * scheme.group_bytes
         parameter = cls.empty(single(Part.whole(rows), Part.whole(row_bytes)), dtype=torch.uint8, device=device)
         parameter.parts, parameter.columns, parameter.scheme = parts, columns.size, scheme
+        parameter.importance = importance
         return parameter
 
     @property
@@ -181,7 +232,8 @@ class QuantizingParameter(WeightParameter):
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         for source, (rows, columns) in self.shares(tensor, shard_id):
             assert columns.size == self.columns, "only rows are merged"
-            quantize(source, self.data[rows.offset : rows.offset + rows.size], self.scheme)
+            importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
+            quantize(source, self.data[rows.offset : rows.offset + rows.size], self.scheme, importance)
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)
@@ -194,19 +246,21 @@ class QuantizingParameter(WeightParameter):
         self.data[:, end:].view(torch.float16).fill_(-0.05 * 8 / 127)
 
 
-def quantize(source: Tensor, target: Tensor, scheme: Scheme) -> None:
+def quantize(source: Tensor, target: Tensor, scheme: Scheme, importance: Tensor | None = None) -> None:
     """Quantises rows.
 
     Args:
         source: [rows, columns] of any floating-point type.
         target: uint8 [rows, bytes of a row].
         scheme: How they are written.
+        importance: [columns], positive: what an error of a column counts.
     """
     columns = source.shape[1]
+    weights = None if importance is None else importance.unflatten(0, (-1, GROUP))
     step = max(1, NUMBERS // columns)
     for first in range(0, len(source), step):
         groups = source[first : first + step].float().unflatten(1, (-1, scheme.group_size(columns)))
-        codes, *fields = scheme.quantize(groups)
+        codes, *fields = scheme.quantize(groups, weights)
         parts = [codes.flatten(1), *(field.contiguous().view(torch.uint8) for field in fields)]
         torch.cat(parts, dim=1, out=target[first : first + step])
 
@@ -260,15 +314,16 @@ class QuantizingWeights(PackedWeights):
 
 
 class QuantizingLinear(PackedLinear[PackedWeights]):
-    def __init__(self, scheme: Scheme, options: Options) -> None:
+    def __init__(self, scheme: Scheme, options: Options, importance: Tensor | None = None) -> None:
         self.scheme = scheme
         self.options = options
+        self.importance = importance
 
     def create(self, shape: LinearShape) -> PackedWeights:
         if shape.input.size % GROUP and not self.scheme.is_float:
             return UnquantizedLinear().create(shape)
         parts = {shard_id: (rows, shape.input) for shard_id, rows in shape.outputs.items()}
-        weight = QuantizingParameter.of(self.scheme, parts, shape.input, shape.device)
+        weight = QuantizingParameter.of(self.scheme, parts, shape.input, shape.device, self.importance)
         weights = QuantizingWeights(weight, shape.dtype, self.options, shape.paired)
         weights.bias = linear_bias(shape)
         return weights

@@ -99,6 +99,8 @@ class Options:
     """``--quantized-activations``."""
     device_type: str = "cpu"
     """As torch names it."""
+    imatrix: str = ""
+    """``--imatrix``: the file with the importance of columns."""
     dequantize: bool = False
     """Quantised weights of the checkpoint are converted to the dtype of the activations while they are loaded."""
 
@@ -164,6 +166,8 @@ def choose_quantization(
         ModelError: The method is not supported, or the two contradict each other.
     """
     method = quantization_name(name, fields)
+    if options.imatrix and method != "int4":
+        raise ModelError("--imatrix is used by --quantization int4 alone; leave it out")
     registry = AT_LOAD if fields is None and method in AT_LOAD else REGISTRY
     factory: type[QuantizationConfig] = resolve(registry, method, "quantization")
     return factory(fields or {}, replace(options, dequantize=name in NO_QUANTIZATION))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import ops
 from executor.base import ModelError
+from executor.imatrix import load as load_plain
+from executor.imatrix import measure
 from executor.parallel import ParallelState
 from executor.quantization.at_load import QuantizingWeights, best_int4
 from executor.quantization.packed import PackedWeights
@@ -184,6 +186,45 @@ def test_int4(tmp_path: Path) -> None:
     assert 0 < drift < 0.4 * expected.std()
     assert torch.equal(logits_of(loaded, random_tokens(40), captured=True), logits_of(loaded, random_tokens(40)))
     assert loaded.weight_bytes < load(folder, quantization="int8").weight_bytes < plain.weight_bytes / 3
+
+
+def test_int4_with_an_importance_matrix(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("llama", **FIELDS, tied=True)
+    model = load_plain(folder, "float32")
+    inputs: list[Tensor] = []
+    gate = model.get_submodule("model.layers.1.mlp.up_proj")
+    gate.register_forward_hook(lambda _, given, result: inputs.append(given[0].flatten(0, -2)))
+    with torch.no_grad():
+        found = measure(model, [random_tokens(9), random_tokens(17)])
+    assert_close(found["model.layers.1.mlp.up_proj"], torch.cat(inputs).square().mean(0))
+    file = tmp_path / "imatrix.safetensors"
+    save_file(found, file)
+    tokens = random_tokens(40)
+    plain = logits_of(load(folder, quantization="int4"), tokens)
+    int4 = logits_of(load(folder, quantization="int4", imatrix=str(file)), tokens)
+    expected = logits_of(load(folder), tokens)
+    assert not torch.equal(plain, int4) and (int4 - expected).std() < 0.4 * expected.std()
+    refused = refusal(folder, quantization="int8", imatrix=str(file))
+    assert refused == "--imatrix is used by --quantization int4 alone; leave it out"
+    save_file({"model.layers.0.self_attn.q_proj": torch.ones(5)}, file)
+    assert "--imatrix has 5 columns, not" in refusal(folder, quantization="int4", imatrix=str(file))
+    save_file({"x": torch.ones(5)}, file)
+    assert "has no model.layers.0.self_attn.q_proj; make it from" in refusal(
+        folder, quantization="int4", imatrix=str(file)
+    )
+    file.write_bytes(b"x")
+    assert "octavo imatrix makes such files" in refusal(folder, quantization="int4", imatrix=str(file))
+
+
+def test_importance_decides_which_errors_are_small() -> None:
+    groups = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) ** 4 + 1e-4
+
+    def errors(weights: Tensor | None) -> Tensor:
+        codes, scales, minimums = best_int4(groups, weights)
+        return ((codes * scales[..., None] + minimums[..., None] - groups).square() * importance).sum()
+
+    assert errors(importance) < 0.85 * errors(None)
 
 
 def test_int8_of_a_plain_gguf_file() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from api.commands import eval_quant
-from api.commands.eval_quant import Settings, divergence, read_texts, row_options, run, windows
+from api.commands.eval_quant import Settings, divergence, engine_options, read_texts, row_options, run, windows
 from api.errors import EngineDeadError
 from api.flags import ConfigError
 from api.model.tokenizer import Tokenizer
@@ -100,6 +100,12 @@ def test_rows() -> None:
         row_options("")
 
 
+def test_only_int4_uses_an_imatrix() -> None:
+    base = {"imatrix": "file", "seed": 1}
+    assert engine_options(base, row_options("int4"))["imatrix"] == "file"
+    assert "imatrix" not in engine_options(base, row_options("int8")) and base["imatrix"] == "file"
+
+
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\n\n{"question": "two", "answer": "three"}\n')
@@ -116,15 +122,14 @@ def test_windows() -> None:
     text = "abcdefgh" * 4
     count = len(tokenizer.encode(text, add_special_tokens=False))
     before, _ = tokenizer.added_around(True)
-    settings = Settings(text_file="", window=5 + before, max_tokens=0)
-    pieces = windows([text, text], tokenizer, settings)
+    pieces = windows([text, text], tokenizer, 0, 5 + before)
     assert sum(len(piece) - before for piece in pieces) >= 2 * count - 2 and max(map(len, pieces)) == 5 + before
-    few = windows([text, text], tokenizer, Settings(text_file="", max_tokens=7))
+    few = windows([text, text], tokenizer, 7, 100)
     assert sum(len(piece) - before for piece in few) == 7
 
 
 def test_a_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval_quant.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(eval_quant, "find_spec", lambda name: None)
     settings = Settings(text_file="x", plot="x.png")
     with pytest.raises(ConfigError, match="--plot needs matplotlib: pip install matplotlib"):
         run(make, {}, settings)
