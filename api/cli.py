@@ -192,6 +192,26 @@ def imatrix(arguments: Sequence[str]) -> int:
         return _fail("interrupted", 130)
 
 
+def quantize(arguments: Sequence[str]) -> int:
+    """``octavo quantize``."""
+    from api.commands import quantize as command
+    from api.errors import ModelFileError
+    from api.flags import ConfigError
+    from engine_core.messages import EXIT_MODEL
+
+    def compare(model: str, other: str, text: str) -> int:
+        return evaluate([model, text, "--formats", f"bf16,{other}"])
+
+    try:
+        return command.main(arguments, compare)
+    except ModelFileError as error:
+        return _fail(str(error), EXIT_MODEL)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
     from api.commands import collect_env as environment
@@ -203,6 +223,7 @@ def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
     from api.commands import completion, talk
     from api.commands import imatrix as imatrix_command
+    from api.commands import quantize as quantize_command
     from api.commands.bench.options import create_parser
 
     parsers = {
@@ -215,6 +236,7 @@ def completion(arguments: Sequence[str]) -> int:
         "bench throughput": _offline_parser("throughput"),
         "eval-quant": eval_parser(),
         "imatrix": imatrix_command.create_parser(),
+        "quantize": quantize_command.create_parser(),
     }
     return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
 
@@ -402,6 +424,7 @@ COMMANDS = {
     "bench": Command("bench BENCHMARK [flags]", "benchmark a server or a model (serve, latency, throughput)", bench),
     "eval-quant": Command("eval-quant [MODEL] TEXTFILE", "compare formats of a model: loss, memory, speed", evaluate),
     "imatrix": Command("imatrix [MODEL] TEXTFILE", "measure a model on a text, for --quantization int4", imatrix),
+    "quantize": Command("quantize [MODEL] -o PATH", "write a quantised model", quantize),
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }

@@ -1,0 +1,63 @@
+"""``octavo quantize``: the GGUF files that it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader
+
+from api.commands import quantize
+from api.commands.quantize import Settings, check, write_gguf
+from api.flags import ConfigError
+from tests import tiny
+
+
+def tensors_of(file: Path) -> dict[str, tuple[GGMLQuantizationType, npt.NDArray[np.float32]]]:
+    return {
+        each.name: (each.tensor_type, gguf.dequantize(each.data, each.tensor_type)) for each in GGUFReader(file).tensors
+    }
+
+
+@pytest.mark.parametrize("scheme", ["Q4_0", "Q8_0"])
+def test_a_gguf_file(scheme: str, tmp_path: Path) -> None:
+    source = Path(tiny.gguf_file(tiny.checkpoint("llama", hidden_size=64), GGMLQuantizationType.F16).path)
+    target = tmp_path / "small.gguf"
+    write_gguf(source, target, scheme)
+    before, after = tensors_of(source), tensors_of(target)
+    assert before.keys() == after.keys() and list(tmp_path.iterdir()) == [target]
+    fields, new = GGUFReader(source).fields, GGUFReader(target).fields
+    assert fields.keys() <= new.keys() | {"general.file_type"}
+    assert fields["tokenizer.ggml.tokens"].contents() == new["tokenizer.ggml.tokens"].contents()
+    assert new["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{scheme}"]
+    for name, (kind, values) in after.items():
+        if values.ndim == 1:
+            assert kind == before[name][0] and np.array_equal(values, before[name][1])
+            continue
+        assert kind.name == ("Q8_0" if name in quantize.TABLES else scheme), name
+        error = np.abs(values - before[name][1]).max()
+        assert error <= np.abs(before[name][1]).max() / (7 if kind.name == "Q4_0" else 200)
+    with pytest.raises(ConfigError, match=rf"is quantised already \({scheme}|Q8_0\); give an F16 or BF16 file"):
+        write_gguf(target, tmp_path / "again.gguf", scheme)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output": "x", "scheme": "Q4_0"}, "--output of --scheme Q4_0 is a .gguf file"),
+        ({"output": "x.gguf", "scheme": "W4A16"}, "--output of --scheme W4A16 is a folder"),
+        ({"output": "x.gguf", "scheme": "Q4_0", "method": "gptq"}, "--method gptq does not write GGUF files"),
+        ({"output": "x", "scheme": "W4A16", "method": "awq"}, "--method awq needs --calibration FILE"),
+        ({"output": "x", "scheme": "W8A8"}, "--scheme W8A8 needs --calibration FILE"),
+        ({"output": "x", "scheme": "FP8_DYNAMIC"}, "needs llmcompressor: pip install llmcompressor"),
+        ({"output": ".", "scheme": "Q4_0"}, "--output . exists already"),
+    ],
+)
+def test_refused(settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(Settings(**settings))
