@@ -42,7 +42,7 @@ from ops.packed import Encoding, QuantizedWeight, Segment
 
 GROUP = 32
 """Columns that share a scale."""
-NUMBERS = 1 << 18
+NUMBERS = 1 << 16
 """Numbers quantised at a time: few enough for a core's cache."""
 PIECES = 16
 """Pieces in which a table is packed, of whole units of rows of the kernels."""
@@ -84,6 +84,8 @@ def nearest_int8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tens
 
 SHRINKS = (1.0, 0.9, 0.8)
 """Shares of a group's range that 4 bits may cover."""
+FLAT = 1e-6
+"""Variance of codes that are all the same, but for rounding."""
 
 
 def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,29 +93,36 @@ def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor,
 
     Scale and minimum are fitted to the codes of each by least squares. ``importance`` weighs the errors.
     """
-    share_of = None if importance is None else importance / importance.sum(-1, keepdim=True)
+    ones = torch.ones(GROUP)
+    weights = None if importance is None else importance / importance.sum(-1, keepdim=True)
 
-    def average(numbers: Tensor) -> Tensor:
-        return numbers.mean(-1, keepdim=True) if share_of is None else (numbers * share_of).sum(-1, keepdim=True)
+    def mean_of(numbers: Tensor) -> Tensor:
+        sums = numbers @ ones / GROUP if weights is None else (numbers * weights) @ ones
+        return sums[..., None]
 
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    mean = average(groups)
-    least = torch.full_like(low, torch.inf)
-    best, scales, minimums = torch.zeros_like(groups), torch.zeros_like(low), mean.clone()
+    mean = mean_of(groups)
+    centred = groups - mean
+    scales, minimums = torch.zeros_like(low), mean.clone()
+    starts, factors, most = low.clone(), torch.zeros_like(low), torch.full_like(low, -torch.inf)
     for share in SHRINKS:
         start, width = (low + high - share * (high - low)) / 2, share * (high - low) / 15
-        codes = ((groups - start) / torch.where(width > 0, width, 1)).round_().clamp_(0, 15)
-        code_mean = average(codes)
-        centred = codes - code_mean
-        spread = average(centred.square())
-        scale = average(centred * groups) / torch.where(spread > 0, spread, 1)
-        minimum = mean - scale * code_mean
-        error = average((codes * scale + minimum).sub_(groups).square_())
-        is_better = error < least
-        least = torch.where(is_better, error, least)
-        best = torch.where(is_better, codes, best)
-        scales, minimums = torch.where(is_better, scale, scales), torch.where(is_better, minimum, minimums)
-    return best.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
+        factor = torch.where(width > 0, 1 / width, 0)
+        codes = ((groups - start).mul_(factor)).round_().clamp_(0, 15)
+        code_mean = mean_of(codes)
+        covariance = mean_of(codes * centred)
+        variance = mean_of(codes.square_()) - code_mean.square()
+        scale = covariance / torch.where(variance > FLAT, variance, 1)
+        explained = scale * covariance  # the least squared error is the variance of the numbers without it
+        is_better = explained > most
+        most = torch.where(is_better, explained, most)
+        scales, minimums = (
+            torch.where(is_better, scale, scales),
+            torch.where(is_better, mean - scale * code_mean, minimums),
+        )
+        starts, factors = torch.where(is_better, start, starts), torch.where(is_better, factor, factors)
+    codes = ((groups - starts).mul_(factors)).round_().clamp_(0, 15)
+    return codes.to(torch.uint8), scales.squeeze(-1).half(), minimums.squeeze(-1).half()
 
 
 def nearest_fp8(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

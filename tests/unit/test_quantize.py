@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_gguf_file(scheme: str, tmp_path: Path) -> None:
         ({"output": ".", "scheme": "Q4_0"}, "--output . exists already"),
     ],
 )
-def test_refused(settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused(settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape(message)):
         check(Settings(**settings))
