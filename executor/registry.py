@@ -5,8 +5,10 @@ The names are known without importing the implementations.
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -25,3 +27,19 @@ def resolve(registry: Mapping[str, str], name: str, what: str) -> Any:
         raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(sorted(registry))}")
     module, _, attribute = registry[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+_KIND = re.compile(r"(forcausallm|lmheadmodel|forconditionalgeneration)$")
+
+
+def advice(name: str, known: Iterable[str]) -> str:
+    """What to choose instead of an architecture that is not supported: the closest names, and where all are listed."""
+    stems = {_stem(each): each for each in known}
+    closest = difflib.get_close_matches(_stem(name[:100]), stems, n=3, cutoff=0.65)
+    names = f"the closest: {', '.join(map(stems.__getitem__, closest))}; " if closest else ""
+    return f"{names}README.md lists all, under Models"
+
+
+def _stem(architecture: str) -> str:
+    """The part of a name in which architectures differ."""
+    return _KIND.sub("", architecture.lower())

@@ -12,6 +12,7 @@ from executor.language_part import language_fields
 from executor.models.catalog import CATALOG
 from executor.models.registry import implementation
 from executor.quantization.base import quantization_name
+from executor.registry import advice
 
 GGUF_ARCHITECTURES = tuple(sorted({name for entry in CATALOG for name in entry.gguf}))
 """The keys of ``ARCHITECTURES`` in ``gguf_architectures.py``, which needs torch."""
@@ -43,8 +44,12 @@ def check_gguf_architecture(architecture: str) -> None:
         ModelError: It is not supported.
     """
     if architecture not in GGUF_ARCHITECTURES:
-        supported = ", ".join(GGUF_ARCHITECTURES)
-        raise ModelError(f"architecture {architecture!r} is not supported yet; choose a file with one of: {supported}")
+        shown = architecture if len(architecture) <= 100 else f"{architecture[:100]}..."
+        raise ModelError(
+            f"architecture {shown!r} is not supported yet in GGUF files; choose a file of another one "
+            f"({advice(architecture, GGUF_ARCHITECTURES)}), or the model in safetensors format, which may run through "
+            "transformers (--model-impl)"
+        )
 
 
 def check_supported(

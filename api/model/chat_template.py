@@ -355,9 +355,10 @@ class _Template:
         except (TemplateError, BeyondBoundsError, MemoryError):
             raise  # MemoryError occurs only in a helper process, which reports its limit
         except Exception as error:  # an expression in a template may raise anything
-            if self._is_bounded and isinstance(error, (RecursionError, SecurityError)):
+            is_broken = isinstance(error, (RecursionError, SecurityError))  # whatever the conversation
+            if self._is_bounded and is_broken:
                 raise BeyondBoundsError from error
-            raise TemplateError(f"chat template: {_describe(error)}") from error
+            raise (BrokenTemplateError if is_broken else TemplateError)(f"chat template: {_describe(error)}") from error
         return "".join(pieces)
 
 

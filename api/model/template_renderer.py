@@ -153,7 +153,12 @@ def render_job(data: bytes) -> bytes:
         )
     except TemplateError as error:
         return _BROKEN + str(error).encode(errors="replace")
-    text = render_inline(template, rendering.messages, rendering.content_format, rendering.options, rendering.variables)
+    try:
+        text = render_inline(
+            template, rendering.messages, rendering.content_format, rendering.options, rendering.variables
+        )
+    except BrokenTemplateError as error:
+        return _BROKEN + str(error).encode(errors="replace")
     return _TEXT + text.encode(errors="surrogatepass")
 
 

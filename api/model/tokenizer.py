@@ -93,7 +93,7 @@ class TokenDecoding:
 
     def text_or_byte(self, token: str) -> str | int:
         """The text of a token, or the byte it stands for (``byte_fallback`` only)."""
-        match = _BYTE_TOKEN.fullmatch(token)
+        match = _BYTE_TOKEN.fullmatch(token) if token.startswith("<0x") else None
         if match is not None:
             return int(match[1], 16)
         for old, new in self.replacements:
@@ -151,7 +151,9 @@ class Tokenizer:
         chat_template: str | dict[str, str] | None = None,
         model_max_length: int | None = None,
         config: Mapping[str, Any] | None = None,
+        vocabulary: Mapping[str, int] | None = None,
     ) -> None:
+        """Wraps a backend. ``vocabulary``: all its tokens with their ids, if known, since getting them is slow."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -170,7 +172,7 @@ class Tokenizer:
             token_id for token_id, token in added.items() if self._is_skipped(token_id, token)
         )
         self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
-        vocab = backend.get_vocab(with_added_tokens=True)
+        vocab = vocabulary or backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self._longest_token = max(map(len, vocab), default=1)
         self._token_bytes = _TokenBytes(self)
@@ -233,6 +235,7 @@ class Tokenizer:
             special_tokens_map=converted.special_tokens_map,
             eos_token_ids=converted.eos_token_ids,
             chat_template=converted.chat_template,
+            vocabulary=converted.vocabulary,
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

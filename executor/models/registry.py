@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.base import ModelError
 from executor.models.fallback.support import fallback_problem
-from executor.registry import resolve
+from executor.registry import advice, resolve
 
 if TYPE_CHECKING:  # the names are known without torch
     from executor.models.base import Model
@@ -84,8 +84,8 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
     shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
     if model_impl in ("octavo", "vllm"):
         raise ModelError(
-            f"architecture {shown} is not built in; use --model-impl auto, or choose a model with one of: "
-            f"{', '.join(sorted(REGISTRY))}"
+            f"architecture {shown} is not built in; use --model-impl auto, which also runs most models of "
+            f"transformers, or choose one that is ({advice(architecture, REGISTRY)})"
         )
     if architecture in RECURRENT:
         kind = RECURRENT[architecture]
@@ -99,8 +99,8 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
     if model_impl == "transformers":
         raise ModelError(f"--model-impl transformers cannot run architecture {shown}: {problem}")
     raise ModelError(
-        f"architecture {shown} is not supported yet: {problem}; choose a model with one of: "
-        f"{', '.join(sorted(REGISTRY))}"
+        f"architecture {shown} is not supported yet, nor can it run through transformers: {problem}; choose a model "
+        f"of another one ({advice(architecture, REGISTRY)})"
     )
 
 

@@ -307,7 +307,7 @@ def test_gguf_configuration() -> None:
     [
         (
             {"general.architecture": "mamba"},
-            "architecture 'mamba' is not supported yet; choose a file with one of: ",
+            "architecture 'mamba' is not supported yet in GGUF files; choose a file of another one (",
         ),
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),

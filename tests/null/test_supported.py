@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from executor.base import ModelError
-from executor.supported import check_supported
+from executor.supported import check_gguf_architecture, check_supported
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 
@@ -57,3 +57,28 @@ def test_granite_without_mamba_layers_is_supported() -> None:
     check_supported(
         {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention"], "num_local_experts": 0}
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Gemma5ForCausalLM", "(the closest: GemmaForCausalLM, Gemma4ForCausalLM, Gemma3ForCausalLM; README.md lists"),
+        ("LLaMAForCausalLM", "(the closest: LlamaForCausalLM; README.md lists"),
+        ("Zzz", "another one (README.md lists all, under Models)"),
+        ("x" * 10_000, "x...' is not supported"),
+    ],
+)
+def test_an_unknown_architecture_is_answered_with_the_closest(name: str, expected: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_supported({"architectures": [name]})
+    message = str(caught.value)
+    assert expected in message and "nor can it run through transformers: " in message and len(message) < 500
+    with pytest.raises(ModelError, match="use --model-impl auto"):
+        check_supported({"architectures": [name]}, model_impl="octavo")
+
+
+def test_an_unknown_architecture_of_a_gguf_file() -> None:
+    with pytest.raises(ModelError) as caught:
+        check_gguf_architecture("qwen3moe")
+    message = str(caught.value)
+    assert "(the closest: qwen3; README.md lists" in message and "--model-impl" in message and len(message) < 500

@@ -237,11 +237,11 @@ def test_a_model_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture 'MambaForCausalLM' is not supported yet: it keeps a recurrent state, not only keys and "
-            "values; choose a model with one of: ",
+            "architecture 'MambaForCausalLM' is not supported yet, nor can it run through transformers: it keeps a "
+            "recurrent state, not only keys and values; choose a model of another one (",
         ),
         ({"architectures": None}, "architectures must be a list"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "weights quantised with 'fp8' are not supported yet"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "weights quantised with 'hqq' are not supported yet"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv' is not supported"),
     ],
 )

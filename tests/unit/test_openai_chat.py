@@ -194,6 +194,9 @@ async def test_templates_of_requests(api: Api) -> None:
     assert await prompt_of(trusting, chat_template="{{ messages[0]['content'] }}!") == "hi!"
     error = await trusting.error(PATH, {"messages": HI, "chat_template": "{% if %}"})
     assert error["param"] == "chat_template"
+    for source in ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ range(10 ** 9) }}"):
+        error = await trusting.error(PATH, {"messages": HI, "chat_template": source})
+        assert error["param"] == "chat_template", error
     error = await trusting.error(PATH, {"messages": HI, "chat_template": "{{ raise_exception('no') }}"})
     assert error["param"] == "messages" and "no" in error["message"]
 
