@@ -31,6 +31,8 @@ SHAPES = {"small": (1536, 576), "large": (8192, 2048), "logits": (49152, 2048)}
 """Out and in features."""
 GROUPS = {"int8": (8, None), "int4": (4, 128)}
 """Bits, and columns of a group; None: a row."""
+FLOATS = {"fp8_e4m3": (8, None), "nf4": (4, 64), "fp4": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+"""Likewise."""
 STREAM_BYTES = 192 << 20
 MAX_COPIES = 64
 
@@ -47,9 +49,25 @@ def packer(name: str, out_features: int, in_features: int, activations: Any) -> 
         groups = 1 if group_size is None else in_features // group_size
         scales = torch.full((out_features, groups), 1e-3).half()
         return lambda: ops.pack_groups(codes, scales, bits=bits, **options)
+    if name in FLOATS:
+        return float_packer(name, out_features, in_features, options)
     num_bytes = in_features // BLOCK_FORMATS[name].columns * BLOCK_FORMATS[name].num_bytes
     rows = torch.randint(0, 48, (out_features, num_bytes), dtype=torch.uint8)  # so that scales are small numbers, too
     return lambda: ops.pack_blocks([(rows, name)], **options)
+
+
+def float_packer(name: str, out_features: int, in_features: int, options: Any) -> Callable[[], ops.Weight]:
+    bits, group_size = FLOATS[name]
+    codes = torch.randint(0, 1 << bits, (out_features, in_features), dtype=torch.uint8)
+    codes[codes & 127 == 127] = 0
+    shape = (out_features, 1 if group_size is None else in_features // group_size)
+    options |= {"format": name, "group_size": group_size}
+    if name == "mxfp4":
+        return lambda: ops.pack_floats(codes, torch.full(shape, 120, dtype=torch.uint8), **options)
+    if name == "nvfp4":
+        scales = torch.ones(shape).to(torch.float8_e4m3fn)
+        return lambda: ops.pack_floats(codes, scales, torch.full((out_features,), 1e-3), **options)
+    return lambda: ops.pack_floats(codes, torch.full(shape, 1e-3), **options)
 
 
 def weight_bytes(weight: ops.Weight) -> int:
@@ -90,7 +108,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="*", help="default: Q8_0 Q4_0 Q4_K Q6_K int8 int4")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 512])
-    parser.add_argument("--activations", choices=["int8", "float"], default="int8")
+    parser.add_argument("--activations", choices=["int8", "int8_per_token", "float"], default="int8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.2, help="seconds per measurement")
     options = parser.parse_args()

@@ -13,45 +13,44 @@ constexpr int kPasses = 2 * kVectorsOfHalf / kVectorsAtOnce;
 // Blocks of k that are added to some columns before they are to the others: so weights are read almost in order.
 constexpr int kBlocksPerPass = 4;
 
-// Products of a vector of weights with rows of activations.
+// From this many rows on, loads of the rows are the limit, so the two vectors share them; with fewer, memory is, so
+// that weights are read in order.
+constexpr int kRowsSharingLoads = 3;
+
 #if defined(__AVX2__) && !defined(OCTAVO_DOT_INT8)
 
+// Of four columns, 0 and 2, or 1 and 3, in 16 bits.
+constexpr int kWordParts = 2;
+template <int kPart>
+inline Codes part_of(Codes codes) {
+    return kPart ? shift_right<8>(codes) : both(codes, splat_codes(0x00ff00ff));
+}
+inline Totals add_products(Totals sum, Codes weights, Codes x) {
 #if defined(__AVX512F__)
-inline Codes multiply_words(Codes a, Codes b) { return _mm512_madd_epi16(a, b); }
+    return plus(sum, _mm512_madd_epi16(weights, x));
 #else
-inline Codes multiply_words(Codes a, Codes b) { return _mm256_madd_epi16(a, b); }
+    return plus(sum, _mm256_madd_epi16(weights, x));
 #endif
-
-struct Weights {
-    Codes even, odd;  // columns 0 and 2, 1 and 3 of four, in 16 bits
-
-    explicit Weights(const uint8_t* p) {
-        const Codes codes = load_codes(p);
-        even = both(codes, splat_codes(0x00ff00ff));
-        odd = shift_right<8>(codes);
-    }
-    Totals add(Totals sum, const TokenCode* x) const {
-        int32_t pairs[2];
-        std::memcpy(pairs, x, sizeof pairs);
-        sum = plus(sum, multiply_words(even, splat_codes(pairs[0])));
-        return plus(sum, multiply_words(odd, splat_codes(pairs[1])));
-    }
-};
+}
 
 #else
 
-struct Weights {
-    Codes codes;
-
-    explicit Weights(const uint8_t* p) : codes(load_codes(p)) {}
-    Totals add(Totals sum, const TokenCode* x) const {
-        int32_t four;
-        std::memcpy(&four, x, sizeof four);
-        return dot(sum, codes, splat_codes(four));
-    }
-};
+constexpr int kWordParts = 1;
+template <int>
+inline Codes part_of(Codes codes) {
+    return codes;
+}
+inline Totals add_products(Totals sum, Codes weights, Codes x) { return dot(sum, weights, x); }
 
 #endif
+
+// Keeps GCC from collecting products to add them up later, and from storing sums that are still needed.
+inline __attribute__((always_inline)) Totals in_register(Totals a) {
+#if defined(__AVX2__)
+    asm("" : "+v"(a));
+#endif
+    return a;
+}
 
 inline Totals load_totals(const int32_t* p) {
     Totals result;
@@ -59,52 +58,81 @@ inline Totals load_totals(const int32_t* p) {
     return result;
 }
 
-// Adds the products of `blocks` blocks of k with some columns, of which the first vector lies at `first` in each block.
-template <int kNumRows>
-inline void add_blocks(const uint8_t* weight, int blocks, const TokenCode* x, uintptr_t ahead, const int (&places)[2],
-                       int32_t* totals, int column) {
-    Totals sums[kVectorsAtOnce][kNumRows];
-    // Unrolled as in dot.cpp.
-    for (int v = 0; v < kVectorsAtOnce; ++v) {
+inline void store_totals(int32_t* p, Totals a) { std::memcpy(p, &a, sizeof a); }
+
+inline Codes splat_part(const TokenCode* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return splat_codes(four);
+}
+
+// Adds the products of one line of two vectors of weights, of which one may be left out.
+template <int kNumRows, bool kFirst, bool kSecond, int kPart>
+inline __attribute__((always_inline)) void add_part(Totals (&first)[kNumRows], Totals (&second)[kNumRows],
+                                                    const uint8_t* weight, int distance, const TokenCode* x) {
+    Codes one, two;
+    if constexpr (kFirst) one = part_of<kPart>(load_codes(weight));
+    if constexpr (kSecond) two = part_of<kPart>(load_codes(weight + distance));
 #pragma GCC unroll 16
-        for (int r = 0; r < kNumRows; ++r) sums[v][r] = load_totals(totals + r * kColumns + column + v * kIntColumns);
+    for (int r = 0; r < kNumRows; ++r) {
+        const Codes row = splat_part(x + r * kBlock + kPart * (4 / kWordParts));
+        if constexpr (kFirst) first[r] = in_register(add_products(first[r], one, row));
+        if constexpr (kSecond) second[r] = in_register(add_products(second[r], two, row));
+    }
+}
+
+// The same for the 8 lines of a block.
+template <int kNumRows, bool kFirst, bool kSecond>
+inline __attribute__((always_inline)) void add_lines(Totals (&first)[kNumRows], Totals (&second)[kNumRows],
+                                                     const uint8_t* weight, int distance, const TokenCode* x,
+                                                     uintptr_t ahead) {
+#pragma GCC unroll 2
+    for (int line = 0; line < 2 * kLines; ++line, weight += kLineBytes, x += 4) {
+        if constexpr (kFirst) prefetch(address_of(weight) + ahead);
+        if constexpr (kSecond && kPasses == 1) prefetch(address_of(weight + distance) + ahead);
+        add_part<kNumRows, kFirst, kSecond, 0>(first, second, weight, distance, x);
+        if constexpr (kWordParts == 2) add_part<kNumRows, kFirst, kSecond, 1>(first, second, weight, distance, x);
+    }
+}
+
+// Adds the products of `blocks` blocks of k with the columns of two vectors, which lie `distance` bytes apart.
+template <int kNumRows>
+inline void add_blocks(const uint8_t* weight, int distance, int blocks, const TokenCode* x, uintptr_t ahead,
+                       int32_t* totals) {
+    Totals first[kNumRows], second[kNumRows];
+    // Unrolled as in dot.cpp.
+#pragma GCC unroll 16
+    for (int r = 0; r < kNumRows; ++r) {
+        first[r] = load_totals(totals + r * kColumns);
+        second[r] = load_totals(totals + r * kColumns + kIntColumns);
     }
     for (int k = 0; k < blocks; ++k, weight += kBlock * kColumns, x += kNumRows * kBlock) {
-#pragma GCC unroll 2
-        for (int line = 0; line < 2 * kLines; ++line) {
-            const uint8_t* p = weight + line * kLineBytes;
-            prefetch(address_of(p + places[0]) + ahead);
-            if constexpr (kIntColumns == kLanes) prefetch(address_of(p + places[1]) + ahead);
-            const Weights first(p + places[0]), second(p + places[1]);
-#pragma GCC unroll 16
-            for (int r = 0; r < kNumRows; ++r) {
-                const TokenCode* four = x + r * kBlock + 4 * line;
-                sums[0][r] = first.add(sums[0][r], four);
-                sums[1][r] = second.add(sums[1][r], four);
-            }
+        if constexpr (kNumRows >= kRowsSharingLoads || kPasses > 1) {
+            add_lines<kNumRows, true, true>(first, second, weight, distance, x, ahead);
+        } else {
+            add_lines<kNumRows, true, false>(first, second, weight, distance, x, ahead);
+            add_lines<kNumRows, false, true>(first, second, weight, distance, x, ahead);
         }
     }
-    for (int v = 0; v < kVectorsAtOnce; ++v) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kNumRows; ++r)
-            std::memcpy(totals + r * kColumns + column + v * kIntColumns, &sums[v][r], sizeof(Totals));
+    for (int r = 0; r < kNumRows; ++r) {
+        store_totals(totals + r * kColumns, first[r]);
+        store_totals(totals + r * kColumns + kIntColumns, second[r]);
     }
 }
 
 // totals: what the sums start with.
 template <int kNumRows>
 void multiply_rows(const uint8_t* weight, int blocks, const TokenCode* x, uintptr_t ahead, int32_t* totals) {
-    const int most = kPasses == 1 ? blocks : kBlocksPerPass;
+    constexpr int kMost = kNumRows < kRowsSharingLoads ? 1 : kBlocksPerPass;
+    const int most = kPasses == 1 ? blocks : kMost;
     for (int k = 0; k < blocks; k += most) {
         for (int pass = 0; pass < kPasses; ++pass) {
-            int places[kVectorsAtOnce];
-            for (int v = 0; v < kVectorsAtOnce; ++v) {
-                const int vector = pass * kVectorsAtOnce + v;
-                places[v] = vector / kVectorsOfHalf * (kBlock * kLanes) + vector % kVectorsOfHalf * kIntColumns * 4;
-            }
-            add_blocks<kNumRows>(weight + k * kBlock * kColumns, std::min(most, blocks - k),
-                                 x + static_cast<int64_t>(k) * kNumRows * kBlock, ahead, places, totals,
-                                 pass * kVectorsAtOnce * kIntColumns);
+            const int vector = pass * kVectorsAtOnce;
+            const int place = vector / kVectorsOfHalf * (kBlock * kLanes) + vector % kVectorsOfHalf * kIntColumns * 4;
+            add_blocks<kNumRows>(weight + k * kBlock * kColumns + place,
+                                 kPasses == 1 ? kBlock * kLanes : kIntColumns * 4, std::min(most, blocks - k),
+                                 x + static_cast<int64_t>(k) * kNumRows * kBlock, ahead, totals + vector * kIntColumns);
         }
     }
 }
