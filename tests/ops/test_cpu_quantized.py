@@ -100,7 +100,7 @@ def test_float_activations_give_the_bits_of_plain_weights(capability: str, name:
     with use(capability), threads(2):
         weights = of_blocks(name, rows, dtype, "float")
         plain = ops.pack_linear(weights.numbers.to(dtype))
-        for count in (33, 1):
+        for count in (33, 1, 2):
             assert same_bits(ops.linear(x[:count], weights.ours, bias), ops.linear(x[:count], plain, bias))
             assert same_bits(ops.logits(x[:count], weights.ours), ops.logits(x[:count], plain))
 
@@ -152,7 +152,7 @@ def test_numbers_of_4_and_8_bits_give_the_bits_of_plain_weights(capability: str,
             weights = of_floats(name, 70, columns, seed=columns % 2, dtype=dtype, paired=True)
             x, bias = randn(33, columns, seed=1, dtype=dtype), randn(70, seed=2, dtype=dtype)
             plain = ops.pack_linear(weights.numbers.to(dtype), paired=True)
-            for count in (33, 1, 5):
+            for count in (33, 1, 2):
                 assert same_bits(ops.linear(x[:count], weights.ours, bias), ops.linear(x[:count], plain, bias))
                 assert same_bits(ops.logits(x[:count], weights.ours), ops.logits(x[:count], plain))
             ids = torch.tensor([69, 0, 17])

@@ -4,20 +4,11 @@ namespace octavo {
 
 template <class T, class W>
 void dequantize_blocks(Cursor& at, int blocks, uintptr_t ahead, W* out) {
-    const QuantizedLayout& layout = *at.layout;
-    with_form(layout.encoding, [&](auto form) {
-        using F = decltype(form);
-        const auto run = [&](auto zero_points) {
-            for (int k = 0; k < blocks; ++k, at.next(), out += kBlockElements) {
-                for (int line = 0; line < layout.block_bytes; line += kCacheLineBytes)
-                    prefetch(address_of(at.codes) + ahead + line);
-                dequantize_block<F, decltype(zero_points)::value, T>(at, out);
-            }
-        };
-        if constexpr (F::kHasMinimum && !F::Scales::kIsSuper) {
-            if (layout.encoding.shift == kZeros) return run(std::true_type());
+    with_zero_points(at.layout->encoding, [&](auto form, auto zero_points) {
+        for (int k = 0; k < blocks; ++k, at.next(), out += kBlockElements) {
+            prefetch_block(at, ahead);
+            dequantize_block<decltype(form), decltype(zero_points)::value, T>(at, out);
         }
-        run(std::false_type());
     });
 }
 

@@ -56,8 +56,8 @@ inline void store_line(Codes codes, const ColumnScales& scales, int half, W* out
         store_floats(out + 3 * kStepElements, rounded<T>(fourth));
     } else {
 #if defined(__AVX512BF16__)
-        store_pairs(out, first, second);
-        store_pairs(out + kStepElements, third, fourth);
+        _mm512_storeu_si512(out, (__m512i)rounded_pairs(first, second));
+        _mm512_storeu_si512(out + kStepElements, (__m512i)rounded_pairs(third, fourth));
 #endif
     }
 }
@@ -87,6 +87,22 @@ inline void dequantize_block(const Cursor& at, W* out) {
             line(std::integral_constant<int, 3>());
         }
     }
+}
+
+// Calls `function` with the form of an encoding, and with whether its codes count from zero points.
+template <class F>
+void with_zero_points(const OctavoEncoding& encoding, F function) {
+    with_form(encoding, [&](auto form) {
+        if constexpr (decltype(form)::kHasMinimum && !decltype(form)::Scales::kIsSuper) {
+            if (encoding.shift == kZeros) return function(form, std::true_type());
+        }
+        function(form, std::false_type());
+    });
+}
+
+inline void prefetch_block(const Cursor& at, uintptr_t ahead) {
+    for (int line = 0; line < at.layout->block_bytes; line += kCacheLineBytes)
+        prefetch(address_of(at.codes) + ahead + line);
 }
 
 // Some blocks of the same 32 rows, in the layout of plain weights of type W. What lies `ahead` bytes further on is

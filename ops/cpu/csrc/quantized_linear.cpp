@@ -1,5 +1,5 @@
 // Linear layers with quantised weights; see ops/reference/quantized.py.
-#include "dequantize.h"
+#include "dot_float.h"
 #include "dot_int8.h"
 #include "dot_token.h"
 #include "linear.h"
@@ -225,12 +225,27 @@ void multiply_dequantized(const QuantizedLayout& layout, const uint8_t* weight, 
     }
 }
 
+// Products of a single tile of very few rows.
+template <class T>
+void multiply_few(const OctavoLinear& op, const Rows<T>& rows, const Range& blocks) {
+    const int count = rows.tiles.rows;
+    const uintptr_t ahead = count <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    alignas(kCacheLine) float sums[kFloatRows<T> * kColumns];
+    each_block(op.weight, blocks, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+        dot_float<T>(layout, weight, count, rows.tile(0, count), ahead, sums);
+        finish<T>(op, columns, 0, count, sums);
+    });
+}
+
 // Some tiles stay in the L2 cache while all weights pass by.
 template <class T>
 void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
     const Tiles tiles = Tiles::of(num_rows, kRows<T>);
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
+    if constexpr (kFloatRows<T> > 0) {
+        if (num_rows <= kFloatRows<T>) return multiply_few(op, rows, grid.blocks);
+    }
     const int blocks = blocks_of(op.weight.columns, kBlock);
     const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(LeftOf<T>));
     const int most = static_cast<int>(std::max(kMinTilesPerFloatGroup, kFloatBytesPerGroup / tile_bytes));

@@ -55,36 +55,20 @@ alignas(64) inline constexpr float kFp4Numbers[16] = {0.0f,
 constexpr uint32_t kE4M3Magnitude = 0x07f00000, kE4M3Bits = 0x87f00000;  // moved to where float32 has them
 constexpr float kE4M3Rebase = 0x1p120f;                                  // then moves the exponent's bias from 7 to 127
 
-inline float e4m3_number(uint8_t code) {
-    const uint32_t magnitude = code & 0x7fu;
-    const uint32_t sign = (code & 0x80u) << 24;
-    return magnitude == 0x7f ? float_of(0x7fc00000) : float_of(sign | bits_of(float_of(magnitude << 20) * kE4M3Rebase));
-}
-
-// 2^(exponent - 128): half of what a scale of MXFP4 stands for.
-inline float halved_power(uint8_t exponent) {
-    const uint32_t subnormal = exponent ? 0x00400000 : 0x00200000;
-    return float_of(exponent < 2 ? subnormal : (exponent - 1u) << 23);
-}
-
-// The numbers of 16 scales.
-inline Vec load_e4m3(const uint8_t* p) {
-    alignas(64) float numbers[kLanes];
-    for (int i = 0; i < kLanes; ++i) numbers[i] = e4m3_number(p[i]);
-    return load(numbers);
-}
-
-inline Vec load_halved_powers(const uint8_t* p) {
-    alignas(64) float numbers[kLanes];
-    for (int i = 0; i < kLanes; ++i) numbers[i] = halved_power(p[i]);
-    return load(numbers);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 
 inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Codes exclusive(Codes a, Codes b) { return _mm512_xor_si512(a, b); }
+
+// 2^(e - 128) of the exponents in 32-bit lanes; those below 2 are subnormal.
+inline Floats halved_powers(Codes exponents) {
+    const Codes normal = _mm512_slli_epi32(_mm512_sub_epi32(exponents, _mm512_set1_epi32(1)), 23);
+    const Codes subnormal = _mm512_slli_epi32(_mm512_add_epi32(exponents, _mm512_set1_epi32(1)), 21);
+    const __mmask16 is_subnormal = _mm512_cmplt_epi32_mask(exponents, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(is_subnormal, normal, subnormal));
+}
 
 template <int kByte>
 inline Floats integer_at(Codes a) {
@@ -122,12 +106,12 @@ inline Floats rounded(Floats a) {
 }
 
 #if defined(__AVX512BF16__)
-// Stores pairs of columns, rounded: [16 rows][2].
-inline void store_pairs(BFloat16* p, Floats even, Floats odd) {
+// Pairs of columns, rounded: [16 rows][2].
+inline __m512bh rounded_pairs(Floats even, Floats odd) {
     alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
 }
 #endif
 
@@ -136,6 +120,14 @@ inline void store_pairs(BFloat16* p, Floats even, Floats odd) {
 
 inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats minus(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+inline Codes exclusive(Codes a, Codes b) { return _mm256_xor_si256(a, b); }
+
+inline Floats halved_powers(Codes exponents) {
+    const Codes normal = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
+    const Codes subnormal = _mm256_slli_epi32(_mm256_add_epi32(exponents, _mm256_set1_epi32(1)), 21);
+    const Codes is_normal = _mm256_cmpgt_epi32(exponents, _mm256_set1_epi32(1));
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(subnormal, normal, is_normal));
+}
 
 template <int kByte>
 inline Floats integer_at(Codes a) {
@@ -178,6 +170,12 @@ inline Floats rounded(Floats a) {
 
 inline Floats plus(Floats a, Floats b) { return a + b; }
 inline Floats minus(Floats a, Floats b) { return a - b; }
+inline Codes exclusive(Codes a, Codes b) { return a ^ b; }
+
+inline Floats halved_powers(Codes exponents) {
+    const Totals e = reinterpret_cast<Totals>(exponents);
+    return reinterpret_cast<Floats>(e < 2 ? (e + 1) << 21 : (e - 1) << 23);
+}
 
 template <int kByte>
 inline Floats integer_at(Codes a) {
@@ -190,9 +188,10 @@ inline Floats entry_at(Codes a, const float* table) {
 }
 template <int kByte>
 inline Floats e4m3_at(Codes inverted) {
-    Floats result;
-    for (int i = 0; i < 4; ++i) result[i] = e4m3_number(inverted[4 * i + kByte] ^ kInvertedE4M3);
-    return result;
+    const Totals bits = reinterpret_cast<Totals>(inverted) << (24 - 8 * kByte) >> 4;
+    const Totals moved = ~bits & static_cast<int32_t>(kE4M3Bits);
+    const Totals is_nan = (bits & static_cast<int32_t>(kE4M3Magnitude)) == 0;
+    return reinterpret_cast<Floats>(reinterpret_cast<Totals>(reinterpret_cast<Floats>(moved) * kE4M3Rebase) | is_nan);
 }
 
 template <class T>
@@ -202,6 +201,23 @@ inline Floats rounded(Floats a) {
 }
 
 #endif  // -------------------------------------------------------------------------------------------------------------
+
+// The numbers of 16 scales: bytes become 32-bit lanes, as codes are.
+template <class F>
+inline Vec numbers_of_bytes(const uint8_t* p, F function) {
+    alignas(64) uint32_t words[kLanes];
+    alignas(64) float numbers[kLanes];
+    for (int i = 0; i < kLanes; ++i) words[i] = p[i];
+    for (int i = 0; i < kLanes; i += kIntColumns) store_floats(numbers + i, function(load_codes(words + i)));
+    return load(numbers);
+}
+
+inline Vec load_e4m3(const uint8_t* p) {
+    return numbers_of_bytes(p, [](Codes a) { return e4m3_at<0>(exclusive(a, splat_codes(kInvertedE4M3))); });
+}
+
+// Of halves of the scales of MXFP4: 2^(exponent - 128).
+inline Vec load_halved_powers(const uint8_t* p) { return numbers_of_bytes(p, halved_powers); }
 
 // How codes become numbers: what kinds of codes there are.
 
