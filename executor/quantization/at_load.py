@@ -42,7 +42,7 @@ from ops.packed import Encoding, QuantizedWeight, Segment
 
 GROUP = 32
 """Columns that share a scale."""
-NUMBERS = 1 << 16
+NUMBERS = 1 << 17
 """Numbers quantised at a time: few enough for a core's cache."""
 PIECES = 16
 """Pieces in which a table is packed, of whole units of rows of the kernels."""
@@ -93,11 +93,10 @@ def best_int4(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor,
 
     Scale and minimum are fitted to the codes of each by least squares. ``importance`` weighs the errors.
     """
-    ones = torch.ones(GROUP)
     weights = None if importance is None else importance / importance.sum(-1, keepdim=True)
 
     def mean_of(numbers: Tensor) -> Tensor:
-        sums = numbers @ ones / GROUP if weights is None else (numbers * weights) @ ones
+        sums = numbers.mean(-1) if weights is None else (numbers * weights).sum(-1)
         return sums[..., None]
 
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
