@@ -15,7 +15,7 @@ from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.vllm_options import take_foreign
-from engine_core.config import QUANTIZATIONS, Config, EngineConfig, Positive
+from engine_core.config import KV_CACHE_DTYPES, QUANTIZATIONS, Config, EngineConfig, Positive
 
 
 class Variable(NamedTuple):
@@ -465,6 +465,7 @@ def check_config(config: ServerConfig) -> None:
             f"--quantization {method}: not supported yet; leave it out for models that are quantised already (GPTQ, "
             "AWQ, FP8, bitsandbytes, compressed-tensors, GGUF), or use int8, int4 or fp8 to quantise one at load"
         )
+    _check_kv_cache_dtype(engine.executor.model.kv_cache_dtype)
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
         raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")
     if config.ssl_keyfile is None and (config.ssl_certfile or config.ssl_ca_certs or config.ssl_cert_reqs):
@@ -477,6 +478,16 @@ def check_config(config: ServerConfig) -> None:
                 "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "
                 f"computed in one step of {budget} tokens"
             )
+
+
+def _check_kv_cache_dtype(name: str) -> None:
+    if name.startswith("int4"):
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: not supported, 4 bits cost models with heads of 64 numbers 8 % of their "
+            "likelihood and more; use int8"
+        )
+    if name not in KV_CACHE_DTYPES:
+        raise ConfigError(f"--kv-cache-dtype {name}: unknown data type; choose from {', '.join(KV_CACHE_DTYPES)}")
 
 
 def _check_parsers(config: ServerConfig) -> None:

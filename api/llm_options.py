@@ -99,6 +99,7 @@ class LLMOptions(TypedDict, total=False):
         "runai_streamer",
         "tensorizer",
     ]
+    kv_cache_dtype: str
     model_impl: Literal["auto", "octavo", "vllm", "transformers"]
     enforce_eager: bool
     tensor_parallel_size: int

@@ -206,8 +206,8 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "the KV cache has the model's type; use auto",
-        "kv_cache_dtype=auto kv_cache_dtype_skip_layers:list calculate_kv_scales:bool",
+        "int8 has a scale per token and head, fp8 none; --kv-cache-dtype applies to all layers",
+        "kv_cache_dtype_skip_layers:list calculate_kv_scales:bool",
     ),
     (
         Verdict.REFUSED,
@@ -311,8 +311,8 @@ _WORKING = """
     disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype
     enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none
-    generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_memory_bytes load_format log_level
-    long_prefill_token_threshold max_logprobs max_model_len max_num_batched_tokens max_num_queued_reqs
+    generation_config gpu_memory_utilization hf_overrides hf_token host kv_cache_dtype kv_cache_memory_bytes load_format
+    log_level long_prefill_token_threshold max_logprobs max_model_len max_num_batched_tokens max_num_queued_reqs
     max_num_queued_tokens max_num_seqs model model_impl num_gpu_blocks_override otlp_traces_endpoint
     override_generation_config pipeline_parallel_size pooler_config port quantization reasoning_parser response_role
     return_tokens_as_token_ids

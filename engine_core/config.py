@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from executor.config import (
+    KV_CACHE_DTYPES,
     QUANTIZATIONS,
     Config,
     DeviceConfig,
@@ -22,6 +23,7 @@ from executor.config import (
 )
 
 __all__ = [
+    "KV_CACHE_DTYPES",
     "QUANTIZATIONS",
     "CacheConfig",
     "Config",

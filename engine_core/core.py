@@ -623,6 +623,7 @@ class EngineCore:
                 worker_pids=self.executor.worker_pids(),
                 hidden_size=self._hidden_size,
                 weight_bytes=sum(each.weight_bytes for each in self._ready.values()),
+                kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
             )
         )
         early, self._early = self._early, {}

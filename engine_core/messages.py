@@ -279,6 +279,8 @@ class EngineReady(Message, frozen=True):
     """Size of pooled vectors. 0: the engine cannot pool."""
     weight_bytes: int = 0
     """Memory of the weights, of all workers together."""
+    kv_cache_dtype: str = ""
+    """torch's names of the dtypes of the KV cache."""
 
 
 class SchedulerStats(Message, frozen=True):

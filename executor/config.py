@@ -37,6 +37,11 @@ QUANTIZATIONS = (
 )
 """All values of ``--quantization``."""
 
+KV_CODE_NAMES = {"int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+"""Values of ``--kv-cache-dtype`` for a KV cache in 8 bits, and torch's names of the dtypes."""
+KV_CACHE_DTYPES = ("auto", *KV_CODE_NAMES, "bfloat16", "float16", "half", "float32", "float")
+"""All values of ``--kv-cache-dtype``."""
+
 MAX_DRAFT_TOKENS = 32
 """Maximum drafts of a request in one step."""
 
@@ -140,6 +145,14 @@ class ModelConfig(Config, frozen=True):
             description="Format of the weights. auto: safetensors, else GGUF, else pickled weights, converted once. "
             "bitsandbytes: safetensors. dummy: random weights, for benchmarks. fastsafetensors, runai_streamer and "
             "tensorizer read through the package of that name."
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        str,
+        Meta(
+            description="Data type of cached K and V. auto: that of the activations. int8: half the memory of 16 bits, "
+            "with a scale per token and head. fp8 (fp8_e4m3), fp8_e5m2: the same without scales, less accurate.",
+            extra={"group": "Cache"},
         ),
     ] = "auto"
     model_impl: Annotated[

@@ -19,7 +19,7 @@ from executor import language_part
 from executor.attention.base import choose_backends
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
-from executor.config import ModelConfig
+from executor.config import KV_CODE_NAMES, ModelConfig
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
@@ -89,7 +89,7 @@ def load_model(
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
-        dtype=choose_dtype(config, hf_config),
+        dtype=(dtype := choose_dtype(config, hf_config)),
         device=device,
         quantization=choose_quantization(
             config.quantization,
@@ -98,6 +98,7 @@ def load_model(
         ),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
+        kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
     )
     model = build_model(model_class, context, attention_backend)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -180,6 +181,29 @@ def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
         return DTYPES[config.dtype]
     saved = hf_config.torch_dtype
     return torch.bfloat16 if saved is None or saved == torch.float32 else saved
+
+
+def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of cached K and V.
+
+    Args:
+        name: The value of ``--kv-cache-dtype``.
+        dtype: That of the activations.
+
+    Raises:
+        ModelError: The cache would have another type of 16 or 32 bits than the activations.
+    """
+    if name in KV_CODE_NAMES:
+        logger.info("K and V are cached in 8 bits: %s", name)
+        chosen: torch.dtype = getattr(torch, KV_CODE_NAMES[name])
+        return chosen
+    if name != "auto" and DTYPES[name] != dtype:
+        ours = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"--kv-cache-dtype {name}: activations are {ours}, and K and V are cached as such or in 8 bits; use auto, "
+            f"int8 or fp8, or --dtype {name}"
+        )
+    return dtype
 
 
 def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:

@@ -205,7 +205,7 @@ class ModelRunner:
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()
         for group, count in zip(self.groups, num_blocks, strict=True):
-            shapes = group.backend.kv_shape(count, group.block_size, group.shape)
+            shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
             for index in group.layers:
                 layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
 

@@ -7,7 +7,7 @@ belong here.
 
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
-from ops.metadata import AdapterRows, AttentionMetadata, AttentionShape, KVLayout
+from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, stored_size
 from ops.packed import PackedWeight, QuantizedActivations, QuantizedWeight, Weight
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
@@ -42,6 +42,7 @@ from ops.reference.short_conv import short_conv
 from ops.reference.small_floats import float_values
 
 __all__ = [
+    "KV_CODES",
     "AdapterRows",
     "AttentionMetadata",
     "AttentionShape",
@@ -86,6 +87,7 @@ __all__ = [
     "shard_ids",
     "short_conv",
     "softcap",
+    "stored_size",
     "use",
     "weight_sum",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -78,3 +79,15 @@ class AttentionShape:
     @property
     def out_width(self) -> int:
         return self.num_heads * self.v_dim
+
+
+KV_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""Dtypes of KV caches in 8 bits, and the largest number of each."""
+SCALE_BYTES = 2
+"""Bytes after the codes of an int8 head: its scale in bfloat16, which has the range of all types of activations. The
+largest code is 127 with a scale of 8 bits, too."""
+
+
+def stored_size(dim: int, dtype: torch.dtype) -> int:
+    """Elements that the cache of a dtype has for a head of ``dim`` numbers."""
+    return dim + SCALE_BYTES if dtype == torch.int8 else dim

@@ -171,7 +171,7 @@ class Bench:
         token_elements = 2 * shape.num_kv_heads * shape.head_dim
         num_bytes = num_reqs * context * token_elements * self.dtype.itemsize
         copies = self.copies(num_bytes)
-        sizes = kv_shapes(num_reqs * blocks, BLOCK_SIZE, shape)
+        sizes = kv_shapes(num_reqs * blocks, BLOCK_SIZE, shape, self.dtype)
         caches = []
         for _ in range(copies):
             keys, values = (

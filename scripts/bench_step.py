@@ -51,12 +51,20 @@ class Steps:
     """A worker in this process, with plans for it."""
 
     def __init__(
-        self, model: str, dtype: DType, max_tokens: int, max_seqs: int, max_len: int, load_format: LoadFormat = "auto"
+        self,
+        model: str,
+        dtype: DType,
+        max_tokens: int,
+        max_seqs: int,
+        max_len: int,
+        load_format: LoadFormat = "auto",
+        **fields: Any,
     ) -> None:
+        """Starts a worker; ``fields``: others of the model's configuration."""
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(
-            model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format),
+            model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format, **fields),
             device=DeviceConfig(),
             step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
         )
@@ -208,6 +216,8 @@ def main() -> None:
         choices=get_args(DType),
         help="dtype of weights and activations (default: the model's)",
     )
+    add("--quantization", help="as of octavo serve, such as int8")
+    add("--kv-cache-dtype", default="auto", help="as of octavo serve: auto, int8, fp8 or fp8_e5m2")
     add("--decode", type=int, nargs="*", default=[1, 4, 8, 16, 32, 64], help="requests that get one token each")
     add("--prefill", type=int, nargs="*", default=[], help="tokens of one prompt")
     add("--context", type=int, default=256, help="tokens before the first decode step")
@@ -229,7 +239,16 @@ def measure(options: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     longest = max([options.context + options.steps + 1, *options.prefill])
     max_tokens = max([2048, *options.prefill])
-    steps = Steps(options.model, options.dtype, max_tokens, max([1, *options.decode]), longest, options.load_format)
+    steps = Steps(
+        options.model,
+        options.dtype,
+        max_tokens,
+        max([1, *options.decode]),
+        longest,
+        options.load_format,
+        quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
+    )
     dtype = next(iter(steps.worker.runner.model.parameters())).dtype
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
     peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], threads) for _ in range(8))

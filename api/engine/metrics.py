@@ -196,7 +196,7 @@ class EngineMetrics:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "The KV cache.",
-            [*self._labels, "block_size", "num_gpu_blocks"],
+            [*self._labels, "block_size", "num_gpu_blocks", "cache_dtype"],
             registry=self.registry,
         )
         self.registry.register(self._steps)
@@ -258,8 +258,12 @@ class EngineMetrics:
         return family.labels(**self._labels)
 
     def on_ready(self, ready: EngineReady) -> None:
-        shape = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_kv_blocks)}
-        self._cache_config.labels(**self._labels, **shape).set(1)
+        config = {
+            "block_size": str(ready.block_size),
+            "num_gpu_blocks": str(ready.num_kv_blocks),
+            "cache_dtype": ready.kv_cache_dtype,
+        }
+        self._cache_config.labels(**self._labels, **config).set(1)
 
     def on_refused(self) -> None:
         """Counts a request that was rejected because too many were waiting."""

@@ -46,7 +46,15 @@ _NO_TEXT = OutputOptions(detokenize=False)
 
 def _fingerprint(model_name: str, ready: EngineReady) -> str:
     """A fingerprint that changes when the answer to the same request may change."""
-    backend = (model_name, ready.architecture, ready.dtype, ready.device, ready.vocab_size, ready.max_model_len)
+    backend = (
+        model_name,
+        ready.architecture,
+        ready.dtype,
+        ready.kv_cache_dtype,
+        ready.device,
+        ready.vocab_size,
+        ready.max_model_len,
+    )
     return f"octavo-{VERSION}-{hashlib.sha256(repr(backend).encode()).hexdigest()[:8]}"
 
 

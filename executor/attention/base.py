@@ -34,8 +34,10 @@ class AttentionBackend(Protocol):
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         """The reason why this backend cannot run such a layer, or None if it can."""
 
-    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors of a layer's cache. The first dimension of each is the block."""
+    def kv_shape(
+        self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors of a layer's cache in a dtype. The first dimension of each is the block."""
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:
         """Prepares the step's metadata for ``run``."""
@@ -72,7 +74,7 @@ class AttentionGroup:
     def spec(self) -> KVCacheGroupSpec:
         """Description of the group for the engine core."""
         window = self.shape.sliding_window
-        sizes = self.backend.kv_shape(1, self.block_size, self.shape)
+        sizes = self.backend.kv_shape(1, self.block_size, self.shape, self.kv_dtype)
         elements = sum(torch.Size(size).numel() for size in sizes)
         return KVCacheGroupSpec(
             kind="full" if window is None else "sliding_window",

@@ -24,5 +24,7 @@ class CpuAttention(OpsAttention):
             return "no kernels are available on this machine"
         return unsupported_kind(shape) or unsupported_attention(shape, dtype)
 
-    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-        return kv_shapes(num_blocks, block_size, shape)
+    def kv_shape(
+        self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], ...]:
+        return kv_shapes(num_blocks, block_size, shape, dtype)

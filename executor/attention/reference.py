@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import ops
 from executor.attention.base import OpsAttention, unsupported_kind
 from ops import AttentionShape
 
@@ -17,8 +18,10 @@ class ReferenceAttention(OpsAttention):
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return unsupported_kind(shape)
 
-    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-        return (
-            (num_blocks, block_size, shape.num_kv_heads, shape.head_dim),
-            (num_blocks, block_size, shape.num_kv_heads, shape.v_dim),
+    def kv_shape(
+        self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            (num_blocks, block_size, shape.num_kv_heads, ops.stored_size(dim, dtype))
+            for dim in (shape.head_dim, shape.v_dim)
         )

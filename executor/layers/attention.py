@@ -47,7 +47,8 @@ class Attention(nn.Module):
             # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
             sliding_window=None if window is not None and window >= context.max_model_len else window,
         )
-        self.kv_dtype = context.dtype
+        # Other kinds of layers cache few tokens, and their numbers enter sums unscaled.
+        self.kv_dtype = (context.kv_dtype if shape.kind == "kv" else None) or context.dtype
 
     def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
         """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.

@@ -24,6 +24,8 @@ class ModelContext:
     quantization: QuantizationConfig
     max_model_len: int
     """Longest sequence: as configured, else the model's maximum. The served maximum may be shorter."""
+    kv_dtype: torch.dtype | None = None
+    """Dtype of cached K and V; None: that of the activations."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
 

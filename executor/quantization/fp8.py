@@ -53,7 +53,7 @@ def log_activations(kind: str) -> None:
 
 
 def log_cache() -> None:
-    logger.info("the checkpoint's scales for a KV cache in 8 bits are not used")
+    logger.info("the checkpoint's scales for a KV cache in 8 bits are not used; --kv-cache-dtype int8 computes its own")
 
 
 class ScaleParameter(WeightParameter):

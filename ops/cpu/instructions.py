@@ -17,7 +17,7 @@ from torch import Tensor
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
-from ops.metadata import AttentionShape, KVLayout
+from ops.metadata import AttentionShape, KVLayout, stored_size
 from ops.packed import Encoding, PackedWeight, QuantizedWeight
 from ops.packed import Weight as AnyWeight
 
@@ -234,7 +234,7 @@ def paged_attention(
     if layout != "tiled" or sinks is not None:
         return None
     matrices = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
-    if keys.dtype != q.dtype or not all(map(is_matrix, matrices.values())):
+    if keys.dtype not in (q.dtype, *lib.CACHES) or not all(map(is_matrix, matrices.values())):
         return None
     slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes, dtype=torch.float32)
     fields = {
@@ -250,6 +250,7 @@ def paged_attention(
         "window": shape.sliding_window or 0,
         "causal": int(shape.causal),
         "type": TYPES[q.dtype],
+        "cache": lib.CACHES.get(keys.dtype, lib.PLAIN_CACHE),
     }
     return Instruction(
         lib.OP_ATTENTION,
@@ -276,15 +277,16 @@ def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | No
     return None
 
 
-def kv_shapes(num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-    """Shapes of K and V as the kernels lay them out; see ``csrc/kv_cache.h``."""
+def kv_shapes(
+    num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of K and V in a cache of this dtype, as the kernels lay them out; see ``csrc/kv_cache.h``."""
     if block_size % lib.TOKENS_MULTIPLE:
         raise ValueError(f"the block size must be a multiple of {lib.TOKENS_MULTIPLE}, not {block_size}")
     units = block_size // lib.TOKENS_MULTIPLE
-    tile = lib.TOKENS_MULTIPLE * lib.HEAD_MULTIPLE
-    heads = shape.num_kv_heads
+    padded = (-(-dim // lib.HEAD_MULTIPLE) * lib.HEAD_MULTIPLE for dim in (shape.head_dim, shape.v_dim))
     return tuple(
-        (num_blocks, heads, units, -(-dim // lib.HEAD_MULTIPLE), tile) for dim in (shape.head_dim, shape.v_dim)
+        (num_blocks, shape.num_kv_heads, units, lib.TOKENS_MULTIPLE * stored_size(dim, dtype)) for dim in padded
     )
 
 

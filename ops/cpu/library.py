@@ -53,6 +53,10 @@ ROW_SCALES = {"none": 0, "factor": 1, "divisor": 2}
 """``OctavoRowScale``."""
 ROUNDINGS = {"float": 0, "int8": 1, "int8_per_token": 2}
 """``OctavoRounding``."""
+CACHES = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
+"""``OctavoCache``: caches in 8 bits."""
+PLAIN_CACHE = 0
+"""One in the type of the activations."""
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
 """``OctavoNormKind``."""
 ROWS = {"tokens": 0, "samples": 1}
@@ -239,6 +243,7 @@ class AttentionArgs(ctypes.Structure):
         ("causal", c_int32),
         ("group", c_int32),
         ("type", c_int32),
+        ("cache", c_int32),
     )
 
 

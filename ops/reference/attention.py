@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, op
 from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
+from ops.reference.kv_codes import decode_heads, encode_heads
 
 
 @op(lambda q, k, v, kv_cache, meta, shape, layout="plain", sinks=None: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
@@ -28,7 +29,8 @@ def paged_attention(
         q: [num_tokens, num_heads * head_dim], after the rotary embedding.
         k: [num_tokens, num_kv_heads * head_dim], likewise. None: an earlier layer has written K and V of this step.
         v: [num_tokens, num_kv_heads * v_head_dim]; None: likewise.
-        kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout.
+        kv_cache: K and V, written in place: [num_blocks, block_size, num_kv_heads, head_dim] in the plain layout. The
+            last dimension has ``stored_size(head_dim)`` elements if the dtype is one of ``KV_CODES``.
         meta: The step's requests.
         shape: The layer's constants.
         layout: Layout of the cache. The reference reads only the plain one.
@@ -48,16 +50,25 @@ def paged_attention(
     for row, seq_len in enumerate(meta.seq_lens.tolist()):
         start, end = starts[row], starts[row + 1]
         num_blocks = -(-seq_len // meta.block_size)
-        blocks = meta.block_table[row, :num_blocks]
-        keys = kv_cache[0][blocks].flatten(0, 1)[:seq_len]  # [seq_len, num_kv_heads, head_dim]
-        values = kv_cache[1][blocks].flatten(0, 1)[:seq_len]
+        blocks = meta.block_table[row, :num_blocks].long()
+        unseen = 0
         if shape.causal and shape.sliding_window is not None:
-            # Blocks that no row sees may belong to others by now, and NaN times a weight of zero is not zero.
             unseen = max(0, seq_len - (end - start) + 1 - shape.sliding_window)
-            keys[:unseen] = 0
-            values[:unseen] = 0
-        out[start:end] = attend(queries[start:end], keys, values, shape, sinks)
+        (keys, key_scales), (values, value_scales) = (
+            decode_heads(_tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
+        )
+        out[start:end] = attend(queries[start:end], keys, values, shape, sinks, key_scales, value_scales)
     return out.flatten(1)
+
+
+def _tokens_of(cache: Tensor, blocks: Tensor, seq_len: int, unseen: int) -> Tensor:
+    """A request's tokens in a cache [seq_len, num_kv_heads, stored_size].
+
+    The first ``unseen`` are zero: their blocks may belong to others by now, and NaN times a weight of zero is not zero.
+    """
+    stored = cache.view(torch.uint8)[blocks].flatten(0, 1)[:seq_len]  # torch selects no rows of fp8
+    stored[:unseen] = 0
+    return stored.view(cache.dtype)
 
 
 def write_kv(
@@ -67,20 +78,23 @@ def write_kv(
 
     The first token of a block zeroes the rest of it, so that nothing of an earlier owner remains.
     """
-    key_cache, value_cache = kv_cache
     fresh = meta.slot_mapping[meta.slot_mapping % meta.block_size == 0] // meta.block_size
-    if fresh.numel():
-        key_cache[fresh] = 0
-        value_cache[fresh] = 0
-    key_cache.view(-1, shape.num_kv_heads, shape.head_dim)[meta.slot_mapping] = k.view(
-        -1, shape.num_kv_heads, shape.head_dim
-    )
-    value_cache.view(-1, shape.num_kv_heads, shape.v_dim)[meta.slot_mapping] = v.view(
-        -1, shape.num_kv_heads, shape.v_dim
-    )
+    for cache, x in zip(kv_cache, (k, v), strict=True):
+        stored = cache.view(torch.uint8)
+        stored[fresh] = 0
+        heads = encode_heads(x.unflatten(1, (shape.num_kv_heads, -1)), cache.dtype)
+        stored.flatten(0, 1)[meta.slot_mapping] = heads.view(torch.uint8)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    sinks: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
     """Attention of one request's last tokens over its context.
 
     Args:
@@ -88,13 +102,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor
         k: [seq_len, num_kv_heads, head_dim].
         v: [seq_len, num_kv_heads, v_head_dim].
         sinks: [num_heads]; None: no sinks.
+        key_scales: [seq_len, num_kv_heads]: factors of the heads of ``k``, applied to the scores. None: 1.
+        value_scales: Likewise of ``v``, applied to the weights.
 
     Returns:
         [num_queries, num_heads, v_head_dim] in the type of ``q``.
     """
     num_queries, seq_len = q.shape[0], k.shape[0]
     grouped = q.float().unflatten(1, (shape.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, dim]
-    scores = (grouped @ k.float().permute(1, 2, 0).unsqueeze(1)) * shape.scale  # [kv_heads, group, queries, seq_len]
+    scores = grouped @ k.float().permute(1, 2, 0).unsqueeze(1)  # [kv_heads, group, queries, seq_len]
+    if key_scales is not None:
+        scores = scores * key_scales.T[:, None, None]
+    scores = scores * shape.scale
     if shape.logit_softcap:
         scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
     distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
@@ -110,5 +129,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, sinks: Tensor
         column = sinks.float().view(shape.num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, -1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :seq_len]
+    if value_scales is not None:
+        weights = weights * value_scales.T[:, None, None]
     out = weights @ v.float().permute(1, 0, 2).unsqueeze(1)  # [kv_heads, group, queries, dim]
     return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)

@@ -53,6 +53,8 @@ def load(
     return load_model(config, place, CPU, None, lambda *_: None, communicator=communicator)
 
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Integers by size in bytes."""
 RANDOM_MODEL: dict[str, Any] = {
     "vocab_size": tiny.VOCAB_SIZE,
     "hidden_size": 64,
@@ -136,11 +138,11 @@ class Runner:
             torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each) for _ in self.groups
         ]
         for group in self.groups:
-            shapes = group.backend.kv_shape(num_blocks, block_size, group.shape)
+            shapes = group.backend.kv_shape(num_blocks, block_size, group.shape, group.kv_dtype)
             for index in group.layers:
-                # What an earlier owner left in a block must not matter.
+                # What an earlier owner left in a block must not matter: all bits set are NaN in every type of floats.
                 layers[index].kv_cache = tuple(
-                    torch.full(shape, float("nan"), dtype=group.kv_dtype) for shape in shapes
+                    torch.full(shape, -1, dtype=BITS[group.kv_dtype.itemsize]).view(group.kv_dtype) for shape in shapes
                 )
         self.model.reserve_positions(loaded.max_model_len)
         self.lengths = [0] * num_requests

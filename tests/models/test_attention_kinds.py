@@ -52,7 +52,9 @@ class LatentBackend:
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return None if shape.kind == "latent" else f"layers of kind {shape.kind!r} are not supported"
 
-    def kv_shape(self, num_blocks: int, block_size: int, shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
+    def kv_shape(
+        self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], ...]:
         return ((num_blocks, block_size, shape.head_dim),)
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:

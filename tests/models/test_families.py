@@ -180,6 +180,35 @@ def test_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype) -> Non
     assert_independent_of_batch(load(tiny.checkpoint(name), dtype=str(dtype).removeprefix("torch.")))
 
 
+@NEEDS_KERNELS
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["bloom", "gemma2", "gemma4", "lfm2"])
+def test_caches_in_8_bits(name: str, cache: str) -> None:
+    """ALiBi, caps on scores, layers that share K and V, and short convolutions, which cache in the model's dtype."""
+    folder, token_ids = tiny.checkpoint(name), random_tokens(100)
+    plain, coded = load(folder), load(folder, kv_cache_dtype=cache)
+    kinds = {layer.shape.kind: layer.kv_dtype for layer in coded.model.attention_layers()}
+    assert kinds.pop("short_conv", torch.float32) == torch.float32
+    assert kinds == {"kv": {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[cache]}
+    sizes = [
+        [group.spec.bytes_per_block for group in Runner(each).groups if group.shape.kind == "kv"]
+        for each in (plain, coded)
+    ]
+    assert all(3 < whole / half <= 4 for whole, half in zip(*sizes, strict=True))
+    expected, logits = logits_of(plain, token_ids), logits_of(coded, token_ids)
+    assert 0 < (logits - expected).std() < {"int8": 0.05, "fp8": 0.3}[cache] * expected.std()
+    assert_independent_of_batch(load(folder, dtype="bfloat16", kv_cache_dtype=cache))
+
+
+def test_a_cache_in_another_type_of_16_bits_is_refused() -> None:
+    folder = tiny.checkpoint("llama")
+    assert load(folder, dtype="bfloat16", kv_cache_dtype="bfloat16").model.attention_layers()[0].kv_dtype == (
+        torch.bfloat16
+    )
+    message = refusal(folder, dtype="bfloat16", kv_cache_dtype="half")
+    assert "--kv-cache-dtype half: activations are bfloat16" in message and "--dtype half" in message
+
+
 # ---------------------------------------------------------------------------------------------------------
 # configurations
 

@@ -53,7 +53,9 @@ BACKENDS = ["cpu", "reference"]
 
 @functools.cache
 def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
-    config = ModelConfig(model=str(tiny.checkpoint(kind, **MODELS[kind])), dtype=dtype)  # type: ignore[arg-type]
+    own, _, cache = dtype.partition(", cache in ")
+    folder = tiny.checkpoint(kind, **MODELS[kind])
+    config = ModelConfig(model=str(folder), dtype=own, kv_cache_dtype=cache or "auto")  # type: ignore[arg-type]
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     return ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=False)
@@ -87,7 +89,7 @@ class Engine:
         Args:
             kind: A model of ``MODELS``.
             backend: Of its attention.
-            dtype: Of its weights and its cache.
+            dtype: Of its weights and its cache, or "..., cache in ...".
             frees: Whether blocks behind windows are freed; else the scheduler does not know of windows.
             num_tokens: Room in each group.
             depth: Steps in flight.
@@ -161,7 +163,7 @@ class Engine:
         for group, manager in zip(self.runner.groups, self.scheduler.kv.managers, strict=True):
             for index in group.layers:
                 for cache in layers[index].kv_cache:
-                    cache[list(manager.pool._free)] = float("nan")
+                    cache.view(torch.uint8)[list(manager.pool._free)] = 0xFF  # NaN in every type of floats
 
     def run(self, *, poison: bool = False) -> dict[int, Answer]:
         while self.turn(poison=poison):
@@ -195,7 +197,7 @@ def same(answers: dict[int, Answer], expected: dict[int, Answer]) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16, cache in int8"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_freed_blocks_change_no_bit(kind: str, dtype: str) -> None:
     expected = without_freeing(kind, dtype=dtype)
@@ -210,12 +212,13 @@ def test_freed_blocks_change_no_bit(kind: str, dtype: str) -> None:
     assert crowded.scheduler.num_preemptions
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float32, cache in int8"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_reads_blocks_that_nobody_uses(kind: str, backend: str) -> None:
+def test_nothing_reads_blocks_that_nobody_uses(kind: str, backend: str, dtype: str) -> None:
     # The reference's bits depend on how a prompt is cut: the same steps in either run.
-    expected = without_freeing(kind, backend, depth=1, caching=False)
-    engine = Engine(kind, backend, depth=1, caching=False)
+    expected = without_freeing(kind, backend, dtype=dtype, depth=1, caching=False)
+    engine = Engine(kind, backend, dtype, depth=1, caching=False)
     add_all(engine)
     assert same(engine.run(poison=True), expected)
 

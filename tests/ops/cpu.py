@@ -73,9 +73,21 @@ class Requests:
         *,
         block_size: int = 32,
         plain: bool = False,
+        cache_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        """Makes requests of these lengths; ``plain``: with KV caches in the layout of the reference."""
+        """Makes requests of these lengths.
+
+        Args:
+            shape: Of the layer.
+            lengths: Tokens of each request.
+            dtype: Of the activations.
+            block_size: Tokens in a block.
+            plain: KV caches have the layout of the reference.
+            cache_dtype: Of the KV cache; None: that of the activations.
+            seed: Of all random numbers.
+        """
+        cache_dtype = cache_dtype or dtype
         self.shape = shape
         self.block_size = block_size
         generator = torch.Generator().manual_seed(seed)
@@ -93,14 +105,18 @@ class Requests:
         ]
         heads = shape.num_kv_heads
         shapes: tuple[tuple[int, ...], ...] = (
-            (len(order), block_size, heads, shape.head_dim),
-            (len(order), block_size, heads, shape.v_dim),
+            (len(order), block_size, heads, ops.stored_size(shape.head_dim, cache_dtype)),
+            (len(order), block_size, heads, ops.stored_size(shape.v_dim, cache_dtype)),
         )
         self.layout: ops.KVLayout = "plain" if plain else "tiled"
         if not plain:
-            shapes = kv_shapes(len(order), block_size, shape)
-        # What an earlier owner left in a block must not matter.
-        keys, values = (torch.full(size, float("nan"), dtype=dtype) for size in shapes)
+            shapes = kv_shapes(len(order), block_size, shape, cache_dtype)
+        # What an earlier owner left in a block must not matter: all bits set are NaN in every type of floats.
+        sizes = (torch.Size(size).numel() * cache_dtype.itemsize for size in shapes)
+        keys, values = (
+            torch.full((size,), 0xFF, dtype=torch.uint8).view(cache_dtype).view(shape)
+            for size, shape in zip(sizes, shapes, strict=True)
+        )
         self.cache = keys, values
         self.done = [0] * len(lengths)
 

@@ -52,21 +52,29 @@ def test_rows_of_a_product(capability: str, dtype: torch.dtype, out_features: in
                 assert same_bits(ops.linear(wide, layer, bias), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CACHES = [
+    *((dtype, dtype) for dtype in DTYPES),
+    (torch.bfloat16, torch.int8),
+    (torch.float32, torch.float8_e4m3fn),
+]
+"""Types of activations and of caches."""
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_attention_of_random_batches(capability: str, name: str, dtype: torch.dtype) -> None:
+def test_attention_of_random_batches(capability: str, name: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     """Random mixtures of decode and chunks of prompts against each request alone, one token after another."""
     shape = SHAPES[name]
     lengths = [5, 300, 33, 290, 64, 41] if capability != "amx_emulation" else [5, 262, 33, 64]
     with use(capability):
         with threads(1):
-            alone = Requests(shape, lengths, dtype, seed=3)
+            alone = Requests(shape, lengths, dtype, cache_dtype=cache_dtype, seed=3)
             expected = [
                 torch.cat([alone.step({row: 1})[row] for _ in range(length)]) for row, length in enumerate(lengths)
             ]
         for seed, count in enumerate((1, 2, 2)):
             with threads(count):
-                batched = Requests(shape, lengths, dtype, seed=3)
+                batched = Requests(shape, lengths, dtype, cache_dtype=cache_dtype, seed=3)
                 results = run_randomly(batched, lengths, random.Random(seed))
             for result, alone_result in zip(results, expected, strict=True):
                 assert same_bits(result, alone_result)
@@ -139,11 +147,11 @@ def test_other_ops_row_by_row(capability: str, dtype: torch.dtype) -> None:
 def test_numbers_of_a_neighbour_do_not_leak(capability: str) -> None:
     """A request whose numbers are not finite leaves those of others alone."""
     shape = SHAPES["groups of 3"]
-    for dtype in DTYPES:
+    for dtype, cache_dtype in CACHES:
         with use(capability):
-            clean = Requests(shape, [40, 70], dtype)
+            clean = Requests(shape, [40, 70], dtype, cache_dtype=cache_dtype)
             expected = clean.step({0: 40, 1: 70})[1]
-            dirty = Requests(shape, [40, 70], dtype)
+            dirty = Requests(shape, [40, 70], dtype, cache_dtype=cache_dtype)
             for tensor in dirty.data[0]:
                 tensor.fill_(float("nan"))
             assert same_bits(dirty.step({0: 40, 1: 70})[1], expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 import ops
 from ops import AttentionShape, PackedWeight
 from ops.cpu.kernels import unpack_linear
+from ops.reference.kv_codes import encode_heads
 from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use
 from tests.ops.test_reference import cos_sin_table
 
@@ -232,6 +233,73 @@ def test_attention(capability: str, name: str, dtype: torch.dtype) -> None:
                 # Weights are rounded to bfloat16 before they are multiplied with V, where the CPU multiplies that.
                 tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
                 torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+
+
+CACHES_IN_8_BITS = [
+    (torch.bfloat16, torch.int8),
+    (torch.float16, torch.float8_e5m2),
+    (torch.float32, torch.float8_e4m3fn),
+]
+"""Types of activations and of caches."""
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES_IN_8_BITS, ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_with_a_cache_in_8_bits(
+    capability: str, name: str, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    shape = ATTENTION[name]
+    lengths = [1, 33, 64, 31, 280]
+    with use(capability), threads(2):
+        ours, plain = (Requests(shape, lengths, dtype, plain=plain, cache_dtype=cache_dtype) for plain in (False, True))
+        steps = [{0: 1, 4: 257}, {1: 20, 2: 64, 4: 22}, {1: 12, 3: 31, 4: 1}, {1: 1}]
+        for counts in steps if shape.causal else [dict(enumerate(lengths))]:
+            results, expected = ours.step(counts), plain.step(counts)
+            for row, result in results.items():
+                tolerance = {torch.bfloat16: 0.03, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+                torch.testing.assert_close(result, expected[row], rtol=tolerance / 4, atol=tolerance)
+
+
+@pytest.mark.parametrize("cache_dtype", ops.KV_CODES, ids=str)
+def test_what_a_cache_in_8_bits_stores(capability: str, cache_dtype: torch.dtype) -> None:
+    """Numbers of all sizes: the bytes of the reference, in the layout of the kernels."""
+    shape = AttentionShape(1, 1, 64, scale=0.1)
+    special = [
+        0.0,
+        -0.0,
+        1e-30,
+        -1e-4,
+        0.001953125,
+        0.0029296875,
+        0.015,
+        447.0,
+        464.0,
+        1e6,
+        -1e30,
+        17.0,
+        -19.0,
+        61440.0,
+    ]
+    powers = 2.0 ** torch.randint(-20, 20, (40, 1), generator=torch.Generator().manual_seed(0))
+    x = randn(40, 64) * powers
+    x[7, : len(special)] = torch.tensor(special)
+    x[8] = 0
+    x[9, 3] = float("nan")
+    with use(capability):
+        ours = Requests(shape, [40], torch.float32, cache_dtype=cache_dtype)
+        ours.data[0] = [x, x, x.flip(0)]
+        ours.step({0: 40})
+    for cache, numbers, of_keys in zip(ours.cache, (x, x.flip(0)), (True, False), strict=True):
+        units = cache.view(torch.uint8)[ours.table[0, :2].long(), 0].flatten(0, 1)
+        blocks = units[:, : 32 * 64].view(2, 2, 2, 16, 2, 16)  # unit, block, half of the columns, pair of k, k, column
+        tokens = blocks.permute(0, 2, 5, 1, 3, 4) if of_keys else blocks.permute(0, 3, 4, 1, 2, 5)
+        codes = tokens.reshape(64, 64)[:40]
+        expected = encode_heads(numbers, cache_dtype).view(torch.uint8)
+        assert torch.equal(codes, expected[:, :64])
+        if cache_dtype == torch.int8:
+            scales = units[:, 32 * 64 :].contiguous().view(torch.bfloat16).flatten()[:40]
+            wanted = expected[:, 64:].contiguous().view(torch.bfloat16).flatten()
+            torch.testing.assert_close(scales, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

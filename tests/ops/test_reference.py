@@ -19,6 +19,7 @@ import ops
 from executor.graphs import Program
 from ops import AttentionMetadata, AttentionShape
 from ops.dispatch import Spec, StepInput
+from ops.reference.kv_codes import decode_heads, encode_heads
 from ops.reference.sampling import UNIT_BITS, kept_tokens, log_probs, philox, token_weights, uniform, units
 from tests.ops.cpu import using
 
@@ -256,6 +257,39 @@ def test_attention_is_scaled_dot_product_attention(shape: AttentionShape, block_
             result[start : start + count], expected.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5
         )
         start += count
+
+
+@pytest.mark.parametrize("dtype", ops.KV_CODES, ids=str)
+def test_heads_in_8_bits(dtype: torch.dtype) -> None:
+    x = randn(50, 3, 24) * torch.logspace(-3, 1, 50).view(50, 1, 1)
+    stored = encode_heads(x, dtype)
+    assert stored.dtype == dtype and stored.shape == (50, 3, ops.stored_size(24, dtype))
+    numbers, scales = decode_heads(stored)
+    if scales is None:
+        error, bits = (numbers - x).abs(), {torch.float8_e4m3fn: 4, torch.float8_e5m2: 3}[dtype]
+        smallest = {torch.float8_e4m3fn: 2.0**-9, torch.float8_e5m2: 2.0**-16}[dtype]
+        assert (error <= x.abs() * 2.0**-bits + smallest / 2).all()
+        assert decode_heads(encode_heads(1e9 * torch.ones(1), dtype))[0] == ops.KV_CODES[dtype]
+    else:
+        assert (numbers.abs().amax(dim=-1) == 127).all(), "the whole range is used, whatever the rounding of the scale"
+        assert ((numbers * scales.unsqueeze(-1) - x).abs() <= 0.505 * scales.unsqueeze(-1)).all()
+    assert (decode_heads(encode_heads(torch.zeros(2, 5), dtype))[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ops.KV_CODES, ids=str)
+def test_attention_with_a_cache_in_8_bits_is_that_of_the_decoded_numbers(dtype: torch.dtype) -> None:
+    shape = AttentionShape(4, 2, 16, scale=0.25, v_head_dim=24, sliding_window=9, logit_softcap=5.0)
+    q, k, v, cache, meta, _, _ = step(shape, [12, 25], [12, 25], 8)
+
+    def decoded(x: Tensor) -> Tensor:
+        numbers, scales = decode_heads(encode_heads(x.unflatten(1, (2, -1)), dtype))
+        return (numbers if scales is None else numbers * scales.unsqueeze(-1)).flatten(1)
+
+    expected = ops.paged_attention(q, decoded(k), decoded(v), cache, meta, shape)
+    sizes = [(*tensor.shape[:3], ops.stored_size(tensor.shape[3], dtype)) for tensor in cache]
+    keys, values = (torch.full(size, 0xFF, dtype=torch.uint8).view(dtype) for size in sizes)
+    result = ops.paged_attention(q, k, v, (keys, values), meta, shape)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_softcap() -> None:

@@ -107,7 +107,9 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["-tp=2"], "--tensor-parallel-size 2"),
         (["--speculative-config", '{"method": "ngram"}'], "--speculative-config {"),
         (["--speculative-config.method", "ngram"], "--speculative-config {"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: the KV cache has the model's type; use auto"),
+        (["--kv-cache-dtype", "int4"], "--kv-cache-dtype int4: not supported, 4 bits cost models with heads of 64"),
+        (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
+        (["--calculate-kv-scales"], "--calculate-kv-scales: int8 has a scale per token and head, fp8 none"),
         (["--api-server-count", "2"], "--api-server-count 2"),
         (["--data-parallel-size=4"], "--data-parallel-size 4: multiple engines are not supported yet"),
         (["--cpu-offload-gb", "4"], "--cpu-offload-gb 4"),
@@ -154,8 +156,8 @@ def test_keyword_arguments_of_vllm() -> None:
     )
     assert config.runner == "generate" and config.engine.executor.model.enforce_eager
     assert any(note.startswith("--swap-space 4 (preempted requests are recomputed") for note in notes)
-    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "ngram"}}, {"kv_cache_dtype": "fp8"}):
-        with pytest.raises(ConfigError, match="not supported yet|use auto"):
+    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "ngram"}}, {"kv_cache_dtype": "int4"}):
+        with pytest.raises(ConfigError, match="not supported yet|use int8"):
             make_config(options_)
     with pytest.raises(ConfigError, match="unknown option 'max_modle_len'; did you mean max_model_len?"):
         make_config({"max_modle_len": 5})

@@ -10,14 +10,12 @@
 #include "heads.h"
 #include "kernels.h"
 #include "kv_cache.h"
+#include "kv_codes.h"
 #include "vec_math.h"
 
 namespace octavo {
 
 namespace {
-
-constexpr int kSplit = 256;
-constexpr int kSplitUnits = kSplit / kUnit;
 
 // With fewer tiles per thread than this, threads share the context of a tile.
 constexpr int kTilesPerThread = 4;
@@ -36,19 +34,11 @@ bool starts_run(const OctavoGroup& group, int token) {
     return token == 0 || slot % group.block_size == 0 || slot != group.slot_mapping[token - 1] + 1;
 }
 
-template <class T>
-void write_head(const OctavoAttention& op, const KVCache<T>& cache, const OctavoStep& step, int token, int head) {
+template <class Cache, class T = typename Cache::T>
+void write_head(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, int token, int head) {
     const int64_t slot = step.groups[op.group].slot_mapping[token];
-    const int64_t block = slot / cache.block_size;
-    const int place = static_cast<int>(slot % cache.block_size);
     const T* k = static_cast<const T*>(op.k.data) + token * op.k.stride + head * op.head_dim;
     const T* v = static_cast<const T*>(op.v.data) + token * op.v.stride + head * op.v_head_dim;
-    T* keys = cache.keys_of(block, head, place);
-    T* values = cache.values_of(block, head, place);
-    if (place == 0) {  // nothing of an earlier owner remains
-        std::memset(keys, 0, static_cast<size_t>(cache.block_size) * cache.head_dim * sizeof(T));
-        std::memset(values, 0, static_cast<size_t>(cache.block_size) * cache.v_head_dim * sizeof(T));
-    }
     T key[kMaxHeadDim];
     if (op.k_heads.has_norm || op.k_heads.rotary_dim) {
         float numbers[kMaxHeadDim];
@@ -57,13 +47,13 @@ void write_head(const OctavoAttention& op, const KVCache<T>& cache, const Octavo
         for (int i = 0; i < op.head_dim; i += kLanes) store(key + i, load(numbers + i));
         k = key;
     }
-    for (int i = 0; i < op.head_dim; ++i) keys[cache.key_offset(place, i)] = k[i];
-    for (int i = 0; i < op.v_head_dim; ++i) values[cache.value_offset(place, i)] = v[i];
+    const int place = static_cast<int>(slot % cache.block_size);
+    cache.write(slot / cache.block_size, head, place, k, op.head_dim, v, op.v_head_dim);
 }
 
 // Threads take whole runs, so that a block is cleared and filled by the same thread.
-template <class T>
-void write_kv(const OctavoAttention& op, const KVCache<T>& cache, const OctavoStep& step, const Team& team) {
+template <class Cache>
+void write_kv(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, const Team& team) {
     const OctavoGroup& group = step.groups[op.group];
     const Range mine = team.share(step.num_tokens);
     int token = mine.begin;
@@ -165,20 +155,21 @@ struct Partial {
 };
 
 // K and V of a part of a tile's context, unit by unit.
-template <class T>
-struct Contexts {
+template <class Cache>
+struct Context {
     int begin = 0;  // first token
     int units = 0;
-    const T* keys[kSplitUnits];
-    const T* values[kSplitUnits];
+    const typename Cache::Stored* keys[kSplitUnits];
+    const typename Cache::Stored* values[kSplitUnits];
 };
 
-template <class T>
+template <class Cache>
 class Attention {
 public:
-    using Context = Contexts<T>;
+    using T = typename Cache::T;
+    using Factor = Left<typename Cache::Number>;
 
-    Attention(const OctavoAttention& op, const OctavoStep& step, const KVCache<T>& cache, Scratch& scratch)
+    Attention(const OctavoAttention& op, const OctavoStep& step, Cache& cache, Scratch& scratch)
         : op_(op),
           step_(step),
           group_(step.groups[op.group]),
@@ -211,7 +202,7 @@ public:
     }
 
     // Locates the K and V of a split that are visible to a tile.
-    void locate(const Tile& tile, int split, Context& context) const {
+    void locate(const Tile& tile, int split, Context<Cache>& context) const {
         const Request request(group_, tile.request);
         const View first = request.view(op_, tile.first_row / group_size_);
         const View last = request.view(op_, (tile.first_row + tile.rows - 1) / group_size_);
@@ -228,33 +219,27 @@ public:
     }
 
     // Attention of a staged tile over one split, while the keys of the next split are prefetched.
-    void attend(const Tile& tile, const Context& context, const Context& next, const Partial& result) {
+    void attend(const Tile& tile, const Context<Cache>& context, const Context<Cache>& next, const Partial& result) {
         const Request request(group_, tile.request);
-        const Left<T> queries = {queries_, kBlock, static_cast<int64_t>(tile.rows) * kBlock};
+        const int64_t block = static_cast<int64_t>(tile.rows) * kBlock;
+        const Factor queries = {queries_, kBlock, block};
         for (int i = 0; i < context.units; ++i)
             dot(tile.rows, queries, cache_.scores_of(context.keys[i], context.values[i]), cache_.head_dim / kBlock,
                 scores_ + i * tile.rows * kColumns);
+        if constexpr (Cache::kHasScales) scaled_ = cache_.read_scales(context.units, context.keys, context.values);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
             softmax(tile.rows, r, context.units, view.begin - context.begin, view.end - context.begin,
                     op_.slopes ? op_.slopes[head_of(tile, r)] : 0.0f, result);
         }
-        const T* values[kSplitUnits];
-        const T* fetched[kSplitUnits];
-        for (int i = 0; i < context.units; ++i) {
-            values[i] = context.values[i];
-            fetched[i] = i < next.units ? next.keys[i] : values[i];
-        }
-        const Left<T> weights = {weights_, kBlock, static_cast<int64_t>(tile.rows) * kBlock};
+        const Factor weights = {weights_, kBlock, block};
         for (int column = 0; column < cache_.v_head_dim; column += kColumns) {
-            dot(tile.rows, weights, cache_.sum_of(values, fetched), context.units, sums_);
+            dot(tile.rows, weights,
+                cache_.sum_of(column / kColumns, context.units, context.values, next.units, next.keys), context.units,
+                sums_);
             for (int r = 0; r < tile.rows; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
                     store(result.out + r * cache_.v_head_dim + column + i, load(sums_ + r * kColumns + i));
-            for (int i = 0; i < context.units; ++i) {
-                values[i] += kBlockElements;
-                fetched[i] += kBlockElements;
-            }
         }
     }
 
@@ -297,6 +282,9 @@ private:
         return tile.kv_head * group_size_ + (tile.first_row + row) % group_size_;
     }
 
+    // Whether the tokens of K and V have scales.
+    bool is_scaled() const { return Cache::kHasScales && scaled_; }
+
     static float first_lane(Vec x) {
         float lanes[kLanes];
         store(lanes, x);
@@ -312,10 +300,13 @@ private:
         const Vec scale = splat(capped || biased ? 1.0f : op_.scale);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
+        const bool scaled = is_scaled();
         Vec top = hidden;
         for (int i = 0; i < units * kUnit; i += kLanes) {
             float* place = scores + i / kUnit * stride + i % kUnit;
             Vec x = load(place);
+            if constexpr (Cache::kHasScales)
+                if (scaled) x = x * load(cache_.key_scales() + i);
             const bool partly_hidden = i < begin || i + kLanes > end;
             if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
             if (biased) {
@@ -327,7 +318,7 @@ private:
                 x = select(less(tokens, splat(static_cast<float>(end))), x, hidden);
                 x = select(less(tokens, splat(static_cast<float>(begin))), hidden, x);
             }
-            if (capped || biased || partly_hidden) store(place, x);
+            if (capped || biased || partly_hidden || scaled) store(place, x);
             top = max(top, x);
         }
         const float peak = largest(top * scale);
@@ -339,10 +330,16 @@ private:
         for (int i = 0; i < units; ++i) {
             const float* x = scores + i * stride;
             LeftOf<T>* y = weights_ + i * stride + row * kColumns;
-            const Vec first = exp2_below<kIsBFloat16<T>>(fma(load(x), factor, shift));
-            const Vec second = exp2_below<kIsBFloat16<T>>(fma(load(x + kLanes), factor, shift));
+            Vec first = exp2_below<kIsBFloat16<T>>(fma(load(x), factor, shift));
+            Vec second = exp2_below<kIsBFloat16<T>>(fma(load(x + kLanes), factor, shift));
             total = total + first;
             others = others + second;
+            if constexpr (Cache::kHasScales) {
+                if (is_scaled()) {
+                    first = first * load(cache_.value_scales() + i * kUnit);
+                    second = second * load(cache_.value_scales() + i * kUnit + kLanes);
+                }
+            }
             store(y, first);
             store(y + kLanes, second);
         }
@@ -353,12 +350,13 @@ private:
     const OctavoAttention& op_;
     const OctavoStep& step_;
     const OctavoGroup& group_;
-    const KVCache<T>& cache_;
+    Cache& cache_;
     const int group_size_;
     LeftOf<T>* queries_;
     float* scores_;
     LeftOf<T>* weights_;
     float* sums_;
+    bool scaled_ = false;
 };
 
 bool shares_context(int tiles, int items, int threads) {
@@ -389,9 +387,9 @@ struct Work {
 };
 
 // Some consecutive items; the keys of the next are prefetched while one is computed.
-template <class T>
-void attend_items(Attention<T>& kernel, const Work& work, Range items, const Partial& sum, const Partial& part) {
-    Contexts<T> contexts[2];
+template <class Cache>
+void attend_items(Attention<Cache>& kernel, const Work& work, Range items, const Partial& sum, const Partial& part) {
+    Context<Cache> contexts[2];
     const auto locate = [&](int item, int tile) {
         const Tile& t = work.tiles[tile];
         if (item < items.end) kernel.locate(t, t.first_split + item - t.first_item, contexts[item % 2]);
@@ -405,12 +403,12 @@ void attend_items(Attention<T>& kernel, const Work& work, Range items, const Par
         if (staged != current) kernel.stage(tile);
         staged = current;
         const int next = locate(item + 1, work.tile_of(item + 1, current));
-        const Contexts<T>& here = contexts[item % 2];
-        const Contexts<T>& there = contexts[(item + 1) % 2];
+        const Context<Cache>& here = contexts[item % 2];
+        const Context<Cache>& there = contexts[(item + 1) % 2];
         const int split = item - tile.first_item;
         if (work.writes_alone && split == tile.num_splits - 1) kernel.write(tile);
         if (work.partials) {
-            kernel.attend(tile, here, there, work.partial(item, kRows<T>));
+            kernel.attend(tile, here, there, work.partial(item, kRows<typename Cache::T>));
         } else {
             kernel.attend(tile, here, there, split == 0 ? sum : part);
             if (split > 0) kernel.merge(tile.rows, sum, part);
@@ -420,10 +418,10 @@ void attend_items(Attention<T>& kernel, const Work& work, Range items, const Par
     }
 }
 
-template <class T>
+template <class Cache, class T = typename Cache::T>
 void attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
     const OctavoGroup& group = step.groups[op.group];
-    const KVCache<T> cache(op, group.block_size);
+    Cache cache(op, group.block_size, team.scratch);
     Work work;
     work.writes_alone = op.k.data && writes_alone<T>(op, group, step.num_tokens);
     const bool writes_first = op.k.data && !work.writes_alone;
@@ -435,7 +433,7 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     work.partial_floats = Partial::floats(kRows<T>, cache.v_head_dim);
     const bool shared = shares_context(work.num_tiles, work.num_items, team.size);
     work.partials = shared ? reinterpret_cast<float*>(team.shared.workspace) : nullptr;
-    Attention<T> kernel(op, step, cache, team.scratch);
+    Attention<Cache> kernel(op, step, cache, team.scratch);
     const Partial sum(team.scratch.take<float>(work.partial_floats), kRows<T>);
     const Partial part(team.scratch.take<float>(work.partial_floats), kRows<T>);
     if (writes_first) team.wait();  // for all K and V of the step
@@ -469,7 +467,13 @@ size_t workspace(const OctavoAttention& op, const OctavoGroup& group, int thread
 }  // namespace
 
 void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
-    with_type(op.type, [&](auto number) { attention<decltype(number)>(op, step, team); });
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        if (op.cache == kPlainCache)
+            attention<KVCache<T>>(op, step, team);
+        else
+            attention<CodedCache<T>>(op, step, team);
+    });
 }
 
 size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads) {

@@ -7,53 +7,85 @@
 //   V [block][kv_head][block_size / 32][v_head_dim / 32][32 x 32]
 #pragma once
 
+#include <cstring>
+
 #include "packed.h"
+#include "team.h"
 
 namespace octavo {
 
 constexpr int kUnit = kBlock;  // tokens
 
-template <class T>
-struct KVCache {
-    T* keys;
-    T* values;
-    int num_kv_heads;
-    int head_dim;    // padded
-    int v_head_dim;  // padded
-    int block_size;
+// Tokens of a split: a part of the context with its own softmax.
+constexpr int kSplit = 256;
+constexpr int kSplitUnits = kSplit / kUnit;
 
-    KVCache(const OctavoAttention& op, int block_size)
-        : keys(static_cast<T*>(op.k_cache)),
-          values(static_cast<T*>(op.v_cache)),
-          num_kv_heads(op.num_kv_heads),
+// A cache in the type of the activations.
+template <class Type>
+class KVCache {
+public:
+    using T = Type;
+    using Number = T;  // of right factors
+    using Stored = T;
+    static constexpr bool kHasScales = false;
+
+    KVCache(const OctavoAttention& op, int block_size, Scratch&)
+        : num_kv_heads(op.num_kv_heads),
           head_dim(blocks_of(op.head_dim, kBlock) * kBlock),
           v_head_dim(blocks_of(op.v_head_dim, kBlock) * kBlock),
-          block_size(block_size) {}
+          block_size(block_size),
+          keys_(static_cast<T*>(op.k_cache)),
+          values_(static_cast<T*>(op.v_cache)) {}
 
     // The unit that holds the token at an offset in a block.
-    T* keys_of(int64_t block, int head, int place) const {
-        return keys + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * head_dim;
-    }
-    T* values_of(int64_t block, int head, int place) const {
-        return values + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * v_head_dim;
-    }
+    T* keys_of(int64_t block, int head, int place) const { return unit_of(keys_, head_dim, block, head, place); }
+    T* values_of(int64_t block, int head, int place) const { return unit_of(values_, v_head_dim, block, head, place); }
 
-    static int64_t key_offset(int place, int i) { return packed_offset<T>(row(place % kUnit), i); }
-    static int64_t value_offset(int place, int i) {
-        return static_cast<int64_t>(i / kColumns) * kBlockElements + packed_offset<T>(row(i % kColumns), place % kUnit);
+    // Writes a token's head.
+    void write(int64_t block, int head, int place, const T* k, int k_size, const T* v, int v_size) const {
+        T* keys = keys_of(block, head, place);
+        T* values = values_of(block, head, place);
+        if (place == 0) {  // nothing of an earlier owner remains
+            std::memset(keys, 0, static_cast<size_t>(block_size) * head_dim * sizeof(T));
+            std::memset(values, 0, static_cast<size_t>(block_size) * v_head_dim * sizeof(T));
+        }
+        for (int i = 0; i < k_size; ++i) keys[packed_offset<T>(row(place % kUnit), i)] = k[i];
+        for (int i = 0; i < v_size; ++i) values[value_offset(place, i)] = v[i];
     }
 
     // The right factor of a unit's scores. While it is read, `next` is prefetched.
-    static Right<T> scores_of(const T* keys, const T* next) {
+    Right<T> scores_of(const T* keys, const T* next) const {
         return {keys, kBlockElements, nullptr, {address_of(next), kCacheLineBytes}};
     }
-    // The right factor of the weighted sum of several units.
-    static Right<T> sum_of(const T* const* values, const T* const* next) {
-        return {nullptr, 0, values, {0, kCacheLineBytes}, next};
+
+    // The right factor of the weighted sum of some units, for 32 columns of V. While it is read, the same part of
+    // `next_units` other units is prefetched.
+    Right<T> sum_of(int block, int units, const T* const* values, int next_units, const T* const* next) {
+        for (int i = 0; i < units; ++i) {
+            list_[i] = values[i] + block * kBlockElements;
+            fetched_[i] = (i < next_units ? next[i] : values[i]) + block * kBlockElements;
+        }
+        return {nullptr, 0, list_, {0, kCacheLineBytes}, fetched_};
     }
 
+    const int num_kv_heads;
+    const int head_dim;    // padded
+    const int v_head_dim;  // padded
+    const int block_size;
+
 private:
+    T* unit_of(T* cache, int dim, int64_t block, int head, int place) const {
+        return cache + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * dim;
+    }
+    static int64_t value_offset(int place, int i) {
+        return static_cast<int64_t>(i / kColumns) * kBlockElements + packed_offset<T>(row(i % kColumns), place % kUnit);
+    }
     static PackedRow row(int index) { return {0, index / kLanes, index % kLanes}; }
+
+    T* keys_;
+    T* values_;
+    const T* list_[kSplitUnits];
+    const T* fetched_[kSplitUnits];
 };
 
 }  // namespace octavo

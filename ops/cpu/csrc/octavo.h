@@ -28,6 +28,9 @@ enum OctavoActivation : int32_t {
     kClip = 9,     // limited to -p .. p
 };
 
+// What a KV cache holds: numbers in the type of the activations, or codes; see ops/reference/kv_codes.py.
+enum OctavoCache : int32_t { kPlainCache = 0, kInt8Cache = 1, kE4M3Cache = 2, kE5M2Cache = 3 };
+
 enum OctavoNormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
 
 // What the rows of an op's result are.
@@ -243,6 +246,7 @@ struct OctavoAttention {
     int32_t causal;
     int32_t group;  // index into the step's groups
     int32_t type;
+    int32_t cache;  // OctavoCache
 };
 
 // A causal convolution over the last `length` tokens of a request, each column by itself, between two gates:
