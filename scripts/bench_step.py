@@ -31,18 +31,23 @@ from typing import Any, Literal, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from bench_models import SHAPES, config_of
+from torch import nn
 
+import ops
 from api.model.gguf_file import read_gguf
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, StepSize
+from executor.layers.embedding import VocabParallelEmbedding
+from executor.layers.linear import LinearLayer
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
 from executor.parallel import ParallelState
+from executor.quantization.packed import PackedWeights
 from executor.worker import Worker
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
-MOST_NODES = 4096
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 
@@ -72,12 +77,32 @@ class Steps:
         self.worker = Worker(ParallelState(), config, self.answers.append)
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
-        self.weight_bytes = ready.weight_bytes
         self.groups = ready.kv_cache_groups
         self.vocab_size = ready.vocab_size
+        self._count(list(self.worker.runner.model.modules()))
         self.blocks_each = [-(-max_len // group.block_size) for group in self.groups]
         self.worker.handle(InitKVCache(tuple(max_seqs * blocks for blocks in self.blocks_each), max_len))
         self.step_id = 0
+
+    def _count(self, modules: list[nn.Module]) -> None:
+        """Notes what a step reads and multiplies."""
+        tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
+        heads = [table.shape for table in tables if table.shape.makes_logits]
+        self.head_parameters = sum(shape.vocab.size * shape.hidden.size for shape in heads)
+        layers = [module for module in modules if isinstance(module, LinearLayer)]
+        self.layer_parameters = sum(layer.shape.input.size * sum(layer.output_sizes) for layer in layers)
+        unread = {id(parameter) for table in tables if not table.shape.makes_logits for parameter in table.parameters()}
+        parameters = modules[0].parameters()
+        self.weight_bytes = sum(parameter.nbytes for parameter in parameters if id(parameter) not in unread)
+        """Read by each step: all but the input embedding, unless it also computes the logits."""
+        packed = [module.packed for module in modules if isinstance(module, PackedWeights)]
+        rounds = any(isinstance(each, ops.QuantizedWeight) and each.activations == "int8" for each in packed)
+        self.numbers = library.INT8 if rounds else library.TYPES[heads[0].dtype]
+        """What is multiplied; see ``Library.measure_peak``."""
+
+    def operations(self, tokens: int, samples: int) -> float:
+        """Multiplications and additions of a step that computes the logits of some of its tokens."""
+        return 2.0 * (tokens * self.layer_parameters + samples * self.head_parameters)
 
     def run(self, slots: list[int], counts: list[int], **fields: Any) -> float:
         """Runs one step and returns its seconds."""
@@ -148,43 +173,52 @@ def folder_of(model: str) -> Iterator[str]:
 class Explanation:
     """Seconds that a step spends in each kind of kernel call. Wraps ``octavo_run``."""
 
-    def __init__(self, kernels: library.Library, function: Callable[..., Any]) -> None:
+    def __init__(self, kernels: library.Library, function: Callable[..., Any], threads: int) -> None:
         self._kernels = kernels
         self._run = function
-        self.own: dict[str, float] = defaultdict(float)
-        """In the first thread's part."""
+        self._threads = threads
+        self.begins: dict[str, npt.NDArray[np.float64]] = defaultdict(lambda: np.zeros(threads))
+        """From when the first thread begins until each does."""
+        self.own: dict[str, npt.NDArray[np.float64]] = defaultdict(lambda: np.zeros(threads))
+        """In each thread's part."""
         self.all: dict[str, float] = defaultdict(float)
-        """Until all threads are done."""
+        """From when the first thread begins until it begins with the next call."""
         self.calls: dict[str, int] = defaultdict(int)
 
     def clear(self) -> None:
-        for figures in (self.own, self.all, self.calls):
+        for figures in (self.begins, self.own, self.all, self.calls):
             figures.clear()
 
     def __call__(self, nodes: Any, count: int, *args: Any) -> None:
-        if count > MOST_NODES or not isinstance(nodes, ctypes.Array):
+        if not isinstance(nodes, ctypes.Array):
             self._run(nodes, count, *args)
             return
-        seconds = (ctypes.c_double * (2 * count))()
-        self._kernels.profile(ctypes.addressof(seconds))
+        times = np.zeros((count, self._threads, 2))
+        self._kernels.profile(times.ctypes.data, self._threads)
         try:
             self._run(nodes, count, *args)
         finally:
-            self._kernels.profile(None)
+            self._kernels.profile(None, 0)
+        ran = times[:, :, 1] > 0  # not all threads do if other programs keep some from their cores
+        own = np.where(ran, times[:, :, 1] - times[:, :, 0], 0.0)
+        late = np.where(ran, times[:, :, 0] - times[:, :1, 0], 0.0)
+        ends = np.append(times[1:, 0, 0], times[-1].max())
         for i in range(count):
             name = _name(nodes[i])
-            self.own[name] += seconds[2 * i]
-            self.all[name] += seconds[2 * i + 1]
+            self.own[name] += own[i]
+            self.begins[name] += late[i]
+            self.all[name] += ends[i] - times[i, 0, 0]
             self.calls[name] += 1
 
     def show(self, steps: int) -> None:
         """Prints one line per kind, per step."""
         total = sum(self.all.values())
         for name, seconds in sorted(self.all.items(), key=lambda item: -item[1]):
-            waits = 1 - self.own[name] / seconds
+            waits = " ".join(f"{1 - own / seconds:5.1%}" for own in self.own[name])
+            late = max(self.begins[name]) / self.calls[name] * 1e6
             print(
                 f"    {name:36} {self.calls[name] / steps:5.0f} calls {seconds / steps * 1e3:9.3f} ms "
-                f"{seconds / total:6.1%}   first thread waits {waits:5.1%}"
+                f"{seconds / total:6.1%}   threads wait {waits}, the last begins {late:.1f} us late"
             )
 
 
@@ -233,7 +267,7 @@ def measure(options: argparse.Namespace) -> None:
     kernels = library.chosen()
     if kernels is None:
         sys.exit("no kernels are available on this machine")
-    explanation = Explanation(kernels, kernels.run) if options.explain else None
+    explanation = Explanation(kernels, kernels.run, torch.get_num_threads()) if options.explain else None
     clock = Clock(explanation or kernels.run)
     kernels.run = clock  # type: ignore[assignment]
     threads = torch.get_num_threads()
@@ -249,11 +283,8 @@ def measure(options: argparse.Namespace) -> None:
         quantization=options.quantization,
         kv_cache_dtype=options.kv_cache_dtype,
     )
-    dtype = next(iter(steps.worker.runner.model.parameters())).dtype
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
-    peak = 2 * max(kernels.measure_peak(library.TYPES[dtype], threads) for _ in range(8))
-    # Excludes the input embedding, unless it also computes the logits.
-    parameters = steps.weight_bytes / dtype.itemsize
+    peak = 2 * max(kernels.measure_peak(steps.numbers, threads) for _ in range(8))
 
     def bandwidth() -> float:
         return float(np.median([kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), threads) for _ in range(5)]))
@@ -285,7 +316,14 @@ def measure(options: argparse.Namespace) -> None:
         times = [steps.run(list(range(requests)), [1] * requests) for _ in range(options.steps)]
         read = (before + bandwidth()) / 2
         kv = requests * steps.kv_bytes(options.context + options.steps / 2)
-        show(f"decode {requests}", times, clock.seconds, read, steps.weight_bytes + kv, 2 * parameters * requests)
+        show(
+            f"decode {requests}",
+            times,
+            clock.seconds,
+            read,
+            steps.weight_bytes + kv,
+            steps.operations(requests, requests),
+        )
     for length in options.prefill:
         times = []
         before = bandwidth()
@@ -295,7 +333,7 @@ def measure(options: argparse.Namespace) -> None:
             free = np.array([0], np.int32).tobytes()
             times.append(steps.run([0], [length], new_reqs=(new,), finished_slots=free))
         read = (before + bandwidth()) / 2
-        show(f"prefill {length}", times, clock.seconds, read, steps.weight_bytes, 2 * parameters * length)
+        show(f"prefill {length}", times, clock.seconds, read, steps.weight_bytes, steps.operations(length, 1))
 
 
 if __name__ == "__main__":

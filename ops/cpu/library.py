@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """``OctavoType``."""
+INT8 = 3
+"""Stands for 8-bit integers in ``measure_peak``."""
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu2": 6}
 """``OctavoActivation``: functions without a parameter."""
 IDENTITY, SCALE, SOFTCAP, CLIP = 0, 7, 8, 9
@@ -327,7 +329,7 @@ class Library:
         self.pack_quantized.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32)
         self.pack_quantized.restype = None
         self.profile = dll.octavo_profile
-        self.profile.argtypes = (c_void_p,)
+        self.profile.argtypes = (c_void_p, c_int32)
         self.profile.restype = None
         self.measure_bandwidth = dll.octavo_measure_bandwidth
         self.measure_bandwidth.argtypes = (c_void_p, c_int64, c_int32)

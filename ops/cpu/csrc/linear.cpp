@@ -43,32 +43,35 @@ Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
 
 // Weights stay in the L2 cache, a chunk at a time, while all rows pass by.
 template <class T>
-void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid) {
+void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
+                     const Team& team) {
     alignas(kCacheLine) float sums[kMostRows * kColumns];
     const T* weight = static_cast<const T*>(op.weight.data);
     const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
-    const int column_blocks = shape.column_blocks();
+    const int row_blocks = shape.row_blocks(), column_blocks = shape.column_blocks();
     const int num_tiles = grid.tiles.end - grid.tiles.begin;
     const int64_t chunk_bytes = std::min(kChunkBytes, kChunkBytesPerTile * num_tiles);
     const int chunk = static_cast<int>(std::max<int64_t>(1, chunk_bytes / block_bytes));
-    for (int first = grid.blocks.begin; first < grid.blocks.end; first += chunk) {
-        const int last = std::min(first + chunk, grid.blocks.end);
+    int fetched = -1;  // the chunk that was prefetched
+    team.each(blocks_of(row_blocks, chunk), grid.parts, [&](int number, int end) {
+        const int first = number * chunk, last = std::min(first + chunk, row_blocks);
         for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
             const int begin = rows.tiles.begin(tile);
             const int count = rows.tiles.begin(tile + 1) - begin;
             const Left<T> left = rows.tile(begin, count);
             for (int block = first; block < last; ++block) {
                 Fetch fetch;
-                if (num_tiles == 1 || (tile == grid.tiles.begin && first == grid.blocks.begin))
+                if (num_tiles == 1 || (tile == grid.tiles.begin && fetched != number))
                     fetch = fetch_ahead<T>(address_of(weight) + block * block_bytes, count);
-                else if (block + chunk < grid.blocks.end)
+                else if (number + 1 < end && block + chunk < row_blocks)
                     fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes,
                                     tile - grid.tiles.begin, num_tiles);
                 dot(count, left, packed_block(weight, shape, block, fetch), column_blocks, sums);
                 finish<T>(op, Columns::of(shape, block), begin, count, sums);
             }
         }
-    }
+        fetched = number + 1 < end ? number + 1 : -1;
+    });
 }
 
 // A tile of rows, and where its sums are.
@@ -113,14 +116,14 @@ void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Rig
 // Rows stay in the L2 cache, some tiles at a time, while panels of all weights pass by.
 template <class T>
 void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
-                     Scratch& scratch) {
+                     const Team& team) {
     const T* weight = static_cast<const T*>(op.weight.data);
     const int column_blocks = shape.column_blocks();
     const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
     const int group = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
-    float* buffer = scratch.take<float>(kPanelElements);
-    float* sums = scratch.take<float>(static_cast<size_t>(group) * kRows<T> * kColumns);
-    TileSums* tiles = scratch.take<TileSums>(group);
+    float* buffer = team.scratch.take<float>(kPanelElements);
+    float* sums = team.scratch.take<float>(static_cast<size_t>(group) * kRows<T> * kColumns);
+    TileSums* tiles = team.scratch.take<TileSums>(group);
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
         const int num_tiles = std::min(group, grid.tiles.end - first);
         const int first_row = rows.tiles.begin(first);
@@ -128,13 +131,14 @@ void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Row
             const int begin = rows.tiles.begin(first + i);
             tiles[i] = {begin, rows.tiles.begin(first + i + 1) - begin, sums + (begin - first_row) * kColumns};
         }
-        for (int block = grid.blocks.begin; block < grid.blocks.end; ++block) {
+        const auto multiply = [&](int block, int) {
             const Right<T> right = packed_block(weight, shape, block, {});
             for (int k = 0; k < column_blocks; k += kPanelBlocks)
                 add_products(rows, tiles, num_tiles, right, k, std::min(kPanelBlocks, column_blocks - k), buffer);
             for (int i = 0; i < num_tiles; ++i)
                 finish<T>(op, Columns::of(shape, block), tiles[i].begin, tiles[i].count, tiles[i].sums);
-        }
+        };
+        team.each(shape.row_blocks(), grid.parts, multiply, first + group < grid.tiles.end);
     }
 }
 
@@ -147,9 +151,9 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     const Grid grid = divide(tiles.count, shape.row_blocks(), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
     if constexpr (kMultipliesFloat<T>) {
-        if (grid.tiles.end - grid.tiles.begin > 1) return multiply_panels(op, shape, rows, grid, team.scratch);
+        if (grid.tiles.end - grid.tiles.begin > 1) return multiply_panels(op, shape, rows, grid, team);
     }
-    multiply_chunks(op, shape, rows, grid);
+    multiply_chunks(op, shape, rows, grid, team);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ struct Tiles {
 // are too few columns.
 struct Grid {
     Range tiles;
-    Range blocks;
+    int parts;  // of the columns, among threads that follow each other
 };
 
 inline Grid divide(int tiles, int blocks, int thread, int threads) {
@@ -38,7 +38,7 @@ inline Grid divide(int tiles, int blocks, int thread, int threads) {
             best = parts;
         }
     }
-    return {share(tiles, thread / best, threads / best), share(blocks, thread % best, best)};
+    return {share(tiles, thread / best, threads / best), best};
 }
 
 // A row that is multiplied: of x, or of those selected, and normalised on request, into `normed`.

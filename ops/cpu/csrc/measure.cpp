@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "dot.h"
+#include "int8.h"
 #include "kernels.h"
 
 #if defined(OCTAVO_AMX)
@@ -114,6 +115,31 @@ int64_t multiply_bfloats(float& sink) { return multiply_floats(sink); }
 
 #endif
 
+// Adds products of 8-bit integers.
+inline Totals dot_product(Totals sum, Codes x) {
+#if defined(OCTAVO_ADD_PAIRS)
+    asm volatile("" : "+v"(x));  // multiply each time
+    return add_pairs(sum, multiply_pairs(x, x));
+#else
+    return dot(sum, x, x);
+#endif
+}
+
+int64_t multiply_integers(float& sink) {
+    constexpr int kCodes = kIntColumns * 4;
+    Totals sums[kSums];
+    for (int j = 0; j < kSums; ++j) sums[j] = splat_total(j);
+    const Codes x = splat_codes(static_cast<int32_t>(bits_of(sink + 0.5f)));
+    for (int64_t i = 0; i < kTurns; ++i)
+        for (int j = 0; j < kSums; ++j) sums[j] = dot_product(sums[j], x);
+    float numbers[kIntColumns];
+    for (int j = 0; j < kSums; ++j) {
+        store_floats(numbers, to_floats(sums[j]));
+        sink += numbers[0];
+    }
+    return kTurns * kSums * kCodes;
+}
+
 }  // namespace
 
 double octavo_measure_bandwidth(const void* data, int64_t num_bytes, int32_t threads) {
@@ -131,7 +157,9 @@ double octavo_measure_peak(int32_t type, int32_t threads) {
         float x = 0.0f;
 #pragma omp barrier
         const double begin = omp_get_wtime();
-        count = static_cast<double>(type == kBFloat16 ? multiply_bfloats(x) : multiply_floats(x));
+        count = static_cast<double>(type == kNumTypes   ? multiply_integers(x)
+                                    : type == kBFloat16 ? multiply_bfloats(x)
+                                                        : multiply_floats(x));
         seconds = omp_get_wtime() - begin;
         sink = x;
     }

@@ -12,7 +12,7 @@
 #define OCTAVO_EXPORT extern "C"
 #endif
 
-enum OctavoType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+enum OctavoType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kNumTypes = 3 };
 
 // Functions of one number; p: the op's parameter.
 enum OctavoActivation : int32_t {
@@ -307,10 +307,10 @@ OCTAVO_EXPORT void octavo_pack_quantized(const OctavoEncoding* encoding, const v
 OCTAVO_EXPORT int32_t octavo_initialize();
 // Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2) or OctavoNode (-3), to check the Python mirror.
 OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
-// From now on octavo_run adds up how long ops take: seconds[2 i] for the first thread's part of op number i of a list,
-// seconds[2 i + 1] until all threads are done. Null ends this.
-OCTAVO_EXPORT void octavo_profile(double* seconds);
+// From now on octavo_run notes when the first threads work on ops, in seconds: times[i][thread][0] is when one began
+// with op number i of a list, times[i][thread][1] when it had done its part. Null ends this.
+OCTAVO_EXPORT void octavo_profile(double* times, int32_t threads);
 // Bytes per second that `threads` threads read from a buffer; multiply-adds per second that they do in registers, as
-// products of `type` need them.
+// products of `type` need them, or with kNumTypes those of int8.
 OCTAVO_EXPORT double octavo_measure_bandwidth(const void* data, int64_t num_bytes, int32_t threads);
 OCTAVO_EXPORT double octavo_measure_peak(int32_t type, int32_t threads);

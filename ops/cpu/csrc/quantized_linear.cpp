@@ -27,16 +27,20 @@ constexpr int64_t kTokenBytesPerGroup = 512 << 10;
 constexpr uintptr_t kAheadBytes = 4096;
 constexpr int kRowsReadByHardware = 1;
 
-// Calls `function(layout, rows, block, columns)` for this thread's blocks of 32 rows of the weight: `rows` are their
-// bytes, `columns` those of the result.
+// Bytes of the weight that a thread takes at a time, about, and the least part of its share.
+constexpr int64_t kBytesAtATime = 24 << 10;
+constexpr int kLeastPart = 8;
+
+// Calls `function(layout, rows, columns)` for these blocks of 32 rows of the weight: `rows` are their bytes, `columns`
+// those of the result.
 template <class F>
-void each_block(const OctavoWeight& weight, const Range& mine, F function) {
+void each_block_of(const OctavoWeight& weight, const Range& range, F function) {
     int first_block = 0, first_row = 0;
     for (int i = 0; i < weight.num_segments; ++i) {
         const OctavoSegment& segment = weight.segments[i];
         const QuantizedLayout layout(segment.encoding, segment.rows, weight.columns, weight.paired != 0);
         const int blocks = layout.shape.row_blocks();
-        const int begin = std::max(mine.begin - first_block, 0), end = std::min(mine.end - first_block, blocks);
+        const int begin = std::max(range.begin - first_block, 0), end = std::min(range.end - first_block, blocks);
         const uint8_t* data = static_cast<const uint8_t*>(segment.data);
         for (int block = begin; block < end; ++block)
             function(layout, data + block * layout.stride(), Columns::of(layout.shape, block, first_row));
@@ -50,6 +54,19 @@ int row_blocks(const OctavoWeight& weight) {
     for (int i = 0; i < weight.num_segments; ++i)
         result += PackedShape(weight.segments[i].rows, weight.columns, weight.paired != 0).row_blocks();
     return result;
+}
+
+// The same for the blocks of this thread, and those that it takes over from others. `only_own`: see Team::each.
+template <class F>
+void each_block(const OctavoWeight& weight, const Team& team, int parts, bool only_own, F function) {
+    const QuantizedLayout layout(weight.segments[0].encoding, weight.segments[0].rows, weight.columns, false);
+    const int blocks = row_blocks(weight);
+    const int64_t wanted = std::min<int64_t>(kBytesAtATime / layout.stride(), blocks / (parts * kLeastPart));
+    const int step = static_cast<int>(std::max<int64_t>(1, wanted));
+    const auto take = [&](int i, int) {
+        each_block_of(weight, {i * step, std::min((i + 1) * step, blocks)}, function);
+    };
+    team.each(blocks_of(blocks, step), parts, take, only_own);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +134,7 @@ void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& t
     DecodedBlock* panel = team.scratch.take<DecodedBlock>(kInt8PanelBlocks);
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
         const Range group = {first, std::min(first + most, grid.tiles.end)};
-        each_block(op.weight, grid.blocks,
+        each_block(op.weight, team, grid.parts, group.end < grid.tiles.end,
                    [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
                        std::memset(sums, 0, num_sums * sizeof(float));
                        if (is_super(layout.encoding.format) && group.end - group.begin >= kMinTilesPerPanel)
@@ -180,14 +197,15 @@ void multiply_tokens(const OctavoLinear& op, const OctavoStep& step, const Team&
     alignas(kCacheLine) float sums[kTokenRows * kColumns];
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
         const int last = std::min(first + most, grid.tiles.end);
-        each_block(
-            op.weight, grid.blocks, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-                for (int tile = first; tile < last; ++tile) {
-                    const int begin = tiles.begin(tile), size = tiles.size(tile);
-                    dot_token(layout, weight, size, rows.rows + begin, rows.codes + begin * rows.padded, ahead, sums);
-                    finish<T>(op, columns, begin, size, sums);
-                }
-            });
+        each_block(op.weight, team, grid.parts, last < grid.tiles.end,
+                   [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                       for (int tile = first; tile < last; ++tile) {
+                           const int begin = tiles.begin(tile), size = tiles.size(tile);
+                           dot_token(layout, weight, size, rows.rows + begin, rows.codes + begin * rows.padded, ahead,
+                                     sums);
+                           finish<T>(op, columns, begin, size, sums);
+                       }
+                   });
     }
 }
 
@@ -227,14 +245,15 @@ void multiply_dequantized(const QuantizedLayout& layout, const uint8_t* weight, 
 
 // Products of a single tile of very few rows.
 template <class T>
-void multiply_few(const OctavoLinear& op, const Rows<T>& rows, const Range& blocks) {
+void multiply_few(const OctavoLinear& op, const Team& team, const Rows<T>& rows, int parts) {
     const int count = rows.tiles.rows;
     const uintptr_t ahead = count <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
     alignas(kCacheLine) float sums[kFloatRows<T> * kColumns];
-    each_block(op.weight, blocks, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-        dot_float<T>(layout, weight, count, rows.tile(0, count), ahead, sums);
-        finish<T>(op, columns, 0, count, sums);
-    });
+    each_block(op.weight, team, parts, false,
+               [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                   dot_float<T>(layout, weight, count, rows.tile(0, count), ahead, sums);
+                   finish<T>(op, columns, 0, count, sums);
+               });
 }
 
 // Some tiles stay in the L2 cache while all weights pass by.
@@ -244,7 +263,7 @@ void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team&
     const Grid grid = divide(tiles.count, row_blocks(op.weight), team.index, team.size);
     const Rows<T> rows = rows_of_x<T>(op, step, team, tiles);
     if constexpr (kFloatRows<T> > 0) {
-        if (num_rows <= kFloatRows<T>) return multiply_few(op, rows, grid.blocks);
+        if (num_rows <= kFloatRows<T>) return multiply_few(op, team, rows, grid.parts);
     }
     const int blocks = blocks_of(op.weight.columns, kBlock);
     const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(LeftOf<T>));
@@ -254,7 +273,7 @@ void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team&
     float* sums = team.scratch.take<float>(static_cast<size_t>(std::min(most, tiles.count)) * kRows<T> * kColumns);
     for (int first = grid.tiles.begin; first < grid.tiles.end; first += most) {
         const Range group = {first, std::min(first + most, grid.tiles.end)};
-        each_block(op.weight, grid.blocks,
+        each_block(op.weight, team, grid.parts, group.end < grid.tiles.end,
                    [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
                        multiply_dequantized<T>(layout, weight, rows, group, numbers, sums);
                        for (int tile = group.begin; tile < group.end; ++tile)

@@ -39,6 +39,7 @@ private:
 std::mutex run_mutex;
 TeamSize team_size;
 double* profile = nullptr;
+int profiled_threads = 0;
 Workspace workspace;
 
 void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
@@ -87,14 +88,14 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
 }
 
 void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const Team& team) {
-    double* times = team.index == 0 ? profile : nullptr;
+    double* times = team.index < profiled_threads ? profile + 2 * team.index : nullptr;
     for (int i = 0; i < count; ++i) {
-        const double begin = times ? omp_get_wtime() : 0.0;
+        if (times) times[0] = seconds();
         run_op(nodes[i], step, team);
         team.scratch.reset();
-        if (times) times[2 * i] += omp_get_wtime() - begin;
+        if (times) times[1] = seconds();
         if (i + 1 < count) team.wait();
-        if (times) times[2 * i + 1] += omp_get_wtime() - begin;
+        if (times) times += 2 * profiled_threads;
     }
     release_tiles();
 }
@@ -112,6 +113,8 @@ void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, 
     const int threads = team_size.next(most);
     Shared shared;
     shared.workspace = workspace.reserve(workspace_bytes(nodes, count, *step, threads));
+    std::vector<Taken> taken(2 * static_cast<size_t>(threads));
+    shared.taken = taken.data();
     double asleep = 0.0;
     if (threads == 1) {
         run_list(nodes, count, *step, {0, 1, shared, thread_scratch, asleep});
@@ -130,9 +133,10 @@ void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, 
     if (threads == most) team_size.saw(seconds() - begin, stolen, asleep);
 }
 
-void octavo_profile(double* seconds) {
+void octavo_profile(double* times, int32_t threads) {
     const std::lock_guard<std::mutex> lock(run_mutex);
-    profile = seconds;
+    profile = times;
+    profiled_threads = times ? threads : 0;
 }
 
 int32_t octavo_initialize() {

@@ -33,6 +33,28 @@ inline double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Which items of a thread's share have been taken: some from its beginning, some from its end.
+class alignas(kCacheLine) Taken {
+public:
+    // The index of the next of `count` items, or -1 if all are taken.
+    int from_begin(int count) {
+        const uint64_t before = ends_.fetch_add(1, std::memory_order_relaxed);
+        return begin(before) + end(before) < count ? begin(before) : -1;
+    }
+    int from_end(int count) {
+        const uint64_t before = ends_.fetch_add(kOneFromEnd, std::memory_order_relaxed);
+        return begin(before) + end(before) < count ? count - 1 - end(before) : -1;
+    }
+    void restart() { ends_.store(0, std::memory_order_relaxed); }
+
+private:
+    static constexpr uint64_t kOneFromEnd = uint64_t{1} << 32;
+    static int begin(uint64_t ends) { return static_cast<int>(ends % kOneFromEnd); }
+    static int end(uint64_t ends) { return static_cast<int>(ends / kOneFromEnd); }
+
+    std::atomic<uint64_t> ends_{0};  // how many from the beginning, and in the upper half from the end
+};
+
 // State that all threads share.
 struct Shared {
     // A waiting thread sleeps after this many spins, about 30 us: threads that share their cores with other programs
@@ -44,11 +66,13 @@ struct Shared {
     std::atomic<int> sleepers{0};
     alignas(kCacheLine) std::atomic<int> ticket{0};
     char* workspace = nullptr;
+    Taken* taken = nullptr;  // [threads][2]: of the shares between two barriers, in turn
 
-    // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and tickets restart at 0.
-    // Adds to `asleep` the seconds that the thread slept.
-    void wait(int size, double& asleep) {
+    // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and tickets and shares
+    // start anew. Adds to `asleep` the seconds that the thread slept.
+    void wait(int index, int size, double& asleep) {
         const int before = generation.load(std::memory_order_relaxed);
+        shares_of(index, before + 1).restart();  // nobody has used it since the last barrier
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
             ticket.store(0, std::memory_order_relaxed);
@@ -68,7 +92,11 @@ struct Shared {
         asleep += seconds() - begin;
     }
 
+    Taken& share_of(int index) { return shares_of(index, generation.load(std::memory_order_relaxed)); }
+
 private:
+    Taken& shares_of(int index, int number) { return taken[2 * index + number % 2]; }
+
 #if defined(__linux__)
     void sleep_while(int value) { syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0); }
     void wake() { syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
@@ -140,10 +168,41 @@ struct Team {
     Scratch& scratch;
     double& asleep;  // seconds, at barriers
 
-    void wait() const { shared.wait(size, asleep); }
+    void wait() const { shared.wait(index, size, asleep); }
     Range share(int n) const { return octavo::share(n, index, size); }
     // 0, 1, 2 ... across all threads, since the last wait.
     int ticket() const { return shared.ticket.fetch_add(1, std::memory_order_relaxed); }
+
+    // Divides n items among `parts` threads that follow each other, of which this is one. Calls `function(item, end)`
+    // for those of its own share in order, where the share ends before `end`, and then `function(item, item + 1)` for
+    // what its neighbours have left, from the end of their shares: threads seldom run at the same speed. May be used
+    // once between two waits; in addition any number of times with `only_own`, for the own share alone.
+    template <class F>
+    void each(int n, int parts, F function, bool only_own = false) const {
+        const int part = index % parts, first = index - part;
+        const Range own = octavo::share(n, part, parts);
+        if (only_own) {
+            for (int item = own.begin; item < own.end; ++item) function(item, own.end);
+            return;
+        }
+        const int count = own.end - own.begin;
+        Taken& taken = shared.share_of(index);
+        for (int i = taken.from_begin(count); i >= 0; i = taken.from_begin(count)) function(own.begin + i, own.end);
+        for (int neighbour = 1; neighbour < parts && neighbour <= kNeighbours; ++neighbour)
+            help(n, parts, first, (part + neighbour) % parts, function);
+    }
+
+private:
+    static constexpr int kNeighbours = 3;  // whose shares a thread looks into
+
+    template <class F>
+    void help(int n, int parts, int first, int part, F& function) const {
+        const Range theirs = octavo::share(n, part, parts);
+        const int count = theirs.end - theirs.begin;
+        Taken& taken = shared.share_of(first + part);
+        for (int i = taken.from_end(count); i >= 0; i = taken.from_end(count))
+            function(theirs.begin + i, theirs.begin + i + 1);
+    }
 };
 
 }  // namespace octavo
