@@ -10,15 +10,19 @@ Octavo always runs, as ``python -m api``. ``peers.py`` knows the best settings o
 variables may precede the path, flags may follow it, and ``KIND/variant=...`` gives an engine another name. Any other
 one is given as ``NAME=COMMAND``, which may contain ``{model}`` and ``{port}``. ``PEERS.md`` says how to build some.
 
-A model is a folder, a GGUF file, or one that ``bench_models.py`` writes: ``smollm2``, or a shape with random weights.
+A model is a folder, a GGUF file, or one that ``bench_models.py`` writes: ``smollm2``, or a shape with random weights,
+in bfloat16 or quantised (``1b-Q4_0``).
 
-All servers run at the same time, and each load visits them in turn, several times, while the others are idle: memory
-bandwidth and clock of a shared machine change within minutes, so only ratios of neighbouring runs mean anything. A
-ratio above 1 means that Octavo is better; the table shows the median of the rounds, and the least and greatest.
+For each load, all servers are started anew, with room for its requests: more slots or a fuller cache than needed make
+some of them slower. They run at the same time, and the load visits them in turn, several times, while the others are
+idle: memory bandwidth and clock of a shared machine change within minutes, so only ratios of neighbouring runs mean
+anything. A ratio above 1 means that Octavo is better; the table shows the median of the rounds, and the least and
+greatest.
 
 ``x floor`` is the time taken relative to the least that this machine needs: for reading weights and KV cache in each
 step, or for the multiplications. ``peak`` is the share of the machine's rate of multiplications. Loops that share no
-code with the kernels measure both before and after each run (``floors.py``).
+code with the kernels measure both before and after each run (``floors.py``). Weights of a GGUF file count with their
+bytes there; those of a quantised one are multiplied in 8 bits.
 """
 
 from __future__ import annotations
@@ -37,16 +41,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from bench_models import DEMO, SHAPES, BenchModel, make_model
-from floors import Machine, ModelCost, Rates
+from floors import Machine, ModelCost, Rates, is_quantized
 from peers import Engine, Room, parse_engine
 from processes import Server, processor_seconds, signals_as_exceptions
 
 from api.commands.bench.options import Options
 from api.commands.bench.result import Result
 from api.commands.bench.serve import run, run_loop
-from api.model.gguf_file import read_gguf
+from api.model.gguf_file import GGUFFile, read_gguf
 from executor.gguf import hf_config_from_gguf
+from ops.cpu import library
 
 OCTAVO = "octavo"
 WARM_TOKENS = 208
@@ -173,25 +179,28 @@ def least_seconds(load: Load, result: Result, cost: ModelCost, rates: Rates) -> 
 
 
 class Comparison:
-    """Servers that run at the same time, and what was measured of them."""
+    """Servers that run at the same time for each load, and what was measured of them."""
 
-    def __init__(self, engines: Sequence[Engine], cost: ModelCost, machine: Machine, seed: int) -> None:
-        self._engines = engines
+    def __init__(self, cost: ModelCost, numbers: int, machine: Machine, seed: int) -> None:
+        """``numbers``: what is multiplied; see ``Machine.measure``."""
+        self._engines: Sequence[Engine] = ()
         self._cost = cost
+        self._numbers = numbers
         self._machine = machine
         self._seed = seed
         self._servers: dict[str, Server] = {}
         self.samples: list[Sample] = []
         self.memory_mib: dict[str, float] = {}
 
-    def start(self, stack: ExitStack) -> None:
-        """Starts all servers, one after the other, and warms them up.
+    def start(self, engines: Sequence[Engine], stack: ExitStack) -> None:
+        """Starts servers, one after the other, and warms them up.
 
         Raises:
             RuntimeError: One does not start.
             OSError: One does not answer.
         """
-        for engine in self._engines:
+        self._engines = engines
+        for engine in engines:
             begin = time.monotonic()
             server = Server(engine.command, engine.env)
             stack.callback(server.stop)
@@ -243,9 +252,9 @@ class Comparison:
 
     def _run(self, engine: Engine, load: Load, seed: int, round_: int) -> Sample:
         url = self._servers[engine.name].url
-        before = self._machine.measure()
+        before = self._machine.measure(self._numbers)
         result = run_loop(run(Options(base_url=url, seed=seed, warmup=0, keep_alive=False, **load.options)))
-        after = self._machine.measure()
+        after = self._machine.measure(self._numbers)
         self._check(engine, result)
         rates = Rates(
             (before.bytes_per_s + after.bytes_per_s) / 2, (before.operations_per_s + after.operations_per_s) / 2
@@ -264,8 +273,9 @@ class Comparison:
         )  # fmt: skip
 
     def note_memory(self) -> None:
-        """Notes the memory of all processes of each server."""
-        self.memory_mib = {name: server.memory_bytes() / 2**20 for name, server in self._servers.items()}
+        """Notes the memory of all processes of each server, if it is more than before."""
+        for name, server in self._servers.items():
+            self.memory_mib[name] = max(self.memory_mib.get(name, 0.0), server.memory_bytes() / 2**20)
 
 
 def ratio(load: Load, ours: float, theirs: float) -> float:
@@ -329,22 +339,23 @@ def plot(samples: Sequence[Sample], names: Sequence[str], loads: Sequence[Load],
     figure.savefig(file, dpi=120)
 
 
-def find_model(name: str, folder: Path) -> tuple[BenchModel, dict[str, Any]]:
-    """The files of a model and its config.json."""
-    if name in (DEMO, *SHAPES):
+def find_model(name: str, folder: Path) -> tuple[BenchModel, dict[str, Any], GGUFFile | None]:
+    """The files of a model, its config.json, and the header of the GGUF file if engines are given one."""
+    if name.partition("-")[0] in (DEMO, *SHAPES):
         model = make_model(name, folder)
     else:
         path = Path(name)
         model = BenchModel(path, path)
+    gguf = read_gguf(model.gguf) if model.gguf.is_file() else None
     if (model.folder / "config.json").exists():
-        return model, json.loads((model.folder / "config.json").read_text())
-    return model, hf_config_from_gguf(read_gguf(model.gguf).header())
+        return model, json.loads((model.folder / "config.json").read_text()), gguf
+    return model, hf_config_from_gguf(read_gguf(model.gguf).header()), gguf
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare engines on this machine.")
     add = parser.add_argument
-    add("--model", required=True, help=f"folder, GGUF file, or one of {', '.join((DEMO, *SHAPES))}")
+    add("--model", required=True, help="folder, GGUF file, or a name that bench_models.py knows")
     add("--models", type=Path, default=Path("models"), help="folder for the models of bench_models.py")
     add("--engine", action="append", default=[], metavar="KIND=PATH", help="another engine; see the top of this file")
     add("--octavo-flags", default="", help="additional flags for Octavo, as one string")
@@ -358,8 +369,9 @@ def create_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = create_parser().parse_args()
-    model, config = find_model(arguments.model, arguments.models)
-    cost = ModelCost.of(config)
+    model, config, gguf = find_model(arguments.model, arguments.models)
+    cost = ModelCost.of(config, gguf=gguf)
+    numbers = library.INT8 if gguf is not None and is_quantized(gguf) else library.TYPES[torch.bfloat16]
     parameters = cost.layer_parameters + cost.head_parameters
     loads = [
         load
@@ -369,20 +381,21 @@ def main() -> int:
     if not loads:
         print(f"no load's name contains {' or '.join(arguments.only)}", file=sys.stderr)
         return 2
-    room = room_for(loads)
     flags = shlex.join(shlex.split(arguments.octavo_flags))
     ours = f"{OCTAVO}={sys.executable} -m api serve {{model}} --port {{port}} --max-model-len {{length}} {flags}"
-    engines = [parse_engine(text, model, room) for text in (ours, *arguments.engine)]
-    names = [engine.name for engine in engines]
+    commands = (ours, *arguments.engine)
+    names = [parse_engine(text, model, room_for(loads)).name for text in commands]
     machine = Machine()
-    comparison = Comparison(engines, cost, machine, arguments.seed)
+    comparison = Comparison(cost, numbers, machine, arguments.seed)
     print(f"{arguments.model}, {parameters / 1e6:.0f} M parameters, {machine.capability}, {machine.threads} threads")
-    with signals_as_exceptions(), ExitStack() as stack:
+    with signals_as_exceptions():
         try:
-            comparison.start(stack)
             for number, load in enumerate(loads):
-                comparison.measure(load, number, arguments.rounds)
-            comparison.note_memory()
+                with ExitStack() as stack:
+                    engines = [parse_engine(text, model, room_for([load])) for text in commands]
+                    comparison.start(engines, stack)
+                    comparison.measure(load, number, arguments.rounds)
+                    comparison.note_memory()
         except (RuntimeError, OSError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return 1

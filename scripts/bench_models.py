@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Writes bfloat16 models that every engine can read: for each a GGUF file, and a folder with the same model.
+"""Writes models that every engine can read: for each a GGUF file, and a folder with the same model in bfloat16.
 
-    python scripts/bench_models.py smollm2 1b --out models
+    python scripts/bench_models.py smollm2 1b 1b-Q4_0 --out models
 
 ``smollm2`` is the demo model, dequantised. ``1b`` and ``3b`` are Llama shapes with random weights and the demo model's
 tokenizer; their folders hold no weights, so an engine that reads folders needs random weights of its own
 (``--load-format dummy`` in Octavo and vLLM). The speed of a dense model does not depend on the values.
+
+The GGUF file is in bfloat16, or in a type that follows the name: one that the ``gguf`` package writes.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ SHAPES = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
 """Llama models without weights; all have 8 KV heads."""
+TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Of quantised files."""
 _DEMO_SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -116,10 +120,14 @@ def make_model(name: str, out: Path) -> BenchModel:
     """Writes a model unless it is there already.
 
     Args:
-        name: ``smollm2``, or a key of ``SHAPES``.
+        name: ``smollm2``, or a key of ``SHAPES``; for a quantised GGUF file with its type, as in ``1b-Q8_0``.
         out: Folder for the models.
     """
-    model = BenchModel(out / f"{name}-bf16.gguf", out / name)
+    name, _, type_name = name.partition("-")
+    if name not in (DEMO, *SHAPES) or type_name not in ("", *TYPES):
+        raise SystemExit(f"expected one of {', '.join((DEMO, *SHAPES))}, by itself or with -{', -'.join(TYPES)}")
+    kind = GGMLQuantizationType[type_name or "BF16"]
+    model = BenchModel(out / f"{name}-{type_name or 'bf16'}.gguf", out / name)
     if model.gguf.exists() and (model.folder / "config.json").exists():
         return model
     print(f"writing {model.gguf} and {model.folder}", file=sys.stderr)
@@ -128,10 +136,10 @@ def make_model(name: str, out: Path) -> BenchModel:
     demo = read_gguf(_demo_path())
     weights = _demo_weights(demo) if name == DEMO else None
     unfinished = model.gguf.with_suffix(".part")
-    _write_gguf(unfinished, config, demo, weights)
+    _write_gguf(unfinished, config, kind, demo, weights)
     unfinished.rename(model.gguf)
     _write_tokenizer(model.folder, config, demo)
-    if weights is not None:
+    if weights is not None and not model.has_weights:
         _write_safetensors(model.folder / "model.safetensors", config, weights)
     (model.folder / "config.json").write_text(json.dumps(config, indent=1))
     return model
@@ -169,11 +177,13 @@ def _floats(bits: Bits) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _write_gguf(path: Path, config: dict[str, Any], demo: GGUFFile, weights: dict[str, Bits] | None) -> None:
-    """Writes the GGUF file; without weights, they are random and norms are ones."""
+def _write_gguf(
+    path: Path, config: dict[str, Any], kind: GGMLQuantizationType, demo: GGUFFile, weights: dict[str, Bits] | None
+) -> None:
+    """Writes the GGUF file, with matrices of some type; without weights, they are random and norms are ones."""
     writer = GGUFWriter(path, "llama")
     heads = config["num_attention_heads"]
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -187,9 +197,10 @@ def _write_gguf(path: Path, config: dict[str, Any], demo: GGUFFile, weights: dic
     _add_tokenizer(writer, demo.metadata)
     shapes = dict(shapes_of(config))
     for name, shape in shapes.items():  # the format stores vectors in float32
-        kind = GGMLQuantizationType.F32 if len(shape) == 1 else GGMLQuantizationType.BF16
-        num_bytes = int(np.prod(shape)) * GGML_QUANT_SIZES[kind][1]
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
+        own_kind = GGMLQuantizationType.F32 if len(shape) == 1 else kind
+        columns, size = GGML_QUANT_SIZES[own_kind]
+        num_bytes = int(np.prod(shape)) // columns * size
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, raw_dtype=own_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -199,7 +210,11 @@ def _write_gguf(path: Path, config: dict[str, Any], demo: GGUFFile, weights: dic
             values = weights[name]
         else:
             values = np.full(shape, 0x3F80, np.uint16) if len(shape) == 1 else _random_bits(shape, random)
-        writer.write_tensor_data(_floats(values) if len(shape) == 1 else values)
+        if len(shape) == 1:
+            writer.write_tensor_data(_floats(values))
+        else:
+            plain = kind == GGMLQuantizationType.BF16
+            writer.write_tensor_data(values if plain else quantize(_floats(values), kind))
     writer.close()
 
 
@@ -246,7 +261,7 @@ def _write_safetensors(path: Path, config: dict[str, Any], weights: dict[str, Bi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write models for benchmarks.")
-    parser.add_argument("names", nargs="+", choices=(DEMO, *SHAPES))
+    parser.add_argument("names", nargs="+", help=f"{', '.join((DEMO, *SHAPES))}, or with a type: 1b-Q8_0")
     parser.add_argument("--out", type=Path, default=Path("models"), help="folder for the models (default: models)")
     options = parser.parse_args()
     for name in options.names:

@@ -12,7 +12,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gguf import GGMLQuantizationType
 
+from api.model.gguf_file import GGUFFile
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
@@ -24,7 +26,7 @@ class Rates:
 
     bytes_per_s: float
     operations_per_s: float
-    """Multiplications and additions of the fastest instructions for bfloat16."""
+    """Multiplications and additions of the fastest instructions for the model's numbers."""
 
 
 class Machine:
@@ -43,13 +45,30 @@ class Machine:
         self.capability = kernels.capability
         self._buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
 
-    def measure(self) -> Rates:
-        """The rates right now; other programs use part of them."""
+    def measure(self, numbers: int = library.TYPES[torch.bfloat16]) -> Rates:
+        """The rates right now; other programs use part of them.
+
+        Args:
+            numbers: What is multiplied: one of ``library.TYPES``, or ``library.INT8``.
+        """
         data, size = self._buffer.data_ptr(), len(self._buffer)
         kernels, threads = self._kernels, self.threads
         bandwidth = statistics.median(kernels.measure_bandwidth(data, size, threads) for _ in range(5))
-        peak = max(kernels.measure_peak(library.TYPES[torch.bfloat16], threads) for _ in range(5))
+        peak = max(kernels.measure_peak(numbers, threads) for _ in range(5))
         return Rates(bandwidth, 2 * peak)
+
+
+def is_quantized(gguf: GGUFFile) -> bool:
+    """Whether most weights of a file are quantised, so that engines multiply activations in int8."""
+    plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+    quantized = sum(tensor.num_bytes for tensor in gguf.tensors if tensor.ggml_type not in plain)
+    return 2 * quantized > sum(tensor.num_bytes for tensor in gguf.tensors)
+
+
+def bytes_read(gguf: GGUFFile) -> int:
+    """Bytes of a file's weights that a step reads: all but the input embedding, unless it also computes the logits."""
+    sizes = {tensor.name: tensor.num_bytes for tensor in gguf.tensors}
+    return sum(sizes.values()) - (sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0)
 
 
 @dataclass(frozen=True)
@@ -65,15 +84,16 @@ class ModelCost:
     kv_bytes_per_token: int
 
     @classmethod
-    def of(cls, config: dict[str, Any], itemsize: int = 2) -> ModelCost:
-        """From config.json, with ``itemsize`` bytes per number."""
+    def of(cls, config: dict[str, Any], itemsize: int = 2, gguf: GGUFFile | None = None) -> ModelCost:
+        """From config.json, with ``itemsize`` bytes per number; weights take what they take in a GGUF file."""
         hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
         heads = config["num_attention_heads"]
         kv = config.get("head_dim", hidden // heads) * config.get("num_key_value_heads", heads)
         own = config.get("head_dim", hidden // heads) * heads
         layer = layers * (2 * hidden * own + 2 * hidden * kv + 3 * hidden * inner)
         head = config["vocab_size"] * hidden
-        return cls((layer + head) * itemsize, layer, head, 2 * layers * kv * itemsize)
+        weight_bytes = (layer + head) * itemsize if gguf is None else bytes_read(gguf)
+        return cls(weight_bytes, layer, head, 2 * layers * kv * itemsize)
 
     def prefill(self, rates: Rates, tokens: int, prompts: int = 1) -> float:
         """The least seconds for prompts with so many tokens in total."""

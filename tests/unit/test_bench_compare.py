@@ -11,10 +11,13 @@ import peers
 import pytest
 from bench_compare import LARGE, OCTAVO, SMALL, Sample, ratios, room_for
 from bench_models import BenchModel, config_of, shapes_of
-from floors import ModelCost, Rates
+from floors import ModelCost, Rates, is_quantized
+from gguf import GGMLQuantizationType
 
 from api.commands.bench.options import Options
 from api.commands.bench.result import RequestResult, Result
+from api.model.gguf_file import GGUFFile
+from executor.config import GGUFTensor
 
 MODEL = BenchModel(Path("/models/1b.gguf"), Path("/models/1b"))
 ROOM = peers.Room(streams=16, length=200)
@@ -50,6 +53,21 @@ def test_cost_agrees_with_the_tensors_of_a_model(name: str) -> None:
     assert cost.weight_bytes == 2 * sum(sizes.values())
     assert cost.head_parameters == sizes["token_embd.weight"]
     assert cost.layer_parameters == sum(sizes.values()) - cost.head_parameters
+
+
+def test_quantised_weights_count_with_their_bytes_in_the_file() -> None:
+    sizes = {"token_embd.weight": 34, "blk.0.attn_q.weight": 18, "output_norm.weight": 4}
+    kinds = [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.F32]
+    tensors = [
+        GGUFTensor(name, (1, 1), int(kind), 0, size) for (name, size), kind in zip(sizes.items(), kinds, strict=True)
+    ]
+    tied = GGUFFile("a.gguf", {}, tensors)
+    assert is_quantized(tied) and not is_quantized(GGUFFile("a.gguf", {}, tensors[2:]))
+    config = config_of("smollm2")
+    assert ModelCost.of(config, gguf=tied).weight_bytes == 56
+    output = GGUFTensor("output.weight", (1, 1), int(kinds[0]), 0, 34)
+    assert ModelCost.of(config, gguf=GGUFFile("a.gguf", {}, [*tensors, output])).weight_bytes == 56
+    assert ModelCost.of(config, gguf=tied).layer_parameters == ModelCost.of(config).layer_parameters
 
 
 def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
