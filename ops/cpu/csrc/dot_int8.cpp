@@ -192,7 +192,9 @@ template void quantize_row(const Float16*, int, Int8Block*, int64_t);
 template void quantize_row(const float*, int, Int8Block*, int64_t);
 
 void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, const Int8Block* x, float* sums) {
-    const uintptr_t ahead = rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    // Scales of k-quants keep the loads of codes too far apart for the hardware prefetcher.
+    const bool is_there = rows <= kRowsReadByHardware && is_amd() && !is_super(layout.encoding.format);
+    const uintptr_t ahead = is_there ? 0 : kAheadBytes;
     with_form(layout.encoding, [&](auto form) {
         using F = decltype(form);
         if constexpr (F::kIsInteger)
