@@ -107,9 +107,9 @@ def test_unreadable_configuration(tmp_path: Path) -> None:
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     message = refusal(reconfigured(tmp_path / "a", architectures=["GPT5ForCausalLM"]))
     assert "GPT5ForCausalLM" in message
-    assert ", ".join(sorted(REGISTRY)) in message
-    quantized = reconfigured(tmp_path / "b", quantization_config={"quant_method": "fp8"})
-    assert "weights quantised with 'fp8' are not supported yet; serve the unquantised model" in refusal(quantized)
+    assert "(the closest: GPTJForCausalLM, GPT2LMHeadModel; README.md lists all, under Models)" in message
+    quantized = reconfigured(tmp_path / "b", quantization_config={"quant_method": "hqq"})
+    assert "weights quantised with 'hqq' are not supported yet; serve the unquantised model" in refusal(quantized)
     config = ModelConfig(model=str(tiny.checkpoint("llama")))
     with pytest.raises(ModelError, match="'telepathy'; choose from .*reference"):
         load_model(config, ParallelState(), CPU, "telepathy", lambda *_: None)

@@ -23,7 +23,14 @@ from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import CausalDecoder, DecoderParts
 from executor.models.llama import LlamaForCausalLM
-from executor.quantization.base import EmbeddingMethod, LinearMethod, LinearShape, Options, TableShape
+from executor.quantization.base import (
+    EmbeddingMethod,
+    LinearMethod,
+    LinearShape,
+    Options,
+    QuantizationConfig,
+    TableShape,
+)
 from executor.quantization.unquantized import UnquantizedLinear
 from ops.dispatch import Spec, op
 
@@ -158,7 +165,7 @@ class Int8Embedding:
         return int8_logits(hidden, weights.weight.data, weights.weight_scale.data)
 
 
-class Toy:
+class Toy(QuantizationConfig):
     """``ignore`` lists modules of the checkpoint that are not quantised."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
