@@ -118,26 +118,24 @@ def bench(arguments: Sequence[str]) -> int:
 
 def _offline_bench(name: str, arguments: Sequence[str]) -> int:
     from api.commands.bench import latency, throughput
-    from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from api.llm import LLM
-    from engine_core.messages import EXIT_MODEL
 
     module = latency if name == "latency" else throughput
     given = _offline_parser(name).parse(arguments)
     settings = {field: given.pop(field) for field in module.Settings.__dataclass_fields__ if field in given}
-    try:
+
+    def run() -> int:
         # One batch's cache must not speed up the next.
         values = {"enable_prefix_caching": False, **option_values(given, os.environ)}
-        with LLM(**values) as llm:
-            module.run(llm, module.Settings(**settings))
-    except ModelFileError as error:
-        return _fail(str(error), EXIT_MODEL)
-    except EngineDeadError as error:
-        return _fail(str(error), error.exit_code)
-    except (ConfigError, ValueError) as error:  # also requests that do not fit the model
-        return _fail(str(error), EXIT_USAGE)
-    return 0
+        try:
+            with LLM(**values) as llm:
+                module.run(llm, module.Settings(**settings))
+        except ValueError as error:  # requests that do not fit the model
+            raise ConfigError(str(error)) from error
+        return 0
+
+    return _reported(run)
 
 
 def _offline_parser(name: str) -> Parser:
@@ -161,55 +159,33 @@ def eval_parser() -> Parser:
 def evaluate(arguments: Sequence[str]) -> int:
     """``octavo eval-quant``."""
     from api.commands import eval_quant
-    from api.flags import ConfigError
     from api.llm import LLM
 
     given = eval_parser().parse(arguments, intermixed=True)
     settings = {name: given.pop(name) for name in eval_quant.Settings.__dataclass_fields__ if name in given}
-    try:
+
+    def run() -> int:
         base = option_values(given, os.environ)
         return eval_quant.run(lambda values: LLM(**values), base, eval_quant.Settings(**settings))
-    except ConfigError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+
+    return _reported(run)
 
 
 def imatrix(arguments: Sequence[str]) -> int:
     """``octavo imatrix``."""
     from api.commands import imatrix as command
-    from api.errors import ModelFileError
-    from api.flags import ConfigError
-    from engine_core.messages import EXIT_MODEL
 
-    try:
-        return command.main(arguments)
-    except ModelFileError as error:
-        return _fail(str(error), EXIT_MODEL)
-    except ConfigError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    return _reported(lambda: command.main(arguments))
 
 
 def quantize(arguments: Sequence[str]) -> int:
     """``octavo quantize``."""
     from api.commands import quantize as command
-    from api.errors import ModelFileError
-    from api.flags import ConfigError
-    from engine_core.messages import EXIT_MODEL
 
     def compare(model: str, other: str, text: str) -> int:
         return evaluate([model, text, "--formats", f"bf16,{other}"])
 
-    try:
-        return command.main(arguments, compare)
-    except ModelFileError as error:
-        return _fail(str(error), EXIT_MODEL)
-    except ConfigError as error:
-        return _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    return _reported(lambda: command.main(arguments, compare))
 
 
 def collect_env(arguments: Sequence[str]) -> int:
@@ -316,10 +292,8 @@ def _with_model(
     import setproctitle
 
     from api.config import unused_variables
-    from api.errors import EngineDeadError, ModelFileError
     from api.flags import ConfigError
     from engine_core.launch import discard_engine_core, get_logger, prepare_engine_core, setup_logging
-    from engine_core.messages import EXIT_MODEL
 
     try:
         config, notes = resolve(given, os.environ)
@@ -332,7 +306,8 @@ def _with_model(
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
     prepare_engine_core(config.engine)
-    try:
+
+    def find_and_run() -> int:
         # These, and the model's files, take about as long as the imports of a worker, which run in the meantime.
         from api.model.files import find_model, with_model
         from api.params.defaults import check_defaults
@@ -340,16 +315,29 @@ def _with_model(
         files = find_model(config)
         check_defaults(files)
         return run(with_model(config, files), files)
+
+    try:
+        return _reported(find_and_run)
+    finally:
+        discard_engine_core()
+
+
+def _reported(run: Callable[[], int]) -> int:
+    """Runs a command. What its user can mend ends it with one line and an exit code."""
+    from api.errors import EngineDeadError, ModelFileError
+    from api.flags import ConfigError
+    from engine_core.messages import EXIT_MODEL
+
+    try:
+        return run()
     except ModelFileError as error:
         return _fail(str(error), EXIT_MODEL)
     except EngineDeadError as error:
         return _fail(str(error), error.exit_code)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:  # while the model is looked for or downloaded; a server handles signals itself
+    except KeyboardInterrupt:  # a server that runs handles signals itself
         return _fail("interrupted", 130)
-    finally:
-        discard_engine_core()
 
 
 def _fail(message: str, code: int) -> int:

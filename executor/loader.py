@@ -86,16 +86,14 @@ def load_model(
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     hf_config = model_class.configure(hf_config)
+    dtype = choose_dtype(config, hf_config)
+    options = Options(config.quantized_activations, device.type, config.imatrix)
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
-        dtype=(dtype := choose_dtype(config, hf_config)),
+        dtype=dtype,
         device=device,
-        quantization=choose_quantization(
-            config.quantization,
-            hf_config.quantization,
-            Options(config.quantized_activations, device.type, config.imatrix),
-        ),
+        quantization=choose_quantization(config.quantization, hf_config.quantization, options),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),

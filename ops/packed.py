@@ -33,6 +33,10 @@ class PackedWeight:
         return self.data.device
 
 
+Shift = Literal["none", "zeros", "minimums"]
+RowScale = Literal["none", "factor", "divisor"]
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How the numbers of quantised rows are written.
@@ -47,9 +51,9 @@ class Encoding:
     """Columns that share a scale; 0: as the format of blocks defines it."""
     scale_dtype: torch.dtype | None = None
     """Dtype of the groups' scales and minimums."""
-    shift: Literal["none", "zeros", "minimums"] = "none"
+    shift: Shift = "none"
     """What else each group has: a zero (uint8), or a minimum."""
-    row_scale: Literal["none", "factor", "divisor"] = "none"
+    row_scale: RowScale = "none"
     """Whether a float32 number for each row multiplies or divides the scales of its groups."""
 
 

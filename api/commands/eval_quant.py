@@ -244,6 +244,8 @@ class Comparison:
         tokenizer = engine.get_tokenizer()
         if not self._reference:
             self._pieces = windows(self.texts, tokenizer, self.settings.max_tokens, self.settings.window)
+            if not self._pieces:
+                raise ConfigError(f"{self.settings.text_file}: at least two tokens are needed to measure a likelihood")
             self._vocab_size = tokenizer.vocab_size
         elif tokenizer.vocab_size != self._vocab_size:
             raise ConfigError(

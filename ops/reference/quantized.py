@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.dispatch import Spec, op, op_set
-from ops.packed import Encoding, QuantizedActivations, QuantizedWeight, Segment
+from ops.packed import Encoding, QuantizedActivations, QuantizedWeight, RowScale, Segment, Shift
 from ops.reference.gguf_blocks import BLOCK_FORMATS, Codes, decode_blocks
 from ops.reference.small_floats import (
     E2M1_OFFSET,
@@ -148,8 +148,8 @@ def pack_groups(
         fields.append(_unsigned(zeros, MIDDLES[name]))
     elif minimums is not None:
         fields.append(minimums.to(scales.dtype).contiguous().view(torch.uint8))
-    shift = "zeros" if zeros is not None else "none" if minimums is None else "minimums"
-    encoding = Encoding(name, group_size, scales.dtype, shift)  # type: ignore[arg-type]
+    shift: Shift = "zeros" if zeros is not None else "none" if minimums is None else "minimums"
+    encoding = Encoding(name, group_size, scales.dtype, shift)
     if activations == "int8_per_token" and (bits != 8 or groups > 1 or shift != "none"):
         raise ValueError("int8_per_token needs 8 bits, one scale for each row, and neither zeros nor minimums")
     if activations == "int8_per_token" and columns > MAX_COLUMNS_PER_TOKEN:
@@ -208,8 +208,8 @@ def pack_floats(
     fields = [codes.view(torch.uint8), scales.contiguous().view(torch.uint8)]
     if row_scales is not None:
         fields.append(row_scales.float().reshape(-1, 1).contiguous().view(torch.uint8))
-    row_scale = "none" if row_scales is None else "divisor" if divides else "factor"
-    encoding = Encoding(format, size, scales.dtype, row_scale=row_scale)  # type: ignore[arg-type]
+    row_scale: RowScale = "none" if row_scales is None else "divisor" if divides else "factor"
+    encoding = Encoding(format, size, scales.dtype, row_scale=row_scale)
     return _packed(fields, encoding, columns, paired, dtype, activations)
 
 

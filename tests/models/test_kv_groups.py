@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -55,7 +56,7 @@ BACKENDS = ["cpu", "reference"]
 def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
     own, _, cache = dtype.partition(", cache in ")
     folder = tiny.checkpoint(kind, **MODELS[kind])
-    config = ModelConfig(model=str(folder), dtype=own, kv_cache_dtype=cache or "auto")  # type: ignore[arg-type]
+    config = msgspec.convert({"model": str(folder), "dtype": own, "kv_cache_dtype": cache or "auto"}, ModelConfig)
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     return ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=False)
