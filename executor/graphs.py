@@ -83,6 +83,11 @@ class Program:
         self._dead.reverse()
 
     @property
+    def runner(self) -> ProgramRunner | None:
+        """What the op set made of the program; None: it calls the nodes one by one."""
+        return self._runner
+
+    @property
     def native_ops(self) -> int:
         """Recorded ops that a replay runs in compiled kernels, without Python."""
         return 0 if self._runner is None else self._runner.native_ops

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 import ops
 from executor.attention.base import AttentionGroup
 from executor.config import SpeculativeConfig, StepSize
-from executor.deferred import Array, Deferred, Together
+from executor.deferred import Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
+from executor.forward import Forward, ForwardSetup, forward_class, ranges, run_model
 from executor.graphs import Program
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
 from executor.loader import LoadedModel
@@ -42,7 +42,6 @@ from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
 from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
-from ops import AttentionMetadata
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows per batch of logits for prompt log probabilities: logits are wide."""
@@ -118,6 +117,9 @@ class PendingOutput:
 class ModelRunner:
     """Executes plans with a loaded model."""
 
+    forward: Forward
+    """Exists once ``initialize`` was called."""
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -140,7 +142,6 @@ class ModelRunner:
         self.program: Program | None = None
         self.channel = device.steps()
         self.states = RequestStates(0, 0, [])
-        self.recent = self.channel.recent_tokens(0)
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
         self.speculative = speculative
@@ -152,12 +153,12 @@ class ModelRunner:
         self._allocate_kv(init.num_blocks)
         self.model.reserve_positions(init.max_model_len)
         self.states = RequestStates(max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
-        self.recent = self.channel.recent_tokens(max_num_seqs)
         self.sampler = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
         self.pooler = Pooler(max_num_seqs)
         self.speculation = Speculation(self.speculative, max_num_seqs)
         if not self.enforce_eager:
             self.program = self.capture()
+        self.forward = self._new_forward()
 
     def step_memory(self) -> tuple[int, int]:
         """Memory needed in addition to weights and KV cache. Called before the KV cache exists.
@@ -167,10 +168,16 @@ class ModelRunner:
         """
         self._allocate_kv([1] * len(self.groups))  # a step needs its address; the real cache is captured later
         max_num_seqs = self.step_size.max_num_seqs
-        values = self._dry_run() if self.enforce_eager else self.capture().num_bytes
+        if self.enforce_eager:
+            values = self._dry_run()
+        else:
+            self.program = self.capture()
+            values = self.program.num_bytes
         sampling = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
-        states = RequestStates.position_bytes(max_num_seqs, [group.block_size for group in self.groups])
-        return values + sampling.step_bytes(self.max_samples, self.vocab_size), states + self.model.position_bytes()
+        setup = self._setup()
+        fixed, per_position = forward_class(setup).memory(setup)
+        step_bytes = values + fixed + sampling.step_bytes(self.max_samples, self.vocab_size)
+        return step_bytes, per_position + self.model.position_bytes()
 
     def _dry_run(self) -> int:
         """Runs the model eagerly on the largest step: prompts as long as possible, all in the same block.
@@ -188,12 +195,12 @@ class ModelRunner:
         self.model.reserve_positions(longest)
         self.states = RequestStates(num_rows, longest, [group.block_size for group in self.groups])
         self.states.num_known[:] = counts
-        self.recent = self.channel.recent_tokens(num_rows)
+        forward = self._new_forward()
         memory = PeakMemory()
         with memory:
-            batch = self.prepare(slots, counts, np.ones(num_rows, np.uint8))
+            batch = forward.prepare(slots, counts, np.ones(num_rows, np.uint8))
             rows = np.arange(min(self.max_samples, int(counts.sum())))
-            self._forward(replace(batch, logits_rows=self.channel.upload({"logits_rows": rows})["logits_rows"]))
+            forward.run(replace(batch, logits_rows=self.channel.upload({"logits_rows": rows})["logits_rows"]))
         return memory.peak_bytes
 
     @property
@@ -201,6 +208,22 @@ class ModelRunner:
         """Most tokens that a step samples."""
         max_drafts = 0 if self.speculative is None else self.speculative.num_speculative_tokens
         return min(self.step_size.max_num_batched_tokens, self.step_size.max_num_seqs * (1 + max_drafts))
+
+    def _setup(self) -> ForwardSetup:
+        size = self.step_size
+        return ForwardSetup(
+            self.model,
+            self.program,
+            self.channel,
+            self.groups,
+            max_num_seqs=size.max_num_seqs,
+            max_tokens=size.max_num_batched_tokens,
+            max_samples=self.max_samples,
+        )
+
+    def _new_forward(self) -> Forward:
+        setup = self._setup()
+        return forward_class(setup)(setup, self.states)
 
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()
@@ -214,13 +237,9 @@ class ModelRunner:
         max_tokens = self.step_size.max_num_batched_tokens
         program = Program(self.device.torch_device.type, max_tokens=max_tokens, max_samples=self.max_samples)
         batch = InputBatch.symbolic(program, len(self.groups))
-        hidden, logits = self._forward(batch)
+        hidden, logits = run_model(self.model, batch)
         program.finish(hidden, logits)
         return program
-
-    def _forward(self, batch: InputBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.model.forward(batch).hidden
-        return hidden, self.model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
     def execute(self, plan: SchedulerOutput, mask: GrammarMask | None = None) -> ModelRunnerOutput:
         """Computes a step: applies the plan, runs the model, samples or pools."""
@@ -231,6 +250,7 @@ class ModelRunner:
         begin = time.perf_counter()
         states = self.states
         states.apply(plan)
+        self.forward.apply(plan)
         self.pooler.remove(i32(plan.finished_slots))
         for request in plan.new_reqs:
             if request.params is not None:
@@ -239,10 +259,10 @@ class ModelRunner:
             self.speculation.add(request)
         slots, counts, num_sampled, has_drafts = step_rows(plan, states)
         rows = np.arange(len(slots), dtype=np.int32).repeat(num_sampled)
-        sampled = SampleRows(slots[rows], _ranges(states.num_tokens[slots], num_sampled), rows)
+        sampled = SampleRows(slots[rows], ranges(states.num_tokens[slots], num_sampled), rows)
         drafts = drafts_of(sampled, states) if has_drafts else None
-        batch = self.prepare(slots, counts, num_sampled)
-        hidden, logits = self.program.replay(batch.step_inputs()) if self.program else self._forward(batch)
+        batch = self.forward.prepare(slots, counts, num_sampled)
+        hidden, logits = self.forward.run(batch)
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
         states.advance(slots, counts, num_sampled)
@@ -271,60 +291,11 @@ class ModelRunner:
         begin = time.perf_counter()
         token_mask = None if mask is None else _token_mask(step, mask)
         sampled = self.sampler.sample(step.logits, step.rows, self.states, token_mask)
-        self.recent.store(step.rows.slots, step.rows.positions, sampled.token_ids)
+        self.forward.store(step.rows, sampled.token_ids)
         results = Together((sampled.output, step.prompt_logprobs, step.pooled))
         pending = self.channel.download(results.tensors)
         step.launch_ms += (time.perf_counter() - begin) * 1e3
         return PendingOutput(step, self.states, self.speculation, results, pending, self.rank)
-
-    def prepare(self, slots: I32, counts: I32, num_sampled: npt.NDArray[np.uint8]) -> InputBatch:
-        """The inputs of the forward pass for a plan's rows."""
-        states = self.states
-        ends = counts.cumsum(dtype=np.int64)
-        query_start_loc = np.zeros(len(slots) + 1, np.int32)
-        query_start_loc[1:] = ends
-        computed = states.num_computed[slots]
-        token_rows = np.arange(len(slots)).repeat(counts)
-        token_slots = slots[token_rows]
-        positions = _ranges(computed, counts)
-        columns: dict[str, Array] = {
-            "input_ids": states.token_ids[token_slots, positions],
-            "positions": positions.astype(np.int32),
-            "logits_rows": _ranges(ends - num_sampled, num_sampled),
-            "query_start_loc": query_start_loc,
-            "seq_lens": (computed + counts).astype(np.int32),
-            **self.recent.columns(token_slots, positions, states.num_known + states.num_drafts),
-        }
-        adapters = states.adapters[slots]
-        if adapters.any():
-            columns |= adapter_columns("row_adapters", adapters[token_rows])
-            columns |= adapter_columns("sample_adapters", np.repeat(adapters, num_sampled))
-        for index, (table, group) in enumerate(zip(states.block_tables, self.groups, strict=True)):
-            block_table = table[slots]  # [num_rows, max_blocks]
-            blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
-            columns[f"block_table.{index}"] = block_table
-            columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
-        views = self.channel.upload(columns)
-        attention = [
-            group.plan(
-                AttentionMetadata(
-                    views["query_start_loc"],
-                    views["seq_lens"],
-                    views[f"block_table.{index}"],
-                    views[f"slot_mapping.{index}"],
-                    group.block_size,
-                )
-            )
-            for index, group in enumerate(self.groups)
-        ]
-        return InputBatch(
-            input_ids=self.recent.input_ids(views),
-            positions=views["positions"],
-            attention=attention,
-            logits_rows=views["logits_rows"],
-            row_adapters=adapter_rows("row_adapters", views),
-            sample_adapters=adapter_rows("sample_adapters", views),
-        )
 
     def prompt_logprobs(
         self, hidden: torch.Tensor, batch: InputBatch, slots: I32, counts: I32
@@ -357,13 +328,6 @@ class ModelRunner:
                 parts.append(self.sampler.prompt_logprobs(logits, tokens, params.prompt_logprobs, row, begin + 1))
         together = Together(parts)
         return Deferred(together.tensors, lambda arrays: [entry for part in together.make(arrays) for entry in part])
-
-
-def _ranges(firsts: Array, counts: Array) -> I64:
-    """Concatenated ranges, ``counts[i]`` consecutive integers from ``firsts[i]`` each: int64 [sum of counts]."""
-    ends = counts.cumsum(dtype=np.int64)
-    numbers: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + (firsts - ends + counts).repeat(counts)
-    return numbers
 
 
 def _token_mask(step: StartedStep, mask: GrammarMask) -> TokenMask:

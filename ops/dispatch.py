@@ -161,6 +161,14 @@ class ProgramRunner(Protocol):
         """See ``executor.graphs.Program.replay``."""
 
 
+class UnsupportedOpError(ValueError):
+    """An op set cannot run a program, since it lacks an op."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__(f"no kernel for {op!r}")
+        self.op = op
+
+
 class OpSet:
     """Implementations of ops for one kind of device. The base class has none: every op runs its reference."""
 

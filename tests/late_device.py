@@ -25,7 +25,7 @@ import ops
 from executor.config import DeviceConfig
 from executor.deferred import Array
 from executor.device.base import Memory
-from executor.device.steps import RECENT_TOKENS, DeviceTokens, Pending, RecentTokens, StagingBuffer, StagingPool
+from executor.device.steps import RECENT_TOKENS, DeviceTokens, Graphs, Pending, RecentTokens, StagingBuffer, StagingPool
 from executor.parallel import ParallelState
 from ops.dispatch import Op, OpSet
 
@@ -167,6 +167,8 @@ class LateResults:
 
 class LateSteps:
     """The way to the device and back. See ``executor.device.steps.StepChannel``."""
+
+    graphs: Graphs | None = None
 
     def __init__(self, *, by_itself: bool) -> None:
         """Results come by themselves, after some time; or when ``let_come`` says so."""

@@ -61,8 +61,44 @@ class RecentTokens(Protocol):
         """
 
 
+class Block(Protocol):
+    """Device memory for the inputs of each step in turn."""
+
+    device: Tensor
+    """uint8 [size]."""
+
+    def write(self, data: npt.NDArray[np.uint8]) -> None:
+        """Copies the inputs of a step to the start of the block, after all launches so far. Once per step; ``data`` may
+        be reused at once."""
+
+
+class Launch(Protocol):
+    """A kernel with its arguments."""
+
+    def run(self) -> None:
+        """Launches it."""
+
+
+class Graphs(Protocol):
+    """What keeps steps at the same addresses, and launches them as one."""
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Memory that graphs may take."""
+
+    def block(self, num_bytes: int) -> Block:
+        """Memory for inputs of up to this size."""
+
+    def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """A function that runs these launches again. Captures without running them."""
+
+
 class StepChannel(Protocol):
     """The channel between host and device. Steps use it in order."""
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """None: each step uploads and launches anew."""
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
         """Copies columns to device tensors of the same shapes and dtypes.
@@ -95,6 +131,8 @@ class ImmediateSteps:
 
     Results are views: read them before the next step begins.
     """
+
+    graphs: Graphs | None = None
 
     def upload(self, columns: Mapping[str, Array]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(column) for name, column in columns.items()}
@@ -155,18 +193,19 @@ class DeviceTokens:
         self._tokens = tokens
 
     def columns(self, slots: I32, positions: I64, num_known: I64) -> Mapping[str, Array]:
-        return {"recent_tokens": np.where(positions < num_known[slots], -1, _places(slots, positions))}
+        return {"recent_tokens": np.where(positions < num_known[slots], -1, places_of(slots, positions))}
 
     def input_ids(self, views: Mapping[str, Tensor]) -> Tensor:
         places = views["recent_tokens"]
         return torch.where(places < 0, views["input_ids"], self._tokens[places.clamp(min=0)])
 
     def store(self, slots: I32, positions: I64, token_ids: Tensor) -> None:
-        places = self._channel.upload({"places": _places(slots, positions)})["places"]
+        places = self._channel.upload({"places": places_of(slots, positions)})["places"]
         self._tokens[places] = token_ids.int()
 
 
-def _places(slots: I32, positions: I64) -> I64:
+def places_of(slots: I32, positions: I64) -> I64:
+    """Where the device keeps the tokens at these positions of these slots: int64 [tokens]."""
     places: I64 = slots.astype(np.int64) * RECENT_TOKENS + positions % RECENT_TOKENS
     return places
 
@@ -184,6 +223,11 @@ class StagingBuffer:
 ALIGNMENT = 64
 """Alignment of columns in bytes."""
 BUFFER_BYTES = 1 << 20
+
+
+def as_dtype(column: Array) -> torch.dtype:
+    """torch's name of an array's type."""
+    return torch.from_numpy(np.empty(0, column.dtype)).dtype
 
 
 class StagingPool:
@@ -214,8 +258,7 @@ class StagingPool:
         for name, column in columns.items():
             start, end = buffer.used, buffer.used + column.nbytes
             buffer.host[start:end] = np.ascontiguousarray(column).reshape(-1).view(np.uint8)
-            dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
-            views[name] = buffer.device[start:end].view(dtype).view(column.shape)
+            views[name] = buffer.device[start:end].view(as_dtype(column)).view(column.shape)
             buffer.used += sizes[name]
         self._copy(buffer, begin, buffer.used)
         return views

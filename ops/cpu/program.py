@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arena import Arena
 from ops.cpu import instructions, memory
 from ops.cpu.fusion import Fusion, Item
 from ops.cpu.instructions import Instruction
@@ -58,69 +59,9 @@ class Segment:
             node.op, node.args = instruction.op, ctypes.addressof(struct)
 
 
-class Arena:
-    """Places for the values of a program, and memory for them."""
-
-    def __init__(self, specs: list[Spec]) -> None:
-        self._specs = specs
-        self._offsets: dict[int, int] = {}
-        self._row_bytes = {"tokens": 0, "samples": 0}
-        self._free: dict[str, list[tuple[int, int]]] = {"tokens": [], "samples": []}
-        self.capacity = {"tokens": 0, "samples": 0}
-        self._memory: dict[str, Tensor] = {}
-
-    def stride_bytes(self, index: int) -> int:
-        """Distance from one row of a value to the next."""
-        spec = self._specs[index]
-        result = -(-spec.width * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        return result + _ALIGNMENT if result % _ALIASING == 0 else result
-
-    def allocate(self, index: int) -> None:
-        """Finds a place for a value: first fit."""
-        rows, size = self._specs[index].rows, self.stride_bytes(index)
-        free = self._free[rows]
-        for i, (offset, room) in enumerate(free):
-            if room >= size:
-                free[i : i + 1] = [(offset + size, room - size)] if room > size else []
-                self._offsets[index] = offset
-                return
-        self._offsets[index] = self._row_bytes[rows]
-        self._row_bytes[rows] += size
-
-    def release(self, index: int) -> None:
-        """Frees the place of a value."""
-        free = self._free[self._specs[index].rows]
-        free.append((self._offsets[index], self.stride_bytes(index)))
-        free.sort()
-        merged: list[tuple[int, int]] = []
-        for offset, size in free:
-            if merged and sum(merged[-1]) == offset:
-                merged[-1] = (merged[-1][0], merged[-1][1] + size)
-            else:
-                merged.append((offset, size))
-        free[:] = merged
-
-    def num_bytes(self, rows: dict[str, int]) -> int:
-        """Memory that this many rows take."""
-        return sum(self._row_bytes[kind] * count for kind, count in rows.items())
-
-    def reserve(self, rows: dict[str, int]) -> bool:
-        """Makes room for this many rows. True: all addresses changed."""
-        moved = False
-        for kind, count in rows.items():
-            if count > self.capacity[kind] or kind not in self._memory:
-                self.capacity[kind] = max(count, 2 * self.capacity[kind])
-                self._memory[kind] = memory.map_zeros(self._row_bytes[kind] * self.capacity[kind])
-                moved = True
-        return moved
-
-    def tensor(self, index: int) -> Tensor:
-        """A value's memory, [capacity, width]."""
-        spec = self._specs[index]
-        capacity, stride = self.capacity[spec.rows], self.stride_bytes(index)
-        start = self._offsets[index] * capacity
-        rows = self._memory[spec.rows][start : start + capacity * stride].view(spec.dtype)
-        return rows.view(capacity, stride // spec.dtype.itemsize)[:, : spec.width]
+def _stride_bytes(spec: Spec) -> int:
+    result = -(-spec.width * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return result + _ALIGNMENT if result % _ALIASING == 0 else result
 
 
 class NativeProgram:
@@ -167,7 +108,7 @@ class NativeProgram:
         native_reads = {self._base(index) for item in items if item.instruction for index in item.reads()}
         self._imported = native_reads - {item.out.index for item in items if item.instruction}
         """Values that kernels read but do not produce."""
-        self._arena = Arena(specs)
+        self._arena = Arena(specs, _stride_bytes, memory.map_zeros)
         self._place(items)
         returned = [ref.spec for item in items if item.instruction is None for ref in item.node.outs]
         self.num_bytes = self._arena.num_bytes(capacity) + sum(spec.num_bytes(capacity) for spec in returned)

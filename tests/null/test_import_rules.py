@@ -95,8 +95,8 @@ FOLDERS: dict[str, set[str]] = {
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.
     "ops/reference": {"collective", "dispatch", "metadata", "packed"},
-    "ops/cpu": {"", "dispatch", "metadata", "packed"},
-    "ops/triton": {"", "dispatch", "metadata", "packed"},
+    "ops/cpu": {"", "arena", "dispatch", "metadata", "packed"},
+    "ops/triton": {"", "arena", "dispatch", "metadata", "packed"},
 }
 """What the modules of a folder import of their own package, beside each other."""
 MAX_FUNCTION_LINES = 60

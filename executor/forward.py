@@ -1,0 +1,175 @@
+"""The forward pass of a step: from the rows of a plan to hidden states and logits on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+import ops
+from executor.attention.base import AttentionGroup
+from executor.deferred import Array
+from executor.device.steps import StepChannel
+from executor.graphs import Program
+from executor.input_batch import InputBatch, adapter_columns, adapter_rows
+from executor.messages import I32, I64, SchedulerOutput
+from executor.models.base import Model
+from executor.registry import resolve
+from executor.request_states import RequestStates
+from executor.sampling.base import SampleRows
+from ops import AttentionMetadata
+
+U8 = npt.NDArray[np.uint8]
+
+
+class Forward(Protocol):
+    """Launches the forward passes of a model. Nothing here waits for the device."""
+
+    def __init__(self, setup: ForwardSetup, states: RequestStates) -> None:
+        """Allocates what the steps of the requests in ``states`` need."""
+
+    @classmethod
+    def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
+        """Memory besides the program's: bytes, and bytes per token of the longest sequence."""
+
+    def apply(self, plan: SchedulerOutput) -> None:
+        """Takes over a plan's changes to the blocks of requests."""
+
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
+        """Uploads the inputs of a plan's rows.
+
+        Args:
+            slots: int32 [rows].
+            counts: int32 [rows]: tokens to compute.
+            num_sampled: uint8 [rows]: tokens to sample, the last ones of the row.
+        """
+
+    def run(self, batch: InputBatch) -> Sequence[Tensor]:
+        """Computes hidden states [tokens, hidden_size] and logits [samples, vocab_size] of the batch that was prepared
+        last. They hold until the next call."""
+
+    def store(self, rows: SampleRows, token_ids: Tensor) -> None:
+        """Keeps the tokens of the samples, int64 [samples], where the next step finds them."""
+
+
+def run_model(model: Model, batch: InputBatch) -> tuple[Tensor, Tensor]:
+    """Hidden states and logits of a batch, tensors or symbolic values."""
+    hidden = model.forward(batch).hidden
+    return hidden, model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
+
+
+@dataclass(frozen=True)
+class ForwardSetup:
+    """What a ``Forward`` is made of."""
+
+    model: Model
+    program: Program | None
+    """The model's captured program; None: its ops are called one by one."""
+    channel: StepChannel
+    groups: Sequence[AttentionGroup]
+    """The model's KV cache groups."""
+    max_num_seqs: int
+    max_tokens: int
+    max_samples: int
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Tokens per block of each group."""
+        return [group.block_size for group in self.groups]
+
+
+class UploadedForward:
+    """Each step gets tensors of its own, in the sizes that it has."""
+
+    def __init__(self, setup: ForwardSetup, states: RequestStates) -> None:
+        self._model = setup.model
+        self._program = setup.program
+        self._channel = setup.channel
+        self._groups = setup.groups
+        self._states = states
+        self._recent = setup.channel.recent_tokens(len(states.num_tokens))
+
+    @classmethod
+    def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
+        return 0, RequestStates.position_bytes(setup.max_num_seqs, setup.block_sizes)
+
+    def apply(self, plan: SchedulerOutput) -> None:
+        pass  # the host's tables have them
+
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
+        states = self._states
+        ends = counts.cumsum(dtype=np.int64)
+        query_start_loc = np.zeros(len(slots) + 1, np.int32)
+        query_start_loc[1:] = ends
+        computed = states.num_computed[slots]
+        token_rows = np.arange(len(slots)).repeat(counts)
+        token_slots = slots[token_rows]
+        positions = ranges(computed, counts)
+        columns: dict[str, Array] = {
+            "input_ids": states.token_ids[token_slots, positions],
+            "positions": positions.astype(np.int32),
+            "logits_rows": ranges(ends - num_sampled, num_sampled),
+            "query_start_loc": query_start_loc,
+            "seq_lens": (computed + counts).astype(np.int32),
+            **self._recent.columns(token_slots, positions, states.num_known + states.num_drafts),
+        }
+        adapters = states.adapters[slots]
+        if adapters.any():
+            columns |= adapter_columns("row_adapters", adapters[token_rows])
+            columns |= adapter_columns("sample_adapters", np.repeat(adapters, num_sampled))
+        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=True)):
+            block_table = table[slots]  # [num_rows, max_blocks]
+            blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
+            columns[f"block_table.{index}"] = block_table
+            columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
+        views = self._channel.upload(columns)
+        attention = [
+            group.plan(
+                AttentionMetadata(
+                    views["query_start_loc"],
+                    views["seq_lens"],
+                    views[f"block_table.{index}"],
+                    views[f"slot_mapping.{index}"],
+                    group.block_size,
+                )
+            )
+            for index, group in enumerate(self._groups)
+        ]
+        return InputBatch(
+            input_ids=self._recent.input_ids(views),
+            positions=views["positions"],
+            attention=attention,
+            logits_rows=views["logits_rows"],
+            row_adapters=adapter_rows("row_adapters", views),
+            sample_adapters=adapter_rows("sample_adapters", views),
+        )
+
+    def run(self, batch: InputBatch) -> Sequence[Tensor]:
+        return self._program.replay(batch.step_inputs()) if self._program else run_model(self._model, batch)
+
+    def store(self, rows: SampleRows, token_ids: Tensor) -> None:
+        self._recent.store(rows.slots, rows.positions, token_ids)
+
+
+REGISTRY = {
+    "uploaded": "executor.forward:UploadedForward",
+    "static": "executor.static_forward:StaticForward",
+}
+
+
+def forward_class(setup: ForwardSetup) -> type[Forward]:
+    """The way to launch a model on a device."""
+    has_graphs = setup.program is not None and setup.channel.graphs is not None
+    chosen: type[Forward] = resolve(REGISTRY, "static" if has_graphs else "uploaded", "forward")
+    return chosen
+
+
+def ranges(firsts: Array, counts: Array) -> I64:
+    """Concatenated ranges, ``counts[i]`` consecutive integers from ``firsts[i]`` each: int64 [sum of counts]."""
+    ends = counts.cumsum(dtype=np.int64)
+    numbers: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + (firsts - ends + counts).repeat(counts)
+    return numbers
