@@ -204,7 +204,11 @@ class OpSet:
         return None
 
 
-OP_SETS = {"reference": "ops.dispatch:OpSet", "cpu": "ops.cpu.op_set:create"}
+OP_SETS = {
+    "reference": "ops.dispatch:OpSet",
+    "cpu": "ops.cpu.op_set:create",
+    "triton": "ops.triton.op_set:create",
+}
 """Factory of each set by name, imported when the set is first used."""
 DEFAULTS = {"cpu": "cpu"}
 """Sets of device types for which none was selected; all others use the references."""

@@ -9,6 +9,9 @@ import hypothesis  # noqa: F401  # its pytest plugin would import it when tests 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # read when triton is imported; without a GPU its kernels are interpreted
 
 
 @pytest.fixture(scope="session")

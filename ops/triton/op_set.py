@@ -1,0 +1,36 @@
+"""The op set of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ops.dispatch import OpSet
+from ops.triton import gemm, norm, pointwise
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "act_and_mul": pointwise.act_and_mul,
+    "activation": pointwise.activation,
+    "add": pointwise.add,
+    "clip": pointwise.clip,
+    "layer_norm": norm.layer_norm,
+    "linear": gemm.linear,
+    "logits": gemm.logits,
+    "multiply": pointwise.multiply,
+    "rms_norm": norm.rms_norm,
+    "scale": pointwise.scale,
+    "softcap": pointwise.softcap,
+}
+"""Launchers by op name. Each takes the op's arguments and ``out``."""
+
+
+class TritonOps(OpSet):
+    """The ops, run by Triton's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__("triton", IMPLEMENTATIONS)
+
+
+def create() -> OpSet:
+    """The kernels, for the GPU that ``launch.use_target`` selects."""
+    return TritonOps()

@@ -1,0 +1,295 @@
+"""Compiles the GPU kernels for all targets, without a GPU, and checks what comes out.
+
+One line for each kernel, configuration and target; exits with 1 if any fails. A kernel fails if it spills registers or
+uses more of them, or more shared memory, than the target has; if it loads from memory in too small pieces; if a product
+misses the target's instruction for tiles; if products and sums are fused where the bits of the reference are promised;
+or if tiles that may replace each other add in different orders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["TRITON_INTERPRET"] = "0"
+
+COLUMNS = (
+    f"{'kernel':<26} {'config':<34} {'target':<7} {'regs':>5} {'spill':>5} {'stack':>5} {'smem/limit KiB':>14} "
+    f"{'instruction':<34} {'load':>4}  verdict"
+)
+INSTRUCTIONS = {
+    80: r"mma\.sync[.\w]*",
+    86: r"mma\.sync[.\w]*",
+    89: r"mma\.sync[.\w]*",
+    90: r"wgmma\.mma_async[.\w]*",
+    100: r"tcgen05\.mma[.\w]*",
+    120: r"mma\.sync[.\w]*",
+    "gfx942": r"v_mfma_\w+",
+}
+"""The instruction for products of tiles, by architecture."""
+REGISTERS = Path(__file__).with_name("kernel_registers.json")
+"""Registers of each kernel when it was last looked at; a tenth more is a failure."""
+
+
+@dataclass
+class Line:
+    """What was found out about one kernel, in one configuration, on one target."""
+
+    kernel: str
+    config: str
+    target: str
+    registers: int = 0
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    max_shared: int = 0
+    instruction: str = ""
+    min_load: int = 0
+    fingerprint: str = ""
+    family: str = ""
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} {self.config} {self.target}"
+
+    def __str__(self) -> str:
+        verdict = "FAIL: " + "; ".join(self.failures) if self.failures else "ok"
+        shared = f"{self.shared / 1024:.0f}/{self.max_shared / 1024:.0f}"
+        return (
+            f"{self.kernel:<26} {self.config:<34} {self.target:<7} {self.registers:>5} {self.spills:>5} "
+            f"{self.stack:>5} {shared:>14} {self.instruction:<34} {self.min_load or '-':>4}  {verdict}"
+        )
+
+
+def compiled(launch: Any) -> tuple[Any, str]:
+    """A launch's kernel, compiled for the launch's target, and what ptxas said."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ops.triton.catalog import signature
+
+    types, constants, attributes = signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
+    goal = GPUTarget(launch.target.backend, launch.target.arch, launch.target.warp_size)
+    said = io.StringIO()
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(said):
+        kernel = triton.compile(source, target=goal, options=launch.options)
+    return kernel, said.getvalue()
+
+
+def measure_nvidia(line: Line, kernel: Any, said: str) -> None:
+    """Reads registers, spills and stack from what ptxas said, and loads from the PTX."""
+    used = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    if used is None or spills is None:
+        line.failures.append("ptxas did not say how many registers it used")
+        return
+    line.registers, line.stack = int(used[1]), int(spills[1])
+    line.spills = int(spills[2]) + int(spills[3])
+    if "C7510" in said or "wgmma.mma_async instructions are serialized" in said:
+        line.failures.append("wgmma instructions are serialised")
+    sizes = []
+    for vector, bits in re.findall(
+        r"ld\.global(?:\.[a-zA-Z_:0-9]+?)*?(?:\.(v[248]))?\.[bfsu](8|16|32|64)\b", kernel.asm["ptx"]
+    ):
+        sizes.append(int(bits) // 8 * int(vector[1:] or 1) if vector else int(bits) // 8)
+    sizes += [
+        int(size, 16)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+),", kernel.asm["ptx"], re.I)
+    ]
+    line.min_load = min(sizes, default=0)
+
+
+def measure_amd(line: Line, kernel: Any) -> None:
+    """Reads registers, spills and loads from the assembly."""
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return 0 if found is None else int(found[1])
+
+    line.registers = number("vgpr_count") + number("agpr_count")
+    line.spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    line.stack = number("private_segment_fixed_size")
+    bytes_of = {"ubyte": 1, "sbyte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    loads = re.findall(r"\b(?:global|buffer)_load_(\w+?)(?:_d16\w*)?\s", text)
+    line.min_load = min((bytes_of[each] for each in loads if each in bytes_of), default=0)
+
+
+def check(line: Line, case: Any, kernel: Any, target: Any) -> None:
+    """Compares what was measured with the limits."""
+    listing = kernel.asm["amdgcn"] if target.backend == "hip" else kernel.asm["ptx"]
+    found = sorted(set(re.findall(INSTRUCTIONS[target.arch], listing)), key=_size_of)
+    line.instruction = _short(found[0]) if found else ""
+    if line.spills or (target.backend == "hip" and line.stack):
+        line.failures.append("spills registers")
+    if line.registers > target.max_registers:
+        line.failures.append(f"more than {target.max_registers} registers")
+    if line.shared > line.max_shared:
+        line.failures.append("too much shared memory")
+    if case.needs_tensor_cores and not found:
+        line.failures.append("no tensor core instruction")
+    if target.has_wgmma and case.needs_tensor_cores and "mma.sync" in listing:
+        line.failures.append("mma.sync instead of the instruction for warp groups")
+    if line.min_load and line.min_load < case.min_load:
+        line.failures.append(f"loads {line.min_load} bytes at a time")
+    fused = re.findall(r"\bfma\.r\w+\.f32", listing)
+    if case.is_exact and target.backend == "cuda" and fused:
+        line.failures.append(f"{len(fused)} fused multiply-adds")
+
+
+def _size_of(instruction: str) -> int:
+    """Numbers that an instruction multiplies: of m64n256k16 their product."""
+    sizes = re.search(r"m(\d+)n(\d+)k(\d+)", instruction) or re.search(r"_(\d+)x(\d+)x(\d+)", instruction)
+    return 0 if sizes is None else int(sizes[1]) * int(sizes[2]) * int(sizes[3])
+
+
+def _short(instruction: str) -> str:
+    return re.sub(r"\.(sync|aligned|row|col)", "", instruction)[:34]
+
+
+def fingerprint(kernel: Any) -> str:
+    """What decides in which order a kernel adds: how products are done, and over how many warps a row is spread."""
+    text = kernel.asm["ttgir"]
+    parts = set()
+    for layout in re.findall(r"#ttg\.(?:nvidia_mma|amd_mfma)<\{([^}]*)\}>", text):
+        version = re.search(r"version(?:Major)? = (\d+)", layout)
+        shape = re.search(r"instrShape = \[([\d, ]+)\]", layout)
+        k = shape[1].split(", ")[-1] if shape else "?"
+        parts.add(f"v{version[1] if version else '?'} k{k}")
+    if "tc_gen5_mma" in text or "tcgen05" in text:
+        parts.add("tcgen05")
+    parts |= {f"imprecise {each}" for each in re.findall(r"maxNumImpreciseAcc = (\d+)", text) if each != "0"}
+    return ", ".join(sorted(parts))
+
+
+def examine(index: int, target_name: str) -> list[Line]:
+    """Compiles and checks a case for a target."""
+    from ops.triton import catalog
+    from ops.triton.configs import TARGETS
+
+    case = list(catalog.cases())[index]
+    target = TARGETS[target_name]
+    lines = []
+    for launch in case.launches(target):
+        name = launch.name.removesuffix("_kernel")
+        line = Line(name, case.config, target_name, max_shared=target.max_shared, family=case.family)
+        start = time.monotonic()
+        try:
+            kernel, said = compiled(launch)
+            line.shared = kernel.metadata.shared
+            if target.backend == "cuda":
+                measure_nvidia(line, kernel, said)
+            else:
+                measure_amd(line, kernel)
+            line.fingerprint = fingerprint(kernel)
+            check(line, case, kernel, target)
+        except Exception as error:  # whatever a compiler raises, the other kernels are compiled
+            line.failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        line.seconds = time.monotonic() - start
+        lines.append(line)
+    return lines
+
+
+def compare_families(lines: list[Line]) -> None:
+    """Fails the tiles of a family that add in another order than its first."""
+    families: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line.family:
+            families[line.kernel, line.family, line.target].append(line)
+    for members in families.values():
+        for line in members[1:]:
+            if line.fingerprint != members[0].fingerprint and not line.failures:
+                line.failures.append(f"adds as {line.fingerprint!r}, others as {members[0].fingerprint!r}")
+
+
+def compare_registers(lines: list[Line]) -> None:
+    """Fails kernels that use a tenth more registers than they did."""
+    known = json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}
+    for line in lines:
+        before = known.get(line.key)
+        if before is not None and line.registers > 1.1 * before + 4:
+            line.failures.append(f"{before} registers became {line.registers}")
+
+
+def selected(pattern: str, targets: list[str]) -> Iterator[tuple[int, str]]:
+    """The cases and targets to compile."""
+    from ops.triton import catalog
+    from ops.triton.configs import TARGETS
+
+    for index, case in enumerate(catalog.cases()):
+        for target in targets:
+            if case.targets is not None and target not in case.targets:
+                continue
+            names = {launch.name.removesuffix("_kernel") for launch in case.launches(TARGETS[target])}
+            if any(re.search(pattern, f"{name} {case.config}") for name in names):
+                yield index, target
+
+
+def arguments() -> argparse.Namespace:
+    from ops.triton.configs import TARGETS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--kernels", default="", metavar="RE", help="of names and configurations; default: all")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that compile; default: one per core"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there as well")
+    parser.add_argument("--keep-registers", action="store_true", help=f"note the registers in {REGISTERS.name}")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    import triton
+
+    start = time.monotonic()
+    lines: list[Line] = []
+    print(COLUMNS)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        work = list(selected(options.kernels, options.targets))
+        futures = [pool.submit(examine, index, target) for index, target in work]
+        for future in futures:
+            found = future.result()
+            lines += found
+            for line in found:
+                print(line, flush=True)
+    settled = {id(line) for line in lines if line.failures}
+    compare_families(lines)
+    compare_registers(lines)
+    failed = [line for line in lines if line.failures]
+    for line in failed:
+        if id(line) not in settled:
+            print(line)
+    if options.keep_registers:
+        known = json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}
+        known |= {line.key: line.registers for line in lines if not line.failures}
+        REGISTERS.write_text(json.dumps(dict(sorted(known.items())), indent=0) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1))
+    seconds = time.monotonic() - start
+    print(f"{len(lines)} compiled, {len(failed)} failed, triton {triton.__version__}, {seconds:.0f} s")
+    return 1 if failed or not lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
