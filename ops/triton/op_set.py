@@ -6,19 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.dispatch import OpSet
-from ops.triton import gemm, norm, pointwise
+from ops.triton import gather, gemm, norm, pointwise, rope, short_conv
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_and_mul": pointwise.act_and_mul,
     "activation": pointwise.activation,
     "add": pointwise.add,
     "clip": pointwise.clip,
+    "embedding": gather.embedding,
+    "gather_rows": gather.gather_rows,
     "layer_norm": norm.layer_norm,
     "linear": gemm.linear,
     "logits": gemm.logits,
     "multiply": pointwise.multiply,
     "rms_norm": norm.rms_norm,
+    "rotary_embedding": rope.rotary_embedding,
     "scale": pointwise.scale,
+    "select_columns": gather.select_columns,
+    "short_conv": short_conv.short_conv,
     "softcap": pointwise.softcap,
 }
 """Launchers by op name. Each takes the op's arguments and ``out``."""
