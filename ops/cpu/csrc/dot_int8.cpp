@@ -10,16 +10,28 @@ constexpr uintptr_t kAheadBytes = 4096;  // how far ahead weights are prefetched
 constexpr int kRowsReadByHardware = 1;   // up to so many, AMD's CPUs prefetch by themselves
 constexpr int kVectorsOfHalf = kLanes / kIntColumns;
 
+// From this many rows on, products are the limit, not memory: sums stay in registers for several blocks of k, if there
+// are enough registers. Up to so many rows, two vectors of columns share the loads of activations.
+#if defined(__AVX512F__)
+constexpr int kRowsKeepingSums = 5;
+#else
+constexpr int kRowsKeepingSums = kInt8Rows + 1;
+#endif
+#if defined(__AVX512F__) && defined(OCTAVO_DOT_INT8)
+constexpr int kRowsSharingLoads = 6;
+#else
+constexpr int kRowsSharingLoads = 0;
+#endif
+constexpr int kBlocksPerPass = 4;
+
 // Packed blocks, decoded as they are read. Each cache line that is read prefetches one further on.
 template <class F>
 struct PackedBlocks {
     using Form = F;
     Cursor at;
     uintptr_t ahead;  // bytes; 0: what is prefetched is there already
-    BlockScales buffer;
 
-    PackedBlocks(const Cursor& begin, uintptr_t ahead) : at(begin), ahead(ahead) {}
-    const BlockScales& scales() {
+    const BlockScales& scales(BlockScales& buffer) const {
         if (at.index == 0)
             for (int line = 0; line < at.layout->header_bytes; line += kCacheLineBytes)
                 prefetch(address_of(at.header) + ahead + line);
@@ -53,7 +65,7 @@ struct DecodedBlocks {
     using Form = F;
     const DecodedBlock* at;
 
-    const BlockScales& scales() const { return at->scales; }
+    const BlockScales& scales(BlockScales&) const { return at->scales; }
     template <int kLine>
     void get(int half, int part, Codes& first, Codes& second) const {
         first = load_codes(at->codes[half][kLine] + part);
@@ -74,61 +86,119 @@ inline Totals total_of_offsets(int32_t minus_sum) {
     if constexpr (kOffset == 0) {
         return splat_total(0);
     } else {
-        static_assert((kOffset & (kOffset - 1)) == 0, "offsets are powers of two");
-        return times_power<__builtin_ctz(kOffset)>(splat_total(minus_sum));
+        static_assert((kOffset & (kOffset - 1)) == 0 && kOffset <= kLargestOffset, "offsets are small powers of two");
+        return over_power<__builtin_ctz(kLargestOffset / kOffset)>(splat_total(minus_sum));
     }
 }
 
+// Totals of the products of some vectors of columns with some rows, over a block of k.
+//
 // Loops over rows are unrolled early, so that GCC keeps arrays of totals in registers.
-template <class Blocks, int kRows>
-void multiply_rows(Blocks weight, int blocks, const Int8Block* x, float* sums) {
+template <class Blocks, int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply_block(
+    const Blocks& weight, int vector, const Int8Block* x,
+    Products<Blocks::Form::kBits, Blocks::Form::kGroups, kRows> (&products)[kVectors]) {
     using Form = typename Blocks::Form;
-    constexpr int kGroups = Form::kGroups;
-    constexpr int kOffset = Form::kOffset;
-    for (int k = 0; k < blocks; ++k, x += kRows, weight.next()) {
-        const BlockScales& scales = weight.scales();
-        for (int v = 0; v < 2 * kVectorsOfHalf; ++v) {
-            const int half = v / kVectorsOfHalf, part = v % kVectorsOfHalf * kIntColumns * 4;
-            Products<Form::kBits, kGroups, kRows> products;
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-                products.totals[0][r] = total_of_offsets<kOffset>(kGroups == 1 ? x[r].minus_sum : x[r].minus_first);
-                if constexpr (kGroups == 2)
-                    products.totals[1][r] = total_of_offsets<kOffset>(x[r].minus_sum - x[r].minus_first);
-            }
-            const auto add_line = [&](auto number) __attribute__((always_inline)) {
-                constexpr int kLine = decltype(number)::value;
-                Codes first, second;
-                weight.template get<kLine>(half, part, first, second);
-#pragma GCC unroll 16
-                for (int r = 0; r < kRows; ++r)
-                    products.template add<kLine>(first, second, r, splat_four(x[r].codes + 4 * kLine),
-                                                 splat_four(x[r].codes + 4 * (kLine + kLines)));
-            };
-            add_line(std::integral_constant<int, 0>());
-            add_line(std::integral_constant<int, 1>());
-            add_line(std::integral_constant<int, 2>());
-            add_line(std::integral_constant<int, 3>());
-            const int column = v * kIntColumns;
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-                const Floats x_scale = splat_floats(x[r].scale);
-                Floats sum = load_floats(sums + r * kColumns + column);
 #pragma GCC unroll 2
-                for (int g = 0; g < kGroups; ++g)
-                    sum = multiply_add(to_floats(products.totals[g][r]),
-                                       multiply(load_floats(scales.scale[g] + column), x_scale), sum);
-                if constexpr (Form::kHasMinimum && kGroups == 1) {
-                    sum = multiply_add(splat_floats(x[r].scaled_sum), load_floats(scales.minimum[0] + column), sum);
-                } else if constexpr (Form::kHasMinimum) {
-                    const int totals[2] = {-x[r].minus_first, x[r].minus_first - x[r].minus_sum};
-                    for (int g = 0; g < kGroups; ++g)
-                        sum = multiply_add(splat_floats(static_cast<float>(totals[g]) * x[r].scale),
-                                           load_floats(scales.minimum[g] + column), sum);
-                }
-                store_floats(sums + r * kColumns + column, sum);
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            products[v].totals[0][r] =
+                total_of_offsets<Form::kOffset>(Form::kGroups == 1 ? x[r].minus_sum : x[r].minus_first);
+            if constexpr (Form::kGroups == 2)
+                products[v].totals[1][r] = total_of_offsets<Form::kOffset>(x[r].minus_sum - x[r].minus_first);
+        }
+    }
+    const auto add_line = [&](auto number) __attribute__((always_inline)) {
+        constexpr int kLine = decltype(number)::value;
+        Codes first[kVectors], second[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v)
+            weight.template get<kLine>((vector + v) / kVectorsOfHalf, (vector + v) % kVectorsOfHalf * kIntColumns * 4,
+                                       first[v], second[v]);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const Codes one = splat_four(x[r].codes + 4 * kLine), two = splat_four(x[r].codes + 4 * (kLine + kLines));
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) products[v].template add<kLine>(first[v], second[v], r, one, two);
+        }
+    };
+    add_line(std::integral_constant<int, 0>());
+    add_line(std::integral_constant<int, 1>());
+    add_line(std::integral_constant<int, 2>());
+    add_line(std::integral_constant<int, 3>());
+}
+
+// Adds a row's totals of a block to its sums. `scale` and `minimum`: of a vector of columns, for each group.
+template <class Form>
+inline __attribute__((always_inline)) Floats add_scaled(const Totals (&totals)[Form::kGroups],
+                                                        const Floats (&scale)[Form::kGroups],
+                                                        const Floats (&minimum)[Form::kGroups], const Int8Block& x,
+                                                        Floats sum) {
+    constexpr int kGroups = Form::kGroups;
+    const Floats x_scale = splat_floats(x.scale);
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) sum = multiply_add(to_floats(totals[g]), multiply(scale[g], x_scale), sum);
+    if constexpr (Form::kHasMinimum && kGroups == 1) {
+        sum = multiply_add(splat_floats(x.scaled_sum), minimum[0], sum);
+    } else if constexpr (Form::kHasMinimum) {
+        const int totals_of_x[2] = {-x.minus_first / kLargestOffset, (x.minus_first - x.minus_sum) / kLargestOffset};
+        for (int g = 0; g < kGroups; ++g)
+            sum = multiply_add(splat_floats(static_cast<float>(totals_of_x[g]) * x.scale), minimum[g], sum);
+    }
+    return sum;
+}
+
+// Some vectors of columns and some blocks of k: the sums stay in registers.
+template <class Blocks, int kRows, int kVectors>
+inline void multiply_vectors(Blocks weight, int blocks, const BlockScales* const* scales, int vector,
+                             const Int8Block* x, float* sums) {
+    using Form = typename Blocks::Form;
+    sums += vector * kIntColumns;
+    Floats kept[kVectors][kRows];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) kept[v][r] = load_floats(sums + r * kColumns + v * kIntColumns);
+    for (int k = 0; k < blocks; ++k, x += kRows, weight.next()) {
+        Products<Form::kBits, Form::kGroups, kRows> products[kVectors];
+        multiply_block<Blocks, kRows, kVectors>(weight, vector, x, products);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+            Floats scale[Form::kGroups], minimum[Form::kGroups];
+            for (int g = 0; g < Form::kGroups; ++g) {
+                scale[g] = load_floats(scales[k]->scale[g] + (vector + v) * kIntColumns);
+                minimum[g] = load_floats(scales[k]->minimum[g] + (vector + v) * kIntColumns);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+                Totals totals[Form::kGroups];
+                for (int g = 0; g < Form::kGroups; ++g) totals[g] = products[v].totals[g][r];
+                kept[v][r] = add_scaled<Form>(totals, scale, minimum, x[r], kept[v][r]);
             }
         }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) store_floats(sums + r * kColumns + v * kIntColumns, kept[v][r]);
+}
+
+// With few rows, memory is the limit: weights are read in order, a block at a time. With many, some vectors of columns
+// keep their sums in registers for several blocks.
+template <class Blocks, int kRows>
+void multiply_rows(Blocks weight, int blocks, const Int8Block* x, float* sums) {
+    constexpr int kMost = kRows >= kRowsKeepingSums ? kBlocksPerPass : 1;
+    constexpr int kVectors = kRows >= kRowsKeepingSums && kRows * Blocks::Form::kGroups <= kRowsSharingLoads ? 2 : 1;
+    BlockScales buffers[kMost];
+    const BlockScales* scales[kMost];
+    for (int begin = 0; begin < blocks; begin += kMost, x += kMost * kRows) {
+        const int count = std::min(kMost, blocks - begin);
+        Blocks next = weight;
+        for (int k = 0; k < count; ++k, next.next()) scales[k] = &next.scales(buffers[k]);
+        for (int vector = 0; vector < 2 * kVectorsOfHalf; vector += kVectors)
+            multiply_vectors<Blocks, kRows, kVectors>(weight, count, scales, vector, x, sums);
+        weight = next;
     }
 }
 
@@ -182,8 +252,8 @@ void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride) {
             }
         }
         out->scaled_sum = static_cast<float>(sums[0] + sums[1]) * out->scale;
-        out->minus_sum = -(sums[0] + sums[1]);
-        out->minus_first = -sums[0];
+        out->minus_sum = -(sums[0] + sums[1]) * kLargestOffset;
+        out->minus_first = -sums[0] * kLargestOffset;
     }
 }
 
@@ -198,7 +268,7 @@ void dot_int8(const QuantizedLayout& layout, const uint8_t* weight, int rows, co
     with_form(layout.encoding, [&](auto form) {
         using F = decltype(form);
         if constexpr (F::kIsInteger)
-            choose_rows(PackedBlocks<F>(Cursor::at(layout, weight, 0), ahead), layout.shape.column_blocks(), rows, x,
+            choose_rows(PackedBlocks<F>{Cursor::at(layout, weight, 0), ahead}, layout.shape.column_blocks(), rows, x,
                         sums, std::make_integer_sequence<int, kInt8Rows>());
     });
 }

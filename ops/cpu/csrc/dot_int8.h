@@ -7,13 +7,15 @@
 
 namespace octavo {
 
+constexpr int kLargestOffset = 128;  // of the codes of a weight
+
 // 32 columns of a row of activations: x = scale * code.
 struct Int8Block {
     int8_t codes[kBlock];
     float scale;
     float scaled_sum;     // scale * the sum of codes
-    int32_t minus_sum;    // of all codes
-    int32_t minus_first;  // of the first 16
+    int32_t minus_sum;    // of all codes, times the largest offset
+    int32_t minus_first;  // likewise of the first 16
 };
 
 // Rounds a row of numbers to int8, zero-padded; its blocks lie `stride` apart.
@@ -22,7 +24,7 @@ void quantize_row(const T* x, int columns, Int8Block* out, int64_t stride);
 
 // Most rows per call.
 #if defined(__AVX512F__)
-constexpr int kInt8Rows = 8;
+constexpr int kInt8Rows = 6;
 #elif defined(__AVX2__)
 constexpr int kInt8Rows = 6;
 #else

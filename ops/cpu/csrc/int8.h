@@ -54,6 +54,11 @@ template <int kBits>
 inline Totals times_power(Totals a) {
     return _mm512_slli_epi32(a, kBits);
 }
+// Without a rest.
+template <int kBits>
+inline Totals over_power(Totals a) {
+    return kBits == 0 ? a : _mm512_srai_epi32(a, kBits);
+}
 
 inline Floats to_floats(Totals a) { return _mm512_cvtepi32_ps(a); }
 inline Floats splat_floats(float x) { return _mm512_set1_ps(x); }
@@ -106,6 +111,11 @@ inline Totals plus(Totals a, Totals b) { return _mm256_add_epi32(a, b); }
 template <int kBits>
 inline Totals times_power(Totals a) {
     return _mm256_slli_epi32(a, kBits);
+}
+// Without a rest.
+template <int kBits>
+inline Totals over_power(Totals a) {
+    return kBits == 0 ? a : _mm256_srai_epi32(a, kBits);
 }
 
 inline Floats to_floats(Totals a) { return _mm256_cvtepi32_ps(a); }
@@ -165,6 +175,10 @@ inline Totals splat_total(int32_t x) { return Totals{x, x, x, x}; }
 template <int kBits>
 inline Totals times_power(Totals a) {
     return a * (1 << kBits);
+}
+template <int kBits>
+inline Totals over_power(Totals a) {
+    return a >> kBits;
 }
 
 inline Floats to_floats(Totals a) { return __builtin_convertvector(a, Floats); }
