@@ -607,7 +607,9 @@ def _parse_prompt(prompt: Prompt) -> _Input:
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:
     metrics = EngineMetrics(files.name)
     bar = LoadBar()
-    client = EngineClient(config.engine, files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level)
+    client = EngineClient(
+        config.engine, lambda: files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level
+    )
     engine.client = client
     try:
         ready: EngineReady = await client.start()

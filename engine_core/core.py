@@ -419,7 +419,7 @@ class EngineCore:
         return request
 
     def _prepare_grammars(self) -> None:
-        """Starts building what all grammars share: one call that holds the GIL for long."""
+        """Starts building what all grammars share: calls that hold the GIL for long."""
         if self._vocabulary is not None and self._vocab_size and self._prepared_grammars is None:
             self._prepared_grammars = GrammarCompiler(self._vocab_size)
             self._prepared_grammars.set_vocabulary(self._vocabulary)
@@ -580,7 +580,7 @@ class EngineCore:
                 max_draft_tokens=self.config.executor.max_draft_tokens,
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
-            self._prepare_grammars()  # while the workers warm up
+            self._prepare_grammars()  # if the vocabulary came first
         shape = self._scheduler.shape
         self.executor.submit(
             InitKVCache(

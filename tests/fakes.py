@@ -451,7 +451,7 @@ class FakeServer:
             path=Path("fake"),
             root="/models/fake",
             gguf=None,
-            tokenizer=tokenizer,
+            read_tokenizer=lambda: tokenizer,
             chat_template=chat_template,
             generation_config=generation_config or {},
             generation_config_file=Path("fake/generation_config.json"),

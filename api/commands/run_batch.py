@@ -184,7 +184,9 @@ async def _serve_batch(
 ) -> Counts:
     metrics = EngineMetrics(files.name)
     bar = LoadBar()
-    client = EngineClient(config.engine, files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level)
+    client = EngineClient(
+        config.engine, lambda: files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level
+    )
     try:
         try:
             ready = await client.start()

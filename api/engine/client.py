@@ -83,8 +83,6 @@ class _Life:
 
     watch: ProcessWatch | None = None
     """None: there is no process to watch."""
-    is_connected: bool = False
-    """It has sent a message."""
     has_vocabulary: bool = False
     """It was sent the vocabulary, which grammars need."""
     is_hung: bool = False
@@ -97,7 +95,7 @@ class EngineClient:
     def __init__(
         self,
         config: EngineConfig,
-        tokenizer: Tokenizer | None,
+        read_tokenizer: Callable[[], Tokenizer] | None,
         metrics: EngineMetrics,
         *,
         on_progress: Callable[[LoadProgress], None] | None = None,
@@ -110,21 +108,23 @@ class EngineClient:
 
         Args:
             config: Configuration of the engine core.
-            tokenizer: Detokenizes outputs; None: outputs are token ids only.
+            read_tokenizer: Called in a thread while the engine starts; the tokenizer detokenises outputs. None: outputs
+                are token ids only.
             metrics: Metrics to update.
             on_progress: Called while the model loads.
             on_fatal: Called once if the engine dies for good after it had been ready.
             bounds_queue: ``check_queue`` rejects requests when too many wait.
-            prepares_grammars: Send the vocabulary while the engine loads, instead of with the first request that has a
-                grammar, which would delay all others by some tenths of a second.
+            prepares_grammars: Send the vocabulary as soon as nobody waits for the engine, instead of with the first
+                request that has a grammar, which would delay all others by some tenths of a second.
             log_level: Log level of the child processes.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = None
         self.ready: EngineReady | None = None
         """The engine's first ready message."""
         self.dead: EngineDeadError | None = None
         """Why the engine is dead for good; None: it is not."""
         self._config = config
+        self._read_tokenizer = read_tokenizer
         self._metrics = metrics
         self._on_progress = on_progress
         self._on_fatal = on_fatal
@@ -148,16 +148,18 @@ class EngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fd = -1
         self._outbox = Outbox(self._send_again)
-        self._vocabulary = VocabularyFrame(tokenizer, self._on_vocabulary)
+        self._vocabulary = VocabularyFrame(self._on_vocabulary)
         self._prepares_grammars = prepares_grammars
+        self._was_idle = False
 
     # -- life ----------------------------------------------------------------------------------------------
 
     async def start(self) -> EngineReady:
-        """Launches the engine and waits until it is ready.
+        """Launches the engine, reads the tokenizer meanwhile, and waits until both are ready.
 
         Raises:
             EngineDeadError: The engine cannot start; ``exit_code`` 78 if the model or its configuration is at fault.
+            ModelFileError: The tokenizer cannot be read.
         """
         self._loop = asyncio.get_running_loop()
         socket = self._socket
@@ -169,13 +171,16 @@ class EngineClient:
         self._loop.add_reader(self._fd, self._on_readable)
         self._started = self._loop.create_future()
         self._launch()
-        if self._prepares_grammars:
-            self._vocabulary.make()
         self._pinger = asyncio.create_task(self._watch_heartbeat())
-        self.ready = await self._started
-        self._metrics.on_ready(self.ready)
-        self._queue.on_ready(self.ready)
-        return self.ready
+        ready, _ = await asyncio.gather(self._started, self._load_tokenizer())
+        self.ready = ready
+        self._metrics.on_ready(ready)
+        self._queue.on_ready(ready)
+        return ready
+
+    async def _load_tokenizer(self) -> None:
+        if self._read_tokenizer is not None:
+            self.tokenizer = await asyncio.to_thread(self._read_tokenizer)
 
     def _launch(self) -> None:
         self._epoch += 1
@@ -373,17 +378,25 @@ class EngineClient:
         if state.message.grammar is None or self._life.has_vocabulary:
             return True
         if self._vocabulary.frame is None:
-            self._vocabulary.make()
+            self._vocabulary.make(self.tokenizer)
             return False
         self._send_frame(self._vocabulary.frame)
         self._life.has_vocabulary = True
         return True
 
     def _offer_vocabulary(self) -> None:
-        """Sends the vocabulary ahead of time, as soon as both it and an engine core are available."""
-        frame = self._vocabulary.frame
-        if self._prepares_grammars and self._life.is_connected and not self._life.has_vocabulary and frame is not None:
-            self._send_frame(frame)
+        """Sends the vocabulary ahead of time, once there have been no requests for a while.
+
+        An engine core builds its automaton in calls of some tenths of a second, in which it does nothing else.
+        """
+        is_idle = self._serving and not self._processor.states
+        was_idle, self._was_idle = self._was_idle, is_idle
+        if not (self._prepares_grammars and is_idle and was_idle) or self._life.has_vocabulary:
+            return
+        if self._vocabulary.frame is None:
+            self._vocabulary.make(self.tokenizer)
+        else:
+            self._send_frame(self._vocabulary.frame)
             self._life.has_vocabulary = True
 
     def _on_vocabulary(self, error: str) -> None:
@@ -526,8 +539,6 @@ class EngineClient:
         elif isinstance(message, UtilityOutput):
             self._calls.answer(message.call_id, message.result)
         elif isinstance(message, LoadProgress):
-            self._life.is_connected = True
-            self._offer_vocabulary()
             if self._on_progress is not None and self.ready is None:
                 self._on_progress(message)
         elif isinstance(message, EngineReady):
@@ -555,9 +566,8 @@ class EngineClient:
         self._abort(self._processor.process(message))
 
     def _on_ready(self, message: EngineReady) -> None:
-        self._serving = self._has_workers = self._life.is_connected = True
+        self._serving = self._has_workers = True
         self._budget.serves()
-        self._offer_vocabulary()
         states = list(self._processor.states.values())
         for state in states:
             clear_suspicion(state)
@@ -643,10 +653,11 @@ class EngineClient:
             self._on_fatal(error)
 
     async def _watch_heartbeat(self) -> None:
-        """Kills an engine core that does not respond, so that it is restarted."""
+        """Kills an engine core that does not respond, so that it is restarted. Uses idle time, too."""
         ping = self._encoder.encode(Ping(call_id=0))
         while True:
             await asyncio.sleep(PING_INTERVAL)
+            self._offer_vocabulary()
             watch = self._life.watch
             if watch is None:
                 continue

@@ -19,29 +19,31 @@ class VocabularyFrame:
         frame: The encoded message; None: not created yet.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, on_made: Callable[[str], None]) -> None:
+    def __init__(self, on_made: Callable[[str], None]) -> None:
         """Prepares; ``make`` creates the frame.
 
         Args:
-            tokenizer: The tokenizer whose tokens to send.
             on_made: Called with an empty string when the frame is ready, or with the reason why it failed.
         """
         self.frame: bytes | None = None
-        self._tokenizer = tokenizer
         self._on_made = on_made
         self._maker: asyncio.Task[None] | None = None
 
-    def make(self) -> None:
-        """Starts to create the frame, unless this is already in progress."""
-        if self._maker is None:
-            self._maker = asyncio.create_task(self._make())
+    def make(self, tokenizer: Tokenizer | None) -> None:
+        """Starts to create the frame, unless this is already in progress.
 
-    async def _make(self) -> None:
+        Args:
+            tokenizer: The tokenizer whose tokens to send.
+        """
+        if self._maker is None:
+            self._maker = asyncio.create_task(self._make(tokenizer))
+
+    async def _make(self, tokenizer: Tokenizer | None) -> None:
         error = "structured outputs require a tokenizer"
         try:
-            if self._tokenizer is not None:
+            if tokenizer is not None:
                 loop = asyncio.get_running_loop()
-                self.frame = await loop.run_in_executor(None, vocabulary_frame, self._tokenizer)
+                self.frame = await loop.run_in_executor(None, vocabulary_frame, tokenizer)
         except Exception as problem:
             logger.exception("sending the vocabulary to the engine core failed")
             error = f"internal error: {problem}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property, partial
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
 from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
@@ -19,11 +20,12 @@ from api.flags import ConfigError
 from api.model.chat_template import load_chat_template
 from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_parts
 from api.model.gguf_file import GGUFFile, read_gguf
+from api.model.gguf_tokenizer import gguf_chat_template
 from api.model.hub import Hub, HubName, open_hub, parse_hub_name
 from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
 from api.model.pooler import ModelPooler, find_pooler
-from api.model.tokenizer import Tokenizer
+from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
 from engine_core.launch import (
     ModelError,
@@ -48,7 +50,8 @@ WEIGHT_PATTERNS = {
 IGNORED = ("original/*", "consolidated*")
 
 
-class ModelFiles(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class ModelFiles:
     """A model on this machine: what the api process needs to know about it."""
 
     name: str
@@ -58,7 +61,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
     root: str
     """The model as given on the command line: a path or a hub id."""
     gguf: GGUFFile | None
-    tokenizer: Tokenizer
+    read_tokenizer: Callable[[], Tokenizer]
     chat_template: str | dict[str, str] | None
     generation_config: dict[str, Any]
     """Sampling defaults as read; ``check_defaults`` in ``api/params`` validates them."""
@@ -69,9 +72,18 @@ class ModelFiles(msgspec.Struct, frozen=True):
     weights: Path | None = None
     """Folder of the weights if they were converted."""
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read on first use: with a large vocabulary that takes seconds, in which an engine can start.
+
+        Raises:
+            ModelFileError: It is missing or damaged.
+        """
+        return self.read_tokenizer()
+
 
 def find_model(config: ServerConfig) -> ModelFiles:
-    """Finds or downloads the configured model, and reads everything but the weights.
+    """Finds or downloads the configured model, and reads everything but the tokenizer and the weights.
 
     Raises:
         ModelFileError: The model is missing, damaged or unsupported, or there is no such device.
@@ -93,12 +105,13 @@ def find_model(config: ServerConfig) -> ModelFiles:
         _check_config(path / "config.json", config, path)
     weights = _converted_weights(path, config)
     if config.tokenizer is not None:
-        tokenizer = Tokenizer.from_folder(_locate(config.tokenizer, config, tokenizer_only=True))
-    elif gguf is not None:
-        tokenizer = Tokenizer.from_gguf(gguf)
+        gguf_tokenizer, folder = None, _locate(config.tokenizer, config, tokenizer_only=True)
     else:
-        tokenizer = Tokenizer.from_folder(path)
-    template = tokenizer.chat_template
+        gguf_tokenizer, folder = gguf, path
+    if gguf_tokenizer is not None:
+        read, template = partial(Tokenizer.from_gguf, gguf_tokenizer), gguf_chat_template(gguf_tokenizer)
+    else:
+        read, template = partial(Tokenizer.from_folder, folder), read_chat_template(folder)
     if config.chat_template is not None:
         try:
             template = load_chat_template(config.chat_template)
@@ -114,7 +127,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
         path=path,
         root=wanted or str(path),
         gguf=gguf,
-        tokenizer=tokenizer,
+        read_tokenizer=read,
         chat_template=template,
         generation_config=generation_config,
         generation_config_file=generation_config_file,

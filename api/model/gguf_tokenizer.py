@@ -227,7 +227,7 @@ def convert_gguf_tokenizer(file: GGUFFile) -> GGUFTokenizer:
         vocabulary=vocabulary.ids,
         special_tokens_map={name: vocabulary.tokens[token_id] for name, token_id in special_ids.items()},
         eos_token_ids=_eos_token_ids(fields, vocabulary, special_ids),
-        chat_template=_chat_template(file.metadata),
+        chat_template=gguf_chat_template(file),
     )
 
 
@@ -443,7 +443,9 @@ def _eos_token_ids(fields: _Fields, vocabulary: _Vocabulary, special_ids: _Speci
     return tuple(dict.fromkeys(found))
 
 
-def _chat_template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+def gguf_chat_template(file: GGUFFile) -> str | dict[str, str] | None:
+    """The chat template of a GGUF file, or several by name."""
+    metadata = file.metadata
     key = "tokenizer.chat_template"
     default = metadata.get(key)
     names: Sequence[Any] = metadata.get("tokenizer.chat_templates") or ()

@@ -525,6 +525,15 @@ def _generation_eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
+def read_chat_template(folder: Path) -> str | dict[str, str] | None:
+    """The chat template of a model's folder, or several by name.
+
+    Raises:
+        ModelFileError: A file cannot be read.
+    """
+    return _chat_template(folder, _read_json(folder / _CONFIG_FILE))
+
+
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
     """The chat template. Separate files take precedence over the entry in the configuration."""
     found: dict[str, str] = {}

@@ -82,6 +82,7 @@ def run_server(
         PortInUseError: The server cannot listen on its address. Nothing was started.
         ConfigError: The TLS files cannot be used. Nothing was started.
         EngineDeadError: The engine cannot be started.
+        ModelFileError: The tokenizer cannot be read.
     """
     faulthandler.register(signal.SIGUSR1)
     check_tls(config)
@@ -253,7 +254,7 @@ class _Run:
         self._metrics = EngineMetrics(names[0] if names else files.name)
         self._client = EngineClient(
             config.engine,
-            files.tokenizer,
+            lambda: files.tokenizer,
             self._metrics,
             on_progress=self._on_progress,
             on_fatal=self._on_fatal,

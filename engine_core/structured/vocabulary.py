@@ -55,11 +55,14 @@ class Vocabulary:
         self._longest = max(map(len, self._ids), default=0)
         self.byte_tokens: dict[int, int] = {key[0]: token_id for key, token_id in self._ids.items() if len(key) == 1}
         """Single-byte tokens by their byte."""
-        self.tokenizer: LLTokenizer = LLTokenizer(
+        plain = LLTokenizer(
             _Tokens(tokens, sorted(special), self.end_token, self.spell),  # type: ignore[arg-type]
             n_vocab=len(tokens),
             eos_token=list(self.end_tokens),
+            slices=[],
         )
+        # In a call of its own, which takes as long: other threads may run in between.
+        self.tokenizer: LLTokenizer = plain.with_slices(LLTokenizer.general_slices())
 
     def spell(self, text: bytes | str, is_usable: Callable[[int], bool] | None = None) -> list[int]:
         """Tokenises bytes greedily, longest token first; stops early if no token matches."""

@@ -22,7 +22,7 @@ from api.engine.metrics import EngineMetrics
 from api.engine.outbox import REQUESTS_PER_TURN
 from api.engine.queue_bound import NOBODY
 from api.engine.request_state import OutputOptions, RequestState
-from api.errors import EngineDeadError, RequestError
+from api.errors import EngineDeadError, ModelFileError, RequestError
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import LastWork, engine_identity
@@ -157,7 +157,7 @@ class Harness:
         self.metrics = EngineMetrics("model")
         self.client = EngineClient(
             EngineConfig(),
-            tokenizer,
+            None if tokenizer is None else lambda: tokenizer,
             self.metrics,
             on_fatal=self.fatal.append,
             on_progress=self.progress.append,
@@ -299,22 +299,54 @@ async def test_siblings_are_resumed_one_by_one(harness: Harness) -> None:
     assert [request.sampling_params.seed for request in again if request.sampling_params] == [11, 12]
 
 
-async def test_every_core_hears_the_vocabulary_before_it_is_needed(harness: Harness) -> None:
+async def test_an_idle_core_hears_the_vocabulary_before_it_is_needed(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await harness.close()
     prepared = Harness(tiny_tokenizer())
+    told: list[type] = []
+
+    def hears(*kinds: type) -> Callable[[], bool]:
+        def is_told() -> bool:
+            messages = prepared.supervisor.core.received()
+            told.extend(type(message) for message in messages if not isinstance(message, Ping))
+            return told == list(kinds)
+
+        return is_told
+
     try:
         await prepared.start()
-        core = prepared.supervisor.core
-        await until(core.has_news)
-        assert [type(message) for message in core.received()] == [SetVocabulary]
+        state = prepared.submit()
+        await until(hears(EngineCoreRequest))
+        for _ in range(3):
+            prepared.client._offer_vocabulary()  # once in PING_INTERVAL
+        assert prepared.client._vocabulary.frame is None  # making it would delay the request
+        prepared.supervisor.core.finish(state, 0, 5)
+        await prepared.take(1)
+        for _ in range(2):
+            prepared.client._offer_vocabulary()
+        await until(hears(EngineCoreRequest, SetVocabulary))
         prepared.submit(grammar=GrammarSpec("choice", "[]"))
-        assert [type(message) for message in core.received()] == [EngineCoreRequest]
+        await until(hears(EngineCoreRequest, SetVocabulary, EngineCoreRequest))
         prepared.supervisor.die()
+        told.clear()
         prepared.supervisor.core.ready()
         await prepared.serving()
-        assert [type(message) for message in prepared.supervisor.core.received()] == [SetVocabulary, EngineCoreRequest]
+        await until(hears(SetVocabulary, EngineCoreRequest))
     finally:
         await prepared.close()
+
+
+async def test_a_tokenizer_that_cannot_be_read_ends_the_start(harness: Harness) -> None:
+    await harness.close()
+
+    def fail() -> Tokenizer:
+        raise ModelFileError("tokenizer.json", "is damaged")
+
+    client = EngineClient(EngineConfig(), fail, EngineMetrics("model"))
+    with pytest.raises(ModelFileError, match="is damaged"):  # although the engine is never ready
+        await client.start()
+    await client.close()
 
 
 async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(

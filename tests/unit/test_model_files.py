@@ -404,6 +404,7 @@ def test_pickled_weights_are_converted_once(pickled_hub: Hub, tmp_path: Path) ->
 def find(model: Path | str = "", **options: Any) -> ModelFiles:
     files = find_model(resolve({"model": str(model), **options}, {})[0])
     check_defaults(files)
+    assert files.tokenizer is not None
     return files
 
 
