@@ -472,7 +472,7 @@ def check_config(config: ServerConfig) -> None:
         raise ConfigError("HTTPS needs --ssl-keyfile in addition to the other --ssl options")
     if not engine.scheduler.enable_chunked_prefill:
         longest = engine.executor.model.max_model_len
-        budget = engine.scheduler.max_num_batched_tokens
+        budget = engine.scheduler.step_tokens
         if longest is None or longest > budget or longest < 1:
             raise ConfigError(
                 "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "

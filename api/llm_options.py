@@ -71,7 +71,7 @@ class LLMOptions(TypedDict, total=False):
     otlp_traces_endpoint: str | None
     metrics_require_key: bool
     max_num_seqs: int
-    max_num_batched_tokens: int | str
+    max_num_batched_tokens: int | str | None
     max_in_flight_steps: int
     scheduling_policy: Literal["fcfs", "priority"]
     enable_chunked_prefill: bool

@@ -69,4 +69,4 @@ def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int) -> int:
     Prompt tokens are known, so they are confirmed when planned. Output tokens sampled by steps in flight are not, nor
     are the drafts that these steps verify.
     """
-    return max(config.max_num_batched_tokens, config.max_in_flight_steps * (1 + max_draft_tokens))
+    return max(config.step_tokens, config.max_in_flight_steps * (1 + max_draft_tokens))

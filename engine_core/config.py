@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from executor.config import (
+    DEFAULT_STEP_TOKENS,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
     Config,
@@ -49,13 +50,13 @@ class SchedulerConfig(Config, frozen=True):
 
     max_num_seqs: Annotated[Positive, Meta(description="Maximum number of requests running at the same time.")] = 256
     max_num_batched_tokens: Annotated[
-        Positive,
+        Positive | None,
         Meta(
             description="Maximum number of tokens computed per step, across all requests. Larger values make running "
-            "requests wait longer for prompts; a CPU gains nothing from them.",
+            "requests wait longer for prompts; a CPU gains nothing from them. Default: 512 on a CPU, 8192 on a GPU.",
             extra={"parse": "tokens"},
         ),
-    ] = 512
+    ] = None
     max_in_flight_steps: Annotated[
         int,
         Meta(ge=1, le=8, description="Steps in flight at a time. 1: planning does not overlap with compute."),
@@ -94,6 +95,11 @@ class SchedulerConfig(Config, frozen=True):
         ),
     ] = None
 
+    @property
+    def step_tokens(self) -> int:
+        """``max_num_batched_tokens``, or a CPU's default while the device is not known."""
+        return self.max_num_batched_tokens or DEFAULT_STEP_TOKENS
+
 
 class CacheConfig(Config, frozen=True):
     """The paged KV cache."""
@@ -104,8 +110,8 @@ class CacheConfig(Config, frozen=True):
     gpu_memory_utilization: Annotated[
         Annotated[float, Meta(gt=0, le=1)] | None,
         Meta(
-            description="Fraction of the device's memory for weights, KV cache and activations together. "
-            "Default: the KV cache takes min(4 GiB, a quarter of the memory available)."
+            description="Fraction of the device's memory for weights, KV cache and activations together. Default: "
+            "0.92 on a GPU. On a CPU the KV cache takes min(4 GiB, a quarter of the memory available)."
         ),
     ] = None
     kv_cache_memory: Annotated[

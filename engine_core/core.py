@@ -564,6 +564,7 @@ class EngineCore:
     def _init_kv_cache(self) -> None:
         ready = [self._ready[rank] for rank in sorted(self._ready)]
         if self._scheduler is None:
+            self._settle_step_size(ready)
             planned = plan_kv_cache(ready, self.config)
             if isinstance(planned, str):
                 self._die(planned, EXIT_MODEL)
@@ -588,6 +589,13 @@ class EngineCore:
                 max_model_len=self._scheduler.max_model_len,
             )
         )
+
+    def _settle_step_size(self, ready: list[WorkerReady]) -> None:
+        """Takes over the workers' default of the step size."""
+        known = [worker.max_num_batched_tokens for worker in ready if worker.max_num_batched_tokens]
+        if known and self.config.scheduler.max_num_batched_tokens is None:
+            scheduler = msgspec.structs.replace(self.config.scheduler, max_num_batched_tokens=min(known))
+            self.config = msgspec.structs.replace(self.config, scheduler=scheduler)
 
     def _start_serving(self) -> None:
         scheduler = self._scheduler

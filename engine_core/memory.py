@@ -142,9 +142,10 @@ def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:
     cache = config.cache
     if cache.kv_cache_memory is not None:
         return cache.kv_cache_memory
-    if cache.gpu_memory_utilization is not None:
+    utilization = cache.gpu_memory_utilization or worker.memory_utilization
+    if utilization:
         used = worker.total_bytes - worker.free_bytes
-        return int(worker.total_bytes * cache.gpu_memory_utilization) - used - _bytes_of_steps(worker, config)
+        return int(worker.total_bytes * utilization) - used - _bytes_of_steps(worker, config)
     return min(worker.default_kv_bytes, worker.free_bytes - _bytes_of_steps(worker, config))
 
 

@@ -194,7 +194,7 @@ class Scheduler:
         num_running = len(slots)
         new_reqs: list[NewRequest] = []
         if self.waiting and not preempted:
-            budget = self.config.max_num_batched_tokens - int(counts.sum())
+            budget = self.config.step_tokens - int(counts.sum())
             new_slots, new_counts = self._admit(budget, new_reqs)
             if new_slots:
                 slots = np.concatenate((slots, np.array(new_slots, np.int32)))
@@ -205,7 +205,7 @@ class Scheduler:
             table.allowances[table.running] = 0
             if not preempted and not self.suspects:  # drafts would blur the position at which a suspect kills
                 counts[:num_running] += self._allow_drafts(
-                    slots[:num_running], self.config.max_num_batched_tokens - int(counts.sum()), updates
+                    slots[:num_running], self.config.step_tokens - int(counts.sum()), updates
                 )
         ends = table.num_scheduled[slots]
         begins = ends - counts
@@ -262,7 +262,7 @@ class Scheduler:
         active = (counts > 0).nonzero()[0]
         if len(active) < len(slots):
             slots, counts = slots[active], counts[active]
-        budget = self.config.max_num_batched_tokens
+        budget = self.config.step_tokens
         if int(counts.sum()) > budget:
             if self.config.enable_chunked_prefill:
                 before = np.cumsum(counts) - counts

@@ -193,7 +193,10 @@ class DeviceConfig(Config, frozen=True):
 
     device: Annotated[
         str,
-        Meta(description="Device to run on: cpu, or one from an installed package. auto: the best available."),
+        Meta(
+            description="Device to run on: cpu, cuda (GPUs of NVIDIA, or of AMD with ROCm), or one from an installed "
+            "package. auto: the best available."
+        ),
     ] = "auto"
     attention_backend: Annotated[
         str | None, Meta(description="Attention backend. Default: the first that supports each layer.")
@@ -238,11 +241,16 @@ class SpeculativeConfig(Config, frozen=True):
     """The method ``scripted`` makes one in this many drafts wrong; 0: none."""
 
 
+DEFAULT_STEP_TOKENS = 512
+"""Default of ``--max-num-batched-tokens`` on CPUs."""
+
+
 class StepSize(Config, frozen=True):
     """The largest step that is ever planned."""
 
     max_num_seqs: Positive = 256
-    max_num_batched_tokens: Positive = 512
+    max_num_batched_tokens: Positive | None = None
+    """None: the device's default."""
 
 
 class ExecutorConfig(Config, frozen=True):

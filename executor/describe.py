@@ -6,13 +6,14 @@ import json
 
 import torch
 
+from executor.device.base import survey
 from ops.cpu import build, library
 
 
 def describe() -> dict[str, str]:
     """Torch, the CPU kernels and the devices. Compiles the kernels if needed."""
     kernels = library.chosen()
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     try:
         compiler = build.find_compiler()
     except build.BuildError as error:
@@ -24,7 +25,8 @@ def describe() -> dict[str, str]:
         "C++ compiler": compiler,
         "CPU kernels": "none: plain torch is used" if kernels is None else kernels.capability,
         "CPU kernels supported here": ", ".join(capability.name for capability in build.available()),
-        "GPUs": ", ".join(devices) or "none",
+        "GPUs": ", ".join(cards) or "none",
+        **{f"--device {name}": state for name, state in survey().items()},
     }
 
 

@@ -316,6 +316,10 @@ class WorkerReady(Message, frozen=True):
     """Memory of the largest step in addition to weights and KV cache: activations, logits, the sampler's tables."""
     position_bytes: int = 0
     """Likewise, per token of the longest sequence: token ids, block tables, rotary tables."""
+    memory_utilization: float = 0.0
+    """The device's default of ``--gpu-memory-utilization``; 0: the KV cache takes ``default_kv_bytes``."""
+    max_num_batched_tokens: int = 0
+    """The most tokens of a step, as configured or by the device's default; 0: as configured."""
 
 
 class KVCacheReady(Message, frozen=True):

@@ -138,6 +138,8 @@ class ModelRunner:
         self.device = device
         self.groups = groups
         self.step_size = step_size
+        self.max_tokens = step_size.max_num_batched_tokens or device.max_num_batched_tokens
+        """The most tokens of a step."""
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
         self.channel = device.steps()
@@ -187,11 +189,10 @@ class ModelRunner:
         Returns:
             The most bytes that the step's tensors took at the same time.
         """
-        size = self.step_size
-        longest = min(size.max_num_batched_tokens, self.max_model_len)
-        num_rows = min(size.max_num_seqs, -(-size.max_num_batched_tokens // longest))
+        longest = min(self.max_tokens, self.max_model_len)
+        num_rows = min(self.step_size.max_num_seqs, -(-self.max_tokens // longest))
         slots, counts = np.arange(num_rows, dtype=np.int32), np.full(num_rows, longest, np.int32)
-        counts[-1] = min(longest, size.max_num_batched_tokens - longest * (num_rows - 1))
+        counts[-1] = min(longest, self.max_tokens - longest * (num_rows - 1))
         self.model.reserve_positions(longest)
         self.states = RequestStates(num_rows, longest, [group.block_size for group in self.groups])
         self.states.num_known[:] = counts
@@ -207,17 +208,16 @@ class ModelRunner:
     def max_samples(self) -> int:
         """Most tokens that a step samples."""
         max_drafts = 0 if self.speculative is None else self.speculative.num_speculative_tokens
-        return min(self.step_size.max_num_batched_tokens, self.step_size.max_num_seqs * (1 + max_drafts))
+        return min(self.max_tokens, self.step_size.max_num_seqs * (1 + max_drafts))
 
     def _setup(self) -> ForwardSetup:
-        size = self.step_size
         return ForwardSetup(
             self.model,
             self.program,
             self.channel,
             self.groups,
-            max_num_seqs=size.max_num_seqs,
-            max_tokens=size.max_num_batched_tokens,
+            max_num_seqs=self.step_size.max_num_seqs,
+            max_tokens=self.max_tokens,
             max_samples=self.max_samples,
         )
 
@@ -234,8 +234,8 @@ class ModelRunner:
 
     def capture(self) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
-        max_tokens = self.step_size.max_num_batched_tokens
-        program = Program(self.device.torch_device.type, max_tokens=max_tokens, max_samples=self.max_samples)
+        device_type = self.device.torch_device.type
+        program = Program(device_type, max_tokens=self.max_tokens, max_samples=self.max_samples)
         batch = InputBatch.symbolic(program, len(self.groups))
         hidden, logits = run_model(self.model, batch)
         program.finish(hidden, logits)

@@ -113,6 +113,8 @@ class Worker:
                 hidden_size=loaded.model.hidden_size or loaded.hf_config.hidden_size,
                 step_bytes=step_bytes,
                 position_bytes=position_bytes,
+                memory_utilization=device.memory_utilization or 0.0,
+                max_num_batched_tokens=self.runner.max_tokens,
             )
         )
 

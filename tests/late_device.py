@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -41,14 +41,29 @@ READS |= {"__contains__", "__repr__", "__format__", "__str__"}
 """What needs the values of a tensor, or their address, on the host."""
 WITHOUT_WEIGHTS = {"paged_attention", "sample", "weight_sum"}
 """Ops all of whose tensors belong to steps."""
+VIEWS = {"view", "narrow", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "expand", "split"}
+VIEWS |= {"__get__", "__len__", "size", "stride", "dim", "numel", "is_floating_point", "element_size", "new_empty"}
+"""Functions that neither read nor write memory."""
 
 
 class HostReadError(AssertionError):
     """The host touched what is on the device."""
 
 
+class Watcher(Protocol):
+    """Hears what torch does with tensors of the device."""
+
+    def computes(self, name: str) -> None:
+        """A function is about to read or write them."""
+
+    def allocated(self, tensor: LateTensor) -> None:
+        """A tensor was made that has no values yet."""
+
+
 class LateTensor(Tensor):
     """A tensor of the device. What is computed of it is one, too."""
+
+    watcher: ClassVar[Watcher | None] = None
 
     @classmethod
     def __torch_function__(
@@ -62,10 +77,16 @@ class LateTensor(Tensor):
             for index in args[1] if isinstance(args[1], tuple) else (args[1],):
                 if isinstance(index, list | np.ndarray) or (isinstance(index, Tensor) and index.dtype == torch.bool):
                     raise HostReadError(f"an index of type {type(index).__name__} has to be read by the host")
-        for tensor in _tensors((args, kwargs or {})):
+        for tensor in tensors_in((args, kwargs or {})):
             if not isinstance(tensor, LateTensor):
                 raise HostReadError(f"{name} mixes a tensor of the device with one of the host")
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        watcher, is_view = LateTensor.watcher, name in VIEWS or (name == "__getitem__" and not _has_tensor(args[1]))
+        if watcher is not None and not is_view:
+            watcher.computes(name)
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if watcher is not None and name == "new_empty":
+            watcher.allocated(result)
+        return result
 
     def __iter__(self) -> Iterator[Tensor]:
         raise HostReadError("the elements of a tensor of the device are not for the host")
@@ -75,16 +96,20 @@ class LateTensor(Tensor):
             return f"LateTensor({list(self.shape)}, {self.dtype})"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _has_tensor(index: Any) -> bool:
+    return next(tensors_in(index), None) is not None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 def on_device(tensor: Tensor) -> LateTensor:
@@ -92,16 +117,18 @@ def on_device(tensor: Tensor) -> LateTensor:
     return tensor.as_subclass(LateTensor)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What the device itself computes with."""
     if isinstance(value, LateTensor):
         with torch._C.DisableTorchFunctionSubclass():
             return value.as_subclass(Tensor)
     if isinstance(value, tuple | list):
-        return type(value)(map(_plain, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and next(_tensors(value), None) is not None:
+        return type(value)(map(plain, value))
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and next(tensors_in(value), None) is not None:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: _plain(part) for name, part in fields.items()})
+        return dataclasses.replace(value, **{name: plain(part) for name, part in fields.items()})
     return value
 
 
@@ -117,14 +144,14 @@ def _kernel(op: Op[Any, Any]) -> Callable[..., Any]:
     """An op as a kernel of the device. Weights are loaded there; all else has come through the channel."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if not any(isinstance(tensor, LateTensor) for tensor in tensors):
             return op.reference(*args, **kwargs)  # while the model is loaded
         for tensor in tensors:
             is_weight = tensor.dtype.is_floating_point and op.name not in WITHOUT_WEIGHTS
             if not isinstance(tensor, LateTensor) and not is_weight:
                 raise HostReadError(f"{op.name} takes a tensor of the host")
-        return _late(op.reference(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()}))
+        return _late(op.reference(*plain(args), **{name: plain(value) for name, value in kwargs.items()}))
 
     return run
 
@@ -160,7 +187,7 @@ class LateResults:
         assert self.has_come.is_set(), "results are collected in the order of the steps"
         self._channel.num_in_flight -= 1
         for buffer in self._buffers:
-            _plain(buffer.device).fill_(POISON)
+            plain(buffer.device).fill_(POISON)
         self._channel.pool.give_back(self._buffers)
         return self._arrays
 
@@ -187,15 +214,18 @@ class LateSteps:
 
     @staticmethod
     def _copy(buffer: StagingBuffer, begin: int, end: int) -> None:
-        _plain(buffer.device)[begin:end] = torch.from_numpy(buffer.host[begin:end])
+        plain(buffer.device)[begin:end] = torch.from_numpy(buffer.host[begin:end])
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
         return self.pool.upload(columns)
 
     def download(self, tensors: Sequence[Tensor]) -> Pending:
         assert all(isinstance(tensor, LateTensor) for tensor in tensors), "results are on the device"
-        arrays = [_plain(tensor).clone().numpy() for tensor in tensors]
-        results = LateResults(self, arrays, self.pool.take())
+        arrays = [plain(tensor).clone().numpy() for tensor in tensors]
+        return self._start(LateResults(self, arrays, self.pool.take()))
+
+    def _start(self, results: LateResults) -> Pending:
+        """Results are on their way."""
         self.num_in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         self._launched.put(results)
@@ -238,9 +268,12 @@ class LateDevice:
         self.by_itself = by_itself
         self.channel: LateSteps | None = None
 
+    memory_utilization: float | None = None
+    max_num_batched_tokens = 64
+
     @classmethod
-    def available(cls) -> bool:
-        return True
+    def unavailable(cls) -> str | None:
+        return None
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         torch.set_num_threads(config.num_threads or 1)

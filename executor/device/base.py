@@ -35,9 +35,14 @@ class Device(Protocol):
     kernels: str
     """Name of the device's op set; see ``ops.use``."""
 
+    memory_utilization: float | None
+    """Default of ``--gpu-memory-utilization``. None: ``default_kv_bytes`` says how large the KV cache is."""
+    max_num_batched_tokens: int
+    """Default of ``--max-num-batched-tokens``."""
+
     @classmethod
-    def available(cls) -> bool:
-        """Whether this machine has such a device. Has no side effects on this process."""
+    def unavailable(cls) -> str | None:
+        """The reason why this machine cannot use such a device, or None if it can. Takes no memory on the device."""
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         """Prepares this process: its op set, threads, affinity, streams."""
@@ -73,7 +78,7 @@ class Device(Protocol):
         """
 
 
-REGISTRY = {"cpu": "executor.device.cpu:CpuDevice"}
+REGISTRY = {"cuda": "executor.device.cuda:CudaDevice", "cpu": "executor.device.cpu:CpuDevice"}
 """Best first."""
 ENTRY_POINTS = "octavo.devices"
 """Entry point group in which other packages register devices: name -> ``module:Class``."""
@@ -111,6 +116,24 @@ def create_device(name: str) -> Device:
                 raise ModelError(f"--device: {name!r} cannot be loaded: {error}") from error
             logger.warning("skipping device %s: %s", candidate, error)
             continue
-        if device.available():
+        reason = device.unavailable()
+        if reason is None:
             return device()
-    raise ModelError(f"--device: this machine has no {name!r}")
+        if name != AUTO:
+            raise ModelError(f"--device {name}: {reason}")
+        logger.debug("skipping device %s: %s", candidate, reason)
+    raise AssertionError("there is always a CPU")
+
+
+def survey() -> dict[str, str]:
+    """All known devices, in the order in which ``auto`` tries them, and whether this machine can use them."""
+    known = known_devices()
+    found = {}
+    for name in known:
+        try:
+            device: type[Device] = resolve(known, name, "device")
+        except ImportError as error:
+            found[name] = f"cannot be loaded: {error}"
+            continue
+        found[name] = device.unavailable() or "available"
+    return found

@@ -9,7 +9,7 @@ import torch
 
 import ops
 from executor.base import ModelError
-from executor.config import DeviceConfig
+from executor.config import DEFAULT_STEP_TOKENS, DeviceConfig
 from executor.device.base import Memory
 from executor.device.steps import ImmediateSteps
 from executor.log import get_logger
@@ -31,10 +31,12 @@ class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
     kernels = "cpu"
+    memory_utilization: float | None = None
+    max_num_batched_tokens = DEFAULT_STEP_TOKENS
 
     @classmethod
-    def available(cls) -> bool:
-        return True
+    def unavailable(cls) -> str | None:
+        return None
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         ops.use(self.torch_device.type, self.kernels)

@@ -64,8 +64,9 @@ class RecentTokens(Protocol):
 class Block(Protocol):
     """Device memory for the inputs of each step in turn."""
 
-    device: Tensor
-    """uint8 [size]."""
+    @property
+    def device(self) -> Tensor:
+        """uint8 [size]."""
 
     def write(self, data: npt.NDArray[np.uint8]) -> None:
         """Copies the inputs of a step to the start of the block, after all launches so far. Once per step; ``data`` may
@@ -273,6 +274,11 @@ class StagingPool:
             self._free.remove(buffer)
         self._current.append(buffer)
         return buffer
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether the current step has uploaded anything."""
+        return bool(self._current)
 
     def take(self) -> list[StagingBuffer]:
         """Hands over the buffers of the step that ends."""

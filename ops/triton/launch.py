@@ -96,6 +96,16 @@ def launch(kernel: Any, grid: Grid, args: Mapping[str, Any], config: Config, **c
     _sink(Launch(kernel, grid, args, dict(config.tile) | constants, config, _target))
 
 
+def submit(each: Launch) -> None:
+    """Runs a launch that was recorded, or hands it on as ``launch`` does."""
+    _sink(each)
+
+
+def redirected_to() -> Sink:
+    """The function that gets launches at the moment."""
+    return _sink
+
+
 def target() -> Target:
     """The GPU that launchers choose configurations for."""
     return _target
@@ -176,6 +186,10 @@ class Scratch:
     def num_bytes(self, device: torch.device) -> int:
         """What a device's pieces occupy."""
         return sum(piece.nbytes for (_, where), piece in self._pieces.items() if where == device)
+
+    def pieces(self) -> list[Tensor]:
+        """All of them."""
+        return list(self._pieces.values())
 
     def clear(self) -> None:
         """Frees all pieces."""

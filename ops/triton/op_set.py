@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ops.dispatch import OpSet
+from ops.dispatch import Node, OpSet, Spec
 from ops.triton import gather, gemm, norm, pointwise, rope, short_conv
+from ops.triton.program import TritonProgram
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "act_and_mul": pointwise.act_and_mul,
@@ -34,6 +35,16 @@ class TritonOps(OpSet):
 
     def __init__(self) -> None:
         super().__init__("triton", IMPLEMENTATIONS)
+
+    def compile(
+        self,
+        nodes: list[Node],
+        specs: list[Spec],
+        inputs: dict[str, int],
+        outputs: list[int],
+        capacity: dict[str, int],
+    ) -> TritonProgram:
+        return TritonProgram(self.implementations, nodes, specs, inputs, outputs, capacity)
 
 
 def create() -> OpSet:

@@ -143,7 +143,7 @@ class Engine:
         if planned is None:
             return False
         plan, step = planned
-        assert step.num_tokens <= self.scheduler.config.max_num_batched_tokens
+        assert step.num_tokens <= self.scheduler.config.step_tokens
         self.max_scheduled = max(self.max_scheduled, step.num_tokens)
         self.in_flight.append((plan, step))
         return True

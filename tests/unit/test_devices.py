@@ -24,8 +24,8 @@ class OtherDevice(CpuDevice):
     is_there = True
 
     @classmethod
-    def available(cls) -> bool:
-        return cls.is_there
+    def unavailable(cls) -> str | None:
+        return None if cls.is_there else "no card"
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def other(monkeypatch: pytest.MonkeyPatch) -> type[OtherDevice]:
 def test_auto_takes_the_best_device_that_is_there(
     other: type[OtherDevice], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert list(known_devices()) == ["broken", "other", "cpu"]
+    assert list(known_devices()) == ["broken", "other", "cuda", "cpu"]
     monkeypatch.setattr(base.logger, "propagate", True)
     assert type(create_device("auto")) is OtherDevice
     assert "skipping device broken: No module named 'no_such_package'" in caplog.text
     monkeypatch.setattr(other, "is_there", False)
     assert type(create_device("auto")) is type(create_device("cpu")) is CpuDevice
-    with pytest.raises(ModelError, match="^--device: this machine has no 'other'$"):
+    with pytest.raises(ModelError, match="^--device other: no card$"):
         create_device("other")
 
 
 def test_a_device_that_nobody_knows_is_named(other: type[OtherDevice]) -> None:
     for name in ("auto", "cpu", "other"):
         assert device_problem(name) is None
-    problem = "unknown device 'tpu'; choose from auto, broken, other, cpu"
+    problem = "unknown device 'tpu'; choose from auto, broken, other, cuda, cpu"
     assert device_problem("tpu") == problem
     with pytest.raises(ModelError, match=f"^--device: {problem}$"):
         create_device("tpu")

@@ -417,7 +417,7 @@ def refusal(model: Path | str, **options: Any) -> str:
 
 
 def test_an_unknown_device_is_named_before_anything_is_looked_for() -> None:
-    assert refusal("no/such/folder", device="cuda") == "--device: unknown device 'cuda'; choose from auto, cpu"
+    assert refusal("no/such/folder", device="tpu") == "--device: unknown device 'tpu'; choose from auto, cuda, cpu"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,352 @@
+"""GPUs of NVIDIA, and of AMD through ROCm, which torch presents under the same name.
+
+All work of steps is on one stream, in the order in which it is launched. The host waits for nothing: a thread waits for
+the events of results, and wakes the worker through a descriptor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import ops
+from executor.base import ModelError
+from executor.config import DeviceConfig
+from executor.deferred import Array
+from executor.device.base import Memory
+from executor.device.steps import (
+    ALIGNMENT,
+    RECENT_TOKENS,
+    DeviceTokens,
+    Launch,
+    Pending,
+    RecentTokens,
+    StagingBuffer,
+    StagingPool,
+)
+from executor.log import get_logger
+from executor.parallel import ParallelState
+from ops import SingleRank
+
+logger = get_logger()
+
+_MIB = 1 << 20
+RESERVE_BYTES = 512 * _MIB
+"""For graphs, code of kernels, and what torch's allocator rounds up."""
+LARGEST_GAP = 4096
+"""Bytes between results that are copied along rather than skipped."""
+LARGE_COPY = 256 << 10
+"""Bytes from which a copy gets a stream of its own: it need not wait for the step before."""
+
+
+class CudaDevice:
+    """One GPU. See ``executor.device.base.Device``."""
+
+    name = "cuda"
+    kernels = "triton"
+    memory_utilization = 0.92
+    max_num_batched_tokens = 8192
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda")
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        if torch.version.cuda is None and torch.version.hip is None:
+            return f"torch {torch.__version__} is built for CPUs only"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'octavo-llm[gpu]'"
+        # torch asks the driver's management library: no context is created in this process.
+        if torch.cuda.device_count() == 0:
+            build = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
+            return f"no GPU with a driver for {build} was found"
+        return None
+
+    def initialize(self, config: DeviceConfig, rank: int) -> None:
+        from ops.triton import configs, launch  # and with it triton
+
+        index = rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        self.torch_device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(index)
+        try:
+            if torch.version.hip is not None:
+                launch.use_target(configs.target_of("hip", properties.gcnArchName))
+            else:
+                launch.use_target(configs.target_of("cuda", 10 * properties.major + properties.minor))
+        except ValueError as error:
+            raise ModelError(f"--device cuda: {properties.name}: {error}") from error
+        ops.use(self.torch_device.type, self.kernels)
+        # What has no kernel is computed by torch, as exactly as it can.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.set_num_threads(config.num_threads or min(8, len(os.sched_getaffinity(0))))
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one waits for all others, and cannot be captured
+        logger.info("%s, %.4g GiB", properties.name, properties.total_memory / 2**30)
+
+    def memory(self) -> Memory:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return Memory(total, free)
+
+    def default_kv_bytes(self) -> int:
+        return self.memory().free_bytes
+
+    def steps(self) -> CudaSteps:
+        return CudaSteps(self.torch_device)
+
+    def communicator(self, parallel: ParallelState) -> SingleRank:
+        for flag, size in (("tensor", parallel.tp_size), ("pipeline", parallel.pp_size)):
+            if size > 1:
+                raise ModelError(f"--{flag}-parallel-size {size}: GPUs cannot share a model yet; use 1")
+        return SingleRank()
+
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if memory is None:
+            memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        elif len(memory) < num_bytes:
+            raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
+        return memory[:num_bytes].view(dtype).view(shape)
+
+
+def pinned(num_bytes: int) -> Tensor:
+    """Memory of the host that the device copies by itself, uint8."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# steps
+
+
+@dataclass(eq=False)
+class _PinnedBuffer(StagingBuffer):
+    memory: Tensor = torch.empty(0)
+    """``host`` as a tensor."""
+
+
+def _new_buffer(size: int, device: Tensor) -> _PinnedBuffer:
+    memory = pinned(size)
+    return _PinnedBuffer(memory.numpy(), device, memory=memory)
+
+
+def _copy(buffer: StagingBuffer, begin: int, end: int) -> None:
+    assert isinstance(buffer, _PinnedBuffer)
+    buffer.device[begin:end].copy_(buffer.memory[begin:end], non_blocking=True)
+
+
+class CudaBlock:
+    """See ``executor.device.steps.Block``."""
+
+    def __init__(self, steps: CudaSteps, num_bytes: int) -> None:
+        self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=steps.device)
+        self._steps = steps
+        self._pool = StagingPool(lambda size: _new_buffer(size, self.device), _copy)
+        steps.pools.append(self._pool)
+
+    def write(self, data: npt.NDArray[np.uint8]) -> None:
+        assert not self._pool.is_in_use, "a step has one block"
+        self._steps.begin()
+        self._pool.upload({"block": data})
+
+
+class CudaGraphs:
+    """See ``executor.device.steps.Graphs``."""
+
+    reserve_bytes = RESERVE_BYTES
+
+    def __init__(self, steps: CudaSteps) -> None:
+        self._steps = steps
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def block(self, num_bytes: int) -> CudaBlock:
+        return CudaBlock(self._steps, num_bytes)
+
+    def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # Only of this thread: another one waits for events meanwhile.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                for each in launches:
+                    each.run()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+
+class CudaSteps:
+    """See ``executor.device.steps.StepChannel``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pools = [StagingPool(self._make_buffer, self._copy)]
+        self.graphs = CudaGraphs(self)
+        self._copies = torch.cuda.Stream()
+        self._outputs: list[Tensor] = []
+        """Pinned buffers for results, free ones."""
+        self._begin: torch.cuda.Event | None = None
+        """When the device began with the current step."""
+        self._event_fd = os.eventfd(0, os.EFD_SEMAPHORE)
+        weakref.finalize(self, os.close, self._event_fd)
+        self._launched: queue.SimpleQueue[CudaResults] = queue.SimpleQueue()
+        arguments = (self._launched, self._event_fd)
+        threading.Thread(target=_wait_for_results, args=arguments, daemon=True, name="results").start()
+
+    def _make_buffer(self, size: int) -> StagingBuffer:
+        return _new_buffer(size, torch.empty(size, dtype=torch.uint8, device=self.device))
+
+    def _copy(self, buffer: StagingBuffer, begin: int, end: int) -> None:
+        if end - begin < LARGE_COPY:
+            _copy(buffer, begin, end)
+            return
+        with torch.cuda.stream(self._copies):
+            _copy(buffer, begin, end)
+        torch.cuda.current_stream().wait_stream(self._copies)
+
+    def begin(self) -> None:
+        """Notes when the device begins with a step."""
+        if self._begin is None:
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._begin.record()
+
+    def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
+        self.begin()
+        return self.pools[0].upload(columns)
+
+    def download(self, tensors: Sequence[Tensor]) -> Pending:
+        self.begin()
+        assert self._begin is not None
+        results = CudaResults(self, self._begin, [(pool, pool.take()) for pool in self.pools])
+        results.start(tensors)
+        self._begin = None
+        self._launched.put(results)
+        return results
+
+    def take_output(self, num_bytes: int) -> Tensor:
+        """A pinned buffer for results."""
+        for index, buffer in enumerate(self._outputs):
+            if num_bytes <= len(buffer):
+                return self._outputs.pop(index)
+        return pinned(max(num_bytes, 64 << 10))
+
+    def give_back(self, output: Tensor) -> None:
+        """Returns a buffer whose results are collected."""
+        self._outputs.append(output)
+
+    def recent_tokens(self, max_num_seqs: int) -> RecentTokens:
+        tokens = torch.full((max_num_seqs * RECENT_TOKENS,), -1, dtype=torch.int32, device=self.device)
+        return DeviceTokens(self, tokens)
+
+    def fileno(self) -> int:
+        return self._event_fd
+
+    def acknowledge(self) -> None:
+        """Takes one result from the descriptor; waits for it."""
+        os.eventfd_read(self._event_fd)
+
+
+class CudaResults:
+    """A step's results. See ``executor.device.steps.Pending``."""
+
+    def __init__(
+        self, steps: CudaSteps, begin: torch.cuda.Event, taken: Sequence[tuple[StagingPool, list[StagingBuffer]]]
+    ) -> None:
+        self._steps = steps
+        self._begin = begin
+        self._taken = taken
+        self._end = torch.cuda.Event(enable_timing=True, blocking=True)
+        self._output = torch.empty(0)
+        self._places: list[tuple[int, Tensor]] = []
+        self._arrived = threading.Event()
+        self._error: Exception | None = None
+
+    def start(self, tensors: Sequence[Tensor]) -> None:
+        """Launches the copies."""
+        stretches = joined(tensors)
+        begins = np.cumsum([0, *(-(-memory.nbytes // ALIGNMENT) * ALIGNMENT for memory, _ in stretches)]).tolist()
+        self._output = self._steps.take_output(begins[-1])
+        places: dict[int, int] = {}
+        for begin, (memory, members) in zip(begins, stretches, strict=False):
+            self._output[begin : begin + memory.nbytes].copy_(memory, non_blocking=True)
+            places |= {index: begin + inner for index, inner in members.items()}
+        self._places = [(places[index], tensor) for index, tensor in enumerate(tensors)]
+        self._end.record()
+
+    def wait(self) -> None:
+        """Waits for the device, in another thread than the worker's."""
+        try:
+            self._end.synchronize()
+        except Exception as error:
+            self._error = error
+        self._arrived.set()
+
+    def is_ready(self) -> bool:
+        return self._arrived.is_set()
+
+    def collect(self) -> list[Array]:
+        self._steps.acknowledge()
+        if self._error is not None:
+            raise self._error
+        arrays = []
+        for begin, tensor in self._places:
+            memory = self._output[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            arrays.append(memory.numpy().copy())
+        self._steps.give_back(self._output)
+        for pool, buffers in self._taken:
+            pool.give_back(buffers)
+        return arrays
+
+    @property
+    def device_ms(self) -> float:
+        return float(self._begin.elapsed_time(self._end)) if self._error is None else 0.0
+
+
+def joined(tensors: Sequence[Tensor]) -> list[tuple[Tensor, dict[int, int]]]:
+    """The stretches of memory that hold some tensors, so that neighbours are copied at once.
+
+    Returns:
+        uint8 memory of each stretch, and where in it tensors begin, by their indices.
+    """
+    found: list[tuple[Tensor, dict[int, int]]] = []
+    dense = [tensor.contiguous() for tensor in tensors]
+    order = sorted(range(len(dense)), key=lambda index: dense[index].data_ptr())
+    for index in order:
+        tensor = dense[index]
+        storage = tensor.untyped_storage()
+        begin = int(tensor.storage_offset()) * tensor.itemsize
+        if found:
+            memory, members = found[-1]
+            start = int(memory.storage_offset())
+            gap = begin - start - memory.nbytes
+            if memory.untyped_storage().data_ptr() == storage.data_ptr() and gap <= LARGEST_GAP:
+                end = max(start + memory.nbytes, begin + tensor.nbytes)
+                found[-1] = (_bytes_of(memory, start, end), {**members, index: begin - start})
+                continue
+        found.append((_bytes_of(tensor, begin, begin + tensor.nbytes), {index: 0}))
+    return found
+
+
+def _bytes_of(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """A part of a tensor's memory."""
+    view = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    view.set_(tensor.untyped_storage(), begin, (end - begin,), (1,))
+    return view
+
+
+def _wait_for_results(launched: queue.SimpleQueue[CudaResults], event_fd: int) -> None:
+    while True:
+        launched.get().wait()
+        os.eventfd_write(event_fd, 1)

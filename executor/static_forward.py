@@ -1,0 +1,340 @@
+"""Forward passes on memory that never moves, as graphs need it.
+
+A step is padded to one of a few sizes (``GraphSizes``). Its inputs go up in one copy, to where those of the last step
+were; the device's order makes that safe. What changes seldom stays on the device by slot: blocks of requests, and the
+tokens that the host has not seen. A size's launches are recorded once. They run one by one the first time, and as a
+graph from then on; larger steps run one by one.
+
+Padding computes nothing that counts: a padded token writes no K and V and belongs to no request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from executor.deferred import Array
+from executor.device.steps import ALIGNMENT, RECENT_TOKENS, as_dtype, places_of
+from executor.forward import U8, ForwardSetup, ranges
+from executor.input_batch import InputBatch
+from executor.messages import I32, I64, SchedulerOutput, i32
+from executor.request_states import RequestStates
+from executor.sampling.base import SampleRows
+from ops import AttentionMetadata
+from ops.triton import prepare
+from ops.triton.launch import Launch, recorded, submit
+from ops.triton.program import TritonProgram
+
+TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Tokens of padded steps. Larger steps work so long that launching them costs nothing."""
+SAMPLES = (8, 64)
+"""Samples of padded steps, besides as many as tokens."""
+WARM = 64
+"""Steps of up to this many tokens have their graphs before the first request; others when they first occur."""
+UPDATES = 64
+"""Block updates that a step has room for, besides one per row. More need a copy of their own."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a step has room for."""
+
+    tokens: int
+    rows: int
+    samples: int
+    is_padded: bool = True
+    """Whether other steps have it, too: its launches are kept."""
+
+    @property
+    def updates(self) -> int:
+        """Block updates of each group."""
+        return self.rows + UPDATES
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """The sizes to which steps are padded."""
+
+    max_num_seqs: int
+    max_tokens: int
+    max_samples: int
+
+    def size(self, num_tokens: int, num_rows: int, num_samples: int) -> Size:
+        """The smallest size with room for a step."""
+        if num_tokens > TOKENS[-1] or num_rows > self.max_num_seqs:
+            return Size(num_tokens, num_rows, num_samples, is_padded=False)
+        tokens = min(TOKENS[bisect_left(TOKENS, num_tokens)], self.max_tokens)
+        most = min(tokens, self.max_samples)
+        samples = next((count for count in SAMPLES if num_samples <= count < most), most)
+        return Size(tokens, min(tokens, self.max_num_seqs), samples)
+
+    @property
+    def largest(self) -> Size:
+        """A size that no step exceeds in any respect."""
+        return Size(self.max_tokens, self.max_num_seqs, self.max_samples, is_padded=False)
+
+    @property
+    def warm(self) -> list[Size]:
+        """Sizes of decode steps that come first, largest first."""
+        most = min(WARM, self.max_num_seqs, self.max_tokens)
+        return list(dict.fromkeys(self.size(count, count, count) for count in range(most, 0, -1)))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A part of the block of a step's inputs."""
+
+    length: int
+    dtype: type[np.generic]
+    padding: int
+
+
+def _columns(size: Size, num_groups: int, max_samples: int) -> dict[str, _Column]:
+    columns = {
+        "input_ids": _Column(size.tokens, np.int32, 0),
+        "places": _Column(size.tokens, np.int64, -1),
+        "positions": _Column(size.tokens, np.int32, 0),
+        "query_start_loc": _Column(size.rows + 1, np.int32, 0),
+        "seq_lens": _Column(size.rows, np.int32, 0),
+        "row_slots": _Column(size.rows, np.int32, 0),
+        "logits_rows": _Column(size.samples, np.int64, 0),
+        "stored": _Column(max_samples, np.int64, -1),
+    }
+    for group in range(num_groups):
+        columns[f"slot_mapping.{group}"] = _Column(size.tokens, np.int64, -1)
+        columns[f"updates.{group}"] = _Column(size.updates, np.int64, -1)
+        columns[f"blocks.{group}"] = _Column(size.updates, np.int32, 0)
+    return columns
+
+
+def _block_bytes(columns: Mapping[str, _Column]) -> int:
+    return sum(
+        -(-column.length * np.dtype(column.dtype).itemsize // ALIGNMENT) * ALIGNMENT for column in columns.values()
+    )
+
+
+@dataclass
+class _Frame:
+    """A size, with the places of its inputs on both sides."""
+
+    size: Size
+    padding: npt.NDArray[np.uint8]
+    host: npt.NDArray[np.uint8]
+    columns: dict[str, Array]
+    """Views of ``host``."""
+    views: dict[str, Tensor]
+    """The same on the device."""
+    batch: InputBatch | None = None
+    launches: Sequence[Launch] = ()
+    outputs: Sequence[Tensor] = ()
+    num_tokens: int = 0
+    """Those of the current step."""
+    num_samples: int = 0
+    graph: Callable[[], None] | None = None
+
+
+@dataclass
+class _Updates:
+    """Changes of a group's block table that the device does not have yet."""
+
+    places: list[I64] = field(default_factory=list)
+    blocks: list[I32] = field(default_factory=list)
+
+    def add(self, places: I64, blocks: I32) -> None:
+        if len(places):
+            self.places.append(places)
+            self.blocks.append(blocks)
+
+    def take(self) -> tuple[I64, I32] | None:
+        """All of them, the last one of each place."""
+        if not self.places:
+            return None
+        places, blocks = self.places[0], self.blocks[0]
+        if len(self.places) > 1:
+            places, blocks = np.concatenate(self.places), np.concatenate(self.blocks)
+            places, last = np.unique(places[::-1], return_index=True)
+            blocks = blocks[::-1][last]
+        self.places.clear()
+        self.blocks.clear()
+        return places, blocks
+
+
+def _sizes(setup: ForwardSetup) -> GraphSizes:
+    return GraphSizes(setup.max_num_seqs, setup.max_tokens, setup.max_samples)
+
+
+class StaticForward:
+    """See ``executor.forward.Forward``."""
+
+    def __init__(self, setup: ForwardSetup, states: RequestStates) -> None:
+        """Allocates the inputs, and captures the graphs of small steps."""
+        assert setup.program is not None and isinstance(setup.program.runner, TritonProgram)
+        assert setup.channel.graphs is not None
+        self._runner = setup.program.runner
+        self._channel = setup.channel
+        self._graphs = graphs = setup.channel.graphs
+        self._groups = groups = setup.groups
+        self._states = states
+        self._sizes = sizes = _sizes(setup)
+        self._block = graphs.block(_block_bytes(_columns(sizes.largest, len(groups), sizes.max_samples)))
+        new = self._block.device.new_zeros
+        num_slots = sizes.max_num_seqs
+        self._tables = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
+        self._rows = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
+        self._recent = new(num_slots * RECENT_TOKENS, dtype=as_dtype(np.zeros(0, np.int32)))
+        self._tokens = new(sizes.max_samples, dtype=as_dtype(np.zeros(0, np.int64)))
+        """The tokens sampled last."""
+        self._ids = new(sizes.largest.tokens, dtype=as_dtype(np.zeros(0, np.int32)))
+        self._stored: I64 = np.zeros(0, np.int64)
+        """Where they go in ``_recent``."""
+        self._updates = [_Updates() for _ in groups]
+        self._frames: dict[Size, _Frame] = {}
+        self._frame: _Frame | None = None
+        for size in sizes.warm:
+            self._warm_up(size)
+
+    @classmethod
+    def memory(cls, setup: ForwardSetup) -> tuple[int, int]:
+        assert setup.channel.graphs is not None
+        sizes = _sizes(setup)
+        fixed = _block_bytes(_columns(sizes.largest, len(setup.groups), sizes.max_samples))
+        fixed += 4 * (sizes.largest.tokens + RECENT_TOKENS * sizes.max_num_seqs) + 8 * sizes.max_samples
+        tables = sum(-(-2 * 4 * sizes.max_num_seqs // size) for size in setup.block_sizes)
+        return fixed + setup.channel.graphs.reserve_bytes, tables
+
+    # -- plans ---------------------------------------------------------------------------------------------
+
+    def apply(self, plan: SchedulerOutput) -> None:
+        for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
+            width = table.shape[1]
+            for request in plan.new_reqs:
+                blocks = i32(request.block_ids[index])
+                first = request.slot * width + (request.block_offsets[index] if request.block_offsets else 0)
+                updates.add(np.arange(first, first + len(blocks)), blocks)
+            if index < len(plan.block_updates):
+                column = i32(plan.block_updates[index]).reshape(-1, 3)
+                updates.add(column[:, 0].astype(np.int64) * width + column[:, 1], column[:, 2])
+
+    def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
+        states = self._states
+        ends = counts.cumsum(dtype=np.int64)
+        num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
+        num_samples = int(num_sampled.sum())
+        frame = self._frame = self._frame_of(self._sizes.size(num_tokens, num_rows, num_samples))
+        frame.num_tokens, frame.num_samples = num_tokens, num_samples
+        frame.host[:] = frame.padding
+        columns = frame.columns
+        computed = states.num_computed[slots]
+        if num_tokens == num_rows:
+            token_slots, positions = slots, computed
+        else:
+            token_slots, positions = slots.repeat(counts), ranges(computed, counts)
+        columns["input_ids"][:num_tokens] = states.token_ids[token_slots, positions]
+        known = (states.num_known + states.num_drafts)[token_slots]
+        columns["places"][:num_tokens] = np.where(positions < known, -1, places_of(token_slots, positions))
+        columns["positions"][:num_tokens] = positions
+        columns["query_start_loc"][1 : num_rows + 1] = ends
+        columns["query_start_loc"][num_rows + 1 :] = num_tokens
+        columns["seq_lens"][:num_rows] = computed + counts
+        columns["row_slots"][:num_rows] = slots
+        columns["logits_rows"][:num_samples] = ranges(ends - num_sampled, num_sampled)
+        columns["stored"][: len(self._stored)] = self._stored
+        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=True)):
+            blocks = table[token_slots, positions // group.block_size].astype(np.int64)
+            columns[f"slot_mapping.{index}"][:num_tokens] = blocks * group.block_size + positions % group.block_size
+            self._put_updates(index, frame)
+        self._block.write(frame.host)
+        assert frame.batch is not None
+        return frame.batch
+
+    def _put_updates(self, index: int, frame: _Frame) -> None:
+        """Adds a group's changes to the inputs of a step, or makes them at once if they are many."""
+        taken = self._updates[index].take()
+        if taken is None:
+            return
+        places, blocks = taken
+        if len(places) <= frame.size.updates:
+            frame.columns[f"updates.{index}"][: len(places)] = places
+            frame.columns[f"blocks.{index}"][: len(places)] = blocks
+        else:
+            views = self._channel.upload({"places": places, "blocks": blocks})
+            prepare.scatter(self._tables[index], views["places"], views["blocks"])
+
+    def run(self, batch: InputBatch) -> Sequence[Tensor]:
+        frame = self._frame
+        assert frame is not None and frame.batch is batch, "the batch that was prepared last"
+        if frame.graph is not None:
+            frame.graph()
+        else:
+            for each in frame.launches:
+                submit(each)
+            if frame.size.is_padded:
+                frame.graph = self._graphs.capture(frame.launches)
+        hidden, logits = frame.outputs
+        return hidden[: frame.num_tokens], logits[: frame.num_samples]
+
+    def store(self, rows: SampleRows, token_ids: Tensor) -> None:
+        self._stored = places_of(rows.slots, rows.positions)
+        if len(rows):
+            self._tokens[: len(rows)].copy_(token_ids)
+
+    # -- sizes ---------------------------------------------------------------------------------------------
+
+    def _frame_of(self, size: Size) -> _Frame:
+        frame = self._frames.get(size)
+        if frame is None:
+            frame = self._new_frame(size)
+            if size.is_padded:
+                self._frames[size] = frame
+        return frame
+
+    def _new_frame(self, size: Size) -> _Frame:
+        """Lays out the inputs of a size, and records its launches."""
+        layout = _columns(size, len(self._groups), self._sizes.max_samples)
+        host = np.zeros(_block_bytes(layout), np.uint8)
+        columns, views = {}, {}
+        begin = 0
+        for name, column in layout.items():
+            end = begin + column.length * np.dtype(column.dtype).itemsize
+            columns[name] = host[begin:end].view(column.dtype)
+            columns[name][:] = column.padding
+            views[name] = self._block.device[begin:end].view(as_dtype(columns[name]))
+            begin += -(-(end - begin) // ALIGNMENT) * ALIGNMENT
+        frame = _Frame(size, host.copy(), host, columns, views)
+        with recorded() as launches:
+            frame.batch = self._first_launches(frame)
+        bound = self._runner.bind(frame.batch.step_inputs())
+        frame.launches = [*launches, *bound.launches]
+        frame.outputs = bound.outputs
+        return frame
+
+    def _first_launches(self, frame: _Frame) -> InputBatch:
+        """Completes the inputs on the device."""
+        views, size = frame.views, frame.size
+        prepare.scatter(self._recent, views["stored"], self._tokens)
+        ids = self._ids[: size.tokens]
+        prepare.complete(views["input_ids"], views["places"], self._recent, ids)
+        attention = []
+        for index, (table, group) in enumerate(zip(self._tables, self._groups, strict=True)):
+            prepare.scatter(table, views[f"updates.{index}"], views[f"blocks.{index}"])
+            rows = self._rows[index][: size.rows]
+            prepare.block_rows(table, views["row_slots"], views["seq_lens"], group.block_size, rows)
+            columns = AttentionMetadata(
+                views["query_start_loc"], views["seq_lens"], rows, views[f"slot_mapping.{index}"], group.block_size
+            )
+            attention.append(group.plan(columns))
+        return InputBatch(ids, views["positions"], attention, views["logits_rows"])
+
+    def _warm_up(self, size: Size) -> None:
+        """Runs a step without tokens, which compiles kernels, and captures its graph."""
+        frame = self._frame = self._frame_of(size)
+        assert frame.batch is not None
+        frame.host[:] = frame.padding
+        self._block.write(frame.host)
+        self.run(frame.batch)
+        self._channel.download([]).collect()

@@ -1,0 +1,110 @@
+"""Steps on a GPU without hardware: whatever the batch, the tokens are those of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ops
+from engine_core.messages import ResolvedParams
+from executor.messages import InitKVCache, WorkerReady
+from tests.models.harness import random_tokens
+from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from executor.static_forward import GraphSizes, StaticForward
+from tests.fake_cuda import FakeCuda
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    """A GPU whose ops are the references."""
+    before = ops.op_set("cpu")
+    device = FakeCuda(by_itself=False, kernels="reference")
+    yield device
+    device.close()
+    ops.use("cpu", before)
+
+
+@pytest.mark.parametrize("setup", [{}, {"eager": True}, {"num_blocks": 9}, {"windows": True}], ids=str)
+def test_tokens_are_those_of_a_cpu(setup: dict[str, Any], fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(Engine(ReferenceCpu(), monkeypatch, **setup))
+    engine = Engine(fake, monkeypatch, **setup)
+    outputs, logprobs, vectors = answers(engine)
+    assert outputs == expected[0]
+    assert logprobs.keys() == expected[1].keys() and vectors.keys() == expected[2].keys()
+    assert isinstance(engine.worker.runner.forward, StaticForward) == ("eager" not in setup)
+    assert fake.channel.num_in_flight == 0
+    assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+
+
+def test_a_step_is_one_upload_and_one_graph(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(fake, monkeypatch)
+    captured = fake.channel.fake_graphs.num_captured
+    assert captured == len(GraphSizes(5, 64, 5).warm) > 0
+    runner = engine.worker.runner
+    for index in range(3):
+        engine.add(index, random_tokens(20, index), ResolvedParams(max_tokens=20))
+    seen = []
+    for _ in range(8):
+        planned = engine.scheduler.schedule()
+        assert planned is not None
+        plan, step = planned
+        engine.in_flight.append(step)
+        fake.channel.calls.clear()
+        started = runner.begin(plan)
+        seen.append(dict(fake.channel.calls))
+        engine.worker._outputs.append(runner.finish(started))
+        engine.retire()
+    assert seen[0]["launch"] > 10  # the first step of its size
+    assert seen[1:] == [{"upload": 1, "graph": 1}] * 7
+    assert fake.channel.fake_graphs.num_captured == captured + 1
+
+
+def test_more_new_blocks_than_a_step_has_room_for(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [random_tokens(200, index) for index in range(3)]
+    monkeypatch.setattr("executor.static_forward.UPDATES", 0)
+
+    def run(engine: Engine) -> dict[int, list[int]]:
+        for index, prompt in enumerate(prompts):
+            engine.add(index, prompt, ResolvedParams(temperature=0.0, max_tokens=4))
+        engine.run()
+        return engine.outputs
+
+    expected = run(Engine(ReferenceCpu(), monkeypatch))
+    assert run(Engine(fake, monkeypatch)) == expected
+
+
+def test_memory_is_known_before_the_cache(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(fake, monkeypatch)
+    ready = next(answer for answer in engine.answers if isinstance(answer, WorkerReady))
+    runner = engine.worker.runner
+    assert runner.program is not None
+    planned = runner.program.num_bytes
+    assert sum(arena.nbytes for arena in fake.channel.arenas[-2:]) == planned
+    assert ready.step_bytes > planned + fake.channel.fake_graphs.reserve_bytes
+    runner.initialize(InitKVCache((48,), MAX_LEN))
+
+
+@pytest.mark.parametrize(
+    "step, size",
+    [((1, 1, 1), (8, 8, 8)), ((9, 3, 9), (16, 16, 16)), ((100, 1, 1), (112, 64, 8)), ((300, 64, 64), (512, 64, 64))],
+)
+def test_sizes(step: tuple[int, int, int], size: tuple[int, int, int]) -> None:
+    chosen = GraphSizes(64, 2048, 64).size(*step)
+    assert (chosen.tokens, chosen.rows, chosen.samples) == size and chosen.is_padded
+    assert not GraphSizes(64, 2048, 64).size(513, 1, 1).is_padded
+
+
+def test_every_step_fits_its_size() -> None:
+    sizes = GraphSizes(37, 300, 41)
+    for tokens in range(1, 301, 7):
+        for rows in range(1, min(tokens, 37) + 1, 5):
+            for samples in {0, 1, min(tokens, 41) // 2, min(tokens, 41)}:
+                size = sizes.size(tokens, rows, samples)
+                assert tokens <= size.tokens <= 300 and rows <= size.rows <= 37 and samples <= size.samples <= 41
+    assert np.all(np.diff([size.tokens for size in sizes.warm]) < 0)
