@@ -20,7 +20,7 @@ from executor.messages import I32, I64, SchedulerOutput
 from executor.models.base import Model
 from executor.registry import resolve
 from executor.request_states import RequestStates
-from executor.sampling.base import SampleRows
+from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
 
 U8 = npt.NDArray[np.uint8]
@@ -51,6 +51,9 @@ class Forward(Protocol):
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         """Computes hidden states [tokens, hidden_size] and logits [samples, vocab_size] of the batch that was prepared
         last. They hold until the next call."""
+
+    def attach(self, sampler: Sampler) -> None:
+        """Makes a sampler known, which may write its tokens where the next step reads them."""
 
     def store(self, rows: SampleRows, token_ids: Tensor) -> None:
         """Keeps the tokens of the samples, int64 [samples], where the next step finds them."""
@@ -150,6 +153,9 @@ class UploadedForward:
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
         return self._program.replay(batch.step_inputs()) if self._program else run_model(self._model, batch)
+
+    def attach(self, sampler: Sampler) -> None:
+        pass
 
     def store(self, rows: SampleRows, token_ids: Tensor) -> None:
         self._recent.store(rows.slots, rows.positions, token_ids)

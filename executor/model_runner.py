@@ -161,6 +161,7 @@ class ModelRunner:
         if not self.enforce_eager:
             self.program = self.capture()
         self.forward = self._new_forward()
+        self.forward.attach(self.sampler)
 
     def step_memory(self) -> tuple[int, int]:
         """Memory needed in addition to weights and KV cache. Called before the KV cache exists.

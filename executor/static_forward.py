@@ -24,7 +24,7 @@ from executor.forward import U8, ForwardSetup, ranges
 from executor.input_batch import InputBatch
 from executor.messages import I32, I64, SchedulerOutput, i32
 from executor.request_states import RequestStates
-from executor.sampling.base import SampleRows
+from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
 from ops.triton import prepare
 from ops.triton.launch import Launch, recorded, submit
@@ -190,6 +190,8 @@ class StaticForward:
         self._tokens = new(sizes.max_samples, dtype=as_dtype(np.zeros(0, np.int64)))
         """The tokens sampled last."""
         self._ids = new(sizes.largest.tokens, dtype=as_dtype(np.zeros(0, np.int32)))
+        self._copies_tokens = True
+        """Whether the sampler writes them elsewhere."""
         self._stored: I64 = np.zeros(0, np.int64)
         """Where they go in ``_recent``."""
         self._updates = [_Updates() for _ in groups]
@@ -278,9 +280,12 @@ class StaticForward:
         hidden, logits = frame.outputs
         return hidden[: frame.num_tokens], logits[: frame.num_samples]
 
+    def attach(self, sampler: Sampler) -> None:
+        self._copies_tokens = not sampler.keep_tokens_in(self._tokens)
+
     def store(self, rows: SampleRows, token_ids: Tensor) -> None:
         self._stored = places_of(rows.slots, rows.positions)
-        if len(rows):
+        if len(rows) and self._copies_tokens:
             self._tokens[: len(rows)].copy_(token_ids)
 
     # -- sizes ---------------------------------------------------------------------------------------------

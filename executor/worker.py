@@ -10,7 +10,8 @@ import gc
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import setproctitle
@@ -19,7 +20,7 @@ import zmq
 
 from executor.base import ModelError
 from executor.config import ExecutorConfig
-from executor.device.base import create_device
+from executor.device.base import Device, create_device
 from executor.layers.attention import form_groups
 from executor.loader import load_model
 from executor.log import get_logger, setup_logging
@@ -41,8 +42,18 @@ from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import ParallelState
 from executor.process import read_payload
+from ops.dispatch import UnsupportedOpError
 
 logger = get_logger()
+
+
+@contextmanager
+def _refusals(device: Device) -> Iterator[None]:
+    """Turns what a device's kernels cannot compute into an error of the configuration."""
+    try:
+        yield
+    except (UnsupportedOpError, NotImplementedError) as error:
+        raise ModelError(f"--device {device.name} cannot run this model: {error}; --device cpu can") from error
 
 
 class Worker:
@@ -96,7 +107,8 @@ class Worker:
         )
         self.results_fd = self.runner.channel.fileno()
         memory = device.memory()  # before the step, whose memory an allocator may keep
-        step_bytes, position_bytes = self.runner.step_memory()
+        with _refusals(device):
+            step_bytes, position_bytes = self.runner.step_memory()
         self._send(
             WorkerReady(
                 rank=self.rank,
@@ -130,7 +142,8 @@ class Worker:
             self._masks[message.step_id] = message
             self._work()
         elif isinstance(message, InitKVCache):
-            self.runner.initialize(message)
+            with _refusals(self.runner.device):
+                self.runner.initialize(message)
             gc.collect()
             gc.freeze()
             self._send(KVCacheReady(rank=self.rank))

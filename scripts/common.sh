@@ -62,6 +62,9 @@ ensure_installed() {
         "$python" -m venv "$VENV" ||
             fail "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"
     fi
+    if has_nvidia_gpu; then
+        set -- "$@" gpu
+    fi
     local stamp wanted
     stamp="$VENV/.octavo-installed"
     wanted="$(cat pyproject.toml constraints.txt | cksum) $*"

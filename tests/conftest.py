@@ -14,6 +14,10 @@ os.environ.setdefault(
 )  # read when triton is imported; without a GPU its kernels are interpreted
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--octavo-device", default="cpu", help="the device that tests/device_contract.py is about")
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder with traces and prompts that is not part of this repository."""

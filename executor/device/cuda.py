@@ -65,7 +65,7 @@ class CudaDevice:
         if torch.version.cuda is None and torch.version.hip is None:
             return f"torch {torch.__version__} is built for CPUs only"
         if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install 'octavo-llm[gpu]'"
+            return "Triton is not installed: pip install 'octavo[gpu]'"
         # torch asks the driver's management library: no context is created in this process.
         if torch.cuda.device_count() == 0:
             build = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"

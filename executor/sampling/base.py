@@ -115,5 +115,8 @@ class SamplerBackend(Protocol):
         self, logits: torch.Tensor, tokens: I32, count: int, row: int, first_position: int
     ) -> Deferred[list[TokenLogprobs]]: ...
 
+    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
+        """Whether the tokens of each step are written to the start of this buffer from now on, int64 [most rows]."""
+
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         """Approximate memory of a step with this many rows, in addition to its logits."""

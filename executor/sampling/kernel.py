@@ -210,6 +210,9 @@ class KernelSampler:
             [report.entry(index, row, first_position + index, int(ranks[index])) for index in range(num_rows)]
         )
 
+    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
+        return False
+
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         return torch.get_num_threads() * vocab_size * _SCRATCH_BYTES
 

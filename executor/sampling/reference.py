@@ -82,6 +82,9 @@ class ReferenceSampler:
         reports = None if raw is None else self._report(raw, tokens[views["wanted"]], rows, wanted)
         return Sampled(tokens, _output(tokens, status, rows, wanted, reports))
 
+    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
+        return False
+
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         return vocab_size * (num_rows * 4 + _ROW_BYTES)  # a copy of the unprocessed logits, for log probabilities
 

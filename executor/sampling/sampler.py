@@ -94,6 +94,14 @@ class Sampler:
         mask = self._thinking.restrict(mask, rows, states, logits.shape[1])
         return self._backend.sample(logits, raw, rows, states, mask)
 
+    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
+        """Whether the tokens of each step are written to the start of this buffer from now on.
+
+        Args:
+            buffer: int64 [most rows of a step], on the device of the logits.
+        """
+        return self._backend.keep_tokens_in(buffer)
+
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         """Approximate memory of a step with this many rows, in addition to its logits."""
         return self._backend.step_bytes(num_rows, vocab_size)

@@ -1,0 +1,157 @@
+"""What the host does for a GPU, with a stand-in for torch's streams and events: transfers, results, capture."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from executor.device import cuda
+from executor.device.cuda import CudaDevice, CudaSteps, joined
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.waits: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append(other)
+
+
+class Event:
+    error: Exception | None = None
+
+    def __init__(self, **options: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        if Event.error is not None:
+            raise Event.error
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.5
+
+
+class Graph:
+    log: list[str] = []
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        Graph.log.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        Graph.log.append("end")
+
+    def replay(self) -> None:
+        Graph.log.append("replay")
+
+
+class Kernel:
+    def run(self) -> None:
+        Graph.log.append("launch")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> CudaSteps:
+    main = Stream()
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        yield
+
+    stand_ins: dict[str, Any] = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "stream": on}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(Event, "error", None)
+    monkeypatch.setattr(Graph, "log", [])
+    return CudaSteps(torch.device("cpu"))
+
+
+def wait(steps: CudaSteps) -> None:
+    assert select.select([steps.fileno()], [], [], 60)[0]
+
+
+def test_results_arrive_with_their_types_and_shapes(steps: CudaSteps) -> None:
+    numbers = np.arange(6, dtype=np.int32).reshape(2, 3)
+    views = steps.upload({"numbers": numbers, "halves": np.array([0.5, 1.5])})
+    pending = steps.download([views["numbers"] + 1, views["halves"][1:], views["numbers"][:, 1]])
+    wait(steps)
+    arrays = pending.collect()
+    assert arrays[0].dtype == np.int32 and arrays[0].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert arrays[1].dtype == np.float64 and arrays[1].tolist() == [1.5] and arrays[2].tolist() == [1, 4]
+    assert pending.device_ms == 1.5
+    assert not select.select([steps.fileno()], [], [], 0)[0]
+
+
+def test_steps_in_flight_have_buffers_of_their_own(steps: CudaSteps) -> None:
+    block = steps.graphs.block(64)
+    pending = []
+    for number in range(2):
+        views = steps.upload({"number": np.array([number])})
+        block.write(np.full(64, number, np.uint8))
+        pending.append(steps.download([views["number"], block.device.clone()]))
+    for number, results in enumerate(pending):
+        wait(steps)
+        arrays = results.collect()
+        assert arrays[0].tolist() == [number] and arrays[1].tolist() == [number] * 64
+    assert [len(pool._free) for pool in steps.pools] == [2, 2]
+
+
+def test_an_error_of_the_device_reaches_the_worker(steps: CudaSteps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "error", RuntimeError("an illegal memory access was encountered"))
+    pending = steps.download([])
+    wait(steps)
+    assert pending.is_ready()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pending.collect()
+    assert pending.device_ms == 0
+
+
+def test_large_uploads_do_not_wait_for_the_step_before(steps: CudaSteps) -> None:
+    stream: Any = torch.cuda.current_stream()
+    steps.upload({"few": np.zeros(10)})
+    assert not stream.waits
+    steps.upload({"many": np.zeros(cuda.LARGE_COPY, np.uint8)})
+    assert stream.waits == [steps._copies]
+
+
+def test_a_graph_is_captured_without_stopping_other_threads(steps: CudaSteps) -> None:
+    replay = steps.graphs.capture([Kernel(), Kernel()])
+    replay()
+    assert Graph.log == ["begin thread_local", "launch", "launch", "end", "replay"]
+
+
+def test_neighbours_are_copied_at_once() -> None:
+    memory = torch.arange(10000, dtype=torch.int32)
+    near, next_to_it, far = memory[4:6], memory[6:9], memory[9000:9001]
+    other = torch.zeros(3)
+    stretches = joined([far, next_to_it, other, near])
+    sizes = sorted(stretch.nbytes for stretch, _ in stretches)
+    assert sizes == [4, 12, 20]
+    for stretch, members in stretches:
+        for index, begin in members.items():
+            tensor = [far, next_to_it, other, near][index]
+            assert torch.equal(stretch[begin : begin + tensor.nbytes].view(tensor.dtype), tensor)
+
+
+def test_reasons_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert CudaDevice.unavailable() == f"torch {torch.__version__} is built for CPUs only"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert CudaDevice.unavailable() == "no GPU with a driver for CUDA 13.0 was found"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert CudaDevice.unavailable() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert CudaDevice.unavailable() == "Triton is not installed: pip install 'octavo[gpu]'"
