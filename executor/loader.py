@@ -135,6 +135,8 @@ def build_model(model_class: type[Model], context: ModelContext, attention_backe
         layers = model.attention_layers()
         shapes = [layer.shape for layer in layers]
         backends = choose_backends(context.device.type, shapes, context.dtype, attention_backend)
+        for layer, backend in zip(layers, backends, strict=True):
+            backend.kv_shape(1, backend.block_size, layer.shape, layer.kv_dtype)  # whether it has such a cache
     except ValueError as error:
         raise ModelError(str(error)) from error
     except (ArithmeticError, MemoryError, RuntimeError) as error:

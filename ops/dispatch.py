@@ -241,6 +241,11 @@ def op_set(device_type: str) -> OpSet:
     return _used.get(device_type) or use(device_type, DEFAULTS.get(device_type, "reference"))
 
 
+def is_used(name: str) -> bool:
+    """Whether a device type uses the set of this name."""
+    return any(used.name == name for used in _used.values())
+
+
 class Op(Generic[P, R]):
     """A tensor function with one implementation per op set."""
 

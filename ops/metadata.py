@@ -43,8 +43,9 @@ class AdapterRows:
     """int32 [num_adapters + 1]: the rows of ``adapters[i]`` are ``rows[starts[i]:starts[i + 1]]``."""
 
 
-KVLayout = Literal["plain", "tiled"]
-"""Layout of K and V in the cache: [num_blocks, block_size, heads, head_dim], or the tiles of the CPU kernels."""
+KVLayout = Literal["plain", "tiled", "heads"]
+"""Layout of K and V in the cache: [num_blocks, block_size, heads, head_dim], the tiles of the CPU kernels, or that of
+the GPU kernels, [num_blocks, heads, block_size, head_dim]."""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class OrderedGrid(ti.GridExecutor):  # type: ignore[misc]
         known = inspect.getfullargspec(self.fn)
         kwargs = {key: value for key, value in kwargs.items() if key in (*known.args, *known.kwonlyargs)}
         scope = ti._patch_lang(self.fn)
+        _patched.clear()
         try:
             bound = inspect.getcallargs(self.fn, *args, **kwargs)
             bound = {
@@ -103,6 +104,18 @@ class OrderedGrid(ti.GridExecutor):  # type: ignore[misc]
                     self.fn(**bound)
         finally:
             scope.restore()
+
+
+_patched: set[str] = set()
+"""Modules whose names for Triton's language are those of the interpreter, while a grid runs."""
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a kernel's helper. Triton would patch its language again each time, which takes most of the time."""
+    if self.fn.__module__ not in _patched:
+        ti._patch_lang(self.fn)
+        _patched.add(self.fn.__module__)
+    return self.rewrite()(*args, **kwargs)
 
 
 def _plain(value: Any) -> Any:
@@ -219,6 +232,7 @@ def _store(self: Any, pointers: Any, value: Any, mask: Any, cache: Any) -> Any:
 
 
 ti.GridExecutor = OrderedGrid
+ti.InterpretedFunction.__call__ = _call
 ti.InterpreterBuilder.create_dot = _dot
 ti.InterpreterBuilder.cast_impl = _cast
 ti.InterpreterBuilder.create_fp_to_fp = _fp_to_fp

@@ -37,7 +37,11 @@ class AttentionBackend(Protocol):
     def kv_shape(
         self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
     ) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors of a layer's cache in a dtype. The first dimension of each is the block."""
+        """Shapes of the tensors of a layer's cache in a dtype. The first dimension of each is the block.
+
+        Raises:
+            ValueError: The backend has no cache of this dtype.
+        """
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:
         """Prepares the step's metadata for ``run``."""
@@ -130,8 +134,9 @@ REGISTRY = {
     "cpu": "executor.attention.cpu:CpuAttention",
     "reference": "executor.attention.reference:ReferenceAttention",
     "short_conv": "executor.attention.short_conv:ShortConvCache",
+    "triton": "executor.attention.triton:TritonAttention",
 }
-PREFERENCE = {"cpu": ["cpu", "reference"]}
+PREFERENCE = {"cpu": ["cpu", "reference"], "triton": ["triton"]}
 """Backends of each op set, best first. Other op sets use the reference."""
 OTHER_KINDS = ["short_conv"]
 """Backends of layers that are not attention, whatever ``--attention-backend`` says."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from executor.deferred import Deferred
+from executor.device.steps import StepChannel
 from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
 from executor.sampling.base import (
@@ -43,8 +44,8 @@ _SCRATCH_BYTES = 6 * 4
 """Per token of the vocabulary and thread: see ``Scratch`` in ``csrc/sampling_row.h``."""
 
 
-def create(op_set: OpSet, max_num_seqs: int) -> KernelSampler:
-    """A sampler that uses the kernels of the CPU's op set."""
+def create(op_set: OpSet, max_num_seqs: int, channel: StepChannel | None = None) -> KernelSampler:
+    """A sampler that uses the kernels of the CPU's op set. It needs no channel."""
     assert isinstance(op_set, CpuOps)
     return KernelSampler(max_num_seqs, op_set.sampling)
 

@@ -55,26 +55,38 @@ def report(
     ranks = (logits > chosen[:, :1]).sum(dim=1) + 1
     tensors = (ids, chosen, ranks, logits.amax(dim=1), ops.weight_sum(logits))
 
-    def make(arrays: Sequence[Array]) -> list[TokenLogprobs | None]:
-        all_ids, all_logits, all_ranks, tops, sums = arrays
-        entries: list[TokenLogprobs | None] = []
-        for index, (row, position) in enumerate(places):
-            if not np.isfinite(tops[index]):
-                entries.append(None)
-                continue
-            start = 1 + most if listed[index] else 1
-            columns = [0, *range(start, start + sizes[index])]
-            values = all_logits[index, columns].astype(np.float64)
-            logprobs = values - float(tops[index]) - math.log(int(sums[index]) / 2.0**UNIT_BITS)
-            entries.append(
-                TokenLogprobs(
-                    row=row,
-                    position=position,
-                    token_ids=all_ids[index, columns].astype(np.int32).tobytes(),
-                    logprobs=logprobs.astype(np.float32).tobytes(),
-                    rank=int(all_ranks[index]),
-                )
-            )
-        return entries
+    starts = [1 + most if ids else 1 for ids in listed]
+    return Deferred(tensors, lambda arrays: make_entries(arrays, starts, sizes, places))
 
-    return Deferred(tensors, make)
+
+def make_entries(
+    arrays: Sequence[Array], starts: Sequence[int], sizes: Sequence[int], places: Sequence[tuple[int, int]]
+) -> list[TokenLogprobs | None]:
+    """Takes the logarithms of some rows; None for a row without a finite largest logit.
+
+    Args:
+        arrays: Ids and logits [rows, any], the token's in the first column; its rank, the largest logit and
+            ``ops.weight_sum`` [rows].
+        starts: For each row, the first column to report besides the token's.
+        sizes: For each row, number of those columns.
+        places: For each row, its row in the step and ``TokenLogprobs.position``.
+    """
+    all_ids, all_logits, all_ranks, tops, sums = arrays
+    entries: list[TokenLogprobs | None] = []
+    for index, (row, position) in enumerate(places):
+        if not np.isfinite(tops[index]):
+            entries.append(None)
+            continue
+        columns = [0, *range(starts[index], starts[index] + sizes[index])]
+        values = all_logits[index, columns].astype(np.float64)
+        logprobs = values - float(tops[index]) - math.log(int(sums[index]) / 2.0**UNIT_BITS)
+        entries.append(
+            TokenLogprobs(
+                row=row,
+                position=position,
+                token_ids=all_ids[index, columns].astype(np.int32).tobytes(),
+                logprobs=logprobs.astype(np.float32).tobytes(),
+                rank=int(all_ranks[index]),
+            )
+        )
+    return entries

@@ -21,10 +21,11 @@ from executor.sampling.stages import STAGES
 from ops.reference.sampling import uniform
 
 _INT32_MAX = np.iinfo(np.int32).max
-_OK, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
+OK, NOT_FINITE, LEFT_NOTHING = 0, 1, 2
+"""What became of a row."""
 _ROW_BYTES = 10 * 8
 """Per token of the vocabulary while a row is sampled; rows are sampled one at a time."""
-_MESSAGES = {_NOT_FINITE: BAD_LOGITS, _NOTHING_LEFT: NOTHING_LEFT}
+_MESSAGES = {NOT_FINITE: BAD_LOGITS, LEFT_NOTHING: NOTHING_LEFT}
 
 
 class ReferenceSampler:
@@ -74,13 +75,13 @@ class ReferenceSampler:
                 stage.apply(logits, rows, active, states, self._channel)
         largest = logits.amax(dim=-1)
         is_left = torch.isfinite(largest)
-        status = torch.where(largest == float("-inf"), _NOTHING_LEFT, _NOT_FINITE)
-        status = torch.where(is_bad, _NOT_FINITE, torch.where(is_left, _OK, status))
+        status = torch.where(largest == float("-inf"), LEFT_NOTHING, NOT_FINITE)
+        status = torch.where(is_bad, NOT_FINITE, torch.where(is_left, OK, status))
         logits.masked_fill_(~is_left.unsqueeze(1), 0.0)
         tokens = ops.sample(logits, *(views[name] for name in ("temperature", "top_k", "top_p", "min_p", "numbers")))
-        tokens = tokens.masked_fill(status != _OK, 0)
+        tokens = tokens.masked_fill(status != OK, 0)
         reports = None if raw is None else self._report(raw, tokens[views["wanted"]], rows, wanted)
-        return Sampled(tokens, _output(tokens, status, rows, wanted, reports))
+        return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports))
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         return False
@@ -139,13 +140,23 @@ class ReferenceSampler:
         )
 
 
-def _output(
+def sampler_output(
     tokens: torch.Tensor,
     status: torch.Tensor,
     rows: SampleRows,
     wanted: Array,
     reports: Deferred[list[TokenLogprobs | None]] | None,
 ) -> Deferred[SamplerOutput]:
+    """A step's output.
+
+    Args:
+        tokens: int64 [rows], 0 where there is none.
+        status: Integers [rows]: OK, NOT_FINITE or LEFT_NOTHING.
+        rows: The rows.
+        wanted: Those that report log probabilities.
+        reports: Their log probabilities.
+    """
+
     def make(arrays: Sequence[Array]) -> SamplerOutput:
         token_ids, states = arrays[:2]
         entries = [] if reports is None else reports.make(arrays[2:])
@@ -154,11 +165,11 @@ def _output(
             logprobs=[
                 entry
                 for index, entry in zip(wanted.tolist(), entries, strict=True)
-                if entry is not None and states[index] == _OK
+                if entry is not None and states[index] == OK
             ],
             row_errors=[
                 row_error(*rows.name(index), _MESSAGES[int(states[index])])
-                for index in np.flatnonzero(states != _OK).tolist()
+                for index in np.flatnonzero(states != OK).tolist()
             ],
         )
 

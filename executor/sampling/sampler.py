@@ -20,24 +20,25 @@ from executor.sampling.thinking import ThinkingBudgets
 
 __all__ = ["SampleRows", "Sampled", "Sampler", "SamplerOutput", "TokenMask"]
 
-REGISTRY = {"cpu": "executor.sampling.kernel:create"}
-"""Backend factories by op set: they take the set and the number of slots. Other op sets use the reference."""
+REGISTRY = {"cpu": "executor.sampling.kernel:create", "triton": "executor.sampling.device:create"}
+"""Backend factories by op set: they take the set, the number of slots and the channel. Other op sets use the
+reference."""
 
 
 def new_backend(op_set: ops.OpSet, max_num_seqs: int, channel: StepChannel | None = None) -> SamplerBackend:
     """The backend of an op set."""
     if op_set.name not in REGISTRY:
         return ReferenceSampler(max_num_seqs, channel)
-    backend: SamplerBackend = resolve(REGISTRY, op_set.name, "sampler")(op_set, max_num_seqs)
+    backend: SamplerBackend = resolve(REGISTRY, op_set.name, "sampler")(op_set, max_num_seqs, channel)
     return backend
 
 
 class Sampler:
     """Processes logits, picks tokens and reports log probabilities: the second half of a step.
 
-    State is by slot and written only in ``add``; generated tokens are read from the ``RequestStates``. On a CPU with
-    kernels a step is one call (``executor/sampling/kernel.py``), otherwise a sequence of torch stages
-    (``executor/sampling/reference.py``). Both give the same tokens.
+    State is by slot and written only in ``add``; generated tokens are read from the ``RequestStates``. With kernels
+    of a CPU or GPU a step is one call (``kernel.py``, ``device.py``), otherwise a sequence of torch stages
+    (``reference.py``). All give the same tokens.
     """
 
     def __init__(

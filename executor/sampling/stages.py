@@ -52,6 +52,18 @@ def _forbid(logits: torch.Tensor, places: dict[str, Array], channel: StepChannel
     logits[views["rows"], views["tokens"]] = MINUS_INFINITY
 
 
+RowTokens = list[tuple[int, Sequence[int] | Array]]
+"""Rows, and tokens of each."""
+RowValues = list[tuple[int, Sequence[int] | Array, Array]]
+"""Rows, tokens of each, and a float32 number for each token."""
+
+
+def _values(entries: RowValues) -> dict[str, Array]:
+    """Converts tokens with numbers by row to columns."""
+    columns = _places((row, tokens) for row, tokens, _ in entries)
+    return columns | {"values": np.concatenate([np.empty(0, np.float32), *(values for _, _, values in entries)])}
+
+
 class AllowedTokens(_Flagged):
     """Leaves only ``allowed_token_ids``."""
 
@@ -74,10 +86,9 @@ class BadWords(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, bool(params.bad_words_token_ids))
 
-    def apply(
-        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
-    ) -> None:
-        bad = []
+    def forbidden(self, rows: SampleRows, active: Rows, states: RequestStates) -> RowTokens:
+        """The last tokens of these words, by row."""
+        bad: RowTokens = []
         for row in active.tolist():
             slot = int(rows.slots[row])
             output = states.token_ids[slot, states.num_prompt[slot] : rows.positions[row]]
@@ -85,7 +96,12 @@ class BadWords(_Flagged):
                 before = len(word) - 1
                 if before <= len(output) and tuple(output[len(output) - before :].tolist()) == word[:-1]:
                     bad.append((row, word[-1:]))
-        _forbid(logits, _places(bad), channel)
+        return bad
+
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        _forbid(logits, _places(self.forbidden(rows, active, states)), channel)
 
 
 class MinTokens(_Flagged):
@@ -94,16 +110,20 @@ class MinTokens(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, params.min_tokens > 0 and bool(params.all_stop_token_ids))
 
-    def apply(
-        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
-    ) -> None:
-        stops = []
+    def forbidden(self, rows: SampleRows, active: Rows, states: RequestStates) -> RowTokens:
+        """The stop tokens of rows that must not stop yet."""
+        stops: RowTokens = []
         for row in active.tolist():
             slot = int(rows.slots[row])
             params = self._params[slot]
             if rows.positions[row] - states.num_prompt[slot] < params.min_tokens:
                 stops.append((row, params.all_stop_token_ids))
-        _forbid(logits, _places(stops), channel)
+        return stops
+
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        _forbid(logits, _places(self.forbidden(rows, active, states)), channel)
 
 
 class LogitBias(_Flagged):
@@ -112,13 +132,18 @@ class LogitBias(_Flagged):
     def add(self, slot: int, params: ResolvedParams) -> None:
         self._set(slot, params, bool(params.logit_bias))
 
+    def biases(self, rows: SampleRows, active: Rows) -> RowValues:
+        """What is added to logits."""
+        pairs = [(row, self._params[rows.slots[row]].logit_bias) for row in active.tolist()]
+        return [
+            (row, [token for token, _ in biases], np.array([bias for _, bias in biases], np.float32))
+            for row, biases in pairs
+        ]
+
     def apply(
         self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
     ) -> None:
-        biases = {row: self._params[rows.slots[row]].logit_bias for row in active.tolist()}
-        places = _places((row, [token for token, _ in pairs]) for row, pairs in biases.items())
-        values = np.array([bias for pairs in biases.values() for _, bias in pairs], np.float32)
-        views = channel.upload({**places, "values": values})
+        views = channel.upload(_values(self.biases(rows, active)))
         logits[views["rows"], views["tokens"]] += views["values"]
 
 
@@ -130,33 +155,35 @@ class Penalties(_Flagged):
         wanted = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
         self._set(slot, params, wanted)
 
-    def apply(
-        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
-    ) -> None:
-        seen: list[tuple[int, Array]] = []
-        penalties: list[Array] = []
-        counted: list[tuple[int, Array]] = []
-        changes: list[Array] = []
+    def penalties(self, rows: SampleRows, active: Rows, states: RequestStates) -> tuple[RowValues, RowValues]:
+        """The repetition penalties of tokens, and what the other two subtract from logits."""
+        seen: RowValues = []
+        counted: RowValues = []
         for row in active.tolist():
             slot = int(rows.slots[row])
             params = self._params[slot]
             tokens = states.token_ids[slot, : rows.positions[row]]
             if params.repetition_penalty != 1.0:
                 ids = np.unique(tokens)
-                seen.append((row, ids))
-                penalties.append(np.full(len(ids), params.repetition_penalty, np.float32))
+                seen.append((row, ids, np.full(len(ids), params.repetition_penalty, np.float32)))
             if params.frequency_penalty or params.presence_penalty:
                 ids, counts = np.unique(tokens[states.num_prompt[slot] :], return_counts=True)
-                counted.append((row, ids))
-                changes.append((params.frequency_penalty * counts + params.presence_penalty).astype(np.float32))
+                changes = (params.frequency_penalty * counts + params.presence_penalty).astype(np.float32)
+                counted.append((row, ids, changes))
+        return seen, counted
+
+    def apply(
+        self, logits: torch.Tensor, rows: SampleRows, active: Rows, states: RequestStates, channel: StepChannel
+    ) -> None:
+        seen, counted = self.penalties(rows, active, states)
         if seen:
-            views = channel.upload({**_places(seen), "penalty": np.concatenate(penalties)})
-            values, penalty = logits[views["rows"], views["tokens"]], views["penalty"]
+            views = channel.upload(_values(seen))
+            values, penalty = logits[views["rows"], views["tokens"]], views["values"]
             values = torch.where(values > 0, values / penalty, values * penalty)
             logits[views["rows"], views["tokens"]] = values
         if counted:
-            views = channel.upload({**_places(counted), "change": np.concatenate(changes)})
-            logits[views["rows"], views["tokens"]] -= views["change"]
+            views = channel.upload(_values(counted))
+            logits[views["rows"], views["tokens"]] -= views["values"]
 
 
 STAGES: list[Callable[[int], SamplingStage]] = [AllowedTokens, BadWords, MinTokens, LogitBias, Penalties]

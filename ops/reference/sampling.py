@@ -33,7 +33,7 @@ NUMBER_BITS = 53
 
 _LOG2_E = 1.4426950408889634
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_EXP2 = [
+EXP2 = [
     float.fromhex(c) for c in ("0x1.5bba14p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1")
 ]
 """2^f on [-0.5, 0.5] is 1 + f * p(f), where p has these float32 coefficients, highest power first."""
@@ -134,8 +134,8 @@ def token_weights(logits: Tensor, temperature: float) -> Tensor:
     z = ((logits - logits.amax()) * scale).clamp(min=_LEAST_EXPONENT)
     whole = torch.round(z)  # half to even
     f = z - whole
-    power = torch.full_like(f, _EXP2[0])
-    for coefficient in (*_EXP2[1:], 1.0):
+    power = torch.full_like(f, EXP2[0])
+    for coefficient in (*EXP2[1:], 1.0):
         power = power * f + coefficient  # two roundings
     # torch.ldexp multiplies by a power that it computes with pow, which need not be exact.
     return power * ((whole.int() + 127) << 23).view(torch.float32)

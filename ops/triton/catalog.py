@@ -17,7 +17,19 @@ from torch import Tensor
 from ops.triton.configs import Target
 from ops.triton.launch import Launch, for_target, recorded, scratch
 
-MODULES = ("gather", "gemm", "norm", "pointwise", "prepare", "rope", "short_conv")
+MODULES = (
+    "attention",
+    "gather",
+    "gemm",
+    "kv_cache",
+    "logprobs",
+    "norm",
+    "pointwise",
+    "prepare",
+    "rope",
+    "sample",
+    "short_conv",
+)
 """Modules of this package with kernels."""
 
 

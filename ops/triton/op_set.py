@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.dispatch import Node, OpSet, Spec
-from ops.triton import gather, gemm, norm, pointwise, rope, short_conv
+from ops.triton import attention, gather, gemm, logprobs, norm, pointwise, rope, sample, short_conv
 from ops.triton.program import TritonProgram
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -20,12 +20,15 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear": gemm.linear,
     "logits": gemm.logits,
     "multiply": pointwise.multiply,
+    "paged_attention": attention.paged_attention,
     "rms_norm": norm.rms_norm,
     "rotary_embedding": rope.rotary_embedding,
+    "sample": sample.sample,
     "scale": pointwise.scale,
     "select_columns": gather.select_columns,
     "short_conv": short_conv.short_conv,
     "softcap": pointwise.softcap,
+    "weight_sum": logprobs.weight_sum,
 }
 """Launchers by op name. Each takes the op's arguments and ``out``."""
 

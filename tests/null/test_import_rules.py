@@ -96,7 +96,7 @@ FOLDERS: dict[str, set[str]] = {
     # The definitions of ops know no implementation; op sets know each other not at all.
     "ops/reference": {"collective", "dispatch", "metadata", "packed"},
     "ops/cpu": {"", "arena", "dispatch", "metadata", "packed"},
-    "ops/triton": {"", "arena", "dispatch", "metadata", "packed"},
+    "ops/triton": {"", "arena", "dispatch", "metadata", "packed", "reference.sampling"},  # of which: constants
 }
 """What the modules of a folder import of their own package, beside each other."""
 MAX_FUNCTION_LINES = 60

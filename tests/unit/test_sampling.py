@@ -43,9 +43,29 @@ def new_kernel_sampler(max_num_seqs: int) -> SamplerBackend:
     return KernelSampler(max_num_seqs, chosen.sampling)
 
 
-@pytest.fixture(params=["kernel", "reference"])
+def new_device_sampler(max_num_seqs: int) -> SamplerBackend:
+    pytest.importorskip("tests.triton_interpreter")
+    from executor.sampling.device import DeviceSampler
+
+    return DeviceSampler(max_num_seqs)
+
+
+BACKENDS: dict[str, NewBackend] = {
+    "kernel": new_kernel_sampler,
+    "reference": ReferenceSampler,
+    "device": new_device_sampler,
+}
+
+
+@pytest.fixture(params=list(BACKENDS))
 def new_backend(request: pytest.FixtureRequest) -> NewBackend:
-    return new_kernel_sampler if request.param == "kernel" else ReferenceSampler
+    return BACKENDS[request.param]
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def quick_backend(request: pytest.FixtureRequest) -> NewBackend:
+    """For tests with many steps, which take too long in an interpreter."""
+    return BACKENDS[request.param]
 
 
 CHANNEL = ImmediateSteps()
@@ -163,6 +183,12 @@ def test_kernels_sample_what_the_reference_does(seed: int) -> None:
     assert len(expected) > 30
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_gpus_sample_what_the_reference_does(seed: int) -> None:
+    expected = random_life(Worker(ReferenceSampler(NUM_SLOTS)), seed, steps=10)
+    assert random_life(Worker(new_device_sampler(NUM_SLOTS)), seed, steps=10) == expected
+
+
 def test_penalties_by_hand(new_backend: NewBackend) -> None:
     """Repetition counts prompt and output, frequency and presence the output alone."""
     params = ResolvedParams(
@@ -190,7 +216,7 @@ def test_penalties_by_hand(new_backend: NewBackend) -> None:
     assert sum(count > 0 for count in counts) >= 4
 
 
-def test_preempted_requests_go_on_as_if_nothing_had_happened(new_backend: NewBackend) -> None:
+def test_preempted_requests_go_on_as_if_nothing_had_happened(quick_backend: NewBackend) -> None:
     params = ResolvedParams(
         seed=5,
         repetition_penalty=1.2,
@@ -201,12 +227,12 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(new_backend: NewBac
         top_p=0.9,
     )
     prompt = [7, 8, 9]
-    whole = Worker(new_backend(NUM_SLOTS))
+    whole = Worker(quick_backend(NUM_SLOTS))
     whole.add(2, prompt, params)
     for _ in range(30):
         whole.step([2])
     for stop in (1, 5, 10, 29):
-        worker = Worker(new_backend(NUM_SLOTS))
+        worker = Worker(quick_backend(NUM_SLOTS))
         worker.add(2, prompt, params)
         for _ in range(stop):
             worker.step([2])
@@ -348,17 +374,17 @@ def test_stages_without_a_kernel_come_first() -> None:
         assert decode(entry) == (ids, log_probs(row)[ids].tolist())
 
 
-def test_rows_do_not_depend_on_their_neighbours(new_backend: NewBackend) -> None:
+def test_rows_do_not_depend_on_their_neighbours(quick_backend: NewBackend) -> None:
     generator = np.random.default_rng(4)
     many = [random_params(generator) for _ in range(NUM_SLOTS)]
     prompts = [generator.integers(0, VOCAB_SIZE, 20).tolist() for _ in many]
-    together = Worker(new_backend(NUM_SLOTS))
+    together = Worker(quick_backend(NUM_SLOTS))
     for slot, (prompt, params) in enumerate(zip(prompts, many, strict=True)):
         together.add(slot, prompt, params)
     for _ in range(20):
         together.step(list(range(NUM_SLOTS)))
     for slot, (prompt, params) in enumerate(zip(prompts, many, strict=True)):
-        alone = Worker(new_backend(NUM_SLOTS))
+        alone = Worker(quick_backend(NUM_SLOTS))
         alone.add(0, prompt, params)
         for _ in range(20):
             alone.step([0])
