@@ -26,9 +26,11 @@ from ops.reference.basic import (
     softcap,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
+from ops.reference.gguf_blocks import BLOCK_VALUES
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.quantized import (
     block_types,
+    decode,
     dequantized,
     join_rows,
     pack_blocks,
@@ -42,6 +44,7 @@ from ops.reference.short_conv import short_conv
 from ops.reference.small_floats import float_values
 
 __all__ = [
+    "BLOCK_VALUES",
     "KV_CODES",
     "AdapterRows",
     "AttentionMetadata",
@@ -62,6 +65,7 @@ __all__ = [
     "all_reduce",
     "block_types",
     "clip",
+    "decode",
     "dequantized",
     "embedding",
     "float_values",

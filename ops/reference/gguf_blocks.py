@@ -11,9 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ops.reference.small_floats import E2M1_OFFSET, e2m1_codes, halved_power
+from ops.reference.small_floats import E2M1_DOUBLED, E2M1_OFFSET, e2m1_codes, halved_power
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+BLOCK_VALUES = {
+    "IQ4_NL": IQ4_VALUES,
+    "IQ4_XS": IQ4_VALUES,
+    "MXFP4": tuple(sign * number for sign in (1, -1) for number in E2M1_DOUBLED),
+}
+"""What codes of 4 bits stand for in types that have a table."""
 
 
 @dataclass(frozen=True)

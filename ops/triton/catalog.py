@@ -26,6 +26,7 @@ MODULES = (
     "norm",
     "pointwise",
     "prepare",
+    "quantized",
     "rope",
     "sample",
     "short_conv",

@@ -126,8 +126,8 @@ def gemm(
         is_gated: Whether a program has two tiles of weights.
     """
     table = GEMM_FLOAT32 if dtype == torch.float32 else GEMM
-    # A tile of 256 rows leaves no registers for anything else, and needs much shared memory.
-    fits = segments == 1 and activation == "none" and target.max_shared >= 160 * KIB
+    # A tile of 256 rows leaves no registers for anything else.
+    fits = segments == 1 and activation == "none" and target.has_wgmma
     # Two products of 8 rows: ptxas would let one wait for the other.
     least = 16 if is_gated or target.backend == "hip" else 8
     sizes = [size for size in table if size >= least and (size < 256 or fits)]
@@ -139,3 +139,28 @@ def gemm(
     stage = (tile_m + tile_n * (2 if is_gated else 1)) * tile_k * dtype.itemsize
     stages = 2 if target.backend == "hip" else max(2, min(chosen.num_stages, target.max_shared // stage))
     return Config(chosen.num_warps, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", tile_k)))
+
+
+QUANTIZED_GEMM = {
+    8: Config(4, 3, (("TILE_N", 64), ("TILE_K", 128))),
+    16: Config(4, 3, (("TILE_N", 64), ("TILE_K", 128))),
+    32: Config(4, 3, (("TILE_N", 64), ("TILE_K", 128))),
+    64: Config(4, 3, (("TILE_N", 64), ("TILE_K", 64))),
+    128: Config(8, 3, (("TILE_N", 128), ("TILE_K", 64))),
+}
+"""As ``GEMM``, for weights that are restored in registers."""
+
+
+def quantized_gemm(target: Target, rows: int, dtype: torch.dtype, bits: int, is_gated: bool) -> Config:
+    """The configuration of a product with quantised weights of ``bits``; the rest is as of ``gemm``."""
+    table = GEMM_FLOAT32 if dtype == torch.float32 else QUANTIZED_GEMM
+    sizes = [size for size in table if size >= (16 if is_gated or target.backend == "hip" else 8)]
+    tile_m = min((size for size in sizes if size >= rows), default=sizes[-1])
+    chosen = table[tile_m]
+    tile = dict(chosen.tile)
+    tile_n = max(64, tile["TILE_N"] // 2) if is_gated and dtype != torch.float32 else tile["TILE_N"]
+    if target.capability == 100:
+        # Sums are in tensor memory; ptxas would limit itself to 128 registers and spill.
+        tile_n = min(tile_n, 64)
+    stages = 2 if target.backend == "hip" else chosen.num_stages
+    return Config(chosen.num_warps, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", tile["TILE_K"])))

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.packed import Weight
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config
 from ops.triton.launch import launch, result, row_stride
@@ -54,13 +53,6 @@ def select_columns(x: Tensor, columns: Tensor, *, out: Tensor | None = None) -> 
     return out
 
 
-def embedding(ids: Tensor, weight: Weight, *, out: Tensor | None = None) -> Tensor:
-    """The op ``embedding``."""
-    if not isinstance(weight, Tensor):
-        raise NotImplementedError("embeddings in packed or quantised tables do not run on GPUs yet")
-    return gather_rows(weight, ids, out=out)
-
-
 def _launch(kernel: object, out: Tensor, args: dict[str, object]) -> None:
     rows, width = out.shape
     config = Config(4, 1, (("COLUMNS_TILE", _COLUMNS),))
@@ -72,7 +64,7 @@ def cases() -> Iterator[Case]:
     ids, rows = meta(64, dtype=torch.int32), meta(16, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        yield Case(f"embedding {name}", partial(embedding, ids, meta(128256, 4096, dtype=dtype)))
+        yield Case(f"embedding {name}", partial(gather_rows, meta(128256, 4096, dtype=dtype), ids))
         yield Case(f"rows {name}", partial(gather_rows, meta(64, 4096, dtype=dtype), rows))
     order = meta(4096, dtype=torch.int64)
     yield Case("columns", partial(select_columns, meta(64, 4096), order), min_load=2)

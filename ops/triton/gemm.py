@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.packed import Weight
 from ops.triton import configs
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config
@@ -192,7 +191,7 @@ def gemm_kernel(
     up_base = w_base + tl.full([], N, tl.int64) * w_stride
     if HAS_ROWS:
         x_base = x_ptr
-        token = tl.load(rows_ptr + m, mask=m < M, other=0).to(tl.int64)
+        token = tl.load(rows_ptr + m, mask=m < M, other=0).to(tl.int32)
         x_offsets = token[:, None] * x_stride + own_k[None, :]
     else:
         x_base = x_ptr + (tile_m * TILE_M).to(tl.int64) * x_stride
@@ -279,30 +278,45 @@ def matmul(
     if config is None:
         config = configs.gemm(target(), count, k, x.dtype, segments, epilogue.activation, epilogue.is_gated)
     tile = dict(config.tile)
-    tiles_m, tiles_n = triton.cdiv(count, tile["TILE_M"]), triton.cdiv(n, tile["TILE_N"])
-    split = segments > 1 and tiles_m * tiles_n < MAX_SPLIT_PROGRAMS
     args = _arguments(x, weight, epilogue, rows, out, segment_size(k, segments))
+    even = {"EVEN_N": n % tile["TILE_N"] == 0, "EVEN_K": k % tile["TILE_K"] == 0}
+    launch_product(gemm_kernel, args, config, segments, epilogue, x.device, **even)
+    return out
+
+
+def launch_product(
+    kernel: Any,
+    args: dict[str, Any],
+    config: Config,
+    segments: int,
+    epilogue: Epilogue,
+    device: torch.device,
+    **constants: Any,
+) -> None:
+    """Launches a kernel of products, one program a tile and segment or one a tile, with the memory that it needs."""
+    tile = dict(config.tile)
+    tiles = triton.cdiv(args["M"], tile["TILE_M"]) * triton.cdiv(args["N"], tile["TILE_N"])
+    split = segments > 1 and tiles < MAX_SPLIT_PROGRAMS
+    args |= {"partial_ptr": None, "counter_ptr": None}
     if split:
-        parts = tiles_m * tiles_n * segments * tile["TILE_M"] * tile["TILE_N"] * (2 if epilogue.is_gated else 1)
-        args["partial_ptr"] = scratch.get("gemm partials", parts, torch.float32, x.device)
-        args["counter_ptr"] = scratch.get("gemm counters", MAX_SPLIT_PROGRAMS, torch.int32, x.device)
+        size = tiles * segments * tile["TILE_M"] * tile["TILE_N"] * (2 if epilogue.is_gated else 1)
+        args["partial_ptr"] = scratch.get("gemm partials", size, torch.float32, device)
+        args["counter_ptr"] = scratch.get("gemm counters", MAX_SPLIT_PROGRAMS, torch.int32, device)
     launch(
-        gemm_kernel,
-        (tiles_m * tiles_n * (segments if split else 1),),
+        kernel,
+        (tiles * (segments if split else 1),),
         args,
         config,
         SEGMENTS=segments,
         SPLIT=split,
-        EVEN_N=n % tile["TILE_N"] == 0,
-        EVEN_K=k % tile["TILE_K"] == 0,
         ACTIVATION=epilogue.activation,
         GATED=epilogue.is_gated,
         HAS_BIAS=epilogue.bias is not None,
         HAS_RESIDUAL=epilogue.residual is not None,
-        HAS_ROWS=rows is not None,
+        HAS_ROWS=args["rows_ptr"] is not None,
         GROUP=GROUP,
+        **constants,
     )
-    return out
 
 
 def _arguments(
@@ -315,8 +329,6 @@ def _arguments(
         "residual_ptr": epilogue.residual,
         "rows_ptr": rows,
         "out_ptr": out,
-        "partial_ptr": None,
-        "counter_ptr": None,
         "M": out.shape[0],
         "N": out.shape[1],
         "K": x.shape[1],
@@ -326,22 +338,6 @@ def _arguments(
         "residual_stride": 0 if epilogue.residual is None else row_stride(epilogue.residual),
         "out_stride": row_stride(out),
     }
-
-
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The op ``linear``."""
-    return matmul(x, _plain(weight), Epilogue(bias), out=out)
-
-
-def logits(x: Tensor, weight: Weight, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The op ``logits``: the sums themselves."""
-    return matmul(x, _plain(weight), Epilogue(bias), dtype=torch.float32, out=out)
-
-
-def _plain(weight: Weight) -> Tensor:
-    if not isinstance(weight, Tensor):
-        raise NotImplementedError("products with packed or quantised weights do not run on GPUs yet")
-    return weight
 
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "tiny": (576, 1536)}
@@ -368,7 +364,7 @@ def cases() -> Iterator[Case]:
         )
         half, rows = meta(m, 4096, dtype=torch.float16), meta(m, dtype=torch.int64)
         yield Case(f"fp16 m={m}", partial(matmul, half, meta(4096, 4096, dtype=torch.float16)), True, family="fp16")
-        yield Case(f"logits m={m}", partial(logits, x, meta(128256, 4096)), True, family="bf16")
+        yield Case(f"logits m={m}", partial(matmul, x, meta(128256, 4096), dtype=torch.float32), True, family="bf16")
         yield Case(
             f"rows m={m}", partial(matmul, x, meta(128256, 4096), rows=rows, dtype=torch.float32), True, family="bf16"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.dispatch import Node, OpSet, Spec
-from ops.triton import attention, gather, gemm, logprobs, norm, pointwise, rope, sample, short_conv
+from ops.triton import attention, codes, gather, linear, logprobs, norm, pointwise, rope, sample, short_conv
 from ops.triton.program import TritonProgram
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -14,12 +14,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "activation": pointwise.activation,
     "add": pointwise.add,
     "clip": pointwise.clip,
-    "embedding": gather.embedding,
+    "embedding": linear.embedding,
     "gather_rows": gather.gather_rows,
     "layer_norm": norm.layer_norm,
-    "linear": gemm.linear,
-    "logits": gemm.logits,
+    "linear": linear.linear,
+    "logits": linear.logits,
     "multiply": pointwise.multiply,
+    "pack_segment": codes.pack_segment,
     "paged_attention": attention.paged_attention,
     "rms_norm": norm.rms_norm,
     "rotary_embedding": rope.rotary_embedding,

@@ -14,6 +14,7 @@ from tests.ops.cpu import randn
 from tests.triton_interpreter import ORDERS, Order, grid_order
 
 gemm: Any = pytest.importorskip("ops.triton.gemm")
+linear: Any = pytest.importorskip("ops.triton.linear")
 pointwise: Any = pytest.importorskip("ops.triton.pointwise")
 configs: Any = pytest.importorskip("ops.triton.configs")
 
@@ -46,16 +47,16 @@ def test_linear(order: Order, dtype: torch.dtype, m: int, n: int, k: int) -> Non
     x, weight, bias = randn(m, k, dtype=dtype), randn(n, k, seed=1, dtype=dtype), randn(n, seed=2, dtype=dtype)
     assert gemm.num_segments(n, k) == {384: 3, 416: 3, 72: 1}[k]
     with grid_order(order):
-        result = gemm.linear(x, weight, bias)
+        result = linear.linear(x, weight, bias)
     assert_close(result, exact(x, weight, bias))
 
 
 def test_logits_are_sums_in_float32() -> None:
     x, weight = randn(3, 384, dtype=BF16), randn(200, 384, seed=1, dtype=BF16)
-    result = gemm.logits(x, weight)
+    result = linear.logits(x, weight)
     assert result.dtype == torch.float32
     assert_close(result, exact(x, weight), ulps=64)
-    assert torch.equal(result.to(BF16), gemm.linear(x, weight))
+    assert torch.equal(result.to(BF16), linear.linear(x, weight))
 
 
 def tiles(rows: Sequence[int] = (8, 16, 64)) -> list[Any]:
@@ -68,12 +69,12 @@ def tiles(rows: Sequence[int] = (8, 16, 64)) -> list[Any]:
 @pytest.mark.parametrize("splits", [True, False])
 def test_bits_depend_neither_on_rows_nor_on_tiles(monkeypatch: pytest.MonkeyPatch, splits: bool) -> None:
     x, weight = randn(40, 416, dtype=BF16), randn(96, 416, seed=1, dtype=BF16)
-    expected = gemm.logits(x, weight)
+    expected = linear.logits(x, weight)
     if not splits:
         monkeypatch.setattr(gemm, "MAX_SPLIT_PROGRAMS", 0)
     for count in (1, 2, 7, 9, 17, 33, 40):
-        assert torch.equal(gemm.logits(x[:count], weight), expected[:count])
-        assert torch.equal(gemm.logits(x[-count:], weight), expected[-count:])
+        assert torch.equal(linear.logits(x[:count], weight), expected[:count])
+        assert torch.equal(linear.logits(x[-count:], weight), expected[-count:])
     for config in tiles():
         assert torch.equal(gemm.matmul(x, weight, dtype=torch.float32, config=config), expected)
 
@@ -84,7 +85,7 @@ def test_bits_depend_neither_on_rows_nor_on_tiles(monkeypatch: pytest.MonkeyPatc
 def test_epilogues_equal_the_ops_one_by_one(order: Order, has_bias: bool, k: int) -> None:
     x, weight, residual = randn(6, k, dtype=BF16), randn(96, k, seed=1, dtype=BF16), randn(6, 96, seed=3, dtype=BF16)
     bias = randn(96, seed=2, dtype=BF16) if has_bias else None
-    plain = gemm.linear(x, weight, bias)
+    plain = linear.linear(x, weight, bias)
     with grid_order(order, seed=1):
         added = gemm.matmul(x, weight, gemm.Epilogue(bias, residual=residual))
         active = gemm.matmul(x, weight, gemm.Epilogue(bias, activation="gelu_tanh", residual=residual))
@@ -98,25 +99,25 @@ def test_selected_rows() -> None:
     x, weight = randn(9, 384, dtype=BF16), randn(96, 384, seed=1, dtype=BF16)
     rows = torch.tensor([8, 0, 3])
     result = gemm.matmul(x, weight, rows=rows, dtype=torch.float32)
-    assert torch.equal(result, gemm.logits(x[rows], weight))
+    assert torch.equal(result, linear.logits(x[rows], weight))
 
 
 def test_views_and_results_in_place() -> None:
     wide, weight = randn(4, 512, dtype=BF16), randn(65, 128, seed=1, dtype=BF16)
     out = torch.full((4, 96), torch.nan, dtype=BF16)
     view = out[:, 8:73]
-    assert gemm.linear(wide[:, 128:256], weight, out=view) is view
+    assert linear.linear(wide[:, 128:256], weight, out=view) is view
     assert_close(view, exact(wide[:, 128:256], weight))
     assert out[:, :8].isnan().all() and out[:, 73:].isnan().all()
 
 
 def test_a_single_output() -> None:
     x, weight = randn(3, 384, dtype=BF16), randn(1, 384, seed=1, dtype=BF16)
-    assert_close(gemm.linear(x, weight), exact(x, weight))
+    assert_close(linear.linear(x, weight), exact(x, weight))
 
 
 def test_errors_are_no_larger_than_the_references() -> None:
     x, weight = randn(4, 512, dtype=BF16), randn(64, 512, seed=1, dtype=BF16)
     truth = exact(x, weight)
-    own = (gemm.linear(x, weight).double() - truth).abs().mean()
+    own = (linear.linear(x, weight).double() - truth).abs().mean()
     assert own <= 1.5 * (reference.linear.reference(x, weight).double() - truth).abs().mean()
