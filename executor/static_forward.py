@@ -187,8 +187,8 @@ class StaticForward:
         self._tables = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
         self._rows = [new(table.shape, dtype=as_dtype(table)) for table in states.block_tables]
         self._recent = new(num_slots * RECENT_TOKENS, dtype=as_dtype(np.zeros(0, np.int32)))
-        self._tokens = new(sizes.max_samples, dtype=as_dtype(np.zeros(0, np.int64)))
-        """The tokens sampled last."""
+        self._tokens = new(2 * sizes.max_samples, dtype=as_dtype(np.zeros(0, np.int64)))
+        """The tokens sampled last, at the start."""
         self._ids = new(sizes.largest.tokens, dtype=as_dtype(np.zeros(0, np.int32)))
         self._copies_tokens = True
         """Whether the sampler writes them elsewhere."""
@@ -205,7 +205,7 @@ class StaticForward:
         assert setup.channel.graphs is not None
         sizes = _sizes(setup)
         fixed = _block_bytes(_columns(sizes.largest, len(setup.groups), sizes.max_samples))
-        fixed += 4 * (sizes.largest.tokens + RECENT_TOKENS * sizes.max_num_seqs) + 8 * sizes.max_samples
+        fixed += 4 * (sizes.largest.tokens + RECENT_TOKENS * sizes.max_num_seqs) + 16 * sizes.max_samples
         tables = sum(-(-2 * 4 * sizes.max_num_seqs // size) for size in setup.block_sizes)
         return fixed + setup.channel.graphs.reserve_bytes, tables
 

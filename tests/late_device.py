@@ -43,6 +43,7 @@ WITHOUT_WEIGHTS = {"paged_attention", "sample", "weight_sum"}
 """Ops all of whose tensors belong to steps."""
 VIEWS = {"view", "narrow", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "expand", "split"}
 VIEWS |= {"__get__", "__len__", "size", "stride", "dim", "numel", "is_floating_point", "element_size", "new_empty"}
+VIEWS |= {"is_contiguous", "storage_offset", "data_ptr", "reshape", "chunk", "unbind", "select", "detach"}
 """Functions that neither read nor write memory."""
 
 

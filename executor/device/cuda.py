@@ -54,7 +54,7 @@ class CudaDevice:
 
     name = "cuda"
     kernels = "triton"
-    memory_utilization = 0.92
+    memory_utilization: float | None = 0.92
     max_num_batched_tokens = 8192
 
     def __init__(self) -> None:

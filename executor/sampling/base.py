@@ -116,7 +116,12 @@ class SamplerBackend(Protocol):
     ) -> Deferred[list[TokenLogprobs]]: ...
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
-        """Whether the tokens of each step are written to the start of this buffer from now on, int64 [most rows]."""
+        """Whether the tokens of each step are written to the start of this buffer from now on.
+
+        Args:
+            buffer: int64 [twice the most rows of a step], on the device of the logits; other results may follow the
+                tokens.
+        """
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         """Approximate memory of a step with this many rows, in addition to its logits."""

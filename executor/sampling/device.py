@@ -48,7 +48,8 @@ class DeviceSampler:
         self._allowed: dict[int, I32] = {}
         """Their bits, by slot; made when the size of the vocabulary is known."""
         self._edits = _StepEdits(max_num_seqs)
-        self._tokens: torch.Tensor | None = None
+        self._results: torch.Tensor | None = None
+        """See ``keep_tokens_in``."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         row = self._filters[slot]
@@ -103,12 +104,15 @@ class DeviceSampler:
         reports = self._report(raw, tokens, rows, wanted, views["wanted"]) if len(wanted) else None
         return Sampled(tokens, sampler_output(tokens, status, rows, wanted, reports))
 
-    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
-        self._tokens = buffer
-        return True
+    def _out(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Memory for tokens and status of a step, one behind the other: they come back in one copy."""
+        if self._results is None:
+            return None
+        return self._results[:num_rows], self._results.view(torch.int32)[2 * num_rows : 3 * num_rows]
 
-    def _out(self, num_rows: int) -> torch.Tensor | None:
-        return None if self._tokens is None else self._tokens[:num_rows]
+    def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
+        self._results = buffer
+        return True
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
         return num_rows * vocab_size * 4 + sample.step_bytes(num_rows)  # a copy of the logits, for log probabilities

@@ -96,11 +96,7 @@ class Sampler:
         return self._backend.sample(logits, raw, rows, states, mask)
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
-        """Whether the tokens of each step are written to the start of this buffer from now on.
-
-        Args:
-            buffer: int64 [most rows of a step], on the device of the logits.
-        """
+        """See ``SamplerBackend``."""
         return self._backend.keep_tokens_in(buffer)
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:

@@ -37,7 +37,7 @@ def select_columns_kernel(x_ptr, columns_ptr, out_ptr, width, x_stride, out_stri
 
 def gather_rows(x: Tensor, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The op ``gather_rows``."""
-    out = result(out, (len(rows), x.shape[1]), x.dtype, x)
+    out = result(out, (len(rows), x.shape[1]), x.dtype, rows)
     args = {"x_ptr": x, "rows_ptr": rows, "out_ptr": out, "width": x.shape[1]}
     args |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
     _launch(gather_rows_kernel, out, args)

@@ -202,7 +202,7 @@ scratch = Scratch()
 def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     """The memory for a result: ``out``, or new memory on the device of ``like``."""
     if out is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return like.new_empty(shape, dtype=dtype)
     assert out.shape == shape and out.dtype == dtype, (
         f"expected {dtype} {list(shape)}, not {out.dtype} {list(out.shape)}"
     )

@@ -455,7 +455,7 @@ def sample_rows(
     raw: Tensor | None = None,
     mask: Mask | None = None,
     edits: Edits | None = None,
-    out: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sampling as a whole: mask, edits, filters, random numbers.
 
@@ -466,15 +466,15 @@ def sample_rows(
         raw: The model's logits, float32 of the same shape. None: they are ``logits``.
         mask: Tokens that rows may take.
         edits: Changes that follow the mask.
-        out: int64 [rows], for the tokens; None: new memory.
+        out: int64 [rows] and int32 [rows], for the results; None: new memory.
 
     Returns:
         The tokens, int64 [rows], 0 where there is none, and int32 [rows]: OK, NOT_FINITE if the model's logits or the
         largest one in the end are not finite numbers, NOTHING_LEFT if all are minus infinity in the end.
     """
     rows = logits.shape[0]
-    tokens = result(out, (rows,), torch.int64, logits)
-    status = logits.new_empty(rows, dtype=torch.int32)
+    tokens = result(out and out[0], (rows,), torch.int64, logits)
+    status = result(out and out[1], (rows,), torch.int32, logits)
     _launch(logits, raw, filters, None, randomness, mask, edits, tokens, status)
     return tokens, status
 

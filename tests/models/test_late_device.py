@@ -101,7 +101,13 @@ class Engine:
         self.logprobs: dict[int, list[tuple[int, bytes, bytes, int]]] = {}
         self.vectors: dict[int, Tensor] = {}
 
-    def add(self, index: int, prompt: list[int], params: ResolvedParams | ResolvedPoolingParams) -> None:
+    def add(
+        self,
+        index: int,
+        prompt: list[int],
+        params: ResolvedParams | ResolvedPoolingParams,
+        resumed: Sequence[int] = (),
+    ) -> None:
         pools = isinstance(params, ResolvedPoolingParams)
         message = EngineCoreRequest(
             request_id=str(index),
@@ -109,6 +115,7 @@ class Engine:
             prompt_token_ids=np.array(prompt, np.int32).tobytes(),
             sampling_params=None if pools else params,  # type: ignore[arg-type]
             pooling_params=params if pools else None,  # type: ignore[arg-type]
+            resumed_output_token_ids=np.array(resumed, np.int32).tobytes(),
         )
         self.outputs[index] = []
         self.scheduler.add_request(Request(message))
@@ -135,7 +142,10 @@ class Engine:
         if isinstance(self.device, LateDevice):
             assert self.device.channel is not None
             self.device.channel.let_come()
-            self.worker.take_results()
+        if self.worker.results_fd is not None:
+            while not self.results:
+                assert select.select([self.worker.results_fd], [], [], 60)[0], "no results"
+                self.worker.take_results()
         result = self.results[0]
         self.answers.remove(result)
         self.num_accepted += sum(result.num_accepted)
