@@ -176,6 +176,8 @@ class OpSet:
     """The machine's instructions that it uses, for choices of arithmetic; those of CPUs: ``ops/cpu/build.py``."""
     block_types: frozenset[str] | None = None
     """The types of GGUF blocks that it can multiply; None: all that the references can."""
+    rounds_activations: bool = True
+    """Whether quantised weights can be multiplied with activations in 8 bits."""
 
     def __init__(
         self, name: str = "reference", implementations: Mapping[str, Callable[..., Any]] | None = None

@@ -118,6 +118,6 @@ def chosen_activations(
     """
     if options.activations != "auto":
         return options.activations
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not ops.op_set(device.type).rounds_activations:
         return "float"
     return "int8" if prefers_int8 or ops.op_set(device.type).capability not in EXACT else "float"

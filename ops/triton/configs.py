@@ -112,7 +112,14 @@ GEMM_FLOAT32 = {
 
 
 def gemm(
-    target: Target, rows: int, k: int, dtype: torch.dtype, segments: int, activation: str, is_gated: bool
+    target: Target,
+    rows: int,
+    k: int,
+    dtype: torch.dtype,
+    segments: int,
+    activation: str,
+    is_gated: bool,
+    has_rows: bool = False,
 ) -> Config:
     """The configuration of a product with ``rows`` rows.
 
@@ -124,6 +131,7 @@ def gemm(
         segments: Into how many k is cut.
         activation: What follows; "none" if nothing does.
         is_gated: Whether a program has two tiles of weights.
+        has_rows: Whether rows are gathered.
     """
     table = GEMM_FLOAT32 if dtype == torch.float32 else GEMM
     # A tile of 256 rows leaves no registers for anything else.
@@ -137,7 +145,8 @@ def gemm(
     tile_n = max(64, tile["TILE_N"] // 2) if is_gated and dtype != torch.float32 else tile["TILE_N"]
     tile_k = tile["TILE_K"] if k % tile["TILE_K"] == 0 else min(tile["TILE_K"], 64)
     stage = (tile_m + tile_n * (2 if is_gated else 1)) * tile_k * dtype.itemsize
-    stages = 2 if target.backend == "hip" else max(2, min(chosen.num_stages, target.max_shared // stage))
+    wanted = 2 if has_rows and not target.has_wgmma else chosen.num_stages  # their addresses take registers
+    stages = 2 if target.backend == "hip" else max(2, min(wanted, target.max_shared // stage))
     return Config(chosen.num_warps, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", tile_k)))
 
 
@@ -159,8 +168,9 @@ def quantized_gemm(target: Target, rows: int, dtype: torch.dtype, bits: int, is_
     chosen = table[tile_m]
     tile = dict(chosen.tile)
     tile_n = max(64, tile["TILE_N"] // 2) if is_gated and dtype != torch.float32 else tile["TILE_N"]
-    if target.capability == 100:
-        # Sums are in tensor memory; ptxas would limit itself to 128 registers and spill.
-        tile_n = min(tile_n, 64)
+    warps = chosen.num_warps
+    if target.capability == 100 and tile_m == 128:
+        # Sums are in tensor memory: with more warps, ptxas leaves each too few registers.
+        warps, tile_n = 4, 64
     stages = 2 if target.backend == "hip" else chosen.num_stages
-    return Config(chosen.num_warps, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", tile["TILE_K"])))
+    return Config(warps, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", tile["TILE_K"])))

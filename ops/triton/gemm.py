@@ -276,7 +276,9 @@ def matmul(
     out = result(out, (count, n), dtype or x.dtype, x)
     segments = num_segments(weight.shape[0], k)
     if config is None:
-        config = configs.gemm(target(), count, k, x.dtype, segments, epilogue.activation, epilogue.is_gated)
+        config = configs.gemm(
+            target(), count, k, x.dtype, segments, epilogue.activation, epilogue.is_gated, rows is not None
+        )
     tile = dict(config.tile)
     args = _arguments(x, weight, epilogue, rows, out, segment_size(k, segments))
     even = {"EVEN_N": n % tile["TILE_N"] == 0, "EVEN_K": k % tile["TILE_K"] == 0}

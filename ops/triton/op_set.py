@@ -37,6 +37,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 class TritonOps(OpSet):
     """The ops, run by Triton's kernels."""
 
+    rounds_activations = False
+
     def __init__(self) -> None:
         super().__init__("triton", IMPLEMENTATIONS)
 

@@ -158,7 +158,8 @@ def matmul(
     """
     if weight.activations != "float":
         raise NotImplementedError(
-            f"GPUs multiply quantised weights with activations in float, not {weight.activations}"
+            f"GPUs multiply quantised weights with activations in float, not {weight.activations} "
+            "(--quantized-activations float)"
         )
     count, n = (len(x) if rows is None else len(rows)), weight.shape[0] // (2 if epilogue.is_gated else 1)
     assert len(weight.segments) == 1 or not epilogue.is_gated

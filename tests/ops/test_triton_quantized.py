@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import ops
+from executor.quantization.base import Options
+from executor.quantization.packed import chosen_activations
 from ops import OpSet, QuantizedWeight
 from ops.packed import Encoding
 from ops.reference.small_floats import FLOAT_FORMATS
@@ -132,3 +134,11 @@ def test_activations_in_8_bits_are_refused() -> None:
         NotImplementedError, match="GPUs multiply quantised weights with activations in float, not int8"
     ):
         linear.linear(randn(1, 32, dtype=BF16), weight)
+
+
+def test_activations_stay_in_float_unless_asked_otherwise() -> None:
+    device = torch.device("cpu")
+    assert chosen_activations(Options(), BF16, device, prefers_int8=True) == "float"
+    assert chosen_activations(Options(activations="int8"), BF16, device) == "int8"
+    with using(OpSet()):
+        assert chosen_activations(Options(), BF16, device, prefers_int8=True) == "int8"
