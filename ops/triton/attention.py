@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 from ops.triton.catalog import Case, meta
-from ops.triton.configs import Config, power_of_two
+from ops.triton.configs import TARGETS, Config, power_of_two
 from ops.triton.kv_cache import write_kv
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
@@ -90,6 +90,8 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
     largest = max(shape.head_dim, shape.v_dim)
     if largest > MAX_HEAD_DIM:
         return f"heads of {largest} numbers are not supported; at most {MAX_HEAD_DIM}"
+    if dtype == torch.float32 and largest > 128 and target().backend == "hip":
+        return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
     return None
 
 
@@ -505,7 +507,7 @@ def _launch(
         "table_stride": row_stride(meta.block_table),
         **_factors(shape),
     }
-    rows, warps, stages = split_tile(shape) if is_split else whole_tile(shape, keys.dtype)
+    rows, warps, stages = split_tile(shape, keys.dtype) if is_split else whole_tile(shape, keys.dtype)
     launch(
         attention_kernel,
         (min(len(items) * shape.num_kv_heads, PROGRAMS),),
@@ -569,14 +571,19 @@ def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
     largest = max(shape.head_dim, shape.v_dim)
     if dtype == torch.float32:
         return (16, 4, 2) if largest <= 64 else (32, 8, 2) if largest <= 128 else (16, 8, 1)
-    if target().has_wgmma:
-        return (128, 8, 2) if largest <= 128 else (64, 8, 2)
-    return (64, 8, 2) if largest <= 128 or target().backend == "hip" else (32, 8, 2)
+    if target().capability == 90 and largest <= 128:
+        return 128, 8, 2
+    if target().capability == 100 and largest > 128:
+        return 64, 8, 1
+    return (64, 8, 2) if largest <= 128 or target().capability == 90 or target().backend == "hip" else (32, 8, 2)
 
 
-def split_tile(shape: AttentionShape) -> tuple[int, int, int]:
+def split_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
     """Likewise of the tiles of parts."""
-    return SPLIT_ROWS, 4 if max(shape.head_dim, shape.v_dim) <= 128 else 8, 2
+    if target().capability == 100 and dtype == torch.float32:
+        return SPLIT_ROWS, 8, 1
+    widest = {0: 64, 100: 0}.get(target().capability, 128)
+    return SPLIT_ROWS, 4 if max(shape.head_dim, shape.v_dim) <= widest else 8, 2
 
 
 @lru_cache
@@ -606,7 +613,10 @@ def cases() -> Iterator[Case]:
     yield _case("128", kinds["128"], torch.float16)
     yield _case("64", kinds["64"], torch.float32)
     yield _case("128", kinds["128"], torch.float32)
-    yield _case("256 cap", kinds["256 cap"], torch.float32)
+    yield replace(
+        _case("256 cap", kinds["256 cap"], torch.float32),
+        targets=frozenset(name for name, each in TARGETS.items() if each.backend == "cuda"),
+    )
 
 
 def _case(name: str, shape: AttentionShape, dtype: torch.dtype) -> Case:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.reference.sampling import MAX_VOCAB_SIZE
 from ops.triton.catalog import Case, meta
-from ops.triton.configs import power_of_two
+from ops.triton.configs import Config, power_of_two
 from ops.triton.launch import launch, result, row_stride
 from ops.triton.sample import (
     MOST_KEPT,
@@ -73,9 +73,8 @@ def _most_likely(
 ):  # fmt: skip
     """Stores the ids of the ``most`` largest logits, ties by lowest id, in ascending order."""
     lo = tl.full([], -(2**31), tl.int64)
-    source, ids, count = logits, kept_ids_ptr, vocab_size
-    boundary, num_above, _, source, ids, count = find_boundary(
-        source, ids, count, kept_ptr, kept_ids_ptr, lo, most.to(tl.int64), False, largest, _LOG2_E, 0.0,
+    boundary, num_above, _, source, count = find_boundary(
+        logits, vocab_size, kept_ptr, kept_ids_ptr, lo, most.to(tl.int64), False, largest, _LOG2_E, 0.0,
         CHUNK, MOST_KEPT,
     )  # fmt: skip
     ties = most - num_above
@@ -91,7 +90,7 @@ def _most_likely(
         where = place + tl.cumsum(is_kept.to(tl.int32), 0) - 1
         token = lane
         if count < vocab_size:
-            token = tl.load(ids + lane, mask=is_kept, other=0)
+            token = tl.load(kept_ids_ptr + lane, mask=is_kept, other=0)
         tl.store(ids_ptr + where, token.to(tl.int64), mask=is_kept)
         place += tl.sum(is_kept.to(tl.int32), 0)
         num_ties += tl.sum(is_tie, 0)
@@ -179,8 +178,13 @@ def most_likely(
         "out_stride": 1 + most,
     }
     tile = power_of_two(most) if most else 0
-    launch(logprobs_kernel, (entries,), args, config(vocab_size), MOST_KEPT=MOST_KEPT, MOST_TILE=tile)
+    launch(logprobs_kernel, (entries,), args, _config(vocab_size), MOST_KEPT=MOST_KEPT, MOST_TILE=tile)
     return ids, values, ranks, tops, sums
+
+
+def _config(vocab_size: int) -> Config:
+    chunk = min(power_of_two(vocab_size, 128), 2048)
+    return Config(max(chunk // 256, 1), 1, (("CHUNK", chunk),))
 
 
 def cases() -> Iterator[Case]:

@@ -20,9 +20,9 @@ from torch import Tensor
 from ops.reference.sampling import EXP2, MAX_VOCAB_SIZE, STREAM_SAMPLE
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config, power_of_two
-from ops.triton.launch import launch, result, row_stride, scratch
+from ops.triton.launch import launch, result, row_stride, scratch, target
 
-_LARGEST_CHUNK = 2048
+_LARGEST_CHUNK = 1024
 MOST_KEPT = 1024
 """Tokens that are copied together."""
 OK, NOT_FINITE, NOTHING_LEFT = 0, 1, 2
@@ -175,7 +175,7 @@ def _pivots(lo, hi, is_first, largest, scale):
 
 @triton.jit
 def find_boundary(
-    source, ids, count, kept_ptr, kept_ids_ptr, lo, goal, by_units, largest, scale, min_p,
+    source, count, kept_ptr, kept_ids_ptr, lo, goal, by_units, largest, scale, min_p,
     CHUNK: tl.constexpr, MOST_KEPT: tl.constexpr,
 ):  # fmt: skip
     """The largest key above or at which there are ``goal`` tokens, or units; ``lo`` if there are not so many above it.
@@ -183,7 +183,7 @@ def find_boundary(
     Once at most ``MOST_KEPT`` tokens can be kept, they are copied together.
 
     Returns:
-        The key, how many tokens are above it and their units; where the tokens are (logits and ids), and how many.
+        The key, how many tokens are above it and their units; where the logits are by now, and how many.
     """
     start = lo
     hi = keys_of(largest).to(tl.int64) + 1
@@ -211,9 +211,8 @@ def find_boundary(
                 place += tl.sum(kept, 0)
             tl.debug_barrier()
             source = kept_ptr
-            ids = kept_ids_ptr
             count = num_low
-    return lo, num_above, units_above, source, ids, count
+    return lo, num_above, units_above, source, count
 
 
 @triton.jit
@@ -250,7 +249,7 @@ def _pick(source, count, boundary, ties, goal, largest, scale, min_p, CHUNK: tl.
 
 @triton.jit
 def _drawn(
-    source, ids, count, kept_ptr, kept_ids_ptr, largest, temperature, top_k, top_p, min_p, number,
+    source, count, kept_ptr, kept_ids_ptr, largest, temperature, top_k, top_p, min_p, number,
     CHUNK: tl.constexpr, MOST_KEPT: tl.constexpr,
 ):  # fmt: skip
     """The token that a number in units of 2^-53 draws."""
@@ -271,8 +270,8 @@ def _drawn(
             is_used = top_p < 1.0
             goal = tl.maximum(tl.ceil(top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64), 1)
         if is_used:
-            boundary, num_above, units_above, source, ids, count = find_boundary(
-                source, ids, count, kept_ptr, kept_ids_ptr, tl.where(by_units == 1, boundary - 1, floor), goal,
+            boundary, num_above, units_above, source, count = find_boundary(
+                source, count, kept_ptr, kept_ids_ptr, tl.where(by_units == 1, boundary - 1, floor), goal,
                 by_units == 1, largest, scale, min_p, CHUNK, MOST_KEPT,
             )  # fmt: skip
             tied = units_of(token_weights(_logit_of(boundary.to(tl.int32)), largest, scale))
@@ -284,7 +283,7 @@ def _drawn(
     place = _pick(source, count, boundary, ties, goal, largest, scale, min_p, CHUNK)
     token = place
     if count < vocab_size:
-        token = tl.load(ids + place)
+        token = tl.load(kept_ids_ptr + place)
     return token
 
 
@@ -375,7 +374,7 @@ def sample_kernel(
         else:
             number = _number(tl.load(seeds_ptr + row), tl.load(counters_ptr + row), STREAM)
         token = _drawn(
-            logits, kept_ids_ptr, vocab_size, kept_ptr + row * MOST_KEPT, kept_ids_ptr + row * MOST_KEPT, largest,
+            logits, vocab_size, kept_ptr + row * MOST_KEPT, kept_ids_ptr + row * MOST_KEPT, largest,
             temperature, tl.load(top_k_ptr + params), tl.load(top_p_ptr + params), tl.load(min_p_ptr + params),
             number, CHUNK, MOST_KEPT,
         )  # fmt: skip
@@ -525,9 +524,9 @@ def _launch(
 
 
 def config(vocab_size: int) -> Config:
-    """How many tokens a program looks at together."""
-    chunk = min(power_of_two(vocab_size, 128), _LARGEST_CHUNK)
-    return Config(max(chunk // 128, 1), 1, (("CHUNK", chunk),))
+    """How many tokens a program looks at together. On AMD one per thread: more take too many scalar registers."""
+    chunk = min(power_of_two(vocab_size, 128), _LARGEST_CHUNK if target().backend == "cuda" else 512)
+    return Config(chunk // 64, 1, (("CHUNK", chunk),))
 
 
 def kept_memory(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
