@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,44 +12,7 @@ import torch
 
 from executor.device import cuda
 from executor.device.cuda import CudaDevice, CudaSteps, joined
-
-
-class Stream:
-    def __init__(self) -> None:
-        self.waits: list[Stream] = []
-
-    def wait_stream(self, other: Stream) -> None:
-        self.waits.append(other)
-
-
-class Event:
-    error: Exception | None = None
-
-    def __init__(self, **options: bool) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        if Event.error is not None:
-            raise Event.error
-
-    def elapsed_time(self, end: Event) -> float:
-        return 1.5
-
-
-class Graph:
-    log: list[str] = []
-
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        Graph.log.append(f"begin {capture_error_mode}")
-
-    def capture_end(self) -> None:
-        Graph.log.append("end")
-
-    def replay(self) -> None:
-        Graph.log.append("replay")
+from tests.stub_cuda import Event, Graph, stubbed
 
 
 class Kernel:
@@ -59,22 +21,9 @@ class Kernel:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> CudaSteps:
-    main = Stream()
-
-    @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        yield
-
-    stand_ins: dict[str, Any] = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "stream": on}
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(cuda, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-    monkeypatch.setattr(Event, "error", None)
-    monkeypatch.setattr(Graph, "log", [])
-    return CudaSteps(torch.device("cpu"))
+def steps() -> Iterator[CudaSteps]:
+    with stubbed():
+        yield CudaSteps(torch.device("cpu"))
 
 
 def wait(steps: CudaSteps) -> None:
