@@ -20,11 +20,6 @@ namespace {
 // With fewer tiles per thread than this, threads share the context of a tile.
 constexpr int kTilesPerThread = 4;
 
-// Tiles (or splits) are handed out in runs, so that the K of the next one can be prefetched and threads slowed down by
-// other programs take fewer runs.
-constexpr int kRunsPerThread = 8;
-constexpr int kMostUnits = 4;  // per run
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing K and V
 
@@ -154,19 +149,59 @@ struct Partial {
     Partial(float* memory, int rows) : largest(memory), total(memory + rows), out(memory + 2 * rows) {}
 };
 
-// K and V of a part of a tile's context, unit by unit.
-template <class Cache>
-struct Context {
-    int begin = 0;  // first token
-    int units = 0;
-    const typename Cache::Stored* keys[kSplitUnits];
-    const typename Cache::Stored* values[kSplitUnits];
+// Some units of a request's context.
+struct Extent {
+    int begin;  // first token
+    int units;
+};
+
+// The blocks of K and V that a thread will read, in order. They are listed some time before, so that those a fixed
+// distance ahead can be prefetched: splits may be short, and what is read by a thread is one long stream.
+template <class Stored>
+class Upcoming {
+public:
+    // `most`: blocks that are listed at once.
+    Upcoming(int most, Scratch& scratch)
+        : capacity_(kTimesMost * most + kBlocksAhead), blocks_(scratch.take<const Stored*>(capacity_)) {}
+
+    void clear() { begin_ = end_ = 0; }
+
+    // Whether those ahead of the first `count` blocks are listed.
+    bool suffices(int count) const { return end_ - begin_ >= count + kBlocksAhead; }
+
+    // Space for `count` blocks at the end.
+    const Stored** append(int count) {
+        if (end_ + count + kBlocksAhead > capacity_) {
+            std::copy(blocks_ + begin_, blocks_ + end_, blocks_);
+            end_ -= begin_;
+            begin_ = 0;
+        }
+        end_ += count;
+        return blocks_ + end_ - count;
+    }
+
+    // Takes the first `count` blocks, which kBlocksAhead others follow, unless all are listed.
+    const Stored* const* take(int count) {
+        const Stored** first = blocks_ + begin_;
+        if (!suffices(count)) std::fill_n(blocks_ + end_, kBlocksAhead, blocks_[end_ - 1]);
+        begin_ += count;
+        return first;
+    }
+
+private:
+    static constexpr int kTimesMost = 4;
+
+    const int capacity_;
+    const Stored** blocks_;
+    int begin_ = 0;
+    int end_ = 0;
 };
 
 template <class Cache>
 class Attention {
 public:
     using T = typename Cache::T;
+    using Stored = typename Cache::Stored;
     using Factor = Left<typename Cache::Number>;
 
     Attention(const OctavoAttention& op, const OctavoStep& step, Cache& cache, Scratch& scratch)
@@ -175,6 +210,8 @@ public:
           group_(step.groups[op.group]),
           cache_(cache),
           group_size_(op.num_heads / op.num_kv_heads),
+          key_blocks_(cache.head_dim / kBlock),
+          value_blocks_(cache.v_head_dim / kColumns),
           queries_(scratch.take<LeftOf<T>>(kRows<T> * cache.head_dim)),
           scores_(scratch.take<float>(kRows<T> * kSplit)),
           weights_(scratch.take<LeftOf<T>>(kRows<T> * kSplit)),
@@ -201,42 +238,54 @@ public:
         write_head(op_, cache_, step_, Request(group_, tile.request).first_token, tile.kv_head);
     }
 
-    // Locates the K and V of a split that are visible to a tile.
-    void locate(const Tile& tile, int split, Context<Cache>& context) const {
+    // Prefetches where they will be written.
+    void prefetch_place(const Tile& tile) const {
+        const int64_t slot = group_.slot_mapping[Request(group_, tile.request).first_token];
+        cache_.prefetch_place(slot / cache_.block_size, tile.kv_head, static_cast<int>(slot % cache_.block_size));
+    }
+
+    // The part of a split that is visible to a tile.
+    Extent extent(const Tile& tile, int split) const {
         const Request request(group_, tile.request);
         const View first = request.view(op_, tile.first_row / group_size_);
         const View last = request.view(op_, (tile.first_row + tile.rows - 1) / group_size_);
-        context.begin = std::max(split * kSplit, first.begin / kUnit * kUnit);
-        const int end = std::min((split + 1) * kSplit, last.end);
-        context.units = blocks_of(end - context.begin, kUnit);
+        const int begin = std::max(split * kSplit, first.begin / kUnit * kUnit);
+        return {begin, blocks_of(std::min((split + 1) * kSplit, last.end) - begin, kUnit)};
+    }
+
+    int blocks_in(const Extent& extent) const { return extent.units * (key_blocks_ + value_blocks_); }
+
+    // Lists the blocks of a tile's K and V as `attend` reads them: K unit by unit, then V of 32 columns after another.
+    void list(const Tile& tile, const Extent& extent, const Stored** blocks) const {
         const int32_t* table = group_.block_table + tile.request * group_.block_table_stride;
-        for (int i = 0; i < context.units; ++i) {
-            const int token = context.begin + i * kUnit;
+        const Stored** values = blocks + extent.units * key_blocks_;
+        for (int i = 0; i < extent.units; ++i) {
+            const int token = extent.begin + i * kUnit;
             const int64_t block = table[token / cache_.block_size];
-            context.keys[i] = cache_.keys_of(block, tile.kv_head, token % cache_.block_size);
-            context.values[i] = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
+            const Stored* key = cache_.keys_of(block, tile.kv_head, token % cache_.block_size);
+            const Stored* value = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
+            for (int j = 0; j < key_blocks_; ++j) *blocks++ = key + j * kBlockElements;
+            for (int j = 0; j < value_blocks_; ++j) values[j * extent.units + i] = value + j * kBlockElements;
         }
     }
 
-    // Attention of a staged tile over one split, while the keys of the next split are prefetched.
-    void attend(const Tile& tile, const Context<Cache>& context, const Context<Cache>& next, const Partial& result) {
+    // Attention of a staged tile over one split, whose blocks are listed.
+    void attend(const Tile& tile, const Extent& extent, const Stored* const* blocks, const Partial& result) {
         const Request request(group_, tile.request);
         const int64_t block = static_cast<int64_t>(tile.rows) * kBlock;
         const Factor queries = {queries_, kBlock, block};
-        for (int i = 0; i < context.units; ++i)
-            dot(tile.rows, queries, cache_.scores_of(context.keys[i], context.values[i]), cache_.head_dim / kBlock,
+        if constexpr (Cache::kHasScales) scaled_ = cache_.read_scales(extent.units, blocks);
+        for (int i = 0; i < extent.units; ++i, blocks += key_blocks_)
+            dot(tile.rows, queries, cache_.factor_of(blocks, key_blocks_), key_blocks_,
                 scores_ + i * tile.rows * kColumns);
-        if constexpr (Cache::kHasScales) scaled_ = cache_.read_scales(context.units, context.keys, context.values);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
-            softmax(tile.rows, r, context.units, view.begin - context.begin, view.end - context.begin,
+            softmax(tile.rows, r, extent.units, view.begin - extent.begin, view.end - extent.begin,
                     op_.slopes ? op_.slopes[head_of(tile, r)] : 0.0f, result);
         }
         const Factor weights = {weights_, kBlock, block};
-        for (int column = 0; column < cache_.v_head_dim; column += kColumns) {
-            dot(tile.rows, weights,
-                cache_.sum_of(column / kColumns, context.units, context.values, next.units, next.keys), context.units,
-                sums_);
+        for (int column = 0; column < cache_.v_head_dim; column += kColumns, blocks += extent.units) {
+            dot(tile.rows, weights, cache_.factor_of(blocks, extent.units), extent.units, sums_);
             for (int r = 0; r < tile.rows; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
                     store(result.out + r * cache_.v_head_dim + column + i, load(sums_ + r * kColumns + i));
@@ -352,6 +401,8 @@ private:
     const OctavoGroup& group_;
     Cache& cache_;
     const int group_size_;
+    const int key_blocks_;  // of 32 x 32 numbers, in a unit
+    const int value_blocks_;
     LeftOf<T>* queries_;
     float* scores_;
     LeftOf<T>* weights_;
@@ -376,7 +427,7 @@ struct Work {
     // Units of work to hand out: tiles or items.
     int units() const { return partials ? num_items : num_tiles; }
     int first_item(int unit) const {
-        if (unit >= units()) return num_items;
+        if (unit == units()) return num_items;
         return partials ? unit : tiles[unit].first_item;
     }
     // The tile of an item, which is `tile` or a later one.
@@ -386,37 +437,70 @@ struct Work {
     }
 };
 
-// Some consecutive items; the keys of the next are prefetched while one is computed.
+// A thread's way through items, most of which follow each other.
 template <class Cache>
-void attend_items(Attention<Cache>& kernel, const Work& work, Range items, const Partial& sum, const Partial& part) {
-    Context<Cache> contexts[2];
-    const auto locate = [&](int item, int tile) {
-        const Tile& t = work.tiles[tile];
-        if (item < items.end) kernel.locate(t, t.first_split + item - t.first_item, contexts[item % 2]);
-        if (item == items.end) contexts[item % 2].units = 0;
-        return tile;
-    };
-    int staged = -1;
-    int current = locate(items.begin, work.tile_of(items.begin, 0));
-    for (int item = items.begin; item < items.end; ++item) {
-        const Tile& tile = work.tiles[current];
-        if (staged != current) kernel.stage(tile);
-        staged = current;
-        const int next = locate(item + 1, work.tile_of(item + 1, current));
-        const Context<Cache>& here = contexts[item % 2];
-        const Context<Cache>& there = contexts[(item + 1) % 2];
-        const int split = item - tile.first_item;
-        if (work.writes_alone && split == tile.num_splits - 1) kernel.write(tile);
-        if (work.partials) {
-            kernel.attend(tile, here, there, work.partial(item, kRows<typename Cache::T>));
-        } else {
-            kernel.attend(tile, here, there, split == 0 ? sum : part);
-            if (split > 0) kernel.merge(tile.rows, sum, part);
-            if (split == tile.num_splits - 1) kernel.finish(tile, sum);
+class Walk {
+public:
+    Walk(Attention<Cache>& kernel, const Work& work, int blocks_of_split, Scratch& scratch)
+        : kernel_(kernel),
+          work_(work),
+          upcoming_(blocks_of_split, scratch),
+          sum_(scratch.take<float>(work.partial_floats), kRows<typename Cache::T>),
+          part_(scratch.take<float>(work.partial_floats), kRows<typename Cache::T>) {}
+
+    // Attends to some items. Those that follow them before `end` are prefetched.
+    void attend(Range items, int end) {
+        if (items.begin != next_) {
+            upcoming_.clear();
+            listed_ = items.begin;
+            listed_tile_ = tile_ = work_.tile_of(items.begin, 0);
         }
-        current = next;
+        for (int item = items.begin; item < items.end; ++item) attend_item(item, end);
+        next_ = items.end;
     }
-}
+
+private:
+    void attend_item(int item, int end) {
+        tile_ = work_.tile_of(item, tile_);
+        const Tile& tile = work_.tiles[tile_];
+        const int split = item - tile.first_item;
+        const bool is_last = split == tile.num_splits - 1;
+        const Extent extent = kernel_.extent(tile, tile.first_split + split);
+        const int count = kernel_.blocks_in(extent);
+        while (listed_ < end && !upcoming_.suffices(count)) list(listed_++);
+        if (staged_ != tile_) kernel_.stage(tile);
+        staged_ = tile_;
+        if (work_.writes_alone && is_last) kernel_.write(tile);
+        const auto* blocks = upcoming_.take(count);
+        if (work_.partials) {
+            kernel_.attend(tile, extent, blocks, work_.partial(item, kRows<typename Cache::T>));
+            return;
+        }
+        kernel_.attend(tile, extent, blocks, split == 0 ? sum_ : part_);
+        if (split > 0) kernel_.merge(tile.rows, sum_, part_);
+        if (is_last) kernel_.finish(tile, sum_);
+    }
+
+    void list(int item) {
+        listed_tile_ = work_.tile_of(item, listed_tile_);
+        const Tile& tile = work_.tiles[listed_tile_];
+        const int split = item - tile.first_item;
+        const Extent extent = kernel_.extent(tile, tile.first_split + split);
+        kernel_.list(tile, extent, upcoming_.append(kernel_.blocks_in(extent)));
+        if (work_.writes_alone && split == tile.num_splits - 1) kernel_.prefetch_place(tile);
+    }
+
+    Attention<Cache>& kernel_;
+    const Work& work_;
+    Upcoming<typename Cache::Stored> upcoming_;
+    const Partial sum_;
+    const Partial part_;
+    int next_ = -1;    // item
+    int tile_ = 0;     // of the item
+    int staged_ = -1;  // tile
+    int listed_ = 0;   // items before it are listed
+    int listed_tile_ = 0;
+};
 
 template <class Cache, class T = typename Cache::T>
 void attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
@@ -434,13 +518,11 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     const bool shared = shares_context(work.num_tiles, work.num_items, team.size);
     work.partials = shared ? reinterpret_cast<float*>(team.shared.workspace) : nullptr;
     Attention<Cache> kernel(op, step, cache, team.scratch);
-    const Partial sum(team.scratch.take<float>(work.partial_floats), kRows<T>);
-    const Partial part(team.scratch.take<float>(work.partial_floats), kRows<T>);
+    Walk<Cache> walk(kernel, work, kSplitUnits * (cache.head_dim + cache.v_head_dim) / kBlock, team.scratch);
     if (writes_first) team.wait();  // for all K and V of the step
-
-    const int run = std::min(kMostUnits, std::max(1, work.units() / (kRunsPerThread * team.size)));
-    for (int unit = team.ticket() * run; unit < work.units(); unit = team.ticket() * run)
-        attend_items(kernel, work, {work.first_item(unit), work.first_item(unit + run)}, sum, part);
+    team.each(work.units(), team.size, [&](int unit, int end) {
+        walk.attend({work.first_item(unit), work.first_item(unit + 1)}, work.first_item(end));
+    });
     if (!shared) return;
 
     team.wait();

@@ -22,14 +22,14 @@ namespace {
 // From this many rows on, their next block of k is prefetched into the L1 cache, which they may exceed.
 constexpr int kFetchedRows = 5;
 
-// From this many rows on, AVX2 has no registers beside the sums for pairs of bfloat16 and the numbers made of them;
-// then none for the mask that makes these.
+// From this many sums of 16 columns on, AVX2 has no registers beside them for pairs of bfloat16 and the numbers made of
+// them; then none for the mask that makes these.
 #if defined(__AVX512F__)
-constexpr int kRowsReadingTwice = kMostRows + 1;
-constexpr int kRowsWithoutMask = kMostRows + 1;
+constexpr int kSumsReadingTwice = 2 * kMostRows + 1;
+constexpr int kSumsWithoutMask = 2 * kMostRows + 1;
 #else
-constexpr int kRowsReadingTwice = 5;
-constexpr int kRowsWithoutMask = 6;
+constexpr int kSumsReadingTwice = 5;
+constexpr int kSumsWithoutMask = 6;
 #endif
 
 // Blocks of k for which 16 columns are added before the other 16 are.
@@ -63,13 +63,16 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const 
             }
 #endif
             if constexpr (std::is_same_v<L, float>) {
+#pragma GCC unroll 2
                 for (int h = 0; h < kHalves; ++h) {
                     const Vec even = load_even(w + h * kHalf);
+#pragma GCC unroll 16
                     for (int r = 0; r < kNumRows; ++r) sums[h][r] = fma(splat(x[r][i * kPairSize]), even, sums[h][r]);
                     // With many sums, the pairs do not stay in registers: they are read again.
-                    if constexpr (kNumRows >= kRowsReadingTwice) asm volatile("" ::: "memory");
-                    const Vec odd =
-                        kNumRows >= kRowsWithoutMask ? load_odd_by_shifts(w + h * kHalf) : load_odd(w + h * kHalf);
+                    if constexpr (kHalves * kNumRows >= kSumsReadingTwice) asm volatile("" ::: "memory");
+                    const Vec odd = kHalves * kNumRows >= kSumsWithoutMask ? load_odd_by_shifts(w + h * kHalf)
+                                                                           : load_odd(w + h * kHalf);
+#pragma GCC unroll 16
                     for (int r = 0; r < kNumRows; ++r)
                         sums[h][r] = fma(splat(x[r][i * kPairSize + 1]), odd, sums[h][r]);
                 }
@@ -98,17 +101,21 @@ inline void add_block(Vec (*sums)[kNumRows], RowPointers<L, kNumRows>& x, const 
     }
 }
 
+// Whether the halves of bfloat16, which are contiguous, are read one after the other. With few rows of a long stream,
+// the bandwidth of memory is the limit, and reading in order uses more of it. With many, loads of the rows are the
+// limit, so both halves share them; and listed blocks are no stream.
+template <class T, int kNumRows>
+constexpr bool kReadsInOrder = kIsBFloat16<T> && kNumRows < kFetchedRows;
+
 // Adds the products with block number k of both halves of the columns, or of one. `x` then points to the next block.
-template <class T, int kNumRows, int kHalves>
+template <class T, int kNumRows, int kHalves, bool kInOrder>
 inline void add_products(Vec (*sums)[kNumRows], RowPointers<LeftOf<T>, kNumRows>& x, int64_t left_block,
                          const Right<T>& right, int k, int first_half, Fetch& fetch) {
     const T* w = (right.list ? right.list[k] : right.data + k * right.block) + first_half * kHalfElements<T>;
     if (right.next) fetch.first = address_of(right.next[k] + first_half * (kBlock * kColumns / 2));
     if constexpr (kNumRows >= kFetchedRows)
         for (int r = 0; r < kNumRows; ++r) prefetch_l1(address_of(x[r] + left_block));
-    // The halves of bfloat16 are contiguous. With few rows, memory bandwidth is the limit, so they are read in order;
-    // with many, loads of the rows are, so both halves share them.
-    if constexpr (kIsBFloat16<T> && kHalves == 2 && kNumRows < kFetchedRows) {
+    if constexpr (kInOrder && kHalves == 2) {
         add_block<kNumRows, 1>(sums, x, w, fetch);
         x.advance(-kBlock);
         add_block<kNumRows, 1>(sums + 1, x, w + kHalfElements<T>, fetch);
@@ -122,7 +129,7 @@ inline void add_products(Vec (*sums)[kNumRows], RowPointers<LeftOf<T>, kNumRows>
 // factor is read almost in order, and what is prefetched is what is read next.
 //
 // GCC keeps arrays of sums in registers only if all loops over them are unrolled early; hence the pragmas.
-template <class T, int kNumRows>
+template <class T, int kNumRows, bool kInOrder>
 void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first, float* result) {
     Fetch fetch = right.fetch;
     if constexpr (kNumRows <= kRowsOfBothHalves) {
@@ -137,7 +144,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
             }
         }
         RowPointers<LeftOf<T>, kNumRows> x(left.data, left.row);
-        for (int k = 0; k < blocks; ++k) add_products<T, kNumRows, 2>(sums, x, left.block, right, k, 0, fetch);
+        for (int k = 0; k < blocks; ++k)
+            add_products<T, kNumRows, 2, kInOrder>(sums, x, left.block, right, k, 0, fetch);
 #pragma GCC unroll 16
         for (int r = 0; r < kNumRows; ++r) {
             store(result + r * kColumns, sums[0][r]);
@@ -156,7 +164,8 @@ void dot_rows(const Left<T>& left, const Right<T>& right, int blocks, bool first
                     for (int r = 0; r < kNumRows; ++r) sums[0][r] = load(half + r * kColumns);
                 }
                 RowPointers<LeftOf<T>, kNumRows> x(left.data + begin * left.block, left.row);
-                for (int k = begin; k < end; ++k) add_products<T, kNumRows, 1>(sums, x, left.block, right, k, h, fetch);
+                for (int k = begin; k < end; ++k)
+                    add_products<T, kNumRows, 1, false>(sums, x, left.block, right, k, h, fetch);
 #pragma GCC unroll 16
                 for (int r = 0; r < kNumRows; ++r) store(half + r * kColumns, sums[0][r]);
             }
@@ -170,8 +179,9 @@ using DotRows = void (*)(const Left<T>&, const Right<T>&, int, bool, float*);
 template <class T, int... kIndices>
 void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int blocks, bool first, float* sums,
                  std::integer_sequence<int, kIndices...>) {
-    static constexpr DotRows<T> kTable[] = {dot_rows<T, kIndices + 1>...};
-    kTable[rows - 1](left, right, blocks, first, sums);
+    static constexpr DotRows<T> kStreams[] = {dot_rows<T, kIndices + 1, kReadsInOrder<T, kIndices + 1>>...};
+    static constexpr DotRows<T> kLists[] = {dot_rows<T, kIndices + 1, false>...};
+    (right.list ? kLists : kStreams)[rows - 1](left, right, blocks, first, sums);
 }
 
 #if defined(OCTAVO_AMX)

@@ -20,6 +20,9 @@ constexpr int kUnit = kBlock;  // tokens
 constexpr int kSplit = 256;
 constexpr int kSplitUnits = kSplit / kUnit;
 
+// How many blocks of 32 x 32 numbers are prefetched ahead of those being read.
+constexpr int kBlocksAhead = 8;
+
 // A cache in the type of the activations.
 template <class Type>
 class KVCache {
@@ -49,23 +52,26 @@ public:
             std::memset(keys, 0, static_cast<size_t>(block_size) * head_dim * sizeof(T));
             std::memset(values, 0, static_cast<size_t>(block_size) * v_head_dim * sizeof(T));
         }
-        for (int i = 0; i < k_size; ++i) keys[packed_offset<T>(row(place % kUnit), i)] = k[i];
-        for (int i = 0; i < v_size; ++i) values[value_offset(place, i)] = v[i];
-    }
-
-    // The right factor of a unit's scores. While it is read, `next` is prefetched.
-    Right<T> scores_of(const T* keys, const T* next) const {
-        return {keys, kBlockElements, nullptr, {address_of(next), kCacheLineBytes}};
-    }
-
-    // The right factor of the weighted sum of some units, for 32 columns of V. While it is read, the same part of
-    // `next_units` other units is prefetched.
-    Right<T> sum_of(int block, int units, const T* const* values, int next_units, const T* const* next) {
-        for (int i = 0; i < units; ++i) {
-            list_[i] = values[i] + block * kBlockElements;
-            fetched_[i] = (i < next_units ? next[i] : values[i]) + block * kBlockElements;
+        T* column = keys + packed_offset<T>(row(place % kUnit), 0);
+        for (int i = 0; i < k_size; i += kBlock, column += kBlockElements) write_column(column, k + i, k_size - i);
+        for (int i = 0; i < v_size; i += kLanes) {
+            T* target = values + value_offset(place, i);
+            for (int j = 0; j < kLanes && i + j < v_size; ++j) target[j * kPair<T>] = v[i + j];
         }
-        return {nullptr, 0, list_, {0, kCacheLineBytes}, fetched_};
+    }
+
+    // Prefetches what `write` will write to.
+    void prefetch_place(int64_t block, int head, int place) const {
+        const T* column = keys_of(block, head, place) + packed_offset<T>(row(place % kUnit), 0);
+        for (int i = 0; i < head_dim; i += kPair<T>)
+            prefetch(address_of(column + i / kBlock * kBlockElements + i % kBlock / kPair<T> * kStepElements));
+        const T* values = values_of(block, head, place);
+        for (int i = 0; i < v_head_dim; i += kLanes) prefetch(address_of(values + value_offset(place, i)));
+    }
+
+    // The right factor that some blocks make. While each is read, the one kBlocksAhead after it is prefetched.
+    Right<T> factor_of(const T* const* blocks, int) const {
+        return {nullptr, 0, blocks, {0, kCacheLineBytes}, blocks + kBlocksAhead};
     }
 
     const int num_kv_heads;
@@ -82,10 +88,18 @@ private:
     }
     static PackedRow row(int index) { return {0, index / kLanes, index % kLanes}; }
 
+    // Some of a token's K, up to a block.
+    static void write_column(T* column, const T* k, int size) {
+        if (size >= kBlock) {
+            for (int i = 0; i < kBlock; i += kPair<T>, column += kStepElements)
+                std::memcpy(column, k + i, kPair<T> * sizeof(T));
+            return;
+        }
+        for (int i = 0; i < size; ++i) column[i / kPair<T> * kStepElements + i % kPair<T>] = k[i];
+    }
+
     T* keys_;
     T* values_;
-    const T* list_[kSplitUnits];
-    const T* fetched_[kSplitUnits];
 };
 
 }  // namespace octavo

@@ -108,12 +108,9 @@ public:
           keys_(static_cast<uint8_t*>(op.k_cache)),
           values_(static_cast<uint8_t*>(op.v_cache)),
           format_(op.cache),
-          key_numbers_(scratch.take<Number>(kUnit * head_dim)),
-          value_numbers_(scratch.take<Number>(kSplitUnits * kBlockElements)),
+          numbers_(scratch.take<Number>(std::max(head_dim / kBlock, kSplitUnits) * kBlockElements)),
           key_scales_(scratch.take<float>(kSplitUnits * kUnit)),
-          value_scales_(scratch.take<float>(kSplitUnits * kUnit)) {
-        for (int i = 0; i < kSplitUnits; ++i) list_[i] = value_numbers_ + i * kBlockElements;
-    }
+          value_scales_(scratch.take<float>(kSplitUnits * kUnit)) {}
 
     uint8_t* keys_of(int64_t block, int head, int place) const { return unit_of(keys_, head_dim, block, head, place); }
     uint8_t* values_of(int64_t block, int head, int place) const {
@@ -136,29 +133,23 @@ public:
             values[i / kColumns * kBlockElements + code_offset(i % kColumns, place)] = codes[i];
     }
 
-    Right<Number> scores_of(const uint8_t* keys, const uint8_t* next) {
-        Fetch fetch = {address_of(next), kCacheLineBytes};
-        for (int i = 0; i < head_dim / kBlock; ++i)
-            decode_codes(keys + i * kBlockElements, key_numbers_ + i * kBlockElements, fetch);
-        return {key_numbers_, kBlockElements};
-    }
+    void prefetch_place(int64_t, int, int) const {}  // few lines
 
-    Right<Number> sum_of(int block, int units, const uint8_t* const* values, int next_units,
-                         const uint8_t* const* next) {
-        for (int i = 0; i < units; ++i) {
-            const uint8_t* fetched = i < next_units ? next[i] : values[i];
-            Fetch fetch = {address_of(fetched + block * kBlockElements), kCacheLineBytes};
-            decode_codes(values[i] + block * kBlockElements, value_numbers_ + i * kBlockElements, fetch);
+    Right<Number> factor_of(const uint8_t* const* blocks, int count) {
+        for (int i = 0; i < count; ++i) {
+            Fetch fetch = {address_of(blocks[i + kBlocksAhead]), kCacheLineBytes};
+            decode_codes(blocks[i], numbers_ + i * kBlockElements, fetch);
         }
-        return {nullptr, 0, list_};
+        return {numbers_, kBlockElements};
     }
 
-    // Reads the scales of some units; whether there are any.
-    bool read_scales(int units, const uint8_t* const* keys, const uint8_t* const* values) {
+    // Reads the scales of some units, of which the blocks are listed as `Attention` lists them; whether there are any.
+    bool read_scales(int units, const uint8_t* const* blocks) {
         if (format_ != kInt8Cache) return false;
+        const int key_blocks = head_dim / kBlock;
         for (int i = 0; i < units; ++i) {
-            const BFloat16* of_keys = scales_of(keys[i], head_dim);
-            const BFloat16* of_values = scales_of(values[i], v_head_dim);
+            const BFloat16* of_keys = scales_of(blocks[i * key_blocks], head_dim);
+            const BFloat16* of_values = scales_of(blocks[units * key_blocks + i], v_head_dim);
             for (int j = 0; j < kUnit; j += kLanes) {
                 store(key_scales_ + i * kUnit + j, load(of_keys + j));
                 store(value_scales_ + i * kUnit + j, load(of_values + j));
@@ -228,11 +219,9 @@ private:
     uint8_t* keys_;
     uint8_t* values_;
     int32_t format_;
-    Number* key_numbers_;    // of one unit
-    Number* value_numbers_;  // 32 columns of each unit of a split
+    Number* numbers_;  // of a unit of K, or of 32 columns of V in each unit of a split
     float* key_scales_;
     float* value_scales_;
-    const Number* list_[kSplitUnits];
 };
 
 }  // namespace octavo

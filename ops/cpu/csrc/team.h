@@ -64,18 +64,16 @@ struct Shared {
     alignas(kCacheLine) std::atomic<int> arrived{0};
     alignas(kCacheLine) std::atomic<int> generation{0};
     std::atomic<int> sleepers{0};
-    alignas(kCacheLine) std::atomic<int> ticket{0};
-    char* workspace = nullptr;
+    alignas(kCacheLine) char* workspace = nullptr;
     Taken* taken = nullptr;  // [threads][2]: of the shares between two barriers, in turn
 
-    // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and tickets and shares
-    // start anew. Adds to `asleep` the seconds that the thread slept.
+    // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and shares start anew.
+    // Adds to `asleep` the seconds that the thread slept.
     void wait(int index, int size, double& asleep) {
         const int before = generation.load(std::memory_order_relaxed);
         shares_of(index, before + 1).restart();  // nobody has used it since the last barrier
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
             arrived.store(0, std::memory_order_relaxed);
-            ticket.store(0, std::memory_order_relaxed);
             // Sequentially consistent on both sides: either a sleeper sees the new generation, or we see the sleeper.
             generation.store(before + 1, std::memory_order_seq_cst);
             if (sleepers.load(std::memory_order_seq_cst)) wake();
@@ -170,8 +168,6 @@ struct Team {
 
     void wait() const { shared.wait(index, size, asleep); }
     Range share(int n) const { return octavo::share(n, index, size); }
-    // 0, 1, 2 ... across all threads, since the last wait.
-    int ticket() const { return shared.ticket.fetch_add(1, std::memory_order_relaxed); }
 
     // Divides n items among `parts` threads that follow each other, of which this is one. Calls `function(item, end)`
     // for those of its own share in order, where the share ends before `end`, and then `function(item, item + 1)` for
