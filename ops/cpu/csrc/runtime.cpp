@@ -110,7 +110,7 @@ void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, 
     const std::lock_guard<std::mutex> lock(run_mutex);
     int most = omp_get_max_threads();
     if (max_threads > 0 && max_threads < most) most = max_threads;
-    const int threads = team_size.next(most);
+    const int threads = team_size.next(most, seconds());
     Shared shared;
     shared.workspace = workspace.reserve(workspace_bytes(nodes, count, *step, threads));
     std::vector<Taken> taken(2 * static_cast<size_t>(threads));
@@ -122,15 +122,17 @@ void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, 
     }
     const double begin = seconds();
     double stolen = 0.0;
-#pragma omp parallel num_threads(threads) reduction(max : asleep, stolen)
+#pragma omp parallel num_threads(threads) reduction(+ : asleep, stolen)
     {
         double slept = 0.0;
         const double cpu = cpu_seconds();
         run_list(nodes, count, *step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch, slept});
-        stolen = (seconds() - begin) - (cpu_seconds() - cpu) - slept;
+        stolen = std::max(0.0, (seconds() - begin) - (cpu_seconds() - cpu) - slept);
         asleep = slept;
     }
-    if (threads == most) team_size.saw(seconds() - begin, stolen, asleep);
+    if (threads < most) return;
+    const double end = seconds();
+    team_size.saw(end, end - begin, stolen, asleep / (threads - 1));
 }
 
 void octavo_profile(double* times, int32_t threads) {

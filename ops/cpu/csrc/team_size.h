@@ -23,30 +23,29 @@ inline double cpu_seconds() {
 
 class TeamSize {
 public:
-    // Threads of the next call, at most `most`.
-    int next(int most) {
-        if (rest_ == 0 || most == 1) return most;
-        --rest_;
-        return most - 1;
-    }
+    // Threads of the next call, at most `most`; `now` in seconds.
+    int next(int most, double now) const { return most > 1 && now < rest_end_ ? most - 1 : most; }
 
-    // What a call by all threads showed. `wall`: its seconds; `stolen`: the most that a thread was kept from its core;
-    // `asleep`: the most that a thread slept until others had arrived.
-    void saw(double wall, double stolen, double asleep) {
+    // What a call by all threads showed. `wall`: its seconds; `stolen`: those for which threads were kept from their
+    // cores, of all threads together; `asleep`: those for which a thread slept until others had arrived, on average of
+    // all but one, since one is always awaited. The first call after a rest decides alone.
+    void saw(double now, double wall, double stolen, double asleep) {
         if (wall < kShortest) return;
         const double share = (stolen < asleep ? stolen : asleep) / wall;
-        held_up_ += kWeight * (share - held_up_);
-        if (held_up_ > kTooMuch) rest_ = kRest;
+        held_up_ += (rested_ ? 1.0 : kWeight) * (share - held_up_);
+        rested_ = held_up_ > kTooMuch;
+        if (rested_) rest_end_ = now + kRest;
     }
 
 private:
     static constexpr double kShortest = 5e-4;  // shorter calls tell nothing about time slices
     static constexpr double kWeight = 0.3;
-    static constexpr double kTooMuch = 0.25;
-    static constexpr int kRest = 32;  // calls
+    static constexpr double kTooMuch = 0.2;
+    static constexpr double kRest = 1.0;  // seconds
 
     double held_up_ = 0.0;  // share of the time of recent calls
-    int rest_ = 0;
+    double rest_end_ = 0.0;
+    bool rested_ = false;
 };
 
 }  // namespace octavo
