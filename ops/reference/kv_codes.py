@@ -2,6 +2,9 @@
 
 ``int8`` has a scale per token and head; vLLM's ``fp8`` formats have none. What a head stores depends on its own numbers
 alone, so a cache has the same bits however prompts were chunked and batched.
+
+Kernels may multiply the codes of ``int8`` as integers: with queries, and softmax weights of a part of the context,
+rounded to 16 bits with a scale for each row, which is closer than bfloat16.
 """
 
 from __future__ import annotations

@@ -118,11 +118,12 @@ def test_streams_survive_the_death_of_every_process_behind_the_api(flags: list[s
 
 
 @pytest.mark.timeout(300)
-def test_requests_that_come_during_a_restart_are_served(flags: list[str]) -> None:
-    with Server(*flags) as server:
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_requests_that_come_during_a_restart_are_served(flags: list[str], cache: str) -> None:
+    with Server(*flags, "--kv-cache-dtype", cache) as server:
         request = {**body(3), "stream": False}
         expected = server.post("/v1/completions", request).json()["choices"][0]["text"]
-        server.child("octavo engine_core").kill()
+        server.child("octavo engine_core" if cache == "auto" else "octavo worker 0").kill()
         answer = server.post("/v1/completions", request)
         assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected
 

@@ -80,12 +80,13 @@ class Engine:
         num_blocks: int = 48,
         eager: bool = False,
         windows: bool = False,
+        kv_cache_dtype: str = "auto",
         speculative: SpeculativeConfig | None = None,
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
         folder = tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint("llama")
-        model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager)
+        model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager, kv_cache_dtype=kv_cache_dtype)
         self.answers: list[FromWorker] = []
         self.device = device
         executor = ExecutorConfig(model=model, speculative=speculative, step_size=STEP_SIZE)

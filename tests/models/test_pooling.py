@@ -42,8 +42,8 @@ MAX_SEQS = 4
 
 
 @functools.cache
-def runner(kind: str, dtype: str = "float32") -> ModelRunner:
-    loaded = load(tiny.checkpoint(kind), dtype=dtype)
+def runner(kind: str, dtype: str = "float32", cache: str = "auto") -> ModelRunner:
+    loaded = load(tiny.checkpoint(kind), dtype=dtype, kv_cache_dtype=cache)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     return ModelRunner(
         loaded,
@@ -57,8 +57,8 @@ def runner(kind: str, dtype: str = "float32") -> ModelRunner:
 class Engine:
     """A scheduler and a model, one step after another."""
 
-    def __init__(self, kind: str = "llama", dtype: str = "float32", **config: Any) -> None:
-        self.runner = runner(kind, dtype)
+    def __init__(self, kind: str = "llama", dtype: str = "float32", cache: str = "auto", **config: Any) -> None:
+        self.runner = runner(kind, dtype, cache)
         self.runner.initialize(InitKVCache((NUM_BLOCKS,) * len(self.runner.groups), MAX_LEN))
         self.scheduler = Scheduler(
             SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 512, **config}),
@@ -146,17 +146,18 @@ PROMPTS += [PROMPTS[3][:96] + PROMPTS[1]]
 
 
 @functools.cache
-def alone(dtype: str, prompt: int, pooling: int) -> F32:
-    return pooled(PROMPTS[prompt], PARAMS[pooling], "llama", dtype)
+def alone(dtype: str, cache: str, prompt: int, pooling: int) -> F32:
+    return pooled(PROMPTS[prompt], PARAMS[pooling], "llama", dtype, cache)
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), dtype=st.sampled_from(["float32", "bfloat16"]))
-def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype: str) -> None:
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(["float32", "bfloat16"]), cache=st.sampled_from(["auto", "int8", "fp8"]))
+def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype: str, cache: str) -> None:
     """Alone in one step, or chunked anywhere, beside requests that pool or generate, preempted, from the cache."""
     engine = Engine(
         "llama",
         dtype,
+        cache,
         max_num_batched_tokens=data.draw(st.sampled_from([3, 17, 32, 100, 512])),
         long_prefill_token_threshold=data.draw(st.sampled_from([0, 0, 5, 33])),
     )
@@ -176,7 +177,7 @@ def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype
             engine.scheduler._preempt(running[-1])
     engine.run()
     for index, (prompt, pooling) in wanted.items():
-        np.testing.assert_array_equal(engine.vectors[index], alone(dtype, prompt, pooling))
+        np.testing.assert_array_equal(engine.vectors[index], alone(dtype, cache, prompt, pooling))
 
 
 def test_only_the_last_position_reads_the_cache() -> None:

@@ -40,6 +40,8 @@ SETUPS: list[tuple[dict[str, Any], int, int]] = [
     ({"max_in_flight_steps": 3, "num_blocks": 6, "eager": True}, 1, 5),
     ({"max_num_batched_tokens": 7}, 5, 4),
     ({"windows": True}, 4, 3),
+    ({"num_blocks": 6, "kv_cache_dtype": "int8"}, 4, 3),
+    ({"max_num_batched_tokens": 24, "windows": True, "kv_cache_dtype": "fp8"}, 4, 3),
 ]
 """Of the engine; drafts of a row; one in how many is wrong."""
 

@@ -291,7 +291,11 @@ def test_what_a_cache_in_8_bits_stores(capability: str, cache_dtype: torch.dtype
         ours.step({0: 40})
     for cache, numbers, of_keys in zip(ours.cache, (x, x.flip(0)), (True, False), strict=True):
         units = cache.view(torch.uint8)[ours.table[0, :2].long(), 0].flatten(0, 1)
-        blocks = units[:, : 32 * 64].view(2, 2, 2, 16, 2, 16)  # unit, block, half of the columns, pair of k, k, column
+        # unit, block, half of the columns, then fours of k, column, k; or pairs of k, k, column
+        if cache_dtype == torch.int8:
+            blocks = units[:, : 32 * 64].view(2, 2, 2, 8, 16, 4).transpose(4, 5) ^ 128
+        else:
+            blocks = units[:, : 32 * 64].view(2, 2, 2, 16, 2, 16)
         tokens = blocks.permute(0, 2, 5, 1, 3, 4) if of_keys else blocks.permute(0, 3, 4, 1, 2, 5)
         codes = tokens.reshape(64, 64)[:40]
         expected = encode_heads(numbers, cache_dtype).view(torch.uint8)

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "kv_cache.h"
 #include "kv_codes.h"
+#include "kv_int8.h"
 #include "vec_math.h"
 
 namespace octavo {
@@ -202,7 +203,6 @@ class Attention {
 public:
     using T = typename Cache::T;
     using Stored = typename Cache::Stored;
-    using Factor = Left<typename Cache::Number>;
 
     Attention(const OctavoAttention& op, const OctavoStep& step, Cache& cache, Scratch& scratch)
         : op_(op),
@@ -212,15 +212,16 @@ public:
           group_size_(op.num_heads / op.num_kv_heads),
           key_blocks_(cache.head_dim / kBlock),
           value_blocks_(cache.v_head_dim / kColumns),
-          queries_(scratch.take<LeftOf<T>>(kRows<T> * cache.head_dim)),
+          queries_(kRows<T>, key_blocks_, scratch),
           scores_(scratch.take<float>(kRows<T> * kSplit)),
-          weights_(scratch.take<LeftOf<T>>(kRows<T> * kSplit)),
+          weights_(kRows<T>, kSplitUnits, scratch),
           sums_(scratch.take<float>(kRows<T> * kColumns)) {}
 
-    // Copies the tile's query heads into [head_dim / 32][rows][32].
+    // Copies the tile's query heads.
     void stage(const Tile& tile) {
         const Request request(group_, tile.request);
         float head[kMaxHeadDim];
+        queries_.resize(tile.rows, key_blocks_);
         for (int r = 0; r < tile.rows; ++r) {
             const int row = tile.first_row + r;
             const int token = request.first_token + row / group_size_;
@@ -228,8 +229,7 @@ public:
             const int position = op_.q_heads.rotary_dim ? step_.positions[token] : 0;
             prepare_head(static_cast<const T*>(op_.q.data) + token * op_.q.stride + column, op_.head_dim, op_.q_heads,
                          position, cache_.head_dim, head);
-            for (int i = 0; i < cache_.head_dim; i += kLanes)
-                store(queries_ + (i / kBlock * tile.rows + r) * kBlock + i % kBlock, load(head + i));
+            queries_.set(r, head, kBlock);
         }
     }
 
@@ -272,20 +272,17 @@ public:
     // Attention of a staged tile over one split, whose blocks are listed.
     void attend(const Tile& tile, const Extent& extent, const Stored* const* blocks, const Partial& result) {
         const Request request(group_, tile.request);
-        const int64_t block = static_cast<int64_t>(tile.rows) * kBlock;
-        const Factor queries = {queries_, kBlock, block};
-        if constexpr (Cache::kHasScales) scaled_ = cache_.read_scales(extent.units, blocks);
+        if constexpr (Cache::kIsInteger) cache_.read_scales(extent.units, blocks);
         for (int i = 0; i < extent.units; ++i, blocks += key_blocks_)
-            dot(tile.rows, queries, cache_.factor_of(blocks, key_blocks_), key_blocks_,
-                scores_ + i * tile.rows * kColumns);
+            cache_.multiply(queries_, blocks, scores_ + i * tile.rows * kColumns);
+        weights_.resize(tile.rows, extent.units);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
             softmax(tile.rows, r, extent.units, view.begin - extent.begin, view.end - extent.begin,
                     op_.slopes ? op_.slopes[head_of(tile, r)] : 0.0f, result);
         }
-        const Factor weights = {weights_, kBlock, block};
         for (int column = 0; column < cache_.v_head_dim; column += kColumns, blocks += extent.units) {
-            dot(tile.rows, weights, cache_.factor_of(blocks, extent.units), extent.units, sums_);
+            cache_.multiply(weights_, blocks, sums_);
             for (int r = 0; r < tile.rows; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
                     store(result.out + r * cache_.v_head_dim + column + i, load(sums_ + r * kColumns + i));
@@ -331,9 +328,6 @@ private:
         return tile.kv_head * group_size_ + (tile.first_row + row) % group_size_;
     }
 
-    // Whether the tokens of K and V have scales.
-    bool is_scaled() const { return Cache::kHasScales && scaled_; }
-
     static float first_lane(Vec x) {
         float lanes[kLanes];
         store(lanes, x);
@@ -349,13 +343,11 @@ private:
         const Vec scale = splat(capped || biased ? 1.0f : op_.scale);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
-        const bool scaled = is_scaled();
         Vec top = hidden;
         for (int i = 0; i < units * kUnit; i += kLanes) {
             float* place = scores + i / kUnit * stride + i % kUnit;
             Vec x = load(place);
-            if constexpr (Cache::kHasScales)
-                if (scaled) x = x * load(cache_.key_scales() + i);
+            if constexpr (Cache::kIsInteger) x = x * load(cache_.key_scales() + i);
             const bool partly_hidden = i < begin || i + kLanes > end;
             if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
             if (biased) {
@@ -367,7 +359,7 @@ private:
                 x = select(less(tokens, splat(static_cast<float>(end))), x, hidden);
                 x = select(less(tokens, splat(static_cast<float>(begin))), hidden, x);
             }
-            if (capped || biased || partly_hidden || scaled) store(place, x);
+            if (capped || biased || partly_hidden || Cache::kIsInteger) store(place, x);
             top = max(top, x);
         }
         const float peak = largest(top * scale);
@@ -377,21 +369,20 @@ private:
         const Vec shift = splat(peak == -kInfinity ? 0.0f : -kLog2E * peak);
         Vec total = zero(), others = zero();
         for (int i = 0; i < units; ++i) {
-            const float* x = scores + i * stride;
-            LeftOf<T>* y = weights_ + i * stride + row * kColumns;
+            float* x = scores + i * stride;
             Vec first = exp2_below<kIsBFloat16<T>>(fma(load(x), factor, shift));
             Vec second = exp2_below<kIsBFloat16<T>>(fma(load(x + kLanes), factor, shift));
             total = total + first;
             others = others + second;
-            if constexpr (Cache::kHasScales) {
-                if (is_scaled()) {
-                    first = first * load(cache_.value_scales() + i * kUnit);
-                    second = second * load(cache_.value_scales() + i * kUnit + kLanes);
-                }
+            if constexpr (Cache::kIsInteger) {  // and then to integers
+                store(x, first * load(cache_.value_scales() + i * kUnit));
+                store(x + kLanes, second * load(cache_.value_scales() + i * kUnit + kLanes));
+            } else {
+                store(weights_.at(row, i), first);
+                store(weights_.at(row, i) + kLanes, second);
             }
-            store(y, first);
-            store(y + kLanes, second);
         }
+        if constexpr (Cache::kIsInteger) weights_.set(row, scores, stride);
         result.largest[row] = peak;
         result.total[row] = sum(total + others);
     }
@@ -403,11 +394,10 @@ private:
     const int group_size_;
     const int key_blocks_;  // of 32 x 32 numbers, in a unit
     const int value_blocks_;
-    LeftOf<T>* queries_;
+    typename Cache::Rows queries_;
     float* scores_;
-    LeftOf<T>* weights_;
+    typename Cache::Rows weights_;
     float* sums_;
-    bool scaled_ = false;
 };
 
 bool shares_context(int tiles, int items, int threads) {
@@ -553,6 +543,8 @@ void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team
         using T = decltype(number);
         if (op.cache == kPlainCache)
             attention<KVCache<T>>(op, step, team);
+        else if (op.cache == kInt8Cache)
+            attention<Int8Cache<T>>(op, step, team);
         else
             attention<CodedCache<T>>(op, step, team);
     });

@@ -1,5 +1,7 @@
 #include "dot_token.h"
 
+#include "team.h"
+
 #include <utility>
 
 namespace octavo {
@@ -95,9 +97,27 @@ inline __attribute__((always_inline)) void add_lines(Totals (&first)[kNumRows], 
     }
 }
 
-// Adds the products of `blocks` blocks of k with the columns of two vectors, which lie `distance` bytes apart.
-template <int kNumRows>
-inline void add_blocks(const uint8_t* weight, int distance, int blocks, const TokenCode* x, uintptr_t ahead,
+// Where blocks of codes are, and what is prefetched while they are read: they follow each other, or are listed.
+struct Stream {
+    const uint8_t* first;
+    uintptr_t ahead;  // bytes
+
+    const uint8_t* at(int k) const { return first + k * kBlock * kColumns; }
+    uintptr_t distance(int) const { return ahead; }
+};
+
+struct List {
+    const uint8_t* const* blocks;
+    int ahead;  // blocks
+
+    const uint8_t* at(int k) const { return blocks[k]; }
+    uintptr_t distance(int k) const { return address_of(blocks[k + ahead]) - address_of(blocks[k]); }
+};
+
+// Adds the products of some blocks of k with the columns of two vectors: those at an offset in the blocks, and others
+// `distance` bytes after them.
+template <int kNumRows, class Source>
+inline void add_blocks(const Source& source, Range blocks, int offset, int distance, const TokenCode* x,
                        int32_t* totals) {
     Totals first[kNumRows], second[kNumRows];
     // Unrolled as in dot.cpp.
@@ -106,12 +126,15 @@ inline void add_blocks(const uint8_t* weight, int distance, int blocks, const To
         first[r] = load_totals(totals + r * kColumns);
         second[r] = load_totals(totals + r * kColumns + kIntColumns);
     }
-    for (int k = 0; k < blocks; ++k, weight += kBlock * kColumns, x += kNumRows * kBlock) {
+    x += static_cast<int64_t>(blocks.begin) * kNumRows * kBlock;
+    for (int k = blocks.begin; k < blocks.end; ++k, x += kNumRows * kBlock) {
+        const uint8_t* codes = source.at(k) + offset;
+        const uintptr_t ahead = source.distance(k);
         if constexpr (kNumRows >= kRowsSharingLoads || kPasses > 1) {
-            add_lines<kNumRows, true, true>(first, second, weight, distance, x, ahead);
+            add_lines<kNumRows, true, true>(first, second, codes, distance, x, ahead);
         } else {
-            add_lines<kNumRows, true, false>(first, second, weight, distance, x, ahead);
-            add_lines<kNumRows, false, true>(first, second, weight, distance, x, ahead);
+            add_lines<kNumRows, true, false>(first, second, codes, distance, x, ahead);
+            add_lines<kNumRows, false, true>(first, second, codes, distance, x, ahead);
         }
     }
 #pragma GCC unroll 16
@@ -122,27 +145,32 @@ inline void add_blocks(const uint8_t* weight, int distance, int blocks, const To
 }
 
 // totals: what the sums start with.
-template <int kNumRows>
-void multiply_rows(const uint8_t* weight, int blocks, const TokenCode* x, uintptr_t ahead, int32_t* totals) {
+template <int kNumRows, class Source>
+void multiply_rows(const Source& source, int blocks, const TokenCode* x, int32_t* totals) {
     constexpr int kMost = kNumRows < kRowsSharingLoads ? 1 : kBlocksPerPass;
     const int most = kPasses == 1 ? blocks : kMost;
     for (int k = 0; k < blocks; k += most) {
         for (int pass = 0; pass < kPasses; ++pass) {
             const int vector = pass * kVectorsAtOnce;
-            const int place = vector / kVectorsOfHalf * (kBlock * kLanes) + vector % kVectorsOfHalf * kIntColumns * 4;
-            add_blocks<kNumRows>(weight + k * kBlock * kColumns + place,
-                                 kPasses == 1 ? kBlock * kLanes : kIntColumns * 4, std::min(most, blocks - k),
-                                 x + static_cast<int64_t>(k) * kNumRows * kBlock, ahead, totals + vector * kIntColumns);
+            const int offset = vector / kVectorsOfHalf * (kBlock * kLanes) + vector % kVectorsOfHalf * kIntColumns * 4;
+            add_blocks<kNumRows>(source, {k, std::min(k + most, blocks)}, offset,
+                                 kPasses == 1 ? kBlock * kLanes : kIntColumns * 4, x, totals + vector * kIntColumns);
         }
     }
 }
 
-using MultiplyRows = void (*)(const uint8_t*, int, const TokenCode*, uintptr_t, int32_t*);
+template <class Source>
+using MultiplyRows = void (*)(const Source&, int, const TokenCode*, int32_t*);
 
-template <int... kIndices>
-MultiplyRows choose_rows(int rows, std::integer_sequence<int, kIndices...>) {
-    static constexpr MultiplyRows kTable[] = {multiply_rows<kIndices + 1>...};
+template <class Source, int... kIndices>
+MultiplyRows<Source> choose_rows(int rows, std::integer_sequence<int, kIndices...>) {
+    static constexpr MultiplyRows<Source> kTable[] = {multiply_rows<kIndices + 1, Source>...};
     return kTable[rows - 1];
+}
+
+template <class Source>
+void multiply(const Source& source, int rows, int blocks, const TokenCode* x, int32_t* totals) {
+    choose_rows<Source>(rows, std::make_integer_sequence<int, kTokenRows>())(source, blocks, x, totals);
 }
 
 }  // namespace
@@ -173,12 +201,7 @@ TokenRow quantize_token(const T* x, int columns, TokenCode* codes, int64_t strid
             rounded[i] = static_cast<int8_t>(bits_of(numbers[i] * inverse + kRounder));
             sum += rounded[i];
         }
-        if constexpr (sizeof(TokenCode) == 1) {
-            std::memcpy(codes, rounded, sizeof rounded);
-        } else {
-            for (int i = 0; i < kBlock; i += 4)
-                for (int j = 0; j < 4; ++j) codes[i + j] = rounded[i + j % 2 * 2 + j / 2];
-        }
+        for (int i = 0; i < kBlock; ++i) codes[i] = rounded[place_of_code(i)];
     }
     return {scale, -sum};
 }
@@ -196,8 +219,7 @@ void dot_token(const QuantizedLayout& layout, const uint8_t* weight, int count, 
         for (int i = 0; i < kColumns; ++i) totals[r * kColumns + i] = static_cast<int32_t>(offset);
     }
     const Cursor at = Cursor::at(layout, weight, 0);
-    choose_rows(count, std::make_integer_sequence<int, kTokenRows>())(at.codes, layout.shape.column_blocks(), codes,
-                                                                      ahead, totals);
+    multiply(Stream{at.codes, ahead}, count, layout.shape.column_blocks(), codes, totals);
     for (int i = 0; i < kColumns; i += kIntColumns) {
         alignas(64) float scales[kLanes];
         store(scales, load_as(at.header, layout.encoding.scale_type, i / kLanes * kLanes));
@@ -206,6 +228,10 @@ void dot_token(const QuantizedLayout& layout, const uint8_t* weight, int count, 
             store_floats(sums + r * kColumns + i, multiply(to_floats(load_totals(totals + r * kColumns + i)),
                                                            multiply(scale, splat_floats(rows[r].scale))));
     }
+}
+
+void add_products(const uint8_t* const* blocks, int count, int ahead, int rows, const TokenCode* x, int32_t* totals) {
+    multiply(List{blocks, ahead}, rows, count, x, totals);
 }
 
 }  // namespace octavo

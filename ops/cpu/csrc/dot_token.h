@@ -14,6 +14,9 @@ using TokenCode = int16_t;
 using TokenCode = int8_t;
 #endif
 
+// The code that is at place i of a block.
+constexpr int place_of_code(int i) { return sizeof(TokenCode) == 1 ? i : i / 4 * 4 + i % 2 * 2 + i % 4 / 2; }
+
 // A row of activations: x = scale * code.
 struct TokenRow {
     float scale;
@@ -37,5 +40,9 @@ constexpr int kTokenRows = 2;
 // <= kTokenRows. What lies `ahead` bytes after what is read is prefetched.
 void dot_token(const QuantizedLayout& layout, const uint8_t* weight, int count, const TokenRow* rows,
                const TokenCode* codes, uintptr_t ahead, float* sums);
+
+// totals[r][0..31] += x[r] * blocks of 32 x 32 codes, listed: unsigned, and in the layout of weights. While one is
+// read, that `ahead` places after it is prefetched. x: [count][rows][32].
+void add_products(const uint8_t* const* blocks, int count, int ahead, int rows, const TokenCode* x, int32_t* totals);
 
 }  // namespace octavo

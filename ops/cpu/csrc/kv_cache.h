@@ -23,14 +23,47 @@ constexpr int kSplitUnits = kSplit / kUnit;
 // How many blocks of 32 x 32 numbers are prefetched ahead of those being read.
 constexpr int kBlocksAhead = 8;
 
+// Rows of a left factor, as [blocks][rows][32].
+template <class Number>
+class NumberRows {
+public:
+    NumberRows(int most_rows, int most_blocks, Scratch& scratch)
+        : numbers_(scratch.take<LeftOf<Number>>(static_cast<size_t>(most_rows) * most_blocks * kBlock)) {}
+
+    void resize(int rows, int blocks) {
+        rows_ = rows;
+        blocks_ = blocks;
+    }
+
+    LeftOf<Number>* at(int row, int block) { return numbers_ + (block * rows_ + row) * kBlock; }
+
+    // The blocks of x lie `stride` apart.
+    void set(int row, const float* x, int64_t stride) {
+        for (int k = 0; k < blocks_; ++k)
+            for (int i = 0; i < kBlock; i += kLanes) store(at(row, k) + i, load(x + k * stride + i));
+    }
+
+    // sums[r][0..31] = row r * right.
+    void multiply(const Right<Number>& right, float* sums) const {
+        dot(rows_, Left<Number>{numbers_, kBlock, static_cast<int64_t>(rows_) * kBlock}, right, blocks_, sums);
+    }
+
+    int blocks() const { return blocks_; }
+
+private:
+    LeftOf<Number>* numbers_;
+    int rows_ = 0;
+    int blocks_ = 0;
+};
+
 // A cache in the type of the activations.
 template <class Type>
 class KVCache {
 public:
     using T = Type;
-    using Number = T;  // of right factors
+    using Rows = NumberRows<T>;
     using Stored = T;
-    static constexpr bool kHasScales = false;
+    static constexpr bool kIsInteger = false;
 
     KVCache(const OctavoAttention& op, int block_size, Scratch&)
         : num_kv_heads(op.num_kv_heads),
@@ -69,9 +102,10 @@ public:
         for (int i = 0; i < v_head_dim; i += kLanes) prefetch(address_of(values + value_offset(place, i)));
     }
 
-    // The right factor that some blocks make. While each is read, the one kBlocksAhead after it is prefetched.
-    Right<T> factor_of(const T* const* blocks, int) const {
-        return {nullptr, 0, blocks, {0, kCacheLineBytes}, blocks + kBlocksAhead};
+    // sums[r][0..31] = row r of x * the right factor that its blocks make. While each is read, the one kBlocksAhead
+    // after it is prefetched.
+    void multiply(const Rows& x, const T* const* blocks, float* sums) const {
+        x.multiply({nullptr, 0, blocks, {0, kCacheLineBytes}, blocks + kBlocksAhead}, sums);
     }
 
     const int num_kv_heads;

@@ -1,22 +1,18 @@
-// A KV cache in 8 bits: the layout of kv_cache.h with a byte per number; see ops/reference/kv_codes.py.
+// A KV cache in 8-bit floats: the layout of kv_cache.h with a byte per number; see ops/reference/kv_codes.py.
 //
 // A block of 32 x 32 numbers holds 16 columns at a time, and of these two consecutive k side by side: so the right
-// factors of all types are made of whole vectors. After the blocks of an int8 unit follow the scales of its 32 tokens.
-// Codes are multiplied as they are, since small integers and 8-bit floats are exact in bfloat16. The scales of K are
-// factors of the scores, and those of V of the weights.
+// factors of all types are made of whole vectors. Such numbers are exact in bfloat16.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "heads.h"
-#include "int8.h"
 #include "kv_cache.h"
+#include "small_floats.h"
 #include "vec_math.h"
 
 namespace octavo {
-
-constexpr int kLargestCode = 127;
 
 // Offset of a code in a block.
 inline int code_offset(int column, int k) {
@@ -24,13 +20,13 @@ inline int code_offset(int column, int k) {
 }
 
 // Floats in 8 bits.
-struct E4M3 {
+struct Float8E4M3 {
     static constexpr float kLargest = 448.0f;
     static constexpr int kMantissa = 3;
     static constexpr int kLowestExponent = -6;
 };
 
-struct E5M2 {
+struct Float8E5M2 {
     static constexpr float kLargest = 57344.0f;
     static constexpr int kMantissa = 2;
     static constexpr int kLowestExponent = -14;
@@ -52,21 +48,13 @@ uint8_t encode_float8(float x) {
     return sign | static_cast<uint8_t>((rounded >> kDropped) - ((126 + F::kLowestExponent) << F::kMantissa));
 }
 
-inline Vec decode(const uint8_t* codes, int8_t) { return load_integers(reinterpret_cast<const int8_t*>(codes)); }
-
-inline Vec decode(const uint8_t* codes, E5M2) {
+inline Vec decode(const uint8_t* codes, Float8E5M2) {
     Float16 numbers[kLanes];
     for (int i = 0; i < kLanes; ++i) numbers[i].bits = static_cast<uint16_t>(codes[i] << 8);
     return load(numbers);
 }
 
-inline Vec decode(const uint8_t* codes, E4M3) {
-    Float16 numbers[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-        numbers[i].bits = static_cast<uint16_t>((codes[i] & 0x80) << 8 | (codes[i] & 0x7f) << 7);
-    const Vec x = load(numbers) * splat(256.0f);
-    return select(less(splat(E4M3::kLargest), absolute(x)), splat(float_of(0x7fc00000)), x);
-}
+inline Vec decode(const uint8_t* codes, Float8E4M3) { return load_e4m3(codes); }
 
 // Stores the numbers of 16 columns for two consecutive k in a right factor.
 inline void store_step(float* block, int half, int k, Vec even, Vec odd) {
@@ -97,8 +85,9 @@ class CodedCache {
 public:
     using T = Type;
     using Number = LeftOf<T>;
+    using Rows = NumberRows<Number>;
     using Stored = uint8_t;
-    static constexpr bool kHasScales = true;
+    static constexpr bool kIsInteger = false;
 
     CodedCache(const OctavoAttention& op, int block_size, Scratch& scratch)
         : num_kv_heads(op.num_kv_heads),
@@ -108,9 +97,7 @@ public:
           keys_(static_cast<uint8_t*>(op.k_cache)),
           values_(static_cast<uint8_t*>(op.v_cache)),
           format_(op.cache),
-          numbers_(scratch.take<Number>(std::max(head_dim / kBlock, kSplitUnits) * kBlockElements)),
-          key_scales_(scratch.take<float>(kSplitUnits * kUnit)),
-          value_scales_(scratch.take<float>(kSplitUnits * kUnit)) {}
+          numbers_(scratch.take<Number>(std::max(head_dim / kBlock, kSplitUnits) * kBlockElements)) {}
 
     uint8_t* keys_of(int64_t block, int head, int place) const { return unit_of(keys_, head_dim, block, head, place); }
     uint8_t* values_of(int64_t block, int head, int place) const {
@@ -122,44 +109,27 @@ public:
         uint8_t* keys = keys_of(block, head, place);
         uint8_t* values = values_of(block, head, place);
         if (place == 0) {  // nothing of an earlier owner remains
-            std::memset(keys, 0, unit_bytes(head_dim) * (block_size / kUnit));
-            std::memset(values, 0, unit_bytes(v_head_dim) * (block_size / kUnit));
+            std::memset(keys, 0, static_cast<size_t>(block_size) * head_dim);
+            std::memset(values, 0, static_cast<size_t>(block_size) * v_head_dim);
         }
         place %= kUnit;
-        encode(k, k_size, codes, keys + kUnit * head_dim, place);
+        encode(k, k_size, codes);
         for (int i = 0; i < k_size; ++i) keys[i / kBlock * kBlockElements + code_offset(place, i % kBlock)] = codes[i];
-        encode(v, v_size, codes, values + kUnit * v_head_dim, place);
+        encode(v, v_size, codes);
         for (int i = 0; i < v_size; ++i)
             values[i / kColumns * kBlockElements + code_offset(i % kColumns, place)] = codes[i];
     }
 
     void prefetch_place(int64_t, int, int) const {}  // few lines
 
-    Right<Number> factor_of(const uint8_t* const* blocks, int count) {
-        for (int i = 0; i < count; ++i) {
+    // As of KVCache.
+    void multiply(const Rows& x, const uint8_t* const* blocks, float* sums) {
+        for (int i = 0; i < x.blocks(); ++i) {
             Fetch fetch = {address_of(blocks[i + kBlocksAhead]), kCacheLineBytes};
             decode_codes(blocks[i], numbers_ + i * kBlockElements, fetch);
         }
-        return {numbers_, kBlockElements};
+        x.multiply({numbers_, kBlockElements}, sums);
     }
-
-    // Reads the scales of some units, of which the blocks are listed as `Attention` lists them; whether there are any.
-    bool read_scales(int units, const uint8_t* const* blocks) {
-        if (format_ != kInt8Cache) return false;
-        const int key_blocks = head_dim / kBlock;
-        for (int i = 0; i < units; ++i) {
-            const BFloat16* of_keys = scales_of(blocks[i * key_blocks], head_dim);
-            const BFloat16* of_values = scales_of(blocks[units * key_blocks + i], v_head_dim);
-            for (int j = 0; j < kUnit; j += kLanes) {
-                store(key_scales_ + i * kUnit + j, load(of_keys + j));
-                store(value_scales_ + i * kUnit + j, load(of_values + j));
-            }
-        }
-        return true;
-    }
-    // By token, from the first unit's on.
-    const float* key_scales() const { return key_scales_; }
-    const float* value_scales() const { return value_scales_; }
 
     const int num_kv_heads;
     const int head_dim;    // padded
@@ -167,61 +137,27 @@ public:
     const int block_size;
 
 private:
-    size_t unit_bytes(int dim) const {
-        return static_cast<size_t>(kUnit) * dim + (format_ == kInt8Cache ? kUnit * sizeof(BFloat16) : 0);
-    }
     uint8_t* unit_of(uint8_t* cache, int dim, int64_t block, int head, int place) const {
-        return cache + ((block * num_kv_heads + head) * (block_size / kUnit) + place / kUnit) * unit_bytes(dim);
-    }
-    static const BFloat16* scales_of(const uint8_t* unit, int dim) {
-        return reinterpret_cast<const BFloat16*>(unit + kUnit * dim);
+        return cache + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * dim;
     }
 
-    // A token's head as codes, and its scale.
-    void encode(const T* x, int size, uint8_t* codes, uint8_t* scales, int place) const {
-        if (format_ == kInt8Cache) return encode_int8(x, size, codes, reinterpret_cast<BFloat16*>(scales) + place);
+    void encode(const T* x, int size, uint8_t* codes) const {
         for (int i = 0; i < size; ++i)
-            codes[i] =
-                format_ == kE4M3Cache ? encode_float8<E4M3>(to_float(x[i])) : encode_float8<E5M2>(to_float(x[i]));
-    }
-
-    static void encode_int8(const T* x, int size, uint8_t* codes, BFloat16* scale) {
-        Vec top = zero(), invalid = zero();
-        for (int i = 0; i < size; i += kLanes) {
-            const Vec numbers = load_first(x + i, size - i);
-            top = max(top, absolute(numbers));
-            invalid = invalid + numbers * zero();  // NaN for infinity, too
-        }
-        *scale = from_float<BFloat16>(largest(top) / kLargestCode + sum(invalid));
-        const float divisor = to_float(*scale);
-        const bool is_usable = divisor > 0.0f;
-        for (int i = 0; i < size; i += kLanes) {
-            float rounded[kLanes];
-            const Vec limit = splat(kLargestCode);
-            const Vec quotient = load_first(x + i, size - i) / splat(is_usable ? divisor : 1.0f);
-            store(rounded, nearest(min(limit, max(negate(limit), quotient))));
-            for (int j = 0; j < kLanes && i + j < size; ++j)
-                codes[i + j] = is_usable ? static_cast<uint8_t>(static_cast<int8_t>(rounded[j])) : 0;
-        }
+            codes[i] = format_ == kE4M3Cache ? encode_float8<Float8E4M3>(to_float(x[i]))
+                                             : encode_float8<Float8E5M2>(to_float(x[i]));
     }
 
     void decode_codes(const uint8_t* codes, Number* block, Fetch& fetch) const {
-        switch (format_) {
-            case kInt8Cache:
-                return decode_block<int8_t>(codes, block, fetch);
-            case kE4M3Cache:
-                return decode_block<E4M3>(codes, block, fetch);
-            default:
-                return decode_block<E5M2>(codes, block, fetch);
-        }
+        if (format_ == kE4M3Cache)
+            decode_block<Float8E4M3>(codes, block, fetch);
+        else
+            decode_block<Float8E5M2>(codes, block, fetch);
     }
 
     uint8_t* keys_;
     uint8_t* values_;
     int32_t format_;
     Number* numbers_;  // of a unit of K, or of 32 columns of V in each unit of a split
-    float* key_scales_;
-    float* value_scales_;
 };
 
 }  // namespace octavo
