@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
+from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
+from api.speculation import speculative_config
 from api.vllm_options import take_foreign
 from engine_core.config import KV_CACHE_DTYPES, QUANTIZATIONS, Config, EngineConfig, Positive
 
@@ -373,6 +375,15 @@ class ServerConfig(Config, frozen=True):
             extra={"group": "Logging"},
         ),
     ] = None
+    speculative_config: Annotated[
+        dict[str, object],
+        Meta(
+            description="JSON object: how to propose draft tokens, which a step verifies together. Tokens stay the "
+            'same. {"method": "suffix"}: what followed the last tokens where they occurred before. "ngram": the same '
+            "with prompt_lookup_min and prompt_lookup_max. Default: no drafts.",
+            extra={"flags": ["-sc"], "group": "Engine"},
+        ),
+    ] = {}
     metrics_require_key: Annotated[bool, Meta(description="Require an API key for /metrics and /load as well.")] = False
     engine: EngineConfig = EngineConfig()
 
@@ -432,7 +443,17 @@ def make_config(values: Mapping[str, Any]) -> tuple[ServerConfig, list[str]]:
     rest, notes = take_foreign(values, [name for option in options(ServerConfig) for name in option.names])
     config: ServerConfig = build(ServerConfig, rest)
     check_config(config)
-    return config, notes
+    return with_speculation(config), notes
+
+
+def with_speculation(config: ServerConfig) -> ServerConfig:
+    """The configuration with ``--speculative-config`` where the other processes read it.
+
+    Raises:
+        ConfigError: A field of the option is invalid.
+    """
+    executor = replace(config.engine.executor, speculative=speculative_config(config.speculative_config))
+    return replace(config, engine=replace(config.engine, executor=executor))
 
 
 def check_config(config: ServerConfig) -> None:

@@ -69,6 +69,7 @@ class LLMOptions(TypedDict, total=False):
     log_format: Literal["text", "json"]
     disable_log_stats: bool
     otlp_traces_endpoint: str | None
+    speculative_config: dict[str, object]
     metrics_require_key: bool
     max_num_seqs: int
     max_num_batched_tokens: int | str | None

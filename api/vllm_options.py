@@ -201,8 +201,8 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "speculative decoding is not supported yet; omit it, the tokens are the same without it",
-        "-sc speculative_config spec_method spec_model spec_tokens speculative_model num_speculative_tokens",
+        'use --speculative-config, such as \'{"method": "suffix"}\'',
+        "spec_method spec_model spec_tokens speculative_model num_speculative_tokens",
     ),
     (
         Verdict.REFUSED,
@@ -316,7 +316,8 @@ _WORKING = """
     max_num_queued_tokens max_num_seqs model model_impl num_gpu_blocks_override otlp_traces_endpoint
     override_generation_config pipeline_parallel_size pooler_config port quantization reasoning_parser response_role
     return_tokens_as_token_ids
-    revision root_path runner scheduling_policy seed served_model_name shutdown_timeout ssl_ca_certs ssl_cert_reqs
+    revision root_path runner scheduling_policy seed served_model_name shutdown_timeout speculative_config ssl_ca_certs
+    ssl_cert_reqs
     ssl_certfile ssl_ciphers ssl_keyfile stream_interval structured_outputs_config task tensor_parallel_size
     tokenizer tokenizer_revision tool_call_parser trust_request_chat_template uds
 """

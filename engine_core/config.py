@@ -9,6 +9,7 @@ from msgspec import Meta
 from executor.config import (
     DEFAULT_STEP_TOKENS,
     KV_CACHE_DTYPES,
+    MAX_DRAFT_TOKENS,
     QUANTIZATIONS,
     Config,
     DeviceConfig,
@@ -25,6 +26,7 @@ from executor.config import (
 
 __all__ = [
     "KV_CACHE_DTYPES",
+    "MAX_DRAFT_TOKENS",
     "QUANTIZATIONS",
     "CacheConfig",
     "Config",

@@ -35,6 +35,15 @@ def root_hash(*, cache_salt: str = "", adapter_hash: str = "") -> bytes:
     return sha256(b"".join(struct.pack("<Q", len(part)) + part for part in parts)).digest()
 
 
+@lru_cache(maxsize=256)
+def draft_pool(tenant: tuple[str, str], cache_salt: str) -> int:
+    """A number below 2**63 for the requests whose drafts may come from each other's outputs: those of one user with one
+    salt. Otherwise the speed of an answer would tell what others were answered."""
+    parts = [part.encode() for part in (*tenant, cache_salt)]
+    digest = sha256(b"".join(struct.pack("<Q", len(part)) + part for part in parts)).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def feature_keys(features: Iterable[MultiModalFeature], block_size: int) -> dict[int, bytes]:
     """Extra keys of the blocks in which images and audio begin.
 

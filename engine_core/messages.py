@@ -306,6 +306,14 @@ class SchedulerStats(Message, frozen=True):
     """Microseconds that planning the step took."""
     forward_ms: float = 0.0
     """Milliseconds that the worker spent on the step."""
+    num_drafts: int = 0
+    """Rows with drafts since the start."""
+    num_draft_tokens: int = 0
+    """Drafts verified since the start."""
+    num_accepted_tokens: int = 0
+    """Drafts accepted since the start."""
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    """The same, by position among a row's drafts, without the last positions that had none."""
 
 
 class EngineCoreOutput(Message, frozen=True):
@@ -337,6 +345,8 @@ class EngineCoreOutput(Message, frozen=True):
     """Error message for the client; the request has ended."""
     error_param: str | None = None
     """Set if the client is at fault: the field to blame, or an empty string if none in particular."""
+    num_draft_tokens: int = 0
+    """Drafts that the step verified for the request. The accepted ones precede the last of ``new_token_ids``."""
     is_culprit: bool = False
     """The request killed workers repeatedly and must not be retried soon."""
 
@@ -364,6 +374,9 @@ class EngineCoreOutputs(Message, frozen=True):
     """CLOCK_MONOTONIC seconds."""
     num_tokens: bytes = b""
     """uint8 [n]: tokens per row of the columns. Empty: one per row."""
+    num_draft_tokens: bytes = b""
+    """uint8 [n]: drafts that the step verified in each row of the columns; all tokens but the last of a row are
+    accepted ones. Empty: none in any row."""
 
     def pieces(self) -> Iterator[EngineCoreOutputs]:
         """Splits into messages of at most ``MAX_OUTPUTS`` outputs, so that none blocks the api for long.

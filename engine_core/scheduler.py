@@ -19,7 +19,9 @@ import numpy as np
 
 from engine_core.cache_shape import CacheShape, max_step_tokens
 from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.draft_counts import DraftCounts
 from engine_core.fair_shares import FairShares
+from engine_core.hashing import draft_pool
 from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.kv_cache_manager import KVCacheManager, PrefixHit
 from engine_core.messages import (
@@ -88,6 +90,7 @@ class Scheduler:
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
         self.num_preemptions = 0
+        self.drafts = DraftCounts()
         self._step_id = 0
         self.table = SlotTable(config.max_num_seqs, max_model_len, max_draft_tokens)
 
@@ -288,7 +291,8 @@ class Scheduler:
         planned, scheduled, max_tokens = table.num_planned[slots], table.num_scheduled[slots], table.max_tokens[slots]
         allowances = np.minimum(self.max_draft_tokens, max_tokens - 1 - planned)
         goes_on = (planned > table.num_prompt[slots]) & (scheduled == planned)
-        allowances = np.where(goes_on, np.maximum(allowances, 0), 0)
+        share = max(1, budget // max(1, int(goes_on.sum())))
+        allowances = np.where(goes_on, np.clip(allowances, 0, share), 0)
         drafts: I64 = np.clip(budget - (np.cumsum(allowances) - allowances), 0, allowances)
         ends = scheduled + drafts
         rows = np.flatnonzero(ends > table.capacity[slots])
@@ -459,6 +463,7 @@ class Scheduler:
             pooling_params=request.message.pooling_params,
             lora_id=0 if adapter is None else adapter.lora_id,
             mm_features=request.message.mm_features,
+            draft_pool=draft_pool(request.message.tenant, request.message.cache_salt) if self.max_draft_tokens else 0,
         )
 
     def _advance(self, slots: I32, counts: I64) -> None:
@@ -501,6 +506,8 @@ class Scheduler:
         if self.suspects:
             self.suspects.computed(step.slots, ends, current)
         outputs = self._take_prompts(step, result, current)
+        if result.num_verified:
+            self.drafts.add(u8(result.num_verified), u8(result.num_accepted))
         if result.num_draft_tokens:
             self._keep_drafts(step, new, result, current)
         verdicts = self._judge(step, new) if len(step.grammar_rows) else {}
@@ -515,11 +522,11 @@ class Scheduler:
             described[[*verdicts, *(error.row for error in result.row_errors)]] = True
             outputs += self._describe_rows(step, result, new, described, verdicts)
             plain = ~described[rows]
-            tokens, slots, lengths = tokens[plain], slots[plain], lengths[plain]
+            tokens, slots, lengths, rows = tokens[plain], slots[plain], lengths[plain], rows[plain]
             offsets = None if offsets is None else offsets[plain]
         self._publish_ready()
-        indices, output_indices, num_tokens = token_columns(
-            table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets
+        indices, output_indices, num_tokens, num_drafts = token_columns(
+            table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets, new.verified(rows)
         )
         return EngineCoreOutputs(
             engine_epoch=self.engine_epoch,
@@ -527,6 +534,7 @@ class Scheduler:
             output_indices=output_indices,
             token_ids=tokens.tobytes(),
             num_tokens=num_tokens,
+            num_draft_tokens=num_drafts,
             outputs=tuple(outputs),
             scheduler_stats=self.stats(step, result),
             timestamp=time.monotonic(),
@@ -610,7 +618,8 @@ class Scheduler:
             if verdicts.get(row) is Verdict.ENDED:
                 assert request.grammar is not None
                 reason = FinishReason.LENGTH if request.grammar.was_cut else FinishReason.STOP
-            output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []))
+            num_verified = 0 if new.num_verified is None else int(new.num_verified[sample])
+            output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []), num_verified)
             outputs.append(output)
             self._publish(slot)
             if output.finish_reason is not None:
@@ -686,6 +695,7 @@ class Scheduler:
     # -- facts ---------------------------------------------------------------------------------------------
 
     def stats(self, step: InFlight | None = None, result: ModelRunnerOutput | None = None) -> SchedulerStats:
+        drafts = self.drafts
         return SchedulerStats(
             num_running_reqs=len(self.table.running),
             num_waiting_reqs=self.num_waiting,
@@ -694,9 +704,13 @@ class Scheduler:
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,
             num_preemptions=self.num_preemptions,
-            num_scheduled_tokens=step.num_tokens if step else 0,
+            num_scheduled_tokens=_num_computed(step, result) if step and result else 0,
             schedule_us=step.schedule_us if step else 0.0,
             forward_ms=result.forward_ms if result else 0.0,
+            num_drafts=drafts.num_drafts,
+            num_draft_tokens=drafts.num_draft_tokens,
+            num_accepted_tokens=drafts.num_accepted_tokens,
+            num_accepted_tokens_per_pos=drafts.accepted_per_position(),
         )
 
     def check_integrity(self) -> None:
@@ -707,3 +721,10 @@ class Scheduler:
         assert all(request.slot < 0 and not request.block_tables for request in waiting)
         assert len(waiting) + len(running) + len(self.compiling) == len(self.requests)
         self.kv.check_integrity(self.requests.values())
+
+
+def _num_computed(step: InFlight, result: ModelRunnerOutput) -> int:
+    """Tokens of a step, without those that were allowed for drafts and not accepted."""
+    if step.allowances is None:
+        return step.num_tokens
+    return step.num_tokens - int(step.allowances.sum()) + int(u8(result.num_accepted).sum(dtype=np.int64))

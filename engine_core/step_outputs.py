@@ -16,6 +16,7 @@ def token_output(
     tokens: list[int],
     ended: FinishReason | None,
     logprobs: list[TokenLogprobs],
+    num_verified: int = 0,
 ) -> EngineCoreOutput:
     """The output of a row on the slow path; its tokens are already in the table.
 
@@ -27,6 +28,7 @@ def token_output(
         tokens: The row's new tokens, at least one.
         ended: The reason, if the grammar allows nothing after the last token.
         logprobs: Log probabilities to report.
+        num_verified: Drafts that the step verified for the row.
     """
     request = table.request(slot)
     first = int(table.num_known[slot]) - len(tokens)
@@ -58,6 +60,7 @@ def token_output(
         stop_reason=tokens[-1] if stopped and tokens[-1] in request.params.stop_token_ids else None,
         ends_with_stop_token=stopped,
         new_logprobs=tuple(logprobs[: len(tokens)]),
+        num_draft_tokens=num_verified,
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens if is_first else None,
         scheduled_time=request.scheduled_time if is_first else None,
@@ -120,20 +123,25 @@ def keep_prompt_logprobs(table: SlotTable, step: InFlight, entries: tuple[TokenL
             table.is_special[request.slot] = True
 
 
-def token_columns(indices: I64, output_indices: I64, offsets: I64 | None) -> tuple[bytes, bytes, bytes]:
+def token_columns(
+    indices: I64, output_indices: I64, offsets: I64 | None, verified: I64 | None
+) -> tuple[bytes, bytes, bytes, bytes]:
     """The columns of ``EngineCoreOutputs`` for rows with only new tokens.
 
     Args:
         indices: int64 [tokens]: request of each token.
         output_indices: int64 [tokens]: index of each token in its output.
         offsets: int64 [tokens]: index of each token among its row's tokens; None: one token per row.
+        verified: int64 [tokens]: drafts verified in each token's row; None: none.
 
     Returns:
-        ``indices``, ``output_indices`` and ``num_tokens``.
+        ``indices``, ``output_indices``, ``num_tokens`` and ``num_draft_tokens``.
     """
     counts = b""
     if offsets is not None:
         firsts = np.flatnonzero(offsets == 0)
         counts = np.diff(firsts, append=len(offsets)).astype(np.uint8).tobytes()
         indices, output_indices = indices[firsts], output_indices[firsts]
-    return indices.tobytes(), output_indices.astype(np.int32).tobytes(), counts
+        verified = None if verified is None else verified[firsts]
+    drafts = b"" if verified is None else verified.astype(np.uint8).tobytes()
+    return indices.tobytes(), output_indices.astype(np.int32).tobytes(), counts, drafts

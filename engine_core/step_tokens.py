@@ -17,6 +17,7 @@ class StepTokens:
         counts: int64 [samples]: tokens that the worker sampled for each row.
         kept: int64 [samples]: how many of these, from the first, belong to the output. 0 if the request has left its
             slot; later checks may lower others.
+        num_verified: uint8 [samples]: drafts that the step verified for each row; None: none.
     """
 
     def __init__(self, step: InFlight, result: ModelRunnerOutput, current: Bools) -> None:
@@ -34,6 +35,7 @@ class StepTokens:
         if result.num_accepted.strip(b"\0"):
             self.counts += u8(result.num_accepted)
             self._starts = np.cumsum(self.counts) - self.counts
+        self.num_verified = u8(result.num_verified) if result.num_verified else None
         self.kept: I64 = self.counts * current[self.rows]
         for error in result.row_errors:
             if step.sampled[error.row] and current[error.row]:
@@ -48,6 +50,13 @@ class StepTokens:
         start = sample if self._starts is None else int(self._starts[sample])
         tokens: list[int] = self._tokens[start : start + int(self.kept[sample])].tolist()
         return tokens
+
+    def verified(self, rows: I64) -> I64 | None:
+        """Drafts that the step verified in each of these rows, which sample; None: none at all."""
+        if self.num_verified is None:
+            return None
+        counts: I64 = self.num_verified[np.searchsorted(self.rows, rows)].astype(np.int64)
+        return counts
 
     def columns(self) -> tuple[I32, I64, I64 | None]:
         """The kept tokens.

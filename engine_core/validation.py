@@ -120,6 +120,8 @@ def _params_problem(params: ResolvedParams, vocab_size: int) -> str | None:
         1 <= loops.min_pattern_size <= loops.max_pattern_size <= MAX_PATTERN_SIZE and 2 <= loops.min_count <= INT32_MAX
     ):
         return "repetition_detection is out of range"
+    if params.num_speculative_tokens is not None and not 0 <= params.num_speculative_tokens <= INT32_MAX:
+        return "num_speculative_tokens is out of range"
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         return "allowed_token_ids is empty"
     return None

@@ -235,6 +235,20 @@ class SpeculativeConfig(Config, frozen=True):
     """Name in ``executor/speculative/registry.py``."""
     num_speculative_tokens: Annotated[int, Meta(ge=1, le=MAX_DRAFT_TOKENS)]
     """Maximum drafts of a request in one step."""
+    prompt_lookup_min: Positive = 1
+    """Number of last tokens that must occur earlier in the text. The methods ``suffix`` and ``ngram`` propose what
+    followed there."""
+    prompt_lookup_max: Positive = 24
+    """Number of last tokens that are compared at most."""
+    max_spec_factor: Annotated[float, Meta(gt=0)] = 2.0
+    """Drafts per token that was found again."""
+    min_token_prob: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Drafts end where the probability that all of them are accepted falls below this."""
+    max_cached_requests: Annotated[int, Meta(ge=0)] = 0
+    """Earlier outputs per tenant that are searched as well; 0: none."""
+    is_adaptive: bool = True
+    """Draft lengths follow the measured acceptance and the measured times of steps. False: they depend on the tokens
+    alone, as several ranks need it."""
     script: str = ""
     """File read by the method ``scripted``."""
     wrong_every: int = 0

@@ -109,6 +109,8 @@ class ResolvedParams(Message, frozen=True):
     """Ends an output that is stuck in a loop; None: off."""
     thinking_budget: ThinkingBudget | None = None
     """Limits the thinking of a request without a grammar; None: no limit."""
+    num_speculative_tokens: int | None = None
+    """Maximum drafts per step; None: the server's."""
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:
@@ -195,6 +197,8 @@ class NewRequest(Message, frozen=True):
     """0: no adapter."""
     mm_features: tuple[MultiModalFeature, ...] = ()
     """Images and audio of the prompt, in prompt order."""
+    draft_pool: int = 0
+    """Requests with the same number may take drafts from each other's outputs."""
 
 
 class SchedulerOutput(Message, frozen=True):
@@ -369,6 +373,8 @@ class ModelRunnerOutput(Message, frozen=True):
     an error ends with 0 in place of that token."""
     num_accepted: bytes = b""
     """uint8 [rows that sample]: accepted drafts. Empty: none in any row."""
+    num_verified: bytes = b""
+    """uint8 [rows that sample]: drafts that the step verified. Empty: none in any row."""
     num_draft_tokens: bytes = b""
     """uint8 [rows that sample]: drafts that the worker proposes for each row's next step. Empty: none."""
     draft_token_ids: bytes = b""

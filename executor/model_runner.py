@@ -41,7 +41,7 @@ from executor.peak_memory import PeakMemory
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
-from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
+from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, step_rows
 
 PROMPT_LOGITS_CHUNK = 128
 """Rows per batch of logits for prompt log probabilities: logits are wide."""
@@ -65,6 +65,8 @@ class StartedStep:
     prompt_logprobs: Deferred[Sequence[TokenLogprobs]]
     pooled: Deferred[PoolerOutput]
     launch_ms: float
+    num_tokens: int
+    """Tokens that the step computes."""
 
 
 class PendingOutput:
@@ -98,12 +100,16 @@ class PendingOutput:
         sampled, prompt_logprobs, pooled = self._results.make(self._pending.collect())
         step, states = self._step, self._states
         sampled, num_accepted = settle(states, step.rows, step.epochs, step.drafts, sampled)
+        milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
+        if step.num_tokens == len(step.rows):
+            self._speculation.note_step(step.num_tokens, milliseconds)
         drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
             rank=self._rank,
             sampled_token_ids=sampled.token_ids.astype(np.int32).tobytes(),
             num_accepted=num_accepted,
+            num_verified=b"" if step.drafts is None else num_verified(step.rows),
             num_draft_tokens=b"" if drafts is None else drafts.counts.astype(np.uint8).tobytes(),
             draft_token_ids=b"" if drafts is None else drafts.token_ids.tobytes(),
             row_errors=(*sampled.row_errors, *pooled.row_errors),
@@ -250,6 +256,7 @@ class ModelRunner:
         """Applies a plan and launches the model. Call ``finish`` before the next plan."""
         begin = time.perf_counter()
         states = self.states
+        self.speculation.remove(i32(plan.finished_slots), states)
         states.apply(plan)
         self.forward.apply(plan)
         self.pooler.remove(i32(plan.finished_slots))
@@ -276,7 +283,14 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             pooled=pooled,
             launch_ms=(time.perf_counter() - begin) * 1e3,
+            num_tokens=int(counts.sum()),
         )
+
+    def may_verify_drafts(self, plan: SchedulerOutput) -> bool:
+        """Whether ``begin`` must wait until earlier outputs are collected, because it may verify drafts."""
+        if not plan.num_draft_tokens:
+            return False
+        return self.speculation.is_expected(i32(plan.slots))
 
     def lacks_tokens(self, step: StartedStep) -> bool:
         """Whether ``finish`` must wait until earlier outputs are collected, because sampling reads their tokens."""

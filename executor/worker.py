@@ -19,7 +19,7 @@ import torch
 import zmq
 
 from executor.base import ModelError
-from executor.config import ExecutorConfig
+from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
 from executor.layers.attention import form_groups
 from executor.loader import load_model
@@ -102,7 +102,7 @@ class Worker:
             groups,
             step_size=config.step_size,
             enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
-            speculative=config.speculative,
+            speculative=self._speculative(),
             rank=self.rank,
         )
         self.results_fd = self.runner.channel.fileno()
@@ -130,6 +130,13 @@ class Worker:
             )
         )
 
+    def _speculative(self) -> SpeculativeConfig | None:
+        """How drafts are proposed. Ranks that compute the same step must propose the same."""
+        config = self.config.speculative
+        if config is None or self.config.parallel.world_size == 1:
+            return config
+        return msgspec.structs.replace(config, is_adaptive=False, max_cached_requests=0)
+
     def _progress(self, stage: str, done: int, total: int) -> None:
         self._send(LoadProgress(rank=self.rank, stage=stage, done=done, total=total))
 
@@ -156,11 +163,11 @@ class Worker:
 
         Before sampling, a step with constrained rows waits for its mask, and a step that reads tokens waits for the
         results of earlier steps. A step that may verify drafts waits for those results before launch, since its
-        positions depend on them.
+        positions depend on them; while no drafts are worth verifying, it does not.
         """
         while self._step is not None or self._plans:
             if self._step is None:
-                if self._outputs and self._plans[0].num_draft_tokens:
+                if self._outputs and self.runner.may_verify_drafts(self._plans[0]):
                     return
                 self._step = self.runner.begin(self._plans.popleft())
             step = self._step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import msgspec
@@ -83,6 +84,12 @@ class _StepCollector(Collector):
             prefix_cache_queries=stats.prefix_cache_queries + lost.prefix_cache_queries,
             prefix_cache_hits=stats.prefix_cache_hits + lost.prefix_cache_hits,
             num_preemptions=stats.num_preemptions + lost.num_preemptions,
+            num_drafts=stats.num_drafts + lost.num_drafts,
+            num_draft_tokens=stats.num_draft_tokens + lost.num_draft_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens + lost.num_accepted_tokens,
+            num_accepted_tokens_per_pos=tuple(
+                map(sum, zip_longest(stats.num_accepted_tokens_per_pos, lost.num_accepted_tokens_per_pos, fillvalue=0))
+            ),
         )
 
     def collect(self) -> Iterator[Metric]:
@@ -113,6 +120,8 @@ class _StepCollector(Collector):
             "vllm:num_preemptions", "Preemptions of requests for lack of KV blocks.", stats.num_preemptions
         )
         yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
+        if stats.num_drafts:
+            yield from self._draft_metrics(stats)
         for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
             yield self._histogram(
                 name,
@@ -128,6 +137,20 @@ class _StepCollector(Collector):
             self.iteration_counts,
             self.iteration_sum,
         )
+
+    def _draft_metrics(self, stats: SchedulerStats) -> Iterator[Metric]:
+        """Counts of speculative decoding."""
+        yield self._counter("vllm:spec_decode_num_drafts", "Times that drafts were verified.", stats.num_drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Draft tokens verified.", stats.num_draft_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.num_accepted_tokens)
+        family = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their position among the drafts verified together.",
+            labels=[*self._names, "position"],
+        )
+        for position, count in enumerate(stats.num_accepted_tokens_per_pos):
+            family.add_metric([*self._values, str(position)], count)
+        yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=self._names)
@@ -389,11 +412,7 @@ class EngineMetrics:
         self._resumed.inc(num_resumed)
         if cause == "engine_core":
             steps = self._steps
-            steps.lost = SchedulerStats(
-                prefix_cache_queries=steps.lost.prefix_cache_queries + steps.stats.prefix_cache_queries,
-                prefix_cache_hits=steps.lost.prefix_cache_hits + steps.stats.prefix_cache_hits,
-                num_preemptions=steps.lost.num_preemptions + steps.stats.num_preemptions,
-            )
+            steps.lost = steps.totals
             steps.stats = SchedulerStats()
 
     @property

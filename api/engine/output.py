@@ -7,7 +7,7 @@ per token limits the throughput of the front end.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 
 from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
@@ -34,6 +34,11 @@ FINISH_REASONS = {
     FinishReason.ERROR: "error",
     FinishReason.REPETITION: "repetition",
 }
+
+
+def _num_drafts(outputs: EngineCoreOutputs) -> Iterator[int]:
+    """Drafts verified in each row."""
+    return iter(u8(outputs.num_draft_tokens).tolist()) if outputs.num_draft_tokens else repeat(0)
 
 
 def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
@@ -83,12 +88,16 @@ class OutputProcessor:
         aborts: list[int] = []
         latencies: list[float] = []
         num_tokens = 0
+        drafts = _num_drafts(outputs)
         for index, output_index, tokens in zip(
             i64(outputs.indices).tolist(), i32(outputs.output_indices).tolist(), _token_rows(outputs), strict=True
         ):
+            num_drafts = next(drafts)
             state = states.get(index)
             if state is None:
                 continue
+            if num_drafts:
+                state.note_drafts(num_drafts, len(tokens) - 1)
             known = state.output_token_ids
             if output_index != len(known):
                 if output_index > len(known):
@@ -136,6 +145,8 @@ class OutputProcessor:
             self._lost(state, output.first_output_index, aborts)
             return 0
         tokens = output.new_token_ids[skip:]
+        if output.num_draft_tokens:
+            state.note_drafts(output.num_draft_tokens, len(output.new_token_ids) - 1)
         if output.scheduled_time is not None and state.scheduled_time is None:
             self._queue.begin(state.index)
             state.scheduled_time = output.scheduled_time

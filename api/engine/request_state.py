@@ -65,7 +65,9 @@ class RequestState:
         "last_token_time",
         "message",
         "min_tokens",
+        "num_accepted_tokens",
         "num_cached_tokens",
+        "num_draft_tokens",
         "num_prompt_tokens",
         "output_token_ids",
         "pooling_output",
@@ -94,6 +96,10 @@ class RequestState:
         self.choice = choice
         self.num_prompt_tokens = len(message.prompt_token_ids) // 4
         self.num_cached_tokens = 0
+        self.num_draft_tokens = 0
+        """Drafts that were verified."""
+        self.num_accepted_tokens = 0
+        """Of these, drafts that were accepted."""
         self.suspicion: Suspicion | None = None
         """Deaths of engine cores that this request is suspected of."""
         self.suspected_at = 0
@@ -126,6 +132,11 @@ class RequestState:
             )
             if options.stop or options.stop_regex:
                 self.stop_search = StopSearch(options.stop, options.stop_regex, options.include_stop_str_in_output)
+
+    def note_drafts(self, num_verified: int, num_accepted: int) -> None:
+        """Counts the drafts of a step."""
+        self.num_draft_tokens += num_verified
+        self.num_accepted_tokens += num_accepted
 
     def append_text(self, tokens: Sequence[int], num_tokens: int) -> tuple[str, str | None, int]:
         """Detokenizes tokens and searches their text for stop strings and patterns.

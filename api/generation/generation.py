@@ -16,7 +16,7 @@ from api.generation.beam_search import BeamSearchParams
 from api.generation.fanout import choose_best
 from api.generation.resolved import ResolvedRequest
 from api.generation.served_model import ServedModel
-from api.generation.usage import PromptTokensDetails, Usage
+from api.generation.usage import CompletionTokensDetails, PromptTokensDetails, Usage
 from api.params.sampling import SamplingParams
 
 ENCODED_AT_ONCE = 1 << 19
@@ -193,9 +193,16 @@ class Generation(EngineWork):
         states = self.states
         if num_output_tokens is None:
             num_output_tokens = sum(len(state.output_token_ids) for state in states)
-        return self.count_usage(
+        usage = self.count_usage(
             num_output_tokens, sum(state.num_cached_tokens for state in states[:: self.params.num_completions])
         )
+        num_drafts = sum(state.num_draft_tokens for state in states)
+        if num_drafts:
+            accepted = sum(state.num_accepted_tokens for state in states)
+            usage.completion_tokens_details = CompletionTokensDetails(
+                accepted_prediction_tokens=accepted, rejected_prediction_tokens=num_drafts - accepted
+            )
+        return usage
 
     def count_usage(self, num_output_tokens: int, num_cached_tokens: int) -> Usage:
         """Token usage with the given counts."""

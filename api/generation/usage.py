@@ -12,7 +12,12 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, kw_only=True):
-    reasoning_tokens: int
+    reasoning_tokens: int | UnsetType = UNSET
+    """Set if the server separates reasoning from answers."""
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    """Draft tokens that are part of the output; set if the server speculates."""
+    rejected_prediction_tokens: int | UnsetType = UNSET
+    """Draft tokens that are not part of the output, nor of ``completion_tokens``."""
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -22,4 +27,4 @@ class Usage(msgspec.Struct, kw_only=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
-    """Set if the server separates reasoning from answers."""
+    """Set if there are any."""

@@ -143,9 +143,9 @@ class ChatReply:
     def _usage(self, num_output_tokens: int | None = None) -> Usage:
         usage = self._generation.usage(num_output_tokens)
         if self._answer.text_format.reasoning is not None:
-            usage.completion_tokens_details = CompletionTokensDetails(
-                reasoning_tokens=self._answer.num_reasoning_tokens
-            )
+            details = usage.completion_tokens_details or CompletionTokensDetails()
+            details.reasoning_tokens = self._answer.num_reasoning_tokens
+            usage.completion_tokens_details = details
         return usage
 
     # -- a stream --------------------------------------------------------------------------------------------

@@ -97,6 +97,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     repetition_detection: RepetitionDetectionParams | None = None
     """End a completion that repeats itself, with finish reason ``repetition``."""
 
+    num_speculative_tokens: Count | None = None
+    """Maximum draft tokens that a step verifies; 0 turns speculation off. It changes no token."""
+
     thinking_token_budget: Count | None = None
     """Maximum number of reasoning tokens, after which reasoning is ended. Requires a reasoning parser."""
 

@@ -40,6 +40,7 @@ _SAME_NAME = (
     "logprob_token_ids",
     "repetition_detection",
     "thinking_token_budget",
+    "num_speculative_tokens",
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )

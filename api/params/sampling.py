@@ -85,6 +85,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         structured_outputs: Constrains the output, for example to a JSON schema.
         repetition_detection: End a completion that repeats itself, with the finish reason ``repetition``.
         thinking_token_budget: Maximum tokens of a section of thinking. Needs ``reasoning_parser``.
+        num_speculative_tokens: Maximum drafts that a step verifies, if the engine speculates; 0: none, None: the
+            engine's maximum. It changes no token.
         truncate_prompt_tokens: Keep only this many tokens of a longer prompt, including those that the tokenizer adds;
             -1: as many as leave room for the output.
         truncation_side: The side on which tokens are removed: ``left`` keeps the last tokens, ``right`` the first.
@@ -122,6 +124,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     structured_outputs: StructuredOutputsParams | None = None
     repetition_detection: RepetitionDetectionParams | None = None
     thinking_token_budget: int | None = None
+    num_speculative_tokens: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     output_kind: Any = None
@@ -175,6 +178,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         self._verify_words()
         budget = self.thinking_token_budget
         _check(budget is None or 0 <= budget <= MAX_INT, "thinking_token_budget", "must be at least 0", budget)
+        most = self.num_speculative_tokens
+        _check(most is None or 0 <= most <= MAX_INT, "num_speculative_tokens", "must be at least 0", most)
         keep = self.truncate_prompt_tokens
         _check(keep is None or -1 <= keep <= MAX_INT, "truncate_prompt_tokens", "must be at least -1", keep)
         if self.repetition_detection is not None:
@@ -359,6 +364,7 @@ def resolve_shared_params(params: SamplingParams, limits: ModelLimits, tokenizer
         prompt_logprobs=_num_logprobs("prompt_logprobs", params.prompt_logprobs, limits),
         logprob_token_ids=_logprob_token_ids(params, limits),
         repetition_detection=_repetition_detection(params.repetition_detection),
+        num_speculative_tokens=params.num_speculative_tokens,
     )
 
 

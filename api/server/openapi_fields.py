@@ -64,6 +64,7 @@ FIELDS: Mapping[str, str] = {
     "use_beam_search": "Search for the most likely answers instead of sampling.",
     "thinking_token_budget": "Maximum number of reasoning tokens; then the reasoning is ended.",
     "repetition_detection": "Ends an answer that repeats itself.",
+    "num_speculative_tokens": "Maximum draft tokens that a step verifies; 0: no speculation. It changes no token.",
     "min_pattern_size": "Minimum length of a repeated pattern in tokens.",
     "max_pattern_size": "Maximum length of a repeated pattern in tokens.",
     "min_count": "Number of repetitions that ends the answer.",

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
 
@@ -22,6 +25,9 @@ class Drafts:
     """int64 [slots]: number of drafts per slot."""
     token_ids: I32
     """int32 [sum of counts], concatenated slot by slot. Each is a valid token id."""
+    kinds: npt.NDArray[np.int8] | None = None
+    """int8 [sum of counts]: small numbers; drafts of one kind are about equally likely to be accepted. None: all drafts
+    are worth their verification."""
 
 
 class Proposer(Protocol):
@@ -29,6 +35,14 @@ class Proposer(Protocol):
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot: new, or back after a preemption."""
+
+    def remove(self, slot: int, output: I32) -> None:
+        """Registers that a request leaves its slot: done, or preempted.
+
+        Args:
+            slot: The slot.
+            output: int32 [tokens]: its output so far.
+        """
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
         """Proposes tokens to follow those in the table.

@@ -6,7 +6,11 @@ from executor.config import SpeculativeConfig
 from executor.registry import resolve
 from executor.speculative.base import Proposer
 
-REGISTRY = {"scripted": "executor.speculative.scripted:ScriptedProposer"}
+REGISTRY = {
+    "suffix": "executor.speculative.suffix:SuffixProposer",
+    "ngram": "executor.speculative.suffix:NgramProposer",
+    "scripted": "executor.speculative.scripted:ScriptedProposer",
+}
 """Proposer classes, constructed with the ``SpeculativeConfig`` and the number of slots."""
 
 

@@ -38,6 +38,9 @@ class ScriptedProposer:
         prompt = i32(request.token_ids)[: request.num_prompt_tokens].tobytes()
         self._by_slot[request.slot] = self._outputs.get(prompt, np.empty(0, np.int32))
 
+    def remove(self, slot: int, output: I32) -> None:
+        pass
+
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
         num_outputs = states.num_known[slots] - states.num_prompt[slots]
         rows = zip(slots.tolist(), num_outputs.tolist(), limits.tolist(), strict=True)

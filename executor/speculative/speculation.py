@@ -6,13 +6,17 @@ import numpy as np
 import numpy.typing as npt
 
 from executor.config import SpeculativeConfig
-from executor.messages import I32, I64, NewRequest, SchedulerOutput, i32, u8
+from executor.messages import I32, I64, NewRequest, SchedulerOutput, i32, row_offsets, u8
 from executor.request_states import RequestStates
 from executor.sampling.base import SamplerOutput, SampleRows
 from executor.speculative.base import Drafts
+from executor.speculative.draft_lengths import DraftLengths
 from executor.speculative.registry import create_proposer
 
 U8 = npt.NDArray[np.uint8]
+
+PATIENCE = 8
+"""Steps without drafts after which a slot's next step does not wait for the last one to propose some."""
 
 
 def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U8, bool]:
@@ -41,6 +45,13 @@ def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
     drafts = states.token_ids[rows.slots, rows.positions].astype(np.int64)
     drafts[firsts + lengths - 1] = -1
     return drafts
+
+
+def num_verified(rows: SampleRows) -> bytes:
+    """Drafts that each row of a step with drafts verifies: uint8 [rows that sample]."""
+    assert rows.offsets is not None
+    firsts = np.flatnonzero(rows.offsets == 0)
+    return (np.diff(firsts, append=len(rows)) - 1).astype(np.uint8).tobytes()
 
 
 def settle(
@@ -88,11 +99,46 @@ class Speculation:
         self._proposer = None if config is None else create_proposer(config, max_num_seqs)
         self.max_drafts = 0 if config is None else config.num_speculative_tokens
         """Maximum drafts of a row."""
+        self._limits = np.full(max_num_seqs, self.max_drafts, np.int64)
+        """Maximum drafts by slot."""
+        self._lengths = DraftLengths(
+            max_num_seqs,
+            self.max_drafts,
+            0.0 if config is None else config.min_token_prob,
+            is_adaptive=config is not None and config.is_adaptive,
+        )
+        self._always_waits = config is not None and not config.is_adaptive
+        """Ranks must not differ in which results they know when a step begins."""
+        self._num_idle = np.zeros(max_num_seqs, np.int64)
+        """Steps of a slot since drafts were last worth verifying."""
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot."""
-        if self._proposer is not None and request.params is not None:
-            self._proposer.add(request)
+        params = request.params
+        if self._proposer is None or params is None:
+            return
+        own = params.num_speculative_tokens
+        self._limits[request.slot] = self.max_drafts if own is None else min(own, self.max_drafts)
+        self._lengths.add(request.slot)
+        self._num_idle[request.slot] = 0 if own != 0 else PATIENCE
+        self._proposer.add(request)
+
+    def remove(self, slots: I32, states: RequestStates) -> None:
+        """Registers the requests that leave their slots. ``states`` still has their tokens."""
+        if self._proposer is None:
+            return
+        for slot in slots.tolist():
+            output = states.token_ids[slot, states.num_prompt[slot] : states.num_known[slot]]
+            self._proposer.remove(slot, output)
+
+    def is_expected(self, slots: I32) -> bool:
+        """Whether some of these slots may have drafts in their next step, so that it has to wait for the last one."""
+        return self._always_waits or bool((self._num_idle[slots] < PATIENCE).any())
+
+    def note_step(self, num_tokens: int, milliseconds: float) -> None:
+        """Records the time of a step that sampled at each of its tokens."""
+        if self._proposer is not None:
+            self._lengths.costs.add(num_tokens, milliseconds)
 
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
@@ -111,7 +157,17 @@ class Speculation:
         slots = rows.slots[firsts]
         is_current = states.epochs[slots] == epochs[firsts]
         room = states.token_ids.shape[1] - states.num_known[slots]
-        limits = np.where(is_current, np.minimum(self.max_drafts, room), 0)
-        drafts = self._proposer.propose(slots, limits, states)
-        states.set_drafts(slots[is_current], drafts.counts[is_current], drafts.token_ids)
+        limits = np.where(is_current, np.minimum(self._limits[slots], room), 0)
+        current = slots[is_current]
+        self._lengths.learn(current, states)
+        proposed = self._proposer.propose(slots, limits, states)
+        counts = np.zeros(len(slots), np.int64)
+        mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)
+        counts[is_current] = self._lengths.choose(current, mine, states)
+        self._num_idle[current] = np.where(counts[is_current] > 0, 0, self._num_idle[current] + 1)
+        # A step that is under way already, since no drafts were expected, has none.
+        counts[states.num_known[slots] != states.num_tokens[slots]] = 0
+        places, offsets = row_offsets(proposed.counts)
+        drafts = Drafts(counts, proposed.token_ids[offsets < counts[places]])
+        states.set_drafts(current, counts[is_current], drafts.token_ids)
         return drafts

@@ -109,6 +109,10 @@ def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monke
                 found = outputs(llm)
         for number, (got, wanted) in enumerate(zip(found, expected, strict=True)):
             assert got == wanted, f"request {number}, {setup}, {count} drafts, one in {wrong_every} wrong"
+    suffix = {"method": "suffix", "suffix_decoding_min_token_prob": 0}
+    with LLM(str(tiny_model), **options, speculative_config=suffix) as llm:
+        for _ in range(2):  # then drafts come from the first outputs
+            assert outputs(llm) == expected
 
 
 @pytest.mark.timeout(600)

@@ -81,11 +81,12 @@ class Engine:
         eager: bool = False,
         windows: bool = False,
         kv_cache_dtype: str = "auto",
+        family: str = "llama",
         speculative: SpeculativeConfig | None = None,
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
-        folder = tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint("llama")
+        folder = tiny.checkpoint("qwen2", **WINDOWS) if windows else tiny.checkpoint(family)
         model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager, kv_cache_dtype=kv_cache_dtype)
         self.answers: list[FromWorker] = []
         self.device = device

@@ -76,6 +76,72 @@ def test_drafts_change_nothing(
     assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
 
 
+PROPOSERS: dict[str, SpeculativeConfig] = {
+    "suffix": SpeculativeConfig(method="suffix", num_speculative_tokens=6, max_cached_requests=100),
+    "suffix, fixed": SpeculativeConfig(
+        method="suffix", num_speculative_tokens=8, max_cached_requests=100, is_adaptive=False, min_token_prob=0.0
+    ),
+    "ngram": SpeculativeConfig(
+        method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=2, is_adaptive=False
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("proposer", "setup"),
+    [
+        ("suffix", {}),
+        ("suffix, fixed", {"num_blocks": 6, "max_in_flight_steps": 3}),
+        ("suffix, fixed", {"windows": True, "max_num_batched_tokens": 24}),
+        ("suffix, fixed", {"family": "lfm2"}),
+        ("ngram", {"eager": True, "max_num_batched_tokens": 17}),
+    ],
+    ids=str,
+)
+def test_what_was_said_before_may_be_proposed(
+    proposer: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests twice: the second time, drafts come from the first answers."""
+
+    def all_answers(engine: Engine) -> Any:
+        engine.logprobs.clear()
+        engine.add(50, random_tokens(9), ResolvedParams(seed=3, allowed_token_ids=(40, 41), logprobs=1, max_tokens=40))
+        return answers(engine)
+
+    expected = all_answers(Engine(CpuDevice(), monkeypatch, **setup))
+    engine = Engine(CpuDevice(), monkeypatch, speculative=PROPOSERS[proposer], **setup)
+    for _ in range(2):
+        assert all_answers(engine) == expected, "bit for bit"
+        engine.scheduler.check_integrity()
+    assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+    if proposer != "suffix":
+        assert engine.num_accepted > 0
+    assert engine.scheduler.drafts.num_accepted_tokens == engine.num_accepted
+
+
+def test_a_device_with_late_results_waits_only_where_drafts_are_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = LateDevice(by_itself=False)
+    speculative = PROPOSERS["suffix"]
+    engine = Engine(late, monkeypatch, speculative=speculative)
+    plain = ResolvedParams(seed=5, max_tokens=40)
+    engine.add(0, random_tokens(10), plain)
+    engine.run()
+    assert late.channel is not None and late.channel.most_in_flight == 2, "nothing occurs twice"
+    engine = Engine(late, monkeypatch, speculative=speculative)
+    engine.add(0, random_tokens(10) * 3, ResolvedParams(seed=5, max_tokens=3))
+    engine.launch()
+    engine.launch()
+    assert late.channel is not None and late.channel.num_in_flight == 1
+    engine.run()
+    off = Engine(late, monkeypatch, speculative=speculative)
+    off.add(0, random_tokens(10) * 3, ResolvedParams(seed=5, max_tokens=3, num_speculative_tokens=0))
+    off.launch()
+    off.launch()
+    assert late.channel.num_in_flight == 2
+    off.run()
+    assert off.outputs == engine.outputs
+
+
 def test_right_drafts_save_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def steps(device: Device, **options: Any) -> tuple[int, list[int]]:
         engine = Engine(device, monkeypatch, max_in_flight_steps=1, **options)

@@ -73,7 +73,18 @@ ROOMS = (
     ("parsers",),
     # What any room may use: limits and errors, flags and their types, and the search for patterns, which parsers need
     # for the expressions of a tool's schema.
-    ("admission", "errors", "flags", "llm_options", "otlp", "regex_syntax", "stop_regex", "version", "vllm_options"),
+    (
+        "admission",
+        "errors",
+        "flags",
+        "llm_options",
+        "otlp",
+        "regex_syntax",
+        "speculation",
+        "stop_regex",
+        "version",
+        "vllm_options",
+    ),
 )
 """Folders and modules of ``api/`` from the top down. Each imports what is below its line, and itself. Only the modules
 of the first and of the last line, which are no rooms, import others of their line."""

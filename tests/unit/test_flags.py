@@ -14,6 +14,7 @@ from api.cli import resolve, serve_parser
 from api.config import GROUPS, ServerConfig, from_environment, make_config, unused_variables
 from api.flags import ConfigError, options
 from api.vllm_options import FOREIGN, WORKING, Verdict
+from engine_core.config import SpeculativeConfig
 
 
 def config_of(*arguments: str, environment: Mapping[str, str] | None = None) -> tuple[ServerConfig, list[str]]:
@@ -105,8 +106,9 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--quantization", "quip"], "--quantization quip: not supported yet; leave it out for models that are"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: more than one worker is not supported yet"),
         (["-tp=2"], "--tensor-parallel-size 2"),
-        (["--speculative-config", '{"method": "ngram"}'], "--speculative-config {"),
-        (["--speculative-config.method", "ngram"], "--speculative-config {"),
+        (["--speculative-config", '{"method": "eagle3"}'], "method 'eagle3': EAGLE heads are not supported yet; use"),
+        (["--speculative-config.model", "m/draft"], "method 'draft_model': draft models are not supported yet; use"),
+        (["--speculative-model", "m/draft"], "--speculative-model m/draft: use --speculative-config, such as"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype int4: not supported, 4 bits cost models with heads of 64"),
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
         (["--calculate-kv-scales"], "--calculate-kv-scales: int8 has a scale per token and head, fp8 none"),
@@ -156,7 +158,7 @@ def test_keyword_arguments_of_vllm() -> None:
     )
     assert config.runner == "generate" and config.engine.executor.model.enforce_eager
     assert any(note.startswith("--swap-space 4 (preempted requests are recomputed") for note in notes)
-    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "ngram"}}, {"kv_cache_dtype": "int4"}):
+    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "mtp"}}, {"kv_cache_dtype": "int4"}):
         with pytest.raises(ConfigError, match="not supported yet|use int8"):
             make_config(options_)
     with pytest.raises(ConfigError, match="unknown option 'max_modle_len'; did you mean max_model_len?"):
@@ -204,3 +206,60 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert config.port == 6 and config.engine.executor.model.max_model_len == 8192 and len(notes) == 2
     file.write_text("prot: 5\n")
     assert "unknown option 'prot'; did you mean port?" in refusal(capsys, "--config", str(file))
+
+
+def speculation_of(**fields: Any) -> SpeculativeConfig | None:
+    return make_config({"speculative_config": fields})[0].engine.executor.speculative
+
+
+def test_speculative_configs_of_vllm() -> None:
+    assert speculation_of() is None
+    config, _ = config_of(
+        "--speculative-config.method", "suffix", "--speculative-config.suffix_decoding_max_tree_depth", "12"
+    )
+    suffix = config.engine.executor.speculative
+    assert suffix is not None and (suffix.method, suffix.prompt_lookup_max) == ("suffix", 12)
+    assert suffix.num_speculative_tokens == 16 and suffix.max_cached_requests == 10_000
+    own = speculation_of(
+        method="suffix",
+        num_speculative_tokens=32,
+        suffix_decoding_max_cached_requests=0,
+        suffix_decoding_max_spec_factor=1,
+        suffix_decoding_min_token_prob=0.2,
+    )
+    assert own is not None and (own.max_cached_requests, own.max_spec_factor, own.min_token_prob) == (0, 1.0, 0.2)
+    for given, expected in (
+        ({}, (5, 5)),
+        ({"prompt_lookup_max": 4}, (4, 4)),
+        ({"prompt_lookup_min": 2}, (2, 2)),
+        ({"ngram_prompt_lookup_min": 2, "ngram_prompt_lookup_max": 4}, (2, 4)),
+    ):
+        ngram = speculation_of(model="[ngram]", num_speculative_tokens=3, disable_logprobs=True, **given)
+        assert ngram is not None and ngram.method == "ngram"
+        assert (ngram.prompt_lookup_min, ngram.prompt_lookup_max) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_speculative_tokens": 3}, 'method is missing; use "suffix" or "ngram"'),
+        ({"method": "sufix"}, "unknown method 'sufix'; use"),
+        ({"method": "ngram"}, "num_speculative_tokens is missing; 4 is a good start"),
+        ({"method": "suffix", "num_speculative_tokens": 33}, "must be a whole number from 1 to 32, got 33"),
+        ({"method": "suffix", "num_speculative_tokens": True}, "must be a whole number from 1 to 32, got True"),
+        ({"method": "suffix", "prompt_lookup_max": 3}, "prompt_lookup_max is for the method 'ngram'; omit it"),
+        ({"method": "suffix", "suffix_decoding_min_token_prob": 2}, "must be a number from 0 to 1, got 2"),
+        ({"method": "suffix", "suffix_decoding_max_tree_dept": 2}, "did you mean suffix_decoding_max_tree_depth?"),
+        ({"method": "suffix", "model": "m/draft"}, "model is for methods with a second model; omit it for 'suffix'"),
+        ({"method": "suffix", "disable_by_batch_size": 4}, "the number of drafts adapts to the load by itself"),
+        ({"method": "suffix", "acceptance_method": "typical_acceptance_sampler"}, "drafts are verified exactly"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 5, "prompt_lookup_max": 4},
+            "prompt_lookup_min must be at most prompt_lookup_max (4), got 5",
+        ),
+    ],
+)
+def test_mistakes_in_speculative_configs_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match="^--speculative-config: ") as error:
+        speculation_of(**fields)
+    assert message in str(error.value)

@@ -30,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "logit_bias": {"9": 1.5},
     "allowed_token_ids": [17, 9],
     "bad_words": ["b"],
+    "num_speculative_tokens": 3,
     "repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 4},
     "stop_regex": "q+",
     "include_stop_str_in_output": True,

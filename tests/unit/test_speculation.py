@@ -163,9 +163,9 @@ def test_thinking_budgets_force_tokens_within_a_row() -> None:
     assert output.token_ids.tolist()[:3] == [7, 8, 9] and accepted[0] >= 3
 
 
-def script(path: Path, **fields: int) -> SpeculativeConfig:
+def script(path: Path, wrong_every: int = 0) -> SpeculativeConfig:
     path.write_text(json.dumps([{"prompt": [1, 2], "output": list(range(10, 20))}]))
-    return SpeculativeConfig(method="scripted", num_speculative_tokens=4, script=str(path), **fields)
+    return SpeculativeConfig(method="scripted", num_speculative_tokens=4, script=str(path), wrong_every=wrong_every)
 
 
 def table_with(prompt: list[int], output: list[int]) -> tuple[RequestStates, NewRequest]:
@@ -224,5 +224,5 @@ def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> Non
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown speculative method 'magic'; choose from scripted"):
+    with pytest.raises(ValueError, match=r"unknown speculative method 'magic'; choose from ngram, scripted, suffix"):
         create_proposer(SpeculativeConfig(method="magic", num_speculative_tokens=1), 4)

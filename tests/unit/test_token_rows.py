@@ -14,7 +14,7 @@ from api.engine.output import OutputProcessor
 from api.engine.queue_bound import QueueBound
 from api.engine.request_state import OutputOptions, RequestState
 from engine_core.config import SchedulerConfig
-from engine_core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from engine_core.messages import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason, SchedulerStats
 from tests.fakes import MODEL, fake_logprobs, tiny_tokenizer, token_of, tokens_of
 from tests.scripted import EOS, ScriptedModel
 from tests.unit.conftest import Api
@@ -49,7 +49,7 @@ class Reader:
         self.state.first_token_time = 1.0
         self.processor.add(self.state)
 
-    def columns(self, place: int, tokens: list[int], timestamp: float = 2.0) -> list[int]:
+    def columns(self, place: int, tokens: list[int], timestamp: float = 2.0, drafts: int = 0) -> list[int]:
         return self.processor.process(
             EngineCoreOutputs(
                 engine_epoch=1,
@@ -57,6 +57,7 @@ class Reader:
                 output_indices=place.to_bytes(4, "little"),
                 token_ids=b"".join(token.to_bytes(4, "little") for token in tokens),
                 num_tokens=bytes([len(tokens)]),
+                num_draft_tokens=bytes([drafts]) if drafts else b"",
                 timestamp=timestamp,
             )
         )
@@ -163,3 +164,26 @@ def test_every_token_is_there() -> None:
         reader.columns(0, tokens[:cut])
         reader.columns(cut, tokens[cut:])
         assert reader.channel.text == "a🙂"
+
+
+def test_drafts_are_counted_in_usage_and_metrics() -> None:
+    reader = Reader()
+    reader.columns(0, tokens_of("hel"), drafts=4)
+    reader.columns(3, tokens_of("l"), drafts=1)
+    reader.output(first_output_index=4, new_token_ids=tuple(tokens_of("o!")), num_draft_tokens=1)
+    assert (reader.state.num_draft_tokens, reader.state.num_accepted_tokens) == (6, 3)
+    metrics = EngineMetrics(MODEL)
+    stats = SchedulerStats(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=3, num_accepted_tokens_per_pos=(2, 1))
+    assert b"spec_decode" not in metrics.render()
+    metrics.on_step(stats, 0, [])
+    metrics.on_restart("engine_core", 1)
+    metrics.on_step(stats, 0, [])
+    text = metrics.render().decode()
+    labels = f'engine="0",model_name="{MODEL}"'
+    for line in (
+        f"vllm:spec_decode_num_drafts_total{{{labels}}} 4.0",
+        f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} 12.0",
+        f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}} 6.0",
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels},position="1"}} 2.0',
+    ):
+        assert line in text

@@ -1,0 +1,175 @@
+"""``--speculative-config``: vLLM's names and defaults for the source of draft tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from api.flags import ConfigError, did_you_mean
+from engine_core.config import MAX_DRAFT_TOKENS, SpeculativeConfig
+
+FLAG = "--speculative-config"
+NOT_YET = {
+    "draft_model": "draft models",
+    "eagle": "EAGLE heads",
+    "eagle3": "EAGLE heads",
+    "mtp": "MTP heads",
+    "deepseek_mtp": "MTP heads",
+    "medusa": "Medusa heads",
+    "mlp_speculator": "MLP speculators",
+    "dflash": "drafts by diffusion",
+    "dspark": "drafts by diffusion",
+}
+"""vLLM's methods that need a second model."""
+METHODS = ("suffix", "ngram")
+ALIASES = {"[ngram]": "ngram", "ngram_gpu": "ngram", "prompt_lookup": "ngram"}
+OLD_NAMES = {
+    "ngram_prompt_lookup_min": "prompt_lookup_min",
+    "ngram_prompt_lookup_max": "prompt_lookup_max",
+    "speculative_model": "model",
+    "draft_tensor_parallel_size": "draft_tensor_parallel_size",
+}
+DRAFT_FIELDS = {
+    "model", "quantization", "revision", "code_revision", "max_model_len", "draft_tensor_parallel_size",
+    "draft_sample_method", "parallel_drafting", "speculative_token_tree", "moe_backend", "attention_backend",
+    "use_local_argmax_reduction", "use_heterogeneous_vocab",
+}  # fmt: skip
+"""Fields for methods with a second model."""
+EXACT = "drafts are verified exactly: one is accepted if it is the token that would have been sampled"
+REFUSED = {
+    "rejection_sample_method": EXACT,
+    "acceptance_method": EXACT,
+    "synthetic_acceptance_rate": EXACT,
+    "posterior_threshold": EXACT,
+    "posterior_alpha": EXACT,
+    "disable_by_batch_size": "the number of drafts adapts to the load by itself",
+    "speculative_disable_by_batch_size": "the number of drafts adapts to the load by itself",
+    "num_speculative_tokens_per_batch_size": "the number of drafts adapts to the load by itself",
+}
+HARMLESS = {
+    "disable_logprobs",
+    "disable_padded_drafter_batch",
+    "enforce_eager",
+    "disable_mqa_scorer",
+    "tensor_parallel_size",
+}
+"""Fields that have no effect here."""
+
+Check = Callable[[Any], bool]
+
+
+def _is_count(value: Any, least: int = 1, most: int = 1 << 20) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+CHECKS: dict[str, tuple[str, str, Check]] = {
+    "num_speculative_tokens": (
+        "both",
+        f"a whole number from 1 to {MAX_DRAFT_TOKENS}",
+        lambda value: _is_count(value, 1, MAX_DRAFT_TOKENS),
+    ),
+    "prompt_lookup_min": ("ngram", "a whole number of at least 1", _is_count),
+    "prompt_lookup_max": ("ngram", "a whole number from 1 to 128", lambda value: _is_count(value, 1, 128)),
+    "suffix_decoding_max_tree_depth": (
+        "suffix",
+        "a whole number from 1 to 128",
+        lambda value: _is_count(value, 1, 128),
+    ),
+    "suffix_decoding_max_cached_requests": (
+        "suffix",
+        "a whole number of at least 0",
+        lambda value: _is_count(value, 0),
+    ),
+    "suffix_decoding_max_spec_factor": ("suffix", "a number above 0", lambda value: _is_number(value) and value > 0),
+    "suffix_decoding_min_token_prob": (
+        "suffix",
+        "a number from 0 to 1",
+        lambda value: _is_number(value) and 0 <= value <= 1,
+    ),
+}
+"""Field -> its method, what is expected, and whether a value is that."""
+
+
+def speculative_config(fields: Mapping[str, Any] | None) -> SpeculativeConfig | None:
+    """Reads the option.
+
+    Args:
+        fields: The JSON object; None or empty: no speculation.
+
+    Raises:
+        ConfigError: A field is unknown, invalid or not supported; the message names it and says what to do.
+    """
+    given = {OLD_NAMES.get(name, name): value for name, value in (fields or {}).items() if value is not None}
+    if not given:
+        return None
+    method = _method(given)
+    for name in given:
+        _check_field(method, name, given[name])
+    return _ngram(given) if method == "ngram" else _suffix(given)
+
+
+def _method(given: Mapping[str, Any]) -> str:
+    model = given.get("model")
+    default = None if model is None else ALIASES.get(str(model), "draft_model")
+    method = given.get("method", default)
+    method = ALIASES.get(str(method), method)
+    if method in METHODS:
+        return str(method)
+    choices = " or ".join(f'"{name}"' for name in METHODS)
+    if method is None:
+        raise ConfigError(f"{FLAG}: method is missing; use {choices}")
+    kind = NOT_YET.get(str(method))
+    if kind is not None:
+        raise ConfigError(
+            f"{FLAG}: method {method!r}: {kind} are not supported yet; use {choices}, which need no model"
+        )
+    raise ConfigError(f"{FLAG}: unknown method {method!r}; use {choices}")
+
+
+def _check_field(method: str, name: str, value: Any) -> None:
+    if name == "method" or name in HARMLESS or (name == "model" and str(value) in (*ALIASES, *METHODS)):
+        return
+    if name in DRAFT_FIELDS:
+        raise ConfigError(f"{FLAG}: {name} is for methods with a second model; omit it for {method!r}")
+    if name in REFUSED:
+        raise ConfigError(f"{FLAG}: {name} is not supported, since {REFUSED[name]}; omit it")
+    known = CHECKS.get(name)
+    if known is None:
+        raise ConfigError(f"{FLAG}: unknown field {name!r}{did_you_mean(name, ['method', *CHECKS])}")
+    owner, expected, is_good = known
+    if owner not in ("both", method):
+        raise ConfigError(f"{FLAG}: {name} is for the method {owner!r}; omit it for {method!r}")
+    if not is_good(value):
+        raise ConfigError(f"{FLAG}: {name} must be {expected}, got {value!r}")
+
+
+def _ngram(given: Mapping[str, Any]) -> SpeculativeConfig:
+    """n-grams of vLLM's default length: 5, or exactly the one bound that is given."""
+    if "num_speculative_tokens" not in given:
+        raise ConfigError(f"{FLAG}: num_speculative_tokens is missing; 4 is a good start")
+    shortest = given.get("prompt_lookup_min", given.get("prompt_lookup_max", 5))
+    longest = given.get("prompt_lookup_max", shortest)
+    if shortest > longest:
+        raise ConfigError(f"{FLAG}: prompt_lookup_min must be at most prompt_lookup_max ({longest}), got {shortest}")
+    return SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=given["num_speculative_tokens"],
+        prompt_lookup_min=shortest,
+        prompt_lookup_max=longest,
+        min_token_prob=0.0,
+    )
+
+
+def _suffix(given: Mapping[str, Any]) -> SpeculativeConfig:
+    return SpeculativeConfig(
+        method="suffix",
+        num_speculative_tokens=given.get("num_speculative_tokens", 16),
+        prompt_lookup_max=given.get("suffix_decoding_max_tree_depth", 24),
+        max_cached_requests=given.get("suffix_decoding_max_cached_requests", 10_000),
+        max_spec_factor=float(given.get("suffix_decoding_max_spec_factor", 2.0)),
+        min_token_prob=float(given.get("suffix_decoding_min_token_prob", 0.1)),
+    )

@@ -1,0 +1,232 @@
+"""Proposers of drafts, and how many of their drafts are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from executor.config import SpeculativeConfig
+from executor.messages import I32, NewRequest, ResolvedParams, SchedulerOutput
+from executor.request_states import RequestStates
+from executor.speculative.base import Drafts
+from executor.speculative.draft_lengths import DraftLengths
+from executor.speculative.lookup import NO_TOKEN, NUM_KINDS, continuation, find
+from executor.speculative.pool import MAX_OUTPUT, MAX_POOLS, POOL_TOKENS, Pool, Pools
+from executor.speculative.registry import create_proposer
+from executor.speculative.step_costs import StepCosts
+
+GENERATOR = np.random.default_rng(7)
+
+
+def i32(tokens: Any) -> I32:
+    return np.array(tokens, np.int32)
+
+
+def slow_find(text: list[int], query: list[int], least: int) -> tuple[int, list[int]]:
+    """The same by definition: ``query`` is the last tokens, the latest first."""
+    lengths = []
+    for place in range(1, len(text)):
+        before = text[:place][::-1]
+        length = 0
+        while length < min(len(before), len(query)) and before[length] == query[length]:
+            length += 1
+        lengths.append(length)
+    best = max(lengths, default=0)
+    if best < max(1, least):
+        return 0, []
+    return best, [place + 1 for place, length in enumerate(lengths) if length == best]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5, 40])
+@pytest.mark.parametrize("least", [1, 3])
+def test_the_longest_end_is_found_wherever_it_occurs(vocabulary: int, least: int) -> None:
+    for length in [*range(1, 12), 50, 300]:
+        text = GENERATOR.integers(0, vocabulary, length).tolist()
+        query = text[-8:][::-1] if length % 2 else GENERATOR.integers(0, vocabulary, 8).tolist()
+        found = find(i32(text), i32(query), least)
+        best, places = slow_find(text, query, least)
+        assert found.length == best and found.places.tolist() == places[-len(found.places) :]
+        assert len(found.places) >= min(len(places), 64)
+
+
+def test_the_most_frequent_continuation_wins_and_the_latest_of_equals() -> None:
+    text = i32([1, 2, 3, 9, 1, 2, 4, 8, 1, 2, 4, 7, 1, 2])
+    found = find(text, text[:-9:-1], 1)
+    assert found.length == 2 and found.places.tolist() == [2, 6, 10]
+    tokens, kinds = continuation(text, found, 4)
+    assert tokens == [4, 7, 1, 2], "4 twice, then 7 later than 8"
+    assert [kind % 3 for kind in kinds] == [2, 2, 0, 0] and all(0 <= kind < NUM_KINDS for kind in kinds)
+
+
+def test_what_would_follow_the_end_repeats() -> None:
+    text = i32([5, 6, 7, 6, 7])
+    tokens, _ = continuation(text, find(text, text[:-5:-1], 1), 7)
+    assert tokens == [6, 7, 6, 7, 6, 7, 6]
+
+
+def test_no_draft_goes_from_one_output_into_another() -> None:
+    pool = Pool(max_outputs=2)
+    pool.add(i32([1, 2, 3]))
+    pool.add(i32([4, 5]))
+    assert pool.text.tolist() == [1, 2, 3, NO_TOKEN, 4, 5, NO_TOKEN]
+    assert continuation(pool.text, find(pool.text, i32([1]), 1), 9)[0] == [2, 3]
+    assert continuation(pool.text, find(pool.text, i32([5]), 1), 9)[0] == []
+    pool.add(i32([6]))
+    assert pool.text.tolist() == [NO_TOKEN] * 4 + [4, 5, NO_TOKEN, 6, NO_TOKEN], "only two are kept"
+
+
+def test_a_pool_is_bounded_and_keeps_the_latest_outputs_whole() -> None:
+    pool = Pool(max_outputs=1000)
+    outputs = [i32(np.full(GENERATOR.integers(1, MAX_OUTPUT), index)) for index in range(60)]
+    for index, output in enumerate(outputs):
+        pool.add(output)
+        assert len(pool.text) <= POOL_TOKENS
+        for number in set(np.unique(pool.text).tolist()) - {NO_TOKEN}:
+            assert np.count_nonzero(pool.text == number) == len(outputs[number]), "whole or gone"
+        assert np.count_nonzero(pool.text == index) == len(output)
+    pools = Pools(10)
+    for number in range(2 * MAX_POOLS):
+        pools.add(number, i32([number]))
+        pools.add(0, i32([0]))
+    assert len(pools) == MAX_POOLS and pools.get(0) is not None and pools.get(1) is None
+
+
+def table(**texts: list[int]) -> RequestStates:
+    """Slots with prompts of two tokens and the rest as output."""
+    states = RequestStates(len(texts), 400, [])
+    requests = tuple(
+        NewRequest(slot, i32(text).tobytes(), 2, 0, (), params=ResolvedParams())
+        for slot, text in enumerate(texts.values())
+    )
+    states.apply(SchedulerOutput(1, b"", b"", b"", new_reqs=requests))
+    return states
+
+
+def drafts_of(proposer: Any, states: RequestStates, slots: list[int], limit: int = 16) -> list[list[int]]:
+    drafts = proposer.propose(i32(slots), np.full(len(slots), limit), states)
+    assert drafts.kinds is not None and len(drafts.kinds) == len(drafts.token_ids) == drafts.counts.sum()
+    return [row.tolist() for row in np.split(drafts.token_ids, np.cumsum(drafts.counts))[:-1]]
+
+
+def suffix(**fields: Any) -> SpeculativeConfig:
+    return SpeculativeConfig(method="suffix", num_speculative_tokens=16, **fields)
+
+
+def test_suffix_drafts_grow_with_the_match() -> None:
+    text = [*range(10, 40)]
+    states = table(a=[*text, 99, 10, 11], b=[*text, 99, *text[:6]], c=text)
+    proposer = create_proposer(suffix(max_spec_factor=2.0), 3)
+    assert drafts_of(proposer, states, [0, 1, 2]) == [[12, 13, 14, 15], [*range(16, 28)], []]
+    assert drafts_of(proposer, states, [1, 2, 0], limit=3) == [[16, 17, 18], [], [12, 13, 14]]
+    assert drafts_of(create_proposer(suffix(max_spec_factor=0.1), 3), states, [0]) == [[12]]
+    assert drafts_of(proposer, states, [0], limit=0) == [[]]
+
+
+def test_ngrams_are_of_the_given_lengths_and_take_all_that_is_allowed() -> None:
+    text = [*range(10, 40)]
+    states = table(a=[*text, 99, 10, 11], b=[*text, 99, 10, 11, 12])
+    config = SpeculativeConfig(method="ngram", num_speculative_tokens=9, prompt_lookup_min=3, prompt_lookup_max=3)
+    proposer = create_proposer(config, 2)
+    assert drafts_of(proposer, states, [0, 1], limit=9) == [[], [*range(13, 22)]]
+
+
+def test_a_long_match_is_followed_as_long_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = [*range(10, 40)]
+    states = table(a=[*text, 99, *text[:9]])
+    proposer = create_proposer(suffix(), 1)
+    (first,) = drafts_of(proposer, states, [0], limit=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("executor.speculative.suffix.find", None)
+        states.fill(i32([0, 0]), states.epochs[[0, 0]], states.num_known[0] + np.arange(2), np.array(first[:2]))
+        assert drafts_of(proposer, states, [0], limit=4) == [[21, 22, 23, 24]]
+    states.fill(i32([0]), states.epochs[[0]], states.num_known[:1], np.array([77]))
+    assert drafts_of(proposer, states, [0]) == [[]]
+
+
+def test_outputs_are_drafts_for_requests_of_the_same_pool_alone() -> None:
+    states = table(a=[1, 2, *range(10, 30)], b=[3, 4, 10, 11], c=[3, 4, 10, 11])
+    proposer = create_proposer(suffix(max_cached_requests=8), 3)
+    for slot, pool in enumerate([5, 5, 6]):
+        proposer.add(NewRequest(slot, b"", 2, 0, (), params=ResolvedParams(), draft_pool=pool))
+    assert drafts_of(proposer, states, [1, 2]) == [[], []]
+    proposer.remove(0, states.token_ids[0, 2:22])
+    assert drafts_of(proposer, states, [1, 2]) == [[12, 13, 14, 15], []]
+    assert drafts_of(create_proposer(suffix(), 3), states, [1]) == [[]]
+
+
+def learn_costs(costs: StepCosts, true: Callable[[int], float]) -> None:
+    for _ in range(40):
+        for count in (1, 2, 4, 6, 8, 12, 16):
+            costs.add(count, true(count))
+
+
+def test_costs_follow_the_measurements() -> None:
+    costs = StepCosts()
+
+    def true(count: int) -> float:
+        return 12.0 if count <= 4 else 12.0 + 3.0 * (count - 4)
+
+    learn_costs(costs, true)
+    sizes = (1, 2, 3, 4, 6, 8, 12, 16)
+    times = costs.relative(np.array(sizes, np.float64))
+    assert times / times[0] == pytest.approx([true(count) / 12.0 for count in sizes], rel=0.1)
+    for _ in range(40):  # longer contexts, or another program: all sizes take longer
+        costs.add(1, 40.0)
+    assert costs.relative(np.array([8.0]))[0] / costs.relative(np.array([1.0]))[0] == pytest.approx(2.0, rel=0.35)
+    assert (np.diff(costs.relative(np.arange(1.0, 2000.0))) >= 0).all(), "more tokens never cost less"
+
+
+def follow(lengths: DraftLengths, states: RequestStates, draft: list[int], came: list[int]) -> int:
+    """Proposes a draft for slot 0, lets other tokens come, and returns how many drafts were worth verifying."""
+    slots = i32([0])
+    drafts = Drafts(np.array([len(draft)]), i32(draft), np.arange(len(draft), dtype=np.int8))
+    (count,) = lengths.choose(slots, drafts, states)
+    for token in came:
+        states.fill(slots, states.epochs[slots], states.num_known[slots], np.array([token]))
+    lengths.learn(slots, states)
+    return int(count)
+
+
+def test_drafts_that_hold_become_longer_and_those_that_do_not_end() -> None:
+    lengths = DraftLengths(1, 6, 0.1, is_adaptive=True)
+    learn_costs(lengths.costs, lambda count: 10.0 + count)
+    states = table(a=[1, 2])
+    counts = [follow(lengths, states, [3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8]) for _ in range(25)]
+    assert counts[-1] == 6 and counts[0] < 6
+    counts = [follow(lengths, states, [3, 4, 5, 6, 7, 8], [9]) for _ in range(40)]
+    assert counts[-1] == 0
+    counts = [follow(lengths, states, [3, 4, 5, 6, 7, 8], [3, 4, 5]) for _ in range(60)]
+    assert counts[0] == 0 and counts[-1] >= 3, "proposals that were not verified are compared, too"
+
+
+def test_drafts_that_cost_more_than_they_bring_are_not_verified() -> None:
+    states = table(a=[1, 2])
+    for milliseconds, expected in ((0.1, 6), (10.0, 0)):
+        lengths = DraftLengths(1, 6, 0.0, is_adaptive=True)
+        learn_costs(lengths.costs, lambda count, extra=milliseconds: 10.0 + extra * (count - 1))
+        for _ in range(6):
+            found = follow(lengths, states, [3, 4, 5, 6, 7, 8], [3, 4, 9])
+        assert bool(found) == bool(expected)
+
+
+def test_fixed_lengths_depend_on_tokens_alone() -> None:
+    states = table(a=[1, 2])
+    lengths = DraftLengths(1, 6, 0.2, is_adaptive=False)
+    lengths.costs.add(1, 1.0)
+    lengths.costs.add(8, 1000.0)
+    counts = {follow(lengths, states, [3, 4, 5, 6, 7, 8], [9]) for _ in range(20)}
+    assert len(counts) == 1
+
+
+def test_all_rows_of_a_step_share_what_it_costs() -> None:
+    """Of many rows, those with the likeliest drafts verify them."""
+    lengths = DraftLengths(4, 4, 0.0, is_adaptive=True)
+    learn_costs(lengths.costs, lambda count: 10.0 + 1.5 * count)
+    states = table(a=[1, 2], b=[1, 2], c=[1, 2], d=[1, 2])
+    kinds = np.array([21, 21, 21, 21, 2, 2, 2, 2], np.int8)
+    drafts = Drafts(np.array([4, 0, 0, 4]), i32(range(8)), kinds)
+    counts = lengths.choose(i32([0, 1, 2, 3]), drafts, states)
+    assert counts.tolist() == [4, 0, 0, 0]
