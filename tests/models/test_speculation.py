@@ -94,7 +94,7 @@ PROPOSERS: dict[str, SpeculativeConfig] = {
         ("suffix, fixed", {"num_blocks": 6, "max_in_flight_steps": 3}),
         ("suffix, fixed", {"windows": True, "max_num_batched_tokens": 24}),
         ("suffix, fixed", {"family": "lfm2"}),
-        ("ngram", {"eager": True, "max_num_batched_tokens": 17}),
+        ("ngram", {"max_num_batched_tokens": 17}),
     ],
     ids=str,
 )
