@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,10 @@ def learn_costs(costs: StepCosts, true: Callable[[int], float]) -> None:
             costs.add(count, true(count))
 
 
+def cost_of(count: int, extra: float) -> float:
+    return 10.0 + extra * (count - 1)
+
+
 def test_costs_follow_the_measurements() -> None:
     costs = StepCosts()
 
@@ -206,7 +211,7 @@ def test_drafts_that_cost_more_than_they_bring_are_not_verified() -> None:
     states = table(a=[1, 2])
     for milliseconds, expected in ((0.1, 6), (10.0, 0)):
         lengths = DraftLengths(1, 6, 0.0, is_adaptive=True)
-        learn_costs(lengths.costs, lambda count, extra=milliseconds: 10.0 + extra * (count - 1))
+        learn_costs(lengths.costs, partial(cost_of, extra=milliseconds))
         for _ in range(6):
             found = follow(lengths, states, [3, 4, 5, 6, 7, 8], [3, 4, 9])
         assert bool(found) == bool(expected)
