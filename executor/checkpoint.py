@@ -23,7 +23,7 @@ from torch import Tensor
 from executor.base import ModelError
 from executor.files import open_regular, read_json, why
 from executor.hf_config import shorten
-from executor.weights_mapper import WeightsMapper
+from executor.weights_mapper import Cut, WeightsMapper, whole
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,32 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Floating-point dtypes in which weights, scales and biases may be stored."""
 
 
-def mapped(tensor: StoredTensor, mapper: WeightsMapper) -> StoredTensor:
-    """A tensor with the model's name and layout."""
-    name = mapper.name(tensor.name)
-    transforms = mapper.transforms_of(name)
+def mapped(tensor: StoredTensor, mapper: WeightsMapper, wanted: Collection[str]) -> list[StoredTensor]:
+    """A tensor with the model's name and layout; several if it holds those of all experts."""
 
-    def read(dtype: torch.dtype) -> Tensor:
-        result = tensor.read(dtype)
-        for transform in transforms:
-            result = transform(result)
-        return result
+    def reader(name: str, cut: Cut) -> Callable[[torch.dtype], Tensor]:
+        transforms = mapper.transforms_of(name)
+        if cut is whole and not transforms:
+            return tensor.read
 
-    return replace(tensor, name=name, read=read if transforms else tensor.read)
+        def read(dtype: torch.dtype) -> Tensor:
+            result = cut(tensor.read(dtype))
+            for transform in transforms:
+                result = transform(result)
+            return result
+
+        return read
+
+    parts = mapper.parts(tensor.name, wanted)
+    first, *others = [
+        replace(tensor, name=name, num_bytes=tensor.num_bytes // len(parts), read=reader(name, cut))
+        for name, cut in parts
+    ]
+    return [first, *(replace(each, prefetch=_nothing) for each in others)]
+
+
+def _nothing() -> None:
+    """The bytes have been read with those of another tensor."""
 
 
 class Checkpoint(Protocol):
@@ -205,7 +219,7 @@ class SafetensorsCheckpoint:
         for name in self.file_of:
             if name not in stored:
                 raise ModelError(f"{self._place(name)} is missing, although {self.index.name} lists it")
-        return [mapped(tensor, mapper) for tensor in stored.values()]
+        return [part for tensor in stored.values() for part in mapped(tensor, mapper, wanted)]
 
     def read_file(self, path: Path) -> list[StoredTensor]:
         """The tensors of one file."""
@@ -215,7 +229,7 @@ class SafetensorsCheckpoint:
         if not self.file_of:
             return True
         listed = self.file_of.get(name)
-        return mapper.name(name) in wanted if listed is None else listed == path.name
+        return any(part in wanted for part, _ in mapper.parts(name, wanted)) if listed is None else listed == path.name
 
     def origin(self, name: str) -> str:
         return self._place(self.stored_name(name))

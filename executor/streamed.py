@@ -59,10 +59,11 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
         super().__init__(folder)
         self._stream = STREAMS[load_format]
         self._mapper = WeightsMapper()
+        self._wanted: Collection[str] = ()
         self._arrived: dict[str, Tensor] = {}
 
     def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
-        self._mapper = mapper
+        self._mapper, self._wanted = mapper, wanted
         return super().tensors(wanted, mapper)
 
     def read_file(self, path: Path) -> list[StoredTensor]:
@@ -86,7 +87,7 @@ class StreamedCheckpoint(SafetensorsCheckpoint):
                 for name, tensor in self._stream(path):
                     if self.file_of.get(name, path.name) == path.name:
                         self._arrived = {name: tensor}
-                        yield self._mapper.name(name)
+                        yield from (part for part, _ in self._mapper.parts(name, self._wanted))
             except ModelError:
                 raise
             except Exception as error:  # packages have no common base of their errors
@@ -105,6 +106,7 @@ class TensorizerCheckpoint:
         (self.path,) = files
         self._tensors = self._open(lambda name: True)
         self._mapper = WeightsMapper()
+        self._wanted: Collection[str] = ()
         self._arrived: dict[str, Tensor] = {}
 
     def _open(self, is_wanted: Callable[[str], bool]) -> Any:
@@ -116,11 +118,11 @@ class TensorizerCheckpoint:
             raise _failure(self.path, error) from error
 
     def tensors(self, wanted: Collection[str], mapper: WeightsMapper) -> list[StoredTensor]:
-        self._mapper = mapper
+        self._mapper, self._wanted = mapper, wanted
         names = list(self._tensors.keys())
         share = self.path.stat().st_size // max(len(names), 1)  # the format tells sizes only while it is read
         found = [StoredTensor(name, self.origin(name), share, partial(self._read, name)) for name in names]
-        return [mapped(tensor, mapper) for tensor in found]
+        return [part for tensor in found for part in mapped(tensor, mapper, wanted)]
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         arrived = self._arrived.get(name)
@@ -134,7 +136,7 @@ class TensorizerCheckpoint:
         try:
             for _, _, name, tensor in self._tensors.read_tensors():
                 self._arrived = {name: tensor}
-                yield self._mapper.name(name)
+                yield from (part for part, _ in self._mapper.parts(name, self._wanted))
         except ModelError:
             raise
         except Exception as error:

@@ -7,8 +7,8 @@ belong here.
 
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
-from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, stored_size
-from ops.packed import PackedWeight, QuantizedActivations, QuantizedWeight, Weight
+from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, Routing, stored_size
+from ops.packed import ExpertWeights, PackedWeight, QuantizedActivations, QuantizedWeight, Weight
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
     act_and_mul,
@@ -26,6 +26,7 @@ from ops.reference.basic import (
     softcap,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
+from ops.reference.experts import experts, route
 from ops.reference.gguf_blocks import BLOCK_VALUES
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.quantized import (
@@ -50,12 +51,14 @@ __all__ = [
     "AttentionMetadata",
     "AttentionShape",
     "Communicator",
+    "ExpertWeights",
     "KVLayout",
     "NotConnected",
     "OpSet",
     "PackedWeight",
     "QuantizedActivations",
     "QuantizedWeight",
+    "Routing",
     "SingleRank",
     "Weight",
     "act_and_mul",
@@ -68,6 +71,7 @@ __all__ = [
     "decode",
     "dequantized",
     "embedding",
+    "experts",
     "float_values",
     "gather_rows",
     "join_rows",
@@ -85,6 +89,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
+    "route",
     "sample",
     "scale",
     "select_columns",

@@ -92,3 +92,23 @@ largest code is 127 with a scale of 8 bits, too."""
 def stored_size(dim: int, dtype: torch.dtype) -> int:
     """Elements that the cache of a dtype has for a head of ``dim`` numbers."""
     return dim + SCALE_BYTES if dtype == torch.int8 else dim
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses the experts of a token; see ``ops.route``."""
+
+    top_k: int
+    """Experts of a token."""
+    scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    """What turns logits into scores. sparsemixer: Phi-3.5-MoE's (Liu et al., arXiv:2409.12136)."""
+    normalize: bool = False
+    """The weights of a token are divided by their sum."""
+    factor: float = 1.0
+    """Of the weights."""
+    num_groups: int = 1
+    """Groups of equal size that the experts form: consecutive ones."""
+    top_groups: int = 1
+    """Groups from which experts are chosen: those with the largest sums of their two best."""
+    jitter: float = 0.0
+    """sparsemixer ignores experts that are relatively further than twice this below the best."""

@@ -96,3 +96,22 @@ class QuantizedWeight:
 
 
 Weight = Tensor | PackedWeight | QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """The experts of a layer: gated MLPs of equal shape."""
+
+    gate_up: tuple[Weight, ...]
+    """[2 * inner, hidden] of each expert, gate first, as ``linear`` takes them."""
+    down: tuple[Weight, ...]
+    """[hidden, inner] of each expert."""
+    gate_up_bias: tuple[Tensor, ...] | None
+    """[2 * inner] of each expert."""
+    down_bias: tuple[Tensor, ...] | None
+    """[hidden] of each expert."""
+    activation: Literal["silu", "gelu", "gelu_tanh"]
+    top_k: int
+    """Most experts of a token."""
+    scales_input: bool = False
+    """Weights of experts multiply their inputs, not their results (Llama 4)."""

@@ -98,6 +98,12 @@ def old_phi3(config: Fields) -> None:
     old_rope(config)
 
 
+def old_qwen3_moe(config: Fields) -> None:
+    """The number of experts has another name."""
+    config["num_experts"] = config.pop("num_local_experts")
+    old_rope(config)
+
+
 def old_olmo3(config: Fields) -> None:
     """One set of rotary parameters, whose scaling is for full attention only."""
     config["rope_parameters"] = config["rope_parameters"][FULL]
@@ -393,6 +399,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT, "rotary_dim": 6}, no_rope),
     "granite": Family("GraniteConfig", "GraniteForCausalLM", {**GRANITE, "mlp_bias": True}),
+    "granitemoe": Family(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**GRANITE, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40},
+        variants={"one expert for a token": {"num_experts_per_tok": 1}},
+    ),
     "granite4": Family(
         "GraniteMoeHybridConfig",
         "GraniteMoeHybridForCausalLM",
@@ -509,6 +521,18 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(
         "MistralConfig", "MistralForCausalLM", {"sliding_window": 24}, variants={"no window": {"sliding_window": None}}
     ),
+    "mixtral": Family(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 48,
+            "head_dim": 24,
+            "sliding_window": 24,
+        },
+        variants={"all experts": {"num_experts_per_tok": 5, "sliding_window": None}},
+    ),
     "mpt": Family(
         "MptConfig",
         "MptForCausalLM",
@@ -570,6 +594,18 @@ FAMILIES: Mapping[str, Family] = {
             },
         },
     ),
+    "olmoe": Family(
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        {
+            "attention_bias": True,
+            "clip_qkv": 0.9,
+            "intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+        },
+        variants={"normalised": {"norm_topk_prob": True, "clip_qkv": None}},
+    ),
     "opt": Family(
         "OPTConfig",
         "OPTForCausalLM",
@@ -608,6 +644,30 @@ FAMILIES: Mapping[str, Family] = {
             "factors": {"rope_parameters": {**LONGROPE, "attention_factor": 1.3}},
         },
     ),
+    "phimoe": Family(
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rms_norm_eps": 0.01,
+            "intermediate_size": 40,
+            "num_local_experts": 6,
+            "router_jitter_noise": 0.3,
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 5000.0,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0],
+                "long_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0],  # transformers always takes the short ones
+                "short_mscale": 1.2,
+                "long_mscale": 1.4,
+            },
+        },
+        old_spelling=old_phi3,
+        variants={"plain": {"attention_bias": False, "lm_head_bias": False, "router_jitter_noise": 0.01}},
+    ),
     "qwen2": Family(
         "Qwen2Config",
         "Qwen2ForCausalLM",
@@ -620,6 +680,25 @@ FAMILIES: Mapping[str, Family] = {
             },
         },
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        },
+        variants={
+            "normalised": {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 2},
+            "no biases": {"qkv_bias": False, "use_sliding_window": False, "layer_types": None},
+        },
+    ),
     "qwen3": Family(
         "Qwen3Config",
         "Qwen3ForCausalLM",
@@ -629,6 +708,24 @@ FAMILIES: Mapping[str, Family] = {
             "some windows": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2},
             "biases": {"attention_bias": True},
         },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "attention_bias": True,
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "tie_word_embeddings": True,
+        },
+        old_spelling=old_qwen3_moe,
+        variants={"not normalised": {"norm_topk_prob": False, "use_sliding_window": False, "decoder_sparse_step": 2}},
     ),
     "seed_oss": Family(
         "SeedOssConfig",
@@ -677,84 +774,3 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """By the name that tests use, in alphabetical order."""
-
-FALLBACKS: Mapping[str, Family] = {
-    "apertus": Family("ApertusConfig", "ApertusForCausalLM", {"attention_bias": True}),
-    "cwm": Family("CwmConfig", "CwmForCausalLM", {"sliding_window": 24, "layer_types": [FULL, SLIDING, FULL]}),
-    "deepseek_v3": Family(
-        "DeepseekV3Config",
-        "DeepseekV3ForCausalLM",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_group": 4,
-            "topk_group": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-        },
-    ),
-    "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM", {"attention_bias": True}),
-    "doge": Family("DogeConfig", "DogeForCausalLM"),
-    "dots1": Family(
-        "Dots1Config",
-        "Dots1ForCausalLM",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "sliding_window": 24,
-            "layer_types": [FULL, SLIDING, FULL],
-        },
-    ),
-    "gpt_oss": Family(
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        {
-            "head_dim": 16,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 24,
-            "layer_types": [SLIDING, FULL, SLIDING],
-        },
-    ),
-    "helium": Family("HeliumConfig", "HeliumForCausalLM", {"head_dim": 16}),
-    "hunyuan": Family("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 24, "attention_bias": True}),
-    "lfm2 without types": Family("Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", FULL, "conv"]}),
-    "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": 24}),
-    "qwen3_moe": Family(
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
-        {
-            "head_dim": 32,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": True,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "roberta": Family("RobertaConfig", "RobertaForCausalLM", {"is_decoder": True}),
-    "vaultgemma": Family(
-        "VaultGemmaConfig",
-        "VaultGemmaForCausalLM",
-        {
-            "head_dim": 32,
-            "query_pre_attn_scalar": 20,
-            "sliding_window": 24,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-            "layer_types": [SLIDING, FULL, SLIDING],
-        },
-    ),
-}
-"""Families that run through transformers."""

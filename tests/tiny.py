@@ -26,7 +26,8 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.families import COMMON, END_OF_TEXT, FALLBACKS, FAMILIES, IM_END, IM_START, VOCAB_SIZE
+from tests.fallback_families import FALLBACKS
+from tests.families import COMMON, END_OF_TEXT, FAMILIES, IM_END, IM_START, VOCAB_SIZE
 
 __all__ = ["COMMON", "END_OF_TEXT", "IM_END", "IM_START", "VOCAB_SIZE"]
 

@@ -200,14 +200,37 @@ class RowParallelLinear(LinearLayer):
     """Each rank takes a share of the inputs; the results are summed."""
 
     def __init__(
-        self, context: ModelContext, in_features: int, out_features: int, *, bias: bool = False, prefix: str
+        self,
+        context: ModelContext,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        is_summed: bool = True,
+        prefix: str,
     ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: The model's construction context.
+            in_features: Size of the input over all ranks.
+            out_features: Size of the result.
+            bias: Whether there is a bias.
+            is_summed: Whether the layer sums the ranks' results; False: its user does.
+            prefix: The layer's name in the model.
+        """
+        if bias and not is_summed and context.communicator.size > 1:
+            raise ValueError(f"{prefix}: ranks cannot share a layer with a bias whose results are summed later")
         columns = Part.shard(in_features, context.parallel, prefix)
         self.communicator = context.communicator
+        self.is_summed = is_summed
         is_alone = self.communicator.size == 1
         super().__init__(context, columns, {None: Part.whole(out_features)}, bias=bias and is_alone, prefix=prefix)
         self.shared_bias = SharedBias(context, out_features) if bias and not is_alone else None
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        result = ops.all_reduce(super().forward(x, batch), self.communicator)
+        result = super().forward(x, batch)
+        if not self.is_summed:
+            return result
+        result = ops.all_reduce(result, self.communicator)
         return result if self.shared_bias is None else ops.add(result, self.shared_bias.bias)

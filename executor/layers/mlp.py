@@ -39,6 +39,7 @@ class GatedMLP(nn.Module):
         *,
         bias: bool = False,
         is_fused: bool = False,
+        is_summed: bool = True,
         prefix: str,
     ) -> None:
         """Creates the layer.
@@ -48,6 +49,7 @@ class GatedMLP(nn.Module):
             intermediate_size: Columns of gate and of up. Default: ``config.intermediate_size``.
             bias: Whether the projections have biases.
             is_fused: The checkpoint holds gate and up, concatenated, as one tensor ``gate_up_proj``.
+            is_summed: Whether the layer sums the ranks' results; False: its user does.
             prefix: The layer's name in the model.
         """
         super().__init__()
@@ -58,7 +60,9 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(
             context, hidden, projections, bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
-        self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
+        self.down_proj = RowParallelLinear(
+            context, inner, hidden, bias=bias, is_summed=is_summed, prefix=f"{prefix}.down_proj"
+        )
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         out: Tensor = self.down_proj(ops.act_and_mul(self.gate_up_proj(x, batch), self.activation), batch)

@@ -158,7 +158,10 @@ def longrope(given: RopeInput) -> tuple[Tensor, float]:
     if 2 * len(factors) != given.rotary_dim:
         rope.bad(name, f"a list of {given.rotary_dim // 2} numbers")
     factor = rope.number("factor", given.max_position / original)
-    if rope.has("attention_factor"):
+    own = "long_mscale" if is_long else "short_mscale"  # of Phi-3.5-MoE
+    if rope.has(own):
+        attention_factor = rope.number(own)
+    elif rope.has("attention_factor"):
         attention_factor = rope.number("attention_factor")
     else:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -30,6 +30,7 @@ class SelfAttention(nn.Module):
         is_fused: bool = False,
         is_grouped: bool = False,
         clip: float | None = None,
+        clips_normed: bool = False,
         head_norm: Callable[[int], nn.Module] | None = None,
         heads_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
@@ -49,6 +50,7 @@ class SelfAttention(nn.Module):
             is_fused: The checkpoint holds q, k and v, concatenated, as one tensor ``qkv_proj``.
             is_grouped: It holds them as one tensor by KV head (see ``QKVParallelLinear``).
             clip: q, k and v are limited to plus and minus this.
+            clips_normed: They are after the norms of q and k, not before (OLMoE).
             head_norm: Creates the norm of each head of q and of k, applied before rotation; takes the head size.
             heads_norm: Creates a norm over all heads of q, and one of k, instead; takes the number of heads.
             scale: Factor of the scores. Default: ``head_dim ** -0.5``.
@@ -66,13 +68,12 @@ class SelfAttention(nn.Module):
         self.qkv_proj = QKVParallelLinear(
             context, *sizes, bias=qkv_bias, names=names, is_grouped=is_grouped, prefix=f"{prefix}.qkv_proj"
         )
-        self.clip = clip
         self.q_norm = self.k_norm = None
         if head_norm is not None:
             self.q_norm, self.k_norm = head_norm(head_dim), head_norm(head_dim)
         elif heads_norm is not None:
             self.q_norm, self.k_norm = heads_norm(heads), heads_norm(kv_heads)
-        self.rotary = rotary
+        self.rotary, self.clip, self.clips_normed = rotary, clip, clips_normed
         shape = AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5 if scale is None else scale)
         shape = replace(shape, sliding_window=sliding_window, logit_softcap=logit_softcap, alibi_slopes=alibi_slopes)
         self.attn = Attention(context, shape)
@@ -82,11 +83,13 @@ class SelfAttention(nn.Module):
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""
         qkv = self.qkv_proj(hidden, batch)
-        if self.clip is not None:
+        if self.clip is not None and not self.clips_normed:
             qkv = ops.clip(qkv, self.clip)
         q, k, v = qkv.split(self.qkv_proj.output_sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None and self.clips_normed:
+            q, k, v = (ops.clip(each, self.clip) for each in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(batch.positions, q, k)
         out: Tensor = self.o_proj(self.attn(q, k, v, batch=batch), batch)

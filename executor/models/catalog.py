@@ -76,10 +76,14 @@ CATALOG = (
     Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b"), gguf=("gptneox",)),
     Entry(
         "Granite",
-        ("GraniteForCausalLM", "GraniteMoeHybridForCausalLM"),
-        ("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-4.0-micro"),
+        ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM"),
+        (
+            "ibm-granite/granite-3.3-2b-instruct",
+            "ibm-granite/granite-3.1-3b-a800m-instruct",
+            "ibm-granite/granite-4.0-micro",
+        ),
         gguf=("granite",),
-        limits="no Mamba layers, no experts (Granite 4 H)",
+        limits="no Mamba layers; no experts in Granite 4 (H)",
     ),
     Entry(
         "InternLM",
@@ -108,6 +112,7 @@ CATALOG = (
         gguf=("llama", "mistral3"),
         limits="text only",
     ),
+    Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",)),
     Entry("MPT", ("MptForCausalLM",), ("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct")),
     Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
     Entry(
@@ -116,6 +121,7 @@ CATALOG = (
         ("allenai/OLMo-1B-hf", "allenai/OLMo-2-0425-1B-Instruct", "allenai/Olmo-3-7B-Instruct"),
         gguf=("olmo", "olmo2"),
     ),
+    Entry("OLMoE", ("OlmoeForCausalLM",), ("allenai/OLMoE-1B-7B-0924-Instruct",)),
     Entry("OPT", ("OPTForCausalLM",), ("facebook/opt-125m",)),
     Entry("Phi", ("PhiForCausalLM",), ("microsoft/phi-1_5", "microsoft/phi-2"), gguf=("phi2",)),
     Entry(
@@ -125,8 +131,11 @@ CATALOG = (
         gguf=("phi3",),
         limits="`--max-model-len` decides between short and long LongRoPE factors",
     ),
+    Entry("Phi-3.5-MoE", ("PhimoeForCausalLM",), ("microsoft/Phi-3.5-MoE-instruct",)),
     Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2",)),
+    Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
+    Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",)),
     Entry("Seed-OSS", ("SeedOssForCausalLM",), ("ByteDance-Seed/Seed-OSS-36B-Instruct",), gguf=("seed_oss",)),
     Entry("SmolLM3", ("SmolLM3ForCausalLM",), ("HuggingFaceTB/SmolLM3-3B",), gguf=("smollm3",)),
     Entry(

@@ -6,10 +6,13 @@ from __future__ import annotations
 from executor.base import ModelError
 from executor.layers.context import ModelContext
 from executor.layers.mlp import GatedMLP
+from executor.layers.moe import MoE
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts, MakeBlock
+from executor.weights_mapper import STACKS
+from ops import Routing
 
 GRANITE_DEFAULTS = {
     "attention_bias": False,
@@ -53,6 +56,31 @@ class GraniteForCausalLM(CausalDecoder):
 
         def mlp(index: int, prefix: str) -> GatedMLP:
             return GatedMLP(context, bias=bias, prefix=prefix)
+
+        super().__init__(context, granite_parts(context, mlp))
+
+
+class GraniteMoeForCausalLM(CausalDecoder):
+    """Granite 3 with experts."""
+
+    mapper = WeightsMapper(
+        renames=[
+            (r"\.block_sparse_moe\.", ".mlp."),
+            (r"\.mlp\.router\.(layer\.)?", ".mlp.gate."),
+            (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
+            (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
+        ],
+        ignored=[ROTARY_BUFFERS],
+        stacks=STACKS,
+    )
+    config_defaults = {**GRANITE_DEFAULTS, "num_experts_per_tok": 2, "num_local_experts": 8}
+
+    def __init__(self, context: ModelContext) -> None:
+        config = context.config
+        routing = Routing(config.size("num_experts_per_tok"), normalize=True)
+
+        def mlp(index: int, prefix: str) -> MoE:
+            return MoE(context, routing, config.size("num_local_experts"), config.intermediate_size, prefix=prefix)
 
         super().__init__(context, granite_parts(context, mlp))
 

@@ -8,6 +8,7 @@ backend's layout), which fall back to the reference.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
-from ops.metadata import AttentionShape, KVLayout, stored_size
-from ops.packed import Encoding, PackedWeight, QuantizedWeight
+from ops.metadata import AttentionShape, KVLayout, Routing, stored_size
+from ops.packed import Encoding, ExpertWeights, PackedWeight, QuantizedWeight
 from ops.packed import Weight as AnyWeight
 
 _INT32_MAX = 2**31 - 1
@@ -377,6 +378,77 @@ def _pointwise(
     return Instruction(op, {"x": x}, fields, width, x.dtype, work=width)
 
 
+def route(x: Any, routing: Routing, bias: Tensor | None = None, factors: Tensor | None = None) -> Instruction | None:
+    if not is_matrix(x) or x.dtype != torch.float32:
+        return None
+    if not all(vector is None or _is_vector(vector, torch.float32) for vector in (bias, factors)):
+        return None
+    width = _width(x)
+    fields = {
+        "bias": None if bias is None else bias.data_ptr(),
+        "factors": None if factors is None else factors.data_ptr(),
+        "num_experts": width,
+        "top_k": routing.top_k,
+        "scores": lib.SCORES[routing.scores],
+        "normalize": int(routing.normalize),
+        "factor": routing.factor,
+        "jitter": routing.jitter,
+        "num_groups": routing.num_groups,
+        "top_groups": routing.top_groups,
+        "rows": _rows(x),
+    }
+    work = width * (routing.top_k + 8)
+    return Instruction(lib.OP_ROUTE, {"x": x}, fields, width, torch.float32, work=work, keep=(bias, factors))
+
+
+def experts(
+    x: Any, routed: Any, weights: ExpertWeights, shared: Any | None = None, shared_gate: Any | None = None
+) -> Instruction | None:
+    matrices = {"x": x, "routed": routed}
+    if shared is not None:
+        matrices["shared"] = shared
+    if shared_gate is not None:
+        matrices["shared_gate"] = shared_gate
+    types = {"x": x.dtype, "routed": torch.float32, "shared": x.dtype, "shared_gate": torch.float32}
+    if not all(is_matrix(each) and each.dtype == types[name] for name, each in matrices.items()):
+        return None
+    gate_up, down = _experts(weights.gate_up, x.dtype), _experts(weights.down, x.dtype)
+    biases = (weights.gate_up_bias, weights.down_bias)
+    if gate_up is None or down is None or not all(_is_vector(each, x.dtype) for some in biases for each in some or ()):
+        return None
+    addresses = [some and (ctypes.c_void_p * len(some))(*(each.data_ptr() for each in some)) for some in biases]
+    fields = {
+        "gate_up": ctypes.addressof(gate_up[0]),
+        "down": ctypes.addressof(down[0]),
+        "gate_up_biases": addresses[0] and ctypes.addressof(addresses[0]),
+        "down_biases": addresses[1] and ctypes.addressof(addresses[1]),
+        "num_experts": len(weights.down),
+        "top_k": weights.top_k,
+        "activation": ACTIVATIONS[weights.activation],
+        "scales_input": int(weights.scales_input),
+        "type": TYPES[x.dtype],
+    }
+    hidden, inner = weights.down[0].shape
+    work = 3 * hidden * inner * weights.top_k
+    keep = (gate_up, down, biases, addresses)
+    return Instruction(lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep)
+
+
+def _experts(weights: Sequence[AnyWeight], dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """An array of the structs, and what must live as long as it; None: the kernels cannot read the weights together."""
+    structs, keep, forms = [], [], set()
+    for weight in weights:
+        packed = _packed(weight)
+        if packed is None or packed.dtype != dtype:
+            return None
+        struct, owner = _weight(packed)
+        structs.append(struct)
+        keep.append(owner)
+        segments = tuple(each.rows for each in weight.segments) if isinstance(weight, QuantizedWeight) else ()
+        forms.add((packed.shape, packed.paired, struct.rounding, segments))
+    return ((Weight * len(structs))(*structs), keep) if len(forms) == 1 else None
+
+
 BY_NAME = {
     function.__name__: function
     for function in (
@@ -388,6 +460,8 @@ BY_NAME = {
         rotary_embedding,
         paged_attention,
         short_conv,
+        route,
+        experts,
         act_and_mul,
         activation,
         scale,

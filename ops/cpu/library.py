@@ -76,8 +76,12 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
     OP_GATHER_ROWS,
     OP_MULTIPLY,
     OP_SHORT_CONV,
-) = range(12)
+    OP_ROUTE,
+    OP_EXPERTS,
+) = range(14)
 
+SCORES = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
+"""``OctavoScores``."""
 MAX_HEAD_DIM = 512
 TOKENS_MULTIPLE = 32
 """A KV block holds a multiple of this many tokens."""
@@ -278,6 +282,43 @@ class ShortConvArgs(ctypes.Structure):
     )
 
 
+class RouteArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("out", Matrix),
+        ("bias", c_void_p),
+        ("factors", c_void_p),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("scores", c_int32),
+        ("normalize", c_int32),
+        ("factor", c_float),
+        ("jitter", c_float),
+        ("num_groups", c_int32),
+        ("top_groups", c_int32),
+        ("rows", c_int32),
+    )
+
+
+class ExpertsArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("routed", Matrix),
+        ("shared", Matrix),
+        ("shared_gate", Matrix),
+        ("out", Matrix),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("gate_up_biases", c_void_p),
+        ("down_biases", c_void_p),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("activation", c_int32),
+        ("scales_input", c_int32),
+        ("type", c_int32),
+    )
+
+
 STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_EMBEDDING: EmbeddingArgs,
     OP_LINEAR: LinearArgs,
@@ -291,6 +332,8 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_MULTIPLY: PointwiseArgs,
     OP_GATHER_ROWS: PointwiseArgs,
     OP_SHORT_CONV: ShortConvArgs,
+    OP_ROUTE: RouteArgs,
+    OP_EXPERTS: ExpertsArgs,
 }
 _OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}
 

@@ -91,8 +91,9 @@ def test_greedy_tokens(name: str) -> None:
     assert ours == theirs
 
 
-ROUGH_IN_BFLOAT16 = {"gemma4"}
-"""Families whose logits rounding changes so much, in transformers too, that its error is the measure."""
+ROUGH_IN_BFLOAT16 = {"gemma4", "granitemoe", "phimoe"}
+"""Families whose logits rounding changes so much, in transformers too, that its error is the measure: tokens may get
+other experts."""
 
 
 @families

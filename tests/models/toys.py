@@ -184,14 +184,14 @@ class Toy(QuantizationConfig):
 
 
 @op(lambda scores, count: (Spec(scores.spec.rows, count, torch.float32), Spec(scores.spec.rows, count, torch.int64)))
-def route(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_experts(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Each row's ``count`` experts: shares that add up to 1, and which they are."""
     values, ids = scores.float().softmax(-1).topk(count, dim=-1)
     return values / values.sum(-1, keepdim=True), ids
 
 
 @op(lambda x, shares, ids, gate_up, down: x.spec)
-def experts(x: Tensor, shares: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mixed_experts(x: Tensor, shares: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """``gate_up`` [num_experts, 2 * inner, hidden], ``down`` [num_experts, hidden, inner]."""
     out = torch.zeros_like(x)
     for expert in range(len(down)):
@@ -238,8 +238,8 @@ class SparseMLP(nn.Module):
         self.experts = Experts(context, num_experts)
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        shares, ids = route(self.gate(x, batch), self.top_k)
-        return experts(x, shares, ids, self.experts.gate_up.weight.data, self.experts.down.weight.data)
+        shares, ids = top_experts(self.gate(x, batch), self.top_k)
+        return mixed_experts(x, shares, ids, self.experts.gate_up.weight.data, self.experts.down.weight.data)
 
 
 class ToyMixtral(CausalDecoder):

@@ -34,14 +34,14 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @op(lambda x, k: (Spec(x.spec.rows, k, torch.float32), Spec(x.spec.rows, k, torch.int64)))
-def route(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_experts(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest columns of each row: weights that add up to 1, and where they are."""
     values, ids = x.float().topk(k, dim=-1)
     return values.softmax(dim=-1), ids
 
 
 @op(like_first)
-def experts(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def mixed_experts(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """Each row times the weighted sum of the numbers of its experts."""
     return x * (weights * (1 + ids)).sum(dim=-1, keepdim=True)
 
@@ -86,8 +86,8 @@ def test_an_expert_layer(kernels: bool) -> None:
     router, up, down = weight(EXPERTS, 0), weight(WIDTH, 1), weight(WIDTH, 2)
 
     def forward(x: Any) -> tuple[Any, ...]:
-        weights, ids = route(ops.linear(x, router), K)
-        inner = experts(ops.linear(x, up), weights, ids)
+        weights, ids = top_experts(ops.linear(x, router), K)
+        inner = mixed_experts(ops.linear(x, up), weights, ids)
         return (ops.add(x, ops.linear(inner, down)),)
 
     program = captured(forward)

@@ -36,9 +36,12 @@ void run_multiply(const OctavoPointwise& op, const OctavoStep& step, const Team&
 void run_add(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Team& team);
 void run_short_conv(const OctavoShortConv& op, const OctavoStep& step, const Team& team);
+void run_route(const OctavoRoute& op, const OctavoStep& step, const Team& team);
+void run_experts(const OctavoExperts& op, const OctavoStep& step, const Team& team);
 
 // Bytes of workspace that the threads share during an op.
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step);
+size_t experts_workspace(const OctavoExperts& op, const OctavoStep& step);
 size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads);
 
 }  // namespace octavo

@@ -41,35 +41,51 @@ Fetch part_of(uintptr_t block, int64_t bytes, int part, int parts) {
     return {block + offset, step};
 }
 
+// Whether a chunk of weights was prefetched, and whether the next one is to be.
+struct Prefetched {
+    bool is_here;
+    bool fetches_next;
+};
+
+// Products of some tiles with a chunk of weights: some blocks of 32 columns.
+template <class T>
+void multiply_chunk(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Range& tiles,
+                    const Range& blocks, const Prefetched& prefetched, float* sums) {
+    const T* weight = static_cast<const T*>(op.weight.data);
+    const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
+    const int num_tiles = tiles.end - tiles.begin, chunk = blocks.end - blocks.begin;
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+        const int begin = rows.tiles.begin(tile);
+        const int count = rows.tiles.begin(tile + 1) - begin;
+        const Left<T> left = rows.tile(begin, count);
+        for (int block = blocks.begin; block < blocks.end; ++block) {
+            Fetch fetch;
+            if (num_tiles == 1 || (tile == tiles.begin && !prefetched.is_here))
+                fetch = fetch_ahead<T>(address_of(weight) + block * block_bytes, count);
+            else if (prefetched.fetches_next && block + chunk < shape.row_blocks())
+                fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes, tile - tiles.begin,
+                                num_tiles);
+            dot(count, left, packed_block(weight, shape, block, fetch), shape.column_blocks(), sums);
+            finish<T>(op, Columns::of(shape, block), begin, count, sums);
+        }
+    }
+}
+
 // Weights stay in the L2 cache, a chunk at a time, while all rows pass by.
 template <class T>
 void multiply_chunks(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
                      const Team& team) {
     alignas(kCacheLine) float sums[kMostRows * kColumns];
-    const T* weight = static_cast<const T*>(op.weight.data);
     const int64_t block_bytes = shape.block_stride() * static_cast<int64_t>(sizeof(T));
-    const int row_blocks = shape.row_blocks(), column_blocks = shape.column_blocks();
+    const int row_blocks = shape.row_blocks();
     const int num_tiles = grid.tiles.end - grid.tiles.begin;
     const int64_t chunk_bytes = std::min(kChunkBytes, kChunkBytesPerTile * num_tiles);
     const int chunk = static_cast<int>(std::max<int64_t>(1, chunk_bytes / block_bytes));
     int fetched = -1;  // the chunk that was prefetched
     team.each(blocks_of(row_blocks, chunk), grid.parts, [&](int number, int end) {
-        const int first = number * chunk, last = std::min(first + chunk, row_blocks);
-        for (int tile = grid.tiles.begin; tile < grid.tiles.end; ++tile) {
-            const int begin = rows.tiles.begin(tile);
-            const int count = rows.tiles.begin(tile + 1) - begin;
-            const Left<T> left = rows.tile(begin, count);
-            for (int block = first; block < last; ++block) {
-                Fetch fetch;
-                if (num_tiles == 1 || (tile == grid.tiles.begin && fetched != number))
-                    fetch = fetch_ahead<T>(address_of(weight) + block * block_bytes, count);
-                else if (number + 1 < end && block + chunk < row_blocks)
-                    fetch = part_of(address_of(weight) + (block + chunk) * block_bytes, block_bytes,
-                                    tile - grid.tiles.begin, num_tiles);
-                dot(count, left, packed_block(weight, shape, block, fetch), column_blocks, sums);
-                finish<T>(op, Columns::of(shape, block), begin, count, sums);
-            }
-        }
+        const Range blocks = {number * chunk, std::min((number + 1) * chunk, row_blocks)};
+        const Prefetched state = {fetched == number, number + 1 < end};
+        multiply_chunk(op, shape, rows, grid.tiles, blocks, state, sums);
         fetched = number + 1 < end ? number + 1 : -1;
     });
 }
@@ -115,31 +131,83 @@ void add_products(const Rows<T>& rows, const TileSums* tiles, int num_tiles, Rig
 
 // Rows stay in the L2 cache, some tiles at a time, while panels of all weights pass by.
 template <class T>
+class Panels {
+public:
+    Panels(const OctavoLinear& op, const Rows<T>& rows, Scratch& scratch)
+        : op_(op), rows_(rows), shape_(op.weight), weight_(static_cast<const T*>(op.weight.data)) {
+        const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
+        group_ = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
+        buffer_ = scratch.take<float>(kPanelElements);
+        sums_ = scratch.take<float>(static_cast<size_t>(group_) * kRows<T> * kColumns);
+        tiles_ = scratch.take<TileSums>(group_);
+    }
+
+    // Most tiles at a time.
+    int group() const { return group_; }
+
+    void choose_tiles(int first, int count) {
+        count_ = count;
+        const int first_row = rows_.tiles.begin(first);
+        for (int i = 0; i < count; ++i) {
+            const int begin = rows_.tiles.begin(first + i);
+            tiles_[i] = {begin, rows_.tiles.begin(first + i + 1) - begin, sums_ + (begin - first_row) * kColumns};
+        }
+    }
+
+    // Products of the chosen tiles with a block of 32 columns.
+    void multiply(int block) const {
+        const int column_blocks = shape_.column_blocks();
+        const Right<T> right = packed_block(weight_, shape_, block, {});
+        for (int k = 0; k < column_blocks; k += kPanelBlocks)
+            add_products(rows_, tiles_, count_, right, k, std::min(kPanelBlocks, column_blocks - k), buffer_);
+        for (int i = 0; i < count_; ++i)
+            finish<T>(op_, Columns::of(shape_, block), tiles_[i].begin, tiles_[i].count, tiles_[i].sums);
+    }
+
+private:
+    const OctavoLinear& op_;
+    const Rows<T>& rows_;
+    const PackedShape shape_;
+    const T* weight_;
+    int group_;
+    int count_ = 0;
+    float* buffer_;
+    float* sums_;
+    TileSums* tiles_;
+};
+
+template <class T>
 void multiply_panels(const OctavoLinear& op, const PackedShape& shape, const Rows<T>& rows, const Grid& grid,
                      const Team& team) {
-    const T* weight = static_cast<const T*>(op.weight.data);
-    const int column_blocks = shape.column_blocks();
-    const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(float));
-    const int group = static_cast<int>(std::max(kMinTilesPerGroup, kRowBytesPerGroup / tile_bytes));
-    float* buffer = team.scratch.take<float>(kPanelElements);
-    float* sums = team.scratch.take<float>(static_cast<size_t>(group) * kRows<T> * kColumns);
-    TileSums* tiles = team.scratch.take<TileSums>(group);
-    for (int first = grid.tiles.begin; first < grid.tiles.end; first += group) {
-        const int num_tiles = std::min(group, grid.tiles.end - first);
-        const int first_row = rows.tiles.begin(first);
-        for (int i = 0; i < num_tiles; ++i) {
-            const int begin = rows.tiles.begin(first + i);
-            tiles[i] = {begin, rows.tiles.begin(first + i + 1) - begin, sums + (begin - first_row) * kColumns};
-        }
-        const auto multiply = [&](int block, int) {
-            const Right<T> right = packed_block(weight, shape, block, {});
-            for (int k = 0; k < column_blocks; k += kPanelBlocks)
-                add_products(rows, tiles, num_tiles, right, k, std::min(kPanelBlocks, column_blocks - k), buffer);
-            for (int i = 0; i < num_tiles; ++i)
-                finish<T>(op, Columns::of(shape, block), tiles[i].begin, tiles[i].count, tiles[i].sums);
-        };
-        team.each(shape.row_blocks(), grid.parts, multiply, first + group < grid.tiles.end);
+    Panels<T> panels(op, rows, team.scratch);
+    for (int first = grid.tiles.begin; first < grid.tiles.end; first += panels.group()) {
+        panels.choose_tiles(first, std::min(panels.group(), grid.tiles.end - first));
+        const auto multiply = [&](int block, int) { panels.multiply(block); };
+        team.each(shape.row_blocks(), grid.parts, multiply, first + panels.group() < grid.tiles.end);
     }
+}
+
+template <class T>
+void multiply_plain_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* staged, const Range& blocks,
+                         const Team& team) {
+    const PackedShape shape(op.weight);
+    const int64_t padded = static_cast<int64_t>(shape.column_blocks()) * kBlock;
+    const Rows<T> rows = {Tiles::of(num_rows, kRows<T>), staged, 0, padded};
+    const int count = rows.tiles.count;
+    if constexpr (kMultipliesFloat<T>) {
+        if (count > 1) {
+            const Scratch::Mark mark = team.scratch.mark();
+            Panels<T> panels(op, rows, team.scratch);
+            for (int first = 0; first < count; first += panels.group()) {
+                panels.choose_tiles(first, std::min(panels.group(), count - first));
+                for (int block = blocks.begin; block < blocks.end; ++block) panels.multiply(block);
+            }
+            team.scratch.release(mark);
+            return;
+        }
+    }
+    alignas(kCacheLine) float sums[kMostRows * kColumns];
+    multiply_chunk(op, shape, rows, {0, count}, blocks, {false, false}, sums);
 }
 
 template <class T>
@@ -161,6 +229,47 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
 void run_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     if (op.weight.num_segments) return run_quantized_linear(op, step, team);
     with_type(op.type, [&](auto number) { linear<decltype(number)>(op, step, team); });
+}
+
+int most_rows(const OctavoLinear& op) {
+    if (op.weight.num_segments) return most_quantized_rows(op);
+    return with_type(op.type, [&](auto number) { return kRows<decltype(number)>; });
+}
+
+size_t staged_bytes(const OctavoLinear& op) {
+    if (op.weight.num_segments) return staged_quantized_bytes(op);
+    return with_type(op.type, [&](auto number) {
+        return static_cast<size_t>(blocks_of(op.weight.columns, kBlock)) * kBlock * sizeof(LeftOf<decltype(number)>);
+    });
+}
+
+int row_blocks_of(const OctavoLinear& op) {
+    return op.weight.num_segments ? quantized_row_blocks(op) : PackedShape(op.weight).row_blocks();
+}
+
+int64_t block_bytes_of(const OctavoLinear& op) {
+    if (op.weight.num_segments) return quantized_block_bytes(op);
+    const int64_t elements = PackedShape(op.weight).block_stride();
+    return with_type(op.type, [&](auto number) { return elements * static_cast<int64_t>(sizeof(number)); });
+}
+
+void stage_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged) {
+    if (op.weight.num_segments) return stage_quantized_tile(op, step, rows, tile, staged);
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        const Tiles tiles = Tiles::of(rows, kRows<T>);
+        const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
+        const int begin = tiles.begin(tile);
+        stage<T>(op, step, begin, tiles.size(tile), nullptr, static_cast<LeftOf<T>*>(staged) + begin * padded);
+    });
+}
+
+void multiply_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks, const Team& team) {
+    if (op.weight.num_segments) return multiply_quantized_part(op, rows, staged, blocks, team);
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        multiply_plain_part<T>(op, rows, static_cast<const LeftOf<T>*>(staged), blocks, team);
+    });
 }
 
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step) {

@@ -168,6 +168,32 @@ void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, c
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// For ops that multiply rows with parts of many weights. The rows are those that `read_row` gives, staged in the form
+// that products with the weight read.
+
+// Most rows of a tile.
+int most_rows(const OctavoLinear& op);
+// Bytes of a staged row.
+size_t staged_bytes(const OctavoLinear& op);
+// Blocks of 32 rows of the weight, and bytes of each.
+int row_blocks_of(const OctavoLinear& op);
+int64_t block_bytes_of(const OctavoLinear& op);
+// Stages one of the tiles of `rows` rows.
+void stage_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged);
+// Products of all staged rows with some blocks of the weight, with the op's epilogue.
+void multiply_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks, const Team& team);
+
+// The same for quantised weights.
+int most_quantized_rows(const OctavoLinear& op);
+size_t staged_quantized_bytes(const OctavoLinear& op);
+int quantized_row_blocks(const OctavoLinear& op);
+int64_t quantized_block_bytes(const OctavoLinear& op);
+void stage_quantized_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged);
+void multiply_quantized_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks,
+                             const Team& team);
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Products with a quantised weight.
 void run_quantized_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team);
 size_t quantized_linear_workspace(const OctavoLinear& op, int rows);

@@ -49,7 +49,9 @@ enum OctavoOpCode : int32_t {
     kOpGatherRows = 9,
     kOpMultiply = 10,
     kOpShortConv = 11,
-    kNumOps = 12,
+    kOpRoute = 12,
+    kOpExperts = 13,
+    kNumOps = 14,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -262,6 +264,44 @@ struct OctavoShortConv {
     int32_t width;
     int32_t length;
     int32_t group;  // index into the step's groups
+    int32_t type;
+};
+
+enum OctavoScores : int32_t { kSoftmax = 0, kSigmoid = 1, kSparseMixer = 2 };
+
+// Weights of the chosen experts of each token, 0 for all others; see ops/reference/experts.py.
+struct OctavoRoute {
+    OctavoMatrix x;        // float32 [rows, num_experts]
+    OctavoMatrix out;      // float32 [rows, num_experts]
+    const float* bias;     // [num_experts] or null
+    const float* factors;  // [num_experts] or null
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t scores;  // OctavoScores
+    int32_t normalize;
+    float factor;
+    float jitter;
+    int32_t num_groups;
+    int32_t top_groups;
+    int32_t rows;
+};
+
+// out = the sum of routed[e] * down[e](act(gate[e](x)) * up[e](x)) over the experts e with a weight, ascending, and
+// then of sigmoid(shared_gate) * shared.
+struct OctavoExperts {
+    OctavoMatrix x;
+    OctavoMatrix routed;                // float32 [tokens, num_experts]; at most top_k of a token are not 0
+    OctavoMatrix shared;                // null: 0
+    OctavoMatrix shared_gate;           // float32 [tokens, 1]; null: the weight is 1
+    OctavoMatrix out;                   // [tokens, hidden]
+    const OctavoWeight* gate_up;        // [num_experts]: all of one shape, and read in the same form
+    const OctavoWeight* down;           // [num_experts]: likewise
+    const void* const* gate_up_biases;  // [num_experts] or null
+    const void* const* down_biases;     // [num_experts] or null
+    int32_t num_experts;
+    int32_t top_k;
+    int32_t activation;
+    int32_t scales_input;  // weights multiply inputs instead of results
     int32_t type;
 };
 

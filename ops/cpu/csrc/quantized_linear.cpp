@@ -121,6 +121,21 @@ void multiply_decoded(const QuantizedLayout& layout, const uint8_t* weight, cons
     }
 }
 
+// Products of some tiles with one block of 32 rows of the weight, and their results.
+template <class T>
+void multiply_group(const OctavoLinear& op, const QuantizedLayout& layout, const uint8_t* weight,
+                    const Columns& columns, const Int8Rows& rows, const Range& tiles, DecodedBlock* panel, float* sums,
+                    size_t num_sums) {
+    std::memset(sums, 0, num_sums * sizeof(float));
+    if (is_super(layout.encoding.format) && tiles.end - tiles.begin >= kMinTilesPerPanel)
+        multiply_decoded(layout, weight, rows, tiles, panel, sums);
+    else
+        multiply_directly(layout, weight, rows, tiles, sums);
+    for (int tile = tiles.begin; tile < tiles.end; ++tile)
+        finish<T>(op, columns, rows.tiles.begin(tile), rows.tiles.size(tile),
+                  sums + (tile - tiles.begin) * kInt8Rows * kColumns);
+}
+
 // Some tiles stay in the L2 cache while all weights pass by.
 template <class T>
 void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& team, int num_rows) {
@@ -136,14 +151,7 @@ void multiply_int8(const OctavoLinear& op, const OctavoStep& step, const Team& t
         const Range group = {first, std::min(first + most, grid.tiles.end)};
         each_block(op.weight, team, grid.parts, group.end < grid.tiles.end,
                    [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
-                       std::memset(sums, 0, num_sums * sizeof(float));
-                       if (is_super(layout.encoding.format) && group.end - group.begin >= kMinTilesPerPanel)
-                           multiply_decoded(layout, weight, rows, group, panel, sums);
-                       else
-                           multiply_directly(layout, weight, rows, group, sums);
-                       for (int tile = group.begin; tile < group.end; ++tile)
-                           finish<T>(op, columns, rows.tiles.begin(tile), rows.tiles.size(tile),
-                                     sums + (tile - group.begin) * kInt8Rows * kColumns);
+                       multiply_group<T>(op, layout, weight, columns, rows, group, panel, sums, num_sums);
                    });
     }
 }
@@ -283,6 +291,79 @@ void multiply_floats(const OctavoLinear& op, const OctavoStep& step, const Team&
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows that others have staged, with a part of the weight.
+
+template <class T>
+void multiply_int8_part(const OctavoLinear& op, int num_rows, const Int8Block* data, const Range& part,
+                        const Team& team) {
+    const Tiles tiles = Tiles::of(num_rows, kInt8Rows);
+    const Int8Rows rows = {tiles, data, blocks_of(op.weight.columns, kBlock)};
+    const int64_t tile_bytes = kInt8Rows * static_cast<int64_t>(rows.blocks) * sizeof(Int8Block);
+    const int most = static_cast<int>(std::max<int64_t>(kMinTilesPerPanel, kRowBytesPerGroup / tile_bytes));
+    const size_t num_sums = static_cast<size_t>(std::min(most, tiles.count)) * kInt8Rows * kColumns;
+    float* sums = team.scratch.take<float>(num_sums);
+    DecodedBlock* panel = team.scratch.take<DecodedBlock>(kInt8PanelBlocks);
+    for (int first = 0; first < tiles.count; first += most) {
+        const Range group = {first, std::min(first + most, tiles.count)};
+        each_block_of(op.weight, part,
+                      [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                          multiply_group<T>(op, layout, weight, columns, rows, group, panel, sums, num_sums);
+                      });
+    }
+}
+
+template <class T>
+void multiply_token_part(const OctavoLinear& op, int num_rows, const TokenRow* data, const Range& part) {
+    const Tiles tiles = Tiles::of(num_rows, kTokenRows);
+    const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
+    const TokenCode* codes = reinterpret_cast<const TokenCode*>(data + num_rows);
+    const uintptr_t ahead = num_rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+    alignas(kCacheLine) float sums[kTokenRows * kColumns];
+    each_block_of(op.weight, part, [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+        for (int tile = 0; tile < tiles.count; ++tile) {
+            const int begin = tiles.begin(tile), size = tiles.size(tile);
+            dot_token(layout, weight, size, data + begin, codes + begin * padded, ahead, sums);
+            finish<T>(op, columns, begin, size, sums);
+        }
+    });
+}
+
+template <class T>
+void multiply_float_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* data, const Range& part,
+                         const Team& team) {
+    const int blocks = blocks_of(op.weight.columns, kBlock);
+    const Rows<T> rows = {Tiles::of(num_rows, kRows<T>), data, 0, static_cast<int64_t>(blocks) * kBlock};
+    const Tiles& tiles = rows.tiles;
+    if constexpr (kFloatRows<T> > 0) {
+        if (num_rows <= kFloatRows<T>) {
+            const uintptr_t ahead = num_rows <= kRowsReadByHardware && is_amd() ? 0 : kAheadBytes;
+            alignas(kCacheLine) float sums[kFloatRows<T> * kColumns];
+            each_block_of(op.weight, part,
+                          [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                              dot_float<T>(layout, weight, num_rows, rows.tile(0, num_rows), ahead, sums);
+                              finish<T>(op, columns, 0, num_rows, sums);
+                          });
+            return;
+        }
+    }
+    const int64_t tile_bytes = kRows<T> * rows.padded * static_cast<int64_t>(sizeof(LeftOf<T>));
+    const int most = static_cast<int>(std::max(kMinTilesPerFloatGroup, kFloatBytesPerGroup / tile_bytes));
+    using W = Unpacked<T>;
+    W* numbers = team.scratch.take<W>(static_cast<size_t>(blocks_at_once<T>(blocks)) * kBlockElements);
+    float* sums = team.scratch.take<float>(static_cast<size_t>(std::min(most, tiles.count)) * kRows<T> * kColumns);
+    for (int first = 0; first < tiles.count; first += most) {
+        const Range group = {first, std::min(first + most, tiles.count)};
+        each_block_of(op.weight, part,
+                      [&](const QuantizedLayout& layout, const uint8_t* weight, const Columns& columns) {
+                          multiply_dequantized<T>(layout, weight, rows, group, numbers, sums);
+                          for (int tile = group.begin; tile < group.end; ++tile)
+                              finish<T>(op, columns, tiles.begin(tile), tiles.size(tile),
+                                        sums + (tile - group.begin) * kRows<T> * kColumns);
+                      });
+    }
+}
+
 }  // namespace
 
 void run_quantized_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
@@ -304,6 +385,62 @@ size_t quantized_linear_workspace(const OctavoLinear& op, int rows) {
     if (op.weight.rounding == kExact)
         return with_type(op.type, [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows); });
     return static_cast<size_t>(rows) * blocks_of(op.weight.columns, kBlock) * sizeof(Int8Block);
+}
+
+int most_quantized_rows(const OctavoLinear& op) {
+    if (op.weight.rounding == kByBlock) return kInt8Rows;
+    if (op.weight.rounding == kByRow) return kTokenRows;
+    return with_type(op.type, [&](auto number) { return kRows<decltype(number)>; });
+}
+
+size_t staged_quantized_bytes(const OctavoLinear& op) {
+    const size_t blocks = blocks_of(op.weight.columns, kBlock);
+    if (op.weight.rounding == kByBlock) return blocks * sizeof(Int8Block);
+    if (op.weight.rounding == kByRow) return bytes_of_tokens(1, op.weight.columns);
+    return with_type(op.type, [&](auto number) { return blocks * kBlock * sizeof(LeftOf<decltype(number)>); });
+}
+
+int quantized_row_blocks(const OctavoLinear& op) { return row_blocks(op.weight); }
+
+int64_t quantized_block_bytes(const OctavoLinear& op) {
+    const OctavoSegment& first = op.weight.segments[0];
+    return QuantizedLayout(first.encoding, first.rows, op.weight.columns, op.weight.paired != 0).stride();
+}
+
+void stage_quantized_tile(const OctavoLinear& op, const OctavoStep& step, int rows, int tile, void* staged) {
+    const Tiles tiles = Tiles::of(rows, most_quantized_rows(op));
+    const int columns = op.weight.columns, begin = tiles.begin(tile), size = tiles.size(tile);
+    const int64_t blocks = blocks_of(columns, kBlock), padded = blocks * kBlock;
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        if (op.weight.rounding == kExact)
+            return stage<T>(op, step, begin, size, nullptr, static_cast<LeftOf<T>*>(staged) + begin * padded);
+        TokenRow* token_rows = static_cast<TokenRow*>(staged);
+        TokenCode* codes = reinterpret_cast<TokenCode*>(token_rows + rows) + begin * padded;
+        Int8Block* data = static_cast<Int8Block*>(staged) + begin * blocks;
+        for (int r = 0; r < size; ++r) {
+            const T* x = read_row<T>(op, step, begin + r, nullptr);
+            if (op.weight.rounding == kByRow)
+                token_rows[begin + r] = quantize_token(x, columns, codes + r * kBlock, size * kBlock);
+            else
+                quantize_row(x, columns, data + r, size);
+        }
+    });
+}
+
+void multiply_quantized_part(const OctavoLinear& op, int rows, const void* staged, const Range& blocks,
+                             const Team& team) {
+    const Scratch::Mark mark = team.scratch.mark();
+    with_type(op.type, [&](auto number) {
+        using T = decltype(number);
+        if (op.weight.rounding == kByBlock)
+            multiply_int8_part<T>(op, rows, static_cast<const Int8Block*>(staged), blocks, team);
+        else if (op.weight.rounding == kByRow)
+            multiply_token_part<T>(op, rows, static_cast<const TokenRow*>(staged), blocks);
+        else
+            multiply_float_part<T>(op, rows, static_cast<const LeftOf<T>*>(staged), blocks, team);
+    });
+    team.scratch.release(mark);
 }
 
 }  // namespace octavo

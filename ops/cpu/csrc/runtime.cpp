@@ -68,6 +68,10 @@ void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
             return run_gather_rows(*static_cast<const OctavoPointwise*>(node.args), step, team);
         case kOpShortConv:
             return run_short_conv(*static_cast<const OctavoShortConv*>(node.args), step, team);
+        case kOpRoute:
+            return run_route(*static_cast<const OctavoRoute*>(node.args), step, team);
+        case kOpExperts:
+            return run_experts(*static_cast<const OctavoExperts*>(node.args), step, team);
         default:
             std::fprintf(stderr, "octavo: unknown op %d\n", node.op);
             std::abort();
@@ -82,6 +86,8 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
             wanted = linear_workspace(*static_cast<const OctavoLinear*>(nodes[i].args), step);
         else if (nodes[i].op == kOpAttention)
             wanted = attention_workspace(*static_cast<const OctavoAttention*>(nodes[i].args), step, threads);
+        else if (nodes[i].op == kOpExperts)
+            wanted = experts_workspace(*static_cast<const OctavoExperts*>(nodes[i].args), step);
         if (wanted > bytes) bytes = wanted;
     }
     return bytes;
@@ -170,6 +176,10 @@ int64_t octavo_sizeof(int32_t op) {
             return sizeof(OctavoPointwise);
         case kOpShortConv:
             return sizeof(OctavoShortConv);
+        case kOpRoute:
+            return sizeof(OctavoRoute);
+        case kOpExperts:
+            return sizeof(OctavoExperts);
         case -1:
             return sizeof(OctavoStep);
         case -2:

@@ -124,6 +124,15 @@ public:
         return result;
     }
 
+    // What has been taken so far.
+    struct Mark {
+        size_t blocks;
+        size_t used;
+    };
+    Mark mark() const { return {blocks_.size(), used_}; }
+    // Releases what was taken since.
+    void release(const Mark& mark) { used_ = blocks_.size() == mark.blocks ? mark.used : 0; }
+
     // Releases everything taken. Of several blocks the last, largest one is kept.
     void reset() {
         while (blocks_.size() > 1) {

@@ -1,0 +1,193 @@
+"""Mixtures of experts: an MLP of which each token uses a few parts, chosen by a router (Shazeer et al.,
+arXiv:1701.06538)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import ops
+from executor.hf_config import HFConfig
+from executor.input_batch import InputBatch
+from executor.layers.context import ModelContext
+from executor.layers.linear import LinearLayer, MergedColumnParallelLinear, RowParallelLinear
+from executor.layers.mlp import GATED_ACTIVATIONS, GatedMLP
+from executor.layers.parameter import Part, WeightParameter, single
+from executor.quantization import choose_quantization
+from executor.quantization.base import LinearShape
+from ops import Routing
+
+MAX_EXPERTS = 4096
+"""Of a layer."""
+
+
+def routing_of(config: HFConfig, num_experts: int, routing: Routing) -> Routing:
+    """The routing, once it is checked against the number of experts.
+
+    Raises:
+        ModelError: The experts do not suffice, or do not form the groups.
+    """
+    if num_experts % routing.num_groups:
+        config.bad("n_group", f"a divisor of the number of experts, {num_experts}")
+    if routing.top_groups > routing.num_groups:
+        config.bad("topk_group", f"at most n_group, {routing.num_groups}")
+    if routing.top_k > num_experts // routing.num_groups * routing.top_groups:
+        config.bad("num_experts_per_tok", f"at most the number of experts to choose from, of {num_experts}")
+    return routing
+
+
+class Router(nn.Module):
+    """Chooses the experts of a token. Its weights are never quantised while they are loaded."""
+
+    def __init__(
+        self,
+        context: ModelContext,
+        routing: Routing,
+        num_experts: int,
+        *,
+        bias: bool = False,
+        is_corrected: bool = False,
+    ) -> None:
+        """Creates the layer.
+
+        Args:
+            context: The model's construction context.
+            routing: How experts are chosen.
+            num_experts: Experts of the layer.
+            bias: Whether logits have a bias.
+            is_corrected: Whether scores have a bias that counts for the choice alone.
+        """
+        super().__init__()
+        self.routing = routing
+        columns, rows = Part.whole(context.config.hidden_size), Part.whole(num_experts)
+        shape = LinearShape(columns, {None: rows}, bias, False, context.dtype, context.device)
+        self.weights = choose_quantization(None, None).linear_method(["gate"]).create(shape)
+        self.e_score_correction_bias: WeightParameter | None = None
+        if is_corrected:
+            self.e_score_correction_bias = WeightParameter.empty(
+                single(rows), dtype=torch.float32, device=context.device
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, num_experts], as ``ops.route`` returns it."""
+        logits = ops.logits(x, self.weights.packed, self.weights.bias)
+        return ops.route(logits, self.routing, self.e_score_correction_bias)
+
+
+class RowGate(nn.Module):
+    """A number for each token."""
+
+    def __init__(self, context: ModelContext) -> None:
+        super().__init__()
+        columns = Part.whole(context.config.hidden_size)
+        shape = LinearShape(columns, {None: Part.whole(1)}, False, False, context.dtype, context.device)
+        self.weights = choose_quantization(None, None).linear_method(["gate"]).create(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, 1]."""
+        return ops.logits(x, self.weights.packed)
+
+
+class Expert(nn.Module):
+    """The weights of one expert, a gated MLP of which each rank has a share."""
+
+    def __init__(self, context: ModelContext, intermediate_size: int, *, bias: bool, prefix: str) -> None:
+        super().__init__()
+        hidden, inner = context.config.hidden_size, intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            context, inner, hidden, bias=bias, is_summed=False, prefix=f"{prefix}.down_proj"
+        )
+
+
+class MoE(nn.Module):
+    """A router and its experts, and maybe an expert that all tokens share."""
+
+    def __init__(
+        self,
+        context: ModelContext,
+        routing: Routing,
+        num_experts: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        router_bias: bool = False,
+        is_corrected: bool = False,
+        scales_input: bool = False,
+        shared: tuple[str, int] | None = None,
+        shared_gate: str | None = None,
+        prefix: str,
+    ) -> None:
+        """Creates the layer. Its parts are named ``gate`` and ``experts``.
+
+        Args:
+            context: The model's construction context.
+            routing: How experts are chosen.
+            num_experts: Experts of the layer.
+            intermediate_size: Columns of gate and of up of each.
+            bias: Whether their projections have biases.
+            router_bias: Whether the router has a bias.
+            is_corrected: Whether the router has a bias that counts for the choice alone.
+            scales_input: Weights of experts multiply their inputs.
+            shared: Name and intermediate size of the expert that all tokens share.
+            shared_gate: Name of the projection whose sigmoid is the shared expert's weight.
+            prefix: The layer's name in the model.
+        """
+        super().__init__()
+        config = context.config
+        if num_experts > MAX_EXPERTS:
+            raise ValueError(f"{prefix}: {num_experts} experts are more than {MAX_EXPERTS}")
+        self.routing = routing_of(config, num_experts, routing)
+        self.activation = config.choice("hidden_act", GATED_ACTIVATIONS)
+        self.scales_input = scales_input
+        self.communicator = context.communicator
+        self.gate = Router(context, self.routing, num_experts, bias=router_bias, is_corrected=is_corrected)
+        self.experts = nn.ModuleList(
+            Expert(context, intermediate_size, bias=bias, prefix=f"{prefix}.experts.{index}")
+            for index in range(num_experts)
+        )
+        self._shared, self._shared_gate = shared and shared[0], shared_gate
+        if shared is not None:
+            name, size = shared
+            self.add_module(name, GatedMLP(context, size, is_summed=False, prefix=f"{prefix}.{name}"))
+        if shared_gate is not None:
+            self.add_module(shared_gate, RowGate(context))
+        self._weights: ops.ExpertWeights | None = None
+
+    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        """``x`` [num_tokens, hidden_size] -> the same."""
+        shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
+        gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
+        routed = self.gate(x)
+        return ops.all_reduce(ops.experts(x, routed, self.weights(), shared, gate), self.communicator)
+
+    def weights(self) -> ops.ExpertWeights:
+        """The packed weights of the experts."""
+        if self._weights is None:
+            gate_up, gate_up_bias = packed([expert.get_submodule("gate_up_proj") for expert in self.experts])
+            down, down_bias = packed([expert.get_submodule("down_proj") for expert in self.experts])
+            self._weights = ops.ExpertWeights(
+                gate_up, down, gate_up_bias, down_bias, self.activation, self.routing.top_k, self.scales_input
+            )
+        return self._weights
+
+
+def packed(layers: list[nn.Module]) -> tuple[tuple[ops.Weight, ...], tuple[Tensor, ...] | None]:
+    """The weights and biases of the same projection of all experts."""
+    weights, biases = [], []
+    for layer in layers:
+        assert isinstance(layer, LinearLayer)
+        weights.append(layer.weights.packed)
+        if layer.weights.bias is not None:
+            biases.append(layer.weights.bias.data)
+    return tuple(weights), tuple(biases) or None
+
+
+def sparse_layers(config: HFConfig) -> list[bool]:
+    """Whether each layer has experts: of Qwen's models every ``decoder_sparse_step``-th does, except
+    ``mlp_only_layers``."""
+    dense = {int(index) for index in config.numbers("mlp_only_layers")} if config.has("mlp_only_layers") else set()
+    step = config.size("decoder_sparse_step")
+    return [index not in dense and (index + 1) % step == 0 for index in range(config.num_layers)]

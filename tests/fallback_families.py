@@ -1,0 +1,86 @@
+"""Families that run through transformers: tiny configurations, as in ``families.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.families import FULL, SLIDING, Family
+
+FALLBACKS: Mapping[str, Family] = {
+    "apertus": Family("ApertusConfig", "ApertusForCausalLM", {"attention_bias": True}),
+    "cwm": Family("CwmConfig", "CwmForCausalLM", {"sliding_window": 24, "layer_types": [FULL, SLIDING, FULL]}),
+    "deepseek_v3": Family(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM", {"attention_bias": True}),
+    "doge": Family("DogeConfig", "DogeForCausalLM"),
+    "dots1": Family(
+        "Dots1Config",
+        "Dots1ForCausalLM",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "sliding_window": 24,
+            "layer_types": [FULL, SLIDING, FULL],
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        },
+    ),
+    "helium": Family("HeliumConfig", "HeliumForCausalLM", {"head_dim": 16}),
+    "hunyuan": Family("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 24, "attention_bias": True}),
+    "lfm2 without types": Family("Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", FULL, "conv"]}),
+    "roberta": Family("RobertaConfig", "RobertaForCausalLM", {"is_decoder": True}),
+    "vaultgemma": Family(
+        "VaultGemmaConfig",
+        "VaultGemmaForCausalLM",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        },
+    ),
+}
+"""Families that run through transformers."""
