@@ -166,6 +166,8 @@ class ModelConfig(Config, frozen=True):
         False
     )
     gguf: Annotated[GGUFHeader | None, Meta(extra={"internal": True})] = None
+    calibration: Annotated[tuple[int, ...], Meta(extra={"internal": True})] = ()
+    """Tokens of a text on which the model may be measured."""
     weights: Annotated[str, Meta(extra={"internal": True})] = ""
     """Folder of the safetensors files, if not the model's."""
 

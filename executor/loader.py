@@ -18,6 +18,7 @@ import torch
 from executor import language_part
 from executor.attention.base import choose_backends
 from executor.base import ModelError
+from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import KV_CODE_NAMES, ModelConfig
 from executor.gguf import GGUFCheckpoint
@@ -29,6 +30,7 @@ from executor.models.registry import resolve_model
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import Options, choose_quantization
+from executor.quantization.at_load import QuantizingParameter
 from executor.quantization.packed import describe
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
@@ -87,7 +89,7 @@ def load_model(
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     hf_config = model_class.configure(hf_config)
     dtype = choose_dtype(config, hf_config)
-    options = Options(config.quantized_activations, device.type, config.imatrix)
+    options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
@@ -257,12 +259,29 @@ def load_weights(
                 double.origin,
                 name,
             )
+    for name in targets:
+        if name not in found and not targets[name].parameter.is_optional:
+            raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
+    _fill(model, checkpoint, targets, found, context, progress)
+
+
+def _fill(
+    model: Model,
+    checkpoint: Checkpoint,
+    targets: dict[str, Target],
+    found: Mapping[str, StoredTensor],
+    context: ModelContext,
+    progress: Progress,
+) -> None:
+    """Loads all tensors that were found, and packs the layers."""
     packing = Packing(model)
     for name in [name for name in targets if name not in found]:
-        if not targets[name].parameter.is_optional:
-            raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
         packing.loaded(targets.pop(name).parameter)
     order = sorted(found, key=lambda name: not packing.is_large(targets[name].parameter))
+    late = []
+    if _can_measure(model, checkpoint, context):
+        late = [name for name in order if isinstance(targets[name].parameter, QuantizingParameter)]
+        order = [name for name in order if name not in set(late)]
 
     def load(name: str) -> int:
         stored, target = found[name], targets.pop(name)  # unpacked weights are freed once nothing refers to them
@@ -277,12 +296,29 @@ def load_weights(
     total = sum(stored.num_bytes for stored in found.values())
     done = 0
     progress("weights", done, total)
-    for num_bytes in _loads(checkpoint, load, order, found):
-        done += num_bytes
-        progress("weights", done, total)
+    for names in (order, late):
+        if late and names is late:
+            calibrate(model, _sources(found, targets), context.quantization.calibration)
+        for num_bytes in _loads(checkpoint, load, names, found):
+            done += num_bytes
+            progress("weights", done, total)
     if targets:
         raise ModelError(f"{checkpoint.origin(next(iter(targets)))} was not read by the package of --load-format")
     packing.finish()
+
+
+def _can_measure(model: Model, checkpoint: Checkpoint, context: ModelContext) -> bool:
+    """Whether the model can run once before its weights are quantised, and the method has a use for that."""
+    is_whole = context.parallel.tp_size == context.parallel.pp_size == 1 and model.can_be_captured
+    return bool(context.quantization.calibration) and is_whole and not _is_streamed(checkpoint)
+
+
+def _sources(found: Mapping[str, StoredTensor], targets: Mapping[str, Target]) -> Sources:
+    sources: dict[WeightParameter, list[tuple[StoredTensor, ShardId]]] = {}
+    for name, stored in found.items():
+        if name in targets:
+            sources.setdefault(targets[name].parameter, []).append((stored, targets[name].shard_id))
+    return sources
 
 
 def _advice(missing: str, model: Model) -> str:
@@ -309,9 +345,15 @@ def _loads(
     checkpoint: Checkpoint, load: Callable[[str], int], order: list[str], found: Mapping[str, StoredTensor]
 ) -> Iterator[int]:
     """The results of ``load`` for all names, in the order in which the checkpoint has the tensors."""
-    if not isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint):
+    if not _is_streamed(checkpoint):
         return in_threads(load, _prefetched(found, order))
+    assert isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint)
     return map(load, filter(set(order).__contains__, checkpoint.arrivals()))
+
+
+def _is_streamed(checkpoint: Checkpoint) -> bool:
+    """Whether tensors can be read but once."""
+    return isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint)
 
 
 def _report_other_parts(stored: Iterable[StoredTensor]) -> None:

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from api.config import DEMO_GENERATION, DEMO_MODULE, DEMO_NAME, DEMO_PACKAGE, PoolerConfig, ServerConfig
 from api.errors import ModelFileError
 from api.flags import ConfigError
+from api.model.calibration_text import TEXT
 from api.model.chat_template import load_chat_template
 from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_parts
 from api.model.gguf_file import GGUFFile, read_gguf
@@ -141,6 +142,8 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
     model = replace(executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""))
+    if model.quantization == "int4" and not model.imatrix and model.load_format != "dummy":
+        model = replace(model, calibration=tuple(files.tokenizer.encode(TEXT)))
     if not config.offers_generation:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})

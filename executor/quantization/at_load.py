@@ -1,6 +1,7 @@
 """Quantises the weights of a model while they are loaded: ``--quantization int8``, ``int4`` and ``fp8``.
 
-``--imatrix`` says how large the inputs of each column are, so that 4 bits lose less where it matters.
+``--imatrix`` says how large the inputs of each column are, so that 4 bits lose less where it matters; without it, the
+model is measured on a short text first (``executor/calibration.py``).
 Each checkpoint tensor is quantised as it is read, and a table is packed piece by piece, so that memory never holds the
 weights in another form.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import ops
 from executor.base import ModelError
+from executor.input_batch import InputBatch
 from executor.layers.parameter import Part, Parts, ShardId, WeightParameter, single
 from executor.quantization.base import (
     EmbeddingMethod,
@@ -37,6 +39,7 @@ from executor.quantization.packed import (
     log_float_only,
     table_bias,
 )
+from executor.quantization.probe import Probe
 from executor.quantization.unquantized import UnquantizedEmbedding, UnquantizedLinear
 from ops.packed import Encoding, QuantizedWeight, Segment
 
@@ -141,10 +144,11 @@ def read_imatrix(file: str) -> dict[str, Tensor]:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"--imatrix {file}: {error}; octavo imatrix makes such files") from None
-    return {name: _importance(squares.float().flatten()) for name, squares in tensors.items()}
+    return {name: importance_of(squares.float().flatten()) for name, squares in tensors.items()}
 
 
-def _importance(squares: Tensor) -> Tensor:
+def importance_of(squares: Tensor) -> Tensor:
+    """What errors of columns count, positive, about 1, from the mean squares of their inputs."""
     relative = squares / squares.mean().clamp_min(1e-30)
     return relative.nan_to_num(1, 1, 1).clamp_min(LEAST_IMPORTANCE)
 
@@ -182,6 +186,7 @@ class Int4(Int8):
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         super().__init__(fields, options)
         self.importance = read_imatrix(options.imatrix) if options.imatrix else None
+        self.calibration = () if options.imatrix else options.calibration
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
         if self.importance is None:
@@ -307,6 +312,15 @@ class QuantizingWeights(PackedWeights):
         chosen = chosen_activations(options, dtype, weight.device)
         self.activations: ops.QuantizedActivations = "float" if weight.scheme.is_float else chosen
         self.paired = paired and len(weight) % 2 == 0
+        self.probe: Probe | None = None
+        """Takes the place of the weight while the model is measured."""
+
+    def calibrated(self) -> None:
+        """The model was measured: errors of the weight count as the inputs of its columns are large."""
+        assert self.probe is not None
+        if self.probe.squares is not None:
+            self.weight.importance = importance_of(self.probe.squares.float())
+        self.probe = None
 
     def pack(self) -> None:
         weight: QuantizingParameter = self.weight
@@ -336,6 +350,11 @@ class QuantizingLinear(PackedLinear[PackedWeights]):
         weights.bias = linear_bias(shape)
         return weights
 
+    def apply(self, weights: PackedWeights, x: Tensor, batch: InputBatch) -> Tensor:
+        if isinstance(weights, QuantizingWeights) and weights.probe is not None:
+            return weights.probe.linear(x, len(weights.weight), weights.bias)
+        return super().apply(weights, x, batch)
+
 
 class QuantizingEmbedding(PackedEmbedding[PackedWeights]):
     """Always 8 bits."""
@@ -350,3 +369,8 @@ class QuantizingEmbedding(PackedEmbedding[PackedWeights]):
         weights = QuantizingWeights(weight, shape.dtype, self.options, paired=False)
         weights.bias = table_bias(shape)
         return weights
+
+    def embed(self, weights: PackedWeights, ids: Tensor, batch: InputBatch) -> Tensor:
+        if isinstance(weights, QuantizingWeights) and weights.probe is not None:
+            return weights.probe.embedding(ids)
+        return super().embed(weights, ids, batch)

@@ -101,6 +101,8 @@ class Options:
     """As torch names it."""
     imatrix: str = ""
     """``--imatrix``: the file with the importance of columns."""
+    calibration: Sequence[int] = ()
+    """Tokens of a text on which a method may measure the model."""
     dequantize: bool = False
     """Quantised weights of the checkpoint are converted to the dtype of the activations while they are loaded."""
 
@@ -112,6 +114,8 @@ class QuantizationConfig(Protocol):
     """Names of tensors in such checkpoints -> those of parameters, as of ``WeightsMapper``."""
     ignored: ClassVar[Sequence[str]] = ()
     """Names, after ``renames``, of tensors that the method does not need."""
+    calibration: Sequence[int] = ()
+    """Tokens of a text on which ``executor/calibration.py`` measures the model before its weights are quantised."""
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         """Takes the ``quantization_config`` of config.json, empty if there is none.

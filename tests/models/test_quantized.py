@@ -216,6 +216,33 @@ def test_int4_with_an_importance_matrix(tmp_path: Path) -> None:
     assert "octavo imatrix makes such files" in refusal(folder, quantization="int4", imatrix=str(file))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_int4_measures_the_model_on_a_text_first(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {**FIELDS, "num_hidden_layers": 3}
+    folder = tiny.checkpoint(family, **fields, tied=True)
+    tokens = random_tokens(40)
+    expected = measure(load_plain(folder, "float32"), [tokens])
+    found: list[Tensor] = []
+    calibrated = QuantizingWeights.calibrated
+
+    def spy(weights: QuantizingWeights) -> None:
+        if weights.probe is not None and weights.probe.squares is not None:
+            found.append(weights.probe.squares.float())
+        calibrated(weights)
+
+    monkeypatch.setattr(QuantizingWeights, "calibrated", spy)
+    loaded = load(folder, quantization="int4", calibration=tuple(tokens))
+    names = [f"layers.{index}.{name}" for index in range(len(found) // 4)
+             for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")]  # fmt: skip
+    assert len(names) == len(found) > 4
+    for name, squares in zip(names, found, strict=True):
+        assert_close(squares, expected[f"model.{name}"])
+    found.clear()
+    again = load(folder, quantization="int4", calibration=tuple(tokens))
+    assert torch.equal(logits_of(loaded, tokens), logits_of(again, tokens))
+    assert not torch.equal(logits_of(loaded, tokens), logits_of(load(folder, quantization="int4"), tokens))
+
+
 def test_importance_decides_which_errors_are_small() -> None:
     groups = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0))
     importance = torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) ** 4 + 1e-4
