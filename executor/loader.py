@@ -287,7 +287,10 @@ def _fill(
         stored, target = found[name], targets.pop(name)  # unpacked weights are freed once nothing refers to them
         packing.stage(target.parameter)
         try:
-            target.parameter.load(stored.read(target.parameter.stored_dtype), target.shard_id)
+            tensor = stored.read(target.parameter.stored_dtype)
+            if target.parameter.keeps_tensors and _is_streamed(checkpoint):
+                tensor = tensor.clone()  # the package may use its memory again
+            target.parameter.load(tensor, target.shard_id)
         except ValueError as error:
             raise ModelError(f"{stored.origin} {error}") from error
         packing.loaded(target.parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,16 @@ class Encoding:
     """What else each group has: a zero (uint8), or a minimum."""
     row_scale: RowScale = "none"
     """Whether a float32 number for each row multiplies or divides the scales of its groups."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """Rows that are made when they are packed, so that never all of them are in memory unpacked."""
+
+    device: torch.device
+    rows: int
+    make: Callable[[int, int], Tensor]
+    """Takes the first row and the end of the rows; returns uint8 [rows, bytes of a row] as of ``pack_segment``."""
 
 
 @dataclass(frozen=True, eq=False)

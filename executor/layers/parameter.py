@@ -178,6 +178,8 @@ class WeightParameter(nn.Parameter):
     parts: Parts
     is_optional: bool = False
     """Its content is right already if the checkpoint has no such tensor."""
+    keeps_tensors: bool = False
+    """``load`` keeps the tensors that it is given until the weights are packed."""
 
     def __new__(cls: type[P], data: Tensor, parts: Parts) -> P:
         parameter = super().__new__(cls, data, requires_grad=False)

@@ -2,8 +2,8 @@
 
 ``--imatrix`` says how large the inputs of each column are, so that 4 bits lose less where it matters; without it, the
 model is measured on a short text first (``executor/calibration.py``).
-Each checkpoint tensor is quantised as it is read, and a table is packed piece by piece, so that memory never holds the
-weights in another form.
+Layers are quantised from the files' memory as they are packed, some rows at a time, and tables as they are read: memory
+never holds the weights in another form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 import ops
 from executor.base import ModelError
 from executor.input_batch import InputBatch
-from executor.layers.parameter import Part, Parts, ShardId, WeightParameter, single
+from executor.layers.parameter import Part, Parts, Range, ShardId, WeightParameter, single
 from executor.quantization.base import (
     EmbeddingMethod,
     LinearMethod,
@@ -41,7 +41,7 @@ from executor.quantization.packed import (
 )
 from executor.quantization.probe import Probe
 from executor.quantization.unquantized import UnquantizedEmbedding, UnquantizedLinear
-from ops.packed import Encoding, QuantizedWeight, Segment
+from ops.packed import Encoding, QuantizedWeight, RowSource, Segment
 
 GROUP = 32
 """Columns that share a scale."""
@@ -212,12 +212,18 @@ class FP8(Int8):
 
 
 class QuantizingParameter(WeightParameter):
-    """Rows as ``ops.pack_segment`` takes them, uint8 [rows, bytes]: codes, then the fields of the groups."""
+    """Rows as ``ops.pack_segment`` takes them, uint8 [rows, bytes]: codes, then the fields of the groups.
 
+    They are made as they are packed (``rows``); the parameter's own memory is only used for random weights.
+    """
+
+    keeps_tensors = True
     scheme: Scheme
     columns: int
     importance: Tensor | None
     """Of the checkpoint's columns, float32."""
+    loaded: list[tuple[Range, Range, Tensor]]
+    """Rows and columns of each piece of the checkpoint, and its numbers."""
 
     @classmethod
     def of(
@@ -236,6 +242,7 @@ class QuantizingParameter(WeightParameter):
         parameter = cls.empty(single(Part.whole(rows), Part.whole(row_bytes)), dtype=torch.uint8, device=device)
         parameter.parts, parameter.columns, parameter.scheme = parts, columns.size, scheme
         parameter.importance = importance
+        parameter.loaded = []
         return parameter
 
     @property
@@ -245,8 +252,24 @@ class QuantizingParameter(WeightParameter):
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
         for source, (rows, columns) in self.shares(tensor, shard_id):
             assert columns.size == self.columns, "only rows are merged"
-            importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
-            quantize(source, self.data[rows.offset : rows.offset + rows.size], self.scheme, importance)
+            self.loaded.append((rows, columns, source))
+
+    def rows(self) -> RowSource:
+        """All rows; made as they are asked for."""
+        return RowSource(self.device, len(self), self._quantized if self.loaded else self._as_filled)
+
+    def _quantized(self, first: int, end: int) -> Tensor:
+        result = torch.empty((end - first, self.shape[1]), dtype=torch.uint8)
+        for rows, columns, source in self.loaded:
+            begin, stop = max(first, rows.offset), min(end, rows.offset + rows.size)
+            if begin < stop:
+                importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
+                numbers = source[begin - rows.offset : stop - rows.offset]
+                quantize(numbers, result[begin - first : stop - first], self.scheme, importance)
+        return result
+
+    def _as_filled(self, first: int, end: int) -> Tensor:
+        return self.data[first:end]
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         super().fill_randomly(generator)
@@ -280,6 +303,8 @@ def quantize(source: Tensor, target: Tensor, scheme: Scheme, importance: Tensor 
 
 class QuantizingTable(QuantizingParameter):
     """Packed piece by piece as it is loaded; its own memory is never touched."""
+
+    keeps_tensors = False
 
     pieces: list[Segment]
 
@@ -328,7 +353,7 @@ class QuantizingWeights(PackedWeights):
             segments = weight.pieces
         else:
             encoding = weight.scheme.of(weight.columns)
-            segments = [ops.pack_segment(weight.data, encoding, weight.columns, self.paired)]
+            segments = [ops.pack_segment(weight.rows(), encoding, weight.columns, self.paired)]
         shape = (len(weight), weight.columns)
         self.packed = QuantizedWeight(tuple(segments), shape, self.paired, self.dtype, self.activations)
         self.weight = None

@@ -189,7 +189,10 @@ class FourBitSource(Source):
         group = gcd(state.blocksize, columns)
         scales = scales.repeat_interleave(state.blocksize // group)[: rows * columns // group].view(rows, -1)
         data = self.weight.data
-        codes = torch.stack([data >> 4, data & 15], dim=1).view(-1)[: rows * columns].view(rows, columns)
+        halves = torch.empty(len(data), 2, dtype=torch.uint8)
+        torch.bitwise_right_shift(data, 4, out=halves[:, 0])
+        torch.bitwise_and(data, 15, out=halves[:, 1])
+        codes = halves.view(-1)[: rows * columns].view(rows, columns)
         codes = taken(taken(codes, self.rows, 0), self.columns, 1)
         scales = taken(taken(scales, self.rows, 0), self.columns.in_units_of(group), 1)
         return Floats(codes, scales, state.quant_type, group)

@@ -186,7 +186,7 @@ def pack(
     row_scales = [each.row_scales for each in floats if each.row_scales is not None]
     scales = torch.cat([each.scales for each in floats])
     return ops.pack_floats(
-        torch.cat([each.codes for each in floats]),
+        [each.codes for each in floats],
         smallest_dtype(scales) if scales.dtype == torch.float32 else scales,
         torch.cat(row_scales) if row_scales else None,
         format=floats[0].format,
@@ -208,10 +208,10 @@ def _pack_integers(
     bits = 4 if groups[0].bits < 8 else 8
     is_symmetric = all(each.is_symmetric for each in groups)
     # Without zero points, codes of fewer bits move to the middle of the range.
-    moved = [each.codes + ((1 << bits - 1) - (1 << each.bits - 1)) if is_symmetric else each.codes for each in groups]
-    codes = torch.cat(moved)
+    shifts = [(1 << bits - 1) - (1 << each.bits - 1) if is_symmetric else 0 for each in groups]
+    codes = [each.codes + shift if shift else each.codes for each, shift in zip(groups, shifts, strict=True)]
     return ops.pack_groups(
-        codes if order is None else codes[:, order],
+        codes if order is None else [each[:, order] for each in codes],
         smallest_dtype(torch.cat([each.scales for each in groups])),
         None if is_symmetric else torch.cat([each.zeros for each in groups]),
         bits=bits,

@@ -14,7 +14,7 @@ from ops.cpu.instructions import Instruction
 from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
 from ops.dispatch import Op
 from ops.metadata import AttentionMetadata
-from ops.packed import Encoding, PackedWeight, Segment
+from ops.packed import Encoding, PackedWeight, RowSource, Segment
 
 _SERIAL_WORK = 1 << 15
 """Operations below which waking a second thread costs more than it saves."""
@@ -88,6 +88,11 @@ def fill_group(group: Group, meta: AttentionMetadata) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # packing
 
+BLOCK_ROWS = 32
+"""Rows of a block of a packed weight."""
+BAND_NUMBERS = 1 << 20
+"""Numbers that are packed at a time if their rows are made for it."""
+
 
 def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     """The op ``pack_linear``."""
@@ -100,8 +105,12 @@ def pack_linear(kernels: Library, weight: Tensor, paired: bool = False) -> Tenso
     return PackedWeight(data, (rows, columns), paired)
 
 
-def pack_segment(kernels: Library, rows: Tensor, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
+def pack_segment(
+    kernels: Library, rows: Tensor | RowSource, encoding: Encoding, columns: int, paired: bool = False
+) -> Segment:
     """The op ``pack_segment``."""
+    if isinstance(rows, RowSource):
+        return _pack_bands(kernels, rows, encoding, columns, paired)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     struct = instructions.encoding_struct(encoding)
@@ -109,6 +118,24 @@ def pack_segment(kernels: Library, rows: Tensor, encoding: Encoding, columns: in
     data = memory.weights.empty(kernels.quantized_size(address, num_rows, columns, paired), torch.uint8)
     kernels.pack_quantized(address, rows.data_ptr(), rows.stride(0), data.data_ptr(), num_rows, columns, paired)
     return Segment(data, num_rows, encoding)
+
+
+def _pack_bands(kernels: Library, rows: RowSource, encoding: Encoding, columns: int, paired: bool) -> Segment:
+    """Packs some rows at a time; if paired, as many of each half, since blocks have rows of both."""
+    struct = instructions.encoding_struct(encoding)
+    address, count = ctypes.addressof(struct), rows.rows
+    data = memory.weights.empty(kernels.quantized_size(address, count, columns, paired), torch.uint8)
+    half = count // 2 if paired else count
+    step = max(BAND_NUMBERS // columns // BLOCK_ROWS, 1) * BLOCK_ROWS
+    place = data.data_ptr()
+    for first in range(0, half, step):
+        end = min(first + step, half)
+        band = rows.make(first, end)
+        if paired:
+            band = torch.cat((band, rows.make(half + first, half + end)))
+        kernels.pack_quantized(address, band.data_ptr(), band.stride(0), place, len(band), columns, paired)
+        place += kernels.quantized_size(address, len(band), columns, paired)
+    return Segment(data, count, encoding)
 
 
 def unpack_linear(kernels: Library, weight: PackedWeight) -> Tensor:

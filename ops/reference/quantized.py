@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.dispatch import Spec, op, op_set
-from ops.packed import Encoding, QuantizedActivations, QuantizedWeight, RowScale, Segment, Shift
+from ops.packed import Encoding, QuantizedActivations, QuantizedWeight, RowScale, RowSource, Segment, Shift
 from ops.reference.gguf_blocks import BLOCK_FORMATS, Codes, decode_blocks
 from ops.reference.small_floats import (
     E2M1_OFFSET,
@@ -52,16 +52,18 @@ MAX_COLUMNS_PER_TOKEN = 1 << 17
 
 
 @op(lambda rows, encoding, columns, paired=False: Spec("", 0, torch.uint8))
-def pack_segment(rows: Tensor, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
+def pack_segment(rows: Tensor | RowSource, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
     """Converts quantised rows to the layout that this device's kernels read. The reference keeps them as they are.
 
     Args:
         rows: uint8 [rows, bytes of a row]: blocks of GGUF; or of groups one byte for each code, then the scales, then
-            zeros or minimums, then the row's own scale.
+            zeros or minimums, then the row's own scale. Or what makes them, some at a time.
         encoding: What the bytes are.
         columns: Numbers of a row.
         paired: As of ``pack_linear``.
     """
+    if isinstance(rows, RowSource):
+        rows = rows.make(0, rows.rows)
     return Segment(rows, len(rows), encoding)
 
 
@@ -105,7 +107,7 @@ def pack_blocks(
 
 
 def pack_groups(
-    codes: Tensor,
+    codes: Tensor | Sequence[Tensor],
     scales: Tensor,
     zeros: Tensor | None = None,
     minimums: Tensor | None = None,
@@ -120,7 +122,7 @@ def pack_groups(
     Their numbers are ``scale * (code - zero)``, or ``scale * code + minimum``.
 
     Args:
-        codes: uint8, or int8 for codes that count from 0, [rows, columns].
+        codes: uint8, or int8 for codes that count from 0, [rows, columns]. Several: the rows of one after the other.
         scales: float16, bfloat16 or float32 [rows, groups]. A group is a multiple of 32 columns, or a whole row.
         zeros: [rows, groups], as codes; None: 8 or 128 for uint8, 0 for int8.
         minimums: [rows, groups] in the dtype of the scales, instead of zeros, for codes in uint8.
@@ -136,14 +138,15 @@ def pack_groups(
     """
     if bits not in CODE_BITS:
         raise ValueError(f"codes have 4 or 8 bits, not {bits}")
-    if minimums is not None and codes.dtype != torch.uint8:
-        raise ValueError(f"codes with minimums are uint8, not {codes.dtype}")
-    columns, groups = codes.shape[1], scales.shape[1]
+    parts = [codes] if isinstance(codes, Tensor) else codes
+    if minimums is not None and parts[0].dtype != torch.uint8:
+        raise ValueError(f"codes with minimums are uint8, not {parts[0].dtype}")
+    columns, groups = parts[0].shape[1], scales.shape[1]
     group_size = columns if groups == 1 else columns // groups
     if groups > 1 and (columns % groups or group_size % BLOCK):
         raise ValueError(f"{groups} groups of {columns} columns: a group is a multiple of {BLOCK} columns, or a row")
     name = CODE_BITS[bits]
-    fields = [_unsigned(codes, MIDDLES[name]), scales.contiguous().view(torch.uint8)]
+    fields = [scales.contiguous().view(torch.uint8)]
     if zeros is not None:
         fields.append(_unsigned(zeros, MIDDLES[name]))
     elif minimums is not None:
@@ -154,11 +157,12 @@ def pack_groups(
         raise ValueError("int8_per_token needs 8 bits, one scale for each row, and neither zeros nor minimums")
     if activations == "int8_per_token" and columns > MAX_COLUMNS_PER_TOKEN:
         raise ValueError(f"int8_per_token supports {MAX_COLUMNS_PER_TOKEN} columns, not {columns}")
-    return _packed(fields, encoding, columns, paired, dtype, activations)
+    parts = [_unsigned(each, MIDDLES[name]) for each in parts]
+    return _packed(parts, fields, encoding, columns, paired, dtype, activations)
 
 
 def pack_floats(
-    codes: Tensor,
+    codes: Tensor | Sequence[Tensor],
     scales: Tensor,
     row_scales: Tensor | None = None,
     *,
@@ -174,7 +178,8 @@ def pack_floats(
     Their numbers are ``scale * value``, in float32. The last group of a row may be shorter than the others.
 
     Args:
-        codes: uint8 or float8_e4m3fn [rows, columns], one byte for each, also of 4 bits.
+        codes: uint8 or float8_e4m3fn [rows, columns], one byte for each, also of 4 bits. Several: the rows of one after
+            the other.
         scales: [rows, groups]: float16, bfloat16 or float32; of mxfp4 uint8 or float8_e8m0fnu, each standing for
             ``2**(scale - 127)``; of nvfp4 float8_e4m3fn, times or divided by ``row_scales``.
         row_scales: float32 [rows], of nvfp4 alone.
@@ -191,7 +196,9 @@ def pack_floats(
     if format not in FLOAT_FORMATS:
         raise ValueError(f"unknown format {format!r} of numbers; choose from {', '.join(FLOAT_FORMATS)}")
     kind = FLOAT_FORMATS[format]
-    (num_rows, columns), size = codes.shape, kind.group_size or group_size or codes.shape[1]
+    parts = [codes] if isinstance(codes, Tensor) else codes
+    num_rows, columns = sum(map(len, parts)), parts[0].shape[1]
+    size = kind.group_size or group_size or columns
     if size != columns and size % (kind.group_size or BLOCK):
         raise ValueError(f"groups of {size} columns: a group of {format} is a multiple of {BLOCK} columns, or a row")
     if tuple(scales.shape) != (num_rows, -(-columns // size)):
@@ -205,26 +212,35 @@ def pack_floats(
         raise ValueError(f"{format} is not multiplied with activations in {activations}")
     if kind.scale_dtype is not None:
         scales = scales.view(kind.scale_dtype)
-    fields = [codes.view(torch.uint8), scales.contiguous().view(torch.uint8)]
+    fields = [scales.contiguous().view(torch.uint8)]
     if row_scales is not None:
         fields.append(row_scales.float().reshape(-1, 1).contiguous().view(torch.uint8))
     row_scale: RowScale = "none" if row_scales is None else "divisor" if divides else "factor"
     encoding = Encoding(format, size, scales.dtype, row_scale=row_scale)
-    return _packed(fields, encoding, columns, paired, dtype, activations)
+    return _packed([each.view(torch.uint8) for each in parts], fields, encoding, columns, paired, dtype, activations)
 
 
 def _packed(
-    fields: list[Tensor],
+    codes: Sequence[Tensor],
+    fields: Sequence[Tensor],
     encoding: Encoding,
     columns: int,
     paired: bool,
     dtype: torch.dtype,
     activations: QuantizedActivations,
 ) -> QuantizedWeight:
-    """A weight of one segment, whose rows are made of these bytes."""
+    """A weight of one segment, whose rows are made of codes and the fields of groups."""
     num_rows = len(fields[0])
     paired = paired and num_rows % 2 == 0
-    segment = pack_segment(torch.cat(fields, dim=1), encoding, columns, paired)
+
+    def make(first: int, end: int) -> Tensor:
+        chosen, start = [], 0
+        for part in codes:
+            chosen.append(part[max(0, first - start) : max(0, end - start)])
+            start += len(part)
+        return torch.cat([torch.cat(chosen), *(field[first:end] for field in fields)], dim=1)
+
+    segment = pack_segment(RowSource(fields[0].device, num_rows, make), encoding, columns, paired)
     return QuantizedWeight((segment,), (num_rows, columns), paired, dtype, activations)
 
 
@@ -246,7 +262,8 @@ def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def _unsigned(codes: Tensor, middle: int) -> Tensor:
-    return (codes.to(torch.int16) + middle).to(torch.uint8) if codes.dtype == torch.int8 else codes.to(torch.uint8)
+    # Sums of uint8 wrap around.
+    return codes.contiguous().view(torch.uint8) + middle if codes.dtype == torch.int8 else codes.to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------
