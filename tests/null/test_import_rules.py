@@ -96,7 +96,7 @@ FOLDERS: dict[str, set[str]] = {
         # Of backends and methods what they have in common; each is looked up by its name.
         *("attention.base", "base", "hf_config", "input_batch", "log", "parallel", "quantization", "quantization.base"),
     },
-    "executor/quantization": {"base", "config", "input_batch", "layers.parameter", "registry"},
+    "executor/quantization": {"base", "checkpoint", "config", "input_batch", "layers.parameter", "registry"},
     "executor/attention": {"messages", "registry"},
     "executor/device": {"base", "config", "deferred", "log", "messages", "parallel", "registry"},
     # What is done with logits: no model, and of a device only how values come back from it.
