@@ -72,7 +72,7 @@ _NEEDS_AVX512BF16 = f"{_NEEDS_AVX512} avx512_bf16 avx512_vnni"
 CAPABILITIES = {
     capability.name: capability
     for capability in (
-        _capability("amx", f"{_AVX512BF16} -DOCTAVO_AMX", f"{_NEEDS_AVX512BF16} amx_tile amx_bf16"),
+        _capability("amx", f"{_AVX512BF16} -DOCTAVO_AMX", f"{_NEEDS_AVX512BF16} amx_tile amx_bf16 amx_int8"),
         _capability("avx512bf16", _AVX512BF16, _NEEDS_AVX512BF16),
         _capability("avx512", _AVX512, _NEEDS_AVX512),
         _capability("avx2", _AVX2, _NEEDS_AVX2),

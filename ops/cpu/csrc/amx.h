@@ -1,4 +1,4 @@
-// Intel AMX: tiles of 16 rows of 64 bytes, and their products in bfloat16.
+// Intel AMX: tiles of 16 rows of 64 bytes, and their products in bfloat16 and in 8 bits.
 //
 // Inline assembly instead of the compiler's intrinsics: in GCC 12, tile loads do not declare that they read memory, and
 // the configuration load declares only 8 of its 64 bytes, so stores may be moved past either.
@@ -55,6 +55,12 @@ inline void store(void* p, long stride_bytes) {
 template <int kSum, int kLeft, int kRight>
 inline void dot_product() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+}
+
+// int8 times uint8.
+template <int kSum, int kLeft, int kRight>
+inline void dot_codes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
 // A process must ask the kernel once before it may use tile data. Returns 0, or -1 on failure.

@@ -126,6 +126,29 @@ inline void dot_product() {
     }
 }
 
+// TDPBSUD: sums of four products of int8 and uint8, modulo 2^32.
+template <int kSum, int kLeft, int kRight>
+inline void dot_codes() {
+    State& s = state();
+    const int rows = rows_of(kSum);
+    const int fours = row_bytes_of(kLeft) / 4;
+    const int columns = row_bytes_of(kSum) / 4;
+    require(rows_of(kLeft) == rows, "the left factor has as many rows as the sum");
+    require(rows_of(kRight) == fours, "the right factor has a row for four columns of the left one");
+    require(row_bytes_of(kRight) == row_bytes_of(kSum), "the right factor has as many columns as the sum");
+    for (int m = 0; m < rows; ++m) {
+        for (int n = 0; n < columns; ++n) {
+            uint32_t sum;
+            std::memcpy(&sum, s.tiles[kSum].bytes[m] + 4 * n, sizeof sum);
+            for (int k = 0; k < fours; ++k)
+                for (int i = 0; i < 4; ++i)
+                    sum += static_cast<uint32_t>(static_cast<int8_t>(s.tiles[kLeft].bytes[m][4 * k + i]) *
+                                                 s.tiles[kRight].bytes[k][4 * n + i]);
+            std::memcpy(s.tiles[kSum].bytes[m] + 4 * n, &sum, sizeof sum);
+        }
+    }
+}
+
 inline int request_permission() { return 0; }
 
 }  // namespace octavo::emulation

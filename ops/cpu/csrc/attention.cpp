@@ -163,16 +163,16 @@ class Upcoming {
 public:
     // `most`: blocks that are listed at once.
     Upcoming(int most, Scratch& scratch)
-        : capacity_(kTimesMost * most + kBlocksAhead), blocks_(scratch.take<const Stored*>(capacity_)) {}
+        : capacity_(kTimesMost * most + kBlocksAhead<Stored>), blocks_(scratch.take<const Stored*>(capacity_)) {}
 
     void clear() { begin_ = end_ = 0; }
 
     // Whether those ahead of the first `count` blocks are listed.
-    bool suffices(int count) const { return end_ - begin_ >= count + kBlocksAhead; }
+    bool suffices(int count) const { return end_ - begin_ >= count + kBlocksAhead<Stored>; }
 
     // Space for `count` blocks at the end.
     const Stored** append(int count) {
-        if (end_ + count + kBlocksAhead > capacity_) {
+        if (end_ + count + kBlocksAhead<Stored> > capacity_) {
             std::copy(blocks_ + begin_, blocks_ + end_, blocks_);
             end_ -= begin_;
             begin_ = 0;
@@ -181,10 +181,10 @@ public:
         return blocks_ + end_ - count;
     }
 
-    // Takes the first `count` blocks, which kBlocksAhead others follow, unless all are listed.
+    // Takes the first `count` blocks, which kBlocksAhead<Stored> others follow, unless all are listed.
     const Stored* const* take(int count) {
         const Stored** first = blocks_ + begin_;
-        if (!suffices(count)) std::fill_n(blocks_ + end_, kBlocksAhead, blocks_[end_ - 1]);
+        if (!suffices(count)) std::fill_n(blocks_ + end_, kBlocksAhead<Stored>, blocks_[end_ - 1]);
         begin_ += count;
         return first;
     }

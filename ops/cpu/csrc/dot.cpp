@@ -8,6 +8,34 @@
 
 namespace octavo {
 
+#if defined(OCTAVO_AMX)
+
+namespace {
+
+// What this thread's tiles are configured for; 0 rows: nothing.
+thread_local int tile_rows = 0;
+thread_local int tile_left_bytes = 0;
+
+}  // namespace
+
+void configure_tiles(int rows, int left_bytes) {
+    if (rows == tile_rows && left_bytes == tile_left_bytes) return;
+    tile_rows = rows;
+    tile_left_bytes = left_bytes;
+    const int upper = rows < amx::kTileRows ? rows : amx::kTileRows;
+    const int lower = rows > amx::kTileRows ? rows - amx::kTileRows : 1;  // a tile must have rows
+    amx::Config config = {};
+    config.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = amx::kRowBytes;
+    for (int tile : {0, 1}) config.row_bytes[tile] = static_cast<uint16_t>(left_bytes);
+    for (int tile : {0, 4, 5}) config.rows[tile] = static_cast<uint8_t>(upper);
+    for (int tile : {1, 6, 7}) config.rows[tile] = static_cast<uint8_t>(lower);
+    for (int tile : {2, 3}) config.rows[tile] = static_cast<uint8_t>(left_bytes / 4);
+    amx::configure(config);
+}
+
+#endif
+
 // Most rows for which the sums of all 32 columns fit into registers.
 #if defined(__AVX512F__)
 constexpr int kRowsOfBothHalves = 12;
@@ -186,25 +214,8 @@ void choose_rows(int rows, const Left<T>& left, const Right<T>& right, int block
 
 #if defined(OCTAVO_AMX)
 
-thread_local int tile_rows = 0;  // rows that this thread's tiles are configured for
-
-// Tiles 0 and 1 hold two halves of the rows, 2 and 3 those of the columns, 4 to 7 their sums.
-void configure_tiles(int rows) {
-    if (rows == tile_rows) return;
-    tile_rows = rows;
-    const int upper = rows < amx::kTileRows ? rows : amx::kTileRows;
-    const int lower = rows > amx::kTileRows ? rows - amx::kTileRows : 1;  // a tile must have rows
-    amx::Config config = {};
-    config.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = amx::kRowBytes;
-    for (int tile : {0, 4, 5}) config.rows[tile] = static_cast<uint8_t>(upper);
-    for (int tile : {1, 6, 7}) config.rows[tile] = static_cast<uint8_t>(lower);
-    for (int tile : {2, 3}) config.rows[tile] = amx::kTileRows;
-    amx::configure(config);
-}
-
 void dot_tiles(int rows, const Left<BFloat16>& left, const Right<BFloat16>& right, int blocks, float* sums) {
-    configure_tiles(rows);
+    configure_tiles(rows, amx::kRowBytes);
     const bool two = rows > amx::kTileRows;
     const long left_stride = static_cast<long>(left.row * sizeof(BFloat16));
     const long right_stride = static_cast<long>(kStepElements * sizeof(BFloat16));

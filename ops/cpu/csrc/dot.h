@@ -145,6 +145,12 @@ extern template void add_dot<BFloat16>(int, const Left<BFloat16>&, const Right<B
 extern template void add_dot<Float16>(int, const Left<Float16>&, const Right<Float16>&, int, bool, float*);
 extern template void add_dot<float>(int, const Left<float>&, const Right<float>&, int, bool, float*);
 
+#if defined(OCTAVO_AMX)
+// Tiles 0 and 1 hold two halves of the rows, of `left_bytes` each; 2 and 3 those of the columns, a row for 4 bytes of
+// the left factor; 4 to 7 their sums.
+void configure_tiles(int rows, int left_bytes);
+#endif
+
 // Restores the tile registers to their initial state; called last by each thread.
 void release_tiles();
 

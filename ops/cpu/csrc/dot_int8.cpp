@@ -85,6 +85,8 @@ template <int kOffset>
 inline Totals total_of_offsets(int32_t minus_sum) {
     if constexpr (kOffset == 0) {
         return splat_total(0);
+    } else if constexpr (kOffset == -kLargestOffset) {
+        return splat_total(-minus_sum);
     } else {
         static_assert((kOffset & (kOffset - 1)) == 0 && kOffset <= kLargestOffset, "offsets are small powers of two");
         return over_power<__builtin_ctz(kLargestOffset / kOffset)>(splat_total(minus_sum));
@@ -99,14 +101,15 @@ inline __attribute__((always_inline)) void multiply_block(
     const Blocks& weight, int vector, const Int8Block* x,
     Products<Blocks::Form::kBits, Blocks::Form::kGroups, kRows> (&products)[kVectors]) {
     using Form = typename Blocks::Form;
+    constexpr int kOffset = Form::kOffset - Products<Form::kBits, Form::kGroups, kRows>::kLess;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
             products[v].totals[0][r] =
-                total_of_offsets<Form::kOffset>(Form::kGroups == 1 ? x[r].minus_sum : x[r].minus_first);
+                total_of_offsets<kOffset>(Form::kGroups == 1 ? x[r].minus_sum : x[r].minus_first);
             if constexpr (Form::kGroups == 2)
-                products[v].totals[1][r] = total_of_offsets<Form::kOffset>(x[r].minus_sum - x[r].minus_first);
+                products[v].totals[1][r] = total_of_offsets<kOffset>(x[r].minus_sum - x[r].minus_first);
         }
     }
     const auto add_line = [&](auto number) __attribute__((always_inline)) {

@@ -4,6 +4,10 @@
 
 #include <utility>
 
+#if defined(OCTAVO_AMX)
+#include "amx.h"
+#endif
+
 namespace octavo {
 
 namespace {
@@ -168,10 +172,53 @@ MultiplyRows<Source> choose_rows(int rows, std::integer_sequence<int, kIndices..
     return kTable[rows - 1];
 }
 
+#if defined(OCTAVO_AMX)
+
+// Tiles of 32 k by 16 columns, which are half full: the same sums as with vectors, since they are exact.
+template <class Source>
+void multiply(const Source& source, int rows, int blocks, const TokenCode* x, int32_t* totals) {
+    constexpr long kSumStride = kColumns * sizeof(int32_t);
+    constexpr int kHalfBytes = kBlock * kLanes;
+    const bool two = rows > amx::kTileRows;
+    int32_t* const lower = totals + amx::kTileRows * kColumns;
+    configure_tiles(rows, kBlock);
+    amx::load<4>(totals, kSumStride);
+    amx::load<5>(totals + kLanes, kSumStride);
+    if (two) {
+        amx::load<6>(lower, kSumStride);
+        amx::load<7>(lower + kLanes, kSumStride);
+    }
+    for (int k = 0; k < blocks; ++k, x += rows * kBlock) {
+        const uint8_t* codes = source.at(k);
+        const uintptr_t ahead = address_of(codes) + source.distance(k);
+        for (int line = 0; line < 2 * kHalfBytes; line += kCacheLineBytes) prefetch(ahead + line);
+        amx::load<0>(x, kBlock);
+        amx::load<2>(codes, kLineBytes);
+        amx::load<3>(codes + kHalfBytes, kLineBytes);
+        amx::dot_codes<4, 0, 2>();
+        amx::dot_codes<5, 0, 3>();
+        if (two) {
+            amx::load<1>(x + amx::kTileRows * kBlock, kBlock);
+            amx::dot_codes<6, 1, 2>();
+            amx::dot_codes<7, 1, 3>();
+        }
+    }
+    amx::store<4>(totals, kSumStride);
+    amx::store<5>(totals + kLanes, kSumStride);
+    if (two) {
+        amx::store<6>(lower, kSumStride);
+        amx::store<7>(lower + kLanes, kSumStride);
+    }
+}
+
+#else
+
 template <class Source>
 void multiply(const Source& source, int rows, int blocks, const TokenCode* x, int32_t* totals) {
     choose_rows<Source>(rows, std::make_integer_sequence<int, kTokenRows>())(source, blocks, x, totals);
 }
+
+#endif
 
 }  // namespace
 

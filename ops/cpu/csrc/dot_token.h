@@ -28,7 +28,9 @@ template <class T>
 TokenRow quantize_token(const T* x, int columns, TokenCode* codes, int64_t stride);
 
 // Most rows per call.
-#if defined(__AVX512F__)
+#if defined(OCTAVO_AMX)
+constexpr int kTokenRows = 32;
+#elif defined(__AVX512F__)
 constexpr int kTokenRows = 12;
 #elif defined(__AVX2__)
 constexpr int kTokenRows = 6;

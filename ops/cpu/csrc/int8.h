@@ -27,6 +27,7 @@ inline void store_codes(void* p, Codes a) { _mm512_storeu_si512(p, a); }
 inline Codes splat_codes(int32_t x) { return _mm512_set1_epi32(x); }
 inline Codes both(Codes a, Codes b) { return _mm512_and_si512(a, b); }
 inline Codes either(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+inline Codes exclusive(Codes a, Codes b) { return _mm512_xor_si512(a, b); }
 template <int kBits>
 inline Codes shift_right(Codes a) {
     return _mm512_srli_epi16(a, kBits);
@@ -44,16 +45,17 @@ inline Codes lookup(const uint8_t* table, Codes indices) {
 inline Codes multiply_pairs(Codes a, Codes b) { return _mm512_maddubs_epi16(a, b); }
 inline Codes add_pairs(Codes a, Codes b) { return _mm512_add_epi16(a, b); }
 inline Totals widen(Codes pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
+inline Codes magnitudes(Codes a) { return _mm512_abs_epi8(a); }
+// Negated where the other is negative; anything where it is zero.
+inline Codes signed_as(Codes a, Codes other) {
+    return _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(other), _mm512_setzero_si512(), a);
+}
 #if defined(OCTAVO_DOT_INT8)
 inline Totals dot(Totals sum, Codes a, Codes b) { return _mm512_dpbusd_epi32(sum, a, b); }
 #endif
 
 inline Totals splat_total(int32_t x) { return _mm512_set1_epi32(x); }
 inline Totals plus(Totals a, Totals b) { return _mm512_add_epi32(a, b); }
-template <int kBits>
-inline Totals times_power(Totals a) {
-    return _mm512_slli_epi32(a, kBits);
-}
 // Without a rest.
 template <int kBits>
 inline Totals over_power(Totals a) {
@@ -87,6 +89,7 @@ inline void store_codes(void* p, Codes a) { _mm256_storeu_si256(static_cast<__m2
 inline Codes splat_codes(int32_t x) { return _mm256_set1_epi32(x); }
 inline Codes both(Codes a, Codes b) { return _mm256_and_si256(a, b); }
 inline Codes either(Codes a, Codes b) { return _mm256_or_si256(a, b); }
+inline Codes exclusive(Codes a, Codes b) { return _mm256_xor_si256(a, b); }
 template <int kBits>
 inline Codes shift_right(Codes a) {
     return _mm256_srli_epi16(a, kBits);
@@ -102,16 +105,14 @@ inline Codes lookup(const uint8_t* table, Codes indices) {
 inline Codes multiply_pairs(Codes a, Codes b) { return _mm256_maddubs_epi16(a, b); }
 inline Codes add_pairs(Codes a, Codes b) { return _mm256_add_epi16(a, b); }
 inline Totals widen(Codes pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+inline Codes magnitudes(Codes a) { return _mm256_abs_epi8(a); }
+inline Codes signed_as(Codes a, Codes other) { return _mm256_sign_epi8(a, other); }
 #if defined(OCTAVO_DOT_INT8)
 inline Totals dot(Totals sum, Codes a, Codes b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 #endif
 
 inline Totals splat_total(int32_t x) { return _mm256_set1_epi32(x); }
 inline Totals plus(Totals a, Totals b) { return _mm256_add_epi32(a, b); }
-template <int kBits>
-inline Totals times_power(Totals a) {
-    return _mm256_slli_epi32(a, kBits);
-}
 // Without a rest.
 template <int kBits>
 inline Totals over_power(Totals a) {
@@ -154,6 +155,7 @@ inline void store_codes(void* p, Codes a) { std::memcpy(p, &a, sizeof a); }
 inline Codes splat_codes(int32_t x) { return reinterpret_cast<Codes>(Totals{x, x, x, x}); }
 inline Codes both(Codes a, Codes b) { return a & b; }
 inline Codes either(Codes a, Codes b) { return a | b; }
+inline Codes exclusive(Codes a, Codes b) { return a ^ b; }
 template <int kBits>
 inline Codes shift_right(Codes a) {
     return a >> static_cast<uint8_t>(kBits);
@@ -172,10 +174,6 @@ inline Totals dot(Totals sum, Codes a, Codes b) {
 }
 
 inline Totals splat_total(int32_t x) { return Totals{x, x, x, x}; }
-template <int kBits>
-inline Totals times_power(Totals a) {
-    return a * (1 << kBits);
-}
 template <int kBits>
 inline Totals over_power(Totals a) {
     return a >> kBits;
@@ -230,10 +228,16 @@ inline __attribute__((always_inline)) Codes in_order(Codes a) {
 // each half.
 //
 // Without an instruction for it, sums of two products (uint8 times int8) are 16-bit numbers. As many as fit are added
-// up before they are widened: of 4-bit codes all 8 vectors, since 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are
-// multiplied as two of 4 bits.
+// up before they are widened: of 4-bit codes all 8 vectors, since 8 * 2 * 15 * 127 < 2^15. Codes of 8 bits are taken as
+// signed numbers, 128 less; their magnitudes are multiplied with numbers that take their signs.
 template <int kBits, int kGroups, int kRows>
 struct Products {
+#if defined(OCTAVO_ADD_PAIRS)
+    static constexpr int kLess = kBits == 8 ? 128 : 0;  // than their codes are the numbers that are multiplied
+#else
+    static constexpr int kLess = 0;
+#endif
+
     Totals totals[kGroups][kRows];
 
 #if defined(OCTAVO_ADD_PAIRS)
@@ -241,19 +245,15 @@ struct Products {
     static constexpr int kVectorsPerLine = kGroups == 1 ? 2 : 1;  // that are added up together
     static constexpr int kLinesThatFit =
         kVectorsThatFit / kVectorsPerLine > kLines ? kLines : kVectorsThatFit / kVectorsPerLine;
-    Codes pairs[2][kRows];  // of the groups, or of the low and the high halves of codes
+    Codes pairs[2][kRows];  // of the groups
 
     template <int kLine>
     inline __attribute__((always_inline)) void add(Codes first, Codes second, int row, Codes x_first, Codes x_second) {
         constexpr bool kBegins = kLine % kLinesThatFit == 0, kEnds = kLine % kLinesThatFit == kLinesThatFit - 1;
         Codes &one = pairs[0][row], &two = pairs[1][row];
         if constexpr (kBits == 8) {
-            static_assert(kGroups == 1, "the second pairs are those of high halves");
-            add_product<kBegins>(one, bits_at<0, 4, 0>(first), x_first);
-            add_product<false>(one, bits_at<0, 4, 0>(second), x_second);
-            add_product<kBegins>(two, bits_at<4, 4, 0>(first), x_first);
-            add_product<false>(two, bits_at<4, 4, 0>(second), x_second);
-            if constexpr (kEnds) totals[0][row] = plus(plus(totals[0][row], widen(one)), times_power<4>(widen(two)));
+            add_signed(totals[0][row], first, x_first);
+            add_signed(totals[kGroups - 1][row], second, x_second);
         } else if constexpr (kGroups == 1) {
             add_product<kBegins>(one, first, x_first);
             add_product<false>(one, second, x_second);
@@ -266,6 +266,12 @@ struct Products {
                 totals[1][row] = in_order(plus(totals[1][row], widen(two)));
             }
         }
+    }
+
+    // A sum of two products fits 16 bits: 2 * 128 * 127 < 2^15.
+    static inline __attribute__((always_inline)) void add_signed(Totals& total, Codes codes, Codes x) {
+        const Codes numbers = exclusive(codes, splat_codes(static_cast<int32_t>(0x80808080)));
+        total = in_order(plus(total, widen(multiply_pairs(magnitudes(numbers), signed_as(x, numbers)))));
     }
 
     template <bool kBegins>

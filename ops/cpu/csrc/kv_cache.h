@@ -20,8 +20,9 @@ constexpr int kUnit = kBlock;  // tokens
 constexpr int kSplit = 256;
 constexpr int kSplitUnits = kSplit / kUnit;
 
-// How many blocks of 32 x 32 numbers are prefetched ahead of those being read.
-constexpr int kBlocksAhead = 8;
+// How many blocks of 32 x 32 numbers are prefetched ahead of those being read: enough for the time of a softmax.
+template <class Stored>
+constexpr int kBlocksAhead = sizeof(Stored) == 1 ? 16 : 8;
 
 // Rows of a left factor, as [blocks][rows][32].
 template <class Number>
@@ -105,7 +106,7 @@ public:
     // sums[r][0..31] = row r of x * the right factor that its blocks make. While each is read, the one kBlocksAhead
     // after it is prefetched.
     void multiply(const Rows& x, const T* const* blocks, float* sums) const {
-        x.multiply({nullptr, 0, blocks, {0, kCacheLineBytes}, blocks + kBlocksAhead}, sums);
+        x.multiply({nullptr, 0, blocks, {0, kCacheLineBytes}, blocks + kBlocksAhead<T>}, sums);
     }
 
     const int num_kv_heads;

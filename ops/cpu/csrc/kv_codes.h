@@ -125,7 +125,7 @@ public:
     // As of KVCache.
     void multiply(const Rows& x, const uint8_t* const* blocks, float* sums) {
         for (int i = 0; i < x.blocks(); ++i) {
-            Fetch fetch = {address_of(blocks[i + kBlocksAhead]), kCacheLineBytes};
+            Fetch fetch = {address_of(blocks[i + kBlocksAhead<Stored>]), kCacheLineBytes};
             decode_codes(blocks[i], numbers_ + i * kBlockElements, fetch);
         }
         x.multiply({numbers_, kBlockElements}, sums);

@@ -72,7 +72,7 @@ public:
                 const int32_t offset = r % kDigits == 0 ? offsets_[first + r / kDigits] : 0;
                 std::fill_n(totals + r * kColumns, kColumns, offset);
             }
-            add_products(blocks, blocks_, kBlocksAhead, count * kDigits,
+            add_products(blocks, blocks_, kBlocksAhead<uint8_t>, count * kDigits,
                          codes_ + static_cast<int64_t>(first) * blocks_ * kDigits * kBlock, totals);
             for (int r = 0; r < count; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
@@ -165,7 +165,18 @@ public:
             values[i / kColumns * kBlockElements + offset_of(i % kColumns, place)] = codes[i];
     }
 
-    void prefetch_place(int64_t, int, int) const {}  // few lines
+    // Prefetches what `write` will write to.
+    void prefetch_place(int64_t block, int head, int place) const {
+        const uint8_t* keys = keys_of(block, head, place);
+        const uint8_t* values = values_of(block, head, place);
+        place %= kUnit;
+        for (int i = 0; i < head_dim; i += 4)
+            prefetch(address_of(keys + i / kBlock * kBlockElements + offset_of(place, i % kBlock)));
+        for (int i = 0; i < v_head_dim; i += kLanes)
+            prefetch(address_of(values + i / kColumns * kBlockElements + offset_of(i % kColumns, place)));
+        prefetch(address_of(scales_of(keys, head_dim)));
+        prefetch(address_of(scales_of(values, v_head_dim)));
+    }
 
     // As of KVCache, without the scales of the tokens.
     void multiply(const Rows& x, const uint8_t* const* blocks, float* sums) const {

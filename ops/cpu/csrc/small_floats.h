@@ -60,7 +60,6 @@ constexpr float kE4M3Rebase = 0x1p120f;                                  // then
 
 inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
-inline Codes exclusive(Codes a, Codes b) { return _mm512_xor_si512(a, b); }
 
 // 2^(e - 128) of the exponents in 32-bit lanes; those below 2 are subnormal.
 inline Floats halved_powers(Codes exponents) {
@@ -120,7 +119,6 @@ inline __m512bh rounded_pairs(Floats even, Floats odd) {
 
 inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats minus(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
-inline Codes exclusive(Codes a, Codes b) { return _mm256_xor_si256(a, b); }
 
 inline Floats halved_powers(Codes exponents) {
     const Codes normal = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
@@ -170,7 +168,6 @@ inline Floats rounded(Floats a) {
 
 inline Floats plus(Floats a, Floats b) { return a + b; }
 inline Floats minus(Floats a, Floats b) { return a - b; }
-inline Codes exclusive(Codes a, Codes b) { return a ^ b; }
 
 inline Floats halved_powers(Codes exponents) {
     const Totals e = reinterpret_cast<Totals>(exponents);
