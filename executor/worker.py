@@ -95,6 +95,11 @@ class Worker:
             device.memory().total_bytes,
             device.communicator(self.parallel),
         )
+        if config.speculative is not None and not loaded.model.can_be_captured:
+            raise ModelError(
+                f"--speculative-config: {loaded.hf_config.architecture} runs through transformers, where drafts may "
+                "change tokens; omit it"
+            )
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         self.runner = ModelRunner(
             loaded,

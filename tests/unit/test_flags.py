@@ -243,7 +243,7 @@ def test_speculative_configs_of_vllm() -> None:
     ("fields", "message"),
     [
         ({"num_speculative_tokens": 3}, 'method is missing; use "suffix" or "ngram"'),
-        ({"method": "sufix"}, "unknown method 'sufix'; use"),
+        ({"method": "suffics"}, "unknown method 'suffics'; use"),
         ({"method": "ngram"}, "num_speculative_tokens is missing; 4 is a good start"),
         ({"method": "suffix", "num_speculative_tokens": 33}, "must be a whole number from 1 to 32, got 33"),
         ({"method": "suffix", "num_speculative_tokens": True}, "must be a whole number from 1 to 32, got True"),

@@ -18,9 +18,18 @@ from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
 from executor.speculative.registry import create_proposer
 from executor.speculative.speculation import Speculation, drafts_of, settle, step_rows
-from tests.unit.test_sampling import CHANNEL, NUM_SLOTS, VOCAB_SIZE, NewBackend, Worker, new_backend, random_params
+from tests.unit.test_sampling import (
+    CHANNEL,
+    NUM_SLOTS,
+    VOCAB_SIZE,
+    NewBackend,
+    Worker,
+    new_backend,
+    quick_backend,
+    random_params,
+)
 
-__all__ = ["new_backend"]
+__all__ = ["new_backend", "quick_backend"]
 
 NUM_TOKENS = 40
 
@@ -80,14 +89,14 @@ def lonely(backend: NewBackend, prompt: list[int], params: ResolvedParams) -> tu
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_requests_ask_for_drafts_change_nothing(new_backend: NewBackend, seed: int) -> None:
+def test_whatever_requests_ask_for_drafts_change_nothing(quick_backend: NewBackend, seed: int) -> None:
     generator = np.random.default_rng(seed)
     requests = [
         (generator.integers(0, VOCAB_SIZE, generator.integers(1, 60)).tolist(), random_params(generator))
         for _ in range(NUM_SLOTS)
     ]
-    expected = [lonely(new_backend, prompt, params) for prompt, params in requests]
-    worker = DraftingWorker(new_backend(NUM_SLOTS))
+    expected = [lonely(quick_backend, prompt, params) for prompt, params in requests]
+    worker = DraftingWorker(quick_backend(NUM_SLOTS))
     for slot, (prompt, params) in enumerate(requests):
         worker.add(slot, prompt, params)
     entries: dict[int, list[object]] = {slot: [] for slot in range(NUM_SLOTS)}
