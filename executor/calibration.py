@@ -39,7 +39,8 @@ def calibrate(model: Model, sources: Sources, token_ids: Sequence[int]) -> None:
     begin = time.perf_counter()
     probed = [module for module in model.modules() if isinstance(module, QuantizingWeights)]
     for weights in probed:
-        weights.probe = Probe(weights.weight, weights.dtype, list(sources[weights.weight]))
+        tensors = [(stored.read, shard_id) for stored, shard_id in sources[weights.weight]]
+        weights.probe = Probe(weights.weight, weights.dtype, tensors)
     ours = {weights.weight for weights in probed}
     _run(model, [tensor for weight, tensors in sources.items() if weight in ours for tensor, _ in tensors], token_ids)
     for weights in probed:

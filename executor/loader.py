@@ -313,7 +313,8 @@ def _fill(
 def _can_measure(model: Model, checkpoint: Checkpoint, context: ModelContext) -> bool:
     """Whether the model can run once before its weights are quantised, and the method has a use for that."""
     is_whole = context.parallel.tp_size == context.parallel.pp_size == 1 and model.can_be_captured
-    return bool(context.quantization.calibration) and is_whole and not _is_streamed(checkpoint)
+    is_here = context.device.type == "cpu" and not _is_streamed(checkpoint)
+    return bool(context.quantization.calibration) and is_whole and is_here
 
 
 def _sources(found: Mapping[str, StoredTensor], targets: Mapping[str, Target]) -> Sources:

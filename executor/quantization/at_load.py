@@ -266,7 +266,7 @@ class QuantizingParameter(WeightParameter):
                 importance = None if self.importance is None else self.importance.narrow(0, columns.start, columns.size)
                 numbers = source[begin - rows.offset : stop - rows.offset]
                 quantize(numbers, result[begin - first : stop - first], self.scheme, importance)
-        return result
+        return result.to(self.device)
 
     def _as_filled(self, first: int, end: int) -> Tensor:
         return self.data[first:end]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 import ops
-from executor.checkpoint import StoredTensor
 from executor.layers.parameter import ShardId, WeightParameter
 
 
@@ -20,7 +20,8 @@ class Probe:
     """Where the rows of the tensors belong. Not filled yet."""
     dtype: torch.dtype
     """Of the activations."""
-    tensors: list[tuple[StoredTensor, ShardId]] = field(default_factory=list)
+    tensors: list[tuple[Callable[[torch.dtype], Tensor], ShardId]] = field(default_factory=list)
+    """What reads each tensor of the checkpoint for a dtype (``StoredTensor.read``)."""
     squares: Tensor | None = None
     """float64 [in_features]: the mean square of each input so far measured."""
 
@@ -29,8 +30,8 @@ class Probe:
         # In float64, so that the order of the sum leaves no trace in the weights.
         self.squares = x.double().square_().mean(0)
         out = torch.empty(len(x), num_rows, dtype=x.dtype)
-        for stored, shard_id in self.tensors:
-            for source, (rows, _) in self.weight.shares(stored.read(self.dtype), shard_id):
+        for read, shard_id in self.tensors:
+            for source, (rows, _) in self.weight.shares(read(self.dtype), shard_id):
                 # The kernels' bits depend neither on the number of threads nor on addresses, as those of torch may.
                 packed = ops.pack_linear(source.to(self.dtype).contiguous())
                 out[:, rows.offset : rows.offset + rows.size] = ops.linear(x, packed)
@@ -38,6 +39,6 @@ class Probe:
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Rows of a table, ids [num_tokens] -> [num_tokens, columns]."""
-        ((stored, shard_id),) = self.tensors
-        ((table, _),) = self.weight.shares(stored.read(self.dtype), shard_id)
+        ((read, shard_id),) = self.tensors
+        ((table, _),) = self.weight.shares(read(self.dtype), shard_id)
         return table[ids.long()].to(self.dtype)

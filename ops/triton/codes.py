@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 import ops
-from ops.packed import Encoding, Segment
+from ops.packed import Encoding, RowSource, Segment
 
 COLUMNS = 256
 """Rows are padded to a multiple of this."""
@@ -167,8 +167,10 @@ class Layout:
         }
 
 
-def pack_segment(rows: Tensor, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
+def pack_segment(rows: Tensor | RowSource, encoding: Encoding, columns: int, paired: bool = False) -> Segment:
     """The op ``pack_segment``."""
+    if isinstance(rows, RowSource):
+        rows = rows.make(0, rows.rows)
     layout = Layout(len(rows), columns, encoding)
     data = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=rows.device)
     found = ops.decode(rows, encoding, columns)
