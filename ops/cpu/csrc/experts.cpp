@@ -363,6 +363,20 @@ void multiply_all(const Sorted& sorted, const Team& team, Make make, Staged stag
     });
 }
 
+// a b + c, rounded once: also where `fma` rounds twice.
+Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__FMA__) || defined(__AVX512F__)
+    return fma(a, b, c);
+#else
+    float x[kLanes], y[kLanes], z[kLanes];
+    store(x, a);
+    store(y, b);
+    store(z, c);
+    for (int i = 0; i < kLanes; ++i) z[i] = std::fma(x[i], y[i], z[i]);
+    return load(z);
+#endif
+}
+
 // The sums of the results of each token.
 template <class T>
 void combine(const Piece<T>& piece, const Range& tokens, const Team& team) {
@@ -384,9 +398,9 @@ void combine(const Piece<T>& piece, const Range& tokens, const Team& team) {
                 const int row = sorted.rows[t * op.top_k + k];
                 const float* result = piece.results + static_cast<int64_t>(row) * hidden + column;
                 const Vec weight = splat(op.scales_input ? 1.0f : sorted.weights[row]);
-                sum = fma(weight, load_first(result, count), sum);
+                sum = fused(weight, load_first(result, count), sum);
             }
-            if (shared) sum = fma(share, load_first(shared + column, count), sum);
+            if (shared) sum = fused(share, load_first(shared + column, count), sum);
             store_first(out + column, sum, count);
         }
     }
