@@ -24,6 +24,7 @@ from executor.config import KV_CODE_NAMES, ModelConfig
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
+from executor.layers.moe import MoE
 from executor.layers.parameter import MISFIT, ShardId, WeightParameter, named_weights, stored_module
 from executor.models.base import Model
 from executor.models.registry import resolve_model
@@ -314,7 +315,8 @@ def _can_measure(model: Model, checkpoint: Checkpoint, context: ModelContext) ->
     """Whether the model can run once before its weights are quantised, and the method has a use for that."""
     is_whole = context.parallel.tp_size == context.parallel.pp_size == 1 and model.can_be_captured
     is_here = context.device.type == "cpu" and not _is_streamed(checkpoint)
-    return bool(context.quantization.calibration) and is_whole and is_here
+    has_experts = any(isinstance(module, MoE) for module in model.modules())  # whose products are not those of layers
+    return bool(context.quantization.calibration) and is_whole and is_here and not has_experts
 
 
 def _sources(found: Mapping[str, StoredTensor], targets: Mapping[str, Target]) -> Sources:
