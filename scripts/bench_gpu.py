@@ -71,10 +71,11 @@ def host() -> None:
 
     from ops.triton import launch
     from tests import tiny
-    from tests.stub_cuda import stubbed
+    from tests.stub_cuda import Event, stubbed
 
     with (
         stubbed(),
+        mock.patch.object(Event, "synchronize", lambda event: time.sleep(0.002)),  # waits without the interpreter lock
         mock.patch.object(launch.Launch, "run", lambda each: None),
         mock.patch("executor.worker.create_device", lambda _: StubbedGpu()),
     ):
