@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
+from executor.base import ModelError
 from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
@@ -175,10 +176,18 @@ class MoE(nn.Module):
 
 
 def packed(layers: list[nn.Module]) -> tuple[tuple[ops.Weight, ...], tuple[Tensor, ...] | None]:
-    """The weights and biases of the same projection of all experts."""
+    """The weights and biases of the same projection of all experts.
+
+    Raises:
+        ModelError: The kernels cannot multiply weights stored like that.
+    """
     weights, biases = [], []
     for layer in layers:
         assert isinstance(layer, LinearLayer)
+        if layer.weights.order is not None:
+            raise ModelError(
+                "experts quantised by GPTQ with desc_act are not supported yet; use a checkpoint with desc_act false"
+            )
         weights.append(layer.weights.packed)
         if layer.weights.bias is not None:
             biases.append(layer.weights.bias.data)

@@ -252,6 +252,9 @@ class Weights(nn.Module, ABC):
     are what the weights take in memory.
     """
 
+    order: Tensor | None = None
+    """int64 [in_features]: the column of x that each column of the packed weight is multiplied with; None: the same."""
+
     @abstractmethod
     def pack(self) -> None:
         """Converts the loaded weights to the device's layout and frees the unpacked copy. Called once."""

@@ -71,9 +71,6 @@ MakeSource = Callable[[LinearShape], Source]
 class GroupWeights(PackedWeights):
     """A weight with one source for each projection of its layer."""
 
-    order: Tensor | None = None
-    """int64 [in_features]: the column of x that each column of the packed weight is multiplied with."""
-
     def __init__(self, sources: Sequence[Source], shape: LinearShape, options: Options) -> None:
         super().__init__()
         for index, source in enumerate(sources):

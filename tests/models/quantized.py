@@ -26,11 +26,12 @@ def written(
     skip: Callable[[str], bool] = lambda name: False,
     *,
     has_head: bool = False,
+    family: str = "llama",
     **fields: Any,
 ) -> tuple[Path, Path]:
     """A quantised checkpoint, and one with the numbers that it stands for. ``has_head``: so is the output layer."""
     folder, plain = (
-        tiny.copy_of(tiny.checkpoint("llama", **{**FIELDS, **fields}), tmp_path / name) for name in ("q", "p")
+        tiny.copy_of(tiny.checkpoint(family, **{**FIELDS, **fields}), tmp_path / name) for name in ("q", "p")
     )
     stored, numbers = {}, {}
     generator = torch.Generator().manual_seed(0)
