@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> None:
                     steps.run([slot], [context], new_reqs=(steps.admit(slot, context),), finished_slots=free)
                     collect(steps)
                 seconds = timed(steps, list(range(batch)), options.steps)
-                floor = (steps.weight_bytes + batch * context * steps.kv_bytes(context)) / rate
+                floor = (steps.weight_bytes + batch * steps.kv_bytes(context)) / rate
                 rows.append({"batch": batch, "context": context, "ms": seconds * 1e3, "floor_ms": floor * 1e3})
                 print(f"decode {batch:4} x {context:6}: {seconds * 1e3:8.3f} ms, {seconds / floor:5.2f} of the floor")
         for tokens in options.prefill:

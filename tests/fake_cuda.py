@@ -2,7 +2,7 @@
 
 Launches and copies wait in a queue until somebody asks for results, so the host is always ahead of the device: memory
 that the host reuses too early, or a launch that the host forgets to repeat, shows in the tokens. What nobody has
-written in this step is not a number. ``plugins`` beside this file registers it as ``fake-cuda``.
+written in this step is not a number.
 
 With ``kernels="reference"`` each op is one launch that runs its reference, which is faster than the interpreter.
 """
