@@ -214,6 +214,8 @@ FIELDS: Mapping[str, str] = {
     "cache_creation_input_tokens": "Always 0: filling the cache is not charged.",
     "cache_read_input_tokens": "Number of prompt tokens found in the prefix cache.",
     "reasoning_tokens": "Number of reasoning tokens.",
+    "accepted_prediction_tokens": "Number of draft tokens that are part of the output.",
+    "rejected_prediction_tokens": "Number of draft tokens that are not part of the output.",
     "thinking_tokens": "Number of reasoning tokens.",
     "input_tokens": "Number of prompt tokens.",
     "output_tokens": "Number of generated tokens.",
