@@ -41,5 +41,7 @@ class DraftCounts:
 
     def accepted_per_position(self) -> tuple[int, ...]:
         """Accepted drafts by their position in a row, without positions that had none."""
+        if not self.num_accepted_tokens:  # each step asks
+            return ()
         at_least = np.cumsum(self._accepted[::-1])[::-1][1:]
         return tuple(np.trim_zeros(at_least, "b").tolist())

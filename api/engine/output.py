@@ -7,7 +7,7 @@ per token limits the throughput of the front end.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice, repeat
+from itertools import islice
 
 from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
@@ -34,11 +34,6 @@ FINISH_REASONS = {
     FinishReason.ERROR: "error",
     FinishReason.REPETITION: "repetition",
 }
-
-
-def _num_drafts(outputs: EngineCoreOutputs) -> Iterator[int]:
-    """Drafts verified in each row."""
-    return iter(u8(outputs.num_draft_tokens).tolist()) if outputs.num_draft_tokens else repeat(0)
 
 
 def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
@@ -88,16 +83,14 @@ class OutputProcessor:
         aborts: list[int] = []
         latencies: list[float] = []
         num_tokens = 0
-        drafts = _num_drafts(outputs)
+        if outputs.num_draft_tokens:
+            self._note_drafts(outputs)
         for index, output_index, tokens in zip(
             i64(outputs.indices).tolist(), i32(outputs.output_indices).tolist(), _token_rows(outputs), strict=True
         ):
-            num_drafts = next(drafts)
             state = states.get(index)
             if state is None:
                 continue
-            if num_drafts:
-                state.note_drafts(num_drafts, len(tokens) - 1)
             known = state.output_token_ids
             if output_index != len(known):
                 if output_index > len(known):
@@ -136,6 +129,14 @@ class OutputProcessor:
                 self._broken(state, error, aborts)
         self._metrics.on_step(outputs.scheduler_stats, num_tokens, latencies)
         return aborts
+
+    def _note_drafts(self, outputs: EngineCoreOutputs) -> None:
+        """Counts the drafts of each row; all its tokens but the last are accepted ones."""
+        drafts = u8(outputs.num_draft_tokens).tolist()
+        num_tokens = u8(outputs.num_tokens).tolist() or [1] * len(drafts)
+        for index, verified, count in zip(i64(outputs.indices).tolist(), drafts, num_tokens, strict=True):
+            if verified and index in self.states:
+                self.states[index].note_drafts(verified, count - 1)
 
     def _process_special(self, state: RequestState, output: EngineCoreOutput, now: float, aborts: list[int]) -> int:
         """Handles a row with more than plain tokens. Returns the number of new tokens."""

@@ -289,29 +289,38 @@ inline Vec load_odd_by_shifts(const BFloat16* p) {
 
 #endif  // -------------------------------------------------------------------------------------------------------------
 
-// Loads the first `count` numbers and zeros after them. Usually a whole vector.
 template <class T>
-inline Vec load_first(const T* p, int count) {
-    if (count >= kLanes) return load(p);
+[[gnu::noinline]] Vec load_some(const T* p, int count) {
     T buffer[kLanes] = {};
     std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
     return load(buffer);
 }
 
 template <class T>
-inline void store_first(T* p, Vec a, int count) {
-    if (count >= kLanes) {
-        store(p, a);
-        return;
-    }
+[[gnu::noinline]] void store_some(T* p, Vec a, int count) {
     T buffer[kLanes];
     store(buffer, a);
     std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Loads the first `count` numbers and zeros after them. Usually a whole vector, so that is always inlined: GCC decides
+// anew with each file that calls it, and norms became slower that way.
+template <class T>
+[[gnu::always_inline]] inline Vec load_first(const T* p, int count) {
+    return count >= kLanes ? load(p) : load_some(p, count);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void store_first(T* p, Vec a, int count) {
+    if (count >= kLanes)
+        store(p, a);
+    else
+        store_some(p, a, count);
+}
+
 // The value after a store and load as T.
 template <class T>
-inline Vec round_to(Vec a) {
+[[gnu::always_inline]] inline Vec round_to(Vec a) {
     T buffer[kLanes];
     store(buffer, a);
     return load(buffer);
