@@ -324,7 +324,11 @@ async def test_readers_that_do_not_read() -> None:
         await until(lambda: sum(one.flow.write_paused for one in connections.all()) == 2)
         assert server.engine.num_unfinished == 8
         connections.sweep()
-        for _ in range(4):
+        num_rounds = 0
+        # Three rounds if the deaf kernel takes no byte after the first sweep. It may take some when its window is probed.
+        while connections.num_open == 2:
+            assert num_rounds < 20
+            num_rounds += 1
             taken = bytes_taken(connections, slow)
             received = 0
             while received < 200_000:
@@ -332,6 +336,7 @@ async def test_readers_that_do_not_read() -> None:
             await until(lambda before=taken: bytes_taken(connections, slow) != before)
             clock.now += 20
             connections.sweep()
+        assert num_rounds >= 3
         await until(lambda: server.engine.num_unfinished == 4)
         assert connections.num_open == 1
         slow.close()
@@ -354,7 +359,10 @@ async def test_a_reader_that_takes_nothing_of_a_short_answer(server: FakeServer)
         assert not any(one.flow.write_paused for one in connections.all())
         connections.sweep()
         taken = bytes_taken(connections, slow)
-        for number in range(1, 10):
+        number = 0
+        while connections.num_open == 3:
+            assert number < 18
+            number += 1
             assert await loop.sock_recv(slow, 1500)
             if number % 3 == 0:  # the kernel reports no small reads
                 await until(lambda before=taken: bytes_taken(connections, slow) != before)
@@ -363,6 +371,7 @@ async def test_a_reader_that_takes_nothing_of_a_short_answer(server: FakeServer)
             await loop.sock_sendall(idle, b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")  # not about to be cut
             assert await loop.sock_recv(idle, 4096)
             connections.sweep()
+        assert number >= 6
         await until(lambda: server.engine.num_unfinished == 2)
         assert connections.num_open == 2
         for sock in (deaf, slow, idle):
