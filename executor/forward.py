@@ -176,6 +176,9 @@ def forward_class(setup: ForwardSetup) -> type[Forward]:
 
 def ranges(firsts: Array, counts: Array) -> I64:
     """Concatenated ranges, ``counts[i]`` consecutive integers from ``firsts[i]`` each: int64 [sum of counts]."""
+    total = int(counts.sum(dtype=np.int64))
+    if total == len(counts) and counts.all():
+        return firsts.astype(np.int64)  # one each
     ends = counts.cumsum(dtype=np.int64)
-    numbers: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + (firsts - ends + counts).repeat(counts)
+    numbers: I64 = np.arange(total) + (firsts - ends + counts).repeat(counts)
     return numbers

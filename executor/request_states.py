@@ -87,8 +87,9 @@ class RequestStates:
             num_scheduled: int32 [rows]: tokens whose K and V the step computes.
             num_sampled: uint8 [rows]: tokens that the step samples if all drafts are accepted.
         """
-        self.num_computed[slots] += num_scheduled
-        self.num_tokens[slots] += num_sampled
+        places = slots.astype(np.intp)  # numpy would convert them for each access
+        self.num_computed[places] += num_scheduled
+        self.num_tokens[places] += num_sampled
 
     def fill(self, slots: I32, epochs: I64, positions: I64, tokens: I64) -> None:
         """Fills in the tokens of a step. Drops those of requests that have left their slots.

@@ -135,6 +135,8 @@ class _Frame:
     num_tokens: int = 0
     """Those of the current step."""
     num_samples: int = 0
+    shown: Sequence[Tensor] = ()
+    """Outputs without padding."""
     graph: Callable[[], None] | None = None
 
 
@@ -195,6 +197,8 @@ class StaticForward:
         self._stored: I64 = np.zeros(0, np.int64)
         """Where they go in ``_recent``."""
         self._updates = [_Updates() for _ in groups]
+        self._decoding: tuple[bytes, bytes, bytes] | None = None
+        """Slots, counts and samples of the last step, if each row had one token and each slot's request is the same."""
         self._frames: dict[Size, _Frame] = {}
         self._frame: _Frame | None = None
         for size in sizes.warm:
@@ -212,23 +216,30 @@ class StaticForward:
     # -- plans ---------------------------------------------------------------------------------------------
 
     def apply(self, plan: SchedulerOutput) -> None:
+        if plan.new_reqs:
+            self._decoding = None
         for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
             width = table.shape[1]
             for request in plan.new_reqs:
                 blocks = i32(request.block_ids[index])
                 first = request.slot * width + (request.block_offsets[index] if request.block_offsets else 0)
                 updates.add(np.arange(first, first + len(blocks)), blocks)
-            if index < len(plan.block_updates):
+            if index < len(plan.block_updates) and plan.block_updates[index]:
                 column = i32(plan.block_updates[index]).reshape(-1, 3)
                 updates.add(column[:, 0].astype(np.int64) * width + column[:, 1], column[:, 2])
 
     def prepare(self, slots: I32, counts: I32, num_sampled: U8) -> InputBatch:
         states = self._states
+        decoding = (slots.tobytes(), counts.tobytes(), num_sampled.tobytes())
+        if decoding == self._decoding:
+            return self._prepare_next(slots)
         ends = counts.cumsum(dtype=np.int64)
         num_rows, num_tokens = len(slots), int(ends[-1]) if len(slots) else 0
+        self._decoding = decoding if num_rows and counts.max() == num_sampled.min() == num_sampled.max() == 1 else None
         num_samples = int(num_sampled.sum())
         frame = self._frame = self._frame_of(self._sizes.size(num_tokens, num_rows, num_samples))
-        frame.num_tokens, frame.num_samples = num_tokens, num_samples
+        if (num_tokens, num_samples) != (frame.num_tokens, frame.num_samples):
+            frame.num_tokens, frame.num_samples, frame.shown = num_tokens, num_samples, ()
         frame.host[:] = frame.padding
         columns = frame.columns
         computed = states.num_computed[slots]
@@ -254,6 +265,32 @@ class StaticForward:
         assert frame.batch is not None
         return frame.batch
 
+    def _prepare_next(self, slots: I32) -> InputBatch:
+        """Uploads the inputs of a decode step of the same requests as the last one, whose inputs it goes on from.
+
+        Each row's token is the one that was sampled last, which the device has.
+        """
+        frame = self._frame
+        assert frame is not None and frame.batch is not None and len(self._stored) == len(slots)
+        columns, count = frame.columns, len(slots)
+        places = slots.astype(np.intp)  # numpy would convert them for each access
+        positions = self._states.num_computed[places]
+        columns["places"][:count] = self._stored
+        columns["stored"][:count] = self._stored
+        columns["positions"][:count] = positions
+        np.add(positions, 1, out=columns["seq_lens"][:count], casting="unsafe")
+        for index, (table, group) in enumerate(zip(self._states.block_tables, self._groups, strict=True)):
+            mapping = columns[f"slot_mapping.{index}"][:count]
+            mapping += 1
+            begun = np.flatnonzero(positions % group.block_size == 0)
+            if len(begun):
+                blocks = table[places[begun], positions[begun] // group.block_size]
+                mapping[begun] = blocks.astype(np.int64) * group.block_size
+            columns[f"updates.{index}"][:] = -1
+            self._put_updates(index, frame)
+        self._block.write(frame.host)
+        return frame.batch
+
     def _put_updates(self, index: int, frame: _Frame) -> None:
         """Adds a group's changes to the inputs of a step, or makes them at once if they are many."""
         taken = self._updates[index].take()
@@ -277,8 +314,10 @@ class StaticForward:
                 submit(each)
             if frame.size.is_padded:
                 frame.graph = self._graphs.capture(frame.launches)
-        hidden, logits = frame.outputs
-        return hidden[: frame.num_tokens], logits[: frame.num_samples]
+        if not frame.shown:
+            hidden, logits = frame.outputs
+            frame.shown = hidden[: frame.num_tokens], logits[: frame.num_samples]
+        return frame.shown
 
     def attach(self, sampler: Sampler) -> None:
         self._copies_tokens = not sampler.keep_tokens_in(self._tokens)

@@ -122,6 +122,7 @@ class FakeCudaSteps(LateSteps):
         """Memory that holds nothing from one step to the next."""
         self._queue: list[Callable[[], object]] = []
         self._random = random.Random(0)
+        self._has_begun = False
 
     def enqueue(self, work: Callable[[], object]) -> None:
         """Adds work of the device, in order."""
@@ -137,7 +138,10 @@ class FakeCudaSteps(LateSteps):
             work()
 
     def begin(self) -> None:
-        """A step begins: what the last one left in the arenas is gone."""
+        """A step begins, if none has: what the last one left in the arenas is gone."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         for arena in self.arenas:
             self.enqueue(lambda arena=arena: plain(arena).fill_(NOT_A_NUMBER))  # type: ignore[misc]
 
@@ -157,6 +161,7 @@ class FakeCudaSteps(LateSteps):
 
     def download(self, tensors: Sequence[Tensor]) -> Pending:
         assert all(isinstance(tensor, LateTensor) for tensor in tensors), "results are on the device"
+        self._has_begun = False
         self.calls["download"] += len({plain(tensor).untyped_storage().data_ptr() for tensor in tensors})
         arrays: list[Array] = [np.empty(0)] * len(tensors)
 

@@ -7,12 +7,13 @@ the events of results, and wakes the worker through a descriptor.
 from __future__ import annotations
 
 import importlib.util
+import operator
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,8 @@ RESERVE_BYTES = 512 * _MIB
 """For graphs, code of kernels, and what torch's allocator rounds up."""
 LARGEST_GAP = 4096
 """Bytes between results that are copied along rather than skipped."""
+KEPT_RESULTS = 64 << 10
+"""Bytes of results up to which the way to the host is kept, and with it their memory."""
 LARGE_COPY = 256 << 10
 """Bytes from which a copy gets a stream of its own: it need not wait for the step before."""
 
@@ -134,6 +137,8 @@ def pinned(num_bytes: int) -> Tensor:
 class _PinnedBuffer(StagingBuffer):
     memory: Tensor = torch.empty(0)
     """``host`` as a tensor."""
+    parts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Starts of the buffer on both sides, by their bytes."""
 
 
 def _new_buffer(size: int, device: Tensor) -> _PinnedBuffer:
@@ -152,13 +157,30 @@ class CudaBlock:
     def __init__(self, steps: CudaSteps, num_bytes: int) -> None:
         self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=steps.device)
         self._steps = steps
-        self._pool = StagingPool(lambda size: _new_buffer(size, self.device), _copy)
-        steps.pools.append(self._pool)
+        self._free: list[_PinnedBuffer] = []
+        self._current: list[StagingBuffer] = []
+        steps.pools.append(self)
 
     def write(self, data: npt.NDArray[np.uint8]) -> None:
-        assert not self._pool.is_in_use, "a step has one block"
+        assert not self._current, "a step writes a block once"
         self._steps.begin()
-        self._pool.upload({"block": data})
+        buffer = self._free.pop() if self._free else _new_buffer(len(self.device), self.device)
+        self._current.append(buffer)
+        size = len(data)
+        buffer.host[:size] = data
+        if size not in buffer.parts:
+            buffer.parts[size] = buffer.device[:size], buffer.memory[:size]
+        device, host = buffer.parts[size]
+        device.copy_(host, non_blocking=True)
+
+    def take(self) -> list[StagingBuffer]:
+        """See ``StagingPool``."""
+        buffers, self._current = self._current, []
+        return buffers
+
+    def give_back(self, buffers: list[StagingBuffer]) -> None:
+        """See ``StagingPool``."""
+        self._free += buffers  # type: ignore[arg-type]
 
 
 class CudaGraphs:
@@ -192,7 +214,10 @@ class CudaSteps:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pools = [StagingPool(self._make_buffer, self._copy)]
+        self._staging = StagingPool(self._make_buffer, self._copy)
+        self.pools: list[StagingPool | CudaBlock] = [self._staging]
+        self._route: _Route | None = None
+        """That of the last results."""
         self.graphs = CudaGraphs(self)
         self._copies = torch.cuda.Stream()
         self._outputs: list[Tensor] = []
@@ -224,13 +249,17 @@ class CudaSteps:
 
     def upload(self, columns: Mapping[str, Array]) -> Mapping[str, Tensor]:
         self.begin()
-        return self.pools[0].upload(columns)
+        return self._staging.upload(columns)
 
     def download(self, tensors: Sequence[Tensor]) -> Pending:
         self.begin()
         assert self._begin is not None
+        route = self._route
+        if route is None or not route.suits(tensors):
+            route = _Route(tensors)
+            self._route = route if route.num_bytes <= KEPT_RESULTS else None
         results = CudaResults(self, self._begin, [(pool, pool.take()) for pool in self.pools])
-        results.start(tensors)
+        results.start(route)
         self._begin = None
         self._launched.put(results)
         return results
@@ -262,27 +291,26 @@ class CudaResults:
     """A step's results. See ``executor.device.steps.Pending``."""
 
     def __init__(
-        self, steps: CudaSteps, begin: torch.cuda.Event, taken: Sequence[tuple[StagingPool, list[StagingBuffer]]]
+        self,
+        steps: CudaSteps,
+        begin: torch.cuda.Event,
+        taken: Sequence[tuple[StagingPool | CudaBlock, list[StagingBuffer]]],
     ) -> None:
         self._steps = steps
         self._begin = begin
         self._taken = taken
         self._end = torch.cuda.Event(enable_timing=True, blocking=True)
         self._output = torch.empty(0)
-        self._places: list[tuple[int, Tensor]] = []
-        self._arrived = threading.Event()
+        self._places: Sequence[tuple[int, Tensor]] = ()
+        self._has_arrived = False
         self._error: Exception | None = None
 
-    def start(self, tensors: Sequence[Tensor]) -> None:
+    def start(self, route: _Route) -> None:
         """Launches the copies."""
-        stretches = joined(tensors)
-        begins = np.cumsum([0, *(-(-memory.nbytes // ALIGNMENT) * ALIGNMENT for memory, _ in stretches)]).tolist()
-        self._output = self._steps.take_output(begins[-1])
-        places: dict[int, int] = {}
-        for begin, (memory, members) in zip(begins, stretches, strict=False):
-            self._output[begin : begin + memory.nbytes].copy_(memory, non_blocking=True)
-            places |= {index: begin + inner for index, inner in members.items()}
-        self._places = [(places[index], tensor) for index, tensor in enumerate(tensors)]
+        self._output = self._steps.take_output(route.num_bytes)
+        for begin, end, memory in route.copies:
+            self._output[begin:end].copy_(memory, non_blocking=True)
+        self._places = route.places
         self._end.record()
 
     def wait(self) -> None:
@@ -291,10 +319,10 @@ class CudaResults:
             self._end.synchronize()
         except Exception as error:
             self._error = error
-        self._arrived.set()
+        self._has_arrived = True
 
     def is_ready(self) -> bool:
-        return self._arrived.is_set()
+        return self._has_arrived
 
     def collect(self) -> list[Array]:
         self._steps.acknowledge()
@@ -312,6 +340,30 @@ class CudaResults:
     @property
     def device_ms(self) -> float:
         return float(self._begin.elapsed_time(self._end)) if self._error is None else 0.0
+
+
+class _Route:
+    """How tensors are copied to one buffer of the host. Steps whose results lie where the last ones did share it."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tuple(tensors)
+        self._is_dense = all(tensor.is_contiguous() for tensor in tensors)
+        stretches = joined(tensors)
+        begins = np.cumsum([0, *(-(-memory.nbytes // ALIGNMENT) * ALIGNMENT for memory, _ in stretches)]).tolist()
+        self.num_bytes: int = begins[-1]
+        self.copies = [
+            (begin, begin + memory.nbytes, memory) for begin, (memory, _) in zip(begins, stretches, strict=False)
+        ]
+        """First byte and end in the buffer, and what is copied there."""
+        places: dict[int, int] = {}
+        for begin, (_, members) in zip(begins, stretches, strict=False):
+            places |= {index: begin + inner for index, inner in members.items()}
+        self.places = [(places[index], tensor) for index, tensor in enumerate(tensors)]
+        """Where each tensor begins."""
+
+    def suits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and what was made of them still holds."""
+        return self._is_dense and len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
 
 
 def joined(tensors: Sequence[Tensor]) -> list[tuple[Tensor, dict[int, int]]]:

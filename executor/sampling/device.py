@@ -16,6 +16,7 @@ from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.request_states import RequestStates
 from executor.sampling.base import Sampled, SampleRows, TokenMask
 from executor.sampling.logprobs import make_entries, report
+from executor.sampling.plain_steps import ROW_BYTES, PlainSteps, results_of
 from executor.sampling.reference import sampler_output
 from executor.sampling.stages import BadWords, LogitBias, MinTokens, Penalties, RowTokens, RowValues
 from ops import OpSet
@@ -26,6 +27,7 @@ from ops.triton.sample import Edits, Filters, Mask, Randomness, sample_rows
 _INT32_MAX = np.iinfo(np.int32).max
 _FILTERS = np.dtype([("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)])
 """A row of the table of filters."""
+_NONE = np.zeros(0, np.int64)
 
 
 def create(op_set: OpSet, max_num_seqs: int, channel: StepChannel | None) -> DeviceSampler:
@@ -50,6 +52,9 @@ class DeviceSampler:
         self._edits = _StepEdits(max_num_seqs)
         self._results: torch.Tensor | None = None
         """See ``keep_tokens_in``."""
+        self._plain: PlainSteps | None = None
+        self._asks_more = np.zeros(max_num_seqs, np.bool_)
+        """Whether a slot's request asks for more than filters."""
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         row = self._filters[slot]
@@ -63,6 +68,9 @@ class DeviceSampler:
         self._restricts[slot] = params.allowed_token_ids is not None
         self._allowed.pop(slot, None)
         self._edits.add(slot, params)
+        self._asks_more[slot] = self._reports[slot] or self._restricts[slot] or self._edits.has(slot)
+        if self._plain is not None:
+            self._plain.changed()
 
     def sample(
         self,
@@ -73,6 +81,10 @@ class DeviceSampler:
         mask: TokenMask | None,
     ) -> Sampled:
         slots = rows.slots
+        is_plain = mask is None and raw_logits is logits and rows.offsets is None and len(rows) > 0
+        if self._plain is not None and is_plain and not self._asks_more[slots].any():
+            tokens, status = self._plain.sample(logits, rows, states)
+            return Sampled(tokens, sampler_output(tokens, status, rows, _NONE, None))
         wanted = np.flatnonzero(self._reports[slots])
         mask = self._with_allowed(mask, slots, logits.shape[1])
         edits = self._edits.columns(rows, states)
@@ -106,16 +118,17 @@ class DeviceSampler:
 
     def _out(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Memory for tokens and status of a step, one behind the other: they come back in one copy."""
-        if self._results is None:
-            return None
-        return self._results[:num_rows], self._results.view(torch.int32)[2 * num_rows : 3 * num_rows]
+        return None if self._results is None else results_of(self._results, num_rows)
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         self._results = buffer
+        if self._channel.graphs is not None:
+            self._plain = PlainSteps(self._channel.graphs, self._filters, self._seeds, buffer)
         return True
 
     def step_bytes(self, num_rows: int, vocab_size: int) -> int:
-        return num_rows * vocab_size * 4 + sample.step_bytes(num_rows)  # a copy of the logits, for log probabilities
+        logits = num_rows * vocab_size * 4  # a copy of them, for log probabilities
+        return logits + sample.step_bytes(num_rows) + len(self._seeds) * ROW_BYTES
 
     def _with_allowed(self, mask: TokenMask | None, slots: I32, vocab_size: int) -> TokenMask | None:
         """The grammar's mask, restricted to what requests allow."""
@@ -187,6 +200,10 @@ class _StepEdits:
     def add(self, slot: int, params: ResolvedParams) -> None:
         for stage in (self._bad_words, self._min_tokens, self._bias, self._penalties):
             stage.add(slot, params)
+
+    def has(self, slot: int) -> bool:
+        """Whether a slot's request asks for changes."""
+        return any(stage.is_used_by(slot) for stage in (self._bad_words, self._min_tokens, self._bias, self._penalties))
 
     def columns(self, rows: SampleRows, states: RequestStates) -> dict[str, Array]:
         """The fields of ``Edits``; empty if there are none."""

@@ -60,6 +60,7 @@ class Sampler:
         self._stages = tuple(stages)
         self._thinking = ThinkingBudgets(max_num_seqs)
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
+        self._any_reads_tokens = False
 
     def add(self, slot: int, params: ResolvedParams) -> None:
         """Registers a request that enters a slot."""
@@ -68,9 +69,12 @@ class Sampler:
         self._thinking.add(slot, params)
         self._backend.add(slot, params)
         self._reads_tokens[slot] = bool(self._stages) or reads_tokens(params)
+        self._any_reads_tokens = bool(self._reads_tokens.any())
 
     def lacks_tokens(self, rows: SampleRows, states: RequestStates) -> bool:
         """Whether sampling a row reads tokens that the host does not have yet."""
+        if not self._any_reads_tokens:
+            return False
         slots = rows.slots
         return bool((self._reads_tokens[slots] & (states.num_known[slots] < rows.positions)).any())
 

@@ -35,6 +35,10 @@ class _Flagged:
     def active(self, slots: I32) -> Rows:
         return np.flatnonzero(self._wanted[slots])
 
+    def is_used_by(self, slot: int) -> bool:
+        """Whether a slot's request uses the stage."""
+        return bool(self._wanted[slot])
+
 
 def _places(entries: Iterable[tuple[int, Sequence[int] | Array]]) -> dict[str, Array]:
     """Converts tokens by row to a column of rows and one of tokens."""

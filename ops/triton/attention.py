@@ -583,6 +583,8 @@ def split_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int
     if target().capability == 100 and dtype == torch.float32:
         return SPLIT_ROWS, 8, 1
     widest = {0: 64, 100: 0}.get(target().capability, 128)
+    if target().capability == 90 and dtype == torch.float32:
+        widest = 64
     return SPLIT_ROWS, 4 if max(shape.head_dim, shape.v_dim) <= widest else 8, 2
 
 

@@ -19,6 +19,46 @@ _TILE = 1024
 """Numbers of a program with several small groups."""
 
 
+@triton.jit
+def sum_of_squares(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Of each row of ``x`` [ROWS, SIZE] in float32: [ROWS]. Neighbours are added, then neighbouring sums.
+
+    Rows up to the size of a head are normalised by several kernels, whose threads share them differently. This order is
+    the same everywhere; that of ``tl.sum`` depends on the layout.
+    """
+    squares = x * x
+    if SIZE > 256:
+        total = tl.sum(squares, axis=1)
+    else:
+        if SIZE > 128:
+            squares = _neighbours(squares, ROWS, 128)
+        if SIZE > 64:
+            squares = _neighbours(squares, ROWS, 64)
+        if SIZE > 32:
+            squares = _neighbours(squares, ROWS, 32)
+        if SIZE > 16:
+            squares = _neighbours(squares, ROWS, 16)
+        if SIZE > 8:
+            squares = _neighbours(squares, ROWS, 8)
+        if SIZE > 4:
+            squares = _neighbours(squares, ROWS, 4)
+        if SIZE > 2:
+            squares = _neighbours(squares, ROWS, 2)
+        if SIZE > 1:
+            first, second = tl.split(squares)
+            total = first + second
+        else:
+            total = tl.sum(squares, axis=1)
+    return total
+
+
+@triton.jit
+def _neighbours(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """``x`` [ROWS, 2 * HALF], each number added to its neighbour: [ROWS, HALF]."""
+    first, second = tl.split(tl.reshape(x, [ROWS, HALF, 2]))
+    return first + second
+
+
 @triton.jit(do_not_specialize=["num_groups"])
 def rms_norm_kernel(
     x_ptr,
@@ -53,7 +93,7 @@ def rms_norm_kernel(
         total = (x + other.to(tl.float32)).to(dtype)
         tl.store(sum_ptr + (row * sum_stride)[:, None] + place, total, mask=mask)
         x = total.to(tl.float32)
-    mean = tl.sum(x * x, axis=1) / SIZE
+    mean = sum_of_squares(x, GROUPS_TILE, COLUMNS_TILE) / SIZE
     normed = x * tl.rsqrt(mean + eps)[:, None]
     if HAS_WEIGHT:
         # Each group loads the weight anew, from the L1 cache: with the layout of x, in pieces as large.

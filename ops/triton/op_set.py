@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.dispatch import Node, OpSet, Spec
-from ops.triton import attention, codes, gather, linear, logprobs, norm, pointwise, rope, sample, short_conv
+from ops.triton import attention, codes, fusion, gather, linear, logprobs, norm, pointwise, rope, sample, short_conv
 from ops.triton.program import TritonProgram
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -50,7 +50,8 @@ class TritonOps(OpSet):
         outputs: list[int],
         capacity: dict[str, int],
     ) -> TritonProgram:
-        return TritonProgram(self.implementations, nodes, specs, inputs, outputs, capacity)
+        kernels = {**self.implementations, **fusion.FUSED}
+        return TritonProgram(kernels, fusion.fused(nodes, outputs), specs, inputs, outputs, capacity)
 
 
 def create() -> OpSet:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config, power_of_two
 from ops.triton.launch import launch, result, row_stride
+from ops.triton.norm import sum_of_squares
 
 _TILE = 1024
 """Numbers of a program: whole heads."""
@@ -54,8 +55,8 @@ def _heads(
 def _turn(
     base, out, out_head_stride, head, heads, cos_sin_ptr, position, weight_ptr, eps, offset,
     DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, DIM_TILE: tl.constexpr, HALF_TILE: tl.constexpr,
-    REST_TILE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, HEADS_TILE: tl.constexpr, DIM_TILE: tl.constexpr,
+    HALF_TILE: tl.constexpr, REST_TILE: tl.constexpr,
 ):  # fmt: skip
     """Normalises and rotates heads, rounding to the type of ``base`` wherever torch would."""
     dtype = base.dtype.element_ty
@@ -66,7 +67,7 @@ def _turn(
     if HAS_NORM:
         column = tl.arange(0, DIM_TILE)
         x = tl.load(base + start + column[None, :], mask=mask & (column < DIM)[None, :], other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
+        factor = tl.rsqrt(sum_of_squares(x, HEADS_TILE, DIM_TILE) / DIM + eps)[:, None]
     pair = tl.arange(0, HALF_TILE)
     is_pair = pair < ROTARY // 2
     first = 2 * pair if INTERLEAVED else pair
@@ -106,7 +107,7 @@ def rotary_kernel(
     position = tl.load(positions_ptr + token)
     _turn(
         x_ptr + token * x_stride, out_ptr + token * out_stride, DIM, head, heads, cos_sin_ptr, position, None, 0.0, 0.0,
-        DIM, ROTARY, INTERLEAVED, False, False, False, DIM_TILE, HALF_TILE, REST_TILE,
+        DIM, ROTARY, INTERLEAVED, False, False, False, HEADS_TILE, DIM_TILE, HALF_TILE, REST_TILE,
     )  # fmt: skip
 
 
@@ -179,7 +180,8 @@ def _write_kv(
         v_block = v_cache_ptr + block * (HEADS * BLOCK_SIZE * V_DIM)
         _turn(
             k_base, k_block + place * DIM, BLOCK_SIZE * DIM, head, HEADS, cos_sin_ptr, position, weight_ptr, eps,
-            offset, DIM, ROTARY, INTERLEAVED, HAS_NORM, HAS_WEIGHT, ROUND_FIRST, DIM_TILE, HALF_TILE, REST_TILE,
+            offset, DIM, ROTARY, INTERLEAVED, HAS_NORM, HAS_WEIGHT, ROUND_FIRST, KV_TILE, DIM_TILE, HALF_TILE,
+            REST_TILE,
         )  # fmt: skip
         mask = (head < HEADS)[:, None] & (column < V_DIM)[None, :]
         v = tl.load(v_ptr + token * v_stride + (head * V_DIM)[:, None] + column[None, :], mask=mask, other=0.0)
@@ -218,7 +220,8 @@ def rope_kv_kernel(
         _turn(
             q_ptr + token * q_stride, out_ptr + token * out_stride, DIM, head, q_heads, q_cos_sin_ptr, position,
             q_weight_ptr, q_eps, q_offset,
-            DIM, ROTARY, INTERLEAVED, Q_NORM, Q_WEIGHT, Q_ROUND, DIM_TILE, HALF_TILE, REST_TILE,
+            DIM, ROTARY, INTERLEAVED, Q_NORM, Q_WEIGHT, Q_ROUND, HEADS_TILE, DIM_TILE, HALF_TILE,
+            REST_TILE,
         )  # fmt: skip
     else:
         _write_kv(
@@ -244,8 +247,6 @@ def rope_kv(
     out: Tensor | None = None,
 ) -> Tensor:
     """Normalises and rotates the heads of q and k, and writes k and v to the cache: four ops in one launch.
-
-    The order in which a norm adds a head's squares is this kernel's own.
 
     Args:
         q: [num_tokens, num_heads * head_dim].

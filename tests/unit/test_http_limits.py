@@ -325,7 +325,8 @@ async def test_readers_that_do_not_read() -> None:
         assert server.engine.num_unfinished == 8
         connections.sweep()
         num_rounds = 0
-        # Three rounds if the deaf kernel takes no byte after the first sweep. It may take some when its window is probed.
+        # Three rounds if the deaf kernel takes no byte after the first sweep. It may take some when its window is
+        # probed.
         while connections.num_open == 2:
             assert num_rounds < 20
             num_rounds += 1
