@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from executor.deferred import Array
@@ -27,7 +28,8 @@ from executor.request_states import RequestStates
 from executor.sampling.sampler import Sampler, SampleRows
 from ops import AttentionMetadata
 from ops.triton import prepare
-from ops.triton.launch import Launch, recorded, submit
+from ops.triton.attention import PlannedAttention
+from ops.triton.launch import Launch, recorded, scratch, submit
 from ops.triton.program import TritonProgram
 
 TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -36,6 +38,8 @@ SAMPLES = (8, 64)
 """Samples of padded steps, besides as many as tokens."""
 WARM = 64
 """Steps of up to this many tokens have their graphs before the first request; others when they first occur."""
+LONGEST = 1 << 21
+"""Tokens of a context that the memory of attention is planned for; it grows no further."""
 UPDATES = 64
 """Block updates that a step has room for, besides one per row. More need a copy of their own."""
 
@@ -77,6 +81,15 @@ class GraphSizes:
     def largest(self) -> Size:
         """A size that no step exceeds in any respect."""
         return Size(self.max_tokens, self.max_num_seqs, self.max_samples, is_padded=False)
+
+    @property
+    def all(self) -> list[Size]:
+        """All sizes, but for those that differ in samples alone: they have room for the most."""
+        padded = [
+            self.size(tokens, tokens, tokens) for tokens in TOKENS if tokens <= min(self.max_num_seqs, self.max_tokens)
+        ]
+        mixed = [self.size(min(tokens, self.max_tokens), 1, self.max_samples) for tokens in TOKENS]
+        return list(dict.fromkeys([*padded, *mixed, self.largest]))
 
     @property
     def warm(self) -> list[Size]:
@@ -170,6 +183,33 @@ def _sizes(setup: ForwardSetup) -> GraphSizes:
     return GraphSizes(setup.max_num_seqs, setup.max_tokens, setup.max_samples)
 
 
+def _rehearsed(setup: ForwardSetup, sizes: GraphSizes) -> int:
+    """Bytes of what kernels share, and of the work lists of attention, in steps of all sizes."""
+    assert setup.program is not None and isinstance(setup.program.runner, TritonProgram)
+    nowhere = torch.device("meta")
+    num_bytes = 0
+    for size in sizes.all:
+        views = {
+            name: torch.empty(column.length, dtype=as_dtype(np.zeros(0, column.dtype)), device=nowhere)
+            for name, column in _columns(size, len(setup.groups), sizes.max_samples).items()
+        }
+        attention = []
+        with recorded():
+            for index, group in enumerate(setup.groups):
+                blocks = torch.empty(size.rows, LONGEST // group.block_size, dtype=torch.int32, device=nowhere)
+                slots = views[f"slot_mapping.{index}"]
+                columns = (views["query_start_loc"], views["seq_lens"], blocks, slots, group.block_size)
+                attention.append(group.plan(AttentionMetadata(*columns)))
+        for planned in attention:
+            if isinstance(planned, PlannedAttention):
+                num_bytes += planned.work.num_bytes * (1 + len(SAMPLES) if size.is_padded else 1)
+        batch = InputBatch(views["input_ids"], views["positions"], attention, views["logits_rows"])
+        setup.program.runner.rehearse(batch.step_inputs())
+    num_bytes += scratch.num_bytes(nowhere)
+    scratch.drop(nowhere)
+    return num_bytes
+
+
 class StaticForward:
     """See ``executor.forward.Forward``."""
 
@@ -211,7 +251,7 @@ class StaticForward:
         fixed = _block_bytes(_columns(sizes.largest, len(setup.groups), sizes.max_samples))
         fixed += 4 * (sizes.largest.tokens + RECENT_TOKENS * sizes.max_num_seqs) + 16 * sizes.max_samples
         tables = sum(-(-2 * 4 * sizes.max_num_seqs // size) for size in setup.block_sizes)
-        return fixed + setup.channel.graphs.reserve_bytes, tables
+        return fixed + _rehearsed(setup, sizes) + setup.channel.graphs.reserve_bytes, tables
 
     # -- plans ---------------------------------------------------------------------------------------------
 
@@ -221,6 +261,7 @@ class StaticForward:
         for index, (updates, table) in enumerate(zip(self._updates, self._states.block_tables, strict=True)):
             width = table.shape[1]
             for request in plan.new_reqs:
+                assert not request.lora_id, "graphs have no inputs for adapters"
                 blocks = i32(request.block_ids[index])
                 first = request.slot * width + (request.block_offsets[index] if request.block_offsets else 0)
                 updates.add(np.arange(first, first + len(blocks)), blocks)

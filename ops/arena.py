@@ -36,6 +36,12 @@ class Arena:
         self.capacity = {"tokens": 0, "samples": 0}
         self._memory: dict[str, Tensor] = {}
 
+    def elsewhere(self, make: Callable[[int], Tensor]) -> Arena:
+        """An arena with the same places in other memory."""
+        other = Arena(self._specs, self._stride_bytes, make, self._unit)
+        other._offsets, other._row_bytes = self._offsets, self._row_bytes
+        return other
+
     def stride_bytes(self, index: int) -> int:
         """Distance from one row of a value to the next."""
         return self._stride_bytes(self._specs[index])

@@ -63,6 +63,11 @@ class WorkList:
     counts: Tensor
     """int32 [2]: the number of items of each list."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the lists take."""
+        return sum(each.nbytes for each in (self.split, self.whole, self.counts) if each is not None)
+
 
 @dataclass
 class PlannedAttention(AttentionMetadata):

@@ -19,6 +19,7 @@ from ops.triton.launch import Launch, for_target, recorded, scratch
 
 MODULES = (
     "attention",
+    "experts",
     "gather",
     "gemm",
     "kv_cache",
@@ -28,6 +29,7 @@ MODULES = (
     "prepare",
     "quantized",
     "rope",
+    "route",
     "sample",
     "short_conv",
 )

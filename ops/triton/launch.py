@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[str, torch.device], Tensor] = {}
+        self._kept: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
     def get(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``size`` elements. They are zero at first, and are whatever a kernel left there later."""
@@ -183,13 +185,22 @@ class Scratch:
             piece = self._pieces[key] = torch.zeros(size, dtype=dtype, device=device)
         return piece
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Notes a tensor that a kernel's launches share and that stays as it is. Its owner keeps it."""
+        self._kept.add(tensor)
+        return tensor
+
     def num_bytes(self, device: torch.device) -> int:
         """What a device's pieces occupy."""
         return sum(piece.nbytes for (_, where), piece in self._pieces.items() if where == device)
 
+    def drop(self, device: torch.device) -> None:
+        """Frees a device's pieces."""
+        self._pieces = {key: piece for key, piece in self._pieces.items() if key[1] != device}
+
     def pieces(self) -> list[Tensor]:
-        """All of them."""
-        return list(self._pieces.values())
+        """All of them, and what is kept."""
+        return [*self._pieces.values(), *self._kept]
 
     def clear(self) -> None:
         """Frees all pieces."""

@@ -6,7 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ops.dispatch import Node, OpSet, Spec
-from ops.triton import attention, codes, fusion, gather, linear, logprobs, norm, pointwise, rope, sample, short_conv
+from ops.triton import (
+    attention,
+    codes,
+    experts,
+    fusion,
+    gather,
+    linear,
+    logprobs,
+    norm,
+    pointwise,
+    rope,
+    route,
+    sample,
+    short_conv,
+)
 from ops.triton.program import TritonProgram
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -15,6 +29,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "add": pointwise.add,
     "clip": pointwise.clip,
     "embedding": linear.embedding,
+    "experts": experts.experts,
     "gather_rows": gather.gather_rows,
     "layer_norm": norm.layer_norm,
     "linear": linear.linear,
@@ -24,6 +39,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "paged_attention": attention.paged_attention,
     "rms_norm": norm.rms_norm,
     "rotary_embedding": rope.rotary_embedding,
+    "route": route.route,
     "sample": sample.sample,
     "scale": pointwise.scale,
     "select_columns": gather.select_columns,

@@ -125,20 +125,31 @@ class TritonProgram:
         Args:
             inputs: As of ``executor.graphs.Program.replay``.
         """
+        self._like = inputs["input_ids"]
+        return self._bound(inputs, self._arena)
+
+    def rehearse(self, inputs: Mapping[str, Any]) -> None:
+        """Calls the launchers on inputs without data, on the device ``meta``, and forgets their launches.
+
+        What they take of ``launch.scratch`` says how much a step will.
+        """
+        self._bound(inputs, self._arena.elsewhere(lambda size: torch.empty(size, dtype=torch.uint8, device="meta")))
+
+    def _bound(self, inputs: Mapping[str, Any], arena: Arena) -> Bound:
         rows = {spec.rows: 0 for spec in self._specs}
         values: dict[int, Tensor] = {}
         for name, index in self._inputs.items():
-            values[index] = self._like = inputs[name]
+            values[index] = inputs[name]
             rows[self._specs[index].rows] = inputs[name].shape[self._specs[index].rows_dim]
         rows["samples"] = inputs["logits_rows"].shape[0]
         assert all(count <= self._capacity[kind] for kind, count in rows.items()), "larger than the largest step"
-        self._arena.reserve(self._capacity)
+        arena.reserve(self._capacity)
 
         def tensor(ref: Ref) -> Tensor:
             place, spec = self._places[ref.index], self._specs[ref.index]
             if place.base in values:
                 return values[place.base]
-            whole = self._arena.tensor(place.base)[: rows[spec.rows]]
+            whole = arena.tensor(place.base)[: rows[spec.rows]]
             return whole[:, place.column : place.column + spec.width]
 
         def argument(arg: Any) -> Any:

@@ -70,10 +70,13 @@ def expected(flags: list[str]) -> list[tuple[list[int], str, str | None]]:
         return told(asyncio.run(run(server)))
 
 
-@pytest.fixture(scope="module")
-def late(flags: list[str]) -> Iterator[Server]:
-    path = os.pathsep.join([str(ROOT / "tests/plugins"), str(ROOT)])
-    with Server(*flags, "--device", "late", "--num-gpu-blocks-override", "16", env={"PYTHONPATH": path}) as server:
+@pytest.fixture(scope="module", params=["late", "fake-gpu"])
+def late(flags: list[str], request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server on such a device; the second one has graphs, as a GPU has."""
+    if request.param == "fake-gpu":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/plugins"), str(ROOT)]), "TRITON_INTERPRET": "1"}
+    with Server(*flags, "--device", request.param, "--num-gpu-blocks-override", "16", env=env) as server:
         yield server
 
 

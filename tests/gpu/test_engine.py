@@ -10,6 +10,8 @@ import torch
 from engine_core.messages import ResolvedParams
 from executor.device.base import Device
 from executor.model_runner import ModelRunner
+from executor.static_forward import StaticForward
+from ops.triton.launch import scratch
 from tests.gpu.conftest import has_gpu
 from tests.models.harness import random_tokens
 from tests.models.test_late_device import Engine, ReferenceCpu
@@ -102,6 +104,7 @@ def test_nothing_waits_between_plan_and_launch(device: Device, monkeypatch: pyte
 def test_a_decode_step_is_five_calls(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     if has_gpu():
         pytest.skip("the fake device counts")
+    scratch.clear()
     engine = Engine(device, monkeypatch)
     engine.add(0, random_tokens(5, 1), ResolvedParams(temperature=0.7, top_p=0.9, max_tokens=9))
     steps = []
@@ -112,3 +115,6 @@ def test_a_decode_step_is_five_calls(device: Device, monkeypatch: pytest.MonkeyP
         assert engine.launch()
         steps.append(dict(engine.device.channel.calls))  # type: ignore[attr-defined]
     assert all(calls["graph"] == 1 and sum(calls.values()) <= 5 for calls in steps), steps
+    runner = engine.worker.runner
+    fixed, _ = StaticForward.memory(runner._setup())
+    assert 0 < scratch.num_bytes(runner.device.torch_device) < fixed  # what kernels share was planned for

@@ -53,9 +53,17 @@ SAVED = {
     "Qwen3ForCausalLM": {"rms_norm_kernel": 2, "rotary_kernel": 2, "write_kv_kernel": 1, "act_and_mul_kernel": 1},
     "Gemma2ForCausalLM": {"rotary_kernel": 2, "write_kv_kernel": 1, "act_and_mul_kernel": 1},
     "GPTNeoXForCausalLM": {"rotary_kernel": 2, "write_kv_kernel": 1, "pointwise_kernel": 1},
+    "Qwen2MoeForCausalLM": {"rotary_kernel": 2, "write_kv_kernel": 1, "act_and_mul_kernel": 1},
 }
 """Launches of a layer that are part of others. Sums are besides: eager mode leaves them to torch."""
 FIELDS: dict[str, dict[str, Any]] = {
+    "Qwen2MoeForCausalLM": {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "Gemma2ForCausalLM": {"query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"},
     "GPTNeoXForCausalLM": {"hidden_act": "gelu", "rotary_pct": 0.5},
 }

@@ -1,0 +1,266 @@
+"""Mixtures of experts: the products of all experts in two launches, whatever tokens each one gets.
+
+Which tokens an expert has is only known on the device, so a launch has programs for any distribution, and those without
+work end at once. Products are those of ``gemm.py``; a token's results are added in the order of its experts, in
+float32. No number of a token depends on others: neither on how many an expert has, nor on their order.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ops.packed import ExpertWeights
+from ops.triton import configs, gemm
+from ops.triton.catalog import Case, meta
+from ops.triton.configs import Config, power_of_two
+from ops.triton.launch import launch, result, row_stride, scratch, target
+
+MOST_TOKENS = 4096
+"""Tokens whose results are in memory at the same time."""
+_COLUMNS = 1024
+_LISTED = 256
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expert_lists_kernel(
+    routed_ptr, lists_ptr, places_ptr, counts_ptr, tokens, routed_stride, EXPERTS: tl.constexpr, TILE: tl.constexpr
+):
+    """A program per expert lists its tokens in ascending order, and notes the place of each in the list."""
+    expert = tl.program_id(0)
+    count = expert * 0
+    for base in range(0, tokens, TILE):
+        token = base + tl.arange(0, TILE)
+        weight = tl.load(routed_ptr + token.to(tl.int64) * routed_stride + expert, mask=token < tokens, other=0.0)
+        is_chosen = (weight > 0) | (weight < 0)  # not if it is not a number
+        ones = is_chosen.to(tl.int32)
+        place = count + tl.cumsum(ones, 0) - 1
+        tl.store(lists_ptr + expert.to(tl.int64) * tokens + place, token, mask=is_chosen)
+        tl.store(places_ptr + token.to(tl.int64) * EXPERTS + expert, place, mask=is_chosen)
+        count += tl.sum(ones, 0)
+    tl.store(counts_ptr + expert, count)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expert_gemm_kernel(
+    weights_ptr, biases_ptr, x_ptr, lists_ptr, counts_ptr, out_ptr, tokens, N, K, segment_size, w_stride, x_stride,
+    out_stride, GATHERS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, SEGMENTS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """As ``gemm_kernel``. Results lie expert by expert; ``GATHERS``: the rows of x are tokens, else they lie likewise.
+
+    ``weights_ptr`` and ``biases_ptr`` are addresses.
+    """
+    dtype = x_ptr.dtype.element_ty
+    tiles_n = tl.cdiv(N, TILE_N)
+    item = tl.program_id(0) // tiles_n
+    tile_n = tl.program_id(0) % tiles_n
+    expert = tl.arange(0, EXPERTS_TILE)
+    count = tl.load(counts_ptr + expert, mask=expert < EXPERTS, other=0)
+    tiles = tl.cdiv(count, TILE_M)
+    ends = tl.cumsum(tiles, 0)
+    own = tl.sum((ends <= item).to(tl.int32), 0)
+    if own < EXPERTS:
+        tile_m = item - tl.sum(tl.where(expert == own, ends - tiles, 0), 0)
+        M = tl.sum(tl.where(expert == own, count, 0), 0)
+        first = tl.sum(tl.where(expert < own, count, 0), 0).to(tl.int64)
+        own_n = tl.arange(0, TILE_N)
+        own_k = tl.arange(0, TILE_K)
+        m = tile_m * TILE_M + tl.arange(0, TILE_M)
+        n = tile_n * TILE_N + own_n
+        weight = tl.multiple_of(tl.load(weights_ptr + own), 16).to(tl.pointer_type(dtype))
+        w_base = weight + (tile_n * TILE_N).to(tl.int64) * w_stride
+        w_offsets = own_n[:, None] * w_stride + own_k[None, :]
+        up_base = w_base + tl.full([], N, tl.int64) * w_stride
+        x_base = x_ptr
+        if GATHERS:
+            token = tl.load(lists_ptr + own.to(tl.int64) * tokens + m, mask=m < M, other=0)
+            x_offsets = token[:, None] * x_stride + own_k[None, :]
+        else:
+            x_base = x_ptr + first * x_stride
+            x_offsets = m[:, None] * x_stride + own_k[None, :]
+        total, total_up = gemm._sums(
+            w_base, up_base, w_offsets, x_base, x_offsets, m, n, own_k, M, N, K, 0, segment_size,
+            SEGMENTS, EVEN_N, EVEN_K, GATED, TILE_M, TILE_N, TILE_K,
+        )  # fmt: skip
+        bias = x_ptr
+        if biases_ptr is not None:
+            bias = tl.load(biases_ptr + own).to(tl.pointer_type(dtype))
+        gemm._finish(
+            total, total_up, m, n, M, N, bias, None, 0, out_ptr + first * out_stride, out_stride,
+            ACTIVATION, GATED, biases_ptr is not None, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def expert_sums_kernel(
+    results_ptr, routed_ptr, places_ptr, counts_ptr, shared_ptr, gate_ptr, out_ptr, width, routed_stride, shared_stride,
+    gate_stride, out_stride,
+    EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, TOP_K: tl.constexpr, COLUMNS_TILE: tl.constexpr,
+):  # fmt: skip
+    """A token's results times their weights, in the order of its experts."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS_TILE + tl.arange(0, COLUMNS_TILE)
+    mask = column < width
+    expert = tl.arange(0, EXPERTS_TILE)
+    known = expert < EXPERTS
+    weight = tl.load(routed_ptr + token * routed_stride + expert, mask=known, other=0.0)
+    is_left = (weight > 0) | (weight < 0)
+    count = tl.load(counts_ptr + expert, mask=known, other=0)
+    place = tl.load(places_ptr + token * EXPERTS + expert, mask=is_left, other=0) + tl.cumsum(count, 0) - count
+    total = tl.zeros([COLUMNS_TILE], tl.float32)
+    for _ in range(TOP_K):
+        own = tl.min(tl.where(is_left, expert, EXPERTS_TILE), 0)
+        row = tl.sum(tl.where(expert == own, place, 0), 0).to(tl.int64)
+        factor = tl.sum(tl.where(expert == own, weight, 0.0), 0)
+        is_real = column * 0 + own < EXPERTS
+        value = tl.load(results_ptr + row * width + column, mask=mask & is_real, other=0.0)
+        total = tl.where(is_real, tl.fma(value, tl.zeros_like(value) + factor, total), total)
+        is_left = is_left & (expert != own)
+    if shared_ptr is not None:
+        value = tl.load(shared_ptr + token * shared_stride + column, mask=mask, other=0.0).to(tl.float32)
+        factor = 1.0
+        if gate_ptr is not None:
+            factor = 1.0 / (1.0 + tl.exp(-tl.load(gate_ptr + token * gate_stride)))
+        total = tl.fma(value, tl.zeros_like(value) + factor, total)
+    tl.store(out_ptr + token * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# launches
+
+
+class _Addresses:
+    """Of the weights and biases of a layer's experts, on the device."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.gate_up = _addresses(weights.gate_up)
+        self.down = _addresses(weights.down)
+        self.gate_up_bias = None if weights.gate_up_bias is None else _addresses(weights.gate_up_bias)
+        self.down_bias = None if weights.down_bias is None else _addresses(weights.down_bias)
+
+
+_known: weakref.WeakKeyDictionary[ExpertWeights, _Addresses] = weakref.WeakKeyDictionary()
+
+
+def _addresses(tensors: Sequence[Any]) -> Tensor:
+    """int64 [tensors]."""
+    first = tensors[0]
+    places = [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
+    return scratch.keep(torch.tensor(places, dtype=torch.int64, device=first.device))
+
+
+def _check(weights: ExpertWeights) -> None:
+    """Refuses experts that there are no kernels for."""
+    if not all(isinstance(each, Tensor) for each in (*weights.gate_up, *weights.down)):
+        raise NotImplementedError("GPUs do not multiply with quantised experts yet (--quantization none converts them)")
+    if weights.scales_input:
+        raise NotImplementedError("GPUs do not run experts whose weights multiply their inputs yet")
+
+
+def experts(
+    x: Tensor,
+    routed: Tensor,
+    weights: ExpertWeights,
+    shared: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The op ``experts``, in four launches for each MOST_TOKENS tokens.
+
+    Raises:
+        NotImplementedError: There are no kernels for such experts.
+    """
+    out = result(out, tuple(x.shape), x.dtype, x)
+    if weights not in _known:
+        _check(weights)
+        _known[weights] = _Addresses(weights)
+    for begin in range(0, len(x), MOST_TOKENS):
+        part = slice(begin, begin + MOST_TOKENS)
+        own, gate = (None if each is None else each[part] for each in (shared, shared_gate))
+        _experts(x[part], routed[part], weights, own, gate, out[part])
+    return out
+
+
+def _experts(
+    x: Tensor, routed: Tensor, weights: ExpertWeights, shared: Tensor | None, gate: Tensor | None, out: Tensor
+) -> None:
+    tokens, count = routed.shape
+    hidden, inner = weights.down[0].shape
+    rows = tokens * weights.top_k
+    lists, places = (scratch.get(f"experts.{name}", tokens * count, torch.int32, x.device) for name in ("a", "b"))
+    counts = scratch.get("experts.counts", count, torch.int32, x.device)
+    args: dict[str, Any] = {"routed_ptr": routed, "routed_stride": row_stride(routed), "places_ptr": places}
+    args["counts_ptr"] = counts
+    listing = Config(4, 1, (("TILE", _LISTED),))
+    launch(expert_lists_kernel, (count,), args | {"lists_ptr": lists, "tokens": tokens}, listing, EXPERTS=count)
+    known = _known[weights]
+    middle = scratch.get(f"experts.inner {x.dtype}", rows * inner, x.dtype, x.device)[: rows * inner].view(rows, inner)
+    results = scratch.get("experts.results", rows * hidden, torch.float32, x.device)[: rows * hidden].view(rows, hidden)
+    gemm_args = {"lists_ptr": lists, "counts_ptr": counts, "tokens": tokens}
+    _product(x, weights.gate_up[0], known.gate_up, known.gate_up_bias, middle, gemm_args, count, weights.activation)
+    _product(middle, weights.down[0], known.down, known.down_bias, results, gemm_args, count, None)
+    args |= {"results_ptr": results, "shared_ptr": shared, "gate_ptr": gate, "out_ptr": out, "width": hidden}
+    args |= {"shared_stride": 0 if shared is None else row_stride(shared), "out_stride": row_stride(out)}
+    args["gate_stride"] = 0 if gate is None else row_stride(gate)
+    grid = (tokens, triton.cdiv(hidden, _COLUMNS))
+    tile = Config(4, 1, (("COLUMNS_TILE", _COLUMNS),))
+    launch(expert_sums_kernel, grid, args, tile, EXPERTS=count, EXPERTS_TILE=power_of_two(count), TOP_K=weights.top_k)
+
+
+def _product(
+    x: Tensor,
+    weight: Any,
+    addresses: Tensor,
+    biases: Tensor | None,
+    out: Tensor,
+    args: dict[str, Any],
+    count: int,
+    activation: str | None,
+) -> None:
+    """One projection of all experts; ``activation``: of the first one, which reads the tokens that are listed."""
+    rows, n, k = *out.shape, x.shape[1]
+    segments = gemm.num_segments(weight.shape[0], k)
+    is_gated = activation is not None
+    usual = max(1, rows // count)
+    config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
+    tile = dict(config.tile)
+    items = min(rows, rows // tile["TILE_M"] + count)
+    given = args | {"weights_ptr": addresses, "biases_ptr": biases, "x_ptr": x, "out_ptr": out, "N": n, "K": k}
+    given |= {"segment_size": gemm.segment_size(k, segments), "w_stride": row_stride(weight)}
+    given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
+    launch(
+        expert_gemm_kernel,
+        (items * triton.cdiv(n, tile["TILE_N"]),),
+        given,
+        config,
+        GATHERS=is_gated,
+        EXPERTS=count,
+        EXPERTS_TILE=power_of_two(count),
+        SEGMENTS=segments,
+        EVEN_N=n % tile["TILE_N"] == 0,
+        EVEN_K=k % tile["TILE_K"] == 0,
+        ACTIVATION=activation or "none",
+        GATED=is_gated,
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Calls for the catalogue."""
+    shapes = {"8 of 128": (2048, 768, 128, 8), "2 of 8": (4096, 14336, 8, 2)}
+    for name, (hidden, inner, count, top_k) in shapes.items():
+        weights = ExpertWeights(
+            (meta(2 * inner, hidden),) * count, (meta(hidden, inner),) * count, None, None, "silu", top_k
+        )
+        for tokens in (8, 512, 4096):
+            x, routed = meta(tokens, hidden), meta(tokens, count, dtype=torch.float32)
+            yield Case(f"{name} m={tokens}", partial(experts, x, routed, weights, x), min_load=4, family="bf16")

@@ -1,0 +1,98 @@
+"""Mixtures of experts in Triton, interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops import ExpertWeights, Routing
+from tests.ops.cpu import randn
+from tests.ops.test_experts import ROUTINGS
+from tests.triton_interpreter import ORDERS, Order, grid_order
+
+triton_experts: Any = pytest.importorskip("ops.triton.experts")
+route: Any = pytest.importorskip("ops.triton.route").route
+
+
+@pytest.mark.parametrize(("routing", "is_corrected"), ROUTINGS)
+def test_routing_is_that_of_the_reference(routing: Routing, is_corrected: bool) -> None:
+    logits, bias = 2 * randn(6, 8), randn(8, seed=1) if is_corrected else None
+    expected = ops.route.reference(logits, routing, bias)
+    found = route(logits, routing, bias)
+    assert torch.equal(found != 0, expected != 0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_sparsemixer_and_equal_experts() -> None:
+    logits = torch.tensor([[0.5] * 6, [0.0, 1, 1, 0, 1, 0], [2.0, 2, 3, 2, 2, -2]])
+    factors = randn(6, seed=1)
+    for scores in ("softmax", "sigmoid", "sparsemixer"):
+        routing = Routing(2, scores, factor=1.5, jitter=0.1)
+        expected = ops.route.reference(logits, routing, None, factors)
+        torch.testing.assert_close(route(logits, routing, None, factors), expected, rtol=1e-6, atol=1e-7)
+
+
+HIDDEN, INNER, EXPERTS = 48, 32, 5
+
+
+def a_layer(dtype: torch.dtype, *, has_bias: bool) -> ExpertWeights:
+    def several(*shape: int, seed: int) -> tuple[Tensor, ...]:
+        return tuple(0.3 * randn(*shape, seed=seed + index, dtype=dtype) for index in range(EXPERTS))
+
+    first_bias, second_bias = (several(2 * INNER, seed=70), several(HIDDEN, seed=80)) if has_bias else (None, None)
+    first, second = several(2 * INNER, HIDDEN, seed=10), several(HIDDEN, INNER, seed=40)
+    return ExpertWeights(first, second, first_bias, second_bias, "silu", 2)
+
+
+def routed_tokens(tokens: int) -> Tensor:
+    """One expert has no token, another one more than half of all, and the last token is not a number."""
+    routed = torch.zeros(tokens, EXPERTS)
+    for token in range(tokens):
+        routed[token, 1 if token % 3 else 4] = 0.25 + token / 16
+        routed[token, (0, 2)[token % 2]] = -0.5
+    routed[-1] = torch.nan
+    return routed
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, "gated"), (torch.float32, "none")])
+def test_experts(order: Order, dtype: torch.dtype, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, weights = 11, a_layer(dtype, has_bias=shared == "gated")
+    x, routed = randn(tokens, HIDDEN, dtype=dtype), routed_tokens(tokens)
+    both: list[Any] = [randn(tokens, HIDDEN, seed=5, dtype=dtype), randn(tokens, 1, seed=6)]
+    both = both if shared == "gated" else [None, None]
+
+    def share(part: slice) -> list[Any]:
+        return [None if each is None else each[part] for each in both]
+
+    real, one = slice(0, -1), slice(3, 4)
+    expected = ops.experts.reference(x[real], routed[real], weights, *share(real))
+    with grid_order(order):
+        found = triton_experts.experts(x, routed, weights, *both)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[:-1], expected, rtol=4 * eps, atol=32 * eps if dtype == torch.float32 else 4 * eps)
+    # Whatever is computed beside a token, its bits are the same.
+    monkeypatch.setattr(triton_experts, "MOST_TOKENS", 4)
+    assert torch.equal(triton_experts.experts(x, routed, weights, *both)[:-1], found[:-1])
+    assert torch.equal(triton_experts.experts(x[one], routed[one], weights, *share(one)), found[one])
+
+
+def test_an_expert_multiplies_as_a_layer_does() -> None:
+    linear: Any = pytest.importorskip("ops.triton.linear")
+    weights, x = a_layer(torch.bfloat16, has_bias=False), randn(3, HIDDEN, dtype=torch.bfloat16)
+    routed = torch.zeros(3, EXPERTS)
+    routed[:, 2] = 1
+    inner = ops.act_and_mul.reference(linear.linear(x, weights.gate_up[2]), "silu")
+    expected = linear.logits(inner, weights.down[2]).to(torch.bfloat16)
+    assert torch.equal(triton_experts.experts(x, routed, weights), expected)
+
+
+def test_what_has_no_kernels_is_refused() -> None:
+    dense = a_layer(torch.float32, has_bias=False)
+    scaled = ExpertWeights(dense.gate_up, dense.down, None, None, "silu", 2, scales_input=True)
+    with pytest.raises(NotImplementedError, match="multiply their inputs"):
+        triton_experts.experts(randn(2, HIDDEN), routed_tokens(2), scaled)
