@@ -30,6 +30,7 @@ QUANTIZATIONS = (
     "int4",
     "int8",
     "modelopt",
+    "mxfp4",
     "none",
     "unquantized",
     "auto-round",

@@ -244,7 +244,7 @@ def load_weights(
     is_part, mapper = context.config.is_part, model.mapper
     if is_part:
         mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
-    mapper = mapper.quantized(context.quantization.renames, context.quantization.ignored)
+    mapper = mapper.quantized(context.quantization.renames, [*context.quantization.ignored, *model.ignored])
     checkpoint = model.stored_as(checkpoint)
     stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
     found, doubles = match_names(stored, targets, mapper, tied)

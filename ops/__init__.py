@@ -8,7 +8,15 @@ belong here.
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, Routing, stored_size
-from ops.packed import ExpertWeights, PackedWeight, QuantizedActivations, QuantizedWeight, Weight
+from ops.packed import (
+    ExpertWeights,
+    GatedActivation,
+    PackedWeight,
+    QuantizedActivations,
+    QuantizedWeight,
+    SwiGLUOAI,
+    Weight,
+)
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
     act_and_mul,
@@ -52,6 +60,7 @@ __all__ = [
     "AttentionShape",
     "Communicator",
     "ExpertWeights",
+    "GatedActivation",
     "KVLayout",
     "NotConnected",
     "OpSet",
@@ -60,6 +69,7 @@ __all__ = [
     "QuantizedWeight",
     "Routing",
     "SingleRank",
+    "SwiGLUOAI",
     "Weight",
     "act_and_mul",
     "activation",

@@ -60,6 +60,9 @@ class AttentionShape:
     """Size of a V head; 0: same as ``head_dim``."""
     sliding_window: int | None = None
     """A token attends to this many tokens, itself included."""
+    is_chunked: bool = False
+    """Windows do not move with the token: it attends to those of its chunk, from a multiple of ``sliding_window`` on
+    (Llama 4)."""
     causal: bool = True
     logit_softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None

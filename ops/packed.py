@@ -109,6 +109,19 @@ class QuantizedWeight:
 Weight = Tensor | PackedWeight | QuantizedWeight
 
 
+@dataclass(frozen=True)
+class SwiGLUOAI:
+    """The gated activation of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)``, with the gate limited to at most
+    ``limit`` first, and up to plus and minus that."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+GatedActivation = Literal["silu", "gelu", "gelu_tanh"] | SwiGLUOAI
+"""What a gated MLP makes of the results of gate and up."""
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
     """The experts of a layer: gated MLPs of equal shape."""
@@ -121,7 +134,7 @@ class ExpertWeights:
     """[2 * inner] of each expert."""
     down_bias: tuple[Tensor, ...] | None
     """[hidden] of each expert."""
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: GatedActivation
     top_k: int
     """Most experts of a token."""
     scales_input: bool = False

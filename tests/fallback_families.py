@@ -55,17 +55,6 @@ FALLBACKS: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
     ),
-    "gpt_oss": Family(
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        {
-            "head_dim": 16,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 24,
-            "layer_types": [SLIDING, FULL, SLIDING],
-        },
-    ),
     "helium": Family("HeliumConfig", "HeliumForCausalLM", {"head_dim": 16}),
     "hunyuan": Family("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 24, "attention_bias": True}),
     "lfm2 without types": Family("Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", FULL, "conv"]}),

@@ -129,9 +129,9 @@ def after_thought(
     """Makes a grammar apply only after the thinking, if the model thinks.
 
     The model thinks if the prompt has begun a thought. It may begin one if the prompt of a conversation has neither
-    begun nor ended a thought and the start marker is a single token: the output then either begins with the marker or
-    matches the grammar. In all other cases the grammar applies from the first token, since thoughts and answers cannot
-    be told apart.
+    begun nor ended a thought and the start marker is a single token, or one whose first token begins nothing else
+    (``ReasoningParserClass.thought``): the output then either begins with the marker or matches the grammar. In all
+    other cases the grammar applies from the first token, since thoughts and answers cannot be told apart.
 
     Args:
         grammar: The grammar of the answer.
@@ -144,10 +144,12 @@ def after_thought(
     """
     if place.reasoning_parser is None or place.opened is False:
         return grammar
-    start, end = _markers(place.reasoning_parser, place.tokenizer)
+    format = resolve_reasoning_parser(place.reasoning_parser)
+    marks = format.thought or format.special_tokens[:2]
+    start, end = (_token_ids(place.tokenizer, mark) for mark in marks)
     is_open = bool(_opened_by_tokens(place, start, end) if place.opened is UNSET else place.opened)
     # The first token of a longer marker may also begin other markup ("<tool_call>"), but it would decide for a thought.
-    if not is_open and (place.opened is UNSET or len(start) != 1):
+    if not is_open and (place.opened is UNSET or (len(start) != 1 and format.thought is None)):
         return grammar
     obstacle = "reasoning" if not end or max((*start, *end)) >= place.vocab_size else _obstacle(end, params)
     if not obstacle and set(end) & set(params.all_stop_token_ids):
@@ -160,9 +162,8 @@ def after_thought(
         )
     if obstacle:
         return grammar
-    text = resolve_reasoning_parser(place.reasoning_parser).special_tokens[1]
     thought = Thought(
-        end=text.encode(), end_token_ids=end, start_token_ids=start, is_open=is_open, max_tokens=num_tokens
+        end=marks[1].encode(), end_token_ids=end, start_token_ids=start, is_open=is_open, max_tokens=num_tokens
     )
     return msgspec.structs.replace(grammar, thought=thought)
 

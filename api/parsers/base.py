@@ -90,6 +90,11 @@ class ReasoningParserClass(Protocol):
     """The interface of classes in the registry of reasoning parsers."""
 
     @property
+    def thought(self) -> tuple[str, str] | None:
+        """What begins and ends a thought before an answer in a format that a grammar enforces. The first token of the
+        start begins nothing else that is then allowed. None: the first two special tokens."""
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """See ``Parser``."""
 

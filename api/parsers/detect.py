@@ -16,6 +16,7 @@ _Rules: TypeAlias = Sequence[tuple[str, tuple[str, ...]]]
 """Parsers and the texts that a template for each of them has, the most specific first."""
 
 _TOOLS: Final[_Rules] = (
+    ("harmony", ("<|channel|>", "to=functions.")),
     ("gemma4", ("<|tool_call>call:",)),
     ("functiongemma", ("<start_function_call>",)),
     ("mistral", ("[TOOL_CALLS]",)),
@@ -47,6 +48,7 @@ _TOOLS: Final[_Rules] = (
     ("lfm2", ("List of tools: [",)),
 )
 _REASONING: Final[_Rules] = (
+    ("harmony", ("<|channel|>analysis",)),
     ("gemma4", ("<|channel>",)),
     ("mistral", ("[THINK]",)),
     ("cohere_command3", ("<|START_THINKING|>",)),

@@ -39,13 +39,15 @@ class Attention(nn.Module):
         window = shape.sliding_window
         tp_rank, tp_size = context.parallel.tp_rank, context.parallel.tp_size
         slopes, heads = shape.alibi_slopes, shape.num_heads // tp_size
+        # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
+        is_unlimited = window is None or window >= context.max_model_len
         self.shape = replace(
             shape,
             num_heads=heads,
             num_kv_heads=max(1, shape.num_kv_heads // tp_size),
             alibi_slopes=None if slopes is None else slopes[tp_rank * heads : (tp_rank + 1) * heads],
-            # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
-            sliding_window=None if window is not None and window >= context.max_model_len else window,
+            sliding_window=None if is_unlimited else window,
+            is_chunked=shape.is_chunked and not is_unlimited,
         )
         # Other kinds of layers cache few tokens, and their numbers enter sums unscaled.
         self.kv_dtype = (context.kv_dtype if shape.kind == "kv" else None) or context.dtype

@@ -48,6 +48,7 @@ class Router(nn.Module):
         *,
         bias: bool = False,
         is_corrected: bool = False,
+        has_factors: bool = False,
     ) -> None:
         """Creates the layer.
 
@@ -57,22 +58,24 @@ class Router(nn.Module):
             num_experts: Experts of the layer.
             bias: Whether logits have a bias.
             is_corrected: Whether scores have a bias that counts for the choice alone.
+            has_factors: Whether the weights of each expert have a factor.
         """
         super().__init__()
         self.routing = routing
         columns, rows = Part.whole(context.config.hidden_size), Part.whole(num_experts)
         shape = LinearShape(columns, {None: rows}, bias, False, context.dtype, context.device)
         self.weights = choose_quantization(None, None).linear_method(["gate"]).create(shape)
-        self.e_score_correction_bias: WeightParameter | None = None
-        if is_corrected:
-            self.e_score_correction_bias = WeightParameter.empty(
-                single(rows), dtype=torch.float32, device=context.device
-            )
+
+        def vector() -> WeightParameter:
+            return WeightParameter.empty(single(rows), dtype=torch.float32, device=context.device)
+
+        self.e_score_correction_bias = vector() if is_corrected else None
+        self.per_expert_scale = vector() if has_factors else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [num_tokens, hidden_size] -> float32 [num_tokens, num_experts], as ``ops.route`` returns it."""
         logits = ops.logits(x, self.weights.packed, self.weights.bias)
-        return ops.route(logits, self.routing, self.e_score_correction_bias)
+        return ops.route(logits, self.routing, self.e_score_correction_bias, self.per_expert_scale)
 
 
 class RowGate(nn.Module):
@@ -117,6 +120,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         is_corrected: bool = False,
         scales_input: bool = False,
+        activation: ops.GatedActivation | None = None,
         shared: tuple[str, int] | None = None,
         shared_gate: str | None = None,
         prefix: str,
@@ -132,6 +136,7 @@ class MoE(nn.Module):
             router_bias: Whether the router has a bias.
             is_corrected: Whether the router has a bias that counts for the choice alone.
             scales_input: Weights of experts multiply their inputs.
+            activation: Of the experts. Default: ``hidden_act`` of the configuration.
             shared: Name and intermediate size of the expert that all tokens share.
             shared_gate: Name of the projection whose sigmoid is the shared expert's weight.
             prefix: The layer's name in the model.
@@ -141,7 +146,7 @@ class MoE(nn.Module):
         if num_experts > MAX_EXPERTS:
             raise ValueError(f"{prefix}: {num_experts} experts are more than {MAX_EXPERTS}")
         self.routing = routing_of(config, num_experts, routing)
-        self.activation = config.choice("hidden_act", GATED_ACTIVATIONS)
+        self.activation = activation or config.choice("hidden_act", GATED_ACTIVATIONS)
         self.scales_input = scales_input
         self.communicator = context.communicator
         self.gate = Router(context, self.routing, num_experts, bias=router_bias, is_corrected=is_corrected)
@@ -157,11 +162,20 @@ class MoE(nn.Module):
             self.add_module(shared_gate, RowGate(context))
         self._weights: ops.ExpertWeights | None = None
 
-    def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
-        """``x`` [num_tokens, hidden_size] -> the same."""
+    def forward(self, x: Tensor, batch: InputBatch, routed: Tensor | None = None) -> Tensor:
+        """Applies the experts.
+
+        Args:
+            x: [num_tokens, hidden_size].
+            batch: The step.
+            routed: What ``gate`` returns, if it has read something else than ``x``.
+
+        Returns:
+            [num_tokens, hidden_size].
+        """
         shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
         gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
-        routed = self.gate(x)
+        routed = self.gate(x) if routed is None else routed
         return ops.all_reduce(ops.experts(x, routed, self.weights(), shared, gate), self.communicator)
 
     def weights(self) -> ops.ExpertWeights:

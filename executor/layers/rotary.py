@@ -214,6 +214,7 @@ class RotaryEmbedding(nn.Module):
         head_dim: int | None = None,
         rotary_dim: int | None = None,
         is_interleaved: bool = False,
+        is_rotated: bool = True,
         query_scale: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Computes the angles.
@@ -224,6 +225,7 @@ class RotaryEmbedding(nn.Module):
             head_dim: Size of a head. Default: ``config.head_dim``.
             rotary_dim: Columns of each head that are rotated. Default: ``partial_rotary_factor`` of them.
             is_interleaved: Pairs are adjacent columns instead of the two halves.
+            is_rotated: False: all angles are 0, for queries that are scaled alone.
             query_scale: Factors of the queries: takes positions [n], int64, returns float32 [n]. All columns of a head
                 must be rotated.
         """
@@ -243,6 +245,8 @@ class RotaryEmbedding(nn.Module):
         self._frequencies, self._factor = compute(
             RopeInput(rope, rotary_dim, config.max_position_embeddings, context.max_model_len)
         )
+        if not is_rotated:
+            self._frequencies, self._factor = torch.zeros_like(self._frequencies), 1.0
         if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
             raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)

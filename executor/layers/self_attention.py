@@ -12,8 +12,15 @@ from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from executor.layers.parameter import Part, WeightParameter, single
 from executor.layers.rotary import RotaryEmbedding
 from ops import AttentionShape
+
+
+def sink_scores(context: ModelContext, prefix: str) -> WeightParameter:
+    """This rank's sinks, uninitialised: [num_heads]."""
+    heads = Part.shard(context.config.num_heads, context.parallel, f"{prefix}: attention heads")
+    return WeightParameter.empty(single(heads), dtype=context.dtype, device=context.device)
 
 
 class SelfAttention(nn.Module):
@@ -37,6 +44,7 @@ class SelfAttention(nn.Module):
         sliding_window: int | None = None,
         logit_softcap: float | None = None,
         alibi_slopes: tuple[float, ...] | None = None,
+        has_sinks: bool = False,
         prefix: str,
     ) -> None:
         """Creates the layer with the heads given by the configuration.
@@ -57,28 +65,27 @@ class SelfAttention(nn.Module):
             sliding_window: A token attends to this many tokens, itself included.
             logit_softcap: Scores are soft-capped to plus and minus this.
             alibi_slopes: See ``AttentionShape``.
+            has_sinks: Likewise.
             prefix: The layer's name in the model.
         """
         super().__init__()
         config = context.config
-        hidden_size, head_dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_heads, num_kv_heads or config.num_kv_heads
-        sizes = (hidden_size, head_dim, heads, kv_heads)
+        heads, kv_heads, head_dim = config.num_heads, num_kv_heads or config.num_kv_heads, config.head_dim
+        sizes, out_name = (config.hidden_size, head_dim, heads, kv_heads), f"{prefix}.o_proj"
         names = None if is_fused or is_grouped else ("q_proj", "k_proj", "v_proj")
         self.qkv_proj = QKVParallelLinear(
             context, *sizes, bias=qkv_bias, names=names, is_grouped=is_grouped, prefix=f"{prefix}.qkv_proj"
         )
         self.q_norm = self.k_norm = None
-        if head_norm is not None:
-            self.q_norm, self.k_norm = head_norm(head_dim), head_norm(head_dim)
-        elif heads_norm is not None:
-            self.q_norm, self.k_norm = heads_norm(heads), heads_norm(kv_heads)
+        norm, of_q, of_k = (head_norm, head_dim, head_dim) if head_norm else (heads_norm, heads, kv_heads)
+        if norm is not None:
+            self.q_norm, self.k_norm = norm(of_q), norm(of_k)
         self.rotary, self.clip, self.clips_normed = rotary, clip, clips_normed
         shape = AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5 if scale is None else scale)
         shape = replace(shape, sliding_window=sliding_window, logit_softcap=logit_softcap, alibi_slopes=alibi_slopes)
-        self.attn = Attention(context, shape)
-        out_name = f"{prefix}.o_proj"
-        self.o_proj = RowParallelLinear(context, heads * head_dim, hidden_size, bias=out_bias, prefix=out_name)
+        self.attn = Attention(context, replace(shape, has_sinks=has_sinks))
+        self.sinks = sink_scores(context, prefix) if has_sinks else None
+        self.o_proj = RowParallelLinear(context, heads * head_dim, config.hidden_size, bias=out_bias, prefix=out_name)
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""
@@ -92,5 +99,6 @@ class SelfAttention(nn.Module):
             q, k, v = (ops.clip(each, self.clip) for each in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(batch.positions, q, k)
-        out: Tensor = self.o_proj(self.attn(q, k, v, batch=batch), batch)
+        sinks = () if self.sinks is None else (self.sinks.data,)
+        out: Tensor = self.o_proj(self.attn(q, k, v, *sinks, batch=batch), batch)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Model(nn.Module, ABC):
     """Fields that config.json may leave out, under their common names."""
     hidden_size: int | None = None
     """Columns of the hidden states that ``forward`` returns. None: ``hidden_size`` of the configuration."""
+    ignored: Sequence[str] = ()
+    """Names of tensors that a model with this configuration does not need, beside those that ``mapper`` ignores."""
     can_be_captured: ClassVar[bool] = True
     """False: the forward pass is more than ops, and runs eagerly in each step."""
 

@@ -61,9 +61,9 @@ CATALOG = (
     Entry(
         "Gemma 4",
         ("Gemma4ForCausalLM",),
-        ("google/gemma-4-E2B-it",),
+        ("google/gemma-4-E2B-it", "google/gemma-4-26B-A4B-it"),
         gguf=("gemma4",),
-        limits="text only; dense models only",
+        limits="text only; GGUF: dense models only",
     ),
     Entry(
         "GLM-4",
@@ -71,9 +71,11 @@ CATALOG = (
         ("THUDM/glm-4-9b-chat-hf", "THUDM/GLM-4-9B-0414"),
         gguf=("chatglm", "glm4"),
     ),
+    Entry("GLM-4.5", ("Glm4MoeForCausalLM",), ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6")),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
     Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b"), gguf=("gptneox",)),
+    Entry("gpt-oss", ("GptOssForCausalLM",), ("openai/gpt-oss-20b", "openai/gpt-oss-120b")),
     Entry(
         "Granite",
         ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM"),
@@ -105,6 +107,7 @@ CATALOG = (
         gguf=("llama",),
         real_weights="SmolLM2-135M",
     ),
+    Entry("Llama 4", ("Llama4ForCausalLM",), ("meta-llama/Llama-4-Scout-17B-16E-Instruct",), limits="text only"),
     Entry(
         "Mistral",
         ("MistralForCausalLM", "Ministral3ForCausalLM"),

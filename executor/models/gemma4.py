@@ -1,7 +1,7 @@
-"""Gemma 4, its dense text models (E2B, E4B, 31B).
+"""Gemma 4, its text models (E2B, E4B, 26B-A4B, 31B).
 
 Two kinds of layers, with heads of two sizes; the last layers read K and V of earlier ones; each layer gets an embedding
-of the token of its own.
+of the token of its own, or experts beside its MLP.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from executor.layers.context import ModelContext
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from executor.layers.mlp import GATED_ACTIVATIONS, GatedMLP
+from executor.layers.moe import MoE, Router
 from executor.layers.norm import RMSNorm
 from executor.layers.parameter import Part, WeightParameter, single
 from executor.layers.rotary import RotaryEmbedding
 from executor.models.base import WeightsMapper
 from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, Decoder, DecoderLayer, DecoderParts
 from executor.models.gemma2 import FULL, SANDWICH, SLIDING, embedding_scale, optional
-from ops import AttentionShape
+from executor.weights_mapper import STACKS
+from ops import AttentionShape, Routing
 
 
 def gemma4_norm(context: ModelContext, size: int, *, weight: bool = True) -> RMSNorm:
@@ -100,8 +102,21 @@ class Gemma4Attention(nn.Module):
         return out
 
 
+class Gemma4Router(Router):
+    """A router that normalises what it reads."""
+
+    def __init__(self, context: ModelContext, routing: Routing, num_experts: int) -> None:
+        super().__init__(context, routing, num_experts, has_factors=True)
+        self.norm = gemma4_norm(context, context.config.hidden_size)
+        self.factor = context.config.hidden_size**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(ops.scale(self.norm(x), self.factor))
+
+
 class Gemma4Layer(DecoderLayer):
-    """The sandwich; then the token's embedding for this layer, gated by the hidden states; a factor of the sum."""
+    """The sandwich, maybe with experts beside its MLP; then the token's embedding for this layer, gated by the hidden
+    states; a factor of the sum."""
 
     def complete(self, context: ModelContext, prefix: str) -> None:
         """Adds the modules of the last two."""
@@ -115,6 +130,24 @@ class Gemma4Layer(DecoderLayer):
             self.per_layer_input_gate = ReplicatedLinear(context, hidden, inner, prefix=gate)
             self.per_layer_projection = ReplicatedLinear(context, inner, hidden, prefix=projection)
             self.post_per_layer_input_norm = gemma4_norm(context, hidden)
+        self.moe: MoE | None = None
+        if config.boolean("enable_moe_block"):
+            routing, experts = Routing(config.size("top_k_experts"), normalize=True), config.size("num_experts")
+            self.moe = MoE(context, routing, experts, config.size("moe_intermediate_size"), prefix=f"{prefix}.moe")
+            self.moe.gate = Gemma4Router(context, self.moe.routing, experts)
+            self.pre_feedforward_layernorm_2 = gemma4_norm(context, hidden)
+            self.post_feedforward_layernorm_1 = gemma4_norm(context, hidden)
+            self.post_feedforward_layernorm_2 = gemma4_norm(context, hidden)
+
+    def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        if self.moe is None:
+            return super().forward(hidden, batch)
+        names = self._names
+        out = self.self_attn(self.norm(names.before_attention, hidden), batch)
+        hidden = self.add(hidden, self.norm(names.after_attention, out))
+        out = self.post_feedforward_layernorm_1(self.mlp(self.norm(names.before_mlp, hidden), batch))
+        others = self.moe(self.pre_feedforward_layernorm_2(hidden), batch, self.moe.gate(hidden))
+        return self.add(hidden, self.norm(names.after_mlp, out + self.post_feedforward_layernorm_2(others)))
 
     def finish(self, hidden: Tensor, batch: InputBatch, layer_input: Tensor | None) -> Tensor:
         """Both, after ``forward``. ``layer_input`` [num_tokens, hidden_size_per_layer_input]."""
@@ -169,7 +202,16 @@ class Gemma4Decoder(Decoder):
 class Gemma4ForCausalLM(CausalDecoder):
     decoder = Gemma4Decoder
     attribute_map = {"hidden_act": "hidden_activation"}
-    mapper = WeightsMapper(ignored=[ROTARY_BUFFERS, r"self_attn\.[kv]_(proj|norm)\.weight$"])
+    mapper = WeightsMapper(
+        renames=[
+            (r"(\.layers\.\d+)\.experts\.", r"\1.moe.experts."),
+            (r"\.router\.proj\.", ".moe.gate."),
+            (r"\.router\.scale$", ".moe.gate.norm.weight"),
+            (r"\.router\.", ".moe.gate."),
+        ],
+        ignored=[ROTARY_BUFFERS, r"self_attn\.[kv]_(proj|norm)\.weight$"],
+        stacks=STACKS,
+    )
     config_defaults = {
         "attention_bias": False,
         "attention_k_eq_v": False,
@@ -194,8 +236,6 @@ class Gemma4ForCausalLM(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        if config.boolean("enable_moe_block"):
-            config.bad("enable_moe_block", "false: layers of experts are not supported yet; choose a dense Gemma 4")
         if config.get("use_bidirectional_attention") == "all":
             config.bad("use_bidirectional_attention", "null or 'vision': an encoder cannot generate text")
         last = config.num_layers - 1

@@ -145,6 +145,7 @@ REGISTRY = {
     "gguf": "executor.quantization.gguf:GGUF",
     "gptq": "executor.quantization.gptq:GPTQ",
     "modelopt": "executor.quantization.modelopt:ModelOpt",
+    "mxfp4": "executor.quantization.fp4:MXFP4",
     "unquantized": "executor.quantization.unquantized:Unquantized",
 }
 """Methods of checkpoints."""

@@ -175,6 +175,19 @@ class FP8Fields(Struct, frozen=True, kw_only=True):
         return not is_listed(name, self.exceptions)
 
 
+class MXFP4Fields(Struct, frozen=True, kw_only=True):
+    """As transformers writes it for gpt-oss, of whose weights only those of experts are quantised."""
+
+    modules_to_not_convert: list[str] | None = None
+
+    def check(self) -> None:
+        is_listed("", self.modules_to_not_convert or [])
+
+    def has_module(self, name: str) -> bool:
+        """Whether a linear module is quantised."""
+        return ".experts." in name and not is_listed(name, self.modules_to_not_convert or [])
+
+
 def check_blocks(name: str, sizes: list[int] | None) -> None:
     """Raises ValueError: These are no sizes of blocks, or columns that share a scale are no multiple of 32."""
     if sizes is None or len(sizes) != 2 or sizes[0] < 1 or sizes[1] < 1 or sizes[1] % 32:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from executor.layers.parameter import Part, WeightParameter
-from executor.quantization.base import LinearShape
+from executor.quantization.base import LinearShape, Options
 from executor.quantization.codes import Floats
+from executor.quantization.fields import MXFP4Fields, read
 from executor.quantization.fp8 import ScaleParameter
-from executor.quantization.groups import Source
+from executor.quantization.groups import MakeSource, PlainSource, Source, SourceMethod
+
+
+class MXFP4(SourceMethod):
+    """The method of gpt-oss's experts."""
+
+    def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
+        self.fields = read(MXFP4Fields, fields)
+        self.options = options
+
+    def source(self, name: str) -> MakeSource:
+        return MXFP4Source if self.fields.has_module(name) else PlainSource
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ from typing import Any
 
 from executor.base import ModelError
 from executor.quantization.compressed_fields import CompressedFields
-from executor.quantization.fields import AWQFields, BitsAndBytesFields, Checked, FP8Fields, GPTQFields, read
+from executor.quantization.fields import (
+    AWQFields,
+    BitsAndBytesFields,
+    Checked,
+    FP8Fields,
+    GPTQFields,
+    MXFP4Fields,
+    read,
+)
 from executor.quantization.modelopt_fields import ModelOptFields
 
 KINDS: Mapping[str, type[Checked]] = {
@@ -18,6 +26,7 @@ KINDS: Mapping[str, type[Checked]] = {
     "fp8": FP8Fields,
     "gptq": GPTQFields,
     "modelopt": ModelOptFields,
+    "mxfp4": MXFP4Fields,
 }
 """By ``quant_method``."""
 

@@ -96,7 +96,10 @@ class Fusion:
         if linear is None or linear.instruction is None or not linear.instruction.fields["weight"].paired:
             return []
         item.instruction = _finished_by(
-            linear.instruction, act, epilogue=lib.EPILOGUE_GATED, activation=act.fields["activation"]
+            linear.instruction,
+            act,
+            epilogue=lib.EPILOGUE_GATED,
+            **{name: act.fields[name] for name in ("activation", "parameter", "limit")},
         )
         return [linear]
 

@@ -19,7 +19,7 @@ from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
 from ops.metadata import AttentionShape, KVLayout, Routing, stored_size
-from ops.packed import Encoding, ExpertWeights, PackedWeight, QuantizedWeight
+from ops.packed import Encoding, ExpertWeights, GatedActivation, PackedWeight, QuantizedWeight, SwiGLUOAI
 from ops.packed import Weight as AnyWeight
 
 _INT32_MAX = 2**31 - 1
@@ -232,16 +232,18 @@ def paged_attention(
     sinks: Tensor | None = None,
 ) -> Instruction | None:
     keys, values = kv_cache
-    if layout != "tiled" or sinks is not None:
+    if layout != "tiled":
         return None
     matrices = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     if keys.dtype not in (q.dtype, *lib.CACHES) or not all(map(is_matrix, matrices.values())):
         return None
     slopes = None if shape.alibi_slopes is None else torch.tensor(shape.alibi_slopes, dtype=torch.float32)
+    scores = None if sinks is None else sinks.to(torch.float32)
     fields = {
         "k_cache": keys.data_ptr(),
         "v_cache": values.data_ptr(),
         "slopes": None if slopes is None else slopes.data_ptr(),
+        "sinks": None if scores is None else scores.data_ptr(),
         "scale": shape.scale,
         "softcap": shape.logit_softcap or 0.0,
         "num_heads": shape.num_heads,
@@ -249,6 +251,7 @@ def paged_attention(
         "head_dim": shape.head_dim,
         "v_head_dim": shape.v_dim,
         "window": shape.sliding_window or 0,
+        "chunked": int(shape.is_chunked),
         "causal": int(shape.causal),
         "type": TYPES[q.dtype],
         "cache": lib.CACHES.get(keys.dtype, lib.PLAIN_CACHE),
@@ -261,7 +264,7 @@ def paged_attention(
         q.dtype,
         work=_INT32_MAX,
         step={"group": meta},
-        keep=(keys, values, slopes),
+        keep=(keys, values, slopes, scores),
     )
 
 
@@ -271,8 +274,6 @@ def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | No
         return f"unsupported dtype {dtype}; the kernels take {', '.join(str(known) for known in TYPES)}"
     if max(shape.head_dim, shape.v_dim) > lib.MAX_HEAD_DIM:
         return f"heads are larger than {lib.MAX_HEAD_DIM} columns"
-    if shape.has_sinks:
-        return "attention sinks are not supported"
     if shape.alibi_slopes is not None and not shape.causal:
         return "ALiBi is supported in causal attention only"
     return None
@@ -320,8 +321,11 @@ def short_conv(
     )
 
 
-def act_and_mul(x: Any, activation: str) -> Instruction | None:
-    return _pointwise(lib.OP_ACT_AND_MUL, x, _width(x) // 2, ACTIVATIONS[activation])
+def act_and_mul(x: Any, activation: GatedActivation) -> Instruction | None:
+    result = _pointwise(lib.OP_ACT_AND_MUL, x, _width(x) // 2)
+    if result is not None:
+        result.fields |= _gate(activation)
+    return result
 
 
 def activation(x: Any, kind: str) -> Instruction | None:
@@ -378,6 +382,13 @@ def _pointwise(
     return Instruction(op, {"x": x}, fields, width, x.dtype, work=width)
 
 
+def _gate(activation: GatedActivation) -> dict[str, Any]:
+    """Fields of a gated activation."""
+    if isinstance(activation, SwiGLUOAI):
+        return {"activation": lib.SWIGLU_OAI, "parameter": activation.alpha, "limit": activation.limit}
+    return {"activation": ACTIVATIONS[activation], "parameter": 0.0, "limit": 0.0}
+
+
 def route(x: Any, routing: Routing, bias: Tensor | None = None, factors: Tensor | None = None) -> Instruction | None:
     if not is_matrix(x) or x.dtype != torch.float32:
         return None
@@ -424,7 +435,7 @@ def experts(
         "down_biases": addresses[1] and ctypes.addressof(addresses[1]),
         "num_experts": len(weights.down),
         "top_k": weights.top_k,
-        "activation": ACTIVATIONS[weights.activation],
+        **_gate(weights.activation),
         "scales_input": int(weights.scales_input),
         "type": TYPES[x.dtype],
     }

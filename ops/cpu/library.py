@@ -22,7 +22,7 @@ INT8 = 3
 """Stands for 8-bit integers in ``measure_peak``."""
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu2": 6}
 """``OctavoActivation``: functions without a parameter."""
-IDENTITY, SCALE, SOFTCAP, CLIP = 0, 7, 8, 9
+IDENTITY, SCALE, SOFTCAP, CLIP, SWIGLU_OAI = 0, 7, 8, 9, 10
 """The others."""
 FORMATS = {
     "Q4_0": 0,
@@ -180,6 +180,7 @@ class LinearArgs(ctypes.Structure):
         ("epilogue", c_int32),
         ("activation", c_int32),
         ("parameter", c_float),
+        ("limit", c_float),
         ("rows", c_int32),
         ("norm", c_int32),
         ("norm_eps", c_float),
@@ -239,6 +240,7 @@ class AttentionArgs(ctypes.Structure):
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
         ("slopes", c_void_p),
+        ("sinks", c_void_p),
         ("scale", c_float),
         ("softcap", c_float),
         ("num_heads", c_int32),
@@ -246,6 +248,7 @@ class AttentionArgs(ctypes.Structure):
         ("head_dim", c_int32),
         ("v_head_dim", c_int32),
         ("window", c_int32),
+        ("chunked", c_int32),
         ("causal", c_int32),
         ("group", c_int32),
         ("type", c_int32),
@@ -261,6 +264,7 @@ class PointwiseArgs(ctypes.Structure):
         ("width", c_int32),
         ("activation", c_int32),
         ("parameter", c_float),
+        ("limit", c_float),
         ("type", c_int32),
         ("rows", c_int32),
     )
@@ -314,6 +318,8 @@ class ExpertsArgs(ctypes.Structure):
         ("num_experts", c_int32),
         ("top_k", c_int32),
         ("activation", c_int32),
+        ("parameter", c_float),
+        ("limit", c_float),
         ("scales_input", c_int32),
         ("type", c_int32),
     )

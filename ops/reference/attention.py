@@ -53,7 +53,9 @@ def paged_attention(
         blocks = meta.block_table[row, :num_blocks].long()
         unseen = 0
         if shape.causal and shape.sliding_window is not None:
-            unseen = max(0, seq_len - (end - start) + 1 - shape.sliding_window)
+            first = seq_len - (end - start)
+            whole = first // shape.sliding_window * shape.sliding_window
+            unseen = whole if shape.is_chunked else max(0, first + 1 - shape.sliding_window)
         (keys, key_scales), (values, value_scales) = (
             decode_heads(_tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
         )
@@ -123,7 +125,9 @@ def attend(
     if shape.causal:
         hidden = distance < 0
         if shape.sliding_window is not None:
-            hidden |= distance >= shape.sliding_window
+            whole = torch.full((num_queries, 1), shape.sliding_window)
+            in_chunk = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) % shape.sliding_window + 1
+            hidden |= distance >= (in_chunk if shape.is_chunked else whole)
         scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
     if sinks is not None:
         column = sinks.float().view(shape.num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, -1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, Value, like_first, op
-from ops.packed import PackedWeight, QuantizedWeight, Weight
+from ops.packed import GatedActivation, PackedWeight, QuantizedWeight, SwiGLUOAI, Weight
 from ops.reference import quantized
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
@@ -92,13 +92,18 @@ def clip(x: Tensor, limit: float) -> Tensor:
 
 
 @op(lambda x, activation: Spec(x.spec.rows, x.spec.width // 2, x.spec.dtype))
-def act_and_mul(x: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -> Tensor:
+def act_and_mul(x: Tensor, activation: GatedActivation) -> Tensor:
     """``act(x[:, :half]) * x[:, half:]``: the gated activation of an MLP.
 
     Args:
         x: [rows, 2 * width].
+        activation: Of the first half, whose result is rounded; ``SwiGLUOAI`` also changes the second.
     """
     gate, up = x.chunk(2, dim=-1)
+    if isinstance(activation, SwiGLUOAI):
+        limited = gate.float().clamp(max=activation.limit)
+        active = (limited * torch.sigmoid(activation.alpha * limited)).to(x.dtype)
+        return (active * (up.float().clamp(-activation.limit, activation.limit) + 1)).to(x.dtype)
     return _activate(gate, activation) * up
 
 

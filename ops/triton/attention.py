@@ -97,6 +97,8 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return f"heads of {largest} numbers are not supported; at most {MAX_HEAD_DIM}"
     if dtype == torch.float32 and largest > 128 and target().backend == "hip":
         return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
+    if shape.is_chunked:
+        return "attention in chunks is not supported"
     return None
 
 

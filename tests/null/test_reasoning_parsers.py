@@ -47,6 +47,8 @@ from tests.null.test_tool_parsers import parse
         ("gemma4", False, "Yes.", "", "Yes."),
         ("mistral", None, "[THINK]Hm.[/THINK]Yes.", "Hm.", "Yes."),
         ("mistral", None, "[THINK]Hm.[TOOL_CALLS]f[ARGS]{}", "Hm.", "[TOOL_CALLS]f[ARGS]{}"),
+        ("harmony", True, "Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.", "Hm.", "Yes."),
+        ("harmony", False, "Yes.<|return|>", "", "Yes."),
         ("kimi_k2", None, "<think>Hm.<|tool_calls_section_begin|>x", "Hm.", "<|tool_calls_section_begin|>x"),
         ("apriel", True, "\nHm.\n[BEGIN FINAL RESPONSE]\nYes.", "Hm.", "Yes."),
         ("apriel", True, "Hm.[BEGIN FINAL RESPONSE]Yes.[END FINAL RESPONSE]", "Hm.", "Yes."),

@@ -32,6 +32,7 @@ FRAGMENTS = [
         "functools[",
     ),
     *("<|channel>", "thought\n", "<channel|>", "[THINK]", "[/THINK]", "<response>", "</response>", "<|START_ACTION|>"),
+    *("<|start|>assistant", "<|channel|>analysis", "<|channel|>final", " to=functions.f", "<|message|>", "<|end|>"),
     *("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
     *COMPLETE.values(),
 ]

@@ -439,6 +439,10 @@ COMPLETE = {
     ),
     "granite": f"<|tool_call|>[{EDIT}]",
     "granite-20b-fc": f"<function_call> {EDIT}",
+    "harmony": (
+        "<|start|>assistant<|channel|>commentary to=functions.edit <|constrain|>json<|message|>"
+        '{"path": "a", "text": "b"}<|call|>'
+    ),
     "hermes": f"<tool_call>\n{EDIT}\n</tool_call>",
     "internlm": f"<|action_start|><|plugin|>\n{EDIT}<|action_end|>",
     "apriel": f"<tool_calls>[{EDIT}]</tool_calls>",

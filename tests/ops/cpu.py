@@ -118,6 +118,7 @@ class Requests:
             for size, shape in zip(sizes, shapes, strict=True)
         )
         self.cache = keys, values
+        self.sinks = 2 * torch.randn(shape.num_heads, generator=generator).to(dtype) if shape.has_sinks else None
         self.done = [0] * len(lengths)
 
     def step(self, counts: dict[int, int], *, writes: bool = True) -> dict[int, Tensor]:
@@ -146,6 +147,6 @@ class Requests:
             for i in range(3)
         )
         out = ops.paged_attention(
-            q, k if writes else None, v if writes else None, self.cache, meta, self.shape, self.layout
+            q, k if writes else None, v if writes else None, self.cache, meta, self.shape, self.layout, self.sinks
         )
         return dict(zip(rows, out.split(list(counts.values())), strict=True))

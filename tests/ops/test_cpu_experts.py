@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import ExpertWeights, Routing, Weight
+from ops import ExpertWeights, GatedActivation, Routing, SwiGLUOAI, Weight
 from tests.ops.cpu import DTYPES, NAMES, randn, threads, use
 from tests.ops.quantized import blocks, float_arguments
 from tests.ops.test_cpu_invariance import same_bits
@@ -60,7 +60,13 @@ FORMATS: dict[str, Any] = {
 }
 
 
-def experts_of(pack: Any, dtype: torch.dtype, has_bias: bool = False, scales_input: bool = False) -> ExpertWeights:
+def experts_of(
+    pack: Any,
+    dtype: torch.dtype,
+    has_bias: bool = False,
+    scales_input: bool = False,
+    activation: GatedActivation = "silu",
+) -> ExpertWeights:
     def biases(size: int, seed: int) -> tuple[Tensor, ...] | None:
         return tuple(randn(size, seed=seed + i, dtype=dtype) for i in range(EXPERTS)) if has_bias else None
 
@@ -69,7 +75,7 @@ def experts_of(pack: Any, dtype: torch.dtype, has_bias: bool = False, scales_inp
         tuple(pack(HIDDEN, INNER, 30 + index, dtype, False) for index in range(EXPERTS)),
         biases(2 * INNER, 50),
         biases(HIDDEN, 60),
-        "silu",
+        activation,
         TOP_K,
         scales_input,
     )
@@ -94,6 +100,12 @@ def check(weights: ExpertWeights, dtype: torch.dtype) -> None:
 def test_plain(capability: str, dtype: torch.dtype, scales_input: bool) -> None:
     with use(capability):
         check(experts_of(plain, dtype, has_bias=not scales_input, scales_input=scales_input), dtype)
+
+
+@pytest.mark.parametrize("pack", [plain, floats("mxfp4", "int8"), mixed], ids=["plain", "mxfp4", "mixed blocks"])
+def test_experts_of_gpt_oss(capability: str, pack: Any) -> None:
+    with use(capability):
+        check(experts_of(pack, torch.bfloat16, has_bias=True, activation=SwiGLUOAI(1.5, 1.0)), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -21,6 +21,7 @@ SHAPES = {
     "window": AttentionShape(4, 2, 32, scale=0.3, sliding_window=100),
     "alibi": AttentionShape(6, 2, 32, scale=0.3, alibi_slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01)),
     "softcap": AttentionShape(4, 4, 32, scale=1.0, logit_softcap=8.0),
+    "chunks and sinks": AttentionShape(4, 2, 32, scale=0.3, sliding_window=100, is_chunked=True, has_sinks=True),
 }
 
 

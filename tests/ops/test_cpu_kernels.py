@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import AttentionShape, PackedWeight
+from ops import AttentionShape, PackedWeight, SwiGLUOAI
 from ops.cpu.kernels import unpack_linear
 from ops.reference.kv_codes import encode_heads
 from tests.ops.cpu import DTYPES, NAMES, Requests, randn, threads, unit_roundoff, use
@@ -128,6 +128,10 @@ def test_activations(capability: str, dtype: torch.dtype, width: int) -> None:
             if kind in ("silu", "gelu", "gelu_tanh"):
                 active = ops.activation(x[:, :width].contiguous(), kind)
                 assert torch.equal(ops.act_and_mul(x, kind), active * x[:, width:])  # type: ignore[arg-type]
+        limited = SwiGLUOAI(alpha=1.3, limit=2.0)
+        exact = reference(ops.act_and_mul, x.double(), limited)  # rounded twice in between
+        tolerance = 2.1 * unit_roundoff(dtype) + 1e-5
+        torch.testing.assert_close(ops.act_and_mul(x, limited).double(), exact, rtol=tolerance, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,6 +215,8 @@ ATTENTION = {
     "softcap": AttentionShape(4, 2, 32, scale=1.0, logit_softcap=5.0),
     "alibi": AttentionShape(6, 2, 32, scale=0.3, alibi_slopes=(0.5, 0.25, 0.1, 0.05, 0.02, 0.01)),
     "alibi with a cap": AttentionShape(2, 2, 32, scale=1.0, logit_softcap=5.0, alibi_slopes=(0.2, 0.01)),
+    "chunks": AttentionShape(4, 2, 32, scale=0.2, sliding_window=48, is_chunked=True),
+    "sinks": AttentionShape(8, 2, 32, scale=0.2, sliding_window=70, has_sinks=True),
     "not causal": AttentionShape(4, 2, 32, scale=0.2, causal=False),
 }
 

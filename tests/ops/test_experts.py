@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from ops import ExpertWeights, Routing
+from ops import ExpertWeights, GatedActivation, Routing, SwiGLUOAI
 from tests.ops.cpu import randn, using
 
 TOKENS, HIDDEN, INNER, EXPERTS = 7, 40, 24, 6
@@ -93,7 +93,8 @@ def routed_tokens(kind: str, tokens: int = TOKENS) -> Tensor:
 @pytest.mark.parametrize("kind", ["two", "the same", "one", "none"])
 @pytest.mark.parametrize("scales_input", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_experts(kind: str, scales_input: bool, has_bias: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", SwiGLUOAI(1.5, 1.0)], ids=str)
+def test_experts(kind: str, scales_input: bool, has_bias: bool, activation: GatedActivation) -> None:
     x, routed = randn(TOKENS, HIDDEN), routed_tokens(kind)
     gate_up = [randn(2 * INNER, HIDDEN, seed=10 + index) for index in range(EXPERTS)]
     down = [randn(HIDDEN, INNER, seed=20 + index) for index in range(EXPERTS)]
@@ -108,14 +109,18 @@ def test_experts(kind: str, scales_input: bool, has_bias: bool) -> None:
                 continue
             row = x[token].double() * (weight if scales_input else 1)
             inner = gate_up[index].double() @ row + (biases[index] if has_bias else 0)
-            out = down[index].double() @ (F.silu(inner[:INNER]) * inner[INNER:])
+            gated = F.silu(inner[:INNER]) * inner[INNER:]
+            if activation != "silu":
+                low, up = inner[:INNER].clamp(max=1), inner[INNER:].clamp(-1, 1)
+                gated = (up + 1) * low / (1 + (-1.5 * low).exp())
+            out = down[index].double() @ gated
             expected[token] += (out + (down_biases[index] if has_bias else 0)) * (1 if scales_input else weight)
     weights = ExpertWeights(
         tuple(ops.pack_linear(weight, paired=True) for weight in gate_up),
         tuple(map(ops.pack_linear, down)),
         tuple(biases) if has_bias else None,
         tuple(down_biases) if has_bias else None,
-        "silu",
+        activation,
         2,
         scales_input,
     )

@@ -230,9 +230,10 @@ def step(
         AttentionShape(8, 1, 8, scale=0.25, v_head_dim=24),
         AttentionShape(4, 2, 16, scale=0.25, sliding_window=7),
         AttentionShape(4, 2, 16, scale=0.25, sliding_window=1),
+        AttentionShape(4, 2, 16, scale=0.25, sliding_window=8, is_chunked=True),
         AttentionShape(4, 2, 16, scale=0.25, causal=False),
     ],
-    ids=["heads", "groups", "one kv head", "window", "window of one", "not causal"],
+    ids=["heads", "groups", "one kv head", "window", "window of one", "chunks", "not causal"],
 )
 def test_attention_is_scaled_dot_product_attention(shape: AttentionShape, block_size: int) -> None:
     contexts, queries = [1, 37, 64, 20, 33], [1, 1, 64, 7, 33]
@@ -246,6 +247,9 @@ def test_attention_is_scaled_dot_product_attention(shape: AttentionShape, block_
         visible = torch.ones_like(distance, dtype=torch.bool)
         if shape.causal:
             visible = (distance >= 0) & (distance < (shape.sliding_window or context))
+        if shape.is_chunked:
+            chunks = torch.arange(context) // 8
+            visible &= chunks[context - count :].unsqueeze(1) == chunks
         expected = F.scaled_dot_product_attention(
             q[start : start + count].view(count, shape.num_heads, shape.head_dim).transpose(0, 1),
             key.transpose(0, 1).repeat_interleave(group, dim=0),
@@ -317,6 +321,22 @@ def test_attention_alibi() -> None:
             weights = [math.exp(score) for score in scores]
             expected = sum(w * value[j, head // 2].double() for j, w in enumerate(weights)) / sum(weights)
             torch.testing.assert_close(result[i].view(4, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_sinks() -> None:
+    """They are weights without a value."""
+    shape = AttentionShape(2, 1, 8, scale=0.7, sliding_window=6, has_sinks=True)
+    q, k, v, cache, meta, (key,), (value,) = step(shape, [19], [5], 4)
+    sinks = torch.tensor([1.5, -0.5])
+    result = ops.paged_attention(q, k, v, cache, meta, shape, "plain", sinks)
+    for i in range(5):
+        for head, sink in enumerate(sinks.tolist()):
+            query = q[i].view(2, 8)[head].double()
+            seen = range(15 + i - 6, 15 + i)
+            weights = [math.exp(float(query @ key[j, 0].double()) * 0.7) for j in seen]
+            sums = sum(weight * value[j, 0].double() for j, weight in zip(seen, weights, strict=True))
+            expected = sums / (sum(weights) + math.exp(sink))
+            torch.testing.assert_close(result[i].view(2, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4])

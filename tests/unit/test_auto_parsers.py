@@ -24,6 +24,12 @@ FAMILIES = {
          "<tool_call|>"],
         "<|tool_call>call: <|channel>",
     ),
+    "harmony": (
+        ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"],
+        ["<|channel|>", "analysis", "<|message|>", "Hm", "<|end|>", "<|start|>", "assistant",
+         "<|channel|>commentary to=functions.f ", "<|constrain|>", 'json<|message|>{"a": "b', '"}', "<|call|>"],
+        "<|channel|>analysis to=functions.",
+    ),
     "mistral": (
         ["[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"],
         ["[THINK]", "Hm", "[/THINK]", "[TOOL_CALLS]", "f", "[ARGS]", '{"a": "b', '"}'],

@@ -29,6 +29,8 @@ class ThinkFormat(msgspec.Struct, frozen=True):
     """Marks of tool calls, at which reasoning ends without its own mark."""
     answers: tuple[tuple[str, str], ...] = ()
     """Marks around the answer, which are layout. The first may be the end of the reasoning as well."""
+    thought: tuple[str, str] | None = None
+    """See ``ReasoningParserClass``."""
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -106,6 +106,7 @@ struct Request {
     View view(const OctavoAttention& op, int query) const {
         if (!op.causal) return {0, seq_len};
         const int end = position(query) + 1;
+        if (op.chunked) return {(end - 1) / op.window * op.window, end};
         return {op.window && end > op.window ? end - op.window : 0, end};
     }
 };
@@ -314,7 +315,9 @@ public:
             const int64_t token = request.first_token + row / group_size_;
             const int column = head_of(tile, r) * op_.v_head_dim;
             T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
-            const Vec scale = splat(1.0f) / splat(sum.total[r]);
+            // A sink has its share of the weights, and no value.
+            const Vec own = op_.sinks ? exp(splat(op_.sinks[head_of(tile, r)] - sum.largest[r])) : zero();
+            const Vec scale = splat(1.0f) / (splat(sum.total[r]) + own);
             const float* out = sum.out + r * cache_.v_head_dim;
             // Adding zero turns minus zero into zero: its sign could depend on invisible tokens.
             for (int i = 0; i < op_.v_head_dim; i += kLanes)

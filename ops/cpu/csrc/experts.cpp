@@ -234,6 +234,8 @@ struct Between {
         OctavoLinear result = linear(op, op.gate_up[expert], op.gate_up_biases, expert);
         result.epilogue = result.weight.paired ? kGated : kStore;
         result.activation = result.weight.paired ? op.activation : kIdentity;
+        result.parameter = op.parameter;
+        result.limit = op.limit;
         return result;
     }
     static OctavoLinear down(const OctavoExperts& op, int expert) {
@@ -324,11 +326,11 @@ void stage_x(const Piece<T>& piece, const Team& team) {
 
 // The results of gates and ups, if they do not lie side by side in the weight, become those of the activation.
 template <class T>
-void activate_row(T* row, int inner, int32_t activation) {
+void activate_row(T* row, const OctavoExperts& op, int inner) {
     for (int k = 0; k < inner; k += kLanes) {
         const int count = inner - k;
-        const Vec active = round_to<T>(activate(load_first(row + k, count), activation, 0.0f));
-        store_first(row + k, active * load_first(row + inner + k, count), count);
+        const Vec gate = load_first(row + k, count), up = load_first(row + inner + k, count);
+        store_first(row + k, gated<T>(gate, up, op.activation, op.parameter, op.limit), count);
     }
 }
 
@@ -341,8 +343,7 @@ void stage_inner(const Piece<T>& piece, const Team& team) {
         if (!piece.sizes.paired) {
             const Tiles tiles = Tiles::of(rows, most);
             for (int r = tiles.begin(tile); r < tiles.begin(tile + 1); ++r)
-                activate_row(static_cast<T*>(linear.x.data) + r * linear.x.stride, piece.sizes.inner,
-                             piece.op.activation);
+                activate_row(static_cast<T*>(linear.x.data) + r * linear.x.stride, piece.op, piece.sizes.inner);
         }
         stage_tile(linear, {}, rows, tile, piece.staged_inner_of(expert));
     });

@@ -164,7 +164,8 @@ void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, c
         }
         if (op.epilogue != kGated) continue;
         T* out = static_cast<T*>(op.out.data) + (row + r) * op.out.stride + columns.first[0];
-        store_first(out, round_to<T>(activate(halves[0], op.activation, op.parameter)) * halves[1], columns.count[0]);
+        const Vec result = gated<T>(halves[0], halves[1], op.activation, op.parameter, op.limit);
+        store_first(out, result, columns.count[0]);
     }
 }
 

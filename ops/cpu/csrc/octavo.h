@@ -23,9 +23,10 @@ enum OctavoActivation : int32_t {
     kQuickGelu = 4,  // x sigmoid(1.702 x)
     kRelu = 5,
     kSquaredRelu = 6,
-    kScale = 7,    // x p
-    kSoftcap = 8,  // p tanh(x / p)
-    kClip = 9,     // limited to -p .. p
+    kScale = 7,       // x p
+    kSoftcap = 8,     // p tanh(x / p)
+    kClip = 9,        // limited to -p .. p
+    kSwigluOai = 10,  // of a gate: x sigmoid(p x) times the second half + 1, both limited first
 };
 
 // What a KV cache holds: numbers in the type of the activations, or codes; see ops/reference/kv_codes.py.
@@ -188,6 +189,7 @@ struct OctavoLinear {
     int32_t epilogue;
     int32_t activation;
     float parameter;  // of the activation
+    float limit;      // likewise, of kSwigluOai: x to at most this, the second half to plus and minus this
     int32_t rows;     // OctavoRows
     int32_t norm;     // OctavoNormKind: of each row of x first
     float norm_eps;   // of a layer norm
@@ -238,13 +240,15 @@ struct OctavoAttention {
     void* k_cache;
     void* v_cache;
     const float* slopes;  // [num_heads], of ALiBi; null: none
+    const float* sinks;   // [num_heads]: scores without a value; null: none
     float scale;
     float softcap;  // 0: none
     int32_t num_heads;
     int32_t num_kv_heads;
     int32_t head_dim;
     int32_t v_head_dim;
-    int32_t window;  // 0: none
+    int32_t window;   // 0: none
+    int32_t chunked;  // the window begins at a multiple of its size
     int32_t causal;
     int32_t group;  // index into the step's groups
     int32_t type;
@@ -301,6 +305,8 @@ struct OctavoExperts {
     int32_t num_experts;
     int32_t top_k;
     int32_t activation;
+    float parameter;  // of the activation, as of OctavoLinear
+    float limit;
     int32_t scales_input;  // weights multiply inputs instead of results
     int32_t type;
 };
@@ -311,7 +317,8 @@ struct OctavoPointwise {  // act_and_mul, activation, add, multiply, gather_rows
     OctavoMatrix out;
     int32_t width;  // of the result
     int32_t activation;
-    float parameter;  // of the activation
+    float parameter;  // of the activation, as of OctavoLinear
+    float limit;
     int32_t type;
     int32_t rows;
 };

@@ -89,8 +89,9 @@ void run_act_and_mul(const OctavoPointwise& op, const OctavoStep& step, const Te
         using T = decltype(number);
         each_vector(op, step, team, [&](int row, int column, int count) {
             const T* gate = row_of<T>(op.x, row) + column;
-            const Vec active = round_to<T>(activate(load_first(gate, count), op.activation, op.parameter));
-            store_first(row_of<T>(op.out, row) + column, active * load_first(gate + op.width, count), count);
+            const Vec up = load_first(gate + op.width, count);
+            const Vec result = gated<T>(load_first(gate, count), up, op.activation, op.parameter, op.limit);
+            store_first(row_of<T>(op.out, row) + column, result, count);
         });
     });
 }

@@ -33,6 +33,11 @@ static Vec normal_cdf(Vec x) {
     return select(less(x, zero()), tail, splat(1.0f) - tail);
 }
 
+Vec limited_swish(Vec x, float alpha, float limit) {
+    const Vec bounded = min(splat(limit), x);
+    return bounded * sigmoid(bounded * splat(alpha));
+}
+
 Vec activate(Vec x, int32_t kind, float parameter) {
     switch (kind) {
         case kSilu:

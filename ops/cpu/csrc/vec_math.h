@@ -56,7 +56,18 @@ inline Vec absolute(Vec x) { return max(negate(x), x); }
 
 Vec tanh(Vec x);
 
-// Applies the function OctavoActivation `kind`.
+// Applies the function OctavoActivation `kind`, one of those of one number.
 Vec activate(Vec x, int32_t kind, float parameter);
+
+// min(x, limit) sigmoid(alpha min(x, limit)): the gate of kSwigluOai.
+Vec limited_swish(Vec x, float alpha, float limit);
+
+// A gated activation, rounded as numbers of type T after the gate's own function. NaN stays NaN.
+template <class T>
+inline Vec gated(Vec gate, Vec up, int32_t kind, float parameter, float limit) {
+    if (kind != kSwigluOai) return round_to<T>(activate(gate, kind, parameter)) * up;
+    const Vec bounded = min(splat(limit), max(splat(-limit), up));  // both return their second argument for NaN
+    return round_to<T>(limited_swish(gate, parameter, limit)) * (bounded + splat(1.0f));
+}
 
 }  // namespace octavo
