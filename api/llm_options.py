@@ -107,6 +107,7 @@ class LLMOptions(TypedDict, total=False):
     pipeline_parallel_size: int
     device: str
     attention_backend: str | None
+    matmul: Literal["auto", "cublas"]
     block_size: int | None
     num_threads: int | None
     distributed_executor_backend: Literal["mp", "inline", "simulated"]

@@ -204,6 +204,13 @@ class DeviceConfig(Config, frozen=True):
     attention_backend: Annotated[
         str | None, Meta(description="Attention backend. Default: the first that supports each layer.")
     ] = None
+    matmul: Annotated[
+        Literal["auto", "cublas"],
+        Meta(
+            description="What computes products on GPUs. cublas: the library of the GPU's vendor, for comparison; "
+            "tokens may then depend on what runs beside a request."
+        ),
+    ] = "auto"
     block_size: Annotated[
         Positive | None, Meta(description="Tokens per KV block. Default: the attention backend's preferred size.")
     ] = None

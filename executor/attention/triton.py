@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from executor.attention.base import AttentionStep, OpsAttention, unsupported_kind
-from ops import KV_CODES, AttentionMetadata, AttentionShape
+from ops import AttentionMetadata, AttentionShape
 from ops.dispatch import is_used
-from ops.triton.attention import planned, unsupported
+from ops.triton.attention import planned, unsupported, unsupported_cache
 
 
 class TritonAttention(OpsAttention):
@@ -18,7 +18,12 @@ class TritonAttention(OpsAttention):
     block_size_multiple = 1
     kv_layout = "heads"
 
+    def __init__(self) -> None:
+        self._dtype = torch.bfloat16
+        """Of the activations."""
+
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
+        self._dtype = dtype
         if not is_used("triton"):
             return "this device does not run Triton's kernels"
         return unsupported_kind(shape) or unsupported(shape, dtype)
@@ -31,9 +36,9 @@ class TritonAttention(OpsAttention):
         Raises:
             ValueError: The kernels do not read a cache of this dtype.
         """
-        if dtype in KV_CODES:
-            name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"--kv-cache-dtype: GPUs do not run a KV cache in {name} yet; use auto")
+        reason = unsupported_cache(dtype, self._dtype)
+        if reason is not None:
+            raise ValueError(f"--kv-cache-dtype: {reason}")
         return tuple((num_blocks, shape.num_kv_heads, block_size, dim) for dim in (shape.head_dim, shape.v_dim))
 
     def plan(self, step: AttentionStep) -> AttentionMetadata:

@@ -39,6 +39,8 @@ class CpuDevice:
         return None
 
     def initialize(self, config: DeviceConfig, rank: int) -> None:
+        if config.matmul != "auto":
+            raise ModelError(f"--matmul {config.matmul}: only GPUs have it; use auto")
         ops.use(self.torch_device.type, self.kernels)
         advice = about_torch(torch.__version__, torch.version.cuda)
         if advice is not None:

@@ -89,7 +89,7 @@ class CudaDevice:
                 launch.use_target(configs.target_of("cuda", 10 * properties.major + properties.minor))
         except ValueError as error:
             raise ModelError(f"--device cuda: {properties.name}: {error}") from error
-        ops.use(self.torch_device.type, self.kernels)
+        use_kernels(self.torch_device.type, config)
         # What has no kernel is computed by torch, as exactly as it can.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -122,6 +122,17 @@ class CudaDevice:
         elif len(memory) < num_bytes:
             raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
         return memory[:num_bytes].view(dtype).view(shape)
+
+
+def use_kernels(device_type: str, config: DeviceConfig) -> None:
+    """Selects the kernels that ``--matmul`` asks for."""
+    if config.matmul == "auto":
+        ops.use(device_type, "triton")
+        return
+    from ops.triton.op_set import TritonOps
+
+    logger.warning("--matmul %s: a request's tokens may depend on what runs beside it", config.matmul)
+    ops.use(device_type, TritonOps(uses_library=True))
 
 
 def pinned(num_bytes: int) -> Tensor:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
+from ops.metadata import KV_CODES, AttentionMetadata, AttentionShape, KVLayout
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import TARGETS, Config, power_of_two
 from ops.triton.kv_cache import write_kv
@@ -99,6 +99,21 @@ def unsupported(shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return f"heads of {largest} numbers in float32 are not supported on AMD; use bfloat16"
     if shape.is_chunked:
         return "attention in chunks is not supported"
+    return None
+
+
+def unsupported_cache(kv_dtype: torch.dtype, dtype: torch.dtype) -> str | None:
+    """The reason why the kernels have no cache of a type for activations in ``dtype``, or None if they have."""
+    if kv_dtype not in KV_CODES:
+        return None if kv_dtype == dtype else "GPUs keep K and V in the type of the activations, or in fp8"
+    if kv_dtype == torch.int8:
+        return "GPUs do not run a KV cache in int8 yet; use fp8"
+    if dtype == torch.float32:
+        return "GPUs do not run a KV cache in fp8 with --dtype float32; use bfloat16"
+    if target().backend == "hip":
+        return "AMD GPUs do not run a KV cache in 8 bits yet; use auto"
+    if kv_dtype == torch.float8_e4m3fn and target().capability < 89:
+        return "fp8_e4m3 needs a GPU of compute capability 8.9; use fp8_e5m2"
     return None
 
 
@@ -323,8 +338,9 @@ def _attend(
             known = tl.minimum(tl.maximum(token, begin), end - 1)
             block = tl.load(table + known // BLOCK_SIZE).to(tl.int64)
             slot = (block * KV_HEADS + head) * BLOCK_SIZE + known % BLOCK_SIZE
-            k = _load_rows(k_ptr, slot * K_DIM, K_DIM, K_TILE)
-            v = _load_rows(v_ptr, slot * V_DIM, V_DIM, V_TILE)
+            # Numbers of a cache in 8 bits are exact in the type of the queries.
+            k = _load_rows(k_ptr, slot * K_DIM, K_DIM, K_TILE).to(q.dtype)
+            v = _load_rows(v_ptr, slot * V_DIM, V_DIM, V_TILE).to(q.dtype)
             largest, units, sums = _step_of_part(
                 q, k, v, largest, units, sums, position, token, slopes, end, scale, cap,
                 WINDOW, CAUSAL, HAS_CAP, HAS_SLOPES,
@@ -570,7 +586,7 @@ def _window(shape: AttentionShape) -> int:
 
 def _step(shape: AttentionShape, dtype: torch.dtype) -> int:
     """Tokens of a step of the online softmax. It decides bits, so it is the same for all tiles."""
-    return 64 if max(shape.head_dim, shape.v_dim) * dtype.itemsize <= 256 else 32
+    return 64 if max(shape.head_dim, shape.v_dim) * max(dtype.itemsize, 2) <= 256 else 32
 
 
 def whole_tile(shape: AttentionShape, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -620,6 +636,9 @@ def cases() -> Iterator[Case]:
     for name, shape in kinds.items():
         yield _case(name, shape, torch.bfloat16)
     yield _case("128", kinds["128"], torch.float16)
+    fp8 = frozenset(name for name, each in TARGETS.items() if each.capability >= 89)
+    for name in ("64", "128", "256 cap"):
+        yield replace(_case(name, kinds[name], torch.bfloat16, torch.float8_e4m3fn), targets=fp8)
     yield _case("64", kinds["64"], torch.float32)
     yield _case("128", kinds["128"], torch.float32)
     yield replace(
@@ -628,13 +647,14 @@ def cases() -> Iterator[Case]:
     )
 
 
-def _case(name: str, shape: AttentionShape, dtype: torch.dtype) -> Case:
+def _case(name: str, shape: AttentionShape, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Case:
     """A step of prompts and one of decoding: three launches."""
     tokens, rows, blocks, block_size = 512, 16, 256, 32
     starts, lengths, table = (meta(*size, dtype=torch.int32) for size in ((rows + 1,), (rows,), (rows, blocks)))
     step = AttentionMetadata(starts, lengths, table, meta(tokens, dtype=torch.int64), block_size)
     cache = tuple(
-        meta(blocks, shape.num_kv_heads, block_size, dim, dtype=dtype) for dim in (shape.head_dim, shape.v_dim)
+        meta(blocks, shape.num_kv_heads, block_size, dim, dtype=kv_dtype or dtype)
+        for dim in (shape.head_dim, shape.v_dim)
     )
     q = meta(tokens, shape.q_width, dtype=dtype)
     sinks = meta(shape.num_heads, dtype=dtype) if shape.has_sinks else None
@@ -643,4 +663,4 @@ def _case(name: str, shape: AttentionShape, dtype: torch.dtype) -> Case:
         return paged_attention(q, None, None, (cache[0], cache[1]), step, shape, "heads", sinks)
 
     min_load = sinks.itemsize if sinks is not None else 4
-    return Case(f"{name} {str(dtype).removeprefix('torch.')}", call, min_load=min_load)
+    return Case(f"{name} {str(kv_dtype or dtype).removeprefix('torch.')}", call, min_load=min_load)

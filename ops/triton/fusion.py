@@ -137,7 +137,7 @@ class Fusion:
     def _product(self, ref: Any, *, is_plain: bool) -> dict[str, Any] | None:
         """The arguments of ``product`` for the product that makes a value. ``is_plain``: nothing follows it yet."""
         node = self._maker(ref, "linear", "product")
-        if node is None:
+        if node is None or node.function not in (linear.linear, product):
             return None
         if node.name == "linear":
             given = arguments(node)

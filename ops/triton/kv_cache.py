@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.metadata import AttentionMetadata
+from ops.metadata import KV_CODES, AttentionMetadata
 from ops.triton.catalog import Case, meta
 from ops.triton.configs import Config, power_of_two
 from ops.triton.launch import launch, row_stride
@@ -25,7 +25,7 @@ TOKENS_TILE = 4
 @triton.jit
 def _store_tokens(
     x_ptr, x_stride, cache_ptr, token, slot, is_written, num_free,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Stores tokens [tokens] in their slots, and zeros in the ``num_free`` slots after each."""
     column = tl.arange(0, TILE)
@@ -33,15 +33,22 @@ def _store_tokens(
     x = tl.load(x_ptr + (token.to(tl.int64) * x_stride)[:, None] + column[None, :], mask=mask, other=0.0)
     place = (slot // BLOCK_SIZE * HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
     place = cache_ptr + place[:, None] + (column // DIM * BLOCK_SIZE * DIM + column % DIM)[None, :]
-    tl.store(place, x, mask=mask)
+    dtype = cache_ptr.dtype.element_ty
+    if LARGEST > 0:  # of a cache in fp8
+        wide = x.to(tl.float32)
+        wide = tl.where(wide > LARGEST, LARGEST, tl.where(wide < -LARGEST, -LARGEST, wide))
+        tl.store(place, wide.to(dtype), mask=mask)
+    else:
+        tl.store(place, x, mask=mask)
+    nothing = tl.zeros(x.shape, tl.float32).to(dtype)
     for free in range(1, tl.max(num_free, 0) + 1):
-        tl.store(place + free * DIM, tl.zeros_like(x), mask=mask & (free <= num_free)[:, None])
+        tl.store(place + free * DIM, nothing, mask=mask & (free <= num_free)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def write_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, num_tokens, k_stride, v_stride,
-    HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, LARGEST: tl.constexpr,
     TOKENS_TILE: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS_TILE + tl.arange(0, TOKENS_TILE)
@@ -53,8 +60,12 @@ def write_kv_kernel(
     first = tl.load(slots_ptr + token - place, mask=is_written & (place <= token), other=-1)
     is_last = (after != slot + 1) | (place == BLOCK_SIZE - 1)
     num_free = tl.where(is_written & is_last & (first == slot - place), BLOCK_SIZE - 1 - place, 0)
-    _store_tokens(k_ptr, k_stride, k_cache_ptr, token, slot, is_written, num_free, HEADS, K_DIM, BLOCK_SIZE, K_TILE)
-    _store_tokens(v_ptr, v_stride, v_cache_ptr, token, slot, is_written, num_free, HEADS, V_DIM, BLOCK_SIZE, V_TILE)
+    _store_tokens(
+        k_ptr, k_stride, k_cache_ptr, token, slot, is_written, num_free, HEADS, K_DIM, BLOCK_SIZE, LARGEST, K_TILE
+    )  # fmt: skip
+    _store_tokens(
+        v_ptr, v_stride, v_cache_ptr, token, slot, is_written, num_free, HEADS, V_DIM, BLOCK_SIZE, LARGEST, V_TILE
+    )  # fmt: skip
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata) -> None:
@@ -94,6 +105,7 @@ def write_kv(k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], meta: Attent
         K_DIM=k_dim,
         V_DIM=v_dim,
         BLOCK_SIZE=block_size,
+        LARGEST=KV_CODES.get(keys.dtype, 0.0),
         **tile,
     )
 
@@ -108,3 +120,6 @@ def cases() -> Iterator[Case]:
         step = AttentionMetadata(lengths, lengths[1:], lengths.view(1, 17), meta(tokens, dtype=torch.int64), size)
         name = f"{heads}x{dim} {str(dtype).removeprefix('torch.')}"
         yield Case(name, partial(write_kv, x, x, (cache, cache), step))
+        if dtype == torch.bfloat16:
+            small = meta(blocks, heads, size, dim, dtype=torch.float8_e5m2)
+            yield Case(f"{name} fp8", partial(write_kv, x, x, (small, small), step))

@@ -71,6 +71,14 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.constants, **self.options)
 
 
+@dataclass(frozen=True)
+class Call(Launch):
+    """A function of a library among launches: ``kernel``, which writes to tensors in its arguments."""
+
+    def run(self) -> None:
+        self.kernel(**self.args)
+
+
 Sink = Callable[[Launch], None]
 
 
@@ -95,6 +103,11 @@ def launch(kernel: Any, grid: Grid, args: Mapping[str, Any], config: Config, **c
     if 0 in grid:
         return
     _sink(Launch(kernel, grid, args, dict(config.tile) | constants, config, _target))
+
+
+def call(function: Callable[..., None], args: Mapping[str, Any]) -> None:
+    """As ``launch``, of a function that enqueues work on the current stream."""
+    _sink(Call(function, (1,), args, {}, Config(), _target))
 
 
 def submit(each: Launch) -> None:

@@ -12,6 +12,7 @@ from ops.triton import (
     experts,
     fusion,
     gather,
+    library,
     linear,
     logprobs,
     norm,
@@ -55,8 +56,10 @@ class TritonOps(OpSet):
 
     rounds_activations = False
 
-    def __init__(self) -> None:
-        super().__init__("triton", IMPLEMENTATIONS)
+    def __init__(self, *, uses_library: bool = False) -> None:
+        """``uses_library``: the vendor's library computes products (``library.py``)."""
+        changes = {"linear": library.linear} if uses_library else {}
+        super().__init__("triton", {**IMPLEMENTATIONS, **changes})
 
     def compile(
         self,

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import ops
+from executor.base import ModelError
+from executor.config import DeviceConfig
+from executor.device.cpu import CpuDevice
 from executor.graphs import Program
 from executor.input_batch import InputBatch
 from executor.models.registry import REGISTRY
@@ -19,6 +22,7 @@ from tests import triton_interpreter  # noqa: F401  # amends the interpreter
 from tests.models.harness import Chunk, Runner, random_model
 
 fused: Any = pytest.importorskip("ops.triton.fusion").fused
+op_set: Any = pytest.importorskip("ops.triton.op_set")
 launch: Any = pytest.importorskip("ops.triton.launch")
 
 
@@ -102,3 +106,22 @@ def test_what_cannot_be_fused_stays() -> None:
     program.finish(first, turned, twice + twice, ops.activation(first, "silu"))
     names = [node.name for node in fused(program.nodes, program.outputs)]
     assert names == ["linear", "linear", "rms_norm", "rotary_embedding", "add", "activation"]
+
+
+def test_the_library_multiplies_what_is_not_quantised() -> None:
+    ops.use("cpu", op_set.TritonOps(uses_library=True))
+    program = Program("cpu", max_tokens=4, max_samples=4)
+    x: Any = program.input("input_ids", Spec("tokens", 16, torch.bfloat16))
+    weight, bias = torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16()
+    program.finish(ops.activation(ops.linear(x, weight, bias), "silu"), ops.linear(x, weight))
+    given = torch.randn(3, 16).bfloat16()
+    with launch.counted() as names:
+        activated, plain = program.replay({"input_ids": given, "logits_rows": torch.zeros(0)})
+    assert names == ["_multiply", "pointwise_kernel", "_multiply"]
+    torch.testing.assert_close(plain, given @ weight.t())
+    torch.testing.assert_close(activated, torch.nn.functional.silu(plain + bias), rtol=0.02, atol=0.02)
+
+
+def test_a_cpu_has_no_library_to_choose() -> None:
+    with pytest.raises(ModelError, match="--matmul cublas: only GPUs have it"):
+        CpuDevice().initialize(DeviceConfig(matmul="cublas"), 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ops.metadata import AttentionMetadata, AttentionShape
 from ops.reference.attention import attend
+from ops.reference.kv_codes import encode_heads
 from tests.triton_interpreter import ORDERS, Order, count_bytes, grid_order
 
 attention: Any = pytest.importorskip("ops.triton.attention")
@@ -304,3 +305,24 @@ def test_what_is_not_supported_is_named() -> None:
     assert attention.unsupported(SMALL, BFLOAT16) is None
     assert "float64" in attention.unsupported(SMALL, torch.float64)
     assert "512 numbers" in attention.unsupported(AttentionShape(4, 2, 512, 0.1), BFLOAT16)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cache_in_fp8(kv_dtype: torch.dtype) -> None:
+    requests = Requests(SMALL, [37, 5])
+    for _, k, v in requests.data:  # some beyond the range of e4m3
+        k[::7] *= 200
+        v[::5] *= 300
+    caches = [torch.full(cache.shape, -1, dtype=torch.int8).view(kv_dtype) for cache in requests.cache]
+    requests.cache = caches[0], caches[1]
+    found = requests.step({0: 37, 1: 4})
+    meta = requests.meta({1: 1})
+    found |= {2: requests.step({1: 1}, meta)[1]}
+    for row, result in ((0, found[0]), (1, torch.cat([found[1], found[2]]))):
+        q, k, v = requests.data[row]
+        keys, values = (encode_heads(x.unflatten(1, (2, -1)), kv_dtype).float() for x in (k, v))
+        expected = attend(q.unflatten(1, (4, -1)).float(), keys, values, SMALL).flatten(1)
+        torch.testing.assert_close(result.float(), expected, rtol=2**-7, atol=float(2**-7 * v.abs().max()))
+    # Nothing of an earlier owner is left in a block that was begun.
+    last = caches[0].view(torch.uint8)[int(requests.table[1, 0]), :, 5:]
+    assert not last.any()
