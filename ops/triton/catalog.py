@@ -25,6 +25,7 @@ MODULES = (
     "kv_cache",
     "logprobs",
     "norm",
+    "per_token",
     "pointwise",
     "prepare",
     "quantized",

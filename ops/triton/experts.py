@@ -50,16 +50,16 @@ def expert_lists_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def expert_gemm_kernel(
-    weights_ptr, biases_ptr, x_ptr, lists_ptr, counts_ptr, out_ptr, tokens, N, K, segment_size, w_stride, x_stride,
-    out_stride, GATHERS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, SEGMENTS: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    w_ptr, weights_ptr, bias_ptr, biases_ptr, x_ptr, lists_ptr, counts_ptr, out_ptr, tokens, N, K, segment_size,
+    w_stride, x_stride, out_stride, GATHERS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """As ``gemm_kernel``. Results lie expert by expert; ``GATHERS``: the rows of x are tokens, else they lie likewise.
 
-    ``weights_ptr`` and ``biases_ptr`` are addresses.
+    ``w_ptr`` and ``bias_ptr`` are those of the first expert; ``weights_ptr`` and ``biases_ptr`` say how far from there
+    those of all others are.
     """
-    dtype = x_ptr.dtype.element_ty
     tiles_n = tl.cdiv(N, TILE_N)
     item = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
@@ -76,7 +76,7 @@ def expert_gemm_kernel(
         own_k = tl.arange(0, TILE_K)
         m = tile_m * TILE_M + tl.arange(0, TILE_M)
         n = tile_n * TILE_N + own_n
-        weight = tl.multiple_of(tl.load(weights_ptr + own), 16).to(tl.pointer_type(dtype))
+        weight = w_ptr + tl.multiple_of(tl.load(weights_ptr + own), 16)
         w_base = weight + (tile_n * TILE_N).to(tl.int64) * w_stride
         w_offsets = own_n[:, None] * w_stride + own_k[None, :]
         up_base = w_base + tl.full([], N, tl.int64) * w_stride
@@ -93,7 +93,7 @@ def expert_gemm_kernel(
         )  # fmt: skip
         bias = x_ptr
         if biases_ptr is not None:
-            bias = tl.load(biases_ptr + own).to(tl.pointer_type(dtype))
+            bias = bias_ptr + tl.multiple_of(tl.load(biases_ptr + own), 16)
         gemm._finish(
             total, total_up, m, n, M, N, bias, None, 0, out_ptr + first * out_stride, out_stride,
             ACTIVATION, GATED, biases_ptr is not None, False,
@@ -138,30 +138,35 @@ def expert_sums_kernel(
 # launches
 
 
-class _Addresses:
-    """Of the weights and biases of a layer's experts, on the device."""
+class _Distances:
+    """Of the weights and biases of a layer's experts from those of the first one, on the device."""
 
     def __init__(self, weights: ExpertWeights) -> None:
-        self.gate_up = _addresses(weights.gate_up)
-        self.down = _addresses(weights.down)
-        self.gate_up_bias = None if weights.gate_up_bias is None else _addresses(weights.gate_up_bias)
-        self.down_bias = None if weights.down_bias is None else _addresses(weights.down_bias)
+        self.gate_up = _distances(weights.gate_up)
+        self.down = _distances(weights.down)
+        self.gate_up_bias = None if weights.gate_up_bias is None else _distances(weights.gate_up_bias)
+        self.down_bias = None if weights.down_bias is None else _distances(weights.down_bias)
 
 
-_known: weakref.WeakKeyDictionary[ExpertWeights, _Addresses] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[ExpertWeights, _Distances] = weakref.WeakKeyDictionary()
 
 
-def _addresses(tensors: Sequence[Any]) -> Tensor:
-    """int64 [tensors]."""
+def _distances(tensors: Sequence[Any]) -> Tensor:
+    """int64 [tensors], in elements."""
     first = tensors[0]
     places = [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
-    return scratch.keep(torch.tensor(places, dtype=torch.int64, device=first.device))
+    bytes_apart = [place - places[0] for place in places]
+    assert all(distance % (16 * first.itemsize) == 0 for distance in bytes_apart), "memory of weights is aligned"
+    distances = [distance // first.itemsize for distance in bytes_apart]
+    return scratch.keep(torch.tensor(distances, dtype=torch.int64, device=first.device))
 
 
 def _check(weights: ExpertWeights) -> None:
     """Refuses experts that there are no kernels for."""
     if not all(isinstance(each, Tensor) for each in (*weights.gate_up, *weights.down)):
         raise NotImplementedError("GPUs do not multiply with quantised experts yet (--quantization none converts them)")
+    if not isinstance(weights.activation, str):
+        raise NotImplementedError("GPUs do not run the experts of gpt-oss yet")
     if weights.scales_input:
         raise NotImplementedError("GPUs do not run experts whose weights multiply their inputs yet")
 
@@ -183,7 +188,7 @@ def experts(
     out = result(out, tuple(x.shape), x.dtype, x)
     if weights not in _known:
         _check(weights)
-        _known[weights] = _Addresses(weights)
+        _known[weights] = _Distances(weights)
     for begin in range(0, len(x), MOST_TOKENS):
         part = slice(begin, begin + MOST_TOKENS)
         own, gate = (None if each is None else each[part] for each in (shared, shared_gate))
@@ -203,12 +208,17 @@ def _experts(
     args["counts_ptr"] = counts
     listing = Config(4, 1, (("TILE", _LISTED),))
     launch(expert_lists_kernel, (count,), args | {"lists_ptr": lists, "tokens": tokens}, listing, EXPERTS=count)
-    known = _known[weights]
+    known, activation = _known[weights], weights.activation
+    assert isinstance(activation, str)
     middle = scratch.get(f"experts.inner {x.dtype}", rows * inner, x.dtype, x.device)[: rows * inner].view(rows, inner)
     results = scratch.get("experts.results", rows * hidden, torch.float32, x.device)[: rows * hidden].view(rows, hidden)
     gemm_args = {"lists_ptr": lists, "counts_ptr": counts, "tokens": tokens}
-    _product(x, weights.gate_up[0], known.gate_up, known.gate_up_bias, middle, gemm_args, count, weights.activation)
-    _product(middle, weights.down[0], known.down, known.down_bias, results, gemm_args, count, None)
+    gate_up = {"weights_ptr": known.gate_up, "biases_ptr": known.gate_up_bias, "bias_ptr": None}
+    down = {"weights_ptr": known.down, "biases_ptr": known.down_bias, "bias_ptr": None}
+    if weights.gate_up_bias is not None and weights.down_bias is not None:
+        gate_up["bias_ptr"], down["bias_ptr"] = weights.gate_up_bias[0], weights.down_bias[0]
+    _product(x, weights.gate_up[0], middle, gemm_args | gate_up, count, activation)
+    _product(middle, weights.down[0], results, gemm_args | down, count, None)
     args |= {"results_ptr": results, "shared_ptr": shared, "gate_ptr": gate, "out_ptr": out, "width": hidden}
     args |= {"shared_stride": 0 if shared is None else row_stride(shared), "out_stride": row_stride(out)}
     args["gate_stride"] = 0 if gate is None else row_stride(gate)
@@ -220,8 +230,6 @@ def _experts(
 def _product(
     x: Tensor,
     weight: Any,
-    addresses: Tensor,
-    biases: Tensor | None,
     out: Tensor,
     args: dict[str, Any],
     count: int,
@@ -235,7 +243,7 @@ def _product(
     config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
     tile = dict(config.tile)
     items = min(rows, rows // tile["TILE_M"] + count)
-    given = args | {"weights_ptr": addresses, "biases_ptr": biases, "x_ptr": x, "out_ptr": out, "N": n, "K": k}
+    given = args | {"w_ptr": weight, "x_ptr": x, "out_ptr": out, "N": n, "K": k}
     given |= {"segment_size": gemm.segment_size(k, segments), "w_stride": row_stride(weight)}
     given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
     launch(

@@ -9,7 +9,7 @@ up. With many, a program computes all segments of its tile. Either way, an eleme
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -244,6 +244,12 @@ class Epilogue:
     """The result is ``act_and_mul`` of the product."""
     residual: Tensor | None = None
     """[rows, columns of the result], added at the end."""
+
+    def part(self, first: int, end: int) -> Epilogue:
+        """What follows the product of some rows of the weight."""
+        bias = None if self.bias is None else self.bias[first:end]
+        residual = None if self.residual is None else self.residual[:, first:end]
+        return replace(self, bias=bias, residual=residual)
 
 
 PLAIN = Epilogue()

@@ -6,7 +6,6 @@ Numbers are those of the references, bit for bit; the order of sums is that of `
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.packed import Encoding, QuantizedWeight, Segment
-from ops.triton import configs, gemm
+from ops.triton import configs, gemm, per_token
 from ops.triton.catalog import Case, meta
 from ops.triton.codes import COLUMNS, Layout, numbers
 from ops.triton.configs import Config
@@ -156,6 +155,8 @@ def matmul(
     Raises:
         NotImplementedError: Activations would be rounded to 8 bits.
     """
+    if weight.activations == "int8_per_token":
+        return per_token.matmul(x, weight, epilogue, rows=rows, dtype=dtype, out=out)
     if weight.activations != "float":
         raise NotImplementedError(
             f"GPUs multiply quantised weights with activations in float, not {weight.activations} "
@@ -167,17 +168,10 @@ def matmul(
     first = 0
     for segment in weight.segments:
         end = first + (n if epilogue.is_gated else segment.rows)
-        own = _part(epilogue, first, end) if len(weight.segments) > 1 else epilogue
+        own = epilogue.part(first, end) if len(weight.segments) > 1 else epilogue
         _product(x, segment, weight.shape[1], own, rows, out[:, first:end], config)
         first = end
     return out
-
-
-def _part(epilogue: Epilogue, first: int, end: int) -> Epilogue:
-    """What follows the product of some rows of the weight."""
-    bias = None if epilogue.bias is None else epilogue.bias[first:end]
-    residual = None if epilogue.residual is None else epilogue.residual[:, first:end]
-    return replace(epilogue, bias=bias, residual=residual)
 
 
 def _product(

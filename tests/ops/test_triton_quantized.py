@@ -142,3 +142,29 @@ def test_activations_stay_in_float_unless_asked_otherwise() -> None:
     assert chosen_activations(Options(activations="int8"), BF16, device) == "int8"
     with using(OpSet()):
         assert chosen_activations(Options(), BF16, device, prefers_int8=True) == "int8"
+
+
+@pytest.mark.parametrize(("rows", "dtype", "is_gated"), [(3, BF16, False), (18, torch.float32, True)])
+def test_activations_in_8_bits_per_token(rows: int, dtype: torch.dtype, is_gated: bool) -> None:
+    """Sums are exact: what a product stores is the reference's, bit for bit."""
+    found = torch.randint(1, 256, (72, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scales, bias = randn(72, 1, seed=4, dtype=BF16).abs(), randn(72, seed=6, dtype=dtype)
+
+    def weight() -> QuantizedWeight:
+        return ops.pack_groups(found, scales, None, None, bits=8, dtype=dtype, activations="int8_per_token")
+
+    x = randn(rows, 264, dtype=dtype)[:, 32:232] * 3
+    x[0] = 0
+    x[1, 5] = 1e4
+    x[2, 7] = torch.inf
+    with using(OpSet()):
+        expected = ops.linear(x, weight(), bias)
+        activated = ops.act_and_mul(expected, "silu")
+        plain = ops.logits(x, weight())
+    packed = weight()
+    if is_gated:
+        gated = linear.matmul(x, packed, gemm.Epilogue(bias, "silu", True))
+        torch.testing.assert_close(gated, activated, equal_nan=True, rtol=1e-5, atol=1e-6)
+    else:
+        torch.testing.assert_close(linear.linear(x, packed, bias), expected, equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(linear.logits(x, packed), plain, equal_nan=True, rtol=0, atol=0)

@@ -1,0 +1,181 @@
+"""Products of 8-bit weights with activations rounded to 8 bits, a scale for each row.
+
+They are sums of integers, exact in any order; results are those of the references, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ops.packed import Encoding, QuantizedWeight, Segment
+from ops.triton import gemm
+from ops.triton.catalog import Case, meta
+from ops.triton.codes import Layout
+from ops.triton.configs import Config
+from ops.triton.gemm import PLAIN, Epilogue
+from ops.triton.launch import launch, result, row_stride, scratch, target
+
+_CHUNK = 1024
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding it rounds to integers, ties to even."""
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr, rows_ptr, codes_ptr, scales_ptr, K, padded, x_stride, SMALLEST: tl.constexpr, CHUNK: tl.constexpr
+):
+    """A program per row: its codes, padded with zeros, and its scale; NaN if a number is not finite."""
+    row = tl.program_id(0).to(tl.int64)
+    source = row
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + row)
+    largest = tl.zeros([CHUNK], tl.float32)
+    strange = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, K, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + source * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+        size = tl.abs(x)
+        strange = strange | (size < float("inf")).to(tl.int32) ^ 1
+        largest = tl.maximum(largest, size)
+    most = tl.max(largest, 0)
+    is_finite = tl.max(strange, 0) == 0
+    is_zero = most < SMALLEST
+    divisor = tl.where(is_zero | (is_finite == 0), 1.0, most)
+    inverse = tl.div_rn(127.0, divisor)
+    scale = tl.where(is_zero, 0.0, tl.div_rn(most, 127.0))
+    tl.store(scales_ptr + row, tl.where(is_finite, scale, float("nan")))
+    for start in range(0, padded, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + source * x_stride + column, mask=column < K, other=0.0).to(tl.float32)
+        rounded = (x * inverse + _ROUND) - _ROUND
+        codes = tl.where(is_finite & (is_zero == 0), rounded, 0.0).to(tl.int32).to(tl.int8)
+        tl.store(codes_ptr + row * padded + column, codes, mask=column < padded)
+
+
+@triton.jit
+def _signed(pointers):
+    """Codes that count from 128, as int8; two's complement needs no arithmetic but the first bit's change."""
+    return (tl.load(pointers) ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["M"])
+def per_token_gemm_kernel(
+    w_ptr, w_scale_ptr, x_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, M, N, padded, residual_stride, out_stride,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GROUP: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Rows beyond the weight repeat its last one; rows are ``padded`` codes on both sides, whole tiles."""
+    tiles_m = tl.cdiv(M, TILE_M)
+    tile_m, tile_n, _segment = gemm._tile_of(tiles_m, tl.cdiv(N, TILE_N), 1, False, GROUP)
+    own_k = tl.arange(0, TILE_K)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    n = tile_n * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, N - 1)
+    x_places = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    w_places = w_ptr + (row.to(tl.int64) * padded)[:, None] + own_k[None, :]
+    up_places = w_ptr + ((row + N).to(tl.int64) * padded)[:, None] + own_k[None, :]
+    sums = tl.zeros([TILE_N, TILE_M], tl.int32)
+    sums_up = tl.zeros([TILE_N, TILE_M], tl.int32)
+    for start in range(0, padded, TILE_K):
+        x = tl.trans(tl.load(x_places + start))
+        sums = tl.dot(_signed(w_places + start), x, sums, out_dtype=tl.int32)
+        if GATED:
+            sums_up = tl.dot(_signed(up_places + start), x, sums_up, out_dtype=tl.int32)
+    x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+    scale = tl.load(w_scale_ptr + row).to(tl.float32)[:, None] * x_scale
+    total = sums.to(tl.float32) * scale
+    total_up = total
+    if GATED:
+        total_up = sums_up.to(tl.float32) * (tl.load(w_scale_ptr + row + N).to(tl.float32)[:, None] * x_scale)
+    gemm._finish(
+        total, total_up, m, n, M, N, bias_ptr, residual_ptr, residual_stride, out_ptr, out_stride,
+        ACTIVATION, GATED, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+def quantized_rows(x: Tensor, padded: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of ``x`` in 8 bits, int8 [rows, padded], and their scales, float32 [rows]. The next call overwrites both."""
+    from ops.reference.quantized import SMALLEST
+
+    count = len(x) if rows is None else len(rows)
+    codes = scratch.get("per token codes", count * padded, torch.int8, x.device)
+    scales = scratch.get("per token scales", count, torch.float32, x.device)
+    args = {"x_ptr": x, "rows_ptr": rows, "codes_ptr": codes, "scales_ptr": scales, "K": x.shape[1]}
+    args |= {"padded": padded, "x_stride": row_stride(x)}
+    launch(quantize_rows_kernel, (count,), args, Config(4, 1, (("CHUNK", _CHUNK),)), SMALLEST=SMALLEST)
+    return codes, scales
+
+
+def matmul(
+    x: Tensor,
+    weight: QuantizedWeight,
+    epilogue: Epilogue = PLAIN,
+    *,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As ``quantized.matmul``, for weights whose activations are ``int8_per_token``."""
+    count, n = (len(x) if rows is None else len(rows)), weight.shape[0] // (2 if epilogue.is_gated else 1)
+    assert len(weight.segments) == 1 or not epilogue.is_gated
+    out = result(out, (count, n), dtype or x.dtype, x)
+    codes, scales = quantized_rows(x, Layout(1, weight.shape[1], weight.segments[0].encoding).padded, rows)
+    first = 0
+    for segment in weight.segments:
+        end = first + (n if epilogue.is_gated else segment.rows)
+        own = epilogue.part(first, end) if len(weight.segments) > 1 else epilogue
+        _product(codes, scales, segment, weight.shape[1], own, out[:, first:end])
+        first = end
+    return out
+
+
+def _product(codes: Tensor, scales: Tensor, segment: Segment, k: int, epilogue: Epilogue, out: Tensor) -> None:
+    layout = Layout(segment.rows, k, segment.encoding)
+    assert layout.padded * 127 * 128 < 1 << 31, "sums fit 32 bits"
+    assert layout.bits == 8 and not layout.group_size and layout.offset == 128, "codes with a scale for each row"
+    count, n = out.shape
+    config = _config(count, is_gated=epilogue.is_gated)
+    tile = dict(config.tile)
+    args: dict[str, Any] = {
+        "w_ptr": layout.view(segment.data, "low"),
+        "w_scale_ptr": layout.view(segment.data, "scale"),
+    }
+    args |= {"x_ptr": codes, "x_scale_ptr": scales, "bias_ptr": epilogue.bias, "residual_ptr": epilogue.residual}
+    args |= {"out_ptr": out, "M": count, "N": n, "padded": layout.padded, "out_stride": row_stride(out)}
+    args["residual_stride"] = 0 if epilogue.residual is None else row_stride(epilogue.residual)
+    launch(
+        per_token_gemm_kernel,
+        (triton.cdiv(count, tile["TILE_M"]) * triton.cdiv(n, tile["TILE_N"]),),
+        args,
+        config,
+        ACTIVATION=epilogue.activation,
+        GATED=epilogue.is_gated,
+        HAS_BIAS=epilogue.bias is not None,
+        HAS_RESIDUAL=epilogue.residual is not None,
+        GROUP=gemm.GROUP,
+    )
+
+
+def _config(rows: int, *, is_gated: bool) -> Config:
+    """Sums are exact, so no choice here decides bits."""
+    tile_m = next((size for size in (16, 32, 64) if rows <= size), 128)
+    tile_n = 64 if tile_m < 64 or is_gated else 128
+    stages = 2 if target().backend == "hip" else 3
+    return Config(8 if tile_m == 128 else 4, stages, (("TILE_M", tile_m), ("TILE_N", tile_n), ("TILE_K", 128)))
+
+
+def cases() -> Iterator[Case]:
+    """Calls for the catalogue."""
+    encoding = Encoding("int8", 4096, torch.bfloat16)
+    for name, n, epilogue in (("plain", 4096, PLAIN), ("gated", 8192, Epilogue(activation="silu", is_gated=True))):
+        data = meta(Layout(n, 4096, encoding).num_bytes, dtype=torch.uint8)
+        weight = QuantizedWeight((Segment(data, n, encoding),), (n, 4096), False, torch.bfloat16, "int8_per_token")
+        for m in (8, 64, 512):
+            yield Case(f"{name} m={m}", partial(matmul, meta(m, 4096), weight, epilogue), True, min_load=2)
