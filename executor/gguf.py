@@ -22,6 +22,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from msgspec.structs import replace
 from torch import Tensor
 
+from executor import gguf_experts
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, MappedFile, StoredTensor
 from executor.config import GGUFHeader, GGUFTensor
@@ -54,6 +55,8 @@ CHUNK_BYTES = 256 << 10
 """Quantised bytes dequantised at a time: the float32 result should fit a core's cache."""
 
 SUFFIXES = (".weight", ".bias")
+CORRECTION = re.compile(r"\.e_score_correction_bias$")
+"""Biases of routers, which the ``gguf`` package knows as a module."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -72,8 +75,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     """
     fields = Fields(header.metadata, source)
     arch = _architecture(fields)
-    if header.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)):
-        raise ModelError(f"{source}: mixture-of-experts models are not supported")
+    _check_experts(header, arch, source)
 
     def key(template: str) -> str:
         return template.format(arch=arch)
@@ -102,6 +104,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
             for layer in range(num_layers)
         ),
         "rope_parameters": _rope_parameters(fields, arch),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes,
     }
     if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
         config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
@@ -137,6 +140,14 @@ def _architecture(fields: Fields) -> str:
     except ModelError as error:
         raise ModelError(f"{fields.source}: {error}") from error
     return arch
+
+
+def _check_experts(header: GGUFHeader, arch: str, source: str) -> None:
+    if header.metadata.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)) and not ARCHITECTURES[arch].has_experts:
+        raise ModelError(
+            f"{source}: {arch} models with experts are not supported yet in GGUF files; choose a dense one, or one in "
+            "safetensors format"
+        )
 
 
 def _rope_parameters(fields: Fields, arch: str) -> dict[str, Any]:
@@ -191,6 +202,7 @@ class GGUFCheckpoint:
         arch = self.config["model_type"]
         if ARCHITECTURES[arch].has_q_k_v_apart:
             self.entries = {each.name: each for tensor in header.tensors for each in self._apart(tensor)}
+        self.entries = {each.name: each for tensor in self.entries.values() for each in gguf_experts.apart(tensor)}
         arch_id = next(key for key, value in MODEL_ARCH_NAMES.items() if value == arch)
         self.names = get_tensor_name_map(arch_id, self.config["num_hidden_layers"])
         self.architecture = ARCHITECTURES[arch]
@@ -218,8 +230,15 @@ class GGUFCheckpoint:
                 prefetch=partial(self.mapped[entry.file].prefetch, entry.offset, entry.num_bytes),
             )
             for entry in self.entries.values()
-            if entry.name in hf_names or not re.search(self.architecture.unused, entry.name)
+            if entry.name in hf_names or not self._is_unused(entry.name)
         ]
+
+    def _is_unused(self, gguf_name: str) -> bool:
+        """Whether the model needs no such tensor: further tokens are predicted by layers after the others."""
+        layer = gguf_experts.layer_of(gguf_name)
+        if self.config.get("num_mtp_layers") and layer is not None and layer >= self.config["num_hidden_layers"]:
+            return True
+        return re.search(self.architecture.unused, gguf_name) is not None
 
     def _quantized_types(self) -> dict[str, str]:
         """Types of quantised matrices, by all names that their modules have in any family."""
@@ -231,6 +250,10 @@ class GGUFCheckpoint:
                 kind = _type_of(entry, self._origin(entry.name))
                 if kind not in PLAIN_TYPES:
                     types[module] = kind.name
+        for module, entry in gguf_experts.matrices(self.entries.values()):
+            kind = _type_of(entry, self._origin(entry.name))
+            if kind not in PLAIN_TYPES:
+                types[module] = kind.name
         return types
 
     def _numbers(self, name: str) -> list[float]:
@@ -245,11 +268,15 @@ class GGUFCheckpoint:
         return f"{self.path if entry is None else self.paths[entry.file]}: tensor {gguf_name!r}"
 
     def _gguf_name(self, name: str) -> str:
+        of_expert = gguf_experts.gguf_name(name)
+        if of_expert is not None:
+            return of_expert
         found = self.names.get_name(self._known_name(name), try_suffixes=SUFFIXES) or name
         # A parameter of the layer itself: its name has no last component.
         return f"{found}.weight" if found not in self.entries and f"{found}.weight" in self.entries else found
 
     def _known_name(self, name: str) -> str:
+        name = CORRECTION.sub(".e_score_correction.bias", name)
         module, dot, leaf = name.rpartition(".")
         return f"{self.known_names.get(module, module)}{dot}{leaf}"
 

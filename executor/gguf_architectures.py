@@ -41,6 +41,8 @@ class Architecture:
     """Regular expressions from the names of modules that the ``gguf`` package knows to ours."""
     unused: str = UNUSED
     """Regular expression of tensors that need not have a place in the model."""
+    has_experts: bool = False
+    """Whether models with experts are supported."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
@@ -192,6 +194,57 @@ def olmo(fields: Fields, config: Config) -> None:
     config["clip_qkv"] = fields.number(limit) if fields.has(limit) else None
 
 
+def experts(fields: Fields, config: Config) -> None:
+    """What all models with experts have, under the names of each family."""
+    arch = config["model_type"]
+    count = fields.size(Keys.LLM.EXPERT_COUNT.format(arch=arch))
+    config |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), count)
+    config["num_experts_per_tok"] = fields.size(Keys.LLM.EXPERT_USED_COUNT.format(arch=arch))
+    inner = Keys.LLM.EXPERT_FEED_FORWARD_LENGTH.format(arch=arch)
+    config["moe_intermediate_size"] = fields.size(inner, config["intermediate_size"])
+
+
+def llama(fields: Fields, config: Config) -> None:
+    """Mixtral is a Llama with experts."""
+    if fields.get(Keys.LLM.EXPERT_COUNT.format(arch=config["model_type"])):
+        experts(fields, config)
+        config["architectures"] = ["MixtralForCausalLM"]
+
+
+def qwen3_moe(fields: Fields, config: Config) -> None:
+    """llama.cpp divides the weights by their sum, as all released models do."""
+    experts(fields, config)
+    config["norm_topk_prob"] = True
+
+
+def olmoe(fields: Fields, config: Config) -> None:
+    olmo(fields, config)
+    experts(fields, config)
+    config["intermediate_size"] = config["moe_intermediate_size"]
+
+
+def gpt_oss(fields: Fields, config: Config) -> None:
+    """llama.cpp knows which layers have windows."""
+    experts(fields, config)
+    config["intermediate_size"] = config["moe_intermediate_size"]
+    window = Keys.Attention.SLIDING_WINDOW.format(arch=config["model_type"])
+    config["sliding_window"] = fields.size(window, most=MAX_POSITIONS)
+    config["rope_parameters"]["truncate"] = False
+
+
+def glm4_moe(fields: Fields, config: Config) -> None:
+    arch = config["model_type"]
+    experts(fields, config)
+    config["first_k_dense_replace"] = fields.integer(Keys.LLM.LEADING_DENSE_BLOCK_COUNT.format(arch=arch))
+    config["n_shared_experts"] = fields.integer(Keys.LLM.EXPERT_SHARED_COUNT.format(arch=arch), 0)
+    config["norm_topk_prob"] = fields.boolean(Keys.LLM.EXPERT_WEIGHTS_NORM.format(arch=arch), False)
+    config["routed_scaling_factor"] = fields.number(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=arch), 1.0)
+    config["num_mtp_layers"] = fields.integer(Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=arch), 0)
+    if config["num_mtp_layers"] >= config["num_hidden_layers"]:
+        fields.bad(Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=arch), "fewer than the layers")
+    config["num_hidden_layers"] -= config["num_mtp_layers"]
+
+
 PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
 """What the converter does to Llama and those that it treats as Llama."""
 
@@ -217,6 +270,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         configure=gemma4,
     ),
     "glm4": Architecture("Glm4ForCausalLM"),
+    "glm4moe": Architecture("Glm4MoeForCausalLM", has_experts=True, configure=glm4_moe),
+    "gpt-oss": Architecture("GptOssForCausalLM", has_experts=True, configure=gpt_oss),
     "gpt2": Architecture("GPT2LMHeadModel"),
     "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),
     "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
@@ -230,15 +285,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         configure=lfm2,
     ),
-    "llama": Architecture("LlamaForCausalLM", PERMUTED),
+    "llama": Architecture("LlamaForCausalLM", PERMUTED, has_experts=True, configure=llama),
     "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
     "nemotron": Architecture("NemotronForCausalLM"),
     "olmo": Architecture("OlmoForCausalLM", PERMUTED, configure=olmo),
     "olmo2": Architecture("Olmo2ForCausalLM", configure=olmo2),
+    "olmoe": Architecture("OlmoeForCausalLM", has_experts=True, configure=olmoe),
     "phi2": Architecture("PhiForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
+    "qwen3moe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_moe),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),
     "stablelm": Architecture("StableLmForCausalLM", configure=biases),

@@ -40,11 +40,11 @@ MIXTURES: Mapping[str, Family] = {
             "swiglu_alpha": 1.3,
             "swiglu_limit": 0.5,
             "layer_types": [SLIDING, FULL, SLIDING],
-            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 3.0},
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 3.0, "beta_slow": 1.5},
         },
         variants={
             "default types": {"layer_types": None, "attention_bias": False},
-            "truncated": {"rope_parameters": {**YARN, "truncate": True, "beta_fast": 3.0}},
+            "truncated": {"rope_parameters": {**YARN, "truncate": True, "beta_fast": 3.0, "beta_slow": 1.5}},
         },
     ),
     "granitemoe": Family(

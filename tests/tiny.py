@@ -205,12 +205,16 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
 LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 GGUF_NAMES = {
     "cohere": "command-r",
+    "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
     "glm": "chatglm",
     "gpt_neox": "gptneox",
     "ministral3": "mistral3",
     "mistral": "llama",
+    "mixtral": "llama",
     "olmo3": "olmo2",
     "phi": "phi2",
+    "qwen3_moe": "qwen3moe",
 }
 """``model_type`` -> ``general.architecture``, where they differ."""
 PERMUTED = {"arcee", "granite", "internlm2", "llama", "mistral3", "olmo", "smollm3"}
@@ -247,7 +251,7 @@ def gguf_file(
     common = transformers.AutoConfig.from_pretrained(folder)  # under the common names
     heads = common.num_attention_heads
     kv_heads = count_kv_heads(config) or heads
-    tensors = load_file(folder / "model.safetensors")
+    tensors = with_merged_experts(load_file(folder / "model.safetensors"))
     writer.add_name(folder.name)
     writer.add_context_length(common.max_position_embeddings)
     writer.add_embedding_length(common.hidden_size)
@@ -276,6 +280,8 @@ def gguf_file(
         _add_gemma(writer, arch, config)
     elif arch not in ("gemma", "llama", "qwen2", "qwen3"):
         _add_facts(writer, arch, config)
+    if "num_experts_per_tok" in config:
+        _add_experts(writer, arch, config)
     _add_tokenizer(writer)
     arch_id = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     names = gguf.get_tensor_name_map(arch_id, common.num_hidden_layers)
@@ -291,9 +297,10 @@ def gguf_file(
         chosen = next((each for text, each in (kinds or {}).items() if text in name), kind)
         stored = chosen if data.ndim > 1 else GGMLQuantizationType.F32
         raw = random_blocks(data.shape, stored, generator) if stored in SCALE_FIELDS else gguf.quantize(data, stored)
-        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        stored_name = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
-        stored_name += ".weight" * name.endswith(".layer_scalar")
+        stored_name += ".weight" * name.endswith((".layer_scalar", ".sinks"))
         writer.add_tensor(stored_name, raw, raw_dtype=stored)
         meaning = gguf.dequantize(raw, stored).reshape(data.shape)
         if permuted:
@@ -314,6 +321,49 @@ def gguf_file(
     writer.write_tensors_to_file()
     writer.close()
     return GGUFModel(path, {name: tensor.float() for name, tensor in tensors.items()} if is_fused else weights)
+
+
+EXPERT = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$")
+EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+"""Mixtral's names."""
+
+
+def with_merged_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with each matrix of a layer's experts as one: [experts, rows, columns]."""
+    result: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = EXPERT.search(name)
+        prefix = name[: name.find(".experts.")].replace("block_sparse_moe", "mlp")
+        if found is not None:
+            part = EXPERT_PARTS.get(found[2], found[2])
+            experts.setdefault(f"{prefix}.experts.{part}.weight", {})[int(found[1])] = tensor
+        elif name.endswith((".gate_up_proj", ".gate_up_proj_bias")):  # gpt-oss: rows alternate
+            leaf = "bias" if name.endswith("bias") else "weight"
+            rows = tensor if leaf == "bias" else tensor.transpose(1, 2)
+            result[f"{prefix}.experts.gate_proj.{leaf}"] = rows[:, ::2].contiguous()
+            result[f"{prefix}.experts.up_proj.{leaf}"] = rows[:, 1::2].contiguous()
+        elif name.endswith(".experts.down_proj"):
+            result[f"{name}.weight"] = tensor.transpose(1, 2).contiguous()
+        elif name.endswith(".experts.down_proj_bias"):
+            result[name.replace("_bias", ".bias")] = tensor
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack([each[i] for i in range(len(each))]) for name, each in experts.items()}
+
+
+def _add_experts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
+    """Fields of models with experts."""
+    count = next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if arch != "llama":
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
+    if arch == "glm4moe":
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
 
 
 def count_kv_heads(config: Mapping[str, Any]) -> int | None:

@@ -71,11 +71,11 @@ CATALOG = (
         ("THUDM/glm-4-9b-chat-hf", "THUDM/GLM-4-9B-0414"),
         gguf=("chatglm", "glm4"),
     ),
-    Entry("GLM-4.5", ("Glm4MoeForCausalLM",), ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6")),
+    Entry("GLM-4.5", ("Glm4MoeForCausalLM",), ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6"), gguf=("glm4moe",)),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
     Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b"), gguf=("gptneox",)),
-    Entry("gpt-oss", ("GptOssForCausalLM",), ("openai/gpt-oss-20b", "openai/gpt-oss-120b")),
+    Entry("gpt-oss", ("GptOssForCausalLM",), ("openai/gpt-oss-20b", "openai/gpt-oss-120b"), gguf=("gpt-oss",)),
     Entry(
         "Granite",
         ("GraniteForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM"),
@@ -115,7 +115,7 @@ CATALOG = (
         gguf=("llama", "mistral3"),
         limits="text only",
     ),
-    Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",)),
+    Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",), gguf=("llama",)),
     Entry("MPT", ("MptForCausalLM",), ("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct")),
     Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
     Entry(
@@ -124,7 +124,7 @@ CATALOG = (
         ("allenai/OLMo-1B-hf", "allenai/OLMo-2-0425-1B-Instruct", "allenai/Olmo-3-7B-Instruct"),
         gguf=("olmo", "olmo2"),
     ),
-    Entry("OLMoE", ("OlmoeForCausalLM",), ("allenai/OLMoE-1B-7B-0924-Instruct",)),
+    Entry("OLMoE", ("OlmoeForCausalLM",), ("allenai/OLMoE-1B-7B-0924-Instruct",), gguf=("olmoe",)),
     Entry("OPT", ("OPTForCausalLM",), ("facebook/opt-125m",)),
     Entry("Phi", ("PhiForCausalLM",), ("microsoft/phi-1_5", "microsoft/phi-2"), gguf=("phi2",)),
     Entry(
@@ -138,7 +138,7 @@ CATALOG = (
     Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2",)),
     Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
-    Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",)),
+    Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",), gguf=("qwen3moe",)),
     Entry("Seed-OSS", ("SeedOssForCausalLM",), ("ByteDance-Seed/Seed-OSS-36B-Instruct",), gguf=("seed_oss",)),
     Entry("SmolLM3", ("SmolLM3ForCausalLM",), ("HuggingFaceTB/SmolLM3-3B",), gguf=("smollm3",)),
     Entry(

@@ -311,7 +311,7 @@ def test_gguf_configuration() -> None:
         ),
         ({"llama.block_count": "many"}, "llama.block_count must be"),
         ({"llama.context_length": 0}, "llama.context_length must be at least 1"),
-        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
         ({"llama.attention.head_count_kv": [2]}, "llama.attention.head_count_kv must be one number, or one for each"),
     ],
 )
