@@ -22,6 +22,8 @@ from ops.triton.configs import Config
 from ops.triton.gemm import PLAIN, Epilogue
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
+SMALLEST = 2.0**-100
+"""Rows whose largest number is smaller count as zero, as in the references."""
 _CHUNK = 1024
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it rounds to integers, ties to even."""
@@ -102,8 +104,6 @@ def per_token_gemm_kernel(
 
 def quantized_rows(x: Tensor, padded: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of ``x`` in 8 bits, int8 [rows, padded], and their scales, float32 [rows]. The next call overwrites both."""
-    from ops.reference.quantized import SMALLEST
-
     count = len(x) if rows is None else len(rows)
     codes = scratch.get("per token codes", count * padded, torch.int8, x.device)
     scales = scratch.get("per token scales", count, torch.float32, x.device)

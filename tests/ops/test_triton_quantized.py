@@ -14,6 +14,7 @@ from executor.quantization.base import Options
 from executor.quantization.packed import chosen_activations
 from ops import OpSet, QuantizedWeight
 from ops.packed import Encoding
+from ops.reference.quantized import SMALLEST
 from ops.reference.small_floats import FLOAT_FORMATS
 from tests.ops.cpu import randn, using
 from tests.ops.quantized import BLOCK_TYPES, blocks, float_arguments
@@ -22,6 +23,7 @@ from tests.triton_interpreter import Order, count_bytes, grid_order
 gemm: Any = pytest.importorskip("ops.triton.gemm")
 linear: Any = pytest.importorskip("ops.triton.linear")
 codes: Any = pytest.importorskip("ops.triton.codes")
+per_token: Any = pytest.importorskip("ops.triton.per_token")
 pointwise: Any = pytest.importorskip("ops.triton.pointwise")
 
 BF16 = torch.bfloat16
@@ -154,7 +156,8 @@ def test_activations_in_8_bits_per_token(rows: int, dtype: torch.dtype, is_gated
         return ops.pack_groups(found, scales, None, None, bits=8, dtype=dtype, activations="int8_per_token")
 
     x = randn(rows, 264, dtype=dtype)[:, 32:232] * 3
-    x[0] = 0
+    assert per_token.SMALLEST == SMALLEST
+    x[0] = 0.9 * SMALLEST
     x[1, 5] = 1e4
     x[2, 7] = torch.inf
     with using(OpSet()):
