@@ -112,6 +112,7 @@ class LLMOptions(TypedDict, total=False):
     num_threads: int | None
     distributed_executor_backend: Literal["mp", "inline", "simulated"]
     simulated_device: dict[str, object]
+    forced_outputs: str
     check_every_step: bool
     max_worker_restarts: int
     enable_prompt_tokens_details: object

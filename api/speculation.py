@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from api.flags import ConfigError, did_you_mean
-from engine_core.config import MAX_DRAFT_TOKENS, SpeculativeConfig
+from engine_core.config import MAX_DRAFT_TOKENS, QUANTIZATIONS, ModelConfig, SpeculativeConfig
 
 FLAG = "--speculative-config"
 NOT_YET = {
-    "draft_model": "draft models",
     "eagle": "EAGLE heads",
     "eagle3": "EAGLE heads",
     "mtp": "MTP heads",
@@ -20,8 +19,8 @@ NOT_YET = {
     "dflash": "drafts by diffusion",
     "dspark": "drafts by diffusion",
 }
-"""vLLM's methods that need a second model."""
-METHODS = ("suffix", "ngram")
+"""vLLM's methods that need another kind of second model."""
+METHODS = ("suffix", "ngram", "draft_model")
 ALIASES = {"[ngram]": "ngram", "ngram_gpu": "ngram", "prompt_lookup": "ngram"}
 OLD_NAMES = {
     "ngram_prompt_lookup_min": "prompt_lookup_min",
@@ -29,12 +28,20 @@ OLD_NAMES = {
     "speculative_model": "model",
     "draft_tensor_parallel_size": "draft_tensor_parallel_size",
 }
+SHARED = "the draft model runs like the model itself"
 DRAFT_FIELDS = {
-    "model", "quantization", "revision", "code_revision", "max_model_len", "draft_tensor_parallel_size",
-    "draft_sample_method", "parallel_drafting", "speculative_token_tree", "moe_backend", "attention_backend",
-    "use_local_argmax_reduction", "use_heterogeneous_vocab",
-}  # fmt: skip
-"""Fields for methods with a second model."""
+    "code_revision": "no code of a model's repository is ever run",
+    "revision": "the draft model's latest version is used; name a folder for another",
+    "max_model_len": SHARED,
+    "moe_backend": SHARED,
+    "attention_backend": SHARED,
+    "draft_sample_method": "the likeliest tokens are proposed, which no other choice improves on",
+    "use_local_argmax_reduction": SHARED,
+    "parallel_drafting": "drafts are proposed one after the other",
+    "speculative_token_tree": "drafts are chains, since a tree would change bits",
+    "use_heterogeneous_vocab": "both models must have the same vocabulary",
+}
+"""Fields of vLLM for methods with a second model, and why they do not exist."""
 EXACT = "drafts are verified exactly: one is accepted if it is the token that would have been sampled"
 REFUSED = {
     "rejection_sample_method": EXACT,
@@ -68,10 +75,13 @@ def _is_number(value: Any) -> bool:
 
 CHECKS: dict[str, tuple[str, str, Check]] = {
     "num_speculative_tokens": (
-        "both",
+        "all",
         f"a whole number from 1 to {MAX_DRAFT_TOKENS}",
         lambda value: _is_count(value, 1, MAX_DRAFT_TOKENS),
     ),
+    "model": ("draft_model", "a folder, GGUF file or hub id", lambda value: isinstance(value, str) and value != ""),
+    "quantization": ("draft_model", "one of " + ", ".join(QUANTIZATIONS), lambda value: value in QUANTIZATIONS),
+    "draft_tensor_parallel_size": ("draft_model", "1", lambda value: _is_count(value, 1, 1)),
     "prompt_lookup_min": ("ngram", "a whole number of at least 1", _is_count),
     "prompt_lookup_max": ("ngram", "a whole number from 1 to 128", lambda value: _is_count(value, 1, 128)),
     "suffix_decoding_max_tree_depth": (
@@ -109,7 +119,8 @@ def speculative_config(fields: Mapping[str, Any] | None) -> SpeculativeConfig | 
     method = _method(given)
     for name in given:
         _check_field(method, name, given[name])
-    return _ngram(given) if method == "ngram" else _suffix(given)
+    makers = {"ngram": _ngram, "suffix": _suffix, "draft_model": _draft_model}
+    return makers[method](given)
 
 
 def _method(given: Mapping[str, Any]) -> str:
@@ -119,14 +130,13 @@ def _method(given: Mapping[str, Any]) -> str:
     method = ALIASES.get(str(method), method)
     if method in METHODS:
         return str(method)
-    choices = " or ".join(f'"{name}"' for name in METHODS)
+    *others, last = (f'"{name}"' for name in METHODS)
+    choices = f"{', '.join(others)} or {last}"
     if method is None:
         raise ConfigError(f"{FLAG}: method is missing; use {choices}")
     kind = NOT_YET.get(str(method))
     if kind is not None:
-        raise ConfigError(
-            f"{FLAG}: method {method!r}: {kind} are not supported yet; use {choices}, which need no model"
-        )
+        raise ConfigError(f"{FLAG}: method {method!r}: {kind} are not supported yet; use {choices}")
     raise ConfigError(f"{FLAG}: unknown method {method!r}; use {choices}")
 
 
@@ -134,14 +144,15 @@ def _check_field(method: str, name: str, value: Any) -> None:
     if name == "method" or name in HARMLESS or (name == "model" and str(value) in (*ALIASES, *METHODS)):
         return
     if name in DRAFT_FIELDS:
-        raise ConfigError(f"{FLAG}: {name} is for methods with a second model; omit it for {method!r}")
+        reason = DRAFT_FIELDS[name] if method == "draft_model" else "it is for methods with a second model"
+        raise ConfigError(f"{FLAG}: {name} is not supported, since {reason}; omit it")
     if name in REFUSED:
         raise ConfigError(f"{FLAG}: {name} is not supported, since {REFUSED[name]}; omit it")
     known = CHECKS.get(name)
     if known is None:
         raise ConfigError(f"{FLAG}: unknown field {name!r}{did_you_mean(name, ['method', *CHECKS])}")
     owner, expected, is_good = known
-    if owner not in ("both", method):
+    if owner not in ("all", method):
         raise ConfigError(f"{FLAG}: {name} is for the method {owner!r}; omit it for {method!r}")
     if not is_good(value):
         raise ConfigError(f"{FLAG}: {name} must be {expected}, got {value!r}")
@@ -161,6 +172,17 @@ def _ngram(given: Mapping[str, Any]) -> SpeculativeConfig:
         prompt_lookup_min=shortest,
         prompt_lookup_max=longest,
         min_token_prob=0.0,
+    )
+
+
+def _draft_model(given: Mapping[str, Any]) -> SpeculativeConfig:
+    if "model" not in given:
+        raise ConfigError(f"{FLAG}: model is missing: one of the same family, about a tenth of the size")
+    return SpeculativeConfig(
+        method="draft_model",
+        num_speculative_tokens=given.get("num_speculative_tokens", 5),
+        min_token_prob=0.0,
+        draft=ModelConfig(model=given["model"], quantization=given.get("quantization")),
     )
 
 

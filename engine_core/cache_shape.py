@@ -63,10 +63,10 @@ class CacheShape:
         return min((group.max_len(step_tokens) for group in self.groups), default=math.inf)
 
 
-def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int) -> int:
-    """Maximum tokens of a request that may be planned beyond its confirmed ones.
+def max_step_tokens(config: SchedulerConfig, max_draft_tokens: int, num_lookahead_tokens: int = 0) -> int:
+    """Maximum tokens of a request beyond its confirmed ones that may have blocks.
 
     Prompt tokens are known, so they are confirmed when planned. Output tokens sampled by steps in flight are not, nor
     are the drafts that these steps verify.
     """
-    return max(config.step_tokens, config.max_in_flight_steps * (1 + max_draft_tokens))
+    return max(config.step_tokens, config.max_in_flight_steps * (1 + max_draft_tokens)) + num_lookahead_tokens

@@ -579,6 +579,7 @@ class EngineCore:
                 max_model_len,
                 engine_epoch=self.engine_epoch,
                 max_draft_tokens=self.config.executor.max_draft_tokens,
+                num_lookahead_tokens=self.config.executor.num_lookahead_tokens,
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._prepare_grammars()  # if the vocabulary came first

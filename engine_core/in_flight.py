@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_core.messages import I32
+from executor.messages import ForcedDrafts
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -41,5 +42,7 @@ class InFlight:
     num_attended: int
     """Upper bound on the number of (token, attended token) pairs."""
     schedule_us: float
+    forced_drafts: tuple[ForcedDrafts, ...] = ()
+    """Drafts of constrained rows that take the place of the worker's own."""
     num_masks: list[int] = field(default_factory=list)
     """Number of positions of each constrained row that had a mask."""

@@ -95,7 +95,8 @@ class _Sizes:
 
     def __init__(self, ready: list[WorkerReady], config: EngineConfig) -> None:
         self.ready = ready
-        self.step_tokens = max_step_tokens(config.scheduler, config.executor.max_draft_tokens)
+        executor = config.executor
+        self.step_tokens = max_step_tokens(config.scheduler, executor.max_draft_tokens, executor.num_lookahead_tokens)
         self.max_num_seqs = config.scheduler.max_num_seqs
         groups = ready[0].kv_cache_groups
         self.block_size = math.lcm(*(group.block_size for group in groups))

@@ -49,7 +49,7 @@ from engine_core.step_tokens import StepTokens
 from engine_core.structured.drafts import judge, states_along
 from engine_core.structured.request_grammar import RequestGrammar, Verdict
 from engine_core.suspects import Suspects, allowed
-from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
+from executor.messages import ForcedDrafts, ModelRunnerOutput, NewRequest, SchedulerOutput
 
 MAX_DESCRIBED_TOKENS = 1 << 16
 """Tokens, cached ones included, of prompts and accompanying lists of the requests started in one step; once exceeded,
@@ -72,14 +72,18 @@ class Scheduler:
         *,
         engine_epoch: int = 0,
         max_draft_tokens: int = 0,
+        num_lookahead_tokens: int = 0,
     ) -> None:
         self.config = config
+        self.num_lookahead_tokens = num_lookahead_tokens
         self.max_draft_tokens = max_draft_tokens
         self.max_model_len = max_model_len
         self.shape = shape
         self.engine_epoch = engine_epoch
         self.kv = KVCacheManager(
-            shape, max_step_tokens(config, max_draft_tokens), enable_prefix_caching=cache.enable_prefix_caching
+            shape,
+            max_step_tokens(config, max_draft_tokens, num_lookahead_tokens),
+            enable_prefix_caching=cache.enable_prefix_caching,
         )
         self.requests: dict[int, Request] = {}
         self.shares = FairShares()
@@ -211,9 +215,7 @@ class Scheduler:
                     slots[:num_running], self.config.step_tokens - int(counts.sum()), updates
                 )
         ends = table.num_scheduled[slots]
-        begins = ends - counts
-        if self.max_draft_tokens:
-            begins -= table.num_open_drafts[slots]
+        begins = ends - counts - table.num_open_drafts[slots]
         sampled, allowances = table.note_samples(slots)
         grammar_rows = (sampled & table.has_grammar[slots]).nonzero()[0]
         self._step_id += 1
@@ -227,6 +229,7 @@ class Scheduler:
             new_reqs=tuple(new_reqs),
             block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
+            forced_drafts=self._forced_drafts(slots[grammar_rows]),
         )
         table.finished_slots.clear()
         step = InFlight(
@@ -240,6 +243,7 @@ class Scheduler:
             sampled=sampled,
             allowances=allowances,
             grammar_rows=grammar_rows,
+            forced_drafts=plan.forced_drafts,
             num_tokens=int(counts.sum()),
             num_attended=int(counts @ ends),
             schedule_us=(time.perf_counter() - begin) * 1e6,
@@ -294,7 +298,7 @@ class Scheduler:
         share = max(1, budget // max(1, int(goes_on.sum())))
         allowances = np.where(goes_on, np.clip(allowances, 0, share), 0)
         drafts: I64 = np.clip(budget - (np.cumsum(allowances) - allowances), 0, allowances)
-        ends = scheduled + drafts
+        ends = self._with_lookahead(slots, scheduled + drafts)
         rows = np.flatnonzero(ends > table.capacity[slots])
         growing = [
             (table.request(slot), end) for slot, end in zip(slots[rows].tolist(), ends[rows].tolist(), strict=True)
@@ -308,6 +312,26 @@ class Scheduler:
         table.allowances[slots] = drafts
         table.num_scheduled[slots] += drafts
         return drafts
+
+    def _forced_drafts(self, slots: I32) -> tuple[ForcedDrafts, ...]:
+        """What grammars force after the tokens that are known: the next token, which a step in flight may be sampling,
+        and drafts behind it."""
+        found: list[ForcedDrafts] = []
+        for slot in slots[self.table.allowances[slots] > 0].tolist():
+            request = self.table.request(slot)
+            assert request.grammar is not None
+            tokens = [] if request.params.num_speculative_tokens == 0 else request.grammar.likely_tokens()
+            if tokens:
+                found.append(ForcedDrafts(slot, int(self.table.num_known[slot]), np.array(tokens, np.int32).tobytes()))
+        return tuple(found)
+
+    def _with_lookahead(self, slots: I32, ends: I64) -> I64:
+        """Tokens that need blocks if a step computes those up to ``ends``."""
+        if not self.num_lookahead_tokens:
+            return ends
+        most = np.maximum(self.table.max_tokens[slots], ends)
+        wanted: I64 = np.minimum(ends + self.num_lookahead_tokens, most)
+        return wanted
 
     def _free_unseen(self) -> None:
         """Frees the blocks that have left their windows."""
@@ -323,7 +347,7 @@ class Scheduler:
             The remaining rows, the plan's block updates, and whether a request was preempted.
         """
         table, kv = self.table, self.kv
-        ends = table.num_scheduled[slots] + counts
+        ends = self._with_lookahead(slots, table.num_scheduled[slots] + counts)
         updates: list[list[int]] = [[] for _ in kv.managers]
         dropped: set[int] = set()
         rows = (ends > table.capacity[slots]).nonzero()[0]
@@ -378,9 +402,10 @@ class Scheduler:
             whole = not self.config.enable_chunked_prefill
             if whole and count > budget:
                 break
+            ahead = self._lookahead_of(request)
             if self.suspects.is_isolating:
-                self._make_room(hit, num_tokens)
-            if not self.kv.can_fit(hit, num_tokens):
+                self._make_room(hit, num_tokens + ahead)
+            if not self.kv.can_fit(hit, num_tokens + ahead):
                 break
             if self.config.long_prefill_token_threshold and not whole:
                 count = min(count, self.config.long_prefill_token_threshold)
@@ -393,7 +418,7 @@ class Scheduler:
                 self.waiting.pop()
             if self.on_admit is not None:
                 self.on_admit(request.index)
-            capacity = self.kv.start(request, hit, num_computed + count)
+            capacity = self.kv.start(request, hit, num_computed + count + ahead)
             slot = self._occupy(request, num_computed, capacity)
             new_reqs.append(self._describe(request, slot, num_computed))
             num_described += REQUEST_COST + num_tokens + len(request.params.logit_bias)
@@ -403,6 +428,13 @@ class Scheduler:
             counts.append(count)
             budget -= count
         return slots, counts
+
+    def _lookahead_of(self, request: Request) -> int:
+        """Tokens behind those known that need blocks when a request starts."""
+        if not self.num_lookahead_tokens or request.is_pooling:
+            return 0
+        most = request.num_prompt_tokens + self.max_output_tokens(request)
+        return max(0, min(self.num_lookahead_tokens, most - len(request.token_ids)))
 
     def _charge_long_outputs(self) -> None:
         """Charges tenants for outputs that exceed their expected length."""
@@ -650,15 +682,21 @@ class Scheduler:
         """The grammar states of a step's constrained rows at each of their positions; None if the request is gone."""
         table = self.table
         states: list[list[RequestGrammar | None]] = []
+        forced = {drafts.slot: drafts for drafts in step.forced_drafts}
         for row in step.grammar_rows.tolist():
             request = self.owner(step, row)
             if request is None:
                 states.append([None])
                 continue
             slot = request.slot
-            num_drafts = 0 if step.allowances is None else min(step.allowances[row], table.num_drafts[slot])
-            num_outputs = int(table.num_known[slot]) - request.num_prompt_tokens
-            states.append([*states_along(request, table.drafts[slot, :num_drafts].tolist(), num_outputs)])
+            known = int(table.num_known[slot])
+            drafts = table.drafts[slot, : table.num_drafts[slot]]
+            if slot in forced:
+                follow = forced[slot].after(table.token_ids[slot, :known])
+                drafts = follow if len(follow) else drafts
+            num_allowed = 0 if step.allowances is None else int(step.allowances[row])
+            num_outputs = known - request.num_prompt_tokens
+            states.append([*states_along(request, drafts[:num_allowed].tolist(), num_outputs)])
         return states
 
     def end_row(self, step: InFlight, row: int, reason: FinishReason, error: str = "") -> EngineCoreOutput:

@@ -259,8 +259,13 @@ class SpeculativeConfig(Config, frozen=True):
     is_adaptive: bool = True
     """Draft lengths follow the measured acceptance and the measured times of steps. False: they depend on the tokens
     alone, as several ranks need it."""
+    draft: ModelConfig | None = None
+    """The model of the method ``draft_model``."""
     script: str = ""
-    """File read by the method ``scripted``."""
+    """File of ``executor/scripts.py``, read by the method ``scripted``. Its outputs replace the drafts of
+    ``draft_model``."""
+    acceptance: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Probability that such a draft is the script's token; otherwise it is another one."""
     wrong_every: int = 0
     """The method ``scripted`` makes one in this many drafts wrong; 0: none."""
 
@@ -302,6 +307,14 @@ class ExecutorConfig(Config, frozen=True):
     ] = SimulatedDevice()
     step_size: Annotated[StepSize, Meta(extra={"internal": True})] = StepSize()
     """The largest step that the scheduler may plan; filled in by the engine core."""
+    forced_outputs: Annotated[
+        str,
+        Meta(
+            description='JSON file with a list of {"prompt": [ids], "output": [ids]}: requests with these prompts get '
+            "these outputs, whatever the model computes. For benchmarks.",
+            extra={"group": "Testing"},
+        ),
+    ] = ""
     check_every_step: Annotated[
         bool,
         Meta(
@@ -314,3 +327,8 @@ class ExecutorConfig(Config, frozen=True):
     def max_draft_tokens(self) -> int:
         """Maximum drafts of a request in one step."""
         return 0 if self.speculative is None else self.speculative.num_speculative_tokens
+
+    @property
+    def num_lookahead_tokens(self) -> int:
+        """Tokens beyond those of a step for which a request has blocks: a draft model caches its own drafts there."""
+        return 0 if self.speculative is None or self.speculative.draft is None else self.max_draft_tokens

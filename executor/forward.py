@@ -124,7 +124,8 @@ class UploadedForward:
         if adapters.any():
             columns |= adapter_columns("row_adapters", adapters[token_rows])
             columns |= adapter_columns("sample_adapters", np.repeat(adapters, num_sampled))
-        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=True)):
+        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=False)):
+            # Further tables are those of a draft model.
             block_table = table[slots]  # [num_rows, max_blocks]
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
             columns[f"block_table.{index}"] = block_table

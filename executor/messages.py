@@ -201,6 +201,30 @@ class NewRequest(Message, frozen=True):
     """Requests with the same number may take drafts from each other's outputs."""
 
 
+class ForcedDrafts(Message, frozen=True):
+    """Tokens that a request's grammar forces, or nearly so: drafts that need no proposer."""
+
+    slot: int
+    """Slot of the request."""
+    begin: int
+    """Position of the first token in the sequence. Later ones continue the sequence even if the first ones have come
+    in the meantime."""
+    token_ids: bytes
+    """int32 [tokens]."""
+
+    def after(self, tokens: I32) -> I32:
+        """The drafts that continue a sequence: int32 [drafts]; none if the sequence went another way.
+
+        Args:
+            tokens: int32 [known tokens].
+        """
+        drafts = i32(self.token_ids)
+        count = len(tokens) - self.begin
+        if count < 0 or not np.array_equal(tokens[self.begin :], drafts[:count]):
+            return drafts[:0]
+        return drafts[count:]
+
+
 class SchedulerOutput(Message, frozen=True):
     """The plan of one step. Workers execute plans strictly in ``step_id`` order."""
 
@@ -222,6 +246,8 @@ class SchedulerOutput(Message, frozen=True):
     """uint8 [num_rows]: maximum drafts that the worker may verify in the row. Empty: none in any row."""
     grammar_slots: bytes = b""
     """int32: slots whose sampling waits for this step's ``GrammarMask``."""
+    forced_drafts: tuple[ForcedDrafts, ...] = ()
+    """Drafts that take the place of the worker's own, for rows with ``num_draft_tokens``."""
 
 
 class GrammarMask(Message, frozen=True):

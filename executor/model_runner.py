@@ -22,6 +22,7 @@ from executor.config import SpeculativeConfig, StepSize
 from executor.deferred import Deferred, Together
 from executor.device.base import Device
 from executor.device.steps import Pending
+from executor.draft_runner import DraftModel
 from executor.forward import Forward, ForwardSetup, forward_class, ranges, run_model
 from executor.graphs import Program
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
@@ -40,7 +41,9 @@ from executor.messages import (
 from executor.peak_memory import PeakMemory
 from executor.pooling import Pooler, PoolerOutput
 from executor.request_states import RequestStates
+from executor.sampling.forced import create_sampler
 from executor.sampling.sampler import Sampler, SamplerOutput, SampleRows, TokenMask
+from executor.speculative.base import ProposerContext
 from executor.speculative.speculation import Speculation, drafts_of, num_verified, settle, step_rows
 
 PROMPT_LOGITS_CHUNK = 128
@@ -103,6 +106,7 @@ class PendingOutput:
         milliseconds = step.launch_ms + self._pending.device_ms + (time.perf_counter() - begin) * 1e3
         if step.num_tokens == len(step.rows):
             self._speculation.note_step(step.num_tokens, milliseconds)
+        self._speculation.follow(step.plan, states)
         drafts = self._speculation.propose(step.rows, step.epochs, states)
         return ModelRunnerOutput(
             step_id=step.plan.step_id,
@@ -135,6 +139,8 @@ class ModelRunner:
         step_size: StepSize,
         enforce_eager: bool,
         speculative: SpeculativeConfig | None = None,
+        draft: DraftModel | None = None,
+        forced_outputs: str = "",
         rank: int = 0,
     ) -> None:
         self.rank = rank
@@ -153,17 +159,27 @@ class ModelRunner:
         self.sampler = Sampler(0)
         self.pooler = Pooler(0)
         self.speculative = speculative
+        self.draft = draft
+        self.forced_outputs = forced_outputs
         self.speculation = Speculation(None, 0)
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
         max_num_seqs = self.step_size.max_num_seqs
-        self._allocate_kv(init.num_blocks)
+        num_groups = len(self.groups)
+        self._allocate_kv(init.num_blocks[:num_groups])
         self.model.reserve_positions(init.max_model_len)
-        self.states = RequestStates(max_num_seqs, init.max_model_len, [group.block_size for group in self.groups])
-        self.sampler = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
+        groups = self.groups
+        if self.draft is not None:
+            groups += self.draft.groups
+            self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len)
+        self.states = RequestStates(max_num_seqs, init.max_model_len, [group.block_size for group in groups])
+        self.sampler = create_sampler(
+            max_num_seqs, self.device.torch_device.type, self.channel, forced_outputs=self.forced_outputs
+        )
         self.pooler = Pooler(max_num_seqs)
-        self.speculation = Speculation(self.speculative, max_num_seqs)
+        context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
+        self.speculation = Speculation(self.speculative, max_num_seqs, context)
         if not self.enforce_eager:
             self.program = self.capture()
         self.forward = self._new_forward()
@@ -186,7 +202,11 @@ class ModelRunner:
         setup = self._setup()
         fixed, per_position = forward_class(setup).memory(setup)
         step_bytes = values + fixed + sampling.step_bytes(self.max_samples, self.vocab_size)
-        return step_bytes, per_position + self.model.position_bytes()
+        per_position += self.model.position_bytes()
+        if self.draft is not None:
+            of_draft = self.draft.memory()
+            step_bytes, per_position = step_bytes + of_draft[0], per_position + of_draft[1]
+        return step_bytes, per_position
 
     def _dry_run(self) -> int:
         """Runs the model eagerly on the largest step: prompts as long as possible, all in the same block.
@@ -290,7 +310,7 @@ class ModelRunner:
         """Whether ``begin`` must wait until earlier outputs are collected, because it may verify drafts."""
         if not plan.num_draft_tokens:
             return False
-        return self.speculation.is_expected(i32(plan.slots))
+        return bool(plan.forced_drafts) or self.speculation.is_expected(i32(plan.slots))
 
     def lacks_tokens(self, step: StartedStep) -> bool:
         """Whether ``finish`` must wait until earlier outputs are collected, because sampling reads their tokens."""

@@ -110,7 +110,9 @@ class DeviceModel:
     def constrain(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask) -> I32:
         """Sampled tokens of constrained rows: an allowed token, chosen by the token that it replaces."""
         constrained = i32(plan.grammar_slots).tolist()
-        rows = i32(mask.bitmask).reshape(len(constrained), -1)
+        counts = u8(mask.num_positions) if mask.num_positions else np.ones(len(constrained), np.uint8)
+        firsts = np.cumsum(counts, dtype=np.int64) - counts  # the others follow drafts, which this device has not
+        rows = i32(mask.bitmask).reshape(int(counts.sum()), -1)[firsts]
         places = {slot: place for place, slot in enumerate(i32(plan.slots)[u8(plan.num_sampled) > 0].tolist())}
         tokens = tokens.copy()
         for slot, row in zip(constrained, rows, strict=True):

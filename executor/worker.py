@@ -21,8 +21,9 @@ import zmq
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
+from executor.draft_runner import DraftModel, check_draft_model
 from executor.layers.attention import form_groups
-from executor.loader import load_model
+from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
     EXIT_MODEL,
@@ -95,19 +96,18 @@ class Worker:
             device.memory().total_bytes,
             device.communicator(self.parallel),
         )
-        if config.speculative is not None and not loaded.model.can_be_captured:
-            raise ModelError(
-                f"--speculative-config: {loaded.hf_config.architecture} runs through transformers, where drafts may "
-                "change tokens; omit it"
-            )
+        speculative = self._speculative(loaded)
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
+        draft = self._load_draft(loaded, device)
         self.runner = ModelRunner(
             loaded,
             device,
             groups,
             step_size=config.step_size,
             enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
-            speculative=self._speculative(),
+            speculative=speculative,
+            draft=draft,
+            forced_outputs=config.forced_outputs,
             rank=self.rank,
         )
         self.results_fd = self.runner.channel.fileno()
@@ -119,9 +119,9 @@ class Worker:
                 rank=self.rank,
                 free_bytes=memory.free_bytes,
                 total_bytes=memory.total_bytes,
-                weight_bytes=loaded.weight_bytes,
+                weight_bytes=loaded.weight_bytes + (0 if draft is None else draft.loaded.weight_bytes),
                 default_kv_bytes=device.default_kv_bytes(),
-                kv_cache_groups=tuple(group.spec for group in groups),
+                kv_cache_groups=(*(group.spec for group in groups), *(() if draft is None else draft.specs)),
                 max_model_len=loaded.max_model_len,
                 vocab_size=loaded.hf_config.vocab_size,
                 dtype=str(loaded.dtype).removeprefix("torch."),
@@ -135,9 +135,40 @@ class Worker:
             )
         )
 
-    def _speculative(self) -> SpeculativeConfig | None:
-        """How drafts are proposed. Ranks that compute the same step must propose the same."""
+    def _load_draft(self, target: LoadedModel, device: Device) -> DraftModel | None:
+        """Loads the draft model, if there is one.
+
+        Raises:
+            ModelError: It cannot propose drafts for the model.
+        """
+        config = self.config
+        model = None if config.speculative is None else config.speculative.draft
+        if model is None:
+            return None
+        backend = config.device.attention_backend
+        loaded = load_model(model, self.parallel, device.torch_device, backend, self._progress)
+        check_draft_model(target, loaded, device, config.parallel.world_size)
+        max_tokens = config.step_size.max_num_batched_tokens or device.max_num_batched_tokens
+        return DraftModel(
+            loaded,
+            device,
+            form_groups(loaded.model.attention_layers(), config.device.block_size),
+            config.step_size.max_num_seqs,
+            max_tokens,
+        )
+
+    def _speculative(self, target: LoadedModel) -> SpeculativeConfig | None:
+        """How drafts are proposed. Ranks that compute the same step must propose the same.
+
+        Raises:
+            ModelError: The model cannot verify drafts.
+        """
         config = self.config.speculative
+        if config is not None and not target.model.can_be_captured:
+            raise ModelError(
+                f"--speculative-config: {target.hf_config.architecture} runs through transformers, where drafts may "
+                "change tokens; omit it"
+            )
         if config is None or self.config.parallel.world_size == 1:
             return config
         return msgspec.structs.replace(config, is_adaptive=False, max_cached_requests=0)

@@ -66,11 +66,14 @@ class DraftingModel(DeviceModel):
         self._drafts = drafts
         self._num_prompt: dict[int, int] = {}
         self._proposed: dict[int, list[int]] = {}
+        self._known: dict[int, list[int]] = {}
+        """Tokens by slot."""
 
     def execute(self, plan: SchedulerOutput) -> tuple[I32, float]:
         for request in plan.new_reqs:
             self._num_prompt[request.slot] = request.num_prompt_tokens
             self._proposed[request.slot] = []
+            self._known[request.slot] = i32(request.token_ids).tolist()
         return super().execute(plan)
 
     def result(self, plan: SchedulerOutput, tokens: I32, mask: GrammarMask | None, seconds: float) -> ModelRunnerOutput:
@@ -80,6 +83,9 @@ class DraftingModel(DeviceModel):
             counts = list(mask.num_positions) or [1] * len(constrained)
             rows = iter(i32(mask.bitmask).reshape(sum(counts), -1))
             masks = {slot: list(islice(rows, count)) for slot, count in zip(constrained, counts, strict=True)}
+        for forced in plan.forced_drafts:
+            drafts = forced.after(np.array(self._known[forced.slot], np.int32)).tolist()
+            self._proposed[forced.slot] = drafts or self._proposed[forced.slot]
         columns = (i32(plan.slots).tolist(), list(plan.num_sampled), list(plan.num_draft_tokens))
         slots = [(slot, allowed) for slot, wanted, allowed in zip(*columns, strict=True) if wanted]
         sampled = [self._sample(slot, allowed, masks.get(slot)) for slot, allowed in slots]
@@ -104,6 +110,7 @@ class DraftingModel(DeviceModel):
             if token != draft:
                 break
         self._num_computed[slot] = length + len(sampled) - 1
+        self._known[slot] += sampled
         first = length + len(sampled) - self._num_prompt[slot]
         output = self._drafts.outputs.get(int(self._seeds[slot]), [])[first : first + self._drafts.count]
         every = self._drafts.wrong_every

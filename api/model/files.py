@@ -28,6 +28,7 @@ from api.model.pickled_weights import converted_folder, pickled_files
 from api.model.pooler import ModelPooler, find_pooler
 from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
+from engine_core.config import SpeculativeConfig
 from engine_core.launch import (
     ModelError,
     check_gguf_architecture,
@@ -148,7 +149,47 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     config = with_parsers(config, files.chat_template)
-    return replace(config, engine=replace(config.engine, executor=replace(executor, model=model)))
+    executor = replace(executor, model=model, speculative=_with_draft_model(config, files))
+    return replace(config, engine=replace(config.engine, executor=executor))
+
+
+def _with_draft_model(config: ServerConfig, files: ModelFiles) -> SpeculativeConfig | None:
+    """How drafts are proposed, with the local files of the draft model, if there is one.
+
+    Raises:
+        ModelFileError: Its files are missing or damaged, or its tokens are others than the model's.
+    """
+    executor = config.engine.executor
+    speculative = executor.speculative
+    if speculative is None or speculative.draft is None:
+        return speculative
+    draft = replace(
+        executor.model,
+        model=speculative.draft.model,
+        quantization=speculative.draft.quantization,
+        load_format="auto",
+        hf_overrides={},
+        imatrix="",
+        max_model_len=None,
+    )
+    own = replace(
+        config,
+        tokenizer=None,
+        chat_template=None,
+        speculative_config={},
+        engine=replace(config.engine, executor=replace(executor, model=draft, speculative=None)),
+    )
+    found = find_model(own)
+    ours, theirs = files.tokenizer, found.tokenizer
+    for token in range(max(ours.vocab_size, theirs.vocab_size)):
+        if ours.id_to_token(token) != theirs.id_to_token(token):
+            raise ModelFileError(
+                "--speculative-config",
+                f"model: token {token} of {found.name} is {theirs.id_to_token(token)!r}, and of {files.name} "
+                f"{ours.id_to_token(token)!r}; choose a draft model with the same vocabulary",
+            )
+    draft = with_model(own, found).engine.executor.model
+    return replace(speculative, draft=draft)
 
 
 def with_parsers(config: ServerConfig, chat_template: str | dict[str, str] | None) -> ServerConfig:

@@ -31,6 +31,8 @@ const M = {
   finished: "vllm:request_success_total",
   preemptions: "vllm:num_preemptions_total",
   restarts: "octavo:engine_restarts_total",
+  drafts: "vllm:spec_decode_num_draft_tokens_total",
+  accepted: "vllm:spec_decode_num_accepted_tokens_total",
   cache: "vllm:cache_config_info",
 };
 
@@ -41,6 +43,7 @@ const TILES = {
   prompt: "Tokens/s in",
   kvUsage: "KV cache in use",
   hitRate: "Prefix cache hits",
+  acceptance: "Drafts accepted",
 };
 
 export class Dashboard {
@@ -117,11 +120,13 @@ export class Dashboard {
       return [quantile(0.5, buckets), quantile(0.95, buckets)];
     };
     const queries = older === null ? NaN : increase(M.queries, older, reading);
+    const drafts = older === null ? NaN : increase(M.drafts, older, reading);
     return {
       running: reading.sum(M.running),
       waiting: reading.sum(M.waiting),
       kvUsage: reading.max(M.kvUsage),
       hitRate: queries > 0 ? increase(M.hits, older, reading) / queries : NaN,
+      acceptance: drafts > 0 ? increase(M.accepted, older, reading) / drafts : NaN,
       output: perSecond(M.output),
       prompt: perSecond(M.prompt),
       firstToken: percentiles(M.firstToken),
@@ -166,7 +171,7 @@ export class Dashboard {
       this.#tiles[name] = {
         value,
         note,
-        node: element("div", { class: "card tile", "data-tile": name }, element("h2", {}, label), value, note),
+        node: element("div", { class: "card tile", "data-tile": name, hidden: name === "acceptance" }, element("h2", {}, label), value, note),
       };
     }
     this.#root.append(
@@ -253,6 +258,14 @@ export class Dashboard {
       percent(Number.isFinite(values.hitRate) ? values.hitRate : overall),
       `${percent(overall)} since start`,
     );
+    const drafts = reading.sum(M.drafts);
+    this.#tiles.acceptance.node.hidden = !(drafts > 0); // without speculation there are none
+    if (drafts > 0) {
+      const accepted = reading.sum(M.accepted);
+      const recent = Number.isFinite(values.acceptance) ? values.acceptance : accepted / drafts;
+      const share = percent(accepted / reading.sum(M.output));
+      set("acceptance", percent(recent), `${share} of all tokens since start`);
+    }
   }
 
   #showTotals(reading) {
@@ -262,6 +275,12 @@ export class Dashboard {
       ...finished.map(({ labels, value }) => [`by ${labels.finished_reason ?? "other"}`, number(value)]),
       ["Tokens generated", number(reading.sum(M.output))],
       ["Prompt tokens", number(reading.sum(M.prompt))],
+      ...(reading.sum(M.drafts) > 0
+        ? [
+            ["Drafts verified", number(reading.sum(M.drafts))],
+            ["Drafts accepted", number(reading.sum(M.accepted))],
+          ]
+        : []),
       ["Mean time to first token", seconds(reading.mean(M.firstToken))],
       ["Mean time between tokens", seconds(reading.mean(M.interToken))],
       ["Mean time waiting", seconds(reading.mean(M.queue))],

@@ -139,6 +139,18 @@ class RequestGrammar:
             return self._path[0]
         return None
 
+    def likely_tokens(self) -> list[int]:
+        """Tokens that follow because the grammar allows no other text. They may be spelled with other tokens."""
+        forced = self.forced_token
+        if forced is not None:
+            follows_path = self._thinking is None and self._path and len(self._path) == self._remaining
+            return list(self._path) if follows_path else [forced]
+        if self._thinking is not None:
+            return []
+        copied = self.matcher.deep_copy()  # limits that a search exceeds must not end the request
+        tokens: list[int] = copied.compute_ff_tokens()
+        return [] if copied.is_error() else tokens
+
     @property
     def _must_answer(self) -> bool:
         """Whether the remaining tokens just suffice to end thinking and follow the path."""

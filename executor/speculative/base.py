@@ -8,13 +8,17 @@ each has a proposer, and all must propose the same drafts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from executor.messages import I32, I64, NewRequest
 from executor.request_states import RequestStates
+
+if TYPE_CHECKING:
+    from executor.draft_runner import DraftModel
+    from executor.speculative.step_costs import StepCosts
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,24 @@ class Drafts:
     are worth their verification."""
 
 
+@dataclass(frozen=True)
+class ProposerContext:
+    """What a worker has for its proposer."""
+
+    op_set: str = ""
+    """Name of the op set whose kernels may be used; empty: none."""
+    states: RequestStates | None = None
+    """Tokens by slot."""
+    draft: DraftModel | None = None
+    """The model of ``SpeculativeConfig.draft``."""
+
+
 class Proposer(Protocol):
     """Proposes drafts. State by slot, if any, is reset by ``add``."""
+
+    @property
+    def costs(self) -> StepCosts | None:
+        """What another draft of each of several slots takes, by number of slots. None: next to nothing."""
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot: new, or back after a preemption."""
@@ -42,6 +62,14 @@ class Proposer(Protocol):
         Args:
             slot: The slot.
             output: int32 [tokens]: its output so far.
+        """
+
+    def follow(self, slots: I32, states: RequestStates) -> None:
+        """Registers that a step is done, before ``propose`` is called for its rows that sample.
+
+        Args:
+            slots: int32 [rows]: slots of the step.
+            states: What is known and computed of each.
         """
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:

@@ -21,11 +21,17 @@ class Pool:
 
     def __init__(self, max_outputs: int) -> None:
         self._tokens: I32 = np.full(POOL_TOKENS, NO_TOKEN, np.int32)
+        self._address: int = self._tokens.__array_interface__["data"][0]
         self._outputs: deque[tuple[int, int]] = deque()
         """Begin and end of each output, the oldest first."""
         self._max_outputs = max_outputs
         self._end = 0
         self._size = 0
+
+    @property
+    def address(self) -> int:
+        """Address of ``text``."""
+        return self._address
 
     @property
     def text(self) -> I32:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from executor.config import SpeculativeConfig
 from executor.registry import resolve
-from executor.speculative.base import Proposer
+from executor.speculative.base import Proposer, ProposerContext
 
 REGISTRY = {
     "suffix": "executor.speculative.suffix:SuffixProposer",
     "ngram": "executor.speculative.suffix:NgramProposer",
+    "draft_model": "executor.speculative.draft_model:DraftModelProposer",
     "scripted": "executor.speculative.scripted:ScriptedProposer",
 }
-"""Proposer classes, constructed with the ``SpeculativeConfig`` and the number of slots."""
+"""Proposer classes, constructed with the ``SpeculativeConfig``, the number of slots and a ``ProposerContext``."""
 
 
-def create_proposer(config: SpeculativeConfig, max_num_seqs: int) -> Proposer:
+def create_proposer(config: SpeculativeConfig, max_num_seqs: int, context: ProposerContext | None = None) -> Proposer:
     """Creates the proposer named by the configuration."""
-    proposer: Proposer = resolve(REGISTRY, config.method, "speculative method")(config, max_num_seqs)
+    create = resolve(REGISTRY, config.method, "speculative method")
+    proposer: Proposer = create(config, max_num_seqs, context or ProposerContext())
     return proposer

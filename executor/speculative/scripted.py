@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import msgspec
 import numpy as np
 
 from executor.config import SpeculativeConfig
 from executor.messages import I32, I64, NewRequest, i32
 from executor.request_states import RequestStates
-from executor.speculative.base import Drafts
-
-
-class Script(msgspec.Struct, frozen=True):
-    """A prompt and its output."""
-
-    prompt: list[int]
-    output: list[int]
+from executor.scripts import NO_OUTPUT, read_scripts
+from executor.speculative.base import Drafts, ProposerContext
 
 
 class ScriptedProposer:
-    """Reads scripts from a file (a JSON list of ``Script``) and proposes their outputs for matching prompts.
+    """Reads scripts from a file (``executor/scripts.py``) and proposes their outputs for matching prompts.
 
     With ``wrong_every`` = n, each draft whose index in the output is a multiple of n is a wrong token.
     """
 
-    def __init__(self, config: SpeculativeConfig, max_num_seqs: int) -> None:
-        scripts = msgspec.json.decode(Path(config.script).read_bytes(), type=list[Script])
-        self._outputs = {
-            np.array(script.prompt, np.int32).tobytes(): _spoilt(script.output, config.wrong_every)
-            for script in scripts
-        }
-        self._by_slot: list[I32] = [np.empty(0, np.int32)] * max_num_seqs
+    costs = None
+
+    def __init__(self, config: SpeculativeConfig, max_num_seqs: int, context: ProposerContext) -> None:
+        self._output_of = read_scripts(config.script)
+        self._wrong_every = config.wrong_every
+        self._by_slot: list[I32] = [NO_OUTPUT] * max_num_seqs
 
     def add(self, request: NewRequest) -> None:
-        prompt = i32(request.token_ids)[: request.num_prompt_tokens].tobytes()
-        self._by_slot[request.slot] = self._outputs.get(prompt, np.empty(0, np.int32))
+        output = self._output_of(i32(request.token_ids)[: request.num_prompt_tokens])
+        self._by_slot[request.slot] = _spoilt(output, self._wrong_every)
 
     def remove(self, slot: int, output: I32) -> None:
+        pass
+
+    def follow(self, slots: I32, states: RequestStates) -> None:
         pass
 
     def propose(self, slots: I32, limits: I64, states: RequestStates) -> Drafts:
@@ -49,8 +42,8 @@ class ScriptedProposer:
         return Drafts(counts, np.concatenate([np.empty(0, np.int32), *drafts]))
 
 
-def _spoilt(output: list[int], wrong_every: int) -> I32:
-    tokens = np.array(output, np.int32)
+def _spoilt(output: I32, wrong_every: int) -> I32:
+    tokens: I32 = output.copy()
     if wrong_every:
         tokens[::wrong_every] = np.where(tokens[::wrong_every] > 0, tokens[::wrong_every] - 1, 1)
     return tokens

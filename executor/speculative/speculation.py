@@ -6,15 +6,17 @@ import numpy as np
 import numpy.typing as npt
 
 from executor.config import SpeculativeConfig
-from executor.messages import I32, I64, NewRequest, SchedulerOutput, i32, row_offsets, u8
+from executor.messages import I32, I64, ForcedDrafts, NewRequest, SchedulerOutput, i32, row_offsets, u8
 from executor.request_states import RequestStates
 from executor.sampling.base import SamplerOutput, SampleRows
-from executor.speculative.base import Drafts
-from executor.speculative.draft_lengths import DraftLengths
+from executor.speculative.base import Drafts, ProposerContext
+from executor.speculative.draft_lengths import FIRST_LOGITS, MAX_KINDS, DraftLengths
 from executor.speculative.registry import create_proposer
 
 U8 = npt.NDArray[np.uint8]
 
+FIRST_LOGIT = 1.0
+"""That of a draft whose proposal took time, before anything was learned: it is right in 3 of 4 cases."""
 PATIENCE = 8
 """Steps without drafts after which a slot's next step does not wait for the last one to propose some."""
 
@@ -30,8 +32,19 @@ def step_rows(plan: SchedulerOutput, states: RequestStates) -> tuple[I32, I32, U
     if not plan.num_draft_tokens:
         return slots, counts, num_sampled, False
     allowed = u8(plan.num_draft_tokens)
+    for forced in plan.forced_drafts:
+        _force(forced, states)
     num_drafts = np.minimum(states.num_drafts[slots], allowed).astype(np.uint8)
     return slots, counts - allowed + num_drafts, num_sampled + num_drafts, bool(num_drafts.any())
+
+
+def _force(forced: ForcedDrafts, states: RequestStates) -> None:
+    """Replaces a slot's drafts by those of a plan, if they continue its tokens."""
+    slot = forced.slot
+    known = int(states.num_known[slot])
+    drafts = forced.after(states.token_ids[slot, :known])[: states.token_ids.shape[1] - known]
+    if len(drafts) and known == states.num_tokens[slot]:
+        states.set_drafts(np.array([slot], np.int32), np.array([len(drafts)]), drafts)
 
 
 def drafts_of(rows: SampleRows, states: RequestStates) -> I64:
@@ -95,17 +108,23 @@ def settle(
 class Speculation:
     """The worker's proposer, if any."""
 
-    def __init__(self, config: SpeculativeConfig | None, max_num_seqs: int) -> None:
-        self._proposer = None if config is None else create_proposer(config, max_num_seqs)
+    def __init__(
+        self, config: SpeculativeConfig | None, max_num_seqs: int, context: ProposerContext | None = None
+    ) -> None:
+        self._proposer = None if config is None else create_proposer(config, max_num_seqs, context)
+        self._costs = None if self._proposer is None else self._proposer.costs
         self.max_drafts = 0 if config is None else config.num_speculative_tokens
         """Maximum drafts of a row."""
         self._limits = np.full(max_num_seqs, self.max_drafts, np.int64)
         """Maximum drafts by slot."""
+        self._ends = np.zeros(max_num_seqs, np.int64)
+        """Maximum length of prompt and output together, by slot."""
         self._lengths = DraftLengths(
             max_num_seqs,
             self.max_drafts,
             0.0 if config is None else config.min_token_prob,
             is_adaptive=config is not None and config.is_adaptive,
+            first_logits=FIRST_LOGITS if self._costs is None else np.full(MAX_KINDS, FIRST_LOGIT),
         )
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""
@@ -114,14 +133,17 @@ class Speculation:
 
     def add(self, request: NewRequest) -> None:
         """Registers a request that enters a slot."""
+        if self._proposer is None:
+            return
+        self._proposer.add(request)
         params = request.params
-        if self._proposer is None or params is None:
+        if params is None:
             return
         own = params.num_speculative_tokens
         self._limits[request.slot] = self.max_drafts if own is None else min(own, self.max_drafts)
+        self._ends[request.slot] = request.num_prompt_tokens + params.max_tokens
         self._lengths.add(request.slot)
         self._num_idle[request.slot] = 0 if own != 0 else PATIENCE
-        self._proposer.add(request)
 
     def remove(self, slots: I32, states: RequestStates) -> None:
         """Registers the requests that leave their slots. ``states`` still has their tokens."""
@@ -140,6 +162,11 @@ class Speculation:
         if self._proposer is not None:
             self._lengths.costs.add(num_tokens, milliseconds)
 
+    def follow(self, plan: SchedulerOutput, states: RequestStates) -> None:
+        """Registers that a step is done."""
+        if self._proposer is not None:
+            self._proposer.follow(i32(plan.slots), states)
+
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
@@ -156,10 +183,13 @@ class Speculation:
         firsts = slice(None) if rows.offsets is None else rows.offsets == 0
         slots = rows.slots[firsts]
         is_current = states.epochs[slots] == epochs[firsts]
-        room = states.token_ids.shape[1] - states.num_known[slots]
-        limits = np.where(is_current, np.minimum(self._limits[slots], room), 0)
+        # The last token of a request is never verified: nothing follows it.
+        room = np.minimum(states.token_ids.shape[1], self._ends[slots] - 1) - states.num_known[slots]
+        limits = np.where(is_current, np.maximum(np.minimum(self._limits[slots], room), 0), 0)
         current = slots[is_current]
         self._lengths.learn(current, states)
+        if self._costs is not None:
+            limits = self._lengths.affordable(slots, limits, self._costs)
         proposed = self._proposer.propose(slots, limits, states)
         counts = np.zeros(len(slots), np.int64)
         mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)

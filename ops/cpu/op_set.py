@@ -8,6 +8,7 @@ from typing import Any
 import ops
 from ops.cpu import kernels, library
 from ops.cpu.library import Library
+from ops.cpu.lookup import LookupKernel
 from ops.cpu.program import NativeProgram
 from ops.cpu.sampling import SamplingKernels
 from ops.dispatch import Node, Op, OpSet, Spec
@@ -60,6 +61,11 @@ class CpuOps(OpSet):
     def sampling(self) -> SamplingKernels:
         """The sampling kernels of the library."""
         return SamplingKernels(self.library.dll)
+
+    @cached_property
+    def lookup(self) -> LookupKernel:
+        """The library's search in earlier text."""
+        return LookupKernel(self.library.dll)
 
 
 def create() -> OpSet:

@@ -113,6 +113,8 @@ def test_outputs_do_not_depend_on_drafts(tiny_model: Path, tmp_path: Path, monke
     with LLM(str(tiny_model), **options, speculative_config=suffix) as llm:
         for _ in range(2):  # then drafts come from the first outputs
             assert outputs(llm) == expected
+    with LLM(str(tiny_model), **options, speculative_config={"model": str(tiny_model)}) as llm:
+        assert outputs(llm) == expected, "the model drafts for itself"
 
 
 @pytest.mark.timeout(600)

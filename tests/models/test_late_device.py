@@ -21,7 +21,7 @@ from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, Speculati
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
 from executor.inline import InlineExecutor
-from executor.messages import FromWorker, InitKVCache, ModelRunnerOutput, Tensor, ThinkingBudget
+from executor.messages import FromWorker, InitKVCache, ModelRunnerOutput, Tensor, ThinkingBudget, WorkerReady
 from executor.parallel import ParallelState
 from executor.worker import Worker
 from ops.dispatch import OpSet
@@ -58,7 +58,11 @@ class ReferenceCpu(CpuDevice):
 
 
 def new_scheduler(
-    num_blocks: int = 48, windows: Sequence[int | None] = (None,), max_draft_tokens: int = 0, **config: Any
+    num_blocks: int = 48,
+    windows: Sequence[int | None] = (None,),
+    max_draft_tokens: int = 0,
+    num_lookahead_tokens: int = 0,
+    **config: Any,
 ) -> Scheduler:
     return Scheduler(
         SchedulerConfig(**{"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": 64, **config}),
@@ -66,6 +70,7 @@ def new_scheduler(
         CacheShape(tuple(GroupShape(num_blocks, BLOCK_SIZE, window) for window in windows)),
         MAX_LEN,
         max_draft_tokens=max_draft_tokens,
+        num_lookahead_tokens=num_lookahead_tokens,
     )
 
 
@@ -83,6 +88,7 @@ class Engine:
         kv_cache_dtype: str = "auto",
         family: str = "llama",
         speculative: SpeculativeConfig | None = None,
+        forced_outputs: str = "",
         **config: Any,
     ) -> None:
         monkeypatch.setattr("executor.worker.create_device", lambda name: device)
@@ -90,13 +96,17 @@ class Engine:
         model = ModelConfig(model=str(folder), dtype="float32", enforce_eager=eager, kv_cache_dtype=kv_cache_dtype)
         self.answers: list[FromWorker] = []
         self.device = device
-        executor = ExecutorConfig(model=model, speculative=speculative, step_size=STEP_SIZE)
+        executor = ExecutorConfig(
+            model=model, speculative=speculative, step_size=STEP_SIZE, forced_outputs=forced_outputs
+        )
         self.worker = Worker(ParallelState(), executor, self.answers.append)
         self.worker.start()
-        groups = [group.shape.sliding_window for group in self.worker.runner.groups]
+        (ready,) = (answer for answer in self.answers if isinstance(answer, WorkerReady))
+        groups = [group.sliding_window for group in ready.kv_cache_groups]
         self.worker.handle(InitKVCache((num_blocks,) * len(groups), MAX_LEN))
-        drafts = 0 if speculative is None else speculative.num_speculative_tokens
-        self.scheduler = new_scheduler(num_blocks, groups, drafts, **config)
+        self.scheduler = new_scheduler(
+            num_blocks, groups, executor.max_draft_tokens, executor.num_lookahead_tokens, **config
+        )
         self.num_accepted = 0
         self.in_flight: deque[Any] = deque()
         self.outputs: dict[int, list[int]] = {}

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from engine_core.messages import ResolvedParams, f32
-from executor.config import SpeculativeConfig
+from executor.base import ModelError
+from executor.config import ModelConfig, SpeculativeConfig
 from executor.device.base import Device
 from executor.device.cpu import CpuDevice
+from executor.messages import InitKVCache, WorkerReady
+from tests import tiny
 from tests.late_device import LateDevice
 from tests.models.harness import random_tokens
-from tests.models.test_late_device import REQUESTS, Engine, answers, op_set
+from tests.models.test_late_device import MAX_LEN, REQUESTS, Engine, answers, op_set
 
 __all__ = ["op_set"]
 
@@ -85,6 +88,60 @@ PROPOSERS: dict[str, SpeculativeConfig] = {
         method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=2, is_adaptive=False
     ),
 }
+
+
+def draft_model(family: str = "llama", **fields: Any) -> SpeculativeConfig:
+    model = ModelConfig(model=str(tiny.checkpoint(family)), dtype="float32")
+    return SpeculativeConfig(
+        **{"method": "draft_model", "num_speculative_tokens": 4, "draft": model, "min_token_prob": 0.0, **fields}
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "setup"),
+    [
+        ("llama", {}),
+        ("qwen2", {"num_blocks": 8, "max_in_flight_steps": 3}),
+        ("llama", {"num_blocks": 7, "max_num_batched_tokens": 24}),
+        ("llama", {"windows": True, "max_num_batched_tokens": 17}),
+    ],
+    ids=str,
+)
+def test_a_draft_model_changes_nothing(family: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(Engine(CpuDevice(), monkeypatch, **setup))
+    engine = Engine(CpuDevice(), monkeypatch, speculative=draft_model(family, is_adaptive=False), **setup)
+    assert answers(engine) == expected, "bit for bit"
+    engine.scheduler.check_integrity()
+    assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in setup)
+    if family == "llama" and "windows" not in setup:
+        assert engine.num_accepted > 40, "greedy requests get their own tokens"
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ModelConfig(model=str(tiny.checkpoint("llama", vocab_size=320)), dtype="float32")
+    with pytest.raises(ModelError, match=r"has a vocabulary of 320 tokens, and .* one of \d+; choose a draft model"):
+        Engine(CpuDevice(), monkeypatch, speculative=draft_model(draft=other))
+    with pytest.raises(ModelError, match="draft models run on CPUs alone so far; use the method suffix"):
+        Engine(LateDevice(by_itself=False), monkeypatch, speculative=draft_model())
+
+
+def test_a_draft_model_knows_prompts_from_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that drafts for itself is always right, whatever part of the prompt it did not compute."""
+    config = draft_model(is_adaptive=False)
+    engine = Engine(CpuDevice(), monkeypatch, speculative=config, max_num_batched_tokens=24)
+    params = ResolvedParams(temperature=0.0, max_tokens=21)
+    prompt = random_tokens(70, 3)
+    for index in range(3):
+        engine.add(index, prompt + [index] * (index > 1), params)
+    engine.run()
+    assert engine.num_accepted == engine.scheduler.drafts.num_draft_tokens > 40, "all drafts hold"
+    engine.add(9, prompt + engine.outputs[0][:15], ResolvedParams(temperature=0.0, max_tokens=16))
+    steps = 0
+    while engine.launch():
+        engine.retire()
+        steps += 1
+    assert engine.scheduler.kv.num_hit_tokens >= 64
+    assert engine.scheduler.drafts.num_draft_tokens == engine.num_accepted and steps <= 6
 
 
 @pytest.mark.parametrize(
@@ -174,3 +231,62 @@ def test_more_rows_than_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert most > 5
     for index in range(4):
         assert engine.outputs[index] == expected[0][index]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_outputs_can_be_forced(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the engine takes forced tokens for sampled ones, also where results come late."""
+    path = tmp_path / "scripts.json"
+    prompts = [random_tokens(9, 1), random_tokens(12, 2), random_tokens(9, 3)]
+    outputs = [random_tokens(20, 4), random_tokens(20, 5)]
+    path.write_text(json.dumps([{"prompt": p, "output": o} for p, o in zip(prompts, outputs, strict=False)]))
+    params = ResolvedParams(temperature=0.0, repetition_penalty=1.1, max_tokens=20)
+    found = []
+    for speculative in (None, PROPOSERS["suffix, fixed"]):
+        engine = Engine(DEVICES[device](), monkeypatch, forced_outputs=str(path), speculative=speculative)
+        for index, prompt in enumerate([*prompts, prompts[0]]):
+            engine.add(index, prompt, params)
+        engine.run()
+        found.append(engine.outputs)
+    assert found[0] == found[1]
+    assert [found[0][index] for index in (0, 1, 3)] == [*outputs, outputs[0]]
+    assert found[0][2] not in outputs and len(found[0][2]) == 20
+
+
+def run_with_restarts(engine: Engine, num_blocks: int) -> tuple[dict[int, Any], ...]:
+    """The answers if workers are lost twice in the meantime."""
+    for index, (prompt, params) in enumerate(REQUESTS):
+        engine.add(index, prompt, params)
+    for _ in range(2):
+        for _ in range(9):
+            while engine.launch():
+                pass
+            engine.retire()
+        engine.in_flight.clear()
+        for result in engine.results:
+            engine.answers.remove(result)
+        (ready,) = (answer for answer in engine.answers if isinstance(answer, WorkerReady))
+        engine.worker.handle(InitKVCache((num_blocks,) * len(ready.kv_cache_groups), MAX_LEN))
+        engine.scheduler.restart()
+    engine.run()
+    engine.scheduler.check_integrity()
+    return engine.outputs, engine.logprobs, engine.vectors
+
+
+@pytest.mark.parametrize("proposer", ["garbage", "oracle", "suffix", "ngram", "draft_model"])
+def test_chunks_preemptions_and_restarts_change_nothing(
+    proposer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup: dict[str, Any] = {"num_blocks": 7, "max_num_batched_tokens": 24}
+    expected = answers(Engine(CpuDevice(), monkeypatch, **setup))
+    speculative = {
+        "garbage": lambda: scripts(tmp_path, expected[0], 4, 1),
+        "oracle": lambda: scripts(tmp_path, expected[0], 4, 0),
+        "suffix": lambda: PROPOSERS["suffix, fixed"],
+        "ngram": lambda: PROPOSERS["ngram"],
+        "draft_model": lambda: draft_model(is_adaptive=False),
+    }[proposer]()
+    engine = Engine(CpuDevice(), monkeypatch, speculative=speculative, **setup)
+    assert run_with_restarts(engine, setup["num_blocks"]) == expected, "bit for bit"
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.drafts.num_draft_tokens > 0 or proposer in ("suffix", "ngram")

@@ -100,8 +100,17 @@ FOLDERS: dict[str, set[str]] = {
     "executor/attention": {"messages", "registry"},
     "executor/device": {"base", "config", "deferred", "log", "messages", "parallel", "registry"},
     # What is done with logits: no model, and of a device only how values come back from it.
-    "executor/sampling": {"deferred", "device.steps", "messages", "registry", "request_states"},
-    "executor/speculative": {"config", "messages", "registry", "request_states", "sampling.base"},
+    "executor/sampling": {"base", "deferred", "device.steps", "messages", "registry", "request_states", "scripts"},
+    "executor/speculative": {
+        "base",
+        "config",
+        "draft_runner",
+        "messages",
+        "registry",
+        "request_states",
+        "sampling.base",
+        "scripts",
+    },
     # Grammars know requests, not plans.
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.

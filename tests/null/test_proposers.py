@@ -235,3 +235,23 @@ def test_all_rows_of_a_step_share_what_it_costs() -> None:
     drafts = Drafts(np.array([4, 0, 0, 4]), i32(range(8)), kinds)
     counts = lengths.choose(i32([0, 1, 2, 3]), drafts, states)
     assert counts.tolist() == [4, 0, 0, 0]
+
+
+def constant(count: int, milliseconds: float) -> float:
+    return milliseconds
+
+
+def test_drafts_that_take_time_are_proposed_as_far_as_they_pay() -> None:
+    slots, limits = i32([0, 1]), np.array([6, 3])
+    lengths = DraftLengths(2, 6, 0.0, is_adaptive=True, first_logits=np.full(32, 1.4))
+    draft_costs = StepCosts()
+    assert lengths.affordable(slots, limits, draft_costs).tolist() == [6, 3], "nothing is known"
+    learn_costs(lengths.costs, partial(cost_of, extra=0.1))
+    for milliseconds, expected in ((0.5, [4, 3]), (2.0, [3, 3]), (30.0, [1, 1])):
+        draft_costs = StepCosts()
+        learn_costs(draft_costs, partial(constant, milliseconds=milliseconds))
+        found = lengths.affordable(slots, limits, draft_costs).tolist()
+        assert found == expected, "the first draft is a part of what is computed anyway"
+    learn_costs(lengths.costs, partial(cost_of, extra=20.0))
+    counts = [lengths.affordable(slots, limits, draft_costs).tolist() for _ in range(64)]
+    assert counts.count([2, 2]) == 2 and counts.count([0, 0]) == 62, "it is tried now and then"

@@ -107,7 +107,6 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: more than one worker is not supported yet"),
         (["-tp=2"], "--tensor-parallel-size 2"),
         (["--speculative-config", '{"method": "eagle3"}'], "method 'eagle3': EAGLE heads are not supported yet; use"),
-        (["--speculative-config.model", "m/draft"], "method 'draft_model': draft models are not supported yet; use"),
         (["--speculative-model", "m/draft"], "--speculative-model m/draft: use --speculative-config, such as"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype int4: not supported, 4 bits cost models with heads of 64"),
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
@@ -239,10 +238,20 @@ def test_speculative_configs_of_vllm() -> None:
         assert (ngram.prompt_lookup_min, ngram.prompt_lookup_max) == expected
 
 
+def test_a_draft_model_is_named_with_its_quantization() -> None:
+    draft = speculation_of(model="m/draft", quantization="int8", draft_tensor_parallel_size=1)
+    assert draft is not None and draft.method == "draft_model" and draft.num_speculative_tokens == 5
+    assert draft.draft is not None and (draft.draft.model, draft.draft.quantization) == ("m/draft", "int8")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_speculative_tokens": 3}, 'method is missing; use "suffix" or "ngram"'),
+        ({"num_speculative_tokens": 3}, 'method is missing; use "suffix", "ngram" or "draft_model"'),
+        ({"method": "draft_model"}, "model is missing: one of the same family"),
+        ({"model": "m/draft", "quantization": "int3"}, "quantization must be one of awq, "),
+        ({"model": "m/draft", "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size must be 1, got 2"),
+        ({"model": "m/draft", "use_heterogeneous_vocab": True}, "both models must have the same vocabulary; omit it"),
         ({"method": "suffics"}, "unknown method 'suffics'; use"),
         ({"method": "ngram"}, "num_speculative_tokens is missing; 4 is a good start"),
         ({"method": "suffix", "num_speculative_tokens": 33}, "must be a whole number from 1 to 32, got 33"),
@@ -250,7 +259,7 @@ def test_speculative_configs_of_vllm() -> None:
         ({"method": "suffix", "prompt_lookup_max": 3}, "prompt_lookup_max is for the method 'ngram'; omit it"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 2}, "must be a number from 0 to 1, got 2"),
         ({"method": "suffix", "suffix_decoding_max_tree_dept": 2}, "did you mean suffix_decoding_max_tree_depth?"),
-        ({"method": "suffix", "model": "m/draft"}, "model is for methods with a second model; omit it for 'suffix'"),
+        ({"method": "suffix", "model": "m/draft"}, "model is for the method 'draft_model'; omit it for 'suffix'"),
         ({"method": "suffix", "disable_by_batch_size": 4}, "the number of drafts adapts to the load by itself"),
         ({"method": "suffix", "acceptance_method": "typical_acceptance_sampler"}, "drafts are verified exactly"),
         (

@@ -24,9 +24,9 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 
 from api.cli import resolve
-from api.config import DEMO_GENERATION, DEMO_MODULE, ServerConfig
+from api.config import DEMO_GENERATION, DEMO_MODULE, ServerConfig, make_config
 from api.errors import ModelFileError
-from api.model.files import ModelFiles, find_model
+from api.model.files import ModelFiles, find_model, with_model
 from api.model.hub import open_hub
 from api.params.defaults import check_defaults, default_params
 from api.params.sampling import SamplingParams
@@ -621,3 +621,27 @@ def test_a_model_from_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (first, (model, options)) = asked
     assert first == ("org/model", "config.json", "v1") and model == "org/model"
     assert options["revision"] == "v1" and "*.safetensors" in options["allow_file_pattern"]
+
+
+def test_a_draft_model_needs_the_vocabulary_of_the_model(tmp_path: Path) -> None:
+    folder = tiny.checkpoint("llama")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = sorted(vocabulary, key=vocabulary.__getitem__)[30:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    def configured(draft: Path) -> Any:
+        config, _ = make_config({"model": str(folder), "dtype": "float32", "speculative_config": {"model": str(draft)}})
+        return with_model(config, find_model(config)).engine.executor.speculative
+
+    own = configured(folder)
+    assert own.draft.model == str(folder.resolve()) and own.draft.dtype == "float32"
+    with pytest.raises(ModelFileError, match=r"model: token 30 of .*other is .* with the same vocabulary"):
+        configured(other)
+    with pytest.raises(ModelFileError, match="missing: no such folder or file"):
+        configured(tmp_path / "missing")

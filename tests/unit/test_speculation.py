@@ -233,5 +233,7 @@ def test_rejected_drafts_take_nothing_from_the_next_request_in_the_slot() -> Non
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown speculative method 'magic'; choose from ngram, scripted, suffix"):
+    with pytest.raises(
+        ValueError, match=r"unknown speculative method 'magic'; choose from draft_model, ngram, scripted, suffix"
+    ):
         create_proposer(SpeculativeConfig(method="magic", num_speculative_tokens=1), 4)

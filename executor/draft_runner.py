@@ -1,0 +1,110 @@
+"""A small model in the worker of a large one, which proposes drafts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from executor.attention.base import AttentionGroup
+from executor.base import ModelError
+from executor.device.base import Device
+from executor.forward import Forward, ForwardSetup, UploadedForward, run_model
+from executor.graphs import Program
+from executor.input_batch import InputBatch
+from executor.loader import LoadedModel
+from executor.messages import KVCacheGroupSpec
+from executor.request_states import RequestStates
+
+FLAG = "--speculative-config"
+
+
+@dataclass
+class DraftModel:
+    """A small model in the worker of a large one."""
+
+    loaded: LoadedModel
+    device: Device
+    groups: tuple[AttentionGroup, ...]
+    max_num_seqs: int
+    max_tokens: int
+    """Most tokens of a step of the large model."""
+    program: Program | None = None
+
+    @property
+    def specs(self) -> tuple[KVCacheGroupSpec, ...]:
+        """Its KV cache groups, for the engine core."""
+        return tuple(msgspec.structs.replace(group.spec, kind="draft") for group in self.groups)
+
+    def _capture(self) -> Program:
+        """The program of a step, for the KV cache that is allocated."""
+        model = self.loaded.model
+        # A step adds a token to each row that samples.
+        program = Program(
+            self.device.torch_device.type,
+            max_tokens=self.max_tokens + self.max_num_seqs,
+            max_samples=self.max_num_seqs,
+        )
+        hidden, logits = run_model(model, InputBatch.symbolic(program, len(self.groups)))
+        program.finish(hidden, logits)
+        return program
+
+    def allocate(self, num_blocks: Sequence[int], max_model_len: int) -> None:
+        """Allocates KV cache and tables, and captures the program.
+
+        Args:
+            num_blocks: Blocks of each group.
+            max_model_len: Longest sequence served.
+        """
+        self._allocate_kv(num_blocks)
+        self.loaded.model.reserve_positions(min(max_model_len, self.loaded.max_model_len))
+        self.program = self._capture()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the largest step, and bytes per token of the longest sequence. Called before the KV cache exists."""
+        self._allocate_kv([1] * len(self.groups))
+        table_bytes = sum(-(-self.max_num_seqs * 4 // group.block_size) for group in self.groups)
+        return self._capture().num_bytes, self.loaded.model.position_bytes() + table_bytes
+
+    def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
+        layers = self.loaded.model.attention_layers()
+        for group, count in zip(self.groups, num_blocks, strict=True):
+            shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
+            for index in group.layers:
+                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+
+    def forward(self, states: RequestStates) -> Forward:
+        """The forward pass over the requests of ``states``."""
+        setup = ForwardSetup(
+            self.loaded.model,
+            self.program,
+            self.device.steps(),
+            self.groups,
+            max_num_seqs=self.max_num_seqs,
+            max_tokens=self.max_tokens + self.max_num_seqs,
+            max_samples=self.max_num_seqs,
+        )
+        return UploadedForward(setup, states)
+
+
+def check_draft_model(target: LoadedModel, draft: LoadedModel, device: Device, world_size: int) -> None:
+    """Checks that a model can propose drafts for another.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    name = draft.hf_config.source
+    if world_size > 1:
+        raise ModelError(f"{FLAG}: draft models run with one rank; omit --tensor-parallel-size, or the draft model")
+    steps = device.steps()
+    if steps.graphs is not None or steps.fileno() is not None:
+        raise ModelError(f"{FLAG}: draft models run on CPUs alone so far; use the method suffix on {device.name}")
+    if not draft.model.can_be_captured:
+        raise ModelError(f"{FLAG}: {name} runs through transformers, which draft models must not; choose another")
+    ours, theirs = target.hf_config.vocab_size, draft.hf_config.vocab_size
+    if ours != theirs:
+        raise ModelError(
+            f"{FLAG}: model: {name} has a vocabulary of {theirs} tokens, and {target.hf_config.source} one of {ours}; "
+            "choose a draft model of the same family"
+        )
