@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.packed import ExpertWeights
-from ops.triton import configs, gemm
+from ops.packed import Encoding, ExpertWeights, QuantizedWeight
+from ops.triton import configs, gemm, quantized
 from ops.triton.catalog import Case, meta
+from ops.triton.codes import Layout
 from ops.triton.configs import Config, power_of_two
 from ops.triton.launch import launch, result, row_stride, scratch, target
 
@@ -48,6 +49,33 @@ def expert_lists_kernel(
     tl.store(counts_ptr + expert, count)
 
 
+@triton.jit
+def _item(counts_ptr, item, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, TILE_M: tl.constexpr):
+    """The expert of a tile (EXPERTS or more: there is no such tile), its place there, and the expert's rows: how many,
+    and those of all experts before."""
+    expert = tl.arange(0, EXPERTS_TILE)
+    count = tl.load(counts_ptr + expert, mask=expert < EXPERTS, other=0)
+    tiles = tl.cdiv(count, TILE_M)
+    ends = tl.cumsum(tiles, 0)
+    own = tl.sum((ends <= item).to(tl.int32), 0)
+    tile_m = item - tl.sum(tl.where(expert == own, ends - tiles, 0), 0)
+    M = tl.sum(tl.where(expert == own, count, 0), 0)
+    return own, tile_m, M, tl.sum(tl.where(expert < own, count, 0), 0).to(tl.int64)
+
+
+@triton.jit
+def _rows_of(x_ptr, lists_ptr, own, tokens, m, M, first, own_k, x_stride, GATHERS: tl.constexpr):
+    """Where the rows of an expert are, and the offsets of a tile of them."""
+    x_base = x_ptr
+    if GATHERS:
+        token = tl.load(lists_ptr + own.to(tl.int64) * tokens + m, mask=m < M, other=0)
+        x_offsets = token[:, None] * x_stride + own_k[None, :]
+    else:
+        x_base = x_ptr + first * x_stride
+        x_offsets = m[:, None] * x_stride + own_k[None, :]
+    return x_base, x_offsets
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def expert_gemm_kernel(
     w_ptr, weights_ptr, bias_ptr, biases_ptr, x_ptr, lists_ptr, counts_ptr, out_ptr, tokens, N, K, segment_size,
@@ -57,43 +85,79 @@ def expert_gemm_kernel(
 ):  # fmt: skip
     """As ``gemm_kernel``. Results lie expert by expert; ``GATHERS``: the rows of x are tokens, else they lie likewise.
 
-    ``w_ptr`` and ``bias_ptr`` are those of the first expert; ``weights_ptr`` and ``biases_ptr`` say how far from there
-    those of all others are.
+    ``w_ptr`` and ``bias_ptr`` are those of the first expert; ``weights_ptr`` and ``biases_ptr`` say how many times 16
+    bytes from there those of all others are.
     """
     tiles_n = tl.cdiv(N, TILE_N)
-    item = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
-    expert = tl.arange(0, EXPERTS_TILE)
-    count = tl.load(counts_ptr + expert, mask=expert < EXPERTS, other=0)
-    tiles = tl.cdiv(count, TILE_M)
-    ends = tl.cumsum(tiles, 0)
-    own = tl.sum((ends <= item).to(tl.int32), 0)
+    own, tile_m, M, first = _item(counts_ptr, tl.program_id(0) // tiles_n, EXPERTS, EXPERTS_TILE, TILE_M)
     if own < EXPERTS:
-        tile_m = item - tl.sum(tl.where(expert == own, ends - tiles, 0), 0)
-        M = tl.sum(tl.where(expert == own, count, 0), 0)
-        first = tl.sum(tl.where(expert < own, count, 0), 0).to(tl.int64)
         own_n = tl.arange(0, TILE_N)
         own_k = tl.arange(0, TILE_K)
         m = tile_m * TILE_M + tl.arange(0, TILE_M)
         n = tile_n * TILE_N + own_n
-        weight = w_ptr + tl.multiple_of(tl.load(weights_ptr + own), 16)
-        w_base = weight + (tile_n * TILE_N).to(tl.int64) * w_stride
+        w_base = _moved(w_ptr, tl.load(weights_ptr + own)) + (tile_n * TILE_N).to(tl.int64) * w_stride
         w_offsets = own_n[:, None] * w_stride + own_k[None, :]
         up_base = w_base + tl.full([], N, tl.int64) * w_stride
-        x_base = x_ptr
-        if GATHERS:
-            token = tl.load(lists_ptr + own.to(tl.int64) * tokens + m, mask=m < M, other=0)
-            x_offsets = token[:, None] * x_stride + own_k[None, :]
-        else:
-            x_base = x_ptr + first * x_stride
-            x_offsets = m[:, None] * x_stride + own_k[None, :]
+        x_base, x_offsets = _rows_of(x_ptr, lists_ptr, own, tokens, m, M, first, own_k, x_stride, GATHERS)
         total, total_up = gemm._sums(
             w_base, up_base, w_offsets, x_base, x_offsets, m, n, own_k, M, N, K, 0, segment_size,
             SEGMENTS, EVEN_N, EVEN_K, GATED, TILE_M, TILE_N, TILE_K,
         )  # fmt: skip
         bias = x_ptr
         if biases_ptr is not None:
-            bias = bias_ptr + tl.multiple_of(tl.load(biases_ptr + own), 16)
+            bias = _moved(bias_ptr, tl.load(biases_ptr + own))
+        gemm._finish(
+            total, total_up, m, n, M, N, bias, None, 0, out_ptr + first * out_stride, out_stride,
+            ACTIVATION, GATED, biases_ptr is not None, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _moved(pointer, distance):
+    """A pointer so many times 16 bytes further."""
+    return pointer + distance * (128 // pointer.dtype.element_ty.primitive_bitwidth)
+
+
+@triton.jit
+def _moved_field(pointer, distance):
+    """Likewise of a field that not all formats have."""
+    result = pointer
+    if pointer is not None:
+        result = _moved(pointer, distance)
+    return result
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def quantized_expert_gemm_kernel(
+    low_ptr, high_ptr, scale_ptr, shift_ptr, super_ptr, super_shift_ptr, table_ptr, weights_ptr, bias_ptr, biases_ptr,
+    x_ptr, lists_ptr, counts_ptr, out_ptr, tokens, N, K, COLUMNS, segment_size, x_stride, out_stride,
+    GATHERS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_TILE: tl.constexpr, SEGMENTS: tl.constexpr,
+    EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
+    HAS_SUPER: tl.constexpr, HAS_TABLE: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """As ``expert_gemm_kernel``, with the weights of ``quantized_gemm_kernel``. All have the first one's table."""
+    tiles_n = tl.cdiv(N, TILE_N)
+    own, tile_m, M, first = _item(counts_ptr, tl.program_id(0) // tiles_n, EXPERTS, EXPERTS_TILE, TILE_M)
+    if own < EXPERTS:
+        own_k = tl.arange(0, TILE_K)
+        m = tile_m * TILE_M + tl.arange(0, TILE_M)
+        n = (tl.program_id(0) % tiles_n) * TILE_N + tl.arange(0, TILE_N)
+        row = tl.minimum(n, N - 1)
+        x_base, x_offsets = _rows_of(x_ptr, lists_ptr, own, tokens, m, M, first, own_k, x_stride, GATHERS)
+        distance = tl.load(weights_ptr + own)
+        total, total_up = quantized._sums(
+            _moved(low_ptr, distance), _moved_field(high_ptr, distance), _moved(scale_ptr, distance),
+            _moved_field(shift_ptr, distance), _moved_field(super_ptr, distance),
+            _moved_field(super_shift_ptr, distance), table_ptr, x_base, x_offsets, m, row, row + N, own_k, M, K,
+            COLUMNS, 0, segment_size, SEGMENTS, EVEN_K, GATED, BITS, GROUP_SIZE, SHIFT, OFFSET, HAS_SUPER, HAS_TABLE,
+            TILE_M, TILE_N, TILE_K,
+        )  # fmt: skip
+        bias = x_ptr
+        if biases_ptr is not None:
+            bias = _moved(bias_ptr, tl.load(biases_ptr + own))
         gemm._finish(
             total, total_up, m, n, M, N, bias, None, 0, out_ptr + first * out_stride, out_stride,
             ACTIVATION, GATED, biases_ptr is not None, False,
@@ -151,24 +215,38 @@ class _Distances:
 _known: weakref.WeakKeyDictionary[ExpertWeights, _Distances] = weakref.WeakKeyDictionary()
 
 
-def _distances(tensors: Sequence[Any]) -> Tensor:
-    """int64 [tensors], in elements."""
-    first = tensors[0]
+def _distances(weights: Sequence[Any]) -> Tensor:
+    """int64 [weights], in units of 16 bytes."""
+    tensors = [each.segments[0].data if isinstance(each, QuantizedWeight) else each for each in weights]
     places = [0 if tensor.is_meta else tensor.data_ptr() for tensor in tensors]
-    bytes_apart = [place - places[0] for place in places]
-    assert all(distance % (16 * first.itemsize) == 0 for distance in bytes_apart), "memory of weights is aligned"
-    distances = [distance // first.itemsize for distance in bytes_apart]
-    return scratch.keep(torch.tensor(distances, dtype=torch.int64, device=first.device))
+    assert all((place - places[0]) % 16 == 0 for place in places), "memory of weights is aligned"
+    distances = [(place - places[0]) // 16 for place in places]
+    return scratch.keep(torch.tensor(distances, dtype=torch.int64, device=tensors[0].device))
 
 
 def _check(weights: ExpertWeights) -> None:
     """Refuses experts that there are no kernels for."""
-    if not all(isinstance(each, Tensor) for each in (*weights.gate_up, *weights.down)):
-        raise NotImplementedError("GPUs do not multiply with quantised experts yet (--quantization none converts them)")
+    for each in (weights.gate_up, weights.down):
+        formats = {_format(weight) for weight in each}
+        if len(formats) > 1 or len(formats.pop()) > 1:
+            raise NotImplementedError(
+                "GPUs do not multiply with experts in several formats yet (--quantization none converts them)"
+            )
+        if any(isinstance(weight, QuantizedWeight) and weight.activations != "float" for weight in each):
+            raise NotImplementedError(
+                "GPUs multiply quantised experts with activations in float only (--quantized-activations float)"
+            )
     if not isinstance(weights.activation, str):
         raise NotImplementedError("GPUs do not run the experts of gpt-oss yet")
     if weights.scales_input:
         raise NotImplementedError("GPUs do not run experts whose weights multiply their inputs yet")
+
+
+def _format(weight: Any) -> tuple[Encoding | torch.dtype, ...]:
+    """How the rows of a weight are written."""
+    if isinstance(weight, QuantizedWeight):
+        return tuple(segment.encoding for segment in weight.segments)
+    return (weight.dtype,)
 
 
 def experts(
@@ -240,14 +318,23 @@ def _product(
     segments = gemm.num_segments(weight.shape[0], k)
     is_gated = activation is not None
     usual = max(1, rows // count)
-    config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
+    constants: dict[str, Any] = {}
+    given = args | {"x_ptr": x, "out_ptr": out, "N": n, "K": k, "segment_size": gemm.segment_size(k, segments)}
+    given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
+    if isinstance(weight, QuantizedWeight):
+        (segment,) = weight.segments
+        layout = Layout(segment.rows, k, segment.encoding)
+        config = configs.quantized_gemm(target(), usual, x.dtype, layout.bits, is_gated)
+        given |= {**layout.arguments(segment.data), "COLUMNS": layout.padded}
+        kernel, constants = quantized_expert_gemm_kernel, layout.constants()
+    else:
+        config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
+        given |= {"w_ptr": weight, "w_stride": row_stride(weight)}
+        kernel, constants = expert_gemm_kernel, {"EVEN_N": n % dict(config.tile)["TILE_N"] == 0}
     tile = dict(config.tile)
     items = min(rows, rows // tile["TILE_M"] + count)
-    given = args | {"w_ptr": weight, "x_ptr": x, "out_ptr": out, "N": n, "K": k}
-    given |= {"segment_size": gemm.segment_size(k, segments), "w_stride": row_stride(weight)}
-    given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
     launch(
-        expert_gemm_kernel,
+        kernel,
         (items * triton.cdiv(n, tile["TILE_N"]),),
         given,
         config,
@@ -255,10 +342,10 @@ def _product(
         EXPERTS=count,
         EXPERTS_TILE=power_of_two(count),
         SEGMENTS=segments,
-        EVEN_N=n % tile["TILE_N"] == 0,
         EVEN_K=k % tile["TILE_K"] == 0,
         ACTIVATION=activation or "none",
         GATED=is_gated,
+        **constants,
     )
 
 
@@ -272,3 +359,9 @@ def cases() -> Iterator[Case]:
         for tokens in (8, 512, 4096):
             x, routed = meta(tokens, hidden), meta(tokens, count, dtype=torch.float32)
             yield Case(f"{name} m={tokens}", partial(experts, x, routed, weights, x), min_load=4, family="bf16")
+    for name, encoding in {"int4 of 128": Encoding("int4", 128, torch.float16), "Q4_K": Encoding("Q4_K")}.items():
+        gate_up, down = (quantized.empty(encoding, *shape) for shape in ((1536, 2048), (2048, 768)))
+        weights = ExpertWeights((gate_up,) * 128, (down,) * 128, None, None, "silu", 8)
+        for tokens in (8, 1024):
+            x, routed = meta(tokens, 2048), meta(tokens, 128, dtype=torch.float32)
+            yield Case(f"{name} m={tokens}", partial(experts, x, routed, weights), min_load=1, family="quantised")

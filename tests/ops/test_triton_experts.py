@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import ExpertWeights, Routing
-from tests.ops.cpu import randn
+from ops import ExpertWeights, QuantizedWeight, Routing
+from tests.ops.cpu import randn, using
 from tests.ops.test_experts import ROUTINGS
 from tests.triton_interpreter import ORDERS, Order, grid_order
 
@@ -89,6 +89,28 @@ def test_an_expert_multiplies_as_a_layer_does() -> None:
     inner = ops.act_and_mul.reference(linear.linear(x, weights.gate_up[2]), "silu")
     expected = linear.logits(inner, weights.down[2]).to(torch.bfloat16)
     assert torch.equal(triton_experts.experts(x, routed, weights), expected)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, 0)])
+def test_quantised_experts_multiply_as_layers_do(bits: int, size: int) -> None:
+    linear: Any = pytest.importorskip("ops.triton.linear")
+
+    def packed(rows: int, columns: int, seed: int) -> QuantizedWeight:
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+        scales = 0.02 * randn(rows, columns // (size or columns), seed=seed, dtype=torch.float16)
+        with using("triton"):
+            return ops.pack_groups(codes, scales, bits=bits, dtype=torch.bfloat16, activations="float")
+
+    gate_up, down = ([packed(*shape, seed) for seed in range(3)] for shape in ((2 * INNER, 64), (64, INNER)))
+    weights = ExpertWeights(tuple(gate_up), tuple(down), None, None, "silu", 1)
+    x, routed = randn(4, 64, dtype=torch.bfloat16), torch.zeros(4, 3)
+    routed[[0, 3], 2] = routed[1, 0] = 1
+    found = triton_experts.experts(x, routed, weights)
+    for tokens, expert in (([0, 3], 2), ([1], 0)):
+        inner = ops.act_and_mul.reference(linear.linear(x[tokens], gate_up[expert]), "silu")
+        assert torch.equal(linear.logits(inner, down[expert]).to(torch.bfloat16), found[tokens])
+    assert not found[2].any()
 
 
 def test_what_has_no_kernels_is_refused() -> None:
