@@ -6,11 +6,13 @@
     python scripts/bench_step.py --model folder --prefill 256 2048     prompts alone
     python scripts/bench_step.py --model folder --explain              where the time of a step goes
     python scripts/bench_step.py --model 1b --load-format dummy        a shape with random weights
+    python scripts/bench_step.py --model experts --load-format dummy   one with experts
 
 The floor of a step is the larger of two times: reading weights and KV cache once, at the memory bandwidth of all
 threads together, and the multiplications, at the rate at which all threads multiply in registers. Loops that share no
 code with the kernels measure both. Bandwidth is measured before and after each batch of steps, since other programs use
-part of it. ``python`` is the share of a step that is not spent in compiled kernels.
+part of it. ``python`` is the share of a step that is not spent in compiled kernels. Of experts, as many count as a
+step's tokens touch if a router has no preference.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench_models import SHAPES, config_of
+from bench_models import LLAMA, SHAPES, config_of
 from torch import nn
 
 import ops
@@ -41,6 +43,7 @@ from api.model.gguf_file import read_gguf
 from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, StepSize
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
+from executor.layers.moe import MoE
 from executor.messages import FromWorker, InitKVCache, NewRequest, ResolvedParams, SchedulerOutput, WorkerReady
 from executor.parallel import ParallelState
 from executor.quantization.packed import PackedWeights
@@ -48,6 +51,32 @@ from executor.worker import Worker
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
+EXPERT_SHAPES: dict[str, dict[str, Any]] = {
+    "experts": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+    },
+    "30b-a3b": {  # Qwen3-30B-A3B with fewer layers
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 128,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+"""Models with experts, without weights."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 
@@ -89,16 +118,30 @@ class Steps:
         tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
         heads = [table.shape for table in tables if table.shape.makes_logits]
         self.head_parameters = sum(shape.vocab.size * shape.hidden.size for shape in heads)
+        mixtures = [module for module in modules if isinstance(module, MoE)]
+        of_experts = [layer for each in mixtures for layer in each.experts.modules() if isinstance(layer, LinearLayer)]
         layers = [module for module in modules if isinstance(module, LinearLayer)]
-        self.layer_parameters = sum(layer.shape.input.size * sum(layer.output_sizes) for layer in layers)
+        every, experts = (
+            sum(layer.shape.input.size * sum(layer.output_sizes) for layer in some) for some in (layers, of_experts)
+        )
+        self.share = mixtures[0].routing.top_k / len(mixtures[0].experts) if mixtures else 1.0
+        """Of the experts that a token has."""
+        self.layer_parameters = every - experts + self.share * experts
+        """Multiplied by a token."""
+        self.expert_bytes = sum(parameter.nbytes for each in mixtures for parameter in each.experts.parameters())
         unread = {id(parameter) for table in tables if not table.shape.makes_logits for parameter in table.parameters()}
         parameters = modules[0].parameters()
         self.weight_bytes = sum(parameter.nbytes for parameter in parameters if id(parameter) not in unread)
-        """Read by each step: all but the input embedding, unless it also computes the logits."""
+        self.weight_bytes -= self.expert_bytes
+        """Read by each step: all but experts and the input embedding, unless that also computes the logits."""
         packed = [module.packed for module in modules if isinstance(module, PackedWeights)]
         rounds = any(isinstance(each, ops.QuantizedWeight) and each.activations == "int8" for each in packed)
         self.numbers = library.INT8 if rounds else library.TYPES[heads[0].dtype]
         """What is multiplied; see ``Library.measure_peak``."""
+
+    def bytes_of(self, tokens: int) -> float:
+        """Of weights that a step reads."""
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.share) ** tokens)
 
     def operations(self, tokens: int, samples: int) -> float:
         """Multiplications and additions of a step that computes the logits of some of its tokens."""
@@ -161,12 +204,13 @@ class Clock:
 
 @contextmanager
 def folder_of(model: str) -> Iterator[str]:
-    """The model itself, or a folder with the configuration of one of ``SHAPES``."""
-    if model not in SHAPES:
+    """The model itself, or a folder with the configuration of one of ``SHAPES`` or ``EXPERT_SHAPES``."""
+    if model not in (*SHAPES, *EXPERT_SHAPES):
         yield model
         return
+    config = {**LLAMA, **EXPERT_SHAPES[model]} if model in EXPERT_SHAPES else config_of(model)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config_of(model)))
+        (Path(folder) / "config.json").write_text(json.dumps(config))
         yield folder
 
 
@@ -242,7 +286,11 @@ def _name(node: library.Node) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help=f"folder, GGUF file, or with --load-format dummy one of {', '.join(SHAPES)}")
+    add(
+        "--model",
+        required=True,
+        help=f"folder, GGUF file, or with --load-format dummy one of {', '.join((*SHAPES, *EXPERT_SHAPES))}",
+    )
     add("--load-format", default="auto", choices=get_args(LoadFormat), help="dummy: random weights")
     add(
         "--dtype",
@@ -289,7 +337,7 @@ def measure(options: argparse.Namespace) -> None:
     def bandwidth() -> float:
         return float(np.median([kernels.measure_bandwidth(buffer.data_ptr(), len(buffer), threads) for _ in range(5)]))
 
-    weights = f"weights {steps.weight_bytes / 1e6:.1f} MB"
+    weights = f"weights {(steps.weight_bytes + steps.expert_bytes) / 1e6:.1f} MB"
     print(f"{kernels.capability}, {threads} threads, {weights}, {peak / 1e9:.0f} Gflop/s")
     print(f"{'step':22} {'ms':>8} {'GB/s':>6} {'floor ms':>9} {'x floor':>8} {'python':>8}")
 
@@ -321,7 +369,7 @@ def measure(options: argparse.Namespace) -> None:
             times,
             clock.seconds,
             read,
-            steps.weight_bytes + kv,
+            steps.bytes_of(requests) + kv,
             steps.operations(requests, requests),
         )
     for length in options.prefill:
@@ -333,7 +381,7 @@ def measure(options: argparse.Namespace) -> None:
             free = np.array([0], np.int32).tobytes()
             times.append(steps.run([0], [length], new_reqs=(new,), finished_slots=free))
         read = (before + bandwidth()) / 2
-        show(f"prefill {length}", times, clock.seconds, read, steps.weight_bytes, steps.operations(length, 1))
+        show(f"prefill {length}", times, clock.seconds, read, steps.bytes_of(length), steps.operations(length, 1))
 
 
 if __name__ == "__main__":

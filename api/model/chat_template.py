@@ -113,6 +113,8 @@ class ChatTemplate:
             raise TemplateError("continue_final_message and add_generation_prompt cannot both be true")
         template = self._choose(bool(tools))
         chat = [_prepared(_plain(message)) for message in messages]
+        if template.uses.refuses_both:
+            chat = [_with_one_text(message) for message in chat]
         if template.uses.needs_parts:
             for message in chat:
                 prints = message.get("role") == "tool" and template.uses.tool_content_format == "string"
@@ -195,6 +197,14 @@ def _prepared(message: Any) -> Message:
         prepared["reasoning_content"] = reasoning
         prepared.setdefault("thinking", reasoning)
     return prepared
+
+
+def _with_one_text(message: Message) -> Message:
+    """Adds the text before a call to the reasoning before it."""
+    content, thinking = message.get("content"), message.get("thinking")
+    if not (message.get("tool_calls") and content and thinking and isinstance(content, str)):
+        return message
+    return {**message, "content": "", "thinking": f"{thinking}\n\n{content}"}
 
 
 def _mark_final_message(message: Message) -> str:

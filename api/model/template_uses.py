@@ -39,6 +39,7 @@ class TemplateUses:
             JSON, accesses their items, tests their type, or does none of these.
         knows_developer: It names the role ``developer``.
         reads_is_error: It reads ``is_error`` of a tool result.
+        refuses_both: It rejects calls with content as well as thinking before them, as gpt-oss's does.
     """
 
     content_format: ContentFormat = "string"
@@ -47,6 +48,7 @@ class TemplateUses:
     arguments_format: ArgumentsFormat = "object"
     knows_developer: bool = False
     reads_is_error: bool = False
+    refuses_both: bool = False
 
 
 def find_uses(tree: nodes.Template) -> TemplateUses:
@@ -63,6 +65,7 @@ def find_uses(tree: nodes.Template) -> TemplateUses:
         arguments_format=_arguments_format(tree, arguments),
         knows_developer="developer" in constants,
         reads_is_error="is_error" in constants or any(node.attr == "is_error" for node in tree.find_all(nodes.Getattr)),
+        refuses_both=any("both content and thinking" in text for text in constants),
     )
 
 

@@ -45,6 +45,12 @@ class Instruction:
     """Owners of the memory that addresses in ``fields`` point to."""
     num_ops: int = 1
     """Recorded ops that it covers."""
+    workspace: int = 0
+    """Bytes for each token that threads share while it runs, about; small ones do not count."""
+
+    def workspace_of(self, tokens: int) -> int:
+        """Bytes in a step of so many tokens, which is computed in pieces if it needs more than a piece has."""
+        return min(self.workspace * tokens, max(self.workspace, lib.WORKSPACE_BYTES))
 
     def struct(self, matrices: dict[str, Matrix]) -> ctypes.Structure:
         return lib.STRUCTS[self.op](**self.fields, **matrices)
@@ -442,7 +448,9 @@ def experts(
     hidden, inner = weights.down[0].shape
     work = 3 * hidden * inner * weights.top_k
     keep = (gate_up, down, biases, addresses)
-    return Instruction(lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep)
+    # Both inputs, staged as up to 32 bits, what gates and ups yield, and the results.
+    workspace = weights.top_k * (8 * hidden + inner * (4 + 2 * x.dtype.itemsize))
+    return Instruction(lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep, workspace=workspace)
 
 
 def _experts(weights: Sequence[AnyWeight], dtype: torch.dtype) -> tuple[Any, Any] | None:

@@ -82,6 +82,8 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
 
 SCORES = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
 """``OctavoScores``."""
+WORKSPACE_BYTES = 64 << 20
+"""Of the rows of experts between their products; see ``experts.cpp``."""
 MAX_HEAD_DIM = 512
 TOKENS_MULTIPLE = 32
 """A KV block holds a multiple of this many tokens."""

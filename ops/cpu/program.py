@@ -72,7 +72,8 @@ class NativeProgram:
     python_ops: int
     """Recorded ops that a replay runs in Python."""
     num_bytes: int
-    """Memory for the values of a step of ``capacity`` rows: the arena and the results of Python ops."""
+    """Memory for the values of a step of ``capacity`` rows: the arena, the results of Python ops, and what experts have
+    between their products."""
 
     def __init__(
         self,
@@ -112,6 +113,8 @@ class NativeProgram:
         self._place(items)
         returned = [ref.spec for item in items if item.instruction is None for ref in item.node.outs]
         self.num_bytes = self._arena.num_bytes(capacity) + sum(spec.num_bytes(capacity) for spec in returned)
+        native = [item.instruction for item in items if item.instruction is not None]
+        self.num_bytes += max((each.workspace_of(capacity["tokens"]) for each in native), default=0)
         self._dead = self._last_python_reads()
         self._views: dict[int, Tensor] = {}
         self._groups = (Group * max(1, len(self._group_names)))()

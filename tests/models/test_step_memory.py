@@ -34,16 +34,28 @@ from tests.ops.cpu import using
 
 
 def started(
-    max_num_seqs: int = 8, max_num_batched_tokens: int = 64, *, enforce_eager: bool = False
+    max_num_seqs: int = 8, max_num_batched_tokens: int = 64, *, enforce_eager: bool = False, kind: str = "llama"
 ) -> tuple[Worker, WorkerReady]:
     size = StepSize(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    model = ModelConfig(model=str(tiny.checkpoint("llama")), max_model_len=100, enforce_eager=enforce_eager)
+    model = ModelConfig(model=str(tiny.checkpoint(kind)), max_model_len=100, enforce_eager=enforce_eager)
     config = ExecutorConfig(model=model, step_size=size)
     answers: list[FromWorker] = []
     worker = Worker(ParallelState(), config, answers.append)
     worker.start()
     (ready,) = (answer for answer in answers if isinstance(answer, WorkerReady))
     return worker, ready
+
+
+def test_rows_between_the_products_of_experts_count() -> None:
+    if not isinstance(ops.op_set("cpu"), CpuOps):
+        pytest.skip("no kernels are available on this machine")
+    worker, few = started(max_num_batched_tokens=64, kind="mixtral")
+    native = worker.runner.capture()._runner
+    assert isinstance(native, NativeProgram)
+    values = sum(memory.nbytes for memory in native._arena._memory.values())
+    hidden, inner, top_k = 64, 48, 2
+    between = 64 * top_k * (8 * hidden + 8 * inner)  # in bfloat16
+    assert values + between <= few.step_bytes
 
 
 def test_a_worker_says_what_its_steps_will_take() -> None:

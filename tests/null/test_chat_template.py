@@ -96,6 +96,21 @@ def test_named_templates() -> None:
         ChatTemplate({})
 
 
+def test_text_before_a_call_joins_the_reasoning_where_a_template_takes_one_of_them() -> None:
+    """As gpt-oss's template, which writes either as analysis."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    message = {"role": "assistant", "reasoning": "why", "content": "I look.", "tool_calls": [call]}
+    source = (
+        "{% for m in messages %}{% if m.content and m.thinking %}"
+        "{{ raise_exception('Cannot pass both content and thinking in an assistant message with tool calls!') }}"
+        "{% endif %}{{ m.thinking }}|{{ m.content }}|{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    )
+    assert ChatTemplate(source).render([message]) == 'why\n\nI look.||{"a": 1}'
+    other = source.replace("Cannot pass both content and thinking", "No")
+    with pytest.raises(TemplateError, match="No in an assistant message"):
+        ChatTemplate(other).render([message])
+
+
 def test_empty_fields_are_left_out_and_reasoning_has_its_names() -> None:
     message = {"role": "assistant", "content": None, "name": None, "reasoning": "why"}
     source = (

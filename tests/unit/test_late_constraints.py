@@ -71,6 +71,25 @@ async def test_the_thought_comes_first(route: str, stream: bool, parser: str) ->
             assert thought_of(api) == thought
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_of_gpt_oss_comes_in_the_channel_for_it(stream: bool) -> None:
+    marks = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    tokenizer = tiny_tokenizer(*marks)
+    text = '<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{"a": 1}'
+    server = FakeServer(
+        ServerConfig(reasoning_parser="harmony"),
+        script=says(text),
+        chat_template=CHAT_TEMPLATE,
+        tokenizer=tokenizer,
+        vocab_size=VOCAB_SIZE + len(marks),
+    )
+    api = Api(server)
+    reply = await ask(api, "chat", "hi", stream=stream, max_tokens=100, **FIELDS["chat"][0])
+    assert reply == Reply('{"a": 1}', "Hm.", [], "stop")
+    start, end = (tuple(tokenizer.encode(f"<|channel|>{name}<|message|>", False)) for name in ("analysis", "final"))
+    assert thought_of(api) == Thought(b"<|channel|>final<|message|>", end, start)
+
+
 @EVERYWHERE
 async def test_an_answer_may_begin_at_once_unless_the_prompt_has_begun_a_thought(
     route: str, stream: bool, parser: str
