@@ -262,10 +262,10 @@ class ServerConfig(Config, frozen=True):
         ),
     ] = False
     runner: Annotated[
-        Literal["auto", "generate", "pooling", "embed", "embedding", "score"],
+        Literal["auto", "generate", "pooling", "embed", "embedding", "score", "classify", "reward"],
         Meta(
-            description="Endpoints to offer: generate, pooling (embed, embedding and score are aliases), or auto: "
-            "both, from the same model.",
+            description="Endpoints to offer: generate, pooling (embed, embedding, score, classify and reward are "
+            "aliases), or auto: what the model can do.",
             extra={"group": "Model", "flags": ["--task"]},
         ),
     ] = "auto"

@@ -8,9 +8,10 @@ import time
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from api.config import ServerConfig, from_environment, make_config
@@ -32,22 +33,27 @@ from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
 from api.params.defaults import check_defaults
 from api.params.pooling import (
+    POOLING_TASKS,
+    ClassificationOutput,
+    ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingParams,
     PoolingRequestOutput,
+    PoolingTask,
+    RerankOutput,
     ScoringOutput,
     ScoringRequestOutput,
     cosine,
     pair_up,
-    resolve_pooling,
+    resolve_task,
 )
 from api.params.sampling import SamplingParams
 from api.params.thinking import conversation_opens_reasoning
-from api.params.truncation import output_room, truncate_prompt
+from api.params.truncation import check_truncation, output_room, truncate_prompt
 from engine_core.launch import get_logger, setup_logging
-from engine_core.messages import EngineReady, TokenLogprobs, f32, i32
+from engine_core.messages import EngineReady, ResolvedPoolingParams, TokenLogprobs, f32, i32
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -418,7 +424,7 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         *,
         use_tqdm: bool = True,
-        pooling_task: Literal["embed", "token_embed"] = "embed",
+        pooling_task: PoolingTask = "embed",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Like ``embed``; ``outputs.data`` is a float32 array.
 
@@ -426,13 +432,34 @@ class LLM:
             prompts: As for ``generate``.
             pooling_params: Parameters for all prompts.
             use_tqdm: Show a progress bar.
-            pooling_task: ``embed``: one vector per prompt. ``token_embed``: one vector per token.
+            pooling_task: ``embed``: one vector per prompt. ``token_embed``: one vector per token. ``classify``,
+                ``score``, ``token_classify``: the results of the model's classifier.
         """
-        if pooling_task not in ("embed", "token_embed"):
-            raise RequestError(f"pooling_task must be embed or token_embed, got {pooling_task!r}", "pooling_task")
+        if pooling_task not in POOLING_TASKS:
+            known = ", ".join(POOLING_TASKS)
+            raise RequestError(f"pooling_task must be one of {known}, got {pooling_task!r}", "pooling_task")
         inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
-        params = pooling_params or PoolingParams()
-        return self._run(self._pool(inputs, params, use_tqdm, every_token=pooling_task == "token_embed"))
+        return self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """Classifies each prompt with a model that has a classifier. See ``embed``; ``outputs.probs`` is a list."""
+        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
+        return [
+            ClassificationRequestOutput(
+                item.request_id,
+                ClassificationOutput(item.outputs.data.tolist()),
+                item.prompt_token_ids,
+                item.num_cached_tokens,
+            )
+            for item in pooled
+        ]
 
     def score(
         self,
@@ -442,7 +469,7 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[ScoringRequestOutput]:
-        """Computes the cosine similarity of the embeddings of text pairs.
+        """Scores text pairs with a cross-encoder; with other models, by the cosine similarity of their embeddings.
 
         Args:
             data_1: One prompt to compare with each of ``data_2``, or as many prompts as ``data_2``.
@@ -461,8 +488,14 @@ class LLM:
         first, second = sides
         pairs = pair_up(len(first), len(second), "data_2")
         params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
-        pooled = self._run(self._pool([*first, *second], params, use_tqdm))
         results = []
+        if self._model.limits.pooling.head_pooling:
+            texts = [(_text_of(first[i], "data_1"), _text_of(second[j], "data_2")) for i, j in pairs]
+            for item in self._run(self._score_pairs(texts, params, use_tqdm)):
+                score = ScoringOutput(float(item.outputs.data[0]))
+                results.append(ScoringRequestOutput(item.request_id, score, item.prompt_token_ids))
+            return results
+        pooled = self._run(self._pool([*first, *second], params, use_tqdm))
         for one, other in ((pooled[i], pooled[len(first) + j]) for i, j in pairs):
             score = ScoringOutput(cosine(one.outputs.data, other.outputs.data))
             ids = one.prompt_token_ids + other.prompt_token_ids
@@ -470,11 +503,55 @@ class LLM:
             results.append(ScoringRequestOutput(f"{one.request_id}-{other.request_id}", score, ids, cached))
         return results
 
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RerankOutput]:
+        """Sorts documents by their scores for a query, best first.
+
+        Args:
+            query: The query.
+            documents: The documents.
+            top_n: Return only this many.
+            truncate_prompt_tokens: As for ``score``.
+            use_tqdm: Show a progress bar.
+
+        Raises:
+            RequestError: As for ``score``.
+            EngineDeadError: The engine died and is not restarted.
+        """
+        scored = self.score(query, list(documents), truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm)
+        results = [RerankOutput(index, documents[index], item.outputs.score) for index, item in enumerate(scored)]
+        results.sort(key=lambda result: -result.relevance_score)
+        return results[:top_n]
+
+    async def _score_pairs(
+        self, pairs: list[tuple[str, str]], params: PoolingParams, use_tqdm: bool
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The scores of a cross-encoder."""
+        model, keep = self._model, params.truncate_prompt_tokens
+        own = resolve_task("score", params, model.pooler, model.limits)
+        check_truncation(keep, model.limits)
+        limit = model.limits.max_model_len if keep == -1 else keep or 0
+        prompts, resolved = [], []
+        for first, second in pairs:
+            ids, segment = await model.tokenize_pair(first, second, max_tokens=limit)
+            prompts.append(ids)
+            resolved.append(replace(own, second_segment=segment))
+        return await self._pool_prompts(prompts, resolved, use_tqdm)
+
     async def _pool(
-        self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, every_token: bool = False
+        self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, task: PoolingTask = "embed"
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         model = self._model
-        resolved = resolve_pooling(params, model.pooler, model.limits, every_token=every_token)
+        resolved = resolve_task(task, params, model.pooler, model.limits)
+        prompt = model.prompt_before(params.prompt_name)
+        resolved = replace(resolved, num_skipped=await model.num_skipped(params.prompt_name))
         keep = params.truncate_prompt_tokens
         prompts = []
         for item in inputs:
@@ -483,13 +560,23 @@ class LLM:
                 assert item.text is not None
                 any_length = keep is not None
                 around = model.tokenizer.added_around(item.add_special_tokens)
-                ids = await model.tokenize(item.text, add_special_tokens=item.add_special_tokens, any_length=any_length)
+                text = prompt + item.text
+                ids = await model.tokenize(text, add_special_tokens=item.add_special_tokens, any_length=any_length)
             prompts.append(truncate_prompt(ids, keep, model.limits, around))
+        return await self._pool_prompts(prompts, resolved, use_tqdm)
+
+    async def _pool_prompts(
+        self,
+        prompts: list[list[int]],
+        params: ResolvedPoolingParams | list[ResolvedPoolingParams],
+        use_tqdm: bool,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        model = self._model
         channel = model.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
         states: list[RequestState] = []
         try:
-            await model.submit_pooling(channel, str(first_id), prompts, resolved, states, field="prompts")
+            await model.submit_pooling(channel, str(first_id), prompts, params, states, field="prompts")
             meter = _Meter()
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)
@@ -581,6 +668,12 @@ class _Input:
     cache_salt: str = ""
     opened: bool | UnsetType | None = UNSET
     """See ``ServedModel.resolve``."""
+
+
+def _text_of(item: _Input, field: str) -> str:
+    if item.text is None:
+        raise RequestError(f"{field} must be texts for a cross-encoder, which joins them itself", field)
+    return item.text
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -391,7 +391,9 @@ class EngineCore:
                 self._record.adding(message.index)
             problem = None
             if not is_checked:
-                problem = request_problem(message, self._vocab_size, scheduler.max_model_len, self._hidden_size)
+                problem = request_problem(
+                    message, self._vocab_size, scheduler.max_model_len, self._hidden_size, self._ready[0].pooling
+                )
             if problem is None:
                 request = Request(message)
                 scheduler.add_request(request)
@@ -594,9 +596,17 @@ class EngineCore:
     def _settle_step_size(self, ready: list[WorkerReady]) -> None:
         """Takes over the workers' default of the step size."""
         known = [worker.max_num_batched_tokens for worker in ready if worker.max_num_batched_tokens]
-        if known and self.config.scheduler.max_num_batched_tokens is None:
-            scheduler = msgspec.structs.replace(self.config.scheduler, max_num_batched_tokens=min(known))
-            self.config = msgspec.structs.replace(self.config, scheduler=scheduler)
+        scheduler = self.config.scheduler
+        if ready[0].pooling.needs_whole_prompts:  # the workers have made room for the longest
+            scheduler = msgspec.structs.replace(
+                scheduler,
+                enable_chunked_prefill=False,
+                long_prefill_token_threshold=0,
+                max_num_batched_tokens=min(known),
+            )
+        elif known and scheduler.max_num_batched_tokens is None:
+            scheduler = msgspec.structs.replace(scheduler, max_num_batched_tokens=min(known))
+        self.config = msgspec.structs.replace(self.config, scheduler=scheduler)
 
     def _start_serving(self) -> None:
         scheduler = self._scheduler
@@ -633,6 +643,7 @@ class EngineCore:
                 hidden_size=self._hidden_size,
                 weight_bytes=sum(each.weight_bytes for each in self._ready.values()),
                 kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
+                pooling=worker.pooling,
             )
         )
         early, self._early = self._early, {}

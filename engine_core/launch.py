@@ -20,7 +20,7 @@ from executor.process import (
     prepare_child,
     prepared_child,
 )
-from executor.supported import check_gguf_architecture, check_load_format, check_supported
+from executor.supported import can_generate, check_gguf_architecture, check_load_format, check_supported
 
 RUST_STACK_BYTES = 16 << 20
 """Stack of threads that compute grammar masks: as large as that of the threads that compile grammars."""
@@ -91,6 +91,7 @@ __all__ = [
     "LastWork",
     "ProcessWatch",
     "ModelError",
+    "can_generate",
     "check_gguf_architecture",
     "check_load_format",
     "check_supported",

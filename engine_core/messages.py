@@ -22,6 +22,7 @@ from executor.messages import (
     LoRARequest,
     Message,
     MultiModalFeature,
+    PoolingSupport,
     RepetitionDetection,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -52,6 +53,7 @@ __all__ = [
     "Message",
     "MultiModalFeature",
     "Ping",
+    "PoolingSupport",
     "ResolvedPoolingParams",
     "RepetitionDetection",
     "ResetPrefixCache",
@@ -281,6 +283,8 @@ class EngineReady(Message, frozen=True):
     """Memory of the weights, of all workers together."""
     kv_cache_dtype: str = ""
     """torch's names of the dtypes of the KV cache."""
+    pooling: PoolingSupport = PoolingSupport()
+    """What the model does with pooled hidden states."""
 
 
 class SchedulerStats(Message, frozen=True):

@@ -8,8 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-from engine_core.messages import POOLING_TYPES, EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, Thought, i32
+from engine_core.messages import (
+    POOLING_TYPES,
+    EngineCoreRequest,
+    PoolingSupport,
+    ResolvedParams,
+    ResolvedPoolingParams,
+    Thought,
+    i32,
+)
 
+ANY_POOLING = PoolingSupport()
 MAX_TOKEN_IDS = 1 << 20
 """Maximum ids in a list that every step reads; no vocabulary is larger."""
 INT32_MAX = 2**31 - 1
@@ -20,7 +29,11 @@ FLOAT32_MAX = 3.4e38
 
 
 def request_problem(
-    request: EngineCoreRequest, vocab_size: int, max_model_len: int, hidden_size: int = 0
+    request: EngineCoreRequest,
+    vocab_size: int,
+    max_model_len: int,
+    hidden_size: int = 0,
+    pooling: PoolingSupport = ANY_POOLING,
 ) -> str | None:
     """The problem with a request, or None.
 
@@ -29,6 +42,7 @@ def request_problem(
         vocab_size: Width of the logits.
         max_model_len: Longest sequence.
         hidden_size: Size of pooled vectors; 0: the executor cannot pool.
+        pooling: What the model does with them.
     """
     if not -(2**63) <= request.index < 2**63:
         return "index does not fit 64 bits"
@@ -51,9 +65,11 @@ def request_problem(
             return "a request either generates or is pooled, not both"
         if len(prompt) > max_model_len:
             return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
-        return _pooling_problem(request.pooling_params, hidden_size)
+        return _pooling_problem(request.pooling_params, hidden_size, len(prompt), pooling)
     if params is None:
         return "sampling parameters are missing"
+    if not pooling.generates:
+        return "the model generates no text"
     if len(prompt) >= max_model_len:
         return f"the prompt has {len(prompt)} tokens and the maximum context length is {max_model_len}"
     if len(outputs) >= params.max_tokens or len(prompt) + len(outputs) >= max_model_len:
@@ -75,13 +91,19 @@ def _thought_problem(thought: Thought, vocab_size: int) -> str | None:
     return None
 
 
-def _pooling_problem(params: ResolvedPoolingParams, hidden_size: int) -> str | None:
+def _pooling_problem(
+    params: ResolvedPoolingParams, hidden_size: int, num_tokens: int, pooling: PoolingSupport
+) -> str | None:
     if not hidden_size:
         return "pooling is not supported by this executor"
     if params.pooling_type not in POOLING_TYPES:
         return f"pooling_type is not one of {', '.join(POOLING_TYPES)}"
     if params.dimensions is not None and not 1 <= params.dimensions <= hidden_size:
         return f"dimensions is not between 1 and {hidden_size}"
+    if params.classifies and not pooling.head_pooling:
+        return "the model has no classifier"
+    if not 0 <= params.num_skipped < num_tokens or not 0 <= params.second_segment < num_tokens:
+        return "num_skipped or second_segment is outside the prompt"
     return None
 
 

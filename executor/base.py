@@ -7,12 +7,16 @@ worker in the caller's process) and ``simulated`` (a modelled device).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from executor.config import ExecutorConfig
 
 if TYPE_CHECKING:
     from executor.messages import FromWorker, ToWorker
+
+
+Head = Literal["lm", "none", "sequence", "token"]
+"""What reads a model's hidden states: an output layer, nothing, or a classifier of sequences or of their tokens."""
 
 
 class ModelError(Exception):

@@ -101,7 +101,8 @@ class ModelConfig(Config, frozen=True):
     dtype: Annotated[
         Literal["auto", "float32", "float", "bfloat16", "float16", "half"],
         Meta(
-            description="Data type of weights and activations. auto: the checkpoint's type, with float32 as bfloat16."
+            description="Data type of weights and activations. auto: the checkpoint's type, with float32 as bfloat16 "
+            "except in encoders."
         ),
     ] = "auto"
     quantization: Annotated[
@@ -171,6 +172,8 @@ class ModelConfig(Config, frozen=True):
     """Tokens of a text on which the model may be measured."""
     weights: Annotated[str, Meta(extra={"internal": True})] = ""
     """Folder of the safetensors files, if not the model's."""
+    dense: Annotated[tuple[str, ...], Meta(extra={"internal": True})] = ()
+    """Folders of dense layers that follow pooling, in the model's folder."""
 
 
 class ParallelConfig(Config, frozen=True):

@@ -74,15 +74,15 @@ class ForwardSetup:
     """The model's captured program; None: its ops are called one by one."""
     channel: StepChannel
     groups: Sequence[AttentionGroup]
-    """The model's KV cache groups."""
+    """The model's groups of attention layers, those with a KV cache first."""
     max_num_seqs: int
     max_tokens: int
     max_samples: int
 
     @property
     def block_sizes(self) -> list[int]:
-        """Tokens per block of each group."""
-        return [group.block_size for group in self.groups]
+        """Tokens per block of each KV cache group."""
+        return [group.block_size for group in self.groups if group.is_cached]
 
 
 class UploadedForward:
@@ -124,9 +124,12 @@ class UploadedForward:
         if adapters.any():
             columns |= adapter_columns("row_adapters", adapters[token_rows])
             columns |= adapter_columns("sample_adapters", np.repeat(adapters, num_sampled))
-        for index, (table, group) in enumerate(zip(states.block_tables, self._groups, strict=False)):
-            # Further tables are those of a draft model.
-            block_table = table[slots]  # [num_rows, max_blocks]
+        if self._model.num_token_types:
+            second = positions >= states.second_segments[token_slots]
+            columns["token_types"] = (second & (self._model.num_token_types > 1)).astype(np.int32)
+        for index, group in enumerate(self._groups):
+            is_cached = group.is_cached
+            block_table = states.block_tables[index][slots] if is_cached else step_blocks(counts, group.block_size)
             blocks = block_table[token_rows, positions // group.block_size].astype(np.int64)
             columns[f"block_table.{index}"] = block_table
             columns[f"slot_mapping.{index}"] = blocks * group.block_size + positions % group.block_size
@@ -150,6 +153,7 @@ class UploadedForward:
             logits_rows=views["logits_rows"],
             row_adapters=adapter_rows("row_adapters", views),
             sample_adapters=adapter_rows("sample_adapters", views),
+            token_types=views.get("token_types"),
         )
 
     def run(self, batch: InputBatch) -> Sequence[Tensor]:
@@ -173,6 +177,13 @@ def forward_class(setup: ForwardSetup) -> type[Forward]:
     has_graphs = setup.program is not None and setup.channel.graphs is not None
     chosen: type[Forward] = resolve(REGISTRY, "static" if has_graphs else "uploaded", "forward")
     return chosen
+
+
+def step_blocks(counts: I32, block_size: int) -> I32:
+    """Blocks for the K and V of one step, given to its rows in order: int32 [rows, blocks]."""
+    each = -(-counts // block_size)
+    blocks: I32 = (np.cumsum(each) - each)[:, None] + np.arange(each.max(initial=1))
+    return blocks.astype(np.int32)
 
 
 def ranges(firsts: Array, counts: Array) -> I64:

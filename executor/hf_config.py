@@ -27,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_N
 # Bounds far beyond any model. Larger numbers are mistakes, or meant to exhaust memory or time.
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 1 << 10
+MAX_LABELS = 1 << 14
 MAX_POSITIONS = (1 << 31) - 1
 """Positions are int32."""
 
@@ -217,6 +218,11 @@ class HFConfig(Fields):
         }
         return replace(self, values={**missing, **values}, spelling=spelling)
 
+    def replaced(self, **values: Any) -> HFConfig:
+        """The configuration with other values of fields, given under their common names."""
+        own = {self.named(name): value for name, value in values.items()}
+        return replace(self, values={**self.values, **own})
+
     def named(self, name: str) -> str:
         own = self.spelling.get(name)
         return name if own is None or (name in self.values and own not in self.values) else own
@@ -299,6 +305,16 @@ class HFConfig(Fields):
         if not all(isinstance(item, int) and 0 <= item <= MAX_POSITIONS for item in ids):
             self.bad("eos_token_id", "a token id or a list of them")
         return tuple(ids)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of a classifier's outputs."""
+        names = self.section("id2label").values
+        if not names:
+            return [f"LABEL_{index}" for index in range(self.size("num_labels", 2, most=MAX_LABELS))]
+        if len(names) > MAX_LABELS or set(names) != {str(index) for index in range(len(names))}:
+            self.bad("id2label", f"names for labels 0, 1, ..., at most {MAX_LABELS}")
+        return [shorten(str(names[str(index)])) for index in range(len(names))]
 
     # -- layers -------------------------------------------------------------------------------------------
 

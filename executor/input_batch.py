@@ -28,13 +28,15 @@ class InputBatch:
     positions: torch.Tensor
     """int32 [num_tokens], or [axes, num_tokens] where a position has several axes (images)."""
     attention: list[AttentionMetadata]
-    """One per KV cache group."""
+    """One per group of attention layers."""
     logits_rows: torch.Tensor
     """int64 [num_samples]: tokens whose logits are needed."""
     row_adapters: AdapterRows | None = None
     """Adapters of the tokens; None: no token has one."""
     sample_adapters: AdapterRows | None = None
     """Adapters of the rows in ``logits_rows``."""
+    token_types: torch.Tensor | None = None
+    """int32 [num_tokens], of models that have them."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -45,18 +47,23 @@ class InputBatch:
             "row_adapters": self.row_adapters,
             "sample_adapters": self.sample_adapters,
         }
+        if self.token_types is not None:
+            inputs["token_types"] = self.token_types
         for group, metadata in enumerate(self.attention):
             inputs[f"attention.{group}"] = metadata
         return inputs
 
     @classmethod
-    def symbolic(cls, program: Program, num_groups: int, *, position_axes: int = 1) -> InputBatch:
+    def symbolic(
+        cls, program: Program, num_groups: int, *, position_axes: int = 1, has_token_types: bool = False
+    ) -> InputBatch:
         """The inputs of a program under capture.
 
         Args:
             program: Records the operations on them.
-            num_groups: Number of KV cache groups.
+            num_groups: Number of groups of attention layers.
             position_axes: Number of axes of a position.
+            has_token_types: Whether the model reads ``token_types``.
         """
         ids: Any = program.input("input_ids", Spec("tokens", 1, torch.int32))
         spec = Spec("tokens", position_axes, torch.int32, is_transposed=position_axes > 1)
@@ -65,7 +72,8 @@ class InputBatch:
         rows: Any = StepInput("logits_rows")
         adapters: Any = StepInput("row_adapters")
         sample_adapters: Any = StepInput("sample_adapters")
-        return cls(ids, positions, groups, rows, adapters, sample_adapters)
+        types: Any = program.input("token_types", Spec("tokens", 1, torch.int32)) if has_token_types else None
+        return cls(ids, positions, groups, rows, adapters, sample_adapters, types)
 
 
 def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:

@@ -21,13 +21,15 @@ from executor.base import ModelError
 from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import KV_CODE_NAMES, ModelConfig
+from executor.dense import DenseModule, load_dense
 from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.moe import MoE
 from executor.layers.parameter import MISFIT, ShardId, WeightParameter, named_weights, stored_module
+from executor.messages import PoolingSupport
 from executor.models.base import Model
-from executor.models.registry import resolve_model
+from executor.models.registry import resolve_model, split_architecture
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import Options, choose_quantization
@@ -53,6 +55,25 @@ class LoadedModel:
     dtype: torch.dtype
     max_model_len: int
     """Longest sequence: as configured, else the model's maximum."""
+    dense: tuple[DenseModule, ...] = ()
+    """Layers that follow pooling."""
+
+    @property
+    def vector_size(self) -> int:
+        """Size of pooled vectors."""
+        return self.dense[-1].out_features if self.dense else self.model.hidden_size or self.hf_config.hidden_size
+
+    @property
+    def pooling(self) -> PoolingSupport:
+        """What the model does with pooled states."""
+        head, layers = self.model.pooling_head, self.model.attention_layers()
+        return PoolingSupport(
+            generates=split_architecture(self.hf_config.architecture)[1] == "lm",
+            pooling_type=self.model.pooling_type,
+            head_pooling="" if head is None else head.pooling_type,
+            labels=() if head is None else tuple(self.hf_config.labels),
+            needs_whole_prompts=any(not layer.shape.is_cached for layer in layers),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ def load_model(
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     hf_config = model_class.configure(hf_config)
-    dtype = choose_dtype(config, hf_config)
+    dtype = choose_dtype(config, hf_config, keeps_float32=model_class.keeps_float32)
     options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
     context = ModelContext(
         config=hf_config,
@@ -100,6 +121,7 @@ def load_model(
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
+        head=split_architecture(hf_config.architecture)[1],
     )
     model = build_model(model_class, context, attention_backend)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -120,7 +142,8 @@ def load_model(
         logger.info("quantised weights: %s", quantized)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len)
+    dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
+    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense)
 
 
 def _unconnected(parallel: ParallelState) -> Communicator:
@@ -178,12 +201,17 @@ def _open_folder(config: ModelConfig, path: Path) -> Checkpoint | None:
     return SafetensorsCheckpoint(Path(config.weights or path))
 
 
-def choose_dtype(config: ModelConfig, hf_config: HFConfig) -> torch.dtype:
-    """The requested dtype; by default the one the model was saved in, with bfloat16 instead of float32."""
+def choose_dtype(config: ModelConfig, hf_config: HFConfig, *, keeps_float32: bool = False) -> torch.dtype:
+    """The requested dtype; by default the one the model was saved in, with bfloat16 instead of float32.
+
+    Encoders keep float32 (``keeps_float32``): they are small, and vectors are compared with those of other programs.
+    """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     saved = hf_config.torch_dtype
-    return torch.bfloat16 if saved is None or saved == torch.float32 else saved
+    if saved is not None and saved != torch.float32:
+        return saved
+    return torch.float32 if keeps_float32 else torch.bfloat16
 
 
 def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -244,6 +272,8 @@ def load_weights(
     is_part, mapper = context.config.is_part, model.mapper
     if is_part:
         mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
+    if context.head != "lm":
+        mapper = mapper.without_logits()
     mapper = mapper.quantized(context.quantization.renames, [*context.quantization.ignored, *model.ignored])
     checkpoint = model.stored_as(checkpoint)
     stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)

@@ -131,6 +131,12 @@ class ResolvedPoolingParams(Message, frozen=True):
     """Scale each vector to length 1."""
     dimensions: int | None = None
     """Number of leading dimensions to keep of each vector, before scaling; None: all."""
+    classifies: bool = False
+    """The model's head turns what was pooled into scores of its labels. ``normalize`` then means its activation."""
+    num_skipped: int = 0
+    """Leading positions that are not pooled."""
+    second_segment: int = 0
+    """Position at which tokens of type 1 begin; 0: there are none."""
 
     @property
     def needs_all_positions(self) -> bool:
@@ -283,6 +289,21 @@ ToWorker = SchedulerOutput | GrammarMask | InitKVCache | WorkerShutdown
 # workers -> engine core
 
 
+class PoolingSupport(Message, frozen=True):
+    """What a model does with pooled hidden states."""
+
+    generates: bool = True
+    """Whether it also generates text."""
+    pooling_type: str = "LAST"
+    """How vectors are pooled unless configured otherwise."""
+    head_pooling: str = ""
+    """What its classifier reads: one of ``POOLING_TYPES``; empty: it has no classifier."""
+    labels: tuple[str, ...] = ()
+    """Names of the classifier's outputs."""
+    needs_whole_prompts: bool = False
+    """A step computes whole prompts, as tokens attend to those after them."""
+
+
 class KVCacheGroupSpec(Message, frozen=True):
     """Layers whose KV caches share block tables."""
 
@@ -350,6 +371,8 @@ class WorkerReady(Message, frozen=True):
     """The device's default of ``--gpu-memory-utilization``; 0: the KV cache takes ``default_kv_bytes``."""
     max_num_batched_tokens: int = 0
     """The most tokens of a step, as configured or by the device's default; 0: as configured."""
+    pooling: PoolingSupport = PoolingSupport()
+    """What the model does with pooled hidden states."""
 
 
 class KVCacheReady(Message, frozen=True):

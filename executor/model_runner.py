@@ -147,11 +147,17 @@ class ModelRunner:
         self.model = loaded.model
         self.vocab_size = loaded.hf_config.vocab_size
         self.max_model_len = loaded.max_model_len
+        self.dense = loaded.dense
         self.device = device
         self.groups = groups
         self.step_size = step_size
         self.max_tokens = step_size.max_num_batched_tokens or device.max_num_batched_tokens
         """The most tokens of a step."""
+        self.block_sizes = [group.block_size for group in groups if group.is_cached]
+        self.needs_whole_prompts = any(not group.is_cached for group in groups)
+        """Whether a step computes whole prompts, as there is no cache of earlier tokens."""
+        if self.needs_whole_prompts:
+            self.max_tokens = max(self.max_tokens, self.max_model_len)
         self.enforce_eager = enforce_eager
         self.program: Program | None = None
         self.channel = device.steps()
@@ -166,18 +172,18 @@ class ModelRunner:
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
         max_num_seqs = self.step_size.max_num_seqs
-        num_groups = len(self.groups)
+        num_groups = len(self.block_sizes)
         self._allocate_kv(init.num_blocks[:num_groups])
         self.model.reserve_positions(init.max_model_len)
-        groups = self.groups
+        block_sizes = self.block_sizes
         if self.draft is not None:
-            groups += self.draft.groups
+            block_sizes = [*block_sizes, *(group.block_size for group in self.draft.groups)]
             self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len)
-        self.states = RequestStates(max_num_seqs, init.max_model_len, [group.block_size for group in groups])
+        self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes)
         self.sampler = create_sampler(
             max_num_seqs, self.device.torch_device.type, self.channel, forced_outputs=self.forced_outputs
         )
-        self.pooler = Pooler(max_num_seqs)
+        self.pooler = Pooler(max_num_seqs, self.model.pooling_head, self.dense)
         context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)
         self.speculation = Speculation(self.speculative, max_num_seqs, context)
         if not self.enforce_eager:
@@ -191,7 +197,7 @@ class ModelRunner:
         Returns:
             Bytes of the largest step, and bytes per token of the longest sequence.
         """
-        self._allocate_kv([1] * len(self.groups))  # a step needs its address; the real cache is captured later
+        self._allocate_kv([1] * len(self.block_sizes))  # a step needs its address; the real cache is captured later
         max_num_seqs = self.step_size.max_num_seqs
         if self.enforce_eager:
             values = self._dry_run()
@@ -221,7 +227,7 @@ class ModelRunner:
         slots, counts = np.arange(num_rows, dtype=np.int32), np.full(num_rows, longest, np.int32)
         counts[-1] = min(longest, self.max_tokens - longest * (num_rows - 1))
         self.model.reserve_positions(longest)
-        self.states = RequestStates(num_rows, longest, [group.block_size for group in self.groups])
+        self.states = RequestStates(num_rows, longest, self.block_sizes)
         self.states.num_known[:] = counts
         forward = self._new_forward()
         memory = PeakMemory()
@@ -254,16 +260,23 @@ class ModelRunner:
 
     def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
         layers = self.model.attention_layers()
-        for group, count in zip(self.groups, num_blocks, strict=True):
+        cached = [group for group in self.groups if group.is_cached]
+        for group, count in zip(cached, num_blocks, strict=True):
             shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
             for index in group.layers:
                 layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+        for group in self.groups[len(cached) :]:  # layers compute one after the other, so they share the memory
+            count = -(-self.max_tokens // group.block_size) + min(self.step_size.max_num_seqs, self.max_tokens)
+            shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
+            shared = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+            for index in group.layers:
+                layers[index].kv_cache = shared
 
     def capture(self) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
         device_type = self.device.torch_device.type
         program = Program(device_type, max_tokens=self.max_tokens, max_samples=self.max_samples)
-        batch = InputBatch.symbolic(program, len(self.groups))
+        batch = InputBatch.symbolic(program, len(self.groups), has_token_types=self.model.num_token_types > 0)
         hidden, logits = run_model(self.model, batch)
         program.finish(hidden, logits)
         return program

@@ -124,7 +124,38 @@ POOLINGS: dict[str, Callable[[], Pooling]] = {
 """By ``ResolvedPoolingParams.pooling_type``."""
 
 
-def finish(vectors: F32, params: ResolvedPoolingParams) -> F32:
+Layer = Callable[[F32], F32]
+"""Takes vectors [..., size], returns others."""
+
+
+class Head(Protocol):
+    """A classifier."""
+
+    activate: Layer
+
+    def __call__(self, vectors: F32) -> F32:
+        """Vectors [..., hidden_size] -> logits [..., num_labels]."""
+
+
+def finish(vectors: F32, params: ResolvedPoolingParams, head: Head | None = None, dense: Sequence[Layer] = ()) -> F32:
+    """What a client gets of pooled states: scores of labels, or vectors.
+
+    Args:
+        vectors: float32 [..., hidden_size].
+        params: Which of the two, and in which form.
+        head: The model's classifier.
+        dense: Layers that make vectors.
+    """
+    if params.classifies:
+        assert head is not None
+        logits = head(vectors)
+        return head.activate(logits) if params.normalize else logits
+    for layer in dense:
+        vectors = layer(vectors)
+    return scaled(vectors, params)
+
+
+def scaled(vectors: F32, params: ResolvedPoolingParams) -> F32:
     """Truncates vectors [..., hidden_size] to the requested number of dimensions, then scales each to length 1."""
     if params.dimensions is not None:
         vectors = vectors[..., : params.dimensions]
@@ -148,7 +179,15 @@ NOTHING_POOLED = Deferred.known(PoolerOutput())
 class Pooler:
     """Pools the hidden states of requests that ask for it. State is by slot and is reset by ``add``."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, head: Head | None = None, dense: Sequence[Layer] = ()) -> None:
+        """Creates the state.
+
+        Args:
+            max_num_seqs: Number of slots.
+            head: The model's classifier.
+            dense: Layers that follow pooling.
+        """
+        self._head, self._dense = head, dense
         self._params: list[ResolvedPoolingParams | None] = [None] * max_num_seqs
         self._poolings: list[Pooling | None] = [None] * max_num_seqs
         self._is_active = np.zeros(max_num_seqs, np.bool_)
@@ -191,11 +230,27 @@ class Pooler:
             assert params is not None and pooling is not None
             first = int(states.num_computed[slot])
             is_last = first + count == int(states.num_prompt[slot])
-            tensors.append(hidden[end - count : end][pooling.wanted(first, count, is_last=is_last)].float())
+            skipped = min(max(params.num_skipped - first, 0), count)  # of this step's
+            wanted = pooling.wanted(max(first - params.num_skipped, 0), count - skipped, is_last=is_last)
+            tensors.append(hidden[end - count + skipped : end][wanted].float())
             taken.append(_Taken(row, params, pooling, is_last))
             if is_last:
                 self._poolings[slot] = None
-        return Deferred(tensors, lambda arrays: _pooled(taken, arrays))
+        return Deferred(tensors, lambda arrays: self._pooled(taken, arrays))
+
+    def _pooled(self, taken: list[_Taken], arrays: Sequence[F32]) -> PoolerOutput:
+        vectors: list[tuple[int, Tensor]] = []
+        row_errors: list[RowError] = []
+        for entry, rows in zip(taken, arrays, strict=True):
+            entry.pooling.take(rows)
+            if not entry.is_last:
+                continue
+            result = entry.pooling.result()
+            if np.isfinite(result).all():
+                vectors.append((entry.row, to_tensor(finish(result, entry.params, self._head, self._dense))))
+            else:
+                row_errors.append(RowError(row=entry.row, message=BAD_STATES))
+        return PoolerOutput(vectors, row_errors)
 
 
 @dataclass
@@ -206,18 +261,3 @@ class _Taken:
     params: ResolvedPoolingParams
     pooling: Pooling
     is_last: bool
-
-
-def _pooled(taken: list[_Taken], arrays: Sequence[F32]) -> PoolerOutput:
-    vectors: list[tuple[int, Tensor]] = []
-    row_errors: list[RowError] = []
-    for entry, rows in zip(taken, arrays, strict=True):
-        entry.pooling.take(rows)
-        if not entry.is_last:
-            continue
-        result = entry.pooling.result()
-        if np.isfinite(result).all():
-            vectors.append((entry.row, to_tensor(finish(result, entry.params))))
-        else:
-            row_errors.append(RowError(row=entry.row, message=BAD_STATES))
-    return PoolerOutput(vectors, row_errors)

@@ -30,6 +30,8 @@ class RequestStates:
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.epochs = np.zeros(max_num_seqs, np.int64)
         """Number of requests that have used the slot: results of an earlier one must not reach its successor."""
+        self.second_segments = np.zeros(max_num_seqs, np.int64)
+        """Position at which tokens of type 1 begin; beyond every prompt if there are none."""
         self.adapters: I32 = np.zeros(max_num_seqs, np.int32)
         """Id of each request's adapter; 0: none."""
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
@@ -67,6 +69,8 @@ class RequestStates:
         self.num_computed[slot] = request.num_computed_tokens
         self.num_prompt[slot] = request.num_prompt_tokens
         self.adapters[slot] = request.lora_id
+        second = 0 if request.pooling_params is None else request.pooling_params.second_segment
+        self.second_segments[slot] = second or len(self.token_ids[slot])
         self._set_params(slot, request.params)
         offsets = request.block_offsets or (0,) * len(self.block_tables)
         for table, offset, column in zip(self.block_tables, offsets, request.block_ids, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 from executor.base import ModelError
 from executor.config import DTYPE_NAMES, GOOD_DTYPES, QUANTIZATION_ALIASES
 from executor.language_part import language_fields
+from executor.models import registry
 from executor.models.catalog import CATALOG
 from executor.models.registry import implementation
 from executor.quantization.base import quantization_name
@@ -84,6 +85,11 @@ def check_supported(
     stored = language.get(name)
     if dtype == "auto" and stored is not None and str(stored).removeprefix("torch.") not in DTYPE_NAMES:
         raise ModelError(f"{name} must be {GOOD_DTYPES}, not {str(stored)[:100]!r}")
+
+
+def can_generate(fields: Mapping[str, Any]) -> bool:
+    """Whether a model generates text, judging by a config.json that is supported."""
+    return registry.can_generate(language_fields(fields)["architectures"][0])
 
 
 def _check_granite(architecture: str, fields: Mapping[str, Any]) -> None:

@@ -72,6 +72,14 @@ class WeightsMapper:
         """
         return replace(self, renames=[*renames, *self.renames], ignored=[*self.ignored, other_parts])
 
+    def without_logits(self) -> WeightsMapper:
+        """The mapper for a checkpoint of a model without an output layer, or with a classifier in its place."""
+        renames = [
+            (r"^score\.", "head.out."),
+            (r"^(?!model\.|head\.|lm_head\.|cls\.|pooler\.|vocab_|decoder\.)", "model."),
+        ]
+        return replace(self, renames=[*self.renames, *renames], ignored=[*self.ignored, r"^lm_head\.", r"^head\."])
+
     def quantized(self, renames: Sequence[tuple[str, str]], ignored: Sequence[str]) -> WeightsMapper:
         """The mapper for a checkpoint whose quantisation method has names of its own."""
         return replace(self, renames=[*self.renames, *renames], ignored=[*self.ignored, *ignored])

@@ -18,6 +18,7 @@ import setproctitle
 import torch
 import zmq
 
+from executor.attention.base import cached_specs
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
@@ -121,17 +122,18 @@ class Worker:
                 total_bytes=memory.total_bytes,
                 weight_bytes=loaded.weight_bytes + (0 if draft is None else draft.loaded.weight_bytes),
                 default_kv_bytes=device.default_kv_bytes(),
-                kv_cache_groups=(*(group.spec for group in groups), *(() if draft is None else draft.specs)),
+                kv_cache_groups=(*cached_specs(groups), *(() if draft is None else draft.specs)),
                 max_model_len=loaded.max_model_len,
                 vocab_size=loaded.hf_config.vocab_size,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=device.name,
                 architecture=loaded.hf_config.architecture,
-                hidden_size=loaded.model.hidden_size or loaded.hf_config.hidden_size,
+                hidden_size=loaded.vector_size,
                 step_bytes=step_bytes,
                 position_bytes=position_bytes,
                 memory_utilization=device.memory_utilization or 0.0,
                 max_num_batched_tokens=self.runner.max_tokens,
+                pooling=loaded.pooling,
             )
         )
 

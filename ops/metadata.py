@@ -59,16 +59,20 @@ class AttentionShape:
     v_head_dim: int = 0
     """Size of a V head; 0: same as ``head_dim``."""
     sliding_window: int | None = None
-    """A token attends to this many tokens, itself included."""
+    """A token attends to this many tokens, itself included; if not causal, to as many that follow it, too."""
     is_chunked: bool = False
     """Windows do not move with the token: it attends to those of its chunk, from a multiple of ``sliding_window`` on
     (Llama 4)."""
     causal: bool = True
+    is_cached: bool = True
+    """False: K and V are needed in the step that computes them only, so each step computes whole sequences."""
     logit_softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
     """Per head, what is subtracted from the scaled score of each earlier token, times its distance (ALiBi)."""
     has_sinks: bool = False
     """Each head has a learned score that takes part in the softmax without a value."""
+    has_biases: bool = False
+    """Scores have learned biases by distance."""
     kind: str = "kv"
     """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
 

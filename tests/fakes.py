@@ -42,6 +42,7 @@ from engine_core.messages import (
     EngineReady,
     FinishReason,
     GrammarSpec,
+    PoolingSupport,
     ResolvedParams,
     ResolvedPoolingParams,
     SchedulerStats,
@@ -157,6 +158,7 @@ class FakeEngineClient:
         self.checked: list[tuple[Tenant, int]] = []
         """What asked for room in the queue: who, and for how many requests."""
         self.num_cached_tokens = 0
+        self.num_labels = 0
         self.tokens_per_step = 1
         """Tokens that a step gives each request."""
         self.refusal: tuple[str, str] | None = None
@@ -345,6 +347,8 @@ class FakeEngineClient:
 
     def _pooled(self, message: EngineCoreRequest, params: ResolvedPoolingParams) -> EngineCoreOutput:
         vector = fake_vector(i32(message.prompt_token_ids).tolist())[: params.dimensions]
+        if params.classifies:
+            vector = vector[: self.num_labels] + params.second_segment
         if params.normalize:
             vector /= np.linalg.norm(vector)
         return EngineCoreOutput(
@@ -442,6 +446,8 @@ class FakeServer:
         chat_template: str | None = CHAT_TEMPLATE,
         tokenizer: Tokenizer | None = None,
         vocab_size: int = VOCAB_SIZE,
+        pooling: PoolingSupport | None = None,
+        **files_fields: Any,
     ) -> None:
         tokenizer = tokenizer or tiny_tokenizer()
         self.metrics = EngineMetrics(MODEL)
@@ -455,6 +461,7 @@ class FakeServer:
             chat_template=chat_template,
             generation_config=generation_config or {},
             generation_config_file=Path("fake/generation_config.json"),
+            **files_fields,
         )
         ready = EngineReady(
             engine_epoch=1,
@@ -465,7 +472,9 @@ class FakeServer:
             block_size=32,
             max_num_seqs=8,
             hidden_size=HIDDEN_SIZE,
+            pooling=pooling or PoolingSupport(),
         )
+        self.engine.num_labels = len(ready.pooling.labels)
         client = cast(EngineClient, self.engine)
         host = Host(with_parsers(config or ServerConfig(), chat_template))
         self.model = ServedModel(host, files, client, self.metrics, ready)

@@ -26,6 +26,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.encoder_families import ENCODERS
 from tests.fallback_families import FALLBACKS
 from tests.families import COMMON, END_OF_TEXT, FAMILIES, IM_END, IM_START, VOCAB_SIZE
 
@@ -62,6 +63,7 @@ def checkpoint(
     dtype: str = "float32",
     shard_size: str | None = None,
     old_rope_spelling: bool = False,
+    model: str | None = None,
     **fields: Any,
 ) -> Path:
     """A folder with a tiny random model and its tokenizer.
@@ -72,9 +74,11 @@ def checkpoint(
         dtype: Type of the weights in the file.
         shard_size: Size limit of each file, as transformers takes it; None: one file.
         old_rope_spelling: config.json as before transformers 5 (``Family.old_spelling``).
+        model: Another class of the family, such as ``BertForSequenceClassification``.
         fields: More fields of the model's configuration.
     """
     options = {"tied": tied, "dtype": dtype, "shard_size": shard_size, "old_rope_spelling": old_rope_spelling}
+    options["model"] = model
     return _checkpoint(kind, json.dumps({"options": options, "fields": fields}, sort_keys=True))
 
 
@@ -85,10 +89,12 @@ def _checkpoint(kind: str, arguments: str) -> Path:
     given = json.loads(arguments)
     options, fields = given["options"], given["fields"]
     folder = session_folder() / f"{kind}-{len(list(session_folder().iterdir()))}"
-    family = {**FAMILIES, **FALLBACKS}[kind]
+    family = {**FAMILIES, **FALLBACKS, **ENCODERS}[kind]
     if options["tied"] is not None:
         fields["tie_word_embeddings"] = options["tied"]
-    config_class, model_class = (getattr(transformers, name) for name in (family.config, family.model))
+    config_class, model_class = (
+        getattr(transformers, name) for name in (family.config, options["model"] or family.model)
+    )
     config = config_class(**family.arguments(fields))
     model = model_class(config)
     randomize(model)
@@ -115,7 +121,7 @@ def _write_hub_form(folder: Path, hub_form: Callable[[dict[str, Any], dict[str, 
     edit_json(folder / "config.json", lambda config: save_file(hub_form(config, tensors), folder / "model.safetensors"))
 
 
-IS_NORM = re.compile(r"(norm\d?|ln_\w+)\.weight$")
+IS_NORM = re.compile(r"([Nn]orm\d?|ln_\w+|_ln)\.weight$")
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -89,6 +90,7 @@ class ServedModel:
             # A tokenizer may have ids for which the model has no logits.
             eos_token_ids=tuple(token for token in files.tokenizer.eos_token_ids if token < ready.vocab_size),
             hidden_size=ready.hidden_size,
+            pooling=ready.pooling,
         )
         ordinary = files.tokenizer.backend.get_vocab_size(with_added_tokens=False)
         if ordinary > ready.vocab_size:  # models may lack the ids of added tokens
@@ -99,11 +101,36 @@ class ServedModel:
                 ready.vocab_size,
             )
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
+        self.sentences = files.sentences
+        self.pair_template = files.pair_template
 
     @property
     def name(self) -> str:
         """The name in responses, whichever of its names a request used."""
         return self.names[0]
+
+    def prompt_before(self, name: str | None) -> str:
+        """The text that the model's files put before texts to embed.
+
+        Args:
+            name: Name of a prompt; empty: none. None: the files' default.
+
+        Raises:
+            RequestError: The files have no prompt of this name.
+        """
+        prompts = self.sentences.prompts
+        name = self.sentences.default_prompt or "" if name is None else name
+        if name and name not in prompts:
+            known = f"choose from {', '.join(prompts)}" if prompts else "the model's files have none"
+            raise RequestError(f"prompt_name {name!r} is unknown; {known}", "prompt_name")
+        return prompts[name] if name else ""
+
+    async def num_skipped(self, name: str | None) -> int:
+        """Number of a prompt's tokens that are not pooled, as the model's files say. Raises the same error."""
+        prompt = self.prompt_before(name)
+        if self.sentences.pools_prompts or not prompt:
+            return 0
+        return len(await self.tokenize(prompt, add_special_tokens=True)) - self.tokenizer.added_around(True)[1]
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, any_length: bool = False) -> list[int]:
         """Token ids of a text that fits the model.
@@ -130,6 +157,36 @@ class ServedModel:
                 return self.tokenizer.encode(text, add_special_tokens)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
+        except ValueError as error:
+            raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
+
+    async def tokenize_pair(
+        self, first: str, second: str, *, max_tokens: int = 0, max_second: int = 0, instruction: str | None = None
+    ) -> tuple[list[int], int]:
+        """Token ids of a query and a document; see ``Tokenizer.encode_pair``.
+
+        Args:
+            first: The query.
+            second: The document.
+            max_tokens: See there.
+            max_second: See there.
+            instruction: What counts as relevant, if the model has a template.
+
+        Raises:
+            RequestError: They are too long judging by their number of characters, or not valid text.
+        """
+        length = len(first) + len(second)
+        check_number(length, max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
+        encode = partial(self.tokenizer.encode_pair, first, second, max_tokens, max_second)
+        if self.pair_template is not None:
+            encode = partial(
+                self.pair_template.encode, self.tokenizer, first, second, max_tokens, max_second, instruction
+            )
+        try:
+            if length <= INLINE_TEXT:
+                await self.host.spend_turn(length)
+                return encode()
+            return await asyncio.get_running_loop().run_in_executor(self.host.threads, encode)
         except ValueError as error:
             raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
 
@@ -333,7 +390,7 @@ class ServedModel:
         channel: Channel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: ResolvedPoolingParams,
+        params: ResolvedPoolingParams | Sequence[ResolvedPoolingParams],
         states: list[RequestState],
         *,
         field: str = "input",
@@ -350,7 +407,7 @@ class ServedModel:
             channel: Receives a delta when a request finishes.
             request_id: Id of the request in logs.
             prompts: Token ids.
-            params: Parameters of all requests.
+            params: Parameters of all requests, or of each.
             states: As for ``submit``.
             field: The client's name of the prompts, for errors.
             priority: As for ``resolve``.
@@ -376,7 +433,7 @@ class ServedModel:
                     first_choice + number,
                     request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
                     prompt_token_ids=prompt,
-                    params=params,
+                    params=params if isinstance(params, ResolvedPoolingParams) else params[number],
                     options=_NO_TEXT,
                     priority=priority,
                     cache_salt=cache_salt,

@@ -23,14 +23,16 @@ from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_part
 from api.model.gguf_file import GGUFFile, read_gguf
 from api.model.gguf_tokenizer import gguf_chat_template
 from api.model.hub import Hub, HubName, open_hub, parse_hub_name
+from api.model.pair_template import PairTemplate, pair_template
 from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
-from api.model.pooler import ModelPooler, find_pooler
+from api.model.pooler import ModelPooler, SentenceConfig, find_pooler
 from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
-from engine_core.config import SpeculativeConfig
+from engine_core.config import ModelConfig, SpeculativeConfig
 from engine_core.launch import (
     ModelError,
+    can_generate,
     check_gguf_architecture,
     check_load_format,
     check_supported,
@@ -71,6 +73,14 @@ class ModelFiles:
     """The file they come from; it need not exist."""
     pooler: PoolerConfig = PoolerConfig()
     """Pooling of prompts into vectors, as the model's files configure it."""
+    sentences: SentenceConfig = SentenceConfig()
+    """What else they say about vectors."""
+    pair_template: PairTemplate | None = None
+    """How a reranker's prompts are written."""
+    generates: bool = True
+    """False: the model's hidden states can only be pooled."""
+    longest: int | None = None
+    """``max_position_embeddings``, if config.json has it."""
     weights: Path | None = None
     """Folder of the weights if they were converted."""
 
@@ -103,8 +113,9 @@ def find_model(config: ServerConfig) -> ModelFiles:
     gguf = read_gguf(path) if path.is_file() else None
     if gguf is not None:
         path = Path(gguf.path)
-    elif (path / "config.json").exists():
-        _check_config(path / "config.json", config, path)
+    fields: dict[str, Any] = {}
+    if gguf is None and (path / "config.json").exists():
+        fields = _check_config(path / "config.json", config, path)
     weights = _converted_weights(path, config)
     if config.tokenizer is not None:
         gguf_tokenizer, folder = None, _locate(config.tokenizer, config, tokenizer_only=True)
@@ -134,6 +145,10 @@ def find_model(config: ServerConfig) -> ModelFiles:
         generation_config=generation_config,
         generation_config_file=generation_config_file,
         pooler=pooler.config,
+        sentences=pooler.sentences,
+        pair_template=pair_template(fields),
+        generates=not fields or can_generate(fields),
+        longest=fields.get("max_position_embeddings"),
         weights=weights,
     )
 
@@ -145,7 +160,9 @@ def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     model = replace(executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""))
     if model.quantization == "int4" and not model.imatrix and model.load_format != "dummy":
         model = replace(model, calibration=tuple(files.tokenizer.encode(TEXT)))
-    if not config.offers_generation:
+    if not files.generates:
+        config, model = _pooling_only(config, files, model)
+    elif not config.offers_generation:
         # Logits are never computed, so models saved without an output layer can be loaded.
         model = replace(model, hf_overrides={**model.hf_overrides, "tie_word_embeddings": True})
     config = with_parsers(config, files.chat_template)
@@ -190,6 +207,31 @@ def _with_draft_model(config: ServerConfig, files: ModelFiles) -> SpeculativeCon
             )
     draft = with_model(own, found).engine.executor.model
     return replace(speculative, draft=draft)
+
+
+def _pooling_only(config: ServerConfig, files: ModelFiles, model: ModelConfig) -> tuple[ServerConfig, ModelConfig]:
+    """The configuration of a model that generates nothing.
+
+    Raises:
+        ConfigError: It should.
+    """
+    if config.runner == "generate":
+        raise ConfigError(f"--runner generate: {files.name} generates no text; omit the option")
+    sentences, overrides = files.sentences, dict(model.hf_overrides)
+    tokens = overrides.get("classifier_from_token")
+    if isinstance(tokens, list):
+        ids = [files.tokenizer.token_to_id(str(token)) for token in tokens]
+        if len(ids) != 2 or None in ids:
+            raise ConfigError(f"--hf-overrides: classifier_from_token must be two tokens of the model, not {tokens}")
+        overrides |= {"classifier_token_ids": ids, "id2label": {"0": str(tokens[1])}}
+    if sentences.activation is not None:
+        overrides.setdefault("sbert_ce_default_activation_function", sentences.activation)
+    length = model.max_model_len
+    if length is None and sentences.max_length is not None and sentences.max_length < (files.longest or 0):
+        length = sentences.max_length
+    runner = "pooling" if config.runner == "auto" else config.runner
+    model = replace(model, hf_overrides=overrides, max_model_len=length, dense=sentences.dense)
+    return replace(config, runner=runner), model
 
 
 def with_parsers(config: ServerConfig, chat_template: str | dict[str, str] | None) -> ServerConfig:
@@ -348,15 +390,15 @@ def _converted_weights(path: Path, config: ServerConfig) -> Path | None:
     return converted_folder(path, files) if files else None
 
 
-def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> None:
-    """Rejects a model that no worker can load.
+def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> dict[str, Any]:
+    """Rejects a model that no worker can load. Returns its fields; none if there is no need to know.
 
     Raises:
         ModelFileError: config.json cannot be read, or the model is not supported.
     """
     executor = config.engine.executor
     if executor.distributed_executor_backend == "simulated":  # it needs a tokenizer but no model
-        return
+        return {}
     model = executor.model
     try:
         fields = read_json(file)
@@ -364,12 +406,14 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> N
         raise ModelFileError(file, why(error)) from error
     if not isinstance(fields, dict):
         raise ModelFileError(file, "not a JSON object")
+    fields = {**fields, **model.hf_overrides}
     try:
-        check_supported({**fields, **model.hf_overrides}, model.quantization, model.model_impl, model.dtype)
+        check_supported(fields, model.quantization, model.model_impl, model.dtype)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
     if fields.get("auto_map"):
         logger.info("config.json names Python code of its repository (auto_map): it is neither needed nor run")
+    return fields
 
 
 def _generation_config(config: ServerConfig, path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -1,11 +1,12 @@
-"""Reads the pooling configuration from a model's files: sentence-transformers' modules, or a key of a GGUF file.
+"""Reads what a model's files say about its vectors: sentence-transformers' modules, or a key of a GGUF file.
 
-Only configurations that a ``PoolerConfig`` can express are used: a transformer, then one pooling, then optionally
-normalisation. Anything else is ignored as a whole, with a note that names the file.
+Understood are a transformer, then one pooling, then optionally dense layers and normalisation. Anything else is ignored
+as a whole, with a note that names the file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,10 @@ MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
 """The usual path of the pooling module's configuration."""
 SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
 MAX_DOCUMENT = 1 << 20
+MAX_PROMPTS, MAX_PROMPT_CHARS = 256, 1 << 14
+MAX_DENSE = 8
 
 _MODES: dict[str, PoolingType] = {
     "pooling_mode_cls_token": "CLS",
@@ -31,12 +35,30 @@ _GGUF_TYPES: dict[int, PoolingType] = {1: "MEAN", 2: "CLS", 3: "LAST"}
 """Pooling types by llama.cpp's numbers."""
 
 
+class SentenceConfig(NamedTuple):
+    """What sentence-transformers' files say beside pooling."""
+
+    dense: tuple[str, ...] = ()
+    """Folders of dense layers after pooling."""
+    prompts: Mapping[str, str] = {}
+    """Texts that precede a text, by name."""
+    default_prompt: str | None = None
+    """Name of the one that precedes texts for which none is named."""
+    pools_prompts: bool = True
+    """Whether the tokens of prompts are pooled, too."""
+    max_length: int | None = None
+    """Maximum tokens of a text."""
+    activation: str | None = None
+    """Of a cross-encoder's scores: the name of a class of torch."""
+
+
 class ModelPooler(NamedTuple):
     """The pooling configuration of a model's files, and notes on what was ignored."""
 
     config: PoolerConfig = PoolerConfig()
     notes: tuple[str, ...] = ()
     """A line for each ignored file that would have changed vectors."""
+    sentences: SentenceConfig = SentenceConfig()
 
 
 class _UnclearError(Exception):
@@ -53,24 +75,43 @@ def find_pooler(path: Path, gguf: GGUFFile | None) -> ModelPooler:
     if gguf is not None:
         return _from_gguf(gguf)
     notes = []
-    config = PoolerConfig()
+    config, sentences = PoolerConfig(), SentenceConfig()
     try:
         if (path / MODULES).exists():
-            config = _from_modules(path)
+            config, sentences = _from_modules(path)
         elif (path / POOLING).exists():
             raise _UnclearError(f"{POOLING} belongs to {MODULES}, which is missing")
     except _UnclearError as unclear:
         notes.append(f"{path}: {unclear}; ignored, so vectors differ from those that the model was trained for")
     try:
-        settings = _read(path, SETTINGS) if (path / SETTINGS).exists() else {}
-        prompt = settings.get("default_prompt_name") if isinstance(settings, dict) else None
-        if prompt is not None:
-            notes.append(
-                f"{path / SETTINGS}: the prompt {str(prompt)[:40]!r} is not added to texts; clients must add it"
-            )
+        sentences = _with_settings(path, sentences)
     except _UnclearError as unclear:
         notes.append(f"{path}: {unclear}; ignored")
-    return ModelPooler(config, tuple(notes))
+    return ModelPooler(config, tuple(notes), sentences)
+
+
+def _with_settings(path: Path, sentences: SentenceConfig) -> SentenceConfig:
+    """Adds prompts, the default prompt, the activation of scores and the maximum length."""
+    if (path / SETTINGS).exists():
+        settings = _read(path, SETTINGS)
+        found = settings.get("prompts") if isinstance(settings, dict) else None
+        prompts: dict[str, str] = found or {}
+        texts = [*prompts, *prompts.values()] if isinstance(settings, dict) and isinstance(prompts, dict) else [None]
+        if len(texts) > 2 * MAX_PROMPTS or not all(isinstance(x, str) and len(x) <= MAX_PROMPT_CHARS for x in texts):
+            raise _UnclearError(f"{SETTINGS}: prompts must be at most {MAX_PROMPTS} texts by name")
+        default, activation = settings.get("default_prompt_name"), settings.get("activation_fn")
+        if default is not None and default not in prompts:
+            raise _UnclearError(f"{SETTINGS}: default_prompt_name {str(default)[:40]!r} is not one of its prompts")
+        sentences = sentences._replace(
+            prompts=prompts, default_prompt=default, activation=activation if isinstance(activation, str) else None
+        )
+    if (path / TRANSFORMER).exists():
+        settings = _read(path, TRANSFORMER)
+        length = settings.get("max_seq_length") if isinstance(settings, dict) else None
+        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            raise _UnclearError(f"{TRANSFORMER}: max_seq_length must be a number of tokens")
+        sentences = sentences._replace(max_length=length)
+    return sentences
 
 
 def merge_pooler(wanted: PoolerConfig, own: PoolerConfig) -> PoolerConfig:
@@ -91,27 +132,34 @@ def _from_gguf(gguf: GGUFFile) -> ModelPooler:
     return ModelPooler(PoolerConfig(pooling_type=_GGUF_TYPES[number]))
 
 
-def _from_modules(folder: Path) -> PoolerConfig:
+def _from_modules(folder: Path) -> tuple[PoolerConfig, SentenceConfig]:
     modules = _read(folder, MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise _UnclearError(f"{MODULES} is not a list of modules")
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if kinds == ["Transformer"]:
+        return PoolerConfig(), SentenceConfig()
+    normalizes = kinds[-1:] == ["Normalize"]
+    dense = kinds[2 : len(kinds) - normalizes]
+    if kinds[:2] != ["Transformer", "Pooling"] or set(dense) - {"Dense"} or len(dense) > MAX_DENSE:
         raise _UnclearError(
             f"{MODULES} has the modules {', '.join(kind[:40] for kind in kinds[:8])}, not all of which are supported"
         )
-    if len(kinds) == 1:
-        return PoolerConfig()
-    name = modules[1].get("path")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise _UnclearError(f"{MODULES} has a pooling module outside the model's folder")
-    return PoolerConfig(pooling_type=_pooling_type(folder, f"{name}/config.json"), use_activation=len(kinds) == 3)
-
-
-def _pooling_type(folder: Path, name: str) -> PoolingType:
+    names = [module.get("path") for module in modules[1 : 2 + len(dense)]]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise _UnclearError(f"{MODULES} has a module outside the model's folder")
+    for name in names[1:]:
+        if not (folder / name / "model.safetensors").is_file():
+            raise _UnclearError(f"{name} has no model.safetensors")
+    name = f"{names[0]}/config.json"
     fields = _read(folder, name)
     if not isinstance(fields, dict):
         raise _UnclearError(f"{name} is not a JSON object")
+    config = PoolerConfig(pooling_type=_pooling_type(fields, name), use_activation=normalizes)
+    return config, SentenceConfig(dense=tuple(names[1:]), pools_prompts=fields.get("include_prompt") is not False)
+
+
+def _pooling_type(fields: dict[str, Any], name: str) -> PoolingType:
     named = fields.get("pooling_mode")
     modes = [key for key, value in fields.items() if key.startswith("pooling_mode_") and value is True]
     if named is None and len(modes) == 1 and modes[0] in _MODES:

@@ -257,6 +257,38 @@ class Tokenizer:
         encodings = guarded(self.backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_pair(self, first: str, second: str, max_tokens: int = 0, max_second: int = 0) -> tuple[list[int], int]:
+        """Token ids of two texts, with the special tokens that the tokenizer puts around and between them.
+
+        Args:
+            first: The first text.
+            second: The second.
+            max_tokens: Truncate at the right to this many tokens, first the longer text; 0: do not.
+            max_second: Before that, truncate the second text to this many tokens; 0: do not.
+
+        Returns:
+            The ids, and the position from which on their type is 1; 0: there is none.
+
+        Raises:
+            ValueError: As for ``encode``.
+        """
+        _check_unicode(first)
+        _check_unicode(second)
+        (encoding,) = guarded(self.backend.encode_batch, [(first, second)], add_special_tokens=True)
+        ids, types, sides = encoding.ids, encoding.type_ids, encoding.sequence_ids
+        counts = [sides.count(0), sides.count(1)]
+        kept = [counts[0], min(counts[1], max_second or counts[1])]
+        room = max_tokens - (len(ids) - sum(counts))
+        if max_tokens and sum(kept) > room:
+            shorter = min(range(2), key=kept.__getitem__)
+            kept[shorter] = min(kept[shorter], max(0, room // 2))
+            kept[1 - shorter] = max(0, room - kept[shorter])
+        if kept != counts:
+            ends = [sides.index(side) + kept[side] if counts[side] else 0 for side in range(2)]
+            places = [place for place, side in enumerate(sides) if side is None or place < ends[side]]
+            ids, types = [ids[place] for place in places], [types[place] for place in places]
+        return ids, types.index(1) if 1 in types else 0
+
     def offsets(
         self,
         text: str,

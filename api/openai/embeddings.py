@@ -6,7 +6,7 @@ import base64
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -23,11 +23,12 @@ from api.http.stream import WholeAnswer
 from api.http.tenants import enter_queue
 from api.openai.completions import list_prompts
 from api.openai.pooling import PoolingWork, check_count, pooling_prompt
-from api.openai.pooling_protocol import Embedding, EmbeddingRequest, EmbeddingResponse
+from api.openai.pooling_protocol import ClassifyRequest, Embedding, EmbeddingRequest, EmbeddingResponse
 from api.openai.prompts import render_messages
 from api.openai.protocol import ChatMessage
 from api.openai.sampling import answer_id
-from api.params.pooling import PoolingParams, resolve_pooling
+from api.params.pooling import PoolingParams, PoolingTask, resolve_task
+from engine_core.messages import ResolvedPoolingParams
 
 DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -37,16 +38,41 @@ async def create_embedding(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
+    work = await start_pooling(model, request, body, embedding_params(model, body), "embd")
+    return WholeAnswer(work, EmbeddingReply(model, body, work))
+
+
+def embedding_params(model: ServedModel, body: EmbeddingRequest, task: PoolingTask = "embed") -> ResolvedPoolingParams:
+    """The engine's parameters of a request for vectors. Raises RequestError."""
+    params = PoolingParams(
+        dimensions=body.dimensions,
+        use_activation=body.normalize if body.use_activation is None else body.use_activation,
+    )
+    return resolve_task(task, params, model.pooler, model.limits)
+
+
+async def start_pooling(
+    model: ServedModel,
+    request: Request,
+    body: EmbeddingRequest | ClassifyRequest,
+    params: ResolvedPoolingParams,
+    prefix: str,
+) -> PoolingWork:
+    """Turns the texts or conversations of a request into prompts.
+
+    Args:
+        model: The served model.
+        request: The HTTP request.
+        body: Its body.
+        params: How the prompts are pooled.
+        prefix: Of the answer's id.
+
+    Raises:
+        RequestError: A text is invalid, or there are too many.
+    """
     if (body.input is None) == (body.messages is None):
         raise RequestError("exactly one of input and messages is required", "input")
-    params = resolve_pooling(
-        PoolingParams(
-            dimensions=body.dimensions,
-            use_activation=body.normalize if body.use_activation is None else body.use_activation,
-        ),
-        model.pooler,
-        model.limits,
-    )
+    params = msgspec.structs.replace(params, num_skipped=await model.num_skipped(body.prompt_name))
     field = "input" if body.messages is None else "messages"
     enter_queue(request, model, body.user)
     texts = await _texts(model, body)
@@ -55,13 +81,11 @@ async def create_embedding(request: Request) -> Response:
     prompts = [
         await pooling_prompt(model, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
     ]
-    work = PoolingWork(
-        model, answer_id("embd", request, body.request_id), prompts, params, body, field=field, tenant=tenant
-    )
-    return WholeAnswer(work, EmbeddingReply(model, body, work))
+    work_id = answer_id(prefix, request, body.request_id)
+    return PoolingWork(model, work_id, prompts, params, body, field=field, tenant=tenant)
 
 
-async def _texts(model: ServedModel, body: EmbeddingRequest) -> list[str | list[int]]:
+async def _texts(model: ServedModel, body: EmbeddingRequest | ClassifyRequest) -> list[str | list[int]]:
     if body.messages is None:
         assert body.input is not None
         texts = list_prompts(body.input, "input")
@@ -116,13 +140,17 @@ class EmbeddingReply:
         yield msgspec.json.encode(answer)
 
     def _encode(self, vector: npt.NDArray[np.float32]) -> list[float] | str:
-        if self._request.encoding_format != "base64":
-            numbers: list[float] = vector.tolist()
-            return numbers
-        data = to_dtype(vector, self._request.embed_dtype or "float32")
-        if (self._request.endianness or "native") not in ("native", sys.byteorder):
-            data = data.byteswap()
-        return base64.b64encode(data.tobytes()).decode()
+        return encoded(vector, self._request)
+
+
+def encoded(vector: npt.NDArray[np.float32], request: EmbeddingRequest) -> Any:
+    """The numbers of an array in the form that a request asks for: lists of numbers, or base64."""
+    if request.encoding_format != "base64":
+        return vector.tolist()
+    data = to_dtype(vector, request.embed_dtype or "float32")
+    if (request.endianness or "native") not in ("native", sys.byteorder):
+        data = data.byteswap()
+    return base64.b64encode(data.tobytes()).decode()
 
 
 def to_dtype(vector: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:

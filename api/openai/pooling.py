@@ -60,6 +60,7 @@ async def pooling_prompt(
     keep = request.truncate_prompt_tokens
     around = NOTHING_ADDED
     if isinstance(text, str):
+        text = model.prompt_before(request.prompt_name) + text
         around = model.tokenizer.added_around(add_special_tokens)
         any_length = keep is not None or max_tokens > 0
         text = await model.tokenize(text, add_special_tokens=add_special_tokens, any_length=any_length)
@@ -78,7 +79,7 @@ class PoolingWork(EngineWork):
         model: ServedModel,
         request_id: str,
         prompts: Sequence[Sequence[int]],
-        params: ResolvedPoolingParams,
+        params: ResolvedPoolingParams | Sequence[ResolvedPoolingParams],
         request: PoolingRequest,
         *,
         field: str,
@@ -110,7 +111,7 @@ class PoolingWork(EngineWork):
         return await self._model.host.apart(STEPS_PER_VECTOR * len(self.prompts), b"".join, reply.whole())
 
     def vectors(self) -> list[npt.NDArray[np.float32]]:
-        """float32 [dimensions] per prompt, once all are done."""
+        """float32 [dimensions], or [num_tokens, dimensions], per prompt, once all are done."""
         vectors = []
         for state in self.states:
             assert state.pooling_output is not None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from api.openai.protocol import MAX_INT32, ChatMessage, Int32, JsonObject, Label, Later, PositiveCount
+from api.openai.protocol import MAX_INT32, ChatMessage, Int32, JsonObject, Label, PositiveCount
 
 Limit = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 
@@ -33,6 +33,9 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     """Becomes part of the answer's id. Default: the X-Request-Id header, or else a random id."""
     user: str | None = None
     """Identifier of the end user. The users of an API key take turns."""
+    prompt_name: Annotated[str, Meta(max_length=256)] | None = None
+    """Name of a prompt in the model's files, such as query or document: it precedes texts. Default: the files'
+    default prompt, if they have one; an empty name: none."""
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True):
@@ -66,6 +69,35 @@ class EmbeddingRequest(PoolingRequest, kw_only=True):
     reasoning_effort: str | None = None
 
 
+class ClassifyRequest(PoolingRequest, kw_only=True):
+    """Body of POST /classify: ``input``, or ``messages``."""
+
+    input: str | list[str | int | list[int]] | None = None
+    """A text, several texts, a list of token ids, or several such lists."""
+    messages: Annotated[list[ChatMessage | list[ChatMessage]], Meta(min_length=1)] | None = None
+    """A conversation, or a list of conversations."""
+    use_activation: bool | None = None
+    """Turn logits into probabilities. Default: true."""
+    activation: bool | None = None
+    """Old name of ``use_activation``."""
+    add_special_tokens: bool | None = None
+    """As in embeddings."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: JsonObject | None = None
+    documents: list[JsonObject] | None = None
+    reasoning_effort: str | None = None
+
+
+class PoolRequest(EmbeddingRequest, kw_only=True):
+    """Body of POST /pooling: as for embeddings."""
+
+    task: Literal["embed", "classify", "score", "token_embed", "token_classify"] | None = None
+    """What to compute: vectors of texts or of their tokens, or what the model's classifier says. Default: classify or
+    token_classify if the model has a classifier, otherwise embed."""
+
+
 class ScoreRequest(PoolingRequest, kw_only=True):
     """Body of POST /score: compares one query with each document, or each query with its own document.
 
@@ -90,7 +122,10 @@ class ScoreRequest(PoolingRequest, kw_only=True):
     """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens, such as the start token. Default: true."""
-    instruction: Later = None
+    instruction: str | None = None
+    """What counts as relevant, for models whose prompts have a place for it."""
+    use_activation: bool | None = None
+    """Turn a cross-encoder's logits into scores. Default: true."""
 
 
 class RerankDocument(msgspec.Struct, kw_only=True):
@@ -112,7 +147,10 @@ class RerankRequest(PoolingRequest, kw_only=True):
     """Use at most this many leading tokens of a document, not counting special tokens of the tokenizer; 0: all."""
     add_special_tokens: bool | None = None
     """Add the tokenizer's special tokens, such as the start token. Default: true."""
-    instruction: Later = None
+    instruction: str | None = None
+    """What counts as relevant, for models whose prompts have a place for it."""
+    use_activation: bool | None = None
+    """Turn a cross-encoder's logits into scores. Default: true."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -141,11 +179,45 @@ class EmbeddingResponse(msgspec.Struct, kw_only=True):
     usage: PoolingUsage
 
 
+class Classification(msgspec.Struct, kw_only=True):
+    index: int
+    label: str
+    """The label with the largest number."""
+    probs: list[float]
+    """A number for each label, in the model's order."""
+    num_classes: int
+
+
+class ClassifyResponse(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: PoolingUsage
+
+
+class Pooled(msgspec.Struct, kw_only=True):
+    index: int
+    object: str = "pooling"
+    data: list[float | list[float]] | str
+    """The numbers, for each token if the task asks for them, or their bytes in base64."""
+
+
+class PoolResponse(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "list"
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: PoolingUsage
+
+
 class Score(msgspec.Struct, kw_only=True):
     index: int
     object: str = "score"
     score: float
-    """Cosine similarity, from -1 to 1."""
+    """Cosine similarity, from -1 to 1; of a cross-encoder, its score."""
 
 
 class ScoreResponse(msgspec.Struct, kw_only=True):
@@ -162,7 +234,7 @@ class RerankResult(msgspec.Struct, kw_only=True):
     """Index of the document in the request."""
     document: RerankDocument | UnsetType = UNSET
     relevance_score: float
-    """Cosine similarity, from -1 to 1."""
+    """Cosine similarity, from -1 to 1; of a cross-encoder, its score."""
 
 
 class RerankResponse(msgspec.Struct, kw_only=True):

@@ -15,7 +15,7 @@ from api.generation.host import INLINE_TEXT
 from api.generation.served_model import ServedModel
 from api.model.chat_template import BrokenTemplateError, ChatTemplate
 from api.model.tokenizer import NOTHING_ADDED
-from api.openai.pooling_protocol import EmbeddingRequest
+from api.openai.pooling_protocol import ClassifyRequest, EmbeddingRequest
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest, TokenizeRequest
 from api.params.sampling import check_room
 from api.params.thinking import conversation_opens_reasoning
@@ -31,7 +31,7 @@ MAX_TEMPLATE_KWARGS = 256
 
 async def render_messages(
     model: ServedModel,
-    request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest,
+    request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest | ClassifyRequest,
     messages: Sequence[ChatMessage],
     tools: Sequence[Tool] | None = None,
 ) -> str:
@@ -120,7 +120,9 @@ def _template(model: ServedModel, source: str | None) -> ChatTemplate | str:
     return model.chat_template
 
 
-def _template_options(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> dict[str, Any]:
+def _template_options(
+    request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest | ClassifyRequest,
+) -> dict[str, Any]:
     """The fields of a request that are passed to every template."""
     continues = bool(request.continue_final_message)
     add_generation_prompt = adds_generation_prompt(request)
@@ -136,7 +138,7 @@ def _template_options(request: ChatCompletionRequest | TokenizeRequest | Embeddi
 
 
 def _template_variables(
-    model: ServedModel, request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest
+    model: ServedModel, request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest | ClassifyRequest
 ) -> dict[str, Any]:
     """The other variables of a template: those of the server, overridden by those of the request."""
     variables = dict(request.chat_template_kwargs or {})
@@ -188,7 +190,9 @@ def _num_arguments(call: dict[str, Any]) -> int:
     return _CHARS_PER_TOOL + (len(arguments) if isinstance(arguments, str) else INLINE_TEXT)
 
 
-def adds_generation_prompt(request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest) -> bool:
+def adds_generation_prompt(
+    request: ChatCompletionRequest | TokenizeRequest | EmbeddingRequest | ClassifyRequest,
+) -> bool:
     """Whether the prompt ends with the header of an assistant message."""
     if request.add_generation_prompt is not None:
         return request.add_generation_prompt

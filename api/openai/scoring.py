@@ -1,12 +1,15 @@
 """POST /score and /rerank: similarity of texts.
 
-Generative models have no relevance output, so a score is the cosine similarity of two embeddings.
+A cross-encoder reads both texts as one prompt and scores it. Other models have no relevance output, so a score is the
+cosine similarity of two embeddings.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import msgspec
 from starlette.requests import Request
@@ -29,9 +32,10 @@ from api.openai.pooling_protocol import (
     ScoreRequest,
     ScoreResponse,
 )
-from api.openai.refusals import NOT_SUPPORTED
 from api.openai.sampling import answer_id
-from api.params.pooling import PoolingParams, cosine, pair_up, resolve_pooling
+from api.params.pooling import PoolingParams, cosine, pair_up, resolve_pooling, resolve_task
+from api.params.truncation import check_truncation
+from engine_core.messages import ResolvedPoolingParams
 
 SCORE_DECODER = msgspec.json.Decoder(ScoreRequest)
 RERANK_DECODER = msgspec.json.Decoder(RerankRequest)
@@ -47,9 +51,9 @@ async def score(request: Request) -> Response:
     model = serving.find_model(body.model)
     query_field, queries = _side(body, QUERY_FIELDS)
     document_field, documents = _side(body, DOCUMENT_FIELDS)
-    pairs = pair_up(len(queries), len(documents), document_field)
-    work = await _start(model, request, body, "score", queries, documents, (query_field, document_field))
-    return WholeAnswer(work, ScoreReply(model, work, pairs, len(queries)))
+    texts = _Texts(query_field, queries, document_field, documents)
+    comparison = await _start(model, request, body, "score", texts)
+    return WholeAnswer(comparison.work, ScoreReply(model, comparison))
 
 
 async def v1_score(request: Request) -> Response:
@@ -63,8 +67,8 @@ async def rerank(request: Request) -> Response:
     body = await read_json(request, RERANK_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
-    work = await _start(model, request, body, "rerank", [body.query], texts, ("query", "documents"))
-    return WholeAnswer(work, RerankReply(model, body, work, texts))
+    comparison = await _start(model, request, body, "rerank", _Texts("query", [body.query], "documents", texts))
+    return WholeAnswer(comparison.work, RerankReply(model, body, comparison, texts))
 
 
 async def v1_rerank(request: Request) -> Response:
@@ -90,69 +94,122 @@ def _side(body: ScoreRequest, names: Sequence[str]) -> tuple[str, list[str]]:
     return given[0], texts
 
 
+class Comparison:
+    """The prompts of a request, and the score of each of its pairs once they are pooled."""
+
+    def __init__(self, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int | None) -> None:
+        """Takes the work.
+
+        Args:
+            work: Has a prompt for each text, queries first; or one for each pair.
+            pairs: Indexes of queries and documents.
+            num_queries: How many prompts are queries; None: a prompt is a pair.
+        """
+        self.work = work
+        self._pairs = pairs
+        self._num_queries = num_queries
+
+    def scores(self) -> list[float]:
+        """The score of each pair."""
+        vectors = self.work.vectors()
+        if self._num_queries is None:
+            return [float(vector[0]) for vector in vectors]
+        queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
+        return [cosine(queries[query], documents[document]) for query, document in self._pairs]
+
+
+@dataclass
+class _Texts:
+    """What is compared, and the names of the fields that it comes from."""
+
+    query_field: str
+    queries: Sequence[str]
+    document_field: str
+    documents: Sequence[str]
+
+
 async def _start(
-    model: ServedModel,
-    request: Request,
-    body: ScoreRequest | RerankRequest,
-    prefix: str,
-    queries: Sequence[str],
-    documents: Sequence[str],
-    fields: tuple[str, str],
-) -> PoolingWork:
-    """Embeds the queries, then the documents."""
-    if body.instruction is not None:
-        raise RequestError(NOT_SUPPORTED.format("instruction"), "instruction")
-    sides = (
-        (fields[0], queries, body.max_tokens_per_query or 0),
-        (fields[1], documents, body.max_tokens_per_doc or 0),
-    )
-    params = resolve_pooling(PoolingParams(), model.pooler, model.limits)
-    for field, texts, _ in sides:
-        check_count(len(texts), field)
-    tenant = enter_queue(request, model, body.user, len(queries) + len(documents))
-    prompts = []
-    for field, texts, max_tokens in sides:
-        prompts += [
-            await pooling_prompt(
-                model,
-                body,
-                text,
-                field=field,
-                add_special_tokens=body.add_special_tokens is not False,
-                max_tokens=max_tokens,
-            )
-            for text in texts
-        ]
+    model: ServedModel, request: Request, body: ScoreRequest | RerankRequest, prefix: str, texts: _Texts
+) -> Comparison:
+    """Prompts for all pairs, or for all queries and then all documents.
+
+    Raises:
+        RequestError: A text is invalid, or there are too many.
+    """
+    check_count(len(texts.queries), texts.query_field)
+    check_count(len(texts.documents), texts.document_field)
+    pairs = pair_up(len(texts.queries), len(texts.documents), texts.document_field)
+    is_cross = model.limits.pooling.head_pooling != ""
+    count = len(pairs) if is_cross else len(texts.queries) + len(texts.documents)
+    tenant = enter_queue(request, model, body.user, count)
+    template = model.pair_template
+    if body.instruction is not None and (not is_cross or template is None):
+        raise RequestError("instruction: the model's prompts have no place for it; omit it", "instruction")
+    params: ResolvedPoolingParams | list[ResolvedPoolingParams]
+    if is_cross:
+        own = resolve_task("score", PoolingParams(use_activation=body.use_activation), model.pooler, model.limits)
+        prompts, params = [], []
+        for query, document in pairs:
+            ids, second = await _pair_prompt(model, body, texts.queries[query], texts.documents[document])
+            prompts.append(array("i", ids))
+            params.append(msgspec.structs.replace(own, second_segment=second))
+    else:
+        params = resolve_pooling(PoolingParams(), model.pooler, model.limits)
+        prompts = await _separate_prompts(model, body, texts)
     work_id = answer_id(prefix, request, body.request_id)
-    return PoolingWork(model, work_id, prompts, params, body, field=fields[1], tenant=tenant)
+    work = PoolingWork(model, work_id, prompts, params, body, field=texts.document_field, tenant=tenant)
+    return Comparison(work, pairs, None if is_cross else len(texts.queries))
+
+
+async def _pair_prompt(
+    model: ServedModel, body: ScoreRequest | RerankRequest, query: str, document: str
+) -> tuple[list[int], int]:
+    """The token ids of a pair, and where its second segment begins; see ``Tokenizer.encode_pair``."""
+    keep = body.truncate_prompt_tokens
+    check_truncation(keep, model.limits)
+    limit = model.limits.max_model_len if keep == -1 else keep or 0
+    return await model.tokenize_pair(
+        query, document, max_tokens=limit, max_second=body.max_tokens_per_doc or 0, instruction=body.instruction
+    )
+
+
+async def _separate_prompts(model: ServedModel, body: ScoreRequest | RerankRequest, texts: _Texts) -> list[array[int]]:
+    sides = (
+        (texts.query_field, texts.queries, body.max_tokens_per_query or 0),
+        (texts.document_field, texts.documents, body.max_tokens_per_doc or 0),
+    )
+    return [
+        await pooling_prompt(
+            model,
+            body,
+            text,
+            field=field,
+            add_special_tokens=body.add_special_tokens is not False,
+            max_tokens=max_tokens,
+        )
+        for field, side, max_tokens in sides
+        for text in side
+    ]
 
 
 class ScoreReply:
     """One score per pair."""
 
-    def __init__(
-        self, model: ServedModel, work: PoolingWork, pairs: Sequence[tuple[int, int]], num_queries: int
-    ) -> None:
+    def __init__(self, model: ServedModel, comparison: Comparison) -> None:
         self._model = model
-        self._work = work
-        self._pairs = pairs
-        self._num_queries = num_queries
+        self._comparison = comparison
 
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Deltas only signal that a vector is ready."""
 
     def whole(self) -> Iterator[bytes]:
-        vectors = self._work.vectors()
-        queries, documents = vectors[: self._num_queries], vectors[self._num_queries :]
+        work = self._comparison.work
         answer = ScoreResponse(
-            id=self._work.request_id,
+            id=work.request_id,
             created=int(time.time()),
             model=self._model.name,
-            data=[
-                Score(index=index, score=cosine(queries[query], documents[document]))
-                for index, (query, document) in enumerate(self._pairs)
-            ],
-            usage=self._work.usage(),
+            data=[Score(index=index, score=score) for index, score in enumerate(self._comparison.scores())],
+            usage=work.usage(),
         )
         yield msgspec.json.encode(answer)
 
@@ -160,27 +217,24 @@ class ScoreReply:
 class RerankReply:
     """Documents, best first."""
 
-    def __init__(self, model: ServedModel, request: RerankRequest, work: PoolingWork, texts: Sequence[str]) -> None:
+    def __init__(
+        self, model: ServedModel, request: RerankRequest, comparison: Comparison, texts: Sequence[str]
+    ) -> None:
         self._model = model
         self._request = request
-        self._work = work
+        self._comparison = comparison
         self._texts = texts
 
     def fold(self, deltas: Sequence[Delta]) -> None:
         """Deltas only signal that a vector is ready."""
 
     def whole(self) -> Iterator[bytes]:
-        query, *documents = self._work.vectors()
-        results = [
-            RerankResult(index=index, relevance_score=cosine(query, document))
-            for index, document in enumerate(documents)
-        ]
+        scores, work = self._comparison.scores(), self._comparison.work
+        results = [RerankResult(index=index, relevance_score=score) for index, score in enumerate(scores)]
         results.sort(key=lambda result: -result.relevance_score)
         results = results[: self._request.top_n or None]
         if self._request.return_documents is not False:
             for result in results:
                 result.document = RerankDocument(text=self._texts[result.index])
-        answer = RerankResponse(
-            id=self._work.request_id, model=self._model.name, usage=self._work.usage(), results=results
-        )
+        answer = RerankResponse(id=work.request_id, model=self._model.name, usage=work.usage(), results=results)
         yield msgspec.json.encode(answer)

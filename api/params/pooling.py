@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,11 +25,13 @@ class PoolingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         dimensions: Keep only this many leading elements of the vector (for models trained for this).
         use_activation: Scale the vector to length 1. None: as configured by ``--pooler-config``.
         truncate_prompt_tokens: Keep only this many of the last tokens of a longer prompt; -1: as many as fit the model.
+        prompt_name: Name of a prompt in the model's files that precedes texts. None: their default; empty: none.
     """
 
     dimensions: int | None = None
     use_activation: bool | None = None
     truncate_prompt_tokens: int | None = None
+    prompt_name: str | None = None
 
 
 def resolve_pooling(
@@ -53,8 +55,40 @@ def resolve_pooling(
             "dimensions",
         )
     wanted = pooler.use_activation if params.use_activation is None else params.use_activation
-    pooling_type = "ALL" if every_token else pooler.pooling_type or "LAST"
+    pooling_type = "ALL" if every_token else pooler.pooling_type or limits.pooling.pooling_type
     return ResolvedPoolingParams(pooling_type=pooling_type, normalize=wanted is not False, dimensions=dimensions)
+
+
+PoolingTask = Literal["embed", "classify", "score", "token_embed", "token_classify"]
+POOLING_TASKS: tuple[PoolingTask, ...] = ("embed", "classify", "score", "token_embed", "token_classify")
+
+
+def resolve_task(
+    task: PoolingTask, params: PoolingParams, pooler: PoolerConfig, limits: ModelLimits
+) -> ResolvedPoolingParams:
+    """The engine's parameters of a task: vectors of prompts or tokens, or what the model's classifier says of them.
+
+    Raises:
+        RequestError: The model cannot do it, or a parameter is out of range.
+    """
+    if task in ("embed", "token_embed"):
+        return resolve_pooling(params, pooler, limits, every_token=task == "token_embed")
+    own = limits.pooling.head_pooling
+    every_token = task == "token_classify"
+    if not own or every_token != (own == "ALL"):
+        has = "no classifier" if not own else "a classifier of tokens only" if own == "ALL" else "one of whole texts"
+        raise RequestError(f"the model cannot do {task}: it has {has}", "task")
+    count = len(limits.pooling.labels)
+    if task == "score" and count != 1:
+        raise RequestError(f"scores need a classifier with one label, the model's has {count}; use /classify", "task")
+    if params.dimensions is not None:
+        raise RequestError("dimensions is for embeddings only", "dimensions")
+    return ResolvedPoolingParams(pooling_type=own, normalize=params.use_activation is not False, classifies=True)
+
+
+def is_cross_encoder(limits: ModelLimits) -> bool:
+    """Whether a classifier scores pairs of texts; other models compare embeddings."""
+    return limits.pooling.head_pooling not in ("", "ALL") and len(limits.pooling.labels) == 1
 
 
 def check_prompt_length(num_tokens: int, limits: ModelLimits) -> None:
@@ -113,9 +147,29 @@ class EmbeddingOutput:
 
 
 @dataclass
+class ClassificationOutput:
+    probs: list[float]
+    """A number for each label."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.probs)
+
+
+@dataclass
 class ScoringOutput:
     score: float
-    """Cosine similarity, -1 to 1."""
+    """Cosine similarity, -1 to 1; of a cross-encoder, its score."""
+
+
+@dataclass
+class RerankOutput:
+    """A document of ``LLM.rerank``."""
+
+    index: int
+    document: str
+    relevance_score: float
 
 
 @dataclass
@@ -132,6 +186,10 @@ class PoolingRequestOutput(Generic[T]):
 
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """Result of ``LLM.embed``; ``outputs.embedding`` is a list of floats."""
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """Result of ``LLM.classify``; ``outputs.probs`` is a list of floats."""
 
 
 class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):

@@ -13,7 +13,7 @@ from api.errors import ContextLengthError, RequestError
 from api.model.tokenizer import Tokenizer
 from api.params.structured import StructuredOutputsParams, grammar_spec
 from api.stop_regex import StopRegexError, stop_automaton
-from engine_core.messages import RepetitionDetection, ResolvedParams
+from engine_core.messages import PoolingSupport, RepetitionDetection, ResolvedParams
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 64
@@ -309,6 +309,8 @@ class ModelLimits(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...] = ()
     hidden_size: int = 0
     """Width of pooled vectors; 0: the engine cannot pool."""
+    pooling: PoolingSupport = PoolingSupport()
+    """What the model does with pooled states."""
 
 
 def resolve_params(

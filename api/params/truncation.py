@@ -38,15 +38,24 @@ def truncate_prompt(
         token_ids = [token_ids[place] for place in kept_tokens(len(token_ids), most, "right", around)]
     if keep is None:
         return token_ids
-    if keep > limits.max_model_len or keep < -1 or keep == 0:
+    check_truncation(keep, limits)
+    if keep == -1:
+        keep = max(1, limits.max_model_len - room)
+    return [token_ids[place] for place in kept_tokens(len(token_ids), keep, side or "left", around)]
+
+
+def check_truncation(keep: int | None, limits: ModelLimits) -> None:
+    """Checks a maximum length of prompts.
+
+    Raises:
+        RequestError: It is 0, below -1, or more than the model's context.
+    """
+    if keep is not None and (keep > limits.max_model_len or keep < -1 or keep == 0):
         raise RequestError(
             f"truncate_prompt_tokens must be -1, or between 1 and the maximum context length of "
             f"{limits.max_model_len}, got {keep}",
             "truncate_prompt_tokens",
         )
-    if keep == -1:
-        keep = max(1, limits.max_model_len - room)
-    return [token_ids[place] for place in kept_tokens(len(token_ids), keep, side or "left", around)]
 
 
 def output_room(max_tokens: int | None) -> int:

@@ -17,7 +17,19 @@ from api.generation.serving import Serving
 from api.http.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.http.tenants import QueueGate
 from api.http.traffic import Traffic
-from api.openai import chat, completions, embeddings, invocations, models, pooling_protocol, protocol, scoring, tokenize
+from api.openai import (
+    chat,
+    classify,
+    cohere,
+    completions,
+    embeddings,
+    invocations,
+    models,
+    pooling_protocol,
+    protocol,
+    scoring,
+    tokenize,
+)
 from api.responses import endpoints as responses
 from api.responses import protocol as responses_protocol
 from api.responses.errors import RESPONSES_ERRORS
@@ -58,6 +70,39 @@ OPERATIONS = (
         request=pooling_protocol.EmbeddingRequest,
         example={"input": ["one text", "another"]},
         response=pooling_protocol.EmbeddingResponse,
+        task="pool",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/v2/embed",
+        cohere.embed,
+        "Embed texts (Cohere's API)",
+        request=cohere.CohereEmbedRequest,
+        example={"texts": ["one text", "another"], "input_type": "search_document"},
+        response=cohere.CohereEmbedResponse,
+        task="pool",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/classify",
+        classify.classify,
+        "Classify texts",
+        request=pooling_protocol.ClassifyRequest,
+        example={"input": ["one text", "another"]},
+        response=pooling_protocol.ClassifyResponse,
+        task="pool",
+        queues=True,
+    ),
+    Operation(
+        "POST",
+        "/pooling",
+        classify.pool,
+        "Pool texts into vectors or classes, or their tokens",
+        request=pooling_protocol.PoolRequest,
+        example={"input": ["one text", "another"]},
+        response=pooling_protocol.PoolResponse,
         task="pool",
         queues=True,
     ),

@@ -53,7 +53,8 @@ class AttentionBackend(Protocol):
 
         Args:
             inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns, then the sinks
-                if ``shape.has_sinks``. Without k and v, the cache is that of an earlier layer, which has written them.
+                if ``shape.has_sinks``, then the biases if ``shape.has_biases``. Without k and v, the cache is that of
+                an earlier layer, which has written them.
             kv_cache: The layer's cache.
             shape: The layer's constants.
             meta: The result of ``plan``.
@@ -75,8 +76,13 @@ class AttentionGroup:
     """Their indices among the model's attention layers."""
 
     @property
+    def is_cached(self) -> bool:
+        """Whether K and V are kept from step to step. If not, the worker has room for those of one step and layer."""
+        return self.shape.is_cached
+
+    @property
     def spec(self) -> KVCacheGroupSpec:
-        """Description of the group for the engine core."""
+        """Description of a cached group for the engine core."""
         window = self.shape.sliding_window
         sizes = self.backend.kv_shape(1, self.block_size, self.shape, self.kv_dtype)
         elements = sum(torch.Size(size).numel() for size in sizes)
@@ -93,6 +99,11 @@ class AttentionGroup:
     def plan(self, columns: AttentionMetadata) -> AttentionMetadata:
         """A step's metadata for the group's layers."""
         return self.backend.plan(AttentionStep(self, columns))
+
+
+def cached_specs(groups: Sequence[AttentionGroup]) -> tuple[KVCacheGroupSpec, ...]:
+    """Descriptions of the groups that have a KV cache, for the engine core."""
+    return tuple(group.spec for group in groups if group.is_cached)
 
 
 @dataclass(frozen=True)
@@ -115,10 +126,12 @@ class OpsAttention:
     def run(
         self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        q, k, v, *sinks = inputs
+        q, k, v, *more = inputs
         assert q is not None
         keys, values = kv_cache
-        return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, *sinks)
+        sinks = more.pop(0) if shape.has_sinks else None
+        options = {"biases": more[0]} if shape.has_biases else {}
+        return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, sinks, **options)
 
 
 SHORT_CONV = "short_conv"

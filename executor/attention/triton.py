@@ -26,6 +26,8 @@ class TritonAttention(OpsAttention):
         self._dtype = dtype
         if not is_used("triton"):
             return "this device does not run Triton's kernels"
+        if not shape.is_cached:
+            return "layers without a KV cache (encoders) are not supported yet"
         return unsupported_kind(shape) or unsupported(shape, dtype)
 
     def kv_shape(

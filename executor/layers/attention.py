@@ -50,7 +50,8 @@ class Attention(nn.Module):
             is_chunked=shape.is_chunked and not is_unlimited,
         )
         # Other kinds of layers cache few tokens, and their numbers enter sums unscaled.
-        self.kv_dtype = (context.kv_dtype if shape.kind == "kv" else None) or context.dtype
+        is_coded = shape.kind == "kv" and shape.is_cached
+        self.kv_dtype = (context.kv_dtype if is_coded else None) or context.dtype
 
     def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
         """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.
@@ -75,7 +76,7 @@ class SharedAttention(nn.Module):
 
 
 def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[AttentionGroup, ...]:
-    """Groups layers of the same kind, in order of first appearance.
+    """Groups layers of the same kind, in order of first appearance, those with a cache first.
 
     Args:
         layers: All attention layers of the model, with their backends assigned.
@@ -87,10 +88,11 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
     members: dict[tuple[AttentionBackend, AttentionShape, torch.dtype], list[int]] = {}
     for index, layer in enumerate(layers):
         # Scores may be computed differently: this concerns no cache.
-        shape = replace(layer.shape, scale=1.0, alibi_slopes=None)
+        shape = replace(layer.shape, scale=1.0, alibi_slopes=None, has_biases=False)
         members.setdefault((layer.backend, shape, layer.kv_dtype), []).append(index)
     groups = []
-    for number, ((backend, shape, dtype), indexes) in enumerate(members.items()):
+    ordered = sorted(members.items(), key=lambda item: not item[0][1].is_cached)
+    for number, ((backend, shape, dtype), indexes) in enumerate(ordered):
         size = block_size or backend.block_size
         if size % backend.block_size_multiple:
             raise ModelError(

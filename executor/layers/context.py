@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from executor.base import Head
 from executor.hf_config import HFConfig
 from executor.parallel import ParallelState
 from executor.quantization import QuantizationConfig
@@ -26,6 +27,8 @@ class ModelContext:
     """Longest sequence: as configured, else the model's maximum. The served maximum may be shorter."""
     kv_dtype: torch.dtype | None = None
     """Dtype of cached K and V; None: that of the activations."""
+    head: Head = "lm"
+    """What reads the hidden states, by the architecture's name."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
 

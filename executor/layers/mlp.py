@@ -38,6 +38,7 @@ class GatedMLP(nn.Module):
         intermediate_size: int | None = None,
         *,
         bias: bool = False,
+        down_bias: bool | None = None,
         is_fused: bool = False,
         is_summed: bool = True,
         prefix: str,
@@ -48,6 +49,7 @@ class GatedMLP(nn.Module):
             context: The model's construction context.
             intermediate_size: Columns of gate and of up. Default: ``config.intermediate_size``.
             bias: Whether the projections have biases.
+            down_bias: Whether the last one has, if that differs.
             is_fused: The checkpoint holds gate and up, concatenated, as one tensor ``gate_up_proj``.
             is_summed: Whether the layer sums the ranks' results; False: its user does.
             prefix: The layer's name in the model.
@@ -61,7 +63,12 @@ class GatedMLP(nn.Module):
             context, hidden, projections, bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(
-            context, inner, hidden, bias=bias, is_summed=is_summed, prefix=f"{prefix}.down_proj"
+            context,
+            inner,
+            hidden,
+            bias=bias if down_bias is None else down_bias,
+            is_summed=is_summed,
+            prefix=f"{prefix}.down_proj",
         )
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:

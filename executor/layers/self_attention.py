@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
 from executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from executor.layers.parameter import Part, WeightParameter, single
+from executor.layers.positions import DistanceBiases
 from executor.layers.rotary import RotaryEmbedding
 from ops import AttentionShape
 
@@ -24,7 +24,30 @@ def sink_scores(context: ModelContext, prefix: str) -> WeightParameter:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., arXiv:2305.13245)."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245), with the heads given by the configuration.
+
+    Args:
+        context: The model's construction context.
+        rotary: Rotates q and k by their positions; None: no rotation.
+        qkv_bias: Whether the projections to q, k and v have biases.
+        out_bias: Whether the output projection has one.
+        num_kv_heads: Heads of k and of v. Default: ``config.num_kv_heads``.
+        is_fused: The checkpoint holds q, k and v, concatenated, as one tensor ``qkv_proj``.
+        is_grouped: It holds them as one tensor by KV head (see ``QKVParallelLinear``).
+        clip: q, k and v are limited to plus and minus this; after the norms of q and k if ``clips_normed`` (OLMoE).
+        clips_normed: See ``clip``.
+        head_norm: Creates the norm of each head of q and of k, applied before rotation; takes the head size.
+        heads_norm: Creates a norm over all heads of q, and one of k, instead; takes the number of heads.
+        scale: Factor of the scores. Default: ``head_dim ** -0.5``.
+        sliding_window: A token attends to this many tokens, itself included, and as many after it if
+            ``is_bidirectional``.
+        logit_softcap: Scores are soft-capped to plus and minus this.
+        alibi_slopes: See ``AttentionShape``.
+        has_sinks: Likewise.
+        is_bidirectional: Tokens attend to those after them, too. There is no cache.
+        biases: Added to the scores.
+        prefix: The layer's name in the model.
+    """
 
     def __init__(
         self,
@@ -45,29 +68,10 @@ class SelfAttention(nn.Module):
         logit_softcap: float | None = None,
         alibi_slopes: tuple[float, ...] | None = None,
         has_sinks: bool = False,
+        is_bidirectional: bool = False,
+        biases: DistanceBiases | None = None,
         prefix: str,
     ) -> None:
-        """Creates the layer with the heads given by the configuration.
-
-        Args:
-            context: The model's construction context.
-            rotary: Rotates q and k by their positions; None: no rotation.
-            qkv_bias: Whether the projections to q, k and v have biases.
-            out_bias: Whether the output projection has one.
-            num_kv_heads: Heads of k and of v. Default: ``config.num_kv_heads``.
-            is_fused: The checkpoint holds q, k and v, concatenated, as one tensor ``qkv_proj``.
-            is_grouped: It holds them as one tensor by KV head (see ``QKVParallelLinear``).
-            clip: q, k and v are limited to plus and minus this.
-            clips_normed: They are after the norms of q and k, not before (OLMoE).
-            head_norm: Creates the norm of each head of q and of k, applied before rotation; takes the head size.
-            heads_norm: Creates a norm over all heads of q, and one of k, instead; takes the number of heads.
-            scale: Factor of the scores. Default: ``head_dim ** -0.5``.
-            sliding_window: A token attends to this many tokens, itself included.
-            logit_softcap: Scores are soft-capped to plus and minus this.
-            alibi_slopes: See ``AttentionShape``.
-            has_sinks: Likewise.
-            prefix: The layer's name in the model.
-        """
         super().__init__()
         config = context.config
         heads, kv_heads, head_dim = config.num_heads, num_kv_heads or config.num_kv_heads, config.head_dim
@@ -81,9 +85,21 @@ class SelfAttention(nn.Module):
         if norm is not None:
             self.q_norm, self.k_norm = norm(of_q), norm(of_k)
         self.rotary, self.clip, self.clips_normed = rotary, clip, clips_normed
-        shape = AttentionShape(heads, kv_heads, head_dim, head_dim**-0.5 if scale is None else scale)
-        shape = replace(shape, sliding_window=sliding_window, logit_softcap=logit_softcap, alibi_slopes=alibi_slopes)
-        self.attn = Attention(context, replace(shape, has_sinks=has_sinks))
+        shape = AttentionShape(
+            heads,
+            kv_heads,
+            head_dim,
+            head_dim**-0.5 if scale is None else scale,
+            sliding_window=sliding_window,
+            causal=not is_bidirectional,
+            is_cached=not is_bidirectional,
+            logit_softcap=logit_softcap,
+            alibi_slopes=alibi_slopes,
+            has_sinks=has_sinks,
+            has_biases=biases is not None,
+        )
+        self._biases = (biases,)  # not a submodule: layers share it
+        self.attn = Attention(context, shape)
         self.sinks = sink_scores(context, prefix) if has_sinks else None
         self.o_proj = RowParallelLinear(context, heads * head_dim, config.hidden_size, bias=out_bias, prefix=out_name)
 
@@ -99,6 +115,8 @@ class SelfAttention(nn.Module):
             q, k, v = (ops.clip(each, self.clip) for each in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(batch.positions, q, k)
-        sinks = () if self.sinks is None else (self.sinks.data,)
-        out: Tensor = self.o_proj(self.attn(q, k, v, *sinks, batch=batch), batch)
+        (biases,) = self._biases
+        more = () if self.sinks is None else (self.sinks.data,)
+        more = more if biases is None else (*more, biases.table())
+        out: Tensor = self.o_proj(self.attn(q, k, v, *more, batch=batch), batch)
         return out

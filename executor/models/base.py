@@ -13,6 +13,7 @@ from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
+from executor.layers.pooler_head import PoolingHead
 from executor.layers.rotary import RotaryEmbedding
 from executor.weights_mapper import WeightsMapper
 
@@ -32,10 +33,22 @@ class Model(nn.Module, ABC):
     """Fields that config.json may leave out, under their common names."""
     hidden_size: int | None = None
     """Columns of the hidden states that ``forward`` returns. None: ``hidden_size`` of the configuration."""
+    keeps_float32: ClassVar[bool] = False
+    """Whether ``--dtype auto`` keeps the type of a checkpoint in float32."""
+    pooling_type: ClassVar[str] = "LAST"
+    """How vectors are pooled, unless the files say so."""
+    num_token_types: int = 0
+    """Types of tokens; 0: ``InputBatch.token_types`` is not needed."""
     ignored: Sequence[str] = ()
     """Names of tensors that a model with this configuration does not need, beside those that ``mapper`` ignores."""
     can_be_captured: ClassVar[bool] = True
     """False: the forward pass is more than ops, and runs eagerly in each step."""
+
+    @property
+    def pooling_head(self) -> PoolingHead | None:
+        """The classifier of pooled states: the submodule ``head``, if there is one."""
+        head = self._modules.get("head")
+        return head if isinstance(head, PoolingHead) else None
 
     @classmethod
     def configure(cls, config: HFConfig) -> HFConfig:
@@ -53,7 +66,10 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
-        """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size]."""
+        """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size].
+
+        A model that does not generate returns it as it is.
+        """
 
     @abstractmethod
     def attention_layers(self) -> list[Attention]:

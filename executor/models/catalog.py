@@ -23,8 +23,17 @@ class Entry:
     limits: str = ""
 
 
+POOLING = "embeddings, scores and classification only"
+
 CATALOG = (
     Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",), gguf=("arcee",)),
+    Entry(
+        "BERT, DistilBERT",
+        ("BertModel", "DistilBertModel"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en-v1.5", "cross-encoder/ms-marco-MiniLM-L6-v2"),
+        real_weights="all-MiniLM-L6-v2",
+        limits=POOLING,
+    ),
     Entry("BLOOM", ("BloomForCausalLM",), ("bigscience/bloom-560m", "bigscience/bloomz-1b1")),
     Entry(
         "Cohere",
@@ -54,7 +63,13 @@ CATALOG = (
     Entry(
         "Gemma",
         ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-        ("google/gemma-1.1-2b-it", "google/gemma-2-2b-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it"),
+        (
+            "google/gemma-1.1-2b-it",
+            "google/gemma-2-2b-it",
+            "google/gemma-3-1b-it",
+            "google/gemma-3-4b-it",
+            "google/embeddinggemma-300m",
+        ),
         gguf=("gemma", "gemma2", "gemma3"),
         limits="text only",
     ),
@@ -88,6 +103,12 @@ CATALOG = (
         limits="no Mamba layers; no experts in Granite 4 (H)",
     ),
     Entry(
+        "GTE",
+        ("NewModel", "GteModel"),
+        ("Alibaba-NLP/gte-multilingual-base", "Alibaba-NLP/gte-multilingual-reranker-base"),
+        limits=POOLING,
+    ),
+    Entry(
         "InternLM",
         ("InternLM2ForCausalLM", "InternLM3ForCausalLM"),
         ("internlm/internlm2_5-1_8b-chat", "internlm/internlm3-8b-instruct"),
@@ -116,8 +137,21 @@ CATALOG = (
         limits="text only",
     ),
     Entry("Mixtral", ("MixtralForCausalLM",), ("mistralai/Mixtral-8x7B-Instruct-v0.1",), gguf=("llama",)),
+    Entry(
+        "ModernBERT",
+        ("ModernBertModel",),
+        ("nomic-ai/modernbert-embed-base", "Alibaba-NLP/gte-reranker-modernbert-base"),
+        limits=POOLING,
+    ),
+    Entry("MPNet", ("MPNetModel",), ("sentence-transformers/all-mpnet-base-v2",), limits=POOLING),
     Entry("MPT", ("MptForCausalLM",), ("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct")),
     Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
+    Entry(
+        "Nomic Embed",
+        ("NomicBertModel",),
+        ("nomic-ai/nomic-embed-text-v1.5",),
+        limits=f"{POOLING}; no experts (v2)",
+    ),
     Entry(
         "OLMo",
         ("OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"),
@@ -139,6 +173,12 @@ CATALOG = (
     Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
     Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",), gguf=("qwen3moe",)),
+    Entry(
+        "RoBERTa, XLM-R",
+        ("RobertaModel", "XLMRobertaModel", "CamembertModel"),
+        ("sentence-transformers/all-distilroberta-v1", "intfloat/multilingual-e5-large", "BAAI/bge-reranker-v2-m3"),
+        limits=POOLING,
+    ),
     Entry("Seed-OSS", ("SeedOssForCausalLM",), ("ByteDance-Seed/Seed-OSS-36B-Instruct",), gguf=("seed_oss",)),
     Entry("SmolLM3", ("SmolLM3ForCausalLM",), ("HuggingFaceTB/SmolLM3-3B",), gguf=("smollm3",)),
     Entry(

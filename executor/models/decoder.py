@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 import ops
+from executor.checkpoint import Checkpoint
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
@@ -20,7 +21,9 @@ from executor.layers.embedding import VocabParallelEmbedding, output_layer
 from executor.layers.linear import ReplicatedLinear
 from executor.layers.mlp import GatedMLP
 from executor.layers.norm import RMSNorm
-from executor.layers.positions import LearnedPositions
+from executor.layers.pooler_head import PoolingHead
+from executor.layers.positions import DistanceBiases, LearnedPositions, TokenTypes
+from executor.models.answers import AnswerRows, answer_ids
 from executor.models.base import Model, WeightsMapper
 
 MakeBlock = Callable[[int, str], nn.Module]
@@ -40,6 +43,9 @@ class Norms:
     after_attention: str | None = None
     before_mlp: str | None = None
     after_mlp: str | None = None
+
+
+PRE_NORMS = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
 
 
 class DecoderLayer(nn.Module):
@@ -115,7 +121,10 @@ class DecoderParts:
     """None: RMS norm with ``rms_norm_eps``."""
     layer: type[DecoderLayer] = DecoderLayer
     """How a layer combines its blocks and norms."""
-    norms: Norms = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
+    norms: Norms | Callable[[int], Norms] = Norms(
+        before_attention="input_layernorm", before_mlp="post_attention_layernorm"
+    )
+    """Of all layers, or by the layer's index."""
     has_embedding_norm: bool = False
     """Whether a norm follows the embedding."""
     has_final_norm: bool = True
@@ -126,6 +135,10 @@ class DecoderParts:
     """Factor of the token embeddings."""
     positions: LearnedPositions | None = None
     """Added to the token embeddings."""
+    token_types: TokenTypes | None = None
+    """Added to them before the positions are."""
+    position_biases: DistanceBiases | None = None
+    """Biases of the scores, which the attention layers share."""
     residual_scale: float | None = None
     """Factor of what the blocks add to the hidden states."""
     logit_bias: bool = False
@@ -153,13 +166,16 @@ class Decoder(nn.Module):
         self.embedding_norm = make_norm(hidden_size) if parts.has_embedding_norm else None
         self.embedding_scale = parts.embedding_scale
         self.embed_positions = parts.positions
+        self.embed_types = parts.token_types
+        self.position_biases = parts.position_biases
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
             name = f"{prefix}.layers.{index}"
             attention = parts.attention(index, f"{name}.self_attn")
             mlp = make_mlp(index, f"{name}.mlp")
+            norms = parts.norms(index) if callable(parts.norms) else parts.norms
             self.layers.append(
-                parts.layer(attention, mlp, parts.norms, lambda: make_norm(config.hidden_size), parts.residual_scale)
+                parts.layer(attention, mlp, norms, lambda: make_norm(config.hidden_size), parts.residual_scale)
             )
         self.norm = make_norm(config.hidden_size) if parts.has_final_norm else None
 
@@ -179,6 +195,9 @@ class Decoder(nn.Module):
             hidden = ops.scale(hidden, self.embedding_scale)
         if self.project_in is not None:
             hidden = self.project_in(hidden, batch)
+        if self.embed_types is not None:
+            assert batch.token_types is not None
+            hidden = hidden + self.embed_types(batch.token_types)
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(batch.positions)
         return hidden if self.embedding_norm is None else self.embedding_norm(hidden)
@@ -189,7 +208,7 @@ ROTARY_BUFFERS = r"rotary_emb\.inv_freq$"
 
 
 class CausalDecoder(Model):
-    """A decoder with an output layer."""
+    """A decoder with an output layer; or, if the architecture names another one, with a head for pooled states."""
 
     decoder: ClassVar[type[Decoder]] = Decoder
     tied_modules = {"lm_head": "model.embed_tokens"}
@@ -199,13 +218,24 @@ class CausalDecoder(Model):
         super().__init__()
         self.hidden_size = parts.embedding_dim
         self.model = self.decoder(context, parts, prefix="model")
-        self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
+        self.lm_head = None
+        if context.head == "lm":
+            self.lm_head = output_layer(context, self.model.embed_tokens, bias=parts.logit_bias, prefix="lm_head")
+        elif context.head in ("sequence", "token"):
+            is_of_tokens = context.head == "token"
+            self.head = PoolingHead(context, "ALL" if is_of_tokens else "LAST", bias=is_of_tokens)
+        self._answers = answer_ids(context.config) if context.head == "sequence" else None
         self.logit_scale, self.logit_softcap = parts.logit_scale, parts.logit_softcap
+
+    def stored_as(self, checkpoint: Checkpoint) -> Checkpoint:
+        return checkpoint if self._answers is None else AnswerRows(checkpoint, *self._answers)
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         return ModelOutput(self.model(batch, hidden))
 
     def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        if self.lm_head is None:
+            return hidden
         logits = self.lm_head.logits(hidden, batch)
         if self.logit_scale is not None:
             logits = ops.scale(logits, self.logit_scale)

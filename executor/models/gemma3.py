@@ -32,10 +32,14 @@ class Gemma3ForCausalLM(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        if config.boolean("use_bidirectional_attention"):
+        is_bidirectional = config.boolean("use_bidirectional_attention")
+        if is_bidirectional and context.head == "lm":
             config.bad("use_bidirectional_attention", "false: an encoder (EmbeddingGemma) cannot generate text")
         pattern = config.size("sliding_window_pattern")
         types = config.layer_types(FULL, SLIDING, default=lambda index: SLIDING if (index + 1) % pattern else FULL)
+        window = config.size("sliding_window") if SLIDING in types else 0
+        if is_bidirectional:
+            window = window // 2 + 1
         rotary = {kind: RotaryEmbedding(context, config.rope_for(kind)) for kind in set(types)}
         bias = config.boolean("attention_bias")
 
@@ -47,7 +51,8 @@ class Gemma3ForCausalLM(CausalDecoder):
                 out_bias=bias,
                 head_norm=lambda size: gemma_norm(context, size),
                 scale=config.positive("query_pre_attn_scalar") ** -0.5,
-                sliding_window=config.size("sliding_window") if types[index] == SLIDING else None,
+                sliding_window=window if types[index] == SLIDING else None,
+                is_bidirectional=is_bidirectional,
                 prefix=prefix,
             )
 

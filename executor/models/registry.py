@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from executor.base import ModelError
+from executor.base import Head, ModelError
 from executor.models.fallback.support import fallback_problem
 from executor.registry import advice, resolve
 
 if TYPE_CHECKING:  # the names are known without torch
     from executor.models.base import Model
 
+ENCODERS = {
+    "BertModel": "executor.models.bert:BertModel",
+    "CamembertModel": "executor.models.bert:RobertaModel",
+    "DistilBertModel": "executor.models.bert:DistilBertModel",
+    "GteModel": "executor.models.nomic_bert:GteModel",
+    "MPNetModel": "executor.models.bert:MPNetModel",
+    "ModernBertModel": "executor.models.modernbert:ModernBertModel",
+    "NewModel": "executor.models.nomic_bert:GteModel",
+    "NomicBertModel": "executor.models.nomic_bert:NomicBertModel",
+    "RobertaModel": "executor.models.bert:RobertaModel",
+    "XLMRobertaModel": "executor.models.bert:RobertaModel",
+}
+"""Models that cannot generate."""
 REGISTRY = {
     "ArceeForCausalLM": "executor.models.arcee:ArceeForCausalLM",
     "BloomForCausalLM": "executor.models.bloom:BloomForCausalLM",
@@ -63,6 +76,37 @@ REGISTRY = {
     "Starcoder2ForCausalLM": "executor.models.starcoder2:Starcoder2ForCausalLM",
 }
 """The ``architectures`` of config.json."""
+HEADS: dict[str, Head] = {
+    "ForMaskedLM": "none",
+    "ForPreTraining": "none",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "Model": "none",
+    "TextModel": "none",
+}
+"""Ends of the names of architectures that do not generate."""
+
+
+def split_architecture(architecture: str) -> tuple[str, Head]:
+    """The architecture whose class computes the hidden states, and what reads them.
+
+    ``Qwen3ForSequenceClassification`` has those of ``Qwen3ForCausalLM``, ``BertForMaskedLM`` those of ``BertModel``.
+    """
+    if architecture in REGISTRY:
+        return architecture, "lm"
+    for end, head in HEADS.items():
+        stem = architecture.removesuffix(end)
+        if stem == architecture:
+            continue
+        for base in (f"{stem}Model", f"{stem}ForCausalLM", f"{stem}LMHeadModel"):
+            if base in ENCODERS or base in REGISTRY:
+                return base, head
+    return architecture, "lm"
+
+
+def can_generate(architecture: str) -> bool:
+    """Whether a model computes logits of the next token, judging by its architecture."""
+    return split_architecture(architecture)[1] == "lm"
 
 
 RECURRENT = {
@@ -88,8 +132,9 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
     Raises:
         ModelError: The architecture is not supported.
     """
-    if architecture in REGISTRY and model_impl != "transformers":
-        return REGISTRY[architecture]
+    base, head = split_architecture(architecture)
+    if head != "lm" or (architecture in REGISTRY and model_impl != "transformers"):
+        return (ENCODERS | REGISTRY)[base]
     shown = repr(architecture if len(architecture) <= 100 else f"{architecture[:100]}...")
     if model_impl in ("octavo", "vllm"):
         raise ModelError(

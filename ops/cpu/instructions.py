@@ -40,7 +40,8 @@ class Instruction:
     work: int
     """Approximate operations per row: small ops are not worth a second thread."""
     step: dict[str, Any] = field(default_factory=dict)
-    """Fields it reads from the step descriptor: ``input_ids``, ``positions``, ``logits_rows``, ``group``."""
+    """Fields it reads from the step descriptor: ``input_ids``, ``positions``, ``token_types``,
+    ``logits_rows``, ``group``."""
     keep: tuple[Any, ...] = ()
     """Owners of the memory that addresses in ``fields`` point to."""
     num_ops: int = 1
@@ -236,6 +237,7 @@ def paged_attention(
     shape: AttentionShape,
     layout: KVLayout = "plain",
     sinks: Tensor | None = None,
+    biases: Tensor | None = None,
 ) -> Instruction | None:
     keys, values = kv_cache
     if layout != "tiled":
@@ -250,6 +252,8 @@ def paged_attention(
         "v_cache": values.data_ptr(),
         "slopes": None if slopes is None else slopes.data_ptr(),
         "sinks": None if scores is None else scores.data_ptr(),
+        "biases": None if biases is None else biases.data_ptr(),
+        "bias_reach": 0 if biases is None else biases.shape[1] // 2,
         "scale": shape.scale,
         "softcap": shape.logit_softcap or 0.0,
         "num_heads": shape.num_heads,
@@ -270,7 +274,7 @@ def paged_attention(
         q.dtype,
         work=_INT32_MAX,
         step={"group": meta},
-        keep=(keys, values, slopes, scores),
+        keep=(keys, values, slopes, scores, biases),
     )
 
 

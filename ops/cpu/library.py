@@ -62,6 +62,8 @@ PLAIN_CACHE = 0
 NO_NORM, RMS_NORM, LAYER_NORM = range(3)
 """``OctavoNormKind``."""
 ROWS = {"tokens": 0, "samples": 1}
+IDS = {"input_ids": 0, "positions": 1, "token_types": 2}
+"""``OctavoIds``."""
 EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
 (
     OP_EMBEDDING,
@@ -149,6 +151,7 @@ class Step(ctypes.Structure):
         ("num_samples", c_int32),
         ("input_ids", c_void_p),
         ("positions", c_void_p),
+        ("token_types", c_void_p),
         ("logits_rows", c_void_p),
         ("groups", ctypes.POINTER(Group)),
     )
@@ -159,7 +162,7 @@ class Node(ctypes.Structure):
 
 
 class EmbeddingArgs(ctypes.Structure):
-    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32), ("of_positions", c_int32))
+    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32), ("ids", c_int32))
 
 
 class RmsNorm(ctypes.Structure):
@@ -243,6 +246,7 @@ class AttentionArgs(ctypes.Structure):
         ("v_cache", c_void_p),
         ("slopes", c_void_p),
         ("sinks", c_void_p),
+        ("biases", c_void_p),
         ("scale", c_float),
         ("softcap", c_float),
         ("num_heads", c_int32),
@@ -255,6 +259,7 @@ class AttentionArgs(ctypes.Structure):
         ("group", c_int32),
         ("type", c_int32),
         ("cache", c_int32),
+        ("bias_reach", c_int32),
     )
 
 

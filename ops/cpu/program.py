@@ -20,7 +20,7 @@ from ops.cpu import instructions, memory
 from ops.cpu.fusion import Fusion, Item
 from ops.cpu.instructions import Instruction
 from ops.cpu.kernels import fill_group
-from ops.cpu.library import Group, Library, Matrix, Step
+from ops.cpu.library import IDS, Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
 from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
 
@@ -151,8 +151,11 @@ class NativeProgram:
                 self._rows_name = source.name
             elif type(source) is not Ref:
                 return None
-            elif name == "input_ids" and self._inputs.get("positions") == source.index:
-                instruction.fields["of_positions"] = 1
+            elif name == "input_ids":  # of an embedding
+                chosen = next((each for each in IDS if self._inputs.get(each) == source.index), None)
+                if chosen is None:
+                    return None
+                instruction.fields["ids"] = IDS[chosen]
             elif self._inputs.get(name) != source.index:
                 return None
         return instruction
@@ -254,7 +257,7 @@ class NativeProgram:
             tensor = inputs[name]
             spec = self._specs[index]
             rows[spec.rows] = tensor.shape[spec.rows_dim]
-            if name in ("input_ids", "positions"):
+            if name in IDS:
                 tensor = tensor.to(torch.int32).contiguous()
                 setattr(step, name, tensor.data_ptr())
                 keep.append(tensor)

@@ -10,7 +10,11 @@ from ops.metadata import AttentionMetadata, AttentionShape, KVLayout
 from ops.reference.kv_codes import decode_heads, encode_heads
 
 
-@op(lambda q, k, v, kv_cache, meta, shape, layout="plain", sinks=None: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
+@op(
+    lambda q, k, v, kv_cache, meta, shape, layout="plain", sinks=None, biases=None: Spec(
+        q.spec.rows, shape.out_width, q.spec.dtype
+    )
+)
 def paged_attention(
     q: Tensor,
     k: Tensor | None,
@@ -20,6 +24,7 @@ def paged_attention(
     shape: AttentionShape,
     layout: KVLayout = "plain",
     sinks: Tensor | None = None,
+    biases: Tensor | None = None,
 ) -> Tensor:
     """Writes this step's K and V into the cache, then attends to each request's whole context.
 
@@ -36,6 +41,9 @@ def paged_attention(
         layout: Layout of the cache. The reference reads only the plain one.
         sinks: [num_heads] if ``shape.has_sinks``: a score per head that takes part in the softmax without a value
             (Xiao et al., arXiv:2309.17453; as in gpt-oss).
+        biases: float32 [num_heads, 2 * reach], contiguous: added to the scaled score of a key that is d tokens after
+            the query, at ``reach + d`` (Raffel et al., arXiv:1910.10683). ``reach`` is a multiple of 32, and 32 or
+            more above the longest distance.
 
     Returns:
         [num_tokens, num_heads * v_head_dim] in the type of ``q``; scores and softmax in float32.
@@ -59,7 +67,7 @@ def paged_attention(
         (keys, key_scales), (values, value_scales) = (
             decode_heads(_tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
         )
-        out[start:end] = attend(queries[start:end], keys, values, shape, sinks, key_scales, value_scales)
+        out[start:end] = attend(queries[start:end], keys, values, shape, sinks, key_scales, value_scales, biases)
     return out.flatten(1)
 
 
@@ -96,6 +104,7 @@ def attend(
     sinks: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    biases: Tensor | None = None,
 ) -> Tensor:
     """Attention of one request's last tokens over its context.
 
@@ -106,6 +115,7 @@ def attend(
         sinks: [num_heads]; None: no sinks.
         key_scales: [seq_len, num_kv_heads]: factors of the heads of ``k``, applied to the scores. None: 1.
         value_scales: Likewise of ``v``, applied to the weights.
+        biases: See ``paged_attention``.
 
     Returns:
         [num_queries, num_heads, v_head_dim] in the type of ``q``.
@@ -122,13 +132,17 @@ def attend(
     if shape.alibi_slopes is not None:
         slopes = torch.tensor(shape.alibi_slopes, device=scores.device).view(shape.num_kv_heads, -1, 1, 1)
         scores = scores - slopes * distance.to(scores.device)
+    if biases is not None:
+        places = biases.shape[1] // 2 - distance.to(scores.device)
+        scores = scores + biases[:, places].view(shape.num_kv_heads, -1, *distance.shape)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
     if shape.causal:
-        hidden = distance < 0
-        if shape.sliding_window is not None:
-            whole = torch.full((num_queries, 1), shape.sliding_window)
-            in_chunk = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) % shape.sliding_window + 1
-            hidden |= distance >= (in_chunk if shape.is_chunked else whole)
-        scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
+        hidden |= distance < 0
+    if shape.sliding_window is not None:
+        whole = torch.full((num_queries, 1), shape.sliding_window)
+        in_chunk = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) % shape.sliding_window + 1
+        hidden |= distance.abs() >= (in_chunk if shape.is_chunked else whole)
+    scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
     if sinks is not None:
         column = sinks.float().view(shape.num_kv_heads, -1, 1, 1).expand(-1, -1, num_queries, -1)
         scores = torch.cat([scores, column], dim=-1)

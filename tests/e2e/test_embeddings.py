@@ -151,7 +151,7 @@ def test_offline(tiny_model: Path) -> None:
             lambda: llm.embed("a", pooling_params=PoolingParams(dimensions=65)),
             lambda: llm.embed([1] * 513),
             lambda: llm.embed([[]]),
-            lambda: llm.encode("a", pooling_task="classify"),  # type: ignore[arg-type]
+            lambda: llm.encode("a", pooling_task="classify"),
         ):
             with pytest.raises(ValueError):
                 bad()

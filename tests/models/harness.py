@@ -15,8 +15,10 @@ import torch
 
 import ops
 from api.model.gguf_file import read_gguf
+from executor.attention.base import AttentionGroup
 from executor.base import ModelError
 from executor.config import ModelConfig
+from executor.forward import step_blocks
 from executor.graphs import Program
 from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
@@ -112,6 +114,8 @@ class Chunk:
     token_ids: Sequence[int]
     adapter: int = 0
     """0: none."""
+    second_segment: int = 0
+    """First token of type 1; 0: none."""
 
 
 class Runner:
@@ -137,7 +141,7 @@ class Runner:
         self.block_tables = [
             torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each) for _ in self.groups
         ]
-        for group in self.groups:
+        for group in self.groups:  # those without a cache get as many blocks for each step
             shapes = group.backend.kv_shape(num_blocks, block_size, group.shape, group.kv_dtype)
             for index in group.layers:
                 # What an earlier owner left in a block must not matter: all bits set are NaN in every type of floats.
@@ -150,7 +154,8 @@ class Runner:
 
     def _capture(self) -> Program:
         program = Program(CPU.type)
-        logits: Any = self._forward(InputBatch.symbolic(program, len(self.groups)))
+        has_types = self.model.num_token_types > 0
+        logits: Any = self._forward(InputBatch.symbolic(program, len(self.groups), has_token_types=has_types))
         program.finish(logits)
         return program
 
@@ -166,6 +171,12 @@ class Runner:
                 return self.program.replay(batch.step_inputs())[0].clone()  # the next replay overwrites it
             return self._forward(batch)
 
+    def _table(self, group: AttentionGroup, table: torch.Tensor, rows: list[int], counts: torch.Tensor) -> torch.Tensor:
+        """The blocks of a step's requests, int32 [num_reqs, blocks]."""
+        if group.is_cached:
+            return table[rows]
+        return torch.from_numpy(step_blocks(counts.numpy().astype(np.int32), self.block_size))
+
     def _batch(self, chunks: Sequence[Chunk]) -> InputBatch:
         positions = []
         for chunk in chunks:
@@ -178,11 +189,12 @@ class Runner:
         rows = [chunk.request for chunk in chunks]
         attention = []
         for group, table in zip(self.groups, self.block_tables, strict=True):
+            blocks = self._table(group, table, rows, counts)
             slots = [
-                table[row][position // self.block_size].long() * self.block_size + position % self.block_size
-                for row, position in zip(rows, positions, strict=True)
+                row[position // self.block_size].long() * self.block_size + position % self.block_size
+                for row, position in zip(blocks, positions, strict=True)
             ]
-            columns = AttentionMetadata(starts, seq_lens, table[rows], torch.cat(slots), self.block_size)
+            columns = AttentionMetadata(starts, seq_lens, blocks, torch.cat(slots), self.block_size)
             attention.append(group.plan(columns))
         adapters = np.repeat(np.array([chunk.adapter for chunk in chunks], np.int32), counts.numpy())
         columns_of_adapters = {
@@ -195,7 +207,18 @@ class Runner:
             logits_rows=torch.arange(int(counts.sum())),
             row_adapters=adapter_rows("adapters", columns_of_adapters),
             sample_adapters=adapter_rows("adapters", columns_of_adapters),
+            token_types=self._token_types(chunks, positions),
         )
+
+    def _token_types(self, chunks: Sequence[Chunk], positions: list[torch.Tensor]) -> torch.Tensor | None:
+        """int32 [num_tokens]: 1 from a chunk's second segment on."""
+        if not self.model.num_token_types:
+            return None
+        types = [
+            position >= (chunk.second_segment or len(position))
+            for chunk, position in zip(chunks, positions, strict=True)
+        ]
+        return torch.cat(types).int()
 
 
 def logits_of(loaded: LoadedModel, token_ids: Sequence[int], **options: Any) -> torch.Tensor:

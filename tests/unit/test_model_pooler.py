@@ -12,7 +12,7 @@ from api.cli import resolve
 from api.config import PoolerConfig
 from api.model.files import find_model
 from api.model.gguf_file import GGUFFile
-from api.model.pooler import find_pooler, merge_pooler
+from api.model.pooler import ModelPooler, SentenceConfig, find_pooler, merge_pooler
 from tests import tiny
 
 MEAN, CLS, LAST = "pooling_mode_mean_tokens", "pooling_mode_cls_token", "pooling_mode_lasttoken"
@@ -76,7 +76,33 @@ def test_what_is_ignored(tmp_path: Path, files: dict[str, Any], named: str) -> N
 
 def test_ordinary_models_say_nothing(tmp_path: Path) -> None:
     folder = write(tmp_path, {"config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None}})
-    assert find_pooler(folder, None) == find_pooler(tmp_path / "none", None) == (PoolerConfig(), ())
+    assert find_pooler(folder, None) == find_pooler(tmp_path / "none", None) == ModelPooler()
+
+
+def test_what_sentence_transformers_files_say(tmp_path: Path) -> None:
+    prompts = {"query": "query: ", "document": ""}
+    files = {
+        "modules.json": modules("Transformer", "Pooling", "Dense", "Dense", "Normalize"),
+        "1_Pooling/config.json": {MEAN: True, "include_prompt": False},
+        "2_Dense/model.safetensors": "",
+        "3_Dense/model.safetensors": "",
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": "query",
+            "activation_fn": "torch.nn.modules.linear.Identity",
+        },
+        "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+    }
+    found = find_pooler(write(tmp_path, files), None)
+    assert not found.notes and found.config == PoolerConfig(pooling_type="MEAN", use_activation=True)
+    assert found.sentences == SentenceConfig(
+        dense=("2_Dense", "3_Dense"),
+        prompts=prompts,
+        default_prompt="query",
+        pools_prompts=False,
+        max_length=256,
+        activation="torch.nn.modules.linear.Identity",
+    )
 
 
 @pytest.mark.parametrize(("number", "pooling_type", "is_told"), [(1, "MEAN", False), (0, None, False), (4, None, True)])

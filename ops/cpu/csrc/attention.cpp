@@ -104,8 +104,11 @@ struct Request {
     int position(int query) const { return seq_len - num_queries + query; }
 
     View view(const OctavoAttention& op, int query) const {
-        if (!op.causal) return {0, seq_len};
         const int end = position(query) + 1;
+        if (!op.causal) {
+            if (!op.window) return {0, seq_len};
+            return {std::max(0, end - op.window), std::min(seq_len, end - 1 + op.window)};
+        }
         if (op.chunked) return {(end - 1) / op.window * op.window, end};
         return {op.window && end > op.window ? end - op.window : 0, end};
     }
@@ -279,8 +282,14 @@ public:
         weights_.resize(tile.rows, extent.units);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
+            const int head = head_of(tile, r);
+            const float* biases = nullptr;  // of the first score
+            if (op_.biases) {
+                const int position = request.position((tile.first_row + r) / group_size_);
+                biases = op_.biases + static_cast<int64_t>(2 * head + 1) * op_.bias_reach + extent.begin - position;
+            }
             softmax(tile.rows, r, extent.units, view.begin - extent.begin, view.end - extent.begin,
-                    op_.slopes ? op_.slopes[head_of(tile, r)] : 0.0f, result);
+                    op_.slopes ? op_.slopes[head] : 0.0f, biases, result);
         }
         for (int column = 0; column < cache_.v_head_dim; column += kColumns, blocks += extent.units) {
             cache_.multiply(weights_, blocks, sums_);
@@ -338,11 +347,13 @@ private:
     }
 
     // One row: scores -> weights, with the largest score and the sum of weights. Tokens are numbered from the first
-    // score. Each token's distance from the row's own, which is the last visible one, lowers its score by the slope.
-    void softmax(int rows, int row, int units, int begin, int end, float slope, const Partial& result) {
+    // score. Each token's distance from the row's own, which is the last visible one, lowers its score by the slope;
+    // biases are added.
+    void softmax(int rows, int row, int units, int begin, int end, float slope, const float* biases,
+                 const Partial& result) {
         const Vec hidden = splat(-kInfinity), lanes = lane_numbers();
         const bool capped = op_.softcap != 0.0f;
-        const bool biased = slope != 0.0f;
+        const bool sloped = slope != 0.0f, biased = sloped || biases;
         const Vec scale = splat(capped || biased ? 1.0f : op_.scale);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
@@ -353,7 +364,8 @@ private:
             if constexpr (Cache::kIsInteger) x = x * load(cache_.key_scales() + i);
             const bool partly_hidden = i < begin || i + kLanes > end;
             if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
-            if (biased) {
+            if (biases) x = fma(x, splat(capped ? 1.0f : op_.scale), load(biases + i));
+            if (sloped) {
                 const Vec distance = splat(static_cast<float>(end - 1 - i)) - lanes;
                 x = fma(distance, splat(-slope), capped ? x : x * splat(op_.scale));
             }

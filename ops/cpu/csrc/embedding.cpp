@@ -77,7 +77,9 @@ void copy_quantized_row(const OctavoWeight& weight, int row, T* out) {
 template <class T>
 void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& team) {
     const PackedShape shape(op.weight);
-    const int32_t* ids = op.of_positions ? step.positions : step.input_ids;
+    const int32_t* ids = op.ids == kPositions    ? step.positions
+                         : op.ids == kTokenTypes ? step.token_types
+                                                 : step.input_ids;
     const Range mine = team.share(step.num_tokens);
     for (int i = mine.begin; i < mine.end; ++i) {
         T* out = static_cast<T*>(op.out.data) + i * op.out.stride;

@@ -74,6 +74,7 @@ struct OctavoStep {
     int32_t num_samples;
     const int32_t* input_ids;    // [num_tokens]
     const int32_t* positions;    // [num_tokens]
+    const int32_t* token_types;  // [num_tokens]; null: no op reads them
     const int64_t* logits_rows;  // [num_samples]
     const OctavoGroup* groups;   // one per KV cache group
 };
@@ -153,12 +154,15 @@ struct OctavoWeight {
     int32_t rounding;  // OctavoRounding
 };
 
+// Which numbers of the step's tokens choose rows of a table.
+enum OctavoIds : int32_t { kInputIds = 0, kPositions = 1, kTokenTypes = 2 };
+
 struct OctavoEmbedding {
     OctavoWeight weight;  // rows: vocabulary
     OctavoMatrix plain;   // the unpacked table; null: use `weight`
     OctavoMatrix out;
     int32_t type;
-    int32_t of_positions;  // the rows are numbered by the step's positions instead of its input ids
+    int32_t ids;  // OctavoIds: what numbers the rows
 };
 
 enum OctavoEpilogue : int32_t {
@@ -241,18 +245,22 @@ struct OctavoAttention {
     void* v_cache;
     const float* slopes;  // [num_heads], of ALiBi; null: none
     const float* sinks;   // [num_heads]: scores without a value; null: none
+    // Added to the scaled scores: [num_heads][2 * bias_reach], of a key d tokens after the query at bias_reach + d,
+    // with room for 32 tokens beyond the longest distance; null: none.
+    const float* biases;
     float scale;
     float softcap;  // 0: none
     int32_t num_heads;
     int32_t num_kv_heads;
     int32_t head_dim;
     int32_t v_head_dim;
-    int32_t window;   // 0: none
+    int32_t window;   // 0: none; if not causal, it reaches as far forward as back
     int32_t chunked;  // the window begins at a multiple of its size
     int32_t causal;
     int32_t group;  // index into the step's groups
     int32_t type;
     int32_t cache;  // OctavoCache
+    int32_t bias_reach;
 };
 
 // A causal convolution over the last `length` tokens of a request, each column by itself, between two gates:

@@ -1,0 +1,174 @@
+"""Classifiers and rerankers against transformers, from token ids to scores, through the scheduler and the runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+from msgspec.structs import replace
+
+from engine_core.messages import ResolvedPoolingParams
+from executor.config import StepSize
+from executor.device.cpu import CpuDevice
+from executor.layers.attention import form_groups
+from executor.loader import LoadedModel
+from executor.messages import InitKVCache, NewRequest, SchedulerOutput, to_array
+from executor.model_runner import ModelRunner
+from tests import tiny
+from tests.models.harness import load
+from tests.models.test_encoders import tokens
+
+F32 = npt.NDArray[np.float32]
+
+
+def runner_of(loaded: LoadedModel) -> ModelRunner:
+    groups = form_groups(loaded.model.attention_layers(), 32)
+    runner = ModelRunner(
+        loaded,
+        CpuDevice(),
+        groups,
+        step_size=StepSize(max_num_seqs=4, max_num_batched_tokens=512),
+        enforce_eager=False,
+    )
+    runner.initialize(InitKVCache((16,) * len(runner.block_sizes), 256))
+    return runner
+
+
+def pooled(runner: ModelRunner, prompts: list[list[int]], params: list[ResolvedPoolingParams]) -> list[F32]:
+    """The results of prompts that share a step."""
+    counts = np.array([len(prompt) for prompt in prompts], np.int32)
+    requests = tuple(
+        NewRequest(
+            slot=slot,
+            token_ids=np.array(prompt, np.int32).tobytes(),
+            num_prompt_tokens=len(prompt),
+            num_computed_tokens=0,
+            block_ids=tuple(np.arange(4 * slot, 4 * slot + 4, dtype=np.int32).tobytes() for _ in runner.block_sizes),
+            pooling_params=own,
+        )
+        for slot, (prompt, own) in enumerate(zip(prompts, params, strict=True))
+    )
+    plan = SchedulerOutput(
+        step_id=1,
+        slots=np.arange(len(prompts), dtype=np.int32).tobytes(),
+        num_scheduled_tokens=counts.tobytes(),
+        num_sampled=bytes(len(prompts)),
+        new_reqs=requests,
+    )
+    with torch.inference_mode():
+        output = runner.execute(plan)
+    assert not output.row_errors
+    return [to_array(tensor) for _, tensor in sorted(output.pooler_output)]
+
+
+SEQUENCE = {
+    "bert": "BertForSequenceClassification",
+    "distilbert": "DistilBertForSequenceClassification",
+    "gte": "GteForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "modernbert": "ModernBertForSequenceClassification",
+    "mpnet": "MPNetForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "xlm_roberta": "XLMRobertaForSequenceClassification",
+}
+TOKENS = {name: SEQUENCE[name].replace("Sequence", "Token") for name in ("bert", "modernbert", "roberta", "qwen3")}
+CLASSIFY = ResolvedPoolingParams(classifies=True)
+
+
+def theirs(model: str, folder: Any, prompt: list[int], **inputs: Any) -> F32:
+    reference = getattr(transformers, model).from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        logits: F32 = reference(torch.tensor([prompt]), **inputs).logits[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize(("name", "model"), [*SEQUENCE.items(), *TOKENS.items()])
+def test_same_logits_as_transformers(name: str, model: str) -> None:
+    folder = tiny.checkpoint(name, model=model, num_labels=3)
+    loaded = load(folder)
+    kind = loaded.pooling
+    assert kind.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and not kind.generates
+    assert (kind.head_pooling == "ALL") == ("Token" in model)
+    prompt, other = tokens(70), tokens(31, 2)
+    raw = replace(CLASSIFY, pooling_type=kind.head_pooling, normalize=False)
+    runner = runner_of(loaded)
+    ours, beside = pooled(runner, [prompt, other], [raw, replace(raw, normalize=True)])
+    np.testing.assert_allclose(ours, theirs(model, folder, prompt), rtol=0, atol=2e-4)
+    assert np.abs(ours).max() > 0.1
+    logits = torch.from_numpy(theirs(model, folder, other))
+    np.testing.assert_allclose(beside, torch.softmax(logits, -1).numpy(), rtol=0, atol=1e-4)
+    (alone,) = pooled(runner_of(loaded), [prompt], [raw])
+    np.testing.assert_array_equal(alone, ours)
+
+
+def test_a_cross_encoder_reads_types_of_tokens() -> None:
+    model = SEQUENCE["bert"]
+    folder = tiny.checkpoint("bert", model=model, num_labels=1, id2label={"0": "relevance"})
+    loaded = load(folder)
+    assert loaded.pooling.labels == ("relevance",)
+    prompt = tokens(50)
+    params = replace(CLASSIFY, pooling_type="CLS", second_segment=20)
+    scores = pooled(runner_of(loaded), [prompt, prompt], [params, replace(params, second_segment=0)])
+    types = torch.tensor([[0] * 20 + [1] * 30])
+    expected = torch.sigmoid(torch.from_numpy(theirs(model, folder, prompt, token_type_ids=types)))
+    np.testing.assert_allclose(scores[0], expected.numpy(), rtol=0, atol=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "activation"),
+    [
+        ({"num_labels": 1}, torch.sigmoid),
+        ({"num_labels": 2}, lambda x: torch.softmax(x, -1)),
+        ({"num_labels": 2, "problem_type": "multi_label_classification"}, torch.sigmoid),
+        ({"num_labels": 1, "problem_type": "regression"}, lambda x: x),
+        (
+            {"num_labels": 1, "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+            lambda x: x,
+        ),
+        ({"num_labels": 1, "sbert_ce_default_activation_function": "torch.nn.Tanh"}, torch.tanh),
+    ],
+)
+def test_activations_of_scores(fields: dict[str, Any], activation: Any) -> None:
+    folder = tiny.checkpoint("bert", model=SEQUENCE["bert"], **{"num_labels": 3, **fields})
+    prompt = tokens(20)
+    logits = torch.from_numpy(theirs(SEQUENCE["bert"], folder, prompt))
+    (ours,) = pooled(runner_of(load(folder)), [prompt], [replace(CLASSIFY, pooling_type="CLS")])
+    np.testing.assert_allclose(ours, activation(logits).numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reranker_made_of_an_output_layer(tied: bool) -> None:
+    folder = tiny.checkpoint("qwen3", tied=tied)
+    overrides = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_token_ids": [17, 42],
+        "id2label": {"0": "yes"},
+    }
+    loaded = load(folder, hf_overrides=overrides)
+    prompt = tokens(40)
+    logits = torch.from_numpy(theirs("Qwen3ForCausalLM", folder, prompt))[-1]
+    (score,) = pooled(runner_of(loaded), [prompt], [CLASSIFY])
+    expected = torch.softmax(logits[[17, 42]], -1)[1]
+    np.testing.assert_allclose(score, [expected.item()], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("qwen3", "Qwen3Model"), ("mistral", "MistralModel"), ("llama", "LlamaModel")]
+)
+def test_decoders_without_an_output_layer(name: str, model: str) -> None:
+    """As Qwen3-Embedding and E5-Mistral are stored."""
+    folder = tiny.checkpoint(name, model=model)
+    loaded = load(folder)
+    assert not loaded.pooling.generates and not loaded.pooling.needs_whole_prompts
+    prompt = tokens(60)
+    reference = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        state = reference(torch.tensor([prompt])).last_hidden_state[0, -1]
+    (ours,) = pooled(runner_of(loaded), [prompt], [ResolvedPoolingParams(normalize=False)])
+    np.testing.assert_allclose(ours, state.numpy(), rtol=0, atol=1e-4)
