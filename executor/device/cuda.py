@@ -10,6 +10,7 @@ import importlib.util
 import operator
 import os
 import queue
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,8 @@ class CudaDevice:
             return f"torch {torch.__version__} is built for CPUs only"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'octavo[gpu]'"
+        if not has_compiler():
+            return "Triton needs a C compiler when a model starts: install gcc, or name one in CC"
         # torch asks the driver's management library: no context is created in this process.
         if torch.cuda.device_count() == 0:
             build = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
@@ -96,6 +99,7 @@ class CudaDevice:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.set_num_threads(config.num_threads or min(8, len(os.sched_getaffinity(0))))
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one waits for all others, and cannot be captured
+        refuse_wrong_kernels(self.torch_device, properties.name)
         logger.info("%s, %.4g GiB", properties.name, properties.total_memory / 2**30)
 
     def memory(self) -> Memory:
@@ -122,6 +126,29 @@ class CudaDevice:
         elif len(memory) < num_bytes:
             raise ValueError(f"a KV cache of {num_bytes} bytes does not fit into {len(memory)} bytes of memory")
         return memory[:num_bytes].view(dtype).view(shape)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, as Triton looks for one."""
+    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
+
+
+def refuse_wrong_kernels(device: torch.device, name: str) -> None:
+    """Computes a little, and compares.
+
+    Raises:
+        ModelError: The kernels are wrong.
+    """
+    import triton
+
+    from ops.triton import self_test
+
+    problem = self_test.problem(device)
+    if problem is not None:
+        raise ModelError(
+            f"--device cuda: {problem} are wrong on {name} with Triton {triton.__version__}; install another version, "
+            "or use --device cpu"
+        )
 
 
 def use_kernels(device_type: str, config: DeviceConfig) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from executor.base import ModelError
 from executor.device import cuda
 from executor.device.cuda import CudaDevice, CudaSteps, joined
 from tests.stub_cuda import Event, Graph, stubbed
@@ -101,6 +102,24 @@ def test_reasons_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert CudaDevice.unavailable() == "no GPU with a driver for CUDA 13.0 was found"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CC", "/opt/cc")
     assert CudaDevice.unavailable() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "install gcc" in (CudaDevice.unavailable() or "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert CudaDevice.unavailable() == "Triton is not installed: pip install 'octavo[gpu]'"
+
+
+def test_kernels_that_compute_nonsense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tests.triton_interpreter")  # amends the interpreter
+    self_test = pytest.importorskip("ops.triton.self_test")
+    cpu = torch.device("cpu")  # whose kernels are interpreted
+    cuda.refuse_wrong_kernels(cpu, "a GPU")
+    linear, attention = self_test.linear, self_test.paged_attention
+    monkeypatch.setattr(self_test, "paged_attention", lambda *args: attention(*args) * torch.nan)
+    with pytest.raises(ModelError, match=r"results of attention are wrong on a GPU with Triton .*--device cpu"):
+        cuda.refuse_wrong_kernels(cpu, "a GPU")
+    monkeypatch.setattr(self_test, "linear", lambda *args: linear(*args) * 0.9)
+    with pytest.raises(ModelError, match="products of matrices are wrong"):
+        cuda.refuse_wrong_kernels(cpu, "a GPU")
