@@ -133,7 +133,7 @@ def make_model(name: str, out: Path) -> BenchModel:
     print(f"writing {model.gguf} and {model.folder}", file=sys.stderr)
     model.folder.mkdir(parents=True, exist_ok=True)
     config = config_of(name)
-    demo = read_gguf(_demo_path())
+    demo = read_gguf(demo_path())
     weights = _demo_weights(demo) if name == DEMO else None
     unfinished = model.gguf.with_suffix(".part")
     _write_gguf(unfinished, config, kind, demo, weights)
@@ -145,7 +145,7 @@ def make_model(name: str, out: Path) -> BenchModel:
     return model
 
 
-def _demo_path() -> Path:
+def demo_path() -> Path:
     from importlib.util import find_spec
 
     spec = find_spec(DEMO_MODULE)
@@ -194,7 +194,7 @@ def _write_gguf(
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, demo.metadata)
+    add_tokenizer(writer, demo.metadata)
     shapes = dict(shapes_of(config))
     for name, shape in shapes.items():  # the format stores vectors in float32
         own_kind = GGMLQuantizationType.F32 if len(shape) == 1 else kind
@@ -218,7 +218,7 @@ def _write_gguf(
     writer.close()
 
 
-def _add_tokenizer(writer: GGUFWriter, metadata: dict[str, Any]) -> None:
+def add_tokenizer(writer: GGUFWriter, metadata: dict[str, Any]) -> None:
     prefix = "tokenizer.ggml."
     writer.add_tokenizer_model(metadata[f"{prefix}model"])
     writer.add_tokenizer_pre(metadata[f"{prefix}pre"])
