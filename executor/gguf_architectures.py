@@ -294,8 +294,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi2": Architecture("PhiForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
+    "qwen2vl": Architecture("Qwen2ForCausalLM"),  # text has one position on all three axes, so angles are Qwen2's
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen3moe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_moe),
+    "qwen3vl": Architecture("Qwen3ForCausalLM"),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),
     "stablelm": Architecture("StableLmForCausalLM", configure=biases),

@@ -169,9 +169,9 @@ CATALOG = (
         limits="`--max-model-len` decides between short and long LongRoPE factors",
     ),
     Entry("Phi-3.5-MoE", ("PhimoeForCausalLM",), ("microsoft/Phi-3.5-MoE-instruct",)),
-    Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2",)),
+    Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2", "qwen2vl")),
     Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
-    Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3",)),
+    Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3", "qwen3vl")),
     Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",), gguf=("qwen3moe",)),
     Entry(
         "RoBERTa, XLM-R",

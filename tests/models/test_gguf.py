@@ -180,9 +180,10 @@ def test_gguf_of_lfm2_keeps_the_blocks_of_convolutions() -> None:
     assert_close(logits_of(loaded, token_ids), reference_logits(folder, file.weights, token_ids))
 
 
-def test_gguf_of_internlm2_is_a_llama() -> None:
-    folder = tiny.checkpoint("llama")
-    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, arch="internlm2")
+@pytest.mark.parametrize(("kind", "arch"), [("llama", "internlm2"), ("qwen2", "qwen2vl"), ("qwen3", "qwen3vl")])
+def test_gguf_of_models_that_are_others_by_another_name(kind: str, arch: str) -> None:
+    folder = tiny.checkpoint(kind)
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, arch=arch)
     token_ids = random_tokens(60)
     assert_close(logits_of(load(file.path), token_ids), reference_logits(folder, file.weights, token_ids))
 
