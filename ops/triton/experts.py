@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -318,16 +319,22 @@ def _product(
     segments = gemm.num_segments(weight.shape[0], k)
     is_gated = activation is not None
     usual = max(1, rows // count)
+    # Two tiles of sums and the addresses of rows: without wgmma, they are all in registers.
+    is_tight = is_gated and target().backend == "cuda" and not target().has_wgmma
     constants: dict[str, Any] = {}
     given = args | {"x_ptr": x, "out_ptr": out, "N": n, "K": k, "segment_size": gemm.segment_size(k, segments)}
     given |= {"x_stride": row_stride(x), "out_stride": row_stride(out)}
     if isinstance(weight, QuantizedWeight):
         (segment,) = weight.segments
         layout = Layout(segment.rows, k, segment.encoding)
+        usual = min(usual, 32) if is_tight else usual
         config = configs.quantized_gemm(target(), usual, x.dtype, layout.bits, is_gated)
+        if is_tight:
+            config = replace(config, num_warps=8)
         given |= {**layout.arguments(segment.data), "COLUMNS": layout.padded}
         kernel, constants = quantized_expert_gemm_kernel, layout.constants()
     else:
+        usual = min(usual, 64) if is_tight else usual
         config = configs.gemm(target(), usual, k, x.dtype, segments, activation or "none", is_gated, True)
         given |= {"w_ptr": weight, "w_stride": row_stride(weight)}
         kernel, constants = expert_gemm_kernel, {"EVEN_N": n % dict(config.tile)["TILE_N"] == 0}
