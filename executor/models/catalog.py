@@ -31,7 +31,6 @@ CATALOG = (
         "BERT, DistilBERT",
         ("BertModel", "DistilBertModel"),
         ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-small-en-v1.5", "cross-encoder/ms-marco-MiniLM-L6-v2"),
-        real_weights="all-MiniLM-L6-v2",
         limits=POOLING,
     ),
     Entry("BLOOM", ("BloomForCausalLM",), ("bigscience/bloom-560m", "bigscience/bloomz-1b1")),

@@ -18,6 +18,7 @@ SHOWS = {
     "streaming": r"(?s).*\b(2|two)\b.*\n\(\d+ \+ \d+ tokens\)\n",
     "structured_output": r"name: .+\ncountry: .+\ninhabitants: \d+\ncontinent: (Africa|America|Asia|Europe|Oceania)\n",
     "tools": r"called weather\(\{'city': '(\w+)'\}\) -> It is sunny in \1, 21 degrees\.\n(?s:answer: .+)",
+    "rag": r"(?s).+\nsources: [\w/]+\.(?:py|md)(?:, [\w/]+\.(?:py|md))*\n",
     "embeddings": r"How do I bake bread\?\n(?:[ -]\d\.\d{3}  .+\n){3}",
 }
 """What they print: a small model is right about little else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers
 from msgspec.structs import replace
+from safetensors.torch import save_file
 
 from engine_core.messages import ResolvedPoolingParams
 from executor.config import StepSize
@@ -19,7 +22,7 @@ from executor.loader import LoadedModel
 from executor.messages import InitKVCache, NewRequest, SchedulerOutput, to_array
 from executor.model_runner import ModelRunner
 from tests import tiny
-from tests.models.harness import load
+from tests.models.harness import load, refusal
 from tests.models.test_encoders import tokens
 
 F32 = npt.NDArray[np.float32]
@@ -156,6 +159,42 @@ def test_a_reranker_made_of_an_output_layer(tied: bool) -> None:
     (score,) = pooled(runner_of(loaded), [prompt], [CLASSIFY])
     expected = torch.softmax(logits[[17, 42]], -1)[1]
     np.testing.assert_allclose(score, [expected.item()], rtol=0, atol=1e-4)
+
+
+def test_dense_layers(tmp_path: Path) -> None:
+    """As EmbeddingGemma has two: wider, then back."""
+    folder = tiny.copy_of(tiny.checkpoint("bert"), tmp_path / "model")
+    weights = []
+    for name, sizes, bias in (("2_Dense", (96, 64), True), ("3_Dense", (24, 96), False)):
+        (folder / name).mkdir()
+        layer = torch.nn.Linear(sizes[1], sizes[0], bias=bias)
+        weights.append(layer)
+        tensors = {f"linear.{key}": value for key, value in layer.state_dict().items()}
+        save_file(tensors, folder / name / "model.safetensors")
+        kind = "torch.nn.modules.activation.Tanh" if bias else "torch.nn.modules.linear.Identity"
+        fields = {"in_features": sizes[1], "out_features": sizes[0], "bias": bias, "activation_function": kind}
+        (folder / name / "config.json").write_text(json.dumps(fields))
+    prompt = tokens(30)
+    raw = ResolvedPoolingParams(pooling_type="MEAN", normalize=False)
+    (plain,) = pooled(runner_of(load(folder)), [prompt], [raw])
+    loaded = load(folder, dense=("2_Dense", "3_Dense"))
+    assert loaded.vector_size == 24
+    ours, scaled = pooled(runner_of(loaded), [prompt, prompt], [raw, replace(raw, normalize=True, dimensions=8)])
+    with torch.inference_mode():
+        expected = weights[1](torch.tanh(weights[0](torch.from_numpy(plain.copy())))).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scaled, expected[:8] / np.linalg.norm(expected[:8]), rtol=0, atol=1e-5)
+    assert "3_Dense: takes vectors of 96 numbers, not of 64" in refusal(folder, dense=("3_Dense",))
+
+
+def test_positions_that_are_not_pooled() -> None:
+    loaded = load(tiny.checkpoint("bert"))
+    prompt = tokens(30)
+    every = ResolvedPoolingParams(pooling_type="ALL", normalize=False)
+    mean = replace(every, pooling_type="MEAN", num_skipped=11)
+    states, ours, first = pooled(runner_of(loaded), [prompt] * 3, [every, mean, replace(mean, pooling_type="CLS")])
+    np.testing.assert_allclose(ours, states[11:].mean(0), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(first, states[11])
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,9 @@ def step(
         AttentionShape(4, 2, 16, scale=0.25, sliding_window=1),
         AttentionShape(4, 2, 16, scale=0.25, sliding_window=8, is_chunked=True),
         AttentionShape(4, 2, 16, scale=0.25, causal=False),
+        AttentionShape(4, 2, 16, scale=0.25, causal=False, sliding_window=6),
     ],
-    ids=["heads", "groups", "one kv head", "window", "window of one", "chunks", "not causal"],
+    ids=["heads", "groups", "one kv head", "window", "window of one", "chunks", "not causal", "window both ways"],
 )
 def test_attention_is_scaled_dot_product_attention(shape: AttentionShape, block_size: int) -> None:
     contexts, queries = [1, 37, 64, 20, 33], [1, 1, 64, 7, 33]
@@ -245,7 +246,9 @@ def test_attention_is_scaled_dot_product_attention(shape: AttentionShape, block_
     for context, count, key, value in zip(contexts, queries, keys, values, strict=True):
         distance = torch.arange(context - count, context).unsqueeze(1) - torch.arange(context)
         visible = torch.ones_like(distance, dtype=torch.bool)
-        if shape.causal:
+        if not shape.causal:
+            visible = distance.abs() < (shape.sliding_window or context)
+        else:
             visible = (distance >= 0) & (distance < (shape.sliding_window or context))
         if shape.is_chunked:
             chunks = torch.arange(context) // 8
@@ -307,6 +310,20 @@ def test_attention_softcap() -> None:
             weights = [math.exp(score) for score in scores]
             expected = sum(w * value[j, 0].double() for j, w in enumerate(weights)) / sum(weights)
             torch.testing.assert_close(result[i].view(2, 8)[head].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_biases_by_distance(causal: bool) -> None:
+    shape = AttentionShape(4, 2, 8, scale=0.7, causal=causal, is_cached=causal, has_biases=True)
+    q, k, v, cache, meta, (key,), (value,) = step(shape, [19], [19], 32)
+    biases = randn(4, 128)
+    result = ops.paged_attention(q, k, v, cache, meta, shape, biases=biases)
+    distance = torch.arange(19) - torch.arange(19).unsqueeze(1)
+    mask = biases[:, 64 + distance]
+    mask = mask.masked_fill(distance > 0, float("-inf")) if causal else mask
+    heads = (x.view(19, -1, 8).transpose(0, 1) for x in (q, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
+    expected = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.7)
+    torch.testing.assert_close(result, expected.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5)
 
 
 def test_attention_alibi() -> None:
