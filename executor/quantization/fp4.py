@@ -39,6 +39,14 @@ class FP4Names:
     """Whether that one divides the scales of the groups instead of multiplying them."""
 
 
+class ExponentParameter(WeightParameter):
+    """Exponents of 2, from -127."""
+
+    def fill_randomly(self, generator: torch.Generator) -> None:
+        """Those of small numbers."""
+        self.data.fill_(121)
+
+
 class MXFP4Source(Source):
     weight_packed: nn.Parameter
     """uint8 [out_features, in_features / 2], low halves first."""
@@ -50,12 +58,11 @@ class MXFP4Source(Source):
         ((shard_id, rows),) = shape.outputs.items()
         columns = shape.input
 
-        def parameter(unit: int) -> WeightParameter:
-            return WeightParameter.empty(
-                {shard_id: (rows, columns.in_units_of(unit))}, dtype=torch.uint8, device=shape.device
-            )
+        def parameter(kind: type[WeightParameter], unit: int) -> WeightParameter:
+            parts = {shard_id: (rows, columns.in_units_of(unit))}
+            return kind.empty(parts, dtype=torch.uint8, device=shape.device)
 
-        self.weight_packed, self.weight_scale = parameter(2), parameter(32)
+        self.weight_packed, self.weight_scale = parameter(WeightParameter, 2), parameter(ExponentParameter, 32)
 
     def unpack(self) -> Floats:
         scales = self.weight_scale.data.view(torch.float8_e8m0fnu)

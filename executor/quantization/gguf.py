@@ -131,7 +131,9 @@ class BlockParameter(WeightParameter):
         super().fill_randomly(generator)
         _, block_bytes = sizes(self.kind)
         blocks = self.data.view(-1, block_bytes)
-        for offset, most in SCALES[self.kind].items():
+        if self.kind == "MXFP4":
+            blocks[:, 0] = 121  # an exponent
+        for offset, most in SCALES.get(self.kind, {}).items():
             scale = torch.tensor([0.05 / most], dtype=torch.float16)
             blocks[:, offset : offset + 2] = scale.view(torch.uint8)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from executor.models.mpt import mpt_slopes
@@ -146,6 +147,19 @@ def test_the_largest_exponent_of_mpt_slopes() -> None:
     """transformers takes 8 for granted."""
     assert mpt_slopes(4, 4) == (0.5, 0.25, 0.125, 0.0625)
     assert mpt_slopes(3, 8) == (0.0625, 0.00390625, 0.25)
+
+
+def test_layers_of_glm_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    original = tiny.checkpoint("glm4_moe")
+    folder = tiny.copy_of(original, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    further = {"model.layers.3.eh_proj.weight": torch.ones(2), "model.layers.3.mlp.gate.weight": torch.ones(3)}
+    save_file({**tensors, **further}, folder / "model.safetensors")
+    tiny.edit_json(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=1))
+    token_ids = random_tokens(20)
+    assert torch.equal(logits_of(load(folder), token_ids), logits_of(load(original), token_ids))
+    tiny.edit_json(folder / "config.json", lambda config: config.update(num_nextn_predict_layers=0))
+    assert "model.layers.3." in refusal(folder)
 
 
 def test_internlm3_with_biases_of_q_k_and_v_alone_is_qwen2(tmp_path: Path) -> None:

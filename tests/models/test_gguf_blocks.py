@@ -131,7 +131,7 @@ def test_ranks_share_rows_and_whole_load() -> None:
         assert_close(ours, expected, 3e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("kind", [*SCALES, "MXFP4"])
 def test_random_blocks_for_benchmarks(kind: str) -> None:
     loaded = load(file_of(GGMLQuantizationType[kind]).path, load_format="dummy")
     logits = logits_of(loaded, random_tokens(9))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import ops
 from executor.layers.moe import MoE
 from tests import tiny
-from tests.models.harness import assert_independent_of_batch, load, refusal
+from tests.models.harness import assert_independent_of_batch, load, logits_of, random_tokens, refusal
 from tests.models.quantized import check
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -57,6 +57,12 @@ def test_experts_are_those_of_the_formula_and_stay_packed(tmp_path: Path) -> Non
                 assert [segment.encoding.format for segment in weight.segments] == ["mxfp4"]
                 assert weight.tensors[0].nbytes < 0.6 * weight.shape[0] * weight.shape[1]
     assert_independent_of_batch(loaded)
+
+
+def test_random_weights_for_benchmarks(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path)
+    logits = logits_of(load(folder, load_format="dummy", dtype="bfloat16"), random_tokens(9))
+    assert logits.isfinite().all() and logits.std() > 0
 
 
 @pytest.mark.parametrize("leaf", ["blocks", "scales"])
