@@ -174,8 +174,10 @@ def _config(rows: int, *, is_gated: bool) -> Config:
 def cases() -> Iterator[Case]:
     """Calls for the catalogue."""
     encoding = Encoding("int8", 4096, torch.bfloat16)
+    yield Case("4096", partial(quantized_rows, meta(64, 4096), 4096, None))
     for name, n, epilogue in (("plain", 4096, PLAIN), ("gated", 8192, Epilogue(activation="silu", is_gated=True))):
-        data = meta(Layout(n, 4096, encoding).num_bytes, dtype=torch.uint8)
-        weight = QuantizedWeight((Segment(data, n, encoding),), (n, 4096), False, torch.bfloat16, "int8_per_token")
+        segment = Segment(meta(Layout(n, 4096, encoding).num_bytes, dtype=torch.uint8), n, encoding)
         for m in (8, 64, 512):
-            yield Case(f"{name} m={m}", partial(matmul, meta(m, 4096), weight, epilogue), True, min_load=2)
+            rows = (meta(m, 4096, dtype=torch.int8), meta(m, dtype=torch.float32))
+            call = partial(_product, *rows, segment, 4096, epilogue, meta(m, 4096))
+            yield Case(f"{name} m={m}", call, True, min_load=2)
