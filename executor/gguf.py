@@ -105,6 +105,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
         ),
         "rope_parameters": _rope_parameters(fields, arch),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes,
+        "has_split_kv_b": "blk.0.attn_k_b.weight" in shapes,
     }
     if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
         config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
@@ -319,16 +320,17 @@ class GGUFCheckpoint:
         if role in self.architecture.ungrouped:
             heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
             raw = group(raw.reshape(tensor.shape[0], -1), heads, kv_heads).reshape(-1)
+        shape = (-1, tensor.shape[-1]) if role in self.architecture.by_head else tensor.shape
         if dtype == torch.uint8:
             return torch.from_numpy(raw).view(tensor.shape[0], -1)
         if kind in PLAIN_TYPES:
-            plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(tensor.shape)
+            plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(shape)
             is_norm = hf_name is not None and hf_name.endswith("norm.weight")
             if role in self.architecture.transposed:
                 return plain.T
             return plain.float() - self.architecture.norm_offset if is_norm else plain
         try:
-            return dequantize_to(raw, kind, dtype).view(tensor.shape)
+            return dequantize_to(raw, kind, dtype).view(shape)
         except NotImplementedError as error:
             raise ValueError(f"has type {kind.name}, which is not supported") from error
 

@@ -35,6 +35,8 @@ class Architecture:
     """Tensors with q, k and v one after the other, which the model has by KV head."""
     has_q_k_v_apart: bool = False
     """Whether the model has q, k and v as three tensors. Files may have them as one."""
+    by_head: Collection[MODEL_TENSOR] = ()
+    """Matrices that files have apart for each head, [heads, rows, columns], and the model in one."""
     transposed: Collection[MODEL_TENSOR] = ()
     """Matrices that the model has transposed."""
     renames: Sequence[tuple[str, str]] = ()
@@ -232,7 +234,8 @@ def gpt_oss(fields: Fields, config: Config) -> None:
     config["rope_parameters"]["truncate"] = False
 
 
-def glm4_moe(fields: Fields, config: Config) -> None:
+def shared_experts(fields: Fields, config: Config) -> None:
+    """Experts of which all tokens share some, after dense layers."""
     arch = config["model_type"]
     experts(fields, config)
     config["first_k_dense_replace"] = fields.integer(Keys.LLM.LEADING_DENSE_BLOCK_COUNT.format(arch=arch))
@@ -245,6 +248,48 @@ def glm4_moe(fields: Fields, config: Config) -> None:
     config["num_hidden_layers"] -= config["num_mtp_layers"]
 
 
+def deepseek2(fields: Fields, config: Config) -> None:
+    """DeepSeek-V2, V3, Kimi K2 and GLM-4.7-Flash: the function of the router's scores tells which. Older files lack it,
+    and V3's groups."""
+    arch = config["model_type"]
+    shared_experts(fields, config)
+    rope_dim = fields.size(Keys.Rope.DIMENSION_COUNT.format(arch=arch))
+    sizes = {}
+    for name, own, older in (
+        ("key", Keys.Attention.KEY_LENGTH_MLA, Keys.Attention.KEY_LENGTH),
+        ("value", Keys.Attention.VALUE_LENGTH_MLA, Keys.Attention.VALUE_LENGTH),
+    ):  # files with matrices apart give the sizes of the absorbed form under the older names
+        stored = own if fields.has(own.format(arch=arch)) else older
+        sizes[name] = fields.size(stored.format(arch=arch))
+    if sizes["key"] <= rope_dim:
+        fields.bad(Keys.Rope.DIMENSION_COUNT.format(arch=arch), f"below the size of a key, {sizes['key']}")
+    q_rank = Keys.Attention.Q_LORA_RANK.format(arch=arch)
+    groups = fields.size(Keys.LLM.EXPERT_GROUP_COUNT.format(arch=arch), 1)
+    config |= {
+        "head_dim": rope_dim,
+        "kv_lora_rank": fields.size(Keys.Attention.KV_LORA_RANK.format(arch=arch)),
+        "q_lora_rank": fields.size(q_rank) if fields.has(q_rank) else None,
+        "qk_nope_head_dim": sizes["key"] - rope_dim,
+        "qk_rope_head_dim": rope_dim,
+        "v_head_dim": sizes["value"],
+        "n_group": groups,
+        "topk_group": fields.size(Keys.LLM.EXPERT_GROUP_USED_COUNT.format(arch=arch), groups),
+        "topk_method": "greedy" if groups == 1 else "group_limited_greedy",
+        "attention_bias": False,
+    }
+    config["rope_parameters"].pop("partial_rotary_factor", None)
+    if config["rope_parameters"].get("mscale_all_dim"):  # the files have a tenth of it
+        scale = 10 * config["rope_parameters"]["mscale_all_dim"]
+        config["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
+    if fields.integer(Keys.LLM.EXPERT_GATING_FUNC.format(arch=arch), SOFTMAX) == SIGMOID:
+        config["architectures"] = ["DeepseekV3ForCausalLM"]
+    else:
+        config["norm_topk_prob"] = False
+
+
+SOFTMAX, SIGMOID = 1, 2
+"""Functions that turn a router's logits into scores (``ExpertGatingFuncType``)."""
+
 PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
 """What the converter does to Llama and those that it treats as Llama."""
 
@@ -253,6 +298,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "chatglm": Architecture("GlmForCausalLM", has_q_k_v_apart=True),
     "cohere2": Architecture("Cohere2ForCausalLM", configure=cohere),
     "command-r": Architecture("CohereForCausalLM", configure=cohere),
+    "deepseek2": Architecture(
+        "DeepseekV2ForCausalLM",
+        by_head=(MODEL_TENSOR.ATTN_K_B, MODEL_TENSOR.ATTN_V_B),
+        has_experts=True,
+        configure=deepseek2,
+    ),
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", configure=biases),
     "exaone4": Architecture("Exaone4ForCausalLM", configure=windows),
     "falcon": Architecture(
@@ -270,7 +321,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         configure=gemma4,
     ),
     "glm4": Architecture("Glm4ForCausalLM"),
-    "glm4moe": Architecture("Glm4MoeForCausalLM", has_experts=True, configure=glm4_moe),
+    "glm4moe": Architecture("Glm4MoeForCausalLM", has_experts=True, configure=shared_experts),
     "gpt-oss": Architecture("GptOssForCausalLM", has_experts=True, configure=gpt_oss),
     "gpt2": Architecture("GPT2LMHeadModel"),
     "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),

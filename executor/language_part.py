@@ -19,6 +19,8 @@ TEXT_MODELS = {
     "qwen2_vl": "Qwen2ForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
 """``model_type`` of ``text_config`` (in older Qwen-VL files, of config.json itself) -> the architecture."""

@@ -18,7 +18,7 @@ import setproctitle
 import torch
 import zmq
 
-from executor.attention.base import cached_specs
+from executor.attention.base import RECURRENT_KINDS, cached_specs
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
@@ -166,11 +166,8 @@ class Worker:
             ModelError: The model cannot verify drafts.
         """
         config = self.config.speculative
-        if config is not None and not target.model.can_be_captured:
-            raise ModelError(
-                f"--speculative-config: {target.hf_config.architecture} runs through transformers, where drafts may "
-                "change tokens; omit it"
-            )
+        if config is not None:
+            check_drafts(target)
         if config is None or self.config.parallel.world_size == 1:
             return config
         return msgspec.structs.replace(config, is_adaptive=False, max_cached_requests=0)
@@ -293,3 +290,21 @@ def run() -> int:
     inputs.close(linger=0)
     context.term()
     return code
+
+
+def check_drafts(loaded: LoadedModel) -> None:
+    """Checks that a model can verify drafts.
+
+    Raises:
+        ModelError: Drafts may change tokens.
+    """
+    name = loaded.hf_config.architecture
+    if not loaded.model.can_be_captured:
+        raise ModelError(
+            f"--speculative-config: {name} runs through transformers, where drafts may change tokens; omit it"
+        )
+    if any(layer.shape.kind in RECURRENT_KINDS for layer in loaded.model.attention_layers()):
+        raise ModelError(
+            f"--speculative-config: layers of {name} keep a state, from which rejected drafts cannot be taken away; "
+            "omit it"
+        )

@@ -34,8 +34,10 @@ from ops.reference.basic import (
     softcap,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
+from ops.reference.delta import gated_delta, state_size
 from ops.reference.experts import experts, route
 from ops.reference.gguf_blocks import BLOCK_VALUES
+from ops.reference.latent import heads_linear, latent_attention
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.quantized import (
     block_types,
@@ -83,9 +85,12 @@ __all__ = [
     "embedding",
     "experts",
     "float_values",
+    "gated_delta",
     "gather_rows",
+    "heads_linear",
     "join_rows",
     "keep_rows",
+    "latent_attention",
     "layer_norm",
     "linear",
     "logits",
@@ -106,6 +111,7 @@ __all__ = [
     "shard_ids",
     "short_conv",
     "softcap",
+    "state_size",
     "stored_size",
     "use",
     "weight_sum",

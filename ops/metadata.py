@@ -75,6 +75,10 @@ class AttentionShape:
     """Scores have learned biases by distance."""
     kind: str = "kv"
     """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
+    conv_length: int = 0
+    """Tokens that the convolution before a recurrence looks at."""
+    rotates_pairs: bool = False
+    """Latent attention rotates pairs of neighbouring columns, not of the two halves."""
 
     @property
     def v_dim(self) -> int:
@@ -116,6 +120,8 @@ class Routing:
     num_groups: int = 1
     """Groups of equal size that the experts form: consecutive ones."""
     top_groups: int = 1
-    """Groups from which experts are chosen: those with the largest sums of their two best."""
+    """Groups from which experts are chosen: those with the largest sums of their best experts."""
+    group_best: int = 2
+    """How many of a group's best experts count for it: 2, or 1 (DeepSeek-V2)."""
     jitter: float = 0.0
     """sparsemixer ignores experts that are relatively further than twice this below the best."""

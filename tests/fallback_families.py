@@ -9,25 +9,6 @@ from tests.families import FULL, SLIDING, Family
 FALLBACKS: Mapping[str, Family] = {
     "apertus": Family("ApertusConfig", "ApertusForCausalLM", {"attention_bias": True}),
     "cwm": Family("CwmConfig", "CwmForCausalLM", {"sliding_window": 24, "layer_types": [FULL, SLIDING, FULL]}),
-    "deepseek_v3": Family(
-        "DeepseekV3Config",
-        "DeepseekV3ForCausalLM",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 12,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_group": 4,
-            "topk_group": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "routed_scaling_factor": 2.5,
-        },
-    ),
     "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM", {"attention_bias": True}),
     "doge": Family("DogeConfig", "DogeForCausalLM"),
     "dots1": Family(
@@ -69,6 +50,18 @@ FALLBACKS: Mapping[str, Family] = {
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
             "layer_types": [SLIDING, FULL, SLIDING],
+        },
+    ),
+    "youtu": Family(
+        "YoutuConfig",
+        "YoutuForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
         },
     ),
 }

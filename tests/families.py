@@ -35,6 +35,7 @@ from tests.family import (
     old_olmo3,
     old_phi3,
 )
+from tests.hybrids import HYBRIDS
 from tests.mixtures import MIXTURES
 
 __all__ = [
@@ -531,5 +532,5 @@ DENSE: Mapping[str, Family] = {
     ),
 }
 
-FAMILIES: Mapping[str, Family] = dict(sorted({**DENSE, **MIXTURES}.items()))
+FAMILIES: Mapping[str, Family] = dict(sorted({**DENSE, **HYBRIDS, **MIXTURES}.items()))
 """By the name that tests use, in alphabetical order."""

@@ -4,9 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.family import CHUNKED, FULL, GRANITE, SLIDING, YARN, Family, old_phi3, old_qwen3_moe
+from tests.family import CHUNKED, FULL, GRANITE, SLIDING, YARN, Family, Fields, old_phi3, old_qwen3_moe
+
+DEEPSEEK: Fields = {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "rms_norm_eps": 0.01,  # other than that of the norms of latents
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
 
 MIXTURES: Mapping[str, Family] = {
+    "deepseek_v2": Family(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "rope_parameters": {**YARN, "mscale": 0.9, "mscale_all_dim": 0.7},
+        },
+        variants={
+            "groups": {
+                "q_lora_rank": 24,
+                "attention_bias": True,
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+                "rope_parameters": {"rope_theta": 3000.0},
+            }
+        },
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 24,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "num_mtp_layers": 0,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        variants={
+            "halves": {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": {"rope_theta": 3000.0}},
+            "kimi": {"n_group": 1, "topk_group": 1, "attention_bias": False, "kv_lora_rank": 64},
+        },
+    ),
     "glm4_moe": Family(
         "Glm4MoeConfig",
         "Glm4MoeForCausalLM",
@@ -27,6 +80,17 @@ MIXTURES: Mapping[str, Family] = {
             "plain": {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "topk_group": 1},
             "not normalised": {"norm_topk_prob": False, "n_shared_experts": 1, "first_k_dense_replace": 2},
         },
+    ),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        {
+            **{name: value for name, value in DEEPSEEK.items() if name != "first_k_dense_replace"},
+            "q_lora_rank": 24,
+            "mlp_layer_types": ["dense", "sparse", "dense"],
+            "rope_parameters": {"rope_theta": 3000.0},
+        },
+        variants={"default types": {"mlp_layer_types": None}},
     ),
     "gpt_oss": Family(
         "GptOssConfig",

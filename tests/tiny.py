@@ -211,6 +211,8 @@ SCALE_FIELDS: Mapping[GGMLQuantizationType, tuple[int, ...]] = {
 LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 GGUF_NAMES = {
     "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "glm": "chatglm",
@@ -274,7 +276,10 @@ def gguf_file(
     others = {"conv": 0, "full_attention": full_kv_heads or kv_heads}
     of_layers = [others.get(each, kv_heads) for each in config.get("layer_types") or ()]
     writer.add_head_count_kv(of_layers if arch in ("gemma4", "lfm2") else kv_heads)
-    writer.add_key_length(full_head_dim or config.get("head_dim") or common.hidden_size // heads)
+    if arch == "deepseek2":
+        tensors = _add_latents(writer, config, tensors, is_split=not is_fused)
+    else:
+        writer.add_key_length(full_head_dim or config.get("head_dim") or common.hidden_size // heads)
     if "rms_norm_eps" in config or arch == "lfm2":
         writer.add_layer_norm_rms_eps(config["norm_eps" if arch == "lfm2" else "rms_norm_eps"])
     else:
@@ -293,7 +298,7 @@ def gguf_file(
     names = gguf.get_tensor_name_map(arch_id, common.num_hidden_layers)
     weights = {}
     generator = np.random.default_rng(0)
-    for name, tensor in (fused(tensors) if is_fused else tensors).items():
+    for name, tensor in (fused(tensors) if is_fused and arch != "deepseek2" else tensors).items():
         offset = 1 if arch in ("gemma", "gemma2", "gemma3", "nemotron") and name.endswith("norm.weight") else 0
         data = _converted(arch, name, tensor.float().numpy() + offset, heads, kv_heads)
         permuted = arch in PERMUTED and (".q_proj." in name or ".k_proj." in name)
@@ -358,6 +363,32 @@ def with_merged_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return result | {name: torch.stack([each[i] for i in range(len(each))]) for name, each in experts.items()}
 
 
+def _add_latents(
+    writer: gguf.GGUFWriter, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, is_split: bool
+) -> dict[str, torch.Tensor]:
+    """Fields of latent attention, and the tensors with what follows latents apart, or as in older files."""
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    key, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    writer.add_kv_lora_rank(rank)
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_key_length(rank + rope if is_split else key + rope)
+    writer.add_value_length(rank if is_split else value)
+    if not is_split:
+        return tensors
+    writer.add_key_length_mla(key + rope)
+    writer.add_value_length_mla(value)
+    result = {}
+    for name, tensor in tensors.items():
+        if "kv_b_proj" in name:
+            keys, values = tensor.unflatten(0, (-1, key + value)).split([key, value], dim=1)
+            result[name.replace("kv_b", "k_b")] = keys.transpose(1, 2).contiguous()
+            result[name.replace("kv_b", "v_b")] = values.contiguous()
+        else:
+            result[name] = tensor
+    return result
+
+
 def _add_experts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) -> None:
     """Fields of models with experts."""
     count = next(config[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in config)
@@ -365,7 +396,13 @@ def _add_experts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) 
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if arch != "llama":
         writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
-    if arch == "glm4moe":
+    if arch == "deepseek2":
+        is_v3 = config["model_type"] == "deepseek_v3"
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if is_v3 else gguf.ExpertGatingFuncType.SOFTMAX)
+        if config["n_group"] is not None:
+            writer.add_expert_group_count(config["n_group"])
+            writer.add_expert_group_used_count(config["topk_group"])
+    if arch in ("deepseek2", "glm4moe"):
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
@@ -489,6 +526,8 @@ def _add_facts(writer: gguf.GGUFWriter, arch: str, config: Mapping[str, Any]) ->
         if "beta_fast" in rope:
             writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
             writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if arch == "deepseek2" and "mscale_all_dim" in rope:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if arch == "mistral3":
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
         writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])

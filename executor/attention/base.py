@@ -55,6 +55,7 @@ class AttentionBackend(Protocol):
             inputs: The inputs of this kind of layer: q, k and v, with heads side by side in the columns, then the sinks
                 if ``shape.has_sinks``, then the biases if ``shape.has_biases``. Without k and v, the cache is that of
                 an earlier layer, which has written them.
+                Of latents: those that ``ops.latent_attention`` takes before the cache.
             kv_cache: The layer's cache.
             shape: The layer's constants.
             meta: The result of ``plan``.
@@ -116,7 +117,7 @@ class AttentionStep:
 
 
 class OpsAttention:
-    """Base of backends that run ``ops.paged_attention`` on a KV cache in their own layout."""
+    """Base of backends that run ``ops.paged_attention`` and ``ops.latent_attention`` on a cache in their own layout."""
 
     kv_layout: KVLayout
 
@@ -126,6 +127,8 @@ class OpsAttention:
     def run(
         self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
+        if shape.kind == LATENT:
+            return self._run_latents(inputs, kv_cache, shape, meta)
         q, k, v, *more = inputs
         assert q is not None
         keys, values = kv_cache
@@ -133,25 +136,43 @@ class OpsAttention:
         options = {"biases": more[0]} if shape.has_biases else {}
         return ops.paged_attention(q, k, v, (keys, values), meta, shape, self.kv_layout, sinks, **options)
 
+    def _run_latents(
+        self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        q, q_rope, latents, k_rope, positions, cos_sin = inputs
+        assert q is not None and q_rope is not None and latents is not None and k_rope is not None
+        assert positions is not None and cos_sin is not None
+        (cache,) = kv_cache
+        return ops.latent_attention(
+            q, q_rope, latents, k_rope, positions, cos_sin, (cache,), meta, shape, self.kv_layout
+        )
+
 
 SHORT_CONV = "short_conv"
 """``AttentionShape.kind`` of short convolutions, which cache their inputs: ``num_heads`` columns per token."""
+GATED_DELTA = "gated_delta"
+"""``AttentionShape.kind`` of the gated delta rule, which caches states in float32."""
+RECURRENT_KINDS = (GATED_DELTA,)
+"""Kinds of layers that cache a state per block, not per token."""
+LATENT = "latent"
+"""``AttentionShape.kind`` of latent attention, whose heads share one row per token."""
 
 
 def unsupported_kind(shape: AttentionShape) -> str | None:
-    """The reason why ``ops.paged_attention`` cannot compute such a layer, or None if it can."""
-    return None if shape.kind == "kv" else f"layers of kind {shape.kind!r} are not supported"
+    """The reason why ``OpsAttention`` cannot compute such a layer, or None if it can."""
+    return None if shape.kind in ("kv", LATENT) else f"layers of kind {shape.kind!r} are not supported"
 
 
 REGISTRY = {
     "cpu": "executor.attention.cpu:CpuAttention",
+    "recurrent": "executor.attention.recurrent:RecurrentStates",
     "reference": "executor.attention.reference:ReferenceAttention",
     "short_conv": "executor.attention.short_conv:ShortConvCache",
     "triton": "executor.attention.triton:TritonAttention",
 }
 PREFERENCE = {"cpu": ["cpu", "reference"], "triton": ["triton"]}
 """Backends of each op set, best first. Other op sets use the reference."""
-OTHER_KINDS = ["short_conv"]
+OTHER_KINDS = ["recurrent", "short_conv"]
 """Backends of layers that are not attention, whatever ``--attention-backend`` says."""
 
 
@@ -168,11 +189,11 @@ def choose_backends(
         return [resolve(REGISTRY, each, "attention backend")() for each in names]
 
     usual = resolved([name] if name else PREFERENCE.get(ops.op_set(device_type).name, ["reference"]))
-    others = resolved(OTHER_KINDS) if any(shape.kind != "kv" for shape in shapes) else []
+    others = resolved(OTHER_KINDS) if any(shape.kind not in ("kv", LATENT) for shape in shapes) else []
 
     def choose(shape: AttentionShape) -> AttentionBackend:
         refused = []
-        for backend in usual if shape.kind == "kv" else [*usual, *others]:
+        for backend in usual if shape.kind in ("kv", LATENT) else [*usual, *others]:
             reason = backend.supports(shape, dtype)
             if reason is None:
                 return backend

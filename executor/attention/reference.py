@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import ops
-from executor.attention.base import OpsAttention, unsupported_kind
+from executor.attention.base import LATENT, OpsAttention, unsupported_kind
 from ops import AttentionShape
 
 
@@ -23,5 +23,5 @@ class ReferenceAttention(OpsAttention):
     ) -> tuple[tuple[int, ...], ...]:
         return tuple(
             (num_blocks, block_size, shape.num_kv_heads, ops.stored_size(dim, dtype))
-            for dim in (shape.head_dim, shape.v_dim)
+            for dim in ((shape.head_dim,) if shape.kind == LATENT else (shape.head_dim, shape.v_dim))
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from executor.attention.base import AttentionStep, OpsAttention, unsupported_kind
+from executor.attention.base import LATENT, AttentionStep, OpsAttention, unsupported_kind
 from ops import AttentionMetadata, AttentionShape
 from ops.dispatch import is_used
 from ops.triton.attention import planned, unsupported, unsupported_cache
@@ -26,6 +26,8 @@ class TritonAttention(OpsAttention):
         self._dtype = dtype
         if not is_used("triton"):
             return "this device does not run Triton's kernels"
+        if shape.kind == LATENT:
+            return "latent attention is not supported on GPUs yet"
         if not shape.is_cached:
             return "layers without a KV cache (encoders) are not supported yet"
         return unsupported_kind(shape) or unsupported(shape, dtype)

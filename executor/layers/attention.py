@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from executor.attention.base import AttentionBackend, AttentionGroup, KVCache
+from executor.attention.base import LATENT, RECURRENT_KINDS, AttentionBackend, AttentionGroup, KVCache
 from executor.base import ModelError
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
@@ -50,8 +50,10 @@ class Attention(nn.Module):
             is_chunked=shape.is_chunked and not is_unlimited,
         )
         # Other kinds of layers cache few tokens, and their numbers enter sums unscaled.
-        is_coded = shape.kind == "kv" and shape.is_cached
+        is_coded = shape.kind in ("kv", LATENT) and shape.is_cached
         self.kv_dtype = (context.kv_dtype if is_coded else None) or context.dtype
+        if shape.kind in RECURRENT_KINDS:
+            self.kv_dtype = torch.float32
 
     def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
         """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.
@@ -93,7 +95,8 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
     groups = []
     ordered = sorted(members.items(), key=lambda item: not item[0][1].is_cached)
     for number, ((backend, shape, dtype), indexes) in enumerate(ordered):
-        size = block_size or backend.block_size
+        # A block of states holds one, whatever its length: short blocks would fill the memory.
+        size = (None if shape.kind in RECURRENT_KINDS else block_size) or backend.block_size
         if size % backend.block_size_multiple:
             raise ModelError(
                 f"--block-size {size} is not supported by the {backend.name} attention backend; "

@@ -25,7 +25,7 @@ class Model(nn.Module, ABC):
 
     tied_modules: Mapping[str, str] = {}
     """Modules tied to another one by the configuration, whose tensors a checkpoint may hold nevertheless."""
-    mapper: ClassVar[WeightsMapper] = WeightsMapper()
+    mapper: WeightsMapper = WeightsMapper()
     """Names and layouts in checkpoints that differ from the model's."""
     attribute_map: ClassVar[Mapping[str, str]] = {}
     """The family's own names of fields in config.json: ``{"hidden_size": "n_embd"}``."""

@@ -41,6 +41,13 @@ CATALOG = (
         gguf=("cohere2", "command-r"),
     ),
     Entry(
+        "DeepSeek, Kimi",
+        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+        ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2-Instruct"),
+        gguf=("deepseek2",),
+        limits="on CPUs only; no KV cache in 8 bits",
+    ),
+    Entry(
         "ERNIE 4.5",
         ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
         ("baidu/ERNIE-4.5-0.3B-PT",),
@@ -86,6 +93,13 @@ CATALOG = (
         gguf=("chatglm", "glm4"),
     ),
     Entry("GLM-4.5", ("Glm4MoeForCausalLM",), ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6"), gguf=("glm4moe",)),
+    Entry(
+        "GLM-4.7-Flash",
+        ("Glm4MoeLiteForCausalLM",),
+        ("zai-org/GLM-4.7-Flash",),
+        gguf=("deepseek2",),
+        limits="on CPUs only; no KV cache in 8 bits",
+    ),
     Entry("GPT-2", ("GPT2LMHeadModel",), ("openai-community/gpt2", "distilbert/distilgpt2"), gguf=("gpt2",)),
     Entry("GPT-J", ("GPTJForCausalLM",), ("EleutherAI/gpt-j-6b",)),
     Entry("GPT-NeoX", ("GPTNeoXForCausalLM",), ("EleutherAI/pythia-160m", "databricks/dolly-v2-3b"), gguf=("gptneox",)),
@@ -172,6 +186,12 @@ CATALOG = (
     Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3", "qwen3vl")),
     Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",), gguf=("qwen3moe",)),
+    Entry(
+        "Qwen3-Next, Qwen3.5",
+        ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-35B-A3B"),
+        limits="text only; on CPUs only; no speculation; each running request reserves states: see `--max-num-seqs`",
+    ),
     Entry(
         "RoBERTa, XLM-R",
         ("RobertaModel", "XLMRobertaModel", "CamembertModel"),

@@ -30,6 +30,8 @@ REGISTRY = {
     "BloomForCausalLM": "executor.models.bloom:BloomForCausalLM",
     "Cohere2ForCausalLM": "executor.models.cohere:Cohere2ForCausalLM",
     "CohereForCausalLM": "executor.models.cohere:CohereForCausalLM",
+    "DeepseekV2ForCausalLM": "executor.models.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "executor.models.deepseek:DeepseekV3ForCausalLM",
     "Ernie4_5ForCausalLM": "executor.models.ernie4_5:Ernie45ForCausalLM",
     "Ernie4_5_ForCausalLM": "executor.models.ernie4_5:Ernie45ForCausalLM",
     "Exaone4ForCausalLM": "executor.models.exaone4:Exaone4ForCausalLM",
@@ -44,6 +46,7 @@ REGISTRY = {
     "Gemma4ForCausalLM": "executor.models.gemma4:Gemma4ForCausalLM",
     "Glm4ForCausalLM": "executor.models.glm4:Glm4ForCausalLM",
     "Glm4MoeForCausalLM": "executor.models.glm4_moe:Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM": "executor.models.deepseek:Glm4MoeLiteForCausalLM",
     "GlmForCausalLM": "executor.models.glm4:GlmForCausalLM",
     "GraniteForCausalLM": "executor.models.granite:GraniteForCausalLM",
     "GraniteMoeForCausalLM": "executor.models.granite:GraniteMoeForCausalLM",
@@ -70,6 +73,9 @@ REGISTRY = {
     "Qwen2MoeForCausalLM": "executor.models.qwen2:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "executor.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "executor.models.qwen3:Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM": "executor.models.qwen3_next:Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM": "executor.models.qwen3_next:Qwen35ForCausalLM",
+    "Qwen3_5MoeForCausalLM": "executor.models.qwen3_next:Qwen35MoeForCausalLM",
     "SeedOssForCausalLM": "executor.models.seed_oss:SeedOssForCausalLM",
     "SmolLM3ForCausalLM": "executor.models.smollm3:SmolLM3ForCausalLM",
     "StableLmForCausalLM": "executor.models.stablelm:StableLmForCausalLM",
@@ -109,15 +115,6 @@ def can_generate(architecture: str) -> bool:
     return split_architecture(architecture)[1] == "lm"
 
 
-RECURRENT = {
-    "Qwen3NextForCausalLM": "Gated DeltaNet",
-    "Qwen3_5ForCausalLM": "Gated DeltaNet",
-    "Qwen3_5ForConditionalGeneration": "Gated DeltaNet",
-    "Qwen3_5MoeForCausalLM": "Gated DeltaNet",
-    "Qwen3_5MoeForConditionalGeneration": "Gated DeltaNet",
-}
-"""Known architectures whose layers of this kind keep a recurrent state."""
-
 FALLBACK = "executor.models.fallback.model:TransformersForCausalLM"
 
 
@@ -140,12 +137,6 @@ def implementation(architecture: str, fields: Mapping[str, Any], model_impl: str
         raise ModelError(
             f"architecture {shown} is not built in; use --model-impl auto, which also runs most models of "
             f"transformers, or choose one that is ({advice(architecture, REGISTRY)})"
-        )
-    if architecture in RECURRENT:
-        kind = RECURRENT[architecture]
-        raise ModelError(
-            f"architecture {shown} is not supported yet: its {kind} layers keep a recurrent state; choose a model "
-            "whose layers all have attention, such as Qwen3"
         )
     problem = fallback_problem(architecture, fields)
     if problem is None:

@@ -174,6 +174,9 @@ class Int8(QuantizationConfig):
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
         return QuantizingLinear(self.scheme, self.options)
 
+    def plain_linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        return UnquantizedLinear()
+
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         return QuantizingEmbedding(self.options)
 

@@ -132,6 +132,11 @@ class QuantizationConfig(Protocol):
                 are merged: ``["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]``.
         """
 
+    def plain_linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        """The method of a layer whose packed weights are taken apart as numbers: it keeps them in the dtype of the
+        activations, and does not quantise them at load."""
+        return self.linear_method(names)
+
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         """The method of the named embedding or output layer."""
 

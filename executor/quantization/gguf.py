@@ -61,6 +61,9 @@ class GGUF(QuantizationConfig):
         # A layer with projections in both forms is rare, and has few weights: it is not quantised.
         return BlockLinearMethod(types, self.options) if len(types) == len(names) else UnquantizedLinear()
 
+    def plain_linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        return UnquantizedLinear()
+
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         kind = self.types.get(name)
         return UnquantizedEmbedding() if kind is None else BlockEmbeddingMethod(kind, self.options)

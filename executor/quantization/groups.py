@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -154,6 +155,9 @@ class SourceMethod(QuantizationConfig):
 
     def linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
         return GroupLinear([self.source(name) for name in names], self.options)
+
+    def plain_linear_method(self, names: Sequence[str]) -> LinearMethod[Any]:
+        return GroupLinear([self.source(name) for name in names], replace(self.options, dequantize=True))
 
     def embedding_method(self, name: str) -> EmbeddingMethod[Any]:
         source = self.source(name) if name.endswith("lm_head") else PlainSource

@@ -278,6 +278,133 @@ def paged_attention(
     )
 
 
+def gated_delta(
+    qkv: Any,
+    beta: Any,
+    step: Any,
+    conv_weight: Tensor,
+    decay: Tensor,
+    step_bias: Tensor,
+    cache: Tensor,
+    meta: Any,
+    shape: AttentionShape,
+) -> Instruction | None:
+    matrices = {"qkv": qkv, "beta": beta, "steps": step}
+    if not all(is_matrix(each) and each.dtype == conv_weight.dtype for each in matrices.values()):
+        return None
+    if not conv_weight.is_contiguous() or not all(_is_vector(each, torch.float32) for each in (decay, step_bias)):
+        return None
+    fields = {
+        "cache": cache.data_ptr(),
+        "conv_weight": conv_weight.data_ptr(),
+        "decay": decay.data_ptr(),
+        "step_bias": step_bias.data_ptr(),
+        "num_heads": shape.num_heads,
+        "num_key_heads": shape.num_kv_heads,
+        "key_dim": shape.head_dim,
+        "value_dim": shape.v_dim,
+        "conv_length": shape.conv_length,
+        "type": TYPES[qkv.dtype],
+    }
+    return Instruction(
+        lib.OP_GATED_DELTA,
+        matrices,
+        fields,
+        shape.out_width,
+        qkv.dtype,
+        work=shape.num_heads * shape.head_dim * shape.v_dim * 4,
+        step={"group": meta},
+        keep=(cache, conv_weight, decay, step_bias),
+    )
+
+
+def heads_linear(x: Any, weights: Sequence[AnyWeight], head_dim: int) -> Instruction | None:
+    packed = _experts(weights, x.dtype)
+    if packed is None or not is_matrix(x):
+        return None
+    rows, columns = weights[0].shape
+    fields = {
+        "weights": ctypes.addressof(packed[0]),
+        "num_heads": len(weights),
+        "head_dim": head_dim,
+        "type": TYPES[x.dtype],
+    }
+    work = len(weights) * rows * columns
+    return Instruction(
+        lib.OP_HEADS_LINEAR, {"x": x}, fields, len(weights) * rows, x.dtype, work=work, keep=(packed, weights)
+    )
+
+
+def latent_attention(
+    q: Any,
+    q_rope: Any,
+    latents: Any,
+    k_rope: Any,
+    positions: Any,
+    cos_sin: Tensor,
+    kv_cache: tuple[Tensor],
+    meta: Any,
+    shape: AttentionShape,
+    layout: KVLayout = "plain",
+) -> Instruction | None:
+    (cache,) = kv_cache
+    matrices = {"q": q, "q_rope": q_rope, "k": latents, "k_rope": k_rope}
+    if layout != "tiled" or not all(is_matrix(x) and x.dtype == cache.dtype for x in matrices.values()):
+        return None
+    if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
+        return None
+    rotary_dim, pairs = cos_sin.shape[1], int(shape.rotates_pairs)
+    fields = {
+        "k_cache": cache.data_ptr(),
+        "scale": shape.scale,
+        "softcap": shape.logit_softcap or 0.0,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": 1,
+        "head_dim": shape.head_dim,
+        "v_head_dim": shape.v_dim,
+        "window": 0,
+        "causal": 1,
+        "type": TYPES[q.dtype],
+        "rope": Heads(rotary_dim=rotary_dim, cos_sin=cos_sin.data_ptr(), interleaved=pairs),
+        "q_rope_dim": _width(q_rope) // shape.num_heads,
+    }
+    return Instruction(
+        lib.OP_LATENT_ATTENTION,
+        matrices,
+        fields,
+        shape.num_heads * shape.v_dim,
+        q.dtype,
+        work=_INT32_MAX,
+        step={"group": meta, "positions": positions},
+        keep=(cache, cos_sin),
+    )
+
+
+def unsupported_latents(shape: AttentionShape, dtype: torch.dtype) -> str | None:
+    """The reason why the kernels cannot run a layer with latents, or None."""
+    if dtype not in TYPES:
+        return f"unsupported dtype {dtype}; the kernels take {', '.join(str(known) for known in TYPES)}"
+    if shape.head_dim > lib.MAX_LATENT_DIM:
+        return f"latents and their rotated columns are more than {lib.MAX_LATENT_DIM}"
+    return None
+
+
+def latent_shapes(
+    num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+) -> tuple[tuple[int, ...], ...]:
+    """Shape of the cache of latents, as the kernels lay it out; see ``csrc/latent_cache.h``.
+
+    Raises:
+        ValueError: The kernels have no cache of this dtype, or none with such blocks.
+    """
+    if dtype in lib.CACHES:
+        raise ValueError(
+            f"--kv-cache-dtype: latents have no cache in {str(dtype).removeprefix('torch.')} yet; use auto"
+        )
+    keys, _ = kv_shapes(num_blocks, block_size, shape, dtype)
+    return (keys,)
+
+
 def unsupported_attention(shape: AttentionShape, dtype: torch.dtype) -> str | None:
     """The reason why the kernels cannot run such a layer, or None."""
     if dtype not in TYPES:
@@ -416,6 +543,7 @@ def route(x: Any, routing: Routing, bias: Tensor | None = None, factors: Tensor 
         "jitter": routing.jitter,
         "num_groups": routing.num_groups,
         "top_groups": routing.top_groups,
+        "group_best": routing.group_best,
         "rows": _rows(x),
     }
     work = width * (routing.top_k + 8)
@@ -482,6 +610,9 @@ BY_NAME = {
         layer_norm,
         rotary_embedding,
         paged_attention,
+        gated_delta,
+        heads_linear,
+        latent_attention,
         short_conv,
         route,
         experts,

@@ -9,6 +9,7 @@ import ctypes
 import logging
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +21,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """``OctavoType``."""
 INT8 = 3
 """Stands for 8-bit integers in ``measure_peak``."""
-ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu2": 6}
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "relu": 5, "relu2": 6, "sigmoid": 11}
 """``OctavoActivation``: functions without a parameter."""
 IDENTITY, SCALE, SOFTCAP, CLIP, SWIGLU_OAI = 0, 7, 8, 9, 10
 """The others."""
@@ -80,13 +81,17 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
     OP_SHORT_CONV,
     OP_ROUTE,
     OP_EXPERTS,
-) = range(14)
+    OP_HEADS_LINEAR,
+    OP_LATENT_ATTENTION,
+    OP_GATED_DELTA,
+) = range(17)
 
 SCORES = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
 """``OctavoScores``."""
 WORKSPACE_BYTES = 64 << 20
 """Of the rows of experts between their products; see ``experts.cpp``."""
 MAX_HEAD_DIM = 512
+MAX_LATENT_DIM = 1024
 TOKENS_MULTIPLE = 32
 """A KV block holds a multiple of this many tokens."""
 HEAD_MULTIPLE = 32
@@ -235,7 +240,7 @@ class RotaryArgs(ctypes.Structure):
 
 
 class AttentionArgs(ctypes.Structure):
-    _fields_ = (
+    _fields_: ClassVar[tuple[tuple[str, Any], ...]] = (
         ("q", Matrix),
         ("k", Matrix),
         ("v", Matrix),
@@ -307,6 +312,7 @@ class RouteArgs(ctypes.Structure):
         ("jitter", c_float),
         ("num_groups", c_int32),
         ("top_groups", c_int32),
+        ("group_best", c_int32),
         ("rows", c_int32),
     )
 
@@ -332,6 +338,46 @@ class ExpertsArgs(ctypes.Structure):
     )
 
 
+class GatedDeltaArgs(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("beta", Matrix),
+        ("steps", Matrix),
+        ("out", Matrix),
+        ("cache", c_void_p),
+        ("conv_weight", c_void_p),
+        ("decay", c_void_p),
+        ("step_bias", c_void_p),
+        ("num_heads", c_int32),
+        ("num_key_heads", c_int32),
+        ("key_dim", c_int32),
+        ("value_dim", c_int32),
+        ("conv_length", c_int32),
+        ("group", c_int32),
+        ("type", c_int32),
+    )
+
+
+class HeadsLinearArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("out", Matrix),
+        ("weights", c_void_p),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+        ("type", c_int32),
+    )
+
+
+class LatentAttentionArgs(AttentionArgs):
+    _fields_ = (
+        ("q_rope", Matrix),
+        ("k_rope", Matrix),
+        ("rope", Heads),
+        ("q_rope_dim", c_int32),
+    )
+
+
 STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_EMBEDDING: EmbeddingArgs,
     OP_LINEAR: LinearArgs,
@@ -347,6 +393,9 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_SHORT_CONV: ShortConvArgs,
     OP_ROUTE: RouteArgs,
     OP_EXPERTS: ExpertsArgs,
+    OP_GATED_DELTA: GatedDeltaArgs,
+    OP_HEADS_LINEAR: HeadsLinearArgs,
+    OP_LATENT_ATTENTION: LatentAttentionArgs,
 }
 _OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}
 

@@ -65,13 +65,13 @@ def paged_attention(
             whole = first // shape.sliding_window * shape.sliding_window
             unseen = whole if shape.is_chunked else max(0, first + 1 - shape.sliding_window)
         (keys, key_scales), (values, value_scales) = (
-            decode_heads(_tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
+            decode_heads(tokens_of(cache, blocks, seq_len, unseen)) for cache in kv_cache
         )
         out[start:end] = attend(queries[start:end], keys, values, shape, sinks, key_scales, value_scales, biases)
     return out.flatten(1)
 
 
-def _tokens_of(cache: Tensor, blocks: Tensor, seq_len: int, unseen: int) -> Tensor:
+def tokens_of(cache: Tensor, blocks: Tensor, seq_len: int, unseen: int) -> Tensor:
     """A request's tokens in a cache [seq_len, num_kv_heads, stored_size].
 
     The first ``unseen`` are zero: their blocks may belong to others by now, and NaN times a weight of zero is not zero.
@@ -88,12 +88,17 @@ def write_kv(
 
     The first token of a block zeroes the rest of it, so that nothing of an earlier owner remains.
     """
-    fresh = meta.slot_mapping[meta.slot_mapping % meta.block_size == 0] // meta.block_size
     for cache, x in zip(kv_cache, (k, v), strict=True):
-        stored = cache.view(torch.uint8)
-        stored[fresh] = 0
-        heads = encode_heads(x.unflatten(1, (shape.num_kv_heads, -1)), cache.dtype)
-        stored.flatten(0, 1)[meta.slot_mapping] = heads.view(torch.uint8)
+        write_cache(x, cache, meta, shape.num_kv_heads)
+
+
+def write_cache(x: Tensor, cache: Tensor, meta: AttentionMetadata, num_heads: int) -> None:
+    """Writes the heads of the step's tokens, ``x`` [num_tokens, num_heads * head_dim], to their slots; see
+    ``write_kv``."""
+    stored = cache.view(torch.uint8)
+    stored[meta.slot_mapping[meta.slot_mapping % meta.block_size == 0] // meta.block_size] = 0
+    heads = encode_heads(x.unflatten(1, (num_heads, -1)), cache.dtype)
+    stored.flatten(0, 1)[meta.slot_mapping] = heads.view(torch.uint8)
 
 
 def attend(

@@ -12,7 +12,7 @@ from ops.dispatch import Spec, StepInput, Value, like_first, op
 from ops.packed import GatedActivation, PackedWeight, QuantizedWeight, SwiGLUOAI, Weight
 from ops.reference import quantized
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid"]
 """relu2: the square of relu; quick_gelu: ``x * sigmoid(1.702 * x)``."""
 
 
@@ -120,6 +120,8 @@ def _activate(x: Tensor, kind: str) -> Tensor:
         return F.relu(x)
     if kind == "relu2":
         return F.relu(x).square()
+    if kind == "sigmoid":
+        return torch.sigmoid(x)
     if kind == "quick_gelu":
         wide = x.double() if x.dtype == torch.float64 else x.float()
         return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)

@@ -21,7 +21,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, factors:
     """Chooses the experts of each token, all in float32. Of equal ones, those with lower ids come first.
 
     The experts with the highest scores plus ``bias`` are chosen (without a bias: the highest logits). With groups, only
-    experts of the best groups count; a group is as good as the sum of its two best experts, or its best if it has one.
+    experts of the best groups count; a group is as good as the sum of its ``group_best`` best experts.
     The weight of an expert is its score, without the bias. Normalised softmax weights are the softmax over the chosen
     logits; normalised sigmoids are divided by their sum plus 1e-20.
 
@@ -57,7 +57,7 @@ def route(logits: Tensor, routing: Routing, bias: Tensor | None = None, factors:
 
 def _of_best_groups(choice: Tensor, routing: Routing) -> Tensor:
     groups = choice.unflatten(-1, (routing.num_groups, -1))
-    best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+    best = groups.topk(min(routing.group_best, groups.shape[-1]), dim=-1).values.sum(-1)
     kept = torch.sort(best, dim=-1, descending=True, stable=True).indices[:, : routing.top_groups]
     is_kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, True)
     result: Tensor = groups.masked_fill(~is_kept[..., None], -torch.inf).flatten(-2)

@@ -35,6 +35,8 @@ def activate(x, KIND: tl.constexpr):
     elif KIND == "relu2":
         y = tl.maximum(x, 0.0)
         y = y * y
+    elif KIND == "sigmoid":
+        y = 1.0 / (1.0 + tl.exp(-x))
     elif KIND == "quick_gelu":
         y = x / (1.0 + tl.exp(-1.702 * x))
     elif KIND == "gelu_tanh":

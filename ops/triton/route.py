@@ -29,16 +29,18 @@ def _best(choice, expert, is_left, NONE: tl.constexpr):
 
 @triton.jit
 def _in_best_groups(
-    choice, expert, known, EXPERTS: tl.constexpr, NONE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr
-):
-    """Which experts belong to the groups with the largest sums of their two best."""
+    choice, expert, known,
+    EXPERTS: tl.constexpr, NONE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
+):  # fmt: skip
+    """Which experts belong to the groups with the largest sums of their two best, or with the best one."""
     SIZE: tl.constexpr = EXPERTS // GROUPS
     group = expert // SIZE
     sums = tl.where(known, 0.0, _MINUS_INFINITY)
     for index in range(GROUPS):
         is_member = known & (group == index)
         first, best = _best(choice, expert, is_member, NONE)
-        if SIZE > 1:
+        if GROUP_BEST > 1:
             _, second = _best(choice, expert, is_member & (expert != first), NONE)
             best += second
         sums = tl.where(is_member, best, sums)
@@ -53,7 +55,7 @@ def _in_best_groups(
 def route_kernel(
     logits_ptr, bias_ptr, factors_ptr, out_ptr, logits_stride, out_stride, factor, jitter,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr, NORMALIZE: tl.constexpr,
-    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, EXPERTS_TILE: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, EXPERTS_TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS_TILE)
@@ -80,7 +82,7 @@ def route_kernel(
         elif GROUPS > 1:
             choice = scores
         if GROUPS > 1:
-            is_left = _in_best_groups(choice, expert, known, EXPERTS, EXPERTS_TILE, GROUPS, TOP_GROUPS)
+            is_left = _in_best_groups(choice, expert, known, EXPERTS, EXPERTS_TILE, GROUPS, TOP_GROUPS, GROUP_BEST)
         candidates = is_left
         for _ in range(TOP_K):
             own, _highest = _best(choice, expert, is_left, EXPERTS_TILE)
@@ -133,6 +135,7 @@ def route(
         NORMALIZE=routing.normalize,
         GROUPS=routing.num_groups,
         TOP_GROUPS=routing.top_groups,
+        GROUP_BEST=min(routing.group_best, experts // routing.num_groups),
     )
     return out
 

@@ -135,14 +135,14 @@ class Runner:
         self.block_size = block_size
         layers = self.model.attention_layers()
         self.groups = form_groups(layers, block_size)
-        blocks_each = -(-max_len // block_size)
-        num_blocks = num_requests * blocks_each
         generator = torch.Generator().manual_seed(seed)
-        self.block_tables = [
-            torch.randperm(num_blocks, generator=generator).int().view(num_requests, blocks_each) for _ in self.groups
-        ]
+        self.block_tables = []
         for group in self.groups:  # those without a cache get as many blocks for each step
-            shapes = group.backend.kv_shape(num_blocks, block_size, group.shape, group.kv_dtype)
+            blocks_each = -(-max_len // group.block_size)
+            num_blocks = num_requests * blocks_each
+            order = torch.randperm(num_blocks, generator=generator).int()
+            self.block_tables.append(order.view(num_requests, blocks_each))
+            shapes = group.backend.kv_shape(num_blocks, group.block_size, group.shape, group.kv_dtype)
             for index in group.layers:
                 # What an earlier owner left in a block must not matter: all bits set are NaN in every type of floats.
                 layers[index].kv_cache = tuple(
@@ -189,12 +189,13 @@ class Runner:
         rows = [chunk.request for chunk in chunks]
         attention = []
         for group, table in zip(self.groups, self.block_tables, strict=True):
+            size = group.block_size
             blocks = self._table(group, table, rows, counts)
             slots = [
-                row[position // self.block_size].long() * self.block_size + position % self.block_size
+                row[position // size].long() * size + position % size
                 for row, position in zip(blocks, positions, strict=True)
             ]
-            columns = AttentionMetadata(starts, seq_lens, blocks, torch.cat(slots), self.block_size)
+            columns = AttentionMetadata(starts, seq_lens, blocks, torch.cat(slots), size)
             attention.append(group.plan(columns))
         adapters = np.repeat(np.array([chunk.adapter for chunk in chunks], np.int32), counts.numpy())
         columns_of_adapters = {

@@ -25,9 +25,7 @@ HEADS, LATENT, VALUE = 4, 24, 16
 
 
 @op(lambda q, latent, cache, meta, shape: Spec(q.spec.rows, shape.out_width, q.spec.dtype))
-def latent_attention(
-    q: Tensor, latent: Tensor, cache: Tensor, meta: AttentionMetadata, shape: AttentionShape
-) -> Tensor:
+def toy_attention(q: Tensor, latent: Tensor, cache: Tensor, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
     """Writes the latents, then attends: each is a key of all heads, and its first columns are the value."""
     cache.view(-1, shape.head_dim)[meta.slot_mapping] = latent.to(cache.dtype)
     out = torch.empty(len(q), shape.num_heads, shape.v_dim)
@@ -41,7 +39,7 @@ def latent_attention(
 
 
 class LatentBackend:
-    name = "latent"
+    name = "toy"
     block_size = 16
     block_size_multiple = 16
     kv_layout = "latents"
@@ -50,7 +48,7 @@ class LatentBackend:
         self.planned: list[AttentionStep] = []
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        return None if shape.kind == "latent" else f"layers of kind {shape.kind!r} are not supported"
+        return None if shape.kind == "toy" else f"layers of kind {shape.kind!r} are not supported"
 
     def kv_shape(
         self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
@@ -66,7 +64,7 @@ class LatentBackend:
     ) -> Tensor:
         q, latent = inputs
         (cache,) = kv_cache
-        return latent_attention(q, latent, cache, meta, shape)
+        return toy_attention(q, latent, cache, meta, shape)
 
 
 class LatentAttention(nn.Module):
@@ -84,7 +82,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         q, latent = self.q_proj(hidden, batch), self.kv_proj(hidden, batch)
-        if self.kind == "latent":
+        if self.kind == "toy":
             out = self.attn(q, latent, batch=batch)
         else:
             value, _ = latent.split([VALUE, LATENT - VALUE], dim=-1)
@@ -95,8 +93,8 @@ class LatentAttention(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _latent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.REGISTRY, "latent", f"{__name__}:LatentBackend")
-    monkeypatch.setitem(base.PREFERENCE, "cpu", [*base.PREFERENCE["cpu"], "latent"])
+    monkeypatch.setitem(base.REGISTRY, "toy", f"{__name__}:LatentBackend")
+    monkeypatch.setitem(base.PREFERENCE, "cpu", [*base.PREFERENCE["cpu"], "toy"])
 
 
 def model_of(kind: str) -> LoadedModel:
@@ -110,10 +108,10 @@ def model_of(kind: str) -> LoadedModel:
 
 
 def test_each_layer_has_the_backend_of_its_kind() -> None:
-    runner = Runner(model_of("latent"))
+    runner = Runner(model_of("toy"))
     usual, latents = runner.groups
     assert (usual.layers, latents.layers) == ((0, 2), (1, 3))
-    assert usual.backend.name != latents.backend.name == "latent"
+    assert usual.backend.name != latents.backend.name == "toy"
     layers = runner.model.attention_layers()
     assert [len(layer.kv_cache) for layer in layers] == [2, 1, 2, 1]
     assert latents.spec.bytes_per_block == 2 * runner.block_size * LATENT * 4
@@ -129,13 +127,13 @@ def test_each_layer_has_the_backend_of_its_kind() -> None:
 def test_a_cache_of_one_tensor(is_captured: bool) -> None:
     token_ids = random_tokens(50)
     expected = logits_of(model_of("kv"), token_ids)
-    runner = Runner(model_of("latent"), captured=is_captured)
+    runner = Runner(model_of("toy"), captured=is_captured)
     parts = [runner.step([Chunk(0, token_ids[start : start + 17])]) for start in range(0, 50, 17)]
     torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=2e-5)
 
 
 def test_groups_cache_in_types_of_their_own() -> None:
-    layers = model_of("latent").model.attention_layers()
+    layers = model_of("toy").model.attention_layers()
     layers[3].kv_dtype = torch.bfloat16
     groups = form_groups(layers, block_size=None)
     assert [(group.layers, group.spec.dtype) for group in groups] == [

@@ -18,6 +18,7 @@ from executor.base import ModelError
 from executor.gguf import hf_config_from_gguf
 from executor.layers.moe import MoE
 from tests import tiny
+from tests.family import YARN
 from tests.models.harness import assert_close, assert_independent_of_batch, load, logits_of, random_tokens
 from tests.models.test_gguf import reference_logits
 
@@ -30,6 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"attention_bias": False, "clip_qkv": None},
     "qwen3_moe": {"attention_bias": False, "mlp_only_layers": [], "use_sliding_window": False},
 }
+
+
+GROUPS: dict[str, Any] = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 
 
 def in_memory(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -60,6 +64,23 @@ def test_families(kind: str) -> None:
     token_ids = random_tokens(60)
     expected = reference_logits(folder, in_memory(kind, file.weights), token_ids)
     assert_close(logits_of(load(file.path), token_ids), expected)
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}),
+        ("deepseek_v2", {**GROUPS, "q_lora_rank": 24, "rope_parameters": {"rope_theta": 3000.0}}),
+        ("deepseek_v3", {"attention_bias": False}),
+    ],
+)
+def test_latents(kind: str, fields: dict[str, Any], is_older: bool) -> None:
+    """Newer files have the matrices that follow latents apart, by head, those of keys transposed."""
+    folder = tiny.checkpoint(kind, **fields, rms_norm_eps=1e-6)  # as llama.cpp knows that of latents
+    file = tiny.gguf_file(folder, GGMLQuantizationType.F32, is_fused=is_older)
+    token_ids = random_tokens(60)
+    assert_close(logits_of(load(file.path), token_ids), logits_of(load(folder), token_ids))
 
 
 @pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q8_0"])

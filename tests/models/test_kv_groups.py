@@ -6,6 +6,7 @@ import functools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
+from executor.attention.recurrent import RecurrentStates
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
 from executor.layers.attention import form_groups
@@ -48,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": WINDOW,
     },
+    "qwen3_5": {},  # states, one per block
 }
 BACKENDS = ["cpu", "reference"]
 
@@ -58,7 +61,8 @@ def runner(kind: str, backend: str, dtype: str) -> ModelRunner:
     folder = tiny.checkpoint(kind, **MODELS[kind])
     config = msgspec.convert({"model": str(folder), "dtype": own, "kv_cache_dtype": cache or "auto"}, ModelConfig)
     loaded = load_model(config, ParallelState(), CPU, backend, lambda stage, done, total: None)
-    groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
+    with patch.object(RecurrentStates, "block_size", BLOCK_SIZE):  # several in a short sequence
+        groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     return ModelRunner(loaded, CpuDevice(), groups, step_size=STEP_SIZE, enforce_eager=False)
 
 

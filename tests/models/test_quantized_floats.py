@@ -89,6 +89,13 @@ def test_fp8_on_two_ranks(tmp_path: Path) -> None:
     assert_close(first, logits_of(load(plain), tokens))
 
 
+def test_blocks_of_deepseek(tmp_path: Path) -> None:
+    """Experts keep their codes; what latent attention takes apart is dequantised."""
+    exceptions = [f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa" for layer in range(2)]
+    config = fp8(weight_block_size=[32, 32], ignored_layers=exceptions)
+    check(*written(tmp_path, fp8_module, config, family="deepseek_v3"))
+
+
 def test_modules_that_are_not_quantised(tmp_path: Path) -> None:
     def skips(name: str) -> bool:
         return "layers.1.self_attn.k_proj" in name or "layers.0.mlp" in name

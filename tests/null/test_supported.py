@@ -15,11 +15,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"]}
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"architectures": ["Qwen3_5ForCausalLM"]}, "its Gated DeltaNet layers keep a recurrent state"),
-        (
-            {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {"model_type": "qwen3_5_text"}},
-            "its Gated DeltaNet layers keep a recurrent state",
-        ),
+        ({"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}, "it keeps a recurrent state"),
         (
             {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
             "Mamba layers or experts are not supported yet",

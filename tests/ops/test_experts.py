@@ -22,7 +22,9 @@ def routed_by_hand(logits: Tensor, routing: Routing, bias: Tensor | None = None)
         choice = (scores if bias is None else scores + bias).tolist()
         size = len(choice) // routing.num_groups
         groups = [choice[i : i + size] for i in range(0, len(choice), size)]
-        best = sorted(range(len(groups)), key=lambda i: -sum(sorted(groups[i])[-2:]))[: routing.top_groups]
+        best = sorted(range(len(groups)), key=lambda i: -sum(sorted(groups[i])[-routing.group_best :]))[
+            : routing.top_groups
+        ]
         among = [i for i in range(len(choice)) if i // size in best]
         chosen = sorted(among, key=lambda i: -choice[i])[: routing.top_k]  # sorted is stable: lower ids come first
         weights = scores[chosen]
@@ -39,6 +41,7 @@ ROUTINGS = [
     pytest.param(Routing(3, "sigmoid", normalize=True, factor=2.5), True, id="corrected sigmoids"),
     pytest.param(Routing(2, "sigmoid", normalize=True, num_groups=4, top_groups=2), True, id="groups"),
     pytest.param(Routing(2, num_groups=4, top_groups=1, factor=1.5), False, id="groups of softmax"),
+    pytest.param(Routing(2, num_groups=4, top_groups=2, group_best=1), False, id="groups by their best"),
     pytest.param(Routing(8, normalize=True), False, id="all"),
 ]
 

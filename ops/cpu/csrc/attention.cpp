@@ -12,6 +12,7 @@
 #include "kv_cache.h"
 #include "kv_codes.h"
 #include "kv_int8.h"
+#include "latent_cache.h"
 #include "vec_math.h"
 
 namespace octavo {
@@ -20,6 +21,26 @@ namespace {
 
 // With fewer tiles per thread than this, threads share the context of a tile.
 constexpr int kTilesPerThread = 4;
+
+// What depends on the kind of cache.
+template <class Cache>
+struct Kind {
+    using Op = OctavoAttention;
+    static constexpr bool kIsLatent = false;
+    static constexpr int kTileRows = kRows<typename Cache::T>;
+    static constexpr int kMostColumns = kMaxHeadDim;
+};
+
+template <class T>
+struct Kind<LatentCache<T>> {
+    using Op = OctavoLatentAttention;
+    static constexpr bool kIsLatent = true;
+    static constexpr int kTileRows = blocks_of(kLatentRows, kRows<T>) * kRows<T>;
+    static constexpr int kMostColumns = kMaxLatentDim;
+};
+
+const OctavoAttention& common(const OctavoAttention& op) { return op; }
+const OctavoAttention& common(const OctavoLatentAttention& op) { return op.attention; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing K and V
@@ -47,6 +68,11 @@ void write_head(const OctavoAttention& op, const Cache& cache, const OctavoStep&
     cache.write(slot / cache.block_size, head, place, k, op.head_dim, v, op.v_head_dim);
 }
 
+template <class T>
+void write_head(const OctavoAttention&, const LatentCache<T>& cache, const OctavoStep& step, int token, int) {
+    cache.write(step, token);
+}
+
 // Threads take whole runs, so that a block is cleared and filled by the same thread.
 template <class Cache>
 void write_kv(const OctavoAttention& op, const Cache& cache, const OctavoStep& step, const Team& team) {
@@ -62,9 +88,8 @@ void write_kv(const OctavoAttention& op, const Cache& cache, const OctavoStep& s
 // Whether only the token's own request and head read what this step writes: each request has one token and none
 // completes a block (only full blocks may be shared). Then the attending thread writes K and V itself, with no barrier
 // in between.
-template <class T>
-bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens) {
-    if (num_tokens != group.num_reqs || op.num_heads / op.num_kv_heads > kRows<T>) return false;
+bool writes_alone(const OctavoAttention& op, const OctavoGroup& group, int num_tokens, int rows_per_tile) {
+    if (num_tokens != group.num_reqs || op.num_heads / op.num_kv_heads > rows_per_tile) return false;
     for (int i = 0; i < num_tokens; ++i)
         if (group.query_start_loc[i] != i || (group.slot_mapping[i] + 1) % group.block_size == 0) return false;
     return true;
@@ -207,6 +232,8 @@ class Attention {
 public:
     using T = typename Cache::T;
     using Stored = typename Cache::Stored;
+    static constexpr bool kIsLatent = Kind<Cache>::kIsLatent;
+    static constexpr int kTileRows = Kind<Cache>::kTileRows;
 
     Attention(const OctavoAttention& op, const OctavoStep& step, Cache& cache, Scratch& scratch)
         : op_(op),
@@ -215,24 +242,28 @@ public:
           cache_(cache),
           group_size_(op.num_heads / op.num_kv_heads),
           key_blocks_(cache.head_dim / kBlock),
-          value_blocks_(cache.v_head_dim / kColumns),
-          queries_(kRows<T>, key_blocks_, scratch),
-          scores_(scratch.take<float>(kRows<T> * kSplit)),
-          weights_(kRows<T>, kSplitUnits, scratch),
-          sums_(scratch.take<float>(kRows<T> * kColumns)) {}
+          value_blocks_(kIsLatent ? 0 : cache.v_head_dim / kColumns),
+          queries_(kTileRows, key_blocks_, scratch),
+          scores_(scratch.take<float>(kTileRows * kSplit)),
+          weights_(kTileRows, kSplitUnits, scratch),
+          sums_(scratch.take<float>(kTileRows * kColumns)) {}
 
     // Copies the tile's query heads.
     void stage(const Tile& tile) {
         const Request request(group_, tile.request);
-        float head[kMaxHeadDim];
+        float head[Kind<Cache>::kMostColumns];
         queries_.resize(tile.rows, key_blocks_);
         for (int r = 0; r < tile.rows; ++r) {
             const int row = tile.first_row + r;
             const int token = request.first_token + row / group_size_;
-            const int column = head_of(tile, r) * op_.head_dim;
-            const int position = op_.q_heads.rotary_dim ? step_.positions[token] : 0;
-            prepare_head(static_cast<const T*>(op_.q.data) + token * op_.q.stride + column, op_.head_dim, op_.q_heads,
-                         position, cache_.head_dim, head);
+            if constexpr (kIsLatent) {
+                cache_.stage_query(step_, token, head_of(tile, r), head);
+            } else {
+                const int column = head_of(tile, r) * op_.head_dim;
+                const int position = op_.q_heads.rotary_dim ? step_.positions[token] : 0;
+                prepare_head(static_cast<const T*>(op_.q.data) + token * op_.q.stride + column, op_.head_dim,
+                             op_.q_heads, position, cache_.head_dim, head);
+            }
             queries_.set(r, head, kBlock);
         }
     }
@@ -262,14 +293,16 @@ public:
     // Lists the blocks of a tile's K and V as `attend` reads them: K unit by unit, then V of 32 columns after another.
     void list(const Tile& tile, const Extent& extent, const Stored** blocks) const {
         const int32_t* table = group_.block_table + tile.request * group_.block_table_stride;
-        const Stored** values = blocks + extent.units * key_blocks_;
+        [[maybe_unused]] const Stored** values = blocks + extent.units * key_blocks_;
         for (int i = 0; i < extent.units; ++i) {
             const int token = extent.begin + i * kUnit;
             const int64_t block = table[token / cache_.block_size];
             const Stored* key = cache_.keys_of(block, tile.kv_head, token % cache_.block_size);
-            const Stored* value = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
             for (int j = 0; j < key_blocks_; ++j) *blocks++ = key + j * kBlockElements;
-            for (int j = 0; j < value_blocks_; ++j) values[j * extent.units + i] = value + j * kBlockElements;
+            if constexpr (!kIsLatent) {
+                const Stored* value = cache_.values_of(block, tile.kv_head, token % cache_.block_size);
+                for (int j = 0; j < value_blocks_; ++j) values[j * extent.units + i] = value + j * kBlockElements;
+            }
         }
     }
 
@@ -277,8 +310,10 @@ public:
     void attend(const Tile& tile, const Extent& extent, const Stored* const* blocks, const Partial& result) {
         const Request request(group_, tile.request);
         if constexpr (Cache::kIsInteger) cache_.read_scales(extent.units, blocks);
-        for (int i = 0; i < extent.units; ++i, blocks += key_blocks_)
+        for (int i = 0; i < extent.units; ++i, blocks += key_blocks_) {
             cache_.multiply(queries_, blocks, scores_ + i * tile.rows * kColumns);
+            if constexpr (kIsLatent) cache_.transpose_unit(i, blocks);
+        }
         weights_.resize(tile.rows, extent.units);
         for (int r = 0; r < tile.rows; ++r) {
             const View view = request.view(op_, (tile.first_row + r) / group_size_);
@@ -292,7 +327,10 @@ public:
                     op_.slopes ? op_.slopes[head] : 0.0f, biases, result);
         }
         for (int column = 0; column < cache_.v_head_dim; column += kColumns, blocks += extent.units) {
-            cache_.multiply(weights_, blocks, sums_);
+            if constexpr (kIsLatent)
+                cache_.multiply_values(weights_, column, sums_);
+            else
+                cache_.multiply(weights_, blocks, sums_);
             for (int r = 0; r < tile.rows; ++r)
                 for (int i = 0; i < kColumns; i += kLanes)
                     store(result.out + r * cache_.v_head_dim + column + i, load(sums_ + r * kColumns + i));
@@ -450,8 +488,8 @@ public:
         : kernel_(kernel),
           work_(work),
           upcoming_(blocks_of_split, scratch),
-          sum_(scratch.take<float>(work.partial_floats), kRows<typename Cache::T>),
-          part_(scratch.take<float>(work.partial_floats), kRows<typename Cache::T>) {}
+          sum_(scratch.take<float>(work.partial_floats), kTileRows),
+          part_(scratch.take<float>(work.partial_floats), kTileRows) {}
 
     // Attends to some items. Those that follow them before `end` are prefetched.
     void attend(Range items, int end) {
@@ -465,6 +503,8 @@ public:
     }
 
 private:
+    static constexpr int kTileRows = Kind<Cache>::kTileRows;
+
     void attend_item(int item, int end) {
         tile_ = work_.tile_of(item, tile_);
         const Tile& tile = work_.tiles[tile_];
@@ -478,7 +518,7 @@ private:
         if (work_.writes_alone && is_last) kernel_.write(tile);
         const auto* blocks = upcoming_.take(count);
         if (work_.partials) {
-            kernel_.attend(tile, extent, blocks, work_.partial(item, kRows<typename Cache::T>));
+            kernel_.attend(tile, extent, blocks, work_.partial(item, kTileRows));
             return;
         }
         kernel_.attend(tile, extent, blocks, split == 0 ? sum_ : part_);
@@ -507,19 +547,21 @@ private:
     int listed_tile_ = 0;
 };
 
-template <class Cache, class T = typename Cache::T>
-void attention(const OctavoAttention& op, const OctavoStep& step, const Team& team) {
+template <class Cache>
+void attention(const typename Kind<Cache>::Op& whole, const OctavoStep& step, const Team& team) {
+    constexpr int kTileRows = Kind<Cache>::kTileRows;
+    const OctavoAttention& op = common(whole);
     const OctavoGroup& group = step.groups[op.group];
-    Cache cache(op, group.block_size, team.scratch);
+    Cache cache(whole, group.block_size, team.scratch);
     Work work;
-    work.writes_alone = op.k.data && writes_alone<T>(op, group, step.num_tokens);
+    work.writes_alone = op.k.data && writes_alone(op, group, step.num_tokens, kTileRows);
     const bool writes_first = op.k.data && !work.writes_alone;
     if (writes_first) write_kv(op, cache, step, team);
-    work.num_tiles = count_tiles(op, group, kRows<T>);
+    work.num_tiles = count_tiles(op, group, kTileRows);
     Tile* tiles = team.scratch.take<Tile>(work.num_tiles);
-    work.num_items = list_tiles(op, group, kRows<T>, tiles);
+    work.num_items = list_tiles(op, group, kTileRows, tiles);
     work.tiles = tiles;
-    work.partial_floats = Partial::floats(kRows<T>, cache.v_head_dim);
+    work.partial_floats = Partial::floats(kTileRows, cache.v_head_dim);
     const bool shared = shares_context(work.num_tiles, work.num_items, team.size);
     work.partials = shared ? reinterpret_cast<float*>(team.shared.workspace) : nullptr;
     Attention<Cache> kernel(op, step, cache, team.scratch);
@@ -534,21 +576,20 @@ void attention(const OctavoAttention& op, const OctavoStep& step, const Team& te
     const Range mine = team.share(work.num_tiles);
     for (int i = mine.begin; i < mine.end; ++i) {
         const Tile& tile = tiles[i];
-        const Partial first = work.partial(tile.first_item, kRows<T>);
+        const Partial first = work.partial(tile.first_item, kTileRows);
         for (int s = 1; s < tile.num_splits; ++s)
-            kernel.merge(tile.rows, first, work.partial(tile.first_item + s, kRows<T>));
+            kernel.merge(tile.rows, first, work.partial(tile.first_item + s, kTileRows));
         kernel.finish(tile, first);
     }
 }
 
-template <class T>
-size_t workspace(const OctavoAttention& op, const OctavoGroup& group, int threads) {
-    const int tiles = count_tiles(op, group, kRows<T>);
+size_t workspace(const OctavoAttention& op, const OctavoGroup& group, int threads, int rows_per_tile) {
+    const int tiles = count_tiles(op, group, rows_per_tile);
     int longest = 0;
     for (int i = 0; i < group.num_reqs; ++i) longest = std::max(longest, static_cast<int>(group.seq_lens[i]));
     const int items = tiles * blocks_of(longest, kSplit);  // or fewer
     if (!shares_context(tiles, items, threads)) return 0;
-    return items * Partial::floats(kRows<T>, blocks_of(op.v_head_dim, kBlock) * kBlock) * sizeof(float);
+    return items * Partial::floats(rows_per_tile, blocks_of(op.v_head_dim, kBlock) * kBlock) * sizeof(float);
 }
 
 }  // namespace
@@ -566,8 +607,19 @@ void run_attention(const OctavoAttention& op, const OctavoStep& step, const Team
 }
 
 size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads) {
-    return with_type(op.type,
-                     [&](auto number) { return workspace<decltype(number)>(op, step.groups[op.group], threads); });
+    return with_type(
+        op.type, [&](auto number) { return workspace(op, step.groups[op.group], threads, kRows<decltype(number)>); });
+}
+
+void run_latent_attention(const OctavoLatentAttention& op, const OctavoStep& step, const Team& team) {
+    with_type(op.attention.type, [&](auto number) { attention<LatentCache<decltype(number)>>(op, step, team); });
+}
+
+size_t latent_attention_workspace(const OctavoLatentAttention& op, const OctavoStep& step, int threads) {
+    return with_type(op.attention.type, [&](auto number) {
+        constexpr int kTileRows = Kind<LatentCache<decltype(number)>>::kTileRows;
+        return workspace(op.attention, step.groups[op.attention.group], threads, kTileRows);
+    });
 }
 
 }  // namespace octavo

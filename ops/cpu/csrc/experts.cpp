@@ -73,7 +73,7 @@ void take_groups(const OctavoRoute& op, const RouteScratch& s) {
         s.groups[g] = s.choice[best];
         s.groups_taken[g] = false;
         s.taken[best] = true;
-        const int second = best_of(s.choice, s.taken, first, last);
+        const int second = op.group_best > 1 ? best_of(s.choice, s.taken, first, last) : -1;
         if (second >= 0) s.groups[g] += s.choice[second];
         s.taken[best] = false;
     }

@@ -7,6 +7,7 @@
 namespace octavo {
 
 constexpr int kMaxHeadDim = 512;
+constexpr int kMaxLatentDim = 1024;  // of a latent with its rotated columns
 
 // Rotates pairs of elements in place by the angles of a position, rounding to T wherever torch would.
 template <class T>

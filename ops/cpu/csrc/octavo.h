@@ -27,6 +27,7 @@ enum OctavoActivation : int32_t {
     kSoftcap = 8,     // p tanh(x / p)
     kClip = 9,        // limited to -p .. p
     kSwigluOai = 10,  // of a gate: x sigmoid(p x) times the second half + 1, both limited first
+    kLogistic = 11,
 };
 
 // What a KV cache holds: numbers in the type of the activations, or codes; see ops/reference/kv_codes.py.
@@ -52,7 +53,10 @@ enum OctavoOpCode : int32_t {
     kOpShortConv = 11,
     kOpRoute = 12,
     kOpExperts = 13,
-    kNumOps = 14,
+    kOpHeadsLinear = 14,
+    kOpLatentAttention = 15,
+    kOpGatedDelta = 16,
+    kNumOps = 17,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -263,6 +267,27 @@ struct OctavoAttention {
     int32_t bias_reach;
 };
 
+// Products of the heads of x with weights of their own: out[h] = x[h] W[h]^T. A head of x may have further columns.
+struct OctavoHeadsLinear {
+    OctavoMatrix x;               // heads of `head_dim` columns, which begin with those that are multiplied
+    OctavoMatrix out;             // [tokens, num_heads * rows of a weight]
+    const OctavoWeight* weights;  // [num_heads]: all of one shape
+    int32_t num_heads;
+    int32_t head_dim;
+    int32_t type;
+};
+
+// Attention to rows that are the keys of all heads and, in their first columns, the values: latents, with a few columns
+// after them that are rotated. `attention` has the latent part: q [tokens, num_heads * v_head_dim], k [tokens,
+// v_head_dim], one KV head, and the cache as k_cache.
+struct OctavoLatentAttention {
+    OctavoAttention attention;
+    OctavoMatrix q_rope;  // the columns to rotate are the last of each head of q_rope_dim columns
+    OctavoMatrix k_rope;  // [tokens, rotary_dim]
+    OctavoHeads rope;
+    int32_t q_rope_dim;
+};
+
 // A causal convolution over the last `length` tokens of a request, each column by itself, between two gates:
 // out = gate_out * (sum of weight[i] * y of the i-th of these tokens, the latest last, + bias), y = gate_in * x.
 struct OctavoShortConv {
@@ -275,6 +300,26 @@ struct OctavoShortConv {
     const void* bias;    // [width] or null
     int32_t width;
     int32_t length;
+    int32_t group;  // index into the step's groups
+    int32_t type;
+};
+
+// A convolution, as that of OctavoShortConv but with SiLU instead of gates, and a gated delta rule; see
+// ops/reference/delta.py.
+struct OctavoGatedDelta {
+    OctavoMatrix qkv;
+    OctavoMatrix beta;
+    OctavoMatrix steps;
+    OctavoMatrix out;
+    void* cache;              // float32 [num_blocks, state]
+    const void* conv_weight;  // [conv_length, columns of qkv]
+    const float* decay;       // [num_heads]
+    const float* step_bias;   // [num_heads]
+    int32_t num_heads;
+    int32_t num_key_heads;
+    int32_t key_dim;
+    int32_t value_dim;
+    int32_t conv_length;
     int32_t group;  // index into the step's groups
     int32_t type;
 };
@@ -295,6 +340,7 @@ struct OctavoRoute {
     float jitter;
     int32_t num_groups;
     int32_t top_groups;
+    int32_t group_best;  // experts whose scores are a group's: 1 or 2
     int32_t rows;
 };
 

@@ -16,7 +16,7 @@ namespace octavo {
 
 constexpr int kBlockElements = kColumns * kBlock;
 
-inline int blocks_of(int n, int size) { return (n + size - 1) / size; }
+constexpr int blocks_of(int n, int size) { return (n + size - 1) / size; }
 
 // Where a row of the weight lies.
 struct PackedRow {

@@ -72,6 +72,12 @@ void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
             return run_route(*static_cast<const OctavoRoute*>(node.args), step, team);
         case kOpExperts:
             return run_experts(*static_cast<const OctavoExperts*>(node.args), step, team);
+        case kOpGatedDelta:
+            return run_gated_delta(*static_cast<const OctavoGatedDelta*>(node.args), step, team);
+        case kOpHeadsLinear:
+            return run_heads_linear(*static_cast<const OctavoHeadsLinear*>(node.args), step, team);
+        case kOpLatentAttention:
+            return run_latent_attention(*static_cast<const OctavoLatentAttention*>(node.args), step, team);
         default:
             std::fprintf(stderr, "octavo: unknown op %d\n", node.op);
             std::abort();
@@ -86,6 +92,9 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
             wanted = linear_workspace(*static_cast<const OctavoLinear*>(nodes[i].args), step);
         else if (nodes[i].op == kOpAttention)
             wanted = attention_workspace(*static_cast<const OctavoAttention*>(nodes[i].args), step, threads);
+        else if (nodes[i].op == kOpLatentAttention)
+            wanted =
+                latent_attention_workspace(*static_cast<const OctavoLatentAttention*>(nodes[i].args), step, threads);
         else if (nodes[i].op == kOpExperts)
             wanted = experts_workspace(*static_cast<const OctavoExperts*>(nodes[i].args), step);
         if (wanted > bytes) bytes = wanted;
@@ -180,6 +189,12 @@ int64_t octavo_sizeof(int32_t op) {
             return sizeof(OctavoRoute);
         case kOpExperts:
             return sizeof(OctavoExperts);
+        case kOpGatedDelta:
+            return sizeof(OctavoGatedDelta);
+        case kOpHeadsLinear:
+            return sizeof(OctavoHeadsLinear);
+        case kOpLatentAttention:
+            return sizeof(OctavoLatentAttention);
         case -1:
             return sizeof(OctavoStep);
         case -2:

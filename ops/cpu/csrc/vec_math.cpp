@@ -56,6 +56,8 @@ Vec activate(Vec x, int32_t kind, float parameter) {
             const Vec positive = select(less(x, zero()), zero(), x);
             return positive * positive;
         }
+        case kLogistic:
+            return sigmoid(x);
         case kScale:
             return x * splat(parameter);
         case kSoftcap:

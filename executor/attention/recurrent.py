@@ -1,0 +1,42 @@
+"""The cache of recurrent layers: the state of a sequence, once per block.
+
+A block holds the state after the last of its tokens that were computed. As a group with a window of two tokens, a layer
+needs the block of the token before, so prefix hits, preemption and freeing need nothing of their own: a full block is a
+snapshot. Blocks are long, since states are large.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import ops
+from executor.attention.base import GATED_DELTA, AttentionStep, KVCache
+from ops import AttentionMetadata, AttentionShape
+
+
+class RecurrentStates:
+    """Caches float32 states, one per block."""
+
+    name = "recurrent"
+    block_size = 256
+    block_size_multiple = 1
+    kv_layout = "states"
+
+    def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
+        return None if shape.kind == GATED_DELTA else f"layers of kind {shape.kind!r} are not supported"
+
+    def kv_shape(
+        self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
+    ) -> tuple[tuple[int, ...], ...]:
+        return ((num_blocks, ops.state_size(shape)),)
+
+    def plan(self, step: AttentionStep) -> AttentionMetadata:
+        return step.columns
+
+    def run(
+        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        """``inputs``: those that ``ops.gated_delta`` takes before the cache."""
+        qkv, beta, step, conv_weight, decay, step_bias = inputs
+        (cache,) = kv_cache
+        return ops.gated_delta(qkv, beta, step, conv_weight, decay, step_bias, cache, meta, shape)

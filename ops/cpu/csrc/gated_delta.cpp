@@ -1,0 +1,215 @@
+// The gated delta rule, with the convolution before it; see ops/reference/delta.py.
+//
+// A thread takes heads of q and k with the value heads that share them, and computes all requests for these, in order:
+// a request may begin with a state that another one of the step leaves. Tokens are computed one after the other, a few
+// columns of a state at a time, which stay in the L1 cache meanwhile. So bits do not depend on how a request is divided
+// into steps, or on threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "packed.h"
+#include "vec_math.h"
+
+namespace octavo {
+
+namespace {
+
+// Added to the squares of q and k.
+constexpr float kEps = 1e-6f;
+// Tokens whose q, k and v are computed before states are.
+constexpr int kTokens = 64;
+// Columns of a state that are computed together.
+constexpr int kStrip = 2 * kLanes;
+
+float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+template <class T>
+class GatedDelta {
+public:
+    GatedDelta(const OctavoGatedDelta& op, const OctavoStep& step, Scratch& scratch)
+        : op_(op),
+          group_(step.groups[op.group]),
+          values_each_(op.num_heads / op.num_key_heads),
+          width_(2 * op.num_key_heads * op.key_dim + op.num_heads * op.value_dim),
+          past_(static_cast<int64_t>(op.conv_length - 1) * width_),
+          state_size_(past_ + static_cast<int64_t>(op.num_heads) * op.key_dim * op.value_dim),
+          key_padded_(padded(op.key_dim)),
+          value_padded_(padded(op.value_dim)),
+          q_(scratch.take<float>(kTokens * key_padded_)),
+          k_(scratch.take<float>(kTokens * key_padded_)),
+          v_(scratch.take<float>(static_cast<size_t>(kTokens) * values_each_ * value_padded_)),
+          factors_(scratch.take<float>(kTokens)),
+          rates_(scratch.take<float>(kTokens)) {}
+
+    // All tokens of the step, for a head of q and k.
+    void run(int key_head) {
+        for (int request = 0; request < group_.num_reqs; ++request) {
+            const int begin = group_.query_start_loc[request], end = group_.query_start_loc[request + 1];
+            const int first = group_.seq_lens[request] - (end - begin);
+            float* state = first ? state_of(request, first - 1) : nullptr;
+            for (int token = begin; token < end;) {
+                const int position = first + token - begin;
+                const int left = group_.block_size - position % group_.block_size;
+                const int count = std::min({left, kTokens, end - token});
+                float* target = state_of(request, position);
+                advance(key_head, token, count, state, target);
+                state = target;
+                token += count;
+            }
+        }
+    }
+
+private:
+    static int padded(int n) { return blocks_of(n, kStrip) * kStrip; }
+
+    float* state_of(int request, int position) const {
+        const int64_t block = group_.block_table[request * group_.block_table_stride + position / group_.block_size];
+        return static_cast<float*>(op_.cache) + block * state_size_;
+    }
+    const T* row_of(int64_t token) const { return static_cast<const T*>(op_.qkv.data) + token * op_.qkv.stride; }
+    int value_head(int key_head, int i) const { return key_head * values_each_ + i; }
+    int column_of_value(int head) const { return 2 * op_.num_key_heads * op_.key_dim + head * op_.value_dim; }
+
+    // Some tokens of a request within a block. `before` is the state that precedes them, or null; `after` may be it.
+    void advance(int key_head, int token, int count, const float* before, float* after) {
+        const int key_column = key_head * op_.key_dim, keys = op_.num_key_heads * op_.key_dim;
+        convolve(token, count, before, after, key_column, op_.key_dim, q_, key_padded_);
+        convolve(token, count, before, after, keys + key_column, op_.key_dim, k_, key_padded_);
+        for (int i = 0; i < count; ++i) {
+            normalize(q_ + i * key_padded_, 1.0f / std::sqrt(static_cast<float>(op_.key_dim)));
+            normalize(k_ + i * key_padded_, 1.0f);
+        }
+        for (int i = 0; i < values_each_; ++i) {
+            const int head = value_head(key_head, i);
+            convolve(token, count, before, after, column_of_value(head), op_.value_dim, v_, value_padded_);
+            gates(head, token, count);
+            const int64_t offset = past_ + static_cast<int64_t>(head) * op_.key_dim * op_.value_dim;
+            for (int column = 0; column < op_.value_dim; column += kStrip)
+                recur(head, token, count, column, before ? before + offset : nullptr, after + offset);
+        }
+    }
+
+    // Results of the convolution for some columns, activated and rounded, [count][stride]; keeps the last inputs.
+    void convolve(int token, int count, const float* before, float* after, int column, int size, float* out,
+                  int stride) const {
+        const int length = op_.conv_length;
+        const T* weight = static_cast<const T*>(op_.conv_weight);
+        for (int i = 0; i < size; i += kLanes) {
+            const int at = column + i, some = size - i;
+            for (int t = 0; t < count; ++t) {
+                Vec sum = zero();
+                for (int j = 0; j < length; ++j) {
+                    const int source = t - (length - 1 - j);
+                    Vec x = zero();
+                    if (source >= 0)
+                        x = load_first(row_of(token + source) + at, some);
+                    else if (before)
+                        x = load_first(before + static_cast<int64_t>(length - 1 + source) * width_ + at, some);
+                    sum = fma(load_first(weight + static_cast<int64_t>(j) * width_ + at, some), x, sum);
+                }
+                store_first(out + t * stride + i, round_to<T>(activate(sum, kSilu, 0.0f)), some);
+            }
+            for (int j = 0; j < length - 1; ++j) {  // ascending: `before` may be `after`
+                const int source = count - (length - 1) + j;
+                Vec x = zero();
+                if (source >= 0)
+                    x = load_first(row_of(token + source) + at, some);
+                else if (before)
+                    x = load_first(before + static_cast<int64_t>(length - 1 + source) * width_ + at, some);
+                store_first(after + static_cast<int64_t>(j) * width_ + at, x, some);
+            }
+        }
+    }
+
+    void normalize(float* x, float factor) const {
+        Vec squares = zero();
+        for (int i = 0; i < op_.key_dim; i += kLanes) {
+            const Vec some = load_first(x + i, op_.key_dim - i);
+            squares = fma(some, some, squares);
+        }
+        const Vec scale = splat(1.0f / std::sqrt(sum(squares) + kEps)), more = splat(factor);
+        for (int i = 0; i < op_.key_dim; i += kLanes) {
+            const int some = op_.key_dim - i;
+            store_first(x + i, load_first(x + i, some) * scale * more, some);
+        }
+    }
+
+    void gates(int head, int token, int count) const {
+        const float decay = op_.decay[head], bias = op_.step_bias[head];
+        for (int t = 0; t < count; ++t) {
+            const float step = to_float(static_cast<const T*>(op_.steps.data)[(token + t) * op_.steps.stride + head]);
+            const float beta = to_float(static_cast<const T*>(op_.beta.data)[(token + t) * op_.beta.stride + head]);
+            factors_[t] = std::exp(decay * softplus(step + bias));
+            rates_[t] = 1.0f / (1.0f + std::exp(-beta));
+        }
+    }
+
+    // Some columns of a head's state, for all tokens.
+    void recur(int head, int token, int count, int column, const float* before, float* after) const {
+        const int size = op_.value_dim, keys = op_.key_dim;
+        const int first = size - column, second = first - kLanes;
+        alignas(64) float memory[kMaxKeys * kStrip];
+        for (int i = 0; i < keys; ++i) {
+            const float* row = before ? before + static_cast<int64_t>(i) * size + column : nullptr;
+            store(memory + i * kStrip, row ? load_first(row, first) : zero());
+            store(memory + i * kStrip + kLanes, row && second > 0 ? load_first(row + kLanes, second) : zero());
+        }
+        for (int t = 0; t < count; ++t) {
+            const float* k = k_ + t * key_padded_;
+            const float* q = q_ + t * key_padded_;
+            const float* v = v_ + t * value_padded_ + column;
+            const Vec factor = splat(factors_[t]), rate = splat(rates_[t]);
+            Vec known[2] = {zero(), zero()}, out[2] = {zero(), zero()};
+            for (int i = 0; i < keys; ++i)
+                for (int h = 0; h < 2; ++h)
+                    known[h] = fma(load(memory + i * kStrip + h * kLanes) * factor, splat(k[i]), known[h]);
+            Vec delta[2];
+            delta[0] = (load_first(v, first) - known[0]) * rate;
+            delta[1] = second > 0 ? (load_first(v + kLanes, second) - known[1]) * rate : zero();
+            for (int i = 0; i < keys; ++i)
+                for (int h = 0; h < 2; ++h) {
+                    float* place = memory + i * kStrip + h * kLanes;
+                    const Vec state = fma(splat(k[i]), delta[h], load(place) * factor);
+                    store(place, state);
+                    out[h] = fma(splat(q[i]), state, out[h]);
+                }
+            T* target = static_cast<T*>(op_.out.data) + (token + t) * op_.out.stride + head * size + column;
+            store_first(target, out[0], first);
+            if (second > 0) store_first(target + kLanes, out[1], second);
+        }
+        for (int i = 0; i < keys; ++i) {
+            float* row = after + static_cast<int64_t>(i) * size + column;
+            store_first(row, load(memory + i * kStrip), first);
+            if (second > 0) store_first(row + kLanes, load(memory + i * kStrip + kLanes), second);
+        }
+    }
+
+    static constexpr int kMaxKeys = 256;
+
+    const OctavoGatedDelta& op_;
+    const OctavoGroup& group_;
+    const int values_each_;
+    const int64_t width_;
+    const int64_t past_;
+    const int64_t state_size_;
+    const int key_padded_;
+    const int value_padded_;
+    float* q_;
+    float* k_;
+    float* v_;
+    float* factors_;
+    float* rates_;
+};
+
+}  // namespace
+
+void run_gated_delta(const OctavoGatedDelta& op, const OctavoStep& step, const Team& team) {
+    with_type(op.type, [&](auto number) {
+        GatedDelta<decltype(number)> kernel(op, step, team.scratch);
+        team.each(op.num_key_heads, team.size, [&](int head, int) { kernel.run(head); });
+    });
+}
+
+}  // namespace octavo
