@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -65,7 +66,8 @@ def _run(model: Model, stored: Iterable[StoredTensor], token_ids: Sequence[int])
     model.reserve_positions(count)
     with ThreadPoolExecutor(1, "prefetch") as reader:
         reading = reader.submit(_prefetch, stored)
-        model.forward(InputBatch(ids, positions, attention, torch.empty(0, dtype=torch.int64)))
+        batch = InputBatch(ids, positions, attention, torch.empty(0, dtype=torch.int64))
+        model.forward(replace(batch, token_types=torch.zeros_like(ids)))
         reading.result()
     for layer in layers:
         layer.kv_cache = ()

@@ -187,6 +187,24 @@ def test_dense_layers(tmp_path: Path) -> None:
     assert "3_Dense: takes vectors of 96 numbers, not of 64" in refusal(folder, dense=("3_Dense",))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_types_of_16_bits(dtype: str) -> None:
+    folder, prompts = tiny.checkpoint("bert"), [tokens(6), tokens(90), [5]]
+    params = [ResolvedPoolingParams(pooling_type="MEAN")] * 3
+    exact, rounded = (pooled(runner_of(load(folder, dtype=name)), prompts, params) for name in ("float32", dtype))
+    assert all(one @ other > 0.99 for one, other in zip(exact, rounded, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_encoders(quantization: str) -> None:
+    folder, prompt = tiny.checkpoint("bert"), tokens(60)
+    params = [ResolvedPoolingParams(pooling_type="MEAN")]
+    (exact,) = pooled(runner_of(load(folder)), [prompt], params)
+    loaded = load(folder, quantization=quantization, calibration=tuple(tokens(40, 3)))
+    (rounded,) = pooled(runner_of(loaded), [prompt], params)
+    assert 0.9 < exact @ rounded < 0.999999
+
+
 def test_positions_that_are_not_pooled() -> None:
     loaded = load(tiny.checkpoint("bert"))
     prompt = tokens(30)
