@@ -191,6 +191,10 @@ class Speculation:
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
         proposed = self._proposer.propose(slots, limits, states)
+        if not len(proposed.token_ids):  # the usual case of text that never repeats
+            states.num_drafts[current] = 0
+            self._num_idle[current] += 1
+            return proposed
         counts = np.zeros(len(slots), np.int64)
         mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)
         counts[is_current] = self._lengths.choose(current, mine, states)
