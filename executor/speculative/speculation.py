@@ -105,6 +105,10 @@ def settle(
     return reached, accepted.astype(np.uint8).tobytes()
 
 
+SEARCH_PERIOD = 4
+"""After ``PATIENCE`` such steps of all slots, drafts are proposed each time that this many steps have passed."""
+
+
 class Speculation:
     """The worker's proposer, if any."""
 
@@ -128,6 +132,8 @@ class Speculation:
         )
         self._always_waits = config is not None and not config.is_adaptive
         """Ranks must not differ in which results they know when a step begins."""
+        self._num_fruitless = 0
+        """Steps since drafts of any slot were last worth verifying."""
         self._num_idle = np.zeros(max_num_seqs, np.int64)
         """Steps of a slot since drafts were last worth verifying."""
 
@@ -167,6 +173,14 @@ class Speculation:
         if self._proposer is not None:
             self._proposer.follow(i32(plan.slots), states)
 
+    def _is_search_due(self) -> bool:
+        """Whether drafts are proposed after this step. A search and the choice among its results take the more of a
+        step the less they bring, so they become rare while no drafts are worth their verification."""
+        self._num_fruitless += 1
+        if self._always_waits or self._costs is not None or self._num_fruitless <= PATIENCE:
+            return True
+        return self._num_fruitless % SEARCH_PERIOD == 0
+
     def propose(self, rows: SampleRows, epochs: I64, states: RequestStates) -> Drafts | None:
         """Proposes drafts for the next step of the requests that got tokens, and writes them to the table.
 
@@ -190,7 +204,9 @@ class Speculation:
         self._lengths.learn(current, states)
         if self._costs is not None:
             limits = self._lengths.affordable(slots, limits, self._costs)
-        proposed = self._proposer.propose(slots, limits, states)
+        proposed = Drafts(np.zeros(len(slots), np.int64), np.empty(0, np.int32))
+        if self._is_search_due():
+            proposed = self._proposer.propose(slots, limits, states)
         if not len(proposed.token_ids):  # the usual case of text that never repeats
             states.num_drafts[current] = 0
             self._num_idle[current] += 1
@@ -199,6 +215,7 @@ class Speculation:
         mine = Drafts(proposed.counts[is_current], proposed.token_ids, proposed.kinds)
         counts[is_current] = self._lengths.choose(current, mine, states)
         self._num_idle[current] = np.where(counts[is_current] > 0, 0, self._num_idle[current] + 1)
+        self._num_fruitless = 0 if counts.any() else self._num_fruitless
         # A step that is under way already, since no drafts were expected, has none.
         counts[states.num_known[slots] != states.num_tokens[slots]] = 0
         places, offsets = row_offsets(proposed.counts)
