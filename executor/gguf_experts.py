@@ -40,7 +40,7 @@ def apart(tensor: GGUFTensor) -> Iterator[GGUFTensor]:
 def gguf_name(name: str) -> str | None:
     """The name of an expert's tensor of the model, as ``apart`` gives it; None: it is none."""
     found = _OURS.match(name)
-    return found and f"blk.{found[1]}.ffn_{found[3]}.{found[2]}.{found[4]}"
+    return None if found is None else f"blk.{found[1]}.ffn_{found[3]}.{found[2]}.{found[4]}"
 
 
 def matrices(tensors: Iterable[GGUFTensor]) -> Iterator[tuple[str, GGUFTensor]]:

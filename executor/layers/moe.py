@@ -146,7 +146,9 @@ class MoE(nn.Module):
         if num_experts > MAX_EXPERTS:
             raise ValueError(f"{prefix}: {num_experts} experts are more than {MAX_EXPERTS}")
         self.routing = routing_of(config, num_experts, routing)
-        self.activation = activation or config.choice("hidden_act", GATED_ACTIVATIONS)
+        self.activation: ops.GatedActivation = (
+            config.choice("hidden_act", GATED_ACTIVATIONS) if activation is None else activation
+        )
         self.scales_input = scales_input
         self.communicator = context.communicator
         self.gate = Router(context, self.routing, num_experts, bias=router_bias, is_corrected=is_corrected)

@@ -90,7 +90,7 @@ def test_blocks_stay_as_they_are(type_name: str) -> None:
     loaded, token_ids = load(file.path), random_tokens(40)
     expected = reference_logits(folder, in_memory("qwen3_moe", file.weights), token_ids)
     assert_close(logits_of(loaded, token_ids), expected, max(1e-4, 2e-5 * expected.abs().max().item()))
-    formats = set()
+    formats: set[str] = set()
     for layer in loaded.model.modules():
         if isinstance(layer, MoE):
             for weight in (*layer.weights().gate_up, *layer.weights().down):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.models.quantized import check
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """What the codes of E2M1 stand for."""
-SIZES = {"hidden_size": 96, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 64}
 CONFIG = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
