@@ -41,8 +41,8 @@ class LLMOptions(TypedDict, total=False):
     return_tokens_as_token_ids: bool
     stream_interval: int
     strict: bool
-    runner: Literal["auto", "generate", "pooling", "embed", "embedding", "score"]
-    task: Literal["auto", "generate", "pooling", "embed", "embedding", "score"]
+    runner: Literal["auto", "generate", "pooling", "embed", "embedding", "score", "classify", "reward"]
+    task: Literal["auto", "generate", "pooling", "embed", "embedding", "score", "classify", "reward"]
     convert: Literal["auto", "none", "embed"]
     pooler_config: dict[str, object]
     ssl_keyfile: str | None

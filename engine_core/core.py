@@ -32,6 +32,7 @@ from engine_core.messages import (
     FinishReason,
     FromEngineCore,
     Ping,
+    PoolingSupport,
     ResetPrefixCache,
     SetVocabulary,
     Shutdown,
@@ -165,7 +166,7 @@ class EngineCore:
         """Unused by the loop until a request has a grammar."""
         self._prepared_grammars: GrammarCompiler | None = None
         """The same compiler, available as soon as the vocabulary is known."""
-        self._hidden_size = 0
+        self._hidden_size, self._pooling = 0, PoolingSupport()
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -392,7 +393,7 @@ class EngineCore:
             problem = None
             if not is_checked:
                 problem = request_problem(
-                    message, self._vocab_size, scheduler.max_model_len, self._hidden_size, self._ready[0].pooling
+                    message, self._vocab_size, scheduler.max_model_len, self._hidden_size, self._pooling
                 )
             if problem is None:
                 request = Request(message)
@@ -574,6 +575,7 @@ class EngineCore:
             shape, max_model_len = planned
             self._vocab_size = min(worker.vocab_size for worker in ready)
             self._hidden_size = min(worker.hidden_size for worker in ready)
+            self._pooling = ready[0].pooling
             self._scheduler = Scheduler(
                 self.config.scheduler,
                 self.config.cache,

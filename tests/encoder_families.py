@@ -117,6 +117,6 @@ ENCODERS: Mapping[str, Family] = {
         },
         old_nomic,
     ),
-    "roberta": Family("RobertaConfig", "RobertaModel", ROBERTA, no_rope),
+    "roberta_encoder": Family("RobertaConfig", "RobertaModel", ROBERTA, no_rope),
     "xlm_roberta": Family("XLMRobertaConfig", "XLMRobertaModel", {**ROBERTA, "type_vocab_size": 2}, no_rope),
 }

@@ -76,10 +76,11 @@ SEQUENCE = {
     "modernbert": "ModernBertForSequenceClassification",
     "mpnet": "MPNetForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
-    "roberta": "RobertaForSequenceClassification",
+    "roberta_encoder": "RobertaForSequenceClassification",
     "xlm_roberta": "XLMRobertaForSequenceClassification",
 }
-TOKENS = {name: SEQUENCE[name].replace("Sequence", "Token") for name in ("bert", "modernbert", "roberta", "qwen3")}
+OF_TOKENS = ("bert", "modernbert", "roberta_encoder", "qwen3")
+TOKENS = {name: SEQUENCE[name].replace("Sequence", "Token") for name in OF_TOKENS}
 CLASSIFY = ResolvedPoolingParams(classifies=True)
 
 
