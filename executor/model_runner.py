@@ -304,7 +304,8 @@ class ModelRunner:
         drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.forward.prepare(slots, counts, num_sampled)
         hidden, logits = self.forward.run(batch)
-        logits = logits.float()  # of models that do not generate, they are no logits, and none
+        if logits.dtype != torch.float32:
+            logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
         pooled = self.pooler.pool(hidden, slots, counts, states)
         states.advance(slots, counts, num_sampled)
