@@ -105,8 +105,10 @@ def peer(python: str, name: str, model: str, texts: list[str], cache: str) -> tu
 
 def operations(config: dict[str, Any], tokens: int) -> float:
     """Multiplications and additions of the products of a BERT model, attention apart."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    return 2.0 * tokens * config["num_hidden_layers"] * (4 * hidden * hidden + 2 * hidden * inner)
+    hidden, inner, num_layers = (
+        int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    return 2.0 * tokens * num_layers * (4 * hidden * hidden + 2 * hidden * inner)
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ class EmbeddingReply:
         yield msgspec.json.encode(answer)
 
     def _encode(self, vector: npt.NDArray[np.float32]) -> list[float] | str:
-        return encoded(vector, self._request)
+        return cast("list[float] | str", encoded(vector, self._request))
 
 
 def encoded(vector: npt.NDArray[np.float32], request: EmbeddingRequest) -> Any:

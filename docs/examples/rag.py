@@ -10,6 +10,7 @@ import json
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 PIECE, OVERLAP, KEPT = 600, 100, 3
 """Characters of a piece of a file, those that it shares with the next, and pieces that the model reads."""
@@ -21,15 +22,15 @@ QUESTION = given.get(3, "Which program streams an answer?")
 EMBEDDINGS_URL = given.get(4, URL)
 
 
-def post(url, body):
+def post(url: str, body: dict[str, Any]) -> Any:
     call = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(call) as response:
         return json.load(response)
 
 
-def embed(texts):
+def embed(texts: list[str]) -> list[list[float]]:
     """A vector of length 1 for each text."""
-    vectors = []
+    vectors: list[list[float]] = []
     for begin in range(0, len(texts), 512):
         # A piece that is too long for the model is cut.
         body = {"input": texts[begin : begin + 512], "truncate_prompt_tokens": -1}

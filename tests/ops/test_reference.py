@@ -321,8 +321,9 @@ def test_attention_with_biases_by_distance(causal: bool) -> None:
     distance = torch.arange(19) - torch.arange(19).unsqueeze(1)
     mask = biases[:, 64 + distance]
     mask = mask.masked_fill(distance > 0, float("-inf")) if causal else mask
-    heads = (x.view(19, -1, 8).transpose(0, 1) for x in (q, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
-    expected = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.7)
+    tensors = (q, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))
+    query, keys, values = (x.view(19, -1, 8).transpose(0, 1) for x in tensors)
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.7)
     torch.testing.assert_close(result, expected.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5)
 
 
