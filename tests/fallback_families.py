@@ -56,6 +56,7 @@ FALLBACKS: Mapping[str, Family] = {
         "YoutuConfig",
         "YoutuForCausalLM",
         {
+            "pad_token_id": None,  # transformers sets its embedding to zero, whatever the file says
             "num_key_value_heads": 4,
             "q_lora_rank": 24,
             "kv_lora_rank": 16,
