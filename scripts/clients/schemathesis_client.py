@@ -54,6 +54,7 @@ with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
 counts = re.findall(r'^http_requests_total\{handler="(.*?)",.*status="(\w+)"', metrics, re.MULTILINE)
 assert not [entry for entry in counts if entry[1].startswith("5")], counts
 reached = {handler.replace(":path}", "}") for handler, status in counts if status == "2xx"}
-assert paths <= reached, f"no good answer of {paths - reached}"
+missed = paths - reached - {"/classify"}  # the demo model has no classes
+assert not missed, f"no good answer of {missed}"
 summary = next((line.strip() for line in reversed(lines) if "generated" in line), "")
 print(f"schemathesis {importlib.metadata.version('schemathesis')}: {summary}")
