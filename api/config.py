@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "OCTAVO_CACHE_DIR": Variable(
         "Folder for compiled kernels and converted weights. Default: `octavo` in the cache folder."
     ),
-    "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avx2, portable or reference."),
+    "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avxvnni, avx2, portable or reference."),
     "CXX": Variable("C++ compiler for the kernels. Default: g++, c++ or clang++."),
     "XDG_CACHE_HOME": Variable("Cache folder. Default: `~/.cache`."),
     "XDG_STATE_HOME": Variable("Folder for the history of `octavo chat`. Default: `~/.local/state`."),

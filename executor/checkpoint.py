@@ -48,6 +48,8 @@ class StoredTensor:
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Floating-point dtypes in which weights, scales and biases may be stored."""
+EXPONENTS = torch.float8_e8m0fnu
+"""Powers of 2 in a byte: scales, which may also be stored as these bytes, and are numbers of float32."""
 
 
 def mapped(tensor: StoredTensor, mapper: WeightsMapper, wanted: Collection[str]) -> list[StoredTensor]:
@@ -319,8 +321,8 @@ def check_dtype(stored: torch.dtype, wanted: torch.dtype) -> None:
     Raises:
         ValueError: It cannot; the message continues the tensor's origin.
     """
-    fitting = FLOATS if wanted in FLOATS else (wanted,)
-    if stored not in fitting:
+    fitting = FLOATS if wanted in FLOATS else (wanted, torch.uint8) if wanted == EXPONENTS else (wanted,)
+    if stored not in fitting and (stored, wanted) != (EXPONENTS, torch.float32):
         raise ValueError(f"has type {NAMES[stored]}; supported: {', '.join(NAMES[each] for each in fitting)}")
 
 

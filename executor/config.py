@@ -153,7 +153,8 @@ class ModelConfig(Config, frozen=True):
         str,
         Meta(
             description="Data type of cached K and V. auto: that of the activations. int8: half the memory of 16 bits, "
-            "with a scale per token and head. fp8 (fp8_e4m3), fp8_e5m2: the same without scales, less accurate.",
+            "with a scale per token and head. fp8 (fp8_e4m3), fp8_e5m2: the same without scales, less accurate; "
+            "fp8_e4m3 uses those of the checkpoint if it has any.",
             extra={"group": "Cache"},
         ),
     ] = "auto"

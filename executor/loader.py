@@ -34,6 +34,7 @@ from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import Options, choose_quantization
 from executor.quantization.at_load import QuantizingParameter
+from executor.quantization.fp8 import CACHE_SCALES
 from executor.quantization.packed import describe
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
@@ -274,7 +275,10 @@ def load_weights(
         mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
     if context.head != "lm":
         mapper = mapper.without_logits()
-    mapper = mapper.quantized(context.quantization.renames, [*context.quantization.ignored, *model.ignored])
+    ignored = [*context.quantization.ignored, *model.ignored]
+    if all(layer.scales is None for layer in model.attention_layers()):
+        ignored.append(CACHE_SCALES)
+    mapper = mapper.quantized(context.quantization.renames, ignored)
     checkpoint = model.stored_as(checkpoint)
     stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
     found, doubles = match_names(stored, targets, mapper, tied)
@@ -294,6 +298,8 @@ def load_weights(
         if name not in found and not targets[name].parameter.is_optional:
             raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
     _fill(model, checkpoint, targets, found, context, progress)
+    for layer in model.attention_layers():
+        layer.loaded()
 
 
 def _fill(

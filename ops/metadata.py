@@ -73,6 +73,9 @@ class AttentionShape:
     """Each head has a learned score that takes part in the softmax without a value."""
     has_biases: bool = False
     """Scores have learned biases by distance."""
+    k_scale: float = 1.0
+    """The cache holds K divided by this number, and V by the next: those of checkpoints for 8-bit floats."""
+    v_scale: float = 1.0
     kind: str = "kv"
     """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
     conv_length: int = 0

@@ -12,7 +12,46 @@ from executor.attention.base import LATENT, RECURRENT_KINDS, AttentionBackend, A
 from executor.base import ModelError
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
+from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single
 from ops import AttentionShape
+
+
+class CacheScale(WeightParameter):
+    """A scale for a cache in 8-bit floats, float32 [1]: one for all heads, 1 if the checkpoint has none."""
+
+    is_optional = True
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        if tensor.numel() != 1:
+            raise ValueError(
+                f"has shape {list(tensor.shape)}: scales of a KV cache for each head are not supported; leave out "
+                "--kv-cache-dtype fp8"
+            )
+        super().load(tensor.reshape(1), shard_id)
+        if not 0 < float(self.data) < float("inf"):
+            raise ValueError(f"is {float(self.data)}, no scale; leave out --kv-cache-dtype fp8")
+
+
+class CacheScales(Weights):
+    """The scales of a layer's cache."""
+
+    k_scale: nn.Parameter
+    v_scale: nn.Parameter
+    k: float = 1.0
+    """The scale of K, once the weights are loaded."""
+    v: float = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("k_scale", "v_scale"):
+            scale = CacheScale.empty(single(Part.whole(1)), dtype=torch.float32, device=torch.device("cpu"))
+            scale.data.fill_(1)
+            self.register_parameter(name, scale)
+
+    def pack(self) -> None:
+        self.k, self.v = float(self.k_scale), float(self.v_scale)
+        self.register_parameter("k_scale", None)
+        self.register_parameter("v_scale", None)
 
 
 class Attention(nn.Module):
@@ -27,6 +66,8 @@ class Attention(nn.Module):
     kv_cache: KVCache
     kv_dtype: torch.dtype
     """Dtype of the cache."""
+    scales: CacheScales | None
+    """Of a cache in 8-bit floats, as the checkpoint has them."""
 
     def __init__(self, context: ModelContext, shape: AttentionShape) -> None:
         """Creates the layer.
@@ -54,6 +95,13 @@ class Attention(nn.Module):
         self.kv_dtype = (context.kv_dtype if is_coded else None) or context.dtype
         if shape.kind in RECURRENT_KINDS:
             self.kv_dtype = torch.float32
+        is_used = shape.kind == "kv" and self.kv_dtype == torch.float8_e4m3fn and context.device.type == "cpu"
+        self.scales = CacheScales() if is_used and context.quantization.has_cache_scales else None
+
+    def loaded(self) -> None:
+        """Called once, when the weights are loaded."""
+        if self.scales is not None:
+            self.shape = replace(self.shape, k_scale=self.scales.k, v_scale=self.scales.v)
 
     def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
         """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.
@@ -89,8 +137,8 @@ def form_groups(layers: Sequence[Attention], block_size: int | None) -> tuple[At
     """
     members: dict[tuple[AttentionBackend, AttentionShape, torch.dtype], list[int]] = {}
     for index, layer in enumerate(layers):
-        # Scores may be computed differently: this concerns no cache.
-        shape = replace(layer.shape, scale=1.0, alibi_slopes=None, has_biases=False)
+        # Numbers may be computed differently: this concerns no cache.
+        shape = replace(layer.shape, scale=1.0, k_scale=1.0, v_scale=1.0, alibi_slopes=None, has_biases=False)
         members.setdefault((layer.backend, shape, layer.kv_dtype), []).append(index)
     groups = []
     ordered = sorted(members.items(), key=lambda item: not item[0][1].is_cached)

@@ -114,6 +114,8 @@ class QuantizationConfig(Protocol):
     """Names of tensors in such checkpoints -> those of parameters, as of ``WeightsMapper``."""
     ignored: ClassVar[Sequence[str]] = ()
     """Names, after ``renames``, of tensors that the method does not need."""
+    has_cache_scales: bool = False
+    """Whether the checkpoint has scales for a KV cache in FP8: ``k_scale`` and ``v_scale`` of the attention layers."""
     calibration: Sequence[int] = ()
     """Tokens of a text on which ``executor/calibration.py`` measures the model before its weights are quantised."""
 

@@ -21,8 +21,9 @@ from executor.quantization.compressed_fields import CompressedFields, Scheme
 from executor.quantization.fields import read
 from executor.quantization.fp4 import FP4Names, MXFP4Source, NVFP4Source
 from executor.quantization.fp8 import (
-    CACHE_SCALES,
+    CACHE_RENAMES,
     INPUT_SCALES,
+    OTHER_SCALES,
     FP8Source,
     ScaleParameter,
     log_activations,
@@ -37,7 +38,8 @@ NAMES = FP4Names("weight_packed", "weight_global_scale", divides=True)
 
 
 class CompressedTensors(SourceMethod):
-    ignored = (INPUT_SCALES, CACHE_SCALES)
+    renames = CACHE_RENAMES
+    ignored = (INPUT_SCALES, OTHER_SCALES)
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(CompressedFields, fields)
@@ -47,7 +49,8 @@ class CompressedTensors(SourceMethod):
             if inputs is not None and not inputs.is_int8_per_token:
                 log_activations(f"{inputs.type}{inputs.num_bits} ({inputs.strategy})")
         if self.fields.kv_cache_scheme:
-            log_cache()
+            self.has_cache_scales = self.fields.kv_cache_scheme.get("type") == "float"
+            log_cache(self.has_cache_scales)
 
     def source(self, name: str) -> MakeSource:
         scheme = self.fields.of_module(name)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from executor.layers.parameter import Part, WeightParameter
+from executor.checkpoint import EXPONENTS
+from executor.layers.parameter import Part, ShardId, WeightParameter
 from executor.quantization.base import LinearShape, Options
 from executor.quantization.codes import Floats
 from executor.quantization.fields import MXFP4Fields, read
@@ -40,7 +41,14 @@ class FP4Names:
 
 
 class ExponentParameter(WeightParameter):
-    """Exponents of 2, from -127."""
+    """Exponents of 2 in uint8, from -127, which checkpoints also store as numbers of 8 bits (F8_E8M0)."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return EXPONENTS
+
+    def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        super().load(tensor.view(torch.uint8), shard_id)
 
     def fill_randomly(self, generator: torch.Generator) -> None:
         """Those of small numbers."""
@@ -90,6 +98,6 @@ class NVFP4Source(Source):
         return Floats(halves(codes.data), self.weight_scale.data, "nvfp4", 16, scale.data.flatten(), self.names.divides)
 
 
-def halves(packed: torch.Tensor) -> torch.Tensor:
+def halves(packed: Tensor) -> Tensor:
     """uint8 [rows, 2 * bytes]: the low and the high half of each byte."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)

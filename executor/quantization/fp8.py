@@ -25,15 +25,23 @@ logger = logging.getLogger(__name__)
 
 INPUT_SCALES = r"\.(input_scale|input_zero_point|input_global_scale|input_scale_ub|activation_scale)$"
 """Scales of activations."""
-CACHE_SCALES = r"\.([qkv]|kv|prob)_(scale|zero_point)$|\.[qkv]_proj\.output_(scale|zero_point)$"
-"""Scales of what attention reads."""
+CACHE_RENAMES = (
+    (r"\.([kv])_proj\.(?:output_scale|\1_scale)$", r".attn.\1_scale"),
+    (r"(?<!\.attn)\.([kv])_scale$", r".attn.\1_scale"),
+)
+"""Scales of the KV cache, as several writers name them."""
+CACHE_SCALES = r"\.attn\.[kv]_scale$"
+"""The same after renaming."""
+OTHER_SCALES = r"\.(q|kv|prob)_(scale|zero_point)$|\.[kv]_zero_point$|\.[qkv]_proj\.output_(scale|zero_point)$"
+"""Of what else attention reads."""
 
 
 class FP8(SourceMethod):
     """The method of models quantised by transformers, AutoFP8, DeepSeek or FBGEMM."""
 
-    renames = ((r"\.weight_scale_inv$", ".weight_scale"),)
-    ignored = (INPUT_SCALES, CACHE_SCALES)
+    renames = ((r"\.weight_scale_inv$", ".weight_scale"), *CACHE_RENAMES)
+    ignored = (INPUT_SCALES, OTHER_SCALES)
+    has_cache_scales = True
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(FP8Fields, fields)
@@ -52,8 +60,12 @@ def log_activations(kind: str) -> None:
     logger.info("activations are not rounded to %s, as the checkpoint asks: they stay in floating point", kind)
 
 
-def log_cache() -> None:
-    logger.info("the checkpoint's scales for a KV cache in 8 bits are not used; --kv-cache-dtype int8 computes its own")
+def log_cache(is_float: bool = True) -> None:
+    """Says what becomes of the checkpoint's scales for a KV cache in 8 bits."""
+    if is_float:
+        logger.info("the checkpoint has scales for a KV cache in FP8; --kv-cache-dtype fp8 uses them on CPUs")
+    else:
+        logger.info("the checkpoint's scales for a KV cache in int8 are not used; --kv-cache-dtype int8 has its own")
 
 
 class ScaleParameter(WeightParameter):
@@ -70,6 +82,7 @@ class ScaleParameter(WeightParameter):
         return parameter
 
     def load(self, tensor: Tensor, shard_id: ShardId = None) -> None:
+        tensor = tensor.float()
         rows, groups = (part.full for part in self.parts[shard_id])
         if tensor.numel() == 1:
             tensor = tensor.reshape(1, 1).expand(rows, groups)

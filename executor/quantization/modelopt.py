@@ -9,7 +9,7 @@ from typing import Any
 from executor.quantization.base import Options
 from executor.quantization.fields import read
 from executor.quantization.fp4 import FP4Names, NVFP4Source
-from executor.quantization.fp8 import CACHE_SCALES, INPUT_SCALES, FP8Source, log_activations, log_cache
+from executor.quantization.fp8 import CACHE_RENAMES, INPUT_SCALES, OTHER_SCALES, FP8Source, log_activations, log_cache
 from executor.quantization.groups import MakeSource, PlainSource, SourceMethod
 from executor.quantization.modelopt_fields import ModelOptFields
 
@@ -17,7 +17,9 @@ NAMES = FP4Names("weight", "weight_scale_2", divides=False)
 
 
 class ModelOpt(SourceMethod):
-    ignored = (INPUT_SCALES, CACHE_SCALES)
+    renames = CACHE_RENAMES
+    ignored = (INPUT_SCALES, OTHER_SCALES)
+    has_cache_scales = True
 
     def __init__(self, fields: Mapping[str, Any], options: Options) -> None:
         self.fields = read(ModelOptFields, fields)

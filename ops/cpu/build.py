@@ -65,6 +65,7 @@ def _capability(name: str, flags: str, needs: str) -> Capability:
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 _AVX512BF16 = f"{_AVX512} -mavx512bf16 -mavx512vnni"  # every CPU that has the one has the other
+_AVXVNNI = f"{_AVX2} -mavxvnni"
 _NEEDS_AVX2 = "avx2 fma f16c"
 _NEEDS_AVX512 = f"{_NEEDS_AVX2} avx512f avx512bw avx512vl avx512dq"
 _NEEDS_AVX512BF16 = f"{_NEEDS_AVX512} avx512_bf16 avx512_vnni"
@@ -75,6 +76,7 @@ CAPABILITIES = {
         _capability("amx", f"{_AVX512BF16} -DOCTAVO_AMX", f"{_NEEDS_AVX512BF16} amx_tile amx_bf16 amx_int8"),
         _capability("avx512bf16", _AVX512BF16, _NEEDS_AVX512BF16),
         _capability("avx512", _AVX512, _NEEDS_AVX512),
+        _capability("avxvnni", _AVXVNNI, f"{_NEEDS_AVX2} avx_vnni"),
         _capability("avx2", _AVX2, _NEEDS_AVX2),
         _capability("portable", "", ""),
     )
@@ -83,6 +85,9 @@ CAPABILITIES = {
 
 AMX_EMULATION = _capability("amx_emulation", f"{_AVX512BF16} -DOCTAVO_AMX -DOCTAVO_AMX_EMULATION", _NEEDS_AVX512BF16)
 """The AMX path with its instructions emulated in plain C++, for tests."""
+VNNI_EMULATION = _capability("vnni_emulation", f"{_AVX2} -DOCTAVO_VNNI_EMULATION -O0", _NEEDS_AVX2)
+"""The AVX-VNNI path with its instruction emulated, likewise; compiled quickly."""
+ALL = {**CAPABILITIES, AMX_EMULATION.name: AMX_EMULATION, VNNI_EMULATION.name: VNNI_EMULATION}
 
 
 @cache

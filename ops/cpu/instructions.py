@@ -255,6 +255,8 @@ def paged_attention(
         "biases": None if biases is None else biases.data_ptr(),
         "bias_reach": 0 if biases is None else biases.shape[1] // 2,
         "scale": shape.scale,
+        "k_scale": shape.k_scale,
+        "v_scale": shape.v_scale,
         "softcap": shape.logit_softcap or 0.0,
         "num_heads": shape.num_heads,
         "num_kv_heads": shape.num_kv_heads,
@@ -357,6 +359,8 @@ def latent_attention(
     fields = {
         "k_cache": cache.data_ptr(),
         "scale": shape.scale,
+        "k_scale": 1.0,
+        "v_scale": 1.0,
         "softcap": shape.logit_softcap or 0.0,
         "num_heads": shape.num_heads,
         "num_kv_heads": 1,

@@ -253,6 +253,8 @@ class AttentionArgs(ctypes.Structure):
         ("sinks", c_void_p),
         ("biases", c_void_p),
         ("scale", c_float),
+        ("k_scale", c_float),
+        ("v_scale", c_float),
         ("softcap", c_float),
         ("num_heads", c_int32),
         ("num_kv_heads", c_int32),
@@ -456,12 +458,12 @@ def load(capability: str) -> Library:
     Raises:
         build.BuildError: It cannot be compiled or does not run here.
     """
-    known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
-    if capability not in known:
-        raise build.BuildError(f"unknown capability {capability!r}; choose from {', '.join(known)}, {build.REFERENCE}")
-    if not build.runs_here(known[capability]):
+    if capability not in build.ALL:
+        known = ", ".join(build.ALL)
+        raise build.BuildError(f"unknown capability {capability!r}; choose from {known}, {build.REFERENCE}")
+    if not build.runs_here(build.ALL[capability]):
         raise build.BuildError(f"this CPU does not support {capability}")
-    return Library(known[capability])
+    return Library(build.ALL[capability])
 
 
 @cache

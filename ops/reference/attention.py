@@ -88,8 +88,8 @@ def write_kv(
 
     The first token of a block zeroes the rest of it, so that nothing of an earlier owner remains.
     """
-    for cache, x in zip(kv_cache, (k, v), strict=True):
-        write_cache(x, cache, meta, shape.num_kv_heads)
+    for cache, x, scale in ((kv_cache[0], k, shape.k_scale), (kv_cache[1], v, shape.v_scale)):
+        write_cache(x if scale == 1 else x.float() / scale, cache, meta, shape.num_kv_heads)
 
 
 def write_cache(x: Tensor, cache: Tensor, meta: AttentionMetadata, num_heads: int) -> None:
@@ -130,7 +130,7 @@ def attend(
     scores = grouped @ k.float().permute(1, 2, 0).unsqueeze(1)  # [kv_heads, group, queries, seq_len]
     if key_scales is not None:
         scores = scores * key_scales.T[:, None, None]
-    scores = scores * shape.scale
+    scores = scores * (shape.scale * shape.k_scale)
     if shape.logit_softcap:
         scores = torch.tanh(scores / shape.logit_softcap) * shape.logit_softcap
     distance = torch.arange(seq_len - num_queries, seq_len).unsqueeze(1) - torch.arange(seq_len)
@@ -154,5 +154,5 @@ def attend(
     weights = torch.softmax(scores, dim=-1)[..., :seq_len]
     if value_scales is not None:
         weights = weights * value_scales.T[:, None, None]
-    out = weights @ v.float().permute(1, 0, 2).unsqueeze(1)  # [kv_heads, group, queries, dim]
+    out = weights @ v.float().permute(1, 0, 2).unsqueeze(1) * shape.v_scale  # [kv_heads, group, queries, dim]
     return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)

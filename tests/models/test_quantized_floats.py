@@ -72,6 +72,34 @@ def test_fp8(tmp_path: Path, config: dict[str, Any]) -> None:
     check(*written(tmp_path, fp8_module, config, attention_bias=True))
 
 
+def as_exponents(folder: Path) -> None:
+    """Stores the scales, which are powers of two, in F8_E8M0."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = tensor.view(torch.float8_e8m0fnu)
+        elif name.endswith("weight_scale_inv"):
+            tensors[name] = tensor.to(torch.float8_e8m0fnu)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    def module(weight: Tensor, config: Mapping[str, Any], order: Tensor) -> tuple[Tensors, Tensor]:
+        powers = fp8_scales(weight, "block")[0].log2().ceil().exp2()
+        each = powers.repeat_interleave(128, 0).repeat_interleave(128, 1)[: len(weight), : weight.shape[1]]
+        codes, numbers = in_fp8(weight, each)
+        return {"weight": codes, "weight_scale_inv": powers}, numbers
+
+    for name, config, make in (
+        ("fp8", fp8(weight_block_size=[128, 128]), module),
+        ("mxfp4", FLOATS["mxfp4"], compressed_module),
+    ):
+        (tmp_path / name).mkdir()
+        folder, plain = written(tmp_path / name, make, config)
+        as_exponents(folder)
+        check(folder, plain)
+
+
 def test_blocks_that_end_early(tmp_path: Path) -> None:
     config = fp8(weight_block_size=[128, 128])
     check(*written(tmp_path, fp8_module, config, hidden_size=96, intermediate_size=224))
@@ -166,6 +194,42 @@ def test_compressed_tensors(tmp_path: Path, name: str) -> None:
     check(folder, plain)
 
 
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("k_proj.output_scale", "v_proj.v_scale")], ids=str)
+def test_scales_of_the_kv_cache(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Of numbers that exceed the range of FP8 by far, or are lost in its steps, without the scales."""
+    folder, plain = written(tmp_path, compressed_module, FLOATS["channel"])
+    for path in (folder, plain):
+        tensors = load_file(path / "model.safetensors")
+        for layer, size in enumerate((2.0**-14, 2.0**12)):
+            attention = f"model.layers.{layer}.self_attn"
+            leaf = "weight" if path == plain else "weight_scale"
+            tensors[f"{attention}.v_proj.{leaf}"] *= size
+            if path == folder:
+                scales = dict(zip(names, (torch.tensor([0.5]), torch.tensor(size)), strict=True))
+                tensors |= {f"{attention}.{name}": scale for name, scale in scales.items()}
+        save_file(tensors, path / "model.safetensors")
+    tokens = random_tokens(40)
+    expected = logits_of(load(plain), tokens)
+    assert_close(logits_of(load(folder), tokens), expected)
+    for captured in (False, True):
+        loaded = load(folder, kv_cache_dtype="fp8")
+        found = [(layer.shape.k_scale, layer.shape.v_scale) for layer in loaded.model.attention_layers()]
+        assert found == [(0.5, 2**-14), (0.5, 2**12)]
+        drift = (logits_of(loaded, tokens, captured=captured) - expected).std() / expected.std()
+        assert 1e-4 < drift < 0.1
+    for cache in ("int8", "fp8_e5m2"):  # which have none
+        load(folder, kv_cache_dtype=cache)
+
+
+def test_scales_of_a_kv_cache_that_are_refused(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path, compressed_module, FLOATS["channel"])
+    tensors = load_file(folder / "model.safetensors")
+    for scale, message in ((torch.ones(2), "for each head"), (torch.zeros(1), "is 0.0, no scale")):
+        save_file({**tensors, "model.layers.0.self_attn.k_scale": scale}, folder / "model.safetensors")
+        load(folder)
+        assert message in refusal(folder, kv_cache_dtype="fp8")
+
+
 def test_output_layers(tmp_path: Path) -> None:
     check(*written(tmp_path, compressed_module, {**FLOATS["channel"], "ignore": []}, has_head=True))
 
@@ -238,7 +302,7 @@ def test_fp8_at_load(tmp_path: Path) -> None:
         (compressed("mxfp8-quantized", num_bits=8), "the format 'mxfp8-quantized' is not supported yet; use pack-"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' is not supported yet; use"),
         ({"quant_method": "modelopt"}, "quant_algo"),
-        ({"quant_method": "mxfp4"}, "weights quantised with 'mxfp4' are not supported yet; serve the unquantised"),
+        ({"quant_method": "quip"}, "weights quantised with 'quip' are not supported yet; serve the unquantised"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, config: dict[str, Any], expected: str) -> None:

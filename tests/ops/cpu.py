@@ -35,8 +35,7 @@ def using(op_set: OpSet | str) -> Iterator[OpSet]:
 @contextmanager
 def use(capability: str) -> Iterator[CpuOps]:
     """Uses the kernels of a capability, or skips the test where the machine lacks it."""
-    known = {**build.CAPABILITIES, build.AMX_EMULATION.name: build.AMX_EMULATION}
-    missing = known[capability].needs - build.cpu_flags()
+    missing = build.ALL[capability].needs - build.cpu_flags()
     if missing:
         pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
     chosen = CpuOps(library.load(capability))

@@ -188,7 +188,8 @@ def test_capabilities_need_what_their_flags_use(monkeypatch: pytest.MonkeyPatch)
         ("amx", lambda flag: True),
         ("avx512bf16", lambda flag: "amx" not in flag),
         ("avx512", lambda flag: "amx" not in flag and "bf16" not in flag),
-        ("avx2", lambda flag: "512" not in flag and "amx" not in flag),
+        ("avxvnni", lambda flag: "512" not in flag and "amx" not in flag),
+        ("avx2", lambda flag: "512" not in flag and "amx" not in flag and "vnni" not in flag),
         ("portable", lambda flag: False),
     ]
     everything = frozenset().union(*(capability.needs for capability in build.CAPABILITIES.values()))

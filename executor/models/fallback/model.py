@@ -66,6 +66,7 @@ class TransformersForCausalLM(Model):
         self.tied_modules = self._replace_modules(context, network, trial)
         self.layers = [Attention(context, shape) for shape in trial.shapes]
         for index, layer in enumerate(self.layers):
+            layer.scales = None  # checkpoints have them under other names
             self.add_module(f"attention_{index}", layer)
         for name, child in network.whole.named_children():
             self.add_module(name, child)

@@ -240,6 +240,7 @@ public:
           step_(step),
           group_(step.groups[op.group]),
           cache_(cache),
+          scale_(op.scale * op.k_scale),
           group_size_(op.num_heads / op.num_kv_heads),
           key_blocks_(cache.head_dim / kBlock),
           value_blocks_(kIsLatent ? 0 : cache.v_head_dim / kColumns),
@@ -364,7 +365,7 @@ public:
             T* target = static_cast<T*>(op_.out.data) + token * op_.out.stride + column;
             // A sink has its share of the weights, and no value.
             const Vec own = op_.sinks ? exp(splat(op_.sinks[head_of(tile, r)] - sum.largest[r])) : zero();
-            const Vec scale = splat(1.0f) / (splat(sum.total[r]) + own);
+            const Vec scale = splat(op_.v_scale) / (splat(sum.total[r]) + own);
             const float* out = sum.out + r * cache_.v_head_dim;
             // Adding zero turns minus zero into zero: its sign could depend on invisible tokens.
             for (int i = 0; i < op_.v_head_dim; i += kLanes)
@@ -392,7 +393,7 @@ private:
         const Vec hidden = splat(-kInfinity), lanes = lane_numbers();
         const bool capped = op_.softcap != 0.0f;
         const bool sloped = slope != 0.0f, biased = sloped || biases;
-        const Vec scale = splat(capped || biased ? 1.0f : op_.scale);  // of the scores as stored
+        const Vec scale = splat(capped || biased ? 1.0f : scale_);  // of the scores as stored
         float* scores = scores_ + row * kColumns;
         const int stride = rows * kColumns;
         Vec top = hidden;
@@ -401,11 +402,11 @@ private:
             Vec x = load(place);
             if constexpr (Cache::kIsInteger) x = x * load(cache_.key_scales() + i);
             const bool partly_hidden = i < begin || i + kLanes > end;
-            if (capped) x = tanh(x * splat(op_.scale) / splat(op_.softcap)) * splat(op_.softcap);
-            if (biases) x = fma(x, splat(capped ? 1.0f : op_.scale), load(biases + i));
+            if (capped) x = tanh(x * splat(scale_) / splat(op_.softcap)) * splat(op_.softcap);
+            if (biases) x = fma(x, splat(capped ? 1.0f : scale_), load(biases + i));
             if (sloped) {
                 const Vec distance = splat(static_cast<float>(end - 1 - i)) - lanes;
-                x = fma(distance, splat(-slope), capped ? x : x * splat(op_.scale));
+                x = fma(distance, splat(-slope), capped ? x : x * splat(scale_));
             }
             if (partly_hidden) {
                 const Vec tokens = lanes + splat(static_cast<float>(i));
@@ -444,6 +445,7 @@ private:
     const OctavoStep& step_;
     const OctavoGroup& group_;
     Cache& cache_;
+    const float scale_;  // of the scores, with K as it is stored
     const int group_size_;
     const int key_blocks_;  // of 32 x 32 numbers, in a unit
     const int value_blocks_;

@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(OCTAVO_VNNI_EMULATION)
 #define OCTAVO_DOT_INT8 1  // the CPU multiplies uint8 with int8 and adds four products
 #endif
 
@@ -107,7 +107,14 @@ inline Codes add_pairs(Codes a, Codes b) { return _mm256_add_epi16(a, b); }
 inline Totals widen(Codes pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline Codes magnitudes(Codes a) { return _mm256_abs_epi8(a); }
 inline Codes signed_as(Codes a, Codes other) { return _mm256_sign_epi8(a, other); }
-#if defined(OCTAVO_DOT_INT8)
+#if defined(OCTAVO_VNNI_EMULATION)
+inline Totals dot(Totals sum, Codes a, Codes b) {
+    const __m256i low = _mm256_set1_epi16(255);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+#elif defined(OCTAVO_DOT_INT8)
 inline Totals dot(Totals sum, Codes a, Codes b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 #endif
 

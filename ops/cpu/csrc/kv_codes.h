@@ -97,6 +97,8 @@ public:
           keys_(static_cast<uint8_t*>(op.k_cache)),
           values_(static_cast<uint8_t*>(op.v_cache)),
           format_(op.cache),
+          k_scale_(op.k_scale),
+          v_scale_(op.v_scale),
           numbers_(scratch.take<Number>(std::max(head_dim / kBlock, kSplitUnits) * kBlockElements)) {}
 
     uint8_t* keys_of(int64_t block, int head, int place) const { return unit_of(keys_, head_dim, block, head, place); }
@@ -113,9 +115,9 @@ public:
             std::memset(values, 0, static_cast<size_t>(block_size) * v_head_dim);
         }
         place %= kUnit;
-        encode(k, k_size, codes);
+        encode(k, k_size, k_scale_, codes);
         for (int i = 0; i < k_size; ++i) keys[i / kBlock * kBlockElements + code_offset(place, i % kBlock)] = codes[i];
-        encode(v, v_size, codes);
+        encode(v, v_size, v_scale_, codes);
         for (int i = 0; i < v_size; ++i)
             values[i / kColumns * kBlockElements + code_offset(i % kColumns, place)] = codes[i];
     }
@@ -141,10 +143,11 @@ private:
         return cache + ((block * num_kv_heads + head) * block_size + place / kUnit * kUnit) * dim;
     }
 
-    void encode(const T* x, int size, uint8_t* codes) const {
-        for (int i = 0; i < size; ++i)
-            codes[i] = format_ == kE4M3Cache ? encode_float8<Float8E4M3>(to_float(x[i]))
-                                             : encode_float8<Float8E5M2>(to_float(x[i]));
+    void encode(const T* x, int size, float scale, uint8_t* codes) const {
+        for (int i = 0; i < size; ++i) {
+            const float number = to_float(x[i]) / scale;
+            codes[i] = format_ == kE4M3Cache ? encode_float8<Float8E4M3>(number) : encode_float8<Float8E5M2>(number);
+        }
     }
 
     void decode_codes(const uint8_t* codes, Number* block, Fetch& fetch) const {
@@ -157,6 +160,8 @@ private:
     uint8_t* keys_;
     uint8_t* values_;
     int32_t format_;
+    float k_scale_;
+    float v_scale_;
     Number* numbers_;  // of a unit of K, or of 32 columns of V in each unit of a split
 };
 

@@ -253,6 +253,8 @@ struct OctavoAttention {
     // with room for 32 tokens beyond the longest distance; null: none.
     const float* biases;
     float scale;
+    float k_scale;  // of caches in 8-bit floats, which hold K and V divided by these; of others 1
+    float v_scale;
     float softcap;  // 0: none
     int32_t num_heads;
     int32_t num_kv_heads;
