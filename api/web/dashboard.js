@@ -171,7 +171,13 @@ export class Dashboard {
       this.#tiles[name] = {
         value,
         note,
-        node: element("div", { class: "card tile", "data-tile": name, hidden: name === "acceptance" }, element("h2", {}, label), value, note),
+        node: element(
+          "div",
+          { class: "card tile", "data-tile": name, hidden: name === "acceptance" },
+          element("h2", {}, label),
+          value,
+          note,
+        ),
       };
     }
     this.#root.append(
