@@ -30,6 +30,8 @@ class WorkerLaunch(Config, frozen=True):
     input_address: str
     output_address: str
     log_level: str = "info"
+    descriptors: tuple[str, ...] = ()
+    """Names of the descriptors that come with the message, in order. ``kv``: the memory of the KV cache."""
 
 
 class MultiprocExecutor:
@@ -45,6 +47,8 @@ class MultiprocExecutor:
         self._inputs: list[zmq.Socket[bytes]] = []
         self._output: zmq.Socket[bytes] | None = None
         self._children: list[ChildProcess] = []
+        self._kv_memory: dict[int, int] = {}
+        """By rank: a file in memory for the KV cache. It outlives the worker, who alone writes it."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
 
@@ -61,9 +65,18 @@ class MultiprocExecutor:
                 input_address=input_address,
                 output_address=output_address,
                 log_level=self._log_level,
+                descriptors=tuple(self._descriptors(parallel.rank)),
             )
             payload = msgspec.msgpack.encode(launch)
-            self._children.append(prepared_child(WORKER_MODULE, payload) or ChildProcess(WORKER_MODULE, payload))
+            descriptors = tuple(self._descriptors(parallel.rank).values())
+            child = prepared_child(WORKER_MODULE, payload, descriptors)
+            self._children.append(child or ChildProcess(WORKER_MODULE, payload, descriptors=descriptors))
+
+    def _descriptors(self, rank: int) -> dict[str, int]:
+        """What a rank's worker gets to map, by name."""
+        if rank not in self._kv_memory:
+            self._kv_memory[rank] = os.memfd_create(f"octavo kv {rank}", os.MFD_CLOEXEC)
+        return {"kv": self._kv_memory[rank]}
 
     def _bind(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -127,6 +140,9 @@ class MultiprocExecutor:
             except subprocess.TimeoutExpired:
                 child.kill()
         self._close()
+        for descriptor in self._kv_memory.values():
+            os.close(descriptor)
+        self._kv_memory = {}
 
     def kill(self) -> None:
         if self._output is None:

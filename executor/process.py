@@ -2,7 +2,8 @@
 
 A child runs one of our modules (``child_command``) and gets its start message on a pipe (its standard input). The pipe
 stays open: end of file means that the parent is gone. On Linux the kernel's parent death signal covers a child that
-does not read. Neither fork nor pickle is involved.
+does not read. Descriptors travel with the message, over a socket of their own, so a child that was started ahead gets
+them, too. Neither fork nor pickle is involved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +27,10 @@ _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20
+_SOCKET_OPTION = "octavo_descriptors"
+"""Interpreter option (``-X``) with the number of the socket on which a child gets descriptors."""
+MAX_DESCRIPTORS = 64
+"""Most descriptors that travel with a message."""
 _ROOT = str(Path(__file__).resolve().parent.parent)
 """The folder of the four packages."""
 _BOOTSTRAP = (
@@ -68,6 +74,7 @@ class ChildProcess:
         env: dict[str, str] | None = None,
         *,
         arguments: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> None:
@@ -77,17 +84,27 @@ class ChildProcess:
             payload: The start message. None: ``begin`` sends it, and the child imports what it needs in the meantime.
             env: Additions to the environment.
             arguments: Command line arguments.
+            descriptors: What ``read_descriptors`` returns in the child, besides the start message.
             stdout: Descriptor for standard output. None: inherited.
             stderr: Descriptor for standard error. None: inherited.
         """
-        self._process = subprocess.Popen(
-            child_command(module, *arguments),
-            stdin=subprocess.PIPE,
-            stdout=stdout,
-            stderr=stderr,
-            env=child_environment(env),
-            start_new_session=True,
-        )
+        self._socket, theirs = socket.socketpair()
+        interpreter, *command = child_command(module, *arguments)
+        try:
+            self._process = subprocess.Popen(
+                [interpreter, "-X", f"{_SOCKET_OPTION}={theirs.fileno()}", *command],
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                env=child_environment(env),
+                start_new_session=True,
+                pass_fds=(theirs.fileno(),),
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None
@@ -95,11 +112,14 @@ class ChildProcess:
         with contextlib.suppress(OSError):  # otherwise a long message blocks until the child has finished its imports
             fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
         if payload is not None:
-            self.begin(payload)
+            self.begin(payload, descriptors)
 
-    def begin(self, payload: bytes) -> None:
-        """Sends the start message to a child that was started without one."""
+    def begin(self, payload: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Sends the start message, with descriptors, to a child that was started without one."""
+        assert len(descriptors) <= MAX_DESCRIPTORS
         try:
+            if descriptors:  # first, so that they are there when the message is
+                socket.send_fds(self._socket, [b"\0"], descriptors)
             self._pipe.write(_LENGTH.pack(len(payload)) + payload)
             self._pipe.flush()
         except BrokenPipeError:
@@ -134,6 +154,7 @@ class ChildProcess:
 
     def hang_up(self) -> None:
         """Closes the pipe, which asks the process to end."""
+        self._socket.close()
         with contextlib.suppress(BrokenPipeError):
             self._pipe.close()
 
@@ -153,7 +174,7 @@ def prepare_child(module: str, env: dict[str, str] | None = None, arguments: Seq
     _prepared[module] = ChildProcess(module, None, env, arguments=arguments)
 
 
-def prepared_child(module: str, payload: bytes) -> ChildProcess | None:
+def prepared_child(module: str, payload: bytes, descriptors: Sequence[int] = ()) -> ChildProcess | None:
     """The child that was prepared for a module, with its start message; None if there is none, or it has died."""
     child = _prepared.pop(module, None)
     if child is None:
@@ -161,7 +182,7 @@ def prepared_child(module: str, payload: bytes) -> ChildProcess | None:
     if child.poll() is not None:
         child.wait()
         return None
-    child.begin(payload)
+    child.begin(payload, descriptors)
     return child
 
 
@@ -180,6 +201,20 @@ def read_payload() -> bytes:
     """
     (length,) = _LENGTH.unpack(_read_exactly(_LENGTH.size))
     return _read_exactly(length)
+
+
+def read_descriptors() -> list[int]:
+    """In the child: the descriptors that came with the last message, in order. The caller owns them."""
+    number = sys._xoptions.get(_SOCKET_OPTION)
+    if not isinstance(number, str):
+        return []  # not started by ``ChildProcess``
+    with socket.socket(fileno=os.dup(int(number))) as connection:
+        connection.setblocking(False)
+        try:
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, MAX_DESCRIPTORS)
+        except BlockingIOError:
+            return []
+    return descriptors
 
 
 def _read_exactly(count: int) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -36,7 +37,7 @@ class FakeChild:
 
     last: FakeChild
 
-    def __init__(self, module: str, payload: bytes) -> None:
+    def __init__(self, module: str, payload: bytes, *, descriptors: Sequence[int] = ()) -> None:
         self.launch = msgspec.msgpack.decode(payload, type=WorkerLaunch)
         self.pid = 1234
         self.exit_code: int | None = None
@@ -113,8 +114,8 @@ def test_each_rank_is_told_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
     launches: list[WorkerLaunch] = []
 
     class Child(FakeChild):
-        def __init__(self, module: str, payload: bytes) -> None:
-            super().__init__(module, payload)
+        def __init__(self, module: str, payload: bytes, *, descriptors: Sequence[int] = ()) -> None:
+            super().__init__(module, payload, descriptors=descriptors)
             launches.append(self.launch)
 
     monkeypatch.setattr(multiproc, "ChildProcess", Child)
@@ -183,6 +184,28 @@ def test_a_prepared_child_gets_its_start_message_once() -> None:
     child = process.prepared_child("json.tool", b"")
     assert child is not None and process.prepared_child("json.tool", b"") is None
     child.kill()
+
+
+def test_descriptors_reach_a_child_with_its_start_message(tmp_path: Path) -> None:
+    (tmp_path / "child_that_writes.py").write_text(
+        "import os, sys\n"
+        "from executor.process import read_descriptors, read_payload\n"
+        "assert read_payload() == b'go'\n"
+        "first, second = read_descriptors()\n"
+        "os.write(first, b'one'), os.write(second, b'two')\n"
+        "assert read_descriptors() == []\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path)}
+    files = [os.memfd_create("first"), os.memfd_create("second")]
+    children = [process.ChildProcess("child_that_writes", b"go", environment, descriptors=files)]
+    process.prepare_child("child_that_writes", environment)
+    prepared = process.prepared_child("child_that_writes", b"go", files)
+    assert prepared is not None
+    for child in [*children, prepared]:
+        assert child.wait(30) == 0
+    assert [os.pread(file, 9, 0) for file in files] == [b"oneone", b"twotwo"]
+    for file in files:
+        os.close(file)
 
 
 def test_a_prepared_child_that_is_dead_or_discarded_is_not_used() -> None:
