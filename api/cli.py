@@ -195,6 +195,31 @@ def collect_env(arguments: Sequence[str]) -> int:
     return environment.main(arguments)
 
 
+def plan_parser() -> Parser:
+    """The flags of ``octavo plan``."""
+    from api.commands import plan
+
+    parser = model_parser("octavo plan", plan.DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    return parser
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """``octavo plan``."""
+    from api.commands import plan as command
+    from api.model.files import find_model, with_model
+
+    given = plan_parser().parse(arguments)
+    as_json = given.pop("json")
+
+    def run() -> int:
+        config, _ = resolve(given, os.environ)
+        files = find_model(config)
+        return command.run(with_model(config, files), files.name, as_json=as_json)
+
+    return _reported(run)
+
+
 def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
     from api.commands import completion, talk
@@ -210,6 +235,7 @@ def completion(arguments: Sequence[str]) -> int:
         "bench serve": create_parser(),
         "bench latency": _offline_parser("latency"),
         "bench throughput": _offline_parser("throughput"),
+        "plan": plan_parser(),
         "eval-quant": eval_parser(),
         "imatrix": imatrix_command.create_parser(),
         "quantize": quantize_command.create_parser(),
@@ -305,7 +331,8 @@ def _with_model(
         get_logger().warning("options that have no effect: %s", "; ".join(notes))
     if unused := unused_variables(os.environ):
         get_logger().debug("vLLM environment variables that have no effect: %s", ", ".join(unused))
-    prepare_engine_core(config.engine)
+    if config.num_local_replicas == 1:  # replicas start on cores of their own
+        prepare_engine_core(config.engine)
 
     def find_and_run() -> int:
         # These, and the model's files, take about as long as the imports of a worker, which run in the meantime.
@@ -410,6 +437,7 @@ COMMANDS = {
     "complete": Command("complete [MODEL] [TEXT]", "complete text with a model", complete),
     "run-batch": Command("run-batch -i IN -o OUT [MODEL]", "process an OpenAI batch file, without a server", batch),
     "bench": Command("bench BENCHMARK [flags]", "benchmark a server or a model (serve, latency, throughput)", bench),
+    "plan": Command("plan [MODEL] [flags]", "say what a model takes on this machine, and how fast it is", plan),
     "eval-quant": Command("eval-quant [MODEL] TEXTFILE", "compare formats of a model: loss, memory, speed", evaluate),
     "imatrix": Command("imatrix [MODEL] TEXTFILE", "measure a model on a text, for --quantization int4", imatrix),
     "quantize": Command("quantize [MODEL] -o PATH", "write a quantised model", quantize),

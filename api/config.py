@@ -384,12 +384,49 @@ class ServerConfig(Config, frozen=True):
             extra={"flags": ["-sc"], "group": "Engine"},
         ),
     ] = {}
+    data_parallel_size: Annotated[
+        Positive,
+        Meta(
+            description="Number of engines with the whole model each, behind one API. They share cores and memory; "
+            "limits such as --max-num-seqs and --kv-cache-memory are those of one. Requests go where their prefix is "
+            "cached unless that engine is busy, and move to another if it dies.",
+            extra={"flags": ["-dp"], "group": "Engine"},
+        ),
+    ] = 1
+    data_parallel_size_local: Annotated[
+        Positive | None,
+        Meta(
+            description="How many of them are on this machine. Default: all; with --data-parallel-rank, one.",
+            extra={"group": "Engine"},
+        ),
+    ] = None
+    data_parallel_rank: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="Run one of the --data-parallel-size engines, behind a load balancer of your own.",
+            extra={"group": "Engine"},
+        ),
+    ] = None
+    data_parallel_external_lb: Annotated[
+        bool,
+        Meta(
+            description="Say that there is such a balancer; needs --data-parallel-rank, which implies it.",
+            extra={"group": "Engine"},
+        ),
+    ] = False
     metrics_require_key: Annotated[bool, Meta(description="Require an API key for /metrics and /load as well.")] = False
     engine: EngineConfig = EngineConfig()
 
     @property
     def offers_generation(self) -> bool:
         return self.runner in ("auto", "generate")
+
+    @property
+    def num_local_replicas(self) -> int:
+        """Engines on this machine, in this server or in others."""
+        if self.data_parallel_rank is None:
+            return self.data_parallel_size
+        return self.data_parallel_size_local or 1
 
     @property
     def offers_pooling(self) -> bool:
@@ -487,6 +524,7 @@ def check_config(config: ServerConfig) -> None:
             "AWQ, FP8, bitsandbytes, compressed-tensors, GGUF), or use int8, int4 or fp8 to quantise one at load"
         )
     _check_kv_cache_dtype(engine.executor.model.kv_cache_dtype)
+    _check_replicas(config)
     if config.root_path and (config.root_path[0] != "/" or config.root_path[-1] == "/"):
         raise ConfigError(f"--root-path {config.root_path}: expected a path such as /llm, without a trailing slash")
     if config.ssl_keyfile is None and (config.ssl_certfile or config.ssl_ca_certs or config.ssl_cert_reqs):
@@ -509,6 +547,23 @@ def _check_kv_cache_dtype(name: str) -> None:
         )
     if name not in KV_CACHE_DTYPES:
         raise ConfigError(f"--kv-cache-dtype {name}: unknown data type; choose from {', '.join(KV_CACHE_DTYPES)}")
+
+
+def _check_replicas(config: ServerConfig) -> None:
+    size, local, rank = config.data_parallel_size, config.data_parallel_size_local, config.data_parallel_rank
+    if rank is not None and rank >= size:
+        raise ConfigError(f"--data-parallel-rank {rank}: must be less than --data-parallel-size, which is {size}")
+    if local is not None and local > size:
+        raise ConfigError(f"--data-parallel-size-local {local}: must not exceed --data-parallel-size, which is {size}")
+    if rank is not None:
+        return
+    if config.data_parallel_external_lb:
+        raise ConfigError("--data-parallel-external-lb needs --data-parallel-rank: each server runs one engine")
+    if local not in (None, size):
+        raise ConfigError(
+            f"--data-parallel-size-local {local}: one server runs all engines on its own machine; start a server with "
+            "--data-parallel-rank on each machine instead, behind a load balancer"
+        )
 
 
 def _check_parsers(config: ServerConfig) -> None:

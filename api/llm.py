@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from api.config import ServerConfig, from_environment, make_config
 from api.engine.channel import Delta
-from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
+from api.engine.pool import create_engines
 from api.engine.progress import LoadBar
 from api.engine.request_state import RequestState
 from api.engine.request_stats import RequestStateStats, request_stats
@@ -698,11 +698,9 @@ def _parse_prompt(prompt: Prompt) -> _Input:
 
 
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:
-    metrics = EngineMetrics(files.name)
+    metrics = EngineMetrics(files.name, engine=config.data_parallel_rank or 0)
     bar = LoadBar()
-    client = EngineClient(
-        config.engine, lambda: files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level
-    )
+    client = create_engines(config, lambda: files.tokenizer, metrics, on_progress=bar.update)
     engine.client = client
     try:
         ready: EngineReady = await client.start()

@@ -70,6 +70,10 @@ class LLMOptions(TypedDict, total=False):
     disable_log_stats: bool
     otlp_traces_endpoint: str | None
     speculative_config: dict[str, object]
+    data_parallel_size: int
+    data_parallel_size_local: int | None
+    data_parallel_rank: int | None
+    data_parallel_external_lb: bool
     metrics_require_key: bool
     max_num_seqs: int
     max_num_batched_tokens: int | str | None
@@ -214,10 +218,6 @@ class LLMOptions(TypedDict, total=False):
     dcp_kv_cache_interleave_size: object
     dcp_comm_backend: object
     dcp_q_replicate: object
-    data_parallel_backend: object
-    data_parallel_address: object
-    data_parallel_rpc_port: object
-    data_parallel_supervisor_port: object
     dp_supervisor_probe_interval_s: object
     dp_supervisor_probe_timeout_s: object
     dp_supervisor_probe_failure_threshold: object

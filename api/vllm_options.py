@@ -138,8 +138,7 @@ TABLE = (
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
         "max_parallel_loading_workers ray_workers_use_nsight:bool master_addr master_port "
         "disable_nccl_for_dp_synchronization:bool dp_sync_interval cp_kv_cache_interleave_size=1 "
-        "dcp_kv_cache_interleave_size=1 dcp_comm_backend dcp_q_replicate:bool data_parallel_backend=mp "
-        "data_parallel_address data_parallel_rpc_port data_parallel_supervisor_port "
+        "dcp_kv_cache_interleave_size=1 dcp_comm_backend dcp_q_replicate:bool "
         "dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s dp_supervisor_probe_failure_threshold "
         "enable_shm_tensor_arena:bool",
     ),
@@ -216,11 +215,12 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "multiple engines are not supported yet; start several servers behind a load balancer",
-        "-dp data_parallel_size=1 data_parallel_size_local=1 data_parallel_rank=0 data_parallel_start_rank=0 "
-        "data_parallel_external_lb:bool data_parallel_hybrid_lb:bool "
-        "data_parallel_multi_port_external_lb:bool nnodes=1 node_rank=0 headless:bool enable_elastic_ep:bool "
-        "elastic_ep_max_dp_size enable_fault_tolerance:bool",
+        "one server runs engines of its own machine only; start a server with --data-parallel-rank on each machine, "
+        "behind a load balancer",
+        "data_parallel_start_rank=0 data_parallel_address data_parallel_rpc_port data_parallel_backend=mp "
+        "data_parallel_hybrid_lb:bool data_parallel_multi_port_external_lb:bool data_parallel_supervisor_port "
+        "nnodes=1 node_rank=0 headless:bool enable_elastic_ep:bool elastic_ep_max_dp_size "
+        "enable_fault_tolerance:bool",
     ),
     (
         Verdict.REFUSED,
@@ -307,7 +307,8 @@ before them. False is neutral for a bool; where the verdict is DONE, True is."""
 
 _WORKING = """
     allow_credentials allowed_headers allowed_methods allowed_origins api_key attention_backend block_size
-    chat_template chat_template_content_format convert default_chat_template_kwargs device disable_fastapi_docs
+    chat_template chat_template_content_format convert data_parallel_external_lb data_parallel_rank data_parallel_size
+    data_parallel_size_local default_chat_template_kwargs device disable_fastapi_docs
     disable_log_stats disable_uvicorn_access_log distributed_executor_backend download_dir dtype
     enable_auto_tool_choice enable_chunked_prefill enable_force_include_usage enable_prefix_caching
     enable_request_id_headers enable_tokenizer_info_endpoint enforce_eager exclude_tools_when_tool_choice_none

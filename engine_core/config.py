@@ -139,3 +139,5 @@ class EngineConfig(Config, frozen=True):
         int,
         Meta(ge=0, description="Worker restarts without progress in between after which the server gives up."),
     ] = 5
+    num_replicas: Annotated[Positive, Meta(extra={"internal": True})] = 1
+    """Engines on this machine, which share its cores and memory."""

@@ -699,7 +699,11 @@ class EngineCore:
         self._ready.clear()
         self._kv_ready.clear()
         if self._announced:
-            self.transport.send(WorkersLost(engine_epoch=self.engine_epoch, reason=reason))
+            requests = {} if self._scheduler is None else self._scheduler.requests
+            suspicions = {
+                index: request.suspicion for index, request in requests.items() if request.suspicion is not None
+            }
+            self.transport.send(WorkersLost(engine_epoch=self.engine_epoch, reason=reason, suspicions=suspicions))
         if self._scheduler is not None:
             self._send_outputs()  # nothing is running for now
         self.executor.kill()

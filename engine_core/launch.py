@@ -38,6 +38,8 @@ class EngineCoreLaunch(Config, frozen=True):
     """A directory of mode 0700 for the workers' sockets."""
     engine_epoch: int
     log_level: str = "info"
+    replica: int = 0
+    """Which of the replicas on this machine it is."""
 
     @property
     def record_path(self) -> str:
@@ -71,8 +73,10 @@ def discard_engine_core() -> None:
 
 
 def _early_children(config: EngineConfig) -> list[str]:
-    """Modules of the processes that an engine core certainly needs."""
-    return [WORKER_MODULE] if config.executor.distributed_executor_backend == "mp" else []
+    """Modules of the processes that an engine core certainly needs. A replica's inherit its share of the cores, which
+    it knows only from its start message."""
+    is_early = config.executor.distributed_executor_backend == "mp" and config.num_replicas == 1
+    return [WORKER_MODULE] if is_early else []
 
 
 def engine_identity(engine_epoch: int) -> bytes:

@@ -139,15 +139,20 @@ class _Sizes:
 
 
 def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:
-    """Bytes for the KV cache of a rank. Unless configured, leaves room for steps."""
+    """Bytes for the KV cache of a rank. Unless configured, leaves room for steps.
+
+    Replicas on one CPU share what is free. A GPU belongs to one of them.
+    """
     cache = config.cache
     if cache.kv_cache_memory is not None:
         return cache.kv_cache_memory
+    num_sharers = config.num_replicas if worker.device == "cpu" else 1
     utilization = cache.gpu_memory_utilization or worker.memory_utilization
     if utilization:
         used = worker.total_bytes - worker.free_bytes
-        return int(worker.total_bytes * utilization) - used - _bytes_of_steps(worker, config)
-    return min(worker.default_kv_bytes, worker.free_bytes - _bytes_of_steps(worker, config))
+        return (int(worker.total_bytes * utilization) - used) // num_sharers - _bytes_of_steps(worker, config)
+    free_bytes = worker.free_bytes // num_sharers
+    return min(worker.default_kv_bytes // num_sharers, free_bytes - _bytes_of_steps(worker, config))
 
 
 def _bytes_of_steps(worker: WorkerReady, config: EngineConfig) -> int:

@@ -21,6 +21,7 @@ from executor.messages import (
     LoadProgress,
     LoRARequest,
     Message,
+    ModelSurvey,
     MultiModalFeature,
     PoolingSupport,
     RepetitionDetection,
@@ -51,6 +52,7 @@ __all__ = [
     "LoRARequest",
     "LoadProgress",
     "Message",
+    "ModelSurvey",
     "MultiModalFeature",
     "Ping",
     "PoolingSupport",
@@ -59,6 +61,7 @@ __all__ = [
     "ResetPrefixCache",
     "ResolvedParams",
     "SchedulerStats",
+    "ServingPlan",
     "SetVocabulary",
     "Shutdown",
     "SiblingRequests",
@@ -416,6 +419,8 @@ class WorkersLost(Message, frozen=True):
     """Number of the sending engine core."""
     reason: str
     """For the log."""
+    suspicions: dict[int, Suspicion] = {}
+    """Requests that may be to blame, by index: an engine that takes one over must know."""
 
 
 class WorkersRestarted(Message, frozen=True):
@@ -439,6 +444,27 @@ class EngineDead(Message, frozen=True):
     exit_code: int = 1
     """Exit code of the process; 78: the model or its configuration is at fault."""
 
+
+class ServingPlan(Message, frozen=True):
+    """What a configuration would take and give, found out without loading the model (``engine_core/plan.py``)."""
+
+    surveys: tuple[ModelSurvey, ...]
+    """What each worker of an engine would report."""
+    num_kv_tokens: int = 0
+    """Tokens in the KV cache of an engine; 0: it has none, or the model does not fit."""
+    kv_cache_bytes: int = 0
+    """Memory of that cache."""
+    kv_bytes_per_token: float = 0.0
+    """Memory of a token in it, while the sequence is shorter than windows."""
+    max_model_len: int = 0
+    """Longest sequence served."""
+    problem: str = ""
+    """Why the model does not fit; empty: it does."""
+    change: str = ""
+    """The smallest change of the flags with which it would fit; empty: none was found, or none is needed."""
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 FromEngineCore = (
     EngineReady | LoadProgress | EngineCoreOutputs | UtilityOutput | WorkersLost | WorkersRestarted | EngineDead

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import setproctitle
 import zmq
 
 from engine_core.core import EngineCore, create_executor
+from engine_core.cores import share_of_cores, usable_cores
 from engine_core.flight_record import FlightRecord
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.messages import FromEngineCore, SiblingRequests, ToEngineCore
@@ -76,7 +79,13 @@ def run() -> int:
         launch = msgspec.msgpack.decode(read_payload(), type=EngineCoreLaunch)
     except EOFError:  # prepared, and never needed
         return 0
-    setup_logging("engine_core", launch.log_level)
+    name = "engine_core"
+    num_replicas = launch.config.num_replicas
+    if num_replicas > 1:
+        name = f"engine_core {launch.replica}"
+        setproctitle.setproctitle(f"octavo {name}")
+        os.sched_setaffinity(0, share_of_cores(usable_cores(), launch.replica, num_replicas))
+    setup_logging(name, launch.log_level)
     transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
     executor = create_executor(launch.config, launch.ipc_dir, launch.log_level)
     try:

@@ -221,6 +221,8 @@ class DeviceConfig(Config, frozen=True):
     num_threads: Annotated[
         Positive | None, Meta(description="CPU threads per worker. Default: one per usable core.")
     ] = None
+    first_index: Annotated[int, Meta(extra={"internal": True})] = 0
+    """Index of the first worker's GPU: those before belong to other replicas."""
 
 
 class SimulatedDevice(Config, frozen=True):

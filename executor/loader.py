@@ -108,6 +108,42 @@ def load_model(
     Raises:
         ModelError: The model cannot be loaded; one line that names the file and the problem.
     """
+    model, context, checkpoint = prepare_model(config, parallel, device, attention_backend, communicator)
+    hf_config = context.config
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if memory_bytes is not None and weight_bytes > memory_bytes:
+        raise ModelError(
+            f"{hf_config.source}: the weights take {weight_bytes / 2**30:.4g} GiB as {context.dtype}, and the "
+            f"{device.type} has {memory_bytes / 2**30:.4g} GiB"
+        )
+    if checkpoint is None:
+        fill_with_random_numbers(model)
+    else:
+        load_weights(model, checkpoint, context, progress, is_tied_by_file=is_tied_by_file(config))
+    quantized = describe(model)
+    if quantized is not None:
+        logger.info("quantised weights: %s", quantized)
+    model.loaded()
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
+    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense)
+
+
+def prepare_model(
+    config: ModelConfig,
+    parallel: ParallelState,
+    device: torch.device,
+    attention_backend: str | None,
+    communicator: Communicator | None = None,
+) -> tuple[Model, ModelContext, Checkpoint | None]:
+    """Builds a model with uninitialised weights, and opens its checkpoint. See ``load_model``.
+
+    Returns:
+        The model, the context it was built with, and the checkpoint; None with ``load_format`` dummy.
+
+    Raises:
+        ModelError: The configuration does not describe a model that can be served.
+    """
     hf_config, checkpoint = open_model(config)
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     hf_config = model_class.configure(hf_config)
@@ -124,27 +160,7 @@ def load_model(
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
         head=split_architecture(hf_config.architecture)[1],
     )
-    model = build_model(model_class, context, attention_backend)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if memory_bytes is not None and weight_bytes > memory_bytes:
-        raise ModelError(
-            f"{hf_config.source}: the weights take {weight_bytes / 2**30:.4g} GiB as {context.dtype}, and the "
-            f"{device.type} has {memory_bytes / 2**30:.4g} GiB"
-        )
-    if checkpoint is None:
-        fill_with_random_numbers(model)
-    else:
-        # An override of the file's setting is deliberate.
-        load_weights(
-            model, checkpoint, context, progress, is_tied_by_file="tie_word_embeddings" not in config.hf_overrides
-        )
-    quantized = describe(model)
-    if quantized is not None:
-        logger.info("quantised weights: %s", quantized)
-    model.loaded()
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
-    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense)
+    return build_model(model_class, context, attention_backend), context, checkpoint
 
 
 def _unconnected(parallel: ParallelState) -> Communicator:
@@ -255,6 +271,11 @@ def choose_max_model_len(config: ModelConfig, hf_config: HFConfig) -> int:
 # weights
 
 
+def is_tied_by_file(config: ModelConfig) -> bool:
+    """Whether the model's files say which tensors are tied. An override of that is deliberate."""
+    return "tie_word_embeddings" not in config.hf_overrides
+
+
 def load_weights(
     model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress, *, is_tied_by_file: bool = True
 ) -> None:
@@ -267,6 +288,23 @@ def load_weights(
         progress: Called with the bytes read so far.
         is_tied_by_file: The model's own configuration ties tensors; warn about a tied tensor stored twice with
             different values.
+    """
+    checkpoint, targets, found = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file)
+    _fill(model, checkpoint, targets, found, context, progress)
+    for layer in model.attention_layers():
+        layer.loaded()
+
+
+def match_weights(
+    model: Model, checkpoint: Checkpoint, context: ModelContext, *, is_tied_by_file: bool = True
+) -> tuple[Checkpoint, dict[str, Target], dict[str, StoredTensor]]:
+    """Finds the checkpoint's tensor of every parameter, without reading it. See ``load_weights``.
+
+    Returns:
+        The checkpoint as the model reads it, the places of all tensors, and the tensors, both by name.
+
+    Raises:
+        ModelError: A tensor is missing or not part of the model.
     """
     targets = find_targets(model)
     tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
@@ -297,9 +335,7 @@ def load_weights(
     for name in targets:
         if name not in found and not targets[name].parameter.is_optional:
             raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
-    _fill(model, checkpoint, targets, found, context, progress)
-    for layer in model.attention_layers():
-        layer.loaded()
+    return checkpoint, targets, found
 
 
 def _fill(

@@ -375,6 +375,37 @@ class WorkerReady(Message, frozen=True):
     """What the model does with pooled hidden states."""
 
 
+class ModelSurvey(Message, frozen=True):
+    """What a worker would report and do, found out without loading the model (``executor/plan.py``)."""
+
+    ready: WorkerReady
+    """What it would report once the weights are loaded."""
+    free_bytes: int
+    """Memory that is available before."""
+    weights: dict[str, int]
+    """Bytes of the weights by kind: attention, mlp, experts, tables, others."""
+    read_bytes: int
+    """Bytes of the weights that every step reads: all but experts and a table that is only looked up in."""
+    expert_bytes: int
+    """Bytes of the weights of all experts."""
+    expert_share: float
+    """Share of its layer's experts that a token has."""
+    layer_parameters: int
+    """Numbers that each token is multiplied with."""
+    head_parameters: int
+    """The same for the logits."""
+    multiplies_int8: bool = False
+    """Activations are rounded to 8 bits for these products."""
+    num_threads: int = 0
+    """Threads with which the rates were measured."""
+    capability: str = ""
+    """Kernels in use; empty: none."""
+    bytes_per_s: float = 0.0
+    """Memory bandwidth of all threads; 0: unknown."""
+    operations_per_s: float = 0.0
+    """Multiplications and additions of all threads; 0: unknown."""
+
+
 class KVCacheReady(Message, frozen=True):
     """The KV cache is allocated and programs are captured; the worker accepts plans."""
 

@@ -3,6 +3,7 @@
     python scripts/simulate.py trace.csv --num-requests 5000 --speedup 2 --max-num-seqs 512
     python scripts/simulate.py --rate 20 --shared-fraction 0.8 --prefix-len 512 --json shared.json
     python scripts/simulate.py --steady 1000
+    python scripts/simulate.py trace.csv --data-parallel-size 4 --shared-fraction 0.9 --num-prefixes 256
 
 A trace is a CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens, such as those of Azure's LLM
 inference traces. Without one, requests are made up: Poisson arrivals, lengths of a log-normal distribution. Traces
@@ -14,6 +15,9 @@ The device is ``executor/simulated.py``'s model: it executes steps one after ano
 part of virtual time only with ``--charge-python``. All flags of the engine hold, such as ``--max-num-batched-tokens``,
 ``--no-enable-prefix-caching``, ``--num-gpu-blocks-override`` and ``--simulated-device '{"step_us": 8000}'``.
 
+``--data-parallel-size N`` replays the requests through N engines and the server's router, and compares it with taking
+turns and with giving each request to the engine that has the fewest (``simulated_replicas.py``).
+
 ``--steady N`` measures planning and retiring with exactly N requests that decode, and nothing else.
 """
 
@@ -23,10 +27,11 @@ import argparse
 import csv
 import gc
 import json
+import math
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -197,6 +202,10 @@ class StepCosts:
         }
 
 
+def _ignore(index: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Submitted:
     """A step that the device has been given."""
@@ -218,8 +227,16 @@ class Simulation:
         prompts: PromptMaker,
         *,
         charge_python: bool = False,
+        num_requests: int | None = None,
     ) -> None:
         """Sizes the cache as the engine core would.
+
+        Args:
+            config: Configuration of the engine.
+            workload: The requests that it gets.
+            prompts: Their tokens.
+            charge_python: Add the time that the scheduler takes to virtual time.
+            num_requests: Numbers of requests in use, if ``arrive`` adds more than the workload has.
 
         Raises:
             ValueError: The configuration does not fit the device.
@@ -229,7 +246,11 @@ class Simulation:
         if isinstance(planned, str):
             raise ValueError(planned)
         shape, self.max_model_len = planned
+        self.shape = shape
         self.scheduler = Scheduler(config.scheduler, config.cache, shape, self.max_model_len)
+        self.on_begin: Callable[[int], None] = _ignore
+        self.on_end: Callable[[int], None] = _ignore
+        """Called with the number of a request at its first token, and at its end."""
         self.costs = StepCosts()
         self.num_clipped = 0
         """Number of requests shortened to the model's length."""
@@ -241,9 +262,10 @@ class Simulation:
         self._charge_python = charge_python
         self._prompts = prompts
         self._arrivals = deque(enumerate(sorted(workload, key=lambda request: request.arrival)))
+        self._may_schedule = False
         self._device_free_at = 0.0
         self._in_flight: deque[Submitted] = deque()
-        count = len(workload)
+        count = len(workload) if num_requests is None else num_requests
         self.arrival: F64 = np.zeros(count)
         self.first_token: F64 = np.full(count, np.nan)
         self.finished: F64 = np.full(count, np.nan)
@@ -258,36 +280,44 @@ class Simulation:
         Raises:
             RuntimeError: Requests are left that can make no progress.
         """
-        may_schedule = False
-        while True:
-            if self._receive():
-                may_schedule = True
-            if self._in_flight and self._in_flight[0].done_at <= self.now:
-                self._retire(self._in_flight.popleft())
-                may_schedule = True
-            elif may_schedule and len(self._in_flight) < self._depth:
-                may_schedule = self._plan()
-            elif not self._wait():
-                break
+        self.advance(math.inf)
         if self.scheduler.has_unfinished:
             raise RuntimeError(f"{len(self.scheduler.requests)} requests are stuck")
         self.scheduler.check_integrity()
 
-    def _wait(self) -> bool:
-        """Lets time pass until a step is done or a request arrives. False: neither will happen."""
+    def arrive(self, index: int, request: TraceRequest) -> None:
+        """Adds a request to the workload; it must not arrive before those that were added earlier."""
+        self._arrivals.append((index, request))
+
+    def advance(self, until: float) -> None:
+        """Does all that happens up to a moment in virtual seconds."""
+        while True:
+            if self._receive():
+                self._may_schedule = True
+            if self._in_flight and self._in_flight[0].done_at <= self.now:
+                self._retire(self._in_flight.popleft())
+                self._may_schedule = True
+            elif self._may_schedule and len(self._in_flight) < self._depth:
+                self._may_schedule = self._plan()
+            elif not self._wait(until):
+                break
+
+    def _wait(self, until: float) -> bool:
+        """Lets time pass until a step is done or a request arrives. False: neither will happen by then."""
         moments = [self._in_flight[0].done_at] if self._in_flight else []
         if self._arrivals:
             moments.append(self._arrivals[0][1].arrival)
-        if moments:
-            self.now = max(self.now, min(moments))
-        return bool(moments)
+        if not moments or min(moments) > until:
+            return False
+        self.now = max(self.now, min(moments))
+        return True
 
     def _receive(self) -> bool:
         """Queues the requests that have arrived."""
         has_new = False
         while self._arrivals and self._arrivals[0][1].arrival <= self.now:
             index, request = self._arrivals.popleft()
-            num_prompt_tokens = min(request.num_prompt_tokens, self.max_model_len - 1)
+            num_prompt_tokens = self.prompt_len(request)
             num_output_tokens = min(request.num_output_tokens, self.max_model_len - num_prompt_tokens)
             self.num_clipped += num_prompt_tokens + num_output_tokens < (
                 request.num_prompt_tokens + request.num_output_tokens
@@ -298,6 +328,10 @@ class Simulation:
             self.num_prompt_tokens[index] = num_prompt_tokens
             has_new = True
         return has_new
+
+    def prompt_len(self, request: TraceRequest) -> int:
+        """Tokens of a request's prompt, shortened to the model's length."""
+        return min(request.num_prompt_tokens, self.max_model_len - 1)
 
     def _plan(self) -> bool:
         """Plans a step and gives it to the device. False: there was nothing to plan."""
@@ -342,12 +376,14 @@ class Simulation:
             index = output.index
             if output.first_output_index == 0:
                 self.first_token[index] = now
+                self.on_begin(index)
             else:
                 self._gaps.append(np.array([now - self._last_token[index]]))
             self._last_token[index] = now
             self.num_output_tokens[index] += len(output.new_token_ids)
             if output.finish_reason is not None:
                 self.finished[index] = now
+                self.on_end(index)
 
     def summary(self) -> dict[str, Any]:
         """All figures: rates in tokens per virtual second, distributions in milliseconds or microseconds."""
@@ -540,12 +576,38 @@ def create_parser() -> argparse.ArgumentParser:
     add("--num-prefixes", type=int, default=4, metavar="N", help="number of common prefixes")
     add("--seed", type=int, default=0)
     add("--charge-python", action="store_true", help="charge the scheduler's Python time to virtual time")
+    add("--data-parallel-size", "-dp", type=int, default=1, metavar="N", help="engines behind one router")
+    add(
+        "--routing",
+        choices=("prefix", "round_robin", "least_loaded", "all"),
+        default="all",
+        help="with several engines: who gets a request; all: compare",
+    )
     add("--steady", type=int, metavar="N", help="measure steady decode of N requests instead")
     add("--steps", type=int, default=1000, metavar="N", help="steps to measure with --steady")
     add("--window", type=int, metavar="N", help="with --steady: a sliding window of N tokens; default: none")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add_arguments(parser, EngineConfig)
     return parser
+
+
+def make_workload(arguments: argparse.Namespace) -> list[TraceRequest]:
+    """The requests of the trace, or made-up ones."""
+    if arguments.trace:
+        return read_trace(arguments.trace, arguments.num_requests, arguments.speedup)
+    lengths = {"mean_prompt": arguments.mean_prompt, "mean_output": arguments.mean_output}
+    return synthetic(arguments.num_requests or 1000, arguments.rate, **lengths, seed=arguments.seed)
+
+
+def make_prompts(arguments: argparse.Namespace, vocab_size: int) -> PromptMaker:
+    """The tokens of their prompts."""
+    return PromptMaker(
+        vocab_size=vocab_size,
+        shared_fraction=arguments.shared_fraction,
+        prefix_len=arguments.prefix_len,
+        num_prefixes=arguments.num_prefixes,
+        seed=arguments.seed,
+    )
 
 
 def main() -> int:
@@ -563,19 +625,22 @@ def main() -> int:
         )
         figures = steady.summary()
         print(format_steady(figures))
+    elif arguments.data_parallel_size > 1:
+        from simulated_replicas import compare, format_comparison
+
+        try:
+            figures = compare(
+                config,
+                make_workload(arguments),
+                make_prompts(arguments, device.vocab_size),
+                arguments.data_parallel_size,
+                arguments.routing,
+            )
+        except ValueError as error:
+            parser.error(str(error))
+        print(format_comparison(figures))
     else:
-        if arguments.trace:
-            workload = read_trace(arguments.trace, arguments.num_requests, arguments.speedup)
-        else:
-            lengths = {"mean_prompt": arguments.mean_prompt, "mean_output": arguments.mean_output}
-            workload = synthetic(arguments.num_requests or 1000, arguments.rate, **lengths, seed=arguments.seed)
-        prompts = PromptMaker(
-            vocab_size=device.vocab_size,
-            shared_fraction=arguments.shared_fraction,
-            prefix_len=arguments.prefix_len,
-            num_prefixes=arguments.num_prefixes,
-            seed=arguments.seed,
-        )
+        workload, prompts = make_workload(arguments), make_prompts(arguments, device.vocab_size)
         try:
             simulation = Simulation(config, workload, prompts, charge_python=arguments.charge_python)
         except ValueError as error:

@@ -24,6 +24,7 @@ from api.engine.channel import Channel, PacedChannel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.output import OutputProcessor
+from api.engine.place import no_such_rank
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError
@@ -208,7 +209,10 @@ class FakeEngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        data_parallel_rank: int | None = None,
     ) -> RequestState:
+        if data_parallel_rank:
+            raise no_such_rank(data_parallel_rank, (0,))
         if self.dead is not None:
             raise self.dead
         self._next_index += 1

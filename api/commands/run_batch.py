@@ -25,8 +25,8 @@ from starlette.types import Message
 from tqdm import tqdm
 
 from api.config import ServerConfig
-from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
+from api.engine.pool import create_engines
 from api.engine.progress import LoadBar
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
@@ -182,11 +182,9 @@ class Counts(msgspec.Struct):
 async def _serve_batch(
     config: ServerConfig, files: ModelFiles, lines: IO[bytes], output: IO[bytes], max_concurrency: int
 ) -> Counts:
-    metrics = EngineMetrics(files.name)
+    metrics = EngineMetrics(files.name, engine=config.data_parallel_rank or 0)
     bar = LoadBar()
-    client = EngineClient(
-        config.engine, lambda: files.tokenizer, metrics, on_progress=bar.update, log_level=config.log_level
-    )
+    client = create_engines(config, lambda: files.tokenizer, metrics, on_progress=bar.update)
     try:
         try:
             ready = await client.start()

@@ -16,14 +16,16 @@ import msgspec
 import numpy as np
 import zmq
 
-from api.engine.blame import CULPRIT_ERROR, Culprits, fingerprint
+from api.engine.blame import CULPRIT_ERROR, fingerprint
 from api.engine.calls import Answer, Calls
 from api.engine.channel import Channel, PacedChannel
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import Outbox
 from api.engine.output import OutputProcessor
+from api.engine.place import ALONE, INDEX_BITS, Place, no_such_rank
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant
 from api.engine.request_state import OutputOptions, RequestState
+from api.engine.resubmission import clear_suspicion, resumed_request, runs_alone, trial_order
 from api.engine.supervisor import Supervisor
 from api.engine.vocabulary import VocabularyFrame
 from api.errors import EngineDeadError
@@ -50,7 +52,7 @@ from engine_core.messages import (
     WorkersLost,
     WorkersRestarted,
 )
-from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, RestartBudget, suspect
+from engine_core.restart import MAX_DEATHS, RestartBudget, suspect
 
 logger = get_logger()
 
@@ -103,6 +105,7 @@ class EngineClient:
         bounds_queue: bool = False,
         prepares_grammars: bool = False,
         log_level: str = "info",
+        place: Place = ALONE,
     ) -> None:
         """Creates a client; ``start`` launches the engine.
 
@@ -117,7 +120,9 @@ class EngineClient:
             prepares_grammars: Send the vocabulary as soon as nobody waits for the engine, instead of with the first
                 request that has a grammar, which would delay all others by some tenths of a second.
             log_level: Log level of the child processes.
+            place: Which replica it is.
         """
+        self.rank = place.rank
         self.tokenizer: Tokenizer | None = None
         self.ready: EngineReady | None = None
         """The engine's first ready message."""
@@ -128,29 +133,27 @@ class EngineClient:
         self._metrics = metrics
         self._on_progress = on_progress
         self._on_fatal = on_fatal
-        self._queue = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
-        self._processor = OutputProcessor(metrics, self._queue)
-        self._supervisor = Supervisor(config, self._on_exit, log_level)
-        self._epoch = 0
-        self._serving = self._has_workers = self._closing = self._receives_soon = False
-        self._next_index = 0
+        self._pool = place.pool
+        own = QueueBound(config.scheduler, enabled=bounds_queue, on_refused=metrics.on_refused)
+        self._queue, events, self._culprits = place.shares(own)
+        self._processor = OutputProcessor(metrics, events)
+        self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
+        self._epoch, self._fd = 0, -1
+        self._serving = self._has_workers = self._closing = self._receives_soon = self._was_idle = False
+        self._next_index = place.rank << INDEX_BITS
         self._calls = Calls()
         self._budget = RestartBudget()
-        self._culprits = Culprits()
         self._life = _Life()
         self._last_words: EngineDead | None = None
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngineCore)
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(FromEngineCore)
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._started: asyncio.Future[EngineReady] | None = None
         self._pinger: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._fd = -1
         self._outbox = Outbox(self._send_again)
         self._vocabulary = VocabularyFrame(self._on_vocabulary)
         self._prepares_grammars = prepares_grammars
-        self._was_idle = False
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -257,6 +260,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        data_parallel_rank: int | None = None,
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
 
@@ -264,13 +268,13 @@ class EngineClient:
         part of work that has begun, so it does not count as waiting.
         ``is_extra`` is the result of ``check_queue``, which callers call first: the queue is not checked here.
         A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
+        ``data_parallel_rank`` is the replica that must run it.
 
         Raises:
             EngineDeadError: The engine died and is not restarted.
-            RequestError: This request crashed the engine recently.
+            RequestError: This request crashed the engine recently, or there is no such replica.
         """
-        if self.dead is not None:
-            raise self.dead
+        self._check_submit(data_parallel_rank)
         self._next_index += 1
         message = EngineCoreRequest(
             request_id=request_id,
@@ -288,7 +292,7 @@ class EngineClient:
         self._culprits.check(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
-        self._processor.add(state)
+        self._add(state)
         if not output_token_ids:
             self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
         self._send_new([state], frame)
@@ -309,6 +313,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """Starts completions of one prompt that differ only in id and seed, with one message and no copies.
 
@@ -316,10 +321,9 @@ class EngineClient:
 
         Raises:
             EngineDeadError: The engine died and is not restarted.
-            RequestError: This request crashed the engine recently.
+            RequestError: This request crashed the engine recently, or there is no such replica.
         """
-        if self.dead is not None:
-            raise self.dead
+        self._check_submit(data_parallel_rank)
         first = EngineCoreRequest(
             request_id=request_ids[0],
             index=self._next_index + 1,
@@ -350,10 +354,20 @@ class EngineClient:
         frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._next_index = indices[-1]
         for state in states:
-            self._processor.add(state)
+            self._add(state)
             self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
         self._send_new(states, frame)
         return states
+
+    def _add(self, state: RequestState) -> None:
+        state.engine = self.rank
+        self._processor.add(state)
+
+    def _check_submit(self, data_parallel_rank: int | None) -> None:
+        if data_parallel_rank not in (None, self.rank):
+            raise no_such_rank(data_parallel_rank, (self.rank,))
+        if self.dead is not None:
+            raise self.dead
 
     def _send_new(self, states: list[RequestState], frame: bytes) -> None:
         """Sends new requests of the journal; queues them if the outbox still has requests to send first."""
@@ -440,10 +454,15 @@ class EngineClient:
         if self.dead is not None:
             raise self.dead
         self._queue.num_unfinished = self.num_unfinished
+        self._queue.is_saturated = self.is_saturated
+        return self._queue
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether the engine last reported waiting requests."""
         stats = self._metrics.scheduler_stats
         # Requests whose grammar is being compiled do not delay others.
-        self._queue.is_saturated = stats.num_waiting_reqs > stats.num_deferred_reqs
-        return self._queue
+        return stats.num_waiting_reqs > stats.num_deferred_reqs
 
     def abort(self, states: Iterable[RequestState]) -> None:
         """Aborts requests, large numbers over several iterations of the event loop; finished ones are ignored."""
@@ -453,6 +472,37 @@ class EngineClient:
         if rest:
             assert self._loop is not None
             self._loop.call_soon(self.abort, rest)
+
+    def release(self) -> list[RequestState]:
+        """Gives up the requests that another replica may go on with, in the order in which to resubmit them.
+
+        Requests that run alone, because they are suspected of too many deaths, stay.
+        """
+        states = list(self._processor.states.values())
+        for state in states:
+            clear_suspicion(state)
+        states = [state for state in states if not runs_alone(state)]
+        for state in states:
+            self._processor.release(state)
+        indices = [state.index for state in states]
+        self._outbox.discard(indices)
+        self._abort(indices)
+        return states
+
+    def adopt(self, states: Iterable[RequestState]) -> None:
+        """Goes on with requests of another replica, from their journals."""
+        states = list(states)
+        for state in states:
+            self._add(state)
+        if self._serving:
+            self._outbox.add(states)
+
+    def fail_like(self, known: bytes) -> None:
+        """Ends all requests with that fingerprint, since they crash the engine."""
+        same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
+        for state in same:
+            self._processor.fail(state, CULPRIT_ERROR)
+        self._abort([state.index for state in same])
 
     def fail_all(self, message: str) -> None:
         """Ends all requests with an error, and rejects new ones."""
@@ -545,12 +595,25 @@ class EngineClient:
             self._on_ready(message)
         elif isinstance(message, WorkersLost):
             self._has_workers = False
+            self._on_workers_lost(message)
         elif isinstance(message, WorkersRestarted):
             self._has_workers = True
+            if self._pool is not None:
+                self._pool.recovers(self.rank)
             self._metrics.on_restart("worker", self.num_unfinished)
             logger.warning("workers were restarted: %s; resuming %d requests", message.reason, self.num_unfinished)
         elif isinstance(message, EngineDead):
             self._last_words = message
+
+    def _on_workers_lost(self, message: WorkersLost) -> None:
+        """Lets other replicas go on with the requests, and tells them which may be to blame."""
+        if self._pool is None:
+            return
+        for index, suspicion in message.suspicions.items():
+            state = self._processor.states.get(index)
+            if state is not None:
+                state.suspicion, state.suspected_at = suspicion, len(state.output_token_ids)
+        self._pool.fails(self.rank)
 
     def _on_outputs(self, message: EngineCoreOutputs) -> None:
         stats = message.scheduler_stats
@@ -572,6 +635,8 @@ class EngineClient:
         for state in states:
             clear_suspicion(state)
         self._outbox.add(sorted(states, key=trial_order))
+        if self._pool is not None:
+            self._pool.recovers(self.rank)
         assert self._started is not None
         if not self._started.done():
             self._started.set_result(message)
@@ -614,6 +679,8 @@ class EngineClient:
             )
             return
         logger.error("the engine core exited with code %d; restarting it", code)
+        if self._pool is not None:
+            self._pool.fails(self.rank)
         try:
             self._launch()
         except Exception as error:  # without this, requests would wait forever
@@ -638,13 +705,15 @@ class EngineClient:
         """Ends a request that crashes the engine and all with the same fingerprint; rejects it from now on."""
         logger.error("request %s crashes the engine; rejecting it from now on", culprit.message.request_id)
         known = self._culprits.add(culprit.message)
-        same = [state for state in self._processor.states.values() if fingerprint(state.message) == known]
-        for state in same:
-            self._processor.fail(state, CULPRIT_ERROR)
-        self._abort([state.index for state in same])
+        if self._pool is None:
+            self.fail_like(known)
+        else:
+            self._pool.convict(known)
 
     def _give_up(self, error: EngineDeadError) -> None:
         self.dead = error
+        if self._pool is not None:
+            self._pool.fails(self.rank)
         self._processor.fail_all(str(error))
         assert self._started is not None
         if not self._started.done():
@@ -678,30 +747,3 @@ class EngineClient:
         if watch.waited >= limit and self._config.executor.distributed_executor_backend != "inline":
             return f"has not responded for {watch.waited:.0f} s"
         return None
-
-
-def runs_alone(state: RequestState) -> bool:
-    """Whether the engine core runs a request in isolation, because it is suspected of enough deaths."""
-    return state.suspicion is not None and state.suspicion.num_deaths >= ISOLATE_DEATHS
-
-
-def trial_order(state: RequestState) -> int:
-    """Sort key for resubmission: isolated requests first, by increasing number of deaths, then all others."""
-    return state.suspicion.num_deaths if state.suspicion is not None and runs_alone(state) else MAX_DEATHS
-
-
-def clear_suspicion(state: RequestState) -> None:
-    """Clears the suspicion of a request that has computed past the position at which it was suspected."""
-    num_outputs = len(state.output_token_ids)
-    num_known = state.num_prompt_tokens + num_outputs
-    if state.suspicion is not None and num_outputs > state.suspected_at and num_known > state.suspicion.last:
-        state.suspicion = None
-
-
-def resumed_request(state: RequestState) -> EngineCoreRequest:
-    """The message that resubmits a request to another engine core, with the output that it has emitted."""
-    return msgspec.structs.replace(
-        state.message,
-        resumed_output_token_ids=state.output_token_ids.tobytes(),
-        suspicion=state.suspicion,
-    )

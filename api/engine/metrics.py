@@ -28,8 +28,6 @@ from prometheus_client.registry import Collector
 from api.engine.request_state import RequestState
 from engine_core.messages import EngineReady, SchedulerStats
 
-ENGINE = "0"
-"""Label value of the only engine; dashboards filter by it."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TTFT_BUCKETS = (
@@ -183,6 +181,22 @@ class _StepCollector(Collector):
         return family
 
 
+class _AllSteps(Collector):
+    """The step metrics of all engines, each family once."""
+
+    def __init__(self) -> None:
+        self.engines: list[_StepCollector] = []
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for engine in self.engines:
+            for family in engine.collect():
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples += family.samples
+        yield from families.values()
+
+
 class FinishedRequest(NamedTuple):
     """The metrics of a client's request that has finished. Times are CLOCK_MONOTONIC seconds."""
 
@@ -197,44 +211,95 @@ class FinishedRequest(NamedTuple):
     is_pooling: bool = False
 
 
-class EngineMetrics:
-    """All metrics of requests and steps."""
+class _Shared:
+    """What the metrics of a server's engines have in common."""
 
-    def __init__(self, model_name: str, max_model_len: int = 8192) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self.steps = _AllSteps()
+        self.engines: dict[int, EngineMetrics] = {}
+        self.counters: dict[str, Counter] = {}
+        self.histograms: dict[str, Histogram] = {}
+        self.cache_config: Gauge | None = None
+        self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
+        self.registry.register(self.steps)
+        ProcessCollector(registry=self.registry)
+
+
+class EngineMetrics:
+    """All metrics of the requests and steps of an engine."""
+
+    def __init__(
+        self, model_name: str, max_model_len: int = 8192, *, engine: int = 0, shared: _Shared | None = None
+    ) -> None:
+        """Creates the series of an engine.
+
+        Args:
+            model_name: Their label ``model_name``.
+            max_model_len: Upper bound of the histograms of lengths.
+            engine: Their label ``engine``, the engine's rank among its replicas.
+            shared: Families that other engines' series belong to; see ``of``.
+        """
         self.model_name = model_name
+        self.engine = engine
         self.num_prompt_tokens = 0
         """Prompt tokens of all requests that ran."""
-        self.on_trace: Callable[[RequestState, FinishedRequest], None] | None = None
-        """Called for each finished request, if set."""
-        self._labels = {"model_name": model_name, "engine": ENGINE}
+        self._max_model_len = max_model_len
+        self._shared = shared = _Shared() if shared is None else shared
+        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._steps = _StepCollector(self._labels)
         self._latency_bounds = np.array(TOKEN_LATENCY_BUCKETS)
         self._create_request_series(_length_buckets(max_model_len))
-        self._restarts = Counter(
-            "octavo:engine_restarts", "Restarts of the engine core or of workers.", ["cause"], registry=self.registry
+        self._restarts_by = self._counters(
+            "octavo:engine_restarts", "Restarts of the engine core or of workers.", ["engine", "cause"]
         )
         self._resumed = self._counter("octavo:streams_resumed", "Requests resumed after a restart.")
+        self._moved = self._counter("octavo:streams_moved", "Requests that another engine took over from this one.")
         self._rejections = self._counter("vllm:admission_rejections", "Requests rejected because the queue was full.")
-        self._cache_config = Gauge(
-            "vllm:cache_config_info",
-            "The KV cache.",
-            [*self._labels, "block_size", "num_gpu_blocks", "cache_dtype"],
-            registry=self.registry,
-        )
-        self.registry.register(self._steps)
-        ProcessCollector(registry=self.registry)
+        if shared.cache_config is None:
+            shared.cache_config = Gauge(
+                "vllm:cache_config_info",
+                "The KV cache.",
+                [*self._labels, "block_size", "num_gpu_blocks", "cache_dtype"],
+                registry=self.registry,
+            )
+        self._cache_config = shared.cache_config
+        shared.steps.engines.append(self._steps)
+        shared.engines[engine] = self
+
+    def of(self, engine: int) -> EngineMetrics:
+        """The metrics of another engine of the same server, in the same families; created by the first call."""
+        known = self._shared.engines.get(engine)
+        if known is not None:
+            return known
+        return EngineMetrics(self.model_name, self._max_model_len, engine=engine, shared=self._shared)
+
+    @property
+    def engines(self) -> tuple[EngineMetrics, ...]:
+        """The metrics of all engines of the server."""
+        return tuple(self._shared.engines.values())
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The registry of all engines' metrics."""
+        return self._shared.registry
+
+    @property
+    def on_trace(self) -> Callable[[RequestState, FinishedRequest], None] | None:
+        """Called for each finished request of any engine, if set."""
+        return self._shared.on_trace
+
+    @on_trace.setter
+    def on_trace(self, record: Callable[[RequestState, FinishedRequest], None] | None) -> None:
+        self._shared.on_trace = record
 
     def _create_request_series(self, lengths: tuple[float, ...]) -> None:
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of the requests that were run.")
         self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
-        self._success = Counter(
-            "vllm:request_success",
-            "Finished requests by reason.",
-            [*self._labels, "finished_reason"],
-            registry=self.registry,
+        success = self._counters(
+            "vllm:request_success", "Finished requests by reason.", [*self._labels, "finished_reason"]
         )
-        self._success_of = cache(lambda reason: self._success.labels(**self._labels, finished_reason=reason))
+        self._success_of = cache(lambda reason: success.labels(**self._labels, finished_reason=reason))
         self._ttft = self._histogram(
             "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
         )
@@ -273,12 +338,21 @@ class EngineMetrics:
         self._request_max = self._histogram("vllm:request_params_max_tokens", "max_tokens of a request.", lengths)
         self._request_n = self._histogram("vllm:request_params_n", "n of a request.", (1.0, 2.0, 5.0, 10.0, 20.0))
 
+    def _counters(self, name: str, text: str, labels: list[str]) -> Counter:
+        """A family of counters."""
+        families = self._shared.counters
+        if name not in families:
+            families[name] = Counter(name, text, labels, registry=self.registry)
+        return families[name]
+
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, list(self._labels), registry=self.registry).labels(**self._labels)
+        return self._counters(name, text, list(self._labels)).labels(**self._labels)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        family = Histogram(name, text, list(self._labels), registry=self.registry, buckets=tuple(buckets))
-        return family.labels(**self._labels)
+        families = self._shared.histograms
+        if name not in families:
+            families[name] = Histogram(name, text, list(self._labels), registry=self.registry, buckets=tuple(buckets))
+        return families[name].labels(**self._labels)
 
     def on_ready(self, ready: EngineReady) -> None:
         config = {
@@ -287,6 +361,10 @@ class EngineMetrics:
             "cache_dtype": ready.kv_cache_dtype,
         }
         self._cache_config.labels(**self._labels, **config).set(1)
+
+    def on_moved(self, count: int) -> None:
+        """Counts requests that another engine took over."""
+        self._moved.inc(count)
 
     def on_refused(self) -> None:
         """Counts a request that was rejected because too many were waiting."""
@@ -408,7 +486,7 @@ class EngineMetrics:
 
     def on_restart(self, cause: str, num_resumed: int) -> None:
         """Counts a restart; ``cause`` is ``engine_core`` or ``worker``."""
-        self._restarts.labels(cause).inc()
+        self._restarts_by.labels(str(self.engine), cause).inc()
         self._resumed.inc(num_resumed)
         if cause == "engine_core":
             steps = self._steps
@@ -419,6 +497,17 @@ class EngineMetrics:
     def scheduler_stats(self) -> SchedulerStats:
         """Statistics of the last step; counts are since the server started."""
         return self._steps.totals
+
+    @property
+    def load(self) -> SchedulerStats:
+        """Requests running and waiting in all engines together, and the mean use of their KV caches."""
+        stats = [engine.scheduler_stats for engine in self.engines]
+        return SchedulerStats(
+            num_running_reqs=sum(each.num_running_reqs for each in stats),
+            num_waiting_reqs=sum(each.num_waiting_reqs for each in stats),
+            num_deferred_reqs=sum(each.num_deferred_reqs for each in stats),
+            kv_cache_usage=sum(each.kv_cache_usage for each in stats) / len(stats),
+        )
 
     @property
     def num_generation_tokens(self) -> int:

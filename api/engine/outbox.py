@@ -40,6 +40,13 @@ class Outbox:
         if self._next_turn is None:
             self._take_turn()
 
+    def discard(self, indices: Iterable[int]) -> None:
+        """Drops these requests if they are queued."""
+        dropped = self._indices.intersection(indices)
+        if dropped:
+            self._indices -= dropped
+            self._states = deque(state for state in self._states if state.index not in dropped)
+
     def clear(self) -> None:
         """Drops all queued requests."""
         self._states.clear()

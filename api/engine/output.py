@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Protocol
 
 from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
-from api.engine.queue_bound import QueueBound
 from api.engine.request_state import RequestState
 from engine_core.launch import get_logger
 from engine_core.messages import (
@@ -45,10 +45,20 @@ def _token_rows(outputs: EngineCoreOutputs) -> Iterator[tuple[int, ...]]:
     return (tuple(islice(rest, count)) for count in u8(outputs.num_tokens).tolist())
 
 
+class Queue(Protocol):
+    """Is told of requests that wait."""
+
+    def begin(self, index: int) -> None:
+        """A request got its first output."""
+
+    def leave(self, index: int) -> None:
+        """A request has ended."""
+
+
 class OutputProcessor:
     """Owns the table of requests and detokenizes their output."""
 
-    def __init__(self, metrics: EngineMetrics, queue: QueueBound) -> None:
+    def __init__(self, metrics: EngineMetrics, queue: Queue) -> None:
         """Creates an empty table. ``queue`` is notified when a request first gets output or ends without any."""
         self.states: dict[int, RequestState] = {}
         self._metrics = metrics
@@ -64,6 +74,10 @@ class OutputProcessor:
             state.finished = True
             self._queue.leave(index)
         return state
+
+    def release(self, state: RequestState) -> None:
+        """Removes a request that goes on elsewhere."""
+        del self.states[state.index]
 
     def abort(self, state: RequestState) -> bool:
         """Removes a request whose client is gone. Returns False if it had already finished."""

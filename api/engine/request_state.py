@@ -57,6 +57,7 @@ class RequestState:
         "channel",
         "choice",
         "detokenizer",
+        "engine",
         "finished",
         "first_token_time",
         "hides_stop_token",
@@ -89,6 +90,8 @@ class RequestState:
         choice: int,
     ) -> None:
         self.index = message.index
+        self.engine = 0
+        """Rank of the engine that runs it."""
         self.message = message
         """The message to the engine; together with ``output_token_ids`` it is the request's journal."""
         self.output_token_ids = array("i", message.resumed_output_token_ids)

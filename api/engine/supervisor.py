@@ -16,14 +16,22 @@ from engine_core.launch import ChildProcess, EngineCoreLaunch, LastWork, launch_
 class Supervisor:
     """Owns the engine core process and the directory of its sockets."""
 
-    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str = "info") -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_exit: Callable[[int], None],
+        log_level: str = "info",
+        replica: int = 0,
+    ) -> None:
         """Creates the socket directory; starts no process yet.
 
         Args:
             config: Configuration of the engine core.
             on_exit: Called in the event loop with the exit code when the process exits unexpectedly.
             log_level: Log level of the child processes.
+            replica: Which of the replicas on this machine it is.
         """
+        self._replica = replica
         self._config = config
         self._on_exit = on_exit
         self._log_level = log_level
@@ -50,6 +58,7 @@ class Supervisor:
             ipc_dir=worker_dir,
             engine_epoch=engine_epoch,
             log_level=self._log_level,
+            replica=self._replica,
         )
         self._record_path = launch.record_path
         self._loop = asyncio.get_running_loop()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from api.engine.client import EngineClient
+from api.engine.pool import Engines
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class EngineThread:
     """
 
     def __init__(self) -> None:
-        self.client: EngineClient | None = None
+        self.client: Engines | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="engine client", daemon=True)
         self._thread.start()

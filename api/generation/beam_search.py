@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 from api.engine.channel import Channel
-from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics, FinishedRequest
+from api.engine.pool import Engines
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError, RequestError
@@ -115,6 +115,7 @@ class BeamSearch:
         priority: int = 0,
         cache_salt: str = "",
         tenant: Tenant = NOBODY,
+        data_parallel_rank: int | None = None,
     ) -> None:
         """Validates the request; nothing runs before ``start``.
 
@@ -125,13 +126,14 @@ class BeamSearch:
         model.check_priority(priority)
         self.num_cached_tokens = 0
         """Prompt tokens that came from the prefix cache when the search began."""
-        self._client: EngineClient = model.client
+        self._client: Engines = model.client
         self._request_id = request_id
         self._prompt = prompt
         self._params = params
         self._priority = priority
         self._cache_salt = cache_salt
         self._tenant = tenant
+        self._data_parallel_rank = data_parallel_rank
         limits = model.limits
         if params.beam_width > limits.vocab_size:
             raise RequestError(f"the beam width must be at most {limits.vocab_size}, the size of the vocabulary", "n")
@@ -237,6 +239,7 @@ class BeamSearch:
                     tenant=self._tenant,
                     is_extra=is_extra,
                     output_token_ids=beam.token_ids,
+                    data_parallel_rank=self._data_parallel_rank,
                 )
             )
 

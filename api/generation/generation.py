@@ -59,6 +59,8 @@ class EngineWork(ABC):
         """Additional headers of the response."""
         self.trace_headers: Mapping[str, str] | None = None
         """Trace context of the requests; set it before ``start``."""
+        self.data_parallel_rank: int | None = None
+        """The engine that must run the requests; set it before ``start``. None: the best one."""
         self.disconnected = False
         """The client has disconnected, and the requests were aborted."""
         self.states: list[RequestState] = []
@@ -175,7 +177,14 @@ class Generation(EngineWork):
     async def submit(self) -> None:
         """Starts the requests."""
         assert self._request is not None
-        await self._model.submit(self._channel, self.request_id, self.prompts, self._request, self.states)
+        await self._model.submit(
+            self._channel,
+            self.request_id,
+            self.prompts,
+            self._request,
+            self.states,
+            data_parallel_rank=self.data_parallel_rank,
+        )
 
     async def choose(self, deltas: list[Delta]) -> list[Delta]:
         """The deltas of the choices that are returned: all, or the best ones."""

@@ -15,8 +15,8 @@ from msgspec import UNSET, UnsetType
 
 from api.admission import MAX_TEXT_CHARS, Turns, check_number, pieces
 from api.engine.channel import Channel
-from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
+from api.engine.pool import Engines
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions, RequestState, Siblings
 from api.errors import ContextLengthError, RequestError
@@ -63,7 +63,7 @@ class ServedModel:
     """A model whose engine is ready, with everything that requests need."""
 
     def __init__(
-        self, host: Host, files: ModelFiles, client: EngineClient, metrics: EngineMetrics, ready: EngineReady
+        self, host: Host, files: ModelFiles, client: Engines, metrics: EngineMetrics, ready: EngineReady
     ) -> None:
         config = host.config
         self.host = host
@@ -335,6 +335,7 @@ class ServedModel:
         states: list[RequestState],
         *,
         first_choice: int = 0,
+        data_parallel_rank: int | None = None,
     ) -> None:
         """Starts ``m = params.num_completions`` completions of each prompt.
 
@@ -348,15 +349,14 @@ class ServedModel:
             request: What the completions share.
             states: Started requests are appended; the caller aborts them if this fails or is cancelled halfway.
             first_choice: Number of the first completion.
+            data_parallel_rank: The engine that must run them. None: the best one.
 
         Raises:
             RequestError: A prompt is invalid for the model, or too many requests are waiting.
             EngineDeadError: The engine died and is not restarted.
         """
-        turns = Turns()
-        resolved = await self._resolve_prompts(request, prompts, turns)
-        params = request.params
-        num_children = params.num_completions
+        resolved = await self._resolve_prompts(request, prompts, turns := Turns())
+        num_children = request.params.num_completions
         count = num_children * len(prompts)
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
         for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
@@ -377,12 +377,14 @@ class ServedModel:
                     tenant=request.tenant,
                     is_extra=is_extra,
                     grammar=grammar,
+                    data_parallel_rank=data_parallel_rank,
                 )
-                states += started
                 for state in started:
                     state.siblings = siblings
+                states += started
                 for child in children:
-                    self.metrics.on_request(None if child else params.n, engine_params.max_tokens)
+                    n = None if child else request.params.n
+                    self.metrics.of(started[0].engine).on_request(n, engine_params.max_tokens)
                 await turns.spend(SUBMIT_COST * len(children) + len(prompt))
 
     async def submit_pooling(
@@ -398,6 +400,7 @@ class ServedModel:
         cache_salt: str = "",
         first_choice: int = 0,
         tenant: Tenant = NOBODY,
+        data_parallel_rank: int | None = None,
     ) -> None:
         """Starts pooling requests: the vector of prompt ``p`` is choice ``first_choice + p``.
 
@@ -414,6 +417,7 @@ class ServedModel:
             cache_salt: As for ``resolve``.
             first_choice: Number of the first request.
             tenant: Whom the requests are for.
+            data_parallel_rank: The engine that must run them. None: the best one for each.
 
         Raises:
             RequestError: A prompt is invalid for the model, or too many requests are waiting.
@@ -439,6 +443,7 @@ class ServedModel:
                     cache_salt=cache_salt,
                     tenant=tenant,
                     is_extra=is_extra,
+                    data_parallel_rank=data_parallel_rank,
                 )
             )
             await turns.spend(SUBMIT_COST + len(prompt))

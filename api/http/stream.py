@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.engine.channel import Delta
+from api.engine.place import RANK_HEADER
 from api.errors import EngineDeadError, RequestError
 from api.generation.generation import EngineWork, Generation, WholeReply
 from api.http.errors import render, to_request_error
@@ -91,6 +92,11 @@ class Reply(WholeReply, Protocol):
         """The data after the last delta of a generation that fails."""
 
 
+_RANK_HEADER = RANK_HEADER.lower().encode()
+MAX_RANK_DIGITS = 6
+"""Longer numbers are no rank of any server."""
+
+
 class Disconnect:
     """An awaitable that completes when the client has disconnected. The request's body must have been read."""
 
@@ -106,7 +112,16 @@ class Disconnect:
 
 
 def _look_at(scope: Scope, work: EngineWork) -> None:
-    """Passes the trace headers of an HTTP request on, if tracing is enabled."""
+    """Passes on what the headers of an HTTP request say: which engine is wanted, and its trace if tracing is enabled.
+
+    Raises:
+        RequestError: The header that names the engine has no number.
+    """
+    for name, value in scope["headers"]:
+        if name == _RANK_HEADER:
+            if not value.isdigit() or len(value) > MAX_RANK_DIGITS:
+                raise RequestError(f"{RANK_HEADER} must be a number from 0", RANK_HEADER)
+            work.data_parallel_rank = int(value)
     if work.metrics.on_trace is not None:
         work.trace_headers = trace_headers(scope)
 
@@ -236,7 +251,7 @@ class WholeAnswer(Response):
             if generation.disconnected:
                 return
             self.body = await generation.build(self._reply)
-            load = load_header(scope, generation.metrics.scheduler_stats)
+            load = load_header(scope, generation.metrics.load)
             self.init_headers(generation.headers if load is None else {**generation.headers, LOAD_HEADER: load})
             await super().__call__(scope, receive, send)
         finally:

@@ -169,6 +169,7 @@ class BeamGeneration(Generation):
                 priority=request.priority or 0,
                 cache_salt=request.cache_salt or "",
                 tenant=self._tenant,
+                data_parallel_rank=self.data_parallel_rank,
             )
             for index, prompt in enumerate(self.prompts)
         ]

@@ -104,6 +104,7 @@ class PoolingWork(EngineWork):
             priority=self._request.priority or 0,
             cache_salt=self._request.cache_salt or "",
             tenant=self._tenant,
+            data_parallel_rank=self.data_parallel_rank,
         )
 
     async def build(self, reply: WholeReply) -> bytes:

@@ -23,8 +23,8 @@ import uvicorn
 import uvloop
 
 from api.config import ServerConfig
-from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
+from api.engine.pool import create_engines
 from api.engine.progress import LoadBar
 from api.errors import EngineDeadError
 from api.flags import ConfigError
@@ -251,16 +251,15 @@ class _Run:
         self._exit_code = 0
         self._tracer: Tracer | None = None
         names = config.served_model_name
-        self._metrics = EngineMetrics(names[0] if names else files.name)
-        self._client = EngineClient(
-            config.engine,
+        self._metrics = EngineMetrics(names[0] if names else files.name, engine=config.data_parallel_rank or 0)
+        self._client = create_engines(
+            config,
             lambda: files.tokenizer,
             self._metrics,
             on_progress=self._on_progress,
             on_fatal=self._on_fatal,
             bounds_queue=True,
             prepares_grammars=config.offers_generation,
-            log_level=config.log_level,
         )
 
     async def serve(self) -> int:
@@ -301,7 +300,7 @@ class _Run:
             self._metrics.on_trace = self._tracer.record
         helpers = [asyncio.create_task(Collector(lambda: traffic.num_open).run())]
         if not self._config.disable_log_stats:
-            helpers.append(asyncio.create_task(StatsLog(self._metrics).run()))
+            helpers += [asyncio.create_task(StatsLog(metrics).run()) for metrics in self._metrics.engines]
         stopper = asyncio.create_task(self._stop_when_asked(server, traffic))
         self._announce(self._ready_text(model))
         notify("READY=1")

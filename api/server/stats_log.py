@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from api.engine.metrics import ENGINE, EngineMetrics
+from api.engine.metrics import EngineMetrics
 from engine_core.launch import get_logger
 
 logger = get_logger()
@@ -45,7 +45,7 @@ class StatsLog:
         if not is_busy and not was_busy:
             return None
         return (
-            f"Engine {int(ENGINE):03d}: "
+            f"Engine {metrics.engine:03d}: "
             f"Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
             f"Avg generation throughput: {generated / seconds:.1f} tokens/s, "
             f"Running: {stats.num_running_reqs} reqs, Waiting: {stats.num_waiting_reqs} reqs, "

@@ -81,7 +81,10 @@ class CudaDevice:
     def initialize(self, config: DeviceConfig, rank: int) -> None:
         from ops.triton import configs, launch  # and with it triton
 
-        index = rank % torch.cuda.device_count()
+        count, index = torch.cuda.device_count(), config.first_index + rank
+        if config.first_index and index >= count:
+            raise ModelError(f"--data-parallel-size: a replica needs GPU {index}, but this machine has only {count}")
+        index %= count
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from api import LLM, BeamSearchParams, SamplingParams
+from api.engine.client import EngineClient
 from api.llm import RequestOutput
 from api.params.sampling import RepetitionDetectionParams
 from engine_core.messages import StatusRequest
@@ -131,12 +132,14 @@ def test_what_the_fields_do(tiny_model: Path, alone: dict[str, RequestOutput]) -
 
 def kill_in_the_middle(llm: LLM, num_tokens: int, work: Callable[[], Any]) -> Any:
     """The result of some work during which the engine core is killed, once a request has that many tokens."""
+    client = llm._model.client
+    assert isinstance(client, EngineClient)
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(work)
         while not result.done():
-            states = list(llm._model.client._processor.states.values())
+            states = list(client._processor.states.values())
             if any(len(state.output_token_ids) >= num_tokens for state in states):
-                pid = llm._model.client.engine_pid
+                pid = client.engine_pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
                 break

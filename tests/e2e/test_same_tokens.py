@@ -62,6 +62,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "one at a time": {"max_num_seqs": 1},
     "eager": {"enforce_eager": True},
     "checked": {"check_every_step": True},
+    "two engines": {"data_parallel_size": 2},
 }
 
 

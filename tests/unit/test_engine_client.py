@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -108,18 +108,22 @@ class FakeSupervisor:
     """Starts sockets instead of processes."""
 
     current: FakeSupervisor
+    replicas: ClassVar[dict[int, FakeSupervisor]] = {}
+    """The last one of each replica."""
     folder: Path
     pid = 1
     error: OSError | None = None
 
-    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str) -> None:
-        self.address = f"ipc://{FakeSupervisor.folder}/api"
+    def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str, replica: int = 0) -> None:
+        self.config = config
+        self.address = f"ipc://{FakeSupervisor.folder}/api{replica}"
         self.on_exit = on_exit
         self.context = zmq.Context()
         self.cores: list[Core] = []
         self.work = LastWork()
         self.num_kills = 0
         FakeSupervisor.current = self
+        FakeSupervisor.replicas[replica] = self
 
     @property
     def core(self) -> Core:

@@ -112,7 +112,12 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
         (["--kv-cache-dtype", "fp6"], "--kv-cache-dtype fp6: unknown data type; choose from auto, int8, fp8, fp8_e4m3"),
         (["--calculate-kv-scales"], "--calculate-kv-scales: int8 has a scale per token and head, fp8 none"),
         (["--api-server-count", "2"], "--api-server-count 2"),
-        (["--data-parallel-size=4"], "--data-parallel-size 4: multiple engines are not supported yet"),
+        (["--data-parallel-address=10.0.0.1"], "--data-parallel-address 10.0.0.1: one server runs engines of its own"),
+        (["--data-parallel-hybrid-lb"], "--data-parallel-hybrid-lb: one server runs engines of its own"),
+        (["-dp", "2", "--data-parallel-rank", "2"], "--data-parallel-rank 2: must be less than --data-parallel-size"),
+        (["-dp=2", "--data-parallel-size-local=1"], "--data-parallel-size-local 1: one server runs all engines on its"),
+        (["--data-parallel-size-local", "2"], "--data-parallel-size-local 2: must not exceed --data-parallel-size"),
+        (["--data-parallel-external-lb"], "--data-parallel-external-lb needs --data-parallel-rank"),
         (["--cpu-offload-gb", "4"], "--cpu-offload-gb 4"),
     ],
 )

@@ -16,6 +16,7 @@ import bench_overload  # noqa: F401  # it can be imported
 import numpy as np
 import pytest
 import simulate
+import simulated_replicas
 
 from api.commands.bench import datasets, figures, latency, report, sse_client, throughput
 from api.commands.bench import options as bench_options
@@ -448,15 +449,19 @@ def test_comparison_has_what_both_runs_have() -> None:
 # -- the simulation --------------------------------------------------------------------------------------------
 
 
-def simulation(workload: Sequence[Any], *, num_blocks: int = 400, **prompts: Any) -> Any:
+def simulated_engine(num_blocks: int) -> EngineConfig:
     device = SimulatedDevice(
         step_us=1000.0, token_us=10.0, context_us=0.0, max_model_len=256, block_size=16, vocab_size=1000
     )
-    config = EngineConfig(
+    return EngineConfig(
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128),
         cache=CacheConfig(num_gpu_blocks_override=num_blocks),
         executor=ExecutorConfig(simulated_device=device),
     )
+
+
+def simulation(workload: Sequence[Any], *, num_blocks: int = 400, **prompts: Any) -> Any:
+    config = simulated_engine(num_blocks)
     run = simulate.Simulation(config, workload, simulate.PromptMaker(vocab_size=1000, **prompts))
     run.run()
     return run
@@ -489,6 +494,21 @@ def test_shared_prefixes_hit_the_cache_and_few_blocks_preempt() -> None:
     assert not simulation(workload).summary()["prefix_cache_hit_rate"]
     crowded = simulation([simulate.TraceRequest(0.0, 100, 40)] * 16, num_blocks=40).summary()
     assert crowded["preemptions"] and crowded["output_tokens"] == 16 * 40
+
+
+def test_routing_by_prefixes_doubles_hits_and_shortens_waits() -> None:
+    """Four engines, and more common prefixes than the cache of one holds."""
+    workload = simulate.synthetic(300, 1200.0, mean_prompt=140, mean_output=10, sigma=0.2, seed=1)
+    prompts = simulate.PromptMaker(vocab_size=1000, shared_fraction=1.0, prefix_len=128, num_prefixes=48)
+    found = simulated_replicas.compare(simulated_engine(200), workload, prompts, 4)
+    by_prefix, in_turn, by_load = (found[name] for name in simulated_replicas.ROUTINGS)
+    assert by_prefix["prefix_cache_hit_rate"] >= 2 * in_turn["prefix_cache_hit_rate"]
+    assert by_prefix["ttft_ms"]["p90"] <= 0.8 * by_load["ttft_ms"]["p90"]
+    assert all(sum(row["requests_per_engine"]) == row["requests"] == 300 for row in found.values())
+    assert max(in_turn["requests_per_engine"]) == 75
+    assert "round_robin" in simulated_replicas.format_comparison(found)
+    apart = simulated_replicas.compare(simulated_engine(200), workload[:40], simulate.PromptMaker(vocab_size=1000), 2)
+    assert min(apart["prefix"]["requests_per_engine"]) >= 15  # without common prefixes only load counts
 
 
 def test_traces_are_read_and_clipped(tmp_path: Path) -> None:

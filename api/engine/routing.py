@@ -1,0 +1,241 @@
+"""Chooses the engine of a request among several that serve the same model.
+
+Locality and load are weighed in one unit, tokens of work: what an engine would have to compute before the request's
+first token. A prefix in an engine's cache saves as many tokens as it has; requests that wait there cost as many as
+their prompts lack. So a common prefix stays where it is until its engine has more to do than computing it again costs,
+and no threshold decides between the two.
+
+What an engine has cached is known exactly enough without asking it: the hashes of a prompt's blocks are those that the
+engine looks up (``engine_core/hashing.py``), and the cache forgets the least recently used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine_core.hashing import block_hashes, root_hash
+from engine_core.messages import I32
+
+RUNNING_COST = 32.0
+"""Tokens of work that a running request stands for: it takes a row of each step in which another's prompt is computed,
+and a slot."""
+MAX_BLOCKS = 4096
+"""Blocks of a sequence that are hashed, which takes up to seven milliseconds of the event loop. Longer ones are told
+apart by their beginnings."""
+CONTEXT_COST = 1 / 64
+"""Tokens of work per token of a running request's context, which each step reads."""
+
+
+class Prefix(NamedTuple):
+    """What identifies a prompt in a prefix cache."""
+
+    num_tokens: int
+    """Tokens of the prompt."""
+    root: bytes = b""
+    """The hash before its first block; empty: prompts are not cached."""
+    hashes: Sequence[bytes] = ()
+    """Of its full blocks."""
+
+
+class PrefixIndex:
+    """The block hashes that an engine has cached, as far as its requests tell."""
+
+    def __init__(self, capacity: int) -> None:
+        """``capacity`` is the number of blocks in the engine's cache."""
+        self._capacity = capacity
+        self._hashes: dict[bytes, None] = {}
+        """Least recently used first."""
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def longest(self, hashes: Sequence[bytes]) -> int:
+        """How many of the leading hashes are cached."""
+        known = self._hashes
+        for count, own in enumerate(hashes):
+            if own not in known:
+                return count
+        return len(hashes)
+
+    def use(self, hashes: Sequence[bytes]) -> None:
+        """Records that a request computes or reads these blocks. The last of them are forgotten first."""
+        known = self._hashes
+        for own in reversed(hashes):
+            known.pop(own, None)
+            known[own] = None
+        while len(known) > self._capacity:
+            del known[next(iter(known))]
+
+    def clear(self) -> None:
+        """Forgets everything, as the engine did."""
+        self._hashes.clear()
+
+
+@dataclass
+class _Route:
+    """Where a request runs."""
+
+    engine: int
+    prefix: Prefix
+    num_uncached: int
+    """Prompt tokens that the engine has to compute."""
+    has_begun: bool = False
+
+
+@dataclass
+class _Engine:
+    """What is known of an engine."""
+
+    prefixes: PrefixIndex = field(default_factory=lambda: PrefixIndex(0))
+    pending: int = 0
+    """Prompt tokens that must be computed for requests without any output."""
+    num_running: int = 0
+    context: int = 0
+    """Prompt tokens of the requests that have output."""
+
+    def add(self, route: _Route, sign: int) -> None:
+        if route.has_begun:
+            self.num_running += sign
+            self.context += sign * route.prefix.num_tokens
+        else:
+            self.pending += sign * route.num_uncached
+
+    @property
+    def load(self) -> float:
+        """Tokens of work in front of a new request."""
+        return self.pending + RUNNING_COST * self.num_running + CONTEXT_COST * self.context
+
+
+class Router:
+    """Assigns requests to engines and keeps account of their work."""
+
+    def __init__(self, num_engines: int, *, uses_prefixes: bool = True) -> None:
+        """Starts with idle engines.
+
+        Args:
+            num_engines: Number of engines; they are numbered from 0.
+            uses_prefixes: Engines cache prefixes. False: only load counts.
+        """
+        self._engines = [_Engine() for _ in range(num_engines)]
+        self._uses_prefixes = uses_prefixes
+        self._block_size = 0
+        self._routes: dict[int, _Route] = {}
+        """By index of the request."""
+        self._turn = 0
+        """The engine that wins the next tie."""
+
+    def engine_ready(self, engine: int, num_blocks: int, block_size: int) -> None:
+        """Records an engine's new, empty cache.
+
+        Args:
+            engine: The engine.
+            num_blocks: Blocks in its cache.
+            block_size: Tokens in a block, the same for all engines.
+        """
+        self._engines[engine].prefixes = PrefixIndex(num_blocks)
+        self._block_size = block_size
+
+    def cache_lost(self, engine: int) -> None:
+        """Records that an engine's cache is empty again."""
+        self._engines[engine].prefixes.clear()
+
+    def prefix(self, token_ids: I32, cache_salt: str = "", adapter_hash: str = "") -> Prefix:
+        """A prompt with the hashes of its blocks, as the engines compute them.
+
+        Args:
+            token_ids: int32 [n].
+            cache_salt: Salt of the request.
+            adapter_hash: Content hash of its adapter.
+        """
+        if not self._uses_prefixes or not self._block_size:
+            return Prefix(len(token_ids))
+        root = root_hash(cache_salt=cache_salt, adapter_hash=adapter_hash)
+        return Prefix(len(token_ids), root, block_hashes(self._hashed(token_ids), self._block_size, root))
+
+    def _hashed(self, token_ids: I32) -> I32:
+        """The beginning of a sequence that is hashed."""
+        return token_ids[: MAX_BLOCKS * self._block_size]
+
+    def _num_uncached(self, engine: int, prefix: Prefix) -> int:
+        """Tokens of a prompt that an engine would compute: at least the last one."""
+        if not prefix.hashes:
+            return prefix.num_tokens
+        longest = self._engines[engine].prefixes.longest(prefix.hashes)
+        return prefix.num_tokens - min(longest, (prefix.num_tokens - 1) // self._block_size) * self._block_size
+
+    def cost(self, engine: int, prefix: Prefix) -> float:
+        """Tokens of work until a prompt's first token on an engine."""
+        return self._num_uncached(engine, prefix) + self._engines[engine].load
+
+    def choose(self, prefix: Prefix, candidates: Collection[int]) -> int:
+        """The engine with the least work until a prompt's first token; engines take turns if several are equal.
+
+        Args:
+            prefix: The prompt.
+            candidates: Engines to choose from, at least one.
+        """
+        count = len(self._engines)
+        ordered = sorted(candidates, key=lambda engine: (engine - self._turn) % count)
+        chosen = min(ordered, key=lambda engine: self.cost(engine, prefix))
+        self._turn = (chosen + 1) % count
+        return chosen
+
+    def enter(self, index: int, engine: int, prefix: Prefix) -> None:
+        """Records that an engine was given a request.
+
+        Args:
+            index: Index of the request.
+            engine: The engine.
+            prefix: Its prompt.
+        """
+        own = self._engines[engine]
+        route = self._routes[index] = _Route(engine, prefix, self._num_uncached(engine, prefix))
+        own.add(route, 1)
+        own.prefixes.use(prefix.hashes)
+
+    def begin(self, index: int) -> None:
+        """Records that a request got its first output."""
+        route = self._routes.get(index)
+        if route is not None and not route.has_begun:
+            own = self._engines[route.engine]
+            own.add(route, -1)
+            route.has_begun = True
+            own.add(route, 1)
+
+    def leave(self, index: int, token_ids: I32 | None = None) -> None:
+        """Records that a request has ended.
+
+        Args:
+            index: Index of the request.
+            token_ids: int32 [n], prompt and output, all of whose blocks are cached; None: only those of the prompt.
+        """
+        route = self._routes.pop(index, None)
+        if route is None:
+            return
+        own, (_, root, hashes) = self._engines[route.engine], route.prefix
+        own.add(route, -1)
+        if token_ids is not None and root:
+            known = len(hashes) * self._block_size
+            # The last token was sampled and never computed.
+            new = block_hashes(self._hashed(token_ids[:-1])[known:], self._block_size, hashes[-1] if hashes else root)
+            own.prefixes.use([*hashes, *new])
+
+    def engine_of(self, index: int) -> int | None:
+        """The engine of a request; None: it is not known."""
+        route = self._routes.get(index)
+        return None if route is None else route.engine
+
+    def move(self, index: int, candidates: Collection[int]) -> int:
+        """Chooses another engine for a request whose engine is gone, and records it.
+
+        Args:
+            index: Index of the request.
+            candidates: Engines to choose from, at least one.
+        """
+        route = self._routes.pop(index)
+        self._engines[route.engine].add(route, -1)
+        engine = self.choose(route.prefix, candidates)
+        self.enter(index, engine, route.prefix)
+        return engine

@@ -1,0 +1,79 @@
+"""Compares what ``octavo plan`` predicts with measured steps, interleaved.
+
+    python scripts/bench_plan.py                     # the demo model
+    python scripts/bench_plan.py --model folder --streams 1 8 32 --runs 5
+
+Bytes must be equal; times are printed as measured divided by predicted, the median of all runs. Each run predicts from
+the bandwidth measured just before its steps, since other programs use part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import msgspec
+from bench_step import DType, Steps
+
+from api.commands.plan import CONTEXT, Speed
+from api.config import make_config
+from api.model.files import find_model, with_model
+from executor import plan
+from executor.config import ExecutorConfig, StepSize
+from executor.parallel import ParallelState
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="", help="folder or GGUF file (default: the demo model)")
+    add("--dtype", default="auto", choices=get_args(DType), help="dtype of weights and activations")
+    add("--streams", type=int, nargs="+", default=[1, 8, 32], help="requests that get one token each")
+    add("--runs", type=int, default=5, help="times that each is measured")
+    add("--steps", type=int, default=20, help="steps per measurement")
+    options = parser.parse_args()
+    config, _ = make_config({"model": options.model, "dtype": options.dtype})
+    model = with_model(config, find_model(config)).engine.executor.model
+    context = CONTEXT - options.steps // 2
+    longest = CONTEXT + options.steps + 1
+    step_size = StepSize(max_num_seqs=max(options.streams), max_num_batched_tokens=512)
+    executor = ExecutorConfig(model=model, step_size=step_size)
+    survey = plan.survey(executor, ParallelState())
+    per_token = sum(group.bytes_per_block / group.block_size for group in survey.ready.kv_cache_groups)
+    steps = Steps(model.model, options.dtype, 512, max(options.streams), longest)
+    is_exact = survey.ready.weight_bytes == sum(
+        parameter.nbytes for parameter in steps.worker.runner.model.parameters()
+    )
+    print(f"weights {survey.ready.weight_bytes} bytes, {'as' if is_exact else 'NOT AS'} loaded")
+    ratios: dict[int, list[float]] = {count: [] for count in options.streams}
+    times: dict[int, list[float]] = {count: [] for count in options.streams}
+    for _ in range(options.runs):
+        for count in options.streams:
+            steps.fill(count, context)
+            before = plan.measure_rates(survey)
+            measured = statistics.median(steps.run(list(range(count)), [1] * count) for _ in range(options.steps))
+            after = plan.measure_rates(survey)
+            rates = msgspec.structs.replace(
+                survey,
+                bytes_per_s=(before.bytes_per_s + after.bytes_per_s) / 2,
+                operations_per_s=max(before.operations_per_s, after.operations_per_s),
+            )
+            predicted = Speed(rates, per_token).decode(count)
+            ratios[count].append(measured / predicted)
+            times[count].append(measured * 1e3)
+    for count, found in ratios.items():
+        print(
+            f"{count:3} streams: {statistics.median(times[count]):8.2f} ms, measured / predicted "
+            f"{statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Several engines behind one API: requests spread, and go on in another engine when theirs dies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.server import Server
+from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body, under_way
+
+
+async def run_streams(server: Server, *titles: str) -> list[Stream]:
+    """Runs the streams; once they are under way, kills each process and waits until its streams have gone on."""
+    streams = [Stream() for _ in range(NUM_STREAMS)]
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
+        for title in titles:
+            await under_way(streams, tasks, min(len(stream.tokens) for stream in streams) + 20)
+            find(server, title).kill()
+        await asyncio.gather(*tasks)
+    return streams
+
+
+def find(server: Server, title: str) -> psutil.Process:
+    """An engine core by its title, or the worker of one: ``worker of TITLE``."""
+    core = server.child(title.removeprefix("worker of "))
+    return core.children()[0] if title.startswith("worker of ") else core
+
+
+def returned(server: Server, count: int) -> None:
+    """Waits until engines have been restarted so often."""
+    deadline = time.monotonic() + 60
+    while server.metric("octavo:engine_restarts_total") < count:
+        assert time.monotonic() < deadline, "".join(server.errors)
+        time.sleep(0.01)
+
+
+@pytest.mark.timeout(300)
+def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
+    flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
+    with Server(*flags, "--data-parallel-size", "2") as server:
+        undisturbed = asyncio.run(run_streams(server))
+        for count, title in enumerate(("octavo engine_core 0", "worker of octavo engine_core 1"), 1):
+            streams = asyncio.run(run_streams(server, title))
+            returned(server, count)
+            for before, after in zip(undisturbed, streams, strict=True):
+                assert after.tokens == before.tokens
+                assert after.text == before.text
+                assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
+        assert server.metric("octavo:streams_moved_total") >= 2
+        assert server.metric("vllm:num_requests_running") == 0
+        answers = [
+            server.post("/v1/completions", {**body(1), "stream": False}, headers={"X-data-parallel-rank": rank})
+            for rank in ("0", "1", "2", "x")
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 400, 400]
+        assert {answer.json()["choices"][0]["text"] for answer in answers[:2]} == {undisturbed[1].text}
+        assert "ranks 0 to 1" in answers[2].json()["error"]["message"]
+        assert httpx.get(f"{server.url}/load").json() == {"server_load": 0}
+        text = httpx.get(f"{server.url}/metrics").text
+        for engine in "01":
+            assert f'vllm:request_success_total{{engine="{engine}",finished_reason="length"' in text
+        shares = [find(server, f"worker of octavo engine_core {rank}").cpu_affinity() for rank in range(2)]
+        cores = set(psutil.Process().cpu_affinity())
+        assert set(shares[0]) | set(shares[1]) == cores
+        assert len(cores) < 2 or not set(shares[0]) & set(shares[1])

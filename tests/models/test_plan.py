@@ -1,0 +1,68 @@
+"""What ``octavo plan`` says of a model is what a worker reports that has loaded it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from api.model.gguf_file import read_gguf
+from executor import plan
+from executor.config import ExecutorConfig, ModelConfig, StepSize
+from executor.messages import FromWorker, ModelSurvey, WorkerReady
+from executor.parallel import ParallelState
+from executor.worker import Worker
+from tests import tiny
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied, with windows": ("gemma3", {}),
+    "experts": ("qwen3_moe", {}),
+    "latents and experts": ("deepseek_v3", {}),
+    "states": ("qwen3_next", {}),
+    "int8": ("qwen3", {"quantization": "int8"}),
+    "int4, cache in 8 bits, eager": (
+        "llama",
+        {"quantization": "int4", "kv_cache_dtype": "int8", "enforce_eager": True},
+    ),
+    "no weights": ("olmoe", {"load_format": "dummy"}),
+}
+
+
+def surveyed(model: ModelConfig) -> tuple[ModelSurvey, WorkerReady]:
+    """The survey of a model, and what a worker reports."""
+    config = ExecutorConfig(model=model, step_size=StepSize(max_num_seqs=8, max_num_batched_tokens=64))
+    survey = plan.survey(config, ParallelState(), measures=False)
+    answers: list[FromWorker] = []
+    Worker(ParallelState(), config, answers.append).start()
+    (ready,) = (answer for answer in answers if isinstance(answer, WorkerReady))
+    return survey, ready
+
+
+def check(survey: ModelSurvey, ready: WorkerReady) -> None:
+    """Everything is equal but the memory that is free at the moment."""
+    moment = {"free_bytes", "total_bytes", "default_kv_bytes"}
+    for name in ready.__struct_fields__:
+        if name not in moment:
+            assert getattr(survey.ready, name) == getattr(ready, name), name
+    assert sum(survey.weights.values()) == ready.weight_bytes
+    assert 0 < survey.read_bytes + survey.expert_bytes <= ready.weight_bytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_survey_is_what_a_worker_reports(name: str) -> None:
+    kind, fields = MODELS[name]
+    survey, ready = surveyed(ModelConfig(model=str(tiny.checkpoint(kind)), **fields))
+    check(survey, ready)
+    has_experts = "experts" in name or kind == "olmoe" or kind == "qwen3_next"
+    assert bool(survey.expert_bytes) == has_experts and (survey.expert_share < 1) == has_experts
+    assert survey.weights["tables"] and survey.layer_parameters > 0 and survey.head_parameters > 0
+
+
+def test_layers_of_different_types_are_told_apart() -> None:
+    kinds = {"blk.0.ffn_down": GGMLQuantizationType.Q8_0, "token_embd": GGMLQuantizationType.Q8_0}
+    path = Path(tiny.gguf_file(tiny.checkpoint("llama"), GGMLQuantizationType.Q4_0, kinds=kinds).path)
+    survey, ready = surveyed(ModelConfig(model=str(path), gguf=read_gguf(path).header()))
+    check(survey, ready)

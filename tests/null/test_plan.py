@@ -1,0 +1,131 @@
+"""Fitting engines on a machine, and predicting their speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.commands import plan as command
+from engine_core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig
+from engine_core.messages import ModelSurvey
+from engine_core.plan import fit, make_plan
+from executor.base import ModelError
+from executor.messages import KVCacheGroupSpec, WorkerReady
+
+MIB = 1 << 20
+BYTES_PER_TOKEN = 1024
+
+
+def survey(weight_mib: int = 100, free_mib: int = 400, **fields: Any) -> ModelSurvey:
+    """A model on an otherwise idle CPU with so much memory."""
+    free = (free_mib - weight_mib) * MIB
+    ready = WorkerReady(
+        rank=0,
+        free_bytes=max(0, free),
+        total_bytes=500 * MIB,
+        weight_bytes=weight_mib * MIB,
+        default_kv_bytes=max(0, free) // 4,
+        kv_cache_groups=(
+            KVCacheGroupSpec(kind="full", block_size=32, bytes_per_block=32 * BYTES_PER_TOKEN, layers=(0,)),
+        ),
+        max_model_len=4096,
+        vocab_size=1000,
+        device="cpu",
+        architecture="LlamaForCausalLM",
+        dtype="bfloat16",
+        max_num_batched_tokens=512,
+    )
+    made = ModelSurvey(
+        ready=ready,
+        free_bytes=free_mib * MIB,
+        weights={"attention": 30 * MIB, "mlp": 70 * MIB, "experts": 0},
+        read_bytes=100 * MIB,
+        expert_bytes=0,
+        expert_share=1.0,
+        layer_parameters=50 * MIB,
+        head_parameters=0,
+        num_threads=2,
+        capability="avx2",
+        bytes_per_s=100 * MIB / 0.01,
+        operations_per_s=1e12,
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+def config(num_replicas: int = 1, model: ModelConfig | None = None, **cache: Any) -> EngineConfig:
+    return EngineConfig(
+        cache=CacheConfig(**cache), executor=ExecutorConfig(model=model or ModelConfig()), num_replicas=num_replicas
+    )
+
+
+def test_the_cache_is_sized_as_when_serving() -> None:
+    plan = fit(config(), (survey(),))
+    assert plan.problem == "" and plan.max_model_len == 4096
+    assert plan.kv_cache_bytes == 75 * MIB and plan.num_kv_tokens == 75 * MIB // BYTES_PER_TOKEN
+    assert plan.kv_bytes_per_token == BYTES_PER_TOKEN
+    assert fit(config(kv_cache_memory=8 * MIB), (survey(),)).num_kv_tokens == 8 * 1024
+
+
+def test_engines_share_memory() -> None:
+    plan = fit(config(num_replicas=3), (survey(),))
+    assert plan.kv_cache_bytes // MIB == 8  # a quarter of the 100 MiB that all weights leave, by three
+    plan = fit(config(num_replicas=5), (survey(),))
+    assert plan.problem == "the weights of 5 engines take 500 MiB, and 400 MiB are free"
+
+
+def test_the_smallest_change_that_fits_is_found() -> None:
+    asked: list[ModelConfig] = []
+
+    def fake(executor: ExecutorConfig) -> tuple[ModelSurvey, ...]:
+        asked.append(executor.model)
+        if executor.model.kv_cache_dtype == "int8" and executor.model.quantization is None:
+            raise ModelError("no such cache")
+        return (survey({None: 500, "int8": 250, "int4": 140}[executor.model.quantization]),)
+
+    plan = make_plan(config(), fake)
+    assert plan.problem == "the weights take 500 MiB, and 400 MiB are free"
+    assert plan.change == "--quantization int8"
+    assert [model.quantization for model in asked] == [None] * 4 + ["int8"]
+    long = config(model=ModelConfig(max_model_len=4096), kv_cache_memory=MIB)
+    plan = make_plan(long, lambda executor: (survey(),))
+    assert "use --max-model-len 1024 or less" in plan.problem and plan.change == "--max-model-len auto"
+    assert make_plan(config(), lambda executor: (survey(9999),)).change == ""
+
+
+def test_times_follow_from_bytes_and_operations() -> None:
+    speed = command.Speed(survey(), BYTES_PER_TOKEN)
+    fixed = command.FIXED_SECONDS
+    assert speed.decode(1, 0) == pytest.approx(0.01 + fixed)
+    assert speed.decode(10, 1024) == pytest.approx(0.011 + fixed)  # ten caches of a MiB each
+    assert speed.decode(1000, 0) == pytest.approx(2 * 1000 * 50 * MIB / 1e12 + fixed)
+    assert speed.prefill() == pytest.approx(512 / (2 * 512 * 50 * MIB / 1e12 + fixed))
+    half = command.Speed(survey(), 0.0, 0.5)
+    assert half.decode(1) == pytest.approx(0.02 + fixed)
+    experts = command.Speed(survey(read_bytes=0, expert_bytes=100 * MIB, expert_share=0.5), 0.0)
+    assert experts.decode(2) == pytest.approx(0.0075 + fixed)
+
+
+def test_the_report_names_what_fits_and_what_to_use(tmp_path: Path) -> None:
+    plan = fit(config(), (survey(),))
+    text = "\n".join(command.report(plan, "tiny", 1, 1))
+    assert "weights: 100 MiB (attention 30 MiB, mlp 70 MiB)" in text and "75 MiB, 76800 tokens of 1 KiB" in text
+    assert "fits\nadvice: one engine, as it is" in text
+    assert "--data-parallel-size 2" in "\n".join(command.advice(plan, 1, 2))
+    assert "no room for a second copy" in "\n".join(command.advice(fit(config(), (survey(300),)), 1, 2))
+    assert "2 on one memory" in "\n".join(command.advice(plan, 2, 1))
+    figures = command.figures(plan, "tiny")
+    assert figures["fits"] and figures["ranks"][0]["weight_bytes"] == 100 * MIB and figures["num_kv_tokens"] == 76800
+    json.dumps(figures, allow_nan=False)
+    plan = make_plan(config(), lambda executor: (survey(500 if executor.model.quantization is None else 100),))
+    assert list(command.report(plan, "tiny", 1, 1))[-2:] == [
+        "does not fit: the weights take 500 MiB, and 400 MiB are free",
+        "would fit: --quantization int8",
+    ]
+    assert command.figures(plan, "tiny")["decode_ms"] == {}
+    for node, cpu in ((0, 0), (0, 1), (1, 9999)):
+        (tmp_path / f"node{node}" / f"cpu{cpu}").mkdir(parents=True)
+    assert command.count_nodes(tmp_path) == 1

@@ -1,0 +1,151 @@
+"""The choice of an engine among replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from api.engine.routing import RUNNING_COST, Prefix, PrefixIndex, Router
+from engine_core.cores import share_of_cores, usable_cores
+from engine_core.hashing import block_hashes, root_hash
+
+BLOCK = 32
+
+
+def router(num_engines: int = 2, num_blocks: int = 100) -> Router:
+    made = Router(num_engines)
+    for engine in range(num_engines):
+        made.engine_ready(engine, num_blocks, BLOCK)
+    return made
+
+
+def prompt(made: Router, start: int, count: int = 320, **fields: str) -> Prefix:
+    return made.prefix(np.arange(start, start + count, dtype=np.int32), **fields)
+
+
+def test_prompts_have_the_hashes_that_engines_look_up() -> None:
+    made = router()
+    tokens = np.arange(100, dtype=np.int32)
+    root = root_hash(cache_salt="salt")
+    assert made.prefix(tokens, "salt") == (100, root, block_hashes(tokens, BLOCK, root))
+    assert len(made.prefix(tokens).hashes) == 3
+    assert not set(made.prefix(tokens).hashes) & set(made.prefix(tokens, "salt").hashes)
+
+
+def test_idle_engines_take_turns() -> None:
+    made = router(3)
+    chosen = []
+    for index in range(6):
+        prefix = prompt(made, 1000 * index)
+        chosen.append(made.choose(prefix, range(3)))
+        made.enter(index, chosen[-1], prefix)
+        made.begin(index)
+        made.leave(index)
+    assert chosen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_prefix_stays_until_its_engine_has_more_to_do_than_computing_it_again() -> None:
+    made = router()
+    prefix = prompt(made, 0)
+    made.enter(0, 1, prefix)
+    made.leave(0)
+    assert made.choose(prefix, range(2)) == 1
+    made.enter(1, 1, prompt(made, 1000, 300))  # less than the 288 tokens that the cache saves, and the 32 left
+    assert made.cost(1, prefix) == 32 + 300 and made.cost(0, prefix) == 320
+    assert made.choose(prefix, range(2)) == 0
+    made.begin(1)  # its prompt is computed: what is left is a row of each step
+    assert made.cost(1, prefix) == 32 + RUNNING_COST + 300 / 64
+    assert made.choose(prefix, range(2)) == 1
+    made.leave(1)
+    assert made.cost(1, prefix) == 32
+
+
+def test_outputs_are_cached_but_for_the_token_that_was_never_computed() -> None:
+    made = router()
+    tokens = np.arange(BLOCK * 4 + 1, dtype=np.int32)
+    made.enter(0, 0, made.prefix(tokens[:40]))
+    made.leave(0, tokens[: BLOCK * 4])
+    assert made.cost(0, made.prefix(tokens)) == BLOCK + 1
+    made.enter(1, 0, made.prefix(tokens[:10]))  # shorter than a block
+    made.leave(1, tokens)
+    assert made.cost(0, made.prefix(tokens)) == 1
+
+
+def test_only_the_beginning_of_a_very_long_prompt_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.engine.routing.MAX_BLOCKS", 3)
+    made = router()
+    tokens = np.arange(BLOCK * 5, dtype=np.int32)
+    made.enter(0, 0, made.prefix(tokens[:BLOCK]))
+    made.leave(0, tokens)
+    assert made.cost(0, made.prefix(tokens)) == BLOCK * 2
+
+
+def test_at_least_one_token_is_computed() -> None:
+    made = router()
+    prefix = prompt(made, 0, BLOCK * 2)
+    made.enter(0, 0, prefix)
+    made.leave(0)
+    assert made.cost(0, prefix) == BLOCK  # as the engine does, which reuses whole blocks
+
+
+def test_a_request_of_a_lost_engine_moves_with_its_work() -> None:
+    made = router(3)
+    prefix = prompt(made, 0)
+    made.enter(0, 0, prefix)
+    made.cache_lost(0)
+    assert made.move(0, [1, 2]) == 1
+    assert made.engine_of(0) == 1
+    assert made.cost(0, prefix) == 320
+    assert made.cost(1, prefix) == 32 + 320
+    made.leave(0)
+    assert made.engine_of(0) is None and made.cost(1, prefix) == 32
+
+
+def test_without_prefix_caching_only_load_counts() -> None:
+    made = Router(2, uses_prefixes=False)
+    for engine in range(2):
+        made.engine_ready(engine, 10, BLOCK)
+    prefix = prompt(made, 0)
+    assert prefix == Prefix(320)
+    made.enter(0, 0, prefix)
+    made.leave(0, np.arange(400, dtype=np.int32))
+    assert made.cost(0, prefix) == made.cost(1, prefix) == 320
+
+
+def test_the_least_recently_used_blocks_are_forgotten_last_blocks_first() -> None:
+    index = PrefixIndex(4)
+    one, other = [b"a", b"b", b"c"], [b"x", b"y"]
+    index.use(one)
+    index.use(other)
+    assert len(index) == 4
+    assert index.longest(one) == 2 and index.longest(other) == 2
+    index.use([b"a"])
+    index.use([b"n", b"m"])
+    assert index.longest(one) == 1 and index.longest(other) == 1
+    index.clear()
+    assert index.longest(one) == 0
+
+
+@pytest.mark.parametrize(("num_cores", "num_replicas"), [(8, 2), (8, 3), (2, 2), (2, 4), (1, 3)])
+def test_replicas_share_all_cores(num_cores: int, num_replicas: int) -> None:
+    shares = [share_of_cores(range(num_cores), replica, num_replicas) for replica in range(num_replicas)]
+    assert all(shares) and {core for share in shares for core in share} == set(range(num_cores))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if num_replicas <= num_cores:
+        assert sum(map(len, shares)) == num_cores
+
+
+def test_threads_of_a_core_and_cores_of_a_socket_are_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Linux numbers them: first one thread of each core, sockets alternating, then the others.
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{cpu % 2}\n")
+        (folder / "core_id").write_text(f"{cpu % 4 // 2}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores(tmp_path) == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert usable_cores(tmp_path / "none") == list(range(8))
