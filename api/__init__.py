@@ -10,15 +10,17 @@ TYPE_CHECKING = False  # not from typing: any import here could resolve to a mod
 if TYPE_CHECKING:
     from api.generation.beam_search import BeamSearchParams
     from api.llm import LLM
+    from api.params.lora import LoRARequest
     from api.params.pooling import PoolingParams
     from api.params.sampling import SamplingParams
     from api.params.structured import StructuredOutputsParams
 
-__all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "api.llm",
     "BeamSearchParams": "api.generation.beam_search",
+    "LoRARequest": "api.params.lora",
     "PoolingParams": "api.params.pooling",
     "SamplingParams": "api.params.sampling",
     "StructuredOutputsParams": "api.params.structured",

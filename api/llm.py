@@ -10,7 +10,6 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
-from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from tqdm import tqdm
 
@@ -24,14 +23,17 @@ from api.engine.request_stats import RequestStateStats, request_stats
 from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
+from api.generation.adapters import Adapters
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
 from api.generation.fanout import best_places
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
+from api.llm_inputs import Input, Prompt, adapters_of, as_list, parse_prompt, text_of
 from api.llm_options import LLMOptions
 from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
 from api.params.defaults import check_defaults
+from api.params.lora import LoRARequest
 from api.params.pooling import (
     POOLING_TASKS,
     ClassificationOutput,
@@ -60,9 +62,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. With a ``cache_salt`` in the
-dictionary, the prompt shares cached blocks only with prompts of the same salt."""
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -170,6 +169,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        self._adapters = Adapters(self._model)
         weakref.finalize(self, self._model.host.close)
 
     def __repr__(self) -> str:
@@ -212,6 +212,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, all submitted at once.
@@ -220,6 +221,7 @@ class LLM:
             prompts: One prompt or several; a list of integers is one prompt of token ids.
             sampling_params: One for all prompts, or one per prompt. Default: the model's defaults.
             use_tqdm: Show a progress bar.
+            lora_request: An adapter for all prompts, or one (or None) per prompt; with ``enable_lora=True``.
             priority: A number for all prompts, or one per prompt; lower runs first (with
                 ``scheduling_policy="priority"``).
 
@@ -230,7 +232,7 @@ class LLM:
             RequestError: A prompt or a parameter is invalid for the model; nothing was run. It is a ValueError.
             EngineDeadError: The engine died and is not restarted.
         """
-        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = adapters_of([parse_prompt(prompt) for prompt in as_list(prompts)], lora_request)
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
     def beam_search(
@@ -258,11 +260,11 @@ class LLM:
         """
         if concurrency_limit is not None and concurrency_limit < 1:
             raise RequestError("concurrency_limit must be at least 1", "concurrency_limit")
-        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
         return self._run(self._beam_search(inputs, params, use_tqdm, concurrency_limit or len(inputs)))
 
     async def _beam_search(
-        self, inputs: list[_Input], params: BeamSearchParams, use_tqdm: bool, limit: int
+        self, inputs: list[Input], params: BeamSearchParams, use_tqdm: bool, limit: int
     ) -> list[BeamSearchOutput]:
         model = self._model
         prompts = [await self._token_ids(item, params.as_sampling()) for item in inputs]
@@ -297,7 +299,7 @@ class LLM:
             stop_reason=beam.stop_reason,
         )
 
-    async def _token_ids(self, item: _Input, params: SamplingParams) -> list[int]:
+    async def _token_ids(self, item: Input, params: SamplingParams) -> list[int]:
         """The tokens of a prompt, truncated as the parameters ask."""
         ids, around = item.token_ids, NOTHING_ADDED
         if ids is None:
@@ -326,6 +328,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several. See ``generate``."""
@@ -368,7 +371,8 @@ class LLM:
                     continues=continue_final_message,
                 )
             )
-            inputs.append(_Input(text, None, add_special_tokens=False, opened=opened))
+            inputs.append(Input(text, None, add_special_tokens=False, opened=opened))
+        inputs = adapters_of(inputs, lora_request)
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -406,7 +410,7 @@ class LLM:
             RuntimeError: The engine failed on one of the prompts.
             EngineDeadError: The engine died and is not restarted.
         """
-        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
         return [
             EmbeddingRequestOutput(
@@ -438,7 +442,7 @@ class LLM:
         if pooling_task not in POOLING_TASKS:
             known = ", ".join(POOLING_TASKS)
             raise RequestError(f"pooling_task must be one of {known}, got {pooling_task!r}", "pooling_task")
-        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
         return self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
 
     def classify(
@@ -449,7 +453,7 @@ class LLM:
         pooling_params: PoolingParams | None = None,
     ) -> list[ClassificationRequestOutput]:
         """Classifies each prompt with a model that has a classifier. See ``embed``; ``outputs.probs`` is a list."""
-        inputs = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
         return [
             ClassificationRequestOutput(
@@ -484,13 +488,13 @@ class LLM:
             RequestError: The numbers of prompts do not match, or a prompt is invalid for the model.
             EngineDeadError: The engine died and is not restarted.
         """
-        sides = [[_parse_prompt(prompt) for prompt in _as_list(data)] for data in (data_1, data_2)]
+        sides = [[parse_prompt(prompt) for prompt in as_list(data)] for data in (data_1, data_2)]
         first, second = sides
         pairs = pair_up(len(first), len(second), "data_2")
         params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
         results = []
         if self._model.limits.pooling.head_pooling:
-            texts = [(_text_of(first[i], "data_1"), _text_of(second[j], "data_2")) for i, j in pairs]
+            texts = [(text_of(first[i], "data_1"), text_of(second[j], "data_2")) for i, j in pairs]
             for item in self._run(self._score_pairs(texts, params, use_tqdm)):
                 score = ScoringOutput(float(item.outputs.data[0]))
                 results.append(ScoringRequestOutput(item.request_id, score, item.prompt_token_ids))
@@ -546,7 +550,7 @@ class LLM:
         return await self._pool_prompts(prompts, resolved, use_tqdm)
 
     async def _pool(
-        self, inputs: list[_Input], params: PoolingParams, use_tqdm: bool, *, task: PoolingTask = "embed"
+        self, inputs: list[Input], params: PoolingParams, use_tqdm: bool, *, task: PoolingTask = "embed"
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         model = self._model
         resolved = resolve_task(task, params, model.pooler, model.limits)
@@ -597,7 +601,7 @@ class LLM:
         return results
 
     async def _generate(
-        self, inputs: list[_Input], params: list[SamplingParams], use_tqdm: bool, priority: int | Sequence[int] | None
+        self, inputs: list[Input], params: list[SamplingParams], use_tqdm: bool, priority: int | Sequence[int] | None
     ) -> list[RequestOutput]:
         priorities = [priority or 0] * len(inputs) if priority is None or isinstance(priority, int) else list(priority)
         if len(priorities) != len(inputs):
@@ -605,6 +609,7 @@ class LLM:
                 f"priority must have one entry per prompt; got {len(priorities)} for {len(inputs)} prompts", "priority"
             )
         model = self._model
+        views = [await self._adapters.view(item.adapter) for item in inputs]
         channel = model.client.open_channel()
         folders: list[_Folder] = []
         states: list[RequestState] = []
@@ -618,7 +623,9 @@ class LLM:
                 request = model.resolve(
                     sampling, opened=item.opened, priority=priorities[number], cache_salt=item.cache_salt
                 )
-                await model.submit(channel, result.request_id, [ids], request, states, first_choice=len(folders))
+                await views[number].submit(
+                    channel, result.request_id, [ids], request, states, first_choice=len(folders)
+                )
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
                     result.outputs.append(output)
@@ -658,43 +665,6 @@ def _keep_best(result: RequestOutput, params: SamplingParams) -> None:
         output.index = index
         if params.logprobs is None:
             output.logprobs = None
-
-
-@dataclass(frozen=True)
-class _Input:
-    text: str | None
-    token_ids: list[int] | None
-    add_special_tokens: bool = True
-    cache_salt: str = ""
-    opened: bool | UnsetType | None = UNSET
-    """See ``ServedModel.resolve``."""
-
-
-def _text_of(item: _Input, field: str) -> str:
-    if item.text is None:
-        raise RequestError(f"{field} must be texts for a cross-encoder, which joins them itself", field)
-    return item.text
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _parse_prompt(prompt: Prompt) -> _Input:
-    if isinstance(prompt, str):
-        return _Input(prompt, None)
-    if isinstance(prompt, Mapping):
-        salt = prompt.get("cache_salt") or ""
-        if "prompt_token_ids" in prompt:
-            return _Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt)
-        if "prompt" in prompt:
-            return _Input(prompt["prompt"], None, cache_salt=salt)
-        raise RequestError("a dict prompt must have 'prompt' or 'prompt_token_ids'", "prompts")
-    return _Input(None, list(prompt))
 
 
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:

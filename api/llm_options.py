@@ -15,6 +15,9 @@ class LLMOptions(TypedDict, total=False):
     port: int
     uds: str | None
     api_key: list[str] | str
+    admin_api_key: list[str] | str
+    lora_modules: list[str] | str
+    allowed_lora_path: str | None
     served_model_name: list[str] | str
     tokenizer: str | None
     revision: str | None
@@ -115,6 +118,11 @@ class LLMOptions(TypedDict, total=False):
     block_size: int | None
     num_threads: int | None
     distributed_executor_backend: Literal["mp", "inline", "simulated"]
+    enable_lora: bool
+    max_loras: int
+    max_lora_rank: int
+    max_cpu_loras: int | None
+    lora_dtype: Literal["auto", "bfloat16", "float16", "float32"]
     simulated_device: dict[str, object]
     forced_outputs: str
     check_every_step: bool

@@ -192,9 +192,8 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "adapters are not supported yet; serve a model with the adapter merged in",
-        "enable_lora:bool lora_modules:list default_mm_loras fully_sharded_loras:bool max_loras=1 "
-        "max_lora_rank=16 max_cpu_loras lora_dtype=auto lora_target_modules:list max_lora_cls_labels "
+        "adapters change the layers that their files name, in models of one rank; there are no prompt adapters",
+        "default_mm_loras fully_sharded_loras:bool lora_target_modules:list max_lora_cls_labels "
         "lora_extra_vocab_size enable_tower_connector_lora:bool enable_mixed_moe_lora_format:bool "
         "enable_moe_shared_loras:bool enable_prompt_adapter:bool max_prompt_adapters max_prompt_adapter_token",
     ),

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from engine_core.adapters import AdapterPool
 from engine_core.config import EngineConfig, StepSize
 from engine_core.flight_record import FlightRecord
 from engine_core.in_flight import InFlight
@@ -29,7 +30,9 @@ from engine_core.messages import (
     EngineCoreRequest,
     EngineDead,
     EngineReady,
+    EnsureAdapter,
     FinishReason,
+    ForgetAdapter,
     FromEngineCore,
     Ping,
     PoolingSupport,
@@ -54,6 +57,7 @@ from engine_core.worker_watch import WorkerWatch
 from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import DETAILS, get_logger
 from executor.messages import (
+    AdapterLoaded,
     FromWorker,
     GrammarMask,
     Heartbeat,
@@ -257,6 +261,7 @@ class EngineCore:
                 self._may_schedule = False  # the next one runs alone: wait for steps in flight or the probation time
                 return
         planned = scheduler.schedule()
+        self._send_commands(scheduler)
         if self._record is not None:
             self._record.adding(0)
         if planned is None:
@@ -271,6 +276,12 @@ class EngineCore:
             ended = self._send_mask()
             if ended:
                 self._send_outputs(*ended)
+
+    def _send_commands(self, scheduler: Scheduler) -> None:
+        """Tells the workers which adapters to load, before the plan that needs them."""
+        commands, scheduler.adapters.commands = scheduler.adapters.commands, []
+        for command in commands:
+            self.executor.submit(command)
 
     @property
     def _awaited(self) -> Sequence[InFlight]:
@@ -353,10 +364,39 @@ class EngineCore:
             if self._scheduler is not None:
                 self._scheduler.kv.reset_prefix_cache()
             self.transport.send(UtilityOutput(call_id=message.call_id))
+        elif isinstance(message, EnsureAdapter):
+            self._ensure_adapter(message)
+        elif isinstance(message, ForgetAdapter):
+            if self._scheduler is not None:
+                self._scheduler.adapters.forget(message.content_hash)
+                self._may_schedule = True
         elif isinstance(message, Shutdown):
             self._draining = True
             if not message.drain:
                 self.exit_code = 0
+
+    def _ensure_adapter(self, message: EnsureAdapter) -> None:
+        """Has an adapter loaded or tried. The api asks once the engine is ready."""
+        error = "adapters need a server started with --enable-lora"
+        if self._scheduler is not None and self.config.executor.lora.enable_lora:
+            if not self._scheduler.adapters.ensure(message.call_id, message.adapter):
+                self._may_schedule = True
+                return
+            error = ""
+        self.transport.send(UtilityOutput(call_id=message.call_id, result={"error": error}))
+
+    def _adapter_loaded(self, message: AdapterLoaded) -> None:
+        scheduler = self._scheduler
+        assert scheduler is not None
+        outcome = scheduler.adapters.answered(message)
+        if outcome is None:
+            return
+        for call_id in outcome.calls:
+            self.transport.send(UtilityOutput(call_id=call_id, result={"error": outcome.error}))
+        for request in outcome.failed:
+            self._send_outputs(scheduler.fail_request(request, outcome.error))
+        scheduler.unpark()
+        self._may_schedule = True
 
     def _add_siblings(self, message: SiblingRequests) -> None:
         """Adds requests that differ only in name, index and seed: their common part is checked once."""
@@ -393,7 +433,12 @@ class EngineCore:
             problem = None
             if not is_checked:
                 problem = request_problem(
-                    message, self._vocab_size, scheduler.max_model_len, self._hidden_size, self._pooling
+                    message,
+                    self._vocab_size,
+                    scheduler.max_model_len,
+                    self._hidden_size,
+                    self._pooling,
+                    has_adapters=self.config.executor.lora.enable_lora,
                 )
             if problem is None:
                 request = Request(message)
@@ -498,6 +543,7 @@ class EngineCore:
             "num_blocks": scheduler.kv.num_blocks,
             "num_free_blocks": scheduler.kv.num_free,
             "num_preemptions": scheduler.num_preemptions,
+            "num_adapters": scheduler.adapters.num_loaded,
             "integrity": integrity,
         }
 
@@ -525,6 +571,8 @@ class EngineCore:
             self._kv_ready.add(message.rank)
             if len(self._kv_ready) == self.executor.num_ranks:
                 self._start_serving()
+        elif isinstance(message, AdapterLoaded):
+            self._adapter_loaded(message)
         elif isinstance(message, WorkerFailed):
             self._worker_failed(message)
 
@@ -584,6 +632,7 @@ class EngineCore:
                 engine_epoch=self.engine_epoch,
                 max_draft_tokens=self.config.executor.max_draft_tokens,
                 num_lookahead_tokens=self.config.executor.num_lookahead_tokens,
+                adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._prepare_grammars()  # if the vocabulary came first

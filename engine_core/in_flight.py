@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_core.messages import I32
-from executor.messages import ForcedDrafts
+from executor.messages import ForcedDrafts, ModelRunnerOutput, u8
 
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -46,3 +46,9 @@ class InFlight:
     """Drafts of constrained rows that take the place of the worker's own."""
     num_masks: list[int] = field(default_factory=list)
     """Number of positions of each constrained row that had a mask."""
+
+    def num_computed(self, result: ModelRunnerOutput) -> int:
+        """Tokens of the step, without those that were allowed for drafts and not accepted."""
+        if self.allowances is None:
+            return self.num_tokens
+        return self.num_tokens - int(self.allowances.sum()) + int(u8(result.num_accepted).sum(dtype=np.int64))

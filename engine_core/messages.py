@@ -46,7 +46,9 @@ __all__ = [
     "EngineCoreRequest",
     "EngineDead",
     "EngineReady",
+    "EnsureAdapter",
     "FinishReason",
+    "ForgetAdapter",
     "FromEngineCore",
     "GrammarSpec",
     "LoRARequest",
@@ -225,6 +227,23 @@ class ResetPrefixCache(Message, frozen=True):
     """Returned in the answer."""
 
 
+class EnsureAdapter(Message, frozen=True):
+    """Loads an adapter, or tries whether it could be loaded; answered with a ``UtilityOutput`` whose ``error`` says why
+    it cannot be used."""
+
+    call_id: int
+    """Returned in the answer."""
+    adapter: LoRARequest
+    """The adapter."""
+
+
+class ForgetAdapter(Message, frozen=True):
+    """No later request has an adapter: its memory is freed once the present ones are done."""
+
+    content_hash: str
+    """Identifies the adapter."""
+
+
 class StatusRequest(Message, frozen=True):
     """Asks for counts for tests and operators (free blocks, slots, queues, integrity)."""
 
@@ -246,6 +265,8 @@ ToEngineCore = (
     | AbortRequests
     | Ping
     | ResetPrefixCache
+    | EnsureAdapter
+    | ForgetAdapter
     | StatusRequest
     | Shutdown
 )
@@ -321,6 +342,12 @@ class SchedulerStats(Message, frozen=True):
     """Drafts accepted since the start."""
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """The same, by position among a row's drafts, without the last positions that had none."""
+    running_adapters: tuple[str, ...] = ()
+    """Names of the adapters that requests run with."""
+    waiting_adapters: tuple[str, ...] = ()
+    """Names of those that requests wait for."""
+    num_loaded_adapters: int = 0
+    """Adapters in memory."""
 
 
 class EngineCoreOutput(Message, frozen=True):

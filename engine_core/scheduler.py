@@ -17,8 +17,9 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from engine_core.adapters import AdapterPool
 from engine_core.cache_shape import CacheShape, max_step_tokens
-from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
 from engine_core.draft_counts import DraftCounts
 from engine_core.fair_shares import FairShares
 from engine_core.hashing import draft_pool
@@ -56,8 +57,6 @@ MAX_DESCRIBED_TOKENS = 1 << 16
 no more start, so that running requests wait for about 10 ms at most."""
 REQUEST_COST = 512
 """What starting a request costs besides its tokens, in tokens."""
-CHARGED_TOKENS = 64
-"""Tokens by which an output may exceed its expected length before its tenant is charged again."""
 
 
 class Scheduler:
@@ -73,8 +72,10 @@ class Scheduler:
         engine_epoch: int = 0,
         max_draft_tokens: int = 0,
         num_lookahead_tokens: int = 0,
+        adapters: AdapterPool | None = None,
     ) -> None:
         self.config = config
+        self.adapters = adapters or AdapterPool(LoRAConfig())
         self.num_lookahead_tokens = num_lookahead_tokens
         self.max_draft_tokens = max_draft_tokens
         self.max_model_len = max_model_len
@@ -110,7 +111,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + len(self.compiling)
+        return len(self.waiting) + len(self.compiling) + self.adapters.num_parked
 
     def add_request(self, request: Request) -> None:
         """Queues a request, or holds it until its grammar is compiled. Its prompt must fit the model and the cache."""
@@ -149,7 +150,7 @@ class Scheduler:
                 request.account.note_output(num_output)
             self.kv.release(request)
             self._free_slot(request)
-        elif self.compiling.pop(request.index, None) is None:
+        elif self.compiling.pop(request.index, None) is None and not self.adapters.forget_request(request):
             self.waiting.remove(request)
         self.shares.close(request.account)
 
@@ -158,6 +159,8 @@ class Scheduler:
         request.account.charge(int(table.num_known[slot] - table.num_charged[slot]))
         self.suspects.stopped(slot)
         table.release(request)
+        if self.adapters.stopped(request):
+            self.unpark()
 
     def _preempt(self, request: Request) -> None:
         """Takes blocks and slot from a running request, which will start over with the tokens it has."""
@@ -169,8 +172,15 @@ class Scheduler:
         self.waiting.put_back(request)
         self.num_preemptions += 1
 
+    def unpark(self) -> None:
+        """Returns the requests to the queue whose adapters have a place now."""
+        for request in reversed(self.adapters.take_ready()):
+            self.waiting.put_back(request)
+
     def restart(self) -> None:
         """Adapts to new, empty workers: requeues all running requests and empties the prefix cache."""
+        for request in reversed(self.adapters.unpark_all()):
+            self.waiting.put_back(request)
         for slot in reversed(self.table.running.tolist()):
             request = self.table.owners[slot]
             assert request is not None
@@ -178,6 +188,7 @@ class Scheduler:
             self.num_preemptions -= 1
         self.table.finished_slots.clear()
         self.kv.reset_prefix_cache()
+        self.adapters.restart()
         self.suspects.restart()
 
     def running_requests(self) -> list[Request]:
@@ -387,7 +398,7 @@ class Scheduler:
         slots: list[int] = []
         counts: list[int] = []
         if table.free_slots:
-            self._charge_long_outputs()
+            table.charge_long_outputs()
         num_described = 0
         while budget > 0 and self.waiting and (table.free_slots or self.suspects.is_isolating):
             if num_described >= MAX_DESCRIBED_TOKENS:
@@ -395,6 +406,12 @@ class Scheduler:
             request = self._next_waiting()
             if request is None:
                 break
+            if not self._has_adapter(request):
+                if self.suspects.is_isolating:
+                    break
+                self.waiting.remove(request)
+                self.adapters.park(request)
+                continue
             num_tokens = len(request.token_ids)
             hit = self.kv.find_cached_prefix(request)
             num_computed = hit.num_tokens
@@ -429,6 +446,14 @@ class Scheduler:
             budget -= count
         return slots, counts
 
+    def _has_adapter(self, request: Request) -> bool:
+        """Whether a request's adapter has a place; asks for it to be loaded. Before a trial, others give up theirs."""
+        is_trial = self.suspects.is_isolating
+        if is_trial and self.adapters.is_full:
+            for running in reversed(self.running_requests()):
+                self._preempt(running)
+        return self.adapters.may_start(request, is_alone=is_trial)
+
     def _lookahead_of(self, request: Request) -> int:
         """Tokens behind those known that need blocks when a request starts."""
         if not self.num_lookahead_tokens or request.is_pooling:
@@ -436,23 +461,16 @@ class Scheduler:
         most = request.num_prompt_tokens + self.max_output_tokens(request)
         return max(0, min(self.num_lookahead_tokens, most - len(request.token_ids)))
 
-    def _charge_long_outputs(self) -> None:
-        """Charges tenants for outputs that exceed their expected length."""
-        slots = self.table.running
-        excess = self.table.num_known[slots] - self.table.num_charged[slots]
-        for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
-            request = self.table.owners[slots[row]]
-            assert request is not None
-            request.account.charge(int(excess[row]))
-            self.table.num_charged[slots[row]] += excess[row]
-
     def _next_waiting(self) -> Request | None:
         """The next request that may start now; None: none may."""
         if not self.suspects.is_isolating:
             return self.waiting.peek()
         request = self.suspects.current
-        is_ready = request is not None and request.slot < 0 and request.index not in self.compiling
-        return request if is_ready else None
+        if request is None or request.slot >= 0 or request.index in self.compiling:
+            return None
+        if self.adapters.forget_request(request):
+            self.waiting.put_back(request)
+        return request
 
     def _make_room(self, hit: PrefixHit, num_tokens: int) -> None:
         """Preempts requests that wait for another's trial, as far as the trial needs their blocks."""
@@ -472,6 +490,7 @@ class Scheduler:
             num_left = max(0, num_expected - (num_tokens - request.num_prompt_tokens))
         table = self.table
         slot = table.occupy(request, num_computed, max_tokens)
+        self.adapters.started(request)
         table.capacity[slot] = capacity
         if self.kv.enable_prefix_caching:
             table.publish_at[slot] = num_computed + 1
@@ -483,7 +502,6 @@ class Scheduler:
         return slot
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
-        adapter = request.message.lora_request
         return NewRequest(
             slot=slot,
             token_ids=request.token_ids.tobytes(),
@@ -493,7 +511,7 @@ class Scheduler:
             block_offsets=tuple(blocks.first for blocks in request.block_tables) if self.kv.has_windows else (),
             params=None if request.is_pooling else request.params,
             pooling_params=request.message.pooling_params,
-            lora_id=0 if adapter is None else adapter.lora_id,
+            lora_id=self.adapters.number(request),
             mm_features=request.message.mm_features,
             draft_pool=draft_pool(request.message.tenant, request.message.cache_salt) if self.max_draft_tokens else 0,
         )
@@ -734,7 +752,7 @@ class Scheduler:
 
     def stats(self, step: InFlight | None = None, result: ModelRunnerOutput | None = None) -> SchedulerStats:
         drafts = self.drafts
-        return SchedulerStats(
+        stats = SchedulerStats(
             num_running_reqs=len(self.table.running),
             num_waiting_reqs=self.num_waiting,
             num_deferred_reqs=len(self.compiling),
@@ -742,7 +760,7 @@ class Scheduler:
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,
             num_preemptions=self.num_preemptions,
-            num_scheduled_tokens=_num_computed(step, result) if step and result else 0,
+            num_scheduled_tokens=step.num_computed(result) if step and result else 0,
             schedule_us=step.schedule_us if step else 0.0,
             forward_ms=result.forward_ms if result else 0.0,
             num_drafts=drafts.num_drafts,
@@ -750,6 +768,7 @@ class Scheduler:
             num_accepted_tokens=drafts.num_accepted_tokens,
             num_accepted_tokens_per_pos=drafts.accepted_per_position(),
         )
+        return self.adapters.noted(stats)
 
     def check_integrity(self) -> None:
         """Asserts that slots, queues and blocks agree with each other."""
@@ -757,12 +776,7 @@ class Scheduler:
         running, waiting = self.running_requests(), list(self.waiting)
         assert all(self.requests[request.index] is request for request in running)
         assert all(request.slot < 0 and not request.block_tables for request in waiting)
-        assert len(waiting) + len(running) + len(self.compiling) == len(self.requests)
+        num_held = len(self.compiling) + self.adapters.num_parked
+        assert len(waiting) + len(running) + num_held == len(self.requests)
+        self.adapters.check_integrity(running)
         self.kv.check_integrity(self.requests.values())
-
-
-def _num_computed(step: InFlight, result: ModelRunnerOutput) -> int:
-    """Tokens of a step, without those that were allowed for drafts and not accepted."""
-    if step.allowances is None:
-        return step.num_tokens
-    return step.num_tokens - int(step.allowances.sum()) + int(u8(result.num_accepted).sum(dtype=np.int64))

@@ -16,6 +16,9 @@ from engine_core.request import MAX_STOP_IDS, Request
 from engine_core.single_type_kv_cache_manager import NEVER
 from executor.messages import row_offsets
 
+CHARGED_TOKENS = 64
+"""Tokens by which an output may exceed its expected length before its tenant is charged again."""
+
 
 class SlotTable:
     """The slots, their requests and these requests' progress.
@@ -229,6 +232,14 @@ class SlotTable:
         Computation continues at the last known token or later: rejected drafts are not known tokens.
         """
         return np.minimum(self.num_scheduled, self.num_known - 1)
+
+    def charge_long_outputs(self) -> None:
+        """Charges tenants for outputs that exceed their expected length."""
+        excess = self.num_known[self.running] - self.num_charged[self.running]
+        for row in np.flatnonzero(excess >= CHARGED_TOKENS).tolist():
+            slot = self.running[row]
+            self.request(slot).account.charge(int(excess[row]))
+            self.num_charged[slot] += excess[row]
 
     def check_integrity(self) -> None:
         """Asserts that slots and counts agree with each other and with the requests."""

@@ -34,6 +34,8 @@ def request_problem(
     max_model_len: int,
     hidden_size: int = 0,
     pooling: PoolingSupport = ANY_POOLING,
+    *,
+    has_adapters: bool = False,
 ) -> str | None:
     """The problem with a request, or None.
 
@@ -43,6 +45,7 @@ def request_problem(
         max_model_len: Longest sequence.
         hidden_size: Size of pooled vectors; 0: the executor cannot pool.
         pooling: What the model does with them.
+        has_adapters: Whether the executor can load adapters.
     """
     if not -(2**63) <= request.index < 2**63:
         return "index does not fit 64 bits"
@@ -58,8 +61,10 @@ def request_problem(
     for ids in (prompt, outputs):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             return f"a token id is outside the vocabulary of {vocab_size}"
-    if request.lora_request is not None or request.mm_features:
-        return "adapters, images and audio are not supported by this engine"
+    if request.lora_request is not None and not has_adapters:
+        return "adapters need a server started with --enable-lora"
+    if request.mm_features:
+        return "images and audio are not supported by this engine"
     if request.pooling_params is not None:
         if params is not None or len(outputs) or request.grammar is not None:
             return "a request either generates or is pooled, not both"

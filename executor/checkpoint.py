@@ -281,7 +281,19 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         ModelError: The file is truncated or corrupt.
     """
     file = MappedFile(path)
-    mapped = file.data
+    return parse_safetensors(path, file.data, file.prefetch)
+
+
+def parse_safetensors(
+    path: Path, mapped: mmap.mmap | bytearray, prefetch: Callable[[int, int], None] = lambda offset, num_bytes: None
+) -> list[StoredTensor]:
+    """The tensors of a file's content. Raises as ``read_safetensors`` does.
+
+    Args:
+        path: The file, for messages.
+        mapped: The content; tensors are views of it.
+        prefetch: Takes the offset and the size of bytes that will be read.
+    """
     if len(mapped) < 8:
         raise ModelError(f"{path}: truncated: {len(mapped)} bytes are too few for a safetensors file")
     header_size = int.from_bytes(mapped[:8], "little")
@@ -308,8 +320,8 @@ def read_safetensors(path: Path) -> list[StoredTensor]:
         if start + end > len(mapped):
             missing = start + end - len(mapped)
             raise ModelError(f"{origin}: truncated: the file ends {missing} bytes before the tensor does")
-        read, prefetch = _reader(mapped, start + begin, entry), partial(file.prefetch, start + begin, end - begin)
-        stored.append(StoredTensor(name, origin, end - begin, read, prefetch))
+        read = _reader(mapped, start + begin, entry)
+        stored.append(StoredTensor(name, origin, end - begin, read, partial(prefetch, start + begin, end - begin)))
     if start + end != len(mapped):
         raise ModelError(f"{path}: corrupt: {len(mapped) - start - end} bytes follow the last tensor")
     return stored
@@ -326,7 +338,7 @@ def check_dtype(stored: torch.dtype, wanted: torch.dtype) -> None:
         raise ValueError(f"has type {NAMES[stored]}; supported: {', '.join(NAMES[each] for each in fitting)}")
 
 
-def _reader(mapped: mmap.mmap, offset: int, entry: Entry) -> Callable[[torch.dtype], Tensor]:
+def _reader(mapped: mmap.mmap | bytearray, offset: int, entry: Entry) -> Callable[[torch.dtype], Tensor]:
     def read(dtype: torch.dtype) -> Tensor:
         stored = DTYPES[entry.dtype]
         check_dtype(stored, dtype)

@@ -280,6 +280,35 @@ DEFAULT_STEP_TOKENS = 512
 """Default of ``--max-num-batched-tokens`` on CPUs."""
 
 
+class LoRAConfig(Config, frozen=True):
+    """Low-rank adapters."""
+
+    group: ClassVar[str] = "Adapters"
+
+    enable_lora: Annotated[bool, Meta(description="Serve LoRA adapters beside the model.")] = False
+    max_loras: Annotated[
+        Positive,
+        Meta(description="Maximum number of different adapters of the requests that run at the same time."),
+    ] = 1
+    max_lora_rank: Annotated[Positive, Meta(description="Largest rank of an adapter.")] = 16
+    max_cpu_loras: Annotated[
+        Positive | None,
+        Meta(
+            description="Maximum number of adapters in memory; the one unused for longest makes room for another. "
+            "Default: --max-loras."
+        ),
+    ] = None
+    lora_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="Data type of adapters in memory, which must be that of the activations. auto: that type."),
+    ] = "auto"
+
+    @property
+    def max_loaded(self) -> int:
+        """Most adapters in memory; 0: none are served."""
+        return max(self.max_loras, self.max_cpu_loras or 0) if self.enable_lora else 0
+
+
 class StepSize(Config, frozen=True):
     """The largest step that is ever planned."""
 
@@ -304,6 +333,7 @@ class ExecutorConfig(Config, frozen=True):
     ] = "mp"
     speculative: Annotated[SpeculativeConfig | None, Meta(extra={"internal": True})] = None
     """None: one token per step and request."""
+    lora: LoRAConfig = LoRAConfig()
     simulated_device: Annotated[
         SimulatedDevice,
         Meta(

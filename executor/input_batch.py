@@ -92,6 +92,7 @@ def adapter_columns(name: str, adapters: I32) -> dict[str, npt.NDArray[Any]]:
         f"{name}.rows": rows,
         f"{name}.adapters": used.astype(np.int32),
         f"{name}.starts": np.append(starts, len(rows)).astype(np.int32),
+        f"{name}.of_row": adapters,
     }
 
 
@@ -99,7 +100,8 @@ def adapter_rows(name: str, columns: Mapping[str, torch.Tensor]) -> AdapterRows 
     """A map of rows from the columns of ``adapter_columns``, now on the device."""
     if f"{name}.rows" not in columns:
         return None
-    return AdapterRows(columns[f"{name}.rows"], columns[f"{name}.adapters"], columns[f"{name}.starts"])
+    rows, adapters, starts, of_row = (columns[f"{name}.{part}"] for part in ("rows", "adapters", "starts", "of_row"))
+    return AdapterRows(rows, adapters, starts, of_row)
 
 
 @dataclass

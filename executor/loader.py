@@ -17,7 +17,7 @@ import torch
 
 from executor import language_part
 from executor.attention.base import choose_backends
-from executor.base import ModelError
+from executor.base import Head, ModelError
 from executor.calibration import Sources, calibrate
 from executor.checkpoint import FLOATS, Checkpoint, SafetensorsCheckpoint, StoredTensor
 from executor.config import KV_CODE_NAMES, ModelConfig
@@ -93,6 +93,7 @@ def load_model(
     progress: Progress,
     memory_bytes: int | None = None,
     communicator: Communicator | None = None,
+    max_adapters: int = 0,
 ) -> LoadedModel:
     """Builds a model and loads its weights.
 
@@ -104,11 +105,12 @@ def load_model(
         progress: Called with the bytes read so far.
         memory_bytes: Total device memory; a model whose weights need more is rejected before they are read.
         communicator: Connects the ranks that share the layers. None: with several ranks the model cannot run.
+        max_adapters: Most low-rank adapters in memory; 0: it is computed without.
 
     Raises:
         ModelError: The model cannot be loaded; one line that names the file and the problem.
     """
-    model, context, checkpoint = prepare_model(config, parallel, device, attention_backend, communicator)
+    model, context, checkpoint = prepare_model(config, parallel, device, attention_backend, communicator, max_adapters)
     hf_config = context.config
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if memory_bytes is not None and weight_bytes > memory_bytes:
@@ -120,9 +122,7 @@ def load_model(
         fill_with_random_numbers(model)
     else:
         load_weights(model, checkpoint, context, progress, is_tied_by_file=is_tied_by_file(config))
-    quantized = describe(model)
-    if quantized is not None:
-        logger.info("quantised weights: %s", quantized)
+    _log_formats(model)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
@@ -135,6 +135,7 @@ def prepare_model(
     device: torch.device,
     attention_backend: str | None,
     communicator: Communicator | None = None,
+    max_adapters: int = 0,
 ) -> tuple[Model, ModelContext, Checkpoint | None]:
     """Builds a model with uninitialised weights, and opens its checkpoint. See ``load_model``.
 
@@ -159,8 +160,15 @@ def prepare_model(
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
         head=split_architecture(hf_config.architecture)[1],
+        max_adapters=max_adapters,
     )
     return build_model(model_class, context, attention_backend), context, checkpoint
+
+
+def _log_formats(model: Model) -> None:
+    quantized = describe(model)
+    if quantized is not None:
+        logger.info("quantised weights: %s", quantized)
 
 
 def _unconnected(parallel: ParallelState) -> Communicator:
@@ -308,11 +316,7 @@ def match_weights(
     """
     targets = find_targets(model)
     tied = find_ties(targets, model.tied_modules) if context.config.tie_word_embeddings else {}
-    is_part, mapper = context.config.is_part, model.mapper
-    if is_part:
-        mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
-    if context.head != "lm":
-        mapper = mapper.without_logits()
+    is_part, mapper = context.config.is_part, mapper_of(model, context.config, context.head)
     ignored = [*context.quantization.ignored, *model.ignored]
     if all(layer.scales is None for layer in model.attention_layers()):
         ignored.append(CACHE_SCALES)
@@ -336,6 +340,14 @@ def match_weights(
         if name not in found and not targets[name].parameter.is_optional:
             raise ModelError(f"{checkpoint.origin(name)} is missing{_advice(name, model)}")
     return checkpoint, targets, found
+
+
+def mapper_of(model: Model, config: HFConfig, head: Head) -> WeightsMapper:
+    """The names of a model's tensors in Hugging Face's files."""
+    mapper = model.mapper
+    if config.is_part:
+        mapper = mapper.within(language_part.RENAMES, language_part.OTHER_PARTS)
+    return mapper if head == "lm" else mapper.without_logits()
 
 
 def _fill(

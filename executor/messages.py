@@ -155,7 +155,7 @@ class LoRARequest(Message, frozen=True):
     name: str
     """The name that clients use."""
     lora_id: int
-    """Id of the adapter, at least 1; 0 is the base model."""
+    """Id that the client chose, at least 1."""
     path: str
     """Folder with the adapter's weights."""
     content_hash: str
@@ -200,7 +200,7 @@ class NewRequest(Message, frozen=True):
     pooling_params: ResolvedPoolingParams | None = None
     """Set for a pooling request."""
     lora_id: int = 0
-    """0: no adapter."""
+    """Number of a loaded adapter (``LoadAdapter``); 0: none."""
     mm_features: tuple[MultiModalFeature, ...] = ()
     """Images and audio of the prompt, in prompt order."""
     draft_pool: int = 0
@@ -278,11 +278,28 @@ class InitKVCache(Message, frozen=True):
     """Longest sequence served, prompt and output together."""
 
 
+class LoadAdapter(Message, frozen=True):
+    """The worker reads an adapter and answers with ``AdapterLoaded``. Steps planned before have no rows with its
+    number."""
+
+    number: int
+    """Number of the adapter in plans, from 1 on; it takes the place of an earlier one. 0: it is only tried."""
+    adapter: LoRARequest
+    """Its files, and the hash that their content must have."""
+
+
+class UnloadAdapter(Message, frozen=True):
+    """The worker forgets an adapter. No later plan has rows with its number."""
+
+    number: int
+    """The adapter's number."""
+
+
 class WorkerShutdown(Message, frozen=True):
     """The worker exits at once; pending plans are not computed."""
 
 
-ToWorker = SchedulerOutput | GrammarMask | InitKVCache | WorkerShutdown
+ToWorker = SchedulerOutput | GrammarMask | InitKVCache | LoadAdapter | UnloadAdapter | WorkerShutdown
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -413,6 +430,19 @@ class KVCacheReady(Message, frozen=True):
     """Rank of the sending worker."""
 
 
+class AdapterLoaded(Message, frozen=True):
+    """An adapter is in memory, or was tried."""
+
+    rank: int
+    """Rank of the sending worker."""
+    number: int
+    """Its number; 0: it was only tried."""
+    content_hash: str
+    """The hash that the load request named."""
+    error: str = ""
+    """Why it cannot be used; empty: it can."""
+
+
 class TokenLogprobs(Message, frozen=True):
     """Log probabilities at one position, of the unprocessed logits."""
 
@@ -494,7 +524,7 @@ class WorkerFailed(Message, frozen=True):
     """Traceback; empty if the message is sufficient."""
 
 
-FromWorker = WorkerReady | LoadProgress | KVCacheReady | ModelRunnerOutput | Heartbeat | WorkerFailed
+FromWorker = WorkerReady | LoadProgress | KVCacheReady | AdapterLoaded | ModelRunnerOutput | Heartbeat | WorkerFailed
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:

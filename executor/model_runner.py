@@ -366,7 +366,7 @@ class ModelRunner:
             for begin in range(first, last, PROMPT_LOGITS_CHUNK):
                 end = min(begin + PROMPT_LOGITS_CHUNK, last)
                 rows = np.arange(start + begin - first, start + end - first)
-                adapters = np.full(len(rows), states.adapters[slot])
+                adapters = np.full(len(rows), states.adapters[slot], np.int32)
                 views = self.channel.upload({"logits_rows": rows, **adapter_columns("sample_adapters", adapters)})
                 chunk = replace(
                     batch,

@@ -22,11 +22,13 @@ from numpy.random import default_rng
 from executor.config import ExecutorConfig, SimulatedDevice
 from executor.messages import (
     I32,
+    AdapterLoaded,
     FromWorker,
     GrammarMask,
     InitKVCache,
     KVCacheGroupSpec,
     KVCacheReady,
+    LoadAdapter,
     ModelRunnerOutput,
     ResolvedPoolingParams,
     SchedulerOutput,
@@ -183,6 +185,8 @@ class SimulatedExecutor:
             self._masks.put(message)
         elif isinstance(message, InitKVCache):
             self._answer(KVCacheReady(rank=0))
+        elif isinstance(message, LoadAdapter):
+            self._answer(AdapterLoaded(0, message.number, message.adapter.content_hash))
 
     def _run(self, model: DeviceModel) -> None:
         free_at = 0.0

@@ -18,6 +18,8 @@ import setproctitle
 import torch
 import zmq
 
+import ops
+from executor.adapters import LoadedAdapters, check_adapters
 from executor.attention.base import RECURRENT_KINDS, cached_specs
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
@@ -28,14 +30,17 @@ from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
     EXIT_MODEL,
+    AdapterLoaded,
     FromWorker,
     GrammarMask,
     Heartbeat,
     InitKVCache,
     KVCacheReady,
+    LoadAdapter,
     LoadProgress,
     SchedulerOutput,
     ToWorker,
+    UnloadAdapter,
     WorkerFailed,
     WorkerReady,
     WorkerShutdown,
@@ -71,7 +76,8 @@ class Worker:
         self.rank = parallel.rank
         self.config = config
         self._send = send
-        self._plans: deque[SchedulerOutput] = deque()
+        self._adapters: LoadedAdapters | None = None
+        self._plans: deque[SchedulerOutput | LoadAdapter | UnloadAdapter] = deque()
         self._masks: dict[int, GrammarMask] = {}
         self._step: StartedStep | None = None
         """The step that is launched but cannot be sampled yet."""
@@ -88,15 +94,7 @@ class Worker:
         config = self.config
         device = create_device(config.device.device)
         device.initialize(config.device, self.rank)
-        loaded = load_model(
-            config.model,
-            self.parallel,
-            device.torch_device,
-            config.device.attention_backend,
-            self._progress,
-            device.memory().total_bytes,
-            device.communicator(self.parallel),
-        )
+        loaded = self._load(device)
         speculative = self._speculative(loaded)
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         draft = self._load_draft(loaded, device)
@@ -115,6 +113,9 @@ class Worker:
         memory = device.memory()  # before the step, whose memory an allocator may keep
         with _refusals(device):
             step_bytes, position_bytes = self.runner.step_memory()
+        if config.lora.enable_lora:
+            self._adapters = LoadedAdapters(loaded, config.lora)
+            step_bytes += self._adapters.num_bytes(self.runner.max_tokens)
         self._send(
             WorkerReady(
                 rank=self.rank,
@@ -136,6 +137,23 @@ class Worker:
                 pooling=loaded.pooling,
             )
         )
+
+    def _load(self, device: Device) -> LoadedModel:
+        """Loads the model."""
+        config = self.config
+        loaded = load_model(
+            config.model,
+            self.parallel,
+            device.torch_device,
+            config.device.attention_backend,
+            self._progress,
+            device.memory().total_bytes,
+            device.communicator(self.parallel),
+            config.lora.max_loaded,
+        )
+        op_set = ops.op_set(device.torch_device.type).name
+        check_adapters(config.lora, loaded, config.parallel.world_size, op_set)
+        return loaded
 
     def _load_draft(self, target: LoadedModel, device: Device) -> DraftModel | None:
         """Loads the draft model, if there is one.
@@ -177,7 +195,7 @@ class Worker:
 
     def handle(self, message: ToWorker) -> bool:
         """Handles a message. Returns False if it asks the worker to exit."""
-        if isinstance(message, SchedulerOutput):
+        if isinstance(message, SchedulerOutput | LoadAdapter | UnloadAdapter):
             self._plans.append(message)
             self._work()
         elif isinstance(message, GrammarMask):
@@ -193,6 +211,22 @@ class Worker:
             return False
         return True
 
+    def _change_adapters(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Loads or forgets an adapter, between two steps: rows of earlier plans may have its number."""
+        assert self._adapters is not None, "the engine core knows whether there are adapters"
+        if isinstance(message, UnloadAdapter):
+            self._adapters.unload(message.number)
+            return
+        error = ""
+        try:
+            self._adapters.load(message.number, message.adapter)
+        except ModelError as problem:
+            error = str(problem)
+        except Exception as problem:  # its files may be anything; requests without it must continue
+            logger.exception("cannot load adapter %s", message.adapter.name)
+            error = f"{message.adapter.path}: cannot be loaded: {type(problem).__name__}: {problem}"
+        self._send(AdapterLoaded(self.rank, message.number, message.adapter.content_hash, error))
+
     def _work(self) -> None:
         """Launches plans in order.
 
@@ -202,9 +236,15 @@ class Worker:
         """
         while self._step is not None or self._plans:
             if self._step is None:
-                if self._outputs and self.runner.may_verify_drafts(self._plans[0]):
+                plan = self._plans[0]
+                if not isinstance(plan, SchedulerOutput):
+                    self._change_adapters(plan)
+                    self._plans.popleft()
+                    continue
+                if self._outputs and self.runner.may_verify_drafts(plan):
                     return
-                self._step = self.runner.begin(self._plans.popleft())
+                self._step = self.runner.begin(plan)
+                self._plans.popleft()
             step = self._step
             if self._outputs and self.runner.lacks_tokens(step):
                 return

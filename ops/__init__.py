@@ -5,6 +5,7 @@ Ranks communicate through a ``Communicator`` that the caller passes in. Modules,
 belong here.
 """
 
+from ops.adapters import Adapter, AdapterTable, PackedAdapter, TableAdapter
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, Routing, stored_size
@@ -17,6 +18,7 @@ from ops.packed import (
     SwiGLUOAI,
     Weight,
 )
+from ops.reference.adapters import adapted_embedding, adapted_linear, adapted_logits, pack_adapter
 from ops.reference.attention import paged_attention
 from ops.reference.basic import (
     act_and_mul,
@@ -32,6 +34,7 @@ from ops.reference.basic import (
     scale,
     select_columns,
     softcap,
+    unpack_linear,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
 from ops.reference.delta import gated_delta, state_size
@@ -57,7 +60,9 @@ from ops.reference.small_floats import float_values
 __all__ = [
     "BLOCK_VALUES",
     "KV_CODES",
+    "Adapter",
     "AdapterRows",
+    "AdapterTable",
     "AttentionMetadata",
     "AttentionShape",
     "Communicator",
@@ -66,15 +71,20 @@ __all__ = [
     "KVLayout",
     "NotConnected",
     "OpSet",
+    "PackedAdapter",
     "PackedWeight",
     "QuantizedActivations",
     "QuantizedWeight",
     "Routing",
     "SingleRank",
     "SwiGLUOAI",
+    "TableAdapter",
     "Weight",
     "act_and_mul",
     "activation",
+    "adapted_embedding",
+    "adapted_linear",
+    "adapted_logits",
     "add",
     "all_gather",
     "all_reduce",
@@ -96,6 +106,7 @@ __all__ = [
     "logits",
     "multiply",
     "op_set",
+    "pack_adapter",
     "pack_blocks",
     "pack_floats",
     "pack_groups",
@@ -113,6 +124,7 @@ __all__ = [
     "softcap",
     "state_size",
     "stored_size",
+    "unpack_linear",
     "use",
     "weight_sum",
 ]

@@ -38,9 +38,11 @@ class AdapterRows:
     rows: Tensor
     """int64 [num_rows]."""
     adapters: Tensor
-    """int32 [num_adapters]: the adapters that have rows, ascending."""
+    """int32 [num_adapters]: the adapters that have rows, ascending; numbers from 1 on."""
     starts: Tensor
     """int32 [num_adapters + 1]: the rows of ``adapters[i]`` are ``rows[starts[i]:starts[i + 1]]``."""
+    of_row: Tensor
+    """int32 [all rows]: the adapter of each; 0: none."""
 
 
 KVLayout = Literal["plain", "tiled", "heads"]

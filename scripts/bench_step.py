@@ -40,7 +40,7 @@ from torch import nn
 
 import ops
 from api.model.gguf_file import read_gguf
-from executor.config import DeviceConfig, ExecutorConfig, ModelConfig, StepSize
+from executor.config import DeviceConfig, ExecutorConfig, LoRAConfig, ModelConfig, StepSize
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
@@ -92,6 +92,7 @@ class Steps:
         max_seqs: int,
         max_len: int,
         load_format: LoadFormat = "auto",
+        lora: LoRAConfig | None = None,
         **fields: Any,
     ) -> None:
         """Starts a worker; ``fields``: others of the model's configuration."""
@@ -100,6 +101,7 @@ class Steps:
         config = ExecutorConfig(
             model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format, **fields),
             device=DeviceConfig(),
+            lora=lora or LoRAConfig(),
             step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
         )
         self.answers: list[FromWorker] = []
@@ -161,7 +163,7 @@ class Steps:
         self.worker.handle(plan)
         return time.perf_counter() - begin
 
-    def admit(self, slot: int, length: int) -> NewRequest:
+    def admit(self, slot: int, length: int, lora_id: int = 0) -> NewRequest:
         blocks = [np.arange(slot * each, (slot + 1) * each, dtype=np.int32) for each in self.blocks_each]
         tokens = np.random.default_rng(slot).integers(0, self.vocab_size, length).astype(np.int32)
         return NewRequest(
@@ -171,6 +173,7 @@ class Steps:
             num_computed_tokens=0,
             block_ids=tuple(ids.tobytes() for ids in blocks),
             params=ResolvedParams(temperature=0.0, max_tokens=1 << 20),
+            lora_id=lora_id,
         )
 
     def kv_bytes(self, context: float) -> float:

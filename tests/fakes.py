@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.types import Message
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from api.config import ServerConfig
+from api.config import ServerConfig, make_config
 from api.engine.channel import Channel, PacedChannel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
@@ -28,6 +28,7 @@ from api.engine.place import no_such_rank
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError
+from api.generation.adapters import Adapters
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
@@ -41,8 +42,11 @@ from engine_core.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineReady,
+    EnsureAdapter,
     FinishReason,
+    ForgetAdapter,
     GrammarSpec,
+    LoRARequest,
     PoolingSupport,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -150,6 +154,8 @@ class FakeEngineClient:
         self.submitted: list[EngineCoreRequest] = []
         """Every request there ever was."""
         self.aborted: list[int] = []
+        self.forgotten: list[str] = []
+        """Hashes of adapters that nobody needs any more."""
         """Indices of the requests that the consumer dropped."""
         self.likely: Callable[[list[int]], dict[int, float]] | None = None
         """The log probabilities of the tokens that may follow others; None: see ``fake_logprobs``."""
@@ -209,6 +215,7 @@ class FakeEngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
         if data_parallel_rank:
@@ -228,6 +235,7 @@ class FakeEngineClient:
             tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
+            lora_request=lora_request,
         )
         self.submitted.append(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
@@ -263,6 +271,15 @@ class FakeEngineClient:
             )
             for number, (request_id, seed) in enumerate(zip(request_ids, seeds, strict=True))
         ]
+
+    async def call(self, make: Callable[[int], object]) -> dict[str, str]:
+        """Adapters fit if their name is not ``unfit``."""
+        message = make(1)
+        assert isinstance(message, EnsureAdapter)
+        return {"error": "it does not fit" if message.adapter.name == "unfit" else ""}
+
+    def tell(self, message: ForgetAdapter) -> None:
+        self.forgotten.append(message.content_hash)
 
     def abort(self, states: Iterable[RequestState]) -> None:
         for state in states:
@@ -439,6 +456,12 @@ def fake_logprobs(token: int, position: int, count: int, wanted: Sequence[int] =
     )
 
 
+def config_with_all_routes(**options: Any) -> ServerConfig:
+    """The configuration of a server that offers everything."""
+    adapters = {"enable_lora": True, "allowed_lora_path": "/adapters", "admin_api_key": ["admin-key"]}
+    return make_config({"enable_tokenizer_info_endpoint": True, **adapters, **options})[0]
+
+
 class FakeServer:
     """The application over a fake engine."""
 
@@ -482,7 +505,8 @@ class FakeServer:
         client = cast(EngineClient, self.engine)
         host = Host(with_parsers(config or ServerConfig(), chat_template))
         self.model = ServedModel(host, files, client, self.metrics, ready)
-        self.serving = Serving(host, [self.model])
+        has_adapters = host.config.engine.executor.lora.enable_lora
+        self.serving = Serving(host, [self.model], Adapters(self.model) if has_adapters else None)
         self.traffic = Traffic(self.metrics.registry)
         self.app: Starlette = create_app(self.serving, self.traffic)
 

@@ -38,9 +38,12 @@ from engine_core.messages import (
     EngineCoreRequest,
     EngineDead,
     EngineReady,
+    EnsureAdapter,
+    ForgetAdapter,
     FromEngineCore,
     GrammarSpec,
     LoadProgress,
+    LoRARequest,
     Ping,
     ResetPrefixCache,
     ResolvedParams,
@@ -76,7 +79,7 @@ BYTES_PER_ROW = 16
 """Bytes of a message that count as one row. A row with more than a token takes more of both, bytes and time."""
 MAX_ABORTS_PER_TURN = 256
 
-ControlMessage = Ping | StatusRequest | ResetPrefixCache
+ControlMessage = Ping | StatusRequest | ResetPrefixCache | EnsureAdapter
 
 
 @dataclass
@@ -260,6 +263,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
@@ -268,6 +272,7 @@ class EngineClient:
         part of work that has begun, so it does not count as waiting.
         ``is_extra`` is the result of ``check_queue``, which callers call first: the queue is not checked here.
         A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
+        ``lora_request`` is the adapter to compute it with.
         ``data_parallel_rank`` is the replica that must run it.
 
         Raises:
@@ -288,6 +293,7 @@ class EngineClient:
             tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
+            lora_request=lora_request,
         )
         self._culprits.check(message)
         state = RequestState(message, options, self.tokenizer, channel, choice)
@@ -313,6 +319,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """Starts completions of one prompt that differ only in id and seed, with one message and no copies.
@@ -334,6 +341,7 @@ class EngineClient:
             cache_salt=cache_salt,
             tenant=tenant,
             grammar=grammar,
+            lora_request=lora_request,
         )
         self._culprits.check(first)
         indices = range(first.index, first.index + len(seeds))
@@ -347,10 +355,8 @@ class EngineClient:
                 seeds=tuple(seeds),
             )
             requests = message.requests()
-        states = [
-            RequestState(request, options, self.tokenizer, channel, first_choice + number)
-            for number, request in enumerate(requests)
-        ]
+        numbered = enumerate(requests, first_choice)
+        states = [RequestState(request, options, self.tokenizer, channel, choice) for choice, request in numbered]
         frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._next_index = indices[-1]
         for state in states:
@@ -515,8 +521,11 @@ class EngineClient:
         if indices and self._serving:
             self._send(AbortRequests(indices=tuple(indices)))
 
-    async def call(self, kind: type[ControlMessage]) -> Answer:
+    async def call(self, make: Callable[[int], ControlMessage]) -> Answer:
         """Sends a control message and waits for its answer.
+
+        Args:
+            make: The message with a ``call_id``.
 
         Raises:
             EngineDeadError: The engine died before it answered.
@@ -524,8 +533,13 @@ class EngineClient:
         if not self._serving:
             raise EngineDeadError("the engine is not running at the moment")
         call_id, answer = self._calls.begin()
-        self._send(kind(call_id=call_id))
+        self._send(make(call_id))
         return await answer
+
+    def tell(self, message: ForgetAdapter) -> None:
+        """Sends a control message that has no answer, if an engine core runs: a later one starts without its cause."""
+        if self._serving:
+            self._send(message)
 
     # -- messages ------------------------------------------------------------------------------------------
 

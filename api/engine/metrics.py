@@ -120,6 +120,8 @@ class _StepCollector(Collector):
         yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
         if stats.num_drafts:
             yield from self._draft_metrics(stats)
+        if stats.num_loaded_adapters or stats.waiting_adapters:
+            yield from self._adapter_metrics(stats)
         for name in ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"):
             yield self._histogram(
                 name,
@@ -148,6 +150,17 @@ class _StepCollector(Collector):
         )
         for position, count in enumerate(stats.num_accepted_tokens_per_pos):
             family.add_metric([*self._values, str(position)], count)
+        yield family
+
+    def _adapter_metrics(self, stats: SchedulerStats) -> Iterator[Metric]:
+        """Which adapters requests have."""
+        yield self._gauge("octavo:lora_adapters_loaded", "LoRA adapters in memory.", stats.num_loaded_adapters)
+        names = ("running_lora_adapters", "waiting_lora_adapters")
+        values = (",".join(stats.running_adapters), ",".join(stats.waiting_adapters))
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info", "LoRA adapters of running and waiting requests.", labels=[*self._names, *names]
+        )
+        family.add_metric([*self._values, *values], 1)
         yield family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:

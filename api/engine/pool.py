@@ -31,8 +31,10 @@ from engine_core.config import EngineConfig
 from engine_core.launch import get_logger
 from engine_core.messages import (
     EngineReady,
+    ForgetAdapter,
     GrammarSpec,
     LoadProgress,
+    LoRARequest,
     ResetPrefixCache,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -200,11 +202,12 @@ class EnginePool:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
         """See ``EngineClient``."""
         token_ids = np.array((*prompt_token_ids, *output_token_ids), np.int32)
-        prefix = self._router.prefix(token_ids, cache_salt)
+        prefix = self._router.prefix(token_ids, cache_salt, _hash_of(lora_request))
         client = self.clients[self._choose(prefix, data_parallel_rank)]
         state = client.submit(
             channel,
@@ -219,6 +222,7 @@ class EnginePool:
             tenant=tenant,
             is_extra=is_extra,
             grammar=grammar,
+            lora_request=lora_request,
         )
         self._enter((state,), prefix)
         return state
@@ -238,10 +242,11 @@ class EnginePool:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """See ``EngineClient``. Completions of one prompt run in one engine, which computes the prompt once."""
-        prefix = self._router.prefix(i32(prompt_token_ids), cache_salt)
+        prefix = self._router.prefix(i32(prompt_token_ids), cache_salt, _hash_of(lora_request))
         client = self.clients[self._choose(prefix, data_parallel_rank)]
         states = client.submit_siblings(
             channel,
@@ -256,6 +261,7 @@ class EnginePool:
             tenant=tenant,
             is_extra=is_extra,
             grammar=grammar,
+            lora_request=lora_request,
         )
         self._enter(states, prefix)
         return states
@@ -314,20 +320,28 @@ class EnginePool:
         for client in self.clients:
             client.fail_all(message)
 
-    async def call(self, kind: type[ControlMessage]) -> Answer:
+    def tell(self, message: ForgetAdapter) -> None:
+        """See ``EngineClient``."""
+        for client in self.clients:
+            client.tell(message)
+
+    async def call(self, make: Callable[[int], ControlMessage]) -> Answer:
         """Sends a control message to all engines that serve, and waits for the answers.
 
+        Args:
+            make: The message with a ``call_id``.
+
         Returns:
-            The sums of the answers' numbers; of other values, those of the first engine.
+            The sums of the answers' numbers; of other values, those of the first engine that has one.
 
         Raises:
             EngineDeadError: One of them died before it answered, or none serves.
         """
         clients = [client for client in self.clients if client.is_serving] or self.clients[:1]
-        if kind is ResetPrefixCache:
+        if make is ResetPrefixCache:
             for client in clients:
                 self._router.cache_lost(client.rank)
-        first, *others = await asyncio.gather(*(client.call(kind) for client in clients))
+        first, *others = await asyncio.gather(*(client.call(make) for client in clients))
         return {name: _total(value, [other[name] for other in others]) for name, value in first.items()}
 
     # -- faults: what the clients tell -----------------------------------------------------------------------
@@ -384,12 +398,16 @@ def _share(config: EngineConfig, rank: int, num_replicas: int) -> EngineConfig:
     )
 
 
+def _hash_of(adapter: LoRARequest | None) -> str:
+    return "" if adapter is None else adapter.content_hash
+
+
 def _total(value: int | float | str | bool, others: Sequence[int | float | str | bool]) -> int | float | str | bool:
     """The sum of numbers; of other values, the first. A fact that is true must be true of all."""
     if isinstance(value, bool):
         return value and all(others)
     if isinstance(value, str):
-        return value
+        return next((each for each in (value, *others) if each), value)
     return value + sum(other for other in others if not isinstance(other, str))
 
 

@@ -126,6 +126,7 @@ class BeamSearch:
         model.check_priority(priority)
         self.num_cached_tokens = 0
         """Prompt tokens that came from the prefix cache when the search began."""
+        self._adapter = model.adapter
         self._client: Engines = model.client
         self._request_id = request_id
         self._prompt = prompt
@@ -239,6 +240,7 @@ class BeamSearch:
                     tenant=self._tenant,
                     is_extra=is_extra,
                     output_token_ids=beam.token_ids,
+                    lora_request=self._adapter,
                     data_parallel_rank=self._data_parallel_rank,
                 )
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.text.detokenizer import IncrementalDetokenizer
 from api.version import VERSION
 from engine_core.launch import get_logger
-from engine_core.messages import EngineReady, GrammarSpec, ResolvedParams, ResolvedPoolingParams
+from engine_core.messages import EngineReady, GrammarSpec, LoRARequest, ResolvedParams, ResolvedPoolingParams
 
 logger = get_logger()
 
@@ -61,6 +62,11 @@ def _fingerprint(model_name: str, ready: EngineReady) -> str:
 
 class ServedModel:
     """A model whose engine is ready, with everything that requests need."""
+
+    adapter: LoRARequest | None = None
+    """The adapter that requests are computed with."""
+    parent: str | None = None
+    """With an adapter, the name of the model without."""
 
     def __init__(
         self, host: Host, files: ModelFiles, client: Engines, metrics: EngineMetrics, ready: EngineReady
@@ -108,6 +114,19 @@ class ServedModel:
     def name(self) -> str:
         """The name in responses, whichever of its names a request used."""
         return self.names[0]
+
+    def with_adapter(self, adapter: LoRARequest, path: str) -> ServedModel:
+        """The same model on the same engine, with an adapter whose name takes the place of the model's.
+
+        Args:
+            adapter: What requests are computed with.
+            path: Where it is from, for the list of models.
+        """
+        view = copy.copy(self)
+        view.adapter, view.parent, view.root = adapter, self.name, path
+        view.names, view.created = [adapter.name], int(time.time())
+        view.system_fingerprint = _fingerprint(f"{self.name} {adapter.content_hash}", self.ready)
+        return view
 
     def prompt_before(self, name: str | None) -> str:
         """The text that the model's files put before texts to embed.
@@ -356,8 +375,7 @@ class ServedModel:
             EngineDeadError: The engine died and is not restarted.
         """
         resolved = await self._resolve_prompts(request, prompts, turns := Turns())
-        num_children = request.params.num_completions
-        count = num_children * len(prompts)
+        count = (num_children := request.params.num_completions) * len(prompts)
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
         for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
@@ -377,14 +395,15 @@ class ServedModel:
                     tenant=request.tenant,
                     is_extra=is_extra,
                     grammar=grammar,
+                    lora_request=self.adapter,
                     data_parallel_rank=data_parallel_rank,
                 )
                 for state in started:
                     state.siblings = siblings
                 states += started
+                metrics = self.metrics.of(started[0].engine)
                 for child in children:
-                    n = None if child else request.params.n
-                    self.metrics.of(started[0].engine).on_request(n, engine_params.max_tokens)
+                    metrics.on_request(None if child else request.params.n, engine_params.max_tokens)
                 await turns.spend(SUBMIT_COST * len(children) + len(prompt))
 
     async def submit_pooling(
@@ -413,8 +432,7 @@ class ServedModel:
             params: Parameters of all requests, or of each.
             states: As for ``submit``.
             field: The client's name of the prompts, for errors.
-            priority: As for ``resolve``.
-            cache_salt: As for ``resolve``.
+            priority, cache_salt: As for ``resolve``.
             first_choice: Number of the first request.
             tenant: Whom the requests are for.
             data_parallel_rank: The engine that must run them. None: the best one for each.
@@ -443,6 +461,7 @@ class ServedModel:
                     cache_salt=cache_salt,
                     tenant=tenant,
                     is_extra=is_extra,
+                    lora_request=self.adapter,
                     data_parallel_rank=data_parallel_rank,
                 )
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from api.errors import RequestError
+from api.generation.adapters import Adapters
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
 
@@ -12,16 +13,18 @@ from api.generation.served_model import ServedModel
 class Serving:
     """The models of a server. Created once the engines are ready; endpoints receive only this."""
 
-    def __init__(self, host: Host, models: Sequence[ServedModel]) -> None:
+    def __init__(self, host: Host, models: Sequence[ServedModel], adapters: Adapters | None = None) -> None:
         """Registers the models by their names.
 
         Args:
             host: Resources that the models share.
             models: At least one; the first handles requests that name none.
+            adapters: Those of the first model, if it can have any.
         """
         self.host = host
         self.config = host.config
         self.models = tuple(models)
+        self.adapters = adapters
         self._by_name = {name: model for model in models for name in model.names}
 
     @property
@@ -41,9 +44,16 @@ class Serving:
         if name is None:
             return self.default_model
         model = self._by_name.get(name)
+        if model is None and self.adapters is not None:
+            model = self.adapters.find(name)
         if model is None:
             raise RequestError(f"The model `{name}` does not exist.", "model", status=404, kind="NotFoundError")
         return model
+
+    @property
+    def all_models(self) -> list[ServedModel]:
+        """The models, each followed by those with its adapters."""
+        return [*self.models, *(() if self.adapters is None else self.adapters.models)]
 
     def check_key(self, key: str) -> None:
         """Rejects a request before its body is read when too many of its key are waiting.

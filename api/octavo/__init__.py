@@ -11,9 +11,9 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from api import LLM, BeamSearchParams, PoolingParams, SamplingParams, StructuredOutputsParams
+    from api import LLM, BeamSearchParams, LoRARequest, PoolingParams, SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> object:

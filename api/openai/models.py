@@ -14,7 +14,7 @@ from api.openai.protocol import ModelCard, ModelList, ModelPermission
 async def list_models(request: Request) -> Response:
     """All served model names."""
     serving: Serving = request.app.state.serving
-    cards = ModelList(data=[_card(model, name) for model in serving.models for name in model.names])
+    cards = ModelList(data=[_card(model, name) for model in serving.all_models for name in model.names])
     return Response(msgspec.json.encode(cards), media_type="application/json")
 
 
@@ -31,6 +31,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         id=name,
         created=model.created,
         root=model.root,
+        parent=model.parent,
         max_model_len=model.limits.max_model_len,
         permission=[ModelPermission(id=f"modelperm-{name}", created=model.created)],
     )

@@ -515,6 +515,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     root: str
     """The model as given on the command line: a path or a hub name."""
     parent: str | None = None
+    """Of an adapter: the name of the model that it changes."""
     max_model_len: int
     permission: list[ModelPermission]
 

@@ -18,6 +18,7 @@ from api.http.errors import EXCEPTION_HANDLERS, OPENAI_ERRORS, WithErrorShape
 from api.http.tenants import QueueGate
 from api.http.traffic import Traffic
 from api.openai import (
+    adapters,
     chat,
     classify,
     cohere,
@@ -202,6 +203,32 @@ OPERATIONS = (
     ),
     Operation("GET", "/v1/models", models.list_models, "List the models", response=protocol.ModelList),
     Operation("GET", "/v1/models/{model:path}", models.retrieve_model, "Get a model", response=protocol.ModelCard),
+    *(
+        Operation(
+            "POST",
+            path,
+            handler,
+            summary,
+            request=kind,
+            media_type="text/plain",
+            is_wanted=lambda config: config.offers_adapter_changes,
+            is_admin=True,
+        )
+        for path, handler, summary, kind in (
+            (
+                "/v1/load_lora_adapter",
+                adapters.load_lora_adapter,
+                "Load a LoRA adapter",
+                adapters.LoadLoRAAdapterRequest,
+            ),
+            (
+                "/v1/unload_lora_adapter",
+                adapters.unload_lora_adapter,
+                "Unload a LoRA adapter",
+                adapters.UnloadLoRAAdapterRequest,
+            ),
+        )
+    ),
     Operation(
         "POST",
         "/tokenize",
@@ -291,6 +318,7 @@ def create_app(serving: Serving, traffic: Traffic) -> Starlette:
 def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traffic) -> list[Route]:
     """The routes, with their guards."""
     guard = Middleware(Guard, traffic=traffic, keys=config.api_key)
+    admin_guard = Middleware(Guard, traffic=traffic, keys=config.admin_api_key)
     watch_guard = Middleware(Guard, traffic=traffic, keys=config.api_key, drains=False)
     guarded = ("/metrics", "/load") if config.metrics_require_key else ()
     return [
@@ -300,7 +328,7 @@ def _routes(operations: Sequence[Operation], config: ServerConfig, traffic: Traf
             methods=[operation.method],
             middleware=[
                 *([] if operation.errors is OPENAI_ERRORS else [Middleware(WithErrorShape, shape=operation.errors)]),
-                *([] if operation.is_open else [guard]),
+                *([] if operation.is_open else [admin_guard if operation.is_admin else guard]),
                 *([watch_guard] if operation.path in guarded else []),
                 Middleware(WhileConnected),
                 *([Middleware(QueueGate)] if operation.queues else []),

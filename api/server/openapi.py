@@ -62,6 +62,8 @@ class Operation:
     """Whether requests wait for the engine, and so are rejected while too many others wait."""
     is_open: bool = False
     """Whether the route needs no key and is also served while the server drains."""
+    is_admin: bool = False
+    """Whether it changes the server, and so needs a key of ``--admin-api-key``."""
 
 
 class Document:
@@ -90,7 +92,8 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:
         path = operation.path.replace(":path}", "}")
-        paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, by_type, has_keys=has_keys)
+        is_guarded = operation.is_admin or (has_keys and not operation.is_open)
+        paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, by_type, is_guarded=is_guarded)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Octavo", "version": VERSION, "license": {"name": "Apache-2.0"}},
@@ -99,16 +102,16 @@ def build(operations: Iterable[Operation], *, has_keys: bool, root_path: str = "
     }
     if root_path:
         document["servers"] = [{"url": root_path}]
-    if has_keys:
+    if has_keys or any(operation.is_admin for operation in table):
         document["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
     return document
 
 
-def _describe(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
+def _describe(operation: Operation, schemas: Schemas, *, is_guarded: bool) -> dict[str, Any]:
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": operation.handler.__name__,
-        "responses": _responses(operation, schemas, has_keys=has_keys),
+        "responses": _responses(operation, schemas, is_guarded=is_guarded),
     }
     if operation.request is not None:
         content: dict[str, dict[str, Any]] = {"application/json": {"schema": schemas[operation.request]}}
@@ -120,12 +123,12 @@ def _describe(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
-    if has_keys and not operation.is_open:
+    if is_guarded:
         described["security"] = [{_KEY: []}]
     return described
 
 
-def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dict[str, Any]:
+def _responses(operation: Operation, schemas: Schemas, *, is_guarded: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if operation.response is not None:
         content["application/json"] = {"schema": schemas[operation.response]}
@@ -146,7 +149,7 @@ def _responses(operation: Operation, schemas: Schemas, *, has_keys: bool) -> dic
             continue
         if status == 429 and not operation.queues:
             continue
-        if status == 401 and (operation.is_open or not has_keys):
+        if status == 401 and not is_guarded:
             continue
         if status == 503 and operation.is_open:
             responses["503"] = {"description": description}

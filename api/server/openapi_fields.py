@@ -308,6 +308,11 @@ FIELDS: Mapping[str, str] = {
     "ChatChoice.logprobs": "Log probabilities of the tokens.",
     "ChatChunkChoice.logprobs": "Log probabilities of the tokens.",
     "ModelCard.id": "Name of the model.",
+    "ModelCard.parent": "Of an adapter: name of the model that it changes.",
+    "lora_name": "Name of the adapter, which requests give as their model.",
+    "lora_path": "Folder with adapter_config.json and adapter_model.safetensors, within --allowed-lora-path.",
+    "load_inplace": "Take the place of an adapter of the same name.",
+    "lora_int_id": "For compatibility with vLLM; the name suffices.",
 }
 _PERMISSIONS = "allow_"
 

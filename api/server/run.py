@@ -28,6 +28,7 @@ from api.engine.pool import create_engines
 from api.engine.progress import LoadBar
 from api.errors import EngineDeadError
 from api.flags import ConfigError
+from api.generation.adapters import Adapters
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
@@ -292,8 +293,12 @@ class _Run:
             return
         host = Host(self._config)
         model = ServedModel(host, self._files, self._client, self._metrics, ready)
+        adapters = None
+        if self._config.engine.executor.lora.enable_lora:
+            adapters = Adapters(model)
+            await adapters.load_all(self._config.lora_modules)
         traffic = Traffic(self._metrics.registry)
-        self._app.app = create_app(Serving(host, [model]), traffic)
+        self._app.app = create_app(Serving(host, [model], adapters), traffic)
         keep_what_lives()
         if self._config.otlp_traces_endpoint is not None:
             self._tracer = create_tracer(self._config.otlp_traces_endpoint, model.name)

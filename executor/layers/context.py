@@ -29,6 +29,8 @@ class ModelContext:
     """Dtype of cached K and V; None: that of the activations."""
     head: Head = "lm"
     """What reads the hidden states, by the architecture's name."""
+    max_adapters: int = 0
+    """Most low-rank adapters in memory; 0: layers compute without them."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
 

@@ -11,6 +11,7 @@ from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part
 from executor.quantization.base import TableShape
+from ops import AdapterTable
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -45,6 +46,9 @@ class VocabParallelEmbedding(nn.Module):
             self.weights = self.method.create(self.shape)
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
+        if context.max_adapters:
+            self.weights.table_adapters = {}
+            self.weights.adapters = AdapterTable(context.max_adapters) if self.shape.makes_logits else None
 
     def forward(self, ids: Tensor, batch: InputBatch) -> Tensor:
         """``ids`` [num_tokens] -> [num_tokens, embedding_dim]."""

@@ -15,6 +15,7 @@ from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, Range, ShardId, WeightParameter, Weights, single, stored_module
 from executor.quantization.base import LinearShape
+from ops import AdapterTable
 
 
 class LinearLayer(nn.Module):
@@ -50,6 +51,8 @@ class LinearLayer(nn.Module):
             self.weights = self.method.create(self.shape)
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
+        if context.max_adapters:
+            self.weights.adapters = AdapterTable(context.max_adapters)
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         """``x`` [num_tokens, in_features] -> [num_tokens, out_features]."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.parallel import ParallelState
+from ops import AdapterTable, TableAdapter
 from ops.cpu.memory import map_zeros
 
 MISFIT = "; weights and configuration do not fit: check the configuration, or download the model again"
@@ -254,6 +255,10 @@ class Weights(nn.Module, ABC):
 
     order: Tensor | None = None
     """int64 [in_features]: the column of x that each column of the packed weight is multiplied with; None: the same."""
+    adapters: AdapterTable | None = None
+    """Low-rank adapters of the layer, or of the logits; None: the server has none."""
+    table_adapters: dict[int, TableAdapter] | None = None
+    """Likewise of lookups, by number."""
 
     @abstractmethod
     def pack(self) -> None:

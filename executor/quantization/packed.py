@@ -36,6 +36,8 @@ class PackedLinear(ABC, Generic[W]):
     def create(self, shape: LinearShape) -> W: ...
 
     def apply(self, weights: W, x: Tensor, batch: InputBatch) -> Tensor:
+        if weights.adapters is not None:
+            return ops.adapted_linear(x, weights.packed, weights.bias, weights.adapters, batch.row_adapters)
         return ops.linear(x, weights.packed, weights.bias)
 
 
@@ -46,9 +48,13 @@ class PackedEmbedding(ABC, Generic[W]):
     def create(self, shape: TableShape) -> W: ...
 
     def embed(self, weights: W, ids: Tensor, batch: InputBatch) -> Tensor:
+        if weights.table_adapters is not None:
+            return ops.adapted_embedding(ids, weights.packed, weights.table_adapters, batch.row_adapters)
         return ops.embedding(ids, weights.packed)
 
     def logits(self, weights: W, hidden: Tensor, batch: InputBatch) -> Tensor:
+        if weights.adapters is not None:
+            return ops.adapted_logits(hidden, weights.packed, weights.bias, weights.adapters, batch.sample_adapters)
         return ops.logits(hidden, weights.packed, weights.bias)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.adapters import AdapterTable
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.dispatch import Ref
@@ -41,7 +42,7 @@ class Instruction:
     """Approximate operations per row: small ops are not worth a second thread."""
     step: dict[str, Any] = field(default_factory=dict)
     """Fields it reads from the step descriptor: ``input_ids``, ``positions``, ``token_types``,
-    ``logits_rows``, ``group``."""
+    ``logits_rows``, ``group``, ``adapters``."""
     keep: tuple[Any, ...] = ()
     """Owners of the memory that addresses in ``fields`` point to."""
     num_ops: int = 1
@@ -88,7 +89,7 @@ def encoding_struct(encoding: Encoding) -> lib.QuantizedEncoding:
     )
 
 
-def _weight(weight: PackedWeight | QuantizedWeight) -> tuple[Weight, Any]:
+def weight_struct(weight: PackedWeight | QuantizedWeight) -> tuple[Weight, Any]:
     """The struct, and what must live as long as it."""
     if isinstance(weight, PackedWeight):
         return Weight(weight.data.data_ptr(), *weight.shape, int(weight.paired)), weight
@@ -102,7 +103,7 @@ def _weight(weight: PackedWeight | QuantizedWeight) -> tuple[Weight, Any]:
     return struct, (weight, segments)
 
 
-def _packed(weight: AnyWeight) -> PackedWeight | QuantizedWeight | None:
+def packed_weight(weight: AnyWeight) -> PackedWeight | QuantizedWeight | None:
     """The weight, if the kernels can read it."""
     if isinstance(weight, QuantizedWeight):
         return weight if all(segment.is_packed for segment in weight.segments) else None
@@ -115,9 +116,9 @@ def embedding(ids: Any, weight: AnyWeight) -> Instruction | None:
         return None
     fields: dict[str, Any] = {"type": TYPES[weight.dtype]}
     keep: Any = weight
-    packed = _packed(weight)
+    packed = packed_weight(weight)
     if packed is not None:
-        fields["weight"], keep = _weight(packed)
+        fields["weight"], keep = weight_struct(packed)
     elif isinstance(weight, Tensor) and weight.stride(1) == 1:
         fields["weight"] = Weight(None, rows, columns, 0)
         fields["plain"] = Matrix(weight.data_ptr(), weight.stride(0))
@@ -129,12 +130,12 @@ def embedding(ids: Any, weight: AnyWeight) -> Instruction | None:
 
 
 def linear(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:
-    packed = _packed(weight)
+    packed = packed_weight(weight)
     if packed is None or x.dtype != packed.dtype or not is_matrix(x):
         return None
     if bias is not None and not _is_vector(bias, x.dtype):
         return None
-    struct, keep = _weight(packed)
+    struct, keep = weight_struct(packed)
     fields = {
         "weight": struct,
         "bias": None if bias is None else bias.data_ptr(),
@@ -145,6 +146,27 @@ def linear(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction
     }
     rows, columns = weight.shape
     return Instruction(lib.OP_LINEAR, {"x": x}, fields, rows, x.dtype, work=rows * columns, keep=(keep, bias))
+
+
+def adapted_linear(
+    x: Any, weight: AnyWeight, bias: Tensor | None, table: AdapterTable, rows: Any
+) -> Instruction | None:
+    return _adapted(linear(x, weight, bias), table, rows)
+
+
+def adapted_logits(
+    x: Any, weight: AnyWeight, bias: Tensor | None, table: AdapterTable, rows: Any
+) -> Instruction | None:
+    return _adapted(logits(x, weight, bias), table, rows)
+
+
+def _adapted(product: Instruction | None, table: AdapterTable, rows: Any) -> Instruction | None:
+    """A product of rows that may have adapters."""
+    if product is not None:
+        product.fields["adapters"] = table.addresses.data_ptr()
+        product.step["adapters"] = rows
+        product.keep += (table,)
+    return product
 
 
 def logits(x: Any, weight: AnyWeight, bias: Tensor | None = None) -> Instruction | None:
@@ -593,10 +615,10 @@ def _experts(weights: Sequence[AnyWeight], dtype: torch.dtype) -> tuple[Any, Any
     """An array of the structs, and what must live as long as it; None: the kernels cannot read the weights together."""
     structs, keep, forms = [], [], set()
     for weight in weights:
-        packed = _packed(weight)
+        packed = packed_weight(weight)
         if packed is None or packed.dtype != dtype:
             return None
-        struct, owner = _weight(packed)
+        struct, owner = weight_struct(packed)
         structs.append(struct)
         keep.append(owner)
         segments = tuple(each.rows for each in weight.segments) if isinstance(weight, QuantizedWeight) else ()
@@ -610,6 +632,8 @@ BY_NAME = {
         embedding,
         linear,
         logits,
+        adapted_linear,
+        adapted_logits,
         rms_norm,
         layer_norm,
         rotary_embedding,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu import instructions, memory
+from ops.cpu import instructions, library, memory
 from ops.cpu.instructions import Instruction
-from ops.cpu.library import TYPES, Group, Library, Matrix, Node, Step
+from ops.cpu.library import ROWS, TYPES, Group, Library, Matrix, Node, Step
 from ops.dispatch import Op
-from ops.metadata import AttentionMetadata
+from ops.metadata import AdapterRows, AttentionMetadata
 from ops.packed import Encoding, PackedWeight, RowSource, Segment
 
 _SERIAL_WORK = 1 << 15
@@ -63,6 +63,9 @@ def fill_step(step: Step, values: dict[str, Any]) -> list[Any]:
             step.groups = ctypes.pointer(group)
             keep.append(group)
             continue
+        if name == "adapters":
+            fill_adapters(step.adapters[ROWS["tokens"]], value)
+            continue
         tensor = value.to(torch.int64 if name == "logits_rows" else torch.int32).contiguous()
         keep.append(tensor)
         if name == "input_ids":
@@ -83,6 +86,14 @@ def fill_group(group: Group, meta: AttentionMetadata) -> None:
     group.slot_mapping = meta.slot_mapping.data_ptr()
     group.num_reqs = meta.num_reqs
     group.block_size = meta.block_size
+
+
+def fill_adapters(adapters: library.AdapterRows, rows: AdapterRows | None) -> None:
+    """Points the step descriptor to the adapters of its rows."""
+    adapters.num_adapters = 0 if rows is None else len(rows.adapters)
+    if rows is not None:
+        adapters.rows, adapters.of_row = rows.rows.data_ptr(), rows.of_row.data_ptr()
+        adapters.adapters, adapters.starts = rows.adapters.data_ptr(), rows.starts.data_ptr()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -138,8 +149,10 @@ def _pack_bands(kernels: Library, rows: RowSource, encoding: Encoding, columns: 
     return Segment(data, count, encoding)
 
 
-def unpack_linear(kernels: Library, weight: PackedWeight) -> Tensor:
-    """Inverse of ``pack_linear``."""
+def unpack_linear(kernels: Library, weight: Tensor | PackedWeight) -> Tensor:
+    """The op ``unpack_linear``."""
+    if isinstance(weight, Tensor):
+        return weight
     result = torch.empty(weight.shape, dtype=weight.dtype)
     rows, columns = weight.shape
     kernels.unpack(weight.data.data_ptr(), result.data_ptr(), rows, columns, int(weight.paired), TYPES[weight.dtype])

@@ -148,6 +148,18 @@ class Group(ctypes.Structure):
     )
 
 
+class AdapterRows(ctypes.Structure):
+    """Which rows of a product use which adapter."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("adapters", c_void_p),
+        ("starts", c_void_p),
+        ("of_row", c_void_p),
+        ("num_adapters", c_int64),
+    )
+
+
 class Step(ctypes.Structure):
     """The step descriptor: inputs that change with every step."""
 
@@ -159,6 +171,7 @@ class Step(ctypes.Structure):
         ("token_types", c_void_p),
         ("logits_rows", c_void_p),
         ("groups", ctypes.POINTER(Group)),
+        ("adapters", AdapterRows * len(ROWS)),
     )
 
 
@@ -195,6 +208,32 @@ class LinearArgs(ctypes.Structure):
         ("norm", c_int32),
         ("norm_eps", c_float),
         ("gather", c_int32),
+        ("adapters", c_void_p),
+        ("adapted", c_void_p),
+        ("listed", c_void_p),
+        ("num_listed", c_int64),
+    )
+
+
+class AdapterHalf(ctypes.Structure):
+    """Where the part of B for 16 columns of a result is, and which rows of A it is multiplied with."""
+
+    _fields_ = (("offset", c_int64), ("first", c_int32), ("count", c_int32))
+
+
+class Adapter(ctypes.Structure):
+    """One adapter's part of a linear layer."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("halves", c_void_p),
+        ("factors", c_void_p),
+        ("magnitude", c_void_p),
+        ("bias", c_void_p),
+        ("weight", c_void_p),
+        ("rank", c_int32),
+        ("num_halves", c_int32),
     )
 
 
@@ -399,7 +438,7 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_HEADS_LINEAR: HeadsLinearArgs,
     OP_LATENT_ATTENTION: LatentAttentionArgs,
 }
-_OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node}
+_OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node, -4: Adapter}
 
 
 class Library:

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import ops
-from ops.cpu import kernels, library
+from ops.cpu import adapters, kernels, library
 from ops.cpu.library import Library
 from ops.cpu.lookup import LookupKernel
 from ops.cpu.program import NativeProgram
@@ -16,6 +16,8 @@ from ops.dispatch import Node, Op, OpSet, Spec
 _OPS: tuple[Op[Any, Any], ...] = (
     ops.act_and_mul,
     ops.activation,
+    ops.adapted_linear,
+    ops.adapted_logits,
     ops.add,
     ops.clip,
     ops.embedding,
@@ -44,7 +46,9 @@ class CpuOps(OpSet):
 
     def __init__(self, library: Library) -> None:
         implementations: dict[str, Any] = {op.name: kernels.implementation(op, library) for op in _OPS}
+        implementations[ops.pack_adapter.name] = adapters.pack_adapter
         implementations[ops.pack_linear.name] = partial(kernels.pack_linear, library)
+        implementations[ops.unpack_linear.name] = partial(kernels.unpack_linear, library)
         implementations[ops.pack_segment.name] = partial(kernels.pack_segment, library)
         super().__init__("cpu", implementations)
         self.library = library

@@ -19,7 +19,7 @@ from ops.arena import Arena
 from ops.cpu import instructions, memory
 from ops.cpu.fusion import Fusion, Item
 from ops.cpu.instructions import Instruction
-from ops.cpu.kernels import fill_group
+from ops.cpu.kernels import fill_adapters, fill_group
 from ops.cpu.library import IDS, Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
 from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
@@ -101,6 +101,8 @@ class NativeProgram:
         self._places = {index: Place(index, 0) for index in range(len(specs))}
         self._rows_name = ""
         """Step input that holds the rows whose logits are needed."""
+        self._adapter_names: dict[int, str] = {}
+        """Step inputs that hold the adapters of the rows, by what rows these are."""
         self._group_names: list[str] = []
         items = self._fuse(self._lower(nodes))
         self.native_ops = sum(item.instruction.num_ops for item in items if item.instruction is not None)
@@ -149,6 +151,11 @@ class NativeProgram:
                 if type(source) is not StepInput or self._rows_name not in ("", source.name):
                     return None
                 self._rows_name = source.name
+            elif name == "adapters":
+                rows = instruction.fields["rows"]
+                if type(source) is not StepInput or self._adapter_names.get(rows, source.name) != source.name:
+                    return None
+                self._adapter_names[rows] = source.name
             elif type(source) is not Ref:
                 return None
             elif name == "input_ids":  # of an embedding
@@ -267,6 +274,8 @@ class NativeProgram:
             step.logits_rows = wanted.data_ptr()
         for group, name in zip(self._groups, self._group_names, strict=False):
             fill_group(group, inputs[name])
+        for kind, name in self._adapter_names.items():
+            fill_adapters(step.adapters[kind], inputs[name])
         step.num_tokens, step.num_samples = rows["tokens"], rows["samples"]
         return rows, keep
 

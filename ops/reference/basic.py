@@ -162,6 +162,12 @@ def pack_linear(weight: Tensor, paired: bool = False) -> Tensor | PackedWeight:
     return weight
 
 
+@op(lambda weight: Spec("", weight.shape[1], weight.dtype))
+def unpack_linear(weight: Tensor | PackedWeight) -> Tensor:
+    """The inverse of ``pack_linear``: [out_features, in_features]."""
+    return plain(weight)
+
+
 def plain(weight: Weight) -> Tensor:
     """The weight as a tensor. It must not be packed, since only the kernels that packed it can read it."""
     assert isinstance(weight, Tensor), "a packed weight needs the kernels of its device"
@@ -182,4 +188,5 @@ __all__ = [
     "scale",
     "select_columns",
     "softcap",
+    "unpack_linear",
 ]

@@ -45,6 +45,7 @@ def load(
     *,
     parallel: ParallelState | None = None,
     communicator: ops.Communicator | None = None,
+    max_adapters: int = 0,
     **fields: Any,
 ) -> LoadedModel:
     """Loads a folder or a GGUF file; float32 unless ``dtype`` says otherwise."""
@@ -52,7 +53,7 @@ def load(
         fields["gguf"] = read_gguf(path).header()
     config = ModelConfig(**{"model": str(path), "dtype": "float32", **fields})
     place = parallel or ParallelState()
-    return load_model(config, place, CPU, None, lambda *_: None, communicator=communicator)
+    return load_model(config, place, CPU, None, lambda *_: None, communicator=communicator, max_adapters=max_adapters)
 
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

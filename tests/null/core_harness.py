@@ -15,6 +15,7 @@ from engine_core.config import (
     CacheConfig,
     EngineConfig,
     ExecutorConfig,
+    LoRAConfig,
     ModelConfig,
     SchedulerConfig,
     SpeculativeConfig,
@@ -34,15 +35,18 @@ from engine_core.messages import (
 )
 from executor.base import WorkerDiedError
 from executor.messages import (
+    AdapterLoaded,
     FromWorker,
     Heartbeat,
     InitKVCache,
     KVCacheGroupSpec,
     KVCacheReady,
+    LoadAdapter,
     LoadProgress,
     ModelRunnerOutput,
     SchedulerOutput,
     ToWorker,
+    UnloadAdapter,
     WorkerReady,
 )
 from tests.fake_device import FakeDevice, next_token
@@ -86,6 +90,10 @@ class FakeExecutor:
         """What the model needs of the KV cache."""
         self.propose: Callable[[list[int]], list[int]] = lambda tokens: []
         """Drafts of the tokens that follow others."""
+        self.adapters: dict[int, str] = {}
+        """Hashes of the adapters in memory, by number."""
+        self.loads: list[str] = []
+        """Names of the adapters that were loaded or tried."""
         self.told: list[list[int]] = []
         """Tokens of the requests that came into slots."""
 
@@ -94,6 +102,7 @@ class FakeExecutor:
         self.lives += 1
         self.is_up = True
         self.hung_up = False
+        self.adapters = {}
         if self.loads_by_itself:
             for rank in range(self.num_ranks):
                 self.inbox.append([LoadProgress(rank, "weights", 1, 1), worker_ready(rank=rank, groups=self.groups)])
@@ -103,13 +112,29 @@ class FakeExecutor:
         if self.hung_up:
             raise WorkerDiedError("worker 0 closed its connection")
         if isinstance(message, SchedulerOutput):
+            assert all(not new.lora_id or new.lora_id in self.adapters for new in message.new_reqs)
             self.plans.append(message)
+        elif isinstance(message, LoadAdapter):
+            self._load(message)
+        elif isinstance(message, UnloadAdapter):
+            del self.adapters[message.number]
         elif isinstance(message, InitKVCache):
             shapes = zip(message.num_blocks, self.groups, strict=True)
             groups = [GroupShape(count, group.block_size, group.sliding_window) for count, group in shapes]
             self.device = FakeDevice(groups, VOCAB, STOP, self.propose)
             if self.loads_by_itself:
                 self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
+
+    def _load(self, message: LoadAdapter) -> None:
+        """An adapter whose path says so cannot be loaded."""
+        adapter = message.adapter
+        self.loads.append(adapter.name)
+        error = adapter.path if adapter.path.startswith("error") else ""
+        self.adapters.pop(message.number, None)
+        if message.number and not error:
+            self.adapters[message.number] = adapter.content_hash
+        for rank in range(self.num_ranks):
+            self.inbox.append([AdapterLoaded(rank, message.number, adapter.content_hash, error)])
 
     @property
     def has_news(self) -> bool:
@@ -226,6 +251,7 @@ class Harness:
                 speculative=SpeculativeConfig(method="scripted", num_speculative_tokens=max_draft_tokens)
                 if max_draft_tokens
                 else None,
+                lora=options.pop("lora", LoRAConfig()),
                 check_every_step=True,
             ),
             **options,

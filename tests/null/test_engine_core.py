@@ -336,9 +336,9 @@ def siblings(first: Any, indices: list[int]) -> ToEngineCore:
 def test_siblings_share_their_prompt_and_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
 
-    def request_problem(request: Any, *args: Any) -> str | None:
+    def request_problem(request: Any, *args: Any, **options: Any) -> str | None:
         checked.append(request.index)
-        return validation.request_problem(request, *args)
+        return validation.request_problem(request, *args, **options)
 
     monkeypatch.setattr(core, "request_problem", request_problem)
     harness = Harness()

@@ -36,6 +36,7 @@ CONTRACTS = {
             "helper",
             "files",
             "supported",
+            "adapter_files",
         }
     },
 }
@@ -50,6 +51,7 @@ TORCH_FREE = [
     "simulated",
     "pooling",
     "files",
+    "adapter_files",
     "supported",
     "process",
     "registry",
@@ -58,7 +60,7 @@ TORCH_FREE = [
     "helper_process",
 ]
 ROOMS = (
-    ("", "__main__", "cli", "llm", "octavo"),
+    ("", "__main__", "cli", "llm", "llm_inputs", "octavo"),
     ("commands",),
     ("server",),
     ("anthropic", "responses"),
@@ -78,6 +80,7 @@ ROOMS = (
         "errors",
         "flags",
         "llm_options",
+        "lora_modules",
         "otlp",
         "regex_syntax",
         "speculation",
@@ -97,6 +100,10 @@ FOLDERS: dict[str, set[str]] = {
         *("attention.base", "base", "hf_config", "input_batch", "log", "parallel", "quantization", "quantization.base"),
     },
     "executor/quantization": {"base", "checkpoint", "config", "input_batch", "layers.parameter", "registry"},
+    "executor/adapters": {
+        *("adapter_files", "base", "checkpoint", "config", "gguf", "gguf_architectures", "hf_config", "layers.*"),
+        *("loader", "messages", "models.registry", "quantization.packed"),
+    },
     "executor/attention": {"messages", "registry"},
     "executor/device": {"base", "config", "deferred", "log", "messages", "parallel", "registry"},
     # What is done with logits: no model, and of a device only how values come back from it.
@@ -114,8 +121,8 @@ FOLDERS: dict[str, set[str]] = {
     # Grammars know requests, not plans.
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.
-    "ops/reference": {"collective", "dispatch", "metadata", "packed"},
-    "ops/cpu": {"", "arena", "dispatch", "metadata", "packed"},
+    "ops/reference": {"adapters", "collective", "dispatch", "metadata", "packed"},
+    "ops/cpu": {"", "adapters", "arena", "dispatch", "metadata", "packed"},
     "ops/triton": {"", "arena", "dispatch", "metadata", "packed", "reference.sampling"},  # of which: constants
 }
 """What the modules of a folder import of their own package, beside each other."""
@@ -300,7 +307,8 @@ def loaded(code: str, names: set[str]) -> str:
 def test_public_names() -> None:
     import api
 
-    assert api.__all__ == ["LLM", "BeamSearchParams", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
+    names = ["LLM", "BeamSearchParams", "LoRARequest", "PoolingParams", "SamplingParams", "StructuredOutputsParams"]
+    assert api.__all__ == names
 
 
 def test_files_stay_short() -> None:

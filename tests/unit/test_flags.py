@@ -95,14 +95,19 @@ def test_help_has_groups_and_hides_what_does_not_work() -> None:
     assert headings[-len(GROUPS) :] == list(GROUPS)
     assert {option.group for option in options(ServerConfig)} <= set(GROUPS)
     assert text.index("--simulated-device") > text.index("Testing:") > text.index("--port ")
-    assert "--enable-lora" not in text and "--swap-space" not in text
+    assert "--max-prompt-adapters" not in text and "--swap-space" not in text
     assert len(serve_parser().format_usage().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--enable-lora"], "--enable-lora: adapters are not supported yet"),
+        (["--enable-prompt-adapter"], "--enable-prompt-adapter: adapters change the layers that their files name"),
+        (["--lora-modules", "a=b"], "--lora-modules needs --enable-lora"),
+        (["--enable-lora", "--lora-modules", "a"], "--lora-modules: expected name=path or a JSON object with name"),
+        (["--enable-lora", "--lora-modules", '{"name": 1}'], "--lora-modules: Expected `str`, got `int`"),
+        (["--enable-lora", "--lora-modules", "a=b", "a=c"], "--lora-modules: two adapters are named 'a'"),
+        (["--enable-lora", "--allowed-lora-path", "/x"], "--allowed-lora-path needs --admin-api-key"),
         (["--quantization", "quip"], "--quantization quip: not supported yet; leave it out for models that are"),
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2: more than one worker is not supported yet"),
         (["-tp=2"], "--tensor-parallel-size 2"),
@@ -162,8 +167,12 @@ def test_keyword_arguments_of_vllm() -> None:
     )
     assert config.runner == "generate" and config.engine.executor.model.enforce_eager
     assert any(note.startswith("--swap-space 4 (preempted requests are recomputed") for note in notes)
-    for options_ in ({"enable_lora": True}, {"speculative_config": {"method": "mtp"}}, {"kv_cache_dtype": "int4"}):
-        with pytest.raises(ConfigError, match="not supported yet|use int8"):
+    for options_ in (
+        {"enable_prompt_adapter": True},
+        {"speculative_config": {"method": "mtp"}},
+        {"kv_cache_dtype": "int4"},
+    ):
+        with pytest.raises(ConfigError, match="not supported yet|use int8|prompt adapters"):
             make_config(options_)
     with pytest.raises(ConfigError, match="unknown option 'max_modle_len'; did you mean max_model_len?"):
         make_config({"max_modle_len": 5})

@@ -7,7 +7,7 @@ from starlette.routing import Route
 
 from api.config import ServerConfig
 from api.server.app import OPERATIONS
-from tests.fakes import Connection, FakeServer
+from tests.fakes import Connection, FakeServer, config_with_all_routes
 from tests.unit.conftest import Api, error_of
 
 KEYS = ["first-key", "zwölf"]
@@ -50,7 +50,7 @@ BAD_HEADERS: list[Headers] = [
 
 @pytest.fixture(scope="module")
 def guarded() -> FakeServer:
-    return FakeServer(ServerConfig(api_key=KEYS, enable_tokenizer_info_endpoint=True))
+    return FakeServer(config_with_all_routes(api_key=KEYS, admin_api_key=KEYS))
 
 
 async def status(server: FakeServer, method: str, path: str, headers: Headers) -> int | None:

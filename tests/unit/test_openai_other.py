@@ -15,7 +15,7 @@ from api.server.app import OPERATIONS
 from api.server.startup import StartupApp
 from api.version import VERSION
 from engine_core.messages import LoadProgress
-from tests.fakes import BOS, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeServer, tokens_of
+from tests.fakes import BOS, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeServer, config_with_all_routes, tokens_of
 from tests.unit.conftest import Api, error_of
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -165,7 +165,7 @@ async def test_a_line_per_request_if_wanted(caplog: pytest.LogCaptureFixture) ->
 
 
 async def test_the_openapi_document() -> None:
-    api = Api(FakeServer(ServerConfig(enable_tokenizer_info_endpoint=True)))
+    api = Api(FakeServer(config_with_all_routes()))
     document = (await api.get("/openapi.json")).json()
     assert document["openapi"].startswith("3.1")
     assert set(document["paths"]) == {operation.path.replace(":path}", "}") for operation in OPERATIONS}
@@ -180,8 +180,10 @@ async def test_the_openapi_document() -> None:
             expected |= {"404"}
         if operation.queues:
             expected |= {"429"}
+        if operation.is_admin:
+            expected |= {"401"}
         assert statuses == expected
-        assert "security" not in described
+        assert ("security" in described) == operation.is_admin
     references = set(re.findall(r'"#/components/schemas/(\w+)"', (await api.get("/openapi.json")).text))
     assert references == set(document["components"]["schemas"])
     fields = {

@@ -212,7 +212,7 @@ void multiply_plain_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* 
 
 template <class T>
 void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
-    const int num_rows = rows_of(step, op.rows);
+    const int num_rows = num_rows_of(op, step);
     if (num_rows == 0) return;
     const PackedShape shape(op.weight);
     const Tiles tiles = Tiles::of(num_rows, kRows<T>);
@@ -224,11 +224,56 @@ void linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
     multiply_chunks(op, shape, rows, grid, team);
 }
 
+void run_product(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
+    if (op.weight.num_segments) return run_quantized_linear(op, step, team);
+    with_type(op.type, [&](auto number) { linear<decltype(number)>(op, step, team); });
+}
+
+// Bytes of the rows that the threads share, whichever weight they are multiplied with.
+size_t shared_bytes(const OctavoLinear& op, const OctavoStep& step, const OctavoAdapterRows* adapters) {
+    const int rows = rows_of(step, op.rows);
+    size_t bytes = op.weight.num_segments
+                       ? quantized_linear_workspace(op, rows)
+                       : with_type(op.type, [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows); });
+    if (adapters && replaces_weight(op, *adapters)) {
+        const int64_t padded = static_cast<int64_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
+        bytes = std::max(bytes, static_cast<size_t>(rows * padded) * sizeof(float));
+    }
+    return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+}
+
+// The products of rows of which some have an adapter. Those whose adapter has a weight of its own are computed again.
+void run_adapted(const OctavoLinear& op, const OctavoStep& step, const OctavoAdapterRows& rows, const Team& team) {
+    const int64_t stride = projected_stride(op, rows);
+    float* projected = reinterpret_cast<float*>(team.shared.workspace + shared_bytes(op, step, &rows));
+    if (stride) {
+        project_rows(op, step, rows, team, projected, stride);
+        team.wait();
+    }
+    const Adapted adapted = {op.adapters, rows.of_row, projected, stride, false};
+    const Adapted replaced = {op.adapters, rows.of_row, projected, stride, true};
+    OctavoLinear all = op;
+    all.adapted = &adapted;
+    run_product(all, step, team);
+    for (int i = 0; i < rows.num_adapters; ++i) {
+        const OctavoAdapter* adapter = op.adapters[rows.adapters[i]];
+        if (!adapter || !adapter->weight) continue;
+        OctavoLinear some = op;
+        some.adapted = &replaced;
+        some.weight = *adapter->weight;
+        some.listed = rows.rows + rows.starts[i];
+        some.num_listed = rows.starts[i + 1] - rows.starts[i];
+        team.wait();
+        run_product(some, step, team);
+    }
+}
+
 }  // namespace
 
 void run_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
-    if (op.weight.num_segments) return run_quantized_linear(op, step, team);
-    with_type(op.type, [&](auto number) { linear<decltype(number)>(op, step, team); });
+    const OctavoAdapterRows* adapters = adapter_rows(op, step);
+    if (adapters) return run_adapted(op, step, *adapters, team);
+    run_product(op, step, team);
 }
 
 int most_rows(const OctavoLinear& op) {
@@ -273,9 +318,11 @@ void multiply_part(const OctavoLinear& op, int rows, const void* staged, const R
 }
 
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step) {
-    if (op.weight.num_segments) return quantized_linear_workspace(op, rows_of(step, op.rows));
-    return with_type(op.type,
-                     [&](auto number) { return workspace_of_rows<decltype(number)>(op, rows_of(step, op.rows)); });
+    const OctavoAdapterRows* adapters = adapter_rows(op, step);
+    const size_t shared = shared_bytes(op, step, adapters);
+    if (!adapters) return shared;
+    const int64_t floats = rows_of(step, op.rows) * projected_stride(op, *adapters);
+    return shared + static_cast<size_t>(floats) * sizeof(float);
 }
 
 }  // namespace octavo

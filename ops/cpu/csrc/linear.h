@@ -2,6 +2,7 @@
 // become results.
 #pragma once
 
+#include "adapters.h"
 #include "kernels.h"
 #include "norm.h"
 #include "packed.h"
@@ -41,10 +42,18 @@ inline Grid divide(int tiles, int blocks, int thread, int threads) {
     return {share(tiles, thread / best, threads / best), best};
 }
 
+// Rows that an op computes, and the place of one in x and in the result.
+inline int num_rows_of(const OctavoLinear& op, const OctavoStep& step) {
+    return op.listed ? static_cast<int>(op.num_listed) : rows_of(step, op.rows);
+}
+
+inline int64_t place_of(const OctavoLinear& op, int row) { return op.listed ? op.listed[row] : row; }
+
 // A row that is multiplied: of x, or of those selected, and normalised on request, into `normed`.
 template <class T>
 const T* read_row(const OctavoLinear& op, const OctavoStep& step, int index, T* normed) {
-    const int64_t row = op.gather ? step.logits_rows[index] : index;
+    const int64_t place = place_of(op, index);
+    const int64_t row = op.gather ? step.logits_rows[place] : place;
     const T* x = static_cast<const T*>(op.x.data) + row * op.x.stride;
     const int columns = op.weight.columns;
     if (op.norm == kRmsNorm)
@@ -61,7 +70,8 @@ constexpr int64_t kAliasBytes = 4096;
 // Whether the kernel can read the rows of x in place.
 template <class T>
 bool reads_in_place(const OctavoLinear& op, int rows) {
-    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm) return false;
+    if (!std::is_same_v<LeftOf<T>, T> || op.weight.columns % kBlock != 0 || op.gather || op.norm || op.listed)
+        return false;
     return rows <= kRows<T> || op.x.stride * static_cast<int64_t>(sizeof(T)) % kAliasBytes != 0;
 }
 
@@ -128,18 +138,22 @@ size_t workspace_of_rows(const OctavoLinear& op, int rows) {
 struct Columns {
     int first[2];
     int count[2];
+    int block;  // number of the block
 
-    // `row`: the first of `shape` in the whole weight.
-    static Columns of(const PackedShape& shape, int block, int row = 0) {
+    // `row`, `first_block`: the first of `shape` in the whole weight.
+    static Columns of(const PackedShape& shape, int block, int row = 0, int first_block = 0) {
         return {{row + shape.first_row(block, 0), row + shape.first_row(block, 1)},
-                {shape.rows_in(block, 0), shape.rows_in(block, 1)}};
+                {shape.rows_in(block, 0), shape.rows_in(block, 1)},
+                first_block + block};
     }
 };
 
 // Epilogue: turns the sums of some rows and one block of columns into results.
 template <class T>
-void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, const float* sums) {
+void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, float* sums) {
     for (int r = 0; r < rows; ++r, sums += kColumns) {
+        const int64_t place = place_of(op, row + r);
+        if (op.adapted) adapt<T>(*static_cast<const Adapted*>(op.adapted), columns.block, place, sums);
         Vec halves[2];
         for (int half = 0; half < 2; ++half) {
             const int column = columns.first[half];
@@ -148,7 +162,7 @@ void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, c
             if (op.bias && count) x = x + load_first(static_cast<const T*>(op.bias) + column, count);
             if (op.epilogue == kLogits) {
                 if (op.activation) x = activate(x, op.activation, op.parameter);
-                float* out = static_cast<float*>(op.out.data) + (row + r) * op.out.stride + column;
+                float* out = static_cast<float*>(op.out.data) + place * op.out.stride + column;
                 if (count) store_first(out, x, count);
                 continue;
             }
@@ -157,13 +171,12 @@ void finish(const OctavoLinear& op, const Columns& columns, int row, int rows, c
             if (op.epilogue == kGated || !count) continue;
             if (op.activation) x = round_to<T>(activate(x, op.activation, op.parameter));
             if (op.epilogue == kResidual)
-                x = load_first(static_cast<const T*>(op.residual.data) + (row + r) * op.residual.stride + column,
-                               count) +
+                x = load_first(static_cast<const T*>(op.residual.data) + place * op.residual.stride + column, count) +
                     x;
-            store_first(static_cast<T*>(op.out.data) + (row + r) * op.out.stride + column, x, count);
+            store_first(static_cast<T*>(op.out.data) + place * op.out.stride + column, x, count);
         }
         if (op.epilogue != kGated) continue;
-        T* out = static_cast<T*>(op.out.data) + (row + r) * op.out.stride + columns.first[0];
+        T* out = static_cast<T*>(op.out.data) + place * op.out.stride + columns.first[0];
         const Vec result = gated<T>(halves[0], halves[1], op.activation, op.parameter, op.limit);
         store_first(out, result, columns.count[0]);
     }

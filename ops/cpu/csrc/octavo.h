@@ -73,14 +73,24 @@ struct OctavoGroup {
     int32_t block_size;
 };
 
+// Which rows of a product use which adapter; see ops/metadata.py.
+struct OctavoAdapterRows {
+    const int64_t* rows;      // those with an adapter, sorted by adapter
+    const int32_t* adapters;  // [num_adapters]: numbers, from 1 on
+    const int32_t* starts;    // [num_adapters + 1]: the rows of each
+    const int32_t* of_row;    // number of each row's adapter; 0: none
+    int64_t num_adapters;
+};
+
 struct OctavoStep {
     int32_t num_tokens;
     int32_t num_samples;
-    const int32_t* input_ids;    // [num_tokens]
-    const int32_t* positions;    // [num_tokens]
-    const int32_t* token_types;  // [num_tokens]; null: no op reads them
-    const int64_t* logits_rows;  // [num_samples]
-    const OctavoGroup* groups;   // one per KV cache group
+    const int32_t* input_ids;       // [num_tokens]
+    const int32_t* positions;       // [num_tokens]
+    const int32_t* token_types;     // [num_tokens]; null: no op reads them
+    const int64_t* logits_rows;     // [num_samples]
+    const OctavoGroup* groups;      // one per KV cache group
+    OctavoAdapterRows adapters[2];  // of the rows that OctavoRows names
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +194,27 @@ struct OctavoRmsNorm {
     int32_t rounds_first;
 };
 
+// Where the part of B for 16 columns of a result is, and which rows of A it is multiplied with.
+struct OctavoAdapterHalf {
+    int64_t offset;  // elements of B
+    int32_t first;
+    int32_t count;
+};
+
+// One adapter's part of a linear layer: (x W^T + factors x A^T B^T) magnitude + bias, in float32. Columns of B are in
+// blocks of 32, those that the weight's rows form, of two halves each; all that is by column is in their order.
+struct OctavoAdapter {
+    const void* a;                    // [rank / 4][columns / 32][4][32]
+    const void* b;                    // [count of a half][16], half by half
+    const OctavoAdapterHalf* halves;  // [num_halves]
+    const float* factors;             // [rank]
+    const float* magnitude;           // [num_halves][16] or null
+    const float* bias;                // [num_halves][16] or null
+    const OctavoWeight* weight;       // takes the place of the layer's, plain; null: it remains
+    int32_t rank;                     // a multiple of 4
+    int32_t num_halves;
+};
+
 struct OctavoLinear {
     OctavoMatrix x;
     OctavoRmsNorm rms_norm;
@@ -202,6 +233,12 @@ struct OctavoLinear {
     int32_t norm;     // OctavoNormKind: of each row of x first
     float norm_eps;   // of a layer norm
     int32_t gather;   // x holds all tokens; read the rows in logits_rows
+    // By number, null for those that leave the layer alone; null: the layer has none.
+    const OctavoAdapter* const* adapters;
+    // Set by the kernels, for the time that the op runs.
+    const void* adapted;    // the adapters of the rows
+    const int64_t* listed;  // the only rows to compute; null: all
+    int64_t num_listed;
 };
 
 struct OctavoNorm {
@@ -408,7 +445,8 @@ OCTAVO_EXPORT void octavo_pack_quantized(const OctavoEncoding* encoding, const v
 
 // Prepares the process (requests AMX from the kernel). Returns 0 or an error number.
 OCTAVO_EXPORT int32_t octavo_initialize();
-// Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2) or OctavoNode (-3), to check the Python mirror.
+// Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2), OctavoNode (-3) or OctavoAdapter (-4), to
+// check the Python mirror.
 OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
 // From now on octavo_run notes when the first threads work on ops, in seconds: times[i][thread][0] is when one began
 // with op number i of a list, times[i][thread][1] when it had done its part. Null ends this.

@@ -43,7 +43,7 @@ void each_block_of(const OctavoWeight& weight, const Range& range, F function) {
         const int begin = std::max(range.begin - first_block, 0), end = std::min(range.end - first_block, blocks);
         const uint8_t* data = static_cast<const uint8_t*>(segment.data);
         for (int block = begin; block < end; ++block)
-            function(layout, data + block * layout.stride(), Columns::of(layout.shape, block, first_row));
+            function(layout, data + block * layout.stride(), Columns::of(layout.shape, block, first_row, first_block));
         first_block += blocks;
         first_row += segment.rows;
     }
@@ -367,7 +367,7 @@ void multiply_float_part(const OctavoLinear& op, int num_rows, const LeftOf<T>* 
 }  // namespace
 
 void run_quantized_linear(const OctavoLinear& op, const OctavoStep& step, const Team& team) {
-    const int num_rows = rows_of(step, op.rows);
+    const int num_rows = num_rows_of(op, step);
     if (num_rows == 0) return;
     with_type(op.type, [&](auto number) {
         using T = decltype(number);

@@ -201,6 +201,8 @@ int64_t octavo_sizeof(int32_t op) {
             return sizeof(OctavoGroup);
         case -3:
             return sizeof(OctavoNode);
+        case -4:
+            return sizeof(OctavoAdapter);
         default:
             return -1;
     }

@@ -1,0 +1,74 @@
+"""What callers of ``LLM`` pass as prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from api.errors import RequestError
+from api.params.lora import LoRARequest
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. With a ``cache_salt`` in the
+dictionary, the prompt shares cached blocks only with prompts of the same salt."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A prompt."""
+
+    text: str | None
+    token_ids: list[int] | None
+    add_special_tokens: bool = True
+    cache_salt: str = ""
+    opened: bool | UnsetType | None = UNSET
+    """See ``ServedModel.resolve``."""
+    adapter: LoRARequest | None = None
+
+
+def text_of(item: Input, field: str) -> str:
+    """The text of a prompt that must not be token ids."""
+    if item.text is None:
+        raise RequestError(f"{field} must be texts for a cross-encoder, which joins them itself", field)
+    return item.text
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def parse_prompt(prompt: Prompt) -> Input:
+    """What a prompt says. Raises RequestError if it says nothing."""
+    if isinstance(prompt, str):
+        return Input(prompt, None)
+    if isinstance(prompt, Mapping):
+        salt = prompt.get("cache_salt") or ""
+        if "prompt_token_ids" in prompt:
+            return Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt)
+        if "prompt" in prompt:
+            return Input(prompt["prompt"], None, cache_salt=salt)
+        raise RequestError("a dict prompt must have 'prompt' or 'prompt_token_ids'", "prompts")
+    return Input(None, list(prompt))
+
+
+def adapters_of(inputs: list[Input], given: LoRARequest | Sequence[LoRARequest | None] | None) -> list[Input]:
+    """The prompts with their adapters: one for all, or one (or None) for each.
+
+    Raises:
+        RequestError: There are more or fewer of them than prompts.
+    """
+    if given is None or isinstance(given, LoRARequest):
+        return [replace(item, adapter=given) for item in inputs]
+    if len(given) != len(inputs):
+        raise RequestError(
+            f"lora_request must be one, or one per prompt; got {len(given)} for {len(inputs)} prompts", "lora_request"
+        )
+    return [replace(item, adapter=adapter) for item, adapter in zip(inputs, given, strict=True)]

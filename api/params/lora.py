@@ -1,0 +1,16 @@
+"""The adapter of an offline request."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class LoRARequest(msgspec.Struct, frozen=True):
+    """A LoRA adapter, for ``LLM.generate``."""
+
+    lora_name: str
+    """Its name."""
+    lora_int_id: int
+    """A number from 1 on. Another one than before loads the folder again."""
+    lora_path: str
+    """Folder with PEFT's files, or a hub id."""

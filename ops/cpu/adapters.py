@@ -1,0 +1,98 @@
+"""Adapters in the layout of the kernels; see ``csrc/octavo.h``."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ops.adapters import Adapter, PackedAdapter
+from ops.cpu import instructions
+from ops.cpu import library as lib
+from ops.packed import PackedWeight, QuantizedWeight, Weight
+
+HALF = 16
+"""Columns of a result that are computed together; two make a block."""
+RANKS = 4
+"""Rows of A that lie side by side."""
+BLOCK = 32
+"""Columns of A in a block."""
+
+
+def pack_adapter(adapter: Adapter, weight: Weight) -> Adapter | PackedAdapter:
+    """The op ``pack_adapter``."""
+    packed = instructions.packed_weight(weight if adapter.weight is None else adapter.weight)
+    if packed is None or adapter.a.dtype != packed.dtype:
+        return adapter
+    columns = result_columns(packed)
+    rank, in_features = adapter.a.shape
+    ranks = -(-rank // RANKS) * RANKS
+    blocks = -(-in_features // BLOCK)
+    a = torch.zeros(ranks, blocks * BLOCK, dtype=adapter.a.dtype)
+    a[:rank, :in_features] = adapter.a
+    a = a.view(ranks // RANKS, RANKS, blocks, BLOCK).transpose(1, 2).contiguous()
+    factors = torch.zeros(ranks)
+    factors[:rank] = adapter.factors
+    b, halves = _pack_b(adapter.b, columns)
+    magnitude, bias = _by_half(adapter.magnitude, columns, 1.0), _by_half(adapter.bias, columns, 0.0)
+    own, keep = (None, None) if adapter.weight is None else instructions.weight_struct(packed)
+    struct = lib.Adapter(
+        a.data_ptr(),
+        b.data_ptr(),
+        ctypes.addressof(halves),
+        factors.data_ptr(),
+        None if magnitude is None else magnitude.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if own is None else ctypes.addressof(own),
+        ranks,
+        len(halves),
+    )
+    tensors = tuple(each for each in (a, b, factors, magnitude, bias) if each is not None)
+    return PackedAdapter(ctypes.addressof(struct), tensors, (struct, halves, own, keep))
+
+
+def result_columns(weight: PackedWeight | QuantizedWeight) -> Tensor:
+    """The columns of a product's result in the order of the weight's blocks, int64 [halves, 16]; -1: padding."""
+    sizes = [weight.shape[0]] if isinstance(weight, PackedWeight) else [each.rows for each in weight.segments]
+    found, first = [], 0
+    for size in sizes:
+        step = HALF if weight.paired else 2 * HALF
+        end = size // 2 if weight.paired else size
+        block = torch.arange(0, end, step)[:, None, None]
+        half = torch.arange(2)[None, :, None]
+        place = block + (0 if weight.paired else half * HALF) + torch.arange(HALF)
+        columns = torch.where(place < end, place + (half * end if weight.paired else 0), -1 - first)
+        found.append((columns + first).view(-1, HALF))
+        first += size
+    return torch.cat(found)
+
+
+def _by_half(vector: Tensor | None, columns: Tensor, padding: float) -> Tensor | None:
+    """A number for each column of the result, in the order of the halves: float32 [halves, 16]."""
+    if vector is None:
+        return None
+    return torch.cat((vector.float(), torch.tensor([padding])))[columns].contiguous()
+
+
+def _pack_b(b: Tensor, columns: Tensor) -> tuple[Tensor, ctypes.Array[lib.AdapterHalf]]:
+    """B half by half, each with the ranks alone that contribute to it, and where each half is."""
+    rank = b.shape[1]
+    padded = torch.cat((b, b.new_zeros(1, rank)))
+    used = (padded != 0)[columns].any(1) if rank else torch.zeros(len(columns), 0, dtype=torch.bool)
+    is_used = used.any(1)
+    first, last = torch.zeros(len(columns), dtype=torch.int64), torch.full((len(columns),), -1)
+    if rank:
+        first = used.to(torch.uint8).argmax(1)
+        last = torch.where(is_used, rank - 1 - used.flip(1).to(torch.uint8).argmax(1), first - 1)
+    counts = last - first + 1
+    offsets = counts.cumsum(0).sub(counts) * HALF
+    data = b.new_zeros(max(1, int(counts.sum()) * HALF))
+    for begin, count in torch.stack((first, counts), 1).unique(dim=0).tolist():
+        chosen = torch.nonzero((first == begin) & (counts == count))[:, 0]
+        part = padded[:, begin : begin + count][columns[chosen]]  # [chosen, 16, count]
+        places = offsets[chosen, None] + torch.arange(count * HALF)
+        data[places] = part.transpose(1, 2).reshape(len(chosen), -1)
+    rows = zip(offsets.tolist(), first.tolist(), counts.tolist(), strict=True)
+    halves = (lib.AdapterHalf * len(columns))(*(lib.AdapterHalf(*row) for row in rows))
+    return data, halves

@@ -1,0 +1,277 @@
+"""Adapters in PEFT's format: rows with one compute what the merged weights do, rows without one are as ever."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+
+from executor.adapter_files import adapter_hash
+from executor.adapters import LoadedAdapters, check_adapters
+from executor.base import ModelError
+from executor.config import LoRAConfig
+from executor.loader import LoadedModel
+from executor.messages import LoRARequest
+from tests import tiny
+from tests.lora import ALL_LINEAR, ATTENTION, as_gguf, merge, write_adapter
+from tests.models.harness import Chunk, Runner, load, random_tokens
+
+CONFIG = LoRAConfig(enable_lora=True, max_loras=3, max_lora_rank=8)
+
+
+def request(path: Path) -> LoRARequest:
+    return LoRARequest(path.name, 1, str(path), adapter_hash(path))
+
+
+def adapted(base: Path, *paths: Path, **fields: Any) -> tuple[LoadedModel, LoadedAdapters]:
+    """A model with adapters, numbered from 1 on."""
+    loaded = load(base, max_adapters=CONFIG.max_loaded, **fields)
+    adapters = LoadedAdapters(loaded, CONFIG)
+    for number, path in enumerate(paths, 1):
+        adapters.load(number, request(path))
+    return loaded, adapters
+
+
+STEPS = [
+    [Chunk(0, random_tokens(20), 1), Chunk(1, random_tokens(7, 2)), Chunk(2, random_tokens(33, 3), 2)],
+    [Chunk(3, random_tokens(5, 4), 1), Chunk(2, random_tokens(1, 5), 2), Chunk(0, random_tokens(1, 6), 1)],
+    [Chunk(1, random_tokens(1, 8)), Chunk(3, random_tokens(1, 9), 1), Chunk(2, random_tokens(2, 1), 2)],
+]
+
+
+def check(base: Path, *paths: Path, atol: float = 2e-5, captured: bool = True) -> None:
+    """Compares a model with adapters with those that they are merged into, and with itself without them."""
+    mixed = Runner(adapted(base, *paths)[0], captured=captured)
+    plain = [Runner(load(path), captured=captured) for path in (base, *(merge(base, path) for path in paths))]
+    bases = Runner(load(base), captured=captured)
+    for step in STEPS:
+        results = mixed.step(step).split([len(chunk.token_ids) for chunk in step])
+        for chunk, logits in zip(step, results, strict=True):
+            alone = [Chunk(chunk.request, chunk.token_ids)]
+            if chunk.adapter == 0:
+                assert torch.equal(logits, plain[0].step(alone))
+                continue
+            number = min(chunk.adapter, len(paths))
+            torch.testing.assert_close(logits, plain[number].step(alone), rtol=1e-5, atol=atol)
+            if chunk.request == 2 and len(logits) == 33:
+                assert (logits - bases.step(alone)).abs().max() > 0.01
+
+
+def two(base: Path, **fields: Any) -> tuple[Path, Path]:
+    return write_adapter(base, **fields), write_adapter(base, **{**fields, "seed": 2, "rank": 3})
+
+
+CASES: dict[str, Callable[[], tuple[Path, ...]]] = {}
+
+
+def case(function: Callable[[], tuple[Path, ...]]) -> Callable[[], tuple[Path, ...]]:
+    CASES[function.__name__] = function
+    return function
+
+
+@case
+def all_linear() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama")
+    return base, *two(base, rank_pattern={r"layers\.1\.mlp\.down_proj": 6}, alpha_pattern={"q_proj": 3.0})
+
+
+@case
+def some_of_the_merged() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama")
+    return base, *two(base, targets=r"(q|v|up)_proj$", use_rslora=True)
+
+
+@case
+def dora() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama")
+    return base, *two(base, targets=r"(q|v|down)_proj$", dora=True)
+
+
+@case
+def biases() -> tuple[Path, ...]:
+    base = tiny.checkpoint("qwen2")
+    return base, *two(base, targets=ATTENTION, biases=("k_proj", "q_proj"))
+
+
+@case
+def whole_modules() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama", tied=False)
+    saved = ("lm_head", "model.embed_tokens", "model.layers.0.self_attn.k_proj")
+    adapter = write_adapter(base, targets="(q|v|o|up|down)_proj$", saved=saved)
+    return base, adapter, write_adapter(base, seed=2, targets="lm_head|o_proj")
+
+
+@case
+def tables() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama", tied=False)
+    tokens = {"embed_tokens": [0, 7, 5, 90]}
+    return base, write_adapter(base, table="model.embed_tokens"), write_adapter(base, seed=2, tokens=tokens)
+
+
+@case
+def tokens_of_a_tied_table() -> tuple[Path, ...]:
+    base = tiny.checkpoint("llama", tied=True)
+    return base, *(write_adapter(base, seed=seed, tokens={"embed_tokens": [90, 7 * seed]}) for seed in (1, 2))
+
+
+@case
+def fused_in_files() -> tuple[Path, ...]:
+    base = tiny.checkpoint("phi3")
+    return base, *two(base, targets="(qkv|o|gate_up|down)_proj$")
+
+
+@case
+def transposed_in_files() -> tuple[Path, ...]:
+    base = tiny.checkpoint("gpt2")
+    return base, *two(base, targets=r"(c_attn|c_proj|c_fc)$", transposed=True)
+
+
+@case
+def grouped_heads_in_files() -> tuple[Path, ...]:
+    base = tiny.checkpoint("gpt_neox")
+    return base, *two(base, targets=r"(query_key_value|dense|dense_h_to_4h)$")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_compute_with_the_merged_weights(name: str) -> None:
+    check(*CASES[name]())
+
+
+@pytest.mark.parametrize("base_kind", ["folder", "gguf"])
+def test_adapters_of_llama_cpp(base_kind: str) -> None:
+    folder = tiny.checkpoint("llama", tied=False)
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    adapter = write_adapter(folder, table="model.embed_tokens")
+    path = as_gguf(adapter, "llama", config["num_hidden_layers"], heads)
+    base = tiny.gguf_file(folder, GGMLQuantizationType.F32).path if base_kind == "gguf" else folder
+    loaded, _ = adapted(base, path)
+    step = [Chunk(0, random_tokens(20), 1), Chunk(1, random_tokens(20))]
+    found = Runner(loaded).step(step).split(20)
+    torch.testing.assert_close(
+        found[0], Runner(load(merge(folder, adapter))).step([Chunk(0, random_tokens(20))]), rtol=0, atol=5e-5
+    )
+    assert torch.equal(found[1], Runner(load(base)).step([Chunk(1, random_tokens(20))]))
+    damaged = adapter / "damaged.gguf"
+    for edit in (lambda data: data[:-9], lambda data: data.replace(b"llama", b"qwen2"), lambda data: data[4:]):
+        damaged.write_bytes(edit(path.read_bytes()))
+        with pytest.raises(ModelError, match=r"not a GGUF file, or a damaged one|general.architecture is 'qwen2'"):
+            adapted(base, damaged)
+
+
+def test_eager() -> None:
+    check(*all_linear(), captured=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("fields", [{}, {"quantization": "int8", "quantized_activations": "int8"}], ids=["", "int8"])
+def test_bits_do_not_depend_on_other_rows(dtype: str, fields: dict[str, Any]) -> None:
+    base, *paths = all_linear()
+    mixed = Runner(adapted(base, *paths, dtype=dtype, **fields)[0], captured=True)
+    alone = Runner(adapted(base, *paths, dtype=dtype, **fields)[0], captured=True)
+    plain = Runner(load(base, dtype=dtype, **fields), captured=True)
+    for step in STEPS:
+        results = mixed.step(step).split([len(chunk.token_ids) for chunk in step])
+        for chunk, logits in zip(step, results, strict=True):
+            runner = alone if chunk.adapter else plain
+            assert torch.equal(logits, runner.step([chunk]))
+
+
+def test_adapters_come_and_go() -> None:
+    base, first, second = all_linear()
+    loaded, adapters = adapted(base, first)
+    prompt = random_tokens(9)
+    with_first = Runner(loaded).step([Chunk(0, prompt, 1)])
+    adapters.load(2, request(second))
+    with_second = Runner(loaded).step([Chunk(0, prompt, 2)])
+    adapters.load(1, request(second))
+    assert torch.equal(Runner(loaded).step([Chunk(0, prompt, 1)]), with_second)
+    adapters.load(1, request(first))
+    assert torch.equal(Runner(loaded).step([Chunk(0, prompt, 1)]), with_first)
+    adapters.unload(1)
+    adapters.unload(2)
+    adapters.load(0, request(second))  # a trial leaves nothing
+    plain = Runner(load(base)).step([Chunk(0, prompt)])
+    assert torch.equal(Runner(loaded).step([Chunk(0, prompt, 1)]), plain)
+    assert torch.equal(Runner(loaded).step([Chunk(0, prompt, 2)]), plain)
+
+
+def broken(edit: Callable[[dict[str, torch.Tensor]], object] | None = None, **fields: Any) -> Path:
+    folder = write_adapter(tiny.checkpoint("llama"), **fields)
+    if edit is not None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: broken(rank=9), r"the rank of .* is 9, and the server was started with --max-lora-rank 8"),
+        (lambda: broken(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
+        (lambda: broken(use_qalora=True), "use_qalora: QA-LoRA are not supported yet"),
+        (lambda: broken(rank_pattern={"(a+)+": 2}), "rank_pattern: .* is too complex"),
+        (lambda: broken(r=2), "has rank 4, and .* says 2"),
+        (lambda: broken(lambda t: t.pop(Q.format("B"))), "has no b of"),
+        (
+            lambda: broken(lambda t: t.update({Q.format("A"): torch.zeros(4, 3)})),
+            r"has shape \[4, 3\], the model needs",
+        ),
+        (lambda: broken(lambda t: t[Q.format("A")].fill_(torch.nan)), "not finite"),
+        (lambda: broken(lambda t: t.update({"base_model.model.x.weight": torch.zeros(3)})), "no layer x"),
+        (lambda: broken(lambda t: t.update({"x.lora_C": torch.zeros(3)})), "of a kind that is not supported"),
+    ],
+)
+def test_errors_name_the_cause(make: Callable[[], Path], message: str) -> None:
+    loaded, adapters = adapted(tiny.checkpoint("llama"))
+    with pytest.raises(ModelError, match=message):
+        adapters.load(1, request(make()))
+    prompt = [Chunk(0, random_tokens(9), 1)]
+    assert torch.equal(Runner(loaded).step(prompt), Runner(load(tiny.checkpoint("llama"))).step(prompt))
+
+
+def test_files() -> None:
+    loaded, adapters = adapted(tiny.checkpoint("llama"))
+    folder = write_adapter(tiny.checkpoint("llama"))
+    known = request(folder)
+    (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + " ")
+    with pytest.raises(ModelError, match="files have changed"):
+        adapters.load(1, known)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="truncated"):
+        adapters.load(1, request(folder))
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickled weights"):
+        adapter_hash(folder)
+    with pytest.raises(ModelError, match="no such folder"):
+        adapter_hash(folder / "nothing")
+    with pytest.raises(ModelError, match=re.escape("--lora-dtype float16: activations are float32")):
+        check_adapters(LoRAConfig(enable_lora=True, lora_dtype="float16"), loaded, 1, "cpu")
+    with pytest.raises(ModelError, match="--enable-lora: only CPUs"):
+        check_adapters(CONFIG, loaded, 1, "triton")
+    with pytest.raises(ModelError, match="--enable-lora: adapters on several ranks"):
+        check_adapters(CONFIG, loaded, 2, "cpu")
+
+
+def test_experts_are_refused() -> None:
+    base = tiny.checkpoint("mixtral")
+    _, adapters = adapted(base)
+    with pytest.raises(ModelError, match="adapters of experts and routers"):
+        adapters.load(1, request(write_adapter(base, targets="experts")))
+
+
+def test_memory_is_known() -> None:
+    _, adapters = adapted(tiny.checkpoint("llama"))
+    assert adapters.num_bytes(0) > 0 and ALL_LINEAR
