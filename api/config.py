@@ -41,7 +41,7 @@ ENVIRONMENT = {
     "VLLM_USE_MODELSCOPE": Variable("`--use-modelscope`.", "use_modelscope"),
     CONFIG_VARIABLE: Variable("Configuration file, if `--config` is not given."),
     "OCTAVO_CACHE_DIR": Variable(
-        "Folder for compiled kernels and converted weights. Default: `octavo` in the cache folder."
+        "Folder for compiled kernels, converted weights and those beyond memory. Default: `octavo` in the cache folder."
     ),
     "OCTAVO_CPU_CAPABILITY": Variable("Kernels to use: amx, avx512bf16, avx512, avxvnni, avx2, portable or reference."),
     "CXX": Variable("C++ compiler for the kernels. Default: g++, c++ or clang++."),

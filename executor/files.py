@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 MAX_DOCUMENT = 64 << 20
 """Bytes of a JSON document or a template. The largest in practice, indexes of sharded weights, have a few megabytes."""
@@ -64,11 +64,12 @@ def read_json(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> Any:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: The content is not JSON (nor are ``NaN`` and ``Infinity``), nested too deeply or too long.
+        ValueError: The content is not JSON, nested too deeply or too long. ``Infinity`` is taken, as configurations
+            have it; ``NaN`` is not.
     """
     content = read_document(path, max_bytes)
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        return json.loads(content, parse_constant=_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     except UnicodeDecodeError as error:
@@ -77,8 +78,10 @@ def read_json(path: str | Path, max_bytes: int = MAX_DOCUMENT) -> Any:
         raise ValueError("JSON is nested too deeply") from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name} is not allowed")
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError(f"not JSON: {name} is not allowed")
+    return float(name)
 
 
 def why(error: OSError | ValueError) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, Keys
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, MODEL_TENSOR, GGMLQuantizationType, Keys
 from gguf.quants import dequantize
 from gguf.tensor_mapping import get_tensor_name_map
 from msgspec.structs import replace
@@ -26,7 +26,7 @@ from executor import gguf_experts
 from executor.base import ModelError
 from executor.checkpoint import FLOATS, MappedFile, StoredTensor
 from executor.config import GGUFHeader, GGUFTensor
-from executor.gguf_architectures import ARCHITECTURES
+from executor.gguf_architectures import ARCHITECTURES, Config
 from executor.hf_config import MAX_LAYERS, MAX_POSITIONS, Fields
 from executor.supported import check_gguf_architecture
 from executor.weights_mapper import WeightsMapper
@@ -57,6 +57,10 @@ CHUNK_BYTES = 256 << 10
 SUFFIXES = (".weight", ".bias")
 CORRECTION = re.compile(r"\.e_score_correction_bias$")
 """Biases of routers, which the ``gguf`` package knows as a module."""
+STEP_BIAS = re.compile(r"\.dt_bias$")
+"""Those of the steps of recurrences, likewise."""
+FLAT = (MODEL_TENSOR.SSM_A, MODEL_TENSOR.SSM_D, MODEL_TENSOR.SSM_NORM)
+"""Vectors that files may have as matrices."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -84,28 +88,18 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
     num_layers = fields.size(key(Keys.LLM.BLOCK_COUNT), most=MAX_LAYERS)
+    has_attention = ARCHITECTURES[arch].has_attention
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch].model],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": fields.size(key(Keys.LLM.EMBEDDING_LENGTH)),
-        "intermediate_size": size_of_layers(fields, key(Keys.LLM.FEED_FORWARD_LENGTH), num_layers),
+        "intermediate_size": _inner_size(fields, arch, num_layers) if has_attention else 1,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)),
+        "num_attention_heads": fields.size(key(Keys.Attention.HEAD_COUNT)) if has_attention else 1,
         "max_position_embeddings": fields.size(key(Keys.LLM.CONTEXT_LENGTH), most=MAX_POSITIONS),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes,
-        "attention_out_bias": "blk.0.attn_output.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_down.bias" in shapes,
-        "use_parallel_residual": "blk.0.ffn_norm.weight" not in shapes,
-        "num_ln_in_parallel_attn": 1 + ("blk.0.attn_norm_2.weight" in shapes),
-        "attention_k_eq_v": any(
-            f"blk.{layer}.attn_k.weight" in shapes and f"blk.{layer}.attn_v.weight" not in shapes
-            for layer in range(num_layers)
-        ),
         "rope_parameters": _rope_parameters(fields, arch),
-        "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes,
-        "has_split_kv_b": "blk.0.attn_k_b.weight" in shapes,
+        **_facts_of_tensors(shapes, num_layers),
     }
     if fields.has(key(Keys.Attention.LAYERNORM_EPS)):
         config |= dict.fromkeys(LAYER_NORM_EPS, fields.number(key(Keys.Attention.LAYERNORM_EPS)))
@@ -121,6 +115,7 @@ def hf_config_from_gguf(header: GGUFHeader, source: str = "the GGUF header") -> 
     if rotary_dim != config["head_dim"]:  # rounded up, so that the product with head_dim is not below rotary_dim
         config["rope_parameters"]["partial_rotary_factor"] = math.nextafter(rotary_dim / config["head_dim"], math.inf)
     ARCHITECTURES[arch].configure(fields, config)
+    del config["tensors"]
     return config
 
 
@@ -132,6 +127,35 @@ def size_of_layers(fields: Fields, name: str, num_layers: int, default: int | No
     if len(sizes) != num_layers:
         fields.bad(name, "one number, or one for each layer")
     return int(max(sizes))
+
+
+def _facts_of_tensors(shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> Config:
+    """Fields that follow from which tensors there are; ``tensors``: their shapes, for ``Architecture.configure``."""
+
+    def has(name: str) -> bool:
+        return any(f"blk.{layer}.{name}" in shapes for layer in range(num_layers))
+
+    return {
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": has("attn_q.bias") or has("attn_qkv.bias"),
+        "attention_out_bias": "blk.0.attn_output.bias" in shapes,
+        "mlp_bias": has("ffn_down.bias"),
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in shapes,
+        "num_ln_in_parallel_attn": 1 + ("blk.0.attn_norm_2.weight" in shapes),
+        "attention_k_eq_v": any(
+            f"blk.{layer}.attn_k.weight" in shapes and f"blk.{layer}.attn_v.weight" not in shapes
+            for layer in range(num_layers)
+        ),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes,
+        "has_split_kv_b": "blk.0.attn_k_b.weight" in shapes,
+        "tensors": shapes,
+    }
+
+
+def _inner_size(fields: Fields, arch: str, num_layers: int) -> int:
+    """Of MLPs, or of experts if there are no others."""
+    name, own = (key.format(arch=arch) for key in (Keys.LLM.FEED_FORWARD_LENGTH, Keys.LLM.EXPERT_FEED_FORWARD_LENGTH))
+    return size_of_layers(fields, name if fields.get(name) or not fields.has(own) else own, num_layers)
 
 
 def _architecture(fields: Fields) -> str:
@@ -272,12 +296,17 @@ class GGUFCheckpoint:
         of_expert = gguf_experts.gguf_name(name)
         if of_expert is not None:
             return of_expert
+        for pattern, stored in self.architecture.others:
+            if re.search(pattern, name):
+                return re.sub(pattern, stored, name)
         found = self.names.get_name(self._known_name(name), try_suffixes=SUFFIXES) or name
         # A parameter of the layer itself: its name has no last component.
         return f"{found}.weight" if found not in self.entries and f"{found}.weight" in self.entries else found
 
     def _known_name(self, name: str) -> str:
-        name = CORRECTION.sub(".e_score_correction.bias", name)
+        if name in self.known_names:
+            return self.known_names[name]  # a parameter of the layer itself
+        name = STEP_BIAS.sub(".dt_proj.bias", CORRECTION.sub(".e_score_correction.bias", name))
         module, dot, leaf = name.rpartition(".")
         return f"{self.known_names.get(module, module)}{dot}{leaf}"
 
@@ -321,13 +350,17 @@ class GGUFCheckpoint:
             heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
             raw = group(raw.reshape(tensor.shape[0], -1), heads, kv_heads).reshape(-1)
         shape = (-1, tensor.shape[-1]) if role in self.architecture.by_head else tensor.shape
+        shape = (-1,) if role in FLAT else (1, -1) if role == MODEL_TENSOR.FFN_GATE_INP_SHEXP else shape
         if dtype == torch.uint8:
             return torch.from_numpy(raw).view(tensor.shape[0], -1)
         if kind in PLAIN_TYPES:
             plain = torch.from_numpy(raw).view(PLAIN_TYPES[kind]).view(shape)
             is_norm = hf_name is not None and hf_name.endswith("norm.weight")
             if role in self.architecture.transposed:
-                return plain.T
+                return plain.T if plain.dim() == 2 else plain
+            if role == MODEL_TENSOR.SSM_A:
+                return (-plain.float()).log()
+            is_norm = is_norm and role != MODEL_TENSOR.SSM_NORM  # it has no offset
             return plain.float() - self.architecture.norm_offset if is_norm else plain
         try:
             return dequantize_to(raw, kind, dtype).view(shape)

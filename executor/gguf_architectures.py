@@ -43,12 +43,17 @@ class Architecture:
     """Regular expressions from the names of modules that the ``gguf`` package knows to ours."""
     unused: str = UNUSED
     """Regular expression of tensors that need not have a place in the model."""
+    others: Sequence[tuple[str, str]] = ()
+    """Regular expressions from our names of tensors that the ``gguf`` package does not know to those in the file."""
     has_experts: bool = False
     """Whether models with experts are supported."""
+    has_attention: bool = True
+    """False: the file has no sizes of heads, nor of MLPs."""
     norm_offset: float = 0.0
     """What the converter added to the weights of norms."""
     configure: Callable[[Fields, Config], None] = nothing
-    """Completes the configuration. Takes the header's fields and the configuration."""
+    """Completes the configuration. Takes the header's fields and the configuration, which has the shapes of the file's
+    tensors as ``tensors`` meanwhile."""
 
 
 def gemma(fields: Fields, config: Config) -> None:
@@ -97,6 +102,9 @@ def gemma4(fields: Fields, config: Config) -> None:
     config["hidden_size_per_layer_input"] = fields.integer(Keys.LLM.EMBD_LENGTH_PER_LAYER_INP.format(arch=arch), 0)
     cap = Keys.LLM.FINAL_LOGIT_SOFTCAPPING.format(arch=arch)
     config["final_logit_softcapping"] = fields.number(cap) if fields.has(cap) else None
+    if fields.get(Keys.LLM.EXPERT_COUNT.format(arch=arch)):
+        experts(fields, config)
+        config |= {"enable_moe_block": True, "top_k_experts": config["num_experts_per_tok"]}
     local = fields.number(Keys.Rope.FREQ_BASE_SWA.format(arch=arch), 10000.0)
     config["rope_parameters"] = {
         "full_attention": config["rope_parameters"],
@@ -131,7 +139,7 @@ def olmo2(fields: Fields, config: Config) -> None:
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
 
 
-def granite(fields: Fields, config: Config) -> None:
+def granite_factors(fields: Fields, config: Config) -> None:
     arch = config["model_type"]
     for name, key, default in (
         ("attention_multiplier", Keys.Attention.SCALE, config["head_dim"] ** -0.5),
@@ -140,8 +148,17 @@ def granite(fields: Fields, config: Config) -> None:
         ("residual_multiplier", Keys.LLM.RESIDUAL_SCALE, 1.0),
     ):
         config[name] = fields.number(key.format(arch=arch), default)
-    if not fields.boolean(Keys.Rope.SCALING_FINETUNED.format(arch=arch), True):
+
+
+def granite(fields: Fields, config: Config) -> None:
+    granite_factors(fields, config)
+    if not is_rotated(fields, config):
         raise ModelError(f"{fields.source}: Granite models without rotary embeddings are not supported yet")
+
+
+def is_rotated(fields: Fields, config: Config) -> bool:
+    """Whether attention of Granite has rotary embeddings."""
+    return fields.boolean(Keys.Rope.SCALING_FINETUNED.format(arch=config["model_type"]), True)
 
 
 def phi3(fields: Fields, config: Config) -> None:
@@ -234,6 +251,188 @@ def gpt_oss(fields: Fields, config: Config) -> None:
     config["rope_parameters"]["truncate"] = False
 
 
+def granite_moe(fields: Fields, config: Config) -> None:
+    granite(fields, config)
+    experts(fields, config)
+    config["intermediate_size"] = config["moe_intermediate_size"]
+    if layers_with(config, "ffn_up_shexp.weight"):
+        raise ModelError(f"{fields.source}: granitemoe models with a shared expert are not supported yet")
+
+
+def shared_size(fields: Fields, config: Config) -> int:
+    """Intermediate size of the expert that all tokens share."""
+    return fields.size(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH.format(arch=config["model_type"]))
+
+
+def qwen2_moe(fields: Fields, config: Config) -> None:
+    """llama.cpp does not divide weights by their sum, as with the released models."""
+    experts(fields, config)
+    config |= {"shared_expert_intermediate_size": shared_size(fields, config), "norm_topk_prob": False}
+
+
+def llama4(fields: Fields, config: Config) -> None:
+    """llama.cpp knows the chunks, the layers that are not rotated, and which model has no norms of q and k."""
+    arch = config["model_type"]
+    config["intermediate_size_mlp"] = config["intermediate_size"]
+    experts(fields, config)
+    config["intermediate_size"] = config["moe_intermediate_size"]
+    config["interleave_moe_layer_step"] = fields.size(Keys.LLM.INTERLEAVE_MOE_LAYER_STEP.format(arch=arch))
+    config["use_qk_norm"] = config["num_experts"] != MAVERICK_EXPERTS
+    if fields.get(Keys.Attention.SLIDING_WINDOW.format(arch=arch)) == 0:
+        config |= {"attention_chunk_size": None, "no_rope_layers": [1] * config["num_hidden_layers"]}
+        config["attn_temperature_tuning"] = False
+
+
+MAVERICK_EXPERTS = 128
+"""Of the model without norms of q and k."""
+
+
+def layers_with(config: Config, name: str) -> list[int]:
+    """The layers that have a tensor of this name."""
+    return [layer for layer in range(config["num_hidden_layers"]) if f"blk.{layer}.{name}" in config["tensors"]]
+
+
+def without_predictors(fields: Fields, config: Config) -> None:
+    """Leaves out the last layers, if they predict further tokens."""
+    stored = Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=config["model_type"])
+    config["num_mtp_layers"] = fields.integer(stored, 0)
+    if config["num_mtp_layers"] >= config["num_hidden_layers"]:
+        fields.bad(stored, "fewer than the layers")
+    config["num_hidden_layers"] -= config["num_mtp_layers"]
+
+
+def state_sizes(fields: Fields, config: Config) -> tuple[int, int, int, int, int]:
+    """Of a recurrence: heads, size of each, groups of heads, rows of a state, and length of the convolution."""
+    arch = config["model_type"]
+    heads, inner, groups, rows, length = (
+        fields.size(key.format(arch=arch))
+        for key in (
+            Keys.SSM.TIME_STEP_RANK,
+            Keys.SSM.INNER_SIZE,
+            Keys.SSM.GROUP_COUNT,
+            Keys.SSM.STATE_SIZE,
+            Keys.SSM.CONV_KERNEL,
+        )
+    )
+    if inner % heads:
+        fields.bad(Keys.SSM.INNER_SIZE.format(arch=arch), f"a multiple of the heads, {heads}")
+    return heads, inner // heads, groups, rows, length
+
+
+NO_LENGTH = 1 << 20
+"""The context length of files whose model has none."""
+
+
+def mamba2(fields: Fields, config: Config) -> None:
+    heads, size, groups, rows, length = state_sizes(fields, config)
+    has_bias = bool(layers_with(config, "ssm_in.bias"))
+    config |= {"num_heads": heads, "head_dim": size, "n_groups": groups, "state_size": rows, "conv_kernel": length}
+    config |= {"expand": heads * size // config["hidden_size"], "use_bias": has_bias}
+    config["use_conv_bias"] = bool(layers_with(config, "ssm_conv1d.bias"))
+    if config["max_position_embeddings"] == NO_LENGTH:
+        del config["max_position_embeddings"]
+
+
+def mamba_fields(fields: Fields, config: Config) -> None:
+    """The recurrence, under the names of Bamba, Falcon-H1 and Granite 4."""
+    heads, size, groups, rows, length = state_sizes(fields, config)
+    config |= {
+        "mamba_n_heads": heads,
+        "mamba_d_head": size,
+        "mamba_n_groups": groups,
+        "mamba_d_state": rows,
+        "mamba_d_conv": length,
+        "mamba_d_ssm": heads * size,
+        "mamba_expand": max(heads * size // config["hidden_size"], 1),
+        "mamba_conv_bias": bool(layers_with(config, "ssm_conv1d.bias")),
+        "mamba_proj_bias": bool(layers_with(config, "ssm_in.bias")),
+    }
+
+
+def granite_hybrid(fields: Fields, config: Config) -> None:
+    """Granite 4, or Bamba, whose attention is rotated."""
+    granite_factors(fields, config)
+    mamba_fields(fields, config)
+    attends = layers_with(config, "attn_q.weight")
+    if is_rotated(fields, config):
+        config |= {"architectures": ["BambaForCausalLM"], "attn_layer_indices": attends}
+        return
+    types = ["attention" if layer in attends else "mamba" for layer in range(config["num_hidden_layers"])]
+    config |= {"layer_types": types, "num_local_experts": 0, "has_split_gate_up": True}
+    config["shared_intermediate_size"] = config["intermediate_size"]
+    if fields.get(Keys.LLM.EXPERT_COUNT.format(arch=config["model_type"])):
+        experts(fields, config)
+        config["intermediate_size"] = config["moe_intermediate_size"]
+        config["shared_intermediate_size"] = shared_size(fields, config)
+    if config["max_position_embeddings"] == NO_LENGTH:
+        config["max_position_embeddings"] = 1 << 17  # as of the released models
+
+
+def falcon_h1(fields: Fields, config: Config) -> None:
+    """All factors are in the weights."""
+    mamba_fields(fields, config)
+    config["mamba_rms_norm"] = bool(layers_with(config, "ssm_norm.weight"))
+    config["mamba_norm_before_gate"] = False
+    config["projectors_bias"] = bool(layers_with(config, "ssm_out.bias"))
+
+
+def nemotron_h(fields: Fields, config: Config) -> None:
+    """What a layer is follows from its tensors."""
+    arch = config["model_type"]
+    heads, size, groups, rows, length = state_sizes(fields, config)
+    config |= {"mamba_num_heads": heads, "mamba_head_dim": size, "n_groups": groups, "ssm_state_size": rows}
+    config |= {"conv_kernel": length, "use_bias": bool(layers_with(config, "ssm_in.bias"))}
+    config["use_conv_bias"] = bool(layers_with(config, "ssm_conv1d.bias"))
+    without_predictors(fields, config)
+    kinds = {"ssm_in": "linear_attention", "attn_q": "full_attention", "ffn_gate_inp": "moe", "ffn_up": "mlp"}
+    types: dict[int, str] = {}
+    for name, kind in kinds.items():
+        for layer in layers_with(config, f"{name}.weight"):
+            types.setdefault(layer, kind)
+    if len(types) != config["num_hidden_layers"]:
+        raise ModelError(f"{fields.source}: a layer has neither a recurrence nor attention nor an MLP")
+    config["layers_block_type"] = [types[layer] for layer in range(config["num_hidden_layers"])]
+    config["rope_parameters"].pop("partial_rotary_factor", None)
+    if "moe" not in types.values():
+        return
+    experts(fields, config)
+    latent = Keys.LLM.MOE_LATENT_SIZE.format(arch=arch)
+    config |= {
+        "moe_shared_expert_intermediate_size": shared_size(fields, config),
+        "moe_latent_size": fields.size(latent) if fields.has(latent) else None,
+        "norm_topk_prob": fields.boolean(Keys.LLM.EXPERT_WEIGHTS_NORM.format(arch=arch), True),
+        "routed_scaling_factor": fields.number(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=arch), 1.0),
+    }
+
+
+def qwen3_next(fields: Fields, config: Config) -> None:
+    """Qwen3-Next and Qwen3.5. The state's rows are those of a key; its heads those of values, by group."""
+    heads, size, keys, rows, length = state_sizes(fields, config)
+    without_predictors(fields, config)
+    states = layers_with(config, "ssm_a")
+    types = [
+        "linear_attention" if layer in states else "full_attention" for layer in range(config["num_hidden_layers"])
+    ]
+    config |= {
+        "layer_types": types,
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": size,
+        "linear_num_key_heads": keys,
+        "linear_key_head_dim": rows,
+        "linear_conv_kernel_dim": length,
+        "has_split_qkv": bool(layers_with(config, "ssm_ba.weight") and layers_with(config, "attn_gate.weight")),
+    }
+    if fields.get(Keys.LLM.EXPERT_COUNT.format(arch=config["model_type"])):
+        experts(fields, config)
+        config |= {"shared_expert_intermediate_size": shared_size(fields, config), "norm_topk_prob": True}
+
+
+def qwen35(fields: Fields, config: Config) -> None:
+    """llama.cpp has the heads of values in another order: first the first of each key head."""
+    qwen3_next(fields, config)
+    config["has_tiled_heads"] = True
+
+
 def shared_experts(fields: Fields, config: Config) -> None:
     """Experts of which all tokens share some, after dense layers."""
     arch = config["model_type"]
@@ -242,10 +441,7 @@ def shared_experts(fields: Fields, config: Config) -> None:
     config["n_shared_experts"] = fields.integer(Keys.LLM.EXPERT_SHARED_COUNT.format(arch=arch), 0)
     config["norm_topk_prob"] = fields.boolean(Keys.LLM.EXPERT_WEIGHTS_NORM.format(arch=arch), False)
     config["routed_scaling_factor"] = fields.number(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=arch), 1.0)
-    config["num_mtp_layers"] = fields.integer(Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=arch), 0)
-    if config["num_mtp_layers"] >= config["num_hidden_layers"]:
-        fields.bad(Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=arch), "fewer than the layers")
-    config["num_hidden_layers"] -= config["num_mtp_layers"]
+    without_predictors(fields, config)
 
 
 def deepseek2(fields: Fields, config: Config) -> None:
@@ -293,6 +489,11 @@ SOFTMAX, SIGMOID = 1, 2
 PERMUTED = {MODEL_TENSOR.ATTN_Q: "num_attention_heads", MODEL_TENSOR.ATTN_K: "num_key_value_heads"}
 """What the converter does to Llama and those that it treats as Llama."""
 
+STATES: Mapping[str, Any] = {"transposed": (MODEL_TENSOR.SSM_CONV1D,)}
+"""What all models with recurrences have."""
+LINEAR = ((r"\.linear_attn\.", ".self_attn."),)
+MIXER = ((r"^backbone\.layers\.(\d+)\.mixer\.", r"model.layers.\1.self_attn."),)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "arcee": Architecture("ArceeForCausalLM", PERMUTED),
     "chatglm": Architecture("GlmForCausalLM", has_q_k_v_apart=True),
@@ -312,11 +513,26 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         renames=((r"^transformer\.h\.(\d+)\.(ln_attn|ln_mlp)$", r"model.layers.\1.\2"),),
         configure=falcon,
     ),
+    "falcon-h1": Architecture(
+        "FalconH1ForCausalLM",
+        renames=(
+            (r"\.self_attn\.", ".self_attn.attention."),
+            (r"\.(\d+)\.mamba\.", r".\1.self_attn.mamba."),
+        ),
+        configure=falcon_h1,
+        **STATES,
+    ),
     "gemma": Architecture("GemmaForCausalLM", norm_offset=1.0),
     "gemma2": Architecture("Gemma2ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma3": Architecture("Gemma3ForCausalLM", norm_offset=1.0, configure=gemma),
     "gemma4": Architecture(
         "Gemma4ForCausalLM",
+        renames=((r"\.router\.proj$", ".moe.gate"),),
+        others=(
+            (r"^model\.layers\.(\d+)\.moe\.gate\.norm\.weight$", r"blk.\1.ffn_gate_inp.scale"),
+            (r"^model\.layers\.(\d+)\.moe\.gate\.per_expert_scale$", r"blk.\1.ffn_down_exps.scale"),
+        ),
+        has_experts=True,
         unused=rf"{UNUSED}|\.attn_(k|v|k_norm)\.weight$",  # layers that read K and V of others
         configure=gemma4,
     ),
@@ -326,6 +542,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": Architecture("GPT2LMHeadModel"),
     "gptneox": Architecture("GPTNeoXForCausalLM", ungrouped=(MODEL_TENSOR.ATTN_QKV,), configure=gpt_neox),
     "granite": Architecture("GraniteForCausalLM", PERMUTED, configure=granite),
+    "granitehybrid": Architecture(
+        "GraniteMoeHybridForCausalLM",
+        PERMUTED,
+        renames=((r"\.(\d+)\.mamba\.", r".\1.self_attn."),),
+        has_experts=True,
+        configure=granite_hybrid,
+        **STATES,
+    ),
+    "granitemoe": Architecture("GraniteMoeForCausalLM", PERMUTED, has_experts=True, configure=granite_moe),
     "internlm2": Architecture("LlamaForCausalLM", PERMUTED),  # with q, k and v apart
     "lfm2": Architecture(
         "Lfm2ForCausalLM",
@@ -337,17 +562,31 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         configure=lfm2,
     ),
     "llama": Architecture("LlamaForCausalLM", PERMUTED, has_experts=True, configure=llama),
+    "llama4": Architecture("Llama4ForCausalLM", has_experts=True, configure=llama4),
+    "mamba2": Architecture("Mamba2ForCausalLM", renames=MIXER, has_attention=False, configure=mamba2, **STATES),
     "mistral3": Architecture("Ministral3ForCausalLM", PERMUTED, configure=mistral3),
     "nemotron": Architecture("NemotronForCausalLM"),
+    "nemotron_h": Architecture("NemotronHForCausalLM", renames=MIXER, configure=nemotron_h, **STATES),
+    "nemotron_h_moe": Architecture(
+        "NemotronHForCausalLM", renames=MIXER, has_experts=True, configure=nemotron_h, **STATES
+    ),
     "olmo": Architecture("OlmoForCausalLM", PERMUTED, configure=olmo),
     "olmo2": Architecture("Olmo2ForCausalLM", configure=olmo2),
     "olmoe": Architecture("OlmoeForCausalLM", has_experts=True, configure=olmoe),
     "phi2": Architecture("PhiForCausalLM"),
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
+    "qwen2moe": Architecture("Qwen2MoeForCausalLM", has_experts=True, configure=qwen2_moe),
     "qwen2vl": Architecture("Qwen2ForCausalLM"),  # text has one position on all three axes, so angles are Qwen2's
     "qwen3": Architecture("Qwen3ForCausalLM"),
+    "qwen35": Architecture("Qwen3_5ForCausalLM", renames=LINEAR, norm_offset=1.0, configure=qwen35, **STATES),
+    "qwen35moe": Architecture(
+        "Qwen3_5MoeForCausalLM", renames=LINEAR, norm_offset=1.0, has_experts=True, configure=qwen35, **STATES
+    ),
     "qwen3moe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_moe),
+    "qwen3next": Architecture(
+        "Qwen3NextForCausalLM", renames=LINEAR, norm_offset=1.0, has_experts=True, configure=qwen3_next, **STATES
+    ),
     "qwen3vl": Architecture("Qwen3ForCausalLM"),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),

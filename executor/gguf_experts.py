@@ -11,8 +11,12 @@ from executor.config import GGUFTensor
 
 _MERGED = re.compile(r"^(blk\.\d+\.)ffn_(gate|up|down|gate_up)_exps\.(weight|bias)$")
 _ALONE = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.(weight|bias)$")
-_OURS = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
+_OURS = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|moe|self_attn)\.experts\.(\d+)\.(gate|up|down)_proj\.(weight|bias)$")
 _LAYER = re.compile(r"^blk\.(\d+)\.")
+
+
+BLOCKS = ("mlp", "moe", "self_attn")
+"""Blocks of layers that have experts, in any family."""
 
 
 def apart(tensor: GGUFTensor) -> Iterator[GGUFTensor]:
@@ -48,7 +52,8 @@ def matrices(tensors: Iterable[GGUFTensor]) -> Iterator[tuple[str, GGUFTensor]]:
     for tensor in tensors:
         found = _ALONE.match(tensor.name)
         if found is not None and found[4] == "weight":
-            yield f"model.layers.{found[1]}.mlp.experts.{found[3]}.{found[2]}_proj", tensor
+            for block in BLOCKS:
+                yield f"model.layers.{found[1]}.{block}.experts.{found[3]}.{found[2]}_proj", tensor
 
 
 def layer_of(name: str) -> int | None:

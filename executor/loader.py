@@ -36,6 +36,7 @@ from executor.quantization import Options, choose_quantization
 from executor.quantization.at_load import QuantizingParameter
 from executor.quantization.fp8 import CACHE_SCALES
 from executor.quantization.packed import describe
+from executor.spilled import spill_if_needed
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
 from ops import Communicator, NotConnected, SingleRank
@@ -94,6 +95,7 @@ def load_model(
     memory_bytes: int | None = None,
     communicator: Communicator | None = None,
     max_adapters: int = 0,
+    free_bytes: int | None = None,
 ) -> LoadedModel:
     """Builds a model and loads its weights.
 
@@ -106,6 +108,7 @@ def load_model(
         memory_bytes: Total device memory; a model whose weights need more is rejected before they are read.
         communicator: Connects the ranks that share the layers. None: with several ranks the model cannot run.
         max_adapters: Most low-rank adapters in memory; 0: it is computed without.
+        free_bytes: Free memory of a CPU: weights that need more lie in files (``spilled.py``). None: in memory.
 
     Raises:
         ModelError: The model cannot be loaded; one line that names the file and the problem.
@@ -113,11 +116,7 @@ def load_model(
     model, context, checkpoint = prepare_model(config, parallel, device, attention_backend, communicator, max_adapters)
     hf_config = context.config
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if memory_bytes is not None and weight_bytes > memory_bytes:
-        raise ModelError(
-            f"{hf_config.source}: the weights take {weight_bytes / 2**30:.4g} GiB as {context.dtype}, and the "
-            f"{device.type} has {memory_bytes / 2**30:.4g} GiB"
-        )
+    _check_memory(weight_bytes, memory_bytes, free_bytes, context)
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
@@ -163,6 +162,18 @@ def prepare_model(
         max_adapters=max_adapters,
     )
     return build_model(model_class, context, attention_backend), context, checkpoint
+
+
+def _check_memory(weight_bytes: int, memory_bytes: int | None, free_bytes: int | None, context: ModelContext) -> None:
+    """Rejects a model that memory cannot hold, or lets its weights lie in files."""
+    device, source = context.device.type, context.config.source
+    if free_bytes is not None and device == "cpu":
+        spill_if_needed(weight_bytes, free_bytes, source)
+    elif memory_bytes is not None and weight_bytes > memory_bytes:
+        raise ModelError(
+            f"{source}: the weights take {weight_bytes / 2**30:.4g} GiB as {context.dtype}, and the {device} has "
+            f"{memory_bytes / 2**30:.4g} GiB"
+        )
 
 
 def _log_formats(model: Model) -> None:

@@ -72,7 +72,6 @@ def check_supported(
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelError("architectures must be a list of at least one name")
     implementation(names[0], language, model_impl)
-    _check_granite(names[0], language)
     saved = fields.get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ModelError("quantization_config must be an object")
@@ -90,15 +89,3 @@ def check_supported(
 def can_generate(fields: Mapping[str, Any]) -> bool:
     """Whether a model generates text, judging by a config.json that is supported."""
     return registry.can_generate(language_fields(fields)["architectures"][0])
-
-
-def _check_granite(architecture: str, fields: Mapping[str, Any]) -> None:
-    """Granite 4 models with Mamba layers or experts have the architecture of those without, which are supported."""
-    types = fields.get("layer_types")
-    if architecture != "GraniteMoeHybridForCausalLM" or not isinstance(types, list):
-        return
-    if "mamba" in types or "linear_attention" in types or fields.get("num_local_experts"):
-        raise ModelError(
-            "Granite models with Mamba layers or experts are not supported yet; choose one without, such as "
-            "ibm-granite/granite-4.0-micro"
-        )

@@ -140,16 +140,17 @@ class Worker:
 
     def _load(self, device: Device) -> LoadedModel:
         """Loads the model."""
-        config = self.config
+        config, memory = self.config, device.memory()
         loaded = load_model(
             config.model,
             self.parallel,
             device.torch_device,
             config.device.attention_backend,
             self._progress,
-            device.memory().total_bytes,
+            memory.total_bytes,
             device.communicator(self.parallel),
             config.lora.max_loaded,
+            memory.free_bytes,
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)

@@ -41,6 +41,7 @@ from ops.reference.delta import gated_delta, state_size
 from ops.reference.experts import experts, route
 from ops.reference.gguf_blocks import BLOCK_VALUES
 from ops.reference.latent import heads_linear, latent_attention
+from ops.reference.mamba import mamba
 from ops.reference.norm import layer_norm, rms_norm
 from ops.reference.quantized import (
     block_types,
@@ -104,6 +105,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "logits",
+    "mamba",
     "multiply",
     "op_set",
     "pack_adapter",

@@ -82,6 +82,10 @@ class AttentionShape:
     """What the layer caches: K and V (``kv``). Backends that cache something else define their own kind."""
     conv_length: int = 0
     """Tokens that the convolution before a recurrence looks at."""
+    has_tiled_heads: bool = False
+    """Heads of q and k have every ``num_kv_heads``-th value head, not consecutive ones; of the gated delta rule."""
+    step_limits: tuple[float, float] = (0.0, float("inf"))
+    """Bounds of the steps of Mamba-2."""
     rotates_pairs: bool = False
     """Latent attention rotates pairs of neighbouring columns, not of the two halves."""
 

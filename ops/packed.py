@@ -124,18 +124,24 @@ GatedActivation = Literal["silu", "gelu", "gelu_tanh"] | SwiGLUOAI
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """The experts of a layer: gated MLPs of equal shape."""
+    """The experts of a layer: MLPs of equal shape."""
 
     gate_up: tuple[Weight, ...]
-    """[2 * inner, hidden] of each expert, gate first, as ``linear`` takes them."""
+    """[2 * inner, hidden] of each expert, gate first, as ``linear`` takes them; [inner, hidden] without gates."""
     down: tuple[Weight, ...]
     """[hidden, inner] of each expert."""
     gate_up_bias: tuple[Tensor, ...] | None
-    """[2 * inner] of each expert."""
+    """[2 * inner] of each expert; [inner] without gates."""
     down_bias: tuple[Tensor, ...] | None
     """[hidden] of each expert."""
-    activation: GatedActivation
+    activation: GatedActivation | Literal["relu2"]
+    """relu2: there are no gates (Nemotron-H)."""
     top_k: int
     """Most experts of a token."""
     scales_input: bool = False
     """Weights of experts multiply their inputs, not their results (Llama 4)."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an expert computes ``down(act(gate(x)) * up(x))``, and not ``down(act(up(x)))``."""
+        return self.activation != "relu2"

@@ -11,7 +11,8 @@ variables may precede the path, flags may follow it, and ``KIND/variant=...`` gi
 one is given as ``NAME=COMMAND``, which may contain ``{model}`` and ``{port}``. ``PEERS.md`` says how to build some.
 
 A model is a folder, a GGUF file, or one that ``bench_models.py`` writes: ``smollm2``, or a shape with random weights,
-in bfloat16 or quantised (``1b-Q4_0``).
+in bfloat16 or quantised (``1b-Q4_0``). ``a3b-Q4_K`` is that of ``bench_experts.py``: of its experts, the floor counts
+those that a step's tokens have.
 
 For each load, all servers are started anew, with room for its requests: more slots or a fuller cache than needed make
 some of them slower. They run at the same time, and the load visits them in turn, several times, while the others are
@@ -41,6 +42,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_experts
 import torch
 from bench_models import DEMO, SHAPES, BenchModel, make_model
 from floors import Machine, ModelCost, Rates, is_quantized
@@ -52,6 +54,7 @@ from api.commands.bench.result import Result
 from api.commands.bench.serve import run, run_loop
 from api.model.gguf_file import GGUFFile, read_gguf
 from executor.gguf import hf_config_from_gguf
+from executor.quantization.gguf import SCALES
 from ops.cpu import library
 
 OCTAVO = "octavo"
@@ -341,8 +344,12 @@ def plot(samples: Sequence[Sample], names: Sequence[str], loads: Sequence[Load],
 
 def find_model(name: str, folder: Path) -> tuple[BenchModel, dict[str, Any], GGUFFile | None]:
     """The files of a model, its config.json, and the header of the GGUF file if engines are given one."""
-    if name.partition("-")[0] in (DEMO, *SHAPES):
+    base, _, kind = name.partition("-")
+    if base in (DEMO, *SHAPES):
         model = make_model(name, folder)
+    elif base == bench_experts.NAME and kind in SCALES:
+        path = bench_experts.make(folder, kind)
+        model = BenchModel(path, path)
     else:
         path = Path(name)
         model = BenchModel(path, path)

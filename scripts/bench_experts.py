@@ -3,7 +3,7 @@
 
     python scripts/bench_experts.py experts.gguf
     python scripts/bench_step.py --model experts.gguf --decode 1 8
-    python scripts/bench_compare.py --model experts.gguf --engine llama.cpp=llama.cpp/build/bin/llama-server
+    python scripts/bench_compare.py --model a3b-Q4_K --engine llama.cpp=llama.cpp/build/bin/llama-server
 
 It has the shape of Qwen3-30B-A3B with fewer layers and the demo model's vocabulary. Its blocks are random: which
 experts a token gets does not matter to the speed.
@@ -28,6 +28,10 @@ from executor.quantization.gguf import SCALES
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2048, 32, 4, 128
 EXPERTS, TOP_K, INNER = 128, 8, 768
+NAME = "a3b"
+"""What ``bench_compare.py`` calls the model."""
+LAYERS = 6
+"""Of the 48 that the model has."""
 PATTERN_BLOCKS = 4096
 """Random blocks that are repeated."""
 
@@ -103,12 +107,24 @@ def write(path: Path, layers: int, kind: GGMLQuantizationType) -> None:
     writer.close()
 
 
+def make(folder: Path, kind: str) -> Path:
+    """Writes the model into a folder, unless it is there already."""
+    path = folder / f"{NAME}-{kind}.gguf"
+    if not path.exists():
+        print(f"writing {path}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        write(unfinished, LAYERS, GGMLQuantizationType[kind])
+        unfinished.rename(path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("path", type=Path, help="the file to write")
     add("--type", default="Q4_K", choices=SCALES, help="type of the blocks (default: Q4_K)")
-    add("--layers", type=int, default=6, help="of the 48 that the model has (default: 6)")
+    add("--layers", type=int, default=LAYERS, help=f"of the 48 that the model has (default: {LAYERS})")
     options = parser.parse_args()
     write(options.path, options.layers, GGMLQuantizationType[options.type])
 

@@ -65,23 +65,33 @@ def is_quantized(gguf: GGUFFile) -> bool:
     return 2 * quantized > sum(tensor.num_bytes for tensor in gguf.tensors)
 
 
-def bytes_read(gguf: GGUFFile) -> int:
-    """Bytes of a file's weights that a step reads: all but the input embedding, unless it also computes the logits."""
+def bytes_read(gguf: GGUFFile) -> tuple[int, int]:
+    """Bytes of a file's weights that a step reads: all but the input embedding, unless it also computes the logits.
+
+    Returns:
+        Those of experts come second, apart from the others.
+    """
     sizes = {tensor.name: tensor.num_bytes for tensor in gguf.tensors}
-    return sum(sizes.values()) - (sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0)
+    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    unread = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
+    return sum(sizes.values()) - unread - experts, experts
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one token of a Llama model costs."""
+    """What one token of a Llama model costs, or of one with experts in all layers."""
 
     weight_bytes: int
-    """Read once per step: all but the input embedding, unless that also computes the logits."""
+    """Read once per step: all but experts and the input embedding, unless that also computes the logits."""
     layer_parameters: int
     """Multiplied with every token."""
     head_parameters: int
     """Multiplied with tokens whose logits are needed."""
     kv_bytes_per_token: int
+    expert_bytes: int = 0
+    """Of all experts."""
+    expert_share: float = 1.0
+    """Of the experts, those that a token has."""
 
     @classmethod
     def of(cls, config: dict[str, Any], itemsize: int = 2, gguf: GGUFFile | None = None) -> ModelCost:
@@ -90,19 +100,30 @@ class ModelCost:
         heads = config["num_attention_heads"]
         kv = config.get("head_dim", hidden // heads) * config.get("num_key_value_heads", heads)
         own = config.get("head_dim", hidden // heads) * heads
-        layer = layers * (2 * hidden * own + 2 * hidden * kv + 3 * hidden * inner)
-        head = config["vocab_size"] * hidden
-        weight_bytes = (layer + head) * itemsize if gguf is None else bytes_read(gguf)
-        return cls(weight_bytes, layer, head, 2 * layers * kv * itemsize)
+        attention, head = layers * (2 * hidden * own + 2 * hidden * kv), config["vocab_size"] * hidden
+        kv_bytes = 2 * layers * kv * itemsize
+        count = config.get("num_experts") or config.get("num_local_experts") or 0
+        if not count:
+            layer = attention + layers * 3 * hidden * inner
+            read = (layer + head) * itemsize if gguf is None else sum(bytes_read(gguf))
+            return cls(read, layer, head, kv_bytes)
+        top_k, one = config["num_experts_per_tok"], 3 * hidden * (config.get("moe_intermediate_size") or inner)
+        always = attention + layers * count * hidden  # with the router
+        sizes = ((always + head) * itemsize, layers * count * one * itemsize) if gguf is None else bytes_read(gguf)
+        return cls(sizes[0], always + layers * top_k * one, head, kv_bytes, sizes[1], top_k / count)
+
+    def bytes_of_step(self, tokens: int) -> float:
+        """Bytes of weights that a step reads; of experts those that its tokens have, if each has any of them alike."""
+        return self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
 
     def prefill(self, rates: Rates, tokens: int, prompts: int = 1) -> float:
         """The least seconds for prompts with so many tokens in total."""
         operations = 2 * (tokens * self.layer_parameters + prompts * self.head_parameters)
-        return max(self.weight_bytes / rates.bytes_per_s, operations / rates.operations_per_s)
+        return max(self.bytes_of_step(tokens) / rates.bytes_per_s, operations / rates.operations_per_s)
 
     def decode(self, rates: Rates, requests: int, context: float) -> float:
         """The least seconds for a step of so many requests with a mean context of so many tokens."""
-        num_bytes = self.weight_bytes + requests * context * self.kv_bytes_per_token
+        num_bytes = self.bytes_of_step(requests) + requests * context * self.kv_bytes_per_token
         operations = 2 * requests * (self.layer_parameters + self.head_parameters)
         return max(num_bytes / rates.bytes_per_s, operations / rates.operations_per_s)
 

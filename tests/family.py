@@ -11,7 +11,7 @@ VOCAB_SIZE = 384
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2
 """Ids of the special tokens. The last ends a turn."""
 
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
 """Entries of ``layer_types``."""
 
 Fields = dict[str, Any]
@@ -110,6 +110,22 @@ def old_granite(config: Fields) -> None:
     """Types of layers have older names."""
     config["layer_types"] = ["attention"] * len(config["layer_types"])
     old_rope(config)
+
+
+def old_granite_h(config: Fields) -> None:
+    """Likewise."""
+    names = {FULL: "attention", LINEAR: "mamba"}
+    config["layer_types"] = [names[kind] for kind in config["layer_types"]]
+    old_rope(config)
+
+
+def old_nemotron_h(config: Fields) -> None:
+    """A letter for each layer, and older names of fields."""
+    letters = {LINEAR: "M", FULL: "*", "mlp": "-", "moe": "E"}
+    types = config.pop("layers_block_type")
+    config["hybrid_override_pattern"] = "".join(letters[kind] for kind in types)
+    config["num_hidden_layers"] = len(types)
+    config["attention_head_dim"] = config.pop("head_dim")
 
 
 def old_gemma4(config: Fields) -> None:

@@ -152,7 +152,9 @@ SHORT_CONV = "short_conv"
 """``AttentionShape.kind`` of short convolutions, which cache their inputs: ``num_heads`` columns per token."""
 GATED_DELTA = "gated_delta"
 """``AttentionShape.kind`` of the gated delta rule, which caches states in float32."""
-RECURRENT_KINDS = (GATED_DELTA,)
+MAMBA = "mamba"
+"""``AttentionShape.kind`` of the recurrence of Mamba-2, which caches states in float32."""
+RECURRENT_KINDS = (GATED_DELTA, MAMBA)
 """Kinds of layers that cache a state per block, not per token."""
 LATENT = "latent"
 """``AttentionShape.kind`` of latent attention, whose heads share one row per token."""

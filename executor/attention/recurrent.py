@@ -7,10 +7,12 @@ snapshot. Blocks are long, since states are large.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import ops
-from executor.attention.base import GATED_DELTA, AttentionStep, KVCache
+from executor.attention.base import MAMBA, RECURRENT_KINDS, AttentionStep, KVCache
 from ops import AttentionMetadata, AttentionShape
 
 
@@ -23,7 +25,7 @@ class RecurrentStates:
     kv_layout = "states"
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
-        return None if shape.kind == GATED_DELTA else f"layers of kind {shape.kind!r} are not supported"
+        return None if shape.kind in RECURRENT_KINDS else f"layers of kind {shape.kind!r} are not supported"
 
     def kv_shape(
         self, num_blocks: int, block_size: int, shape: AttentionShape, dtype: torch.dtype
@@ -34,9 +36,9 @@ class RecurrentStates:
         return step.columns
 
     def run(
-        self, inputs: tuple[torch.Tensor, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
+        self, inputs: tuple[torch.Tensor | None, ...], kv_cache: KVCache, shape: AttentionShape, meta: AttentionMetadata
     ) -> torch.Tensor:
-        """``inputs``: those that ``ops.gated_delta`` takes before the cache."""
-        qkv, beta, step, conv_weight, decay, step_bias = inputs
+        """``inputs``: those that ``ops.gated_delta`` or ``ops.mamba`` takes before the cache."""
         (cache,) = kv_cache
-        return ops.gated_delta(qkv, beta, step, conv_weight, decay, step_bias, cache, meta, shape)
+        recurrence: Callable[..., torch.Tensor] = ops.mamba if shape.kind == MAMBA else ops.gated_delta
+        return recurrence(*inputs, cache, meta, shape)

@@ -103,7 +103,7 @@ class Attention(nn.Module):
         if self.scales is not None:
             self.shape = replace(self.shape, k_scale=self.scales.k, v_scale=self.scales.v)
 
-    def forward(self, *inputs: Tensor, batch: InputBatch) -> Tensor:
+    def forward(self, *inputs: Tensor | None, batch: InputBatch) -> Tensor:
         """Takes the inputs of its kind of attention, usually q, k and v, with heads side by side in the columns.
 
         Returns:

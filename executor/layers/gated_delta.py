@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,14 @@ from executor.base import ModelError
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.linear import LinearLayer, RowParallelLinear, merged_parts
+from executor.layers.linear import LinearLayer, RowParallelLinear
 from executor.layers.norm import RMSNorm
 from executor.layers.parameter import Part, Range, ShardId, WeightParameter, Weights, single
 from ops import AttentionShape
 
+Layout = Literal["grouped", "grouped gates", "apart"]
+"""Tensors of a checkpoint. grouped: q, k, v and z in one by key head, and the gates in another (Qwen3-Next); grouped
+gates: only these are by key head; apart: one for q, k and v together, and others for z and for each gate."""
 MAX_KEY_DIM = 256
 """Columns of a head of k that the kernels take."""
 
@@ -48,13 +53,13 @@ class ConvWeights(nn.Module):
 class GatedDeltaNet(nn.Module):
     """``out(norm(delta(conv(qkv))) * silu(z))`` with q, k, v, z and the gates projected from the hidden states."""
 
-    def __init__(self, context: ModelContext, *, is_grouped: bool, prefix: str) -> None:
+    def __init__(self, context: ModelContext, *, layout: Layout, has_tiled_heads: bool = False, prefix: str) -> None:
         """Creates the layer with the sizes given by the configuration.
 
         Args:
             context: The model's construction context.
-            is_grouped: Whether the checkpoint holds q, k, v and z in one tensor by key head, and the gates in another
-                (Qwen3-Next). Otherwise there are tensors for q, k and v together, for z, and for each gate.
+            layout: The checkpoint's tensors.
+            has_tiled_heads: See ``AttentionShape``.
             prefix: The layer's name in the model.
 
         Raises:
@@ -73,20 +78,30 @@ class GatedDeltaNet(nn.Module):
             config.bad("linear_key_head_dim", f"at most {MAX_KEY_DIM}")
         config.choice("hidden_act", {"silu": None, "swish": None})
         shape = AttentionShape(
-            values, keys, key_dim, 1.0, v_head_dim=value_dim, sliding_window=2, kind=GATED_DELTA, conv_length=length
+            values,
+            keys,
+            key_dim,
+            1.0,
+            v_head_dim=value_dim,
+            sliding_window=2,
+            kind=GATED_DELTA,
+            conv_length=length,
+            has_tiled_heads=has_tiled_heads,
         )
         qkv, z = 2 * keys * key_dim + values * value_dim, values * value_dim
         self.sizes = [qkv, z, values, values]
-        if is_grouped:
-            each = values // keys
-            rows: dict[ShardId, Part] = {
-                "in_proj_qkvz": grouped(keys, [key_dim, key_dim, each * value_dim, each * value_dim], 0),
-                "in_proj_ba": grouped(keys, [each, each], qkv + z),
-            }
-        else:
-            names = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]
-            starts = [sum(self.sizes[:index]) for index in range(len(names))]
-            rows = merged_parts(names, [Part.whole(*pair) for pair in zip(self.sizes, starts, strict=True)])
+        each = values // keys
+        gates: dict[ShardId, Part] = {"in_proj_ba": grouped(keys, [each, each], qkv + z)}
+        starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
+        names = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]
+        apart: dict[ShardId, Part] = {
+            name: Part.whole(*pair) for name, *pair in zip(names, self.sizes, starts, strict=True)
+        }
+        rows: dict[ShardId, Part] = {name: apart[name] for name in (names if layout == "apart" else names[:2])}
+        if layout == "grouped":
+            rows = {"in_proj_qkvz": grouped(keys, [key_dim, key_dim, each * value_dim, each * value_dim], 0)}
+        if layout != "apart":
+            rows |= gates
         hidden = Part.whole(config.hidden_size)
         self.in_proj = LinearLayer(context, hidden, rows, bias=False, prefix=f"{prefix}.in_proj")
         self.conv1d = ConvWeights(context, length, qkv)

@@ -80,7 +80,13 @@ class MLP(nn.Module):
     """``down(act(up(x)))``."""
 
     def __init__(
-        self, context: ModelContext, intermediate_size: int | None = None, *, bias: bool = False, prefix: str
+        self,
+        context: ModelContext,
+        intermediate_size: int | None = None,
+        *,
+        bias: bool = False,
+        is_summed: bool = True,
+        prefix: str,
     ) -> None:
         """Creates the layer.
 
@@ -88,6 +94,7 @@ class MLP(nn.Module):
             context: The model's construction context.
             intermediate_size: Columns between the projections. Default: ``config.intermediate_size``.
             bias: Whether the projections have biases.
+            is_summed: Whether the layer sums the ranks' results; False: its user does.
             prefix: The layer's name in the model.
         """
         super().__init__()
@@ -95,7 +102,9 @@ class MLP(nn.Module):
         hidden, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.activation = config.choice("hidden_act", ACTIVATIONS)
         self.up_proj = ColumnParallelLinear(context, hidden, inner, bias=bias, prefix=f"{prefix}.up_proj")
-        self.down_proj = RowParallelLinear(context, inner, hidden, bias=bias, prefix=f"{prefix}.down_proj")
+        self.down_proj = RowParallelLinear(
+            context, inner, hidden, bias=bias, is_summed=is_summed, prefix=f"{prefix}.down_proj"
+        )
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
         out: Tensor = self.down_proj(ops.activation(self.up_proj(x, batch), self.activation), batch)

@@ -3,6 +3,9 @@ arXiv:1701.06538)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ from executor.quantization import choose_quantization
 from executor.quantization.base import LinearShape
 from ops import Routing
 
+ExpertActivation = ops.GatedActivation | Literal["relu2"]
 MAX_EXPERTS = 4096
 """Of a layer."""
 
@@ -93,17 +97,23 @@ class RowGate(nn.Module):
 
 
 class Expert(nn.Module):
-    """The weights of one expert, a gated MLP of which each rank has a share."""
+    """The weights of one expert, an MLP of which each rank has a share. Without a gate ``gate_up_proj`` is up alone."""
 
-    def __init__(self, context: ModelContext, intermediate_size: int, *, bias: bool, prefix: str) -> None:
+    def __init__(
+        self, context: ModelContext, hidden: int, inner: int, *, bias: bool, is_gated: bool, prefix: str
+    ) -> None:
         super().__init__()
-        hidden, inner = context.config.hidden_size, intermediate_size
+        parts = {"gate_proj": inner, "up_proj": inner} if is_gated else {"up_proj": inner}
         self.gate_up_proj = MergedColumnParallelLinear(
-            context, hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, prefix=f"{prefix}.gate_up_proj"
+            context, hidden, parts, bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(
             context, inner, hidden, bias=bias, is_summed=False, prefix=f"{prefix}.down_proj"
         )
+
+
+MakeShared = Callable[[int, str], nn.Module]
+"""Makes the expert that all tokens share: takes its intermediate size and its name. Its user sums over ranks."""
 
 
 class MoE(nn.Module):
@@ -120,9 +130,11 @@ class MoE(nn.Module):
         router_bias: bool = False,
         is_corrected: bool = False,
         scales_input: bool = False,
-        activation: ops.GatedActivation | None = None,
+        activation: ExpertActivation | None = None,
+        hidden_size: int | None = None,
         shared: tuple[str, int] | None = None,
         shared_gate: str | None = None,
+        make_shared: MakeShared | None = None,
         prefix: str,
     ) -> None:
         """Creates the layer. Its parts are named ``gate`` and ``experts``.
@@ -136,9 +148,11 @@ class MoE(nn.Module):
             router_bias: Whether the router has a bias.
             is_corrected: Whether the router has a bias that counts for the choice alone.
             scales_input: Weights of experts multiply their inputs.
-            activation: Of the experts. Default: ``hidden_act`` of the configuration.
+            activation: Of the experts; relu2: they have no gates. Default: ``hidden_act`` of the configuration.
+            hidden_size: Columns of the experts' inputs. Default: those of the router's.
             shared: Name and intermediate size of the expert that all tokens share.
             shared_gate: Name of the projection whose sigmoid is the shared expert's weight.
+            make_shared: Makes the shared expert. Default: a gated MLP.
             prefix: The layer's name in the model.
         """
         super().__init__()
@@ -146,20 +160,22 @@ class MoE(nn.Module):
         if num_experts > MAX_EXPERTS:
             raise ValueError(f"{prefix}: {num_experts} experts are more than {MAX_EXPERTS}")
         self.routing = routing_of(config, num_experts, routing)
-        self.activation: ops.GatedActivation = (
+        self.activation: ExpertActivation = (
             config.choice("hidden_act", GATED_ACTIVATIONS) if activation is None else activation
         )
         self.scales_input = scales_input
         self.communicator = context.communicator
         self.gate = Router(context, self.routing, num_experts, bias=router_bias, is_corrected=is_corrected)
+        sizes, is_gated = (hidden_size or config.hidden_size, intermediate_size), self.activation != "relu2"
         self.experts = nn.ModuleList(
-            Expert(context, intermediate_size, bias=bias, prefix=f"{prefix}.experts.{index}")
+            Expert(context, *sizes, bias=bias, is_gated=is_gated, prefix=f"{prefix}.experts.{index}")
             for index in range(num_experts)
         )
         self._shared, self._shared_gate = shared and shared[0], shared_gate
         if shared is not None:
             name, size = shared
-            self.add_module(name, GatedMLP(context, size, is_summed=False, prefix=f"{prefix}.{name}"))
+            make = make_shared or (lambda size, prefix: GatedMLP(context, size, is_summed=False, prefix=prefix))
+            self.add_module(name, make(size, f"{prefix}.{name}"))
         if shared_gate is not None:
             self.add_module(shared_gate, RowGate(context))
         self._weights: ops.ExpertWeights | None = None

@@ -19,6 +19,7 @@ class RMSNorm(nn.Module):
         eps: float,
         *,
         weight: bool = True,
+        num_weights: int = 1,
         offset: float = 0.0,
         round_first: bool = True,
     ) -> None:
@@ -29,12 +30,13 @@ class RMSNorm(nn.Module):
             size: Columns of a group.
             eps: Added to the mean of squares.
             weight: Whether there is a weight.
+            num_weights: Groups, if each has weights of its own.
             offset: Added to the weight; then ``round_first`` must be False.
             round_first: Whether the normalised values are rounded before the weight is applied; see ``ops.rms_norm``.
         """
         super().__init__()
         self.size, self.eps, self.offset, self.round_first = size, eps, offset, round_first
-        parts = single(Part.whole(size))
+        parts = single(Part.whole(num_weights * size))
         self.weight = WeightParameter.empty(parts, dtype=context.dtype, device=context.device) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,10 +23,18 @@ class Entry:
     limits: str = ""
 
 
+RECURRENT = "on CPUs only; no speculation; each running request reserves states: see `--max-num-seqs`"
 POOLING = "embeddings, scores and classification only"
 
 CATALOG = (
     Entry("Arcee", ("ArceeForCausalLM",), ("arcee-ai/AFM-4.5B",), gguf=("arcee",)),
+    Entry(
+        "Bamba",
+        ("BambaForCausalLM",),
+        ("ibm-ai-platform/Bamba-9B-v2",),
+        gguf=("granitehybrid",),
+        limits=RECURRENT,
+    ),
     Entry(
         "BERT, DistilBERT",
         ("BertModel", "DistilBertModel"),
@@ -67,6 +75,13 @@ CATALOG = (
         gguf=("falcon",),
     ),
     Entry(
+        "Falcon-H1",
+        ("FalconH1ForCausalLM",),
+        ("tiiuae/Falcon-H1-0.5B-Instruct", "tiiuae/Falcon-H1-7B-Instruct"),
+        gguf=("falcon-h1",),
+        limits=RECURRENT,
+    ),
+    Entry(
         "Gemma",
         ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
         (
@@ -84,7 +99,7 @@ CATALOG = (
         ("Gemma4ForCausalLM",),
         ("google/gemma-4-E2B-it", "google/gemma-4-26B-A4B-it"),
         gguf=("gemma4",),
-        limits="text only; GGUF: dense models only",
+        limits="text only",
     ),
     Entry(
         "GLM-4",
@@ -111,9 +126,10 @@ CATALOG = (
             "ibm-granite/granite-3.3-2b-instruct",
             "ibm-granite/granite-3.1-3b-a800m-instruct",
             "ibm-granite/granite-4.0-micro",
+            "ibm-granite/granite-4.0-h-tiny",
         ),
-        gguf=("granite",),
-        limits="no Mamba layers; no experts in Granite 4 (H)",
+        gguf=("granite", "granitehybrid", "granitemoe"),
+        limits=f"H: {RECURRENT}",
     ),
     Entry(
         "GTE",
@@ -141,7 +157,16 @@ CATALOG = (
         gguf=("llama",),
         real_weights="SmolLM2-135M",
     ),
-    Entry("Llama 4", ("Llama4ForCausalLM",), ("meta-llama/Llama-4-Scout-17B-16E-Instruct",), limits="text only"),
+    Entry(
+        "Llama 4",
+        ("Llama4ForCausalLM",),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
+        gguf=("llama4",),
+        limits="text only",
+    ),
+    Entry(
+        "Mamba-2", ("Mamba2ForCausalLM",), ("mistralai/Mamba-Codestral-7B-v0.1",), gguf=("mamba2",), limits=RECURRENT
+    ),
     Entry(
         "Mistral",
         ("MistralForCausalLM", "Ministral3ForCausalLM"),
@@ -159,6 +184,13 @@ CATALOG = (
     Entry("MPNet", ("MPNetModel",), ("sentence-transformers/all-mpnet-base-v2",), limits=POOLING),
     Entry("MPT", ("MptForCausalLM",), ("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct")),
     Entry("Nemotron", ("NemotronForCausalLM",), ("nvidia/Minitron-4B-Base",), gguf=("nemotron",)),
+    Entry(
+        "Nemotron-H, Nemotron 3",
+        ("NemotronHForCausalLM",),
+        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
+        gguf=("nemotron_h", "nemotron_h_moe"),
+        limits=RECURRENT,
+    ),
     Entry(
         "Nomic Embed",
         ("NomicBertModel",),
@@ -183,14 +215,15 @@ CATALOG = (
     ),
     Entry("Phi-3.5-MoE", ("PhimoeForCausalLM",), ("microsoft/Phi-3.5-MoE-instruct",)),
     Entry("Qwen2", ("Qwen2ForCausalLM",), ("Qwen/Qwen2.5-0.5B-Instruct",), gguf=("qwen2", "qwen2vl")),
-    Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",)),
+    Entry("Qwen2-MoE", ("Qwen2MoeForCausalLM",), ("Qwen/Qwen1.5-MoE-A2.7B-Chat",), gguf=("qwen2moe",)),
     Entry("Qwen3", ("Qwen3ForCausalLM",), ("Qwen/Qwen3-0.6B",), gguf=("qwen3", "qwen3vl")),
     Entry("Qwen3-MoE", ("Qwen3MoeForCausalLM",), ("Qwen/Qwen3-30B-A3B-Instruct-2507",), gguf=("qwen3moe",)),
     Entry(
         "Qwen3-Next, Qwen3.5",
         ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
         ("Qwen/Qwen3-Next-80B-A3B-Instruct", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-35B-A3B"),
-        limits="text only; on CPUs only; no speculation; each running request reserves states: see `--max-num-seqs`",
+        gguf=("qwen35", "qwen35moe", "qwen3next"),
+        limits=f"text only; {RECURRENT}",
     ),
     Entry(
         "RoBERTa, XLM-R",

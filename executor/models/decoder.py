@@ -48,6 +48,10 @@ class Norms:
 PRE_NORMS = Norms(before_attention="input_layernorm", before_mlp="post_attention_layernorm")
 
 
+ONE_NORM = Norms(before_attention="input_layernorm")
+"""Of ``OneBlockLayer``."""
+
+
 class DecoderLayer(nn.Module):
     """Two residual branches in sequence: ``h += post(attention(pre(h)))``, then the same with the MLP.
 
@@ -90,6 +94,13 @@ class DecoderLayer(nn.Module):
         return self.add(hidden, self.norm(names.after_mlp, out))
 
 
+class OneBlockLayer(DecoderLayer):
+    """One residual branch, whatever its block computes: ``h += block(norm(h))`` (Mamba-2)."""
+
+    def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
+        return self.add(hidden, self.self_attn(self.norm(self._names.before_attention, hidden), batch))
+
+
 class ParallelDecoderLayer(DecoderLayer):
     """Both blocks read the same hidden states: ``h += attention(n1(h)) + mlp(n2(h))`` (GPT-NeoX), or one norm for both
     (Cohere)."""
@@ -108,6 +119,11 @@ class PostNormDecoderLayer(DecoderLayer):
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         hidden = self.norm(self._names.after_attention, self.add(hidden, self.self_attn(hidden, batch)))
         return self.norm(self._names.after_mlp, self.add(hidden, self.mlp(hidden, batch)))
+
+
+def no_mlp(index: int, prefix: str) -> nn.Module:
+    """The MLP of ``OneBlockLayer``."""
+    return nn.Identity()
 
 
 @dataclass(frozen=True)

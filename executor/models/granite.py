@@ -3,14 +3,19 @@ logits, as in muP (Yang et al., arXiv:2203.03466)."""
 
 from __future__ import annotations
 
-from executor.base import ModelError
+from dataclasses import replace
+
+from torch import nn
+
 from executor.layers.context import ModelContext
+from executor.layers.mamba import HYBRID_DEFAULTS, Mamba2, hybrid_sizes
 from executor.layers.mlp import GatedMLP
 from executor.layers.moe import MoE
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import ROTARY_BUFFERS, CausalDecoder, DecoderParts, MakeBlock
+from executor.models.lfm2 import transpose_conv
 from executor.weights_mapper import STACKS
 from ops import Routing
 
@@ -86,17 +91,23 @@ class GraniteMoeForCausalLM(CausalDecoder):
 
 
 class GraniteMoeHybridForCausalLM(CausalDecoder):
-    """Granite 4 models that have neither Mamba layers nor experts: what remains is their shared MLP."""
+    """Granite 4: in models that end in H most layers are Mamba-2. A dense MLP is the expert that all tokens share."""
 
     mapper = WeightsMapper(
         renames=[
-            (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up_proj."),
-            (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
+            (r"\.shared_mlp\.input_linear\.", ".mlp.shared_mlp.gate_up_proj."),
+            (r"\.shared_mlp\.output_linear\.", ".mlp.shared_mlp.down_proj."),
+            *GraniteMoeForCausalLM.mapper.renames,
+            (r"\.(\d+)\.mamba\.", r".\1.self_attn."),
         ],
         ignored=[ROTARY_BUFFERS],
+        transforms={r"\.conv1d\.weight$": transpose_conv},
+        stacks=STACKS,
     )
     config_defaults = {
         **GRANITE_DEFAULTS,
+        **HYBRID_DEFAULTS,
+        "num_experts_per_tok": 2,
         "num_local_experts": 8,
         "shared_intermediate_size": 1024,
     }
@@ -105,17 +116,33 @@ class GraniteMoeHybridForCausalLM(CausalDecoder):
         config = context.config
         kinds = ("attention", "full_attention", "mamba", "linear_attention")  # full and linear since transformers 5
         types = config.layer_types(*kinds, default=lambda index: "mamba")
-        if set(types) & {"mamba", "linear_attention"}:
-            raise ModelError(
-                f"{config.source}: Mamba layers are not supported yet; choose a Granite 4 model without them, such as "
-                "ibm-granite/granite-4.0-micro"
-            )
-        if config.integer("num_local_experts"):
-            raise ModelError(f"{config.source}: mixture-of-experts layers are not supported yet")
-        inner = config.size("shared_intermediate_size")
-
-        def mlp(index: int, prefix: str) -> GatedMLP:
-            return GatedMLP(context, inner, is_fused=True, prefix=prefix)
-
+        has_state = [kind in ("mamba", "linear_attention") for kind in types]
+        inner, num_experts = config.size("shared_intermediate_size"), config.integer("num_local_experts")
+        is_fused = not config.boolean("has_split_gate_up", False)
         is_rotated = config.string("position_embedding_type", "nope") == "rope"
-        super().__init__(context, granite_parts(context, mlp, is_rotated=is_rotated))
+
+        def dense(size: int, prefix: str) -> GatedMLP:
+            return GatedMLP(context, size, is_fused=is_fused, is_summed=num_experts == 0, prefix=prefix)
+
+        def mlp(index: int, prefix: str) -> nn.Module:
+            if num_experts == 0:
+                return dense(inner, prefix)
+            routing = Routing(config.size("num_experts_per_tok"), normalize=True)
+            shared, size = ("shared_mlp", inner), config.intermediate_size
+            return MoE(context, routing, num_experts, size, shared=shared, make_shared=dense, prefix=prefix)
+
+        parts = granite_parts(context, mlp, is_rotated=is_rotated)
+        if any(has_state):
+            attention, sizes = parts.attention, hybrid_sizes(config)
+            conv_bias, bias = config.boolean("mamba_conv_bias"), config.boolean("mamba_proj_bias")
+
+            def mixer(index: int, prefix: str) -> nn.Module:
+                if not has_state[index]:
+                    return attention(index, prefix)
+                return Mamba2(context, sizes, conv_bias=conv_bias, in_bias=bias, out_bias=bias, prefix=prefix)
+
+            parts = replace(parts, attention=mixer)
+        super().__init__(context, parts)
+        if num_experts == 0:
+            renames = [*self.mapper.renames, (r"\.mlp\.shared_mlp\.", ".mlp.")]
+            self.mapper = replace(self.mapper, renames=renames)

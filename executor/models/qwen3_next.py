@@ -11,7 +11,7 @@ import ops
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.gated_delta import GatedDeltaNet, grouped
+from executor.layers.gated_delta import GatedDeltaNet, Layout, grouped
 from executor.layers.linear import LinearLayer, RowParallelLinear
 from executor.layers.norm import RMSNorm
 from executor.layers.parameter import Part, ShardId
@@ -65,8 +65,8 @@ def zero_centred_norm(context: ModelContext, size: int) -> RMSNorm:
 class HybridForCausalLM(CausalDecoder):
     """What the generations share."""
 
-    is_grouped: ClassVar[bool]
-    """See ``GatedDeltaNet``."""
+    layout: ClassVar[Layout]
+    """Of checkpoints."""
     mapper = WeightsMapper(
         renames=[(r"\.linear_attn\.", ".self_attn.")],
         ignored=[ROTARY_BUFFERS, r"^(model\.)?mtp\."],
@@ -91,6 +91,8 @@ class HybridForCausalLM(CausalDecoder):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
         rotary = RotaryEmbedding(context)
+        layout: Layout = "grouped gates" if config.boolean("has_split_qkv", False) else self.layout
+        is_tiled = config.boolean("has_tiled_heads", False)
         interval = config.size("full_attention_interval")
         types = config.layer_types(
             "full_attention",
@@ -100,7 +102,7 @@ class HybridForCausalLM(CausalDecoder):
 
         def attention(index: int, prefix: str) -> nn.Module:
             if types[index] == "linear_attention":
-                return GatedDeltaNet(context, is_grouped=self.is_grouped, prefix=prefix)
+                return GatedDeltaNet(context, layout=layout, has_tiled_heads=is_tiled, prefix=prefix)
             return GatedAttention(context, rotary, prefix=prefix)
 
         super().__init__(
@@ -114,7 +116,7 @@ class HybridForCausalLM(CausalDecoder):
 
 
 class Qwen3NextForCausalLM(HybridForCausalLM):
-    is_grouped = True
+    layout = "grouped"
     config_defaults = {
         **HybridForCausalLM.config_defaults,
         "decoder_sparse_step": 1,
@@ -131,7 +133,7 @@ class Qwen3NextForCausalLM(HybridForCausalLM):
 
 
 class Qwen35ForCausalLM(HybridForCausalLM):
-    is_grouped = False
+    layout = "apart"
     config_defaults = {**HybridForCausalLM.config_defaults, "num_key_value_heads": 4}
 
 

@@ -175,7 +175,7 @@ class Fusion:
             absorbed.append(rotary)
         source = attention.matrices[name]
         norm = self._rms_norm(source)
-        if norm is not None and norm.fields["size"] == head_dim:
+        if norm is not None and norm.fields["size"] == head_dim and not norm.fields["weight_stride"]:
             heads.norm, heads.has_norm = norm.fields["rms_norm"], 1
             self._take(attention, name, norm)
             absorbed.append(self._made_by[source.index])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -190,10 +190,18 @@ def rms_norm(
     size = size or (width if weight is None else len(weight))
     if not is_matrix(x) or width % size:
         return None
-    if weight is not None and (len(weight) != size or not _is_vector(weight, x.dtype)):
+    if weight is not None and (len(weight) not in (size, width) or not _is_vector(weight, x.dtype)):
         return None
+    stride = 0 if weight is None or len(weight) == size else size
     norm = RmsNorm(None if weight is None else weight.data_ptr(), eps, offset, int(round_first))
-    fields = {"rms_norm": norm, "groups": width // size, "size": size, "type": TYPES[x.dtype], "rows": _rows(x)}
+    fields = {
+        "rms_norm": norm,
+        "groups": width // size,
+        "size": size,
+        "weight_stride": stride,
+        "type": TYPES[x.dtype],
+        "rows": _rows(x),
+    }
     return Instruction(lib.OP_RMS_NORM, {"x": x}, fields, width, x.dtype, work=width, keep=(weight,))
 
 
@@ -328,6 +336,7 @@ def gated_delta(
         "key_dim": shape.head_dim,
         "value_dim": shape.v_dim,
         "conv_length": shape.conv_length,
+        "tiled": int(shape.has_tiled_heads),
         "type": TYPES[qkv.dtype],
     }
     return Instruction(
@@ -339,6 +348,57 @@ def gated_delta(
         work=shape.num_heads * shape.head_dim * shape.v_dim * 4,
         step={"group": meta},
         keep=(cache, conv_weight, decay, step_bias),
+    )
+
+
+def mamba(
+    x: Any,
+    step: Any,
+    gate: Any | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    decay: Tensor,
+    skip: Tensor,
+    step_bias: Tensor,
+    cache: Tensor,
+    meta: Any,
+    shape: AttentionShape,
+) -> Instruction | None:
+    matrices = {"x": x, "steps": step} | ({} if gate is None else {"gate": gate})
+    if not all(is_matrix(each) and each.dtype == x.dtype for each in matrices.values()):
+        return None
+    vectors = [decay, skip, step_bias] + ([] if conv_bias is None else [conv_bias])
+    if not all(_is_vector(each, torch.float32) for each in vectors) or shape.head_dim > lib.MAX_STATE_DIM:
+        return None
+    if conv_weight.dtype != torch.float32 or not conv_weight.is_contiguous():
+        return None
+    least, most = shape.step_limits
+    fields = {
+        "cache": cache.data_ptr(),
+        "conv_weight": conv_weight.data_ptr(),
+        "conv_bias": None if conv_bias is None else conv_bias.data_ptr(),
+        "decay": decay.data_ptr(),
+        "skip": skip.data_ptr(),
+        "step_bias": step_bias.data_ptr(),
+        "least_step": least,
+        "most_step": most,
+        "num_heads": shape.num_heads,
+        "num_groups": shape.num_kv_heads,
+        "state_dim": shape.head_dim,
+        "head_dim": shape.v_dim,
+        "conv_length": shape.conv_length,
+        "type": TYPES[x.dtype],
+    }
+    return Instruction(
+        lib.OP_MAMBA,
+        matrices,
+        fields,
+        shape.out_width,
+        x.dtype,
+        work=shape.out_width * shape.head_dim * 3,
+        step={"group": meta},
+        keep=(cache, conv_weight, conv_bias, decay, skip, step_bias),
+        workspace=_width(x) * x.dtype.itemsize,
     )
 
 
@@ -545,7 +605,7 @@ def _pointwise(
     return Instruction(op, {"x": x}, fields, width, x.dtype, work=width)
 
 
-def _gate(activation: GatedActivation) -> dict[str, Any]:
+def _gate(activation: GatedActivation | Literal["relu2"]) -> dict[str, Any]:
     """Fields of a gated activation."""
     if isinstance(activation, SwiGLUOAI):
         return {"activation": lib.SWIGLU_OAI, "parameter": activation.alpha, "limit": activation.limit}
@@ -601,6 +661,7 @@ def experts(
         "top_k": weights.top_k,
         **_gate(weights.activation),
         "scales_input": int(weights.scales_input),
+        "gated": int(weights.is_gated),
         "type": TYPES[x.dtype],
     }
     hidden, inner = weights.down[0].shape
@@ -639,6 +700,7 @@ BY_NAME = {
         rotary_embedding,
         paged_attention,
         gated_delta,
+        mamba,
         heads_linear,
         latent_attention,
         short_conv,

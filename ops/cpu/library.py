@@ -84,7 +84,8 @@ EPILOGUE_STORE, EPILOGUE_RESIDUAL, EPILOGUE_GATED, EPILOGUE_LOGITS = range(4)
     OP_HEADS_LINEAR,
     OP_LATENT_ATTENTION,
     OP_GATED_DELTA,
-) = range(17)
+    OP_MAMBA,
+) = range(18)
 
 SCORES = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
 """``OctavoScores``."""
@@ -92,6 +93,8 @@ WORKSPACE_BYTES = 64 << 20
 """Of the rows of experts between their products; see ``experts.cpp``."""
 MAX_HEAD_DIM = 512
 MAX_LATENT_DIM = 1024
+MAX_STATE_DIM = 256
+"""Rows of a state of Mamba-2."""
 TOKENS_MULTIPLE = 32
 """A KV block holds a multiple of this many tokens."""
 HEAD_MULTIPLE = 32
@@ -375,6 +378,7 @@ class ExpertsArgs(ctypes.Structure):
         ("parameter", c_float),
         ("limit", c_float),
         ("scales_input", c_int32),
+        ("gated", c_int32),
         ("type", c_int32),
     )
 
@@ -393,6 +397,31 @@ class GatedDeltaArgs(ctypes.Structure):
         ("num_key_heads", c_int32),
         ("key_dim", c_int32),
         ("value_dim", c_int32),
+        ("conv_length", c_int32),
+        ("tiled", c_int32),
+        ("group", c_int32),
+        ("type", c_int32),
+    )
+
+
+class MambaArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", Matrix),
+        ("steps", Matrix),
+        ("gate", Matrix),
+        ("out", Matrix),
+        ("cache", c_void_p),
+        ("conv_weight", c_void_p),
+        ("conv_bias", c_void_p),
+        ("decay", c_void_p),
+        ("skip", c_void_p),
+        ("step_bias", c_void_p),
+        ("least_step", c_float),
+        ("most_step", c_float),
+        ("num_heads", c_int32),
+        ("num_groups", c_int32),
+        ("state_dim", c_int32),
+        ("head_dim", c_int32),
         ("conv_length", c_int32),
         ("group", c_int32),
         ("type", c_int32),
@@ -436,6 +465,7 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_EXPERTS: ExpertsArgs,
     OP_GATED_DELTA: GatedDeltaArgs,
     OP_HEADS_LINEAR: HeadsLinearArgs,
+    OP_MAMBA: MambaArgs,
     OP_LATENT_ATTENTION: LatentAttentionArgs,
 }
 _OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node, -4: Adapter}

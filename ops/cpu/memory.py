@@ -1,4 +1,4 @@
-"""Memory for weights, arenas and KV caches: anonymous mappings in huge pages.
+"""Memory for weights, arenas and KV caches: anonymous mappings in huge pages, or files for weights that do not fit.
 
 Each step reads the weights once, from end to end. With 4 KiB pages the CPU's prefetcher stops at every page boundary,
 which slows reading by a fifth or more.
@@ -7,10 +7,13 @@ which slows reading by a fifth or more.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
+import tempfile
 import threading
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +43,21 @@ def _map(num_bytes: int) -> mmap.mmap:
     return mapping
 
 
+def map_file(num_bytes: int, folder: Path) -> Tensor:
+    """uint8 [num_bytes], zeroed, in a file without a name: the system may write its pages back and forget them.
+
+    Raises:
+        MemoryError: The disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            mapping = mmap.mmap(file.fileno(), num_bytes)  # which keeps the file
+    except OSError as error:
+        raise MemoryError(f"cannot allocate {num_bytes} bytes in {folder}: {error.strerror}") from error
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
 class Pool:
     """Hands out pieces of large mappings. A mapping is released once none of its pieces is in use."""
 
@@ -47,13 +65,25 @@ class Pool:
         self._lock = threading.Lock()
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._folder: Path | None = None
+
+    def spill(self, folder: Path | None) -> None:
+        """From now on, uses files of a folder, which vanish with the process, instead of memory; None: memory again."""
+        with self._lock:
+            self._folder = folder
+            self._chunk, self._used = self._chunk[:0], 0
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A one-dimensional tensor with undefined content."""
+        """A one-dimensional tensor with undefined content.
+
+        Raises:
+            MemoryError: The system refuses so much.
+        """
         num_bytes = numel * dtype.itemsize
         with self._lock:
             if self._used + num_bytes > len(self._chunk):
-                self._chunk = map_zeros(max(num_bytes, _CHUNK))
+                size = max(num_bytes, _CHUNK)
+                self._chunk = map_zeros(size) if self._folder is None else map_file(size, self._folder)
                 self._used = 0
             piece = self._chunk[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

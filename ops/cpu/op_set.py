@@ -29,6 +29,7 @@ _OPS: tuple[Op[Any, Any], ...] = (
     ops.layer_norm,
     ops.linear,
     ops.logits,
+    ops.mamba,
     ops.multiply,
     ops.paged_attention,
     ops.rms_norm,

@@ -44,7 +44,7 @@ def gated_delta(
 
     Args:
         qkv: [num_tokens, 2 * num_kv_heads * head_dim + num_heads * v_head_dim]: q, k and v before the convolution.
-            Consecutive value heads share a head of q and k.
+            Value heads share heads of q and k: consecutive ones, unless ``shape.has_tiled_heads``.
         beta: [num_tokens, num_heads].
         step: [num_tokens, num_heads].
         conv_weight: [length, width of ``qkv``]; the last row belongs to the token itself.
@@ -85,16 +85,18 @@ def _advance(
 ) -> tuple[Tensor, Tensor]:
     """One token: [num_heads, v_head_dim], and the states after it."""
     keys = shape.num_kv_heads * shape.head_dim
-    q, k = (
-        part.view(shape.num_kv_heads, -1).repeat_interleave(shape.num_heads // shape.num_kv_heads, 0)
-        for part in mixed[: 2 * keys].split(keys)
-    )
+    q, k = (_of_value_heads(part.view(shape.num_kv_heads, -1), shape) for part in mixed[: 2 * keys].split(keys))
     v = mixed[2 * keys :].view(shape.num_heads, -1)
     q, k = (each * torch.rsqrt(each.square().sum(-1, keepdim=True) + EPS) for each in (q, k))
     states = states * factor[:, None, None]
     delta = (v - (states * k[..., None]).sum(1)) * rate[:, None]
     states = states + k[..., None] * delta[:, None]
     return (states * (q * shape.head_dim**-0.5)[..., None]).sum(1), states
+
+
+def _of_value_heads(part: Tensor, shape: AttentionShape) -> Tensor:
+    each = shape.num_heads // shape.num_kv_heads
+    return part.repeat(each, 1) if shape.has_tiled_heads else part.repeat_interleave(each, 0)
 
 
 def conv_width(shape: AttentionShape) -> int:

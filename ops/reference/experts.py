@@ -8,7 +8,7 @@ from torch import Tensor
 from ops.dispatch import like_first, op
 from ops.metadata import Routing
 from ops.packed import ExpertWeights
-from ops.reference.basic import act_and_mul, linear
+from ops.reference.basic import act_and_mul, activation, linear
 from ops.reference.basic import logits as unrounded
 from ops.reference.quantized import fma
 
@@ -86,9 +86,9 @@ def experts(
 ) -> Tensor:
     """The weighted sum of the results of each token's experts, and of ``shared``.
 
-    An expert computes ``down(act(gate(x)) * up(x))`` as ``linear`` and ``act_and_mul`` do, but its result is not
-    rounded. Results times weights are added in float32 (``fma``), those of experts in ascending order and then
-    ``shared``, and the sum is rounded once.
+    An expert computes ``down(act(gate(x)) * up(x))`` as ``linear`` and ``act_and_mul`` do, or ``down(act(up(x)))``
+    without gates, but its result is not rounded. Results times weights are added in float32 (``fma``), those of experts
+    in ascending order and then ``shared``, and the sum is rounded once.
 
     Args:
         x: [tokens, hidden].
@@ -108,7 +108,7 @@ def experts(
         if weights.scales_input:
             rows = (rows.float() * weight).to(x.dtype)
         gate_up = linear(rows, weights.gate_up[index], _of(weights.gate_up_bias, index))
-        inner = act_and_mul(gate_up, weights.activation)
+        inner = _activated(gate_up, weights)
         out = unrounded(inner, weights.down[index], _of(weights.down_bias, index))
         factor = torch.ones_like(weight) if weights.scales_input else weight
         total[tokens] = fma(out, factor, total[tokens])
@@ -116,6 +116,12 @@ def experts(
         factor = torch.ones_like(total[:, :1]) if shared_gate is None else shared_gate.sigmoid()
         total = fma(shared.float(), factor, total)
     return total.to(x.dtype)
+
+
+def _activated(gate_up: Tensor, weights: ExpertWeights) -> Tensor:
+    if weights.activation == "relu2":
+        return activation(gate_up, weights.activation)
+    return act_and_mul(gate_up, weights.activation)
 
 
 def _of(biases: tuple[Tensor, ...] | None, index: int) -> Tensor | None:

@@ -25,7 +25,7 @@ def rms_norm(
 
     Args:
         x: [rows, groups * size].
-        weight: [size]; None: 1.
+        weight: [size]; [groups * size] if each group has its own; None: 1.
         eps: Added to the mean of squares.
         size: Columns of a group. Default: ``len(weight)``, or a whole row.
         offset: Added to the weight (1 in Gemma).
@@ -35,6 +35,8 @@ def rms_norm(
     assert offset == 0.0 or not round_first
     size = size or (x.shape[-1] if weight is None else len(weight))
     groups = x.unflatten(-1, (-1, size)).float()
+    if weight is not None:
+        weight = weight.view(-1, size)
     normed: Tensor = groups * torch.rsqrt(groups.pow(2).mean(dim=-1, keepdim=True) + eps)
     if weight is None:
         out = normed.to(x.dtype)

@@ -239,6 +239,8 @@ def _check(weights: ExpertWeights) -> None:
             )
     if not isinstance(weights.activation, str):
         raise NotImplementedError("GPUs do not run the experts of gpt-oss yet")
+    if not weights.is_gated:
+        raise NotImplementedError("GPUs do not run experts without gates yet")
     if weights.scales_input:
         raise NotImplementedError("GPUs do not run experts whose weights multiply their inputs yet")
 

@@ -154,6 +154,8 @@ def _rms_norm(
     assert offset == 0.0 or not round_first
     rows, width = x.shape
     size = size or (width if weight is None else len(weight))
+    if weight is not None and len(weight) != size:
+        raise NotImplementedError("GPUs do not norm groups that have weights of their own yet")
     config, programs = _tile(rows, width, size)
     args = {
         "x_ptr": x,

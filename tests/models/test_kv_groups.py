@@ -41,6 +41,7 @@ STEP = 64
 STEP_SIZE = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=STEP)
 
 MODELS: dict[str, dict[str, Any]] = {
+    "falcon_h1": {},  # states of Mamba-2, and attention in the same layers
     "gemma3": {"num_hidden_layers": 6, "layer_types": None, "sliding_window": WINDOW},
     "lfm2": {},  # short convolutions look back a few tokens
     "mistral": {"sliding_window": WINDOW},

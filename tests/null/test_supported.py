@@ -15,11 +15,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"]}
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}, "it keeps a recurrent state"),
-        (
-            {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["mamba", "attention"]},
-            "Mamba layers or experts are not supported yet",
-        ),
+        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, "it keeps a recurrent state"),
         ({**LLAMA, "dtype": "int4"}, "^dtype must be one of bfloat16, .* takes precedence\\), not 'int4'"),
         ({**LLAMA, "torch_dtype": "torch.float8_e4m3fn"}, "^torch_dtype must be one of"),
         ({**LLAMA, "dtype": {"text": "bfloat16"}}, "^dtype must be one of"),
@@ -27,14 +23,6 @@ LLAMA = {"architectures": ["LlamaForCausalLM"]}
         (
             {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "x.Own"}},
             "Python code from the model's repository",
-        ),
-        (
-            {
-                "architectures": ["GraniteMoeHybridForCausalLM"],
-                "layer_types": ["attention"],
-                "num_local_experts": 62,
-            },
-            "Mamba layers or experts are not supported yet",
         ),
     ],
 )
@@ -47,12 +35,6 @@ def test_what_the_command_line_decides() -> None:
     check_supported({**LLAMA, "dtype": "int4"}, dtype="bfloat16")
     check_supported({**LLAMA, "dtype": None, "torch_dtype": "torch.float16", "quantization_config": {}})
     check_supported({**LLAMA, "auto_map": {"AutoModelForCausalLM": "x.Own"}})
-
-
-def test_granite_without_mamba_layers_is_supported() -> None:
-    check_supported(
-        {"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention"], "num_local_experts": 0}
-    )
 
 
 @pytest.mark.parametrize(

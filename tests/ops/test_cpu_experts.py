@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import ExpertWeights, GatedActivation, Routing, SwiGLUOAI, Weight
+from ops import ExpertWeights, Routing, SwiGLUOAI, Weight
 from tests.ops.cpu import DTYPES, NAMES, randn, threads, use
 from tests.ops.quantized import blocks, float_arguments
 from tests.ops.test_cpu_invariance import same_bits
@@ -65,15 +65,17 @@ def experts_of(
     dtype: torch.dtype,
     has_bias: bool = False,
     scales_input: bool = False,
-    activation: GatedActivation = "silu",
+    activation: Any = "silu",
 ) -> ExpertWeights:
     def biases(size: int, seed: int) -> tuple[Tensor, ...] | None:
         return tuple(randn(size, seed=seed + i, dtype=dtype) for i in range(EXPERTS)) if has_bias else None
 
+    is_gated = activation != "relu2"
+    rows = 2 * INNER if is_gated else INNER
     return ExpertWeights(
-        tuple(pack(2 * INNER, HIDDEN, 10 + index, dtype, True) for index in range(EXPERTS)),
+        tuple(pack(rows, HIDDEN, 10 + index, dtype, is_gated) for index in range(EXPERTS)),
         tuple(pack(HIDDEN, INNER, 30 + index, dtype, False) for index in range(EXPERTS)),
-        biases(2 * INNER, 50),
+        biases(rows, 50),
         biases(HIDDEN, 60),
         activation,
         TOP_K,
@@ -106,6 +108,12 @@ def test_plain(capability: str, dtype: torch.dtype, scales_input: bool) -> None:
 def test_experts_of_gpt_oss(capability: str, pack: Any) -> None:
     with use(capability):
         check(experts_of(pack, torch.bfloat16, has_bias=True, activation=SwiGLUOAI(1.5, 1.0)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("pack", [plain, FORMATS["int4"]], ids=["plain", "int4"])
+def test_experts_without_gates(capability: str, pack: Any) -> None:
+    with use(capability):
+        check(experts_of(pack, torch.bfloat16, has_bias=True, activation="relu2"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", FORMATS)

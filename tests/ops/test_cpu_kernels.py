@@ -104,13 +104,13 @@ def test_norms(capability: str, dtype: torch.dtype, groups: int, size: int) -> N
         expected = (exact * weight.double()).flatten(1)
         error = (ops.rms_norm(x, weight, 1e-5).double() - expected).abs()
         assert (error <= (2.1 * unit_roundoff(dtype) + 4e-6) * expected.abs() + 1e-7).all()
-        for factor, offset in ((weight, 1.0), (weight, 0.0), (None, 0.0)):  # rounded once
-            expected = exact if factor is None else exact * (offset + factor.double())
+        own, own_bias = randn(groups * size, seed=3, dtype=dtype), randn(groups * size, seed=4, dtype=dtype)
+        for factor, offset in ((weight, 1.0), (weight, 0.0), (None, 0.0), (own, 0.0)):  # rounded once
+            expected = exact if factor is None else exact * (offset + factor.double().view(-1, size))
             once = ops.rms_norm(x, factor, 1e-5, size=size, offset=offset, round_first=False).double()
             bound = (1.1 * unit_roundoff(dtype) + 4e-6) * expected.abs() + 1e-7
             assert ((once - expected.flatten(1)).abs() <= bound.flatten(1)).all()
         exact = torch.nn.functional.layer_norm(x.double().unflatten(1, (groups, size)), (size,), eps=1e-5)
-        own, own_bias = randn(groups * size, seed=3, dtype=dtype), randn(groups * size, seed=4, dtype=dtype)
         for factor, shift in ((weight, bias), (weight, None), (None, bias), (None, None), (own, own_bias)):
             expected = exact if factor is None else exact * factor.double().view(-1, size)
             expected = expected if shift is None else expected + shift.double().view(-1, size)

@@ -18,6 +18,9 @@ from tests.ops.test_cpu_invariance import same_bits
 
 SHAPES = {
     "shared keys": AttentionShape(4, 2, 24, 1.0, v_head_dim=40, sliding_window=2, kind="gated_delta", conv_length=4),
+    "tiled": AttentionShape(
+        4, 2, 24, 1.0, v_head_dim=40, sliding_window=2, kind="gated_delta", conv_length=4, has_tiled_heads=True
+    ),
     "own keys": AttentionShape(2, 2, 32, 1.0, v_head_dim=16, sliding_window=2, kind="gated_delta", conv_length=2),
 }
 BLOCK = 16
@@ -70,9 +73,11 @@ def test_the_definition(name: str) -> None:
     mixed = F.silu(F.conv1d(padded[None], requests.conv.T[:, None], groups=qkv.shape[1]))[0].T
     keys = shape.num_kv_heads * shape.head_dim
     q, k, v = mixed.split([keys, keys, shape.out_width], dim=1)
+    if shape.has_tiled_heads:
+        q, k = (each.view(50, shape.num_kv_heads, -1).repeat(1, 2, 1).flatten(1) for each in (q, k))
     expected, _ = torch_recurrent_gated_delta_rule(
-        q.view(1, 50, shape.num_kv_heads, -1),
-        k.view(1, 50, shape.num_kv_heads, -1),
+        q.view(1, 50, -1, shape.head_dim),
+        k.view(1, 50, -1, shape.head_dim),
         v.view(1, 50, shape.num_heads, -1),
         (requests.decay * F.softplus(step + requests.bias))[None],
         beta.sigmoid()[None],

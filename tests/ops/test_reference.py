@@ -129,6 +129,7 @@ def test_rms_norm_is_that_of_gemma_and_olmo2(dtype: torch.dtype) -> None:
     assert torch.equal(ours, gemma(heads).flatten(1))
     assert torch.equal(ops.rms_norm(x, weight, 1e-5, round_first=False), olmo(heads).flatten(1))
     assert torch.equal(ops.rms_norm(x, None, 1e-5, size=24), ops.rms_norm(x, torch.ones(24, dtype=dtype), 1e-5))
+    assert torch.equal(ops.rms_norm(x, weight.repeat(4), 1e-5, size=24), ops.rms_norm(x, weight, 1e-5))
 
 
 def test_layer_norm() -> None:

@@ -70,6 +70,25 @@ def test_quantised_weights_count_with_their_bytes_in_the_file() -> None:
     assert ModelCost.of(config, gguf=tied).layer_parameters == ModelCost.of(config).layer_parameters
 
 
+def test_of_experts_those_count_that_tokens_have() -> None:
+    config = {
+        **config_of("1b"),
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 100,
+        "num_hidden_layers": 3,
+    }
+    cost = ModelCost.of(config)
+    one = 3 * 2048 * 100
+    assert cost.expert_bytes == 2 * 3 * 8 * one
+    assert cost.layer_parameters == cost.weight_bytes / 2 - cost.head_parameters + 3 * 2 * one
+    assert cost.bytes_of_step(1) == cost.weight_bytes + cost.expert_bytes / 4
+    assert cost.bytes_of_step(2) == cost.weight_bytes + cost.expert_bytes * 7 / 16
+    tensors = [GGUFTensor(f"blk.0.ffn_{name}.weight", (1, 1), 0, 0, 40) for name in ("up_exps", "gate_inp")]
+    found = ModelCost.of(config, gguf=GGUFFile("a.gguf", {}, tensors))
+    assert (found.weight_bytes, found.expert_bytes) == (40, 40)
+
+
 def test_floors_are_the_larger_of_reading_and_multiplying() -> None:
     cost = ModelCost(weight_bytes=100, layer_parameters=40, head_parameters=10, kv_bytes_per_token=2)
     slow_memory, slow_cores = Rates(10.0, 1e9), Rates(1e9, 100.0)

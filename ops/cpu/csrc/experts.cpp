@@ -204,7 +204,7 @@ Sorted sort_rows(const OctavoExperts& op, const Range& piece, Scratch& scratch) 
 struct Between {
     int hidden;
     int inner;
-    bool paired;          // gates and ups are side by side
+    bool activated;       // the product with gates and ups yields the results of the activation
     int width;            // of what gates and ups yield
     size_t staged_x;      // bytes of a row that is multiplied with gates and ups
     size_t staged_inner;  // the same with downs
@@ -213,8 +213,8 @@ struct Between {
     explicit Between(const OctavoExperts& op) {
         hidden = op.down[0].rows;
         inner = op.down[0].columns;
-        paired = op.gate_up[0].paired != 0;
-        width = paired ? inner : 2 * inner;
+        activated = is_activated(op, op.gate_up[0]);
+        width = activated ? inner : 2 * inner;
         staged_x = staged_bytes(gate_up(op, 0));
         staged_inner = staged_bytes(down(op, 0));
         row_bytes = staged_x + staged_inner + width * number_bytes(op) + hidden * sizeof(float);
@@ -230,10 +230,12 @@ struct Between {
         result.type = op.type;
         return result;
     }
+    // Gates and ups are side by side in the weight, or there are no gates.
+    static bool is_activated(const OctavoExperts& op, const OctavoWeight& weight) { return weight.paired || !op.gated; }
     static OctavoLinear gate_up(const OctavoExperts& op, int expert) {
         OctavoLinear result = linear(op, op.gate_up[expert], op.gate_up_biases, expert);
         result.epilogue = result.weight.paired ? kGated : kStore;
-        result.activation = result.weight.paired ? op.activation : kIdentity;
+        result.activation = is_activated(op, result.weight) ? op.activation : kIdentity;
         result.parameter = op.parameter;
         result.limit = op.limit;
         return result;
@@ -340,7 +342,7 @@ void stage_inner(const Piece<T>& piece, const Team& team) {
     each_tile(piece.sorted, most, team, [&](int expert, int tile) {
         const OctavoLinear linear = piece.down(expert);
         const int rows = piece.sorted.rows_of(expert);
-        if (!piece.sizes.paired) {
+        if (!piece.sizes.activated) {
             const Tiles tiles = Tiles::of(rows, most);
             for (int r = tiles.begin(tile); r < tiles.begin(tile + 1); ++r)
                 activate_row(static_cast<T*>(linear.x.data) + r * linear.x.stride, piece.op, piece.sizes.inner);

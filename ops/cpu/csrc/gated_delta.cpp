@@ -4,13 +4,11 @@
 // a request may begin with a state that another one of the step leaves. Tokens are computed one after the other, a few
 // columns of a state at a time, which stay in the L1 cache meanwhile. So bits do not depend on how a request is divided
 // into steps, or on threads.
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels.h"
 #include "packed.h"
-#include "vec_math.h"
+#include "recurrence.h"
 
 namespace octavo {
 
@@ -23,18 +21,17 @@ constexpr int kTokens = 64;
 // Columns of a state that are computed together.
 constexpr int kStrip = 2 * kLanes;
 
-float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
-
 template <class T>
 class GatedDelta {
 public:
     GatedDelta(const OctavoGatedDelta& op, const OctavoStep& step, Scratch& scratch)
         : op_(op),
-          group_(step.groups[op.group]),
+          tokens_(step.num_tokens),
           values_each_(op.num_heads / op.num_key_heads),
           width_(2 * op.num_key_heads * op.key_dim + op.num_heads * op.value_dim),
           past_(static_cast<int64_t>(op.conv_length - 1) * width_),
-          state_size_(past_ + static_cast<int64_t>(op.num_heads) * op.key_dim * op.value_dim),
+          states_{step.groups[op.group], static_cast<float*>(op.cache),
+                  past_ + static_cast<int64_t>(op.num_heads) * op.key_dim * op.value_dim},
           key_padded_(padded(op.key_dim)),
           value_padded_(padded(op.value_dim)),
           q_(scratch.take<float>(kTokens * key_padded_)),
@@ -45,31 +42,17 @@ public:
 
     // All tokens of the step, for a head of q and k.
     void run(int key_head) {
-        for (int request = 0; request < group_.num_reqs; ++request) {
-            const int begin = group_.query_start_loc[request], end = group_.query_start_loc[request + 1];
-            const int first = group_.seq_lens[request] - (end - begin);
-            float* state = first ? state_of(request, first - 1) : nullptr;
-            for (int token = begin; token < end;) {
-                const int position = first + token - begin;
-                const int left = group_.block_size - position % group_.block_size;
-                const int count = std::min({left, kTokens, end - token});
-                float* target = state_of(request, position);
-                advance(key_head, token, count, state, target);
-                state = target;
-                token += count;
-            }
-        }
+        states_.each(0, tokens_, kTokens, [&](int token, int count, const float* before, float* after) {
+            advance(key_head, token, count, before, after);
+        });
     }
 
 private:
     static int padded(int n) { return blocks_of(n, kStrip) * kStrip; }
 
-    float* state_of(int request, int position) const {
-        const int64_t block = group_.block_table[request * group_.block_table_stride + position / group_.block_size];
-        return static_cast<float*>(op_.cache) + block * state_size_;
+    int value_head(int key_head, int i) const {
+        return op_.tiled ? i * op_.num_key_heads + key_head : key_head * values_each_ + i;
     }
-    const T* row_of(int64_t token) const { return static_cast<const T*>(op_.qkv.data) + token * op_.qkv.stride; }
-    int value_head(int key_head, int i) const { return key_head * values_each_ + i; }
     int column_of_value(int head) const { return 2 * op_.num_key_heads * op_.key_dim + head * op_.value_dim; }
 
     // Some tokens of a request within a block. `before` is the state that precedes them, or null; `after` may be it.
@@ -91,36 +74,11 @@ private:
         }
     }
 
-    // Results of the convolution for some columns, activated and rounded, [count][stride]; keeps the last inputs.
     void convolve(int token, int count, const float* before, float* after, int column, int size, float* out,
                   int stride) const {
-        const int length = op_.conv_length;
-        const T* weight = static_cast<const T*>(op_.conv_weight);
-        for (int i = 0; i < size; i += kLanes) {
-            const int at = column + i, some = size - i;
-            for (int t = 0; t < count; ++t) {
-                Vec sum = zero();
-                for (int j = 0; j < length; ++j) {
-                    const int source = t - (length - 1 - j);
-                    Vec x = zero();
-                    if (source >= 0)
-                        x = load_first(row_of(token + source) + at, some);
-                    else if (before)
-                        x = load_first(before + static_cast<int64_t>(length - 1 + source) * width_ + at, some);
-                    sum = fma(load_first(weight + static_cast<int64_t>(j) * width_ + at, some), x, sum);
-                }
-                store_first(out + t * stride + i, round_to<T>(activate(sum, kSilu, 0.0f)), some);
-            }
-            for (int j = 0; j < length - 1; ++j) {  // ascending: `before` may be `after`
-                const int source = count - (length - 1) + j;
-                Vec x = zero();
-                if (source >= 0)
-                    x = load_first(row_of(token + source) + at, some);
-                else if (before)
-                    x = load_first(before + static_cast<int64_t>(length - 1 + source) * width_ + at, some);
-                store_first(after + static_cast<int64_t>(j) * width_ + at, x, some);
-            }
-        }
+        const StateConvolution<T, T> conv = {op_.qkv, static_cast<const T*>(op_.conv_weight), nullptr, op_.conv_length,
+                                             width_};
+        conv.run(token, count, before, after, column, size, out, stride);
     }
 
     void normalize(float* x, float factor) const {
@@ -189,11 +147,11 @@ private:
     static constexpr int kMaxKeys = 256;
 
     const OctavoGatedDelta& op_;
-    const OctavoGroup& group_;
+    const int tokens_;
     const int values_each_;
     const int64_t width_;
     const int64_t past_;
-    const int64_t state_size_;
+    const States states_;
     const int key_padded_;
     const int value_padded_;
     float* q_;

@@ -38,12 +38,14 @@ void run_gather_rows(const OctavoPointwise& op, const OctavoStep& step, const Te
 void run_heads_linear(const OctavoHeadsLinear& op, const OctavoStep& step, const Team& team);
 void run_latent_attention(const OctavoLatentAttention& op, const OctavoStep& step, const Team& team);
 void run_gated_delta(const OctavoGatedDelta& op, const OctavoStep& step, const Team& team);
+void run_mamba(const OctavoMamba& op, const OctavoStep& step, const Team& team);
 void run_short_conv(const OctavoShortConv& op, const OctavoStep& step, const Team& team);
 void run_route(const OctavoRoute& op, const OctavoStep& step, const Team& team);
 void run_experts(const OctavoExperts& op, const OctavoStep& step, const Team& team);
 
 // Bytes of workspace that the threads share during an op.
 size_t linear_workspace(const OctavoLinear& op, const OctavoStep& step);
+size_t mamba_workspace(const OctavoMamba& op, const OctavoStep& step);
 size_t experts_workspace(const OctavoExperts& op, const OctavoStep& step);
 size_t attention_workspace(const OctavoAttention& op, const OctavoStep& step, int threads);
 size_t latent_attention_workspace(const OctavoLatentAttention& op, const OctavoStep& step, int threads);

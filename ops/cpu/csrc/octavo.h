@@ -56,7 +56,8 @@ enum OctavoOpCode : int32_t {
     kOpHeadsLinear = 14,
     kOpLatentAttention = 15,
     kOpGatedDelta = 16,
-    kNumOps = 17,
+    kOpMamba = 17,
+    kNumOps = 18,
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ struct OctavoNorm {
     float eps;           // of a layer norm
     int32_t groups;      // each of `size` columns
     int32_t size;
-    int32_t weight_stride;  // from one group's weights to the next's: 0 or `size`; layer norm only
+    int32_t weight_stride;  // from one group's weights to the next's: 0 or `size`
     int32_t type;
     int32_t rows;
 };
@@ -359,6 +360,30 @@ struct OctavoGatedDelta {
     int32_t key_dim;
     int32_t value_dim;
     int32_t conv_length;
+    int32_t tiled;  // a head of q and k has every num_key_heads-th value head, not consecutive ones
+    int32_t group;  // index into the step's groups
+    int32_t type;
+};
+
+// A convolution likewise, and the recurrence of Mamba-2; see ops/reference/mamba.py.
+struct OctavoMamba {
+    OctavoMatrix x;      // [tokens, num_heads * head_dim + 2 * num_groups * state_dim]: x, B and C
+    OctavoMatrix steps;  // [tokens, num_heads]
+    OctavoMatrix gate;   // [tokens, num_heads * head_dim]; null: 1
+    OctavoMatrix out;
+    void* cache;               // float32 [num_blocks, state]
+    const float* conv_weight;  // [conv_length, columns of x]
+    const float* conv_bias;    // [columns of x] or null
+    const float* decay;        // [num_heads]
+    const float* skip;         // [num_heads]
+    const float* step_bias;    // [num_heads]
+    float least_step;
+    float most_step;
+    int32_t num_heads;
+    int32_t num_groups;
+    int32_t state_dim;
+    int32_t head_dim;
+    int32_t conv_length;
     int32_t group;  // index into the step's groups
     int32_t type;
 };
@@ -384,7 +409,7 @@ struct OctavoRoute {
 };
 
 // out = the sum of routed[e] * down[e](act(gate[e](x)) * up[e](x)) over the experts e with a weight, ascending, and
-// then of sigmoid(shared_gate) * shared.
+// then of sigmoid(shared_gate) * shared. Without gates: down[e](act(up[e](x))).
 struct OctavoExperts {
     OctavoMatrix x;
     OctavoMatrix routed;                // float32 [tokens, num_experts]; at most top_k of a token are not 0
@@ -401,6 +426,7 @@ struct OctavoExperts {
     float parameter;  // of the activation, as of OctavoLinear
     float limit;
     int32_t scales_input;  // weights multiply inputs instead of results
+    int32_t gated;         // 0: gate_up holds ups alone
     int32_t type;
 };
 

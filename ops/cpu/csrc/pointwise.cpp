@@ -18,7 +18,9 @@ void rms_norm_rows(const OctavoNorm& op, const OctavoStep& step, const Team& tea
     for (int i = mine.begin; i < mine.end; ++i) {
         const int64_t row = i / op.groups, column = static_cast<int64_t>(i % op.groups) * op.size;
         T* out = row_of<T>(op.out, row) + column;
-        rms_norm(row_of<T>(op.x, row) + column, op.rms_norm, op.size, out);
+        OctavoRmsNorm norm = op.rms_norm;
+        if (norm.weight) norm.weight = static_cast<const T*>(norm.weight) + i % op.groups * int64_t{op.weight_stride};
+        rms_norm(row_of<T>(op.x, row) + column, norm, op.size, out);
         if (!op.residual.data) continue;
         const T* residual = row_of<T>(op.residual, row) + column;
         for (int k = 0; k < op.size; k += kLanes) {

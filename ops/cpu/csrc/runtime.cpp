@@ -74,6 +74,8 @@ void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
             return run_experts(*static_cast<const OctavoExperts*>(node.args), step, team);
         case kOpGatedDelta:
             return run_gated_delta(*static_cast<const OctavoGatedDelta*>(node.args), step, team);
+        case kOpMamba:
+            return run_mamba(*static_cast<const OctavoMamba*>(node.args), step, team);
         case kOpHeadsLinear:
             return run_heads_linear(*static_cast<const OctavoHeadsLinear*>(node.args), step, team);
         case kOpLatentAttention:
@@ -95,6 +97,8 @@ size_t workspace_bytes(const OctavoNode* nodes, int count, const OctavoStep& ste
         else if (nodes[i].op == kOpLatentAttention)
             wanted =
                 latent_attention_workspace(*static_cast<const OctavoLatentAttention*>(nodes[i].args), step, threads);
+        else if (nodes[i].op == kOpMamba)
+            wanted = mamba_workspace(*static_cast<const OctavoMamba*>(nodes[i].args), step);
         else if (nodes[i].op == kOpExperts)
             wanted = experts_workspace(*static_cast<const OctavoExperts*>(nodes[i].args), step);
         if (wanted > bytes) bytes = wanted;
@@ -191,6 +195,8 @@ int64_t octavo_sizeof(int32_t op) {
             return sizeof(OctavoExperts);
         case kOpGatedDelta:
             return sizeof(OctavoGatedDelta);
+        case kOpMamba:
+            return sizeof(OctavoMamba);
         case kOpHeadsLinear:
             return sizeof(OctavoHeadsLinear);
         case kOpLatentAttention:
