@@ -22,6 +22,8 @@ from executor.messages import AdapterLoaded, LoadAdapter, UnloadAdapter
 
 PATIENCE = 16
 """Requests with other adapters that may start before the oldest one that is parked gets a place."""
+ABANDONED = "the workers died repeatedly while they loaded the adapter"
+"""The answer to the api if that was so."""
 
 
 @dataclass
@@ -68,6 +70,10 @@ class AdapterPool:
         """Calls of the api that wait for an adapter to be loaded or tried, by hash."""
         self._tried: dict[str, LoRARequest] = {}
         self._answers: dict[tuple[int, str], list[str]] = {}
+        self._repeated: set[int] = set()
+        """Of these calls, those during which workers died once."""
+        self._abandoned: list[int] = []
+        """Those during which they died again."""
         self._num_passed = 0
         """Requests with other adapters that have started since the oldest parked one was parked."""
         self._drained = ""
@@ -118,7 +124,7 @@ class AdapterPool:
         if adapter is None:
             return True
         key = adapter.content_hash
-        if key not in self._loaded and not self._load(adapter):
+        if key not in self._loaded and not self._load(adapter, is_alone=is_alone):
             return False
         return self._is_open(key, is_alone=is_alone)
 
@@ -219,23 +225,24 @@ class AdapterPool:
 
     # -- loading -------------------------------------------------------------------------------------------
 
-    def _load(self, adapter: LoRARequest) -> bool:
+    def _load(self, adapter: LoRARequest, *, is_alone: bool = False) -> bool:
         """Asks the workers to load an adapter, if there is room. One that no request runs with makes room."""
-        number = self._free_number()
+        number = self._free_number(is_alone=is_alone)
         if not number:
             return False
         self._loaded[adapter.content_hash] = Loaded(adapter, number)
         self.commands.append(LoadAdapter(number, adapter))
         return True
 
-    def _free_number(self) -> int:
-        """A number to load an adapter into; 0: there is none."""
+    def _free_number(self, *, is_alone: bool) -> int:
+        """A number to load an adapter into; 0: there is none. For a request that runs alone, those with a claim make
+        room, too: they cannot start before it ends."""
         used = {each.number for each in self._loaded.values()}
         free = next((number for number in range(1, self.max_loaded + 1) if number not in used), 0)
         if free:
             return free
         for key, each in self._loaded.items():
-            if each.is_ready and not each.num_running and not each.claims:
+            if each.is_ready and not each.num_running and (is_alone or not each.claims):
                 del self._loaded[key]
                 return each.number
         return 0
@@ -281,6 +288,7 @@ class AdapterPool:
             return None
         del self._answers[message.number, key]
         outcome = Outcome(self._calls.pop(key, []), error=next(filter(None, answers), ""))
+        self._repeated.difference_update(outcome.calls)
         if not message.number:
             self._tried.pop(key, None)
             return outcome
@@ -294,7 +302,10 @@ class AdapterPool:
         return outcome
 
     def restart(self) -> None:
-        """Adapts to new workers, which have no adapters. All requests that ran have stopped."""
+        """Adapts to new workers, which have no adapters. All requests that ran have stopped.
+
+        What the api asked for is tried once more, not for ever: an adapter may be why workers die.
+        """
         known = {key: each.adapter for key, each in self._loaded.items()} | self._tried
         calls, self._calls = self._calls, {}
         self._loaded.clear()
@@ -303,7 +314,17 @@ class AdapterPool:
         self.commands.clear()
         for key, waiting in calls.items():
             for call_id in waiting:
-                self.ensure(call_id, known[key])
+                if call_id in self._repeated:
+                    self._repeated.discard(call_id)
+                    self._abandoned.append(call_id)
+                else:
+                    self._repeated.add(call_id)
+                    self.ensure(call_id, known[key])
+
+    def take_abandoned(self) -> list[int]:
+        """Calls of the api during which workers died repeatedly, each once."""
+        calls, self._abandoned = self._abandoned, []
+        return calls
 
     def check_integrity(self, running: list[Request]) -> None:
         """Asserts that counts and numbers agree with the requests that run."""

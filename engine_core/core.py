@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine_core.adapters import AdapterPool
+from engine_core.adapters import ABANDONED, AdapterPool
 from engine_core.config import EngineConfig, StepSize
 from engine_core.flight_record import FlightRecord
 from engine_core.in_flight import InFlight
@@ -735,6 +735,8 @@ class EngineCore:
             if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
             self._scheduler.restart()
+            for call_id in self._scheduler.adapters.take_abandoned():
+                self.transport.send(UtilityOutput(call_id=call_id, result={"error": ABANDONED}))
         self.in_flight.clear()
         self._results.clear()
         self._lagging.clear()

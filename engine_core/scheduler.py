@@ -150,8 +150,10 @@ class Scheduler:
                 request.account.note_output(num_output)
             self.kv.release(request)
             self._free_slot(request)
-        elif self.compiling.pop(request.index, None) is None and not self.adapters.forget_request(request):
-            self.waiting.remove(request)
+        else:
+            if self.compiling.pop(request.index, None) is None and not self.adapters.forget_request(request):
+                self.waiting.remove(request)
+            self.unpark()  # others may have waited for the adapter that was kept for it
         self.shares.close(request.account)
 
     def _free_slot(self, request: Request) -> None:

@@ -228,7 +228,8 @@ class Router:
         return None if route is None else route.engine
 
     def move(self, index: int, candidates: Collection[int]) -> int:
-        """Chooses another engine for a request whose engine is gone, and records it.
+        """Chooses another engine for a request whose engine is gone, and records it. One that has begun counts as
+        running: engines tell of a request's first output alone.
 
         Args:
             index: Index of the request.
@@ -238,4 +239,6 @@ class Router:
         self._engines[route.engine].add(route, -1)
         engine = self.choose(route.prefix, candidates)
         self.enter(index, engine, route.prefix)
+        if route.has_begun:
+            self.begin(index)
         return engine

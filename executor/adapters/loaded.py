@@ -145,6 +145,8 @@ class LoadedAdapters:
         changes = []
         for name, tensors in modules.items():
             table, target = self._tables.get(name), self._linears.get(name)
+            if target is None and table is None:  # first of all: patterns are matched with known names only
+                raise ModelError(f"{config.source}: {self._why_unknown(name, tensors)}")
             self._check_rank(config, tensors)
             if target is not None:
                 merged[id(target.layer)].append((target, tensors))
@@ -155,8 +157,6 @@ class LoadedAdapters:
                     outputs.setdefault(id(table.layer), (table, []))[1].append(tensors)
                 if not is_output:
                     changes.append(table_change(table, tensors, config))
-            else:
-                raise ModelError(f"{config.source}: {self._why_unknown(name, tensors)}")
         changes += [linear_change(parts, config) for parts in merged.values()]
         changes += [logits_change(table, parts, config) for table, parts in outputs.values()]
         return changes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from engine_core.adapters import PATIENCE
+from engine_core.adapters import ABANDONED, PATIENCE, AdapterPool
 from engine_core.config import LoRAConfig
 from engine_core.messages import AbortRequests, EnsureAdapter, FinishReason, ForgetAdapter, LoRARequest, UtilityOutput
+from engine_core.request import Request
 from executor.base import WorkerDiedError
-from tests.null.core_harness import Harness, expected, prompts
+from executor.messages import AdapterLoaded
+from tests.null.core_harness import Harness, expected, make_request, prompts
 
 
 def adapter(name: str, path: str = "") -> LoRARequest:
@@ -98,6 +100,53 @@ def test_an_abort_while_it_waits() -> None:
     engine.inbox.append(AbortRequests(indices=(2,)))
     engine.run_to_the_end()
     assert engine.outputs[1] == expected() and 2 not in engine.outputs
+
+
+def test_one_that_runs_alone_takes_the_place_that_others_claim() -> None:
+    pool = AdapterPool(LoRAConfig(enable_lora=True, max_loras=1))
+    waiting, suspect = (
+        Request(make_request(index, [8, 9], 4, lora_request=adapter(name))) for index, name in ((1, "a"), (2, "b"))
+    )
+    assert not pool.may_start(waiting)
+    pool.park(waiting)
+    pool.answered(AdapterLoaded(0, 1, "hash of a"))
+    assert pool.take_ready() == [waiting]
+    assert not pool.may_start(suspect) and len(pool.commands) == 1
+    assert not pool.may_start(suspect, is_alone=True) and len(pool.commands) == 2
+    pool.answered(AdapterLoaded(0, 1, "hash of b"))
+    assert pool.may_start(suspect, is_alone=True)
+
+
+def test_an_abort_of_the_one_for_which_an_adapter_was_loaded() -> None:
+    engine = harness(max_loras=1, max_num_seqs=3)
+    engine.add(1, max_tokens=30)
+    engine.add(2, max_tokens=6, lora_request=adapter("a"))
+    engine.turns(4)
+    for index, name in ((3, "b"), (4, "c")):
+        engine.add(index, lora_request=adapter(name))
+    engine.turns(2)
+    engine.add(5, max_tokens=30)
+    engine.add(6, max_tokens=30)
+    assert engine.core._scheduler is not None
+    adapters = engine.core._scheduler.adapters
+    while adapters.num_parked == 2:
+        engine.turns(1)
+    assert len(engine.core._scheduler.running_requests()) == 3, "there is no slot for the request of which b was loaded"
+    engine.inbox.append(AbortRequests(indices=(3,)))
+    engine.run_to_the_end()
+    assert engine.outputs[4] == expected()
+
+
+def test_a_load_that_kills_is_given_up() -> None:
+    engine = harness(max_loras=1)
+    engine.run()
+    engine.inbox.append(EnsureAdapter(77, adapter("c")))
+    for _ in range(2):
+        assert not engine.messages(UtilityOutput)
+        engine.executor.inbox.append(WorkerDiedError("worker 0 ended with exit code -9"))
+        engine.core.step()
+    engine.run_to_the_end()
+    assert [message.result["error"] for message in engine.messages(UtilityOutput)] == [ABANDONED]
 
 
 @pytest.mark.parametrize("turns", range(3, 16))

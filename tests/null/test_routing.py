@@ -73,6 +73,18 @@ def test_outputs_are_cached_but_for_the_token_that_was_never_computed() -> None:
     assert made.cost(0, made.prefix(tokens)) == 1
 
 
+def test_a_request_that_has_begun_is_no_prompt_to_compute_for_ever_where_it_moves() -> None:
+    made = router()
+    made.enter(0, 0, prompt(made, 0))
+    made.begin(0)
+    made.enter(1, 0, prompt(made, 1000))
+    assert made.move(0, [1]) == made.move(1, [1]) == 1
+    assert made.cost(1, prompt(made, 2000)) == 320 + RUNNING_COST + 320 / 64 + 320
+    made.leave(0)
+    made.leave(1)
+    assert made.cost(1, prompt(made, 2000)) == made.cost(0, prompt(made, 2000)) == 320
+
+
 def test_only_the_beginning_of_a_very_long_prompt_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.engine.routing.MAX_BLOCKS", 3)
     made = router()
