@@ -326,6 +326,22 @@ class ServerConfig(Config, frozen=True):
     allowed_origins: Annotated[
         list[str], Meta(description="Origins of web pages that may call the server (CORS); * for all.")
     ] = []
+    mmproj: Annotated[
+        str, Meta(description="GGUF file with the vision part of a GGUF model, as llama.cpp's converter writes it.")
+    ] = ""
+    limit_mm_per_prompt: Annotated[
+        dict[str, int], Meta(description='Maximum number of images of a prompt, such as {"image": 4}. Default: 64.')
+    ] = {}
+    allowed_media_domains: Annotated[
+        list[str],
+        Meta(
+            description="Hosts from which images may be fetched (http and https URLs); '*' for any with a public "
+            "address. Default: none, only data URLs."
+        ),
+    ] = []
+    allowed_local_media_path: Annotated[
+        str, Meta(description="Folder from which images may be read (file URLs). Default: none.")
+    ] = ""
     allowed_hosts: Annotated[
         list[str],
         Meta(

@@ -30,6 +30,7 @@ from api.generation.host import Host
 from api.generation.served_model import ServedModel
 from api.llm_inputs import Input, Prompt, adapters_of, as_list, parse_prompt, text_of
 from api.llm_options import LLMOptions
+from api.media.offline import place_offline, take_offline, without_images
 from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
 from api.params.defaults import check_defaults
@@ -260,7 +261,7 @@ class LLM:
         """
         if concurrency_limit is not None and concurrency_limit < 1:
             raise RequestError("concurrency_limit must be at least 1", "concurrency_limit")
-        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
+        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
         return self._run(self._beam_search(inputs, params, use_tqdm, concurrency_limit or len(inputs)))
 
     async def _beam_search(
@@ -355,10 +356,11 @@ class LLM:
             )
 
         inputs = []
-        for conversation in conversations:
+        for given in conversations:
+            conversation, pictures = self._run(take_offline(self._model.images, given))  # type: ignore[arg-type]
             text = self._model.host.templates.render_blocking(
                 template,
-                conversation,  # type: ignore[arg-type]
+                conversation,
                 options,
                 variables,
             )
@@ -366,12 +368,12 @@ class LLM:
                 conversation_opens_reasoning(
                     self._config.reasoning_parser,
                     render,
-                    conversation,  # type: ignore[arg-type]
+                    conversation,
                     text,
                     continues=continue_final_message,
                 )
             )
-            inputs.append(Input(text, None, add_special_tokens=False, opened=opened))
+            inputs.append(Input(text, None, add_special_tokens=False, opened=opened, pictures=pictures))
         inputs = adapters_of(inputs, lora_request)
         return self._run(self._generate(inputs, self._params(sampling_params, len(inputs)), use_tqdm, priority))
 
@@ -410,7 +412,7 @@ class LLM:
             RuntimeError: The engine failed on one of the prompts.
             EngineDeadError: The engine died and is not restarted.
         """
-        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
+        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
         return [
             EmbeddingRequestOutput(
@@ -442,7 +444,7 @@ class LLM:
         if pooling_task not in POOLING_TASKS:
             known = ", ".join(POOLING_TASKS)
             raise RequestError(f"pooling_task must be one of {known}, got {pooling_task!r}", "pooling_task")
-        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
+        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
         return self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
 
     def classify(
@@ -453,7 +455,7 @@ class LLM:
         pooling_params: PoolingParams | None = None,
     ) -> list[ClassificationRequestOutput]:
         """Classifies each prompt with a model that has a classifier. See ``embed``; ``outputs.probs`` is a list."""
-        inputs = [parse_prompt(prompt) for prompt in as_list(prompts)]
+        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
         return [
             ClassificationRequestOutput(
@@ -617,11 +619,16 @@ class LLM:
         try:
             for number, (item, sampling) in enumerate(zip(inputs, params, strict=True)):
                 ids = await self._token_ids(item, sampling)
+                ids, features = await place_offline(model.images, ids, item.images, item.pictures)
                 result = RequestOutput(str(self._next_id), item.text, ids, None, [])
                 self._next_id += 1
                 results.append(result)
                 request = model.resolve(
-                    sampling, opened=item.opened, priority=priorities[number], cache_salt=item.cache_salt
+                    sampling,
+                    opened=item.opened,
+                    priority=priorities[number],
+                    cache_salt=item.cache_salt,
+                    mm_features=features,
                 )
                 await views[number].submit(
                     channel, result.request_id, [ids], request, states, first_choice=len(folders)

@@ -9,6 +9,8 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from api.errors import RequestError
+from api.media.offline import images_of
+from api.media.reader import Picture
 from api.params.lora import LoRARequest
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -27,6 +29,8 @@ class Input:
     opened: bool | UnsetType | None = UNSET
     """See ``ServedModel.resolve``."""
     adapter: LoRARequest | None = None
+    images: Sequence[bytes] = ()
+    pictures: Sequence[Picture] = ()
 
 
 def text_of(item: Input, field: str) -> str:
@@ -50,11 +54,11 @@ def parse_prompt(prompt: Prompt) -> Input:
     if isinstance(prompt, str):
         return Input(prompt, None)
     if isinstance(prompt, Mapping):
-        salt = prompt.get("cache_salt") or ""
+        salt, images = prompt.get("cache_salt") or "", images_of(prompt.get("multi_modal_data"))
         if "prompt_token_ids" in prompt:
-            return Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt)
+            return Input(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt=salt, images=images)
         if "prompt" in prompt:
-            return Input(prompt["prompt"], None, cache_salt=salt)
+            return Input(prompt["prompt"], None, cache_salt=salt, images=images)
         raise RequestError("a dict prompt must have 'prompt' or 'prompt_token_ids'", "prompts")
     return Input(None, list(prompt))
 

@@ -56,6 +56,10 @@ class LLMOptions(TypedDict, total=False):
     max_body_size: int | str
     root_path: str
     allowed_origins: list[str] | str
+    mmproj: str
+    limit_mm_per_prompt: dict[str, int]
+    allowed_media_domains: list[str] | str
+    allowed_local_media_path: str
     allowed_hosts: list[str] | str
     allowed_methods: list[str] | str
     allowed_headers: list[str] | str
@@ -110,6 +114,7 @@ class LLMOptions(TypedDict, total=False):
     kv_cache_dtype: str
     model_impl: Literal["auto", "octavo", "vllm", "transformers"]
     enforce_eager: bool
+    language_model_only: bool
     tensor_parallel_size: int
     pipeline_parallel_size: int
     device: str
@@ -249,7 +254,6 @@ class LLMOptions(TypedDict, total=False):
     max_num_scheduled_tokens: object
     fault_tolerance_config: object
     watchdog_config: object
-    limit_mm_per_prompt: object
     media_io_kwargs: object
     mm_processor_kwargs: object
     mm_processor_cache_gb: object
@@ -264,7 +268,6 @@ class LLMOptions(TypedDict, total=False):
     mm_encoder_fp8_scale_save_margin: object
     interleave_mm_strings: object
     skip_mm_profiling: object
-    language_model_only: object
     video_pruning_rate: object
     video_pruning_method: object
     mm_tensor_ipc: object
@@ -274,8 +277,6 @@ class LLMOptions(TypedDict, total=False):
     disable_mm_preprocessor_cache: object
     disable_chunked_mm_input: object
     ec_manager_config: object
-    allowed_local_media_path: object
-    allowed_media_domains: object
     use_tqdm_on_load: object
     safetensors_load_strategy: object
     safetensors_prefetch_block_size: object

@@ -154,15 +154,14 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "only text is supported, so this has no effect",
-        "limit_mm_per_prompt media_io_kwargs mm_processor_kwargs mm_processor_cache_gb "
+        "images are processed in one way, without these options",
+        "media_io_kwargs mm_processor_kwargs mm_processor_cache_gb "
         "mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_hasher_algorithm mm_encoder_tp_mode "
         "mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path "
         "mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin interleave_mm_strings:bool "
-        "skip_mm_profiling:bool language_model_only:bool video_pruning_rate video_pruning_method "
+        "skip_mm_profiling:bool video_pruning_rate video_pruning_method "
         "mm_tensor_ipc mm_ipc_gpu_memory_gb mm_device_do_normalize:bool mm_processor_device "
-        "disable_mm_preprocessor_cache:bool disable_chunked_mm_input:bool ec_manager_config "
-        "allowed_local_media_path allowed_media_domains:list",
+        "disable_mm_preprocessor_cache:bool disable_chunked_mm_input:bool ec_manager_config",
     ),
     (
         Verdict.NOTED,
@@ -263,7 +262,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "prompts must be text or token ids; images and prompt embeddings are not supported yet",
+        "prompts must be text, token ids or images; embeddings are not supported yet",
         "enable_prompt_embeds:bool enable_mm_embeds:bool mm_encoder_only:bool",
     ),
     (

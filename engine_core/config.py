@@ -23,6 +23,7 @@ from executor.config import (
     SimulatedDevice,
     SpeculativeConfig,
     StepSize,
+    VisionFile,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SimulatedDevice",
     "SpeculativeConfig",
     "StepSize",
+    "VisionFile",
 ]
 
 

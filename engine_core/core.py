@@ -52,7 +52,7 @@ from engine_core.scheduler import Scheduler
 from engine_core.structured.compiler import Compiled, GrammarCompiler
 from engine_core.structured.drafts import mask_counts
 from engine_core.suspects import lost_requests
-from engine_core.validation import request_problem
+from engine_core.validation import image_problem, request_problem
 from engine_core.worker_watch import WorkerWatch
 from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import DETAILS, get_logger
@@ -438,6 +438,7 @@ class EngineCore:
                     scheduler.max_model_len,
                     self._hidden_size,
                     self._pooling,
+                    multimodal=scheduler.images.support,
                     has_adapters=self.config.executor.lora.enable_lora,
                 )
             if problem is None:
@@ -621,6 +622,10 @@ class EngineCore:
                 self._die(planned, EXIT_MODEL)
                 return
             shape, max_model_len = planned
+            problem = image_problem(ready[0].multimodal, self.config.scheduler)
+            if problem is not None:
+                self._die(problem, EXIT_MODEL)
+                return
             self._vocab_size = min(worker.vocab_size for worker in ready)
             self._hidden_size = min(worker.hidden_size for worker in ready)
             self._pooling = ready[0].pooling
@@ -632,6 +637,7 @@ class EngineCore:
                 engine_epoch=self.engine_epoch,
                 max_draft_tokens=self.config.executor.max_draft_tokens,
                 num_lookahead_tokens=self.config.executor.num_lookahead_tokens,
+                multimodal=self._ready[0].multimodal,
                 adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
@@ -695,6 +701,7 @@ class EngineCore:
                 weight_bytes=sum(each.weight_bytes for each in self._ready.values()),
                 kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
                 pooling=worker.pooling,
+                multimodal=worker.multimodal,
             )
         )
         early, self._early = self._early, {}

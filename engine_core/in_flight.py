@@ -40,7 +40,7 @@ class InFlight:
     """Rows whose sampling waits for the step's ``GrammarMask``, in the mask's order."""
     num_tokens: int
     num_attended: int
-    """Upper bound on the number of (token, attended token) pairs."""
+    """Upper bound on the number of (token, attended token) pairs, and what takes as long: images to encode."""
     schedule_us: float
     forced_drafts: tuple[ForcedDrafts, ...] = ()
     """Drafts of constrained rows that take the place of the worker's own."""

@@ -23,6 +23,7 @@ from executor.messages import (
     Message,
     ModelSurvey,
     MultiModalFeature,
+    MultiModalSupport,
     PoolingSupport,
     RepetitionDetection,
     ResolvedParams,
@@ -56,6 +57,7 @@ __all__ = [
     "Message",
     "ModelSurvey",
     "MultiModalFeature",
+    "MultiModalSupport",
     "Ping",
     "PoolingSupport",
     "ResolvedPoolingParams",
@@ -309,6 +311,8 @@ class EngineReady(Message, frozen=True):
     """torch's names of the dtypes of the KV cache."""
     pooling: PoolingSupport = PoolingSupport()
     """What the model does with pooled hidden states."""
+    multimodal: MultiModalSupport | None = None
+    """What the model does with images; None: it takes none."""
 
 
 class SchedulerStats(Message, frozen=True):

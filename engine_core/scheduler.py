@@ -21,6 +21,7 @@ from engine_core.adapters import AdapterPool
 from engine_core.cache_shape import CacheShape, max_step_tokens
 from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
 from engine_core.draft_counts import DraftCounts
+from engine_core.encoder_cache_manager import EncoderCacheManager
 from engine_core.fair_shares import FairShares
 from engine_core.hashing import draft_pool
 from engine_core.in_flight import I64, Bools, InFlight
@@ -30,6 +31,7 @@ from engine_core.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
     FinishReason,
+    MultiModalSupport,
     SchedulerStats,
     TokenLogprobs,
     i32,
@@ -72,6 +74,7 @@ class Scheduler:
         engine_epoch: int = 0,
         max_draft_tokens: int = 0,
         num_lookahead_tokens: int = 0,
+        multimodal: MultiModalSupport | None = None,
         adapters: AdapterPool | None = None,
     ) -> None:
         self.config = config
@@ -86,6 +89,7 @@ class Scheduler:
             max_step_tokens(config, max_draft_tokens, num_lookahead_tokens),
             enable_prefix_caching=cache.enable_prefix_caching,
         )
+        self.images = EncoderCacheManager(multimodal, config.step_tokens)
         self.requests: dict[int, Request] = {}
         self.shares = FairShares()
         self.waiting = create_request_queue(config.scheduling_policy)
@@ -160,6 +164,7 @@ class Scheduler:
         table, slot = self.table, request.slot
         request.account.charge(int(table.num_known[slot] - table.num_charged[slot]))
         self.suspects.stopped(slot)
+        self.images.stopped(request)
         table.release(request)
         if self.adapters.stopped(request):
             self.unpark()
@@ -190,6 +195,7 @@ class Scheduler:
             self.num_preemptions -= 1
         self.table.finished_slots.clear()
         self.kv.reset_prefix_cache()
+        self.images.restart()
         self.adapters.restart()
         self.suspects.restart()
 
@@ -214,8 +220,7 @@ class Scheduler:
         num_running = len(slots)
         new_reqs: list[NewRequest] = []
         if self.waiting and not preempted:
-            budget = self.config.step_tokens - int(counts.sum())
-            new_slots, new_counts = self._admit(budget, new_reqs)
+            new_slots, new_counts = self._admit(self.config.step_tokens - int(counts.sum()), new_reqs)
             if new_slots:
                 slots = np.concatenate((slots, np.array(new_slots, np.int32)))
                 counts = np.concatenate((counts, np.array(new_counts, np.int64)))
@@ -243,6 +248,7 @@ class Scheduler:
             block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
             forced_drafts=self._forced_drafts(slots[grammar_rows]),
+            **self.images.take(slots, ends),
         )
         table.finished_slots.clear()
         step = InFlight(
@@ -258,7 +264,7 @@ class Scheduler:
             grammar_rows=grammar_rows,
             forced_drafts=plan.forced_drafts,
             num_tokens=int(counts.sum()),
-            num_attended=int(counts @ ends),
+            num_attended=int(counts @ ends) + self.images.num_pairs,
             schedule_us=(time.perf_counter() - begin) * 1e6,
         )
         return plan, step
@@ -282,7 +288,14 @@ class Scheduler:
         active = (counts > 0).nonzero()[0]
         if len(active) < len(slots):
             slots, counts = slots[active], counts[active]
+        return self._within_budget(slots, counts)
+
+    def _within_budget(self, slots: I32, counts: I64) -> tuple[I32, I64]:
+        """The rows that a step has room for: tokens, and images to encode."""
         budget = self.config.step_tokens
+        if not self.images.is_idle:
+            counts = self.images.limit(slots, counts, self.table.num_scheduled[slots], budget)
+            slots, counts = slots[counts > 0], counts[counts > 0]
         if int(counts.sum()) > budget:
             if self.config.enable_chunked_prefill:
                 before = np.cumsum(counts) - counts
@@ -431,6 +444,9 @@ class Scheduler:
             count = min(count, budget)
             if request.suspicion is not None:
                 count = allowed(request, count, num_computed, num_computed)
+            count = self.images.admit(request, num_computed, count, whole=whole)
+            if not count:
+                break  # the encoder has no room in this step
             if self.suspects.is_isolating:
                 self.waiting.remove(request)
             else:
@@ -439,6 +455,7 @@ class Scheduler:
                 self.on_admit(request.index)
             capacity = self.kv.start(request, hit, num_computed + count + ahead)
             slot = self._occupy(request, num_computed, capacity)
+            self.images.started(request)
             new_reqs.append(self._describe(request, slot, num_computed))
             num_described += REQUEST_COST + num_tokens + len(request.params.logit_bias)
             table.num_scheduled[slot] += count
@@ -514,7 +531,7 @@ class Scheduler:
             params=None if request.is_pooling else request.params,
             pooling_params=request.message.pooling_params,
             lora_id=self.adapters.number(request),
-            mm_features=request.message.mm_features,
+            mm_features=self.images.features_for(request, num_computed),
             draft_pool=draft_pool(request.message.tenant, request.message.cache_salt) if self.max_draft_tokens else 0,
         )
 
@@ -782,3 +799,4 @@ class Scheduler:
         assert len(waiting) + len(running) + num_held == len(self.requests)
         self.adapters.check_integrity(running)
         self.kv.check_integrity(self.requests.values())
+        self.images.check_integrity(running)

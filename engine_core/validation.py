@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
+from engine_core.config import SchedulerConfig
+from engine_core.encoder_cache_manager import feature_problem
 from engine_core.messages import (
     POOLING_TYPES,
     EngineCoreRequest,
+    MultiModalSupport,
     PoolingSupport,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -35,6 +38,7 @@ def request_problem(
     hidden_size: int = 0,
     pooling: PoolingSupport = ANY_POOLING,
     *,
+    multimodal: MultiModalSupport | None = None,
     has_adapters: bool = False,
 ) -> str | None:
     """The problem with a request, or None.
@@ -45,6 +49,7 @@ def request_problem(
         max_model_len: Longest sequence.
         hidden_size: Size of pooled vectors; 0: the executor cannot pool.
         pooling: What the model does with them.
+        multimodal: What it does with images; None: it takes none.
         has_adapters: Whether the executor can load adapters.
     """
     if not -(2**63) <= request.index < 2**63:
@@ -64,7 +69,9 @@ def request_problem(
     if request.lora_request is not None and not has_adapters:
         return "adapters need a server started with --enable-lora"
     if request.mm_features:
-        return "images and audio are not supported by this engine"
+        problem = feature_problem(request.mm_features, prompt, multimodal)
+        if problem is not None:
+            return problem
     if request.pooling_params is not None:
         if params is not None or len(outputs) or request.grammar is not None:
             return "a request either generates or is pooled, not both"
@@ -84,6 +91,16 @@ def request_problem(
         if problem is not None:
             return problem
     return _params_problem(params, vocab_size)
+
+
+def image_problem(support: MultiModalSupport | None, config: SchedulerConfig) -> str | None:
+    """The problem with a model's images in steps as configured, or None."""
+    if support is None or not support.whole_images or support.max_image_tokens <= config.step_tokens:
+        return None
+    return (
+        f"--max-num-batched-tokens {config.step_tokens} is too small: a step must compute all tokens of an image "
+        f"({support.max_image_tokens}); or omit images with --language-model-only"
+    )
 
 
 def _thought_problem(thought: Thought, vocab_size: int) -> str | None:

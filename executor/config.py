@@ -9,6 +9,7 @@ flag: filled in while the configuration is resolved).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, Struct
@@ -78,6 +79,19 @@ class GGUFHeader(Config, frozen=True):
     tensors: list[GGUFTensor]
     files: list[str] = []
     """Names of the parts of a split model, in one folder; empty: a single file."""
+
+
+class VisionFile(Config, frozen=True):
+    """The vision part of a GGUF model, in a file of its own."""
+
+    path: str
+    header: GGUFHeader
+    fields: dict[str, object]
+    """What config.json would say about the whole model."""
+
+    @property
+    def as_path(self) -> Path:
+        return Path(self.path)
 
 
 DTYPE_NAMES = ("bfloat16", "float16", "half", "float32", "float")
@@ -168,7 +182,11 @@ class ModelConfig(Config, frozen=True):
     enforce_eager: Annotated[bool, Meta(description="Run ops one by one instead of replaying a captured program.")] = (
         False
     )
+    language_model_only: Annotated[
+        bool, Meta(description="Serve a multimodal model for text alone, without the memory of its other parts.")
+    ] = False
     gguf: Annotated[GGUFHeader | None, Meta(extra={"internal": True})] = None
+    vision: Annotated[VisionFile | None, Meta(extra={"internal": True})] = None
     calibration: Annotated[tuple[int, ...], Meta(extra={"internal": True})] = ()
     """Tokens of a text on which the model may be measured."""
     weights: Annotated[str, Meta(extra={"internal": True})] = ""

@@ -59,9 +59,15 @@ class Forward(Protocol):
         """Keeps the tokens of the samples, int64 [samples], where the next step finds them."""
 
 
-def run_model(model: Model, batch: InputBatch) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of a batch, tensors or symbolic values."""
-    hidden = model.forward(batch).hidden
+def run_model(model: Model, batch: InputBatch, embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Hidden states and logits of a batch, tensors or symbolic values.
+
+    Args:
+        model: The model.
+        batch: The tokens.
+        embeds: Input of the first layer; None: it is looked up.
+    """
+    hidden = model.forward(batch, embeds).hidden
     return hidden, model.compute_logits(ops.gather_rows(hidden, batch.logits_rows), batch)
 
 
@@ -114,7 +120,7 @@ class UploadedForward:
         positions = ranges(computed, counts)
         columns: dict[str, Array] = {
             "input_ids": states.token_ids[token_slots, positions],
-            "positions": positions.astype(np.int32),
+            "positions": states.rotary_positions(positions, token_slots),
             "logits_rows": ranges(ends - num_sampled, num_sampled),
             "query_start_loc": query_start_loc,
             "seq_lens": (computed + counts).astype(np.int32),

@@ -165,6 +165,8 @@ class HFConfig(Fields):
     """The file's own names of fields: ``{"hidden_size": "n_embd"}``."""
     is_part: bool = False
     """Whether it is the language model within a multimodal one."""
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of a multimodal one."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> HFConfig:
@@ -178,7 +180,10 @@ class HFConfig(Fields):
             values["rope_scaling"] = overrides.get("rope_scaling")
         if "rope_theta" in overrides and isinstance(values.get("rope_parameters"), dict):
             values["rope_parameters"] = {**values["rope_parameters"], "rope_theta": overrides["rope_theta"]}
-        return cls(values, source, overrides, is_part=is_multimodal(fields))
+        is_part = is_multimodal(fields)
+        return cls(
+            values, source, overrides, is_part=is_part, whole=fields if is_part or "vision_config" in fields else {}
+        )
 
     @classmethod
     def from_folder(cls, folder: Path, overrides: Mapping[str, Any]) -> HFConfig:

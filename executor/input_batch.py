@@ -16,6 +16,16 @@ from ops import AdapterRows, AttentionMetadata
 from ops.dispatch import Spec, StepInput
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Tokens of a step that attend to each other in both directions: those of images, in some models."""
+
+    rows: torch.Tensor
+    """int64 [tokens]: where they are in the step."""
+    attention: list[AttentionMetadata]
+    """One per group of attention layers, with a row for each span."""
+
+
 @dataclass
 class InputBatch:
     """All tokens of a step, concatenated request by request.
@@ -37,6 +47,8 @@ class InputBatch:
     """Adapters of the rows in ``logits_rows``."""
     token_types: torch.Tensor | None = None
     """int32 [num_tokens], of models that have them."""
+    spans: Spans | None = None
+    """Of a step with images, if the model has them."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""

@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 RENAMES = (
     (r"^language_model\.(model|lm_head)\.", r"\1."),
-    (r"^model\.language_model\.", "model."),
+    (r"^model\.(language_model|text_model)\.", "model."),
 )
 """Names of the language model's tensors -> those of a language model alone."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,14 +28,17 @@ from executor.layers.context import ModelContext
 from executor.layers.moe import MoE
 from executor.layers.parameter import MISFIT, ShardId, WeightParameter, named_weights, stored_module
 from executor.messages import PoolingSupport
+from executor.mmproj import VisionCheckpoint
 from executor.models.base import Model
-from executor.models.registry import resolve_model, split_architecture
+from executor.models.registry import resolve_model, split_architecture, tower_of
+from executor.models.vision.tower import VisionTower
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
 from executor.quantization import Options, choose_quantization
 from executor.quantization.at_load import QuantizingParameter
 from executor.quantization.fp8 import CACHE_SCALES
 from executor.quantization.packed import describe
+from executor.registry import resolve
 from executor.spilled import spill_if_needed
 from executor.streamed import STREAMS, StreamedCheckpoint, TensorizerCheckpoint
 from executor.weights_mapper import WeightsMapper
@@ -59,6 +62,8 @@ class LoadedModel:
     """Longest sequence: as configured, else the model's maximum."""
     dense: tuple[DenseModule, ...] = ()
     """Layers that follow pooling."""
+    tower: VisionTower | None = None
+    """Encodes images; None: the model is served for text alone."""
 
     @property
     def vector_size(self) -> int:
@@ -120,12 +125,16 @@ def load_model(
     if checkpoint is None:
         fill_with_random_numbers(model)
     else:
-        load_weights(model, checkpoint, context, progress, is_tied_by_file=is_tied_by_file(config))
+        is_alone = tower_name(config, hf_config, device.type) is None
+        load_weights(model, checkpoint, context, progress, is_tied_by_file=is_tied_by_file(config), is_alone=is_alone)
     _log_formats(model)
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
-    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense)
+    tower = _load_tower(config, context, attention_backend, progress)
+    if tower is not None:
+        weight_bytes += sum(parameter.nbytes for parameter in tower.parameters())
+    return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense, tower)
 
 
 def prepare_model(
@@ -162,6 +171,58 @@ def prepare_model(
         max_adapters=max_adapters,
     )
     return build_model(model_class, context, attention_backend), context, checkpoint
+
+
+def tower_name(config: ModelConfig, hf_config: HFConfig, device_type: str) -> str | None:
+    """The class of a model's vision tower; None: there is none, or none that is used."""
+    name = tower_of(hf_config.whole)
+    if name is None or config.language_model_only:
+        return None
+    if device_type != "cpu":
+        logger.warning("images are supported with --device cpu only; the model is served for text alone")
+        return None
+    return name
+
+
+def _load_tower(
+    config: ModelConfig, context: ModelContext, attention_backend: str | None, progress: Progress
+) -> VisionTower | None:
+    """Loads the vision tower of a multimodal model. Every rank has all of it.
+
+    Raises:
+        ModelError: The checkpoint does not hold the tower that its configuration describes.
+    """
+    whole = context.config
+    name = tower_name(config, whole, context.device.type)
+    if name is None:
+        return None
+    own = replace(
+        context,
+        config=replace(whole, values=dict(whole.whole), spelling={}, is_part=False),
+        parallel=ParallelState(),
+        communicator=SingleRank(),
+        quantization=choose_quantization(None, None),
+        kv_dtype=None,
+        head="lm",
+    )
+    tower_class: type[VisionTower] = resolve({"tower": name}, "tower", "architecture")
+    tower = build_model(tower_class, own, attention_backend)
+    assert isinstance(tower, VisionTower)
+    if tower.image_token_id >= whole.vocab_size:
+        own.config.bad("image_token_id", f"a token of the vocabulary of {whole.vocab_size}")
+    vision = config.vision
+    checkpoint = _open_folder(config, Path(config.model)) if vision is None else VisionCheckpoint(vision)
+    if checkpoint is None or config.load_format == "dummy":
+        fill_with_random_numbers(tower)
+        return tower.eval()
+    try:
+        load_weights(tower, checkpoint, own, progress)
+    except ModelError as error:
+        if whole.quantization is None:
+            raise
+        logger.warning("the vision tower is quantised, which is not supported (%s): serving text alone", error)
+        return None
+    return tower.eval()
 
 
 def _check_memory(weight_bytes: int, memory_bytes: int | None, free_bytes: int | None, context: ModelContext) -> None:
@@ -221,6 +282,8 @@ def open_model(config: ModelConfig) -> tuple[HFConfig, Checkpoint | None]:
     if config.gguf is not None:
         gguf = GGUFCheckpoint(path, config.gguf)
         hf_config = HFConfig.from_fields(gguf.config, config.hf_overrides, str(path))
+        if config.vision is not None:
+            hf_config = replace(hf_config, whole=config.vision.fields)
         return hf_config, None if config.load_format == "dummy" else gguf
     if config.load_format == "gguf" or path.suffix == ".gguf":
         raise ModelError(f"{path}: not a GGUF file")
@@ -296,7 +359,13 @@ def is_tied_by_file(config: ModelConfig) -> bool:
 
 
 def load_weights(
-    model: Model, checkpoint: Checkpoint, context: ModelContext, progress: Progress, *, is_tied_by_file: bool = True
+    model: Model,
+    checkpoint: Checkpoint,
+    context: ModelContext,
+    progress: Progress,
+    *,
+    is_tied_by_file: bool = True,
+    is_alone: bool = True,
 ) -> None:
     """Fills every parameter from a checkpoint that holds exactly the model's tensors, and packs the layers.
 
@@ -307,15 +376,23 @@ def load_weights(
         progress: Called with the bytes read so far.
         is_tied_by_file: The model's own configuration ties tensors; warn about a tied tensor stored twice with
             different values.
+        is_alone: Of a multimodal checkpoint, this is the only part that is loaded.
     """
-    checkpoint, targets, found = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file)
+    checkpoint, targets, found = match_weights(
+        model, checkpoint, context, is_tied_by_file=is_tied_by_file, is_alone=is_alone
+    )
     _fill(model, checkpoint, targets, found, context, progress)
     for layer in model.attention_layers():
         layer.loaded()
 
 
 def match_weights(
-    model: Model, checkpoint: Checkpoint, context: ModelContext, *, is_tied_by_file: bool = True
+    model: Model,
+    checkpoint: Checkpoint,
+    context: ModelContext,
+    *,
+    is_tied_by_file: bool = True,
+    is_alone: bool = True,
 ) -> tuple[Checkpoint, dict[str, Target], dict[str, StoredTensor]]:
     """Finds the checkpoint's tensor of every parameter, without reading it. See ``load_weights``.
 
@@ -335,7 +412,7 @@ def match_weights(
     checkpoint = model.stored_as(checkpoint)
     stored = checkpoint.tensors(targets.keys() | tied.keys(), mapper)
     found, doubles = match_names(stored, targets, mapper, tied)
-    if is_part:
+    if is_part and is_alone:
         _report_other_parts(stored)
     for name, double in doubles.items():
         if name not in found:

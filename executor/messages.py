@@ -168,11 +168,15 @@ class MultiModalFeature(Message, frozen=True):
     identifier: str
     """Hash of the content: equal inputs are encoded once and share cached blocks."""
     offset: int
-    """Index of its first placeholder token in the prompt."""
+    """Index of its first token in the prompt."""
     length: int
-    """Number of its placeholder tokens."""
+    """Number of its tokens: placeholders (``MultiModalSupport.image_token_id``), and others between them."""
+    num_embeds: int = 0
+    """How many of them are placeholders."""
+    axes: tuple[int, ...] = ()
+    """Time, height and width in patches, where positions have three axes."""
     data: tuple[tuple[str, Tensor], ...] = ()
-    """Encoder inputs by name."""
+    """Encoder inputs by name. Empty in a ``NewRequest`` whose workers do not need them."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,6 +258,10 @@ class SchedulerOutput(Message, frozen=True):
     """int32: slots whose sampling waits for this step's ``GrammarMask``."""
     forced_drafts: tuple[ForcedDrafts, ...] = ()
     """Drafts that take the place of the worker's own, for rows with ``num_draft_tokens``."""
+    freed_features: tuple[str, ...] = ()
+    """Identifiers of encoder outputs to drop, before any is computed."""
+    encoder_inputs: tuple[tuple[int, int], ...] = ()
+    """(slot, index in its ``mm_features``) of images to encode in this step, before the model runs."""
 
 
 class GrammarMask(Message, frozen=True):
@@ -319,6 +327,19 @@ class PoolingSupport(Message, frozen=True):
     """Names of the classifier's outputs."""
     needs_whole_prompts: bool = False
     """A step computes whole prompts, as tokens attend to those after them."""
+
+
+class MultiModalSupport(Message, frozen=True):
+    """What a model does with images."""
+
+    image_token_id: int
+    """The token of a prompt whose embedding an image provides."""
+    max_image_tokens: int
+    """Most embeddings of one image."""
+    cache_tokens: int
+    """Embeddings that workers keep, of images that were encoded."""
+    whole_images: bool = False
+    """An image's tokens attend to each other, so one step must compute them all."""
 
 
 class KVCacheGroupSpec(Message, frozen=True):
@@ -390,6 +411,8 @@ class WorkerReady(Message, frozen=True):
     """The most tokens of a step, as configured or by the device's default; 0: as configured."""
     pooling: PoolingSupport = PoolingSupport()
     """What the model does with pooled hidden states."""
+    multimodal: MultiModalSupport | None = None
+    """What the model does with images; None: it takes none."""
 
 
 class ModelSurvey(Message, frozen=True):

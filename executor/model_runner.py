@@ -25,6 +25,7 @@ from executor.device.steps import Pending
 from executor.draft_runner import DraftModel
 from executor.forward import Forward, ForwardSetup, forward_class, ranges, run_model
 from executor.graphs import Program
+from executor.image_inputs import ImageInputs
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
 from executor.loader import LoadedModel
 from executor.messages import (
@@ -168,6 +169,8 @@ class ModelRunner:
         self.draft = draft
         self.forced_outputs = forced_outputs
         self.speculation = Speculation(None, 0)
+        self.images: ImageInputs | None = None
+        """Images of requests, of a model that takes them."""
 
     def initialize(self, init: InitKVCache) -> None:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
@@ -207,6 +210,8 @@ class ModelRunner:
         sampling = Sampler(max_num_seqs, self.device.torch_device.type, channel=self.channel)
         setup = self._setup()
         fixed, per_position = forward_class(setup).memory(setup)
+        if self.images is not None:  # a step with images is computed outside of the program's memory
+            values = 2 * values + self.images.num_bytes()
         step_bytes = values + fixed + sampling.step_bytes(self.max_samples, self.vocab_size)
         per_position += self.model.position_bytes()
         if self.draft is not None:
@@ -293,6 +298,8 @@ class ModelRunner:
         states.apply(plan)
         self.forward.apply(plan)
         self.pooler.remove(i32(plan.finished_slots))
+        if self.images is not None:
+            self.images.apply(plan, states)
         for request in plan.new_reqs:
             if request.params is not None:
                 self.sampler.add(request.slot, request.params)
@@ -303,7 +310,7 @@ class ModelRunner:
         sampled = SampleRows(slots[rows], ranges(states.num_tokens[slots], num_sampled), rows)
         drafts = drafts_of(sampled, states) if has_drafts else None
         batch = self.forward.prepare(slots, counts, num_sampled)
-        hidden, logits = self.forward.run(batch)
+        hidden, logits = self._run(batch, slots, counts)
         if logits.dtype != torch.float32:
             logits = logits.float()  # of models that do not generate, they are no logits, and none
         prompt_logprobs = self.prompt_logprobs(hidden, batch, slots, counts)
@@ -320,6 +327,17 @@ class ModelRunner:
             launch_ms=(time.perf_counter() - begin) * 1e3,
             num_tokens=int(counts.sum()),
         )
+
+    def _run(self, batch: InputBatch, slots: I32, counts: I32) -> Sequence[torch.Tensor]:
+        """Hidden states and logits. A step with tokens of images goes on from embeddings, so it calls ops one by one:
+        the bits are the same."""
+        if self.images is None:
+            return self.forward.run(batch)
+
+        def run(batch: InputBatch, embeds: torch.Tensor | None) -> Sequence[torch.Tensor]:
+            return self.forward.run(batch) if embeds is None else run_model(self.model, batch, embeds)
+
+        return self.images.run(run, self.model.embed, batch, slots, counts)
 
     def may_verify_drafts(self, plan: SchedulerOutput) -> bool:
         """Whether ``begin`` must wait until earlier outputs are collected, because it may verify drafts."""

@@ -37,6 +37,8 @@ class RequestStates:
         self.params: list[ResolvedParams | None] = [None] * max_num_seqs
         self.reports_prompt = np.zeros(max_num_seqs, np.bool_)
         """Whether the request reports prompt log probabilities."""
+        self.axes: dict[int, I32] = {}
+        """Positions on several axes, int32 [axes, prompt tokens], of prompts with images, by slot."""
         self.num_reporting = 0
         """Number of slots that do."""
         self.block_tables: list[I32] = [
@@ -53,6 +55,7 @@ class RequestStates:
         """Applies a plan's changes to requests and their blocks."""
         for slot in i32(plan.finished_slots).tolist():
             self._set_params(slot, None)
+            self.axes.pop(slot, None)
         for request in plan.new_reqs:
             self._add(request)
         for table, column in zip(self.block_tables, plan.block_updates, strict=False):
@@ -72,10 +75,41 @@ class RequestStates:
         second = 0 if request.pooling_params is None else request.pooling_params.second_segment
         self.second_segments[slot] = second or len(self.token_ids[slot])
         self._set_params(slot, request.params)
+        self.axes.pop(slot, None)
         offsets = request.block_offsets or (0,) * len(self.block_tables)
         for table, offset, column in zip(self.block_tables, offsets, request.block_ids, strict=True):
             blocks = i32(column)
             table[slot, offset : offset + len(blocks)] = blocks
+
+    def set_axes(self, slot: int, table: I32) -> None:
+        """Gives a prompt positions on several axes: int32 [axes, prompt tokens]. The output goes on after the last."""
+        self.axes[slot] = table
+
+    def rotary_positions(self, positions: I64, slots: I32) -> I32:
+        """The positions by which a step's tokens are rotated.
+
+        Args:
+            positions: int64 [tokens]: the tokens' places in their requests.
+            slots: int32 [tokens].
+
+        Returns:
+            int32 [tokens]; [axes, tokens] if axes differ.
+        """
+        result: I32 = positions.astype(np.int32)
+        if not self.axes:
+            return result
+        wide: I32 = np.broadcast_to(result, (3, len(result))).copy()
+        for slot in np.unique(slots).tolist():
+            table = self.axes.get(slot)
+            if table is not None:
+                rows = np.flatnonzero(slots == slot)
+                own = positions[rows]
+                end = table.shape[1]
+                shift = int(table.max()) + 1 - end
+                wide[:, rows] = np.where(own < end, table[:, np.minimum(own, end - 1)], own + shift)
+        if not (wide != wide[:1]).any():
+            wide = wide[0].copy()
+        return wide
 
     def _set_params(self, slot: int, params: ResolvedParams | None) -> None:
         reports = params is not None and params.prompt_logprobs is not None

@@ -25,6 +25,7 @@ from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
 from executor.device.base import Device, create_device
 from executor.draft_runner import DraftModel, check_draft_model
+from executor.image_inputs import create_image_inputs
 from executor.layers.attention import form_groups
 from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
@@ -109,6 +110,7 @@ class Worker:
             forced_outputs=config.forced_outputs,
             rank=self.rank,
         )
+        self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens)
         self.results_fd = self.runner.channel.fileno()
         memory = device.memory()  # before the step, whose memory an allocator may keep
         with _refusals(device):
@@ -135,6 +137,7 @@ class Worker:
                 memory_utilization=device.memory_utilization or 0.0,
                 max_num_batched_tokens=self.runner.max_tokens,
                 pooling=loaded.pooling,
+                multimodal=None if self.runner.images is None else self.runner.images.support,
             )
         )
 

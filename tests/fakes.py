@@ -47,6 +47,7 @@ from engine_core.messages import (
     ForgetAdapter,
     GrammarSpec,
     LoRARequest,
+    MultiModalFeature,
     PoolingSupport,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -215,6 +216,7 @@ class FakeEngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        mm_features: tuple[MultiModalFeature, ...] = (),
         lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
@@ -235,6 +237,7 @@ class FakeEngineClient:
             tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
+            mm_features=mm_features,
             lora_request=lora_request,
         )
         self.submitted.append(message)

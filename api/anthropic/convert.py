@@ -21,6 +21,7 @@ from api.anthropic.protocol import (
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
+    UrlSource,
 )
 from api.errors import RequestError
 from api.openai.protocol import ChatCompletionRequest, ChatMessage, JsonObject, JsonSchemaFormat, ResponseFormat
@@ -147,7 +148,7 @@ def _append_blocks(
             close()
             messages.append(_tool_result(block, place, names))
         elif isinstance(block, (TextBlock, ImageBlock, DocumentBlock)):
-            parts.append({"type": "text", "text": _text_of(block, place)})
+            parts.append(_part(block, place))
         else:
             raise _misplaced(place, block, role)
     close()
@@ -158,8 +159,7 @@ def _tool_result(block: ToolResultBlock, place: str, names: dict[str, str]) -> C
     if block.content is None or isinstance(block.content, str):
         content = block.content or ""
     else:
-        texts = [_text_of(part, f"{place}.content[{i}]") for i, part in enumerate(block.content)]
-        content = [{"type": "text", "text": text} for text in texts]
+        content = [_part(part, f"{place}.content[{i}]") for i, part in enumerate(block.content)]
     return ChatMessage(
         role="tool",
         content=content,
@@ -169,13 +169,21 @@ def _tool_result(block: ToolResultBlock, place: str, names: dict[str, str]) -> C
     )
 
 
-def _text_of(block: TextBlock | ImageBlock | DocumentBlock, place: str) -> str:
+def _part(block: TextBlock | ImageBlock | DocumentBlock, place: str) -> JsonObject:
+    """A part of a chat message."""
+    if isinstance(block, ImageBlock):
+        source = block.source
+        url = source.url if isinstance(source, UrlSource) else f"data:{source.media_type};base64,{source.data}"
+        return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "text", "text": _text_of(block, place)}
+
+
+def _text_of(block: TextBlock | DocumentBlock, place: str) -> str:
     if isinstance(block, TextBlock):
         return block.text
     if isinstance(block, DocumentBlock) and isinstance(block.source, PlainTextSource):
         return block.source.data if block.title is None else f"{block.title}\n{block.source.data}"
-    kind = "an image" if isinstance(block, ImageBlock) else "a document other than plain text"
-    raise RequestError(f"{place}: {kind} is not supported by this model", "messages")
+    raise RequestError(f"{place}: a document other than plain text is not supported by this model", "messages")
 
 
 def _misplaced(place: str, block: Any, role: str) -> RequestError:

@@ -40,6 +40,7 @@ from api.anthropic.protocol import (
     ToolUseBlock,
 )
 from api.engine.channel import Delta
+from api.engine.queue_bound import NOBODY
 from api.errors import RequestError
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
@@ -47,6 +48,7 @@ from api.http.body import read_json, work_on
 from api.http.stream import MARK, TokenStream, WholeAnswer, split_at_mark, typed_event
 from api.http.tenants import enter_queue
 from api.openai.answer import ChatAnswer, prepare_answer
+from api.openai.images import place_images, read_images
 from api.openai.prompts import render_messages
 from api.parsers import Content, Event, Reasoning, ToolCallArguments, ToolCallEnd, ToolCallStart
 
@@ -78,8 +80,10 @@ async def count_tokens(request: Request) -> Response:
     body = await read_json(request, COUNT_DECODER, serving.config.max_body_size)
     model = serving.find_model(body.model)
     chat = await model.host.apart(work_on(request), to_chat_request, body)
+    chat, pictures = await read_images(model, chat, NOBODY)
     text = await render_messages(model, chat, chat.messages, chat.tools)
     tokens = await model.tokenize(text, add_special_tokens=False, any_length=True)
+    tokens, _ = place_images(model, tokens, pictures)
     answer = MessageTokensCount(input_tokens=len(tokens))
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

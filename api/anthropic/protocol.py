@@ -50,20 +50,27 @@ class ToolResultBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_
     """Whether the call failed. The text is prefixed with "Error: " unless the chat template uses this field."""
 
 
-class ImageBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="image"):
-    """Not supported: models accept text only."""
-
-
 class PlainTextSource(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
     data: str
 
 
 class Base64Source(msgspec.Struct, kw_only=True, tag_field="type", tag="base64"):
-    """Not supported."""
+    """Content of an image; not supported in documents."""
+
+    media_type: str = ""
+    data: str = ""
 
 
 class UrlSource(msgspec.Struct, kw_only=True, tag_field="type", tag="url"):
-    """Not supported."""
+    """Address of an image; not supported in documents."""
+
+    url: str = ""
+
+
+class ImageBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="image"):
+    """An image, for models that see."""
+
+    source: Base64Source | UrlSource
 
 
 class DocumentBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="document"):

@@ -44,6 +44,7 @@ from engine_core.messages import (
     GrammarSpec,
     LoadProgress,
     LoRARequest,
+    MultiModalFeature,
     Ping,
     ResetPrefixCache,
     ResolvedParams,
@@ -263,6 +264,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        mm_features: tuple[MultiModalFeature, ...] = (),
         lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
@@ -293,6 +295,7 @@ class EngineClient:
             tenant=tenant,
             resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
             grammar=grammar,
+            mm_features=mm_features,
             lora_request=lora_request,
         )
         self._culprits.check(message)
@@ -319,6 +322,7 @@ class EngineClient:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        mm_features: tuple[MultiModalFeature, ...] = (),
         lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
@@ -341,6 +345,7 @@ class EngineClient:
             cache_salt=cache_salt,
             tenant=tenant,
             grammar=grammar,
+            mm_features=mm_features,
             lora_request=lora_request,
         )
         self._culprits.check(first)
@@ -348,12 +353,8 @@ class EngineClient:
         message: EngineCoreRequest | SiblingRequests = first
         requests: Iterable[EngineCoreRequest] = (first,)
         if len(seeds) > 1:
-            message = SiblingRequests(
-                first=first,
-                request_ids=tuple(request_ids),
-                indices=np.array(indices, np.int64).tobytes(),
-                seeds=tuple(seeds),
-            )
+            numbers = np.array(indices, np.int64).tobytes()
+            message = SiblingRequests(first, tuple(request_ids), numbers, tuple(seeds))
             requests = message.requests()
         numbered = enumerate(requests, first_choice)
         states = [RequestState(request, options, self.tokenizer, channel, choice) for choice, request in numbered]

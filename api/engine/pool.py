@@ -35,6 +35,7 @@ from engine_core.messages import (
     GrammarSpec,
     LoadProgress,
     LoRARequest,
+    MultiModalFeature,
     ResetPrefixCache,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -202,12 +203,13 @@ class EnginePool:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        mm_features: tuple[MultiModalFeature, ...] = (),
         lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> RequestState:
         """See ``EngineClient``."""
         token_ids = np.array((*prompt_token_ids, *output_token_ids), np.int32)
-        prefix = self._router.prefix(token_ids, cache_salt, _hash_of(lora_request))
+        prefix = self._router.prefix(token_ids, cache_salt, _hash_of(lora_request), mm_features)
         client = self.clients[self._choose(prefix, data_parallel_rank)]
         state = client.submit(
             channel,
@@ -222,6 +224,7 @@ class EnginePool:
             tenant=tenant,
             is_extra=is_extra,
             grammar=grammar,
+            mm_features=mm_features,
             lora_request=lora_request,
         )
         self._enter((state,), prefix)
@@ -242,11 +245,12 @@ class EnginePool:
         tenant: Tenant = NOBODY,
         is_extra: bool = False,
         grammar: GrammarSpec | None = None,
+        mm_features: tuple[MultiModalFeature, ...] = (),
         lora_request: LoRARequest | None = None,
         data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """See ``EngineClient``. Completions of one prompt run in one engine, which computes the prompt once."""
-        prefix = self._router.prefix(i32(prompt_token_ids), cache_salt, _hash_of(lora_request))
+        prefix = self._router.prefix(i32(prompt_token_ids), cache_salt, _hash_of(lora_request), mm_features)
         client = self.clients[self._choose(prefix, data_parallel_rank)]
         states = client.submit_siblings(
             channel,
@@ -261,6 +265,7 @@ class EnginePool:
             tenant=tenant,
             is_extra=is_extra,
             grammar=grammar,
+            mm_features=mm_features,
             lora_request=lora_request,
         )
         self._enter(states, prefix)

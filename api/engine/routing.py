@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine_core.hashing import block_hashes, root_hash
-from engine_core.messages import I32
+from engine_core.hashing import block_hashes, feature_keys, root_hash
+from engine_core.messages import I32, MultiModalFeature
 
 RUNNING_COST = 32.0
 """Tokens of work that a running request stands for: it takes a row of each step in which another's prompt is computed,
@@ -141,18 +141,26 @@ class Router:
         """Records that an engine's cache is empty again."""
         self._engines[engine].prefixes.clear()
 
-    def prefix(self, token_ids: I32, cache_salt: str = "", adapter_hash: str = "") -> Prefix:
+    def prefix(
+        self,
+        token_ids: I32,
+        cache_salt: str = "",
+        adapter_hash: str = "",
+        features: Sequence[MultiModalFeature] = (),
+    ) -> Prefix:
         """A prompt with the hashes of its blocks, as the engines compute them.
 
         Args:
             token_ids: int32 [n].
             cache_salt: Salt of the request.
             adapter_hash: Content hash of its adapter.
+            features: Images of the prompt.
         """
         if not self._uses_prefixes or not self._block_size:
             return Prefix(len(token_ids))
         root = root_hash(cache_salt=cache_salt, adapter_hash=adapter_hash)
-        return Prefix(len(token_ids), root, block_hashes(self._hashed(token_ids), self._block_size, root))
+        keys = feature_keys(features, self._block_size)
+        return Prefix(len(token_ids), root, block_hashes(self._hashed(token_ids), self._block_size, root, keys))
 
     def _hashed(self, token_ids: I32) -> I32:
         """The beginning of a sequence that is hashed."""

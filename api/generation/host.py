@@ -7,7 +7,7 @@ import random
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from api.admission import Turns
 from api.config import ServerConfig
@@ -24,6 +24,12 @@ INLINE_STEPS = 4096
 """Maximum steps, of about a tenth of a microsecond each, of work that is done in the event loop."""
 
 
+class Closable(Protocol):
+    """Something with processes that end when it is closed."""
+
+    def close(self) -> None: ...
+
+
 class Host:
     """The resources that models share."""
 
@@ -36,11 +42,14 @@ class Host:
         self._seeds = None if config.seed is None else random.Random(config.seed)
         """Source of seeds for requests without one, if they must be the same after each start."""
         self._warnings: set[str] = set()
+        self.helpers: list[Closable] = []
+        """What else has processes: of single models."""
 
     def close(self) -> None:
         """Stops threads and helper processes."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-        self.templates.close()
+        for helper in (self.templates, *self.helpers):
+            helper.close()
 
     def warn_once(self, message: str) -> None:
         """Logs a warning once. ``message`` must come from a fixed set, not from clients."""

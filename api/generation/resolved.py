@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions
 from api.params.sampling import SamplingParams
-from engine_core.messages import GrammarSpec, ResolvedParams
+from engine_core.messages import GrammarSpec, MultiModalFeature, ResolvedParams
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,7 @@ class ResolvedRequest:
     """Whom the request is for."""
     opened: bool | UnsetType | None = UNSET
     """Whether the prompt of a conversation has begun or ended the reasoning; unset: it is not a conversation."""
+    mm_features: tuple[MultiModalFeature, ...] = ()
+    """Images of the prompt, of a request with one prompt."""
     holds_in_reasoning: bool = False
     """The grammar applies from the first token."""

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from api.engine.request_state import OutputOptions, RequestState, Siblings
 from api.errors import ContextLengthError, RequestError
 from api.generation.host import INLINE_STEPS, INLINE_TEXT, Host
 from api.generation.resolved import ResolvedRequest
+from api.media.fetch import MediaAccess
+from api.media.model_images import MAX_IMAGES, ModelImages
 from api.model.chat_template import ChatTemplate
 from api.model.files import ModelFiles
 from api.model.pooler import merge_pooler
@@ -35,7 +37,14 @@ from api.params.thinking import PromptEnd, after_thought, thinking_budget
 from api.text.detokenizer import IncrementalDetokenizer
 from api.version import VERSION
 from engine_core.launch import get_logger
-from engine_core.messages import EngineReady, GrammarSpec, LoRARequest, ResolvedParams, ResolvedPoolingParams
+from engine_core.messages import (
+    EngineReady,
+    GrammarSpec,
+    LoRARequest,
+    MultiModalFeature,
+    ResolvedParams,
+    ResolvedPoolingParams,
+)
 
 logger = get_logger()
 
@@ -43,6 +52,7 @@ MAX_SIBLINGS = 256
 """Maximum completions of a prompt per message, which takes some milliseconds here and in the engine core."""
 SUBMIT_COST = 128
 """Cost of submitting a request, in token ids checked."""
+NO_IMAGES: Mapping[int, tuple[MultiModalFeature, ...]] = {}
 _NO_TEXT = OutputOptions(detokenize=False)
 
 
@@ -106,6 +116,13 @@ class ServedModel:
                 ordinary,
                 ready.vocab_size,
             )
+        self.images: ModelImages | None = None
+        """What the model does with images; None: it takes none."""
+        if files.images is not None and ready.multimodal is not None:
+            access = MediaAccess(tuple(config.allowed_media_domains), config.allowed_local_media_path)
+            most = config.limit_mm_per_prompt.get("image", MAX_IMAGES)
+            self.images = ModelImages(files.images, files.tokenizer, host.threads, access, most)
+            host.helpers.append(self.images)
         self.pooler = merge_pooler(config.pooler_config, files.pooler)
         self.sentences = files.sentences
         self.pair_template = files.pair_template
@@ -162,6 +179,8 @@ class ServedModel:
         Raises:
             RequestError: The text is too long judging by its number of characters, or is not valid text.
         """
+        if self.images is not None:
+            text = self.images.written(text)
         if any_length:
             check_number(len(text), max(MAX_TEXT_CHARS, self.limits.max_model_len), "prompt", "characters")
         per_token = None if any_length else self.tokenizer.max_chars_per_token
@@ -264,6 +283,7 @@ class ServedModel:
         cache_salt: str = "",
         kept_special_ids: frozenset[int] = frozenset(),
         tenant: Tenant = NOBODY,
+        mm_features: tuple[MultiModalFeature, ...] = (),
     ) -> ResolvedRequest:
         """Resolves what all completions of a request share.
 
@@ -277,6 +297,7 @@ class ServedModel:
             cache_salt: Requests share cached prompts only with those of the same salt.
             kept_special_ids: Special tokens that stay in the text even if ``skip_special_tokens`` is set.
             tenant: Whom the request is for.
+            mm_features: Images of the prompt, of a request with one prompt.
 
         Raises:
             RequestError: A parameter is invalid for the model.
@@ -306,6 +327,7 @@ class ServedModel:
             cache_salt,
             tenant,
             opened,
+            mm_features,
             self.holds_in_reasoning(when or params.structured_outputs),
         )
 
@@ -395,16 +417,22 @@ class ServedModel:
                     tenant=request.tenant,
                     is_extra=is_extra,
                     grammar=grammar,
+                    mm_features=request.mm_features,
                     lora_request=self.adapter,
                     data_parallel_rank=data_parallel_rank,
                 )
-                for state in started:
-                    state.siblings = siblings
                 states += started
                 metrics = self.metrics.of(started[0].engine)
-                for child in children:
+                for child, state in zip(children, started, strict=True):
+                    state.siblings = siblings
                     metrics.on_request(None if child else request.params.n, engine_params.max_tokens)
                 await turns.spend(SUBMIT_COST * len(children) + len(prompt))
+
+    async def _check_prompts(self, prompts: Sequence[Sequence[int]], field: str, turns: Turns) -> None:
+        for prompt in prompts:
+            self.check_token_ids(prompt, field)
+            check_prompt_length(len(prompt), self.limits)
+            await turns.spend(len(prompt))
 
     async def submit_pooling(
         self,
@@ -419,6 +447,7 @@ class ServedModel:
         cache_salt: str = "",
         first_choice: int = 0,
         tenant: Tenant = NOBODY,
+        mm_features: Mapping[int, tuple[MultiModalFeature, ...]] = NO_IMAGES,
         data_parallel_rank: int | None = None,
     ) -> None:
         """Starts pooling requests: the vector of prompt ``p`` is choice ``first_choice + p``.
@@ -435,6 +464,7 @@ class ServedModel:
             priority, cache_salt: As for ``resolve``.
             first_choice: Number of the first request.
             tenant: Whom the requests are for.
+            mm_features: Images of prompts, by number.
             data_parallel_rank: The engine that must run them. None: the best one for each.
 
         Raises:
@@ -443,26 +473,23 @@ class ServedModel:
         """
         self.check_priority(priority)
         turns = Turns()
-        for prompt in prompts:
-            self.check_token_ids(prompt, field)
-            check_prompt_length(len(prompt), self.limits)
-            await turns.spend(len(prompt))
+        await self._check_prompts(prompts, field, turns)
         is_extra = self.client.check_queue(tenant, len(prompts), sum(map(len, prompts)))
         for number, prompt in enumerate(prompts):
-            states.append(
-                self.client.submit(
-                    channel,
-                    first_choice + number,
-                    request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
-                    prompt_token_ids=prompt,
-                    params=params if isinstance(params, ResolvedPoolingParams) else params[number],
-                    options=_NO_TEXT,
-                    priority=priority,
-                    cache_salt=cache_salt,
-                    tenant=tenant,
-                    is_extra=is_extra,
-                    lora_request=self.adapter,
-                    data_parallel_rank=data_parallel_rank,
-                )
+            state = self.client.submit(
+                channel,
+                first_choice + number,
+                request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
+                prompt_token_ids=prompt,
+                params=params if isinstance(params, ResolvedPoolingParams) else params[number],
+                options=_NO_TEXT,
+                priority=priority,
+                cache_salt=cache_salt,
+                tenant=tenant,
+                is_extra=is_extra,
+                mm_features=mm_features.get(number, ()),
+                lora_request=self.adapter,
+                data_parallel_rank=data_parallel_rank,
             )
+            states.append(state)
             await turns.spend(SUBMIT_COST + len(prompt))

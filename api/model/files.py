@@ -23,13 +23,15 @@ from api.model.gguf_choice import ChoiceError, choose_gguf, describe, group_part
 from api.model.gguf_file import GGUFFile, read_gguf
 from api.model.gguf_tokenizer import gguf_chat_template
 from api.model.hub import Hub, HubName, open_hub, parse_hub_name
+from api.model.image_spec import ImageSpec, read_image_spec
+from api.model.mmproj import vision_part
 from api.model.pair_template import PairTemplate, pair_template
 from api.model.pickled_weights import PATTERN as PICKLED
 from api.model.pickled_weights import converted_folder, pickled_files
 from api.model.pooler import ModelPooler, SentenceConfig, find_pooler
 from api.model.tokenizer import Tokenizer, read_chat_template
 from api.parsers.detect import AUTO, detect_reasoning_parser, detect_tool_parser
-from engine_core.config import ModelConfig, SpeculativeConfig
+from engine_core.config import ModelConfig, SpeculativeConfig, VisionFile
 from engine_core.launch import (
     ModelError,
     can_generate,
@@ -83,6 +85,10 @@ class ModelFiles:
     """``max_position_embeddings``, if config.json has it."""
     weights: Path | None = None
     """Folder of the weights if they were converted."""
+    vision: VisionFile | None = None
+    """The vision part of a GGUF model."""
+    images: ImageSpec | None = None
+    """How images are processed; None: the model takes none."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -133,6 +139,7 @@ def find_model(config: ServerConfig) -> ModelFiles:
     pooler = find_pooler(path, gguf) if config.offers_pooling else ModelPooler()
     for note in pooler.notes:
         logger.warning("%s", note)
+    vision, images = _vision(config, path, gguf, fields)
     own = {} if wanted else DEMO_GENERATION
     generation_config, generation_config_file = _generation_config(config, path, own)
     return ModelFiles(
@@ -150,14 +157,37 @@ def find_model(config: ServerConfig) -> ModelFiles:
         generates=not fields or can_generate(fields),
         longest=fields.get("max_position_embeddings"),
         weights=weights,
+        images=images,
+        vision=vision,
     )
+
+
+def _vision(
+    config: ServerConfig, path: Path, gguf: GGUFFile | None, fields: Mapping[str, Any]
+) -> tuple[VisionFile | None, ImageSpec | None]:
+    """The vision part of a GGUF model, and how images are processed.
+
+    Raises:
+        ModelFileError: A file is missing, damaged or not supported.
+    """
+    if config.engine.executor.model.language_model_only:
+        return None, None
+    if not config.mmproj:
+        return None, None if gguf is not None else read_image_spec(path, fields)
+    if gguf is None:
+        raise ModelFileError("--mmproj", "belongs to a GGUF model; others have their vision part in their own files")
+    file = read_gguf(Path(config.mmproj).expanduser())
+    own, images = vision_part(file, gguf)
+    return VisionFile(path=file.path, header=file.header(), fields=own), images
 
 
 def with_model(config: ServerConfig, files: ModelFiles) -> ServerConfig:
     """The configuration for the other processes: the model is the path of the local files, and parsers are chosen."""
     header = None if files.gguf is None else files.gguf.header()
     executor = config.engine.executor
-    model = replace(executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""))
+    model = replace(
+        executor.model, model=str(files.path), gguf=header, weights=str(files.weights or ""), vision=files.vision
+    )
     if model.quantization == "int4" and not model.imatrix and model.load_format != "dummy":
         model = replace(model, calibration=tuple(files.tokenizer.encode(TEXT)))
     if not files.generates:

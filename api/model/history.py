@@ -15,6 +15,9 @@ from api.model.template_uses import ArgumentsFormat, ContentFormat, TemplateUses
 
 Message = dict[str, Any]
 
+IMAGE_PART: Final = "image"
+"""Type of a part in place of an image that was taken out; its ``placeholder`` is what a template that joins texts
+gets."""
 _TEXT_PARTS: Final = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ERROR: Final = "Error"
 
@@ -88,8 +91,16 @@ def _content(content: Any, where: str, content_format: ContentFormat) -> str | l
         return content
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"{where} must be a string or a list of parts")
-    texts = [_text_of_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
-    return "\n".join(texts) if content_format == "string" else list(map(_part, texts))
+    if content_format == "string":
+        return "\n".join(_text_of_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+    return [
+        {"type": IMAGE_PART} if _is_image(part) else _part(_text_of_part(part, f"{where}[{i}]"))
+        for i, part in enumerate(content)
+    ]
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == IMAGE_PART and isinstance(part.get("placeholder"), str)
 
 
 def _part(text: str) -> Message:
@@ -101,6 +112,8 @@ def _text_of_part(part: Any, where: str) -> str:
         return part
     if not isinstance(part, Mapping):
         raise ValueError(f"{where} must be an object with a 'type'")
+    if _is_image(part):
+        return str(part["placeholder"])
     kind = part.get("type", "text")
     key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
     if key is None:
@@ -113,11 +126,14 @@ def _text_of_part(part: Any, where: str) -> str:
 
 def _as_error(content: str | list[Message]) -> str | list[Message]:
     """Prefixes content with "Error: ", unless it already begins with "error"."""
-    first = content if isinstance(content, str) else content[0]["text"]
+    first = content if isinstance(content, str) else content[0].get("text", "") if content else ""
     if first.lstrip()[: len(_ERROR)].lower() == _ERROR.lower():
         return content
     marked = f"{_ERROR}: {first}" if first else _ERROR
-    return marked if isinstance(content, str) else [_part(marked), *content[1:]]
+    if isinstance(content, str):
+        return marked
+    rest = content[1:] if content and "text" in content[0] else content
+    return [_part(marked), *rest]
 
 
 def _tool_calls(calls: Any, where: str, arguments_format: ArgumentsFormat) -> list[Any]:

@@ -7,6 +7,7 @@ request to a ``ChatCompletionRequest``, gets a ``ChatAnswer`` for it, and encode
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -18,6 +19,7 @@ from api.generation.beam_search import BeamSearchParams
 from api.generation.generation import Generation
 from api.generation.served_model import ServedModel
 from api.openai.beam import beam_search_params, create_generation
+from api.openai.images import read_images, with_images
 from api.openai.prompts import (
     prompt_opened,
     prompt_token_ids,
@@ -274,14 +276,16 @@ async def prepare_answer(
     check_stream_fields(request)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs requires logprobs: true", "top_logprobs")
-    use = await model.host.apart(work, resolve_tools, request, model.config)
+    use: ToolUse = await model.host.apart(work, resolve_tools, request, model.config)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     grammar = await model.host.apart(work, requested_grammar, request)
     params = _sampling_params(model, request, use, grammar, max_tokens)
     if use.schema is not None:
         grammar = await model.host.apart(work, forced_grammar, use.schema)
+    request, pictures = await read_images(model, request, tenant)
     text = await render_messages(model, request, request.messages, use.prompt_tools)
-    prompt = await prompt_token_ids(model, request, text, add_special_tokens=False, max_tokens=max_tokens)
+    tokens = await prompt_token_ids(model, request, text, add_special_tokens=False, max_tokens=max_tokens)
+    prompt, features = with_images(model, request, tokens, pictures)
     room = max(1, model.limits.max_model_len - len(prompt))
     limits = [limit for limit in (params.max_tokens, model.limits.max_output_tokens) if limit]
     if fits_max_tokens and max_tokens is not None:
@@ -289,23 +293,33 @@ async def prepare_answer(
     opened = await prompt_opened(model, request, use.prompt_tools, text)
     text_format = _text_format(model, request, use, is_constrained=grammar is not None, opened=opened)
     kept = frozenset[int]() if text_format.is_plain else model.special_ids(text_format.parser().special_tokens)
-    generation = create_generation(
-        model, answer_id, [prompt], params, request, grammar, opened=opened, kept_special_ids=kept, tenant=tenant
-    )
-    if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
-        model.host.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
-        generation.headers["x-octavo-warning"] = TOOLS_IGNORED
-    offsets: TokenOffsets | UnsetType = UNSET
-    if request.return_token_offsets:
-        offsets = await prompt_token_offsets(model, request, text, len(prompt), add_special_tokens=False)
+    more: dict[str, Any] = {"opened": opened, "kept_special_ids": kept, "tenant": tenant, "mm_features": features}
+    generation = create_generation(model, answer_id, [prompt], params, request, grammar, **more)
+    _warn_about_tools(model, request, use, text, generation)
     return ChatAnswer(
         generation,
         text_format,
         names_call=use.is_named,
         context_is_limit=all(limit > room for limit in limits),
         prompt_text=text,
-        prompt_token_offsets=offsets,
+        prompt_token_offsets=await _offsets(model, request, text, len(prompt)),
     )
+
+
+def _warn_about_tools(
+    model: ServedModel, request: ChatCompletionRequest, use: ToolUse, text: str, generation: Generation
+) -> None:
+    if use.prompt_tools and not _shows_tools(text, use.prompt_tools, request):
+        model.host.warn_once(f"requests have tools, but {TOOLS_IGNORED}")
+        generation.headers["x-octavo-warning"] = TOOLS_IGNORED
+
+
+async def _offsets(
+    model: ServedModel, request: ChatCompletionRequest, text: str, num_tokens: int
+) -> TokenOffsets | UnsetType:
+    if not request.return_token_offsets:
+        return UNSET
+    return await prompt_token_offsets(model, request, text, num_tokens, add_special_tokens=False)
 
 
 def _text_format(

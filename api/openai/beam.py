@@ -20,7 +20,7 @@ from api.openai.sampling import stream_interval
 from api.params.sampling import SamplingParams
 from api.text.detokenizer import IncrementalDetokenizer
 from engine_core.launch import get_logger
-from engine_core.messages import GrammarSpec
+from engine_core.messages import GrammarSpec, MultiModalFeature
 
 logger = get_logger()
 
@@ -101,6 +101,7 @@ def create_generation(
     opened: bool | UnsetType | None = UNSET,
     kept_special_ids: frozenset[int] = frozenset(),
     tenant: Tenant = NOBODY,
+    mm_features: tuple[MultiModalFeature, ...] = (),
 ) -> Generation:
     """Resolves a request into a generation, which runs once its ``start`` is called.
 
@@ -114,11 +115,14 @@ def create_generation(
         opened: Whether the conversation's prompt has opened or closed the reasoning; see ``ServedModel.resolve``.
         kept_special_ids: Special tokens to keep in the text when others are skipped.
         tenant: The client's tenant.
+        mm_features: Images of the prompt.
 
     Raises:
         RequestError: A parameter is invalid for the model.
     """
     if isinstance(params, BeamSearchParams):
+        if mm_features:
+            raise RequestError("use_beam_search does not support images", "use_beam_search")
         return BeamGeneration(model, request_id, prompts, params, request, kept_special_ids, tenant)
     resolved = model.resolve(
         params,
@@ -129,6 +133,7 @@ def create_generation(
         cache_salt=request.cache_salt or "",
         kept_special_ids=kept_special_ids,
         tenant=tenant,
+        mm_features=mm_features,
     )
     interval = stream_interval(model.config, request)
     return Generation(model, request_id, prompts, params, resolved, stream_interval=interval)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -16,19 +16,20 @@ from starlette.responses import Response
 
 from api.engine.channel import Delta
 from api.errors import RequestError
-from api.generation.served_model import ServedModel
+from api.generation.served_model import NO_IMAGES, ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json
 from api.http.stream import WholeAnswer
 from api.http.tenants import enter_queue
 from api.openai.completions import list_prompts
+from api.openai.images import pooled_images
 from api.openai.pooling import PoolingWork, check_count, pooling_prompt
 from api.openai.pooling_protocol import ClassifyRequest, Embedding, EmbeddingRequest, EmbeddingResponse
 from api.openai.prompts import render_messages
 from api.openai.protocol import ChatMessage
 from api.openai.sampling import answer_id
 from api.params.pooling import PoolingParams, PoolingTask, resolve_task
-from engine_core.messages import ResolvedPoolingParams
+from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
 
 DECODER = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -75,27 +76,34 @@ async def start_pooling(
     params = msgspec.structs.replace(params, num_skipped=await model.num_skipped(body.prompt_name))
     field = "input" if body.messages is None else "messages"
     enter_queue(request, model, body.user)
-    texts = await _texts(model, body)
+    texts, features = await _texts(model, body)
     tenant = enter_queue(request, model, body.user, len(texts))
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    if model.images is not None and model.images.spec.is_pooled:
+        add_special_tokens = body.add_special_tokens is not False
     prompts = [
         await pooling_prompt(model, body, text, field=field, add_special_tokens=add_special_tokens) for text in texts
     ]
     work_id = answer_id(prefix, request, body.request_id)
-    return PoolingWork(model, work_id, prompts, params, body, field=field, tenant=tenant)
+    return PoolingWork(model, work_id, prompts, params, body, field=field, tenant=tenant, mm_features=features)
 
 
-async def _texts(model: ServedModel, body: EmbeddingRequest | ClassifyRequest) -> list[str | list[int]]:
+async def _texts(
+    model: ServedModel, body: EmbeddingRequest | ClassifyRequest
+) -> tuple[list[str | list[int]], Mapping[int, tuple[MultiModalFeature, ...]]]:
+    """What to embed, and the images of each by number."""
     if body.messages is None:
         assert body.input is not None
         texts = list_prompts(body.input, "input")
         check_count(len(texts), "input")
-        return texts
+        return texts, NO_IMAGES
     conversations = list_conversations(body.messages)
     check_count(len(conversations), "messages")
+    if model.images is not None and model.images.spec.is_pooled:
+        return await pooled_images(model.images, conversations)
     if body.add_generation_prompt is None:
         body.add_generation_prompt = False
-    return [await render_messages(model, body, conversation) for conversation in conversations]
+    return [await render_messages(model, body, conversation) for conversation in conversations], NO_IMAGES
 
 
 def list_conversations(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:

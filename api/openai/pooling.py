@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,11 @@ import numpy.typing as npt
 from api.engine.queue_bound import NOBODY, Tenant
 from api.errors import RequestError
 from api.generation.generation import EngineWork, WholeReply
-from api.generation.served_model import ServedModel
+from api.generation.served_model import NO_IMAGES, ServedModel
 from api.model.tokenizer import NOTHING_ADDED
 from api.openai.pooling_protocol import PoolingRequest, PoolingUsage
 from api.params.truncation import truncate_prompt
-from engine_core.messages import ResolvedPoolingParams
+from engine_core.messages import MultiModalFeature, ResolvedPoolingParams
 
 MAX_INPUTS = 2048
 STEPS_PER_VECTOR = 512
@@ -84,8 +84,10 @@ class PoolingWork(EngineWork):
         *,
         field: str,
         tenant: Tenant = NOBODY,
+        mm_features: Mapping[int, tuple[MultiModalFeature, ...]] = NO_IMAGES,
     ) -> None:
         """See ``ServedModel.submit_pooling``."""
+        self._mm_features = mm_features
         super().__init__(model, request_id, prompts, len(prompts))
         self._params = params
         self._request = request
@@ -104,6 +106,7 @@ class PoolingWork(EngineWork):
             priority=self._request.priority or 0,
             cache_salt=self._request.cache_salt or "",
             tenant=self._tenant,
+            mm_features=self._mm_features,
             data_parallel_rank=self.data_parallel_rank,
         )
 

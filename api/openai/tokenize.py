@@ -9,10 +9,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.admission import pieces
+from api.engine.queue_bound import NOBODY
 from api.errors import RequestError
 from api.generation.serving import Serving
 from api.http.body import read_json
+from api.media.reader import Picture
 from api.model.tokenizer import Tokenizer
+from api.openai.images import place_images, read_images
 from api.openai.prompts import render_messages
 from api.openai.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from api.openai.tools import check_tools
@@ -30,14 +33,18 @@ async def tokenize(request: Request) -> Response:
     model = serving.find_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("exactly one of prompt and messages is required", "prompt")
+    pictures: list[Picture] = []
     if body.messages is not None:
         if body.tools is not None:
             check_tools(body.tools)
-        text = await render_messages(model, body, body.messages, body.tools)
+        body, pictures = await read_images(model, body, NOBODY)
+        text = await render_messages(model, body, body.messages or (), body.tools)
     else:
         text = body.prompt or ""
     add_special_tokens = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = await model.tokenize(text, add_special_tokens=add_special_tokens, any_length=True)
+    if body.messages is not None:
+        tokens, _ = place_images(model, tokens, pictures)
     answer = TokenizeResponse(count=len(tokens), max_model_len=model.limits.max_model_len, tokens=tokens)
     if body.return_token_strs:
         answer.token_strs = await model.host.apart(len(tokens), _spell, model.tokenizer, tokens)

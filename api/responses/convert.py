@@ -152,7 +152,7 @@ class _Conversation:
         message = _converted(item, InputMessage, where)
         content = _content(message.content, f"{where}.content")
         if message.role == "assistant":
-            self.say(content if isinstance(content, str) else "".join(part["text"] for part in content))
+            self.say(content if isinstance(content, str) else "".join(part.get("text", "") for part in content))
         else:
             self.add(ChatMessage(role=message.role, content=content if isinstance(content, str) else [*content]))
 
@@ -198,6 +198,9 @@ def _content(content: str | list[InputPart], where: str) -> str | list[JsonObjec
         return content
     parts: list[JsonObject] = []
     for index, part in enumerate(content):
+        if part.type == "input_image":
+            parts.append({"type": part.type, "image_url": part.image_url, "detail": part.detail})
+            continue
         text = part.refusal if part.type == "refusal" else part.text if part.type in _TEXT_PARTS else None
         if text is None:
             raise RequestError(

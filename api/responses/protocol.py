@@ -109,6 +109,10 @@ class InputPart(msgspec.Struct, kw_only=True):
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    """A data URL, for type ``input_image``."""
+    detail: str | None = None
+    """For type ``input_image``: auto, low or high."""
 
 
 class InputMessage(msgspec.Struct, kw_only=True):

@@ -284,6 +284,8 @@ FIELDS: Mapping[str, str] = {
     "ChatCompletionRequest.json_schema": "Not supported; use response_format.",
     "CompletionRequest.format": "Not supported; use response_format.",
     "ChatCompletionRequest.format": "Not supported; use response_format.",
+    "Base64Source.media_type": "Such as image/png.",
+    "UrlSource.url": "The address.",
     "MessagesRequest.metadata": "Identifies the end user.",
     "DetokenizeResponse.prompt": "Text of the tokens.",
     "MessagesRequest.max_tokens": "Maximum number of tokens to generate, including reasoning.",

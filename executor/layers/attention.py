@@ -109,7 +109,14 @@ class Attention(nn.Module):
         Returns:
             [num_tokens, num_heads * v_head_dim].
         """
-        return self.backend.run(inputs, self.kv_cache, self.shape, batch.attention[self.group])
+        result = self.backend.run(inputs, self.kv_cache, self.shape, batch.attention[self.group])
+        if batch.spans is None:
+            return result
+        (q, *_), rows, shape = inputs, batch.spans.rows, replace(self.shape, causal=False)
+        assert q is not None
+        meta = batch.spans.attention[self.group]
+        own = self.backend.run((q[rows], None, None), self.kv_cache, shape, meta)
+        return result.index_copy(0, rows, own)
 
 
 class SharedAttention(nn.Module):

@@ -198,6 +198,16 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
 """Each returns the angles per position, float32 [rotary_dim / 2], and a factor for cosines and sines."""
 
 
+def _sections(rope: Fields, num_angles: int) -> list[int]:
+    """How many angles each axis of a position turns, where positions have several."""
+    if not rope.has("mrope_section"):
+        return [num_angles]
+    sections = [int(number) for number in rope.numbers("mrope_section")]
+    if len(sections) != 3 or sum(sections) != num_angles or min(sections) < 0:
+        rope.bad("mrope_section", f"three numbers that add up to {num_angles}")
+    return sections
+
+
 class RotaryEmbedding(nn.Module):
     """Rotates the heads of q and k by their tokens' positions. Layers with the same angles share one."""
 
@@ -247,6 +257,7 @@ class RotaryEmbedding(nn.Module):
         )
         if not is_rotated:
             self._frequencies, self._factor = torch.zeros_like(self._frequencies), 1.0
+        self._sections = _sections(rope, len(self._frequencies))
         if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
             raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
@@ -271,10 +282,25 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [num_tokens, num_heads * head_dim] and k [num_tokens, num_kv_heads * head_dim], rotated."""
+        if isinstance(positions, Tensor) and positions.dim() > 1:
+            table = self._by_axis(positions)
+            rows = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
+            rotated = (ops.rotary_embedding(x, rows, table, self.head_dim, self.is_interleaved) for x in (q, k))
+            return next(rotated), next(rotated)
         return (
             self.rotate(positions, q),
             ops.rotary_embedding(k, positions, self.cos_sin, self.head_dim, self.is_interleaved),
         )
+
+    def _by_axis(self, positions: Tensor) -> Tensor:
+        """Cosines and sines [num_tokens, rotary_dim] for positions int32 [axes, num_tokens]: each axis turns a section
+        of the angles (M-RoPE; Wang et al., arXiv:2409.12191)."""
+        cos, sin = self.cos_sin[positions.long()].chunk(2, dim=-1)  # [axes, num_tokens, rotary_dim / 2]
+        parts = [
+            torch.cat([part[axis] for axis, part in enumerate(half.split(self._sections, dim=-1))], dim=-1)
+            for half in (cos, sin)
+        ]
+        return torch.cat(parts, dim=-1)
 
     def rotate(self, positions: Tensor, q: Tensor) -> Tensor:
         """q [num_tokens, num_heads * head_dim], rotated."""

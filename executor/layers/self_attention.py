@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from executor.layers.context import ModelContext
 from executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from executor.layers.parameter import Part, WeightParameter, single
 from executor.layers.positions import DistanceBiases
-from executor.layers.rotary import RotaryEmbedding
 from ops import AttentionShape
 
 
@@ -21,6 +21,12 @@ def sink_scores(context: ModelContext, prefix: str) -> WeightParameter:
     """This rank's sinks, uninitialised: [num_heads]."""
     heads = Part.shard(context.config.num_heads, context.parallel, f"{prefix}: attention heads")
     return WeightParameter.empty(single(heads), dtype=context.dtype, device=context.device)
+
+
+class Rotation(Protocol):
+    """Rotates q and k by their tokens' positions, as ``RotaryEmbedding`` does."""
+
+    def __call__(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class SelfAttention(nn.Module):
@@ -52,7 +58,7 @@ class SelfAttention(nn.Module):
     def __init__(
         self,
         context: ModelContext,
-        rotary: RotaryEmbedding | None,
+        rotary: Rotation | None,
         *,
         qkv_bias: bool = False,
         out_bias: bool = False,

@@ -64,6 +64,10 @@ class Model(nn.Module, ABC):
             hidden: [num_tokens, hidden_size] of the previous pipeline stage; None on the first.
         """
 
+    def embed(self, batch: InputBatch) -> Tensor:
+        """[num_tokens, hidden_size]: the input of the first layer, of a model that takes images."""
+        raise NotImplementedError("the model takes no images")
+
     @abstractmethod
     def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_samples, hidden_size], of ``batch.logits_rows`` -> float32 [num_samples, vocab_size].

@@ -249,6 +249,9 @@ class CausalDecoder(Model):
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
         return ModelOutput(self.model(batch, hidden))
 
+    def embed(self, batch: InputBatch) -> Tensor:
+        return self.model.embed(batch)
+
     def compute_logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         if self.lm_head is None:
             return hidden

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the names are known without torch
     from executor.models.base import Model
 
 ENCODERS = {
+    "CLIPModel": "executor.models.vision.clip:CLIPModel",
     "BertModel": "executor.models.bert:BertModel",
     "CamembertModel": "executor.models.bert:RobertaModel",
     "DistilBertModel": "executor.models.bert:DistilBertModel",
@@ -86,6 +87,42 @@ REGISTRY = {
     "Starcoder2ForCausalLM": "executor.models.starcoder2:Starcoder2ForCausalLM",
 }
 """The ``architectures`` of config.json."""
+TOWERS = {
+    "CLIPModel": "executor.models.vision.clip:CLIPTower",
+    "Mistral3ForConditionalGeneration": "executor.models.vision.pixtral:Mistral3Tower",
+    "Gemma3ForConditionalGeneration": "executor.models.vision.gemma3:Gemma3Tower",
+    "Idefics3ForConditionalGeneration": "executor.models.vision.idefics3:Idefics3Tower",
+    "LlavaForConditionalGeneration": "executor.models.vision.llava:LlavaTower",
+    "LlavaNextForConditionalGeneration": "executor.models.vision.llava:LlavaNextTower",
+    "Qwen2VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen2VLTower",
+    "Qwen2_5_VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen25VLTower",
+    "SmolVLMForConditionalGeneration": "executor.models.vision.idefics3:Idefics3Tower",
+}
+"""The parts of multimodal models that encode images."""
+ENCODERS_OF = {
+    "LlavaForConditionalGeneration": ("clip_vision_model", "siglip_vision_model", "pixtral"),
+    "LlavaNextForConditionalGeneration": ("clip_vision_model", "siglip_vision_model"),
+    "Mistral3ForConditionalGeneration": ("pixtral",),
+}
+"""The ``model_type`` of ``vision_config`` that a tower can have, where several are possible."""
+PIXTRAL = "executor.models.vision.pixtral:PixtralTower"
+
+
+def tower_of(fields: Mapping[str, Any]) -> str | None:
+    """The class that encodes a multimodal model's images, as ``"module:Class"``; None: there is none.
+
+    Args:
+        fields: Contents of config.json.
+    """
+    names = fields.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    vision = fields.get("vision_config")
+    kind = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else "clip_vision_model"
+    if kind not in ENCODERS_OF.get(name, (kind,)):
+        return None
+    return PIXTRAL if kind == "pixtral" and name.startswith("Llava") else TOWERS.get(name)
+
+
 HEADS: dict[str, Head] = {
     "ForMaskedLM": "none",
     "ForPreTraining": "none",

@@ -131,8 +131,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_language_model_is_served(model: tuple[str, Path, torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
     name, folder, logits = model
     caplog.set_level(logging.INFO, "executor.loader")
-    loaded = load(folder)
-    assert loaded.hf_config.is_part
+    loaded = load(folder, language_model_only=True)
+    assert loaded.hf_config.is_part and loaded.tower is None
     assert_close(logits_of(loaded, random_tokens(100), captured=True), logits)
     assert re.search(r"for text alone; skipping \d+ tensors \(.* GB\) of others", caplog.text), name
     assert len(caplog.records) == 1

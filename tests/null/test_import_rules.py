@@ -70,6 +70,7 @@ ROOMS = (
     ("engine",),
     ("params",),
     ("text",),
+    ("media",),
     ("model",),
     ("config",),
     ("parsers",),

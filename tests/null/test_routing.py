@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from api.engine.routing import RUNNING_COST, Prefix, PrefixIndex, Router
 from engine_core.cores import share_of_cores, usable_cores
-from engine_core.hashing import block_hashes, root_hash
+from engine_core.hashing import block_hashes, feature_keys, root_hash
+from engine_core.messages import MultiModalFeature
 
 BLOCK = 32
 
@@ -21,7 +23,7 @@ def router(num_engines: int = 2, num_blocks: int = 100) -> Router:
     return made
 
 
-def prompt(made: Router, start: int, count: int = 320, **fields: str) -> Prefix:
+def prompt(made: Router, start: int, count: int = 320, **fields: Any) -> Prefix:
     return made.prefix(np.arange(start, start + count, dtype=np.int32), **fields)
 
 
@@ -30,6 +32,9 @@ def test_prompts_have_the_hashes_that_engines_look_up() -> None:
     tokens = np.arange(100, dtype=np.int32)
     root = root_hash(cache_salt="salt")
     assert made.prefix(tokens, "salt") == (100, root, block_hashes(tokens, BLOCK, root))
+    images = [MultiModalFeature("a", BLOCK + 3, 5)]
+    keys = feature_keys(images, BLOCK)
+    assert made.prefix(tokens, "salt", features=images).hashes == block_hashes(tokens, BLOCK, root, keys)
     assert len(made.prefix(tokens).hashes) == 3
     assert not set(made.prefix(tokens).hashes) & set(made.prefix(tokens, "salt").hashes)
 

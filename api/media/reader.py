@@ -1,0 +1,153 @@
+"""Reads the images of requests. Decoding and resizing happen in a helper process, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import msgspec
+
+from api.errors import RequestError
+from api.media.fetch import FetchError, MediaAccess
+from api.model.image_spec import ImageSpec, ProcessedImage, low_detail
+from engine_core.launch import Helper, HelperError, HelperLimits, JobError
+
+LIMITS = HelperLimits(
+    cpu_seconds=15.0, deadline=60.0, memory_bytes=640 << 20, max_output_bytes=160 << 20, max_file_bytes=0
+)
+MAX_WAITING_BYTES = 256 << 20
+"""Total size of the images that wait for the helper."""
+CACHE_BYTES = 256 << 20
+"""Size of the processed images that are kept, since the next turn of a conversation sends them again."""
+MAX_FETCHES = 4
+"""Images that are fetched at the same time."""
+MAX_URL = 8192
+"""Characters of a URL that is fetched."""
+JOBS = {"process": "api.media.pixels:process_job"}
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A processed image with the hash of its content."""
+
+    identifier: str
+    image: ProcessedImage
+
+
+class ImageReader:
+    """Reads images for one model. Its helper process starts with the first image."""
+
+    def __init__(self, spec: ImageSpec, threads: Executor, access: MediaAccess) -> None:
+        """Creates a reader.
+
+        Args:
+            spec: The model's processor.
+            threads: Executor in which large texts are encoded and hashed.
+            access: What URLs may refer to.
+        """
+        self.spec = spec
+        self._threads = threads
+        self._access = access
+        self._fetches = ThreadPoolExecutor(MAX_FETCHES, "media")
+        self._helper = Helper("octavo image helper", JOBS, LIMITS, max_waiting_bytes=MAX_WAITING_BYTES)
+        self._cache: OrderedDict[bytes, Picture] = OrderedDict()
+        self._cached_bytes = 0
+
+    async def read_url(self, url: str, where: str, field: str, owner: str = "", *, is_low: bool = False) -> Picture:
+        """Reads an image from a URL.
+
+        Args:
+            url: ``data:image/...;base64,...``, or one that the operator allows.
+            where: Its place in the request, for errors.
+            field: The field of the request.
+            owner: Whom the work is for; owners take turns if many images wait.
+            is_low: The client wants little detail.
+
+        Raises:
+            RequestError: It is no image that can be read.
+        """
+        head, comma, text = url.partition(",")
+        if head[:5].lower() != "data:":
+            data = await self._fetch(url, where, field)
+            return await self.read_bytes(data, where, field, owner, is_low=is_low)
+        if not comma or not head[-7:].lower() == ";base64":
+            raise RequestError(f"{where} must be a data URL in base64, such as data:image/png;base64,...", field)
+
+        spec = low_detail(self.spec) if is_low else self.spec
+
+        def prepare() -> tuple[bytes, bytes]:
+            try:
+                data = text.encode("ascii")
+            except UnicodeEncodeError:
+                raise RequestError(f"{where}: the image cannot be read: its base64 is invalid", field) from None
+            return data, self._key(spec, b"base64", data)
+
+        data, key = await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
+        return await self._read(spec, key, data, (where, field), is_base64=True, owner=owner)
+
+    async def _fetch(self, url: str, where: str, field: str) -> bytes:
+        access = self._access
+        if not access.domains and not access.folder:
+            raise RequestError(
+                f"{where} must be a data URL (data:image/png;base64,...); other URLs need a server started with "
+                "--allowed-media-domains or --allowed-local-media-path",
+                field,
+            )
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url[:MAX_URL])
+        except FetchError as error:
+            raise RequestError(f"{where}: the image cannot be fetched: {error}", field) from None
+
+    async def read_bytes(
+        self, data: bytes, where: str, field: str, owner: str = "", *, is_low: bool = False
+    ) -> Picture:
+        """Reads an image file. See ``read_url``."""
+        spec = low_detail(self.spec) if is_low else self.spec
+        return await self._read(
+            spec, self._key(spec, b"bytes", data), data, (where, field), is_base64=False, owner=owner
+        )
+
+    def _key(self, spec: ImageSpec, kind: bytes, data: bytes) -> bytes:
+        digest = hashlib.sha256(spec.key + kind)
+        digest.update(data)
+        return digest.digest()
+
+    async def _read(
+        self, spec: ImageSpec, key: bytes, data: bytes, place: tuple[str, str], *, is_base64: bool, owner: str
+    ) -> Picture:
+        where, field = place
+        found = self._cache.get(key)
+        if found is not None:
+            self._cache.move_to_end(key)
+            return found
+        # As the helper's ``ImageJob``, whose module imports Pillow.
+        job = msgspec.msgpack.encode({"spec": spec, "data": data, "is_base64": is_base64})
+        try:
+            result = await asyncio.wrap_future(self._helper.submit("process", job, owner=owner))
+        except JobError as error:
+            raise RequestError(f"{where}: the image cannot be read: {error}", field) from None
+        except HelperError as error:
+            if error.is_fault_of_data:
+                raise RequestError(f"{where}: the image cannot be read: {error}", field) from None
+            raise RequestError(
+                f"images cannot be read at the moment: {error}", field, status=503, kind="ServiceUnavailableError"
+            ) from None
+        picture = Picture(key.hex(), msgspec.msgpack.decode(result, type=ProcessedImage))
+        self._keep(key, picture)
+        return picture
+
+    def _keep(self, key: bytes, picture: Picture) -> None:
+        size = picture.image.num_bytes
+        if size > CACHE_BYTES or key in self._cache:
+            return
+        self._cache[key] = picture
+        self._cached_bytes += size
+        while self._cached_bytes > CACHE_BYTES:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.image.num_bytes
+
+    def close(self) -> None:
+        """Ends the helper process."""
+        self._fetches.shutdown(wait=False, cancel_futures=True)
+        self._helper.close()

@@ -1,0 +1,253 @@
+"""Images of a worker's requests: encoded once, kept by content, and put where prompts have placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executor.device.base import Device
+from executor.forward import step_blocks
+from executor.input_batch import InputBatch, Spans
+from executor.layers.attention import form_groups
+from executor.loader import LoadedModel
+from executor.messages import I32, I64, MultiModalFeature, MultiModalSupport, SchedulerOutput, i32, to_array
+from executor.models.vision.tower import VisionTower
+from executor.request_states import RequestStates
+from ops import AttentionMetadata
+
+Run = Callable[[InputBatch, Tensor | None], Sequence[Tensor]]
+CACHE_TOKENS = 8192
+"""Embeddings that are kept, unless an image or a step has more."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An image of a running request."""
+
+    feature: MultiModalFeature
+    places: I64
+    """int64 [embeddings]: positions of its placeholders in the prompt, ascending."""
+    grid: Sequence[int]
+    """Time, height and width in patches, of an image with positions on three axes."""
+
+
+class ImageInputs:
+    """Encodes images and keeps the results, as the scheduler's ``EncoderCacheManager`` plans."""
+
+    def __init__(
+        self, tower: VisionTower, hidden_size: int, dtype: torch.dtype, device: Device, max_tokens: int
+    ) -> None:
+        """Starts without images.
+
+        Args:
+            tower: Its attention layers have backends.
+            hidden_size: Columns of the language model's embeddings.
+            dtype: Their dtype.
+            device: Where the tower runs.
+            max_tokens: Most tokens of a step.
+        """
+        self.tower = tower
+        self.dtype = dtype
+        self._hidden_size = hidden_size
+        self._device = device
+        (self._group,) = form_groups(tower.attention_layers(), None)
+        self._outputs: dict[str, Tensor] = {}
+        """By identifier: [embeddings, hidden_size]."""
+        self._requests: dict[int, tuple[Placed, ...]] = {}
+        """Images of running requests, by slot."""
+        self.support = MultiModalSupport(
+            image_token_id=tower.image_token_id,
+            max_image_tokens=tower.max_image_tokens,
+            cache_tokens=max(CACHE_TOKENS, tower.max_image_tokens, max_tokens),
+            whole_images=tower.whole_images,
+        )
+        self._states: RequestStates
+        self._num_reserved = 0
+        """Blocks that the memory for K and V has."""
+
+    def num_bytes(self) -> int:
+        """Memory for encoding an image, and for the embeddings that are kept."""
+        tower, group = self.tower, self._group
+        shapes = group.backend.kv_shape(self._num_blocks(tower.max_rows), group.block_size, group.shape, group.kv_dtype)
+        kv = sum(torch.Size(shape).numel() for shape in shapes) * group.kv_dtype.itemsize
+        kept = self.support.cache_tokens * self._hidden_size * self.dtype.itemsize
+        return kv + kept + tower.max_rows * tower.row_bytes
+
+    def _num_blocks(self, num_rows: int) -> int:
+        """Blocks for any number of sequences: short ones waste the most."""
+        return -(-num_rows // self._group.block_size) + num_rows // 16
+
+    def apply(self, plan: SchedulerOutput, states: RequestStates) -> None:
+        """Takes over a plan's changes and encodes its images. ``states`` has the plan's requests already."""
+        self._states = states
+        for slot in i32(plan.finished_slots).tolist():
+            self._requests.pop(slot, None)
+        for name in plan.freed_features:
+            self._outputs.pop(name, None)
+        for request in plan.new_reqs:
+            self._requests.pop(request.slot, None)
+            if request.mm_features:
+                tokens = i32(request.token_ids)
+                placed = tuple(self._placed(each, tokens) for each in request.mm_features)
+                self._requests[request.slot] = placed
+                if self.tower.merge_size:
+                    table = axes_of(placed, request.num_prompt_tokens, self.tower.merge_size)
+                    states.set_axes(request.slot, table)
+        for slot, index in plan.encoder_inputs:
+            feature = self._requests[slot][index].feature
+            self._outputs[feature.identifier] = self.encode(feature)
+
+    def _placed(self, feature: MultiModalFeature, tokens: I32) -> Placed:
+        own = tokens[feature.offset : feature.offset + feature.length]
+        places = feature.offset + np.flatnonzero(own == self.tower.image_token_id)
+        return Placed(feature, places, feature.axes)
+
+    def encode(self, feature: MultiModalFeature) -> Tensor:
+        """The embeddings of an image: [num_embeds, hidden_size]."""
+        data = dict(feature.data)
+        patches, levels = to_array(data["patches"]), to_array(data["levels"])
+        channels = np.repeat(np.arange(len(levels)), patches.shape[1] // len(levels))
+        pixels = torch.from_numpy(levels[channels, patches]).to(self._device.torch_device, self.dtype)
+        grid = to_array(data["grid"]).tolist()
+        result = self.tower.encode(pixels, grid, self._batch)
+        if result.shape != (feature.num_embeds, self._hidden_size):
+            raise ValueError(f"an image has {feature.num_embeds} placeholders and {list(result.shape)} embeddings")
+        return result
+
+    def _batch(self, lengths: Sequence[int]) -> InputBatch:
+        group, device = self._group, self._device.torch_device
+        counts = np.array(lengths, np.int32)
+        rows = np.arange(len(counts)).repeat(counts)
+        starts = np.zeros(len(counts) + 1, np.int32)
+        starts[1:] = np.cumsum(counts)
+        positions = np.arange(len(rows)) - starts[rows]
+        table = step_blocks(counts, group.block_size)
+        self._reserve(int(table[-1].max()) + 1)
+        mapping = table[rows, positions // group.block_size].astype(np.int64) * group.block_size
+        mapping += positions % group.block_size
+        columns = [torch.from_numpy(each).to(device) for each in (starts, counts, table, mapping)]
+        meta = group.plan(AttentionMetadata(columns[0], columns[1], columns[2], columns[3], group.block_size))
+        ids = torch.from_numpy(positions.astype(np.int32)).to(device)
+        return InputBatch(ids, ids, [meta], ids.long())
+
+    def _reserve(self, num_blocks: int) -> None:
+        """Makes the memory for K and V large enough. All layers share it, since they are computed one by one."""
+        if self._num_reserved >= num_blocks:
+            return
+        self._num_reserved = num_blocks
+        group = self._group
+        shapes = group.backend.kv_shape(num_blocks, group.block_size, group.shape, group.kv_dtype)
+        shared = tuple(self._device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+        for layer in self.tower.attention_layers():
+            layer.kv_cache = shared
+
+    def run(
+        self, run: Run, embed: Callable[[InputBatch], Tensor], batch: InputBatch, slots: I32, counts: I32
+    ) -> Sequence[Tensor]:
+        """Computes a step, whether it has tokens of images or not.
+
+        Args:
+            run: Computes hidden states and logits of a batch, from the input of the first layer if it is given.
+            embed: Looks up the embeddings of a batch's tokens.
+            batch: The step.
+            slots: int32 [rows].
+            counts: int32 [rows]: tokens of each row.
+
+        Returns:
+            What ``run`` returns.
+        """
+        rows, found, ends = self._images_of(slots, counts) if self._requests else ([], [], [])
+        if not rows:
+            return run(batch, None)
+        places, outputs = torch.from_numpy(np.concatenate(rows)), torch.cat(found)
+        if self.tower.is_pooled:
+            hidden, *others = run(batch, None)
+            return hidden.index_copy(0, places, outputs), *others
+        if self.tower.whole_images:
+            batch.spans = self._spans(batch, rows, ends)
+        return run(batch, embed(batch).index_copy(0, places, outputs))
+
+    def _images_of(self, slots: I32, counts: I32) -> tuple[list[I64], list[Tensor], list[tuple[int, int]]]:
+        """The images of which a step computes tokens.
+
+        Returns:
+            For each image the rows of its tokens in the step, int64 [tokens]; their embeddings [tokens, hidden_size];
+            its request's row and the position behind its last token.
+        """
+        rows: list[I64] = []
+        found: list[Tensor] = []
+        ends: list[tuple[int, int]] = []
+        firsts = (np.cumsum(counts) - counts).tolist()
+        for row, (first, slot, count) in enumerate(zip(firsts, slots.tolist(), counts.tolist(), strict=True)):
+            images = self._requests.get(slot)
+            if images is None:
+                continue
+            begin = int(self._states.num_computed[slot])
+            if begin > int(images[-1].places[-1]):
+                del self._requests[slot]  # all are computed, so that later steps cost nothing
+                continue
+            for placed in images:
+                low, high = np.searchsorted(placed.places, (begin, begin + count)).tolist()
+                if high > low:
+                    rows.append(placed.places[low:high] - begin + first)
+                    found.append(self._outputs[placed.feature.identifier][low:high])
+                    ends.append((row, int(placed.places[-1]) + 1))
+        return rows, found, ends
+
+    def _spans(self, batch: InputBatch, tokens: Sequence[I64], spans: Sequence[tuple[int, int]]) -> Spans:
+        """The images of a step, whose tokens attend to each other.
+
+        Args:
+            batch: The step.
+            tokens: For each image, the rows of its tokens in the step, int64 [tokens].
+            spans: For each image, its request's row and the position behind its last token.
+        """
+        starts = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+        requests = torch.tensor([row for row, _ in spans])
+        lengths = torch.tensor([end for _, end in spans], dtype=torch.int32)
+        attention = [
+            replace(
+                meta,
+                query_start_loc=torch.from_numpy(starts),
+                seq_lens=lengths,
+                block_table=meta.block_table[requests],
+            )
+            for meta in batch.attention
+        ]
+        return Spans(torch.from_numpy(np.concatenate(tokens)), attention)
+
+
+def axes_of(images: Sequence[Placed], num_prompt: int, merge_size: int) -> I32:
+    """Positions on three axes, time, height and width (M-RoPE; Wang et al., arXiv:2409.12191): int32 [3, num_prompt].
+
+    The axes of text are equal. An image's tokens share a time, and the text after it goes on after the largest of its
+    positions.
+    """
+    table = np.empty((3, num_prompt), np.int32)
+    done = start = 0
+    for image in images:
+        first, count = int(image.places[0]), len(image.places)
+        text = np.arange(first - done) + start
+        table[:, done:first] = text
+        start += len(text)
+        _, height, width = image.grid
+        height, width = height // merge_size, width // merge_size
+        rows, columns = np.divmod(np.arange(count), width)
+        table[:, first : first + count] = start + np.stack((np.zeros_like(rows), rows, columns))
+        done, start = first + count, start + max(height, width)
+    table[:, done:] = np.arange(num_prompt - done) + start
+    return table
+
+
+def create_image_inputs(loaded: LoadedModel, device: Device, max_tokens: int) -> ImageInputs | None:
+    """The images of a model's requests; None: it takes none."""
+    if loaded.tower is None:
+        return None
+    size = loaded.hf_config.hidden_size
+    if loaded.tower.is_pooled:
+        size = loaded.model.hidden_size or size
+    return ImageInputs(loaded.tower, size, loaded.dtype, device, max_tokens)

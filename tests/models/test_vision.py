@@ -1,0 +1,204 @@
+"""Models that see, against transformers: logits and greedy tokens, and the same bits however images are scheduled."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine_core.cache_shape import CacheShape, GroupShape
+from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.messages import EngineCoreRequest, ResolvedParams, f32
+from engine_core.request import Request
+from engine_core.scheduler import Scheduler
+from engine_core.validation import request_problem
+from executor.config import ModelConfig, StepSize
+from executor.device.cpu import CpuDevice
+from executor.image_inputs import ImageInputs
+from executor.layers.attention import form_groups
+from executor.loader import load_model
+from executor.messages import InitKVCache
+from executor.model_runner import ModelRunner
+from executor.parallel import ParallelState
+from tests.models.harness import CPU, random_tokens
+from tests.vision_families import IMAGE_TOKEN, VISION, checkpoint, picture, reference_logits, spec_of, with_images
+
+BLOCK_SIZE = 32
+MAX_LEN = 256
+MAX_SEQS = 4
+MAX_TOKENS = 6
+
+
+@functools.cache
+def runner(name: str, step: int) -> ModelRunner:
+    config = ModelConfig(model=str(checkpoint(name)), dtype="float32")
+    device = CpuDevice()
+    loaded = load_model(config, ParallelState(), CPU, None, lambda *_: None)
+    groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
+    size = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=step)
+    made = ModelRunner(loaded, device, groups, step_size=size, enforce_eager=False)
+    assert loaded.tower is not None
+    made.images = ImageInputs(loaded.tower, loaded.hf_config.hidden_size, loaded.dtype, device, step)
+    return made
+
+
+@dataclass
+class Answer:
+    """What a request gives, to the bit."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
+
+
+class Engine:
+    """A scheduler and a model."""
+
+    def __init__(self, name: str, step: int = 256, *, num_tokens: int = 2048, caching: bool = False) -> None:
+        self.name = name
+        self.runner = runner(name, step)
+        assert self.runner.images is not None
+        self.encoded: list[str] = []
+        self.images = self.runner.images
+        self.images._requests, self.images._outputs = {}, {}
+        shapes = [GroupShape(num_tokens // BLOCK_SIZE, BLOCK_SIZE, None) for _ in self.runner.groups]
+        self.runner.initialize(InitKVCache(tuple(shape.num_blocks for shape in shapes), MAX_LEN))
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=MAX_SEQS, max_num_batched_tokens=step),
+            CacheConfig(enable_prefix_caching=caching),
+            CacheShape(tuple(shapes)),
+            MAX_LEN,
+            multimodal=self.images.support,
+        )
+        self.in_flight: deque[Any] = deque()
+        self.answers: dict[int, Answer] = {}
+        self.prompts: dict[int, tuple[list[int], list[Any]]] = {}
+
+    def add(self, index: int, prompt: list[int], pictures: list[Any]) -> None:
+        tokens, features = with_images(self.name, prompt, pictures)
+        self.prompts[index] = tokens, pictures
+        message = EngineCoreRequest(
+            request_id=str(index),
+            index=index,
+            prompt_token_ids=np.array(tokens, np.int32).tobytes(),
+            sampling_params=ResolvedParams(
+                temperature=0, max_tokens=MAX_TOKENS, logprobs=3, logit_bias=((IMAGE_TOKEN, -100.0),)
+            ),
+            mm_features=features,
+        )
+        assert request_problem(message, self.runner.vocab_size, MAX_LEN, multimodal=self.images.support) is None
+        self.answers[index] = Answer()
+        self.scheduler.add_request(Request(message))
+
+    def run(self) -> dict[int, Answer]:
+        while True:
+            planned = self.scheduler.schedule() if len(self.in_flight) < 2 else None
+            if planned is not None:
+                self.in_flight.append(planned)
+                self.encoded += [str(entry) for entry in planned[0].encoder_inputs]
+                continue
+            if not self.in_flight:
+                return self.answers
+            plan, step = self.in_flight.popleft()
+            with torch.inference_mode():
+                result = self.runner.execute(plan)
+            for output in self.scheduler.update_from_output(step, result).outputs:
+                assert output.error is None
+                answer = self.answers[output.index]
+                answer.tokens += output.new_token_ids
+                answer.logprobs += [entry.logprobs + entry.token_ids for entry in output.new_logprobs]
+                answer.num_cached = output.num_cached_tokens or answer.num_cached
+            self.scheduler.check_integrity()
+
+
+def prompt(name: str, *counts: int) -> list[int]:
+    """Texts of so many tokens, with an image between each two."""
+    placeholder = spec_of(name).placeholder_id or IMAGE_TOKEN
+    result: list[int] = []
+    for number, count in enumerate(counts):
+        result += [*([placeholder] if number else []), *(token % 300 for token in random_tokens(count, number))]
+    return result
+
+
+def requests(name: str) -> dict[int, tuple[list[int], list[Any]]]:
+    """One image, two, none, one at the end, one at the beginning."""
+    first, second = (picture(name, size, seed) for seed, size in enumerate(VISION[name].sizes))
+    return {
+        1: (prompt(name, 5, 7), [first]),
+        2: (prompt(name, 3, 4, 9), [second, first]),
+        3: (prompt(name, 20), []),
+        4: (prompt(name, 35, 0), [second]),
+        5: (prompt(name, 0, 6), [first]),
+    }
+
+
+@functools.cache
+def alone(name: str) -> dict[int, Answer]:
+    """The answers to each request in an engine of its own."""
+    answers = {}
+    for index, (tokens, pictures) in requests(name).items():
+        engine = Engine(name)
+        engine.add(index, tokens, pictures)
+        answers.update(engine.run())
+    return answers
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    for index, (tokens, pictures) in requests(name).items():
+        expanded, _ = with_images(name, tokens, pictures)
+        answer = alone(name)[index]
+        logits = reference_logits(name, [*expanded, *answer.tokens], pictures)[len(expanded) - 1 : -1].clone()
+        expected = logits.log_softmax(dim=-1)
+        logits[:, IMAGE_TOKEN] = -torch.inf
+        assert answer.tokens == logits.argmax(dim=-1).tolist()
+        for row, (token, entry) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+            assert abs(float(f32(entry[:16])[0]) - float(expected[row, token])) < 2e-4, (index, row)
+
+
+@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("step", [256, 40, 7])
+def test_neighbours_and_chunks_change_no_bit(name: str, step: int) -> None:
+    """Images of several requests in a step; prompts that are cut before, inside and after images; two rounds, of which
+    the second finds its prefixes and encodes nothing again."""
+    engine = Engine(name, step, caching=True)
+    for index, (tokens, pictures) in requests(name).items():
+        engine.add(index, tokens, pictures)
+    answers = engine.run()
+    for index, each in alone(name).items():
+        assert (answers[index].tokens, answers[index].logprobs) == (each.tokens, each.logprobs), index
+    assert len(engine.encoded) == 2, "each image is encoded once"
+    for index, (tokens, pictures) in requests(name).items():
+        engine.add(index + 10, tokens, pictures)
+    again = engine.run()
+    for index, each in alone(name).items():
+        assert (again[index + 10].tokens, again[index + 10].logprobs) == (each.tokens, each.logprobs)
+    assert len(engine.encoded) == 2
+    assert again[14].num_cached >= BLOCK_SIZE
+
+
+def test_preempted_requests_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine("qwen2_vl", 40, num_tokens=6 * BLOCK_SIZE)
+    for index, (tokens, pictures) in requests("qwen2_vl").items():
+        engine.add(index, tokens, pictures)
+    answers = engine.run()
+    assert {index: each.tokens for index, each in answers.items()} == {
+        index: each.tokens for index, each in alone("qwen2_vl").items()
+    }
+
+
+def test_restarted_workers_get_the_images_again() -> None:
+    engine = Engine("llava", 40)
+    tokens, pictures = requests("llava")[2]
+    engine.add(2, tokens, pictures)
+    plan, step = engine.scheduler.schedule() or pytest.fail()
+    with torch.inference_mode():
+        engine.scheduler.update_from_output(step, engine.runner.execute(plan))
+    engine.scheduler.restart()
+    engine.images._outputs.clear()
+    assert engine.run()[2].tokens == alone("llava")[2].tokens
