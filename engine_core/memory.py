@@ -28,6 +28,7 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
 
     Groups without a window hold as many tokens as fit. So do groups with a window; but if there are groups without one
     as well, they hold no more than all running requests can attend to together, and the others get the memory saved.
+    States of recurrent layers take at most as much memory as groups without a window: fewer requests may run at a time.
 
     Returns:
         The cache's shape and the longest sequence, or a one-line message that says what does not fit and what would.
@@ -90,6 +91,10 @@ def _describe(worker: WorkerReady) -> str:
     return ", ".join(groups) or "none"
 
 
+STATES = "states"
+"""``KVCacheGroupSpec.layout`` of states, whose blocks are large."""
+
+
 class _Sizes:
     """Sizes of a cache whose groups each hold ``num_blocks * block_size`` tokens, or fewer if they need less."""
 
@@ -108,8 +113,22 @@ class _Sizes:
         shape = GroupShape(own, spec.block_size, spec.sliding_window)
         if shape.window is None or not self._has_full:
             return shape
-        most = self.max_num_seqs * shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
+        seqs = self._num_states(num_blocks) if spec.layout == STATES else self.max_num_seqs
+        most = seqs * shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
         return GroupShape(min(own, most), spec.block_size, spec.sliding_window)
+
+    def _num_states(self, num_blocks: int) -> int:
+        """Sequences whose states take no more memory than the groups without a window, but at least one."""
+        live = full = 0
+        for spec in self.ready[0].kv_cache_groups:
+            own = num_blocks * (self.block_size // spec.block_size)
+            shape = GroupShape(own, spec.block_size, spec.sliding_window)
+            if spec.layout == STATES:
+                blocks = shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
+                live += spec.bytes_per_block * blocks
+            elif shape.window is None:
+                full += spec.bytes_per_block * own
+        return max(1, min(self.max_num_seqs, full // max(1, live)))
 
     def shape(self, num_blocks: int) -> CacheShape:
         return CacheShape(tuple(self.group(spec, num_blocks) for spec in self.ready[0].kv_cache_groups))

@@ -261,7 +261,11 @@ def granite_moe(fields: Fields, config: Config) -> None:
 
 def shared_size(fields: Fields, config: Config) -> int:
     """Intermediate size of the expert that all tokens share."""
-    return fields.size(Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH.format(arch=config["model_type"]))
+    name = Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH.format(arch=config["model_type"])
+    found = [
+        config["tensors"][f"blk.{layer}.ffn_up_shexp.weight"] for layer in layers_with(config, "ffn_up_shexp.weight")
+    ]
+    return fields.size(name, found[0][0] if found and found[0] else None)
 
 
 def qwen2_moe(fields: Fields, config: Config) -> None:
@@ -359,7 +363,9 @@ def granite_hybrid(fields: Fields, config: Config) -> None:
         return
     types = ["attention" if layer in attends else "mamba" for layer in range(config["num_hidden_layers"])]
     config |= {"layer_types": types, "num_local_experts": 0, "has_split_gate_up": True}
-    config["shared_intermediate_size"] = config["intermediate_size"]
+    ups = layers_with(config, "ffn_up.weight")
+    shape = config["tensors"][f"blk.{ups[0]}.ffn_up.weight"] if ups else ()
+    config["shared_intermediate_size"] = shape[0] if shape else config["intermediate_size"]
     if fields.get(Keys.LLM.EXPERT_COUNT.format(arch=config["model_type"])):
         experts(fields, config)
         config["intermediate_size"] = config["moe_intermediate_size"]

@@ -30,7 +30,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2048, 32, 4, 128
 EXPERTS, TOP_K, INNER = 128, 8, 768
 NAME = "a3b"
 """What ``bench_compare.py`` calls the model."""
-LAYERS = 6
+LAYERS = 8
 """Of the 48 that the model has."""
 PATTERN_BLOCKS = 4096
 """Random blocks that are repeated."""

@@ -86,8 +86,9 @@ _UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def _words(digits: str) -> str:
-    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+def _words(digits: str, letters: str = r"\p{L}") -> str:
+    letter = letters if letters == r"\p{L}" else f"[{letters}]"
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 
 def _cased_words(digits: str, end: str = "") -> str:
@@ -125,6 +126,7 @@ _DIGITS_GPT2: Final = PreRule((_SINGLE_DIGITS,), gpt2=True)
 _LLAMA3: Final = PreRule((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _LLAMA3_MERGES: Final = PreRule((_words(r"\p{N}{1,3}"),))
 _QWEN2: Final = PreRule((_words(r"\p{N}"),), nfc=True)
+_QWEN35: Final = PreRule((_words(r"\p{N}", r"\p{L}\p{M}"),), nfc=True)
 _STABLELM2: Final = PreRule((_words(r"\p{N}"),))
 _TEKKEN: Final = PreRule((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
 _GPT4O: Final = PreRule((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
@@ -172,6 +174,7 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "llama-bpe": _LLAMA3,
     "falcon": _FALCON,
     "falcon3": _LLAMA3,
+    "falcon-h1": _LLAMA3,
     "lfm2": _LLAMA3,
     "pixtral": _LLAMA3,
     "midm-2.0": _LLAMA3,
@@ -180,12 +183,14 @@ _PRE_RULES: Final[dict[str, PreRule]] = {
     "glm4": _LLAMA3_MERGES,
     "smaug-bpe": _LLAMA3_MERGES,
     "qwen2": _QWEN2,
+    "qwen35": _QWEN35,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
     "stablelm2": _STABLELM2,
     "kormo": _QWEN2,
     "f2llmv2": _QWEN2,
     "gpt-4o": _GPT4O,
+    "llama4": _GPT4O,
     "tekken": _TEKKEN,
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-coder": _DEEPSEEK_CODER,

@@ -23,7 +23,7 @@ class Entry:
     limits: str = ""
 
 
-RECURRENT = "on CPUs only; no speculation; each running request reserves states: see `--max-num-seqs`"
+RECURRENT = "on CPUs only; no speculation; states of requests take up to half of the KV cache"
 POOLING = "embeddings, scores and classification only"
 
 CATALOG = (

@@ -40,6 +40,10 @@ def group(bytes_per_block: int, window: int | None = None, block_size: int = 4) 
     )
 
 
+STATES = msgspec.structs.replace(group(5, window=2), layout="states")
+"""States, one per block."""
+
+
 def plan(*workers: WorkerReady, max_model_len: int | None = -1, **cache: Any) -> tuple[CacheShape, int] | str:
     config = EngineConfig(
         scheduler=SchedulerConfig(max_num_seqs=SEQS, max_num_batched_tokens=BUDGET),
@@ -84,6 +88,19 @@ def test_windows_alone_take_all_and_bound_no_sequence() -> None:
     assert shape.groups == (GroupShape(6, 4, 8),) and length == 24
 
 
+@pytest.mark.parametrize("kv_bytes", [3_000, 30_000, 10**9])
+def test_states_take_at_most_half(kv_bytes: int) -> None:
+    """A few sequences' states would take all of a small cache."""
+    states = msgspec.structs.replace(STATES, bytes_per_block=300)
+    shape, length = planned(ready(group(2), states, kv_bytes=kv_bytes))
+    full, own = shape.groups
+    most = GroupShape(0, 4, 2).max_live_blocks(MODEL_LEN, BUDGET)
+    assert own.num_blocks % most == 0 and most <= own.num_blocks <= SEQS * most
+    assert own.num_blocks == SEQS * most or 300 * own.num_blocks <= max(2 * full.num_blocks, 300 * most)
+    assert 2 * full.num_blocks + 300 * own.num_blocks <= kv_bytes
+    assert length == MODEL_LEN
+
+
 def test_groups_may_have_blocks_of_different_sizes() -> None:
     shape, length = planned(ready(group(2), group(3, block_size=6), kv_bytes=500))
     assert shape.groups == (GroupShape(123, 4), GroupShape(82, 6)) and length == 492
@@ -122,7 +139,9 @@ def test_a_number_of_blocks_that_is_given_is_that_of_a_group_without_a_window() 
     assert shape.groups[0] == GroupShape(100, 4) and shape.groups[1].num_blocks == 28
 
 
-@pytest.mark.parametrize("groups", [(group(2),), (group(2), group(3, window=8)), (group(2, window=300),)])
+@pytest.mark.parametrize(
+    "groups", [(group(2),), (group(2), group(3, window=8)), (group(2, window=300),), (group(2), STATES)]
+)
 def test_the_memory_that_an_error_asks_for_is_enough_and_no_less_is(groups: tuple[KVCacheGroupSpec, ...]) -> None:
     problem = plan(ready(*groups, kv_bytes=50), max_model_len=None)
     assert isinstance(problem, str) and "--max-model-len 1000 does not fit the KV cache" in problem

@@ -438,6 +438,16 @@ def test_pre_tokenizers(pre: str, pieces: list[str]) -> None:
     assert found == pieces
 
 
+def test_marks_belong_to_words_of_qwen35() -> None:
+    text = "a e\u0301t\u00e9 \u0301!"
+    for pre, pieces in (
+        ("qwen2", ["a", " e", "\u0301t\u00e9", " \u0301!"]),
+        ("qwen35", ["a", " e\u0301t\u00e9", " \u0301", "!"]),
+    ):
+        spans = [span for _, span in _PRE_RULES[pre].pre_tokenizer().pre_tokenize_str(text)]
+        assert [text[start:end] for start, end in spans] == pieces
+
+
 @pytest.mark.parametrize("pre", sorted(_PRE_RULES))
 def test_pre_tokenizers_keep_every_character(pre: str) -> None:
     splitter = _PRE_RULES[pre].pre_tokenizer()
