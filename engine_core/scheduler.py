@@ -288,10 +288,6 @@ class Scheduler:
         active = (counts > 0).nonzero()[0]
         if len(active) < len(slots):
             slots, counts = slots[active], counts[active]
-        return self._within_budget(slots, counts)
-
-    def _within_budget(self, slots: I32, counts: I64) -> tuple[I32, I64]:
-        """The rows that a step has room for: tokens, and images to encode."""
         budget = self.config.step_tokens
         if not self.images.is_idle:
             counts = self.images.limit(slots, counts, self.table.num_scheduled[slots], budget)
