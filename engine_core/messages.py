@@ -483,10 +483,10 @@ class ServingPlan(Message, frozen=True):
     """What each worker of an engine would report."""
     num_kv_tokens: int = 0
     """Tokens in the KV cache of an engine; 0: it has none, or the model does not fit."""
-    kv_cache_bytes: int = 0
-    """Memory of that cache."""
+    kv_cache_bytes: tuple[int, ...] = ()
+    """Memory of that cache in each worker."""
     kv_bytes_per_token: float = 0.0
-    """Memory of a token in it, while the sequence is shorter than windows."""
+    """Memory of a token in it, in all workers together, while the sequence is shorter than windows."""
     max_model_len: int = 0
     """Longest sequence served."""
     problem: str = ""

@@ -23,17 +23,17 @@ from executor.config import ExecutorConfig
 from executor.messages import WorkerFailed
 from executor.process import child_command, child_environment
 
-Survey: TypeAlias = Callable[[ExecutorConfig], tuple[ModelSurvey, ...]]
+Survey: TypeAlias = Callable[[ExecutorConfig, bool], tuple[ModelSurvey, ...]]
 
 
-def survey(config: ExecutorConfig) -> tuple[ModelSurvey, ...]:
-    """What the workers of an engine would report.
+def survey(config: ExecutorConfig, measures: bool) -> tuple[ModelSurvey, ...]:
+    """What the workers of an engine would report, and if ``measures`` is set, how fast they would be.
 
     Raises:
         ModelError: The model cannot be served as configured.
     """
     ended = subprocess.run(
-        child_command("executor.plan"),
+        child_command("executor.plan", *(["measure"] if measures else [])),
         input=msgspec.msgpack.encode(config),
         stdout=subprocess.PIPE,
         env=child_environment(),
@@ -59,12 +59,12 @@ def make_plan(config: EngineConfig, survey: Survey = survey) -> ServingPlan:
     scheduler = config.scheduler
     step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
     config = msgspec.structs.replace(config, executor=msgspec.structs.replace(config.executor, step_size=step_size))
-    plan = fit(config, survey(config.executor))
+    plan = fit(config, survey(config.executor, True))
     if not plan.problem:
         return plan
     for change, changed in _changes(config):
         try:
-            if not fit(changed, survey(changed.executor)).problem:
+            if not fit(changed, survey(changed.executor, False)).problem:
                 return msgspec.structs.replace(plan, change=change)
         except ModelError:  # this model cannot be changed in this way
             continue
@@ -83,7 +83,10 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
     free = surveys[0].free_bytes
     if free < of_one + of_others:
         several = f" of {config.num_replicas} engines" if of_others else ""
-        problem = f"the weights{several} take {format_bytes(of_one + of_others)}, and {format_bytes(free)} are free"
+        problem = (
+            f"the weights{several} take {format_bytes(of_one + of_others)}, and {format_bytes(free)} are free; "
+            "the rest would be read from the disk in each step"
+        )
         return ServingPlan(surveys, problem=problem)
     ready = []
     for each in surveys:
@@ -96,14 +99,15 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
     if isinstance(planned, str):
         return ServingPlan(surveys, problem=planned)
     shape, max_model_len = planned
-    specs = ready[0].kv_cache_groups
+    ranks = [each.kv_cache_groups for each in ready]
     return ServingPlan(
         surveys,
         num_kv_tokens=shape.num_tokens,
-        kv_cache_bytes=sum(
-            spec.bytes_per_block * group.num_blocks for spec, group in zip(specs, shape.groups, strict=True)
+        kv_cache_bytes=tuple(
+            sum(spec.bytes_per_block * group.num_blocks for spec, group in zip(specs, shape.groups, strict=True))
+            for specs in ranks
         ),
-        kv_bytes_per_token=sum(spec.bytes_per_block / spec.block_size for spec in specs),
+        kv_bytes_per_token=sum(spec.bytes_per_block / spec.block_size for specs in ranks for spec in specs),
         max_model_len=max_model_len,
     )
 

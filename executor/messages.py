@@ -430,20 +430,18 @@ class ModelSurvey(Message, frozen=True):
     """Bytes of the weights of all experts."""
     expert_share: float
     """Share of its layer's experts that a token has."""
-    layer_parameters: int
-    """Numbers that each token is multiplied with."""
-    head_parameters: int
-    """The same for the logits."""
-    multiplies_int8: bool = False
-    """Activations are rounded to 8 bits for these products."""
     num_threads: int = 0
-    """Threads with which the rates were measured."""
+    """Threads with which the following was measured."""
     capability: str = ""
     """Kernels in use; empty: none."""
     bytes_per_s: float = 0.0
-    """Memory bandwidth of all threads; 0: unknown."""
-    operations_per_s: float = 0.0
-    """Multiplications and additions of all threads; 0: unknown."""
+    """Memory bandwidth; 0: unknown."""
+    decode_seconds: dict[int, float] = {}
+    """Time of a step by its number of requests, apart from reading weights and cache; empty: unknown."""
+    prefill_seconds: float = 0.0
+    """The same for a prompt of ``prefill_tokens``."""
+    prefill_tokens: int = 0
+    """Tokens of that prompt; 0: unknown."""
 
 
 class KVCacheReady(Message, frozen=True):

@@ -4,25 +4,28 @@ The model is built as for serving, and its parameters are matched with the check
 stored types take the same memory, so one of each kind is read and packed, and stands in for the others: all numbers are
 those of the real code, and most of the weights stay on the disk. The step is captured like that of a worker.
 
-``python -m executor.plan`` takes an ``ExecutorConfig`` on standard input. It writes the ``ModelSurvey`` of each rank,
-or a ``WorkerFailed``.
+``python -m executor.plan [measure]`` takes an ``ExecutorConfig`` on standard input. It writes the ``ModelSurvey`` of
+each rank, or a ``WorkerFailed``.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import nn
 
-import ops
+from executor.adapters import LoadedAdapters, check_adapters
 from executor.attention.base import cached_specs
 from executor.base import ModelError
 from executor.checkpoint import StoredTensor
-from executor.config import ExecutorConfig
+from executor.config import ExecutorConfig, ParallelConfig
 from executor.device.base import Device, Memory, create_device
 from executor.layers.attention import form_groups
 from executor.layers.embedding import VocabParallelEmbedding
@@ -30,14 +33,27 @@ from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
 from executor.layers.parameter import WeightParameter, Weights
 from executor.loader import LoadedModel, Target, is_tied_by_file, match_weights, prepare_model
-from executor.messages import EXIT_MODEL, ModelSurvey, WorkerFailed, WorkerReady
+from executor.messages import (
+    EXIT_MODEL,
+    InitKVCache,
+    ModelSurvey,
+    NewRequest,
+    ResolvedParams,
+    SchedulerOutput,
+    WorkerFailed,
+    WorkerReady,
+)
 from executor.model_runner import ModelRunner
 from executor.parallel import ParallelState, places
-from executor.quantization.packed import PackedWeights
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
 """Memory that is read to measure the bandwidth: more than caches hold."""
+TIMED_STREAMS = (1, 8, 32)
+"""Requests that decode at the same time in the steps that are timed."""
+TIMED_CONTEXT = 512
+"""Tokens of each of them."""
+TIMED_STEPS = 5
 _KINDS = (("experts", "experts"), ("attn", "attention"), ("mlp", "mlp"))
 
 
@@ -59,7 +75,11 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     device.initialize(config.device, parallel.rank)
     before = device.memory()
     model, context, checkpoint = prepare_model(
-        config.model, parallel, device.torch_device, config.device.attention_backend, None
+        config.model,
+        parallel,
+        device.torch_device,
+        config.device.attention_backend,
+        max_adapters=config.lora.max_loaded,
     )
     stored: Mapping[str, StoredTensor] = {}
     targets: Mapping[str, Target] = {}
@@ -67,18 +87,21 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         _, targets, stored = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file(config.model))
     weights = _pack_one_of_each(model, targets, stored)
     loaded = LoadedModel(model.eval(), context.config, sum(weights.values()), context.dtype, context.max_model_len)
-    ready = _report(config, loaded, device, before, parallel.rank)
-    found = _count_work(ready, before.free_bytes, model, weights)
-    return measure_rates(found) if measures else found
+    runner = _runner(config, loaded, device, parallel.rank)
+    ready = _report(runner, loaded, device, before)
+    if config.lora.enable_lora:
+        check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
+        of_adapters = LoadedAdapters(loaded, config.lora).num_bytes(runner.max_tokens)
+        ready = msgspec.structs.replace(ready, step_bytes=ready.step_bytes + of_adapters)
+    found = _count_bytes(ready, before.free_bytes, model, weights)
+    return time_steps(measure_bandwidth(found), runner) if measures else found
 
 
-def _report(config: ExecutorConfig, loaded: LoadedModel, device: Device, before: Memory, rank: int) -> WorkerReady:
-    """What a worker with the model would report. ``before`` is the memory without its weights."""
-    groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
-    runner = ModelRunner(
+def _runner(config: ExecutorConfig, loaded: LoadedModel, device: Device, rank: int) -> ModelRunner:
+    return ModelRunner(
         loaded,
         device,
-        groups,
+        form_groups(loaded.model.attention_layers(), config.device.block_size),
         step_size=config.step_size,
         enforce_eager=config.model.enforce_eager or not loaded.model.can_be_captured,
         speculative=None,
@@ -86,15 +109,19 @@ def _report(config: ExecutorConfig, loaded: LoadedModel, device: Device, before:
         forced_outputs="",
         rank=rank,
     )
+
+
+def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Memory) -> WorkerReady:
+    """What a worker with the model would report. ``before`` is the memory without its weights."""
     step_bytes, position_bytes = runner.step_memory()
     free_bytes = max(0, before.free_bytes - loaded.weight_bytes)
     return WorkerReady(
-        rank=rank,
+        rank=runner.rank,
         free_bytes=free_bytes,
         total_bytes=before.total_bytes,
         weight_bytes=loaded.weight_bytes,
         default_kv_bytes=min(device.default_kv_bytes(), free_bytes // 4),
-        kv_cache_groups=cached_specs(groups),
+        kv_cache_groups=cached_specs(runner.groups),
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.hf_config.vocab_size,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -184,21 +211,15 @@ def _load(module: Weights, name: str, stored: Mapping[WeightParameter, list[tupl
         raise ModelError(f"{name.removesuffix('.weights')}: {error}") from error
 
 
-def _count_work(ready: WorkerReady, free_bytes: int, model: nn.Module, weights: dict[str, int]) -> ModelSurvey:
-    """Adds what a step reads and multiplies."""
+def _count_bytes(ready: WorkerReady, free_bytes: int, model: nn.Module, weights: dict[str, int]) -> ModelSurvey:
+    """Adds what a step reads."""
     modules = list(model.modules())
     tables = [module for module in modules if isinstance(module, VocabParallelEmbedding)]
-    heads = [table.shape for table in tables if table.shape.makes_logits]
     mixtures = [module for module in modules if isinstance(module, MoE)]
-    layers = [module for module in modules if isinstance(module, LinearLayer)]
-    in_experts = {id(layer) for each in mixtures for layer in each.experts.modules()}
     share = mixtures[0].routing.top_k / len(mixtures[0].experts) if mixtures else 1.0
-    every = {id(layer): layer.shape.input.size * sum(layer.output_sizes) for layer in layers}
-    of_experts = sum(size for layer, size in every.items() if layer in in_experts)
     only_looked_up = sum(
         parameter.nbytes for table in tables if not table.shape.makes_logits for parameter in table.parameters()
     )
-    packed = [module.packed for module in modules if isinstance(module, PackedWeights)]
     return ModelSurvey(
         ready=ready,
         free_bytes=free_bytes,
@@ -206,28 +227,111 @@ def _count_work(ready: WorkerReady, free_bytes: int, model: nn.Module, weights: 
         read_bytes=sum(weights.values()) - weights["experts"] - only_looked_up,
         expert_bytes=weights["experts"],
         expert_share=share,
-        layer_parameters=int(sum(every.values()) - of_experts + share * of_experts),
-        head_parameters=sum(shape.vocab.size * shape.hidden.size for shape in heads),
-        multiplies_int8=any(isinstance(each, ops.QuantizedWeight) and each.activations == "int8" for each in packed),
     )
 
 
-def measure_rates(survey: ModelSurvey) -> ModelSurvey:
-    """Adds what this machine can do right now, with the loops that measure its limits; nothing without kernels."""
+def measure_bandwidth(survey: ModelSurvey) -> ModelSurvey:
+    """Adds the memory bandwidth of this machine right now; nothing without kernels."""
     kernels, num_threads = library.chosen(), torch.get_num_threads()
     if kernels is None:
         return msgspec.structs.replace(survey, num_threads=num_threads)
     buffer = memory.map_zeros(BANDWIDTH_BYTES).fill_(1)
     data, size = buffer.data_ptr(), len(buffer)
-    bandwidth = statistics.median(kernels.measure_bandwidth(data, size, num_threads) for _ in range(5))
-    numbers = library.INT8 if survey.multiplies_int8 else library.TYPES[getattr(torch, survey.ready.dtype)]
     return msgspec.structs.replace(
         survey,
         num_threads=num_threads,
         capability=kernels.capability,
-        bytes_per_s=bandwidth,
-        operations_per_s=2 * max(kernels.measure_peak(numbers, num_threads) for _ in range(5)),
+        bytes_per_s=statistics.median(kernels.measure_bandwidth(data, size, num_threads) for _ in range(5)),
     )
+
+
+def time_steps(survey: ModelSurvey, runner: ModelRunner) -> ModelSurvey:
+    """Adds the times of steps on the few layers that are there.
+
+    All arithmetic is that of the whole model. Its weights come from caches as far as they fit, and K and V are zeros on
+    a single page, so what reading them takes must be added (``bytes_per_s``).
+    """
+    if not survey.ready.pooling.generates:
+        return survey
+    most = runner.step_size.max_num_seqs
+    streams = [count for count in TIMED_STREAMS if count <= most]
+    max_len = min(survey.ready.max_model_len, TIMED_CONTEXT + TIMED_STEPS + 1)
+    num_tokens = min(max_len, runner.max_tokens, TIMED_CONTEXT)
+    blocks = [-(-max_len // group.block_size) for group in survey.ready.kv_cache_groups]
+    runner.initialize(InitKVCache(tuple(most * count for count in blocks), max_len))
+    plans = _Plans(blocks, survey.ready.vocab_size)
+    decode: dict[int, float] = {}
+    for count in streams:
+        slots = list(range(count))
+        times = [_seconds(runner, plans.start(slots, max_len - TIMED_STEPS - 1))]
+        times += [_seconds(runner, plans.go_on(slots)) for _ in range(TIMED_STEPS)]
+        decode[count] = statistics.median(times[1:])
+    prefill = min(_seconds(runner, plans.start([0], 0, num_tokens)) for _ in range(2))
+    return msgspec.structs.replace(survey, decode_seconds=decode, prefill_seconds=prefill, prefill_tokens=num_tokens)
+
+
+class _Plans:
+    """Plans of steps, as the scheduler would make them."""
+
+    def __init__(self, num_blocks: Sequence[int], vocab_size: int) -> None:
+        """``num_blocks`` are the blocks of a request in each KV cache group."""
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
+        self._step_id = 0
+        self._taken: set[int] = set()
+
+    def start(self, slots: Sequence[int], num_computed: int, num_tokens: int = 1) -> SchedulerOutput:
+        """Requests whose first tokens are in the cache, and which compute so many more."""
+        rng = np.random.default_rng(0)
+        requests = [
+            NewRequest(
+                slot=slot,
+                token_ids=rng.integers(0, self._vocab_size, num_computed + num_tokens, np.int32).tobytes(),
+                num_prompt_tokens=num_computed + num_tokens,
+                num_computed_tokens=num_computed,
+                block_ids=tuple(
+                    np.arange(slot * count, (slot + 1) * count, dtype=np.int32).tobytes() for count in self._num_blocks
+                ),
+                params=ResolvedParams(max_tokens=1 << 20, temperature=0.0),
+            )
+            for slot in slots
+        ]
+        finished = np.array(sorted(self._taken), np.int32).tobytes()
+        self._taken = set(slots)
+        return self.go_on(slots, num_tokens, new_reqs=tuple(requests), finished_slots=finished)
+
+    def go_on(self, slots: Sequence[int], num_tokens: int = 1, **fields: Any) -> SchedulerOutput:
+        """Requests that compute so many tokens each."""
+        self._step_id += 1
+        return SchedulerOutput(
+            step_id=self._step_id,
+            slots=np.array(slots, np.int32).tobytes(),
+            num_scheduled_tokens=np.full(len(slots), num_tokens, np.int32).tobytes(),
+            num_sampled=np.ones(len(slots), np.uint8).tobytes(),
+            **fields,
+        )
+
+
+def _seconds(runner: ModelRunner, plan: SchedulerOutput) -> float:
+    """What a step takes."""
+    begin = time.perf_counter()
+    runner.execute(plan)
+    return time.perf_counter() - begin
+
+
+def survey_ranks(config: ExecutorConfig, *, measures: bool) -> list[ModelSurvey]:
+    """Surveys all workers of an engine. See ``survey``.
+
+    Ranks cannot compute without each other, so steps are timed as one worker with all cores would take them.
+    """
+    ranks = places(config.parallel)
+    surveys = [survey(config, rank, measures=measures and len(ranks) == 1) for rank in ranks]
+    if not measures or len(ranks) == 1:
+        return surveys
+    alone = survey(msgspec.structs.replace(config, parallel=ParallelConfig()), ParallelState())
+    names = ("num_threads", "capability", "bytes_per_s", "decode_seconds", "prefill_seconds", "prefill_tokens")
+    rates = {name: getattr(alone, name) for name in names}
+    return [msgspec.structs.replace(each, **rates) for each in surveys]
 
 
 def main() -> int:
@@ -235,7 +339,8 @@ def main() -> int:
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ExecutorConfig)
     answer: list[ModelSurvey | WorkerFailed]
     try:
-        answer = [survey(config, parallel) for parallel in places(config.parallel)]
+        measures = sys.argv[1:] == ["measure"]
+        answer = list(survey_ranks(config, measures=measures))
     except ModelError as error:
         answer = [WorkerFailed(rank=0, message=str(error), exit_code=EXIT_MODEL)]
     sys.stdout.buffer.write(msgspec.msgpack.encode(answer))

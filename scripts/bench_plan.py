@@ -4,7 +4,7 @@
     python scripts/bench_plan.py --model folder --streams 1 8 32 --runs 5
 
 Bytes must be equal; times are printed as measured divided by predicted, the median of all runs. Each run predicts from
-the bandwidth measured just before its steps, since other programs use part of it.
+the bandwidth measured around its steps, since other programs use part of it.
 """
 
 from __future__ import annotations
@@ -55,15 +55,11 @@ def main() -> int:
     for _ in range(options.runs):
         for count in options.streams:
             steps.fill(count, context)
-            before = plan.measure_rates(survey)
+            before = plan.measure_bandwidth(survey).bytes_per_s
             measured = statistics.median(steps.run(list(range(count)), [1] * count) for _ in range(options.steps))
-            after = plan.measure_rates(survey)
-            rates = msgspec.structs.replace(
-                survey,
-                bytes_per_s=(before.bytes_per_s + after.bytes_per_s) / 2,
-                operations_per_s=max(before.operations_per_s, after.operations_per_s),
-            )
-            predicted = Speed(rates, per_token).decode(count)
+            after = plan.measure_bandwidth(survey).bytes_per_s
+            rates = msgspec.structs.replace(survey, bytes_per_s=(before + after) / 2)
+            predicted = Speed([rates], per_token).decode(count)
             ratios[count].append(measured / predicted)
             times[count].append(measured * 1e3)
     for count, found in ratios.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,8 @@ from engine_core.messages import EngineDead, ModelSurvey, ServingPlan
 
 DESCRIPTION = "Say what a model would take on this machine and how fast it would be, without loading it."
 EXIT_DOES_NOT_FIT = 3
-STREAMS = (1, 8, 32)
-"""Requests that decode at the same time, for which times are predicted."""
 CONTEXT = 512
-"""Tokens before each request's next one in these predictions."""
-FIXED_SECONDS = 0.0003
-"""What a step costs besides reading and multiplying."""
+"""Tokens before each request's next one in predictions (``executor/plan.py``)."""
 NODES = Path("/sys/devices/system/node")
 
 
@@ -33,39 +29,43 @@ class Speed:
     """Predicts the times of one engine.
 
     Attributes:
-        survey: What its workers would report and what the machine can do.
+        surveys: What its workers would report, and what the machine can do.
         kv_bytes_per_token: What a token of context takes in the KV cache.
         share: Share of the machine's bandwidth and arithmetic that the engine has.
     """
 
-    survey: ModelSurvey
+    surveys: Sequence[ModelSurvey]
     kv_bytes_per_token: float
     share: float = 1.0
 
     @property
-    def is_known(self) -> bool:
-        return self.survey.bytes_per_s > 0
+    def streams(self) -> tuple[int, ...]:
+        """Numbers of requests whose steps can be predicted."""
+        return tuple(self.rates.decode_seconds) if self.rates.bytes_per_s else ()
 
-    def _step(self, num_bytes: float, operations: float) -> float:
-        rates = self.survey
-        work = max(num_bytes / rates.bytes_per_s, operations / rates.operations_per_s)
-        return work / self.share + FIXED_SECONDS
+    @property
+    def rates(self) -> ModelSurvey:
+        """The survey with what the machine can do."""
+        return self.surveys[0]
+
+    def _seconds(self, measured: float, num_bytes: float) -> float:
+        """A step computes while it reads, so the longer of the two counts."""
+        return max(measured, num_bytes / self.rates.bytes_per_s) / self.share
 
     def _weight_bytes(self, num_tokens: int) -> float:
         """Weights that a step reads; experts as if tokens chose them at random."""
-        survey = self.survey
-        return survey.read_bytes + survey.expert_bytes * (1 - (1 - survey.expert_share) ** num_tokens)
+        read = 1 - (1 - self.rates.expert_share) ** num_tokens
+        return sum(each.read_bytes + each.expert_bytes * read for each in self.surveys)
 
-    def decode(self, num_streams: int, context: int = CONTEXT) -> float:
-        """Seconds of a step in which each stream gets a token."""
-        survey = self.survey
-        num_bytes = self._weight_bytes(num_streams) + num_streams * context * self.kv_bytes_per_token
-        return self._step(num_bytes, 2.0 * num_streams * (survey.layer_parameters + survey.head_parameters))
+    def decode(self, num_streams: int) -> float:
+        """Seconds of a step in which each stream gets a token after ``CONTEXT`` others."""
+        num_bytes = self._weight_bytes(num_streams) + num_streams * CONTEXT * self.kv_bytes_per_token
+        return self._seconds(self.rates.decode_seconds[num_streams], num_bytes)
 
     def prefill(self) -> float:
         """Prompt tokens per second."""
-        num_tokens = self.survey.ready.max_num_batched_tokens or 512
-        return num_tokens / self._step(self._weight_bytes(num_tokens), 2.0 * num_tokens * self.survey.layer_parameters)
+        num_tokens = self.rates.prefill_tokens
+        return num_tokens / self._seconds(self.rates.prefill_seconds, self._weight_bytes(num_tokens))
 
 
 def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
@@ -100,6 +100,9 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
         print(json.dumps(figures(answer, name, num_replicas), indent=1))
     else:
         print("\n".join(report(answer, name, num_replicas, count_nodes())))
+        speculative = config.engine.executor.speculative
+        if speculative is not None and speculative.draft is not None:
+            print("note: the draft model is not counted")
     return EXIT_DOES_NOT_FIT if answer.problem else 0
 
 
@@ -114,18 +117,18 @@ def count_nodes(root: Path = NODES) -> int:
 
 def figures(plan: ServingPlan, name: str, num_replicas: int = 1) -> dict[str, Any]:
     """All figures as JSON: bytes, tokens, milliseconds."""
-    speed = Speed(plan.surveys[0], plan.kv_bytes_per_token, 1 / num_replicas)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas)
     ranks = [
         {
             "rank": survey.ready.rank,
             "weight_bytes": survey.ready.weight_bytes,
             "weights": survey.weights,
             "step_bytes": survey.ready.step_bytes,
-            "kv_cache_bytes": plan.kv_cache_bytes,
+            "kv_cache_bytes": plan.kv_cache_bytes[place] if plan.kv_cache_bytes else 0,
         }
-        for survey in plan.surveys
+        for place, survey in enumerate(plan.surveys)
     ]
-    known = speed.is_known and not plan.problem
+    streams = () if plan.problem else speed.streams
     return {
         "model": name,
         "fits": not plan.problem,
@@ -137,10 +140,9 @@ def figures(plan: ServingPlan, name: str, num_replicas: int = 1) -> dict[str, An
         "num_kv_tokens": plan.num_kv_tokens,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "max_model_len": plan.max_model_len,
-        "bytes_per_s": speed.survey.bytes_per_s,
-        "operations_per_s": speed.survey.operations_per_s,
-        "decode_ms": {str(count): speed.decode(count) * 1e3 for count in STREAMS} if known else {},
-        "prefill_tokens_per_s": speed.prefill() if known else None,
+        "bytes_per_s": speed.rates.bytes_per_s,
+        "decode_ms": {str(count): speed.decode(count) * 1e3 for count in streams},
+        "prefill_tokens_per_s": speed.prefill() if streams else None,
     }
 
 
@@ -162,17 +164,15 @@ def report(plan: ServingPlan, name: str, num_replicas: int, num_nodes: int) -> I
             yield f"would fit: {plan.change}"
         return
     if plan.num_kv_tokens:
-        yield (
-            f"  KV cache: {_size(plan.kv_cache_bytes)}, {plan.num_kv_tokens} tokens of {_size(plan.kv_bytes_per_token)}"
-        )
+        of_token = _size(plan.kv_bytes_per_token)
+        yield f"  KV cache: {_size(sum(plan.kv_cache_bytes))}, {plan.num_kv_tokens} tokens of {of_token}"
     yield f"  longest sequence: {plan.max_model_len} tokens"
-    speed = Speed(survey, plan.kv_bytes_per_token, 1 / num_replicas)
-    if speed.is_known:
-        times = ", ".join(f"{count}: {speed.decode(count) * 1e3:.4g} ms" for count in STREAMS)
+    speed = Speed(plan.surveys, plan.kv_bytes_per_token, 1 / num_replicas)
+    if speed.streams:
+        times = ", ".join(f"{count}: {speed.decode(count) * 1e3:.4g} ms" for count in speed.streams)
         yield f"  predicted step by number of streams, with {CONTEXT} tokens of context each: {times}"
-        yield f"  predicted prefill: at most {speed.prefill():.4g} tokens/s"
-        rates = f"{survey.bytes_per_s / 1e9:.3g} GB/s and {survey.operations_per_s / 1e9:.4g} Gop/s"
-        yield f"  measured: {rates} with {survey.num_threads} threads"
+        yield f"  predicted prefill: {speed.prefill():.4g} tokens/s"
+        yield f"  measured bandwidth: {survey.bytes_per_s / 1e9:.3g} GB/s with {survey.num_threads} threads"
     yield "fits"
     yield from advice(plan, num_replicas, num_nodes)
 

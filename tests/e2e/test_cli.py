@@ -242,3 +242,16 @@ def test_bench_without_a_server(tiny_model: Path, tmp_path: Path) -> None:
     assert "Avg latency: " in result.stdout and "--swap-space 4" in result.stderr
     result = run_cli("bench", "latency", str(tiny_model), "--enable-lora")
     assert result.returncode == 2 and result.stderr.startswith("octavo: --enable-lora: adapters")
+
+
+def test_a_plan_says_what_fits_and_what_would(tiny_model: Path) -> None:
+    flags = ("plan", str(tiny_model), "--dtype", "float32", "--max-num-seqs", "1", "--max-num-batched-tokens", "32")
+    result = run_cli(*flags, "--kv-cache-memory", "1MiB", "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["fits"] and figures["num_kv_tokens"] >= 512
+    assert list(figures["decode_ms"]) == ["1"] and figures["decode_ms"]["1"] > 0
+    bytes_of_one = int(figures["kv_bytes_per_token"] * 64)
+    result = run_cli(*flags, "--kv-cache-memory", str(bytes_of_one))
+    assert result.returncode == 3, result.stderr
+    assert "does not fit: --max-model-len" in result.stdout and "would fit: --max-model-len auto" in result.stdout

@@ -45,7 +45,9 @@ STATES = msgspec.structs.replace(group(5, window=2), layout="states")
 
 
 def plan(*workers: WorkerReady, max_model_len: int | None = -1, **cache: Any) -> tuple[CacheShape, int] | str:
+    num_replicas = cache.pop("num_replicas", 1)
     config = EngineConfig(
+        num_replicas=num_replicas,
         scheduler=SchedulerConfig(max_num_seqs=SEQS, max_num_batched_tokens=BUDGET),
         cache=CacheConfig(**cache),
         executor=ExecutorConfig(model=ModelConfig(max_model_len=max_model_len)),
@@ -62,6 +64,15 @@ def planned(*workers: WorkerReady, **options: Any) -> tuple[CacheShape, int]:
 def test_one_group_takes_all() -> None:
     assert planned(ready(group(3), kv_bytes=100)) == (CacheShape((GroupShape(33, 4),)), 132)
     assert planned(ready(group(3), kv_bytes=10_000)) == (CacheShape((GroupShape(3333, 4),)), MODEL_LEN)
+
+
+def test_engines_on_a_cpu_share_what_is_free() -> None:
+    on_cpu = msgspec.structs.replace(ready(group(3), kv_bytes=100), device="cpu")
+    assert planned(on_cpu, num_replicas=2)[0].groups[0].num_blocks == 50 // 3
+    assert planned(on_cpu, num_replicas=2, gpu_memory_utilization=0.5)[0].groups[0].num_blocks == 25 // 3
+    assert planned(on_cpu, num_replicas=2, kv_cache_memory=90)[0].groups[0].num_blocks == 30  # is of each
+    on_gpu = msgspec.structs.replace(on_cpu, device="cuda")
+    assert planned(on_gpu, num_replicas=2)[0].groups[0].num_blocks == 33
 
 
 def test_what_a_window_saves_goes_to_the_others() -> None:

@@ -46,12 +46,12 @@ def survey(weight_mib: int = 100, free_mib: int = 400, **fields: Any) -> ModelSu
         read_bytes=100 * MIB,
         expert_bytes=0,
         expert_share=1.0,
-        layer_parameters=50 * MIB,
-        head_parameters=0,
         num_threads=2,
         capability="avx2",
         bytes_per_s=100 * MIB / 0.01,
-        operations_per_s=1e12,
+        decode_seconds={1: 0.002, 8: 0.004, 32: 0.03},
+        prefill_seconds=0.4,
+        prefill_tokens=512,
     )
     return msgspec.structs.replace(made, **fields)
 
@@ -65,48 +65,50 @@ def config(num_replicas: int = 1, model: ModelConfig | None = None, **cache: Any
 def test_the_cache_is_sized_as_when_serving() -> None:
     plan = fit(config(), (survey(),))
     assert plan.problem == "" and plan.max_model_len == 4096
-    assert plan.kv_cache_bytes == 75 * MIB and plan.num_kv_tokens == 75 * MIB // BYTES_PER_TOKEN
+    assert plan.kv_cache_bytes == (75 * MIB,) and plan.num_kv_tokens == 75 * MIB // BYTES_PER_TOKEN
     assert plan.kv_bytes_per_token == BYTES_PER_TOKEN
     assert fit(config(kv_cache_memory=8 * MIB), (survey(),)).num_kv_tokens == 8 * 1024
 
 
 def test_engines_share_memory() -> None:
     plan = fit(config(num_replicas=3), (survey(),))
-    assert plan.kv_cache_bytes // MIB == 8  # a quarter of the 100 MiB that all weights leave, by three
+    assert plan.kv_cache_bytes[0] // MIB == 8  # a quarter of the 100 MiB that all weights leave, by three
     plan = fit(config(num_replicas=5), (survey(),))
-    assert plan.problem == "the weights of 5 engines take 500 MiB, and 400 MiB are free"
+    assert plan.problem.startswith(
+        "the weights of 5 engines take 500 MiB, and 400 MiB are free; the rest would be read"
+    )
 
 
 def test_the_smallest_change_that_fits_is_found() -> None:
     asked: list[ModelConfig] = []
 
-    def fake(executor: ExecutorConfig) -> tuple[ModelSurvey, ...]:
+    def fake(executor: ExecutorConfig, measures: bool) -> tuple[ModelSurvey, ...]:
         asked.append(executor.model)
+        assert measures == (len(asked) == 1)  # of the changes only the memory counts
         if executor.model.kv_cache_dtype == "int8" and executor.model.quantization is None:
             raise ModelError("no such cache")
         return (survey({None: 500, "int8": 250, "int4": 140}[executor.model.quantization]),)
 
     plan = make_plan(config(), fake)
-    assert plan.problem == "the weights take 500 MiB, and 400 MiB are free"
+    assert plan.problem.startswith("the weights take 500 MiB, and 400 MiB are free; ")
     assert plan.change == "--quantization int8"
     assert [model.quantization for model in asked] == [None] * 4 + ["int8"]
     long = config(model=ModelConfig(max_model_len=4096), kv_cache_memory=MIB)
-    plan = make_plan(long, lambda executor: (survey(),))
+    plan = make_plan(long, lambda executor, _: (survey(),))
     assert "use --max-model-len 1024 or less" in plan.problem and plan.change == "--max-model-len auto"
-    assert make_plan(config(), lambda executor: (survey(9999),)).change == ""
+    assert make_plan(config(), lambda executor, _: (survey(9999),)).change == ""
 
 
-def test_times_follow_from_bytes_and_operations() -> None:
-    speed = command.Speed(survey(), BYTES_PER_TOKEN)
-    fixed = command.FIXED_SECONDS
-    assert speed.decode(1, 0) == pytest.approx(0.01 + fixed)
-    assert speed.decode(10, 1024) == pytest.approx(0.011 + fixed)  # ten caches of a MiB each
-    assert speed.decode(1000, 0) == pytest.approx(2 * 1000 * 50 * MIB / 1e12 + fixed)
-    assert speed.prefill() == pytest.approx(512 / (2 * 512 * 50 * MIB / 1e12 + fixed))
-    half = command.Speed(survey(), 0.0, 0.5)
-    assert half.decode(1) == pytest.approx(0.02 + fixed)
-    experts = command.Speed(survey(read_bytes=0, expert_bytes=100 * MIB, expert_share=0.5), 0.0)
-    assert experts.decode(2) == pytest.approx(0.0075 + fixed)
+def test_a_step_takes_what_reading_or_computing_takes() -> None:
+    speed = command.Speed([survey()], BYTES_PER_TOKEN)
+    assert speed.streams == (1, 8, 32)
+    assert speed.decode(8) == pytest.approx(0.0104)  # 100 MiB of weights and 8 times half a MiB of cache
+    assert speed.decode(32) == pytest.approx(0.03)
+    assert speed.prefill() == pytest.approx(512 / 0.4)
+    assert command.Speed([survey()], 0.0, 0.5).decode(1) == pytest.approx(0.02)
+    experts = command.Speed([survey(read_bytes=0, expert_bytes=100 * MIB, expert_share=0.5)], 0.0)
+    assert experts.decode(1) == pytest.approx(0.005) and experts.decode(8) == pytest.approx(0.01 * (1 - 0.5**8))
+    assert command.Speed([survey(bytes_per_s=0.0)], 0.0).streams == ()
 
 
 def test_the_report_names_what_fits_and_what_to_use(tmp_path: Path) -> None:
@@ -120,9 +122,9 @@ def test_the_report_names_what_fits_and_what_to_use(tmp_path: Path) -> None:
     figures = command.figures(plan, "tiny")
     assert figures["fits"] and figures["ranks"][0]["weight_bytes"] == 100 * MIB and figures["num_kv_tokens"] == 76800
     json.dumps(figures, allow_nan=False)
-    plan = make_plan(config(), lambda executor: (survey(500 if executor.model.quantization is None else 100),))
+    plan = make_plan(config(), lambda executor, _: (survey(500 if executor.model.quantization is None else 100),))
     assert list(command.report(plan, "tiny", 1, 1))[-2:] == [
-        "does not fit: the weights take 500 MiB, and 400 MiB are free",
+        f"does not fit: {plan.problem}",
         "would fit: --quantization int8",
     ]
     assert command.figures(plan, "tiny")["decode_ms"] == {}

@@ -330,7 +330,12 @@ def test_a_worker_that_hangs_is_replaced(is_loading: bool) -> None:
     harness.executor.computes = True
     harness.inbox.append(Ping(1))
     harness.core.step()
-    assert [lost.reason for lost in harness.messages(WorkersLost)] == ([] if is_loading else [reason])
+    lost = harness.messages(WorkersLost)
+    assert [each.reason for each in lost] == ([] if is_loading else [reason])
+    # An engine that takes the request over must know that it may be to blame.
+    assert [{index: known.num_deaths for index, known in each.suspicions.items()} for each in lost] == (
+        [] if is_loading else [{0: 1}]
+    )
     harness.run_to_the_end()
     assert harness.executor.lives == 2 and harness.outputs[0] == expected()
 

@@ -116,6 +116,7 @@ class FakeSupervisor:
 
     def __init__(self, config: EngineConfig, on_exit: Callable[[int], None], log_level: str, replica: int = 0) -> None:
         self.config = config
+        self.replica = replica
         self.address = f"ipc://{FakeSupervisor.folder}/api{replica}"
         self.on_exit = on_exit
         self.context = zmq.Context()

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from api.config import make_config
 from api.engine import client as engine_client
+from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.place import INDEX_BITS
-from api.engine.pool import EnginePool
+from api.engine.pool import EnginePool, create_engines
 from api.engine.request_state import OutputOptions, RequestState
 from api.errors import EngineDeadError, RequestError
 from engine_core.config import EngineConfig, SchedulerConfig
@@ -127,6 +129,30 @@ async def test_what_holds_for_all_engines(tmp_path: Path, monkeypatch: pytest.Mo
         assert [config.executor.device.first_index for config in configs] == [0, 1, 2]
     finally:
         await harness.pool.close()
+
+
+@pytest.mark.parametrize(("size", "local", "rank"), [(1, None, None), (4, None, 3), (4, 2, 3)])
+async def test_a_server_of_one_engine_has_its_rank(
+    size: int, local: int | None, rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeSupervisor.folder = tmp_path
+    monkeypatch.setattr(engine_client, "Supervisor", FakeSupervisor)
+    options = {"data_parallel_size": size, "data_parallel_size_local": local, "data_parallel_rank": rank}
+    config, _ = make_config({name: value for name, value in options.items() if value is not None})
+    client = create_engines(config, None, EngineMetrics("model", engine=rank or 0))
+    assert isinstance(client, EngineClient) and client.rank == (rank or 0)
+    started = FakeSupervisor.current
+    assert (started.replica, started.config.num_replicas) == ((rank or 0) % (local or 1), local or 1)
+    start = asyncio.create_task(client.start())
+    await until(lambda: bool(started.cores))
+    started.core.ready()
+    await start
+    fields: dict[str, Any] = {"request_id": "a", "params": ResolvedParams(), "options": OutputOptions()}
+    with pytest.raises(RequestError, match=f"no data parallel rank 1; this server has rank {rank or 0}"):
+        client.submit(client.open_channel(), 0, prompt_token_ids=[1], data_parallel_rank=1, **fields)
+    state = client.submit(client.open_channel(), 0, prompt_token_ids=[1], data_parallel_rank=rank, **fields)
+    assert state.index == ((rank or 0) << INDEX_BITS) + 1
+    await client.close()
 
 
 async def test_requests_spread_and_prefixes_stay_together(harness: Harness) -> None:
