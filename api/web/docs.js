@@ -55,7 +55,7 @@ function show(document_, model) {
   }
   const { title = "API", version = "" } = document_.info ?? {};
   // A plain link would not send the API key.
-  const save = () => offerFile("openapi.json", JSON.stringify(document_, null, 2));
+  const save = () => offerFile("openapi.json", [JSON.stringify(document_, null, 2)]);
   const link = element("button", { type: "button", class: "link-button nowrap", click: save }, "openapi.json");
   byId("operations").replaceChildren(
     element("h1", {}, `${title} API`, element("span", { class: "version" }, version)),

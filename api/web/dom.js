@@ -129,9 +129,9 @@ export function copyButton(label, text, attributes = {}) {
   return button;
 }
 
-/** Offers a JSON text as a file download. */
-export function offerFile(name, text) {
-  const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+/** Offers JSON, in pieces of text, as a file download. */
+export function offerFile(name, pieces) {
+  const address = URL.createObjectURL(new Blob(pieces, { type: "application/json" }));
   const link = element("a", { href: address, download: name });
   document.body.append(link);
   link.click();

@@ -1,14 +1,18 @@
 // The view of a message. Answers can grow. All content is built from text nodes and elements, never from HTML.
 
+import { attachmentList } from "./attachment-view.js";
 import { copyButton, element, icon, iconButton } from "./dom.js";
 import { number, seconds } from "./format.js";
 import { MarkdownView } from "./markdown.js";
 
 /**
  * @typedef {object} Actions Callbacks for the actions on a message.
- * @property {(message: object, text: string) => void} edit
- * @property {() => void} regenerate
+ * @property {(message: object, text: string, attachments: object[]) => void} edit
+ * @property {(message: object) => void} regenerate
+ * @property {(message: object) => void} resume Continue the answer.
+ * @property {(message: object) => void} choose Show this version of a message.
  * @property {(results: string[]) => void} sendResults
+ * @property {FileStore} files Where the content of attachments is.
  */
 
 export class MessageView {
@@ -22,6 +26,8 @@ export class MessageView {
   #tools = element("div", { class: "tool-calls" });
   #numTools = 0;
   #foot = element("div", { class: "message-foot" });
+  #attachments = null;
+  #versions = [];
 
   /**
    * @param {object} message
@@ -39,7 +45,24 @@ export class MessageView {
       this.#foot,
     );
     if (message.role === "assistant") this.#markdown = new MarkdownView(this.#body);
+    this.#attachments = attachmentList(message.attachments ?? [], actions.files);
+    if (this.#attachments !== null) this.#body.before(this.#attachments);
     this.update();
+  }
+
+  /** Sets the versions of the message, itself included. Returns whether they have changed. */
+  setVersions(versions) {
+    const isSame = versions.length === this.#versions.length && versions.every((one, i) => one === this.#versions[i]);
+    this.#versions = versions;
+    return !isSame;
+  }
+
+  /** Moves the focus to a button that shows another version: `previous` or `next`. */
+  focusVersions(name) {
+    const buttons = [...this.#foot.querySelectorAll(".versions button")];
+    (
+      buttons.find((button) => button.dataset.name === name && !button.disabled) ?? buttons.find((b) => !b.disabled)
+    )?.focus();
   }
 
   /**
@@ -59,6 +82,7 @@ export class MessageView {
     } else {
       this.#body.classList.remove("markdown");
       this.#body.textContent = message.content;
+      this.#body.hidden = message.role === "user" && message.content === "";
     }
     this.#showFoot(isStreaming, rate, isLast);
   }
@@ -112,6 +136,7 @@ export class MessageView {
   #userFoot() {
     if (this.#message.role === "tool") return [];
     return [
+      this.#versionButtons(),
       element(
         "div",
         { class: "message-buttons" },
@@ -121,6 +146,25 @@ export class MessageView {
     ];
   }
 
+  /** "‹ 1 / 2 ›", or null for a message without alternatives. */
+  #versionButtons() {
+    const [index, length] = [this.#versions.indexOf(this.#message), this.#versions.length];
+    if (length < 2) return null;
+    const step = (name, label, target) =>
+      iconButton(name, label, () => this.#actions.choose(target, name), {
+        class: "icon-button tiny",
+        "data-name": name,
+        disabled: target === undefined,
+      });
+    return element(
+      "div",
+      { class: "versions", role: "group", "aria-label": `Version ${index + 1} of ${length}` },
+      step("previous", "Previous version", this.#versions[index - 1]),
+      element("span", { "aria-hidden": "true" }, `${index + 1} / ${length}`),
+      step("next", "Next version", this.#versions[index + 1]),
+    );
+  }
+
   #answerFoot(isLast) {
     const message = this.#message;
     const buttons = element(
@@ -128,11 +172,13 @@ export class MessageView {
       { class: "message-buttons" },
       message.content === "" ? null : copyButton("Copy answer", () => message.content),
       message.content === "" ? null : iconButton("edit", "Edit answer", () => this.#edit()),
-      isLast && message.status !== "error"
-        ? iconButton("refresh", "Regenerate answer", () => this.#actions.regenerate())
-        : null,
+      isLast && message.status === "error"
+        ? null // the error has a button to try again
+        : iconButton("refresh", "Regenerate answer", () => this.#actions.regenerate(message)),
+      isLast && canGoOn(message) ? iconButton("resume", "Continue answer", () => this.#actions.resume(message)) : null,
     );
-    return [this.#errorBox(isLast), isLast ? this.#resultsForm() : null, buttons, stats(message)];
+    const results = isLast ? this.#resultsForm() : null;
+    return [this.#errorBox(isLast), results, this.#versionButtons(), buttons, stats(message)];
   }
 
   #errorBox(isLast) {
@@ -141,7 +187,7 @@ export class MessageView {
     const again = isLast
       ? element(
           "button",
-          { type: "button", class: "button small", click: () => this.#actions.regenerate() },
+          { type: "button", class: "button small", click: () => this.#actions.regenerate(this.#message) },
           "Try again",
         )
       : null;
@@ -174,6 +220,17 @@ export class MessageView {
     const isUser = message.role === "user";
     const area = element("textarea", { "aria-label": "Message", rows: 1 });
     area.value = message.content;
+    let attachments = message.attachments ?? [];
+    const place = element("div", {});
+    const showAttachments = () => {
+      const list = attachmentList(attachments, this.#actions.files, (removed) => {
+        attachments = attachments.filter((other) => other !== removed);
+        showAttachments();
+        area.focus();
+      });
+      place.replaceChildren(...(list === null ? [] : [list]));
+    };
+    showAttachments();
     const close = () => {
       form.remove();
       this.node.classList.remove("is-editing");
@@ -181,9 +238,9 @@ export class MessageView {
     };
     const save = () => {
       const text = area.value;
-      if (text.trim() === "") return;
+      if (text.trim() === "" && attachments.length === 0) return;
       close();
-      if (text !== message.content || isUser) this.#actions.edit(message, text);
+      if (text !== message.content || isUser) this.#actions.edit(message, text, attachments);
     };
     const form = element(
       "form",
@@ -205,6 +262,7 @@ export class MessageView {
           }
         },
       },
+      place,
       area,
       element(
         "div",
@@ -219,6 +277,12 @@ export class MessageView {
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
   }
+}
+
+/** Whether an answer ended before the model was done, or has been changed since. */
+function canGoOn({ content, toolCalls, status, finishReason, isEdited }) {
+  if (content.trim() === "" || toolCalls.length > 0) return false;
+  return status !== "done" || finishReason !== "stop" || isEdited === true;
 }
 
 /** Fits the height of a text area to its text, up to the maximum height in the style sheet. */

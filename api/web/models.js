@@ -4,6 +4,11 @@ import { getJson } from "./api.js";
 import { element } from "./dom.js";
 import { number } from "./format.js";
 
+/** Whether a model takes images, by its card in /v1/models. */
+export function takesImages(card) {
+  return card?.capabilities?.vision === true;
+}
+
 /** The select element with the models. */
 export class ModelChoice extends EventTarget {
   #select;
@@ -39,7 +44,7 @@ export class ModelChoice extends EventTarget {
 
   /** @throws {ApiError} The list cannot be fetched. */
   async load() {
-    const { data } = await getJson("v1/models");
+    const { data } = await getJson("v1/models", { quiet: this.#cards.size > 0 });
     const cards = data.filter((card) => typeof card?.id === "string");
     this.#cards = new Map(cards.map((card) => [card.id, card]));
     const bases = cards.filter((card) => !card.parent);
@@ -52,6 +57,11 @@ export class ModelChoice extends EventTarget {
     this.#select.disabled = cards.length === 0;
     this.choose(this.#wanted);
     this.dispatchEvent(new Event("change"));
+  }
+
+  /** Fetches the list again, if there was one. On failure the old list stays. */
+  async reload() {
+    if (this.#cards.size > 0) await this.load().catch(() => {});
   }
 
   /** Shows that there is no model to select. */

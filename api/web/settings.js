@@ -178,6 +178,11 @@ export class SettingsPanel {
     return { ...this.#settings };
   }
 
+  setSystemPrompt(text) {
+    this.#set("system", text);
+    for (const show of this.#show) show();
+  }
+
   /** The first field with an invalid value, or null. */
   firstInvalid() {
     return document.querySelector("#settings-body [aria-invalid=true]");

@@ -1,7 +1,7 @@
 // Browser storage with prefixed keys. Several servers may share an origin behind a proxy, so keys include the path.
 // Storage may be full or disabled, so only `write` throws.
 
-const PREFIX = `octavo:${new URL(".", document.baseURI).pathname}:`;
+export const PREFIX = `octavo:${new URL(".", document.baseURI).pathname}:`;
 
 export function read(name, area = localStorage_()) {
   try {

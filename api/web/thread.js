@@ -1,5 +1,6 @@
 // The message list of the current conversation, and its scroll position.
 
+import { path, versions } from "./branches.js";
 import { byId, element } from "./dom.js";
 import { MessageView } from "./message-view.js";
 
@@ -39,16 +40,20 @@ export class Thread {
     new ResizeObserver(() => this.#follow()).observe(this.#scroller);
   }
 
-  /** Shows messages, reusing the views of those already shown. */
-  show(messages, modelText = "") {
+  /** Shows a conversation, reusing the views of messages already shown. */
+  show(conversation, modelText = "") {
+    const messages = path(conversation);
     const views = new Map();
     for (const message of messages) {
       views.set(message, this.#views.get(message) ?? new MessageView(message, this.#actions));
     }
     this.#views = views;
     const last = messages.at(-1) ?? null;
-    // The previously last message loses the actions that only the last one has.
-    for (const message of new Set([this.#last, last])) views.get(message)?.update({ isLast: message === last });
+    for (const [message, view] of views) {
+      const isNew = view.setVersions(versions(conversation, message));
+      // The previously last message loses the actions that only the last one has.
+      if (isNew || message === last || message === this.#last) view.update({ isLast: message === last });
+    }
     this.#last = last;
     const nodes = [...views.values()].map((view) => view.node);
     this.#place.replaceChildren(...(nodes.length > 0 ? nodes : [this.#welcome(modelText)]));
@@ -74,6 +79,22 @@ export class Thread {
     };
     if (this.#cost < 8) show();
     else this.#frame = setTimeout(show, 3 * this.#cost);
+  }
+
+  /** Moves the focus to the buttons that show other versions of a message. */
+  focusVersions(message, name) {
+    this.#views.get(message)?.focusVersions(name);
+  }
+
+  /** Scrolls to a message, which is marked for a moment. */
+  scrollTo(message) {
+    const node = this.#views.get(message)?.node;
+    if (node === undefined) return;
+    this.#follows = false;
+    node.scrollIntoView({ block: "start" });
+    node.classList.add("is-found");
+    node.addEventListener("animationend", () => node.classList.remove("is-found"), { once: true });
+    this.#noteScroll();
   }
 
   /** Scrolls to the end and follows the answer. */

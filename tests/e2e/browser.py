@@ -60,6 +60,15 @@ class Browser:
         self.driver.get("about:blank")  # an address that differs in its hash only would not load the page again
         self.driver.get(url)
 
+    def renew(self) -> None:
+        """Goes on in a new tab: what a page keeps for its tab cannot be cleared from outside."""
+        old = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        new = self.driver.current_window_handle
+        self.driver.switch_to.window(old)
+        self.driver.close()
+        self.driver.switch_to.window(new)
+
     def clear(self, *urls: str) -> None:
         """Forgets what pages of these servers have stored, and goes back to the usual size and colours."""
         for url in urls:

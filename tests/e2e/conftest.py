@@ -14,6 +14,7 @@ from tests import tiny
 
 if TYPE_CHECKING:
     from tests.e2e.browser import Browser
+    from tests.e2e.page_script import Script
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,31 @@ def browser_process() -> Iterator[Browser]:
             yield browser
         finally:
             browser.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def script_server() -> Iterator[Script]:
+    """Scripted endpoints for the pages."""
+    from tests.e2e.page_script import Script
+
+    script = Script()
+    yield script
+    script.stop()
+
+
+@pytest.fixture
+def script(script_server: Script) -> Script:
+    """The scripted endpoints, which answer "Hello **world**."."""
+    script_server.reset()
+    return script_server
+
+
+@pytest.fixture
+def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
+    """The chat page of the scripted server, fresh."""
+    browser_process.open("about:blank")
+    browser_process.clear(script.url)
+    browser_process.open(script.url)
+    browser_process.wait(lambda: browser_process.all("#model:enabled"))
+    yield browser_process
+    assert browser_process.errors() == []

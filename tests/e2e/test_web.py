@@ -2,140 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
 
-from api.server.web_routes import WebPages
 from tests.e2e.browser import Browser, Keys, WebElement
-
-MODEL = "demo"
-HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
-
-
-# -- scripted endpoints ------------------------------------------------------------------------------------------
-
-
-class Script:
-    """Endpoints that say what a test wants, beside the pages, in a thread."""
-
-    def __init__(self) -> None:
-        self.deltas: list[dict[str, Any]] = []
-        self.then_waits = False
-        self._may_end = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.num_left = 0
-        """Answers whose clients went before the end."""
-        self.status = 200
-        self.models = [{"id": MODEL, "max_model_len": 4096, "parent": None}]
-        self.requests: list[dict[str, Any]] = []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        pages = [Route(row.path, row.handler, methods=[row.method]) for row in WebPages().operations()]
-        routes = [
-            *pages,
-            Route("/v1/models", self._list_models),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-        ]
-        app = Starlette(routes=[Mount("/behind/a/proxy", routes=routes), *routes])
-        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", ws="none"))
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 30
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.01)
-
-    def says(self, *texts: str, then_waits: bool = False) -> None:
-        """The next answers, in pieces; with ``then_waits`` they end after ``go_on``."""
-        self.deltas = [{"content": text} for text in texts]
-        self.then_waits, self.status = then_waits, 200
-
-    def go_on(self) -> None:
-        """Lets the answers that wait end."""
-        assert self._loop is not None, "nothing was asked yet"
-        waited_for, self._may_end = self._may_end, asyncio.Event()
-        self._loop.call_soon_threadsafe(waited_for.set)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    async def _list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": self.models})
-
-    async def _chat(self, request: Request) -> Response:
-        self.requests.append(await request.json())
-        if self.status != 200:
-            error = {"message": f"no <b>{HOSTILE}</b>", "type": "x", "param": None, "code": self.status}
-            return JSONResponse({"error": error}, self.status)
-        return StreamingResponse(self._events(), media_type="text/event-stream")
-
-    async def _events(self) -> AsyncIterator[str]:
-        then_waits, may_end = self.then_waits, self._may_end
-        self._loop = asyncio.get_running_loop()
-        yield self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-        for delta in self.deltas:
-            if "error" in delta:
-                yield self._event(delta)
-                return
-            yield self._event({"choices": [{"index": 0, "delta": delta}]})
-        try:
-            if then_waits:
-                await may_end.wait()
-        except asyncio.CancelledError:
-            self.num_left += 1
-            raise
-        reason = "tool_calls" if any("tool_calls" in delta for delta in self.deltas) else "stop"
-        yield self._event({"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": reason}]})
-        usage = {"prompt_tokens": 7, "completion_tokens": len(self.deltas) + 1, "total_tokens": 9}
-        yield self._event({"choices": [], "usage": usage})
-        yield "data: [DONE]\n\n"
-
-    def _event(self, value: Any) -> str:
-        return f": comment\r\ndata: {json.dumps(value)}\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def script_server() -> Iterator[Script]:
-    script = Script()
-    yield script
-    script.stop()
-
-
-@pytest.fixture
-def script(script_server: Script) -> Script:
-    script_server.says("Hello ", "**world**.")
-    script_server.requests.clear()
-    return script_server
-
-
-@pytest.fixture
-def chat(browser_process: Browser, script: Script) -> Iterator[Browser]:
-    """The chat page of the scripted server, fresh."""
-    browser_process.open("about:blank")
-    browser_process.clear(script.url)
-    browser_process.open(script.url)
-    browser_process.wait(lambda: browser_process.all("#model option")[0].text == MODEL)
-    yield browser_process
-    assert browser_process.errors() == []
+from tests.e2e.page_script import HOSTILE, MODEL, Script, card
 
 
 def test_an_answer_and_what_it_cost(chat: Browser, script: Script) -> None:
@@ -294,27 +171,6 @@ def test_formulas(chat: Browser, script: Script) -> None:
         chat.driver.save_screenshot(f"{folder}/formulas.png")
 
 
-def test_edit_and_undo(chat: Browser, script: Script) -> None:
-    chat.ask("one")
-    chat.ask("two")
-    chat.driver.execute_script("document.querySelector('.from-user [aria-label=\"Edit message\"]').click()")
-    chat.type(Keys.CONTROL, "a", Keys.NULL, "uno", Keys.ENTER)
-    chat.finish()
-    assert script.requests[-1]["messages"] == [{"role": "user", "content": "uno"}]
-    assert [found.text for found in chat.all(".from-user .message-body")] == ["uno"]
-    chat.click(".notice button")
-    assert [found.text for found in chat.all(".from-user .message-body")] == ["one", "two"]
-
-
-def test_write_again(chat: Browser, script: Script) -> None:
-    chat.ask("one")
-    script.says("Otherwise.")
-    chat.click('[aria-label="Regenerate answer"]')
-    chat.finish()
-    assert [found.text for found in chat.all(".from-assistant .message-body")] == ["Otherwise."]
-    assert script.requests[1]["messages"] == script.requests[0]["messages"]
-
-
 def test_rename_export_delete(chat: Browser, tmp_path: Path) -> None:
     behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
     chat.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
@@ -333,38 +189,14 @@ def test_rename_export_delete(chat: Browser, tmp_path: Path) -> None:
     assert chat.text(".conversation-title") == "New/ name"
 
 
-def test_storage_has_a_bound(chat: Browser) -> None:
-    """The oldest conversations make room, long before the browser refuses."""
-    kept = chat.module(
-        "conversations.js",
-        """
-        const store = new module.ConversationStore();
-        for (let i = 0; i < 30; i++) {
-          const conversation = module.newConversation("m", {});
-          conversation.messages.push({ role: "user", content: "x".repeat(400000) });
-          conversation.updated = i;
-          store.save(conversation);
-        }
-        const huge = module.newConversation("m", {});
-        huge.messages.push({ role: "user", content: "x".repeat(9000000) });
-        return [store.list().map(({ updated }) => updated), store.save(huge).isKept];
-        """,
-    )
-    assert kept == [[29, 28, 27, 26, 25, 24, 23, 22], False]
-
-
 def test_models_and_adapters(chat: Browser, script: Script) -> None:
-    script.models = [
-        {"id": MODEL, "max_model_len": 4096, "parent": None},
-        {"id": f"lora {HOSTILE}", "max_model_len": 4096, "parent": MODEL},
-    ]
+    script.models = [card(), card(f"lora {HOSTILE}", parent=MODEL)]
     chat.driver.refresh()
     group = chat.wait(lambda: chat.all("#model optgroup"))[0]
     assert group.get_attribute("label") == f"Adapters for {MODEL}"
     chat.run("const s = document.getElementById('model'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))")
     chat.ask("hi")
     assert script.requests[0]["model"] == f"lora {HOSTILE}"
-    script.models = script.models[:1]
     assert chat.driver.title == "Octavo"
 
 
@@ -727,6 +559,24 @@ def test_everything_has_a_name(chat: Browser) -> None:
         }).map((node) => node.outerHTML);
     """
     assert chat.run(nameless) == []
+
+
+def test_the_dashboard_lists_models_and_adapters(chat: Browser, script: Script) -> None:
+    script.models = [
+        card(capabilities={"vision": True}),
+        card(f"poet {HOSTILE}", parent=MODEL),
+        card("pirate", parent=MODEL),
+    ]
+    old, now = 'waiting_lora_adapters="pirate",running_lora_adapters=""', 'running_lora_adapters="pirate,x"'
+    script.metrics = f"vllm:lora_requests_info{{{old}}} 5\nvllm:lora_requests_info{{{now}}} 6\n"
+    chat.open(f"{script.url}/#dashboard")
+    rows = chat.wait(lambda: [row.text for row in chat.all(".models tbody tr")])
+    assert rows == [
+        f"{MODEL} Base model 4,096 tokens Text, images",
+        f"poet {HOSTILE} Adapter of {MODEL} 4,096 tokens Text",
+        f"pirate Adapter of {MODEL} 4,096 tokens Text running",
+    ]
+    assert chat.driver.title == "Dashboard – Octavo"
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,414 @@
+"""The chat page in a real browser: branches, attachments, and what is kept, found, exported and imported."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.browser import Browser, Keys
+from tests.e2e.page_script import HOSTILE, MODEL, Script, card
+
+SEES = card(capabilities={"vision": True})
+
+
+def png(width: int = 3, height: int = 2) -> bytes:
+    """A red image."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\xff\0\0" * width) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def texts(chat: Browser, role: str) -> list[str]:
+    return [found.text for found in chat.all(f".from-{role} .message-body")]
+
+
+def sent(script: Script) -> list[Any]:
+    """Contents of the messages in the last request."""
+    return [message["content"] for message in script.requests[-1]["messages"]]
+
+
+def press(chat: Browser, label: str, number: int = -1) -> None:
+    """Clicks a button that is shown when something points at it."""
+    chat.run("arguments[0].click()", chat.wait(lambda: chat.all(f'[aria-label^="{label}"]'))[number])
+
+
+def has_notice(chat: Browser, text: str) -> bool:
+    return chat.text(".notice") == text
+
+
+def attach(chat: Browser, *paths: Path) -> None:
+    num = len(chat.all("#composer-attachments li"))
+    chat.all("#file-picker")[0].send_keys("\n".join(map(str, paths)))
+    chat.wait(lambda: len(chat.all("#composer-attachments li")) == num + len(paths))
+
+
+def sees(chat: Browser, script: Script) -> None:
+    """Serves a model that takes images."""
+    script.models = [SEES]
+    chat.driver.refresh()
+    chat.wait(lambda: chat.all('[aria-label="Attach images or text files"]'))
+
+
+# -- branches ----------------------------------------------------------------------------------------------------
+
+
+def test_versions_of_answers_and_questions(chat: Browser, script: Script) -> None:
+    chat.ask("one")
+    script.says("Otherwise.")
+    press(chat, "Regenerate answer")
+    chat.finish()
+    assert texts(chat, "assistant") == ["Otherwise."]
+    assert script.requests[1]["messages"] == script.requests[0]["messages"]
+    chat.ask("two")
+    assert sent(script) == ["one", "Otherwise.", "two"]
+    chat.click('[aria-label="Previous version"]')
+    assert texts(chat, "assistant") == ["Hello world."] and texts(chat, "user") == ["one"]
+    assert chat.find(".from-assistant .versions").get_attribute("aria-label") == "Version 1 of 2"
+    # The focus is on the button that leads back; what followed the other version is there again.
+    assert chat.driver.switch_to.active_element.get_attribute("aria-label") == "Next version"
+    chat.type(Keys.ENTER)
+    assert texts(chat, "user") == ["one", "two"]
+    press(chat, "Edit message", 0)
+    chat.type(Keys.CONTROL, "a", Keys.NULL, "uno", Keys.ENTER)
+    chat.finish()
+    assert sent(script) == ["uno"] and texts(chat, "user") == ["uno"]
+    chat.driver.refresh()
+    chat.wait(lambda: texts(chat, "user") == ["uno"])
+    chat.click('.from-user [aria-label="Previous version"]')
+    assert texts(chat, "user") == ["one", "two"] and texts(chat, "assistant") == ["Otherwise.", "Otherwise."]
+
+
+def test_a_failed_answer_is_no_version(chat: Browser, script: Script) -> None:
+    script.status = 400
+    chat.send("hi")
+    chat.find("#messages .error-box")
+    script.says("Fine.")
+    chat.click("#messages .error-box button")
+    chat.finish()
+    assert texts(chat, "assistant") == ["Fine."] and not chat.all(".versions")
+
+
+def test_an_answer_is_continued(chat: Browser, script: Script) -> None:
+    script.says("One, ", "two, ", then_waits=True)
+    chat.send("count")
+    chat.wait(lambda: texts(chat, "assistant") == ["One, two,"])
+    chat.type(Keys.ESCAPE)
+    chat.finish()
+    script.go_on()
+    script.says(" three.")
+    chat.click('[aria-label="Continue answer"]')
+    chat.finish()
+    assert texts(chat, "assistant") == ["One, two, three."]
+    request = script.requests[1]
+    assert request["messages"][-1] == {"role": "assistant", "content": "One, two,"}
+    assert request["continue_final_message"] is True and request["add_generation_prompt"] is False
+    # It is done now, and both parts count.
+    assert not chat.all('[aria-label="Continue answer"]') and chat.text(".stats").startswith("4 tokens")
+    chat.ask("more")
+    assert "continue_final_message" not in script.requests[2]
+
+
+def test_any_list_of_messages_becomes_a_tree(chat: Browser) -> None:
+    body = """
+        return values.map((messages) => {
+          const conversation = { child: 7, messages: messages.map((message) => ({ ...message })) };
+          module.link(conversation);
+          return [module.path(conversation).map(({ id }) => id), conversation.messages.map(({ parent }) => parent)];
+        });
+    """
+    lists: list[list[dict[str, Any]]] = [
+        [{}, {}, {}],  # as stored by earlier versions
+        [{"id": 1, "parent": None, "child": 3}, {"id": 2, "parent": 1}, {"id": 3, "parent": 1}, {"id": 4, "parent": 2}],
+        [{"id": 1, "parent": 2}, {"id": 2, "parent": 1}],  # a cycle
+        [{"id": 5, "parent": None}, {"id": 5, "parent": 5}, {"id": "x", "parent": 5}, {"id": -1}, {"id": 1e300}],
+        [{"id": 1, "parent": 1, "child": 1}],
+        [],
+    ]
+    assert chat.module("branches.js", body, *lists) == [
+        [[1, 2, 3], [None, 1, 2]],
+        [[1, 3], [None, 1, 1, 2]],
+        [[1, 2], [None, 1]],
+        [[5, 6, 7, 8, 9], [None, 5, 6, 7, 8]],
+        [[1], [None]],
+        [[], []],
+    ]
+
+
+# -- attachments -------------------------------------------------------------------------------------------------
+
+
+def test_images_are_sent_shown_and_kept(chat: Browser, script: Script, tmp_path: Path) -> None:
+    (small := tmp_path / "small.png").write_bytes(png())
+    (large := tmp_path / f"large {HOSTILE[:8]}.png".replace("/", "")).write_bytes(png(5000, 1000))
+    sees(chat, script)
+    attach(chat, small, large)
+    chat.ask("What is this?")
+    first, second, text = sent(script)[0]
+    assert first == {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png())}"}}
+    assert second["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "What is this?"}
+    assert not chat.all("#composer-attachments li")
+    chat.driver.refresh()
+    widths = "return [...document.querySelectorAll('.from-user img')].map((image) => image.naturalWidth)"
+    chat.wait(lambda: chat.run(widths) == [3, 2560])  # the large one was scaled down
+    chat.ask("And now?")
+    assert sent(script)[0][:2] == [first, second]
+    chat.click(".from-user li:first-child .thumbnail")
+    chat.wait(lambda: chat.run("return document.querySelector('.viewer img').naturalWidth") == 3)
+    chat.type(Keys.ESCAPE)
+    assert not chat.all(".viewer")
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_a_message_may_be_an_image_alone_and_lose_it(chat: Browser, script: Script, tmp_path: Path) -> None:
+    (path := tmp_path / "a.png").write_bytes(png())
+    sees(chat, script)
+    assert not chat.find("#send").is_enabled()
+    attach(chat, path, path)
+    press(chat, "Remove a.png")
+    assert len(chat.all("#composer-attachments li")) == 1
+    chat.click("#send")
+    chat.finish()
+    assert [part["type"] for part in sent(script)[0]] == ["image_url"]
+    assert chat.text(".conversation-title") == "a.png"
+    press(chat, "Edit message")
+    chat.type("Hm?")
+    press(chat, "Remove a.png")
+    chat.type(Keys.ENTER)
+    chat.finish()
+    assert sent(script) == ["Hm?"]
+
+
+def test_texts_are_dropped_and_pasted(chat: Browser, script: Script, tmp_path: Path) -> None:
+    give = """
+        const [target, kind, name, data] = arguments;
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([data], name, { type: name.endsWith("png") ? "image/png" : "" }));
+        const options = { bubbles: true, cancelable: true, dataTransfer: transfer, clipboardData: transfer };
+        const event = kind === "paste" ? new ClipboardEvent(kind, options) : new DragEvent(kind, options);
+        document.querySelector(target).dispatchEvent(event);
+        return event.defaultPrevented;
+    """
+    assert chat.run(give, "#thread", "dragover", "a.md", "") and chat.text("#drop-hint") == "Drop text files here"
+    assert chat.run(give, "#thread", "drop", "a.md", "# A\n```js\n1\n```") and chat.find("#composer")
+    chat.wait(lambda: len(chat.all("#composer-attachments li")) == 1)
+    assert not chat.all("#drop-hint")[0].is_displayed()
+    chat.run(give, "#composer-input", "paste", "b", "plain")
+    chat.wait(lambda: len(chat.all("#composer-attachments li")) == 2)
+    chat.run(give, "#thread", "drop", "c.png", "x")
+    assert chat.wait(lambda: chat.text(".notice")) == "c.png is an image, which this model does not take."
+    (binary := tmp_path / "d.bin").write_bytes(b"\xff\xfe\0")
+    chat.all("#file-picker")[0].send_keys(str(binary))
+    chat.wait(lambda: chat.text(".notice") == "d.bin is neither an image nor a text.")
+    chat.ask("Which?")
+    assert sent(script) == ["a.md:\n\n````md\n# A\n```js\n1\n```\n````\n\nb:\n\n```\nplain\n```\n\nWhich?"]
+    chat.click(".from-user .text-chip")
+    assert chat.text(".viewer pre") == "plain"
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------
+
+
+def test_conversations_of_earlier_versions_move(chat: Browser, script: Script) -> None:
+    old = {"title": "Old", "updated": 5, "model": MODEL, "settings": {"temperature": 0.5}}
+    answer = {"role": "assistant", "content": "A.", "status": "streaming", "toolCalls": [{"name": 1}]}
+    old["messages"] = [{"role": "user", "content": "Q?"}, answer, {"role": "system"}, None]
+    chat.run("localStorage['octavo:/:conversation:abc'] = arguments[0]", json.dumps(old))
+    chat.run("localStorage['octavo:/:conversation:bad'] = '{'")
+    for _ in range(2):
+        chat.open(f"{script.url}/#chat/abc")
+        chat.wait(lambda: texts(chat, "assistant") == ["A."])
+        assert "stopped" in chat.text(".stats") and len(chat.all(".conversation-title")) == 1
+        assert "conversation:" not in chat.run("return Object.keys(localStorage).join()")
+    chat.ask("more")
+    assert sent(script) == ["Q?", "A.", "more"] and script.requests[-1]["temperature"] == 0.5
+
+
+def test_an_answer_that_was_running_is_kept(chat: Browser, script: Script) -> None:
+    script.says("Half ", "an answer", then_waits=True)
+    chat.send("go on")
+    chat.wait(lambda: texts(chat, "assistant") == ["Half an answer"])
+    chat.driver.refresh()
+    chat.wait(lambda: texts(chat, "assistant") == ["Half an answer"])
+    assert "stopped" in chat.text(".stats")
+    script.go_on()
+
+
+def test_tabs_see_each_others_conversations(chat: Browser, script: Script) -> None:
+    first = chat.driver.current_window_handle
+    chat.driver.switch_to.new_window("tab")
+    try:
+        chat.open(script.url)
+        chat.ask("from the other tab")
+    finally:
+        chat.driver.close()
+        chat.driver.switch_to.window(first)
+    chat.wait(lambda: [found.text for found in chat.all(".conversation-title")] == ["from the other tab"])
+
+
+def test_storage_that_is_full(chat: Browser, script: Script) -> None:
+    quota = {"origin": script.url, "quotaSize": 1}
+    chat.driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", quota)
+    try:
+        chat.ask("x" * 1000)
+        assert chat.text(".notice span").startswith("The browser's storage is full.")
+        assert chat.ask("next") == "Hello world."
+    finally:
+        chat.driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", {"origin": script.url})
+
+
+def test_files_without_a_message_are_forgotten(chat: Browser) -> None:
+    body = """
+        return (async () => {
+          const store = await module.ConversationStore.open();
+          for (const id of ["used", "unused"]) await store.files.put(id, new Blob(["x"]));
+          const later = Date.now() + 48 * 3600 * 1000;
+          Date.now = () => later;
+          await store.files.forgetAllBut([{ messages: [{ attachments: [{ file: "used" }] }, {}] }]);
+          return [(await store.files.get("used")).size, await store.files.get("unused")];
+        })();
+    """
+    chat.run("window.found = import(new URL('web/conversations.js', document.baseURI))")
+    script = f"const done = arguments[0]; window.found.then((module) => {{ {body} }}).then(done)"
+    assert chat.driver.execute_async_script(script) == [1, None]
+
+
+# -- what is found and moved -------------------------------------------------------------------------------------
+
+
+def test_search(chat: Browser, script: Script) -> None:
+    script.says("The Loire, of course.")
+    chat.ask("Longest river in France?")
+    script.says("Something else.")
+    press(chat, "Regenerate answer")
+    chat.finish()
+    chat.click("#new-chat")
+    chat.ask("Tea or coffee")
+    chat.type(Keys.CONTROL, "k")
+    chat.type("loire RIVER")
+    chat.wait(lambda: [found.text for found in chat.all(".conversation-title")] == ["Longest river in France?"])
+    assert chat.text(".conversation-snippet mark") == "Loire"
+    chat.type(Keys.ENTER)
+    # The branch that has the words is shown.
+    assert chat.wait(lambda: texts(chat, "assistant") == ["The Loire, of course."])
+    chat.click("#search")
+    chat.type(Keys.ESCAPE)
+    assert len(chat.all(".conversation-title")) == 2
+    chat.type("nowhere")
+    chat.wait(lambda: chat.text(".conversations .empty") == "Nothing found")
+
+
+def test_a_long_list_is_shown_in_parts(chat: Browser, script: Script, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    (path := tmp_path / "x.json").write_text(json.dumps([{"title": str(i), "messages": messages} for i in range(201)]))
+    chat.all("#import-picker")[0].send_keys(str(path))
+    chat.wait(lambda: len(chat.all(".conversation-title")) == 200)
+    chat.run("document.querySelector('.conversations .button').click()")
+    assert len(chat.all(".conversation-title")) == 201 and not chat.all(".conversations .button")
+    assert chat.driver.switch_to.active_element.get_attribute("title") == "200"
+
+
+def test_export_and_import_of_everything(chat: Browser, script: Script, tmp_path: Path) -> None:
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    chat.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    (path := tmp_path / "a.png").write_bytes(png())
+    sees(chat, script)
+    chat.run("localStorage['octavo:/:prompts'] = JSON.stringify([{ id: '1', title: 'T', text: 'P' }])")
+    attach(chat, path)
+    chat.ask("first")
+    press(chat, "Regenerate answer")
+    chat.finish()
+    chat.click("#new-chat")
+    chat.ask("second")
+    chat.click("#export-all")
+    (file,) = chat.wait(lambda: [found for found in tmp_path.glob("octavo-chats-*.json") if found.stat().st_size])
+    exported = json.loads(file.read_text())
+    assert [len(conversation["messages"]) for conversation in exported["conversations"]] == [2, 3]
+    chat.open("about:blank")
+    chat.clear(script.url)
+    chat.open(script.url)
+    chat.wait(lambda: chat.text(".conversations .empty") == "No conversations yet")
+    for expected in ("Imported 2 conversations, 1 prompt.", "Imported 0 conversations, 2 already here."):
+        chat.all("#import-picker")[0].send_keys(str(file))
+        chat.wait(partial(has_notice, chat, expected))
+    assert [found.text for found in chat.all(".conversation-title")] == ["second", "first"]
+    chat.click(".conversations li:last-child a")
+    chat.wait(lambda: chat.run("return document.querySelector('.from-user img')?.naturalWidth") == 3)
+    assert chat.find(".versions").get_attribute("aria-label") == "Version 2 of 2"
+    assert "P" in chat.run("return localStorage['octavo:/:prompts']")
+
+
+def hostile_conversation() -> dict[str, Any]:
+    image = {"kind": "image", "type": "image/svg+xml", "file": "x", "name": HOSTILE, "data": "data:text/html,<b>"}
+    gone = {**image, "type": "image/png", "data": f"data:image/png;base64,{HOSTILE}"}
+    attachments = [image, gone, {"kind": "text", "name": HOSTILE, "text": HOSTILE}, None, {"kind": "text"}]
+    user = {"role": "user", "content": HOSTILE, "attachments": attachments, "id": "__proto__"}
+    answer = {"role": "assistant", "content": {"a": 1}, "stats": {"tokens": HOSTILE}, "reasoning": HOSTILE}
+    return {"id": "../x", "title": HOSTILE, "messages": [user, answer, 5], "settings": {"temperature": HOSTILE}}
+
+
+def test_files_that_are_no_export(chat: Browser, script: Script, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    bad = ["", "{", "[]", "null", "7", '{"conversations": 5}', '{"messages": []}', '[{"messages": 1}, null]']
+    for text in bad:
+        path.write_text(text)
+        chat.run("document.getElementById('notices').replaceChildren()")
+        chat.all("#import-picker")[0].send_keys(str(path))
+        chat.wait(lambda: chat.text(".notice").startswith("x.json was not imported: T"))
+    path.write_text(json.dumps([hostile_conversation()]))
+    chat.all("#import-picker")[0].send_keys(str(path))
+    chat.wait(lambda: chat.text(".notice") == "Imported 1 conversation.")
+    chat.click(".conversations a")
+    assert texts(chat, "user") == [HOSTILE] and chat.driver.title == "Octavo"
+    chat.wait(lambda: "is missing" in chat.text(".from-user .thumbnail"))
+    chat.ask("go on")
+    assert HOSTILE in sent(script)[0] and "is missing" in sent(script)[0]
+    assert "temperature" not in script.requests[-1]
+
+
+# -- saved prompts -----------------------------------------------------------------------------------------------
+
+
+def test_saved_prompts(chat: Browser, script: Script) -> None:
+    chat.find("#composer-input").send_keys("Translate into Latin: ")
+    chat.click("#prompts")
+    chat.click("#prompt-new")
+    chat.type("Latin", Keys.TAB, Keys.TAB, Keys.TAB, Keys.ENTER)
+    assert [found.text for found in chat.all(".prompt-title")] == ["Latin"]
+    chat.click("#prompt-new")
+    chat.find("#prompt-text").send_keys(Keys.CONTROL, "a", Keys.NULL, "Be brief.")
+    chat.click("#prompts-dialog [type=submit]")
+    assert [found.text for found in chat.all(".prompt-title")] == ["Be brief.", "Latin"]
+    press(chat, "Use as system prompt: Be brief.")
+    chat.find("#composer-input").send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    chat.driver.refresh()
+    chat.click("#prompts")
+    chat.find("#prompts-filter").send_keys("latin", Keys.ENTER)
+    assert not chat.all("#prompts-dialog")
+    chat.type("world", Keys.ENTER)
+    chat.finish()
+    assert sent(script) == ["Be brief.", "Translate into Latin: world"]
+    chat.click("#prompts")
+    press(chat, "Delete: Latin")
+    assert [found.text for found in chat.all(".prompt-title")] == ["Be brief."]
+
+
+def test_the_prompts_fit_a_phone(chat: Browser) -> None:
+    chat.resize(390, 700)
+    chat.run("localStorage['octavo:/:prompts'] = JSON.stringify([{ id: '1', title: 'T'.repeat(99), text: 'P' }])")
+    chat.click("#prompts")
+    assert chat.run("return document.documentElement.scrollWidth") <= 390
+    sizes = "return document.getElementById('prompts-dialog').getBoundingClientRect().width"
+    assert chat.run(sizes) <= 390 - 16
