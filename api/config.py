@@ -18,7 +18,7 @@ from api.parsers.detect import AUTO
 from api.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
 from api.speculation import speculative_config
 from api.vllm_options import take_foreign
-from engine_core.config import KV_CACHE_DTYPES, QUANTIZATIONS, Config, EngineConfig, Positive
+from engine_core.config import KV_CACHE_DTYPES, QUANTIZATIONS, Config, EngineConfig, ExecutorConfig, Positive
 
 
 class Variable(NamedTuple):
@@ -557,13 +557,7 @@ def check_config(config: ServerConfig) -> None:
     lora_modules(config.lora_modules)
     if config.offers_adapter_changes and not config.admin_api_key:
         raise ConfigError("--allowed-lora-path needs --admin-api-key, which requests to load an adapter must send")
-    parallel = engine.executor.parallel
-    for name, size in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-    ):
-        if size > 1:
-            raise ConfigError(f"{name} {size}: more than one worker is not supported yet; use 1")
+    _check_ranks(engine.executor)
     method = engine.executor.model.quantization
     if method is not None and method not in QUANTIZATIONS:
         raise ConfigError(
@@ -584,6 +578,21 @@ def check_config(config: ServerConfig) -> None:
                 "--no-enable-chunked-prefill needs --max-num-batched-tokens of at least --max-model-len: a prompt is "
                 f"computed in one step of {budget} tokens"
             )
+
+
+def _check_ranks(executor: ExecutorConfig) -> None:
+    """Refuses ways to share a model that do not exist yet."""
+    parallel = executor.parallel
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: pipeline stages are not supported yet; use "
+            "--tensor-parallel-size"
+        )
+    if parallel.tensor_parallel_size > 1 and executor.distributed_executor_backend != "mp":
+        raise ConfigError(
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}: each rank is a process; use "
+            "--distributed-executor-backend mp"
+        )
 
 
 def _check_kv_cache_dtype(name: str) -> None:

@@ -132,7 +132,7 @@ TABLE = (
     ),
     (
         Verdict.NOTED,
-        "there is only one worker",
+        "workers share a model without this option",
         "-ep enable_expert_parallel:bool enable_eplb:bool eplb_config expert_placement_strategy "
         "enable_ep_weight_filter:bool enable_dbo:bool dbo_decode_token_threshold dbo_prefill_token_threshold "
         "ubatch_size=0 distributed_timeout_seconds cpu_distributed_timeout_seconds "
@@ -227,7 +227,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "more than one worker is not supported yet; use 1",
+        "workers do not divide the context; --tensor-parallel-size divides the heads",
         "-dcp decode_context_parallel_size=1 -pcp prefill_context_parallel_size=1",
     ),
     (

@@ -40,12 +40,12 @@ def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[Cache
     if config.cache.num_gpu_blocks_override is not None:
         num_blocks = config.cache.num_gpu_blocks_override
     else:
-        num_blocks = min(sizes.most_blocks(worker, _kv_bytes(worker, config)) for worker in ready)
+        num_blocks = min(sizes.most_blocks(worker, _kv_bytes(worker, ready, config)) for worker in ready)
     shape = sizes.shape(num_blocks)
     model_len = min(worker.max_model_len for worker in ready)
     capacity = shape.max_len(sizes.step_tokens)
     if capacity < 2:
-        kv_bytes = min(_kv_bytes(worker, config) for worker in ready)
+        kv_bytes = min(_kv_bytes(worker, ready, config) for worker in ready)
         return (
             f"no memory for a KV cache: {format_bytes(max(kv_bytes, 0))} are left and one block takes "
             f"{format_bytes(sizes.bytes_for(1))}; free memory or set --kv-cache-memory"
@@ -157,21 +157,33 @@ class _Sizes:
         return candidates[fits]
 
 
-def _kv_bytes(worker: WorkerReady, config: EngineConfig) -> int:
+def _kv_bytes(worker: WorkerReady, ready: list[WorkerReady], config: EngineConfig) -> int:
     """Bytes for the KV cache of a rank. Unless configured, leaves room for steps.
+
+    Ranks that share a machine's memory have parts of one cache: each gets as much as its blocks take.
+    """
+    if not worker.shares_memory:
+        return _bytes_of_caches([worker], config)
+    blocks = [sum(spec.bytes_per_block for spec in rank.kv_cache_groups) for rank in ready]
+    own = sum(spec.bytes_per_block for spec in worker.kv_cache_groups)
+    return _bytes_of_caches(ready, config) * own // max(1, sum(blocks))
+
+
+def _bytes_of_caches(ranks: list[WorkerReady], config: EngineConfig) -> int:
+    """Bytes for the KV caches of ranks with one memory.
 
     Replicas on one CPU share what is free. A GPU belongs to one of them.
     """
-    cache = config.cache
+    cache, worker = config.cache, ranks[0]
     if cache.kv_cache_memory is not None:
         return cache.kv_cache_memory
+    steps = sum(_bytes_of_steps(rank, config) for rank in ranks)
     num_sharers = config.num_replicas if worker.device == "cpu" else 1
     utilization = cache.gpu_memory_utilization or worker.memory_utilization
     if utilization:
         used = worker.total_bytes - worker.free_bytes
-        return (int(worker.total_bytes * utilization) - used) // num_sharers - _bytes_of_steps(worker, config)
-    free_bytes = worker.free_bytes // num_sharers
-    return min(worker.default_kv_bytes // num_sharers, free_bytes - _bytes_of_steps(worker, config))
+        return (int(worker.total_bytes * utilization) - used) // num_sharers - steps
+    return min(worker.default_kv_bytes // num_sharers, worker.free_bytes // num_sharers - steps)
 
 
 def _bytes_of_steps(worker: WorkerReady, config: EngineConfig) -> int:

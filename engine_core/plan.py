@@ -90,7 +90,7 @@ def fit(config: EngineConfig, surveys: tuple[ModelSurvey, ...]) -> ServingPlan:
         return ServingPlan(surveys, problem=problem)
     ready = []
     for each in surveys:
-        left = each.ready.free_bytes - of_others
+        left = each.ready.free_bytes + each.ready.weight_bytes - of_one - of_others
         default = min(each.ready.default_kv_bytes, max(0, left) // 4)
         ready.append(msgspec.structs.replace(each.ready, free_bytes=max(0, left), default_kv_bytes=default))
     if not ready[0].kv_cache_groups:

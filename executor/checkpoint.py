@@ -26,6 +26,21 @@ from executor.hf_config import shorten
 from executor.weights_mapper import Cut, WeightsMapper, whole
 
 
+class Prefetch(Protocol):
+    """Reads a tensor's bytes from the disk, so that ``StoredTensor.read`` does not wait for them."""
+
+    def __call__(self, first: int = 0, end: int = 1, of: int = 1) -> None:
+        """Reads those of the rows ``first`` to ``end`` of as many as the tensor has.
+
+        Raises:
+            ModelError: They cannot be read.
+        """
+
+
+def _nothing(first: int = 0, end: int = 1, of: int = 1) -> None:
+    """The bytes have been read with those of another tensor."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a checkpoint that has not been read yet."""
@@ -42,8 +57,7 @@ class StoredTensor:
     converting would cost a copy. Any other dtype must match the stored one, since quantised codes cannot be rounded.
     Raises ValueError if it does not.
     """
-    prefetch: Callable[[], None] = lambda: None
-    """Reads the tensor's bytes from the disk, so that ``read`` does not wait for them. Raises ModelError."""
+    prefetch: Prefetch = _nothing
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -69,15 +83,17 @@ def mapped(tensor: StoredTensor, mapper: WeightsMapper, wanted: Collection[str])
         return read
 
     parts = mapper.parts(tensor.name, wanted)
+
+    def prefetch(first: int = 0, end: int = 1, of: int = 1) -> None:
+        if len(parts) > 1 or any(mapper.transforms_of(name) for name, _ in parts):
+            return tensor.prefetch()  # rows are elsewhere
+        return tensor.prefetch(first, end, of)
+
     first, *others = [
-        replace(tensor, name=name, num_bytes=tensor.num_bytes // len(parts), read=reader(name, cut))
+        replace(tensor, name=name, num_bytes=tensor.num_bytes // len(parts), read=reader(name, cut), prefetch=prefetch)
         for name, cut in parts
     ]
     return [first, *(replace(each, prefetch=_nothing) for each in others)]
-
-
-def _nothing() -> None:
-    """The bytes have been read with those of another tensor."""
 
 
 class Checkpoint(Protocol):
@@ -117,17 +133,17 @@ class MappedFile:
     def __len__(self) -> int:
         return len(self.data)
 
-    def prefetch(self, offset: int, num_bytes: int) -> None:
-        """Reads a range into the system's page cache, of which the mapping is a view.
+    def prefetch(self, offset: int, num_bytes: int, first: int = 0, end: int = 1, of: int = 1) -> None:
+        """Reads some rows of a range into the system's page cache, of which the mapping is a view; see ``Prefetch``.
 
         Raises:
             ModelError: It cannot be read.
         """
         unused = memoryview(bytearray(min(num_bytes, READ_BYTES)))
-        end = offset + num_bytes
+        offset, stop = offset + num_bytes * first // max(of, 1), offset - (-num_bytes * end // max(of, 1))
         try:
-            while offset < end:
-                count = os.preadv(self._descriptor, [unused[: end - offset]], offset)
+            while offset < stop:
+                count = os.preadv(self._descriptor, [unused[: stop - offset]], offset)
                 if not count:
                     raise OSError(errno.EIO, "it has become shorter")
                 offset += count

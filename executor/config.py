@@ -199,7 +199,12 @@ class ParallelConfig(Config, frozen=True):
     """How a model is distributed over workers."""
 
     tensor_parallel_size: Annotated[
-        Positive, Meta(description="Number of workers that each layer is split across.", extra={"flags": ["-tp"]})
+        Positive,
+        Meta(
+            description="Number of workers that each layer is split across, each with cores of its own. Tokens do not "
+            "depend on it.",
+            extra={"flags": ["-tp"]},
+        ),
     ] = 1
     pipeline_parallel_size: Annotated[
         Positive, Meta(description="Number of pipeline stages, each with consecutive layers.", extra={"flags": ["-pp"]})

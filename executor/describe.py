@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import torch
 
 from executor.device.base import survey
+from executor.parallel import split_cores
+from executor.parallel.cores import format_cores, numa_nodes
 from ops.cpu import build, library
 
 
@@ -18,10 +21,18 @@ def describe() -> dict[str, str]:
         compiler = build.find_compiler()
     except build.BuildError as error:
         compiler = f"none: {error}"
+    usable = os.sched_getaffinity(0)
+    nodes = {
+        f"NUMA node {node}": f"cores {format_cores(cores)}, usable {format_cores(cores & usable) or 'none'}"
+        for node, cores in numa_nodes().items()
+    }
+    ranks = " | ".join(map(format_cores, split_cores(2, usable)))
     return {
         "torch": torch.__version__,
         "torch built for": torch.version.cuda or torch.version.hip or "CPU",
         "torch threads": str(torch.get_num_threads()),
+        **nodes,
+        "cores of workers with --tensor-parallel-size 2": ranks,
         "C++ compiler": compiler,
         "CPU kernels": "none: plain torch is used" if kernels is None else kernels.capability,
         "CPU kernels supported here": ", ".join(capability.name for capability in build.available()),

@@ -26,7 +26,7 @@ from executor.gguf import GGUFCheckpoint
 from executor.hf_config import DTYPES, HFConfig
 from executor.layers.context import ModelContext
 from executor.layers.moe import MoE
-from executor.layers.parameter import MISFIT, ShardId, WeightParameter, named_weights, stored_module
+from executor.layers.parameter import MISFIT, Part, ShardId, WeightParameter, named_weights, stored_module
 from executor.messages import PoolingSupport
 from executor.mmproj import VisionCheckpoint
 from executor.models.base import Model
@@ -34,7 +34,7 @@ from executor.models.registry import resolve_model, split_architecture, tower_of
 from executor.models.vision.tower import VisionTower
 from executor.packing import Packing, fill_with_random_numbers, in_threads
 from executor.parallel import ParallelState
-from executor.quantization import Options, choose_quantization
+from executor.quantization import Options, QuantizationConfig, choose_quantization
 from executor.quantization.at_load import QuantizingParameter
 from executor.quantization.fp8 import CACHE_SCALES
 from executor.quantization.packed import describe
@@ -157,13 +157,12 @@ def prepare_model(
     model_class = resolve_model(hf_config.architecture, hf_config.values, config.model_impl)
     hf_config = model_class.configure(hf_config)
     dtype = choose_dtype(config, hf_config, keeps_float32=model_class.keeps_float32)
-    options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
     context = ModelContext(
         config=hf_config,
         parallel=parallel,
         dtype=dtype,
         device=device,
-        quantization=choose_quantization(config.quantization, hf_config.quantization, options),
+        quantization=_quantization(config, hf_config, device, parallel),
         max_model_len=choose_max_model_len(config, hf_config),
         communicator=communicator or _unconnected(parallel),
         kv_dtype=choose_kv_dtype(config.kv_cache_dtype, dtype),
@@ -171,6 +170,24 @@ def prepare_model(
         max_adapters=max_adapters,
     )
     return build_model(model_class, context, attention_backend), context, checkpoint
+
+
+def _quantization(
+    config: ModelConfig, hf_config: HFConfig, device: torch.device, parallel: ParallelState
+) -> QuantizationConfig:
+    """The method of the weights.
+
+    Raises:
+        ModelError: There is none such, or ranks cannot share a model that uses it.
+    """
+    options = Options(config.quantized_activations, device.type, config.imatrix, config.calibration)
+    chosen = choose_quantization(config.quantization, hf_config.quantization, options)
+    if parallel.tp_size > 1 and chosen.calibration:
+        raise ModelError(
+            f"--tensor-parallel-size {parallel.tp_size}: ranks cannot measure a model together, as --quantization "
+            f"{config.quantization} does; use int8, or --tensor-parallel-size 1"
+        )
+    return chosen
 
 
 def tower_name(config: ModelConfig, hf_config: HFConfig, device_type: str) -> str | None:
@@ -475,7 +492,7 @@ def _fill(
     for names in (order, late):
         if late and names is late:
             calibrate(model, _sources(found, targets), context.quantization.calibration)
-        for num_bytes in _loads(checkpoint, load, names, found):
+        for num_bytes in _loads(checkpoint, load, names, found, targets):
             done += num_bytes
             progress("weights", done, total)
     if targets:
@@ -509,22 +526,31 @@ def _advice(missing: str, model: Model) -> str:
     )
 
 
-def _prefetched(found: Mapping[str, StoredTensor], order: Iterable[str]) -> Iterator[str]:
-    """The names, each once its tensor has been read from the disk.
+def _prefetched(
+    found: Mapping[str, StoredTensor], order: Iterable[str], targets: Mapping[str, Target]
+) -> Iterator[str]:
+    """The names, each once what this rank needs of its tensor has been read from the disk.
 
     One thread reads from end to end, which disks and the system's read-ahead serve best, while others copy and pack.
     """
     for name in order:
-        found[name].prefetch()
+        target = targets[name]
+        rows = next(iter(target.parameter.parts[target.shard_id]), Part.whole(1))
+        for each in rows.ranges:
+            found[name].prefetch(each.start, each.start + each.size, rows.full)
         yield name
 
 
 def _loads(
-    checkpoint: Checkpoint, load: Callable[[str], int], order: list[str], found: Mapping[str, StoredTensor]
+    checkpoint: Checkpoint,
+    load: Callable[[str], int],
+    order: list[str],
+    found: Mapping[str, StoredTensor],
+    targets: Mapping[str, Target],
 ) -> Iterator[int]:
     """The results of ``load`` for all names, in the order in which the checkpoint has the tensors."""
     if not _is_streamed(checkpoint):
-        return in_threads(load, _prefetched(found, order))
+        return in_threads(load, _prefetched(found, order, targets))
     assert isinstance(checkpoint, StreamedCheckpoint | TensorizerCheckpoint)
     return map(load, filter(set(order).__contains__, checkpoint.arrivals()))
 

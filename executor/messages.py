@@ -409,6 +409,8 @@ class WorkerReady(Message, frozen=True):
     """The device's default of ``--gpu-memory-utilization``; 0: the KV cache takes ``default_kv_bytes``."""
     max_num_batched_tokens: int = 0
     """The most tokens of a step, as configured or by the device's default; 0: as configured."""
+    shares_memory: bool = False
+    """Whether the memory is that of all ranks together."""
     pooling: PoolingSupport = PoolingSupport()
     """What the model does with pooled hidden states."""
     multimodal: MultiModalSupport | None = None

@@ -143,8 +143,10 @@ class ModelRunner:
         draft: DraftModel | None = None,
         forced_outputs: str = "",
         rank: int = 0,
+        communicator: ops.Communicator | None = None,
     ) -> None:
         self.rank = rank
+        self.communicator = communicator
         self.model = loaded.model
         self.vocab_size = loaded.hf_config.vocab_size
         self.max_model_len = loaded.max_model_len
@@ -184,7 +186,11 @@ class ModelRunner:
             self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len)
         self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes)
         self.sampler = create_sampler(
-            max_num_seqs, self.device.torch_device.type, self.channel, forced_outputs=self.forced_outputs
+            max_num_seqs,
+            self.device.torch_device.type,
+            self.channel,
+            forced_outputs=self.forced_outputs,
+            communicator=self.communicator,
         )
         self.pooler = Pooler(max_num_seqs, self.model.pooling_head, self.dense)
         context = ProposerContext(ops.op_set("cpu").name, self.states, self.draft)

@@ -13,7 +13,7 @@ import zmq
 from executor.base import WORKER_MODULE, WorkerDiedError
 from executor.config import Config, ExecutorConfig
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
-from executor.parallel import ParallelState, places
+from executor.parallel import ParallelState, create_shared_memory, places, split_cores
 from executor.process import ChildProcess, prepared_child
 
 LAST_WORDS_TIMEOUT = 500
@@ -31,7 +31,10 @@ class WorkerLaunch(Config, frozen=True):
     output_address: str
     log_level: str = "info"
     descriptors: tuple[str, ...] = ()
-    """Names of the descriptors that come with the message, in order. ``kv``: the memory of the KV cache."""
+    """Names of the descriptors that come with the message, in order. ``kv``: the memory of the KV cache;
+    ``ranks``: that in which ranks meet."""
+    cores: tuple[int, ...] = ()
+    """The cores that the worker runs on; empty: all that it may use."""
 
 
 class MultiprocExecutor:
@@ -56,21 +59,30 @@ class MultiprocExecutor:
         self._life += 1  # new addresses: nothing from an earlier life can reach us
         output_address = f"ipc://{self._ipc_dir}/{self._life}.out"
         self._output = self._bind(zmq.PULL, output_address)
-        for parallel in places(self._config.parallel):
+        ranks = places(self._config.parallel)
+        cores: list[tuple[int, ...]] = [()] * len(ranks)
+        shared = {}
+        if self._config.parallel.tensor_parallel_size > 1:
+            cores, shared = split_cores(len(ranks)), {"ranks": create_shared_memory()}
+        for parallel in ranks:
             input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))
+            given = self._descriptors(parallel.rank) | shared
             launch = WorkerLaunch(
                 parallel=parallel,
                 config=self._config,
                 input_address=input_address,
                 output_address=output_address,
                 log_level=self._log_level,
-                descriptors=tuple(self._descriptors(parallel.rank)),
+                descriptors=tuple(given),
+                cores=cores[parallel.rank],
             )
             payload = msgspec.msgpack.encode(launch)
-            descriptors = tuple(self._descriptors(parallel.rank).values())
+            descriptors = tuple(given.values())
             child = prepared_child(WORKER_MODULE, payload, descriptors)
             self._children.append(child or ChildProcess(WORKER_MODULE, payload, descriptors=descriptors))
+        for descriptor in shared.values():
+            os.close(descriptor)
 
     def _descriptors(self, rank: int) -> dict[str, int]:
         """What a rank's worker gets to map, by name."""

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from executor.adapters import LoadedAdapters, check_adapters
 from executor.attention.base import cached_specs
@@ -45,6 +45,7 @@ from executor.messages import (
 )
 from executor.model_runner import ModelRunner
 from executor.parallel import ParallelState, places
+from ops import Communicator
 from ops.cpu import library, memory
 
 BANDWIDTH_BYTES = 256 << 20
@@ -74,12 +75,14 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         raise ModelError(f"--device {device.name}: only CPUs can be planned for; use --device cpu")
     device.initialize(config.device, parallel.rank)
     before = device.memory()
+    communicator = _Alone(parallel) if parallel.tp_size > 1 else None
     model, context, checkpoint = prepare_model(
         config.model,
         parallel,
         device.torch_device,
         config.device.attention_backend,
-        max_adapters=config.lora.max_loaded,
+        communicator,
+        config.lora.max_loaded,
     )
     stored: Mapping[str, StoredTensor] = {}
     targets: Mapping[str, Target] = {}
@@ -87,7 +90,7 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
         _, targets, stored = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file(config.model))
     weights = _pack_one_of_each(model, targets, stored)
     loaded = LoadedModel(model.eval(), context.config, sum(weights.values()), context.dtype, context.max_model_len)
-    runner = _runner(config, loaded, device, parallel.rank)
+    runner = _runner(config, loaded, device, parallel.rank, communicator)
     ready = _report(runner, loaded, device, before)
     if config.lora.enable_lora:
         check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
@@ -97,7 +100,34 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     return time_steps(measure_bandwidth(found), runner) if measures else found
 
 
-def _runner(config: ExecutorConfig, loaded: LoadedModel, device: Device, rank: int) -> ModelRunner:
+class _Alone:
+    """A rank whose steps are timed without the others: of their columns and rows, it has zeros."""
+
+    cuts_sums = False
+
+    def __init__(self, parallel: ParallelState) -> None:
+        self.rank, self.size = parallel.tp_rank, parallel.tp_size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        before = sum(widths[: self.rank])
+        return torch.nn.functional.pad(x, (before, sum(widths) - before - widths[self.rank]))
+
+    def select_rows(self, x: Tensor, is_here: Tensor) -> Tensor:
+        return x * is_here.unsqueeze(1)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
+
+    def wait(self) -> None:
+        pass
+
+
+def _runner(
+    config: ExecutorConfig, loaded: LoadedModel, device: Device, rank: int, communicator: Communicator | None
+) -> ModelRunner:
     return ModelRunner(
         loaded,
         device,
@@ -108,6 +138,7 @@ def _runner(config: ExecutorConfig, loaded: LoadedModel, device: Device, rank: i
         draft=None,
         forced_outputs="",
         rank=rank,
+        communicator=communicator,
     )
 
 
@@ -132,6 +163,7 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
         position_bytes=position_bytes,
         memory_utilization=device.memory_utilization or 0.0,
         max_num_batched_tokens=runner.max_tokens,
+        shares_memory=runner.communicator is not None,
         pooling=loaded.pooling,
     )
 

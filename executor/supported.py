@@ -10,8 +10,8 @@ from executor.base import ModelError
 from executor.config import DTYPE_NAMES, GOOD_DTYPES, QUANTIZATION_ALIASES
 from executor.language_part import language_fields
 from executor.models import registry
-from executor.models.catalog import CATALOG
-from executor.models.registry import implementation
+from executor.models.catalog import CATALOG, ONE_RANK
+from executor.models.registry import ENCODERS, FALLBACK, implementation, split_architecture
 from executor.quantization.base import quantization_name
 from executor.registry import advice
 
@@ -54,15 +54,20 @@ def check_gguf_architecture(architecture: str) -> None:
 
 
 def check_supported(
-    fields: Mapping[str, Any], quantization: str | None = None, model_impl: str = "auto", dtype: str = "auto"
+    fields: Mapping[str, Any],
+    quantization: str | None = None,
+    model_impl: str = "auto",
+    dtype: str = "auto",
+    num_ranks: int = 1,
 ) -> None:
-    """Checks architecture, quantisation and type; loading the model checks the rest.
+    """Checks architecture, quantisation, type and number of ranks; loading the model checks the rest.
 
     Args:
         fields: Contents of config.json, with the user's overrides applied.
         quantization: ``--quantization``.
         model_impl: ``--model-impl``.
         dtype: ``--dtype``.
+        num_ranks: ``--tensor-parallel-size``.
 
     Raises:
         ModelError: One of them is missing, invalid or not supported.
@@ -71,7 +76,9 @@ def check_supported(
     names = language.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ModelError("architectures must be a list of at least one name")
-    implementation(names[0], language, model_impl)
+    chosen = implementation(names[0], language, model_impl)
+    if num_ranks > 1:
+        _check_ranks(names[0], chosen, num_ranks, language)
     saved = fields.get("quantization_config")
     if saved is not None and not isinstance(saved, dict):
         raise ModelError("quantization_config must be an object")
@@ -89,3 +96,20 @@ def check_supported(
 def can_generate(fields: Mapping[str, Any]) -> bool:
     """Whether a model generates text, judging by a config.json that is supported."""
     return registry.can_generate(language_fields(fields)["architectures"][0])
+
+
+def _check_ranks(architecture: str, chosen: str, num_ranks: int, fields: Mapping[str, Any]) -> None:
+    """Refuses several ranks for a model that they cannot share."""
+    base, _ = split_architecture(architecture)
+    what = "models of transformers" if chosen == FALLBACK else "encoders" if base in ENCODERS else ONE_RANK.get(base)
+    types = fields.get("layer_types")
+    if (
+        base == "GraniteMoeHybridForCausalLM"
+        and isinstance(types, list)
+        and set(types) <= {"attention", "full_attention"}
+    ):
+        what = None
+    if what is not None:
+        raise ModelError(
+            f"--tensor-parallel-size {num_ranks}: workers cannot share {what} yet ({architecture[:100]}); use 1"
+        )

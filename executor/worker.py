@@ -6,7 +6,9 @@ becomes a ``WorkerFailed``: a human-readable line if the model or its configurat
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import os
 import sys
 import traceback
 from collections import deque
@@ -49,7 +51,8 @@ from executor.messages import (
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
 from executor.parallel import ParallelState
-from executor.process import read_payload
+from executor.process import read_descriptors, read_payload
+from ops import Communicator
 from ops.dispatch import UnsupportedOpError
 
 logger = get_logger()
@@ -95,7 +98,8 @@ class Worker:
         config = self.config
         device = create_device(config.device.device)
         device.initialize(config.device, self.rank)
-        loaded = self._load(device)
+        communicator = device.communicator(self.parallel)
+        loaded = self._load(device, communicator)
         speculative = self._speculative(loaded)
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         draft = self._load_draft(loaded, device)
@@ -109,9 +113,11 @@ class Worker:
             draft=draft,
             forced_outputs=config.forced_outputs,
             rank=self.rank,
+            communicator=communicator,
         )
         self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens)
         self.results_fd = self.runner.channel.fileno()
+        communicator.wait()  # all have loaded their weights
         memory = device.memory()  # before the step, whose memory an allocator may keep
         with _refusals(device):
             step_bytes, position_bytes = self.runner.step_memory()
@@ -135,14 +141,15 @@ class Worker:
                 step_bytes=step_bytes,
                 position_bytes=position_bytes,
                 memory_utilization=device.memory_utilization or 0.0,
+                shares_memory=self.parallel.memory_fd >= 0,
                 max_num_batched_tokens=self.runner.max_tokens,
                 pooling=loaded.pooling,
                 multimodal=None if self.runner.images is None else self.runner.images.support,
             )
         )
 
-    def _load(self, device: Device) -> LoadedModel:
-        """Loads the model."""
+    def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
+        """Loads this rank's share of the model."""
         config, memory = self.config, device.memory()
         loaded = load_model(
             config.model,
@@ -151,9 +158,9 @@ class Worker:
             config.device.attention_backend,
             self._progress,
             memory.total_bytes,
-            device.communicator(self.parallel),
+            communicator,
             config.lora.max_loaded,
-            memory.free_bytes,
+            memory.free_bytes // self.parallel.tp_size,
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)
@@ -303,6 +310,8 @@ def run() -> int:
     except EOFError:  # prepared, and never needed
         return 0
     setproctitle.setproctitle(f"octavo worker {launch.parallel.rank}")
+    if launch.cores:  # before any other thread
+        os.sched_setaffinity(0, launch.cores)
     setup_logging(f"worker {launch.parallel.rank}", launch.log_level)
     context = zmq.Context()
     inputs: zmq.Socket[bytes] = context.socket(zmq.PULL)
@@ -329,7 +338,9 @@ def run() -> int:
             return message
         return WorkerShutdown()  # end of file: the engine core is gone
 
-    code = Worker(launch.parallel, launch.config, send).run(receive)
+    given = dict(zip(launch.descriptors, read_descriptors(), strict=False))
+    parallel = dataclasses.replace(launch.parallel, memory_fd=given.get("ranks", -1))
+    code = Worker(parallel, launch.config, send).run(receive)
     outputs.close(linger=2000)
     inputs.close(linger=0)
     context.term()

@@ -36,7 +36,7 @@ from ops.reference.basic import (
     softcap,
     unpack_linear,
 )
-from ops.reference.collective import all_gather, all_reduce, keep_rows, shard_ids
+from ops.reference.collective import all_gather, all_reduce, keep_rows, select_rows, shard_ids
 from ops.reference.delta import gated_delta, state_size
 from ops.reference.experts import experts, route
 from ops.reference.gguf_blocks import BLOCK_VALUES
@@ -121,6 +121,7 @@ __all__ = [
     "sample",
     "scale",
     "select_columns",
+    "select_rows",
     "shard_ids",
     "short_conv",
     "softcap",

@@ -71,6 +71,10 @@ class Arena:
                 merged.append((offset, size))
         free[:] = merged
 
+    def places(self) -> dict[int, int]:
+        """Offset of each value, for one row, that has a place."""
+        return dict(sorted(self._offsets.items()))
+
     def num_bytes(self, rows: Mapping[str, int]) -> int:
         """Memory that this many rows take."""
         return sum(self._row_bytes[kind] * self._rounded(count) for kind, count in rows.items())

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ops.collective import Communicator
+
 QuantizedActivations = Literal["float", "int8", "int8_per_token"]
 """What quantised weights are multiplied with: activations as they are, or rounded to int8, 32 columns or a whole row at
 a time."""
@@ -140,6 +142,10 @@ class ExpertWeights:
     """Most experts of a token."""
     scales_input: bool = False
     """Weights of experts multiply their inputs, not their results (Llama 4)."""
+    communicator: Communicator | None = None
+    """Connects ranks that share the experts, and of which each has some rows of all weights; None: there is one."""
+    inner_widths: tuple[int, ...] = ()
+    """Columns of the results of gates that each rank makes."""
 
     @property
     def is_gated(self) -> bool:

@@ -93,19 +93,21 @@ class Steps:
         max_len: int,
         load_format: LoadFormat = "auto",
         lora: LoRAConfig | None = None,
+        parallel: ParallelState | None = None,
+        num_threads: int | None = None,
         **fields: Any,
     ) -> None:
-        """Starts a worker; ``fields``: others of the model's configuration."""
+        """Starts a worker, which may be one of several ranks; ``fields``: others of the model's configuration."""
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(
             model=ModelConfig(model=model, dtype=dtype, gguf=gguf, load_format=load_format, **fields),
-            device=DeviceConfig(),
+            device=DeviceConfig(num_threads=num_threads),
             lora=lora or LoRAConfig(),
             step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
         )
         self.answers: list[FromWorker] = []
-        self.worker = Worker(ParallelState(), config, self.answers.append)
+        self.worker = Worker(parallel or ParallelState(), config, self.answers.append)
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
         self.groups = ready.kv_cache_groups

@@ -9,15 +9,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from executor.models.catalog import CATALOG, Entry  # noqa: E402
+from executor.models.catalog import CATALOG, ONE_RANK, POOLING, Entry  # noqa: E402
 
 TARGET = ROOT / "README.md"
 START = "<!-- scripts/models_table.py writes this table -->\n"
 END = "<!-- end of the table -->\n"
 HEAD = """\
-| family | `architectures` | examples | tested weights | in GGUF files | limits |
-|---|---|---|---|---|---|
+| family | `architectures` | examples | tested weights | in GGUF files | `-tp` | limits |
+|---|---|---|---|---|---|---|
 """
+
+
+def shared(entry: Entry) -> str:
+    """Which of the architectures several ranks can share."""
+    if POOLING in entry.limits:
+        return ""
+    own = [name for name in entry.architectures if name not in ONE_RANK]
+    return "yes" if len(own) == len(entry.architectures) else ", ".join(f"`{name}`" for name in own)
 
 
 def row(entry: Entry) -> str:
@@ -28,6 +36,7 @@ def row(entry: Entry) -> str:
         ", ".join(entry.examples),
         tested,
         ", ".join(f"`{name}`" for name in entry.gguf),
+        shared(entry),
         entry.limits,
     )
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|\n"

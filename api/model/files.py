@@ -438,7 +438,8 @@ def _check_config(file: str | Path, config: ServerConfig, name: str | Path) -> d
         raise ModelFileError(file, "not a JSON object")
     fields = {**fields, **model.hf_overrides}
     try:
-        check_supported(fields, model.quantization, model.model_impl, model.dtype)
+        num_ranks = executor.parallel.tensor_parallel_size
+        check_supported(fields, model.quantization, model.model_impl, model.dtype, num_ranks)
     except ModelError as error:
         raise ModelFileError(name, f"config.json: {error}") from error
     if fields.get("auto_map"):

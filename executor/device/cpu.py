@@ -14,8 +14,10 @@ from executor.device.base import Memory
 from executor.device.steps import ImmediateSteps
 from executor.log import get_logger
 from executor.parallel import ParallelState
-from ops import SingleRank
+from ops import Communicator, SingleRank
+from ops.cpu import library
 from ops.cpu.memory import map_zeros
+from ops.cpu.ranks import SharedRank
 
 logger = get_logger()
 
@@ -58,11 +60,18 @@ class CpuDevice:
     def steps(self) -> ImmediateSteps:
         return ImmediateSteps()
 
-    def communicator(self, parallel: ParallelState) -> SingleRank:
-        for flag, size in (("tensor", parallel.tp_size), ("pipeline", parallel.pp_size)):
-            if size > 1:
-                raise ModelError(f"--{flag}-parallel-size {size}: CPU workers cannot share a model yet; use 1")
-        return SingleRank()
+    def communicator(self, parallel: ParallelState) -> Communicator:
+        if parallel.pp_size > 1:
+            raise ModelError(f"--pipeline-parallel-size {parallel.pp_size}: CPUs have no pipeline stages yet; use 1")
+        if parallel.tp_size == 1:
+            return SingleRank()
+        flag = f"--tensor-parallel-size {parallel.tp_size}"
+        kernels = library.chosen()
+        if kernels is None:
+            raise ModelError(f"{flag}: ranks need the CPU kernels, which could not be compiled or are off; use 1")
+        if parallel.memory_fd < 0:
+            raise ModelError(f"{flag}: ranks are processes, which --distributed-executor-backend mp starts")
+        return SharedRank(kernels, parallel.memory_fd, parallel.tp_rank, parallel.tp_size)
 
     def allocate_kv(
         self, shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None

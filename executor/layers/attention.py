@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from executor.attention.base import LATENT, RECURRENT_KINDS, AttentionBackend, AttentionGroup, KVCache
+from executor.attention.base import LATENT, RECURRENT_KINDS, SHORT_CONV, AttentionBackend, AttentionGroup, KVCache
 from executor.base import ModelError
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single
+from executor.parallel import HeadShare, split_columns, split_heads
 from ops import AttentionShape
 
 
@@ -78,15 +79,15 @@ class Attention(nn.Module):
         """
         super().__init__()
         window = shape.sliding_window
-        tp_rank, tp_size = context.parallel.tp_rank, context.parallel.tp_size
-        slopes, heads = shape.alibi_slopes, shape.num_heads // tp_size
+        slopes = shape.alibi_slopes
+        own = _heads(shape, context.parallel.tp_size)[context.parallel.tp_rank]
         # A window that no sequence exceeds hides nothing, and full attention shares more of its cache.
         is_unlimited = window is None or window >= context.max_model_len
         self.shape = replace(
             shape,
-            num_heads=heads,
-            num_kv_heads=max(1, shape.num_kv_heads // tp_size),
-            alibi_slopes=None if slopes is None else slopes[tp_rank * heads : (tp_rank + 1) * heads],
+            num_heads=own.q.size,
+            num_kv_heads=own.kv.size,
+            alibi_slopes=None if slopes is None else slopes[own.q.start : own.q.end],
             sliding_window=None if is_unlimited else window,
             is_chunked=shape.is_chunked and not is_unlimited,
         )
@@ -117,6 +118,14 @@ class Attention(nn.Module):
         meta = batch.spans.attention[self.group]
         own = self.backend.run((q[rows], None, None), self.kv_cache, shape, meta)
         return result.index_copy(0, rows, own)
+
+
+def _heads(shape: AttentionShape, num_ranks: int) -> Sequence[HeadShare]:
+    """The heads of each rank."""
+    if shape.kind != SHORT_CONV:
+        return split_heads(shape.num_heads, shape.num_kv_heads, num_ranks)
+    columns = split_columns(shape.num_heads, num_ranks, "a short convolution")
+    return [HeadShare(share, share) for share in columns]
 
 
 class SharedAttention(nn.Module):

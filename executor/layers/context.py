@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from executor.base import Head
+from executor.base import Head, ModelError
 from executor.hf_config import HFConfig
 from executor.parallel import ParallelState
 from executor.quantization import QuantizationConfig
@@ -33,6 +33,18 @@ class ModelContext:
     """Most low-rank adapters in memory; 0: layers compute without them."""
     communicator: Communicator = field(default_factory=SingleRank)
     """Connects the ranks that share the layers."""
+
+    def needs_one_rank(self, what: str) -> None:
+        """Refuses ranks that do not cut sums, for what they cannot divide among themselves.
+
+        Raises:
+            ModelError: There are several.
+        """
+        if self.communicator.size > 1 and not self.communicator.cuts_sums:
+            raise ModelError(
+                f"--tensor-parallel-size {self.communicator.size}: workers cannot share {what} yet "
+                f"({self.config.architecture}); use 1"
+            )
 
     def __post_init__(self) -> None:
         assert (self.communicator.rank, self.communicator.size) == (self.parallel.tp_rank, self.parallel.tp_size)

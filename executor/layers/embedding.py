@@ -10,6 +10,7 @@ import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part
+from executor.parallel import split_columns
 from executor.quantization.base import TableShape
 from ops import AdapterTable
 
@@ -33,8 +34,11 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         config = context.config
         self.communicator = context.communicator
+        shares = split_columns(config.vocab_size, context.communicator.size, prefix)
+        self.widths = tuple(share.size for share in shares)
+        """Rows of the table that each rank has."""
         self.shape = TableShape(
-            vocab=Part.shard(config.vocab_size, context.parallel, f"{prefix}: vocabulary"),
+            vocab=Part.share(config.vocab_size, shares[context.communicator.rank]),
             hidden=Part.whole(embedding_dim or config.hidden_size),
             makes_logits=self.is_output or config.tie_word_embeddings,
             bias=bias,
@@ -56,13 +60,12 @@ class VocabParallelEmbedding(nn.Module):
             return self.method.embed(self.weights, ids, batch)
         (rows,) = self.shape.vocab.ranges
         local_ids, is_here = ops.shard_ids(ids, rows.start, rows.size)
-        found = ops.keep_rows(self.method.embed(self.weights, local_ids, batch), is_here)
-        return ops.all_reduce(found, self.communicator)
+        found = self.method.embed(self.weights, local_ids, batch)
+        return ops.select_rows(found, self.communicator, is_here)
 
     def logits(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_samples, embedding_dim] -> float32 [num_samples, vocab_size]."""
-        widths = (self.shape.vocab.size,) * self.communicator.size
-        return ops.all_gather(self.method.logits(self.weights, hidden, batch), self.communicator, widths)
+        return ops.all_gather(self.method.logits(self.weights, hidden, batch), self.communicator, self.widths)
 
 
 class LMHead(VocabParallelEmbedding):

@@ -19,10 +19,11 @@ from executor.hf_config import HFConfig
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.linear import ColumnParallelLinear, LinearLayer, RowParallelLinear, merged_parts
+from executor.layers.linear import ColumnParallelLinear, LinearLayer, RowParallelLinear, head_columns, merged_parts
 from executor.layers.norm import RMSNorm
 from executor.layers.parameter import Part, Weights
 from executor.layers.rotary import RotaryEmbedding
+from executor.parallel import split_heads
 from executor.quantization.base import LinearShape
 from ops import AttentionShape
 
@@ -112,7 +113,8 @@ class UpProjection(nn.Module):
             prefix: The layer's name in the model.
         """
         super().__init__()
-        heads = Part.shard(num_heads, context.parallel, f"{prefix}: attention heads")
+        own = split_heads(num_heads, num_heads, context.parallel.tp_size)[context.parallel.tp_rank].q
+        heads = Part.share(num_heads, own)
         method = context.quantization.plain_linear_method([prefix])
 
         def create(columns: int, rows_of_head: int, name: str | None) -> Weights:
@@ -153,11 +155,11 @@ class LatentAttention(nn.Module):
         q_rank = config.size("q_lora_rank") if config.has("q_lora_rank") else None
         if q_rank is None and bias:
             config.bad("attention_bias", "false in a model without q_lora_rank")
-        q_rows = (
-            Part.whole(q_rank)
-            if q_rank is not None
-            else Part.shard(heads * (nope + rope), context.parallel, f"{prefix}: attention heads")
-        )
+        ranks = context.parallel.tp_size
+        shares = head_columns(heads, heads, nope + rope, ranks)
+        q_rows = Part.share(heads * (nope + rope), shares[context.parallel.tp_rank])
+        if q_rank is not None:
+            q_rows = Part.whole(q_rank)
         names = ["q_proj" if q_rank is None else "q_a_proj", "kv_a_proj_with_mqa"]
         rows = merged_parts(names, [q_rows, Part.whole(down, q_rows.size)])
         self.down_proj = LinearLayer(context, Part.whole(hidden), rows, bias=bias, prefix=f"{prefix}.down_proj")
@@ -165,7 +167,9 @@ class LatentAttention(nn.Module):
         self.q_a_layernorm = self.q_b_proj = None
         if q_rank is not None:
             self.q_a_layernorm = RMSNorm(context, q_rank, NORM_EPS)
-            self.q_b_proj = ColumnParallelLinear(context, q_rank, heads * (nope + rope), prefix=f"{prefix}.q_b_proj")
+            self.q_b_proj = ColumnParallelLinear(
+                context, q_rank, heads * (nope + rope), shares=shares, prefix=f"{prefix}.q_b_proj"
+            )
         self.kv_a_layernorm = RMSNorm(context, self.rank, NORM_EPS)
         self.kv_b_proj = UpProjection(
             context, self.rank, heads, nope, value, is_split=has_split_up, prefix=f"{prefix}.kv_b_proj"
@@ -181,7 +185,10 @@ class LatentAttention(nn.Module):
             rotates_pairs=rotary.is_interleaved,
         )
         self.attn = Attention(context, shape)
-        self.o_proj = RowParallelLinear(context, heads * value, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        columns = head_columns(heads, heads, value, ranks)
+        self.o_proj = RowParallelLinear(
+            context, heads * value, hidden, bias=bias, input_shares=columns, prefix=f"{prefix}.o_proj"
+        )
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""

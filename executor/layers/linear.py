@@ -1,7 +1,8 @@
 """Linear layers, split over ranks by rows (column parallel) or by columns (row parallel) of the weight.
 
-The names are those of Megatron-LM (Shoeybi et al., arXiv:1909.08053). The ``LinearMethod`` decides how a weight is
-stored and applied.
+The names are those of Megatron-LM (Shoeybi et al., arXiv:1909.08053). Ranks that do not cut sums
+(``Communicator.cuts_sums``) split row parallel layers by rows as well, and gather their inputs first. The
+``LinearMethod`` decides how a weight is stored and applied.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
 from executor.layers.parameter import Part, Range, ShardId, WeightParameter, Weights, single, stored_module
+from executor.parallel import Share, split_columns, split_heads
 from executor.quantization.base import LinearShape
 from ops import AdapterTable
 
@@ -72,9 +74,27 @@ class ColumnParallelLinear(LinearLayer):
     """Each rank computes a share of the outputs."""
 
     def __init__(
-        self, context: ModelContext, in_features: int, out_features: int, *, bias: bool = False, prefix: str
+        self,
+        context: ModelContext,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        shares: Sequence[Share] | None = None,
+        prefix: str,
     ) -> None:
-        rows = Part.shard(out_features, context.parallel, prefix)
+        """Creates the layer.
+
+        Args:
+            context: The model's construction context.
+            in_features: Size of the input.
+            out_features: Size of the result over all ranks.
+            bias: Whether there is a bias.
+            shares: Each rank's part of the result. Default: blocks of columns.
+            prefix: The layer's name in the model.
+        """
+        shares = shares or split_columns(out_features, context.parallel.tp_size, prefix)
+        rows = Part.share(out_features, shares[context.parallel.tp_rank])
         super().__init__(context, Part.whole(in_features), {None: rows}, bias=bias, prefix=prefix)
 
 
@@ -104,14 +124,14 @@ class MergedColumnParallelLinear(LinearLayer):
         sizes = list(out_features.values()) if isinstance(out_features, Mapping) else list(out_features)
         rows: list[Part] = []
         for size in sizes:
-            rows.append(Part.shard(size, context.parallel, prefix, offset=rows[-1].end if rows else 0))
+            rows.append(own_columns(context, size, prefix).moved(rows[-1].end if rows else 0))
         paired = len(rows) == 2 and sizes[0] == sizes[1]
         merged = merged_parts(names, rows)
         super().__init__(context, Part.whole(in_features), merged, bias=bias, paired=paired, prefix=prefix)
 
 
 class QKVParallelLinear(LinearLayer):
-    """The projections to q, k and v, split by heads. With more ranks than KV heads, KV heads are replicated."""
+    """The projections to q, k and v, split by heads (``split_heads``)."""
 
     def __init__(
         self,
@@ -141,23 +161,31 @@ class QKVParallelLinear(LinearLayer):
                 InternLM2). Otherwise it holds q, k and v one after the other.
             prefix: The layer's name in the model.
         """
-        parallel = context.parallel
-        q = Part.shard(num_heads * head_dim, parallel, f"{prefix}: attention heads")
-        if parallel.tp_size > num_kv_heads:
-            copies = parallel.tp_size // num_kv_heads
-            kv_size, kv_start = head_dim, parallel.tp_rank // copies * head_dim
-        else:
-            kv_size = parallel.divide(num_kv_heads, f"{prefix}: KV heads") * head_dim
-            kv_start = parallel.tp_rank * kv_size
-        full = num_kv_heads * head_dim
-        k = Part.piece(full, kv_start, kv_size, q.size)
-        v = Part.piece(full, kv_start, kv_size, q.size + kv_size)
+        own = split_heads(num_heads, num_kv_heads, context.parallel.tp_size)[context.parallel.tp_rank]
+        full, kv = num_kv_heads * head_dim, _times(own.kv, head_dim)
+        q = Part.share(num_heads * head_dim, _times(own.q, head_dim))
+        k = Part.share(full, kv, q.size)
+        v = Part.share(full, kv, q.size + kv.size)
         parts = [q, k, v] if names is None else [q, k, v][: len(names)]
         rows = merged_parts(names, parts)
         if is_grouped:
             rows = {None: grouped_part(q, k, v, head_dim)}
         super().__init__(context, Part.whole(in_features), rows, bias=bias, prefix=prefix)
         self.output_sizes = [part.size for part in parts]
+
+
+def own_columns(context: ModelContext, size: int, prefix: str) -> Part:
+    """This rank's share of a layer's results."""
+    return Part.share(size, split_columns(size, context.parallel.tp_size, prefix)[context.parallel.tp_rank])
+
+
+def _times(share: Share, count: int) -> Share:
+    return Share(share.start * count, share.size * count)
+
+
+def head_columns(num_heads: int, num_kv_heads: int, head_dim: int, num_ranks: int) -> list[Share]:
+    """The columns of each rank's attention results."""
+    return [_times(each.q, head_dim) for each in split_heads(num_heads, num_kv_heads, num_ranks)]
 
 
 def grouped_part(q: Part, k: Part, v: Part, head_dim: int) -> Part:
@@ -200,7 +228,7 @@ class SharedBias(Weights):
 
 
 class RowParallelLinear(LinearLayer):
-    """Each rank takes a share of the inputs; the results are summed."""
+    """Takes each rank's share of the inputs; every rank gets all results."""
 
     def __init__(
         self,
@@ -210,6 +238,7 @@ class RowParallelLinear(LinearLayer):
         *,
         bias: bool = False,
         is_summed: bool = True,
+        input_shares: Sequence[Share] | None = None,
         prefix: str,
     ) -> None:
         """Creates the layer.
@@ -219,19 +248,35 @@ class RowParallelLinear(LinearLayer):
             in_features: Size of the input over all ranks.
             out_features: Size of the result.
             bias: Whether there is a bias.
-            is_summed: Whether the layer sums the ranks' results; False: its user does.
+            is_summed: Whether the layer sums the ranks' results, or gathers them; False: its user does.
+            input_shares: Each rank's part of the input. Default: that of a column parallel layer's result.
             prefix: The layer's name in the model.
         """
-        if bias and not is_summed and context.communicator.size > 1:
+        communicator = context.communicator
+        if bias and not is_summed and communicator.cuts_sums and communicator.size > 1:
             raise ValueError(f"{prefix}: ranks cannot share a layer with a bias whose results are summed later")
-        columns = Part.shard(in_features, context.parallel, prefix)
-        self.communicator = context.communicator
+        inputs = input_shares or split_columns(in_features, communicator.size, prefix)
+        self.communicator = communicator
         self.is_summed = is_summed
-        is_alone = self.communicator.size == 1
-        super().__init__(context, columns, {None: Part.whole(out_features)}, bias=bias and is_alone, prefix=prefix)
-        self.shared_bias = SharedBias(context, out_features) if bias and not is_alone else None
+        self.cuts_sums = communicator.cuts_sums and communicator.size > 1
+        self.input_widths = tuple(share.size for share in inputs)
+        """Columns of the input that each rank has."""
+        self.output_widths: tuple[int, ...] = ()
+        """Columns of the result that each rank computes, unless sums are cut."""
+        columns, rows = Part.share(in_features, inputs[communicator.rank]), Part.whole(out_features)
+        if not self.cuts_sums:
+            outputs = split_columns(out_features, communicator.size, prefix)
+            self.output_widths = tuple(share.size for share in outputs)
+            columns, rows = Part.whole(in_features), Part.share(out_features, outputs[communicator.rank])
+        super().__init__(context, columns, {None: rows}, bias=bias and not self.cuts_sums, prefix=prefix)
+        self.shared_bias = SharedBias(context, out_features) if bias and self.cuts_sums else None
 
     def forward(self, x: Tensor, batch: InputBatch) -> Tensor:
+        """``x`` [num_tokens, this rank's inputs] -> [num_tokens, out_features]."""
+        if not self.cuts_sums:
+            whole = ops.all_gather(x, self.communicator, self.input_widths)
+            own = super().forward(whole, batch)
+            return ops.all_gather(own, self.communicator, self.output_widths) if self.is_summed else own
         result = super().forward(x, batch)
         if not self.is_summed:
             return result

@@ -51,7 +51,7 @@ class GatedMLP(nn.Module):
             bias: Whether the projections have biases.
             down_bias: Whether the last one has, if that differs.
             is_fused: The checkpoint holds gate and up, concatenated, as one tensor ``gate_up_proj``.
-            is_summed: Whether the layer sums the ranks' results; False: its user does.
+            is_summed: Whether the layer sums the ranks' results, or gathers them; False: its user does.
             prefix: The layer's name in the model.
         """
         super().__init__()

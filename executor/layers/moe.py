@@ -4,6 +4,7 @@ arXiv:1701.06538)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -194,17 +195,37 @@ class MoE(nn.Module):
         shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
         gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
         routed = self.gate(x) if routed is None else routed
-        return ops.all_reduce(ops.experts(x, routed, self.weights(), shared, gate), self.communicator)
+        own = ops.experts(x, routed, self.weights(), shared, gate)
+        if self.communicator.cuts_sums:
+            return ops.all_reduce(own, self.communicator)
+        return ops.all_gather(own, self.communicator, self._first_down().output_widths)
+
+    def _first_down(self) -> RowParallelLinear:
+        """The last product of an expert, which ranks share in the same way in all."""
+        down = self.experts[0].get_submodule("down_proj")
+        assert isinstance(down, RowParallelLinear)
+        return down
 
     def weights(self) -> ops.ExpertWeights:
         """The packed weights of the experts."""
         if self._weights is None:
             gate_up, gate_up_bias = packed([expert.get_submodule("gate_up_proj") for expert in self.experts])
             down, down_bias = packed([expert.get_submodule("down_proj") for expert in self.experts])
-            self._weights = ops.ExpertWeights(
+            weights = ops.ExpertWeights(
                 gate_up, down, gate_up_bias, down_bias, self.activation, self.routing.top_k, self.scales_input
             )
+            self._weights = self._shared_by_ranks(weights)
         return self._weights
+
+    def _shared_by_ranks(self, weights: ops.ExpertWeights) -> ops.ExpertWeights:
+        if self.communicator.size == 1 or self.communicator.cuts_sums:
+            return weights
+        if weights.is_gated and any(not isinstance(each, Tensor) and not each.paired for each in weights.gate_up):
+            raise ModelError(
+                "--tensor-parallel-size: workers cannot share experts whose gates and ups are stored in different "
+                "formats; use 1"
+            )
+        return replace(weights, communicator=self.communicator, inner_widths=self._first_down().input_widths)
 
 
 def packed(layers: list[nn.Module]) -> tuple[tuple[ops.Weight, ...], tuple[Tensor, ...] | None]:

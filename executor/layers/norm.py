@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 import ops
 from executor.layers.context import ModelContext
-from executor.layers.parameter import Part, Parts, Range, WeightParameter, single
+from executor.layers.parameter import Part, Parts, WeightParameter, single
+from executor.parallel import Share, split_heads
 
 
 class RMSNorm(nn.Module):
@@ -43,6 +44,13 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, size=self.size, offset=self.offset, round_first=self.round_first)
 
 
+def head_shares(context: ModelContext, num_heads: int) -> list[Share]:
+    """The heads of q or of k that each rank has, from the number of heads over all ranks."""
+    config = context.config
+    shares = split_heads(config.num_heads, config.num_kv_heads, context.parallel.tp_size)
+    return [each.q if num_heads == config.num_heads else each.kv for each in shares]
+
+
 class HeadsLayerNorm(nn.Module):
     """Layer norm of each head of q or of k, with weights of its own and no bias.
 
@@ -61,9 +69,8 @@ class HeadsLayerNorm(nn.Module):
         """
         super().__init__()
         self.size, self.eps = context.config.head_dim, eps
-        ranks, rank = context.parallel.tp_size, context.parallel.tp_rank
-        own = max(1, num_heads // ranks)
-        first = rank // max(1, ranks // num_heads) * own
+        share = head_shares(context, num_heads)[context.parallel.tp_rank]
+        first, own = share.start, share.size
         columns = Part.whole(self.size)
         parts: Parts = single(Part.piece(num_heads, first, own), columns)
         if not is_stacked:
@@ -95,25 +102,32 @@ class AllHeadsRMSNorm(nn.Module):
             eps: Added to the mean of the squares.
         """
         super().__init__()
-        ranks = context.parallel.tp_size
-        copies = max(1, ranks // num_heads)
-        width = num_heads * copies // ranks * head_dim
-        shares = tuple(Range(rank // copies * width, width, rank * width) for rank in range(ranks))
+        shares = head_shares(context, num_heads)
+        rank = context.parallel.tp_rank
+        firsts = [share.start for share in shares]
+        # Of ranks with the same head, one gives it: the sum is that of one rank.
+        given = [share.size * (firsts.index(share.start) == index) for index, share in enumerate(shares)]
+        own = shares[rank]
         self.eps = eps
         self.communicator = context.communicator
-        self.widths = [width] * ranks
+        self.given = [given[rank] * head_dim, (own.size - given[rank]) * head_dim]
+        """Columns that this rank gives, and others that it has."""
+        self.widths = tuple(count * head_dim for count in given)
+        self.own = [own.start * head_dim, own.size * head_dim, (num_heads - own.end) * head_dim]
+        """Columns before those of this rank, its own, and those after."""
         self.weight = WeightParameter.empty(
-            single(Part(num_heads * head_dim, shares)), dtype=context.dtype, device=context.device
+            single(Part.whole(num_heads * head_dim)), dtype=context.dtype, device=context.device
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [num_tokens, this rank's heads * head_dim] -> the same."""
         if self.communicator.size == 1:
             return ops.rms_norm(x, self.weight, self.eps, round_first=False)
-        whole = ops.all_gather(x, self.communicator, tuple(self.widths))
-        normed = ops.rms_norm(whole, self.weight, self.eps, round_first=False)
-        shares: tuple[Tensor, ...] = normed.split(self.widths, dim=-1)
-        return shares[self.communicator.rank]
+        given, _ = x.split(self.given, dim=-1)
+        whole = ops.all_gather(given, self.communicator, self.widths)
+        own: Tensor
+        _, own, _ = ops.rms_norm(whole, self.weight, self.eps, round_first=False).split(self.own, dim=-1)
+        return own
 
 
 class LayerNorm(nn.Module):

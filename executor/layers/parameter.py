@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from executor.parallel import ParallelState
+from executor.parallel import Share
 from ops import AdapterTable, TableAdapter
 from ops.cpu.memory import map_zeros
 
@@ -81,14 +81,9 @@ class Part:
         return cls(full, (Range(start, size, offset),))
 
     @classmethod
-    def shard(cls, full: int, parallel: ParallelState, what: str, offset: int = 0) -> Part:
-        """This rank's equal share of a dimension.
-
-        Raises:
-            ValueError: It does not divide evenly; the message names ``what``.
-        """
-        size = parallel.divide(full, what)
-        return cls.piece(full, parallel.tp_rank * size, size, offset)
+    def share(cls, full: int, share: Share, offset: int = 0) -> Part:
+        """The elements of a rank's share."""
+        return cls.piece(full, share.start, share.size, offset)
 
     @classmethod
     def element(cls, index: int, *, is_here: bool = True) -> Part:
@@ -232,17 +227,30 @@ class WeightParameter(nn.Parameter):
         return shape
 
     def fill_randomly(self, generator: torch.Generator) -> None:
-        """Fills in small numbers, or arbitrary bytes if they are no numbers: a short pattern, repeated."""
-        flat = self.data.view(-1)
-        count = min(len(flat), PATTERN)
-        if not flat.dtype.is_floating_point or flat.dtype == torch.float4_e2m1fn_x2:
-            flat = flat.view(torch.uint8)
+        """Fills in small numbers, or arbitrary bytes if they are no numbers: a short pattern, repeated.
+
+        It is repeated along the checkpoint's tensors, so that ranks have the shares of one model.
+        """
+        data = self.data
+        count = min(PATTERN, max(prod(part.full for part in dims) for dims in self.parts.values()))
+        if not data.dtype.is_floating_point or data.dtype == torch.float4_e2m1fn_x2:
+            data = data.view(torch.uint8)
             pattern = torch.empty(count, dtype=torch.uint8).random_(0, 256, generator=generator)
         else:
             numbers = torch.empty(count, dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
-            pattern = numbers.to(flat.dtype)
-        for part in flat.split(count):
-            part.copy_(pattern[: len(part)])
+            pattern = numbers.to(data.dtype)
+        width = data[0].numel() if data.dim() > 1 and len(data) else 1
+        flat = data.view(-1)
+        for rows in {each for part in self.parts.values() for each in part[0].ranges}:
+            _repeat(pattern, rows.start * width, flat[rows.offset * width : (rows.offset + rows.size) * width])
+
+
+def _repeat(pattern: Tensor, start: int, target: Tensor) -> None:
+    """Fills a target with the part of an endlessly repeated pattern that begins at ``start``."""
+    first = pattern[start % len(pattern) :][: len(target)]
+    target[: len(first)] = first
+    for part in target[len(first) :].split(len(pattern)):
+        part.copy_(pattern[: len(part)])
 
 
 class Weights(nn.Module, ABC):

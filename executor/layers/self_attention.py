@@ -11,16 +11,18 @@ import ops
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from executor.layers.linear import QKVParallelLinear, RowParallelLinear, head_columns
 from executor.layers.parameter import Part, WeightParameter, single
 from executor.layers.positions import DistanceBiases
+from executor.parallel import split_heads
 from ops import AttentionShape
 
 
-def sink_scores(context: ModelContext, prefix: str) -> WeightParameter:
+def sink_scores(context: ModelContext, num_kv_heads: int) -> WeightParameter:
     """This rank's sinks, uninitialised: [num_heads]."""
-    heads = Part.shard(context.config.num_heads, context.parallel, f"{prefix}: attention heads")
-    return WeightParameter.empty(single(heads), dtype=context.dtype, device=context.device)
+    heads = split_heads(context.config.num_heads, num_kv_heads, context.parallel.tp_size)
+    own = Part.share(context.config.num_heads, heads[context.parallel.tp_rank].q)
+    return WeightParameter.empty(single(own), dtype=context.dtype, device=context.device)
 
 
 class Rotation(Protocol):
@@ -106,8 +108,11 @@ class SelfAttention(nn.Module):
         )
         self._biases = (biases,)  # not a submodule: layers share it
         self.attn = Attention(context, shape)
-        self.sinks = sink_scores(context, prefix) if has_sinks else None
-        self.o_proj = RowParallelLinear(context, heads * head_dim, config.hidden_size, bias=out_bias, prefix=out_name)
+        self.sinks = sink_scores(context, kv_heads) if has_sinks else None
+        columns = head_columns(heads, kv_heads, head_dim, context.parallel.tp_size)
+        self.o_proj = RowParallelLinear(
+            context, heads * head_dim, config.hidden_size, bias=out_bias, input_shares=columns, prefix=out_name
+        )
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""

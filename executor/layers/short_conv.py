@@ -8,7 +8,7 @@ from executor.attention.base import SHORT_CONV
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, own_columns
 from executor.layers.parameter import Part, WeightParameter, single
 from ops import AttentionShape
 
@@ -18,7 +18,7 @@ class ConvWeights(nn.Module):
 
     def __init__(self, context: ModelContext, length: int, width: int, *, bias: bool, prefix: str) -> None:
         super().__init__()
-        columns = Part.shard(width, context.parallel, prefix)
+        columns = own_columns(context, width, prefix)
         weight = single(Part.whole(length), columns)
         self.weight = WeightParameter.empty(weight, dtype=context.dtype, device=context.device)
         self.bias = None

@@ -23,6 +23,19 @@ class Entry:
     limits: str = ""
 
 
+STATES = "recurrent layers"
+ONE_RANK = {
+    "BambaForCausalLM": STATES,
+    "FalconH1ForCausalLM": STATES,
+    "GraniteMoeHybridForCausalLM": STATES,
+    "Mamba2ForCausalLM": STATES,
+    "NemotronHForCausalLM": STATES,
+    "Qwen3NextForCausalLM": STATES,
+    "Qwen3_5ForCausalLM": STATES,
+    "Qwen3_5MoeForCausalLM": STATES,
+}
+"""Architectures that several ranks cannot share, because of what. Nor can they share encoders."""
+
 RECURRENT = "on CPUs only; no speculation; states of requests take up to half of the KV cache"
 POOLING = "embeddings, scores and classification only"
 

@@ -15,7 +15,13 @@ from executor.input_batch import InputBatch
 from executor.layers.attention import Attention, SharedAttention
 from executor.layers.context import ModelContext
 from executor.layers.embedding import VocabParallelEmbedding
-from executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    head_columns,
+)
 from executor.layers.mlp import GATED_ACTIVATIONS, GatedMLP
 from executor.layers.moe import MoE, Router
 from executor.layers.norm import RMSNorm
@@ -70,12 +76,15 @@ class Gemma4Attention(nn.Module):
         config = context.config
         hidden, heads, bias = config.hidden_size, config.num_heads, config.boolean("attention_bias")
         head_dim, kv_heads = layer_sizes(config, index, kind)
+        columns = head_columns(heads, kv_heads, head_dim, context.parallel.tp_size)
         window = config.size("sliding_window") if kind == SLIDING else None
         self.rotary = rotary
         self.q_norm = gemma4_norm(context, head_dim)
         self.attn: Attention | SharedAttention
         if source is not None:
-            self.q_proj = ColumnParallelLinear(context, hidden, heads * head_dim, bias=bias, prefix=f"{prefix}.q_proj")
+            self.q_proj = ColumnParallelLinear(
+                context, hidden, heads * head_dim, bias=bias, shares=columns, prefix=f"{prefix}.q_proj"
+            )
             self.attn = SharedAttention(source)
         else:
             k_is_v = config.boolean("attention_k_eq_v") and kind == FULL
@@ -86,7 +95,9 @@ class Gemma4Attention(nn.Module):
             self.k_norm, self.v_norm = gemma4_norm(context, head_dim), gemma4_norm(context, head_dim, weight=False)
             shape = AttentionShape(heads, kv_heads, head_dim, scale=1.0, sliding_window=window)
             self.attn = Attention(context, shape)
-        self.o_proj = RowParallelLinear(context, heads * head_dim, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        self.o_proj = RowParallelLinear(
+            context, heads * head_dim, hidden, bias=bias, input_shares=columns, prefix=f"{prefix}.o_proj"
+        )
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""

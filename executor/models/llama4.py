@@ -10,7 +10,7 @@ from executor.hf_config import MAX_POSITIONS, HFConfig
 from executor.input_batch import InputBatch
 from executor.layers.attention import Attention
 from executor.layers.context import ModelContext
-from executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from executor.layers.linear import QKVParallelLinear, RowParallelLinear, head_columns
 from executor.layers.mlp import GatedMLP
 from executor.layers.moe import MoE
 from executor.layers.norm import RMSNorm
@@ -79,7 +79,10 @@ class Llama4Attention(nn.Module):
             heads, kv_heads, head_dim, head_dim**-0.5, sliding_window=chunk, is_chunked=chunk is not None
         )
         self.attn = Attention(context, shape)
-        self.o_proj = RowParallelLinear(context, heads * head_dim, hidden, bias=bias, prefix=f"{prefix}.o_proj")
+        columns = head_columns(heads, kv_heads, head_dim, context.parallel.tp_size)
+        self.o_proj = RowParallelLinear(
+            context, heads * head_dim, hidden, bias=bias, input_shares=columns, prefix=f"{prefix}.o_proj"
+        )
 
     def forward(self, hidden: Tensor, batch: InputBatch) -> Tensor:
         """``hidden`` [num_tokens, hidden_size] -> the same."""

@@ -16,6 +16,7 @@ from executor.request_states import RequestStates
 from executor.sampling.base import Sampled, SamplerOutput, SampleRows, TokenMask
 from executor.sampling.sampler import Sampler
 from executor.scripts import read_scripts
+from ops import Communicator
 
 
 class ForcedSampler(Sampler):
@@ -24,18 +25,26 @@ class ForcedSampler(Sampler):
     Log probabilities are those of the sampled tokens.
     """
 
-    def __init__(self, max_num_seqs: int, device_type: str, channel: StepChannel | None, path: str) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        device_type: str,
+        channel: StepChannel | None,
+        path: str,
+        communicator: Communicator | None = None,
+    ) -> None:
         """
         Args:
             max_num_seqs: Number of slots.
             device_type: Device type of the logits.
             channel: Channel to that device.
             path: A file of ``executor/scripts.py``.
+            communicator: As of ``Sampler``.
 
         Raises:
             ValueError: The file cannot be read.
         """
-        super().__init__(max_num_seqs, device_type, channel=channel)
+        super().__init__(max_num_seqs, device_type, channel=channel, communicator=communicator)
         self._uploads = channel or ImmediateSteps()
         self._output_of = read_scripts(path)
         self._epochs = np.full(max_num_seqs, -1, np.int64)
@@ -75,7 +84,12 @@ class ForcedSampler(Sampler):
 
 
 def create_sampler(
-    max_num_seqs: int, device_type: str, channel: StepChannel | None, *, forced_outputs: str = ""
+    max_num_seqs: int,
+    device_type: str,
+    channel: StepChannel | None,
+    *,
+    forced_outputs: str = "",
+    communicator: Communicator | None = None,
 ) -> Sampler:
     """The sampler of a worker.
 
@@ -84,13 +98,14 @@ def create_sampler(
         device_type: Device type of the logits.
         channel: Channel to that device.
         forced_outputs: File of outputs that replace sampled tokens; empty: none.
+        communicator: As of ``Sampler``.
 
     Raises:
         ModelError: The file cannot be read.
     """
     if not forced_outputs:
-        return Sampler(max_num_seqs, device_type, channel=channel)
+        return Sampler(max_num_seqs, device_type, channel=channel, communicator=communicator)
     try:
-        return ForcedSampler(max_num_seqs, device_type, channel, forced_outputs)
+        return ForcedSampler(max_num_seqs, device_type, channel, forced_outputs, communicator)
     except ValueError as error:
         raise ModelError(f"--forced-outputs: {error}") from None

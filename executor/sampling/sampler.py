@@ -47,6 +47,7 @@ class Sampler:
         device_type: str = "cpu",
         stages: Sequence[SamplingStage] = (),
         channel: StepChannel | None = None,
+        communicator: ops.Communicator | None = None,
     ) -> None:
         """
         Args:
@@ -54,7 +55,10 @@ class Sampler:
             device_type: Device type of the logits.
             stages: Additional edits of the logits, which no kernel implements. They run before all others.
             channel: Channel to that device. Default: the host's memory.
+            communicator: Connects ranks with common logits: rank 0 samples, and the others get its tokens, without log
+                probabilities and errors of rows. Default: there is one rank.
         """
+        self._communicator = communicator or ops.SingleRank()
         self._channel = channel or ImmediateSteps()
         self._backend = new_backend(ops.op_set(device_type), max_num_seqs, channel)
         self._stages = tuple(stages)
@@ -89,6 +93,9 @@ class Sampler:
             states: The tokens so far.
             mask: Tokens that a grammar allows.
         """
+        if self._communicator.rank:
+            received = self._communicator.broadcast(torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+            return Sampled(received, Deferred([received], lambda arrays: SamplerOutput(arrays[0])))
         raw = logits
         for stage in self._stages:
             active = stage.active(rows.slots)
@@ -97,7 +104,9 @@ class Sampler:
                     raw = logits.clone()
                 stage.apply(logits, rows, active, states, self._channel)
         mask = self._thinking.restrict(mask, rows, states, logits.shape[1])
-        return self._backend.sample(logits, raw, rows, states, mask)
+        sampled = self._backend.sample(logits, raw, rows, states, mask)
+        self._communicator.broadcast(sampled.token_ids)
+        return sampled
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         """See ``SamplerBackend``."""

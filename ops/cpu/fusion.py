@@ -7,6 +7,8 @@ gather_rows, linear           -> one product that reads only the selected rows
 norm, linear                  -> one product that normalises the rows it reads (RMS norm or layer norm)
 rms_norm, add                 -> one norm that adds the other operand
 rms_norm, rotary, attention   -> attention that normalises and rotates the heads of q and k as it reads them
+linear, all_gather            -> one product that writes its columns of the ranks' common rows; so with attention and
+                                 with functions of one number
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ class Item:
         return [ref.index for ref in self.instruction.matrices.values()]
 
 
+_SHARED_OPS = (lib.OP_LINEAR, lib.OP_ATTENTION, lib.OP_EXPERTS, lib.OP_ACT_AND_MUL, lib.OP_ACTIVATION)
+"""Instructions whose results several ranks may make together, each some columns."""
+
+
 class Fusion:
     """One pass over the items of a program, in order."""
 
@@ -65,6 +71,8 @@ class Fusion:
         instruction = item.instruction
         if instruction is None:
             return []
+        if instruction.ranks is not None:
+            return self._shared(item, instruction) if instruction.op == lib.OP_ACTIVATION else []
         if instruction.op == lib.OP_ACT_AND_MUL:
             return self._gated(item, instruction)
         if instruction.op == lib.OP_ACTIVATION:
@@ -77,22 +85,39 @@ class Fusion:
             return [*self._heads(instruction, "q"), *self._heads(instruction, "k")]
         return []
 
-    def _maker(self, ref: Any, op: int) -> Item | None:
-        """The producer of a value, if it is an instruction with this opcode and the value has no other reader."""
-        item = self._made_by.get(ref.index)
-        if item is None or item.instruction is None or item.instruction.op != op or self._uses[ref.index] != 1:
-            return None
-        return item
+    def _maker(self, ref: Any, *ops: int, shared: bool = False) -> Item | None:
+        """The producer of a value, if it is an instruction with one of these opcodes and the value has no other reader.
 
-    def _linear(self, ref: Any, *epilogues: int, activated: bool = False) -> Item | None:
+        One by several ranks counts only if it may be ``shared``.
+        """
+        item = self._made_by.get(ref.index)
+        if item is None or item.instruction is None or item.instruction.op not in ops or self._uses[ref.index] != 1:
+            return None
+        return item if shared or item.instruction.ranks is None else None
+
+    def _shared(self, item: Item, gather: Instruction) -> list[Item]:
+        maker = self._maker(gather.matrices["x"], *_SHARED_OPS)
+        if maker is None or maker.instruction is None:
+            return []
+        item.instruction = replace(
+            maker.instruction,
+            matrices=dict(maker.instruction.matrices),
+            ranks=gather.ranks,
+            column=gather.column,
+            width=gather.width,
+            num_ops=maker.instruction.num_ops + gather.num_ops,
+        )
+        return [maker]
+
+    def _linear(self, ref: Any, *epilogues: int, activated: bool = False, shared: bool = True) -> Item | None:
         """The product that makes a value, if it has one of these epilogues, and no activation unless ``activated``."""
-        item = self._maker(ref, lib.OP_LINEAR)
+        item = self._maker(ref, lib.OP_LINEAR, shared=shared)
         if item is None or item.instruction is None or item.instruction.fields["epilogue"] not in epilogues:
             return None
         return item if activated or item.instruction.fields["activation"] == lib.IDENTITY else None
 
     def _gated(self, item: Item, act: Instruction) -> list[Item]:
-        linear = self._linear(act.matrices["x"], lib.EPILOGUE_STORE)
+        linear = self._linear(act.matrices["x"], lib.EPILOGUE_STORE, shared=False)
         if linear is None or linear.instruction is None or not linear.instruction.fields["weight"].paired:
             return []
         item.instruction = _finished_by(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ops.adapters import AdapterTable
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
+from ops.cpu.ranks import SharedRank
 from ops.dispatch import Ref
 from ops.metadata import AttentionShape, KVLayout, Routing, stored_size
 from ops.packed import Encoding, ExpertWeights, GatedActivation, PackedWeight, QuantizedWeight, SwiGLUOAI
@@ -49,12 +50,23 @@ class Instruction:
     """Recorded ops that it covers."""
     workspace: int = 0
     """Bytes for each token that threads share while it runs, about; small ones do not count."""
+    ranks: SharedRank | None = None
+    """This rank of those that make the result together, and then meet. None: each makes its own."""
+    column: int = 0
+    """The first column of the result that this rank makes."""
+    inside: SharedRank | None = None
+    """This rank of those that meet while the instruction runs."""
 
     def workspace_of(self, tokens: int) -> int:
         """Bytes in a step of so many tokens, which is computed in pieces if it needs more than a piece has."""
         return min(self.workspace * tokens, max(self.workspace, lib.WORKSPACE_BYTES))
 
     def struct(self, matrices: dict[str, Matrix]) -> ctypes.Structure:
+        """The arguments, from the places of whole matrices, the result included."""
+        if self.column:
+            for name in ("out", "residual"):
+                if name in matrices:
+                    matrices[name].data = (matrices[name].data or 0) + self.column * self.dtype.itemsize
         return lib.STRUCTS[self.op](**self.fields, **matrices)
 
 
@@ -583,6 +595,13 @@ def multiply(x: Any, y: Any) -> Instruction | None:
     return result
 
 
+def all_gather(x: Any, ranks: Any, widths: tuple[int, ...]) -> Instruction | None:
+    result = _pointwise(lib.OP_ACTIVATION, x, _width(x)) if isinstance(ranks, SharedRank) else None
+    if result is not None:
+        result.ranks, result.column, result.width = ranks, sum(widths[: ranks.rank]), sum(widths)
+    return result
+
+
 def gather_rows(x: Any, rows: Any) -> Instruction | None:
     result = _pointwise(lib.OP_GATHER_ROWS, x, _width(x))
     if result is not None:
@@ -664,12 +683,19 @@ def experts(
         "gated": int(weights.is_gated),
         "type": TYPES[x.dtype],
     }
+    ranks = weights.communicator
+    if ranks is not None:
+        if not isinstance(ranks, SharedRank) or (weights.is_gated and not gate_up[0][0].paired):
+            return None
+        fields |= {"inner": ranks.workspace.data_ptr(), "first_inner": sum(weights.inner_widths[: ranks.rank])}
     hidden, inner = weights.down[0].shape
     work = 3 * hidden * inner * weights.top_k
     keep = (gate_up, down, biases, addresses)
     # Both inputs, staged as up to 32 bits, what gates and ups yield, and the results.
     workspace = weights.top_k * (8 * hidden + inner * (4 + 2 * x.dtype.itemsize))
-    return Instruction(lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep, workspace=workspace)
+    return Instruction(
+        lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep, workspace=workspace, inside=ranks
+    )
 
 
 def _experts(weights: Sequence[AnyWeight], dtype: torch.dtype) -> tuple[Any, Any] | None:
@@ -714,6 +740,7 @@ BY_NAME = {
         add,
         multiply,
         gather_rows,
+        all_gather,
     )
 }
 """By op name."""

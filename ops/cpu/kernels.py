@@ -12,6 +12,7 @@ from torch import Tensor
 from ops.cpu import instructions, library, memory
 from ops.cpu.instructions import Instruction
 from ops.cpu.library import ROWS, TYPES, Group, Library, Matrix, Node, Step
+from ops.cpu.ranks import PeerLostError
 from ops.dispatch import Op
 from ops.metadata import AdapterRows, AttentionMetadata
 from ops.packed import Encoding, PackedWeight, RowSource, Segment
@@ -47,8 +48,11 @@ def execute(kernels: Library, instruction: Instruction) -> Tensor:
     matrices["out"] = Matrix(out.data_ptr(), instruction.width)
     args = instruction.struct(matrices)
     node = Node(instruction.op, 0, ctypes.addressof(args))
+    if instruction.inside is not None:
+        step.ranks = ctypes.pointer(instruction.inside.struct)
     threads = 1 if rows * instruction.work < _SERIAL_WORK else 0
-    kernels.run(ctypes.addressof(node), 1, ctypes.addressof(step), threads)
+    if kernels.run(ctypes.addressof(node), 1, ctypes.addressof(step), threads):
+        raise PeerLostError("another rank has left")
     del keep
     return out
 

@@ -151,6 +151,12 @@ class Group(ctypes.Structure):
     )
 
 
+class Ranks(ctypes.Structure):
+    """One of the ranks that compute a program together."""
+
+    _fields_ = (("rank", c_int32), ("size", c_int32), ("place", c_void_p))
+
+
 class AdapterRows(ctypes.Structure):
     """Which rows of a product use which adapter."""
 
@@ -175,15 +181,23 @@ class Step(ctypes.Structure):
         ("logits_rows", c_void_p),
         ("groups", ctypes.POINTER(Group)),
         ("adapters", AdapterRows * len(ROWS)),
+        ("ranks", ctypes.POINTER(Ranks)),
     )
 
 
 class Node(ctypes.Structure):
-    _fields_ = (("op", c_int32), ("reserved", c_int32), ("args", c_void_p))
+    _fields_ = (("op", c_int32), ("meets", c_int32), ("args", c_void_p))
 
 
 class EmbeddingArgs(ctypes.Structure):
-    _fields_ = (("weight", Weight), ("plain", Matrix), ("out", Matrix), ("type", c_int32), ("ids", c_int32))
+    _fields_ = (
+        ("weight", Weight),
+        ("plain", Matrix),
+        ("out", Matrix),
+        ("type", c_int32),
+        ("ids", c_int32),
+        ("first", c_int32),
+    )
 
 
 class RmsNorm(ctypes.Structure):
@@ -380,6 +394,8 @@ class ExpertsArgs(ctypes.Structure):
         ("scales_input", c_int32),
         ("gated", c_int32),
         ("type", c_int32),
+        ("first_inner", c_int32),
+        ("inner", c_void_p),
     )
 
 
@@ -468,7 +484,7 @@ STRUCTS: dict[int, type[ctypes.Structure]] = {
     OP_MAMBA: MambaArgs,
     OP_LATENT_ATTENTION: LatentAttentionArgs,
 }
-_OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node, -4: Adapter}
+_OTHER_STRUCTS = {-1: Step, -2: Group, -3: Node, -4: Adapter, -5: Ranks}
 
 
 class Library:
@@ -488,7 +504,16 @@ class Library:
             raise build.BuildError(str(error)) from error
         self.run = dll.octavo_run
         self.run.argtypes = (c_void_p, c_int32, c_void_p, c_int32)
-        self.run.restype = None
+        self.run.restype = c_int32
+        self.meeting_bytes = dll.octavo_meeting_bytes
+        self.meeting_bytes.argtypes = (c_int32,)
+        self.meeting_bytes.restype = c_int64
+        self.meet = dll.octavo_meet
+        self.meet.argtypes = (c_void_p,)
+        self.meet.restype = c_int32
+        self.leave = dll.octavo_leave
+        self.leave.argtypes = (c_void_p,)
+        self.leave.restype = None
         self.packed_size = dll.octavo_packed_size
         self.packed_size.argtypes = (c_int32, c_int32, c_int32)
         self.packed_size.restype = c_int64

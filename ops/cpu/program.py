@@ -3,6 +3,9 @@
 Each value of the program has a place in an arena that is fixed before the step: room for ``capacity`` rows of its
 width. Values whose lifetimes do not overlap share a place. So addresses stay fixed until a step has more rows than any
 before.
+
+Values that several ranks make together lie in an arena that all of them map, at the same places. There, the place of a
+value is free for another one only after the ranks have met once more: until then, a rank may still be reading it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from ops.cpu.instructions import Instruction
 from ops.cpu.kernels import fill_adapters, fill_group
 from ops.cpu.library import IDS, Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
+from ops.cpu.ranks import PeerLostError, SharedRank
 from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
 
 _ALIGNMENT = 64
@@ -57,6 +62,7 @@ class Segment:
             struct = instruction.struct(matrices | {"out": matrix(item.out)})
             self.structs.append(struct)
             node.op, node.args = instruction.op, ctypes.addressof(struct)
+            node.meets = int(instruction.ranks is not None)
 
 
 def _stride_bytes(spec: Spec) -> int:
@@ -111,30 +117,65 @@ class NativeProgram:
         native_reads = {self._base(index) for item in items if item.instruction for index in item.reads()}
         self._imported = native_reads - {item.out.index for item in items if item.instruction}
         """Values that kernels read but do not produce."""
+        self._shared = {item.out.index for item in items if item.instruction and item.instruction.ranks}
+        """Values that ranks make together."""
+        self._ranks = next(
+            (item.instruction.ranks for item in items if item.instruction and item.instruction.ranks), None
+        )
         self._arena = Arena(specs, _stride_bytes, memory.map_zeros)
+        self._common = Arena(specs, _stride_bytes, memory.map_zeros if self._ranks is None else self._ranks.memory)
         self._place(items)
+        if self._ranks is not None:
+            self._ranks.agree(crc32(repr(self._common.places()).encode()), "the places of what they share")
         returned = [ref.spec for item in items if item.instruction is None for ref in item.node.outs]
         self.num_bytes = self._arena.num_bytes(capacity) + sum(spec.num_bytes(capacity) for spec in returned)
+        if self._ranks is not None:
+            self.num_bytes += self._common.num_bytes(capacity) // self._ranks.size
         native = [item.instruction for item in items if item.instruction is not None]
         self.num_bytes += max((each.workspace_of(capacity["tokens"]) for each in native), default=0)
         self._dead = self._last_python_reads()
         self._views: dict[int, Tensor] = {}
         self._groups = (Group * max(1, len(self._group_names)))()
         self._step = Step(groups=self._groups)
+        if self._ranks is not None:
+            self._step.ranks = ctypes.pointer(self._ranks.struct)
         self._reserve(capacity)
 
     # -- compiling -----------------------------------------------------------------------------------------
 
     def _lower(self, nodes: list[Node]) -> list[Item]:
-        items = []
-        for node in nodes:
-            if node.name == SLICE:
+        items: list[Item] = []
+        nodes = list(nodes)
+        while nodes:
+            node = nodes.pop(0)
+            lookup = self._shared_lookup(node, *nodes[:2])
+            if lookup is not None:
+                items.append(lookup)
+                del nodes[:2]
+            elif node.name == SLICE:
                 value, _, start, _ = node.args
                 source = self._places[value.index]
                 self._places[node.outs[0].index] = Place(source.base, source.column + start)
             else:
                 items.append(Item(node, self._instruction(node)))
         return items
+
+    def _shared_lookup(self, *nodes: Node) -> Item | None:
+        """Lookup in a table of which each rank has some rows, as layers record it: the rows of ids in the own share
+        (``shard_ids``), those rows (``embedding``), all ranks' rows (``select_rows``)."""
+        if [node.name for node in nodes] != ["shard_ids", "embedding", "select_rows"]:
+            return None
+        shard, table, select = nodes
+        ids, first, _ = shard.args
+        rows, ranks, is_here = select.args
+        if (table.args[0], rows, is_here) != (shard.outs[0], table.out, shard.outs[1]):
+            return None
+        instruction = self._instruction(Node(table.name, table.function, (ids, *table.args[1:]), {}, table.out))
+        if instruction is None or not isinstance(ranks, SharedRank):
+            return None
+        instruction.fields["first"] = first
+        instruction.ranks, instruction.num_ops = ranks, len(nodes)
+        return Item(select, instruction)
 
     def _instruction(self, node: Node) -> Instruction | None:
         """The kernel instruction of a node; None: the node runs in Python."""
@@ -182,16 +223,28 @@ class NativeProgram:
         last_use = {index: i for i, values in enumerate(used) for index in values}
         kept = {self._base(index) for index in self._outputs}
         placed = set()
+        unread: list[int] = []  # shared values that this rank has read for the last time since the ranks met
         for index in sorted(self._imported & set(self._inputs.values())):
             self._arena.allocate(index)
             placed.add(index)
         for i, item in enumerate(items):
             for index in sorted(made[i] if item.instruction is not None else made[i] & self._imported):
-                self._arena.allocate(index)
+                self._arena_of(index).allocate(index)
                 placed.add(index)
-            for index in sorted(used[i] & placed - kept):
-                if last_use[index] == i:
+            last = [index for index in sorted(used[i] & placed - kept) if last_use[index] == i]
+            for index in last:
+                if index not in self._shared:
                     self._arena.release(index)
+            unread += [index for index in last if index in self._shared]
+            if item.instruction is not None and item.instruction.ranks is not None:
+                for index in unread:
+                    self._common.release(index)
+                unread.clear()
+        self._waits_first = bool(unread)
+        """Whether ranks may still read what the next replay writes before they meet."""
+
+    def _arena_of(self, index: int) -> Arena:
+        return self._common if index in self._shared else self._arena
 
     def _last_python_reads(self) -> list[tuple[int, ...]]:
         """For each part, the tensors held in Python that nothing reads after it. Kernels read copies."""
@@ -206,7 +259,10 @@ class NativeProgram:
         return result[::-1]
 
     def _reserve(self, rows: dict[str, int]) -> None:
-        if not self._arena.reserve(rows):
+        moved = self._arena.reserve(rows)
+        if self._ranks is not None:
+            moved |= self._common.reserve(rows)
+        if not moved:
             return
         self._views.clear()
         for part in self._parts:
@@ -221,22 +277,31 @@ class NativeProgram:
         """A value in the arena, [capacity, width]."""
         if index not in self._views:
             place, spec = self._places[index], self._specs[index]
-            self._views[index] = self._arena.tensor(place.base)[:, place.column : place.column + spec.width]
+            self._views[index] = self._arena_of(place.base).tensor(place.base)[
+                :, place.column : place.column + spec.width
+            ]
         return self._views[index]
 
     # -- replay --------------------------------------------------------------------------------------------
 
     def replay(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """Runs the program; see ``executor.graphs.Program.replay``. The results live until the next replay."""
+        """Runs the program; see ``executor.graphs.Program.replay``. The results live until the next replay.
+
+        Raises:
+            PeerLostError: A rank that this one computes with has left.
+        """
         rows, keep = self._read_step(inputs)
         self._reserve(rows)
         values: dict[int, Tensor] = {}
         for name, index in self._inputs.items():
             self._set(index, inputs[name], values, rows)
         step = ctypes.addressof(self._step)
+        if self._ranks is not None and self._waits_first:
+            self._ranks.wait()
         for part, dead in zip(self._parts, self._dead, strict=True):
             if isinstance(part, Segment):
-                self._kernels.run(part.nodes, len(part.items), step, 0)
+                if self._kernels.run(part.nodes, len(part.items), step, 0):
+                    raise PeerLostError("another rank has left")
                 continue
             self._call(part, values, inputs, rows)
             for index in dead:

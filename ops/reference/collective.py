@@ -42,6 +42,12 @@ def all_gather(x: Tensor, communicator: Communicator, widths: tuple[int, ...]) -
     return communicator.all_gather(x, widths)
 
 
+@collective(like_first)
+def select_rows(x: Tensor, communicator: Communicator, is_here: Tensor) -> Tensor:
+    """Each row of ``x`` from the rank that has it; see ``Communicator``."""
+    return communicator.select_rows(x, is_here)
+
+
 @op(lambda ids, first, count: (ids.spec, Spec(ids.spec.rows, 1, torch.bool)))
 def shard_ids(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Maps token ids to rows of a rank's shard of a table.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.dispatch import like_first, op
+from ops.dispatch import Spec, like_first, op
 from ops.metadata import Routing
 from ops.packed import ExpertWeights
 from ops.reference.basic import act_and_mul, activation, linear
@@ -76,7 +76,7 @@ def _sparsemixer(logits: Tensor, routing: Routing) -> Tensor:
     return weights
 
 
-@op(lambda x, routed, weights, shared=None, shared_gate=None: x.spec)
+@op(lambda x, routed, weights, shared=None, shared_gate=None: Spec(x.spec.rows, weights.down[0].shape[0], x.spec.dtype))
 def experts(
     x: Tensor,
     routed: Tensor,
@@ -94,13 +94,13 @@ def experts(
         x: [tokens, hidden].
         routed: float32 [tokens, experts] as ``route`` returns it: 0 for experts that are not chosen.
         weights: The experts.
-        shared: [tokens, hidden], in the dtype of ``x``: the result of an expert that all tokens have.
+        shared: The result of an expert that all tokens have, like the result.
         shared_gate: float32 [tokens, 1]: its sigmoid is the weight of ``shared``; None: 1.
 
     Returns:
-        [tokens, hidden] in the dtype of ``x``.
+        [tokens, hidden] in the dtype of ``x``; of several ranks, the columns that this one makes.
     """
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    total = torch.zeros((len(x), weights.down[0].shape[0]), dtype=torch.float32, device=x.device)
     for index in (routed != 0).any(0).nonzero().flatten().tolist():
         tokens = (routed[:, index] != 0).nonzero().flatten()
         weight = routed[tokens, index, None]
@@ -109,6 +109,8 @@ def experts(
             rows = (rows.float() * weight).to(x.dtype)
         gate_up = linear(rows, weights.gate_up[index], _of(weights.gate_up_bias, index))
         inner = _activated(gate_up, weights)
+        if weights.communicator is not None:
+            inner = weights.communicator.all_gather(inner, weights.inner_widths)
         out = unrounded(inner, weights.down[index], _of(weights.down_bias, index))
         factor = torch.ones_like(weight) if weights.scales_input else weight
         total[tokens] = fma(out, factor, total[tokens])

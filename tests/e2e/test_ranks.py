@@ -1,4 +1,4 @@
-"""Two ranks that compute the same: whichever dies or is stopped, streams go on with the tokens of one rank."""
+"""Two ranks that share a model: whichever dies or is stopped, streams go on with the tokens of one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ranks(Harness):
             cache=CacheConfig(kv_cache_memory=64 << 20),
             executor=ExecutorConfig(
                 model=ModelConfig(model=str(model), dtype="float32", max_model_len=512),
-                parallel=ParallelConfig(num_mirrors=num_ranks),
+                parallel=ParallelConfig(tensor_parallel_size=num_ranks),
                 device=DeviceConfig(num_threads=1),
             ),
         )
@@ -107,7 +107,7 @@ def test_either_rank_may_die_or_stop(tiny_model: Path, tmp_path: Path, monkeypat
 @pytest.mark.timeout(300)
 def test_streams_of_a_server_survive_either_rank(tiny_model: Path) -> None:
     flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
-    with Server(*flags, "--num-threads", "1", module="tests.e2e.two_ranks") as server:
+    with Server(*flags, "--num-threads", "1", "-tp", "2") as server:
         undisturbed = asyncio.run(run_streams(server))
         assert len(undisturbed) == NUM_STREAMS
         streams = asyncio.run(run_streams(server, signal.SIGKILL, "octavo worker 1", "octavo worker 0"))

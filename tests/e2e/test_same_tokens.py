@@ -63,6 +63,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "checked": {"check_every_step": True},
     "two engines": {"data_parallel_size": 2},
+    "two workers": {"tensor_parallel_size": 2, "num_threads": 1},
 }
 
 
@@ -90,6 +91,8 @@ def test_the_demo_model_alone_in_a_batch_and_preempted(demo_model: Path, questio
         batch = tokens(llm, questions, params)
         alone = [tokens(llm, [question], params)[0] for question in questions[:8]]
     assert alone == batch[:8]
+    with LLM(str(demo_model), dtype="float32", tensor_parallel_size=2, num_threads=1) as llm:  # heads: 6 and 3
+        assert tokens(llm, questions[:8], params) == batch[:8]
     with LLM(
         str(demo_model), dtype="float32", num_gpu_blocks_override=60, max_model_len=1024, max_num_batched_tokens=256
     ) as llm:

@@ -76,7 +76,7 @@ def test_ranks_share_the_weights(kind: str) -> None:
 
 
 def test_more_ranks_than_kv_heads_hold_copies() -> None:
-    folder = tiny.checkpoint("llama")  # 4 heads, 2 KV heads of 16
+    folder = tiny.checkpoint("llama", intermediate_size=128)  # 4 heads, 2 KV heads of 16
     k_proj = load_file(folder / "model.safetensors")[K_PROJ]
     for rank in range(4):
         loaded = load(folder, parallel=ParallelState(tp_rank=rank, tp_size=4))

@@ -149,10 +149,10 @@ def test_a_tensor_of_the_format_must_be_there(tmp_path: Path) -> None:
 
 
 def test_a_split_must_leave_groups_whole(tmp_path: Path) -> None:
-    folder = packed_folder(tmp_path, intermediate_size=96)
+    folder = packed_folder(tmp_path, intermediate_size=128, head_dim=24)
     message = refusal(folder, parallel=ParallelState(tp_rank=1, tp_size=4))
     assert message.startswith(
-        "model.layers.0.mlp.down_proj: 24 of 96 elements starting at 24 are not whole units of 16"
+        "model.layers.0.self_attn.o_proj: 24 of 96 elements starting at 24 are not whole units of 16"
     )
 
 
@@ -200,7 +200,7 @@ def test_ranks_share_each_expert(mixtral: tuple[Path, Tensor]) -> None:
             gate, up, down = (
                 stored[f"model.layers.1.mlp.experts.{index}.{name}.weight"] for name in ("w1", "w3", "w2")
             )
-            rows = slice(48 * rank, 48 * rank + 48)
+            rows = (slice(64), slice(64, 96))[rank]
             assert torch.equal(experts.gate_up.weight[index], torch.cat([gate[rows], up[rows]]))
             assert torch.equal(experts.down.weight[index], down[:, rows])
 
@@ -259,7 +259,7 @@ def test_other_names_and_layouts(tmp_path: Path, captured: bool) -> None:
 
 def test_ranks_share_projections_stored_by_head(tmp_path: Path) -> None:
     folder = renamed_folder(tmp_path)
-    for size in (2, 4):
+    for size in (2, 3):
         for rank in range(size):
             place = ParallelState(tp_rank=rank, tp_size=size)
             plain, renamed = load(tiny.checkpoint("llama"), parallel=place), load(folder, parallel=place)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 import ops
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
-from executor.layers.linear import LinearLayer, MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear
+from executor.layers.linear import (
+    LinearLayer,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    own_columns,
+)
 from executor.layers.parameter import Part, ShardId, WeightParameter, Weights, single
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
@@ -221,8 +227,8 @@ class Experts(nn.Module):
     def __init__(self, context: ModelContext, num_experts: int) -> None:
         super().__init__()
         hidden, inner = Part.whole(context.config.hidden_size), context.config.intermediate_size
-        gate = Part.shard(inner, context.parallel, "experts")
-        up = Part.shard(inner, context.parallel, "experts", offset=gate.size)
+        gate = own_columns(context, inner, "experts")
+        up = gate.moved(gate.size)
         self.gate_up = Stack(context, num_experts, {"w1": gate, "w3": up}, hidden)
         self.down = Stack(context, num_experts, {"w2": hidden}, gate)
 

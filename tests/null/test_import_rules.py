@@ -53,6 +53,7 @@ TORCH_FREE = [
     "files",
     "adapter_files",
     "supported",
+    "parallel",
     "process",
     "registry",
     "liveness",
@@ -119,6 +120,8 @@ FOLDERS: dict[str, set[str]] = {
         "sampling.base",
         "scripts",
     },
+    # Who holds what, which nobody else decides.
+    "executor/parallel": {"config"},
     # Grammars know requests, not plans.
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.

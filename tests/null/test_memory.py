@@ -61,6 +61,17 @@ def planned(*workers: WorkerReady, **options: Any) -> tuple[CacheShape, int]:
     return result
 
 
+def test_ranks_with_one_memory_get_what_their_blocks_take() -> None:
+    shares = [
+        msgspec.structs.replace(ready(group(size), kv_bytes=100, rank=rank), shares_memory=True)
+        for rank, size in enumerate([2, 1])
+    ]
+    assert planned(*shares)[0] == planned(ready(group(3), kv_bytes=100))[0]
+    assert planned(*shares, kv_cache_memory=30)[0] == CacheShape((GroupShape(10, 4),))
+    alone = [msgspec.structs.replace(share, shares_memory=False) for share in shares]
+    assert planned(*alone, kv_cache_memory=30)[0] == CacheShape((GroupShape(15, 4),))
+
+
 def test_one_group_takes_all() -> None:
     assert planned(ready(group(3), kv_bytes=100)) == (CacheShape((GroupShape(33, 4),)), 132)
     assert planned(ready(group(3), kv_bytes=10_000)) == (CacheShape((GroupShape(3333, 4),)), MODEL_LEN)

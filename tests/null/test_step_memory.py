@@ -38,7 +38,7 @@ def kv_bytes(max_model_len: int | None = None, *, free: int = 60, **cache: float
         cache=CacheConfig(**cache),  # type: ignore[arg-type]
         executor=ExecutorConfig(model=ModelConfig(max_model_len=max_model_len)),
     )
-    return _kv_bytes(ready, config) / GIB
+    return _kv_bytes(ready, [ready], config) / GIB
 
 
 @pytest.mark.parametrize(("max_model_len", "tables"), [(None, 8), (-1, 8), (1000, 1), (9000, 8)])

@@ -69,9 +69,9 @@ def test_a_device_that_nobody_knows_is_named(other: type[OtherDevice]) -> None:
 
 def test_ranks_of_a_device_that_cannot_meet_are_refused() -> None:
     assert CpuDevice().communicator(ParallelState(rank=1)).size == 1
-    with pytest.raises(ModelError, match="^--tensor-parallel-size 2: CPU workers cannot share a model yet; use 1$"):
+    with pytest.raises(ModelError, match="^--tensor-parallel-size 2: ranks "):
         CpuDevice().communicator(ParallelState(tp_size=2))
-    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPU workers cannot share a model yet; use 1$"):
+    with pytest.raises(ModelError, match="^--pipeline-parallel-size 3: CPUs have no pipeline stages yet; use 1$"):
         CpuDevice().communicator(ParallelState(pp_size=3))
 
 

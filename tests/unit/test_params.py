@@ -63,7 +63,7 @@ def test_names_of_vllm_without_effect() -> None:
 
 
 OPTIONS = [
-    ({"tensor_parallel_size": 2}, "more than one worker"),
+    ({"pipeline_parallel_size": 2}, "pipeline stages are not supported yet"),
     ({"enable_chunked_prefill": False}, "needs --max-num-batched-tokens"),
 ]
 

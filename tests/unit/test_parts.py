@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executor.layers.parameter import Part, Range, WeightParameter, single, stored_module
-from executor.parallel import ParallelState
+from executor.parallel import Share
 
 
 def load(parts: Mapping[Any, tuple[Part, ...]], **tensors: torch.Tensor) -> torch.Tensor:
@@ -21,11 +21,8 @@ def load(parts: Mapping[Any, tuple[Part, ...]], **tensors: torch.Tensor) -> torc
     return parameter.data
 
 
-def test_a_shard_is_an_equal_share() -> None:
-    parallel = ParallelState(tp_rank=2, tp_size=3)
-    assert Part.shard(12, parallel, "heads", offset=5) == Part(12, (Range(8, 4, 5),))
-    with pytest.raises(ValueError, match=r"heads \(10\) is not divisible"):
-        Part.shard(10, parallel, "heads")
+def test_a_share_is_a_range() -> None:
+    assert Part.share(12, Share(8, 4), offset=5) == Part(12, (Range(8, 4, 5),))
 
 
 def test_ranges_go_where_they_say() -> None:

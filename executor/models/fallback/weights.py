@@ -42,7 +42,7 @@ class Source:
             for name in self.targets()
         ]
 
-    def _prefetch(self) -> None:
+    def _prefetch(self, first: int = 0, end: int = 1, of: int = 1) -> None:
         for _, part in self.parts:
             part.prefetch()
 

@@ -83,7 +83,8 @@ void embedding(const OctavoEmbedding& op, const OctavoStep& step, const Team& te
     const Range mine = team.share(step.num_tokens);
     for (int i = mine.begin; i < mine.end; ++i) {
         T* out = static_cast<T*>(op.out.data) + i * op.out.stride;
-        const int id = ids[i];
+        const int id = ids[i] - op.first;
+        if (id < 0 || id >= op.weight.rows) continue;
         if (op.plain.data)
             std::memcpy(out, static_cast<const T*>(op.plain.data) + id * op.plain.stride, shape.columns * sizeof(T));
         else if (op.weight.num_segments)

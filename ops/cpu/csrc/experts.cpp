@@ -3,11 +3,12 @@
 // The rows of a step are sorted by expert. Then the team multiplies with the gates and ups of all experts as one list
 // of tasks, and with all downs as another, so that it streams through the weights of the experts that have rows. A
 // product computes each row as if alone, and the results of a token are added in the order of its experts: bits do not
-// depend on the neighbours.
+// depend on the neighbours. Of several ranks, each multiplies with its share of the gates and ups, and of the downs.
 #include <algorithm>
 #include <cmath>
 
 #include "linear.h"
+#include "ranks.h"
 #include "vec_math.h"
 
 namespace octavo {
@@ -202,8 +203,9 @@ Sorted sort_rows(const OctavoExperts& op, const Range& piece, Scratch& scratch) 
 
 // Sizes of what lies between the products, and where it lies in the workspace.
 struct Between {
-    int hidden;
-    int inner;
+    int input;            // columns of x
+    int hidden;           // of the results that this rank makes
+    int inner;            // of what downs are multiplied with
     bool activated;       // the product with gates and ups yields the results of the activation
     int width;            // of what gates and ups yield
     size_t staged_x;      // bytes of a row that is multiplied with gates and ups
@@ -211,13 +213,14 @@ struct Between {
     size_t row_bytes;     // of all results of a row
 
     explicit Between(const OctavoExperts& op) {
+        input = op.gate_up[0].columns;
         hidden = op.down[0].rows;
         inner = op.down[0].columns;
         activated = is_activated(op, op.gate_up[0]);
         width = activated ? inner : 2 * inner;
         staged_x = staged_bytes(gate_up(op, 0));
         staged_inner = staged_bytes(down(op, 0));
-        row_bytes = staged_x + staged_inner + width * number_bytes(op) + hidden * sizeof(float);
+        row_bytes = staged_x + staged_inner + width * number_bytes(op) + input * sizeof(float);  // of any rank
     }
 
     static size_t number_bytes(const OctavoExperts& op) { return op.type == kFloat32 ? 4 : 2; }
@@ -265,7 +268,7 @@ struct Piece {
     // The product of an expert's rows with its gate and up.
     OctavoLinear gate_up(int expert) const {
         OctavoLinear result = Between::gate_up(op, expert);
-        result.out = {inner + static_cast<int64_t>(sorted.starts[expert]) * sizes.width, sizes.width};
+        result.out = {inner + static_cast<int64_t>(sorted.starts[expert]) * sizes.width + op.first_inner, sizes.width};
         return result;
     }
     // With its down.
@@ -299,7 +302,7 @@ void stage_x(const Piece<T>& piece, const Team& team) {
     const OctavoExperts& op = piece.op;
     const Sorted& sorted = piece.sorted;
     const int most = most_rows(piece.gate_up(sorted.touched[0]));
-    T* scaled = op.scales_input ? team.scratch.take<T>(static_cast<size_t>(most) * piece.sizes.hidden) : nullptr;
+    T* scaled = op.scales_input ? team.scratch.take<T>(static_cast<size_t>(most) * piece.sizes.input) : nullptr;
     each_tile(sorted, most, team, [&](int expert, int tile) {
         const int start = sorted.starts[expert], rows = sorted.rows_of(expert);
         OctavoLinear linear = piece.gate_up(expert);
@@ -311,15 +314,15 @@ void stage_x(const Piece<T>& piece, const Team& team) {
             const Tiles tiles = Tiles::of(rows, most);
             for (int r = tiles.begin(tile); r < tiles.begin(tile + 1); ++r) {
                 const T* x = static_cast<const T*>(op.x.data) + sorted.tokens[start + r] * op.x.stride;
-                T* out = scaled + static_cast<int64_t>(r - tiles.begin(tile)) * piece.sizes.hidden;
+                T* out = scaled + static_cast<int64_t>(r - tiles.begin(tile)) * piece.sizes.input;
                 const Vec weight = splat(sorted.weights[start + r]);
-                for (int k = 0; k < piece.sizes.hidden; k += kLanes) {
-                    const int count = piece.sizes.hidden - k;
+                for (int k = 0; k < piece.sizes.input; k += kLanes) {
+                    const int count = piece.sizes.input - k;
                     store_first(out + k, load_first(x + k, count) * weight, count);
                 }
             }
             // Rows are counted from the expert's first.
-            linear.x = {scaled - static_cast<int64_t>(tiles.begin(tile)) * piece.sizes.hidden, piece.sizes.hidden};
+            linear.x = {scaled - static_cast<int64_t>(tiles.begin(tile)) * piece.sizes.input, piece.sizes.input};
             linear.gather = 0;
         }
         stage_tile(linear, step, rows, tile, piece.staged_x_of(expert));
@@ -409,8 +412,17 @@ void combine(const Piece<T>& piece, const Range& tokens, const Team& team) {
     }
 }
 
+// Waits until the results of gates and ups are complete, or no longer needed.
+void wait_for_inner(const OctavoExperts& op, const OctavoStep& step, const Team& team) {
+    if (op.inner)
+        wait(team, *step.ranks);
+    else
+        team.wait();
+}
+
 template <class T>
-void run_piece(const OctavoExperts& op, const Between& sizes, const Range& tokens, const Team& team) {
+void run_piece(const OctavoExperts& op, const OctavoStep& step, const Between& sizes, const Range& tokens,
+               const Team& team) {
     const Sorted sorted = sort_rows(op, tokens, team.scratch);
     const size_t rows = sorted.starts[op.num_experts];
     uint8_t* place = reinterpret_cast<uint8_t*>(team.shared.workspace);
@@ -419,20 +431,21 @@ void run_piece(const OctavoExperts& op, const Between& sizes, const Range& token
         place += whole_lines(bytes);
         return result;
     };
-    const Piece<T> piece = {op,
-                            sizes,
-                            sorted,
-                            take(rows * sizes.staged_x),
-                            take(rows * sizes.staged_inner),
-                            reinterpret_cast<T*>(take(rows * sizes.width * sizeof(T))),
-                            reinterpret_cast<float*>(take(rows * sizes.hidden * sizeof(float)))};
+    const Piece<T> piece = {
+        op,
+        sizes,
+        sorted,
+        take(rows * sizes.staged_x),
+        take(rows * sizes.staged_inner),
+        static_cast<T*>(op.inner ? op.inner : static_cast<void*>(take(rows * sizes.width * sizeof(T)))),
+        reinterpret_cast<float*>(take(rows * sizes.hidden * sizeof(float)))};
     if (rows) {
         stage_x(piece, team);
         team.wait();
         multiply_all(
             sorted, team, [&](int expert) { return piece.gate_up(expert); },
             [&](int expert) { return piece.staged_x_of(expert); });
-        team.wait();
+        wait_for_inner(op, step, team);
         stage_inner(piece, team);
         team.wait();
         multiply_all(
@@ -469,8 +482,8 @@ void run_experts(const OctavoExperts& op, const OctavoStep& step, const Team& te
     with_type(op.type, [&](auto number) {
         for (int first = 0; first < step.num_tokens; first += at_once) {
             const Scratch::Mark mark = team.scratch.mark();
-            if (first) team.wait();  // the workspace is used again
-            run_piece<decltype(number)>(op, sizes, {first, std::min(first + at_once, step.num_tokens)}, team);
+            if (first) wait_for_inner(op, step, team);  // the memory is used again
+            run_piece<decltype(number)>(op, step, sizes, {first, std::min(first + at_once, step.num_tokens)}, team);
             team.scratch.release(mark);
         }
     });

@@ -74,6 +74,13 @@ struct OctavoGroup {
     int32_t block_size;
 };
 
+// One of the ranks that compute a program together; see ranks.h.
+struct OctavoRanks {
+    int32_t rank;
+    int32_t size;
+    void* place;  // octavo_meeting_bytes(size) of memory that all ranks map, zero at first
+};
+
 // Which rows of a product use which adapter; see ops/metadata.py.
 struct OctavoAdapterRows {
     const int64_t* rows;      // those with an adapter, sorted by adapter
@@ -92,6 +99,7 @@ struct OctavoStep {
     const int64_t* logits_rows;     // [num_samples]
     const OctavoGroup* groups;      // one per KV cache group
     OctavoAdapterRows adapters[2];  // of the rows that OctavoRows names
+    const OctavoRanks* ranks;       // those that compute the step together; null: one alone
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +185,8 @@ struct OctavoEmbedding {
     OctavoMatrix plain;   // the unpacked table; null: use `weight`
     OctavoMatrix out;
     int32_t type;
-    int32_t ids;  // OctavoIds: what numbers the rows
+    int32_t ids;    // OctavoIds: what numbers the rows
+    int32_t first;  // the number of the weight's first row; tokens with others' rows are left out
 };
 
 enum OctavoEpilogue : int32_t {
@@ -428,6 +437,8 @@ struct OctavoExperts {
     int32_t scales_input;  // weights multiply inputs instead of results
     int32_t gated;         // 0: gate_up holds ups alone
     int32_t type;
+    int32_t first_inner;  // the first of the results of gates that this rank makes
+    void* inner;          // memory that ranks share for these, as large as the workspace; null: there is one rank
 };
 
 struct OctavoPointwise {  // act_and_mul, activation, add, multiply, gather_rows
@@ -446,13 +457,21 @@ struct OctavoPointwise {  // act_and_mul, activation, add, multiply, gather_rows
 // Functions.
 
 struct OctavoNode {
-    int32_t op;  // OctavoOpCode
-    int32_t reserved;
+    int32_t op;        // OctavoOpCode
+    int32_t meets;     // all ranks meet once it is done
     const void* args;  // the struct of that op
 };
 
-// Runs ops in order on omp_get_max_threads() threads, or on at most `max_threads` if that is positive.
-OCTAVO_EXPORT void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads);
+// Runs ops in order on omp_get_max_threads() threads, or on at most `max_threads` if that is positive. Returns 0, or 1
+// if a rank has left: the results are wrong then.
+OCTAVO_EXPORT int32_t octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads);
+
+// Bytes of the place where so many ranks meet.
+OCTAVO_EXPORT int64_t octavo_meeting_bytes(int32_t size);
+// Waits for all ranks. Returns 0, or 1 if one has left.
+OCTAVO_EXPORT int32_t octavo_meet(const OctavoRanks* ranks);
+// Leaves the ranks, which then no longer wait for this one.
+OCTAVO_EXPORT void octavo_leave(const OctavoRanks* ranks);
 
 // Elements of a packed weight.
 OCTAVO_EXPORT int64_t octavo_packed_size(int32_t rows, int32_t columns, int32_t paired);
@@ -471,8 +490,8 @@ OCTAVO_EXPORT void octavo_pack_quantized(const OctavoEncoding* encoding, const v
 
 // Prepares the process (requests AMX from the kernel). Returns 0 or an error number.
 OCTAVO_EXPORT int32_t octavo_initialize();
-// Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2), OctavoNode (-3) or OctavoAdapter (-4), to
-// check the Python mirror.
+// Size of an op's argument struct, of OctavoStep (-1), OctavoGroup (-2), OctavoNode (-3), OctavoAdapter (-4) or
+// OctavoRanks (-5), to check the Python mirror.
 OCTAVO_EXPORT int64_t octavo_sizeof(int32_t op);
 // From now on octavo_run notes when the first threads work on ops, in seconds: times[i][thread][0] is when one began
 // with op number i of a list, times[i][thread][1] when it had done its part. Null ends this.

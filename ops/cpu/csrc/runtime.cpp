@@ -6,6 +6,7 @@
 
 #include "dot.h"
 #include "kernels.h"
+#include "ranks.h"
 #include "team_size.h"
 
 #if defined(OCTAVO_AMX)
@@ -18,7 +19,7 @@ namespace {
 
 thread_local Scratch thread_scratch;
 
-// Memory shared by the threads of a call; concurrent callers take turns.
+// Memory shared by the threads of a call.
 class Workspace {
 public:
     char* reserve(size_t bytes) {
@@ -36,11 +37,18 @@ private:
     size_t size_ = 0;
 };
 
+// What a call uses beside its threads.
+struct Caller {
+    Workspace workspace;
+    TeamSize team_size;
+};
+
+// Callers take turns. Ranks do not, as they wait for each other, so those that are threads of a process have their own.
 std::mutex run_mutex;
-TeamSize team_size;
+Caller all_callers;
+thread_local Caller rank_caller;
 double* profile = nullptr;
 int profiled_threads = 0;
-Workspace workspace;
 
 void run_op(const OctavoNode& node, const OctavoStep& step, const Team& team) {
     switch (node.op) {
@@ -113,30 +121,24 @@ void run_list(const OctavoNode* nodes, int count, const OctavoStep& step, const 
         run_op(nodes[i], step, team);
         team.scratch.reset();
         if (times) times[1] = seconds();
-        if (i + 1 < count) team.wait();
+        if (nodes[i].meets)
+            wait(team, *step.ranks);
+        else if (i + 1 < count)
+            team.wait();
         if (times) times += 2 * profiled_threads;
     }
     release_tiles();
 }
 
-}  // namespace
-
-}  // namespace octavo
-
-using namespace octavo;
-
-void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads) {
-    const std::lock_guard<std::mutex> lock(run_mutex);
-    int most = omp_get_max_threads();
-    if (max_threads > 0 && max_threads < most) most = max_threads;
-    const int threads = team_size.next(most, seconds());
+void run(const OctavoNode* nodes, int count, const OctavoStep& step, int most, Caller& caller) {
+    const int threads = caller.team_size.next(most, seconds());
     Shared shared;
-    shared.workspace = workspace.reserve(workspace_bytes(nodes, count, *step, threads));
+    shared.workspace = caller.workspace.reserve(workspace_bytes(nodes, count, step, threads));
     std::vector<Taken> taken(2 * static_cast<size_t>(threads));
     shared.taken = taken.data();
     double asleep = 0.0;
     if (threads == 1) {
-        run_list(nodes, count, *step, {0, 1, shared, thread_scratch, asleep});
+        run_list(nodes, count, step, {0, 1, shared, thread_scratch, asleep});
         return;
     }
     const double begin = seconds();
@@ -145,13 +147,31 @@ void octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, 
     {
         double slept = 0.0;
         const double cpu = cpu_seconds();
-        run_list(nodes, count, *step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch, slept});
+        run_list(nodes, count, step, {omp_get_thread_num(), omp_get_num_threads(), shared, thread_scratch, slept});
         stolen = std::max(0.0, (seconds() - begin) - (cpu_seconds() - cpu) - slept);
         asleep = slept;
     }
     if (threads < most) return;
     const double end = seconds();
-    team_size.saw(end, end - begin, stolen, asleep / (threads - 1));
+    caller.team_size.saw(end, end - begin, stolen, asleep / (threads - 1));
+}
+
+}  // namespace
+
+}  // namespace octavo
+
+using namespace octavo;
+
+int32_t octavo_run(const OctavoNode* nodes, int32_t count, const OctavoStep* step, int32_t max_threads) {
+    int most = omp_get_max_threads();
+    if (max_threads > 0 && max_threads < most) most = max_threads;
+    if (step->ranks) {
+        run(nodes, count, *step, most, rank_caller);
+        return static_cast<const MeetingPlace*>(step->ranks->place)->is_broken.load() ? 1 : 0;
+    }
+    const std::lock_guard<std::mutex> lock(run_mutex);
+    run(nodes, count, *step, most, all_callers);
+    return 0;
 }
 
 void octavo_profile(double* times, int32_t threads) {
@@ -209,6 +229,8 @@ int64_t octavo_sizeof(int32_t op) {
             return sizeof(OctavoNode);
         case -4:
             return sizeof(OctavoAdapter);
+        case -5:
+            return sizeof(OctavoRanks);
         default:
             return -1;
     }

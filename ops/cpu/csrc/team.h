@@ -70,9 +70,16 @@ struct Shared {
     // Barrier: returns when all threads have arrived. Their earlier writes are then visible, and shares start anew.
     // Adds to `asleep` the seconds that the thread slept.
     void wait(int index, int size, double& asleep) {
+        wait(index, size, asleep, [] {});
+    }
+
+    // The same; the thread that arrives last calls `last` before any returns.
+    template <class F>
+    void wait(int index, int size, double& asleep, F last) {
         const int before = generation.load(std::memory_order_relaxed);
         shares_of(index, before + 1).restart();  // nobody has used it since the last barrier
         if (size == 1 || arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            last();
             arrived.store(0, std::memory_order_relaxed);
             // Sequentially consistent on both sides: either a sleeper sees the new generation, or we see the sleeper.
             generation.store(before + 1, std::memory_order_seq_cst);

@@ -19,16 +19,8 @@ class ParallelState:
     """Rank among all workers of the executor."""
     is_output_rank: bool = True
     """Whether this rank reports results. The others only report that a step is done."""
-
-    def divide(self, number: int, what: str) -> int:
-        """This rank's share of a dimension that must divide evenly.
-
-        Raises:
-            ValueError: It does not divide evenly.
-        """
-        if number % self.tp_size:
-            raise ValueError(f"{what} ({number}) is not divisible by the tensor parallel size {self.tp_size}")
-        return number // self.tp_size
+    memory_fd: int = -1
+    """Descriptor of memory that the ranks of this machine share (``create_shared_memory``); -1: there is none."""
 
 
 def places(config: ParallelConfig) -> list[ParallelState]:

@@ -1,0 +1,62 @@
+"""Which cores each rank of a machine runs on. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from executor.parallel.split import split_evenly
+
+NODES = Path("/sys/devices/system/node")
+
+
+def numa_nodes(folder: Path = NODES) -> dict[int, frozenset[int]]:
+    """The cores of each NUMA node that has any; empty if the system does not say."""
+    result = {}
+    with suppress(OSError, ValueError):
+        for path in folder.glob("node[0-9]*"):
+            cores = parse_cores((path / "cpulist").read_text())
+            if cores:
+                result[int(path.name.removeprefix("node"))] = cores
+    return dict(sorted(result.items()))
+
+
+def parse_cores(text: str) -> frozenset[int]:
+    """``0-3,8`` -> {0, 1, 2, 3, 8}."""
+    result: set[int] = set()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
+        result.update(range(int(first), int(last or first) + 1))
+    return frozenset(result)
+
+
+def format_cores(cores: Collection[int]) -> str:
+    """{0, 1, 2, 8} -> ``0-2,8``."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and runs[-1][-1] == core - 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def split_cores(
+    num_ranks: int, usable: Collection[int] | None = None, nodes: dict[int, frozenset[int]] | None = None
+) -> list[tuple[int, ...]]:
+    """The cores of each rank: consecutive ones, of as few NUMA nodes as possible. With too few cores, ranks share them.
+
+    Args:
+        num_ranks: Ranks on this machine.
+        usable: Cores that this process may use. Default: as the system says.
+        nodes: Cores by NUMA node. Default: likewise.
+    """
+    usable = os.sched_getaffinity(0) if usable is None else usable
+    nodes = numa_nodes() if nodes is None else nodes
+    node_of = {core: node for node, cores in nodes.items() for core in cores}
+    ordered = sorted(usable, key=lambda core: (node_of.get(core, -1), core))
+    if len(ordered) < num_ranks:
+        return [(ordered[rank % len(ordered)],) for rank in range(num_ranks)]
+    return [tuple(ordered[share.start : share.end]) for share in split_evenly(len(ordered), num_ranks)]
