@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,11 @@ IDEFICS3 = VisionFamily(
     {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}},
     _idefics3,
 )
+SMOLVLM = replace(
+    IDEFICS3,
+    prefix="SmolVLM",
+    config={**IDEFICS3.config, "vision_config": {**IDEFICS3.config["vision_config"], "model_type": "smolvlm_vision"}},
+)
 GEMMA3 = VisionFamily(
     "Gemma3",
     {
@@ -170,6 +175,7 @@ VISION: Mapping[str, VisionFamily] = {
     ),
     "gemma3": GEMMA3,
     "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
     "pixtral": VisionFamily(
         "Llava",
         {

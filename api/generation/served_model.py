@@ -192,11 +192,13 @@ class ServedModel:
         try:
             if len(text) <= INLINE_TEXT:
                 await self.host.spend_turn(len(text))  # one request may have thousands of texts
-                return self.tokenizer.encode(text, add_special_tokens)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
+                tokens = self.tokenizer.encode(text, add_special_tokens)
+            else:
+                loop = asyncio.get_running_loop()
+                tokens = await loop.run_in_executor(self.host.threads, self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
             raise RequestError(f"the prompt is not valid text: {error}", "prompt") from error
+        return tokens if self.images is None else self.images.filled_up(tokens)
 
     async def tokenize_pair(
         self, first: str, second: str, *, max_tokens: int = 0, max_second: int = 0, instruction: str | None = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from api.admission import check_number
 from api.errors import RequestError
@@ -136,10 +139,17 @@ class ModelImages:
             return text
         return text.replace(self._placeholder, f"\n\n{self._placeholder}{self._end}\n\n")
 
+    def filled_up(self, tokens: list[int]) -> list[int]:
+        """The tokens of a text in the length that the model wants."""
+        return tokens + [self.spec.pad_token_id] * (self.spec.text_length - len(tokens))
+
     def place(
-        self, prompt: Sequence[int], pictures: Sequence[Picture], field: str
+        self, prompt: Sequence[int], pictures: Sequence[Picture], field: str, salt: str = ""
     ) -> tuple[list[int], tuple[MultiModalFeature, ...]]:
-        """See ``place_images``."""
+        """See ``place_images``. Requests share encoded images with those of the same salt."""
+        if salt:
+            own = [hashlib.sha256(f"{each.identifier} {salt}".encode()).hexdigest() for each in pictures]
+            pictures = [replace(each, identifier=name) for each, name in zip(pictures, own, strict=True)]
         return place_images(
             self.spec, prompt, pictures, lambda text: self._tokenizer.encode(text, add_special_tokens=False), field
         )

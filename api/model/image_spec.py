@@ -54,6 +54,10 @@ class ImageSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Patches in each direction that become one embedding."""
     num_tokens: int = 0
     """Embeddings of an image, if all have as many."""
+    text_length: int = 0
+    """Tokens to which the texts of a model of vectors are filled up; 0: they are not."""
+    pad_token_id: int = 0
+    """What fills them."""
     tile: int = 0
     """Pixels of a tile in each direction."""
     splits: bool = True
@@ -294,6 +298,19 @@ def _clip(values: _Section, config: _Section, vision: _Section) -> ImageSpec | N
     return None if spec is None else msgspec.structs.replace(spec, family="clip", num_extra=0)
 
 
+def _siglip(values: _Section, config: _Section, vision: _Section) -> ImageSpec | None:
+    kind = _Section({"model_type": "siglip_vision_model", **vision.values}, vision.path)
+    own = {"image_mean": list(HALF), "image_std": list(HALF), **values.values}
+    spec = _clip(_Section(own, values.path), config, kind)
+    text = config.values.get("text_config")
+    section = _Section(text if isinstance(text, dict) else {}, config.path)
+    return spec and msgspec.structs.replace(
+        spec,
+        text_length=section.integer("max_position_embeddings", 64),
+        pad_token_id=section.integer("pad_token_id", 1, most=1 << 30),
+    )
+
+
 def _gemma3(values: _Section, config: _Section, vision: _Section) -> ImageSpec:
     side = vision.integer("image_size", 224)
     if values.values.get("do_pan_and_scan"):
@@ -384,6 +401,7 @@ FAMILIES: Mapping[str, Callable[[_Section, _Section, _Section], ImageSpec | None
     "LlavaNextForConditionalGeneration": _llava_next,
     "Qwen2VLForConditionalGeneration": _qwen2_vl,
     "Qwen2_5_VLForConditionalGeneration": _qwen2_vl,
+    "SiglipModel": _siglip,
     "SmolVLMForConditionalGeneration": _idefics3,
 }
 """By architecture: reads the processor of a model's images."""

@@ -67,17 +67,17 @@ def with_images(
         raise RequestError("truncate_prompt_tokens does not support images", "truncate_prompt_tokens")
     if pictures and request.return_token_offsets:
         raise RequestError("return_token_offsets does not support images", "return_token_offsets")
-    tokens, features = place_images(model, prompt, pictures)
+    tokens, features = place_images(model, prompt, pictures, request.cache_salt or "")
     if features:
         check_room(len(tokens), model.limits)
     return tokens, features
 
 
 def place_images(
-    model: ServedModel, prompt: list[int], pictures: Sequence[Picture]
+    model: ServedModel, prompt: list[int], pictures: Sequence[Picture], salt: str = ""
 ) -> tuple[list[int], tuple[MultiModalFeature, ...]]:
     """The same, for a prompt of any length."""
-    return (prompt, ()) if model.images is None else model.images.place(prompt, pictures, "messages")
+    return (prompt, ()) if model.images is None else model.images.place(prompt, pictures, "messages", salt)
 
 
 async def pooled_images(

@@ -23,6 +23,7 @@ ENCODERS = {
     "NewModel": "executor.models.nomic_bert:GteModel",
     "NomicBertModel": "executor.models.nomic_bert:NomicBertModel",
     "RobertaModel": "executor.models.bert:RobertaModel",
+    "SiglipModel": "executor.models.vision.siglip:SiglipModel",
     "XLMRobertaModel": "executor.models.bert:RobertaModel",
 }
 """Models that cannot generate."""
@@ -96,6 +97,7 @@ TOWERS = {
     "LlavaNextForConditionalGeneration": "executor.models.vision.llava:LlavaNextTower",
     "Qwen2VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen2VLTower",
     "Qwen2_5_VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen25VLTower",
+    "SiglipModel": "executor.models.vision.siglip:SiglipTower",
     "SmolVLMForConditionalGeneration": "executor.models.vision.idefics3:Idefics3Tower",
 }
 """The parts of multimodal models that encode images."""

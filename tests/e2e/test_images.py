@@ -119,3 +119,36 @@ def test_a_killed_engine_gets_the_image_again(server: Server) -> None:
     expected = ask(server, content).json()["choices"][0]["message"]["content"]
     server.child("worker").kill()
     assert ask(server, content).json()["choices"][0]["message"]["content"] == expected
+
+
+def test_vectors_of_texts_and_images(tmp_path: Path) -> None:
+    import transformers
+
+    from tests.vision_families import CLIP
+
+    text = {"vocab_size": tiny.VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 40}
+    config = transformers.CLIPConfig(text_config=text, vision_config=CLIP, projection_dim=24)
+    network = transformers.CLIPModel(config)
+    tiny.randomize(network)
+    network.save_pretrained(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    processor = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with Server("--model", str(tmp_path), "--served-model-name", "clip") as server:
+
+        def embed(**fields: Any) -> httpx.Response:
+            return server.post("/v1/embeddings", {"model": "clip", **fields})
+
+        def conversation(*parts: Any) -> list[Any]:
+            return [{"role": "user", "content": list(parts)}]
+
+        words, image = {"type": "text", "text": "a cat"}, part(png(1))
+        (vector,) = embed(input="a cat").json()["data"]
+        reply = embed(messages=[conversation(words), conversation(image), conversation(part(png(2)))])
+        assert reply.status_code == 200, reply.text
+        vectors = [each["embedding"] for each in reply.json()["data"]]
+        assert vectors[0] == vector["embedding"] and len(vectors[1]) == 24 and vectors[1] != vectors[2]
+        assert embed(messages=conversation(image)).json()["data"][0]["embedding"] == vectors[1]
+        reply = embed(messages=conversation(words, image))
+        assert reply.status_code == 400 and "one text or one image at a time" in reply.text

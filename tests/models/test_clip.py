@@ -1,4 +1,4 @@
-"""CLIP: vectors of texts and of images are those of transformers, alone and beside others."""
+"""CLIP and SigLIP: vectors of texts and of images are those of transformers, alone and beside others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from executor.messages import InitKVCache
 from executor.model_runner import ModelRunner
 from tests import tiny
 from tests.models.harness import load, random_tokens
-from tests.vision_families import CLIP, tiles
+from tests.vision_families import CLIP, SIGLIP, tiles
 
 MAX_LEN, SIZE = 40, 24
 TEXT: dict[str, Any] = {
@@ -43,29 +43,45 @@ TEXT: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", params=["CLIP", "Siglip"])
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
-    folder = tmp_path_factory.mktemp("clip")
-    config = transformers.CLIPConfig(text_config=TEXT, vision_config=CLIP, projection_dim=SIZE)
-    network = transformers.CLIPModel(config).eval()
+    folder = tmp_path_factory.mktemp(kind)
+    vision = {**(CLIP if kind == "CLIP" else SIGLIP)}
+    if kind == "Siglip":
+        vision |= {"hidden_size": SIZE, "num_attention_heads": 2}
+    text = {**TEXT, "projection_size": SIZE} if kind == "Siglip" else TEXT
+    sizes = {"projection_dim": SIZE} if kind == "CLIP" else {}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **sizes)
+    network = getattr(transformers, f"{kind}Model")(config).eval()
     tiny.randomize(network)
     network.save_pretrained(folder)
-    processor = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    processor: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    if kind == "Siglip":
+        processor = {"size": {"height": 28, "width": 28}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 
-def test_texts_and_images(folder: Path) -> None:
+def test_texts_and_images(kind: str, folder: Path) -> None:
     import transformers
 
-    network = transformers.CLIPModel.from_pretrained(folder).eval()
+    network = getattr(transformers, f"{kind}Model").from_pretrained(folder).eval()
     spec = read_image_spec(folder, json.loads((folder / "config.json").read_text()))
     assert spec is not None and spec.is_pooled
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     images = [process(spec, Image.fromarray(each)) for each in noise]
     texts = [[*(token % 300 for token in random_tokens(count, count)), 380] for count in (7, 20)]
+    if kind == "Siglip":
+        assert (spec.text_length, spec.pad_token_id) == (MAX_LEN, 1)
+        texts = [[*text, *[1] * (MAX_LEN - len(text))] for text in texts]
 
     loaded = load(folder)
     device = CpuDevice()
@@ -74,11 +90,14 @@ def test_texts_and_images(folder: Path) -> None:
     runner = ModelRunner(loaded, device, groups, step_size=size, enforce_eager=False)
     runner.images = create_image_inputs(loaded, device, 16)
     assert runner.images is not None and not loaded.pooling.generates and loaded.vector_size == SIZE
-    runner.initialize(InitKVCache((64,), MAX_LEN))
+    is_cached = any(group.is_cached for group in groups)
+    runner.initialize(InitKVCache((64,) * is_cached, MAX_LEN))
     scheduler = Scheduler(
-        SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16),
+        SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=16 if is_cached else 50, enable_chunked_prefill=is_cached
+        ),
         CacheConfig(),
-        CacheShape((GroupShape(64, 32, None),)),
+        CacheShape((GroupShape(64, 32, None),) * is_cached),
         MAX_LEN,
         multimodal=runner.images.support,
     )

@@ -17,8 +17,10 @@ from engine_core.messages import EngineCoreRequest, ResolvedParams, f32
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from engine_core.validation import request_problem
+from executor import model_runner
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
+from executor.forward import run_model
 from executor.image_inputs import ImageInputs
 from executor.layers.attention import form_groups
 from executor.loader import load_model
@@ -202,3 +204,21 @@ def test_restarted_workers_get_the_images_again() -> None:
     engine.scheduler.restart()
     engine.images._outputs.clear()
     assert engine.run()[2].tokens == alone("llava")[2].tokens
+
+
+def test_text_alone_runs_the_captured_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only steps with tokens of images go op by op: neither other requests nor the rest of an answer cost more."""
+    eager: list[int] = []
+
+    def counted(model: Any, batch: Any, embeds: Any = None) -> Any:
+        eager.append(len(batch.input_ids))
+        return run_model(model, batch, embeds)
+
+    engine = Engine("llava")
+    monkeypatch.setattr(model_runner, "run_model", counted)
+    engine.add(3, *requests("llava")[3])
+    engine.run()
+    assert not eager and not engine.encoded
+    engine.add(1, *requests("llava")[1])
+    engine.run()
+    assert eager == [5 + 16 + 7] and len(engine.encoded) == 1
