@@ -12,9 +12,12 @@ import zmq
 
 from executor.base import WORKER_MODULE, WorkerDiedError
 from executor.config import Config, ExecutorConfig
+from executor.log import get_logger
 from executor.messages import FromWorker, ToWorker, WorkerShutdown
-from executor.parallel import ParallelState, create_shared_memory, places, split_cores
+from executor.parallel import ParallelState, about_ranks, create_shared_memory, places, split_cores
 from executor.process import ChildProcess, prepared_child
+
+logger = get_logger()
 
 LAST_WORDS_TIMEOUT = 500
 """Milliseconds to wait for the last message of a worker that exited with an error."""
@@ -64,6 +67,8 @@ class MultiprocExecutor:
         shared = {}
         if self._config.parallel.tensor_parallel_size > 1:
             cores, shared = split_cores(len(ranks)), {"ranks": create_shared_memory()}
+            if self._life == 1:
+                logger.info("%s", about_ranks(cores))
         for parallel in ranks:
             input_address = f"ipc://{self._ipc_dir}/{self._life}.{parallel.rank}.in"
             self._inputs.append(self._bind(zmq.PUSH, input_address))

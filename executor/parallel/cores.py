@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,3 +60,19 @@ def split_cores(
     if len(ordered) < num_ranks:
         return [(ordered[rank % len(ordered)],) for rank in range(num_ranks)]
     return [tuple(ordered[share.start : share.end]) for share in split_evenly(len(ordered), num_ranks)]
+
+
+def about_ranks(cores: Sequence[Collection[int]], nodes: Mapping[int, frozenset[int]] | None = None) -> str:
+    """Says on which cores ranks run, and what that is good for.
+
+    Args:
+        cores: Of each rank.
+        nodes: Cores by NUMA node. Default: as the system says.
+    """
+    nodes = numa_nodes() if nodes is None else nodes
+    text = f"ranks run on cores {' | '.join(map(format_cores, cores))}"
+    if len({core for own in cores for core in own}) < sum(map(len, cores)):
+        return f"{text}: they share some, and wait for each other; use a smaller --tensor-parallel-size"
+    if len(nodes) < 2:
+        return f"{text}; on one NUMA node, they are no faster than threads"
+    return text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from executor.base import ModelError
 from executor.models.catalog import ONE_RANK, STATES
@@ -35,6 +36,9 @@ UNEVEN: dict[str, Any] = {
     "num_key_value_heads": 3,
 }
 """More ranks than KV heads, blocks that do not divide evenly, and a block that is not whole."""
+
+WIDE: dict[str, Any] = {**UNEVEN, "hidden_size": 192, "intermediate_size": 224, "num_attention_heads": 12}
+"""With whole blocks of quantised numbers."""
 
 
 def run(folder: Path, captured: bool, rank: Any = None, **fields: Any) -> list[torch.Tensor]:
@@ -69,6 +73,21 @@ def test_two_ranks_of_a_family(name: str) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_ranks(size: int, captured: bool, dtype: str) -> None:
     check(tiny.checkpoint("llama", **UNEVEN), size, captured, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"quantization": "int8"}, {"quantization": "fp8"}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8"}],
+    ids=lambda fields: "-".join(f"{name} {value}" for name, value in fields.items()),
+)
+def test_ranks_of_quantized_weights_and_caches(fields: dict[str, str]) -> None:
+    check(tiny.checkpoint("llama", **WIDE), 3, captured=True, dtype="bfloat16", **fields)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0])
+def test_ranks_of_gguf_files(kind: GGMLQuantizationType) -> None:
+    model = tiny.gguf_file(tiny.checkpoint("llama", **WIDE), kind)
+    check(model.path, 3, captured=True, dtype="bfloat16")
 
 
 def test_a_rank_reads_its_share_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

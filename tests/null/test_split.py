@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.parallel import Share, split_columns, split_cores, split_heads
+from executor.parallel import Share, about_ranks, split_columns, split_cores, split_heads
 from executor.parallel.cores import format_cores, numa_nodes, parse_cores
 
 SHAPES = [(9, 3), (4, 2), (8, 1), (6, 2), (12, 12), (16, 8), (32, 8), (7, 7)]
@@ -73,3 +73,6 @@ def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:
     assert split_cores(3, range(7), nodes) == [(0, 2, 4), (6, 1), (3, 5)]
     assert split_cores(3, [5, 4], {}) == [(4,), (5,), (4,)]
     assert numa_nodes(tmp_path / "none") == {}
+    assert about_ranks([(0, 2, 4, 6), (1, 3, 5, 7)], nodes) == "ranks run on cores 0,2,4,6 | 1,3,5,7"
+    assert about_ranks([(0,), (1,)], {}).endswith("on one NUMA node, they are no faster than threads")
+    assert "they share some" in about_ranks([(4,), (5,), (4,)], nodes)
