@@ -27,7 +27,10 @@ from executor.loader import load_model
 from executor.messages import InitKVCache
 from executor.model_runner import ModelRunner
 from executor.parallel import ParallelState
+from ops.cpu.ranks import SharedRank
 from tests.models.harness import CPU, random_tokens
+from tests.ops.cpu import NEEDS_KERNELS
+from tests.shared_ranks import on_shared_ranks, state_of
 from tests.vision_families import IMAGE_TOKEN, VISION, checkpoint, picture, reference_logits, spec_of, with_images
 
 BLOCK_SIZE = 32
@@ -38,12 +41,17 @@ MAX_TOKENS = 6
 
 @functools.cache
 def runner(name: str, step: int) -> ModelRunner:
+    return new_runner(name, step)
+
+
+def new_runner(name: str, step: int, rank: SharedRank | None = None) -> ModelRunner:
     config = ModelConfig(model=str(checkpoint(name)), dtype="float32")
     device = CpuDevice()
-    loaded = load_model(config, ParallelState(), CPU, None, lambda *_: None)
+    place = ParallelState() if rank is None else state_of(rank)
+    loaded = load_model(config, place, CPU, None, lambda *_: None, communicator=rank)
     groups = form_groups(loaded.model.attention_layers(), BLOCK_SIZE)
     size = StepSize(max_num_seqs=MAX_SEQS, max_num_batched_tokens=step)
-    made = ModelRunner(loaded, device, groups, step_size=size, enforce_eager=False)
+    made = ModelRunner(loaded, device, groups, step_size=size, enforce_eager=False, communicator=rank)
     assert loaded.tower is not None
     made.images = ImageInputs(loaded.tower, loaded.hf_config.hidden_size, loaded.dtype, device, step)
     return made
@@ -61,9 +69,17 @@ class Answer:
 class Engine:
     """A scheduler and a model."""
 
-    def __init__(self, name: str, step: int = 256, *, num_tokens: int = 2048, caching: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        step: int = 256,
+        *,
+        num_tokens: int = 2048,
+        caching: bool = False,
+        rank: SharedRank | None = None,
+    ) -> None:
         self.name = name
-        self.runner = runner(name, step)
+        self.runner = runner(name, step) if rank is None else new_runner(name, step, rank)
         assert self.runner.images is not None
         self.encoded: list[str] = []
         self.images = self.runner.images
@@ -182,6 +198,21 @@ def test_neighbours_and_chunks_change_no_bit(name: str, step: int) -> None:
         assert (again[index + 10].tokens, again[index + 10].logprobs) == (each.tokens, each.logprobs)
     assert len(engine.encoded) == 2
     assert again[14].num_cached >= BLOCK_SIZE
+
+
+@NEEDS_KERNELS
+def test_ranks_that_share_the_language_model() -> None:
+    expected = alone("llava")
+
+    def run(rank: SharedRank) -> dict[int, Answer]:
+        engine = Engine("llava", rank=rank)
+        for index, (tokens, pictures) in requests("llava").items():
+            engine.add(index, tokens, pictures)
+        return engine.run()
+
+    first, second = on_shared_ranks(2, run)
+    assert first == expected
+    assert [answer.tokens for answer in second.values()] == [answer.tokens for answer in first.values()]
 
 
 def test_preempted_requests_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
