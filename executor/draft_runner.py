@@ -100,6 +100,11 @@ def check_draft_model(target: LoadedModel, draft: LoadedModel, device: Device, w
     steps = device.steps()
     if steps.graphs is not None or steps.fileno() is not None:
         raise ModelError(f"{FLAG}: draft models run on CPUs alone so far; use the method suffix on {device.name}")
+    if target.tower is not None and target.tower.merge_size:
+        raise ModelError(
+            f"{FLAG}: draft models do not know positions on several axes, as {target.hf_config.source} has for images; "
+            "use the method suffix, or --language-model-only"
+        )
     if not draft.model.can_be_captured:
         raise ModelError(f"{FLAG}: {name} runs through transformers, which draft models must not; choose another")
     ours, theirs = target.hf_config.vocab_size, draft.hf_config.vocab_size

@@ -24,7 +24,7 @@ class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, gc=
     """Base of all messages between processes."""
 
 
-class Tensor(Message, frozen=True):
+class Tensor(Message, frozen=True, gc=True, weakref=True):
     """A tensor inside a message. Copying its bytes is cheaper than a separate frame."""
 
     dtype: str

@@ -46,10 +46,7 @@ class MediaAccess:
         Raises:
             FetchError: It is not allowed, too large, too slow, or not there.
         """
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            raise FetchError("it is no valid URL") from None
+        parts = _split(url)
         if parts.scheme == "file":
             return self._read(parts)
         deadline = time.monotonic() + DEADLINE
@@ -62,13 +59,16 @@ class MediaAccess:
                 raise FetchError(f"{parts.hostname} does not answer") from None
             if isinstance(found, bytes):
                 return found
-            parts = urlsplit(urljoin(parts.geturl(), found))
+            parts = _split(found, parts.geturl())
         raise FetchError(f"it was redirected more than {MAX_REDIRECTS} times")
 
     def _read(self, parts: SplitResult) -> bytes:
         if not self.folder:
             raise FetchError("files need a server started with --allowed-local-media-path")
-        path = Path(os.path.realpath(unquote(parts.path)))
+        name = unquote(parts.path)
+        if "\0" in name:
+            raise FetchError("it is no valid URL")
+        path = Path(os.path.realpath(name))
         if parts.netloc not in ("", "localhost") or not path.is_relative_to(os.path.realpath(self.folder)):
             raise FetchError("the file is not in the folder that --allowed-local-media-path allows")
         try:
@@ -83,7 +83,7 @@ class MediaAccess:
         host, port = parts.hostname, parts.port
         if parts.scheme not in ("http", "https") or not host:
             raise FetchError("a URL must begin with data:, https:, http: or file:")
-        is_named = host in self.domains
+        is_named = host in map(str.lower, self.domains)
         if not is_named and ANY not in self.domains:
             raise FetchError(f"{host} is not among --allowed-media-domains")
         connection = _Connection(host, port or (443 if parts.scheme == "https" else 80), is_any=not is_named)
@@ -114,6 +114,14 @@ class MediaAccess:
             if time.monotonic() > deadline:
                 raise FetchError(f"it takes longer than {DEADLINE:.0f} s")
         return bytes(data)
+
+
+def _split(url: str, base: str = "") -> SplitResult:
+    """The parts of a URL, which may be relative to another."""
+    try:
+        return urlsplit(urljoin(base, url))
+    except ValueError:
+        raise FetchError("it is no valid URL") from None
 
 
 def _bounded(data: bytes | bytearray) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -21,6 +23,8 @@ MAX_WAITING_BYTES = 256 << 20
 """Total size of the images that wait for the helper."""
 CACHE_BYTES = 256 << 20
 """Size of the processed images that are kept, since the next turn of a conversation sends them again."""
+MAX_HELD_BYTES = 1 << 30
+"""Size of all processed images of a server: those of unfinished requests, whose journals keep them, and those above."""
 MAX_FETCHES = 4
 """Images that are fetched at the same time."""
 MAX_URL = 8192
@@ -53,6 +57,9 @@ class ImageReader:
         self._helper = Helper("octavo image helper", JOBS, LIMITS, max_waiting_bytes=MAX_WAITING_BYTES)
         self._cache: OrderedDict[bytes, Picture] = OrderedDict()
         self._cached_bytes = 0
+        self.max_held_bytes: float = math.inf
+        """Size of the processed images that may be in memory; more are refused until requests end."""
+        self._held_bytes = 0
 
     async def read_url(self, url: str, where: str, field: str, owner: str = "", *, is_low: bool = False) -> Picture:
         """Reads an image from a URL.
@@ -94,8 +101,10 @@ class ImageReader:
                 "--allowed-media-domains or --allowed-local-media-path",
                 field,
             )
+        if len(url) > MAX_URL:
+            raise RequestError(f"{where}: the URL has more than {MAX_URL} characters", field)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url[:MAX_URL])
+            return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url)
         except FetchError as error:
             raise RequestError(f"{where}: the image cannot be fetched: {error}", field) from None
 
@@ -104,9 +113,8 @@ class ImageReader:
     ) -> Picture:
         """Reads an image file. See ``read_url``."""
         spec = low_detail(self.spec) if is_low else self.spec
-        return await self._read(
-            spec, self._key(spec, b"bytes", data), data, (where, field), is_base64=False, owner=owner
-        )
+        key = await asyncio.get_running_loop().run_in_executor(self._threads, self._key, spec, b"bytes", data)
+        return await self._read(spec, key, data, (where, field), is_base64=False, owner=owner)
 
     def _key(self, spec: ImageSpec, kind: bytes, data: bytes) -> bytes:
         digest = hashlib.sha256(spec.key + kind)
@@ -133,9 +141,38 @@ class ImageReader:
             raise RequestError(
                 f"images cannot be read at the moment: {error}", field, status=503, kind="ServiceUnavailableError"
             ) from None
-        picture = Picture(key.hex(), msgspec.msgpack.decode(result, type=ProcessedImage))
+        image = msgspec.msgpack.decode(result, type=ProcessedImage)
+        self._hold(image, field)
+        picture = Picture(key.hex(), image)
         self._keep(key, picture)
         return picture
+
+    def _hold(self, image: ProcessedImage, field: str) -> None:
+        """Counts an image for as long as anything refers to its pixels.
+
+        Raises:
+            RequestError: 429: there are too many.
+        """
+        size = image.num_bytes
+        while self._cache and self._held_bytes + size > self.max_held_bytes:
+            self._forget_oldest()
+        if self._held_bytes + size > self.max_held_bytes:
+            raise RequestError(
+                "The images of other requests take all the memory for images. Please try again in 5 s.",
+                field,
+                status=429,
+                kind="RateLimitError",
+                headers={"Retry-After": "5"},
+            )
+        self._held_bytes += size
+        weakref.finalize(image.patches, self._let_go, size).atexit = False
+
+    def _let_go(self, size: int) -> None:
+        self._held_bytes -= size
+
+    def _forget_oldest(self) -> None:
+        _, dropped = self._cache.popitem(last=False)
+        self._cached_bytes -= dropped.image.num_bytes
 
     def _keep(self, key: bytes, picture: Picture) -> None:
         size = picture.image.num_bytes
@@ -144,8 +181,7 @@ class ImageReader:
         self._cache[key] = picture
         self._cached_bytes += size
         while self._cached_bytes > CACHE_BYTES:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.image.num_bytes
+            self._forget_oldest()
 
     def close(self) -> None:
         """Ends the helper process."""

@@ -37,8 +37,8 @@ def vision_part(file: GGUFFile, text: GGUFFile) -> tuple[Fields, ImageSpec]:
 
     def number(name: str, default: Any = None) -> Any:
         value = metadata.get(f"clip.vision.{name}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelFileError(file.path, f"clip.vision.{name} is missing or no number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ModelFileError(file.path, f"clip.vision.{name} is missing, or not a positive number")
         return value
 
     image_size = number("image_size")

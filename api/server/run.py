@@ -34,6 +34,7 @@ from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.tracing import Tracer, create_tracer
 from api.http.traffic import Traffic
+from api.media.reader import MAX_HELD_BYTES
 from api.model.files import ModelFiles
 from api.server.app import create_app
 from api.server.garbage import Collector, keep_what_lives
@@ -293,6 +294,8 @@ class _Run:
             return
         host = Host(self._config)
         model = ServedModel(host, self._files, self._client, self._metrics, ready)
+        if model.images is not None:
+            model.images.reader.max_held_bytes = MAX_HELD_BYTES
         adapters = None
         if self._config.engine.executor.lora.enable_lora:
             adapters = Adapters(model)

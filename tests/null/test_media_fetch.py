@@ -58,6 +58,7 @@ def test_a_host_that_is_named(port: int) -> None:
     ("access", "path", "message"),
     [
         (MediaAccess(), "5", "not among --allowed-media-domains"),
+        (NAMED, "to:http://[", "no valid URL"),
         (MediaAccess(("example.com",)), "5", "not among --allowed-media-domains"),
         (MediaAccess(("*",)), "5", "has no public address"),
         (NAMED, "missing", "answers with status 404"),
