@@ -12,11 +12,11 @@ import setproctitle
 import zmq
 
 from engine_core.core import EngineCore, create_executor
-from engine_core.cores import share_of_cores, usable_cores
 from engine_core.flight_record import FlightRecord
 from engine_core.launch import EngineCoreLaunch, engine_identity
 from engine_core.messages import FromEngineCore, SiblingRequests, ToEngineCore
 from executor.log import get_logger, setup_logging
+from executor.parallel import split_cores
 from executor.process import read_payload
 
 logger = get_logger()
@@ -84,7 +84,7 @@ def run() -> int:
     if num_replicas > 1:
         name = f"engine_core {launch.replica}"
         setproctitle.setproctitle(f"octavo {name}")
-        os.sched_setaffinity(0, share_of_cores(usable_cores(), launch.replica, num_replicas))
+        os.sched_setaffinity(0, split_cores(num_replicas)[launch.replica])
     setup_logging(name, launch.log_level)
     transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
     executor = create_executor(launch.config, launch.ipc_dir, launch.log_level)

@@ -131,7 +131,7 @@ def load_model(
     model.loaded()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     dense = load_dense(Path(config.model), config.dense, model.hidden_size or hf_config.hidden_size)
-    tower = _load_tower(config, context, attention_backend, progress)
+    tower = load_tower(config, context, attention_backend, progress)
     if tower is not None:
         weight_bytes += sum(parameter.nbytes for parameter in tower.parameters())
     return LoadedModel(model.eval(), hf_config, weight_bytes, context.dtype, context.max_model_len, dense, tower)
@@ -201,7 +201,7 @@ def tower_name(config: ModelConfig, hf_config: HFConfig, device_type: str) -> st
     return name
 
 
-def _load_tower(
+def load_tower(
     config: ModelConfig, context: ModelContext, attention_backend: str | None, progress: Progress
 ) -> VisionTower | None:
     """Loads the vision tower of a multimodal model. Every rank has all of it.

@@ -425,7 +425,7 @@ class ModelSurvey(Message, frozen=True):
     free_bytes: int
     """Memory that is available before."""
     weights: dict[str, int]
-    """Bytes of the weights by kind: attention, mlp, experts, tables, others."""
+    """Bytes of the weights by kind: attention, mlp, experts, tables, images, others."""
     read_bytes: int
     """Bytes of the weights that every step reads: all but experts and a table that is only looked up in."""
     expert_bytes: int

@@ -27,12 +27,13 @@ from executor.base import ModelError
 from executor.checkpoint import StoredTensor
 from executor.config import ExecutorConfig, ParallelConfig
 from executor.device.base import Device, Memory, create_device
+from executor.image_inputs import create_image_inputs
 from executor.layers.attention import form_groups
 from executor.layers.embedding import VocabParallelEmbedding
 from executor.layers.linear import LinearLayer
 from executor.layers.moe import MoE
 from executor.layers.parameter import WeightParameter, Weights
-from executor.loader import LoadedModel, Target, is_tied_by_file, match_weights, prepare_model
+from executor.loader import LoadedModel, Target, is_tied_by_file, load_tower, match_weights, prepare_model
 from executor.messages import (
     EXIT_MODEL,
     InitKVCache,
@@ -89,8 +90,13 @@ def survey(config: ExecutorConfig, parallel: ParallelState, *, measures: bool = 
     if checkpoint is not None:
         _, targets, stored = match_weights(model, checkpoint, context, is_tied_by_file=is_tied_by_file(config.model))
     weights = _pack_one_of_each(model, targets, stored)
-    loaded = LoadedModel(model.eval(), context.config, sum(weights.values()), context.dtype, context.max_model_len)
+    tower = load_tower(config.model, context, config.device.attention_backend, lambda *_: None)
+    if tower is not None:  # small enough to be loaded
+        weights["images"] = sum(parameter.nbytes for parameter in tower.parameters())
+    num_bytes = sum(weights.values())
+    loaded = LoadedModel(model.eval(), context.config, num_bytes, context.dtype, context.max_model_len, tower=tower)
     runner = _runner(config, loaded, device, parallel.rank, communicator)
+    runner.images = create_image_inputs(loaded, device, runner.max_tokens)
     ready = _report(runner, loaded, device, before)
     if config.lora.enable_lora:
         check_adapters(config.lora, loaded, config.parallel.world_size, device.kernels)
@@ -164,6 +170,7 @@ def _report(runner: ModelRunner, loaded: LoadedModel, device: Device, before: Me
         memory_utilization=device.memory_utilization or 0.0,
         max_num_batched_tokens=runner.max_tokens,
         shares_memory=runner.communicator is not None,
+        multimodal=None if runner.images is None else runner.images.support,
         pooling=loaded.pooling,
     )
 
@@ -256,7 +263,7 @@ def _count_bytes(ready: WorkerReady, free_bytes: int, model: nn.Module, weights:
         ready=ready,
         free_bytes=free_bytes,
         weights=weights,
-        read_bytes=sum(weights.values()) - weights["experts"] - only_looked_up,
+        read_bytes=sum(weights.values()) - weights["experts"] - weights.get("images", 0) - only_looked_up,
         expert_bytes=weights["experts"],
         expert_share=share,
     )

@@ -188,18 +188,18 @@ def advice(plan: ServingPlan, num_replicas: int, num_nodes: int) -> Iterator[str
                 "bandwidth. They help with prompts and very small models, and against failures"
             )
         else:
-            yield "advice: one engine, as it is: on one memory, more engines or ranks add no bandwidth"
+            what = "with one rank" if len(plan.surveys) > 1 else "as it is"
+            yield f"advice: one engine, {what}: on one memory, more engines or ranks add no bandwidth"
         return
+    latency = f"--tensor-parallel-size {num_nodes}, which puts a part of each layer into each node's memory"
     fitting = min(num_nodes, int(free // max(1, weights)))
     if fitting > 1:
         yield (
-            f"advice: for throughput --data-parallel-size {fitting}, an engine per NUMA node, with "
-            f"{_size(fitting * weights)} of weights; for the latency of one stream one engine with all cores"
+            f"advice: for throughput --data-parallel-size {fitting}, engines on nodes of their own that never wait for "
+            f"each other, with {_size(fitting * weights)} of weights; for the latency of one stream {latency}"
         )
     else:
-        yield (
-            f"advice: one engine with all cores: there is no room for a second copy of the weights ({_size(weights)})"
-        )
+        yield f"advice: {latency}; for more engines there is no room ({_size(weights)} of weights each)"
 
 
 def _size(count: float) -> str:

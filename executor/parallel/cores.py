@@ -11,6 +11,7 @@ from pathlib import Path
 from executor.parallel.split import split_evenly
 
 NODES = Path("/sys/devices/system/node")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 def numa_nodes(folder: Path = NODES) -> dict[int, frozenset[int]]:
@@ -43,20 +44,33 @@ def format_cores(cores: Collection[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def physical_core(cpu: int, folder: Path = CPUS) -> int:
+    """The core of its socket that a CPU is a thread of; the CPU's own number if the system does not say."""
+    try:
+        return int((folder / f"cpu{cpu}" / "topology" / "core_id").read_text())
+    except (OSError, ValueError):
+        return cpu
+
+
 def split_cores(
-    num_ranks: int, usable: Collection[int] | None = None, nodes: dict[int, frozenset[int]] | None = None
+    num_ranks: int,
+    usable: Collection[int] | None = None,
+    nodes: dict[int, frozenset[int]] | None = None,
+    folder: Path = CPUS,
 ) -> list[tuple[int, ...]]:
-    """The cores of each rank: consecutive ones, of as few NUMA nodes as possible. With too few cores, ranks share them.
+    """The cores of each rank: neighbours, of as few NUMA nodes as possible, and both threads of a core together. With
+    too few cores, ranks share them.
 
     Args:
-        num_ranks: Ranks on this machine.
+        num_ranks: Ranks, or engines, on this machine.
         usable: Cores that this process may use. Default: as the system says.
         nodes: Cores by NUMA node. Default: likewise.
+        folder: Where the system describes its CPUs.
     """
     usable = os.sched_getaffinity(0) if usable is None else usable
     nodes = numa_nodes() if nodes is None else nodes
     node_of = {core: node for node, cores in nodes.items() for core in cores}
-    ordered = sorted(usable, key=lambda core: (node_of.get(core, -1), core))
+    ordered = sorted(usable, key=lambda core: (node_of.get(core, -1), physical_core(core, folder), core))
     if len(ordered) < num_ranks:
         return [(ordered[rank % len(ordered)],) for rank in range(num_ranks)]
     return [tuple(ordered[share.start : share.end]) for share in split_evenly(len(ordered), num_ranks)]

@@ -14,7 +14,7 @@ from executor.config import ExecutorConfig, ModelConfig, StepSize
 from executor.messages import FromWorker, ModelSurvey, WorkerReady
 from executor.parallel import ParallelState
 from executor.worker import Worker
-from tests import tiny
+from tests import tiny, vision_families
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -59,6 +59,12 @@ def test_a_survey_is_what_a_worker_reports(name: str) -> None:
     has_experts = "experts" in name or kind == "olmoe" or kind == "qwen3_next"
     assert bool(survey.expert_bytes) == has_experts and (survey.expert_share < 1) == has_experts
     assert survey.weights["tables"]
+
+
+def test_the_encoder_of_images_counts() -> None:
+    survey, ready = surveyed(ModelConfig(model=str(vision_families.checkpoint("qwen2_vl")), dtype="float32"))
+    assert ready.multimodal is not None and survey.weights["images"]
+    check(survey, ready)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3_next"])

@@ -29,6 +29,7 @@ CONTRACTS = {
             "device",
             "log",
             "multiproc",
+            "parallel",
             "simulated",
             "process",
             "registry",

@@ -79,6 +79,15 @@ def test_engines_share_memory() -> None:
     )
 
 
+def test_ranks_are_listed() -> None:
+    ranks = [msgspec.structs.replace(survey(), ready=msgspec.structs.replace(survey().ready, rank=n)) for n in (0, 1)]
+    plan = fit(config(kv_cache_memory=8 * MIB), tuple(ranks))
+    assert len(plan.kv_cache_bytes) == 2 and plan.kv_bytes_per_token == 2 * BYTES_PER_TOKEN
+    text = "\n".join(command.report(plan, "tiny", 1, 1))
+    assert "weights of rank 0: 100 MiB" in text and "weights of rank 1: 100 MiB" in text
+    assert [each["rank"] for each in command.figures(plan, "tiny")["ranks"]] == [0, 1]
+
+
 def test_the_smallest_change_that_fits_is_found() -> None:
     asked: list[ModelConfig] = []
 
@@ -109,6 +118,7 @@ def test_a_step_takes_what_reading_or_computing_takes() -> None:
     experts = command.Speed([survey(read_bytes=0, expert_bytes=100 * MIB, expert_share=0.5)], 0.0)
     assert experts.decode(1) == pytest.approx(0.005) and experts.decode(8) == pytest.approx(0.01 * (1 - 0.5**8))
     assert command.Speed([survey(bytes_per_s=0.0)], 0.0).streams == ()
+    assert command.Speed([survey(), survey()], 0.0).decode(1) == pytest.approx(0.02)  # of ranks, on one memory
 
 
 def test_the_report_names_what_fits_and_what_to_use(tmp_path: Path) -> None:
@@ -116,8 +126,10 @@ def test_the_report_names_what_fits_and_what_to_use(tmp_path: Path) -> None:
     text = "\n".join(command.report(plan, "tiny", 1, 1))
     assert "weights: 100 MiB (attention 30 MiB, mlp 70 MiB)" in text and "75 MiB, 76800 tokens of 1 KiB" in text
     assert "fits\nadvice: one engine, as it is" in text
-    assert "--data-parallel-size 2" in "\n".join(command.advice(plan, 1, 2))
-    assert "no room for a second copy" in "\n".join(command.advice(fit(config(), (survey(300),)), 1, 2))
+    both = "\n".join(command.advice(plan, 1, 2))
+    assert "--data-parallel-size 2" in both and "--tensor-parallel-size 2" in both
+    assert "--tensor-parallel-size 2, which puts" in "\n".join(command.advice(fit(config(), (survey(300),)), 1, 2))
+    assert "for more engines there is no room" in "\n".join(command.advice(fit(config(), (survey(300),)), 1, 2))
     assert "2 on one memory" in "\n".join(command.advice(plan, 2, 1))
     figures = command.figures(plan, "tiny")
     assert figures["fits"] and figures["ranks"][0]["weight_bytes"] == 100 * MIB and figures["num_kv_tokens"] == 76800

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from api.engine.routing import RUNNING_COST, Prefix, PrefixIndex, Router
-from engine_core.cores import share_of_cores, usable_cores
 from engine_core.hashing import block_hashes, feature_keys, root_hash
 from engine_core.messages import MultiModalFeature
 
@@ -143,26 +141,3 @@ def test_the_least_recently_used_blocks_are_forgotten_last_blocks_first() -> Non
     assert index.longest(one) == 1 and index.longest(other) == 1
     index.clear()
     assert index.longest(one) == 0
-
-
-@pytest.mark.parametrize(("num_cores", "num_replicas"), [(8, 2), (8, 3), (2, 2), (2, 4), (1, 3)])
-def test_replicas_share_all_cores(num_cores: int, num_replicas: int) -> None:
-    shares = [share_of_cores(range(num_cores), replica, num_replicas) for replica in range(num_replicas)]
-    assert all(shares) and {core for share in shares for core in share} == set(range(num_cores))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    if num_replicas <= num_cores:
-        assert sum(map(len, shares)) == num_cores
-
-
-def test_threads_of_a_core_and_cores_of_a_socket_are_neighbours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As Linux numbers them: first one thread of each core, sockets alternating, then the others.
-    for cpu in range(8):
-        folder = tmp_path / f"cpu{cpu}" / "topology"
-        folder.mkdir(parents=True)
-        (folder / "physical_package_id").write_text(f"{cpu % 2}\n")
-        (folder / "core_id").write_text(f"{cpu % 4 // 2}\n")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert usable_cores(tmp_path) == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert usable_cores(tmp_path / "none") == list(range(8))

@@ -69,10 +69,19 @@ def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:
         (tmp_path / f"node{node}" / "cpulist").write_text(cores)
     nodes = numa_nodes(tmp_path)
     assert list(nodes) == [0, 1]
-    assert split_cores(2, range(8), nodes) == [(0, 2, 4, 6), (1, 3, 5, 7)]
-    assert split_cores(3, range(7), nodes) == [(0, 2, 4), (6, 1), (3, 5)]
-    assert split_cores(3, [5, 4], {}) == [(4,), (5,), (4,)]
+    assert split_cores(2, range(8), nodes, tmp_path) == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert split_cores(3, range(7), nodes, tmp_path) == [(0, 2, 4), (6, 1), (3, 5)]
+    assert split_cores(3, [5, 4], {}, tmp_path) == [(4,), (5,), (4,)]
     assert numa_nodes(tmp_path / "none") == {}
     assert about_ranks([(0, 2, 4, 6), (1, 3, 5, 7)], nodes) == "ranks run on cores 0,2,4,6 | 1,3,5,7"
     assert about_ranks([(0,), (1,)], {}).endswith("on one NUMA node, they are no faster than threads")
     assert "they share some" in about_ranks([(4,), (5,), (4,)], nodes)
+
+
+def test_threads_of_a_core_stay_together(tmp_path: Path) -> None:
+    for cpu in range(8):  # as Linux numbers them: first one thread of each core
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "core_id").write_text(f"{cpu % 4}\n")
+    assert split_cores(2, range(8), {}, tmp_path) == [(0, 4, 1, 5), (2, 6, 3, 7)]
+    assert split_cores(4, range(8), {}, tmp_path)[3] == (3, 7)
