@@ -13,7 +13,16 @@ from executor.device.steps import ImmediateSteps, StepChannel
 from executor.messages import I32, ResolvedParams, TokenLogprobs
 from executor.registry import resolve
 from executor.request_states import RequestStates
-from executor.sampling.base import Sampled, SamplerBackend, SamplerOutput, SampleRows, SamplingStage, TokenMask
+from executor.sampling.base import (
+    BAD_LOGITS,
+    Sampled,
+    SamplerBackend,
+    SamplerOutput,
+    SampleRows,
+    SamplingStage,
+    TokenMask,
+    row_error,
+)
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.stages import reads_tokens
 from executor.sampling.thinking import ThinkingBudgets
@@ -56,7 +65,7 @@ class Sampler:
             stages: Additional edits of the logits, which no kernel implements. They run before all others.
             channel: Channel to that device. Default: the host's memory.
             communicator: Connects ranks with common logits: rank 0 samples, and the others get its tokens, without log
-                probabilities and errors of rows. Default: there is one rank.
+                probabilities. Default: there is one rank.
         """
         self._communicator = communicator or ops.SingleRank()
         self._channel = channel or ImmediateSteps()
@@ -94,8 +103,7 @@ class Sampler:
             mask: Tokens that a grammar allows.
         """
         if self._communicator.rank:
-            received = self._communicator.broadcast(torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
-            return Sampled(received, Deferred([received], lambda arrays: SamplerOutput(arrays[0])))
+            return self._received(rows)
         raw = logits
         for stage in self._stages:
             active = stage.active(rows.slots)
@@ -105,8 +113,25 @@ class Sampler:
                 stage.apply(logits, rows, active, states, self._channel)
         mask = self._thinking.restrict(mask, rows, states, logits.shape[1])
         sampled = self._backend.sample(logits, raw, rows, states, mask)
-        self._communicator.broadcast(sampled.token_ids)
-        return sampled
+        return sampled if self._communicator.size == 1 else self._sent(sampled, rows)
+
+    def _sent(self, sampled: Sampled, rows: SampleRows) -> Sampled:
+        """Gives the other ranks the tokens: those with an error are -1."""
+        output = sampled.output.make([tensor.numpy() for tensor in sampled.output.tensors])
+        ids = sampled.token_ids.clone()
+        failed = {(error.row, error.position) for error in output.row_errors}
+        for index in range(len(ids)) if failed else ():
+            if rows.name(index) in failed:
+                ids[index] = -1
+        self._communicator.broadcast(ids)
+        return Sampled(sampled.token_ids, Deferred.known(output))
+
+    def _received(self, rows: SampleRows) -> Sampled:
+        """What rank 0 has sampled, so that all ranks accept the same drafts."""
+        ids = self._communicator.broadcast(torch.zeros(len(rows), dtype=torch.int64))
+        errors = [row_error(*rows.name(index), BAD_LOGITS) for index in (ids < 0).nonzero().flatten().tolist()]
+        ids = ids.clamp(min=0)
+        return Sampled(ids, Deferred.known(SamplerOutput(ids.numpy(), row_errors=errors)))
 
     def keep_tokens_in(self, buffer: torch.Tensor) -> bool:
         """See ``SamplerBackend``."""

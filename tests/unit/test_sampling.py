@@ -27,7 +27,10 @@ from executor.sampling.kernel import KernelSampler
 from executor.sampling.reference import ReferenceSampler
 from executor.sampling.sampler import Sampler
 from ops.cpu.op_set import CpuOps
+from ops.cpu.ranks import SharedRank
 from ops.reference.sampling import log_probs
+from tests.ops.cpu import NEEDS_KERNELS
+from tests.shared_ranks import on_shared_ranks
 
 VOCAB_SIZE = 90
 NUM_SLOTS = 6
@@ -389,3 +392,24 @@ def test_rows_do_not_depend_on_their_neighbours(quick_backend: NewBackend) -> No
         for _ in range(20):
             alone.step([0])
         assert alone.output(0) == together.output(slot)
+
+
+@NEEDS_KERNELS
+def test_ranks_have_the_tokens_and_errors_of_the_first() -> None:
+    logits = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    logits[1, 5] = torch.nan
+    slots = np.arange(3, dtype=np.int32)
+    rows = SampleRows(slots, np.ones(3, np.int64), slots)
+
+    def run(rank: SharedRank) -> tuple[list[int], list[int], list[tuple[int, str]]]:
+        sampler = Sampler(NUM_SLOTS, communicator=rank)
+        for slot in slots.tolist():
+            sampler.add(slot, ResolvedParams(temperature=0.0))
+        sampled = sampler.sample(logits.clone(), rows, RequestStates(NUM_SLOTS, MAX_MODEL_LEN, []))
+        output = sampled.output.make(())
+        errors = [(error.row, error.message) for error in output.row_errors]
+        return sampled.token_ids.tolist(), output.token_ids.tolist(), errors
+
+    first, second = on_shared_ranks(2, run)
+    assert first == second and first[2] == [(1, BAD_LOGITS)]
+    assert first[0] == first[1] == [int(logits[0].argmax()), 0, int(logits[2].argmax())]
