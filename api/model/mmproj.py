@@ -52,11 +52,16 @@ def vision_part(file: GGUFFile, text: GGUFFile) -> tuple[Fields, ImageSpec]:
         "image_size": image_size,
         "patch_size": number("patch_size"),
     }
+    width = number("projection_dim")
+    if text.metadata.get(f"{text.metadata.get('general.architecture')}.embedding_length", width) != width:
+        raise ModelFileError(
+            file.path, f"its embeddings have {width} numbers, {text.path}'s do not: they belong to different models"
+        )
     fields: Fields = {
         "architectures": [MODELS[kind]],
         "vision_config": vision,
-        "text_config": {"hidden_size": number("projection_dim")},
-        "image_token_id": token_id(text, TOKENS[kind]),
+        "text_config": {"hidden_size": width},
+        "image_token_id": token_id(text, TOKENS[kind], unused_token(text) if kind == "gemma3" else None),
         "boi_token_index": token_id(text, "<start_of_image>", 255999),
         "eoi_token_index": token_id(text, "<end_of_image>", 256000),
     }
@@ -77,6 +82,12 @@ def token_id(text: GGUFFile, token: str, default: int | None = None) -> int:
     if default is None:
         raise ModelFileError(text.path, f"has no token {token!r}: it is not the model that the mmproj file belongs to")
     return default
+
+
+def unused_token(text: GGUFFile) -> int | None:
+    """The last token if no text has it: files of Gemma 3 may end before the image's token, which only marks places."""
+    tokens: Sequence[Any] = text.metadata.get("tokenizer.ggml.tokens", ())
+    return len(tokens) - 1 if tokens and str(tokens[-1]).startswith("<unused") else None
 
 
 Number = Callable[..., Any]

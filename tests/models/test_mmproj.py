@@ -115,3 +115,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     write(checkpoint("idefics3"), "idefics3", path)
     with pytest.raises(ModelFileError, match="has no token '<image>'"):
         vision_part(read_gguf(path), GGUFFile("text.gguf", {}, []))
+    other = GGUFFile("text.gguf", {"general.architecture": "llama", "llama.embedding_length": 65}, [])
+    with pytest.raises(ModelFileError, match=r"its embeddings have 64 numbers, text\.gguf's do not"):
+        vision_part(read_gguf(path), other)
+
+
+def test_gemma3_without_image_token(tmp_path: Path) -> None:
+    path = tmp_path / "mmproj.gguf"
+    write(checkpoint("gemma3"), "gemma3", path)
+    tokens = [*map(str, range(255999)), "<start_of_image>", "<end_of_image>", "<unused99>"]
+    fields, spec = vision_part(read_gguf(path), GGUFFile("text.gguf", {"tokenizer.ggml.tokens": tokens}, []))
+    assert (fields["image_token_id"], spec.image_token_id, spec.placeholder_id) == (256001, 256001, 255999)
