@@ -188,6 +188,13 @@ def quantize(arguments: Sequence[str]) -> int:
     return _reported(lambda: command.main(arguments, compare))
 
 
+def cache(arguments: Sequence[str]) -> int:
+    """``octavo cache``."""
+    from api.commands import cache as command
+
+    return _reported(lambda: command.main(arguments))
+
+
 def collect_env(arguments: Sequence[str]) -> int:
     """``octavo collect-env``."""
     from api.commands import collect_env as environment
@@ -222,6 +229,7 @@ def plan(arguments: Sequence[str]) -> int:
 
 def completion(arguments: Sequence[str]) -> int:
     """``octavo completion``."""
+    from api.commands import cache as cache_command
     from api.commands import completion, talk
     from api.commands import imatrix as imatrix_command
     from api.commands import quantize as quantize_command
@@ -239,6 +247,7 @@ def completion(arguments: Sequence[str]) -> int:
         "eval-quant": eval_parser(),
         "imatrix": imatrix_command.create_parser(),
         "quantize": quantize_command.create_parser(),
+        "cache": cache_command.create_parser(),
     }
     return completion.main(arguments, parsers, {name: command.summary for name, command in COMMANDS.items()})
 
@@ -441,6 +450,7 @@ COMMANDS = {
     "eval-quant": Command("eval-quant [MODEL] TEXTFILE", "compare formats of a model: loss, memory, speed", evaluate),
     "imatrix": Command("imatrix [MODEL] TEXTFILE", "measure a model on a text, for --quantization int4", imatrix),
     "quantize": Command("quantize [MODEL] -o PATH", "write a quantised model", quantize),
+    "cache": Command("cache [show|clear] DIR", "show or clear what --kv-cache-dir holds", cache),
     "completion": Command("completion SHELL", "print a completion script for bash, zsh or fish", completion),
     "collect-env": Command("collect-env", "print environment information for bug reports", collect_env),
 }

@@ -79,6 +79,15 @@ class ContextLengthError(RequestError):
         super().__init__(message, "input_tokens", code="context_length_exceeded")
 
 
+def asleep() -> RequestError:
+    """The answer to requests while the engine sleeps."""
+    return RequestError("the server sleeps until somebody wakes it up", status=503, kind=KINDS[503])
+
+
+class CallError(Exception):
+    """The engine refuses a control message; the message says why."""
+
+
 class EngineDeadError(Exception):
     """The engine is dead for good; the message says why.
 

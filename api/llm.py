@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from msgspec.structs import replace
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from api.config import ServerConfig, from_environment, make_config
 from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
 from api.engine.pool import create_engines
-from api.engine.progress import LoadBar
+from api.engine.progress import LoadBar, SpeedMeter
 from api.engine.request_state import RequestState
 from api.engine.request_stats import RequestStateStats, request_stats
 from api.engine.thread import EngineThread
@@ -194,6 +193,31 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def sleep(self, level: int = 1, *, keep_kv: bool = False) -> None:
+        """Frees memory until ``wake_up``; until then, requests raise ``RequestError``.
+
+        Args:
+            level: 1 frees the KV cache. 2 frees the weights, too, by ending the workers.
+            keep_kv: Keep the KV cache.
+
+        Raises:
+            ValueError: Another level.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level: {level!r}; use 1 or 2")
+        self._run(self._model.client.sleeper.sleep(level, keeps_kv=keep_kv))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends sleep. After level 2, the weights are those that the model's files hold by then.
+
+        Args:
+            tags: As vLLM has them; everything wakes up at once.
+
+        Raises:
+            CallError: The weights cannot be loaded; the engine sleeps on.
+        """
+        self._run(self._model.client.sleeper.wake_up())
 
     @property
     def weight_bytes(self) -> int:
@@ -583,7 +607,7 @@ class LLM:
         states: list[RequestState] = []
         try:
             await model.submit_pooling(channel, str(first_id), prompts, params, states, field="prompts")
-            meter = _Meter()
+            meter = SpeedMeter()
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)
                 while unfinished:
@@ -637,7 +661,7 @@ class LLM:
                     output = CompletionOutput(index)
                     result.outputs.append(output)
                     folders.append(_Folder(model.tokenizer, result, output, sampling))
-            meter = _Meter()
+            meter = SpeedMeter()
             with tqdm(total=len(folders), desc="Completions", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(folders)
                 while unfinished:
@@ -684,23 +708,6 @@ async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) 
     finally:
         bar.close()
     return ServedModel(Host(config), files, client, metrics, ready)
-
-
-class _Meter:
-    """Shows tokens per second on a progress bar, in vLLM's format."""
-
-    def __init__(self) -> None:
-        self._input = self._output = 0
-        self._begin = time.monotonic()
-
-    def add(self, bar: tqdm[NoReturn], num_input: int, num_output: int) -> None:
-        """Counts the tokens of a finished completion or prompt and updates the bar's text."""
-        self._input += num_input
-        self._output += num_output
-        seconds = max(time.monotonic() - self._begin, 1e-6)
-        bar.postfix = (
-            f"est. speed input: {self._input / seconds:.2f} toks/s, output: {self._output / seconds:.2f} toks/s"
-        )
 
 
 class _Folder:

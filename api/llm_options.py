@@ -94,6 +94,8 @@ class LLMOptions(TypedDict, total=False):
     gpu_memory_utilization: float | None
     kv_cache_memory: int | str | None
     kv_cache_memory_bytes: int | str | None
+    kv_cache_dir: str
+    kv_cache_disk: int | str
     num_gpu_blocks_override: int | None
     dtype: Literal["auto", "float32", "float", "bfloat16", "float16", "half"]
     quantization: str | None

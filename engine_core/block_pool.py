@@ -7,7 +7,7 @@ free (least recently used first), so cached content lives as long as memory allo
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
 
@@ -20,6 +20,10 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.step_id = 0
+        """The last step that may be computing what is published."""
+        self._recent: deque[tuple[int, int]] = deque()
+        """(step, block): blocks published lately, whose steps may not be done."""
 
     @property
     def num_free(self) -> int:
@@ -75,6 +79,23 @@ class BlockPool:
             assert self._hashes[block_id] is None
             self._cached[block_hash] = block_id
             self._hashes[block_id] = block_hash
+            self._recent.append((self.step_id, block_id))
+
+    def confirm(self, step_id: int) -> None:
+        """Records that steps up to this one are done on all ranks."""
+        recent = self._recent
+        while recent and recent[0][0] <= step_id:
+            recent.popleft()
+
+    def published_since(self, step_id: int) -> set[int]:
+        """The blocks that were published while this step or later ones may have been computing them."""
+        return {block_id for step, block_id in self._recent if step >= step_id}
+
+    def forget_since(self, step_id: int) -> None:
+        """Removes these blocks from the prefix cache."""
+        for block_id in self.published_since(step_id):
+            self.forget(block_id)
+        self._recent.clear()
 
     def forget(self, block_id: int) -> None:
         """Removes a block from the prefix cache; its users keep it."""
@@ -85,6 +106,7 @@ class BlockPool:
 
     def forget_all(self) -> None:
         """Empties the prefix cache."""
+        self._recent.clear()
         self._cached.clear()
         self._hashes = [None] * self.num_blocks
 

@@ -47,6 +47,8 @@ class CacheShape:
     """All KV cache groups; none for a model without a KV cache."""
 
     groups: tuple[GroupShape, ...]
+    has_states: bool = False
+    """Some group keeps a state per block: what a block holds is lost when a later token is computed."""
 
     @property
     def alignment(self) -> int:

@@ -127,6 +127,20 @@ class CacheConfig(Config, frozen=True):
             extra={"parse": "bytes", "flags": ["--kv-cache-memory-bytes"]},
         ),
     ] = None
+    kv_cache_dir: Annotated[
+        str,
+        Meta(
+            description="Folder that keeps the KV blocks of prompts and answers over restarts of the server. It must "
+            "belong to the server's user, and nobody else may write it. Default: none.",
+        ),
+    ] = ""
+    kv_cache_disk: Annotated[
+        Positive,
+        Meta(
+            description="Size of --kv-cache-dir, such as 20GiB; what was used least recently is removed.",
+            extra={"parse": "bytes"},
+        ),
+    ] = 20 << 30
     num_gpu_blocks_override: Annotated[
         Positive | None,
         Meta(description="Number of KV blocks, regardless of the available memory.", extra={"group": "Testing"}),

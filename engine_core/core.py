@@ -8,7 +8,6 @@ planning with compute. Be careful with this file: everything passes through ``st
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,8 +19,11 @@ import msgspec
 from engine_core.adapters import ABANDONED, AdapterPool
 from engine_core.config import EngineConfig, StepSize
 from engine_core.flight_record import FlightRecord
+from engine_core.grammar_rows import grammar_states
 from engine_core.in_flight import InFlight
-from engine_core.memory import plan_kv_cache
+from engine_core.kept_cache import KeptCache
+from engine_core.kv_transfer.open import open_transfers
+from engine_core.memory import plan_kv_cache, settle_step_size
 from engine_core.messages import (
     EXIT_MODEL,
     AbortRequests,
@@ -29,7 +31,6 @@ from engine_core.messages import (
     EngineCoreOutputs,
     EngineCoreRequest,
     EngineDead,
-    EngineReady,
     EnsureAdapter,
     FinishReason,
     ForgetAdapter,
@@ -40,15 +41,19 @@ from engine_core.messages import (
     SetVocabulary,
     Shutdown,
     SiblingRequests,
+    SleepRequest,
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
+    WakeUpRequest,
     WorkersLost,
     WorkersRestarted,
 )
 from engine_core.request import Request
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, PROBATION_TIME, RestartBudget, suspect
 from engine_core.scheduler import Scheduler
+from engine_core.sleep import Sleep
+from engine_core.status import engine_ready, status
 from engine_core.structured.compiler import Compiled, GrammarCompiler
 from engine_core.structured.drafts import mask_counts
 from engine_core.suspects import lost_requests
@@ -58,10 +63,12 @@ from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import DETAILS, get_logger
 from executor.messages import (
     AdapterLoaded,
+    FinishedTransfer,
     FromWorker,
     GrammarMask,
     Heartbeat,
     InitKVCache,
+    KVCacheFreed,
     KVCacheReady,
     LoadProgress,
     ModelRunnerOutput,
@@ -97,7 +104,8 @@ def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Execu
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
     scheduler = config.scheduler
     step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
-    return factory(msgspec.structs.replace(config.executor, step_size=step_size), ipc_dir, log_level)
+    executor = msgspec.structs.replace(config.executor, step_size=step_size, kv_cache_dir=config.cache.kv_cache_dir)
+    return factory(executor, ipc_dir, log_level)
 
 
 class WorkerHungError(WorkerDiedError):
@@ -146,7 +154,9 @@ class EngineCore:
         self._early: dict[int, EngineCoreRequest] = {}
         """Requests that arrived before the model was loaded."""
         self._ready: dict[int, WorkerReady] = {}
-        self._kv_ready: set[int] = set()
+        self._kv_ready: dict[int, KVCacheReady] = {}
+        self._kept = KeptCache()
+        self._sleep = Sleep(executor, self._answer)
         self._announced = False
         """The api knows that the engine is ready: from now on, a restart of the workers is only a pause."""
         self._serving = False
@@ -160,11 +170,9 @@ class EngineCore:
         self._held: dict[int, EngineCoreRequest] = {}
         """Requests whose grammars must not be compiled during a trial, which must run a single request alone."""
         self._restarts = RestartBudget(config.max_worker_restarts)
-        self._restart_reason = ""
-        self._serving_since = 0.0
+        self._restart_reason, self._serving_since = "", 0.0
         self.probation = PROBATION_TIME
-        self._checked_at = 0.0
-        self._vocab_size = 0
+        self._checked_at, self._vocab_size = 0.0, 0
         self._vocabulary: SetVocabulary | None = None
         self._grammars: GrammarCompiler | None = None
         """Unused by the loop until a request has a grammar."""
@@ -200,7 +208,7 @@ class EngineCore:
             held, self._held = self._held, {}
             for request in held.values():
                 self._admit(request)
-        room = self._serving and self._has_room
+        room = self._serving and self._has_room and self._sleep.plans
         messages = self.transport.wait(*self._events(0 if room and self._may_schedule else None))
         if messages is None:
             self.exit_code = 0
@@ -210,12 +218,13 @@ class EngineCore:
         if self._grammars is not None:
             self._take_grammars(self._grammars)
         try:
-            for answer in self.executor.receive():
+            for answer in () if self._sleep.is_down else self.executor.receive():
                 self._handle_worker(answer)
             self._look_after_workers()
             self._may_schedule |= self._isolates and not self._awaited
             if self.exit_code is None and self._serving:
                 self._plan()
+                self._settle()
         except WorkerDiedError as error:
             self._restart_workers(error)
         if self.exit_code is None and self._serving and not self.in_flight:
@@ -223,13 +232,14 @@ class EngineCore:
 
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for besides the api, and for how long."""
-        fds = self.executor.poll_fds()
+        fds = [] if self._sleep.is_down else self.executor.poll_fds()
         grammars = self._grammars
         if grammars is not None:
             fds = [*fds, grammars.fileno()]
         if timeout == 0:
             return fds, timeout
-        limits = [timeout, self._watch.interval if self._awaited or not self._serving else None]
+        is_loading = not self._serving and not self._sleep.is_down
+        limits = [timeout, self._watch.interval if self._awaited or is_loading else None]
         if self._isolates:
             limits.append(TRIAL_INTERVAL)
         if grammars is not None:
@@ -242,6 +252,8 @@ class EngineCore:
         assert scheduler is not None
         if scheduler.has_unfinished or self._suspects or self._held:
             return
+        if scheduler.transfers is not None and not scheduler.transfers.is_idle:
+            return
         if self._draining:
             self.exit_code = 0
         elif heard_nothing and time.monotonic() - self._checked_at > CHECK_INTERVAL:
@@ -252,7 +264,7 @@ class EngineCore:
         """Plans a step if the pipeline has room."""
         scheduler = self._scheduler
         assert scheduler is not None
-        if not self._may_schedule or not self._has_room:
+        if not self._may_schedule or not self._has_room or not self._sleep.plans:
             return
         if self._isolates:
             if not self._awaited:
@@ -277,10 +289,19 @@ class EngineCore:
             if ended:
                 self._send_outputs(*ended)
 
+    def _settle(self) -> None:
+        """Sends what follows from results, and falls asleep if that is wanted and nothing is in flight."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        self._send_commands(scheduler)
+        if self._sleep.is_wanted and not self._awaited:
+            self._serving = self._sleep.settle(scheduler)
+
     def _send_commands(self, scheduler: Scheduler) -> None:
-        """Tells the workers which adapters to load, before the plan that needs them."""
+        """Tells the workers which adapters to load and which blocks to move, before the plan that needs or changes
+        them."""
         commands, scheduler.adapters.commands = scheduler.adapters.commands, []
-        for command in commands:
+        for command in (*commands, *scheduler.take_transfers()):
             self.executor.submit(command)
 
     @property
@@ -333,7 +354,7 @@ class EngineCore:
             return []
         scheduler, step = self._scheduler, self.in_flight[0]
         assert scheduler is not None and self._grammars is not None
-        states = scheduler.grammars(step)
+        states = grammar_states(scheduler.table, step)
         masks, problems = self._grammars.masks.fill(list(chain.from_iterable(states)))
         ended, step.num_masks = mask_counts([len(row) for row in states], problems)
         num_positions = bytes(len(row) for row in states) if len(masks) > len(states) else b""
@@ -364,6 +385,12 @@ class EngineCore:
             if self._scheduler is not None:
                 self._scheduler.kv.reset_prefix_cache()
             self.transport.send(UtilityOutput(call_id=message.call_id))
+        elif isinstance(message, SleepRequest | WakeUpRequest):
+            self._may_schedule = True
+            if self._sleep.handle(message, self._scheduler, is_serving=self._serving):
+                self._ready.clear()
+                self._kv_ready.clear()
+                self._start_workers()
         elif isinstance(message, EnsureAdapter):
             self._ensure_adapter(message)
         elif isinstance(message, ForgetAdapter):
@@ -372,8 +399,14 @@ class EngineCore:
                 self._may_schedule = True
         elif isinstance(message, Shutdown):
             self._draining = True
-            if not message.drain:
+            if not message.drain or self._sleep.is_wanted:
                 self.exit_code = 0
+
+    def _status(self) -> dict[str, int | float | str | bool]:
+        return status(self._scheduler, is_serving=self._serving, num_steps=len(self.in_flight))
+
+    def _answer(self, call_id: int, error: str | None = None) -> None:
+        self.transport.send(UtilityOutput(call_id=call_id, error=error))
 
     def _ensure_adapter(self, message: EnsureAdapter) -> None:
         """Has an adapter loaded or tried. The api asks once the engine is ready."""
@@ -527,27 +560,6 @@ class EngineCore:
             )
         )
 
-    def _status(self) -> dict[str, int | float | str | bool]:
-        """Counts for tests and operators; ``integrity`` is empty if all checks pass."""
-        status: dict[str, int | float | str | bool] = {"serving": self._serving, "steps_in_flight": len(self.in_flight)}
-        scheduler = self._scheduler
-        if scheduler is None:
-            return status
-        integrity = ""
-        try:
-            scheduler.check_integrity()
-        except AssertionError as error:
-            integrity = str(error) or "inconsistent"
-        return status | {
-            "num_running_reqs": scheduler.num_running,
-            "num_waiting_reqs": scheduler.num_waiting,
-            "num_blocks": scheduler.kv.num_blocks,
-            "num_free_blocks": scheduler.kv.num_free,
-            "num_preemptions": scheduler.num_preemptions,
-            "num_adapters": scheduler.adapters.num_loaded,
-            "integrity": integrity,
-        }
-
     # -- messages from the workers -------------------------------------------------------------------------
 
     def _handle_worker(self, message: FromWorker) -> None:
@@ -561,7 +573,13 @@ class EngineCore:
             self._retire_steps()
             return
         self._watch.heard(message.rank)
-        if isinstance(message, LoadProgress):
+        if isinstance(message, KVCacheFreed):
+            self._sleep.freed(message.rank)
+        elif isinstance(message, FinishedTransfer):
+            if self._scheduler is not None and self._scheduler.transfers is not None:
+                self._scheduler.transfers.finished(message, self._scheduler.waiting.put_back)
+                self._may_schedule = True
+        elif isinstance(message, LoadProgress):
             if message.rank == 0:  # the other ranks load as much
                 self.transport.send(message)
         elif isinstance(message, WorkerReady):
@@ -569,8 +587,10 @@ class EngineCore:
             if len(self._ready) == self.executor.num_ranks:
                 self._init_kv_cache()
         elif isinstance(message, KVCacheReady):
-            self._kv_ready.add(message.rank)
+            self._kv_ready[message.rank] = message
             if len(self._kv_ready) == self.executor.num_ranks:
+                if not self._kept.is_same(self._ready, self._kv_ready) and self._scheduler is not None:
+                    self._scheduler.forget_cache()
                 self._start_serving()
         elif isinstance(message, AdapterLoaded):
             self._adapter_loaded(message)
@@ -615,8 +635,12 @@ class EngineCore:
 
     def _init_kv_cache(self) -> None:
         ready = [self._ready[rank] for rank in sorted(self._ready)]
+        misfit = self._kept.misfit(ready)
+        if misfit is not None:
+            self._worker_failed(WorkerFailed(0, misfit, EXIT_MODEL))
+            return
         if self._scheduler is None:
-            self._settle_step_size(ready)
+            self.config = settle_step_size(self.config, ready)
             planned = plan_kv_cache(ready, self.config)
             if isinstance(planned, str):
                 self._die(planned, EXIT_MODEL)
@@ -642,38 +666,33 @@ class EngineCore:
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
             self._prepare_grammars()  # if the vocabulary came first
-        shape = self._scheduler.shape
+        scheduler = self._scheduler
+        transfers = open_transfers(self.config, scheduler.kv, ready, scheduler.max_model_len)
+        if isinstance(transfers, str):
+            self._die(transfers, EXIT_MODEL)
+            return
+        scheduler.transfers = transfers
         self.executor.submit(
             InitKVCache(
-                num_blocks=tuple(group.num_blocks for group in shape.groups),
-                max_model_len=self._scheduler.max_model_len,
+                num_blocks=tuple(group.num_blocks for group in scheduler.shape.groups),
+                max_model_len=scheduler.max_model_len,
+                kv_store="" if transfers is None else transfers.location,
             )
         )
-
-    def _settle_step_size(self, ready: list[WorkerReady]) -> None:
-        """Takes over the workers' default of the step size."""
-        known = [worker.max_num_batched_tokens for worker in ready if worker.max_num_batched_tokens]
-        scheduler = self.config.scheduler
-        if ready[0].pooling.needs_whole_prompts:  # the workers have made room for the longest
-            scheduler = msgspec.structs.replace(
-                scheduler,
-                enable_chunked_prefill=False,
-                long_prefill_token_threshold=0,
-                max_num_batched_tokens=min(known),
-            )
-        elif known and scheduler.max_num_batched_tokens is None:
-            scheduler = msgspec.structs.replace(scheduler, max_num_batched_tokens=min(known))
-        self.config = msgspec.structs.replace(self.config, scheduler=scheduler)
 
     def _start_serving(self) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
-        worker = self._ready[0]
         self._serving = True
         self._may_schedule = True
         self._restarts.serves()
         self._serving_since = time.monotonic()
         reason, self._restart_reason = self._restart_reason, ""
+        if self._sleep.is_waking:
+            self._sleep.woke_up()
+            scheduler.admits = True
+            if not reason:
+                return
         if self._announced:
             logger.info("workers restarted (%s)", reason)
             self.transport.send(
@@ -681,27 +700,12 @@ class EngineCore:
             )
             return
         self._announced = True
-        shape = scheduler.shape
         gc.collect()
         gc.freeze()
+        ready = engine_ready(self.config, scheduler, self._ready, self.executor.worker_pids())
         self.transport.send(
-            EngineReady(
-                engine_epoch=self.engine_epoch,
-                pid=os.getpid(),
-                max_model_len=scheduler.max_model_len,
-                vocab_size=self._vocab_size,
-                num_kv_blocks=shape.num_tokens // shape.alignment,
-                block_size=shape.alignment,
-                max_num_seqs=self.config.scheduler.max_num_seqs,
-                dtype=worker.dtype,
-                device=worker.device,
-                architecture=worker.architecture,
-                worker_pids=self.executor.worker_pids(),
-                hidden_size=self._hidden_size,
-                weight_bytes=sum(each.weight_bytes for each in self._ready.values()),
-                kv_cache_dtype=", ".join(dict.fromkeys(spec.dtype for spec in worker.kv_cache_groups)),
-                pooling=worker.pooling,
-                multimodal=worker.multimodal,
+            msgspec.structs.replace(
+                ready, engine_epoch=self.engine_epoch, vocab_size=self._vocab_size, hidden_size=self._hidden_size
             )
         )
         early, self._early = self._early, {}
@@ -718,6 +722,10 @@ class EngineCore:
         """
         if message.traceback:
             logger.error("worker %d failed", message.rank, extra={DETAILS: message.traceback})
+        if self._sleep.is_waking:
+            self.executor.kill()
+            self._sleep.failed(message.message)
+            return
         if message.exit_code == EXIT_MODEL or not self._serving and not self._restart_reason:
             self._die(message.message, message.exit_code)
         else:
@@ -729,6 +737,8 @@ class EngineCore:
         Raises:
             WorkerDiedError: A worker is hung.
         """
+        if self._sleep.is_down:
+            return
         problem = self._watch.hung(self._awaited, is_loading=not self._serving)
         if problem is not None:
             raise WorkerHungError(problem.reason, was_stopped=problem.was_stopped)
@@ -741,12 +751,13 @@ class EngineCore:
         if self._scheduler is not None:
             if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
-            self._scheduler.restart()
+            self._scheduler.restart(self._awaited if self._kept.trusts(error) else None)
             for call_id in self._scheduler.adapters.take_abandoned():
                 self.transport.send(UtilityOutput(call_id=call_id, result={"error": ABANDONED}))
         self.in_flight.clear()
         self._results.clear()
         self._lagging.clear()
+        self._sleep.lost_workers()
         self._note_idle()
         cause = "loading" if not was_serving else "hung" if isinstance(error, WorkerHungError) else "died"
         if not self._restarts.spend(cause):

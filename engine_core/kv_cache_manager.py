@@ -7,9 +7,10 @@ per group, and can continue after a cached prefix only if every group has all th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
+from engine_core.block_pool import BlockPool
 from engine_core.cache_shape import CacheShape
 from engine_core.hashing import NO_KEYS, block_hashes, feature_keys, root_hash
 from engine_core.messages import I32
@@ -44,6 +45,9 @@ class KVCacheManager:
         self.has_windows = any(group.window is not None for group in shape.groups)
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.num_queried_externally = 0
+        """Tokens looked up in a store, and to be loaded from it."""
+        self.num_hit_externally = 0
         self.publish_step = math.gcd(*(group.block_size for group in shape.groups))
         """A block of some group may become full at each multiple of this many tokens."""
 
@@ -67,11 +71,14 @@ class KVCacheManager:
             usage = max(usage, 1 - manager.pool.num_free / manager.pool.num_blocks)
         return usage
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Asserts that pools and prefix caches agree with the block tables of all requests."""
+    def check_integrity(
+        self, requests: Iterable[Request], held: Callable[[int], Iterable[Sequence[int]]] = lambda group: ()
+    ) -> None:
+        """Asserts that pools and prefix caches agree with the block tables of all requests, and with what else holds
+        blocks, by group."""
         tables = [request.block_tables for request in requests if request.block_tables]
         for group, manager in enumerate(self.managers):
-            manager.pool.check_integrity(own[group].block_ids for own in tables)
+            manager.pool.check_integrity([*(own[group].block_ids for own in tables), *held(group)])
 
     # -- prefixes ------------------------------------------------------------------------------------------
 
@@ -80,21 +87,64 @@ class KVCacheManager:
 
         A group has a prefix if it has everything that the next token attends to.
         """
-        if not self._reads_cache(request):
+        if request.block_tables:  # it kept what it had computed
+            return PrefixHit(request.num_kept_tokens, request.block_tables)
+        if not self.reads_cache(request):
             return PrefixHit(0, [BlockTable() for _ in self.managers])
+        num_tokens = self.longest_prefix(request)
+        pairs = zip(self.managers, self._hashes(request), strict=True)
+        return PrefixHit(num_tokens, [manager.cached_table(own, num_tokens) for manager, own in pairs])
+
+    def _hashes(self, request: Request) -> list[list[bytes]]:
+        """Per group, the hashes of a waiting request's full blocks."""
         token_ids = request.token_ids
-        hashes = [self.hashes(request, token_ids, len(token_ids), manager.block_size) for manager in self.managers]
+        return [self.hashes(request, token_ids, len(token_ids), manager.block_size) for manager in self.managers]
+
+    def longest_prefix(self, request: Request, stored: Container[tuple[int, bytes]] = ()) -> int:
+        """Length of the longest prefix of a waiting request that all groups have, but for one token.
+
+        Args:
+            request: A request that ``reads_cache``.
+            stored: Blocks, by group and hash, that count as cached.
+        """
+        hashes = self._hashes(request)
         alignment = self.shape.alignment
-        num_tokens = (len(token_ids) - 1) // alignment * alignment
+        num_tokens = (len(request.token_ids) - 1) // alignment * alignment
         agreed = -1
         while num_tokens != agreed:  # a shorter prefix may move a window to blocks that are missing
             agreed = num_tokens
-            for manager, own in zip(self.managers, hashes, strict=True):
-                num_tokens = manager.longest_hit(own, num_tokens, alignment)
-        pairs = zip(self.managers, hashes, strict=True)
-        return PrefixHit(num_tokens, [manager.cached_table(own, num_tokens) for manager, own in pairs])
+            for group, (manager, own) in enumerate(zip(self.managers, hashes, strict=True)):
 
-    def _reads_cache(self, request: Request) -> bool:
+                def has(block_hash: bytes, group: int = group, pool: BlockPool = manager.pool) -> bool:
+                    return pool.lookup(block_hash) is not None or (group, block_hash) in stored
+
+                num_tokens = manager.longest_hit(own, num_tokens, alignment, has)
+        return num_tokens
+
+    def missing_keys(self, request: Request, num_tokens: int) -> list[tuple[int, bytes]]:
+        """The blocks, by group and hash, that a waiting request's prefix needs and the cache lacks, in order."""
+        return [
+            (group, block_hash)
+            for group, (manager, hashes) in enumerate(zip(self.managers, self._hashes(request), strict=True))
+            for block_hash in hashes[manager.shape.first_live_block(num_tokens) : num_tokens // manager.block_size]
+            if manager.pool.lookup(block_hash) is None
+        ]
+
+    def reserve(self, request: Request, num_tokens: int) -> list[int]:
+        """Gives a waiting request the blocks of its prefix: those that are cached, and new ones in place of others.
+
+        Returns:
+            The new ones, in the order of ``missing_keys``.
+        """
+        new_blocks: list[int] = []
+        for manager, hashes in zip(self.managers, self._hashes(request), strict=True):
+            table, own = manager.reserve(hashes, num_tokens)
+            request.block_tables.append(table)
+            new_blocks += own
+        return new_blocks
+
+    def reads_cache(self, request: Request) -> bool:
+        """Whether a request may start with a cached prefix."""
         return self.enable_prefix_caching and not request.needs_all_positions
 
     def hashes(self, request: Request, token_ids: I32, num_tokens: int, block_size: int) -> list[bytes]:
@@ -146,11 +196,13 @@ class KVCacheManager:
         Returns:
             Tokens that fit into its blocks.
         """
-        assert not request.block_tables
-        request.block_tables = hit.tables
-        for manager, table in zip(self.managers, hit.tables, strict=True):
-            manager.pool.acquire(table.block_ids)
-        if self._reads_cache(request) and request.num_cached_tokens is None:
+        if not request.block_tables:
+            request.block_tables = hit.tables
+            for manager, table in zip(self.managers, hit.tables, strict=True):
+                manager.pool.acquire(table.block_ids)
+        request.num_kept_tokens = 0
+        request.num_prefix_tokens = hit.num_tokens
+        if self.reads_cache(request) and request.num_cached_tokens is None:
             self.num_queried_tokens += len(request.token_ids)
             self.num_hit_tokens += hit.num_tokens
         capacity = self.grow(request, num_tokens, [[] for _ in self.managers])
@@ -209,9 +261,57 @@ class KVCacheManager:
                 following = min(following, (table.first + 1) * manager.block_size + window - 1)
         return following
 
-    def release(self, request: Request) -> None:
-        """Releases all blocks of a request."""
+    def keep(self, request: Request, num_tokens: int, first_lost: int) -> bool:
+        """Lets a request that must wait keep the blocks of its first ``num_tokens``, which it has computed or found.
+
+        Args:
+            request: A running request.
+            num_tokens: Its tokens before the steps that are lost.
+            first_lost: The first of these. What others were computing in them is lost, too.
+
+        Returns:
+            Whether it keeps any: blocks that had left a window may be missing.
+        """
         for manager, table in zip(self.managers, request.block_tables, strict=True):
+            lost = manager.pool.published_since(first_lost)
+            for index in range(table.first, min(table.num_blocks, request.num_prefix_tokens // manager.block_size)):
+                if table.block_ids[index - table.first] in lost:
+                    num_tokens = min(num_tokens, index * manager.block_size)
+                    break
+        pairs = zip(self.managers, request.block_tables, strict=True)
+        if num_tokens == 0 or any(table.first > manager.shape.first_live_block(num_tokens) for manager, table in pairs):
+            return False
+        for manager, table in zip(self.managers, request.block_tables, strict=True):
+            manager.keep(table, num_tokens)
+            manager.free_unseen(table, num_tokens)
+        request.num_kept_tokens = num_tokens
+        return True
+
+    def holds_lost(self, request: Request, first_lost: int) -> bool:
+        """Whether a request holds blocks that this step or later ones may have been computing."""
+        pairs = zip(self.managers, request.block_tables, strict=False)
+        return any(not manager.pool.published_since(first_lost).isdisjoint(table.block_ids) for manager, table in pairs)
+
+    def begin_step(self, step_id: int, num_done: int) -> None:
+        """Records that a step is being planned.
+
+        Args:
+            step_id: The step. Blocks published from now on may be computed by it.
+            num_done: All ranks have computed the steps up to this one.
+        """
+        for manager in self.managers:
+            manager.pool.step_id = step_id
+            manager.pool.confirm(num_done)
+
+    def forget_since(self, step_id: int) -> None:
+        """Removes what this step and later ones were computing from the prefix cache."""
+        for manager in self.managers:
+            manager.pool.forget_since(step_id)
+
+    def release(self, request: Request) -> None:
+        """Releases all blocks of a request, if it has any."""
+        request.num_kept_tokens = 0
+        for manager, table in zip(self.managers, request.block_tables, strict=False):
             manager.pool.release(table.block_ids)
         request.block_tables = []
 

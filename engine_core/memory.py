@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 
+import msgspec
+
 from engine_core.cache_shape import CacheShape, GroupShape, max_step_tokens
 from engine_core.config import EngineConfig
-from executor.messages import KVCacheGroupSpec, WorkerReady
+from executor.messages import STATES_LAYOUT, KVCacheGroupSpec, WorkerReady
 
 AUTO_MAX_MODEL_LEN = -1
 """``--max-model-len auto``: the longest that fits."""
@@ -21,6 +23,22 @@ def format_bytes(count: float) -> str:
         count /= 1024
     factor = 1000 if count < 10 else 100 if count < 100 else 10 if count < 1000 else 1
     return f"{math.ceil(count * factor) / factor:g} {unit}"
+
+
+def settle_step_size(config: EngineConfig, ready: list[WorkerReady]) -> EngineConfig:
+    """Takes over the workers' default of the step size."""
+    known = [worker.max_num_batched_tokens for worker in ready if worker.max_num_batched_tokens]
+    scheduler = config.scheduler
+    if ready[0].pooling.needs_whole_prompts:  # the workers have made room for the longest
+        scheduler = msgspec.structs.replace(
+            scheduler,
+            enable_chunked_prefill=False,
+            long_prefill_token_threshold=0,
+            max_num_batched_tokens=min(known),
+        )
+    elif known and scheduler.max_num_batched_tokens is None:
+        scheduler = msgspec.structs.replace(scheduler, max_num_batched_tokens=min(known))
+    return msgspec.structs.replace(config, scheduler=scheduler)
 
 
 def plan_kv_cache(ready: list[WorkerReady], config: EngineConfig) -> tuple[CacheShape, int] | str:
@@ -131,7 +149,9 @@ class _Sizes:
         return max(1, min(self.max_num_seqs, full // max(1, live)))
 
     def shape(self, num_blocks: int) -> CacheShape:
-        return CacheShape(tuple(self.group(spec, num_blocks) for spec in self.ready[0].kv_cache_groups))
+        specs = self.ready[0].kv_cache_groups
+        groups = tuple(self.group(spec, num_blocks) for spec in specs)
+        return CacheShape(groups, has_states=any(spec.layout == STATES_LAYOUT for spec in specs))
 
     def _bytes_of(self, worker: WorkerReady, num_blocks: int) -> int:
         return sum(spec.bytes_per_block * self.group(spec, num_blocks).num_blocks for spec in worker.kv_cache_groups)

@@ -69,6 +69,7 @@ __all__ = [
     "SetVocabulary",
     "Shutdown",
     "SiblingRequests",
+    "SleepRequest",
     "StatusRequest",
     "Suspicion",
     "Tensor",
@@ -77,6 +78,7 @@ __all__ = [
     "ToEngineCore",
     "TokenLogprobs",
     "UtilityOutput",
+    "WakeUpRequest",
     "WorkersLost",
     "WorkersRestarted",
     "f32",
@@ -229,6 +231,26 @@ class ResetPrefixCache(Message, frozen=True):
     """Returned in the answer."""
 
 
+class SleepRequest(Message, frozen=True):
+    """Stops computing and frees memory; answered with a ``UtilityOutput`` once that is done. Requests wait."""
+
+    call_id: int
+    """Returned in the answer."""
+    level: int = 1
+    """1: frees the KV cache. 2: frees the weights, too, by ending the workers."""
+    keeps_kv: bool = False
+    """The KV cache is kept, if its memory is the engine core's."""
+    finishes: bool = False
+    """Requests that have started are computed to their ends first."""
+
+
+class WakeUpRequest(Message, frozen=True):
+    """Ends sleep, with weights as they are on disk if they had been freed; answered with a ``UtilityOutput``."""
+
+    call_id: int
+    """Returned in the answer."""
+
+
 class EnsureAdapter(Message, frozen=True):
     """Loads an adapter, or tries whether it could be loaded; answered with a ``UtilityOutput`` whose ``error`` says why
     it cannot be used."""
@@ -270,6 +292,8 @@ ToEngineCore = (
     | EnsureAdapter
     | ForgetAdapter
     | StatusRequest
+    | SleepRequest
+    | WakeUpRequest
     | Shutdown
 )
 
@@ -330,6 +354,10 @@ class SchedulerStats(Message, frozen=True):
     """Tokens looked up since the start."""
     prefix_cache_hits: int = 0
     """Tokens found since the start."""
+    external_prefix_cache_queries: int = 0
+    """Tokens looked up in a store (``--kv-cache-dir``) since the start."""
+    external_prefix_cache_hits: int = 0
+    """Tokens to be loaded from it since the start."""
     num_preemptions: int = 0
     """Preemptions for lack of blocks since the start."""
     num_scheduled_tokens: int = 0

@@ -33,6 +33,8 @@ class Request:
         "index",
         "message",
         "num_cached_tokens",
+        "num_kept_tokens",
+        "num_prefix_tokens",
         "num_prompt_tokens",
         "params",
         "prompt_logprobs",
@@ -55,9 +57,13 @@ class Request:
         """Prompt and confirmed output; up to date while the request waits. Read-only."""
         self.slot = -1
         self.block_tables: list[BlockTable] = []
-        """One per KV cache group while the request runs; empty while it waits."""
+        """One per KV cache group while the request runs; empty while it waits, unless it keeps what it has computed."""
         self.block_hashes: dict[int, list[bytes]] = {}
         """Block size -> hashes of the full blocks of all known tokens."""
+        self.num_kept_tokens = 0
+        """While it waits: tokens computed in the blocks that it keeps."""
+        self.num_prefix_tokens = 0
+        """While it runs: tokens that were computed when it started."""
         self.num_cached_tokens: int | None = None
         self.scheduled_time: float | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []

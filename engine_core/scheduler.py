@@ -12,7 +12,7 @@ see ``InFlight`` for how results are matched to requests, and ``step_outputs.py`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -23,9 +23,11 @@ from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
 from engine_core.draft_counts import DraftCounts
 from engine_core.encoder_cache_manager import EncoderCacheManager
 from engine_core.fair_shares import FairShares
+from engine_core.grammar_rows import forced_drafts, judge_rows, keep_drafts
 from engine_core.hashing import draft_pool
 from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.kv_cache_manager import KVCacheManager, PrefixHit
+from engine_core.kv_transfer.transfers import KVTransfers
 from engine_core.messages import (
     I32,
     EngineCoreOutput,
@@ -34,7 +36,6 @@ from engine_core.messages import (
     MultiModalSupport,
     SchedulerStats,
     TokenLogprobs,
-    i32,
     u8,
 )
 from engine_core.request import Request
@@ -49,10 +50,9 @@ from engine_core.step_outputs import (
     token_output,
 )
 from engine_core.step_tokens import StepTokens
-from engine_core.structured.drafts import judge, states_along
-from engine_core.structured.request_grammar import RequestGrammar, Verdict
+from engine_core.structured.request_grammar import Verdict
 from engine_core.suspects import Suspects, allowed
-from executor.messages import ForcedDrafts, ModelRunnerOutput, NewRequest, SchedulerOutput
+from executor.messages import KVTransfer, ModelRunnerOutput, NewRequest, SchedulerOutput
 
 MAX_DESCRIBED_TOKENS = 1 << 16
 """Tokens, cached ones included, of prompts and accompanying lists of the requests started in one step; once exceeded,
@@ -95,6 +95,10 @@ class Scheduler:
         self.waiting = create_request_queue(config.scheduling_policy)
         self.compiling: dict[int, Request] = {}
         """Requests whose grammars are not compiled yet; they wait outside the queue."""
+        self.admits = True
+        """Whether waiting requests may start."""
+        self.transfers: KVTransfers | None = None
+        """Moves blocks from and to a store; None: there is none."""
         self.suspects = Suspects()
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
@@ -115,7 +119,18 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + len(self.compiling) + self.adapters.num_parked
+        num_loading = 0 if self.transfers is None else self.transfers.num_waiting
+        return len(self.waiting) + len(self.compiling) + self.adapters.num_parked + num_loading
+
+    def _stop_waiting(self, request: Request) -> bool:
+        """Drops a request that waits for its adapter or its prefix to be loaded. Returns whether it did."""
+        if self.adapters.forget_request(request):
+            return True
+        return self.transfers is not None and self.transfers.forget(request)
+
+    def take_transfers(self) -> list[KVTransfer]:
+        """Blocks that the workers must move, to be sent before the next plan."""
+        return [] if self.transfers is None else self.transfers.take_messages()
 
     def add_request(self, request: Request) -> None:
         """Queues a request, or holds it until its grammar is compiled. Its prompt must fit the model and the cache."""
@@ -152,11 +167,14 @@ class Scheduler:
             num_output = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
             if num_output:
                 request.account.note_output(num_output)
+            if self.transfers is not None:
+                self.transfers.save(request)
             self.kv.release(request)
             self._free_slot(request)
         else:
-            if self.compiling.pop(request.index, None) is None and not self.adapters.forget_request(request):
+            if self.compiling.pop(request.index, None) is None and not self._stop_waiting(request):
                 self.waiting.remove(request)
+            self.kv.release(request)
             self.unpark()  # others may have waited for the adapter that was kept for it
         self.shares.close(request.account)
 
@@ -169,12 +187,16 @@ class Scheduler:
         if self.adapters.stopped(request):
             self.unpark()
 
-    def _preempt(self, request: Request) -> None:
-        """Takes blocks and slot from a running request, which will start over with the tokens it has."""
+    def _preempt(self, request: Request, num_kept: int = 0, first_lost: int = 0) -> None:
+        """Takes slot and blocks from a running request, which will start over with the tokens it has.
+
+        It keeps the blocks of its first ``num_kept`` tokens as far as they hold; see ``KVCacheManager.keep``.
+        """
         slot = request.slot
         request.token_ids = self.table.token_ids[slot, : self.table.num_known[slot]].copy()
         request.prompt_logprobs = []  # the prompt is computed again
-        self.kv.release(request)
+        if not (num_kept and self.kv.keep(request, num_kept, first_lost)):
+            self.kv.release(request)
         self._free_slot(request)
         self.waiting.put_back(request)
         self.num_preemptions += 1
@@ -184,20 +206,50 @@ class Scheduler:
         for request in reversed(self.adapters.take_ready()):
             self.waiting.put_back(request)
 
-    def restart(self) -> None:
-        """Adapts to new, empty workers: requeues all running requests and empties the prefix cache."""
+    def restart(self, lost: Sequence[InFlight] | None = None) -> None:
+        """Adapts to new workers: requeues all running requests. For ``lost`` see ``pause``."""
         for request in reversed(self.adapters.unpark_all()):
             self.waiting.put_back(request)
-        for slot in reversed(self.table.running.tolist()):
-            request = self.table.owners[slot]
-            assert request is not None
-            self._preempt(request)
-            self.num_preemptions -= 1
+        self.pause(lost)
         self.table.finished_slots.clear()
-        self.kv.reset_prefix_cache()
         self.images.restart()
         self.adapters.restart()
         self.suspects.restart()
+
+    def pause(self, lost: Sequence[InFlight] | None = None) -> None:
+        """Requeues all running requests.
+
+        Args:
+            lost: Steps that some rank did not finish, oldest first, if the KV cache survives the workers: what these
+                steps were writing is forgotten. None: the prefix cache is emptied.
+        """
+        first_lost = lost[0].step_id if lost else self._step_id + 1
+        self.release_kept(lambda request: self.kv.holds_lost(request, first_lost))
+        kept = {} if lost is None or self.shape.has_states else self.table.num_computed_before(lost)
+        for slot in reversed(self.table.running.tolist()):
+            request = self.table.owners[slot]
+            assert request is not None
+            self._preempt(request, 0 if request.needs_all_positions else kept.get(slot, 0), first_lost)
+            self.num_preemptions -= 1
+        if self.transfers is not None:
+            self.transfers.restart(self.waiting.put_back)
+        if lost is None:
+            self.forget_cache()
+        else:
+            self.kv.forget_since(first_lost)
+
+    def release_kept(self, chosen: Callable[[Request], bool] = lambda request: True) -> bool:
+        """Releases the blocks that waiting requests keep, of those chosen. Returns False if there were none."""
+        others = (request for request in self.requests.values() if request.slot < 0 and request.num_kept_tokens)
+        keeping = [request for request in others if chosen(request)]
+        for request in keeping:
+            self.kv.release(request)
+        return bool(keeping)
+
+    def forget_cache(self) -> None:
+        """Forgets all that the KV cache holds for requests to come and for waiting ones."""
+        self.release_kept()
+        self.kv.reset_prefix_cache()
 
     def running_requests(self) -> list[Request]:
         return self.table.running_requests()
@@ -219,7 +271,7 @@ class Scheduler:
         self._advance(slots, counts)
         num_running = len(slots)
         new_reqs: list[NewRequest] = []
-        if self.waiting and not preempted:
+        if self.waiting and self.admits and not preempted:
             new_slots, new_counts = self._admit(self.config.step_tokens - int(counts.sum()), new_reqs)
             if new_slots:
                 slots = np.concatenate((slots, np.array(new_slots, np.int32)))
@@ -247,7 +299,7 @@ class Scheduler:
             new_reqs=tuple(new_reqs),
             block_updates=tuple(np.array(column, np.int32).tobytes() for column in updates) if any(updates) else (),
             grammar_slots=slots[grammar_rows].tobytes(),
-            forced_drafts=self._forced_drafts(slots[grammar_rows]),
+            forced_drafts=forced_drafts(table, slots[grammar_rows]),
             **self.images.take(slots, ends),
         )
         table.finished_slots.clear()
@@ -335,18 +387,6 @@ class Scheduler:
         table.num_scheduled[slots] += drafts
         return drafts
 
-    def _forced_drafts(self, slots: I32) -> tuple[ForcedDrafts, ...]:
-        """What grammars force after the tokens that are known: the next token, which a step in flight may be sampling,
-        and drafts behind it."""
-        found: list[ForcedDrafts] = []
-        for slot in slots[self.table.allowances[slots] > 0].tolist():
-            request = self.table.request(slot)
-            assert request.grammar is not None
-            tokens = [] if request.params.num_speculative_tokens == 0 else request.grammar.likely_tokens()
-            if tokens:
-                found.append(ForcedDrafts(slot, int(self.table.num_known[slot]), np.array(tokens, np.int32).tobytes()))
-        return tuple(found)
-
     def _with_lookahead(self, slots: I32, ends: I64) -> I64:
         """Tokens that need blocks if a step computes those up to ``ends``."""
         if not self.num_lookahead_tokens:
@@ -433,8 +473,11 @@ class Scheduler:
             ahead = self._lookahead_of(request)
             if self.suspects.is_isolating:
                 self._make_room(hit, num_tokens + ahead)
-            if not self.kv.can_fit(hit, num_tokens + ahead):
+            if not self._fits(request, hit, num_tokens + ahead):
                 break
+            if self.transfers is not None and not self.suspects.is_isolating and self.transfers.load(request, hit):
+                self.waiting.pop()
+                continue
             if self.config.long_prefill_token_threshold and not whole:
                 count = min(count, self.config.long_prefill_token_threshold)
             count = min(count, budget)
@@ -461,10 +504,17 @@ class Scheduler:
             budget -= count
         return slots, counts
 
+    def _fits(self, request: Request, hit: PrefixHit, num_tokens: int) -> bool:
+        """Whether there is room for a waiting request. If nothing runs, others that wait give up what they keep."""
+        if self.kv.can_fit(hit, num_tokens):
+            return True
+        is_alone = self.suspects.is_isolating or not len(self.table.running)
+        return is_alone and self.release_kept(lambda other: other is not request) and self.kv.can_fit(hit, num_tokens)
+
     def _has_adapter(self, request: Request) -> bool:
         """Whether a request's adapter has a place; asks for it to be loaded. Before a trial, others give up theirs."""
         is_trial = self.suspects.is_isolating
-        if is_trial and self.adapters.is_full:
+        if is_trial and request.message.lora_request is not None and self.adapters.is_full:
             for running in reversed(self.running_requests()):
                 self._preempt(running)
         return self.adapters.may_start(request, is_alone=is_trial)
@@ -532,7 +582,8 @@ class Scheduler:
         )
 
     def _advance(self, slots: I32, counts: I64) -> None:
-        """Counts planned tokens as computed and caches the blocks that they fill."""
+        """Counts tokens of the step being planned as computed and caches the blocks that they fill."""
+        self.kv.begin_step(self._step_id + 1, self._step_id - self.config.max_in_flight_steps)
         self.table.num_scheduled[slots] += counts
         self._publish_ready()
 
@@ -574,8 +625,8 @@ class Scheduler:
         if result.num_verified:
             self.drafts.add(u8(result.num_verified), u8(result.num_accepted))
         if result.num_draft_tokens:
-            self._keep_drafts(step, new, result, current)
-        verdicts = self._judge(step, new) if len(step.grammar_rows) else {}
+            keep_drafts(table, step, new, result, current)
+        verdicts = judge_rows(table, step, new) if len(step.grammar_rows) else {}
 
         tokens, rows, offsets = new.columns()
         slots = step.slots[rows]
@@ -616,41 +667,6 @@ class Scheduler:
         if result.prompt_logprobs:
             keep_prompt_logprobs(self.table, step, result.prompt_logprobs)
         return outputs
-
-    def _keep_drafts(self, step: InFlight, new: StepTokens, result: ModelRunnerOutput, current: Bools) -> None:
-        """Records a worker's drafts for rows whose masks will depend on them."""
-        counts = u8(result.num_draft_tokens).astype(np.int64)
-        slots = step.slots[new.rows]
-        wanted = current[new.rows] & self.table.has_grammar[slots]
-        if wanted.any():
-            drafts = i32(result.draft_token_ids)[np.repeat(wanted, counts)]
-            self.table.note_drafts(slots[wanted], counts[wanted], drafts)
-
-    def _judge(self, step: InFlight, new: StepTokens) -> dict[int, Verdict]:
-        """Feeds a step's tokens to their grammars and keeps the accepted ones of each row.
-
-        The worker has sampled a rejected token and continues from it; it is corrected when the request returns, as if
-        it had been preempted.
-
-        Returns:
-            By row: the verdict on its last token, unless the output simply continues.
-        """
-        verdicts: dict[int, Verdict] = {}
-        for place, row in enumerate(step.grammar_rows.tolist()):
-            sample = new.sample(row)
-            tokens = new.of(sample)
-            if not tokens:
-                continue
-            request = self.table.request(int(step.slots[row]))
-            num_masks = step.num_masks[place] if step.num_masks else 1
-            num_outputs = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
-            kept, verdict = judge(request, tokens[:num_masks], num_outputs)
-            if verdict is Verdict.GOES_ON and kept == num_masks < len(tokens):
-                verdict = Verdict.REJECTED  # later tokens were sampled without a mask
-            new.kept[sample] = kept
-            if verdict is not Verdict.GOES_ON:
-                verdicts[row] = verdict
-        return verdicts
 
     def _describe_rows(
         self,
@@ -711,27 +727,6 @@ class Scheduler:
         assert request.grammar is not None
         return [self.end_row(step, row, FinishReason.ERROR, request.grammar.error)]
 
-    def grammars(self, step: InFlight) -> list[list[RequestGrammar | None]]:
-        """The grammar states of a step's constrained rows at each of their positions; None if the request is gone."""
-        table = self.table
-        states: list[list[RequestGrammar | None]] = []
-        forced = {drafts.slot: drafts for drafts in step.forced_drafts}
-        for row in step.grammar_rows.tolist():
-            request = self.owner(step, row)
-            if request is None:
-                states.append([None])
-                continue
-            slot = request.slot
-            known = int(table.num_known[slot])
-            drafts = table.drafts[slot, : table.num_drafts[slot]]
-            if slot in forced:
-                follow = forced[slot].after(table.token_ids[slot, :known])
-                drafts = follow if len(follow) else drafts
-            num_allowed = 0 if step.allowances is None else int(step.allowances[row])
-            num_outputs = known - request.num_prompt_tokens
-            states.append([*states_along(request, drafts[:num_allowed].tolist(), num_outputs)])
-        return states
-
     def end_row(self, step: InFlight, row: int, reason: FinishReason, error: str = "") -> EngineCoreOutput:
         """Ends the request of a row between two tokens.
 
@@ -774,6 +769,8 @@ class Scheduler:
             kv_cache_usage=self.kv.usage,
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,
+            external_prefix_cache_queries=self.kv.num_queried_externally,
+            external_prefix_cache_hits=self.kv.num_hit_externally,
             num_preemptions=self.num_preemptions,
             num_scheduled_tokens=step.num_computed(result) if step and result else 0,
             schedule_us=step.schedule_us if step else 0.0,
@@ -790,9 +787,10 @@ class Scheduler:
         self.table.check_integrity()
         running, waiting = self.running_requests(), list(self.waiting)
         assert all(self.requests[request.index] is request for request in running)
-        assert all(request.slot < 0 and not request.block_tables for request in waiting)
-        num_held = len(self.compiling) + self.adapters.num_parked
-        assert len(waiting) + len(running) + num_held == len(self.requests)
+        assert all(request.slot < 0 for request in waiting)
+        assert all(bool(request.block_tables) == bool(request.num_kept_tokens) for request in waiting)
+        assert self.num_waiting + len(running) == len(self.requests)
         self.adapters.check_integrity(running)
-        self.kv.check_integrity(self.requests.values())
+        held = (lambda group: ()) if self.transfers is None else self.transfers.held
+        self.kv.check_integrity(self.requests.values(), held)
         self.images.check_integrity(running)

@@ -7,7 +7,7 @@ needs at a time and in what makes a cached prefix complete.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine_core.block_pool import BlockPool
 from engine_core.cache_shape import GroupShape
@@ -47,13 +47,16 @@ class SingleTypeKVCacheManager(ABC):
         self.pool = BlockPool(shape.num_blocks)
 
     @abstractmethod
-    def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
+    def longest_hit(
+        self, hashes: Sequence[bytes], num_tokens: int, alignment: int, has: Callable[[bytes], bool]
+    ) -> int:
         """Length in tokens of the longest cached prefix after which the group can continue computing.
 
         Args:
             hashes: Hashes of the request's full blocks.
             num_tokens: Maximum length of the prefix, a multiple of ``alignment``.
             alignment: A multiple of ``block_size``; the result is a multiple of it.
+            has: Whether a block is cached.
         """
 
     def cached_table(self, hashes: Sequence[bytes], num_tokens: int) -> BlockTable:
@@ -63,6 +66,19 @@ class SingleTypeKVCacheManager(ABC):
         block_ids = [block_id for block_id in found if block_id is not None]
         assert len(block_ids) == len(found)
         return BlockTable(first, block_ids)
+
+    def reserve(self, hashes: Sequence[bytes], num_tokens: int) -> tuple[BlockTable, list[int]]:
+        """Acquires the cached blocks of a prefix, and allocates others in place of those that are missing.
+
+        Returns:
+            The prefix's blocks, and the new ones among them, in order.
+        """
+        first = self.shape.first_live_block(num_tokens)
+        found = [self.pool.lookup(block_hash) for block_hash in hashes[first : num_tokens // self.block_size]]
+        self.pool.acquire(block_id for block_id in found if block_id is not None)  # first, so that they stay cached
+        new_blocks = self.pool.allocate(sum(block_id is None for block_id in found))
+        rest = iter(new_blocks)
+        return BlockTable(first, [next(rest) if block_id is None else block_id for block_id in found]), new_blocks
 
     def can_fit(self, cached: BlockTable, num_tokens: int) -> bool:
         """Whether that many tokens fit after a cached prefix, given the window if there is one."""
@@ -124,6 +140,16 @@ class SingleTypeKVCacheManager(ABC):
             index += 1
         table.num_published = num_full
 
+    def keep(self, table: BlockTable, num_tokens: int) -> None:
+        """Releases the blocks behind a request's first ``num_tokens``; the others will be published anew."""
+        first = table.first
+        count = -(-num_tokens // self.block_size) - first
+        assert 0 <= count <= len(table.block_ids), "what was computed has blocks"
+        self.pool.release(table.block_ids[count:])
+        del table.block_ids[count:]
+        table.num_blocks = first + count
+        table.num_published = 0
+
     def discard(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
         """Removes a request's blocks from the prefix cache, including those outside the window."""
         for block_id in table.block_ids:
@@ -137,10 +163,12 @@ class SingleTypeKVCacheManager(ABC):
 class FullAttentionManager(SingleTypeKVCacheManager):
     """Full attention: a token attends to all before it."""
 
-    def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
+    def longest_hit(
+        self, hashes: Sequence[bytes], num_tokens: int, alignment: int, has: Callable[[bytes], bool]
+    ) -> int:
         num_blocks = 0
         for block_hash in hashes[: num_tokens // self.block_size]:
-            if self.pool.lookup(block_hash) is None:
+            if not has(block_hash):
                 break
             num_blocks += 1
         return num_blocks * self.block_size // alignment * alignment
@@ -149,13 +177,15 @@ class FullAttentionManager(SingleTypeKVCacheManager):
 class SlidingWindowManager(SingleTypeKVCacheManager):
     """Sliding window: blocks outside the window are freed while the request runs."""
 
-    def longest_hit(self, hashes: Sequence[bytes], num_tokens: int, alignment: int) -> int:
+    def longest_hit(
+        self, hashes: Sequence[bytes], num_tokens: int, alignment: int, has: Callable[[bytes], bool]
+    ) -> int:
         begin = num_tokens // self.block_size
         while num_tokens:
             # Blocks from ``begin`` to the prefix's end are cached. Blocks before the window need not be. The last one
             # must be, even if the next token does not attend to it: a hit must be something that was computed.
             first = min(self.shape.first_live_block(num_tokens), num_tokens // self.block_size - 1)
-            while begin > first and self.pool.lookup(hashes[begin - 1]) is not None:
+            while begin > first and has(hashes[begin - 1]):
                 begin -= 1
             if begin <= first:
                 return num_tokens

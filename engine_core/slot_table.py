@@ -7,6 +7,7 @@ or is preempted; ``Request`` holds the state that survives preemption.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -232,6 +233,22 @@ class SlotTable:
         Computation continues at the last known token or later: rejected drafts are not known tokens.
         """
         return np.minimum(self.num_scheduled, self.num_known - 1)
+
+    def num_computed_before(self, lost: Sequence[InFlight]) -> dict[int, int]:
+        """By running slot: tokens that were computed before these steps began, at least, at most all but the last.
+
+        Args:
+            lost: Steps without the result of some rank, oldest first.
+        """
+        found = {
+            slot: int(min(self.num_scheduled[slot] - self.num_open_drafts[slot], self.num_known[slot] - 1))
+            for slot in self.running.tolist()
+        }
+        for step in lost:
+            current = self.epochs[step.slots] == step.epochs
+            for slot, begin in zip(step.slots[current].tolist(), step.begins[current].tolist(), strict=True):
+                found[slot] = min(found[slot], begin)
+        return found
 
     def charge_long_outputs(self) -> None:
         """Charges tenants for outputs that exceed their expected length."""

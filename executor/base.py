@@ -26,6 +26,11 @@ class ModelError(Exception):
 class WorkerDiedError(Exception):
     """A worker process has died."""
 
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        """``exit_code`` is that of the process, negative for a signal; None: unknown, or it lives."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 class Executor(Protocol):
     """Runs plans in order. ``submit`` never blocks; results arrive in plan order."""
@@ -59,6 +64,9 @@ class Executor(Protocol):
 
     def kill(self) -> None:
         """Kills the workers at once."""
+
+    def forget_memory(self) -> None:
+        """Gives memory that outlives workers back to the system. There are no workers."""
 
 
 WORKER_MODULE = "executor"

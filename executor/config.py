@@ -374,6 +374,8 @@ class ExecutorConfig(Config, frozen=True):
             extra={"group": "Testing"},
         ),
     ] = ""
+    kv_cache_dir: Annotated[str, Meta(extra={"internal": True})] = ""
+    """The engine core's; filled in by it."""
     check_every_step: Annotated[
         bool,
         Meta(

@@ -13,6 +13,7 @@ from executor.device.base import Device
 from executor.forward import Forward, ForwardSetup, UploadedForward, run_model
 from executor.graphs import Program
 from executor.input_batch import InputBatch
+from executor.kv_memory import KVMemory, allocate_group
 from executor.loader import LoadedModel
 from executor.messages import KVCacheGroupSpec
 from executor.request_states import RequestStates
@@ -50,14 +51,15 @@ class DraftModel:
         program.finish(hidden, logits)
         return program
 
-    def allocate(self, num_blocks: Sequence[int], max_model_len: int) -> None:
+    def allocate(self, num_blocks: Sequence[int], max_model_len: int, memory: KVMemory | None = None) -> None:
         """Allocates KV cache and tables, and captures the program.
 
         Args:
             num_blocks: Blocks of each group.
             max_model_len: Longest sequence served.
+            memory: Where to put the KV cache; None: the device decides.
         """
-        self._allocate_kv(num_blocks)
+        self._allocate_kv(num_blocks, memory)
         self.loaded.model.reserve_positions(min(max_model_len, self.loaded.max_model_len))
         self.program = self._capture()
 
@@ -67,12 +69,10 @@ class DraftModel:
         table_bytes = sum(-(-self.max_num_seqs * 4 // group.block_size) for group in self.groups)
         return self._capture().num_bytes, self.loaded.model.position_bytes() + table_bytes
 
-    def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
+    def _allocate_kv(self, num_blocks: Sequence[int], memory: KVMemory | None = None) -> None:
         layers = self.loaded.model.attention_layers()
         for group, count in zip(self.groups, num_blocks, strict=True):
-            shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
-            for index in group.layers:
-                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+            allocate_group(group, count, layers, self.device, memory)
 
     def forward(self, states: RequestStates) -> Forward:
         """The forward pass over the requests of ``states``."""

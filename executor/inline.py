@@ -44,7 +44,7 @@ class InlineExecutor:
         assert self._worker is not None
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        if self._worker.results_fd is not None:
+        if self._worker.wake_fds:
             self._worker.take_results()
         if self._pending and not self._answers:
             self._worker.handle(self._pending.popleft())
@@ -54,16 +54,20 @@ class InlineExecutor:
         return answers
 
     def poll_fds(self) -> list[int]:
-        results = None if self._worker is None else self._worker.results_fd
-        return [self._event] if results is None else [self._event, results]
+        return [self._event, *([] if self._worker is None else self._worker.wake_fds)]
 
     def worker_pids(self) -> tuple[int, ...]:
         return ()
 
     def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
         self._worker = None
         self._pending.clear()
         self._answers.clear()
 
     def kill(self) -> None:
         self.shutdown()
+
+    def forget_memory(self) -> None:
+        pass

@@ -284,6 +284,35 @@ class InitKVCache(Message, frozen=True):
     """Blocks of each KV cache group."""
     max_model_len: int
     """Longest sequence served, prompt and output together."""
+    kv_store: str = ""
+    """Folder of the store that ``KVTransfer`` refers to; empty: there is none."""
+
+
+HASH_BYTES = 32
+"""Size of a block's hash."""
+
+
+class KVTransfer(Message, frozen=True):
+    """Blocks to move between the KV cache and a store. Begins once the plans before it are computed, and then goes on
+    beside others; answered by ``FinishedTransfer``."""
+
+    transfer_id: int
+    """Returned in the answer."""
+    is_load: bool
+    """Fill the blocks from the store; else store them."""
+    hashes: tuple[bytes, ...]
+    """What each block holds: hashes of ``HASH_BYTES`` bytes."""
+    groups: bytes
+    """uint8 [blocks]: KV cache group of each."""
+    block_ids: bytes
+    """int32 [blocks]."""
+    removed: tuple[str, ...] = ()
+    """What to remove from the store first: names as in ``kv_transfer/disk.py``."""
+
+
+class FreeKVCache(Message, frozen=True):
+    """The worker gives the memory of its KV cache back to the system until plans write it again; answered by
+    ``KVCacheFreed``. No plan is in flight, and nothing that is cached will be read."""
 
 
 class LoadAdapter(Message, frozen=True):
@@ -307,7 +336,16 @@ class WorkerShutdown(Message, frozen=True):
     """The worker exits at once; pending plans are not computed."""
 
 
-ToWorker = SchedulerOutput | GrammarMask | InitKVCache | LoadAdapter | UnloadAdapter | WorkerShutdown
+ToWorker = (
+    SchedulerOutput
+    | GrammarMask
+    | InitKVCache
+    | LoadAdapter
+    | UnloadAdapter
+    | KVTransfer
+    | FreeKVCache
+    | WorkerShutdown
+)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,6 +365,10 @@ class PoolingSupport(Message, frozen=True):
     """Names of the classifier's outputs."""
     needs_whole_prompts: bool = False
     """A step computes whole prompts, as tokens attend to those after them."""
+
+
+STATES_LAYOUT = "states"
+"""``KVCacheGroupSpec.layout`` of layers that keep a state per block, not entries per token."""
 
 
 class MultiModalSupport(Message, frozen=True):
@@ -415,6 +457,8 @@ class WorkerReady(Message, frozen=True):
     """What the model does with pooled hidden states."""
     multimodal: MultiModalSupport | None = None
     """What the model does with images; None: it takes none."""
+    fingerprint: str = ""
+    """Digest of what determines K and V besides tokens: the model's files and the configuration. Empty: unknown."""
 
 
 class ModelSurvey(Message, frozen=True):
@@ -451,6 +495,26 @@ class KVCacheReady(Message, frozen=True):
 
     rank: int
     """Rank of the sending worker."""
+    num_kept_bytes: int = 0
+    """Size of the cache if it lies in memory that outlives the worker; 0: it does not."""
+
+
+class KVCacheFreed(Message, frozen=True):
+    """The answer to ``FreeKVCache``."""
+
+    rank: int
+    """Rank of the sending worker."""
+
+
+class FinishedTransfer(Message, frozen=True):
+    """A rank is done with a ``KVTransfer``."""
+
+    rank: int
+    """Rank of the worker."""
+    transfer_id: int
+    """The transfer's."""
+    succeeded: bytes
+    """uint8 [blocks]: whether each block was moved."""
 
 
 class AdapterLoaded(Message, frozen=True):
@@ -547,7 +611,17 @@ class WorkerFailed(Message, frozen=True):
     """Traceback; empty if the message is sufficient."""
 
 
-FromWorker = WorkerReady | LoadProgress | KVCacheReady | AdapterLoaded | ModelRunnerOutput | Heartbeat | WorkerFailed
+FromWorker = (
+    WorkerReady
+    | LoadProgress
+    | KVCacheReady
+    | AdapterLoaded
+    | ModelRunnerOutput
+    | Heartbeat
+    | FinishedTransfer
+    | KVCacheFreed
+    | WorkerFailed
+)
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -27,6 +27,7 @@ from executor.forward import Forward, ForwardSetup, forward_class, ranges, run_m
 from executor.graphs import Program
 from executor.image_inputs import ImageInputs
 from executor.input_batch import InputBatch, adapter_columns, adapter_rows
+from executor.kv_memory import KVMemory, allocate_group
 from executor.loader import LoadedModel
 from executor.messages import (
     I32,
@@ -144,9 +145,11 @@ class ModelRunner:
         forced_outputs: str = "",
         rank: int = 0,
         communicator: ops.Communicator | None = None,
+        kv_memory: KVMemory | None = None,
     ) -> None:
         self.rank = rank
         self.communicator = communicator
+        self.kv_memory = kv_memory
         self.model = loaded.model
         self.vocab_size = loaded.hf_config.vocab_size
         self.max_model_len = loaded.max_model_len
@@ -178,12 +181,12 @@ class ModelRunner:
         """Allocates the KV cache, tables and slot arrays, then captures the program of a step."""
         max_num_seqs = self.step_size.max_num_seqs
         num_groups = len(self.block_sizes)
-        self._allocate_kv(init.num_blocks[:num_groups])
+        self._allocate_kv(init.num_blocks[:num_groups], self.kv_memory)
         self.model.reserve_positions(init.max_model_len)
         block_sizes = self.block_sizes
         if self.draft is not None:
             block_sizes = [*block_sizes, *(group.block_size for group in self.draft.groups)]
-            self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len)
+            self.draft.allocate(init.num_blocks[num_groups:], init.max_model_len, self.kv_memory)
         self.states = RequestStates(max_num_seqs, init.max_model_len, block_sizes)
         self.sampler = create_sampler(
             max_num_seqs,
@@ -269,19 +272,29 @@ class ModelRunner:
         setup = self._setup()
         return forward_class(setup)(setup, self.states)
 
-    def _allocate_kv(self, num_blocks: Sequence[int]) -> None:
+    def _allocate_kv(self, num_blocks: Sequence[int], memory: KVMemory | None = None) -> None:
         layers = self.model.attention_layers()
         cached = [group for group in self.groups if group.is_cached]
         for group, count in zip(cached, num_blocks, strict=True):
-            shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
-            for index in group.layers:
-                layers[index].kv_cache = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
+            allocate_group(group, count, layers, self.device, memory)
         for group in self.groups[len(cached) :]:  # layers compute one after the other, so they share the memory
             count = -(-self.max_tokens // group.block_size) + min(self.step_size.max_num_seqs, self.max_tokens)
             shapes = group.backend.kv_shape(count, group.block_size, group.shape, group.kv_dtype)
             shared = tuple(self.device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
             for index in group.layers:
                 layers[index].kv_cache = shared
+
+    def cached_tensors(self) -> list[list[torch.Tensor]]:
+        """The tensors of each KV cache group, those of a draft model last; the first dimension is the block."""
+        models = [(self.model, self.groups)]
+        if self.draft is not None:
+            models.append((self.draft.loaded.model, self.draft.groups))
+        return [
+            [cache for index in group.layers for cache in model.attention_layers()[index].kv_cache]
+            for model, groups in models
+            for group in groups
+            if group.is_cached
+        ]
 
     def capture(self) -> Program:
         """Runs the model once with symbolic values; see ``executor/graphs.py``."""
@@ -302,6 +315,8 @@ class ModelRunner:
         states = self.states
         self.speculation.remove(i32(plan.finished_slots), states)
         states.apply(plan)
+        if self.kv_memory is not None:
+            self.kv_memory.follow(plan)
         self.forward.apply(plan)
         self.pooler.remove(i32(plan.finished_slots))
         if self.images is not None:

@@ -123,7 +123,7 @@ class MultiprocExecutor:
                 messages = self._drain()
                 if messages:
                     return messages
-                raise WorkerDiedError(f"worker {rank} (pid {child.pid}) ended with exit code {code}")
+                raise WorkerDiedError(f"worker {rank} (pid {child.pid}) ended with exit code {code}", code)
         return []
 
     def _drain(self) -> list[FromWorker]:
@@ -144,6 +144,7 @@ class MultiprocExecutor:
 
     def shutdown(self) -> None:
         if self._output is None:
+            self.forget_memory()
             return
         for socket in self._inputs:
             with contextlib.suppress(zmq.ZMQError):
@@ -157,6 +158,9 @@ class MultiprocExecutor:
             except subprocess.TimeoutExpired:
                 child.kill()
         self._close()
+        self.forget_memory()
+
+    def forget_memory(self) -> None:
         for descriptor in self._kv_memory.values():
             os.close(descriptor)
         self._kv_memory = {}

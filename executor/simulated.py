@@ -23,9 +23,11 @@ from executor.config import ExecutorConfig, SimulatedDevice
 from executor.messages import (
     I32,
     AdapterLoaded,
+    FreeKVCache,
     FromWorker,
     GrammarMask,
     InitKVCache,
+    KVCacheFreed,
     KVCacheGroupSpec,
     KVCacheReady,
     LoadAdapter,
@@ -185,6 +187,8 @@ class SimulatedExecutor:
             self._masks.put(message)
         elif isinstance(message, InitKVCache):
             self._answer(KVCacheReady(rank=0))
+        elif isinstance(message, FreeKVCache):
+            self._answer(KVCacheFreed(rank=0))
         elif isinstance(message, LoadAdapter):
             self._answer(AdapterLoaded(0, message.number, message.adapter.content_hash))
 
@@ -232,3 +236,6 @@ class SimulatedExecutor:
 
     def kill(self) -> None:
         self.shutdown()
+
+    def forget_memory(self) -> None:
+        pass

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -25,20 +25,28 @@ from executor.adapters import LoadedAdapters, check_adapters
 from executor.attention.base import RECURRENT_KINDS, cached_specs
 from executor.base import ModelError
 from executor.config import ExecutorConfig, SpeculativeConfig
-from executor.device.base import Device, create_device
+from executor.device.base import Device, Memory, create_device
 from executor.draft_runner import DraftModel, check_draft_model
+from executor.fingerprint import Digests, fingerprint, state_of
 from executor.image_inputs import create_image_inputs
+from executor.kv_memory import KVMemory
+from executor.kv_transfer.base import KVConnector
+from executor.kv_transfer.open import open_connector
 from executor.layers.attention import form_groups
 from executor.loader import LoadedModel, load_model
 from executor.log import get_logger, setup_logging
 from executor.messages import (
     EXIT_MODEL,
     AdapterLoaded,
+    FreeKVCache,
     FromWorker,
     GrammarMask,
     Heartbeat,
     InitKVCache,
+    KVCacheFreed,
+    KVCacheGroupSpec,
     KVCacheReady,
+    KVTransfer,
     LoadAdapter,
     LoadProgress,
     SchedulerOutput,
@@ -47,6 +55,7 @@ from executor.messages import (
     WorkerFailed,
     WorkerReady,
     WorkerShutdown,
+    i32,
 )
 from executor.model_runner import ModelRunner, PendingOutput, StartedStep
 from executor.multiproc import WorkerLaunch
@@ -75,13 +84,23 @@ class Worker:
     """A descriptor that is readable when ``take_results`` has work. None: results never need waiting for, or there is
     no device yet."""
 
-    def __init__(self, parallel: ParallelState, config: ExecutorConfig, send: Callable[[FromWorker], None]) -> None:
+    def __init__(
+        self,
+        parallel: ParallelState,
+        config: ExecutorConfig,
+        send: Callable[[FromWorker], None],
+        descriptors: Mapping[str, int] | None = None,
+    ) -> None:
+        """``descriptors``: see ``WorkerLaunch``."""
+        self._descriptors = descriptors or {}
+        self._kv_memory: KVMemory | None = None
         self.parallel = parallel
         self.rank = parallel.rank
         self.config = config
         self._send = send
         self._adapters: LoadedAdapters | None = None
-        self._plans: deque[SchedulerOutput | LoadAdapter | UnloadAdapter] = deque()
+        self._connector: KVConnector | None = None
+        self._plans: deque[SchedulerOutput | LoadAdapter | UnloadAdapter | KVTransfer] = deque()
         self._masks: dict[int, GrammarMask] = {}
         self._step: StartedStep | None = None
         """The step that is launched but cannot be sampled yet."""
@@ -103,6 +122,9 @@ class Worker:
         speculative = self._speculative(loaded)
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         draft = self._load_draft(loaded, device)
+        if "kv" in self._descriptors and device.torch_device.type == "cpu":
+            self._kv_memory = KVMemory(self._descriptors["kv"])
+        specs = (*cached_specs(groups), *(() if draft is None else draft.specs))
         self.runner = ModelRunner(
             loaded,
             device,
@@ -114,6 +136,7 @@ class Worker:
             forced_outputs=config.forced_outputs,
             rank=self.rank,
             communicator=communicator,
+            kv_memory=self._kv_memory,
         )
         self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens)
         self.results_fd = self.runner.channel.fileno()
@@ -124,28 +147,46 @@ class Worker:
         if config.lora.enable_lora:
             self._adapters = LoadedAdapters(loaded, config.lora)
             step_bytes += self._adapters.num_bytes(self.runner.max_tokens)
-        self._send(
-            WorkerReady(
-                rank=self.rank,
-                free_bytes=memory.free_bytes,
-                total_bytes=memory.total_bytes,
-                weight_bytes=loaded.weight_bytes + (0 if draft is None else draft.loaded.weight_bytes),
-                default_kv_bytes=device.default_kv_bytes(),
-                kv_cache_groups=(*cached_specs(groups), *(() if draft is None else draft.specs)),
-                max_model_len=loaded.max_model_len,
-                vocab_size=loaded.hf_config.vocab_size,
-                dtype=str(loaded.dtype).removeprefix("torch."),
-                device=device.name,
-                architecture=loaded.hf_config.architecture,
-                hidden_size=loaded.vector_size,
-                step_bytes=step_bytes,
-                position_bytes=position_bytes,
-                memory_utilization=device.memory_utilization or 0.0,
-                shares_memory=self.parallel.memory_fd >= 0,
-                max_num_batched_tokens=self.runner.max_tokens,
-                pooling=loaded.pooling,
-                multimodal=None if self.runner.images is None else self.runner.images.support,
-            )
+        self._send(self._ready(loaded, device, memory, specs, step_bytes, position_bytes))
+
+    def _ready(
+        self,
+        loaded: LoadedModel,
+        device: Device,
+        memory: Memory,
+        specs: tuple[KVCacheGroupSpec, ...],
+        step_bytes: int,
+        position_bytes: int,
+    ) -> WorkerReady:
+        """What the engine core gets to know."""
+        config, draft = self.config, self.runner.draft
+        return WorkerReady(
+            rank=self.rank,
+            free_bytes=memory.free_bytes,
+            total_bytes=memory.total_bytes,
+            weight_bytes=loaded.weight_bytes + (0 if draft is None else draft.loaded.weight_bytes),
+            default_kv_bytes=device.default_kv_bytes(),
+            kv_cache_groups=specs,
+            max_model_len=loaded.max_model_len,
+            vocab_size=loaded.hf_config.vocab_size,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=device.name,
+            architecture=loaded.hf_config.architecture,
+            hidden_size=loaded.vector_size,
+            step_bytes=step_bytes,
+            position_bytes=position_bytes,
+            memory_utilization=device.memory_utilization or 0.0,
+            shares_memory=self.parallel.memory_fd >= 0,
+            max_num_batched_tokens=self.runner.max_tokens,
+            pooling=loaded.pooling,
+            multimodal=None if self.runner.images is None else self.runner.images.support,
+            fingerprint=fingerprint(
+                config,
+                self.parallel,
+                device,
+                specs,
+                Digests(config.kv_cache_dir) if config.kv_cache_dir else state_of,
+            ),
         )
 
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
@@ -212,12 +253,22 @@ class Worker:
         elif isinstance(message, GrammarMask):
             self._masks[message.step_id] = message
             self._work()
+        elif isinstance(message, FreeKVCache):
+            if self._kv_memory is not None:
+                self._kv_memory.free()
+            self._send(KVCacheFreed(rank=self.rank))
+        elif isinstance(message, KVTransfer):
+            self._plans.append(message)
+            self._work()
         elif isinstance(message, InitKVCache):
             with _refusals(self.runner.device):
                 self.runner.initialize(message)
+            if message.kv_store:
+                self._connector = open_connector(message.kv_store, self.rank, self.runner)
             gc.collect()
             gc.freeze()
-            self._send(KVCacheReady(rank=self.rank))
+            kept = 0 if self._kv_memory is None else self._kv_memory.num_bytes
+            self._send(KVCacheReady(rank=self.rank, num_kept_bytes=kept))
         elif isinstance(message, WorkerShutdown):
             return False
         return True
@@ -248,6 +299,12 @@ class Worker:
         while self._step is not None or self._plans:
             if self._step is None:
                 plan = self._plans[0]
+                if isinstance(plan, KVTransfer):
+                    if self._outputs:
+                        return
+                    self._transfer(plan)
+                    self._plans.popleft()
+                    continue
                 if not isinstance(plan, SchedulerOutput):
                     self._change_adapters(plan)
                     self._plans.popleft()
@@ -266,8 +323,28 @@ class Worker:
             self._outputs.append(self.runner.finish(step, mask))
             self._send_results()
 
+    def _transfer(self, transfer: KVTransfer) -> None:
+        """Begins a transfer. No earlier plan reads or writes its blocks any more."""
+        assert self._connector is not None
+        if not transfer.is_load:
+            self._connector.save_kv_layer(transfer)
+            return
+        if self._kv_memory is not None:
+            self._kv_memory.use(transfer.groups, i32(transfer.block_ids))
+        self._connector.start_load_kv(transfer)
+
+    @property
+    def wake_fds(self) -> list[int]:
+        """Descriptors that become readable when ``take_results`` has work."""
+        results = [] if self.results_fd is None else [self.results_fd]
+        return results if self._connector is None else [*results, self._connector.fileno()]
+
     def take_results(self) -> None:
-        """Sends results that have arrived from the device and resumes the work that waited for them."""
+        """Sends results that have arrived from the device, or of transfers, and resumes the work that waited for
+        them."""
+        if self._connector is not None:
+            for finished in self._connector.get_finished():
+                self._send(finished)
         self._send_results()
         self._work()
 
@@ -276,11 +353,17 @@ class Worker:
             output = self._outputs.popleft().collect()
             self._send(output if self.parallel.is_output_rank else Heartbeat(self.rank, output.step_id))
 
-    def run(self, receive: Callable[[int | None], ToWorker | None]) -> int:
+    def close(self) -> None:
+        """Ends what runs beside the steps."""
+        if self._connector is not None:
+            self._connector.close()
+            self._connector = None
+
+    def run(self, receive: Callable[[Sequence[int]], ToWorker | None]) -> int:
         """Starts the worker, then handles messages until one asks it to exit.
 
         Args:
-            receive: Waits for a message, or returns None once the given descriptor becomes readable.
+            receive: Waits for a message, or returns None once one of the given descriptors becomes readable.
 
         Returns:
             The exit code.
@@ -288,7 +371,7 @@ class Worker:
         try:
             self.start()
             while True:
-                message = receive(self.results_fd)
+                message = receive(self.wake_fds)
                 if message is None:
                     self.take_results()
                 elif not self.handle(message):
@@ -300,6 +383,8 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
             self._send(WorkerFailed(rank=self.rank, message=reason, traceback=traceback.format_exc()))
             return 1
+        finally:
+            self.close()
         return 0
 
 
@@ -327,20 +412,23 @@ def run() -> int:
     def send(message: FromWorker) -> None:
         outputs.send(encoder.encode(message))
 
-    def receive(results_fd: int | None) -> ToWorker | None:
-        if results_fd is not None and results_fd not in poller:
-            poller.register(results_fd, zmq.POLLIN)
+    def receive(wake_fds: Sequence[int]) -> ToWorker | None:
+        for descriptor in wake_fds:
+            if descriptor not in poller:
+                poller.register(descriptor, zmq.POLLIN)
         events = dict(poller.poll())
-        if results_fd in events:  # results first: their receiver may be about to send more work
+        if any(
+            descriptor in events for descriptor in wake_fds
+        ):  # results first: their receiver may be about to send more work
             return None
         if inputs in events:
             message: ToWorker = decoder.decode(inputs.recv())
             return message
         return WorkerShutdown()  # end of file: the engine core is gone
 
-    given = dict(zip(launch.descriptors, read_descriptors(), strict=False))
-    parallel = dataclasses.replace(launch.parallel, memory_fd=given.get("ranks", -1))
-    code = Worker(parallel, launch.config, send).run(receive)
+    descriptors = dict(zip(launch.descriptors, read_descriptors(), strict=True))
+    parallel = dataclasses.replace(launch.parallel, memory_fd=descriptors.get("ranks", -1))
+    code = Worker(parallel, launch.config, send, descriptors).run(receive)
     outputs.close(linger=2000)
     inputs.close(linger=0)
     context.term()

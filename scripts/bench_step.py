@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -95,9 +95,13 @@ class Steps:
         lora: LoRAConfig | None = None,
         parallel: ParallelState | None = None,
         num_threads: int | None = None,
+        descriptors: Mapping[str, int] | None = None,
         **fields: Any,
     ) -> None:
-        """Starts a worker, which may be one of several ranks; ``fields``: others of the model's configuration."""
+        """Starts a worker, which may be one of several ranks.
+
+        ``fields``: others of the model's configuration. ``descriptors``: see ``Worker``.
+        """
         path = Path(model)
         gguf = read_gguf(path).header() if path.suffix == ".gguf" else None
         config = ExecutorConfig(
@@ -107,7 +111,7 @@ class Steps:
             step_size=StepSize(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
         )
         self.answers: list[FromWorker] = []
-        self.worker = Worker(parallel or ParallelState(), config, self.answers.append)
+        self.worker = Worker(parallel or ParallelState(), config, self.answers.append, descriptors)
         self.worker.start()
         ready = next(answer for answer in self.answers if isinstance(answer, WorkerReady))
         self.groups = ready.kv_cache_groups

@@ -79,6 +79,20 @@ class FakeDevice:
             pooler_output=tuple(pooled),
         )
 
+    def spoil(self, plan: SchedulerOutput) -> None:
+        """Begins to execute a plan, and dies: whatever it writes is garbage."""
+        for slot in i32(plan.finished_slots).tolist():
+            del self.slots[slot]
+        for request in plan.new_reqs:
+            self.slots[request.slot] = _Slot(request, len(self.groups))
+        self._update_blocks(plan.block_updates)
+        for slot, count in zip(i32(plan.slots).tolist(), i32(plan.num_scheduled_tokens).tolist(), strict=True):
+            row = self.slots[slot]
+            for group, blocks in zip(self.groups, row.blocks, strict=True):
+                for position in range(row.num_computed, row.num_computed + count):
+                    group.write(blocks[position // group.block_size], position, -7)
+            row.num_computed += count
+
     def _update_blocks(self, columns: Sequence[bytes]) -> None:
         assert len(columns) in (0, len(self.groups))
         for group, column in enumerate(columns):

@@ -20,6 +20,7 @@ from starlette.types import Message
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from api.config import ServerConfig, make_config
+from api.engine.calls import Answer
 from api.engine.channel import Channel, PacedChannel
 from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
@@ -27,6 +28,7 @@ from api.engine.output import OutputProcessor
 from api.engine.place import no_such_rank
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
 from api.engine.request_state import OutputOptions, RequestState
+from api.engine.sleeper import Sleeper
 from api.errors import EngineDeadError
 from api.generation.adapters import Adapters
 from api.generation.host import Host
@@ -151,6 +153,7 @@ class FakeEngineClient:
     def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics, script: Script = echo_script) -> None:
         self.tokenizer = tokenizer
         self.dead: EngineDeadError | None = None
+        self.sleeper = Sleeper(self.call, metrics.on_sleep)
         self.script = script
         self.submitted: list[EngineCoreRequest] = []
         """Every request there ever was."""
@@ -275,10 +278,11 @@ class FakeEngineClient:
             for number, (request_id, seed) in enumerate(zip(request_ids, seeds, strict=True))
         ]
 
-    async def call(self, make: Callable[[int], object]) -> dict[str, str]:
-        """Adapters fit if their name is not ``unfit``."""
+    async def call(self, make: Callable[[int], object]) -> Answer:
+        """Adapters fit if their name is not ``unfit``; other calls do nothing."""
         message = make(1)
-        assert isinstance(message, EnsureAdapter)
+        if not isinstance(message, EnsureAdapter):
+            return {}
         return {"error": "it does not fit" if message.adapter.name == "unfit" else ""}
 
     def tell(self, message: ForgetAdapter) -> None:

@@ -11,7 +11,7 @@ from api.flags import Parser
 
 SHELLS = ("bash", "zsh", "fish")
 FILES = {
-    *("model_tag", "words", "config", "chat_template", "tokenizer", "download_dir", "uds"),
+    *("model_tag", "words", "config", "chat_template", "tokenizer", "download_dir", "uds", "kv_cache_dir"),
     *("input_file", "output_file", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs"),
 }
 """Options whose value is a path."""

@@ -26,9 +26,10 @@ from api.engine.place import ALONE, INDEX_BITS, Place, no_such_rank
 from api.engine.queue_bound import NOBODY, QueueBound, Tenant
 from api.engine.request_state import OutputOptions, RequestState
 from api.engine.resubmission import clear_suspicion, resumed_request, runs_alone, trial_order
+from api.engine.sleeper import Sleeper
 from api.engine.supervisor import Supervisor
 from api.engine.vocabulary import VocabularyFrame
-from api.errors import EngineDeadError
+from api.errors import EngineDeadError, asleep
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, engine_identity, get_logger
@@ -50,9 +51,11 @@ from engine_core.messages import (
     ResolvedParams,
     ResolvedPoolingParams,
     SiblingRequests,
+    SleepRequest,
     StatusRequest,
     ToEngineCore,
     UtilityOutput,
+    WakeUpRequest,
     WorkersLost,
     WorkersRestarted,
 )
@@ -80,7 +83,7 @@ BYTES_PER_ROW = 16
 """Bytes of a message that count as one row. A row with more than a token takes more of both, bytes and time."""
 MAX_ABORTS_PER_TURN = 256
 
-ControlMessage = Ping | StatusRequest | ResetPrefixCache | EnsureAdapter
+ControlMessage = Ping | StatusRequest | ResetPrefixCache | EnsureAdapter | SleepRequest | WakeUpRequest
 
 
 @dataclass
@@ -145,7 +148,7 @@ class EngineClient:
         self._epoch, self._fd = 0, -1
         self._serving = self._has_workers = self._closing = self._receives_soon = self._was_idle = False
         self._next_index = place.rank << INDEX_BITS
-        self._calls = Calls()
+        self._calls, self.sleeper = Calls(), Sleeper(self.call, metrics.on_sleep)
         self._budget = RestartBudget()
         self._life = _Life()
         self._last_words: EngineDead | None = None
@@ -236,7 +239,8 @@ class EngineClient:
         """Whether new requests run without a pause: engine core and workers are up and responding."""
         watch = self._life.watch
         is_silent = watch is not None and watch.waited > UNREADY_TIME
-        return self.dead is None and self._serving and self._has_workers and not is_silent
+        is_up = self._serving and self._has_workers and not self.sleeper.is_sleeping
+        return self.dead is None and is_up and not is_silent
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -460,6 +464,8 @@ class EngineClient:
     def _present_queue(self) -> QueueBound:
         if self.dead is not None:
             raise self.dead
+        if self.sleeper.is_sleeping:
+            raise asleep()
         self._queue.num_unfinished = self.num_unfinished
         self._queue.is_saturated = self.is_saturated
         return self._queue
@@ -530,6 +536,7 @@ class EngineClient:
 
         Raises:
             EngineDeadError: The engine died before it answered.
+            CallError: The engine refuses.
         """
         if not self._serving:
             raise EngineDeadError("the engine is not running at the moment")
@@ -602,7 +609,7 @@ class EngineClient:
         if isinstance(message, EngineCoreOutputs):
             self._on_outputs(message)
         elif isinstance(message, UtilityOutput):
-            self._calls.answer(message.call_id, message.result)
+            self._calls.answer(message.call_id, message.result, message.error)
         elif isinstance(message, LoadProgress):
             if self._on_progress is not None and self.ready is None:
                 self._on_progress(message)
@@ -645,6 +652,7 @@ class EngineClient:
 
     def _on_ready(self, message: EngineReady) -> None:
         self._serving = self._has_workers = True
+        self.sleeper.awake()
         self._budget.serves()
         states = list(self._processor.states.values())
         for state in states:

@@ -70,6 +70,8 @@ class _StepCollector(Collector):
         self.latency_sum = 0.0
         self.iteration_counts = np.zeros(len(ITERATION_BUCKETS) + 1, np.int64)
         self.iteration_sum = 0
+        self.sleep_level = 0
+        """0: the engine is awake."""
         self.lost = SchedulerStats()
         """Counts of previous engine cores."""
 
@@ -81,6 +83,8 @@ class _StepCollector(Collector):
             stats,
             prefix_cache_queries=stats.prefix_cache_queries + lost.prefix_cache_queries,
             prefix_cache_hits=stats.prefix_cache_hits + lost.prefix_cache_hits,
+            external_prefix_cache_queries=stats.external_prefix_cache_queries + lost.external_prefix_cache_queries,
+            external_prefix_cache_hits=stats.external_prefix_cache_hits + lost.external_prefix_cache_hits,
             num_preemptions=stats.num_preemptions + lost.num_preemptions,
             num_drafts=stats.num_drafts + lost.num_drafts,
             num_draft_tokens=stats.num_draft_tokens + lost.num_draft_tokens,
@@ -102,9 +106,13 @@ class _StepCollector(Collector):
         )
         yield self._gauges(
             "vllm:engine_sleep_state",
-            "Whether the engine sleeps; always 0.",
+            "Whether the engine sleeps: with its weights in memory (weights_offloaded), or without.",
             "sleep_state",
-            {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
+            {
+                "awake": int(self.sleep_level == 0),
+                "weights_offloaded": int(self.sleep_level == 1),
+                "discard_all": int(self.sleep_level == 2),
+            },
         )
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
             yield self._gauge(name, "Fraction of KV blocks in use.", stats.kv_cache_usage)
@@ -114,6 +122,11 @@ class _StepCollector(Collector):
                 f"{prefix}prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", queries
             )
             yield self._counter(f"{prefix}prefix_cache_hits", "Prompt tokens found in the prefix cache.", hits)
+        for name, what, count in (
+            ("queries", "looked up in --kv-cache-dir", stats.external_prefix_cache_queries),
+            ("hits", "loaded from --kv-cache-dir", stats.external_prefix_cache_hits),
+        ):
+            yield self._counter(f"vllm:external_prefix_cache_{name}", f"Prompt tokens {what}.", count)
         yield self._counter(
             "vllm:num_preemptions", "Preemptions of requests for lack of KV blocks.", stats.num_preemptions
         )
@@ -417,6 +430,10 @@ class EngineMetrics:
         """Counts the latency of one token that is not in ``on_step``'s ``latencies``."""
         self._steps.latency_counts[self._latency_bounds.searchsorted(seconds)] += 1
         self._steps.latency_sum += seconds
+
+    def on_sleep(self, level: int) -> None:
+        """Records that the engine sleeps, or at level 0 that it is awake."""
+        self._steps.sleep_level = level
 
     def on_first_token(self, state: RequestState, now: float) -> None:
         self._steps.num_started += 1

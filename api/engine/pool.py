@@ -25,7 +25,8 @@ from api.engine.queue_bound import NOBODY, QueueBound, Tenant
 from api.engine.request_state import OutputOptions, RequestState
 from api.engine.resubmission import trial_order
 from api.engine.routing import Prefix, Router
-from api.errors import EngineDeadError
+from api.engine.sleeper import Sleepers
+from api.errors import EngineDeadError, asleep
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import get_logger
@@ -122,6 +123,7 @@ class EnginePool:
             )
             for rank in self._ranks
         ]
+        self.sleeper = Sleepers(self.clients)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -304,6 +306,8 @@ class EnginePool:
     def _present_queue(self) -> QueueBound:
         if self.dead is not None:
             raise self.dead
+        if self.sleeper.is_sleeping:
+            raise asleep()
         self.queue.num_unfinished = self.num_unfinished
         self.queue.is_saturated = all(client.is_saturated for client in self.clients if client.dead is None)
         return self.queue

@@ -1,8 +1,9 @@
-"""A progress bar for loading, shown if it takes longer than a second."""
+"""Progress bars: of loading, shown if it takes longer than a second, and the speed of offline requests."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -40,3 +41,20 @@ class LoadBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class SpeedMeter:
+    """Shows tokens per second on a progress bar, in vLLM's format."""
+
+    def __init__(self) -> None:
+        self._input = self._output = 0
+        self._begin = time.monotonic()
+
+    def add(self, bar: tqdm[NoReturn], num_input: int, num_output: int) -> None:
+        """Counts the tokens of a finished completion or prompt and updates the bar's text."""
+        self._input += num_input
+        self._output += num_output
+        seconds = max(time.monotonic() - self._begin, 1e-6)
+        bar.postfix = (
+            f"est. speed input: {self._input / seconds:.2f} toks/s, output: {self._output / seconds:.2f} toks/s"
+        )

@@ -86,6 +86,11 @@ class Serving:
         return any(model.client.dead is not None for model in self.models)
 
     @property
+    def is_sleeping(self) -> bool:
+        """Whether any engine sleeps."""
+        return any(model.client.sleeper.is_sleeping for model in self.models)
+
+    @property
     def is_ready(self) -> bool:
         """Whether all engines run new requests without a pause."""
         return all(model.client.is_ready for model in self.models)

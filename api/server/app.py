@@ -35,7 +35,7 @@ from api.responses import endpoints as responses
 from api.responses import protocol as responses_protocol
 from api.responses.errors import RESPONSES_ERRORS
 from api.responses.store import ResponseStore
-from api.server import monitoring
+from api.server import monitoring, sleeping
 from api.server.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix, WhileConnected, allowed_hosts
 from api.server.openapi import Document, Operation
 from api.server.web_routes import WebPages
@@ -261,6 +261,43 @@ OPERATIONS = (
         request=invocations.Invocation,
         example={"prompt": "Hi", "max_tokens": 8},
         queues=True,
+    ),
+    Operation(
+        "POST",
+        "/sleep",
+        sleeping.sleep,
+        "Free memory until /wake_up",
+        query=sleeping.SleepQuery,
+        response=sleeping.SleepState,
+        is_wanted=lambda config: bool(config.admin_api_key),
+        is_admin=True,
+    ),
+    Operation(
+        "POST",
+        "/wake_up",
+        sleeping.wake_up,
+        "End sleep",
+        query=sleeping.WakeUpQuery,
+        response=sleeping.SleepState,
+        is_wanted=lambda config: bool(config.admin_api_key),
+        is_admin=True,
+    ),
+    Operation(
+        "POST",
+        "/reload_weights",
+        sleeping.reload_weights,
+        "Load the weights again from the model's files",
+        response=sleeping.SleepState,
+        is_wanted=lambda config: bool(config.admin_api_key),
+        is_admin=True,
+    ),
+    Operation(
+        "GET",
+        "/is_sleeping",
+        sleeping.is_sleeping,
+        "Check whether the server sleeps",
+        response=sleeping.SleepState,
+        is_wanted=lambda config: bool(config.admin_api_key),
     ),
     Operation("GET", "/health", monitoring.health, "Check whether the server accepts requests", is_open=True),
     Operation("GET", "/ping", monitoring.ping, "Alias of /health", is_open=True),

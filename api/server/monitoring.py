@@ -49,6 +49,8 @@ async def readyz(request: Request) -> Response:
         return _probe("the engine is dead")
     if traffic.is_draining:
         return _probe("the server is shutting down")
+    if serving.is_sleeping:
+        return _probe("the server sleeps")
     return _probe("" if serving.is_ready else "the engine is restarting")
 
 

@@ -22,6 +22,7 @@ ERRORS = {
     403: "The Host name is not allowed; see --allowed-hosts.",
     404: "Unknown model.",
     408: "The body arrived too slowly.",
+    409: "Not at this time: the engine is falling asleep, waking up or restarting.",
     413: "The body is too large.",
     422: "The request crashed the engine and is rejected for a while.",
     429: "Too many requests are waiting.",
@@ -64,6 +65,8 @@ class Operation:
     """Whether the route needs no key and is also served while the server drains."""
     is_admin: bool = False
     """Whether it changes the server, and so needs a key of ``--admin-api-key``."""
+    query: type[msgspec.Struct] | None = None
+    """Type of the query's parameters, each optional; None: there are none."""
 
 
 class Document:
@@ -123,6 +126,13 @@ def _describe(operation: Operation, schemas: Schemas, *, is_guarded: bool) -> di
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
+    if operation.query is not None:
+        described["parameters"] = [
+            {"name": name, "in": "query", "schema": schema}
+            for name, schema in msgspec.json.schema(operation.query)["$defs"][operation.query.__name__][
+                "properties"
+            ].items()
+        ]
     if is_guarded:
         described["security"] = [{_KEY: []}]
     return described
@@ -143,7 +153,9 @@ def _responses(operation: Operation, schemas: Schemas, *, is_guarded: bool) -> d
     responses: dict[str, Any] = {"200": good}
     error = {"application/json": {"schema": schemas[operation.errors.body]}}
     for status, description in ERRORS.items():
-        if status in _WITH_BODY_ONLY and operation.request is None:
+        if status in _WITH_BODY_ONLY and operation.request is None and (status != 400 or operation.query is None):
+            continue
+        if status == 409 and (not operation.is_admin or operation.request is not None):
             continue
         if status == 404 and operation.request is None and "{" not in operation.path:
             continue

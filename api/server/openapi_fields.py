@@ -310,6 +310,7 @@ FIELDS: Mapping[str, str] = {
     "ChatChoice.logprobs": "Log probabilities of the tokens.",
     "ChatChunkChoice.logprobs": "Log probabilities of the tokens.",
     "ModelCard.id": "Name of the model.",
+    "SleepState.is_sleeping": "Whether the server sleeps.",
     "ModelCard.parent": "Of an adapter: name of the model that it changes.",
     "lora_name": "Name of the adapter, which requests give as their model.",
     "lora_path": "Folder with adapter_config.json and adapter_model.safetensors, within --allowed-lora-path.",

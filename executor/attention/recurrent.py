@@ -13,6 +13,7 @@ import torch
 
 import ops
 from executor.attention.base import MAMBA, RECURRENT_KINDS, AttentionStep, KVCache
+from executor.messages import STATES_LAYOUT
 from ops import AttentionMetadata, AttentionShape
 
 
@@ -22,7 +23,7 @@ class RecurrentStates:
     name = "recurrent"
     block_size = 256
     block_size_multiple = 1
-    kv_layout = "states"
+    kv_layout = STATES_LAYOUT
 
     def supports(self, shape: AttentionShape, dtype: torch.dtype) -> str | None:
         return None if shape.kind in RECURRENT_KINDS else f"layers of kind {shape.kind!r} are not supported"

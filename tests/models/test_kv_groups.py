@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from api import LLM, SamplingParams
+from api.errors import RequestError
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
 from engine_core.messages import EngineCoreRequest, ResolvedParams, ResolvedPoolingParams, to_array
@@ -22,11 +25,12 @@ from engine_core.scheduler import Scheduler
 from executor.attention.recurrent import RecurrentStates
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
+from executor.kv_memory import KVMemory
 from executor.layers.attention import form_groups
 from executor.layers.context import ModelContext
 from executor.layers.mlp import GatedMLP
 from executor.loader import load_model
-from executor.messages import InitKVCache
+from executor.messages import STATES_LAYOUT, InitKVCache
 from executor.model_runner import ModelRunner
 from executor.models.decoder import CausalDecoder, DecoderParts
 from executor.parallel import ParallelState
@@ -306,6 +310,30 @@ def test_a_whole_engine_serves_more_tokens_than_its_cache_holds(kind: str, num_b
     ]
 
 
+def test_a_store_and_sleep_change_no_bit(tmp_path: Path) -> None:
+    kind = "qwen3_5"  # attention, and a state for every 256 tokens
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, logprobs=2)
+    prompt = {"prompt_token_ids": random_tokens(300, seed=11)}
+
+    def outputs(llm: LLM) -> tuple[Any, int | None]:
+        (result,) = llm.generate([prompt], params, use_tqdm=False)
+        return (result.outputs[0].token_ids, result.outputs[0].logprobs), result.num_cached_tokens
+
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": MAX_LEN, "kv_cache_memory": "16MiB"}
+    options |= {"distributed_executor_backend": "inline", "check_every_step": True}
+    model = str(tiny.checkpoint(kind, **MODELS[kind]))
+    with LLM(model, kv_cache_dir=str(tmp_path), **options) as llm:
+        first, num_cached = outputs(llm)
+        assert num_cached == 0
+        llm.sleep(level=2)
+        with pytest.raises(RequestError, match="sleeps"):
+            outputs(llm)
+        llm.wake_up()
+        assert outputs(llm) == (first, 256)
+    with LLM(model, kv_cache_dir=str(tmp_path), **options) as llm:
+        assert outputs(llm) == (first, 256)
+
+
 # -- memory that is handed over, and models without a cache -------------------------------------------------------
 
 
@@ -337,6 +365,37 @@ def test_caches_lie_in_memory_that_is_handed_over(kind: str, monkeypatch: pytest
     assert same(engine.run(), expected.answers)
     with pytest.raises(ValueError, match="does not fit into 0 bytes"):
         device.allocate_kv((1,), torch.float32)
+
+
+@pytest.mark.parametrize("num_turns", [5, 24])
+@pytest.mark.parametrize("kind", MODELS)
+def test_new_workers_go_on_with_what_the_last_ones_wrote(
+    kind: str, num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = without_freeing(kind)
+    descriptor = os.memfd_create("kv")
+    machine = runner(kind, "cpu", "float32")
+    monkeypatch.setattr(machine, "kv_memory", KVMemory(descriptor))
+    engine = Engine(kind)
+    has_states = any(group.backend.kv_layout == STATES_LAYOUT for group in machine.groups)
+    engine.scheduler.shape = replace(engine.scheduler.shape, has_states=has_states)
+    add_all(engine)
+    for _ in range(num_turns):
+        engine.turn()
+    lost = [step for _, step in engine.in_flight]
+    assert lost
+    with torch.inference_mode():
+        machine.execute(engine.in_flight[0][0])  # its result is lost
+    engine.in_flight.clear()
+    size = machine.kv_memory.num_bytes if machine.kv_memory else 0
+    machine.kv_memory = KVMemory(descriptor)
+    machine.initialize(InitKVCache(tuple(group.num_blocks for group in engine.scheduler.shape.groups), MAX_LEN))
+    assert machine.kv_memory.num_bytes == size > 0
+    engine.scheduler.restart(lost)
+    kept = sum(request.num_kept_tokens for request in engine.scheduler.waiting)
+    assert has_states or kept
+    assert same(engine.run(), expected)
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

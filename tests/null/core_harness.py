@@ -36,11 +36,14 @@ from engine_core.messages import (
 from executor.base import WorkerDiedError
 from executor.messages import (
     AdapterLoaded,
+    FreeKVCache,
     FromWorker,
     Heartbeat,
     InitKVCache,
+    KVCacheFreed,
     KVCacheGroupSpec,
     KVCacheReady,
+    KVTransfer,
     LoadAdapter,
     LoadProgress,
     ModelRunnerOutput,
@@ -86,6 +89,12 @@ class FakeExecutor:
         self.hung_up = False
         """``submit`` finds nobody."""
         self.dies_of: Callable[[SchedulerOutput], bool] = lambda plan: False
+        self.kept_bytes = 0
+        """Size of a KV cache that outlives the workers; 0: it does not."""
+        self.kept_groups: Any = None
+        self.fingerprint = ""
+        self.transfers: deque[KVTransfer] = deque()
+        """Transfers that a test must answer."""
         self.groups = GROUPS
         """What the model needs of the KV cache."""
         self.propose: Callable[[list[int]], list[int]] = lambda tokens: []
@@ -105,7 +114,8 @@ class FakeExecutor:
         self.adapters = {}
         if self.loads_by_itself:
             for rank in range(self.num_ranks):
-                self.inbox.append([LoadProgress(rank, "weights", 1, 1), worker_ready(rank=rank, groups=self.groups)])
+                ready = worker_ready(rank=rank, groups=self.groups, fingerprint=self.fingerprint)
+                self.inbox.append([LoadProgress(rank, "weights", 1, 1), ready])
 
     def submit(self, message: ToWorker) -> None:
         assert self.is_up
@@ -122,8 +132,17 @@ class FakeExecutor:
             shapes = zip(message.num_blocks, self.groups, strict=True)
             groups = [GroupShape(count, group.block_size, group.sliding_window) for count, group in shapes]
             self.device = FakeDevice(groups, VOCAB, STOP, self.propose)
+            if self.kept_bytes and self.kept_groups is not None:
+                self.device.groups = self.kept_groups
+            self.kept_groups = self.device.groups
             if self.loads_by_itself:
-                self.inbox += [[KVCacheReady(rank)] for rank in range(self.num_ranks)]
+                self.inbox += [[KVCacheReady(rank, self.kept_bytes)] for rank in range(self.num_ranks)]
+        elif isinstance(message, FreeKVCache):
+            for group in self.device.groups:
+                group.blocks[:] = 0
+            self.inbox += [[KVCacheFreed(rank)] for rank in range(self.num_ranks)]
+        elif isinstance(message, KVTransfer):
+            self.transfers.append(message)
 
     def _load(self, message: LoadAdapter) -> None:
         """An adapter whose path says so cannot be loaded."""
@@ -185,8 +204,12 @@ class FakeExecutor:
     def kill(self) -> None:
         self.shutdown()
 
+    def forget_memory(self) -> None:
+        self.kept_groups = None
+
     def shutdown(self) -> None:
         self.is_up = False
+        self.transfers.clear()
         self.plans.clear()
         self.beats.clear()
         self.inbox.clear()
@@ -215,7 +238,10 @@ GROUPS = (KVCacheGroupSpec(kind="full", block_size=BLOCK_SIZE, bytes_per_block=1
 
 
 def worker_ready(
-    num_blocks: int = NUM_BLOCKS, rank: int = 0, groups: tuple[KVCacheGroupSpec, ...] = GROUPS
+    num_blocks: int = NUM_BLOCKS,
+    rank: int = 0,
+    groups: tuple[KVCacheGroupSpec, ...] = GROUPS,
+    fingerprint: str = "",
 ) -> WorkerReady:
     return WorkerReady(
         rank=rank,
@@ -227,6 +253,7 @@ def worker_ready(
         max_model_len=MAX_LEN,
         vocab_size=VOCAB,
         hidden_size=HIDDEN_SIZE,
+        fingerprint=fingerprint,
     )
 
 

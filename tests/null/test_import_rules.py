@@ -60,6 +60,7 @@ TORCH_FREE = [
     "liveness",
     "helper",
     "helper_process",
+    "kv_transfer.disk",
 ]
 ROOMS = (
     ("", "__main__", "cli", "llm", "llm_inputs", "octavo"),
@@ -123,6 +124,11 @@ FOLDERS: dict[str, set[str]] = {
     },
     # Who holds what, which nobody else decides.
     "executor/parallel": {"config"},
+    # Stores know blocks; open.py, which the worker imports, takes them from its model.
+    "executor/kv_transfer": {"base", "log", "messages", "model_runner", "registry"},
+    "engine_core/kv_transfer": {
+        *("config", "kv_cache_manager", "memory", "messages", "request", "single_type_kv_cache_manager"),
+    },
     # Grammars know requests, not plans.
     "engine_core/structured": {"messages", "request"},
     # The definitions of ops know no implementation; op sets know each other not at all.

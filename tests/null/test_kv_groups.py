@@ -170,6 +170,42 @@ def test_the_group_that_lacks_blocks_decides_who_runs() -> None:
         assert engine.outputs[index] == expected_output(prompt, 20)
 
 
+@pytest.mark.parametrize("num_turns", range(1, 24))
+@pytest.mark.parametrize("groups", [(GroupShape(64, 4),), (WINDOW, FULL)])
+def test_a_cache_that_outlives_workers_saves_all_but_the_steps_in_flight(
+    groups: tuple[GroupShape, ...], num_turns: int
+) -> None:
+    engine = Engine.create(groups=groups, max_num_batched_tokens=8)
+    inputs = prompts(3, 30)
+    for index, prompt in enumerate(inputs):
+        engine.scheduler.add_request(make_request(index, prompt, 20))
+    for _ in range(num_turns):
+        engine.turn()
+    in_flight = sum(step.num_tokens for _, step in engine.in_flight)
+    recomputed = engine.restart_with_cache()
+    if len(groups) == 1:  # a step of a prompt frees what lies behind its window
+        assert recomputed <= in_flight  # rows of ended requests need not be computed
+    engine.run()
+    for index, prompt in enumerate(inputs):
+        assert engine.outputs[index] == expected_output(prompt, 20)
+
+
+def test_waiting_requests_give_up_what_they_keep_if_another_needs_it() -> None:
+    engine = Engine.create(num_blocks=16, block_size=4, max_num_batched_tokens=64)
+    inputs = prompts(3, 15, seed=5)
+    for index in range(3):
+        engine.scheduler.add_request(make_request(index, inputs[index], 30))
+    for _ in range(12):
+        engine.turn()
+    engine.restart_with_cache()
+    assert engine.scheduler.kv.num_free < engine.scheduler.kv.num_blocks
+    engine.scheduler.forget_cache()
+    assert engine.scheduler.kv.num_free == engine.scheduler.kv.num_blocks
+    engine.run()
+    for index in range(3):
+        assert engine.outputs[index] == expected_output(inputs[index], 30)
+
+
 @pytest.mark.parametrize("num_turns", range(1, 20, 2))
 def test_a_restart_begins_with_empty_groups(num_turns: int) -> None:
     engine = Engine.create(groups=(WINDOW, FULL), max_num_batched_tokens=8)
@@ -247,6 +283,8 @@ def test_random_arrivals_aborts_and_stops_leak_nothing(data: st.DataObject) -> N
                     aborted.add(victim)
             case 2:
                 engine.restart()
+            case 4:
+                engine.restart_with_cache()
             case 3:
                 engine.scheduler.kv.reset_prefix_cache()
         engine.scheduler.check_integrity()

@@ -138,6 +138,23 @@ class Engine:
         self.scheduler.restart()
         self.device = FakeDevice(self.scheduler.shape.groups, VOCAB, STOP, self.device.propose)
 
+    def restart_with_cache(self) -> int:
+        """New workers that find the cache of the last ones, with half of a step in flight written into it.
+
+        Returns:
+            Tokens of running requests that must be computed again.
+        """
+        device = FakeDevice(self.scheduler.shape.groups, VOCAB, STOP, self.device.propose)
+        device.groups = self.device.groups
+        for plan, _ in self.in_flight:
+            self.device.spoil(plan)
+        before = int(sum(self.scheduler.table.num_scheduled[self.scheduler.table.running]))
+        self.scheduler.restart([step for _, step in self.in_flight])
+        self.in_flight.clear()
+        self.device = device
+        self.scheduler.check_integrity()
+        return before - sum(request.num_kept_tokens for request in self.scheduler.requests.values())
+
     def plan(self) -> bool:
         planned = self.scheduler.schedule()
         if planned is None:
