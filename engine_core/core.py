@@ -303,6 +303,8 @@ class EngineCore:
         commands, scheduler.adapters.commands = scheduler.adapters.commands, []
         for command in (*commands, *scheduler.take_transfers()):
             self.executor.submit(command)
+        for call_id in scheduler.adapters.take_abandoned():
+            self.transport.send(UtilityOutput(call_id=call_id, result={"error": ABANDONED}))
 
     @property
     def _awaited(self) -> Sequence[InFlight]:
@@ -752,8 +754,6 @@ class EngineCore:
             if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
             self._scheduler.restart(self._awaited if self._kept.trusts(error) else None)
-            for call_id in self._scheduler.adapters.take_abandoned():
-                self.transport.send(UtilityOutput(call_id=call_id, result={"error": ABANDONED}))
         self.in_flight.clear()
         self._results.clear()
         self._lagging.clear()

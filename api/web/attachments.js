@@ -103,7 +103,7 @@ export async function contentOf(message, files) {
 
 /** A text file, fenced with more backticks than it has in a row. */
 function quoted({ name, text }) {
-  const longest = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => Math.min(run.length, 1000)));
+  const longest = (text.match(/`+/g) ?? []).reduce((most, run) => Math.max(most, Math.min(run.length, 1000)), 2);
   const fence = "`".repeat(longest + 1);
   const suffix = /\.(\w{1,12})$/.exec(name)?.[1] ?? "";
   return `${name}:\n\n${fence}${suffix}\n${text}${text.endsWith("\n") ? "" : "\n"}${fence}`;
