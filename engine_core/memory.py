@@ -109,10 +109,6 @@ def _describe(worker: WorkerReady) -> str:
     return ", ".join(groups) or "none"
 
 
-STATES = "states"
-"""``KVCacheGroupSpec.layout`` of states, whose blocks are large."""
-
-
 class _Sizes:
     """Sizes of a cache whose groups each hold ``num_blocks * block_size`` tokens, or fewer if they need less."""
 
@@ -131,7 +127,7 @@ class _Sizes:
         shape = GroupShape(own, spec.block_size, spec.sliding_window)
         if shape.window is None or not self._has_full:
             return shape
-        seqs = self._num_states(num_blocks) if spec.layout == STATES else self.max_num_seqs
+        seqs = self._num_states(num_blocks) if spec.layout == STATES_LAYOUT else self.max_num_seqs
         most = seqs * shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
         return GroupShape(min(own, most), spec.block_size, spec.sliding_window)
 
@@ -141,7 +137,7 @@ class _Sizes:
         for spec in self.ready[0].kv_cache_groups:
             own = num_blocks * (self.block_size // spec.block_size)
             shape = GroupShape(own, spec.block_size, spec.sliding_window)
-            if spec.layout == STATES:
+            if spec.layout == STATES_LAYOUT:
                 blocks = shape.max_live_blocks(num_blocks * self.block_size, self.step_tokens)
                 live += spec.bytes_per_block * blocks
             elif shape.window is None:

@@ -21,7 +21,7 @@ from executor.messages import FinishedTransfer, KVTransfer
 MIN_TOKENS = 64
 """Prefixes that gain less than this are computed, and shorter texts are not stored."""
 MAX_HELD = 8
-"""A transfer that stores blocks holds at most one in this many of the cache."""
+"""A transfer that stores blocks holds at most one in this many of the cache, or two."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class KVTransfers:
             hashes = request.block_hashes.get(manager.block_size, [])
             if len(hashes) * manager.block_size < MIN_TOKENS:
                 return
-            room = manager.pool.num_blocks // MAX_HELD
+            room = max(2, manager.pool.num_blocks // MAX_HELD)
             for block_hash in hashes:
                 key = group, block_hash
                 if key in self._connector:

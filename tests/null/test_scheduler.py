@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_core import scheduler
+from engine_core.adapters import AdapterPool
 from engine_core.cache_shape import CacheShape, GroupShape
-from engine_core.config import CacheConfig, SchedulerConfig
+from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
 from engine_core.in_flight import InFlight
 from engine_core.messages import (
     EngineCoreOutputs,
@@ -31,7 +32,7 @@ from engine_core.messages import (
 )
 from engine_core.request import Request
 from engine_core.scheduler import Scheduler
-from executor.messages import LoRARequest, ModelRunnerOutput, RowError, SchedulerOutput
+from executor.messages import AdapterLoaded, LoadAdapter, LoRARequest, ModelRunnerOutput, RowError, SchedulerOutput
 from tests import fake_device
 from tests.fake_device import FakeDevice, next_token
 
@@ -240,13 +241,19 @@ def test_finish_reasons() -> None:
 
 def test_workers_hear_of_the_adapter() -> None:
     engine = Engine.create()
+    adapters = engine.scheduler.adapters = AdapterPool(LoRAConfig(enable_lora=True))
     plain, adapted = (make_request(index, prompt, 3) for index, prompt in enumerate(prompts(2)))
     adapter = LoRARequest(name="polite", lora_id=3, path="/adapters/polite", content_hash="f00d")
     adapted.message = msgspec.structs.replace(adapted.message, lora_request=adapter)
     engine.scheduler.add_request(plain)
     engine.scheduler.add_request(adapted)
     assert engine.plan()
-    assert [new.lora_id for new in engine.in_flight[0][0].new_reqs] == [0, 3]
+    (command,) = adapters.commands
+    assert isinstance(command, LoadAdapter) and command.adapter == adapter
+    adapters.answered(AdapterLoaded(0, command.number, adapter.content_hash))
+    engine.scheduler.unpark()
+    assert engine.plan()
+    assert [[new.lora_id for new in plan.new_reqs] for plan, _ in engine.in_flight] == [[0], [command.number]]
     engine.run()
 
 
