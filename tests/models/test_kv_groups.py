@@ -224,7 +224,7 @@ def test_freed_blocks_change_no_bit(kind: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float32, cache in int8"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "falcon_h1"])  # whose states are as qwen3_5's
 def test_nothing_reads_blocks_that_nobody_uses(kind: str, backend: str, dtype: str) -> None:
     # The reference's bits depend on how a prompt is cut: the same steps in either run.
     expected = without_freeing(kind, backend, dtype=dtype, depth=1, caching=False)
