@@ -30,7 +30,7 @@ def fingerprint(request: EngineCoreRequest) -> bytes:
         request.pooling_params,
         request.grammar,
         request.lora_request,
-        request.mm_features,
+        [(each.identifier, each.offset) for each in request.mm_features],  # hashes stand for what may be large
     )
     digest = hashlib.blake2b(msgspec.msgpack.encode(asked), digest_size=16)
     for column in (request.prompt_token_ids, request.resumed_output_token_ids):
