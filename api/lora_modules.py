@@ -15,6 +15,8 @@ class LoRAModule(NamedTuple):
 
     name: str
     path: str
+    scale: float = 1.0
+    """Factor of what the adapter adds."""
 
 
 class _Entry(msgspec.Struct):
@@ -23,6 +25,7 @@ class _Entry(msgspec.Struct):
     name: str
     path: str
     base_model_name: str | None = None
+    scale: float = 1.0
 
 
 def lora_modules(entries: Sequence[str]) -> list[LoRAModule]:
@@ -38,7 +41,7 @@ def lora_modules(entries: Sequence[str]) -> list[LoRAModule]:
                 read = msgspec.json.decode(entry, type=_Entry)
             except msgspec.DecodeError as error:
                 raise ConfigError(f"--lora-modules: {error}, got {entry!r}") from None
-            module = LoRAModule(read.name, read.path)
+            module = LoRAModule(read.name, read.path, read.scale)
         else:
             module = LoRAModule(*entry.partition("=")[::2])
         if not module.name or not module.path:

@@ -55,8 +55,16 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     return AdapterFiles(path, config, weights)
 
 
-def adapter_hash(path: Path) -> str:
-    """``AdapterFiles.content_hash``, without having all of the weights in memory. Raises as ``read_adapter_files``."""
+def with_scale(content_hash: str, scale: float) -> str:
+    """What identifies an adapter whose products have a factor."""
+    return content_hash if scale == 1.0 else f"{content_hash} * {scale!r}"
+
+
+def adapter_hash(path: Path, scale: float = 1.0) -> str:
+    """The hash of an adapter's files and scale, without having all of the weights in memory.
+
+    Raises as ``read_adapter_files``.
+    """
     config, weights_path = _open(path)
     digest = _start(config)
     try:
@@ -65,7 +73,7 @@ def adapter_hash(path: Path) -> str:
                 digest.update(block)
     except OSError as error:
         raise AdapterFileError(f"{weights_path}: cannot be read: {why(error)}") from error
-    return digest.hexdigest()
+    return with_scale(digest.hexdigest(), scale)
 
 
 def _start(config: bytes) -> hashlib._Hash:

@@ -159,7 +159,10 @@ class LoRARequest(Message, frozen=True):
     path: str
     """Folder with the adapter's weights."""
     content_hash: str
-    """SHA-256 of the adapter's files. Identifies cached K and V, since the name may be reassigned."""
+    """SHA-256 of the adapter's files, followed by the scale if it is not 1. Identifies cached K and V, since the name
+    may be reassigned."""
+    scale: float = 1.0
+    """Factor of what the adapter adds."""
 
 
 class MultiModalFeature(Message, frozen=True):

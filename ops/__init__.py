@@ -5,7 +5,7 @@ Ranks communicate through a ``Communicator`` that the caller passes in. Modules,
 belong here.
 """
 
-from ops.adapters import Adapter, AdapterTable, PackedAdapter, TableAdapter
+from ops.adapters import Adapter, AdapterTable, ExpertAdapters, PackedAdapter, TableAdapter
 from ops.collective import Communicator, NotConnected, SingleRank
 from ops.dispatch import OpSet, op_set, use
 from ops.metadata import KV_CODES, AdapterRows, AttentionMetadata, AttentionShape, KVLayout, Routing, stored_size
@@ -67,6 +67,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionShape",
     "Communicator",
+    "ExpertAdapters",
     "ExpertWeights",
     "GatedActivation",
     "KVLayout",

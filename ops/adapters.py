@@ -29,6 +29,8 @@ class Adapter:
     """float32 [out_features]: added to the layer's own."""
     weight: Weight | None = None
     """[out_features, in_features], as ``pack_linear`` returns it: takes the place of the layer's weight."""
+    spans: Tensor | None = None
+    """int64 [out_features, 2]: the first and the end of the ranks that each row of B has, if it is 0 elsewhere."""
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +65,15 @@ class AdapterTable:
         """Replaces an adapter, between steps."""
         self.adapters[number] = adapter
         self.addresses[number] = 0 if adapter is None else adapter.address
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertAdapters:
+    """The adapters of the experts of a layer. None has a weight of its own."""
+
+    gate_up: tuple[AdapterTable, ...]
+    """Of each expert's gate and up, which are one layer."""
+    down: tuple[AdapterTable, ...]
 
 
 @dataclass(frozen=True, eq=False)

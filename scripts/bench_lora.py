@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -32,7 +33,6 @@ from executor.layers.parameter import stored_module
 from executor.messages import AdapterLoaded, LoadAdapter, LoRARequest
 
 TARGETS = {"q, k, v, o": ("q_proj", "k_proj", "v_proj", "o_proj"), "all linear layers": ("_proj",)}
-NO_LOGITS = ("lm_head", "embed_tokens")
 
 
 def write_adapter(folder: Path, steps: Steps, targets: tuple[str, ...], rank: int) -> int:
@@ -58,13 +58,15 @@ def write_adapter(folder: Path, steps: Steps, targets: tuple[str, ...], rank: in
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def load(steps: Steps, numbers: range, folder: Path) -> None:
-    """Loads the adapter several times, each into memory of its own."""
+def load(steps: Steps, numbers: range, folder: Path) -> float:
+    """Loads the adapter several times, each into memory of its own. Returns the seconds of one time."""
+    begin = time.perf_counter()
     content_hash = adapter_hash(folder)
     for number in numbers:
         steps.worker.handle(LoadAdapter(number, LoRARequest("x", number, str(folder), content_hash)))
         answer = steps.answers[-1]
         assert isinstance(answer, AdapterLoaded) and not answer.error, answer
+    return (time.perf_counter() - begin) / len(numbers)
 
 
 def main() -> None:
@@ -80,9 +82,8 @@ def main() -> None:
     length = context + 2 * rounds + 8
     lora = LoRAConfig(enable_lora=True, max_loras=2 * count, max_lora_rank=arguments.rank)
     with folder_of(arguments.model) as model, tempfile.TemporaryDirectory() as scratch:
-        common = (model, "bfloat16", 512)
-        plain = Steps(*common, count, length, arguments.load_format)
-        steps = Steps(*common, 4 * count, length, arguments.load_format, lora)
+        plain = Steps(model, "bfloat16", 512, count, length, arguments.load_format)
+        steps = Steps(model, "bfloat16", 512, 4 * count, length, arguments.load_format, lora)
         arms = {"plain": (plain, 0), "none": (steps, 0)}
         added = {}
         ids: dict[str, list[int]] = {"none": [0] * count}
@@ -90,16 +91,17 @@ def main() -> None:
             folder = Path(scratch) / str(place)
             added[name] = count * write_adapter(folder, steps, targets, arguments.rank)
             numbers = range(1 + place * count, 1 + (place + 1) * count)
-            load(steps, numbers, folder)
+            seconds_each = load(steps, numbers, folder)
+            print(f"{name}: {added[name] / count / 1e6:.1f} MB, loaded in {seconds_each * 1e3:.0f} ms", flush=True)
             ids[name] = list(numbers)
         one = "one of them, " + next(iter(TARGETS))
         ids[one] = [1] + [0] * (count - 1)
         added[one] = added[next(iter(TARGETS))] // count
         for slot in range(count):
             plain.run([slot], [context], new_reqs=(plain.admit(slot, context),))
-        for place, (name, numbers) in enumerate(ids.items()):
+        for place, (name, chosen) in enumerate(ids.items()):
             arms[name] = (steps, place * count)
-            for index, number in enumerate(numbers):
+            for index, number in enumerate(chosen):
                 slot = place * count + index
                 steps.run([slot], [context], new_reqs=(steps.admit(slot, context, number),))
         times: dict[str, list[float]] = {name: [] for name in arms}

@@ -19,6 +19,7 @@ logger = get_logger()
 
 MAX_NAME = 256
 """Characters of an adapter's name."""
+MAX_SCALE = 1e4
 MAX_ADAPTERS = 10_000
 """Names that a server keeps."""
 
@@ -29,8 +30,8 @@ class Adapters:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._views: dict[str, ServedModel] = {}
-        self._offline: dict[str, tuple[int, str]] = {}
-        """Ids and paths of adapters that offline requests have named, by name."""
+        self._offline: dict[str, tuple[int, str, float]] = {}
+        """Ids, paths and scales of adapters that offline requests have named, by name."""
         self._last_id = 0
         self._lock = asyncio.Lock()
         """Changes take turns."""
@@ -44,12 +45,15 @@ class Adapters:
         """The model with the named adapter."""
         return self._views.get(name)
 
-    async def load(self, name: str, path: Path, *, replaces: bool = False, shown_path: str | None = None) -> None:
+    async def load(
+        self, name: str, path: Path, *, scale: float = 1.0, replaces: bool = False, shown_path: str | None = None
+    ) -> None:
         """Loads an adapter, or tries it if there is no room in memory.
 
         Args:
             name: The name that clients use as ``model``.
             path: A folder with PEFT's files, or a GGUF file.
+            scale: Factor of what it adds.
             replaces: Requests from now on use it in place of an earlier one of that name.
             shown_path: The path in the list of models. Default: ``path``.
 
@@ -59,12 +63,14 @@ class Adapters:
         """
         async with self._lock:
             self._check_name(name, replaces=replaces)
+            if not abs(scale) <= MAX_SCALE:  # nor NaN
+                raise RequestError(f"lora_scale must be between {-MAX_SCALE:g} and {MAX_SCALE:g}", "lora_scale")
             try:
-                content_hash = await asyncio.to_thread(adapter_hash, path)
+                content_hash = await asyncio.to_thread(adapter_hash, path, scale)
             except AdapterFileError as error:
                 raise RequestError(str(error), "lora_path", status=404, kind="NotFoundError") from None
             self._last_id += 1
-            adapter = LoRARequest(name, self._last_id, str(path), content_hash)
+            adapter = LoRARequest(name, self._last_id, str(path), content_hash, scale)
             answer = await self._model.client.call(lambda call_id: EnsureAdapter(call_id, adapter))
             if answer["error"]:
                 raise RequestError(str(answer["error"]), "lora_path")
@@ -127,9 +133,10 @@ class Adapters:
         """
         if wanted is None:
             return self._model
-        key = (wanted.lora_int_id, wanted.lora_path)
+        key = (wanted.lora_int_id, wanted.lora_path, wanted.lora_scale)
         if self._offline.get(wanted.lora_name) != key:
-            await self.load(wanted.lora_name, await self._locate(wanted.lora_path), replaces=True)
+            path = await self._locate(wanted.lora_path)
+            await self.load(wanted.lora_name, path, scale=wanted.lora_scale, replaces=True)
             self._offline[wanted.lora_name] = key
         return self._views[wanted.lora_name]
 
@@ -141,6 +148,7 @@ class Adapters:
         """
         for module in lora_modules(entries):
             try:
-                await self.load(module.name, await self._locate(module.path), shown_path=module.path)
+                path = await self._locate(module.path)
+                await self.load(module.name, path, scale=module.scale, shown_path=module.path)
             except RequestError as error:
                 raise EngineDeadError(f"--lora-modules {module.name}={module.path}: {error}", EXIT_MODEL) from None

@@ -20,7 +20,9 @@ class LoadLoRAAdapterRequest(msgspec.Struct, kw_only=True):
     lora_name: str
     """The name that requests give as their model."""
     lora_path: str
-    """Folder with adapter_config.json and adapter_model.safetensors, within ``--allowed-lora-path``."""
+    """Folder with adapter_config.json and adapter_model.safetensors, or a GGUF file, within ``--allowed-lora-path``."""
+    lora_scale: float = 1.0
+    """Factor of what the adapter adds."""
     load_inplace: bool = False
     """Whether it takes the place of an adapter of the same name."""
 
@@ -44,7 +46,7 @@ async def load_lora_adapter(request: Request) -> Response:
     body = await read_json(request, LOAD_DECODER, serving.config.max_body_size)
     assert serving.adapters is not None and serving.config.allowed_lora_path is not None
     path = allowed_path(serving.config.allowed_lora_path, body.lora_path)
-    await serving.adapters.load(body.lora_name, path, replaces=body.load_inplace)
+    await serving.adapters.load(body.lora_name, path, scale=body.lora_scale, replaces=body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

@@ -13,4 +13,6 @@ class LoRARequest(msgspec.Struct, frozen=True):
     lora_int_id: int
     """A number from 1 on. Another one than before loads the folder again."""
     lora_path: str
-    """Folder with PEFT's files, or a hub id."""
+    """Folder with PEFT's files, a GGUF file, or a hub id."""
+    lora_scale: float = 1.0
+    """Factor of what the adapter adds."""

@@ -313,7 +313,9 @@ FIELDS: Mapping[str, str] = {
     "SleepState.is_sleeping": "Whether the server sleeps.",
     "ModelCard.parent": "Of an adapter: name of the model that it changes.",
     "lora_name": "Name of the adapter, which requests give as their model.",
-    "lora_path": "Folder with adapter_config.json and adapter_model.safetensors, within --allowed-lora-path.",
+    "lora_path": "Folder with adapter_config.json and adapter_model.safetensors, or a GGUF file, within "
+    "--allowed-lora-path.",
+    "lora_scale": "Factor of what the adapter adds.",
     "load_inplace": "Take the place of an adapter of the same name.",
     "lora_int_id": "For compatibility with vLLM; the name suffices.",
 }

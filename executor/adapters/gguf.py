@@ -153,7 +153,7 @@ def read_gguf_adapter(
     if metadata.get("general.type") != "adapter" or metadata.get("adapter.type") != "lora":
         raise ModelError(f"{files.path}: general.type and adapter.type are not those of a LoRA adapter")
     arch = metadata.get("general.architecture")
-    if arch not in ARCHITECTURES or ARCHITECTURES[arch].model != config.architecture:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES or ARCHITECTURES[arch].model != config.architecture:
         raise ModelError(
             f"{files.path}: general.architecture is {shorten(repr(arch))}, and the model is {config.architecture}"
         )

@@ -65,6 +65,8 @@ class Change:
 
 def placed(tensor: Tensor, part: Part, dim: int) -> Tensor:
     """This rank's elements of a dimension, at the places that they have in the layer alone."""
+    if len(part.ranges) == 1 and part.size == part.full:
+        return tensor
     size = max((each.offset + each.size for each in part.ranges), default=0)
     shape = list(tensor.shape)
     shape[dim] = size
@@ -93,7 +95,9 @@ class Merged:
         self.out_features = self.packed.shape[0]
         self.dtype = dtype
         self.a: list[Tensor] = []
-        self.b: list[Tensor] = []
+        """[rank, in_features] of each product, as stored."""
+        self.b: list[tuple[Tensor, Part]] = []
+        """[rows of the projection, rank] of each, and which rows of the layer these are."""
         self.factors: list[Tensor] = []
         self.magnitude: Tensor | None = None
         self.bias: Tensor | None = None
@@ -127,9 +131,7 @@ class Merged:
         b = tensors.read("b", rows.full, rank)
         factor = config.factor(tensors.name, rank)
         self.a.append(placed(a, self.inputs, 1))
-        whole = torch.zeros(self.out_features, rank)
-        self._set(whole, b, rows)
-        self.b.append(whole)
+        self.b.append((b, rows))
         self.factors.append(torch.full((rank,), factor))
         if "b_bias" in tensors.stored:
             added = torch.zeros(self.out_features)
@@ -138,7 +140,7 @@ class Merged:
 
     def _add_magnitude(self, tensors: ModuleTensors, rows: Part, config: PeftConfig) -> None:
         """DoRA: the length of each row of the adapted weight is given."""
-        adapted = self._numbers() + (self.b[-1] * self.factors[-1]) @ self.a[-1]
+        adapted = self._numbers() + (self._whole(*self.b[-1]).float() * self.factors[-1]) @ self.a[-1].float()
         lengths = tensors.read("magnitude", rows.full)
         if self.magnitude is None:
             self.magnitude = torch.ones(self.out_features)
@@ -155,8 +157,27 @@ class Merged:
         chosen = torch.zeros(self.out_features, len(ids))
         chosen[ids, torch.arange(len(ids))] = 1
         self.a.append(vectors - before)
-        self.b.append(chosen)
+        self.b.append((chosen, Part.whole(self.out_features)))
         self.factors.append(torch.ones(len(ids)))
+
+    def _spans(self) -> Tensor:
+        """The ranks that each row of B has, int64 [out_features, 2]."""
+        spans, end = torch.zeros(self.out_features, 2, dtype=torch.int64), 0
+        for b, rows in self.b:
+            begin, end = end, end + b.shape[1]
+            for each in rows.ranges:
+                own = spans[each.offset : each.offset + each.size]
+                own[:, 0] = torch.where(own[:, 1] > 0, own[:, 0], begin)
+                own[:, 1] = end
+        return spans
+
+    def _whole(self, b: Tensor, rows: Part) -> Tensor:
+        """The B of a projection with a row for each of the layer's."""
+        if len(rows.ranges) == 1 and rows.size == self.out_features:
+            return b.to(self.dtype)
+        whole = torch.zeros(self.out_features, b.shape[1], dtype=self.dtype)
+        self._set(whole, b, rows)
+        return whole
 
     def _numbers(self) -> Tensor:
         numbers = numbers_of(self.packed)
@@ -181,19 +202,21 @@ class Merged:
         """The part of the adapter, packed for the device's kernels."""
         order = self.weights.order
         width = self.packed.shape[1]
-        a = torch.cat(self.a) if self.a else torch.zeros(0, width)
-        b = torch.cat(self.b, 1) if self.b else torch.zeros(self.out_features, 0)
+        a = torch.cat([part.to(self.dtype) for part in self.a]) if self.a else torch.zeros(0, width, dtype=self.dtype)
+        parts = [self._whole(*part) for part in self.b]
+        b = torch.cat(parts, 1) if parts else torch.zeros(self.out_features, 0, dtype=self.dtype)
         weight = None
         if self.weight is not None:
             numbers = self.weight if order is None else self.weight[:, order]
             weight = ops.pack_linear(numbers.to(self.dtype).contiguous(), is_paired(self.packed))
         adapter = Adapter(
-            (a if order is None else a[:, order]).to(self.dtype).contiguous(),
-            b.to(self.dtype).contiguous(),
+            (a if order is None else a[:, order]).contiguous(),
+            b,
             torch.cat(self.factors) if self.factors else torch.zeros(0),
             self.magnitude,
             self.bias,
             weight,
+            self._spans(),
         )
         return Change(self.weights, linear=ops.pack_adapter(adapter, self.packed))
 

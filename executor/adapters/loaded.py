@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from executor.adapter_files import read_adapter_files
+from executor.adapter_files import read_adapter_files, with_scale
 from executor.adapters.gguf import read_gguf_adapter
 from executor.adapters.layers import Change, LinearTarget, TableTarget, linear_change, logits_change, table_change
 from executor.adapters.peft import ModuleTensors, PeftConfig, read_config, read_modules
@@ -22,6 +23,7 @@ from executor.layers.parameter import stored_module
 from executor.loader import LoadedModel, mapper_of
 from executor.messages import LoRARequest
 from executor.models.registry import split_architecture
+from ops.cpu import memory
 
 KERNELS = ("cpu", "reference")
 """Op sets that compute with adapters."""
@@ -68,6 +70,8 @@ class LoadedAdapters:
         self._tables: dict[str, TableTarget] = {}
         self._unsupported: list[str] = []
         """Prefixes of modules whose products are not those of layers."""
+        self._experts: list[str] = []
+        """Prefixes of experts, which keep their weights."""
         self._loaded: dict[int, list[Change]] = {}
         for name, module in loaded.model.named_modules():
             self._find(name, module)
@@ -77,7 +81,8 @@ class LoadedAdapters:
 
     def _find(self, name: str, module: nn.Module) -> None:
         if isinstance(module, MoE):
-            self._unsupported += [f"{name}.experts.", f"{name}.gate"]
+            self._unsupported.append(f"{name}.gate")
+            self._experts.append(f"{name}.experts.")
         if any(name.startswith(prefix) for prefix in self._unsupported):
             return
         if isinstance(module, LinearLayer) and module.weights.adapters is not None:
@@ -115,7 +120,7 @@ class LoadedAdapters:
         """
         self.unload(number)
         files = read_adapter_files(Path(adapter.path))
-        if files.content_hash != adapter.content_hash:
+        if with_scale(files.content_hash, adapter.scale) != adapter.content_hash:
             raise ModelError(f"{adapter.path}: the adapter's files have changed; load it again")
         if files.config:
             config, modules = read_config(files.config, files.path), read_modules(files)
@@ -123,6 +128,9 @@ class LoadedAdapters:
         else:
             known = [*self._linears, *self._tables]
             config, modules = read_gguf_adapter(files, self._hf_config, known)
+        if adapter.scale != 1.0:
+            config = _scaled(config, adapter.scale, modules)
+        memory.adapters.renew()
         changes = self._changes(config, modules)
         if number:
             for change in changes:
@@ -149,6 +157,8 @@ class LoadedAdapters:
                 raise ModelError(f"{config.source}: {self._why_unknown(name, tensors)}")
             self._check_rank(config, tensors)
             if target is not None:
+                if "weight" in tensors.stored and any(name.startswith(prefix) for prefix in self._experts):
+                    raise ModelError(f"{config.source}: weights of experts ({shorten(name)}) cannot be replaced yet")
                 merged[id(target.layer)].append((target, tensors))
             elif table is not None:
                 is_output = table.layer.is_output or name in self._model.tied_modules
@@ -171,10 +181,22 @@ class LoadedAdapters:
 
     def _why_unknown(self, name: str, tensors: ModuleTensors) -> str:
         if any(name.startswith(prefix) for prefix in self._unsupported):
-            return f"adapters of experts and routers ({shorten(tensors.name)}) are not supported yet"
+            return f"adapters of routers ({shorten(tensors.name)}) are not supported yet"
         return (
             f"the model has no layer {shorten(tensors.name)} that an adapter can change{_closest(name, self._linears)}"
         )
+
+
+def _scaled(config: PeftConfig, scale: float, modules: dict[str, ModuleTensors]) -> PeftConfig:
+    """The configuration with a scale.
+
+    Raises:
+        ModelError: The adapter is more than products, so that it has no scale.
+    """
+    for module in modules.values():
+        for kind in module.stored.keys() & {"magnitude", "bias", "weight", "vectors"}:
+            raise ModelError(f"{config.source}: the adapter has a {kind} ({shorten(module.name)}); use a scale of 1")
+    return replace(config, scale=scale)
 
 
 def _closest(name: str, known: Sequence[str] | dict[str, LinearTarget]) -> str:

@@ -60,11 +60,13 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     token_indices: Mapping[str, list[int]] = field(default_factory=dict)
     """Tokens with vectors of their own, by the last component of the table's name; empty name: of any."""
+    scale: float = 1.0
+    """Factor of all products."""
 
     def factor(self, module: str, rank: int) -> float:
         """The factor of a module's product with A and B."""
         alpha = _of_module(self.alpha_pattern, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.scale * alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rank_of(self, module: str) -> int:
         return int(_of_module(self.rank_pattern, module, self.rank))
@@ -155,7 +157,7 @@ class ModuleTensors:
     """By what they are; see ``LEAVES``."""
 
     def read(self, kind: str, *shape: int) -> Tensor:
-        """A tensor in float32.
+        """A tensor, in float32 or the type that it is stored as.
 
         Args:
             kind: What it is.
@@ -168,7 +170,7 @@ class ModuleTensors:
             raise ModelError(f"the adapter has no {kind} of {shorten(self.name)!r}")
         stored = self.stored[kind]
         try:
-            tensor = stored.read(torch.float32).float()
+            tensor = stored.read(torch.float32)
         except ValueError as error:
             raise ModelError(f"{stored.origin} {error}") from error
         if kind == "magnitude" and tensor.dim() > 1:
@@ -178,7 +180,7 @@ class ModuleTensors:
         ):
             expected = ", ".join("any" if size < 0 else str(size) for size in shape)
             raise ModelError(f"{stored.origin} has shape {list(tensor.shape)}, the model needs [{expected}]")
-        if not torch.isfinite(tensor).all():
+        if tensor.numel() and not torch.isfinite(tensor.abs().max()):  # NaN is the largest
             raise ModelError(f"{stored.origin} has numbers that are not finite")
         return tensor
 

@@ -120,6 +120,8 @@ MakeShared = Callable[[int, str], nn.Module]
 class MoE(nn.Module):
     """A router and its experts, and maybe an expert that all tokens share."""
 
+    _adapters: ops.ExpertAdapters | None = None
+
     def __init__(
         self,
         context: ModelContext,
@@ -195,7 +197,11 @@ class MoE(nn.Module):
         shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
         gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
         routed = self.gate(x) if routed is None else routed
-        own = ops.experts(x, routed, self.weights(), shared, gate)
+        adapters = self.adapters()
+        if adapters is None:
+            own = ops.experts(x, routed, self.weights(), shared, gate)
+        else:
+            own = ops.experts(x, routed, self.weights(), shared, gate, adapters, batch.row_adapters)
         if self.communicator.cuts_sums:
             return ops.all_reduce(own, self.communicator)
         return ops.all_gather(own, self.communicator, self._first_down().output_widths)
@@ -205,6 +211,16 @@ class MoE(nn.Module):
         down = self.experts[0].get_submodule("down_proj")
         assert isinstance(down, RowParallelLinear)
         return down
+
+    def adapters(self) -> ops.ExpertAdapters | None:
+        """The adapters of the experts, if there can be any."""
+        if self._adapters is None:
+            gate_up, down = (
+                adapter_tables([expert.get_submodule(name) for expert in self.experts])
+                for name in ("gate_up_proj", "down_proj")
+            )
+            self._adapters = ops.ExpertAdapters(gate_up, down) if gate_up and down else None
+        return self._adapters
 
     def weights(self) -> ops.ExpertWeights:
         """The packed weights of the experts."""
@@ -226,6 +242,12 @@ class MoE(nn.Module):
                 "formats; use 1"
             )
         return replace(weights, communicator=self.communicator, inner_widths=self._first_down().input_widths)
+
+
+def adapter_tables(layers: list[nn.Module]) -> tuple[ops.AdapterTable, ...]:
+    """The adapters of the same projection of all experts; empty: there can be none."""
+    tables = [layer.weights.adapters for layer in layers if isinstance(layer, LinearLayer)]
+    return tuple(table for table in tables if table is not None)
 
 
 def packed(layers: list[nn.Module]) -> tuple[tuple[ops.Weight, ...], tuple[Tensor, ...] | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ops.adapters import Adapter, PackedAdapter
-from ops.cpu import instructions
+from ops.cpu import instructions, memory
 from ops.cpu import library as lib
 from ops.packed import PackedWeight, QuantizedWeight, Weight
 
@@ -31,10 +31,10 @@ def pack_adapter(adapter: Adapter, weight: Weight) -> Adapter | PackedAdapter:
     blocks = -(-in_features // BLOCK)
     a = torch.zeros(ranks, blocks * BLOCK, dtype=adapter.a.dtype)
     a[:rank, :in_features] = adapter.a
-    a = a.view(ranks // RANKS, RANKS, blocks, BLOCK).transpose(1, 2).contiguous()
+    a = _kept(a.view(ranks // RANKS, RANKS, blocks, BLOCK).transpose(1, 2))
     factors = torch.zeros(ranks)
     factors[:rank] = adapter.factors
-    b, halves = _pack_b(adapter.b, columns)
+    b, halves = _pack_b(adapter.b, adapter.spans, columns)
     magnitude, bias = _by_half(adapter.magnitude, columns, 1.0), _by_half(adapter.bias, columns, 0.0)
     own, keep = (None, None) if adapter.weight is None else instructions.weight_struct(packed)
     struct = lib.Adapter(
@@ -68,6 +68,11 @@ def result_columns(weight: PackedWeight | QuantizedWeight) -> Tensor:
     return torch.cat(found)
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy where steps read it: in huge pages."""
+    return memory.adapters.empty(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def _by_half(vector: Tensor | None, columns: Tensor, padding: float) -> Tensor | None:
     """A number for each column of the result, in the order of the halves: float32 [halves, 16]."""
     if vector is None:
@@ -75,24 +80,24 @@ def _by_half(vector: Tensor | None, columns: Tensor, padding: float) -> Tensor |
     return torch.cat((vector.float(), torch.tensor([padding])))[columns].contiguous()
 
 
-def _pack_b(b: Tensor, columns: Tensor) -> tuple[Tensor, ctypes.Array[lib.AdapterHalf]]:
-    """B half by half, each with the ranks alone that contribute to it, and where each half is."""
-    rank = b.shape[1]
-    padded = torch.cat((b, b.new_zeros(1, rank)))
-    used = (padded != 0)[columns].any(1) if rank else torch.zeros(len(columns), 0, dtype=torch.bool)
-    is_used = used.any(1)
-    first, last = torch.zeros(len(columns), dtype=torch.int64), torch.full((len(columns),), -1)
-    if rank:
-        first = used.to(torch.uint8).argmax(1)
-        last = torch.where(is_used, rank - 1 - used.flip(1).to(torch.uint8).argmax(1), first - 1)
-    counts = last - first + 1
-    offsets = counts.cumsum(0).sub(counts) * HALF
-    data = b.new_zeros(max(1, int(counts.sum()) * HALF))
-    for begin, count in torch.stack((first, counts), 1).unique(dim=0).tolist():
-        chosen = torch.nonzero((first == begin) & (counts == count))[:, 0]
-        part = padded[:, begin : begin + count][columns[chosen]]  # [chosen, 16, count]
-        places = offsets[chosen, None] + torch.arange(count * HALF)
-        data[places] = part.transpose(1, 2).reshape(len(chosen), -1)
-    rows = zip(offsets.tolist(), first.tolist(), counts.tolist(), strict=True)
-    halves = (lib.AdapterHalf * len(columns))(*(lib.AdapterHalf(*row) for row in rows))
-    return data, halves
+def _pack_b(b: Tensor, spans: Tensor | None, columns: Tensor) -> tuple[Tensor, ctypes.Array[lib.AdapterHalf]]:
+    """B half by half, each with the ranks alone that its rows have, and where each half is."""
+    rank, num_halves = b.shape[1], len(columns)
+    places = torch.where(columns < 0, len(b), columns).flatten()
+    rows = torch.cat((b, b.new_zeros(1, rank))).index_select(0, places).view(num_halves, HALF, rank)
+    if spans is None:
+        spans = torch.tensor([0, rank]).expand(len(b), 2)
+    of_rows = torch.cat((spans, torch.tensor([[rank, 0]]))).index_select(0, places).view(num_halves, HALF, 2)
+    first = of_rows[:, :, 0].masked_fill(of_rows[:, :, 0] >= of_rows[:, :, 1], rank).amin(1)
+    counts = (of_rows[:, :, 1].amax(1) - first).clamp(min=0)
+    most = int(counts.max())
+    kept = counts > 0
+    num_kept = max(1, int(kept.sum()))
+    data = memory.adapters.empty(num_kept * most * HALF, b.dtype).view(num_kept, most, HALF).zero_()
+    for begin in first[kept].unique().tolist():
+        end = min(begin + most, rank)
+        chosen = first == begin
+        data[chosen[kept], : end - begin] = rows[chosen & kept][:, :, begin:end].transpose(1, 2)
+    offsets = (kept.cumsum(0) - 1).clamp(min=0) * most * HALF
+    each = zip(offsets.tolist(), first.tolist(), counts.tolist(), strict=True)
+    return data, (lib.AdapterHalf * num_halves)(*(lib.AdapterHalf(*half) for half in each))

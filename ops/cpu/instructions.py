@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ops.adapters import AdapterTable
+from ops.adapters import AdapterTable, ExpertAdapters
 from ops.cpu import library as lib
 from ops.cpu.library import ACTIVATIONS, ROWS, TYPES, Heads, Matrix, RmsNorm, Weight
 from ops.cpu.ranks import SharedRank
@@ -656,7 +656,13 @@ def route(x: Any, routing: Routing, bias: Tensor | None = None, factors: Tensor 
 
 
 def experts(
-    x: Any, routed: Any, weights: ExpertWeights, shared: Any | None = None, shared_gate: Any | None = None
+    x: Any,
+    routed: Any,
+    weights: ExpertWeights,
+    shared: Any | None = None,
+    shared_gate: Any | None = None,
+    adapters: ExpertAdapters | None = None,
+    rows: Any | None = None,
 ) -> Instruction | None:
     matrices = {"x": x, "routed": routed}
     if shared is not None:
@@ -683,6 +689,9 @@ def experts(
         "gated": int(weights.is_gated),
         "type": TYPES[x.dtype],
     }
+    tables = [] if adapters is None else [_addresses(adapters.gate_up), _addresses(adapters.down)]
+    names = ("gate_up_adapters", "down_adapters")
+    fields |= {name: ctypes.addressof(table) for name, table in zip(names, tables, strict=False)}
     ranks = weights.communicator
     if ranks is not None:
         if not isinstance(ranks, SharedRank) or (weights.is_gated and not gate_up[0][0].paired):
@@ -690,12 +699,25 @@ def experts(
         fields |= {"inner": ranks.workspace.data_ptr(), "first_inner": sum(weights.inner_widths[: ranks.rank])}
     hidden, inner = weights.down[0].shape
     work = 3 * hidden * inner * weights.top_k
-    keep = (gate_up, down, biases, addresses)
+    keep = (gate_up, down, biases, addresses, adapters, tables)
     # Both inputs, staged as up to 32 bits, what gates and ups yield, and the results.
     workspace = weights.top_k * (8 * hidden + inner * (4 + 2 * x.dtype.itemsize))
     return Instruction(
-        lib.OP_EXPERTS, matrices, fields, hidden, x.dtype, work=work, keep=keep, workspace=workspace, inside=ranks
+        lib.OP_EXPERTS,
+        matrices,
+        fields,
+        hidden,
+        x.dtype,
+        work=work,
+        step={} if adapters is None else {"adapters": rows},
+        keep=keep,
+        workspace=workspace,
+        inside=ranks,
     )
+
+
+def _addresses(tables: Sequence[AdapterTable]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tables))(*(table.addresses.data_ptr() for table in tables))
 
 
 def _experts(weights: Sequence[AnyWeight], dtype: torch.dtype) -> tuple[Any, Any] | None:

@@ -386,6 +386,8 @@ class ExpertsArgs(ctypes.Structure):
         ("down", c_void_p),
         ("gate_up_biases", c_void_p),
         ("down_biases", c_void_p),
+        ("gate_up_adapters", c_void_p),
+        ("down_adapters", c_void_p),
         ("num_experts", c_int32),
         ("top_k", c_int32),
         ("activation", c_int32),

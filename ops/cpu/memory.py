@@ -61,7 +61,9 @@ def map_file(num_bytes: int, folder: Path) -> Tensor:
 class Pool:
     """Hands out pieces of large mappings. A mapping is released once none of its pieces is in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = _CHUNK) -> None:
+        """Takes the least size of a mapping."""
+        self._least = chunk
         self._lock = threading.Lock()
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
@@ -73,6 +75,11 @@ class Pool:
             self._folder = folder
             self._chunk, self._used = self._chunk[:0], 0
 
+    def renew(self) -> None:
+        """Begins another mapping, so that what is handed out from now on can be released together."""
+        with self._lock:
+            self._chunk, self._used = self._chunk[:0], 0
+
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A one-dimensional tensor with undefined content.
 
@@ -82,7 +89,7 @@ class Pool:
         num_bytes = numel * dtype.itemsize
         with self._lock:
             if self._used + num_bytes > len(self._chunk):
-                size = max(num_bytes, _CHUNK)
+                size = max(num_bytes, self._least)
                 self._chunk = map_zeros(size) if self._folder is None else map_file(size, self._folder)
                 self._used = 0
             piece = self._chunk[self._used : self._used + num_bytes]
@@ -115,3 +122,4 @@ class Recycler:
 
 
 weights = Pool()
+adapters = Pool(8 << 20)

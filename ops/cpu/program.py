@@ -24,7 +24,7 @@ from ops.cpu import instructions, memory
 from ops.cpu.fusion import Fusion, Item
 from ops.cpu.instructions import Instruction
 from ops.cpu.kernels import fill_adapters, fill_group
-from ops.cpu.library import IDS, Group, Library, Matrix, Step
+from ops.cpu.library import IDS, ROWS, Group, Library, Matrix, Step
 from ops.cpu.library import Node as NodeStruct
 from ops.cpu.ranks import PeerLostError, SharedRank
 from ops.dispatch import SLICE, Node, Ref, Spec, StepInput
@@ -193,7 +193,7 @@ class NativeProgram:
                     return None
                 self._rows_name = source.name
             elif name == "adapters":
-                rows = instruction.fields["rows"]
+                rows = instruction.fields.get("rows", ROWS["tokens"])
                 if type(source) is not StepInput or self._adapter_names.get(rows, source.name) != source.name:
                     return None
                 self._adapter_names[rows] = source.name

@@ -42,7 +42,7 @@ def adapted_linear(
     """
     result = basic.linear(x, weight, bias)
     for selected, adapter in _chosen(table, rows):
-        result[selected] = _adapted(x[selected], weight, bias, adapter).to(x.dtype)
+        result[selected] = adapted(x[selected], weight, bias, adapter).to(x.dtype)
     return result
 
 
@@ -53,7 +53,7 @@ def adapted_logits(
     """``logits``, float32, with the adapters of rows that have one. The arguments are those of ``adapted_linear``."""
     result = basic.logits(x, weight, bias)
     for selected, adapter in _chosen(table, rows):
-        result[selected] = _adapted(x[selected], weight, bias, adapter)
+        result[selected] = adapted(x[selected], weight, bias, adapter)
     return result
 
 
@@ -71,8 +71,25 @@ def _chosen(table: AdapterTable, rows: AdapterRows | StepInput | None) -> list[t
     return chosen
 
 
-def _adapted(x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """float32 [rows, out_features]."""
+def of_rows(
+    table: AdapterTable, rows: AdapterRows | StepInput | None, selected: Tensor
+) -> list[tuple[Tensor, Adapter]]:
+    """The same for a selection of rows, int64 [n]: places in it."""
+    if rows is None:
+        return []
+    assert isinstance(rows, AdapterRows)
+    numbers = rows.of_row[selected]
+    found = []
+    for number in numbers.unique().tolist():
+        adapter = table.adapters[number] if number else None
+        if adapter is not None:
+            assert isinstance(adapter, Adapter), "a packed adapter needs the kernels of its device"
+            found.append(((numbers == number).nonzero().flatten(), adapter))
+    return found
+
+
+def adapted(x: Tensor, weight: Weight, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """A product of rows with the same adapter, float32 [rows, out_features]."""
     if adapter.weight is not None:
         weight = adapter.weight
     if isinstance(weight, QuantizedWeight):

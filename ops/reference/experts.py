@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.dispatch import Spec, like_first, op
-from ops.metadata import Routing
+from ops.adapters import ExpertAdapters
+from ops.dispatch import Spec, StepInput, like_first, op
+from ops.metadata import AdapterRows, Routing
 from ops.packed import ExpertWeights
+from ops.reference.adapters import adapted, of_rows
 from ops.reference.basic import act_and_mul, activation, linear
 from ops.reference.basic import logits as unrounded
 from ops.reference.quantized import fma
@@ -76,13 +78,19 @@ def _sparsemixer(logits: Tensor, routing: Routing) -> Tensor:
     return weights
 
 
-@op(lambda x, routed, weights, shared=None, shared_gate=None: Spec(x.spec.rows, weights.down[0].shape[0], x.spec.dtype))
+@op(
+    lambda x, routed, weights, shared=None, shared_gate=None, adapters=None, rows=None: Spec(
+        x.spec.rows, weights.down[0].shape[0], x.spec.dtype
+    )
+)
 def experts(
     x: Tensor,
     routed: Tensor,
     weights: ExpertWeights,
     shared: Tensor | None = None,
     shared_gate: Tensor | None = None,
+    adapters: ExpertAdapters | None = None,
+    rows: AdapterRows | StepInput | None = None,
 ) -> Tensor:
     """The weighted sum of the results of each token's experts, and of ``shared``.
 
@@ -96,6 +104,8 @@ def experts(
         weights: The experts.
         shared: The result of an expert that all tokens have, like the result.
         shared_gate: float32 [tokens, 1]: its sigmoid is the weight of ``shared``; None: 1.
+        adapters: Those of the experts. They may change between steps.
+        rows: The adapters of the tokens; None: no token has one.
 
     Returns:
         [tokens, hidden] in the dtype of ``x``; of several ranks, the columns that this one makes.
@@ -104,14 +114,19 @@ def experts(
     for index in (routed != 0).any(0).nonzero().flatten().tolist():
         tokens = (routed[:, index] != 0).nonzero().flatten()
         weight = routed[tokens, index, None]
-        rows = x[tokens]
+        selected = x[tokens]
         if weights.scales_input:
-            rows = (rows.float() * weight).to(x.dtype)
-        gate_up = linear(rows, weights.gate_up[index], _of(weights.gate_up_bias, index))
+            selected = (selected.float() * weight).to(x.dtype)
+        up_bias, down_bias = _of(weights.gate_up_bias, index), _of(weights.down_bias, index)
+        gate_up = linear(selected, weights.gate_up[index], up_bias)
+        for places, adapter in [] if adapters is None else of_rows(adapters.gate_up[index], rows, tokens):
+            gate_up[places] = adapted(selected[places], weights.gate_up[index], up_bias, adapter).to(x.dtype)
         inner = _activated(gate_up, weights)
         if weights.communicator is not None:
             inner = weights.communicator.all_gather(inner, weights.inner_widths)
-        out = unrounded(inner, weights.down[index], _of(weights.down_bias, index))
+        out = unrounded(inner, weights.down[index], down_bias)
+        for places, adapter in [] if adapters is None else of_rows(adapters.down[index], rows, tokens):
+            out[places] = adapted(inner[places], weights.down[index], down_bias, adapter)
         factor = torch.ones_like(weight) if weights.scales_input else weight
         total[tokens] = fma(out, factor, total[tokens])
     if shared is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from executor.adapter_files import adapter_hash
 from executor.adapters import LoadedAdapters, check_adapters
 from executor.base import ModelError
 from executor.config import LoRAConfig
+from executor.layers.parameter import Weights
 from executor.loader import LoadedModel
 from executor.messages import LoRARequest
 from tests import tiny
@@ -139,6 +144,32 @@ def grouped_heads_in_files() -> tuple[Path, ...]:
     return base, *two(base, targets=r"(query_key_value|dense|dense_h_to_4h)$")
 
 
+@case
+def experts() -> tuple[Path, ...]:
+    base = per_expert(tiny.checkpoint("mixtral"))
+    return base, *two(base, targets=r"experts\.\d+\.(w[123]|\w+_proj)$|q_proj$")
+
+
+def per_expert(folder: Path) -> Path:
+    """The checkpoint with a tensor for each expert, as on the hub."""
+    target = Path(tempfile.mkdtemp(prefix="mixtral-", dir=tiny.session_folder()))
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        prefix, found, leaf = name.partition(".experts.")
+        if not found or tensor.dim() != 3:
+            tensors[name] = tensor
+            continue
+        for index, matrix in enumerate(tensor):
+            parts = {"down_proj": matrix}
+            if leaf == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            for part, rows in parts.items():
+                tensors[f"{prefix}.experts.{index}.{part}.weight"] = rows.contiguous()
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rows_compute_with_the_merged_weights(name: str) -> None:
     check(*CASES[name]())
@@ -160,8 +191,9 @@ def test_adapters_of_llama_cpp(base_kind: str) -> None:
     )
     assert torch.equal(found[1], Runner(load(base)).step([Chunk(1, random_tokens(20))]))
     damaged = adapter / "damaged.gguf"
-    for edit in (lambda data: data[:-9], lambda data: data.replace(b"llama", b"qwen2"), lambda data: data[4:]):
-        damaged.write_bytes(edit(path.read_bytes()))
+    whole = path.read_bytes()
+    for data in (whole[:-9], whole.replace(b"llama", b"qwen2"), whole[4:]):
+        damaged.write_bytes(data)
         with pytest.raises(ModelError, match=r"not a GGUF file, or a damaged one|general.architecture is 'qwen2'"):
             adapted(base, damaged)
 
@@ -182,6 +214,33 @@ def test_bits_do_not_depend_on_other_rows(dtype: str, fields: dict[str, Any]) ->
         for chunk, logits in zip(step, results, strict=True):
             runner = alone if chunk.adapter else plain
             assert torch.equal(logits, runner.step([chunk]))
+
+
+def test_a_scale() -> None:
+    base = tiny.checkpoint("llama")
+    adapter, double = (write_adapter(base, alpha=alpha) for alpha in (4.0, 8.0))
+    loaded, adapters = adapted(base, double)
+    scaled = LoRARequest("x", 1, str(adapter), adapter_hash(adapter, 2.0), 2.0)
+    adapters.load(2, scaled)
+    first, second = Runner(loaded).step([Chunk(0, random_tokens(9), 1), Chunk(1, random_tokens(9), 2)]).split(9)
+    assert torch.equal(first, second)
+    assert scaled.content_hash != adapter_hash(adapter)
+    dora = write_adapter(base, targets="q_proj", dora=True)
+    with pytest.raises(ModelError, match="has a magnitude .*; use a scale of 1"):
+        adapters.load(2, LoRARequest("x", 1, str(dora), adapter_hash(dora, 2.0), 2.0))
+
+
+def test_nothing_is_left_of_an_adapter() -> None:
+    base, first, second = all_linear()
+    loaded, adapters = adapted(base, first)
+    tables = [module.adapters for module in loaded.model.modules() if isinstance(module, Weights) and module.adapters]
+    found = [weakref.ref(table.adapters[1]) for table in tables if table.adapters[1] is not None]
+    assert found and all(each() is not None for each in found)
+    adapters.load(1, request(second))
+    adapters.unload(1)
+    gc.collect()
+    assert all(each() is None for each in found)
+    assert all(not table.addresses.any() for table in tables)
 
 
 def test_adapters_come_and_go() -> None:
@@ -265,11 +324,11 @@ def test_files() -> None:
         check_adapters(CONFIG, loaded, 2, "cpu")
 
 
-def test_experts_are_refused() -> None:
+def test_routers_are_refused() -> None:
     base = tiny.checkpoint("mixtral")
     _, adapters = adapted(base)
-    with pytest.raises(ModelError, match="adapters of experts and routers"):
-        adapters.load(1, request(write_adapter(base, targets="experts")))
+    with pytest.raises(ModelError, match="adapters of routers"):
+        adapters.load(1, request(write_adapter(base, targets="gate$")))
 
 
 def test_memory_is_known() -> None:

@@ -60,6 +60,17 @@ async def test_a_name_is_a_model(server: FakeServer) -> None:
     error_of(await api.post("/v1/completions", {"model": "mine", "prompt": "x"}, headers=user), 404)
 
 
+async def test_one_adapter_with_two_scales(server: FakeServer) -> None:
+    api = Api(server)
+    for name, scale in (("whole", 1), ("half", 0.5)):
+        assert (await load(api, lora_name=name, lora_path="one", lora_scale=scale)).status_code == 200
+        answer = await api.post("/v1/completions", {"model": name, "prompt": "x"}, headers={"x-api-key": "user"})
+        assert answer.status_code == 200
+    whole, half = (message.lora_request for message in server.engine.submitted[-2:])
+    assert whole is not None and half is not None
+    assert (whole.scale, half.scale) == (1.0, 0.5) and whole.content_hash != half.content_hash
+
+
 async def test_another_adapter_under_the_same_name(server: FakeServer) -> None:
     api = Api(server)
     assert (await load(api, lora_name="mine", lora_path="one")).status_code == 200
@@ -86,6 +97,7 @@ async def test_another_adapter_under_the_same_name(server: FakeServer) -> None:
         ({"lora_name": "a\nb", "lora_path": "one"}, 400, "lora_name"),
         ({"lora_name": MODEL, "lora_path": "one"}, 400, "lora_name"),
         ({"lora_name": "unfit", "lora_path": "one"}, 400, "lora_path"),
+        ({"lora_name": "x", "lora_path": "one", "lora_scale": -1e9}, 400, "lora_scale"),
         ({"lora_name": 1, "lora_path": "one"}, 400, "body.lora_name"),
     ],
 )
@@ -111,7 +123,7 @@ async def test_adapters_at_start(server: FakeServer, folder: Path, monkeypatch: 
 
     monkeypatch.setattr(adapter_files, "open_hub", lambda repository, *_: Hub())
     adapters = Adapters(server.model)
-    await adapters.load_all([f"a={folder}/one", '{"name": "b", "path": "owner/name"}'])
+    await adapters.load_all([f"a={folder}/one", '{"name": "b", "path": "owner/name", "scale": 2}'])
     assert [view.root for view in adapters.models] == [f"{folder}/one", "owner/name"]
     with pytest.raises(EngineDeadError, match="--lora-modules c=nothing: .*no such folder"):
         await adapters.load_all(["c=nothing"])

@@ -114,6 +114,22 @@ void project_all(const OctavoLinear& op, const OctavoStep& step, const OctavoAda
     team.scratch.release(mark);
 }
 
+template <class T>
+void project_some_of(const OctavoLinear& op, const OctavoStep& step, const Range& rows, const int32_t* of_row,
+                     const Team& team, float* projected, int64_t stride) {
+    const size_t padded = static_cast<size_t>(blocks_of(op.weight.columns, kBlock)) * kBlock;
+    const Scratch::Mark mark = team.scratch.mark();
+    T* staged = team.scratch.take<T>(padded);
+    std::memset(static_cast<void*>(staged), 0, padded * sizeof(T));
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const OctavoAdapter* adapter = of_row[row] ? op.adapters[of_row[row]] : nullptr;
+        const Share share = {adapter, &row, 1};
+        if (share.tiles())
+            project_tile<T>(op, step, share, 0, {0, adapter->rank / kRanks}, staged, nullptr, projected, stride);
+    }
+    team.scratch.release(mark);
+}
+
 }  // namespace
 
 int64_t projected_stride(const OctavoLinear& op, const OctavoAdapterRows& rows) {
@@ -136,6 +152,12 @@ bool replaces_weight(const OctavoLinear& op, const OctavoAdapterRows& rows) {
 void project_rows(const OctavoLinear& op, const OctavoStep& step, const OctavoAdapterRows& rows, const Team& team,
                   float* projected, int64_t stride) {
     with_type(op.type, [&](auto number) { project_all<decltype(number)>(op, step, rows, team, projected, stride); });
+}
+
+void project_some(const OctavoLinear& op, const OctavoStep& step, const Range& rows, const int32_t* of_row,
+                  const Team& team, float* projected, int64_t stride) {
+    with_type(op.type,
+              [&](auto number) { project_some_of<decltype(number)>(op, step, rows, of_row, team, projected, stride); });
 }
 
 }  // namespace octavo

@@ -71,4 +71,8 @@ bool replaces_weight(const OctavoLinear& op, const OctavoAdapterRows& rows);
 void project_rows(const OctavoLinear& op, const OctavoStep& step, const OctavoAdapterRows& rows, const Team& team,
                   float* projected, int64_t stride);
 
+// The same for some rows of a tile, by this thread alone. `of_row`: their adapters, from row 0 on.
+void project_some(const OctavoLinear& op, const OctavoStep& step, const Range& rows, const int32_t* of_row,
+                  const Team& team, float* projected, int64_t stride);
+
 }  // namespace octavo

@@ -254,6 +254,47 @@ struct Between {
     }
 };
 
+// Products of rows with the A of their adapters, which all threads share, and where each expert's are.
+struct Projections {
+    int64_t stride = 0;  // 0: no row has an adapter
+    const OctavoAdapter* const* const* adapters = nullptr;
+    const int32_t* of_row = nullptr;  // of all rows
+    float* data = nullptr;
+    Adapted* adapted = nullptr;  // [num_experts]
+
+    // Floats of a row: the largest rank of the step's adapters in any expert.
+    static int64_t stride_of(const OctavoAdapter* const* const* adapters, int num_experts,
+                             const OctavoAdapterRows& rows) {
+        int most = 0;
+        for (int e = 0; adapters && e < num_experts; ++e)
+            for (int i = 0; i < rows.num_adapters; ++i) {
+                const OctavoAdapter* adapter = adapters[e][rows.adapters[i]];
+                if (adapter) most = std::max(most, adapter->rank);
+            }
+        return most;
+    }
+
+    void choose(const OctavoAdapter* const* const* chosen, const int* starts, int num_experts, Scratch& scratch) {
+        adapters = chosen;
+        adapted = scratch.take<Adapted>(num_experts);
+        for (int e = 0; e < num_experts; ++e)
+            adapted[e] = {chosen[e], of_row + starts[e], data + starts[e] * stride, stride, false};
+    }
+
+    void add_to(OctavoLinear& linear, int expert) const {
+        if (!adapters) return;
+        linear.adapters = adapters[expert];
+        linear.adapted = &adapted[expert];
+    }
+
+    void project(const OctavoLinear& linear, const OctavoStep& step, int expert, const Range& rows,
+                 const Team& team) const {
+        if (!adapters || !stride) return;
+        const Adapted& own = adapted[expert];
+        project_some(linear, step, rows, own.of_row, team, const_cast<float*>(own.projected), stride);
+    }
+};
+
 // What the threads of a piece share.
 template <class T>
 struct Piece {
@@ -264,11 +305,14 @@ struct Piece {
     uint8_t* staged_inner;
     T* inner;
     float* results;
+    Projections of_x;
+    Projections of_inner;
 
     // The product of an expert's rows with its gate and up.
     OctavoLinear gate_up(int expert) const {
         OctavoLinear result = Between::gate_up(op, expert);
         result.out = {inner + static_cast<int64_t>(sorted.starts[expert]) * sizes.width + op.first_inner, sizes.width};
+        of_x.add_to(result, expert);
         return result;
     }
     // With its down.
@@ -276,6 +320,7 @@ struct Piece {
         OctavoLinear result = Between::down(op, expert);
         result.x = {inner + static_cast<int64_t>(sorted.starts[expert]) * sizes.width, sizes.width};
         result.out = {results + static_cast<int64_t>(sorted.starts[expert]) * sizes.hidden, sizes.hidden};
+        of_inner.add_to(result, expert);
         return result;
     }
     void* staged_x_of(int expert) const { return staged_x + sorted.starts[expert] * sizes.staged_x; }
@@ -307,11 +352,11 @@ void stage_x(const Piece<T>& piece, const Team& team) {
         const int start = sorted.starts[expert], rows = sorted.rows_of(expert);
         OctavoLinear linear = piece.gate_up(expert);
         OctavoStep step = {};
+        const Tiles tiles = Tiles::of(rows, most);
         step.logits_rows = sorted.tokens + start;
         linear.x = op.x;
         linear.gather = 1;
         if (scaled) {
-            const Tiles tiles = Tiles::of(rows, most);
             for (int r = tiles.begin(tile); r < tiles.begin(tile + 1); ++r) {
                 const T* x = static_cast<const T*>(op.x.data) + sorted.tokens[start + r] * op.x.stride;
                 T* out = scaled + static_cast<int64_t>(r - tiles.begin(tile)) * piece.sizes.input;
@@ -326,6 +371,7 @@ void stage_x(const Piece<T>& piece, const Team& team) {
             linear.gather = 0;
         }
         stage_tile(linear, step, rows, tile, piece.staged_x_of(expert));
+        piece.of_x.project(linear, step, expert, {tiles.begin(tile), tiles.begin(tile + 1)}, team);
     });
 }
 
@@ -345,12 +391,13 @@ void stage_inner(const Piece<T>& piece, const Team& team) {
     each_tile(piece.sorted, most, team, [&](int expert, int tile) {
         const OctavoLinear linear = piece.down(expert);
         const int rows = piece.sorted.rows_of(expert);
+        const Tiles tiles = Tiles::of(rows, most);
         if (!piece.sizes.activated) {
-            const Tiles tiles = Tiles::of(rows, most);
             for (int r = tiles.begin(tile); r < tiles.begin(tile + 1); ++r)
                 activate_row(static_cast<T*>(linear.x.data) + r * linear.x.stride, piece.op, piece.sizes.inner);
         }
         stage_tile(linear, {}, rows, tile, piece.staged_inner_of(expert));
+        piece.of_inner.project(linear, {}, expert, {tiles.begin(tile), tiles.begin(tile + 1)}, team);
     });
 }
 
@@ -412,6 +459,13 @@ void combine(const Piece<T>& piece, const Range& tokens, const Team& team) {
     }
 }
 
+// The adapters of sorted rows.
+const int32_t* adapters_of(const Sorted& sorted, size_t rows, const int32_t* of_token, Scratch& scratch) {
+    int32_t* result = scratch.take<int32_t>(rows);
+    for (size_t row = 0; row < rows; ++row) result[row] = of_token[sorted.tokens[row]];
+    return result;
+}
+
 // Waits until the results of gates and ups are complete, or no longer needed.
 void wait_for_inner(const OctavoExperts& op, const OctavoStep& step, const Team& team) {
     if (op.inner)
@@ -431,14 +485,27 @@ void run_piece(const OctavoExperts& op, const OctavoStep& step, const Between& s
         place += whole_lines(bytes);
         return result;
     };
-    const Piece<T> piece = {
-        op,
-        sizes,
-        sorted,
-        take(rows * sizes.staged_x),
-        take(rows * sizes.staged_inner),
-        static_cast<T*>(op.inner ? op.inner : static_cast<void*>(take(rows * sizes.width * sizeof(T)))),
-        reinterpret_cast<float*>(take(rows * sizes.hidden * sizeof(float)))};
+    Piece<T> piece = {op,
+                      sizes,
+                      sorted,
+                      take(rows * sizes.staged_x),
+                      take(rows * sizes.staged_inner),
+                      static_cast<T*>(op.inner ? op.inner : static_cast<void*>(take(rows * sizes.width * sizeof(T)))),
+                      reinterpret_cast<float*>(take(rows * sizes.hidden * sizeof(float))),
+                      {},
+                      {}};
+    const OctavoAdapterRows& adapters = step.adapters[kTokens];
+    if (rows && op.gate_up_adapters && adapters.num_adapters) {
+        const int32_t* of_row = adapters_of(sorted, rows, adapters.of_row, team.scratch);
+        const auto choose = [&](Projections& chosen, const OctavoAdapter* const* const* of_experts) {
+            chosen.of_row = of_row;
+            chosen.stride = Projections::stride_of(of_experts, op.num_experts, adapters);
+            chosen.data = reinterpret_cast<float*>(take(rows * chosen.stride * sizeof(float)));
+            chosen.choose(of_experts, sorted.starts, op.num_experts, team.scratch);
+        };
+        choose(piece.of_x, op.gate_up_adapters);
+        choose(piece.of_inner, op.down_adapters);
+    }
     if (rows) {
         stage_x(piece, team);
         team.wait();
@@ -492,8 +559,12 @@ void run_experts(const OctavoExperts& op, const OctavoStep& step, const Team& te
 size_t experts_workspace(const OctavoExperts& op, const OctavoStep& step) {
     const Between sizes(op);
     const size_t tokens = std::min(step.num_tokens, sizes.tokens_at_once(op.top_k));
-    constexpr int kParts = 4;
-    return tokens * op.top_k * sizes.row_bytes + kParts * kCacheLine;
+    constexpr int kParts = 6;
+    size_t row_bytes = sizes.row_bytes;
+    for (const auto adapters : {op.gate_up_adapters, op.down_adapters})
+        row_bytes += static_cast<size_t>(Projections::stride_of(adapters, op.num_experts, step.adapters[kTokens])) *
+                     sizeof(float);
+    return tokens * op.top_k * row_bytes + kParts * kCacheLine;
 }
 
 }  // namespace octavo

@@ -429,6 +429,9 @@ struct OctavoExperts {
     const OctavoWeight* down;           // [num_experts]: likewise
     const void* const* gate_up_biases;  // [num_experts] or null
     const void* const* down_biases;     // [num_experts] or null
+    // [num_experts]: adapters of the step's tokens, as of OctavoLinear, none with a weight of its own; null: none.
+    const OctavoAdapter* const* const* gate_up_adapters;
+    const OctavoAdapter* const* const* down_adapters;
     int32_t num_experts;
     int32_t top_k;
     int32_t activation;
