@@ -5,8 +5,9 @@ They exist with ``--admin-api-key``. While the server sleeps, requests that run 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import Annotated, Literal, TypeVar
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +18,9 @@ from api.errors import CallError, RequestError
 from api.generation.serving import Serving
 
 Q = TypeVar("Q", bound=msgspec.Struct)
+
+_running: set[asyncio.Task[None]] = set()
+"""Calls that are not done; the event loop itself does not keep them alive."""
 
 
 class SleepQuery(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,14 +79,18 @@ def _state(serving: Serving) -> Response:
     return Response(msgspec.json.encode(state), media_type="application/json")
 
 
-async def _done(call: Awaitable[None]) -> None:
-    """Waits for a call.
+async def _done(call: Coroutine[Any, Any, None]) -> None:
+    """Waits for a call, which goes on if the client disconnects: engines and api must agree on who sleeps, and engines
+    on their weights.
 
     Raises:
         RequestError: 409: not at this time.
     """
+    task = asyncio.create_task(call)
+    _running.add(task)
+    task.add_done_callback(_running.discard)
     try:
-        await call
+        await asyncio.shield(task)
     except CallError as error:
         raise RequestError(str(error), status=409, kind="ConflictError") from error
 
