@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType
 
+import ops
 from api.model.gguf_file import read_gguf
 from executor import plan
-from executor.config import ExecutorConfig, ModelConfig, StepSize
+from executor.config import ExecutorConfig, ModelConfig, ParallelConfig, StepSize
+from executor.loader import load_model
 from executor.messages import FromWorker, ModelSurvey, WorkerReady
-from executor.parallel import ParallelState
+from executor.parallel import ParallelState, places
 from executor.worker import Worker
 from tests import tiny, vision_families
 
@@ -59,6 +62,20 @@ def test_a_survey_is_what_a_worker_reports(name: str) -> None:
     has_experts = "experts" in name or kind == "olmoe" or kind == "qwen3_next"
     assert bool(survey.expert_bytes) == has_experts and (survey.expert_share < 1) == has_experts
     assert survey.weights["tables"]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 2), ("qwen3_moe", 2)])
+def test_ranks_hold_what_the_survey_says(kind: str, size: int) -> None:
+    model = ModelConfig(model=str(tiny.checkpoint(kind)))
+    parallel = ParallelConfig(tensor_parallel_size=size)
+    config = ExecutorConfig(
+        model=model, parallel=parallel, step_size=StepSize(max_num_seqs=8, max_num_batched_tokens=64)
+    )
+    surveys = plan.survey_ranks(config, measures=False)
+    for place, survey in zip(places(parallel), surveys, strict=True):
+        communicator = ops.NotConnected(place.tp_rank, size, cuts_sums=False)
+        loaded = load_model(model, place, torch.device("cpu"), None, lambda *_: None, communicator=communicator)
+        assert survey.ready.weight_bytes == loaded.weight_bytes == sum(survey.weights.values())
 
 
 def test_the_encoder_of_images_counts() -> None:
