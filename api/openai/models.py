@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
-from api.openai.protocol import ModelCard, ModelList, ModelPermission
+from api.openai.protocol import ModelCapabilities, ModelCard, ModelList, ModelPermission
 
 
 async def list_models(request: Request) -> Response:
@@ -33,5 +33,6 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         root=model.root,
         parent=model.parent,
         max_model_len=model.limits.max_model_len,
+        capabilities=ModelCapabilities(vision=model.images is not None and model.images.most > 0),
         permission=[ModelPermission(id=f"modelperm-{name}", created=model.created)],
     )

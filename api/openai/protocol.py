@@ -507,6 +507,11 @@ class ModelPermission(msgspec.Struct, kw_only=True):
     is_blocking: bool = False
 
 
+class ModelCapabilities(msgspec.Struct, kw_only=True):
+    vision: bool
+    """Messages may have images."""
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
     id: str
     object: str = "model"
@@ -517,6 +522,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     parent: str | None = None
     """Of an adapter: the name of the model that it changes."""
     max_model_len: int
+    capabilities: ModelCapabilities
+    """What the model takes beside text."""
     permission: list[ModelPermission]
 
 

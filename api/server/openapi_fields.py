@@ -310,6 +310,8 @@ FIELDS: Mapping[str, str] = {
     "ChatChoice.logprobs": "Log probabilities of the tokens.",
     "ChatChunkChoice.logprobs": "Log probabilities of the tokens.",
     "ModelCard.id": "Name of the model.",
+    "ModelCard.capabilities": "What the model takes beside text.",
+    "ModelCapabilities.vision": "Messages may have images.",
     "SleepState.is_sleeping": "Whether the server sleeps.",
     "ModelCard.parent": "Of an adapter: name of the model that it changes.",
     "lora_name": "Name of the adapter, which requests give as their model.",

@@ -3,8 +3,10 @@
 // An attachment: {kind: "image", name, type, size, width, height, file}, with the id of a file in a FileStore, or
 // {kind: "text", name, text}.
 
-const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp", "image/gif"]);
+const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
 /** Those that servers can decode; the browser converts other images that it can show. */
+const HEAD = 65_536;
+/** Bytes among which an animation is announced. */
 const MAX_SIDE = 2560;
 /** Pixels. Larger images are scaled down: no model sees more, and requests hold all images of the conversation. */
 const MAX_BYTES = 4_000_000;
@@ -57,7 +59,8 @@ async function readImage(file, name) {
   try {
     const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
     const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
-    const isGood = scale === 1 && file.size <= MAX_BYTES && IMAGE_TYPES.has(file.type);
+    const isSmall = scale === 1 && file.size <= MAX_BYTES;
+    const isGood = isSmall && IMAGE_TYPES.has(file.type) && !(await isAnimated(file));
     const blob = isGood ? file : await encode(bitmap, width, height, file.type);
     if (blob === null) throw new AttachmentError(`${name} cannot be converted.`);
     const attachment = { kind: "image", name, type: blob.type, size: blob.size, width, height };
@@ -65,6 +68,12 @@ async function readImage(file, name) {
   } finally {
     bitmap.close();
   }
+}
+
+/** Whether it is an animated PNG or WebP. Models see one frame, and servers do not choose it. */
+async function isAnimated(file) {
+  const head = new TextDecoder("latin1").decode(await file.slice(0, HEAD).arrayBuffer());
+  return head.includes(file.type === "image/webp" ? "ANIM" : "acTL");
 }
 
 /** Photos become JPEG; drawings stay without losses unless they are too large for that. */

@@ -83,14 +83,17 @@ function describe(card, state) {
   return [card.id, kind, length, takesImages(card) ? "Text, images" : "Text", state];
 }
 
-/** "running" or "waiting" by adapter. The newest sample counts: its value is the time it was taken. */
+/**
+ * "running" or "waiting" by adapter. Other servers set the value to the time and keep old samples, so the samples with the
+ * highest value count.
+ */
 export function adapterStates(reading) {
-  const samples = reading.all(ADAPTERS);
+  const newest = reading.max(ADAPTERS);
+  const samples = reading.all(ADAPTERS).filter(({ value }) => value === newest);
   const states = new Map();
-  if (samples.length === 0) return states;
-  const { labels } = samples.reduce((newest, sample) => (sample.value > newest.value ? sample : newest));
   for (const state of ["waiting", "running"]) {
-    for (const name of (labels[`${state}_lora_adapters`] ?? "").split(",")) if (name !== "") states.set(name, state);
+    const names = samples.flatMap(({ labels }) => (labels[`${state}_lora_adapters`] ?? "").split(","));
+    for (const name of names) if (name !== "") states.set(name, state);
   }
   return states;
 }

@@ -29,6 +29,7 @@ async def test_models() -> None:
     card = (await api.get("/v1/models/org/model")).json()
     assert card == listed["data"][0]
     assert (card["object"], card["owned_by"], card["max_model_len"]) == ("model", "octavo", MAX_MODEL_LEN)
+    assert card["capabilities"] == {"vision": False}
     assert [card["root"] for card in listed["data"]] == ["/models/fake"] * 2  # what a tokenizer may be loaded from
     error_of(await api.get("/v1/models/org"), 404)
 
