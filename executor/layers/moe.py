@@ -197,14 +197,19 @@ class MoE(nn.Module):
         shared = self.get_submodule(self._shared)(x, batch) if self._shared else None
         gate = self.get_submodule(self._shared_gate)(x) if self._shared_gate else None
         routed = self.gate(x) if routed is None else routed
-        adapters = self.adapters()
-        if adapters is None:
-            own = ops.experts(x, routed, self.weights(), shared, gate)
-        else:
-            own = ops.experts(x, routed, self.weights(), shared, gate, adapters, batch.row_adapters)
+        own = self.apply_experts(x, batch, routed, shared, gate)
         if self.communicator.cuts_sums:
             return ops.all_reduce(own, self.communicator)
         return ops.all_gather(own, self.communicator, self._first_down().output_widths)
+
+    def apply_experts(
+        self, x: Tensor, batch: InputBatch, routed: Tensor, shared: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """What the experts of this rank yield for ``x``, with the adapters of its rows. See ``ops.experts``."""
+        adapters = self.adapters()
+        if adapters is None:
+            return ops.experts(x, routed, self.weights(), shared, gate)
+        return ops.experts(x, routed, self.weights(), shared, gate, adapters, batch.row_adapters)
 
     def _first_down(self) -> RowParallelLinear:
         """The last product of an expert, which ranks share in the same way in all."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-import ops
 from executor.hf_config import MAX_LAYERS, HFConfig
 from executor.input_batch import InputBatch
 from executor.layers.context import ModelContext
@@ -89,7 +88,7 @@ class Experts(MoE):
         if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
             return super().forward(x, batch, routed)
         routed = self.gate(x) if routed is None else routed
-        out = ops.experts(self.fc1_latent_proj(x, batch), routed, self.weights())
+        out = self.apply_experts(self.fc1_latent_proj(x, batch), batch, routed)
         shared: Tensor = self.get_submodule("shared_experts")(x, batch)
         wide: Tensor = self.fc2_latent_proj(out, batch)
         return wide + shared

@@ -150,6 +150,13 @@ def experts() -> tuple[Path, ...]:
     return base, *two(base, targets=r"experts\.\d+\.(w[123]|\w+_proj)$|q_proj$")
 
 
+@case
+def experts_without_gates_of_latents() -> tuple[Path, ...]:
+    latents = {"moe_latent_size": 32, "n_group": 1, "topk_group": 1}
+    base = per_expert(tiny.checkpoint("nemotron_h", **latents))
+    return base, *two(base, targets=r"experts\.\d+\.(up|down)_proj$|fc1_latent_proj$")
+
+
 def per_expert(folder: Path) -> Path:
     """The checkpoint with a tensor for each expert, as on the hub."""
     target = Path(tempfile.mkdtemp(prefix="mixtral-", dir=tiny.session_folder()))
@@ -161,7 +168,7 @@ def per_expert(folder: Path) -> Path:
             tensors[name] = tensor
             continue
         for index, matrix in enumerate(tensor):
-            parts = {"down_proj": matrix}
+            parts = {leaf: matrix}
             if leaf == "gate_up_proj":
                 parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
             for part, rows in parts.items():
