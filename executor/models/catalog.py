@@ -56,6 +56,12 @@ CATALOG = (
     ),
     Entry("BLOOM", ("BloomForCausalLM",), ("bigscience/bloom-560m", "bigscience/bloomz-1b1")),
     Entry(
+        "CLIP, SigLIP",
+        ("CLIPModel", "SiglipModel"),
+        ("openai/clip-vit-base-patch32", "google/siglip-base-patch16-224"),
+        limits="embeddings of texts and images only",
+    ),
+    Entry(
         "Cohere",
         ("CohereForCausalLM", "Cohere2ForCausalLM"),
         ("CohereLabs/c4ai-command-r-v01", "CohereLabs/c4ai-command-r7b-12-2024"),
