@@ -64,10 +64,10 @@ def main() -> None:
             seconds, tokens[name] = request(url, models[name], image)
             if index:
                 times[name].append(seconds)
-    for name, seconds in times.items():
+    for name, own in times.items():
         print(
-            f"{name}: {statistics.median(seconds) * 1e3:.0f} ms to the first token (median of {len(seconds)}; "
-            f"{min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}), {tokens[name]} tokens in the prompt"
+            f"{name}: {statistics.median(own) * 1e3:.0f} ms to the first token (median of {len(own)}; "
+            f"{min(own) * 1e3:.0f} to {max(own) * 1e3:.0f}), {tokens[name]} tokens in the prompt"
         )
 
 

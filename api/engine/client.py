@@ -239,7 +239,7 @@ class EngineClient:
         """Whether new requests run without a pause: engine core and workers are up and responding."""
         watch = self._life.watch
         is_silent = watch is not None and watch.waited > UNREADY_TIME
-        is_up = self._serving and self._has_workers and not self.sleeper.is_sleeping
+        is_up = self._serving and self._has_workers and self.sleeper.is_awake
         return self.dead is None and is_up and not is_silent
 
     # -- requests ------------------------------------------------------------------------------------------

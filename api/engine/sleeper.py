@@ -27,6 +27,13 @@ class Sleeper:
         self._on_sleep = on_sleep
         self.is_sleeping = False
         """The engine was told to sleep, and not to wake up yet."""
+        self.is_reloading = False
+        """It loads its weights again: new requests would wait for that."""
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether new requests run at once."""
+        return not self.is_sleeping and not self.is_reloading
 
     def awake(self) -> None:
         """Records that the engine is awake."""
@@ -62,10 +69,14 @@ class Sleeper:
         Raises:
             CallError: Not at this time, or the weights cannot be loaded: then the engine sleeps.
         """
-        await self._call(lambda call_id: SleepRequest(call_id, level=2, finishes=True))
-        self.is_sleeping = True
-        self._on_sleep(2)
-        await self.wake_up()
+        self.is_reloading = True
+        try:
+            await self._call(lambda call_id: SleepRequest(call_id, level=2, finishes=True))
+            self.is_sleeping = True
+            self._on_sleep(2)
+            await self.wake_up()
+        finally:
+            self.is_reloading = False
 
 
 class HasSleeper(Protocol):

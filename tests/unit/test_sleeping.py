@@ -40,6 +40,19 @@ async def test_a_client_that_leaves_does_not_stop_a_call_halfway() -> None:
     assert levels == [2, 0]
 
 
+async def test_an_engine_that_will_reload_its_weights_gets_no_requests() -> None:
+    awake: list[bool] = []
+
+    async def call(make: object) -> Answer:
+        awake.append(sleeper.is_awake)
+        return {}
+
+    sleeper = Sleeper(call, lambda level: None)
+    assert sleeper.is_awake
+    await sleeper.reload_weights()
+    assert awake == [False, False] and sleeper.is_awake
+
+
 async def test_a_refusal_is_a_conflict() -> None:
     async def call(make: object) -> Answer:
         assert make is WakeUpRequest
