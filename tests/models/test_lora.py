@@ -152,8 +152,7 @@ def experts() -> tuple[Path, ...]:
 
 @case
 def experts_without_gates_of_latents() -> tuple[Path, ...]:
-    latents = {"moe_latent_size": 32, "n_group": 1, "topk_group": 1}
-    base = per_expert(tiny.checkpoint("nemotron_h", **latents))
+    base = per_expert(tiny.checkpoint("nemotron_h", moe_latent_size=32, n_group=1, topk_group=1))
     return base, *two(base, targets=r"experts\.\d+\.(up|down)_proj$|fc1_latent_proj$")
 
 
