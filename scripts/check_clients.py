@@ -74,14 +74,14 @@ CLIENTS = (
     Client("instructor", ("instructor",), "instructor_client.py"),
     Client("cohere", ("cohere",), "cohere_client.py", **RETRIEVAL),
     Client(
-        "langchain_retrieval", ("langchain-openai", "langchain-cohere"), "langchain_retrieval_client.py", **RETRIEVAL
+        "langchain_retrieval",
+        ("langchain-openai", "langchain-cohere", "numpy"),
+        "langchain_retrieval_client.py",
+        **RETRIEVAL,
     ),
     Client(
         "llama_index",
-        (
-            *("llama-index-embeddings-openai-like", "llama-index-embeddings-cohere"),
-            "llama-index-postprocessor-cohere-rerank",
-        ),
+        ("llama-index-embeddings-openai-like", "llama-index-postprocessor-cohere-rerank"),
         "llama_index_client.py",
         **RETRIEVAL,
     ),
