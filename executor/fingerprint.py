@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -46,6 +47,8 @@ def model_files(config: ModelConfig) -> Iterator[Path]:
         yield from sorted(entry for entry in entries if entry.suffix in _MODEL_SUFFIXES and entry.is_file())
     if config.imatrix:
         yield Path(config.imatrix)
+    if config.vision is not None:
+        yield config.vision.as_path
 
 
 def state_of(path: Path) -> str:
@@ -126,6 +129,8 @@ def fingerprint(
         dataclasses.replace(parallel, memory_fd=-1),
     )
     add(device.name, ops.op_set(device.torch_device.type).name, str(torch.__version__), platform.machine())
+    # Pixels of the images, which are known by the hashes of their files; models that are not built in.
+    add(version("pillow"), version("transformers"))
     add(*map(str, _capabilities(device)))
     add(_code_digest())
     return digest.hexdigest()
