@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from api.errors import EngineDeadError, ModelFileError, RequestError
+from api.errors import EngineDeadError, ModelFileError, RequestError, asleep
 from api.generation.served_model import ServedModel
 from api.lora_modules import lora_modules
 from api.model.adapter_files import locate_adapter
@@ -59,10 +59,13 @@ class Adapters:
 
         Raises:
             RequestError: 400: the name is taken, or the adapter does not fit the model. 404: there is no such folder.
+                503: the engine sleeps.
             EngineDeadError: The engine died before it answered.
         """
         async with self._lock:
             self._check_name(name, replaces=replaces)
+            if self._model.client.sleeper.is_sleeping:  # it would answer when it wakes up
+                raise asleep()
             if not abs(scale) <= MAX_SCALE:  # nor NaN
                 raise RequestError(f"lora_scale must be between {-MAX_SCALE:g} and {MAX_SCALE:g}", "lora_scale")
             try:

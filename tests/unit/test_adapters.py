@@ -107,6 +107,14 @@ async def test_bad_requests(server: FakeServer, fields: Any, status: int, param:
     assert (await load(api, lora_name="x", lora_path="link/root/one")).status_code == 200
 
 
+async def test_a_server_that_sleeps_loads_none(server: FakeServer) -> None:
+    api = Api(server)
+    server.engine.sleeper.is_sleeping = True
+    error_of(await load(api, lora_name="mine", lora_path="one"), 503)
+    server.engine.sleeper.is_sleeping = False
+    assert (await load(api, lora_name="mine", lora_path="one")).status_code == 200
+
+
 async def test_only_the_admin_may(server: FakeServer) -> None:
     api = Api(server)
     for headers in ({}, {"Authorization": "Bearer user"}):
