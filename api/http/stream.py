@@ -111,7 +111,7 @@ class Disconnect:
             pass
 
 
-def _look_at(scope: Scope, work: EngineWork) -> None:
+def look_at(scope: Scope, work: EngineWork) -> None:
     """Passes on what the headers of an HTTP request say: which engine is wanted, and its trace if tracing is enabled.
 
     Raises:
@@ -150,7 +150,7 @@ class TokenStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            _look_at(scope, generation)
+            look_at(scope, generation)
             await generation.start(Disconnect(receive))
             self._last_write = self._loop.time()
             if self._keep_alive_interval > 0:
@@ -245,7 +245,7 @@ class WholeAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation = self._generation
         try:
-            _look_at(scope, generation)
+            look_at(scope, generation)
             await generation.start(Disconnect(receive), quiet=True)
             await self._fold(await generation.choose(await self._collect()))
             if generation.disconnected:

@@ -16,7 +16,7 @@ from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.http.body import read_json, work_on
 from api.http.errors import to_request_error
-from api.http.stream import KEEP_ALIVE, TokenStream, WholeAnswer
+from api.http.stream import KEEP_ALIVE, TokenStream, WholeAnswer, look_at
 from api.http.tenants import enter_queue
 from api.openai.answer import ChatAnswer, prepare_answer
 from api.openai.logprobs import spells_ids
@@ -62,6 +62,7 @@ async def create_response(request: Request) -> Response:
     conversation = chat.messages[1:] if body.instructions else chat.messages
     making = _Making(model, store, body, answer, response, conversation)
     if body.background:
+        look_at(request.scope, answer.generation)
         return await making.in_background()
     if body.stream:
         return TokenStream(answer.generation, making.reply, serving.config.sse_keep_alive_interval)

@@ -330,6 +330,12 @@ async def test_background() -> None:
     assert (await api.post(f"{PATH}/{answer['id']}/cancel")).json() == response
 
 
+async def test_background_in_an_engine_that_does_not_exist() -> None:
+    headers = {"X-data-parallel-rank": "one"}
+    answer = await talker("Hello.").post(PATH, {"input": "a", "background": True}, headers=headers)
+    assert error_of(answer, 400)["param"] == "X-data-parallel-rank"
+
+
 async def test_background_is_cancelled() -> None:
     api = Api(FakeServer())
     api.server.engine.steps_left = 5
