@@ -122,7 +122,7 @@ class Worker:
         speculative = self._speculative(loaded)
         groups = form_groups(loaded.model.attention_layers(), config.device.block_size)
         draft = self._load_draft(loaded, device)
-        if "kv" in self._descriptors and device.torch_device.type == "cpu":
+        if "kv" in self._descriptors and device.maps_kv:
             self._kv_memory = KVMemory(self._descriptors["kv"])
         specs = (*cached_specs(groups), *(() if draft is None else draft.specs))
         self.runner = ModelRunner(

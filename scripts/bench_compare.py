@@ -16,9 +16,9 @@ those that a step's tokens have.
 
 For each load, all servers are started anew, with room for its requests: more slots or a fuller cache than needed make
 some of them slower. They run at the same time, and the load visits them in turn, several times, while the others are
-idle: memory bandwidth and clock of a shared machine change within minutes, so only ratios of neighbouring runs mean
-anything. A ratio above 1 means that Octavo is better; the table shows the median of the rounds, and the least and
-greatest.
+idle (those that poll all the time are stopped meanwhile): memory bandwidth and clock of a shared machine change within
+minutes, so only ratios of neighbouring runs mean anything. A ratio above 1 means that Octavo is better; the table shows
+the median of the rounds, and the least and greatest.
 
 ``x floor`` is the time taken relative to the least that this machine needs: for reading weights and KV cache in each
 step, or for the multiplications. ``peak`` is the share of the machine's rate of multiplications. Loops that share no
@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,8 @@ class Comparison:
         self._machine = machine
         self._seed = seed
         self._servers: dict[str, Server] = {}
+        self._restless: list[str] = []
+        """Engines that use the processor while idle. They are stopped while others are measured."""
         self.samples: list[Sample] = []
         self.memory_mib: dict[str, float] = {}
 
@@ -203,6 +207,7 @@ class Comparison:
             OSError: One does not answer.
         """
         self._engines = engines
+        self._restless = []
         for engine in engines:
             begin = time.monotonic()
             server = Server(engine.command, engine.env)
@@ -227,7 +232,15 @@ class Comparison:
         for name in pids:
             used = sum(after[key] - before[key] for key in flat if key.startswith(f"{name} ")) / seconds
             if used > IDLE_SHARE:
-                print(f"warning: {name} takes {used:.0%} of a core while idle", file=sys.stderr, flush=True)
+                self._restless.append(name)
+                print(f"{name} takes {used:.0%} of a core while idle: stopped between its runs", file=sys.stderr)
+        self._signal(signal.SIGSTOP, self._restless)
+
+    def _signal(self, number: signal.Signals, names: Sequence[str]) -> None:
+        """Sends a signal to all processes of servers."""
+        for pid in (pid for name in names for pid in self._servers[name].pids()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     @staticmethod
     def _check(engine: Engine, result: Result) -> None:
@@ -256,7 +269,10 @@ class Comparison:
     def _run(self, engine: Engine, load: Load, seed: int, round_: int) -> Sample:
         url = self._servers[engine.name].url
         before = self._machine.measure(self._numbers)
+        running = [engine.name] if engine.name in self._restless else []
+        self._signal(signal.SIGCONT, running)
         result = run_loop(run(Options(base_url=url, seed=seed, warmup=0, keep_alive=False, **load.options)))
+        self._signal(signal.SIGSTOP, running)
         after = self._machine.measure(self._numbers)
         self._check(engine, result)
         rates = Rates(
@@ -275,8 +291,9 @@ class Comparison:
             taken / least, operations / taken / rates.operations_per_s,
         )  # fmt: skip
 
-    def note_memory(self) -> None:
-        """Notes the memory of all processes of each server, if it is more than before."""
+    def finish(self) -> None:
+        """Notes the memory of all processes of each server, if it is more than before, and lets stopped ones go on."""
+        self._signal(signal.SIGCONT, self._restless)
         for name, server in self._servers.items():
             self.memory_mib[name] = max(self.memory_mib.get(name, 0.0), server.memory_bytes() / 2**20)
 
@@ -402,7 +419,7 @@ def main() -> int:
                     engines = [parse_engine(text, model, room_for([load])) for text in commands]
                     comparison.start(engines, stack)
                     comparison.measure(load, number, arguments.rounds)
-                    comparison.note_memory()
+                    comparison.finish()
         except (RuntimeError, OSError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return 1

@@ -271,6 +271,7 @@ class LateDevice:
 
     memory_utilization: float | None = None
     max_num_batched_tokens = 64
+    maps_kv = False
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -39,6 +39,8 @@ class Device(Protocol):
     """Default of ``--gpu-memory-utilization``. None: ``default_kv_bytes`` says how large the KV cache is."""
     max_num_batched_tokens: int
     """Default of ``--max-num-batched-tokens``."""
+    maps_kv: bool
+    """Whether a KV cache may lie in memory that the worker maps and that outlives it."""
 
     @classmethod
     def unavailable(cls) -> str | None:

@@ -35,6 +35,7 @@ class CpuDevice:
     kernels = "cpu"
     memory_utilization: float | None = None
     max_num_batched_tokens = DEFAULT_STEP_TOKENS
+    maps_kv = True
 
     @classmethod
     def unavailable(cls) -> str | None:

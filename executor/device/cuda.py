@@ -60,6 +60,7 @@ class CudaDevice:
     kernels = "triton"
     memory_utilization: float | None = 0.92
     max_num_batched_tokens = 8192
+    maps_kv = False
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda")

@@ -16,7 +16,7 @@ def open_connector(store: str, rank: int, runner: ModelRunner) -> KVConnector:
     Raises:
         ModelError: The device's memory cannot be read and written by the host.
     """
-    if runner.device.torch_device.type != "cpu":
+    if not runner.device.maps_kv:
         raise ModelError(f"--kv-cache-dir: device {runner.device.name} has no such store yet; omit it")
     factory: ConnectorFactory = resolve(REGISTRY, "disk", "KV connector")
     return factory(store, rank, [_blocks(caches) for caches in runner.cached_tensors()])

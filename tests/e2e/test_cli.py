@@ -88,7 +88,7 @@ def test_a_context_that_does_not_fit(tiny_model: Path) -> None:
         (["--max-num-seqs", "0"], "--max-num-seqs: expected int >= 1"),
         (["--dtype", "int3"], "--dtype: invalid choice"),
         (["--nonesuch"], "unknown option --nonesuch"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2"),
         (["--hf-overrides", "{"], "--hf-overrides"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         (["a", "--model", "b"], "two different models given"),
@@ -240,8 +240,8 @@ def test_bench_without_a_server(tiny_model: Path, tmp_path: Path) -> None:
     result = run_cli("bench", "latency", *flags, *counts)
     assert result.returncode == 0, result.stderr
     assert "Avg latency: " in result.stdout and "--swap-space 4" in result.stderr
-    result = run_cli("bench", "latency", str(tiny_model), "--enable-lora")
-    assert result.returncode == 2 and result.stderr.startswith("octavo: --enable-lora: adapters")
+    result = run_cli("bench", "latency", str(tiny_model), "--kv-events-config", "{}")
+    assert result.returncode == 2 and result.stderr.startswith("octavo: --kv-events-config {}: sharing")
 
 
 def test_a_plan_says_what_fits_and_what_would(tiny_model: Path) -> None:

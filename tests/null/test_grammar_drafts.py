@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from engine_core import scheduler
+from engine_core import grammar_rows
 from engine_core.messages import GrammarSpec
 from engine_core.request import Request
 from engine_core.structured.drafts import mask_counts, states_along
@@ -111,7 +111,7 @@ def test_tokens_that_had_no_mask_are_not_output(position: int, monkeypatch: pyte
             num_failed += any(not matcher.consume_token(token) for token in islice(forbidden, 1))
         return states
 
-    monkeypatch.setattr(scheduler, "states_along", failing)
+    monkeypatch.setattr(grammar_rows, "states_along", failing)
     drafts = Drafts(4, outputs_of(expected))
     assert run(specs, drafts) == expected
     assert num_failed > 20 and drafts.num_accepted > 20

@@ -26,6 +26,7 @@ class ToyDevice:
     kernels = "toy"
     memory_utilization: float | None = None  # the cache takes default_kv_bytes
     max_num_batched_tokens = 256
+    maps_kv = True  # as CPUs: a new worker goes on with the cache of one that died
 
     @classmethod
     def unavailable(cls) -> str | None:
