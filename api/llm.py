@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from msgspec.structs import replace
@@ -27,7 +28,7 @@ from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSe
 from api.generation.fanout import best_places
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
-from api.llm_inputs import Input, Prompt, adapters_of, as_list, parse_prompt, text_of
+from api.llm_inputs import Input, LoRARequests, Prompt, adapters_of, as_list, inputs_of, parse_prompt, text_of
 from api.llm_options import LLMOptions
 from api.media.offline import place_offline, take_offline, without_images
 from api.model.files import ModelFiles, find_model, with_model
@@ -237,7 +238,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        lora_request: LoRARequests = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, all submitted at once.
@@ -353,7 +354,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        lora_request: LoRARequests = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several. See ``generate``."""
@@ -420,6 +421,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | None = None,
+        lora_request: LoRARequests = None,
     ) -> list[EmbeddingRequestOutput]:
         """Computes an embedding of each prompt. The option ``pooler_config`` sets the pooling.
 
@@ -427,6 +429,7 @@ class LLM:
             prompts: As for ``generate``; a prompt may fill the whole context.
             use_tqdm: Show a progress bar.
             pooling_params: Parameters for all prompts.
+            lora_request: As for ``generate``.
 
         Returns:
             One result per prompt, in the order of the prompts; ``outputs.embedding`` is a list of floats.
@@ -436,7 +439,7 @@ class LLM:
             RuntimeError: The engine failed on one of the prompts.
             EngineDeadError: The engine died and is not restarted.
         """
-        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
+        inputs = inputs_of(prompts, lora_request)
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
         return [
             EmbeddingRequestOutput(
@@ -455,6 +458,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_task: PoolingTask = "embed",
+        lora_request: LoRARequests = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Like ``embed``; ``outputs.data`` is a float32 array.
 
@@ -464,11 +468,12 @@ class LLM:
             use_tqdm: Show a progress bar.
             pooling_task: ``embed``: one vector per prompt. ``token_embed``: one vector per token. ``classify``,
                 ``score``, ``token_classify``: the results of the model's classifier.
+            lora_request: As for ``generate``.
         """
         if pooling_task not in POOLING_TASKS:
             known = ", ".join(POOLING_TASKS)
             raise RequestError(f"pooling_task must be one of {known}, got {pooling_task!r}", "pooling_task")
-        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
+        inputs = inputs_of(prompts, lora_request)
         return self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
 
     def classify(
@@ -477,9 +482,10 @@ class LLM:
         *,
         use_tqdm: bool = True,
         pooling_params: PoolingParams | None = None,
+        lora_request: LoRARequests = None,
     ) -> list[ClassificationRequestOutput]:
         """Classifies each prompt with a model that has a classifier. See ``embed``; ``outputs.probs`` is a list."""
-        inputs = without_images([parse_prompt(prompt) for prompt in as_list(prompts)])
+        inputs = inputs_of(prompts, lora_request)
         pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
         return [
             ClassificationRequestOutput(
@@ -498,6 +504,7 @@ class LLM:
         *,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
         """Scores text pairs with a cross-encoder; with other models, by the cosine similarity of their embeddings.
 
@@ -506,6 +513,7 @@ class LLM:
             data_2: The prompts to compare with.
             truncate_prompt_tokens: Truncate longer prompts to this many tokens.
             use_tqdm: Show a progress bar.
+            lora_request: An adapter for all pairs.
 
         Returns:
             One result per pair, in order; ``outputs.score`` is a float.
@@ -514,14 +522,13 @@ class LLM:
             RequestError: The numbers of prompts do not match, or a prompt is invalid for the model.
             EngineDeadError: The engine died and is not restarted.
         """
-        sides = [[parse_prompt(prompt) for prompt in as_list(data)] for data in (data_1, data_2)]
-        first, second = sides
+        first, second = inputs_of(data_1, lora_request), inputs_of(data_2, lora_request)
         pairs = pair_up(len(first), len(second), "data_2")
         params = PoolingParams(truncate_prompt_tokens=truncate_prompt_tokens)
         results = []
         if self._model.limits.pooling.head_pooling:
             texts = [(text_of(first[i], "data_1"), text_of(second[j], "data_2")) for i, j in pairs]
-            for item in self._run(self._score_pairs(texts, params, use_tqdm)):
+            for item in self._run(self._score_pairs(texts, params, use_tqdm, lora_request)):
                 score = ScoringOutput(float(item.outputs.data[0]))
                 results.append(ScoringRequestOutput(item.request_id, score, item.prompt_token_ids))
             return results
@@ -541,6 +548,7 @@ class LLM:
         top_n: int | None = None,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = False,
+        lora_request: LoRARequest | None = None,
     ) -> list[RerankOutput]:
         """Sorts documents by their scores for a query, best first.
 
@@ -548,20 +556,26 @@ class LLM:
             query: The query.
             documents: The documents.
             top_n: Return only this many.
-            truncate_prompt_tokens: As for ``score``.
+            truncate_prompt_tokens, lora_request: As for ``score``.
             use_tqdm: Show a progress bar.
 
         Raises:
             RequestError: As for ``score``.
             EngineDeadError: The engine died and is not restarted.
         """
-        scored = self.score(query, list(documents), truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm)
+        scored = self.score(
+            query,
+            list(documents),
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+        )
         results = [RerankOutput(index, documents[index], item.outputs.score) for index, item in enumerate(scored)]
         results.sort(key=lambda result: -result.relevance_score)
         return results[:top_n]
 
     async def _score_pairs(
-        self, pairs: list[tuple[str, str]], params: PoolingParams, use_tqdm: bool
+        self, pairs: list[tuple[str, str]], params: PoolingParams, use_tqdm: bool, adapter: LoRARequest | None
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """The scores of a cross-encoder."""
         model, keep = self._model, params.truncate_prompt_tokens
@@ -573,7 +587,7 @@ class LLM:
             ids, segment = await model.tokenize_pair(first, second, max_tokens=limit)
             prompts.append(ids)
             resolved.append(replace(own, second_segment=segment))
-        return await self._pool_prompts(prompts, resolved, use_tqdm)
+        return await self._pool_prompts(prompts, resolved, use_tqdm, [await self._adapters.view(adapter)] * len(pairs))
 
     async def _pool(
         self, inputs: list[Input], params: PoolingParams, use_tqdm: bool, *, task: PoolingTask = "embed"
@@ -593,20 +607,28 @@ class LLM:
                 text = prompt + item.text
                 ids = await model.tokenize(text, add_special_tokens=item.add_special_tokens, any_length=any_length)
             prompts.append(truncate_prompt(ids, keep, model.limits, around))
-        return await self._pool_prompts(prompts, resolved, use_tqdm)
+        views = [await self._adapters.view(item.adapter) for item in inputs]
+        return await self._pool_prompts(prompts, [resolved] * len(prompts), use_tqdm, views)
 
     async def _pool_prompts(
         self,
         prompts: list[list[int]],
-        params: ResolvedPoolingParams | list[ResolvedPoolingParams],
+        params: list[ResolvedPoolingParams],
         use_tqdm: bool,
+        views: list[ServedModel],
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         model = self._model
         channel = model.client.open_channel()
         first_id, self._next_id = self._next_id, self._next_id + len(prompts)
         states: list[RequestState] = []
         try:
-            await model.submit_pooling(channel, str(first_id), prompts, params, states, field="prompts")
+            for view, group in groupby(range(len(prompts)), key=views.__getitem__):
+                first, *others = group
+                own = slice(first, first + 1 + len(others))
+                request_id = str(first_id + first)
+                await view.submit_pooling(
+                    channel, request_id, prompts[own], params[own], states, field="prompts", first_choice=first
+                )
             meter = SpeedMeter()
             with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(states)

@@ -9,13 +9,15 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from api.errors import RequestError
-from api.media.offline import images_of
+from api.media.offline import images_of, without_images
 from api.media.reader import Picture
 from api.params.lora import LoRARequest
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``. With a ``cache_salt`` in the
 dictionary, the prompt shares cached blocks only with prompts of the same salt."""
+LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
+"""An adapter for all prompts, or one (or None) per prompt."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ def parse_prompt(prompt: Prompt) -> Input:
     return Input(None, list(prompt))
 
 
-def adapters_of(inputs: list[Input], given: LoRARequest | Sequence[LoRARequest | None] | None) -> list[Input]:
+def inputs_of(prompts: Prompt | Sequence[Prompt], lora_request: LoRARequests) -> list[Input]:
+    """Prompts without images, with their adapters. Raises RequestError."""
+    return adapters_of(without_images([parse_prompt(prompt) for prompt in as_list(prompts)]), lora_request)
+
+
+def adapters_of(inputs: list[Input], given: LoRARequests) -> list[Input]:
     """The prompts with their adapters: one for all, or one (or None) for each.
 
     Raises:

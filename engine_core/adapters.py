@@ -11,6 +11,7 @@ Adapters are identified by the hash of their content. Names are the api's affair
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -51,6 +52,10 @@ class Outcome:
     failed: list[Request] = field(default_factory=list)
     """Parked requests that cannot run."""
     error: str = ""
+
+
+def _names(adapters: Iterable[LoRARequest]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(adapter.name for adapter in adapters))
 
 
 class AdapterPool:
@@ -106,8 +111,9 @@ class AdapterPool:
         waiting = [next(iter(parked.values())).message.lora_request for parked in self._parked.values()]
         return msgspec.structs.replace(
             stats,
-            running_adapters=tuple(each.adapter.name for each in self._loaded.values() if each.num_running),
-            waiting_adapters=tuple(adapter.name for adapter in waiting if adapter is not None),
+            # One may be there with several scales.
+            running_adapters=_names(each.adapter for each in self._loaded.values() if each.num_running),
+            waiting_adapters=_names(adapter for adapter in waiting if adapter is not None),
             num_loaded_adapters=len(self._loaded),
         )
 

@@ -16,9 +16,9 @@ from functools import lru_cache
 from hashlib import sha256
 
 from engine_core.messages import I32, MultiModalFeature
-from executor.adapter_files import AdapterFileError, adapter_hash
+from executor.adapter_files import AdapterFileError, adapter_hash, rescaled
 
-__all__ = ["HASH_SIZE", "AdapterFileError", "adapter_hash", "block_hashes", "draft_pool", "root_hash"]
+__all__ = ["HASH_SIZE", "AdapterFileError", "adapter_hash", "block_hashes", "draft_pool", "rescaled", "root_hash"]
 
 HASH_SIZE = 32
 """Size of a hash in bytes."""

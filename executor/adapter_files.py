@@ -60,6 +60,16 @@ def with_scale(content_hash: str, scale: float) -> str:
     return content_hash if scale == 1.0 else f"{content_hash} * {scale!r}"
 
 
+def rescaled(identity: str, scale: float) -> str:
+    """What identifies the adapter of the same files with another scale.
+
+    Args:
+        identity: What ``with_scale`` has returned.
+        scale: Factor of what it adds.
+    """
+    return with_scale(identity.partition(" * ")[0], scale)
+
+
 def adapter_hash(path: Path, scale: float = 1.0) -> str:
     """The hash of an adapter's files and scale, without having all of the weights in memory.
 

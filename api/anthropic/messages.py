@@ -60,7 +60,7 @@ async def create_message(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, MESSAGES_DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     tenant = enter_queue(request, model, None if body.metadata is None else body.metadata.user_id)
     chat = await model.host.apart(work_on(request), to_chat_request, body)
     if model.config.reasoning_parser is None:

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from api.openai.protocol import MAX_INT32, CacheSalt, JsonObject, OffOrCount, Share
+from api.params.lora import AdapterFields
 
 Effort: TypeAlias = Literal["low", "medium", "high", "xhigh", "max"]
 
@@ -128,7 +129,7 @@ class OutputConfig(msgspec.Struct, kw_only=True):
     """Sets the template variable ``reasoning_effort``."""
 
 
-class ConversationRequest(msgspec.Struct, kw_only=True):
+class ConversationRequest(AdapterFields, kw_only=True):
     """Body of POST /v1/messages/count_tokens."""
 
     model: str

@@ -145,6 +145,16 @@ class ServedModel:
         view.system_fingerprint = _fingerprint(f"{self.name} {adapter.content_hash}", self.ready)
         return view
 
+    def rescaled(self, adapter: LoRARequest | None) -> ServedModel:
+        """The same model under the same name with its adapter at another scale; None: without it."""
+        view = copy.copy(self)
+        view.adapter = adapter
+        what = self.parent or self.name
+        if adapter is not None:
+            what += f" {adapter.content_hash}"
+        view.system_fingerprint = _fingerprint(what, self.ready)
+        return view
+
     def prompt_before(self, name: str | None) -> str:
         """The text that the model's files put before texts to embed.
 

@@ -8,6 +8,7 @@ from api.errors import RequestError
 from api.generation.adapters import Adapters
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
+from api.params.lora import AdapterFields, LoRAScale
 
 
 class Serving:
@@ -49,6 +50,44 @@ class Serving:
         if model is None:
             raise RequestError(f"The model `{name}` does not exist.", "model", status=404, kind="NotFoundError")
         return model
+
+    async def choose_model(self, name: str | None, fields: AdapterFields) -> ServedModel:
+        """The model that a request is for, with its adapter at the scale that the request gives it.
+
+        Args:
+            name: The request's ``model``; None: not given.
+            fields: The request.
+
+        Raises:
+            RequestError: As ``find_model``; 400, 429 or 503: the adapter cannot have this scale.
+            EngineDeadError: The engine died before it answered.
+        """
+        model = self.find_model(name)
+        scale = fields.lora_scale
+        if fields.lora is not None:
+            if scale is not None:
+                raise RequestError("lora says the scale already; omit lora_scale", "lora_scale")
+            model, scale = self._listed(model, fields.lora)
+            if model.adapter is None:
+                return model
+        if scale is None:
+            return model
+        if model.adapter is None or self.adapters is None:
+            raise RequestError(
+                f"lora_scale needs an adapter as model, and {model.name!r} is none; /v1/models lists them", "lora_scale"
+            )
+        return await self.adapters.scaled(model, scale, "lora_scale" if fields.lora is None else "lora")
+
+    def _listed(self, model: ServedModel, entries: Sequence[LoRAScale]) -> tuple[ServedModel, float]:
+        """The model with the adapter that a list of scales turns on, and its scale."""
+        views = [None if self.adapters is None else self.adapters.find_number(each.id) for each in entries]
+        for view, entry in zip(views, entries, strict=True):
+            if view is None or (entry.scale and model not in (view, self.default_model)):
+                raise RequestError(f"lora: {model.name!r} has no adapter {entry.id}; /v1/models lists them", "lora")
+        chosen = [(view, each.scale) for view, each in zip(views, entries, strict=True) if view and each.scale]
+        if len(chosen) > 1:
+            raise RequestError("lora: a request has one adapter; set the scales of the others to 0", "lora")
+        return chosen[0] if chosen else (model, 0.0)
 
     @property
     def all_models(self) -> list[ServedModel]:

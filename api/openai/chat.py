@@ -57,7 +57,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     count = 1 if body.use_beam_search else body.n or 1
     tenant = enter_queue(request, model, body.safety_identifier or body.user, count)
     answer = await prepare_answer(

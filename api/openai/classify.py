@@ -34,7 +34,7 @@ async def classify(request: Request) -> Response:
     """Classifies texts or conversations."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, CLASSIFY_DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     wanted = body.activation if body.use_activation is None else body.use_activation
     params = resolve_task("classify", PoolingParams(use_activation=wanted), model.pooler, model.limits)
     work = await start_pooling(model, request, body, params, "classify")
@@ -45,7 +45,7 @@ async def pool(request: Request) -> Response:
     """Pools texts or conversations: vectors of texts or tokens, or their classes."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, POOL_DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     own = model.limits.pooling.head_pooling
     usual: PoolingTask = "embed" if not own else "token_classify" if own == "ALL" else "classify"
     params = embedding_params(model, body, body.task or usual)

@@ -21,6 +21,7 @@ from api.openai.embeddings import embedding_params, start_pooling
 from api.openai.pooling import PoolingWork
 from api.openai.pooling_protocol import EmbeddingRequest
 from api.openai.protocol import PositiveCount
+from api.params.lora import AdapterFields
 
 SIDES: dict[str, Literal["left", "right"]] = {"START": "left", "END": "right"}
 """Where ``truncate`` cuts texts."""
@@ -28,7 +29,7 @@ PROMPT_NAMES = {"search_query": ("query",), "search_document": ("document", "pas
 """Names that the prompts of an ``input_type`` have in models' files."""
 
 
-class CohereEmbedRequest(msgspec.Struct, kw_only=True):
+class CohereEmbedRequest(AdapterFields, kw_only=True):
     """Body of POST /v2/embed."""
 
     model: str | None = None
@@ -71,7 +72,7 @@ async def embed(request: Request) -> Response:
     """Embeds texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     known = model.sentences.prompts
     names = [name for name in PROMPT_NAMES.get(body.input_type or "", ()) if name in known]
     side = SIDES.get(body.truncate or "END")

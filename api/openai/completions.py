@@ -62,7 +62,7 @@ async def create_completion(request: Request) -> Response:
     """Completes one or more texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     refuse_completion(body)
     check_stream_fields(body)
     prompts = list_prompts(body.prompt)

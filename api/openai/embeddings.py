@@ -38,7 +38,7 @@ async def create_embedding(request: Request) -> Response:
     """Embeds texts or conversations."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     work = await start_pooling(model, request, body, embedding_params(model, body), "embd")
     return WholeAnswer(work, EmbeddingReply(model, body, work))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.generation.adapters import number_of
 from api.generation.served_model import ServedModel
 from api.generation.serving import Serving
 from api.openai.protocol import ModelCapabilities, ModelCard, ModelList, ModelPermission
@@ -27,11 +29,13 @@ async def retrieve_model(request: Request) -> Response:
 
 
 def _card(model: ServedModel, name: str) -> ModelCard:
+    number = number_of(model)
     return ModelCard(
         id=name,
         created=model.created,
         root=model.root,
         parent=model.parent,
+        lora_id=UNSET if number is None else number,
         max_model_len=model.limits.max_model_len,
         capabilities=ModelCapabilities(vision=model.images is not None and model.images.most > 0),
         permission=[ModelPermission(id=f"modelperm-{name}", created=model.created)],

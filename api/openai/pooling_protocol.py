@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from api.openai.protocol import MAX_INT32, ChatMessage, Int32, JsonObject, Label, PositiveCount
+from api.params.lora import AdapterFields
 
 Limit = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 
@@ -15,7 +16,7 @@ Limit = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 # Requests
 
 
-class PoolingRequest(msgspec.Struct, kw_only=True):
+class PoolingRequest(AdapterFields, kw_only=True):
     """Common fields of the pooling endpoints."""
 
     model: str | None = None

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from api.generation.usage import Usage
+from api.params.lora import AdapterFields
 from api.params.sampling import RepetitionDetectionParams
 from api.params.structured import StructuredOutputsParams
 
@@ -66,7 +67,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
     """Required for type ``json_schema``."""
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(AdapterFields, kw_only=True):
     """Fields that are the same in completions, chat completions and responses."""
 
     stream_interval: PositiveCount | None = None
@@ -521,6 +522,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """The model as given on the command line: a path or a hub name."""
     parent: str | None = None
     """Of an adapter: the name of the model that it changes."""
+    lora_id: int | UnsetType = UNSET
+    """Of an adapter: its number in a request's ``lora``."""
     max_model_len: int
     capabilities: ModelCapabilities
     """What the model takes beside text."""

@@ -48,7 +48,7 @@ async def score(request: Request) -> Response:
     """Scores the similarity of each pair of texts."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, SCORE_DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     query_field, queries = _side(body, QUERY_FIELDS)
     document_field, documents = _side(body, DOCUMENT_FIELDS)
     texts = _Texts(query_field, queries, document_field, documents)
@@ -65,7 +65,7 @@ async def rerank(request: Request) -> Response:
     """Sorts documents by similarity to a query."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, RERANK_DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     comparison = await _start(model, request, body, "rerank", _Texts("query", [body.query], "documents", texts))
     return WholeAnswer(comparison.work, RerankReply(model, body, comparison, texts))

@@ -44,7 +44,7 @@ async def create_response(request: Request) -> Response:
     """Answers a conversation."""
     serving: Serving = request.app.state.serving
     body = await read_json(request, DECODER, serving.config.max_body_size)
-    model = serving.find_model(body.model)
+    model = await serving.choose_model(body.model, body)
     store: ResponseStore = request.app.state.responses
     is_stored = body.store is not False and store.is_enabled
     _check(body, is_stored=is_stored)

@@ -317,7 +317,13 @@ FIELDS: Mapping[str, str] = {
     "lora_name": "Name of the adapter, which requests give as their model.",
     "lora_path": "Folder with adapter_config.json and adapter_model.safetensors, or a GGUF file, within "
     "--allowed-lora-path.",
-    "lora_scale": "Factor of what the adapter adds.",
+    "lora_scale": "Factor of what the adapter that is the model adds; 0: nothing. Default: that of its loading.",
+    "LoadLoRAAdapterRequest.lora_scale": "Factor of what the adapter adds.",
+    "lora": "Another form of model and lora_scale, as in llama.cpp: adapters by number, at most one with a scale "
+    "other than 0.",
+    "LoRAScale.id": "Number of the adapter: lora_id in /v1/models.",
+    "LoRAScale.scale": "Factor of what the adapter adds.",
+    "ModelCard.lora_id": "Of an adapter: its number in the lora of requests.",
     "load_inplace": "Take the place of an adapter of the same name.",
     "lora_int_id": "For compatibility with vLLM; the name suffices.",
 }

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from api import LLM, SamplingParams
+from api.errors import RequestError
+from api.llm_inputs import LoRARequests
+from api.params.lora import LoRARequest
 from tests import tiny
 from tests.e2e.server import Server
 from tests.lora import write_adapter
@@ -67,6 +72,46 @@ def test_any_mixture_gives_each_its_own_tokens(server: Server) -> None:
     cards = {card["id"]: card["parent"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]}
     assert cards == {"base": None, "a": "base", "b": "base"}
     assert server.metric("octavo:lora_adapters_loaded") == 2
+
+
+def test_scales_of_requests(server: Server) -> None:
+    """Each is what it is alone, whatever runs beside it, and its prompt is in no other's cache; 0 is the base model."""
+    wanted: list[tuple[str, float]] = [("a", 0.5), ("a", 1), ("b", 0.5), ("a", 0), ("a", 2), ("b", 2)]
+    alone = [answer(server, model, 3, lora_scale=scale) for model, scale in wanted]
+    assert len({str(each) for each in alone}) == len(wanted)
+    assert alone[1] == answer(server, "a", 3) and alone[3] == answer(server, "base", 3)
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        asked = [pool.submit(answer, server, model, 3, lora_scale=scale) for model, scale in wanted]
+        assert [each.result() for each in asked] == alone
+    assert alone[0] == answer(server, "a", 3, lora=[{"id": 0, "scale": 0.5}, {"id": 1, "scale": 0}])
+
+
+def test_offline(folder: Path, tiny_model: Path) -> None:
+    """What pools has adapters, too: each prompt one of its own, and the vectors that it has alone."""
+    texts, path = ["one text", "another"], str(folder / "b")
+    half, whole = (LoRARequest("b", 1, path, scale) for scale in (0.5, 1))
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "64MiB", "max_lora_rank": 8}
+    with LLM(str(tiny_model), enable_lora=True, max_loras=2, **options) as llm:
+
+        def vectors(text: str | list[str], adapter: LoRARequests) -> list[list[float]]:
+            return [each.outputs.embedding for each in llm.embed(text, use_tqdm=False, lora_request=adapter)]
+
+        alone = [vectors(texts[0], adapter)[0] for adapter in (None, half, whole)]
+        assert len({str(each) for each in alone}) == 3
+        assert vectors([texts[0]] * 4, [half, None, None, whole]) == [alone[1], alone[0], alone[0], alone[2]]
+        (raw,) = llm.encode(texts[0], use_tqdm=False, lora_request=half)
+        assert raw.outputs.data.tolist() == alone[1]
+        first, second = map(np.array, vectors(texts, whole))
+        (score,) = llm.score(*texts, use_tqdm=False, lora_request=whole)
+        assert score.outputs.score == pytest.approx(first @ second, abs=1e-6)
+        assert llm.rerank(texts[0], texts[1:], lora_request=whole)[0].relevance_score == score.outputs.score
+        params = SamplingParams(temperature=0, max_tokens=8, logprobs=0)
+        outputs = llm.generate([texts[0]] * 2, params, use_tqdm=False, lora_request=[half, whole])
+        assert [
+            llm.generate(texts[0], params, use_tqdm=False, lora_request=each)[0].outputs for each in (half, whole)
+        ] == [each.outputs for each in outputs]
+        with pytest.raises(RequestError, match="one per prompt; got 1 for 2"):
+            llm.embed(texts, lora_request=[half])
 
 
 def test_loading_and_unloading(server: Server, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
-from executor.adapter_files import adapter_hash
+from executor.adapter_files import adapter_hash, rescaled
 from executor.adapters import LoadedAdapters, check_adapters
 from executor.base import ModelError
 from executor.config import LoRAConfig
@@ -231,6 +231,12 @@ def test_a_scale() -> None:
     first, second = Runner(loaded).step([Chunk(0, random_tokens(9), 1), Chunk(1, random_tokens(9), 2)]).split(9)
     assert torch.equal(first, second)
     assert scaled.content_hash != adapter_hash(adapter)
+    adapters.load(3, LoRARequest("x", 1, str(adapter), rescaled(scaled.content_hash, 0.0), 0.0))
+    chunks = [Chunk(number, random_tokens(9), number) for number in range(4)]
+    together = Runner(loaded).step(chunks).split(9)
+    assert all(torch.equal(each, Runner(loaded).step([chunk])) for each, chunk in zip(together, chunks, strict=True))
+    torch.testing.assert_close(together[3], together[0], rtol=0, atol=1e-6)
+    assert (together[1] - together[0]).abs().max() > 0.01
     dora = write_adapter(base, targets="q_proj", dora=True)
     with pytest.raises(ModelError, match="has a magnitude .*; use a scale of 1"):
         adapters.load(2, LoRARequest("x", 1, str(dora), adapter_hash(dora, 2.0), 2.0))

@@ -70,7 +70,7 @@ async def test_responses_take_what_chat_takes(name: str, monkeypatch: pytest.Mon
 
 def test_no_field_is_forgotten() -> None:
     rest = {"temperature", "top_p", "stop", "thinking_token_budget", "return_tokens_as_token_ids", "priority"}
-    rest |= {"stream_interval"}
+    rest |= {"stream_interval", "lora_scale", "lora"}
     assert set(SamplingFields.__struct_fields__) == set(FIELDS) | rest
     assert set(SamplingFields.__struct_fields__) <= set(ResponsesRequest.__struct_fields__)
 
