@@ -157,9 +157,9 @@ def test_loading_under_traffic(server: Server) -> None:
 def test_processes_die(server: Server, process: str) -> None:
     wanted = [("base", "a", "b")[number % 3] for number in range(6)]
     expected = [answer(server, model, number, max_tokens=150) for number, model in enumerate(wanted)]
+    generated = server.metric("vllm:generation_tokens_total")
     with ThreadPoolExecutor(len(wanted)) as pool:
         asked = [pool.submit(answer, server, model, number, max_tokens=150) for number, model in enumerate(wanted)]
-        generated = server.metric("vllm:generation_tokens_total")
         while server.metric("vllm:generation_tokens_total") < generated + 10:
             pass
         os.kill(server.child(process).pid, signal.SIGKILL)

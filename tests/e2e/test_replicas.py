@@ -11,16 +11,21 @@ import psutil
 import pytest
 
 from tests.e2e.server import Server
-from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body, under_way
+from tests.e2e.test_faults import MAX_TOKENS, NUM_STREAMS, Stream, body
 
 
 async def run_streams(server: Server, *titles: str) -> list[Stream]:
-    """Runs the streams; once they are under way, kills each process and waits until its streams have gone on."""
+    """Runs the streams; kills each process once 40 tokens more have come."""
     streams = [Stream() for _ in range(NUM_STREAMS)]
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
         tasks = [asyncio.create_task(stream.read(client, body(i))) for i, stream in enumerate(streams)]
         for title in titles:
-            await under_way(streams, tasks, min(len(stream.tokens) for stream in streams) + 20)
+            num_tokens = sum(len(stream.tokens) for stream in streams)
+            while sum(len(stream.tokens) for stream in streams) < num_tokens + 40:
+                ended = [task.result() for task in tasks if task.done()]
+                if len(ended) == len(tasks):
+                    break
+                await asyncio.sleep(0.001)
             find(server, title).kill()
         await asyncio.gather(*tasks)
     return streams
@@ -43,16 +48,19 @@ def returned(server: Server, count: int) -> None:
 @pytest.mark.timeout(300)
 def test_streams_go_on_in_another_engine(tiny_model: Path) -> None:
     flags = ["--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "64MiB", "--max-model-len", "512"]
-    with Server(*flags, "--data-parallel-size", "2") as server:
+    slow = {"OCTAVO_CPU_CAPABILITY": "reference"}  # so that the api and this process hear of tokens before the last
+    with Server(*flags, "--data-parallel-size", "2", env=slow) as server:
         undisturbed = asyncio.run(run_streams(server))
-        for count, title in enumerate(("octavo engine_core 0", "worker of octavo engine_core 1"), 1):
-            streams = asyncio.run(run_streams(server, title))
-            returned(server, count)
-            for before, after in zip(undisturbed, streams, strict=True):
-                assert after.tokens == before.tokens
-                assert after.text == before.text
-                assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
-        assert server.metric("octavo:streams_moved_total") >= 2
+        num_kills = 0
+        for title in ("octavo engine_core 0", "worker of octavo engine_core 1"):
+            moved = server.metric("octavo:streams_moved_total")
+            while server.metric("octavo:streams_moved_total") == moved:  # its streams may have ended before it died
+                streams = asyncio.run(run_streams(server, title))
+                returned(server, num_kills := num_kills + 1)
+                for before, after in zip(undisturbed, streams, strict=True):
+                    assert after.tokens == before.tokens
+                    assert after.text == before.text
+                    assert after.usage is not None and after.usage["completion_tokens"] == MAX_TOKENS
         assert server.metric("vllm:num_requests_running") == 0
         answers = [
             server.post("/v1/completions", {**body(1), "stream": False}, headers={"X-data-parallel-rank": rank})
