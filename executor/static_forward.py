@@ -318,6 +318,7 @@ class StaticForward:
         positions = self._states.num_computed[places]
         columns["places"][:count] = self._stored
         columns["stored"][:count] = self._stored
+        columns["stored"][count:] = -1  # the last step may have stored tokens of requests that have left since
         columns["positions"][:count] = positions
         np.add(positions, 1, out=columns["seq_lens"][:count], casting="unsafe")
         for index, (table, group) in enumerate(zip(self._states.block_tables, self._groups, strict=True)):

@@ -10,6 +10,7 @@ import pytest
 
 import ops
 from engine_core.messages import ResolvedParams
+from executor.device.steps import RECENT_TOKENS
 from executor.messages import InitKVCache, WorkerReady
 from tests.models.harness import random_tokens
 from tests.models.test_late_device import MAX_LEN, Engine, ReferenceCpu, answers
@@ -72,6 +73,17 @@ def test_more_new_blocks_than_a_step_has_room_for(fake: FakeCuda, monkeypatch: p
     def run(engine: Engine) -> dict[int, list[int]]:
         for index, prompt in enumerate(prompts):
             engine.add(index, prompt, ResolvedParams(temperature=0.0, max_tokens=4))
+        engine.run()
+        return engine.outputs
+
+    expected = run(Engine(ReferenceCpu(), monkeypatch))
+    assert run(Engine(fake, monkeypatch)) == expected
+
+
+def test_a_request_goes_on_long_after_another_has_left(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(engine: Engine) -> dict[int, list[int]]:
+        for index, max_tokens in enumerate((4, 2 * RECENT_TOKENS + 8)):  # places of tokens occur again
+            engine.add(index, random_tokens(9, index), ResolvedParams(temperature=0.0, max_tokens=max_tokens))
         engine.run()
         return engine.outputs
 
