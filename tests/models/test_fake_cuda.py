@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,52 @@ def test_a_request_goes_on_long_after_another_has_left(fake: FakeCuda, monkeypat
 
     expected = run(Engine(ReferenceCpu(), monkeypatch))
     assert run(Engine(fake, monkeypatch)) == expected
+
+
+def random_requests(rng: random.Random) -> list[tuple[list[int], ResolvedParams]]:
+    """Long and short ones, most of which ask for nothing but filters, so that steps of the same requests follow."""
+    more: list[dict[str, Any]] = [{}] * 4 + [{"presence_penalty": 0.5}, {"logprobs": 1}, {"top_p": 0.8, "top_k": 20}]
+    return [
+        (
+            random_tokens(rng.randint(1, 70), index),
+            ResolvedParams(
+                temperature=rng.choice([0.0, 1.0]),
+                seed=index,
+                max_tokens=rng.choice([2, 30, 3 * RECENT_TOKENS]),
+                **rng.choice(more),
+            ),
+        )
+        for index in range(12)
+    ]
+
+
+def test_requests_that_come_and_go(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    requests = random_requests(rng)
+    alone = Engine(ReferenceCpu(), monkeypatch)
+    for index, (prompt, params) in enumerate(requests):
+        alone.add(index, prompt, params)
+    alone.run()
+
+    engine = Engine(fake, monkeypatch, num_blocks=11)
+    left: set[int] = set()
+    waiting = list(enumerate(requests))
+    while waiting or engine.in_flight or engine.scheduler.has_unfinished:
+        if waiting and rng.random() < 0.2:
+            index, (prompt, params) = waiting.pop(0)
+            engine.add(index, prompt, params)
+        elif rng.random() < 0.02:
+            index = rng.randrange(len(requests))
+            if index in engine.outputs and engine.scheduler.abort_request(index):
+                left.add(index)
+        elif not (rng.random() < 0.7 and engine.launch()) and engine.in_flight:
+            engine.retire()
+    engine.scheduler.check_integrity()
+    assert left and engine.scheduler.num_preemptions
+    for index, tokens in alone.outputs.items():
+        if index in left:
+            tokens = tokens[: len(engine.outputs[index])]
+        assert engine.outputs[index] == tokens
 
 
 def test_memory_is_known_before_the_cache(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
