@@ -11,15 +11,15 @@ import gc
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import msgspec
 
 from engine_core.adapters import ABANDONED, AdapterPool
+from engine_core.admission import Admission
 from engine_core.config import EngineConfig, StepSize
 from engine_core.flight_record import FlightRecord
-from engine_core.grammar_rows import grammar_states
+from engine_core.grammars import Grammars
 from engine_core.in_flight import InFlight
 from engine_core.kept_cache import KeptCache
 from engine_core.kv_transfer.open import open_transfers
@@ -36,7 +36,6 @@ from engine_core.messages import (
     ForgetAdapter,
     FromEngineCore,
     Ping,
-    PoolingSupport,
     ResetPrefixCache,
     SetVocabulary,
     Shutdown,
@@ -49,15 +48,12 @@ from engine_core.messages import (
     WorkersLost,
     WorkersRestarted,
 )
-from engine_core.request import Request
 from engine_core.restart import ISOLATE_DEATHS, MAX_DEATHS, PROBATION_TIME, RestartBudget, suspect
 from engine_core.scheduler import Scheduler
 from engine_core.sleep import Sleep
 from engine_core.status import engine_ready, status
-from engine_core.structured.compiler import Compiled, GrammarCompiler
-from engine_core.structured.drafts import mask_counts
 from engine_core.suspects import lost_requests
-from engine_core.validation import image_problem, request_problem
+from engine_core.validation import image_problem
 from engine_core.worker_watch import WorkerWatch
 from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
 from executor.log import DETAILS, get_logger
@@ -65,7 +61,6 @@ from executor.messages import (
     AdapterLoaded,
     FinishedTransfer,
     FromWorker,
-    GrammarMask,
     Heartbeat,
     InitKVCache,
     KVCacheFreed,
@@ -151,8 +146,6 @@ class EngineCore:
         self.exit_code: int | None = None
         """Set to end the loop."""
         self._scheduler: Scheduler | None = None
-        self._early: dict[int, EngineCoreRequest] = {}
-        """Requests that arrived before the model was loaded."""
         self._ready: dict[int, WorkerReady] = {}
         self._kv_ready: dict[int, KVCacheReady] = {}
         self._kept = KeptCache()
@@ -165,20 +158,14 @@ class EngineCore:
         self._draining = False
         self._record = record
         self._watch = watch or WorkerWatch()
-        self._suspects: deque[EngineCoreRequest] = deque()
-        """Requests that may have killed engine cores: each is added once the previous one has proven harmless."""
-        self._held: dict[int, EngineCoreRequest] = {}
-        """Requests whose grammars must not be compiled during a trial, which must run a single request alone."""
         self._restarts = RestartBudget(config.max_worker_restarts)
         self._restart_reason, self._serving_since = "", 0.0
         self.probation = PROBATION_TIME
-        self._checked_at, self._vocab_size = 0.0, 0
-        self._vocabulary: SetVocabulary | None = None
-        self._grammars: GrammarCompiler | None = None
-        """Unused by the loop until a request has a grammar."""
-        self._prepared_grammars: GrammarCompiler | None = None
-        """The same compiler, available as soon as the vocabulary is known."""
-        self._hidden_size, self._pooling = 0, PoolingSupport()
+        self._checked_at = 0.0
+        self._grammars = Grammars(record)
+        self._admission = Admission(
+            self._grammars, self._send_outputs, record, has_adapters=config.executor.lora.enable_lora
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -194,8 +181,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Ends all child processes."""
-        if self._prepared_grammars is not None:
-            self._prepared_grammars.close()
+        self._grammars.close()
         self.executor.shutdown()
 
     def _start_workers(self) -> None:
@@ -204,10 +190,7 @@ class EngineCore:
 
     def step(self) -> None:
         """One turn: receives messages, retires finished steps and plans another."""
-        if self._held and not self._isolates:
-            held, self._held = self._held, {}
-            for request in held.values():
-                self._admit(request)
+        self._may_schedule |= self._admission.admit_held()
         room = self._serving and self._has_room and self._sleep.plans
         messages = self.transport.wait(*self._events(0 if room and self._may_schedule else None))
         if messages is None:
@@ -215,13 +198,12 @@ class EngineCore:
             return
         for message in messages:
             self._handle(message)
-        if self._grammars is not None:
-            self._take_grammars(self._grammars)
+        self._may_schedule |= self._admission.take_grammars()  # one that was rejected may have been on trial
         try:
             for answer in () if self._sleep.is_down else self.executor.receive():
                 self._handle_worker(answer)
             self._look_after_workers()
-            self._may_schedule |= self._isolates and not self._awaited
+            self._may_schedule |= self._admission.isolates and not self._awaited
             if self.exit_code is None and self._serving:
                 self._plan()
                 self._settle()
@@ -233,14 +215,14 @@ class EngineCore:
     def _events(self, timeout: float | None) -> tuple[list[Any], float | None]:
         """What to wait for besides the api, and for how long."""
         fds = [] if self._sleep.is_down else self.executor.poll_fds()
-        grammars = self._grammars
+        grammars = self._grammars.compiler
         if grammars is not None:
             fds = [*fds, grammars.fileno()]
         if timeout == 0:
             return fds, timeout
         is_loading = not self._serving and not self._sleep.is_down
         limits = [timeout, self._watch.interval if self._awaited or is_loading else None]
-        if self._isolates:
+        if self._admission.isolates:
             limits.append(TRIAL_INTERVAL)
         if grammars is not None:
             limits.append(grammars.timeout)
@@ -250,9 +232,9 @@ class EngineCore:
         """Called while nothing is being computed: exits after draining, or checks integrity."""
         scheduler = self._scheduler
         assert scheduler is not None
-        if scheduler.has_unfinished or self._suspects or self._held:
+        if scheduler.has_unfinished or not self._admission.is_idle:
             return
-        if scheduler.transfers is not None and not scheduler.transfers.is_idle:
+        if scheduler.pool.transfers is not None and not scheduler.pool.transfers.is_idle:
             return
         if self._draining:
             self.exit_code = 0
@@ -266,10 +248,10 @@ class EngineCore:
         assert scheduler is not None
         if not self._may_schedule or not self._has_room or not self._sleep.plans:
             return
-        if self._isolates:
+        if self._admission.isolates:
             if not self._awaited:
-                self._next_trial(scheduler)
-            if scheduler.suspects.current is None and (self._isolates or self._awaited):
+                self._admission.next_trial(may_convict=time.monotonic() - self._serving_since >= self.probation)
+            if scheduler.suspects.current is None and (self._admission.isolates or self._awaited):
                 self._may_schedule = False  # the next one runs alone: wait for steps in flight or the probation time
                 return
         planned = scheduler.schedule()
@@ -300,10 +282,11 @@ class EngineCore:
     def _send_commands(self, scheduler: Scheduler) -> None:
         """Tells the workers which adapters to load and which blocks to move, before the plan that needs or changes
         them."""
-        commands, scheduler.adapters.commands = scheduler.adapters.commands, []
-        for command in (*commands, *scheduler.take_transfers()):
+        adapters, transfers = scheduler.pool.adapters, scheduler.pool.transfers
+        commands, adapters.commands = adapters.commands, []
+        for command in (*commands, *(() if transfers is None else transfers.take_messages())):
             self.executor.submit(command)
-        for call_id in scheduler.adapters.take_abandoned():
+        for call_id in adapters.take_abandoned():
             self.transport.send(UtilityOutput(call_id=call_id, result={"error": ABANDONED}))
 
     @property
@@ -321,28 +304,6 @@ class EngineCore:
         if self._record is not None and not self.in_flight:
             self._record.computing(())
 
-    def _note_compiling(self, scheduler: Scheduler) -> None:
-        if self._record is not None:
-            self._record.compiling(scheduler.compiling)
-
-    @property
-    def _isolates(self) -> bool:
-        """Whether a request runs alone or waits to."""
-        return bool(self._suspects) or (self._scheduler is not None and self._scheduler.suspects.is_isolating)
-
-    def _next_trial(self, scheduler: Scheduler) -> None:
-        """Begins the trial of the next suspect. No rank may be computing steps of other requests."""
-        may_convict = time.monotonic() - self._serving_since >= self.probation
-        scheduler.suspects.next_trial(may_convict=may_convict)
-        while self._suspects and not scheduler.suspects.is_isolating:
-            suspicion = self._suspects[0].suspicion
-            if suspicion is not None and suspicion.is_grave and not may_convict:
-                return
-            request = self._admit(self._suspects.popleft())
-            if request is not None:
-                scheduler.suspects.isolate([request])
-                scheduler.suspects.next_trial()
-
     def _send_mask(self) -> list[EngineCoreOutput]:
         """Sends the mask of the oldest step in flight, if it has constrained rows: all earlier tokens are known.
 
@@ -355,12 +316,9 @@ class EngineCore:
         if not self.in_flight or not len(self.in_flight[0].grammar_rows):
             return []
         scheduler, step = self._scheduler, self.in_flight[0]
-        assert scheduler is not None and self._grammars is not None
-        states = grammar_states(scheduler.table, step)
-        masks, problems = self._grammars.masks.fill(list(chain.from_iterable(states)))
-        ended, step.num_masks = mask_counts([len(row) for row in states], problems)
-        num_positions = bytes(len(row) for row in states) if len(masks) > len(states) else b""
-        self.executor.submit(GrammarMask(step_id=step.step_id, bitmask=masks.tobytes(), num_positions=num_positions))
+        assert scheduler is not None
+        mask, ended = self._grammars.mask(scheduler.table, step)
+        self.executor.submit(mask)
         rows = step.grammar_rows.tolist()
         return [
             scheduler.end_row(step, rows[row], FinishReason.STOP if error is None else FinishReason.ERROR, error or "")
@@ -371,14 +329,15 @@ class EngineCore:
 
     def _handle(self, message: ToEngineCore) -> None:
         if isinstance(message, EngineCoreRequest):
-            self._add_request(message)
+            self._admission.add(message)
+            self._may_schedule = True
         elif isinstance(message, SiblingRequests):
-            self._add_siblings(message)
+            self._admission.add_siblings(message)
+            self._may_schedule = True
         elif isinstance(message, AbortRequests):
             self._abort(message)
         elif isinstance(message, SetVocabulary):
-            self._vocabulary = self._vocabulary or message
-            self._prepare_grammars()
+            self._grammars.set_vocabulary(message)
         elif isinstance(message, Ping):
             self.transport.send(UtilityOutput(call_id=message.call_id))
         elif isinstance(message, StatusRequest):
@@ -397,7 +356,7 @@ class EngineCore:
             self._ensure_adapter(message)
         elif isinstance(message, ForgetAdapter):
             if self._scheduler is not None:
-                self._scheduler.adapters.forget(message.content_hash)
+                self._scheduler.pool.adapters.forget(message.content_hash)
                 self._may_schedule = True
         elif isinstance(message, Shutdown):
             self._draining = True
@@ -414,7 +373,7 @@ class EngineCore:
         """Has an adapter loaded or tried. The api asks once the engine is ready."""
         error = "adapters need a server started with --enable-lora"
         if self._scheduler is not None and self.config.executor.lora.enable_lora:
-            if not self._scheduler.adapters.ensure(message.call_id, message.adapter):
+            if not self._scheduler.pool.adapters.ensure(message.call_id, message.adapter):
                 self._may_schedule = True
                 return
             error = ""
@@ -423,132 +382,19 @@ class EngineCore:
     def _adapter_loaded(self, message: AdapterLoaded) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
-        outcome = scheduler.adapters.answered(message)
+        outcome = scheduler.pool.adapters.answered(message)
         if outcome is None:
             return
         for call_id in outcome.calls:
             self.transport.send(UtilityOutput(call_id=call_id, result={"error": outcome.error}))
         for request in outcome.failed:
-            self._send_outputs(scheduler.fail_request(request, outcome.error))
-        scheduler.unpark()
+            self._send_outputs(scheduler.pool.fail(request, outcome.error))
+        scheduler.pool.unpark()
         self._may_schedule = True
-
-    def _add_siblings(self, message: SiblingRequests) -> None:
-        """Adds requests that differ only in name, index and seed: their common part is checked once."""
-        is_checked = False
-        for request in message.requests():
-            is_checked = self._add_request(request, is_checked=is_checked)
-
-    def _add_request(self, message: EngineCoreRequest, *, is_checked: bool = False) -> bool:
-        """Accepts a request. Returns False if it was not admitted, or not yet."""
-        scheduler = self._scheduler
-        if scheduler is None or not self._announced:
-            self._early.setdefault(message.index, message)
-            return False
-        if message.index in scheduler.requests:
-            # An answer would end the first one: the api identifies requests by index.
-            logger.error("dropped request %s: its index %d is in use", message.request_id, message.index)
-        elif message.suspicion is not None and message.suspicion.num_deaths >= ISOLATE_DEATHS:
-            self._suspects.append(message)
-            self._may_schedule = True
-        elif message.grammar is not None and self._isolates:
-            self._held[message.index] = message
-        else:
-            return self._admit(message, is_checked=is_checked) is not None
-        return False
-
-    def _admit(self, message: EngineCoreRequest, *, is_checked: bool = False) -> Request | None:
-        """Validates a request, unless that is already done, and queues it. Returns None if it was rejected."""
-        scheduler = self._scheduler
-        assert scheduler is not None
-        request = None
-        try:
-            if self._record is not None:
-                self._record.adding(message.index)
-            problem = None
-            if not is_checked:
-                problem = request_problem(
-                    message,
-                    self._vocab_size,
-                    scheduler.max_model_len,
-                    self._hidden_size,
-                    self._pooling,
-                    multimodal=scheduler.images.support,
-                    has_adapters=self.config.executor.lora.enable_lora,
-                )
-            if problem is None:
-                request = Request(message)
-                scheduler.add_request(request)
-                if message.grammar is not None:
-                    self._compile(request, scheduler)
-        except Exception as error:  # a bad request must not break the loop
-            logger.exception("failed to add request %s", message.request_id)
-            if request is not None:
-                scheduler.abort_request(request.index)
-            problem = f"internal error: {error}"
-        if self._record is not None:
-            self._record.adding(0)
-        if problem is not None:
-            num_outputs = len(message.resumed_output_token_ids) // 4
-            self._send_outputs(
-                EngineCoreOutput(
-                    index=message.index,
-                    first_output_index=num_outputs,
-                    finish_reason=FinishReason.ERROR,
-                    error=problem,
-                )
-            )
-            return None
-        self._may_schedule = True
-        return request
-
-    def _prepare_grammars(self) -> None:
-        """Starts building what all grammars share: calls that hold the GIL for long."""
-        if self._vocabulary is not None and self._vocab_size and self._prepared_grammars is None:
-            self._prepared_grammars = GrammarCompiler(self._vocab_size)
-            self._prepared_grammars.set_vocabulary(self._vocabulary)
-
-    def _compile(self, request: Request, scheduler: Scheduler) -> None:
-        """Starts compiling a request's grammar; the request is not scheduled until that is done."""
-        if self._grammars is None:
-            self._grammars = self._prepared_grammars or GrammarCompiler(self._vocab_size)
-        if self._record is not None:
-            self._record.also_compiling(request.index)
-        self._grammars.start(request, scheduler.max_output_tokens(request))
-
-    def _take_grammars(self, grammars: GrammarCompiler) -> None:
-        """Queues requests whose grammars are compiled, and rejects those whose grammars failed."""
-        results = grammars.take()
-        if not results:
-            return
-        assert self._scheduler is not None
-        for compiled in results:
-            if compiled.problem is None:
-                self._scheduler.grammar_is_there(compiled.request)
-            else:
-                self._refuse(compiled, self._scheduler)
-        self._note_compiling(self._scheduler)
-        self._may_schedule = True  # the rejected request may have been on trial, with others waiting for it
-
-    def _refuse(self, compiled: Compiled, scheduler: Scheduler) -> None:
-        request, param = compiled.request, compiled.param
-        if param == "":
-            param = request.grammar_param
-        output = scheduler.fail_request(request, f"{param} {compiled.problem}" if param else str(compiled.problem))
-        self._send_outputs(msgspec.structs.replace(output, error_param=param))
 
     def _abort(self, message: AbortRequests) -> None:
-        for index in message.indices:
-            self._early.pop(index, None)
-            self._held.pop(index, None)
-            self._suspects = deque(suspect for suspect in self._suspects if suspect.index != index)
-            if self._grammars is not None:
-                self._grammars.forget(index)
-            if self._scheduler is not None:
-                self._scheduler.abort_request(index)
+        self._admission.abort(message.indices)
         self._may_schedule = True
-        if self._scheduler is not None and self._grammars is not None:
-            self._note_compiling(self._scheduler)
         if self._scheduler is not None and not self.in_flight:
             self._send_outputs()  # no step will follow to report the remaining requests
 
@@ -578,8 +424,8 @@ class EngineCore:
         if isinstance(message, KVCacheFreed):
             self._sleep.freed(message.rank)
         elif isinstance(message, FinishedTransfer):
-            if self._scheduler is not None and self._scheduler.transfers is not None:
-                self._scheduler.transfers.finished(message, self._scheduler.waiting.put_back)
+            if self._scheduler is not None and self._scheduler.pool.transfers is not None:
+                self._scheduler.pool.transfers.finished(message, self._scheduler.waiting.put_back)
                 self._may_schedule = True
         elif isinstance(message, LoadProgress):
             if message.rank == 0:  # the other ranks load as much
@@ -592,7 +438,7 @@ class EngineCore:
             self._kv_ready[message.rank] = message
             if len(self._kv_ready) == self.executor.num_ranks:
                 if not self._kept.is_same(self._ready, self._kv_ready) and self._scheduler is not None:
-                    self._scheduler.forget_cache()
+                    self._scheduler.pool.forget_cache()
                 self._start_serving()
         elif isinstance(message, AdapterLoaded):
             self._adapter_loaded(message)
@@ -652,9 +498,6 @@ class EngineCore:
             if problem is not None:
                 self._die(problem, EXIT_MODEL)
                 return
-            self._vocab_size = min(worker.vocab_size for worker in ready)
-            self._hidden_size = min(worker.hidden_size for worker in ready)
-            self._pooling = ready[0].pooling
             self._scheduler = Scheduler(
                 self.config.scheduler,
                 self.config.cache,
@@ -667,13 +510,13 @@ class EngineCore:
                 adapters=AdapterPool(self.config.executor.lora, self.executor.num_ranks),
             )
             self._scheduler.on_admit = None if self._record is None else self._record.adding
-            self._prepare_grammars()  # if the vocabulary came first
+            self._grammars.set_vocab_size(min(worker.vocab_size for worker in ready))
         scheduler = self._scheduler
         transfers = open_transfers(self.config, scheduler.kv, ready, scheduler.max_model_len)
         if isinstance(transfers, str):
             self._die(transfers, EXIT_MODEL)
             return
-        scheduler.transfers = transfers
+        scheduler.pool.transfers = transfers
         self.executor.submit(
             InitKVCache(
                 num_blocks=tuple(group.num_blocks for group in scheduler.shape.groups),
@@ -704,15 +547,8 @@ class EngineCore:
         self._announced = True
         gc.collect()
         gc.freeze()
-        ready = engine_ready(self.config, scheduler, self._ready, self.executor.worker_pids())
-        self.transport.send(
-            msgspec.structs.replace(
-                ready, engine_epoch=self.engine_epoch, vocab_size=self._vocab_size, hidden_size=self._hidden_size
-            )
-        )
-        early, self._early = self._early, {}
-        for request in early.values():
-            self._add_request(request)
+        self.transport.send(engine_ready(self.config, scheduler, self._ready, self.executor.worker_pids()))
+        self._admission.open(scheduler, list(self._ready.values()))
 
     # -- faults --------------------------------------------------------------------------------------------
 
@@ -780,12 +616,12 @@ class EngineCore:
 
     def _blame(self, scheduler: Scheduler) -> None:
         """Determines which requests of the lost steps are suspects, and ends the culprit if one is found."""
-        lost = lost_requests(self._awaited, scheduler.owner)
+        lost = lost_requests(self._awaited, scheduler.table.owner)
         for request, first, last in lost:
             after = request.suspicion = suspect(request.suspicion, first, last)
             if after.num_deaths >= MAX_DEATHS and len(lost) == 1:
                 logger.error("request %s kills workers; it was ended", request.message.request_id)
-                output = scheduler.fail_request(request, "the engine failed repeatedly while it computed this request")
+                output = scheduler.pool.fail(request, "the engine failed repeatedly while it computed this request")
                 self._send_outputs(msgspec.structs.replace(output, is_culprit=True))
                 self._restarts.explained()
                 return

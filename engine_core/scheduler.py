@@ -5,8 +5,9 @@ for what planned steps will sample) and computed tokens; a step lets the second 
 budget. Chunked prefill, prefix cache hits, decode and resumption after a preemption are all this one subtraction. While
 drafts are being verified, both numbers are upper bounds: results say how many drafts are accepted.
 
-State that changes every step lives in the ``SlotTable``. Plans are made before the results of earlier ones are known;
-see ``InFlight`` for how results are matched to requests, and ``step_outputs.py`` for what is reported to the api.
+Where each request is, and its way from place to place, is the ``RequestPool``'s. State that changes every step lives in
+the ``SlotTable``. Plans are made before the results of earlier ones are known; see ``InFlight`` for how results are
+matched to requests, and ``step_outputs.py`` for what is reported to the api.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ from engine_core.cache_shape import CacheShape, max_step_tokens
 from engine_core.config import CacheConfig, LoRAConfig, SchedulerConfig
 from engine_core.draft_counts import DraftCounts
 from engine_core.encoder_cache_manager import EncoderCacheManager
-from engine_core.fair_shares import FairShares
 from engine_core.grammar_rows import forced_drafts, judge_rows, keep_drafts
 from engine_core.hashing import draft_pool
 from engine_core.in_flight import I64, Bools, InFlight
 from engine_core.kv_cache_manager import KVCacheManager, PrefixHit
-from engine_core.kv_transfer.transfers import KVTransfers
 from engine_core.messages import (
     I32,
     EngineCoreOutput,
@@ -39,11 +38,10 @@ from engine_core.messages import (
     u8,
 )
 from engine_core.request import Request
-from engine_core.request_queue import create_request_queue
+from engine_core.request_pool import RequestPool
 from engine_core.slot_table import SlotTable
 from engine_core.step_outputs import (
     end_output,
-    error_output,
     keep_prompt_logprobs,
     pooling_output,
     token_columns,
@@ -51,8 +49,8 @@ from engine_core.step_outputs import (
 )
 from engine_core.step_tokens import StepTokens
 from engine_core.structured.request_grammar import Verdict
-from engine_core.suspects import Suspects, allowed
-from executor.messages import KVTransfer, ModelRunnerOutput, NewRequest, SchedulerOutput
+from engine_core.suspects import allowed
+from executor.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 
 MAX_DESCRIBED_TOKENS = 1 << 16
 """Tokens, cached ones included, of prompts and accompanying lists of the requests started in one step; once exceeded,
@@ -62,7 +60,7 @@ REQUEST_COST = 512
 
 
 class Scheduler:
-    """Owns requests, slots and queues."""
+    """Plans steps, applies their results, and is the engine core's interface to its requests."""
 
     def __init__(
         self,
@@ -78,7 +76,6 @@ class Scheduler:
         adapters: AdapterPool | None = None,
     ) -> None:
         self.config = config
-        self.adapters = adapters or AdapterPool(LoRAConfig())
         self.num_lookahead_tokens = num_lookahead_tokens
         self.max_draft_tokens = max_draft_tokens
         self.max_model_len = max_model_len
@@ -89,23 +86,18 @@ class Scheduler:
             max_step_tokens(config, max_draft_tokens, num_lookahead_tokens),
             enable_prefix_caching=cache.enable_prefix_caching,
         )
+        self.table = SlotTable(config.max_num_seqs, max_model_len, max_draft_tokens)
         self.images = EncoderCacheManager(multimodal, config.step_tokens)
-        self.requests: dict[int, Request] = {}
-        self.shares = FairShares()
-        self.waiting = create_request_queue(config.scheduling_policy)
-        self.compiling: dict[int, Request] = {}
-        """Requests whose grammars are not compiled yet; they wait outside the queue."""
+        self.pool = RequestPool(
+            config, self.table, self.kv, self.images, adapters or AdapterPool(LoRAConfig()), max_model_len
+        )
+        self.requests, self.waiting, self.suspects = self.pool.requests, self.pool.waiting, self.pool.suspects
         self.admits = True
         """Whether waiting requests may start."""
-        self.transfers: KVTransfers | None = None
-        """Moves blocks from and to a store; None: there is none."""
-        self.suspects = Suspects()
         self.on_admit: Callable[[int], None] | None = None
         """Called with the index of each request about to get a slot."""
-        self.num_preemptions = 0
         self.drafts = DraftCounts()
         self._step_id = 0
-        self.table = SlotTable(config.max_num_seqs, max_model_len, max_draft_tokens)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -119,144 +111,34 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        num_loading = 0 if self.transfers is None else self.transfers.num_waiting
-        return len(self.waiting) + len(self.compiling) + self.adapters.num_parked + num_loading
+        return self.pool.num_waiting
 
-    def _stop_waiting(self, request: Request) -> bool:
-        """Drops a request that waits for its adapter or its prefix to be loaded. Returns whether it did."""
-        if self.adapters.forget_request(request):
-            return True
-        return self.transfers is not None and self.transfers.forget(request)
+    @property
+    def num_preemptions(self) -> int:
+        return self.pool.num_preemptions
 
-    def take_transfers(self) -> list[KVTransfer]:
-        """Blocks that the workers must move, to be sent before the next plan."""
-        return [] if self.transfers is None else self.transfers.take_messages()
+    def running_requests(self) -> list[Request]:
+        return self.table.running_requests()
 
     def add_request(self, request: Request) -> None:
         """Queues a request, or holds it until its grammar is compiled. Its prompt must fit the model and the cache."""
-        assert request.index not in self.requests
-        assert 0 < len(request.token_ids) < self.max_model_len or request.is_pooling
-        self.requests[request.index] = request
-        request.account = self.shares.open(request.message.tenant)
-        if request.message.grammar is not None and request.grammar is None:
-            self.compiling[request.index] = request
-        else:
-            self.waiting.add(request)
-
-    def grammar_is_there(self, request: Request) -> None:
-        """Queues a request whose grammar was being compiled."""
-        del self.compiling[request.index]
-        self.waiting.add(request)
-
-    def max_output_tokens(self, request: Request) -> int:
-        """Maximum tokens that a request may generate, including those of an earlier life."""
-        return min(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        self.pool.add(request)
 
     def abort_request(self, index: int) -> bool:
         """Drops a request, whatever its state. Returns False if it does not exist (any more)."""
         request = self.requests.get(index)
         if request is None:
             return False
-        self._finish(request)
+        self.pool.finish(request)
         return True
 
-    def _finish(self, request: Request) -> None:
-        del self.requests[request.index]
-        self.suspects.forget(request)
-        if request.slot >= 0:
-            num_output = int(self.table.num_known[request.slot]) - request.num_prompt_tokens
-            if num_output:
-                request.account.note_output(num_output)
-            if self.transfers is not None:
-                self.transfers.save(request)
-            self.kv.release(request)
-            self._free_slot(request)
-        else:
-            if self.compiling.pop(request.index, None) is None and not self._stop_waiting(request):
-                self.waiting.remove(request)
-            self.kv.release(request)
-            self.unpark()  # others may have waited for the adapter that was kept for it
-        self.shares.close(request.account)
-
-    def _free_slot(self, request: Request) -> None:
-        table, slot = self.table, request.slot
-        request.account.charge(int(table.num_known[slot] - table.num_charged[slot]))
-        self.suspects.stopped(slot)
-        self.images.stopped(request)
-        table.release(request)
-        if self.adapters.stopped(request):
-            self.unpark()
-
-    def _preempt(self, request: Request, num_kept: int = 0, first_lost: int = 0) -> None:
-        """Takes slot and blocks from a running request, which will start over with the tokens it has.
-
-        It keeps the blocks of its first ``num_kept`` tokens as far as they hold; see ``KVCacheManager.keep``.
-        """
-        slot = request.slot
-        request.token_ids = self.table.token_ids[slot, : self.table.num_known[slot]].copy()
-        request.prompt_logprobs = []  # the prompt is computed again
-        if not (num_kept and self.kv.keep(request, num_kept, first_lost)):
-            self.kv.release(request)
-        self._free_slot(request)
-        self.waiting.put_back(request)
-        self.num_preemptions += 1
-
-    def unpark(self) -> None:
-        """Returns the requests to the queue whose adapters have a place now."""
-        for request in reversed(self.adapters.take_ready()):
-            self.waiting.put_back(request)
+    def pause(self, lost: Sequence[InFlight] | None = None) -> None:
+        """Requeues all running requests. For ``lost`` see ``RequestPool.requeue_all``."""
+        self.pool.requeue_all(lost, self._step_id + 1)
 
     def restart(self, lost: Sequence[InFlight] | None = None) -> None:
-        """Adapts to new workers: requeues all running requests. For ``lost`` see ``pause``."""
-        for request in reversed(self.adapters.unpark_all()):
-            self.waiting.put_back(request)
-        self.pause(lost)
-        self.table.finished_slots.clear()
-        self.images.restart()
-        self.adapters.restart()
-        self.suspects.restart()
-
-    def pause(self, lost: Sequence[InFlight] | None = None) -> None:
-        """Requeues all running requests.
-
-        Args:
-            lost: Steps that some rank did not finish, oldest first, if the KV cache survives the workers: what these
-                steps were writing is forgotten. None: the prefix cache is emptied.
-        """
-        first_lost = lost[0].step_id if lost else self._step_id + 1
-        self.release_kept(lambda request: self.kv.holds_lost(request, first_lost))
-        kept = {} if lost is None or self.shape.has_states else self.table.num_computed_before(lost)
-        for slot in reversed(self.table.running.tolist()):
-            request = self.table.owners[slot]
-            assert request is not None
-            self._preempt(request, 0 if request.needs_all_positions else kept.get(slot, 0), first_lost)
-            self.num_preemptions -= 1
-        if self.transfers is not None:
-            self.transfers.restart(self.waiting.put_back)
-        if lost is None:
-            self.forget_cache()
-        else:
-            self.kv.forget_since(first_lost)
-
-    def release_kept(self, chosen: Callable[[Request], bool] = lambda request: True) -> bool:
-        """Releases the blocks that waiting requests keep, of those chosen. Returns False if there were none."""
-        others = (request for request in self.requests.values() if request.slot < 0 and request.num_kept_tokens)
-        keeping = [request for request in others if chosen(request)]
-        for request in keeping:
-            self.kv.release(request)
-        return bool(keeping)
-
-    def forget_cache(self) -> None:
-        """Forgets all that the KV cache holds for requests to come and for waiting ones."""
-        self.release_kept()
-        self.kv.reset_prefix_cache()
-
-    def running_requests(self) -> list[Request]:
-        return self.table.running_requests()
-
-    def owner(self, step: InFlight, row: int) -> Request | None:
-        """The request of a row, if it still has its slot."""
-        return self.table.owner(step, row)
+        """Adapts to new workers: requeues all running requests. For ``lost`` see ``RequestPool.requeue_all``."""
+        self.pool.restart(lost, self._step_id + 1)
 
     # -- planning ------------------------------------------------------------------------------------------
 
@@ -421,7 +303,7 @@ class Scheduler:
             while capacity is None:
                 victim = self._choose_victim()
                 dropped.add(victim.slot)
-                self._preempt(victim)
+                self.pool.preempt(victim)
                 if victim is request:
                     break
                 capacity = kv.grow(request, end, updates)
@@ -445,7 +327,7 @@ class Scheduler:
 
     def _admit(self, budget: int, new_reqs: list[NewRequest]) -> tuple[list[int], list[int]]:
         """Starts waiting requests as long as token budget, slots and blocks allow."""
-        table = self.table
+        table, transfers = self.table, self.pool.transfers
         slots: list[int] = []
         counts: list[int] = []
         if table.free_slots:
@@ -460,8 +342,7 @@ class Scheduler:
             if not self._has_adapter(request):
                 if self.suspects.is_isolating:
                     break
-                self.waiting.remove(request)
-                self.adapters.park(request)
+                self.pool.park(request)
                 continue
             num_tokens = len(request.token_ids)
             hit = self.kv.find_cached_prefix(request)
@@ -475,7 +356,7 @@ class Scheduler:
                 self._make_room(hit, num_tokens + ahead)
             if not self._fits(request, hit, num_tokens + ahead):
                 break
-            if self.transfers is not None and not self.suspects.is_isolating and self.transfers.load(request, hit):
+            if transfers is not None and not self.suspects.is_isolating and transfers.load(request, hit):
                 self.waiting.pop()
                 continue
             if self.config.long_prefill_token_threshold and not whole:
@@ -493,12 +374,11 @@ class Scheduler:
             if self.on_admit is not None:
                 self.on_admit(request.index)
             capacity = self.kv.start(request, hit, num_computed + count + ahead)
-            slot = self._occupy(request, num_computed, capacity)
-            self.images.started(request)
+            slot = self.pool.start(request, num_computed, capacity)
             new_reqs.append(self._describe(request, slot, num_computed))
             num_described += REQUEST_COST + num_tokens + len(request.params.logit_bias)
             table.num_scheduled[slot] += count
-            self._publish(slot)
+            self.pool.publish(slot)
             slots.append(slot)
             counts.append(count)
             budget -= count
@@ -508,22 +388,23 @@ class Scheduler:
         """Whether there is room for a waiting request. If nothing runs, others that wait give up what they keep."""
         if self.kv.can_fit(hit, num_tokens):
             return True
-        is_alone = self.suspects.is_isolating or not len(self.table.running)
-        return is_alone and self.release_kept(lambda other: other is not request) and self.kv.can_fit(hit, num_tokens)
+        if len(self.table.running) and not self.suspects.is_isolating:
+            return False
+        return self.pool.release_kept(lambda other: other is not request) and self.kv.can_fit(hit, num_tokens)
 
     def _has_adapter(self, request: Request) -> bool:
         """Whether a request's adapter has a place; asks for it to be loaded. Before a trial, others give up theirs."""
         is_trial = self.suspects.is_isolating
-        if is_trial and request.message.lora_request is not None and self.adapters.is_full:
+        if is_trial and request.message.lora_request is not None and self.pool.adapters.is_full:
             for running in reversed(self.running_requests()):
-                self._preempt(running)
-        return self.adapters.may_start(request, is_alone=is_trial)
+                self.pool.preempt(running)
+        return self.pool.adapters.may_start(request, is_alone=is_trial)
 
     def _lookahead_of(self, request: Request) -> int:
         """Tokens behind those known that need blocks when a request starts."""
         if not self.num_lookahead_tokens or request.is_pooling:
             return 0
-        most = request.num_prompt_tokens + self.max_output_tokens(request)
+        most = request.num_prompt_tokens + self.pool.max_output_tokens(request)
         return max(0, min(self.num_lookahead_tokens, most - len(request.token_ids)))
 
     def _next_waiting(self) -> Request | None:
@@ -531,40 +412,16 @@ class Scheduler:
         if not self.suspects.is_isolating:
             return self.waiting.peek()
         request = self.suspects.current
-        if request is None or request.slot >= 0 or request.index in self.compiling:
+        if request is None or request.slot >= 0 or request.index in self.pool.compiling:
             return None
-        if self.adapters.forget_request(request):
+        if self.pool.adapters.forget_request(request):
             self.waiting.put_back(request)
         return request
 
     def _make_room(self, hit: PrefixHit, num_tokens: int) -> None:
         """Preempts requests that wait for another's trial, as far as the trial needs their blocks."""
         while len(self.table.running) and not (self.table.free_slots and self.kv.can_fit(hit, num_tokens)):
-            self._preempt(self.running_requests()[-1])
-
-    def _occupy(self, request: Request, num_computed: int, capacity: int) -> int:
-        """Gives a request a slot and charges its tenant, but not for tokens that must be recomputed."""
-        num_tokens = len(request.token_ids)
-        num_new = 0 if request.scheduled_time else num_tokens - num_computed
-        if request.is_pooling:
-            max_tokens, num_left = num_tokens + 1, 0
-        else:
-            max_output = self.max_output_tokens(request)
-            max_tokens = request.num_prompt_tokens + max_output
-            num_expected = min(int(request.account.mean_output), max_output)
-            num_left = max(0, num_expected - (num_tokens - request.num_prompt_tokens))
-        table = self.table
-        slot = table.occupy(request, num_computed, max_tokens)
-        self.adapters.started(request)
-        table.capacity[slot] = capacity
-        if self.kv.enable_prefix_caching:
-            table.publish_at[slot] = num_computed + 1
-        table.free_at[slot] = self.kv.free_unseen(request, num_computed)
-        request.account.charge(num_new + num_left)
-        table.num_charged[slot] = num_tokens + num_left
-        if request.suspicion is not None:
-            self.suspects.started(request, num_computed)
-        return slot
+            self.pool.preempt(self.running_requests()[-1])
 
     def _describe(self, request: Request, slot: int, num_computed: int) -> NewRequest:
         return NewRequest(
@@ -576,7 +433,7 @@ class Scheduler:
             block_offsets=tuple(blocks.first for blocks in request.block_tables) if self.kv.has_windows else (),
             params=None if request.is_pooling else request.params,
             pooling_params=request.message.pooling_params,
-            lora_id=self.adapters.number(request),
+            lora_id=self.pool.adapters.number(request),
             mm_features=self.images.features_for(request, num_computed),
             draft_pool=draft_pool(request.message.tenant, request.message.cache_salt) if self.max_draft_tokens else 0,
         )
@@ -585,28 +442,7 @@ class Scheduler:
         """Counts tokens of the step being planned as computed and caches the blocks that they fill."""
         self.kv.begin_step(self._step_id + 1, self._step_id - self.config.max_in_flight_steps)
         self.table.num_scheduled[slots] += counts
-        self._publish_ready()
-
-    def _publish_ready(self) -> None:
-        """Publishes the blocks that known tokens have filled since the last call, of all running requests."""
-        table = self.table
-        counts = np.minimum(table.num_scheduled, table.num_known)
-        for slot in (counts >= table.publish_at).nonzero()[0].tolist():
-            self._publish(slot)
-
-    def _publish(self, slot: int) -> None:
-        """Adds a request's full blocks of known tokens to the prefix cache as soon as their computation is planned.
-
-        Workers execute plans in order and write all K and V of a step before reading any, so any request that hits such
-        a block reads it after it was written.
-        """
-        table = self.table
-        count = min(int(table.num_scheduled[slot]), int(table.num_known[slot]))
-        if count < table.publish_at[slot]:
-            return
-        step = self.kv.publish_step
-        table.publish_at[slot] = (count // step + 1) * step
-        self.kv.publish(table.request(slot), table.token_ids[slot], count)
+        self.pool.publish_ready()
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -640,7 +476,7 @@ class Scheduler:
             plain = ~described[rows]
             tokens, slots, lengths, rows = tokens[plain], slots[plain], lengths[plain], rows[plain]
             offsets = None if offsets is None else offsets[plain]
-        self._publish_ready()
+        self.pool.publish_ready()
         indices, output_indices, num_tokens, num_drafts = token_columns(
             table.indices[slots], lengths - 1 - table.num_prompt[slots], offsets, new.verified(rows)
         )
@@ -663,7 +499,7 @@ class Scheduler:
             if current[row]:
                 request = self.table.request(int(step.slots[row]))
                 outputs.append(pooling_output(request, value))
-                self._finish(request)
+                self.pool.finish(request)
         if result.prompt_logprobs:
             keep_prompt_logprobs(self.table, step, result.prompt_logprobs)
         return outputs
@@ -702,25 +538,24 @@ class Scheduler:
             num_verified = 0 if new.num_verified is None else int(new.num_verified[sample])
             output = token_output(self.table, slot, tokens, reason, logprobs.get(row, []), num_verified)
             outputs.append(output)
-            self._publish(slot)
+            self.pool.publish(slot)
             if output.finish_reason is not None:
-                self._finish(request)
+                self.pool.finish(request)
             else:
                 self.table.is_special[slot] = request.is_special
         for row, verdict in verdicts.items():
-            if verdict is not Verdict.ENDED and (ending := self.owner(step, row)) is not None:
+            if verdict is not Verdict.ENDED and (ending := self.table.owner(step, row)) is not None:
                 outputs += self._execute(step, row, ending, verdict)
         for error in result.row_errors:
-            if self.owner(step, error.row) is not None:
-                output = self._fail(int(step.slots[error.row]), error.message)
+            if self.table.owner(step, error.row) is not None:
+                output = self.pool.fail(self.table.request(int(step.slots[error.row])), error.message)
                 outputs.append(msgspec.structs.replace(output, error_param="") if error.is_request_fault else output)
         return outputs
 
     def _execute(self, step: InFlight, row: int, request: Request, verdict: Verdict) -> list[EngineCoreOutput]:
         """Acts on a token that its grammar did not accept."""
         if verdict is Verdict.REJECTED:
-            self._preempt(request)
-            self.num_preemptions -= 1
+            self.pool.requeue(request)
             return []
         if verdict is Verdict.COMPLETE:
             return [self.end_row(step, row, FinishReason.LENGTH)]
@@ -738,25 +573,10 @@ class Scheduler:
         """
         request = self.table.request(int(step.slots[row]))
         if reason is FinishReason.ERROR:
-            return msgspec.structs.replace(self._fail(request.slot, error), error_param=request.grammar_param)
+            return msgspec.structs.replace(self.pool.fail(request, error), error_param=request.grammar_param)
         output = end_output(self.table, request, reason)
-        self._finish(request)
+        self.pool.finish(request)
         return output
-
-    def _fail(self, slot: int, message: str) -> EngineCoreOutput:
-        """Ends a request whose row failed; its blocks cannot be trusted."""
-        request = self.table.request(slot)
-        output = error_output(request, int(self.table.num_known[slot]), message)
-        self.kv.discard(request)
-        self._finish(request)
-        return output
-
-    def fail_request(self, request: Request, message: str) -> EngineCoreOutput:
-        """Ends a request with an error, whether it runs or waits."""
-        if request.slot >= 0:
-            return self._fail(request.slot, message)
-        self._finish(request)
-        return error_output(request, len(request.token_ids), message)
 
     # -- facts ---------------------------------------------------------------------------------------------
 
@@ -765,7 +585,7 @@ class Scheduler:
         stats = SchedulerStats(
             num_running_reqs=len(self.table.running),
             num_waiting_reqs=self.num_waiting,
-            num_deferred_reqs=len(self.compiling),
+            num_deferred_reqs=len(self.pool.compiling),
             kv_cache_usage=self.kv.usage,
             prefix_cache_queries=self.kv.num_queried_tokens,
             prefix_cache_hits=self.kv.num_hit_tokens,
@@ -780,17 +600,8 @@ class Scheduler:
             num_accepted_tokens=drafts.num_accepted_tokens,
             num_accepted_tokens_per_pos=drafts.accepted_per_position(),
         )
-        return self.adapters.noted(stats)
+        return self.pool.adapters.noted(stats)
 
     def check_integrity(self) -> None:
         """Asserts that slots, queues and blocks agree with each other."""
-        self.table.check_integrity()
-        running, waiting = self.running_requests(), list(self.waiting)
-        assert all(self.requests[request.index] is request for request in running)
-        assert all(request.slot < 0 for request in waiting)
-        assert all(bool(request.block_tables) == bool(request.num_kept_tokens) for request in waiting)
-        assert self.num_waiting + len(running) == len(self.requests)
-        self.adapters.check_integrity(running)
-        held = (lambda group: ()) if self.transfers is None else self.transfers.held
-        self.kv.check_integrity(self.requests.values(), held)
-        self.images.check_integrity(running)
+        self.pool.check_integrity()

@@ -84,7 +84,7 @@ class Sleep:
             Whether there are workers.
         """
         request = self._request
-        is_busy = scheduler.transfers is not None and not scheduler.transfers.is_idle
+        is_busy = scheduler.pool.transfers is not None and not scheduler.pool.transfers.is_idle
         if request is None or self._is_asleep or self._freeing or is_busy:
             return not self.is_down
         if request.finishes and scheduler.num_running:

@@ -14,7 +14,7 @@ from executor.messages import WorkerReady
 def engine_ready(
     config: EngineConfig, scheduler: Scheduler, ready: Mapping[int, WorkerReady], worker_pids: tuple[int, ...]
 ) -> EngineReady:
-    """The message that the engine serves; what all ranks must agree on is still missing.
+    """The message that the engine serves.
 
     Args:
         config: The engine's configuration.
@@ -24,10 +24,11 @@ def engine_ready(
     """
     shape, worker = scheduler.shape, ready[0]
     return EngineReady(
-        engine_epoch=0,
+        engine_epoch=scheduler.engine_epoch,
         pid=os.getpid(),
         max_model_len=scheduler.max_model_len,
-        vocab_size=worker.vocab_size,
+        vocab_size=min(each.vocab_size for each in ready.values()),
+        hidden_size=min(each.hidden_size for each in ready.values()),
         num_kv_blocks=shape.num_tokens // shape.alignment,
         block_size=shape.alignment,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -64,6 +65,6 @@ def status(scheduler: Scheduler | None, *, is_serving: bool, num_steps: int) -> 
         "num_blocks": scheduler.kv.num_blocks,
         "num_free_blocks": scheduler.kv.num_free,
         "num_preemptions": scheduler.num_preemptions,
-        "num_adapters": scheduler.adapters.num_loaded,
+        "num_adapters": scheduler.pool.adapters.num_loaded,
         "integrity": integrity,
     }

@@ -224,7 +224,7 @@ class Engine:
         while self.num_open:
             self.core.step()
         scheduler = self.core._scheduler
-        assert scheduler is not None and not scheduler.has_unfinished and not scheduler.compiling
+        assert scheduler is not None and not scheduler.has_unfinished and not scheduler.pool.compiling
         scheduler.check_integrity()
 
     def text(self, index: int) -> bytes:

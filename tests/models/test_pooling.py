@@ -174,7 +174,7 @@ def test_bits_do_not_depend_on_batch_chunks_and_cache(data: st.DataObject, dtype
             engine.step()
         running = engine.scheduler.running_requests()
         if running and data.draw(st.integers(0, 3)) == 0:
-            engine.scheduler._preempt(running[-1])
+            engine.scheduler.pool.preempt(running[-1])
     engine.run()
     for index, (prompt, pooling) in wanted.items():
         np.testing.assert_array_equal(engine.vectors[index], alone(dtype, cache, prompt, pooling))

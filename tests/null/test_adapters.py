@@ -43,7 +43,7 @@ def test_no_more_run_than_may() -> None:
     def watched(message: object) -> None:
         submit(message)  # type: ignore[arg-type]
         assert engine.core._scheduler is not None
-        adapters = engine.core._scheduler.adapters
+        adapters = engine.core._scheduler.pool.adapters
         running.append({adapters.number(request) for request in engine.core._scheduler.running_requests()} - {0})
 
     engine.executor.submit = watched  # type: ignore[method-assign]
@@ -128,7 +128,7 @@ def test_an_abort_of_the_one_for_which_an_adapter_was_loaded() -> None:
     engine.add(5, max_tokens=30)
     engine.add(6, max_tokens=30)
     assert engine.core._scheduler is not None
-    adapters = engine.core._scheduler.adapters
+    adapters = engine.core._scheduler.pool.adapters
     while adapters.num_parked == 2:
         engine.turns(1)
     assert len(engine.core._scheduler.running_requests()) == 3, "there is no slot for the request of which b was loaded"

@@ -255,4 +255,4 @@ def test_tokens_do_not_depend_on_turns(policy: str) -> None:
     engine.run()
     assert engine.scheduler.num_preemptions
     assert [engine.outputs[index] for index in range(12)] == [expected_output(prompt, 20) for prompt in inputs]
-    assert engine.scheduler.shares.num_accounts == 0
+    assert engine.scheduler.pool.shares.num_accounts == 0

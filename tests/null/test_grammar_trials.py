@@ -71,7 +71,7 @@ def test_hostile_grammars_end_alone_while_others_go_on(monkeypatch: pytest.Monke
             assert param == "structured_outputs" and message is not None, name
             assert message.startswith("structured_outputs "), (name, message)
         assert len(engine.tokens[1000]) == 400
-        grammars = engine.core._grammars
+        grammars = engine.core._grammars.compiler
         helper = grammars._helper if grammars is not None else None
         assert helper is not None
         monkeypatch.setattr(helper, "submit", lambda *_, **__: pytest.fail("verdicts are remembered"))
@@ -102,12 +102,12 @@ def test_what_grammars_need_is_there_before_them() -> None:
     with Engine() as engine:
         engine.add(0, None, 4)
         engine.run()
-        prepared = engine.core._prepared_grammars
+        prepared = engine.core._grammars.prepared
         assert prepared is not None and prepared._vocabulary is not None
-        assert engine.core._grammars is None, "the loop has nothing to do with it yet"
+        assert engine.core._grammars.compiler is None, "the loop has nothing to do with it yet"
         engine.add(1, OBJECT, 40)
         engine.run()
-        assert engine.core._grammars is prepared
+        assert engine.core._grammars.compiler is prepared
 
 
 def test_patterns_of_a_schema_are_cheap_together() -> None:
@@ -123,7 +123,7 @@ def test_cheap_grammars_start_no_process() -> None:
         engine.add(2, GrammarSpec("regex", "[a-c]{3,40}(x|yz)"), 60)
         engine.add(3, GrammarSpec("choice", '["a", "b"]'))
         engine.run()
-        grammars = engine.core._grammars
+        grammars = engine.core._grammars.compiler
         assert grammars is not None and grammars._helper is not None and not grammars._helper.pids
 
 
@@ -139,7 +139,7 @@ def test_requests_that_go_take_their_trials_along() -> None:
         engine.num_open -= 19
         engine.run()
         assert engine.reasons[20] == FinishReason.ERROR
-        helper = engine.core._grammars._helper if engine.core._grammars is not None else None
+        helper = engine.core._grammars.compiler._helper if engine.core._grammars.compiler is not None else None
         assert helper is not None
 
 

@@ -199,7 +199,7 @@ def test_waiting_requests_give_up_what_they_keep_if_another_needs_it() -> None:
         engine.turn()
     engine.restart_with_cache()
     assert engine.scheduler.kv.num_free < engine.scheduler.kv.num_blocks
-    engine.scheduler.forget_cache()
+    engine.scheduler.pool.forget_cache()
     assert engine.scheduler.kv.num_free == engine.scheduler.kv.num_blocks
     engine.run()
     for index in range(3):

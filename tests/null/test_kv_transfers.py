@@ -46,7 +46,7 @@ class Stored:
         self.engine = Engine.create(groups=groups, max_num_batched_tokens=16)
         self.store = DiskStore(str(folder), max_bytes, [ready(groups, fingerprint)], {"model": "m"})
         self.transfers = KVTransfers(self.engine.scheduler.kv, self.store, 1)
-        self.engine.scheduler.transfers = self.transfers
+        self.engine.scheduler.pool.transfers = self.transfers
         self.files = {} if files is None else files
         self.pending: list[KVTransfer] = []
         self.damaged: Callable[[bytes], bool] = lambda block_hash: False

@@ -241,7 +241,7 @@ def test_finish_reasons() -> None:
 
 def test_workers_hear_of_the_adapter() -> None:
     engine = Engine.create()
-    adapters = engine.scheduler.adapters = AdapterPool(LoRAConfig(enable_lora=True))
+    adapters = engine.scheduler.pool.adapters = AdapterPool(LoRAConfig(enable_lora=True))
     plain, adapted = (make_request(index, prompt, 3) for index, prompt in enumerate(prompts(2)))
     adapter = LoRARequest(name="polite", lora_id=3, path="/adapters/polite", content_hash="f00d")
     adapted.message = msgspec.structs.replace(adapted.message, lora_request=adapter)
@@ -251,7 +251,7 @@ def test_workers_hear_of_the_adapter() -> None:
     (command,) = adapters.commands
     assert isinstance(command, LoadAdapter) and command.adapter == adapter
     adapters.answered(AdapterLoaded(0, command.number, adapter.content_hash))
-    engine.scheduler.unpark()
+    engine.scheduler.pool.unpark()
     assert engine.plan()
     assert [[new.lora_id for new in plan.new_reqs] for plan, _ in engine.in_flight] == [[0], [command.number]]
     engine.run()

@@ -479,7 +479,7 @@ def test_no_grammar_is_compiled_beside_a_trial(monkeypatch: pytest.MonkeyPatch) 
     harness = Harness()
     harness.run()
     compiled_beside: list[bool] = []
-    monkeypatch.setattr(GrammarCompiler, "start", lambda *_: compiled_beside.append(harness.core._isolates))
+    monkeypatch.setattr(GrammarCompiler, "start", lambda *_: compiled_beside.append(harness.core._admission.isolates))
     harness.add(1, suspicion=Suspicion(ISOLATE_DEATHS, -1, 0))
     harness.add(2, grammar=GrammarSpec("regex", "a"))
     harness.add(3, grammar=GrammarSpec("regex", "b"))
