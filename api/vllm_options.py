@@ -252,7 +252,7 @@ TABLE = (
     ),
     (
         Verdict.REFUSED,
-        "only built-in model classes are supported; the README lists them",
+        "only built-in model classes are supported; docs/models.md lists them",
         "hf_config_path config_format=auto,hf diffusion_config",
     ),
     (

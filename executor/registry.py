@@ -37,7 +37,7 @@ def advice(name: str, known: Iterable[str]) -> str:
     stems = {_stem(each): each for each in known}
     closest = difflib.get_close_matches(_stem(name[:100]), stems, n=3, cutoff=0.65)
     names = f"the closest: {', '.join(map(stems.__getitem__, closest))}; " if closest else ""
-    return f"{names}README.md lists all, under Models"
+    return f"{names}docs/models.md lists all"
 
 
 def _stem(architecture: str) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the table of model families into README.md."""
+"""Writes the table of model families into docs/models.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from executor.models.catalog import CATALOG, ONE_RANK, POOLING, Entry  # noqa: E402
 
-TARGET = ROOT / "README.md"
+TARGET = ROOT / "docs" / "models.md"
 START = "<!-- scripts/models_table.py writes this table -->\n"
 END = "<!-- end of the table -->\n"
 HEAD = """\
@@ -47,9 +47,9 @@ def table() -> str:
     return START + HEAD + "".join(map(row, CATALOG)) + END
 
 
-def text(readme: str) -> str:
-    """The README with the table as it should be."""
-    before, _, rest = readme.partition(START)
+def text(page: str) -> str:
+    """The page with the table as it should be."""
+    before, _, rest = page.partition(START)
     return before + table() + rest.partition(END)[2]
 
 

@@ -1,4 +1,4 @@
-"""What the README says about each family of ``registry.py``; ``scripts/models_table.py`` writes its table from this.
+"""What ``docs/models.md`` says about each family of ``registry.py``; ``scripts/models_table.py`` writes it.
 
 Every family is compared with transformers on tiny models with random weights (``tests/models/test_families.py``).
 """

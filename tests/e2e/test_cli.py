@@ -65,7 +65,7 @@ def test_a_bad_configuration(tiny_model: Path, tmp_path: Path) -> None:
     model = broken(tiny_model, tmp_path)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["Nonesuch"]}))
-    assert "Nonesuch" in refused(model) and "README.md lists all, under Models" in refused(model)
+    assert "Nonesuch" in refused(model) and "docs/models.md lists all" in refused(model)
     (model / "config.json").write_text("{")
     assert "config.json" in refused(model)
 

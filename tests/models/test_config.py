@@ -107,7 +107,7 @@ def test_unreadable_configuration(tmp_path: Path) -> None:
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path: Path) -> None:
     message = refusal(reconfigured(tmp_path / "a", architectures=["GPT5ForCausalLM"]))
     assert "GPT5ForCausalLM" in message
-    assert "(the closest: GPTJForCausalLM, GPT2LMHeadModel; README.md lists all, under Models)" in message
+    assert "(the closest: GPTJForCausalLM, GPT2LMHeadModel; docs/models.md lists all)" in message
     quantized = reconfigured(tmp_path / "b", quantization_config={"quant_method": "hqq"})
     assert "weights quantised with 'hqq' are not supported yet; serve the unquantised model" in refusal(quantized)
     config = ModelConfig(model=str(tiny.checkpoint("llama")))

@@ -1,4 +1,4 @@
-"""The README's table of model families, the registry and the tests agree."""
+"""The table of model families in the documentation, the registry and the tests agree."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from executor.models.registry import ENCODERS, REGISTRY
 from tests.families import FAMILIES
 
 
-def test_the_readme_has_the_table() -> None:
-    readme = models_table.TARGET.read_text()
-    assert models_table.text(readme) == readme, "run scripts/models_table.py"
-    assert readme.count(models_table.START) == readme.count(models_table.END) == 1
+def test_the_documentation_has_the_table() -> None:
+    page = models_table.TARGET.read_text()
+    assert models_table.text(page) == page, "run scripts/models_table.py"
+    assert page.count(models_table.START) == page.count(models_table.END) == 1
 
 
 def test_every_architecture_is_in_one_row() -> None:

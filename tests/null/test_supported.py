@@ -40,9 +40,9 @@ def test_what_the_command_line_decides() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("Gemma5ForCausalLM", "(the closest: GemmaForCausalLM, Gemma4ForCausalLM, Gemma3ForCausalLM; README.md lists"),
-        ("LLaMAForCausalLM", "(the closest: LlamaForCausalLM, Llama4ForCausalLM; README.md lists"),
-        ("Zzz", "another one (README.md lists all, under Models)"),
+        ("Gemma5ForCausalLM", "(the closest: GemmaForCausalLM, Gemma4ForCausalLM, Gemma3ForCausalLM; docs/models.md"),
+        ("LLaMAForCausalLM", "(the closest: LlamaForCausalLM, Llama4ForCausalLM; docs/models.md lists"),
+        ("Zzz", "another one (docs/models.md lists all)"),
         ("x" * 10_000, "x...' is not supported"),
     ],
 )
@@ -59,4 +59,4 @@ def test_an_unknown_architecture_of_a_gguf_file() -> None:
     with pytest.raises(ModelError) as caught:
         check_gguf_architecture("starcoder")
     message = str(caught.value)
-    assert "(the closest: starcoder2; README.md lists" in message and "--model-impl" in message and len(message) < 500
+    assert "(the closest: starcoder2; docs/models.md" in message and "--model-impl" in message and len(message) < 500
