@@ -26,9 +26,10 @@ from api.engine.client import EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.output import OutputProcessor
 from api.engine.place import no_such_rank
-from api.engine.queue_bound import NOBODY, QueueBound, Tenant, queue_full
-from api.engine.request_state import OutputOptions, RequestState
+from api.engine.queue_bound import QueueBound, Tenant, queue_full
+from api.engine.request_state import RequestState
 from api.engine.sleeper import Sleeper
+from api.engine.submission import Submission
 from api.errors import EngineDeadError
 from api.generation.adapters import Adapters
 from api.generation.host import Host
@@ -47,9 +48,6 @@ from engine_core.messages import (
     EnsureAdapter,
     FinishReason,
     ForgetAdapter,
-    GrammarSpec,
-    LoRARequest,
-    MultiModalFeature,
     PoolingSupport,
     ResolvedParams,
     ResolvedPoolingParams,
@@ -208,47 +206,31 @@ class FakeEngineClient:
         self,
         channel: Channel,
         choice: int,
+        submission: Submission,
         *,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: ResolvedParams | ResolvedPoolingParams,
-        options: OutputOptions,
-        priority: int = 0,
-        cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
-        tenant: Tenant = NOBODY,
-        is_extra: bool = False,
-        grammar: GrammarSpec | None = None,
-        mm_features: tuple[MultiModalFeature, ...] = (),
-        lora_request: LoRARequest | None = None,
-        data_parallel_rank: int | None = None,
+        seed: int | None = None,
     ) -> RequestState:
-        if data_parallel_rank:
-            raise no_such_rank(data_parallel_rank, (0,))
+        if submission.data_parallel_rank:
+            raise no_such_rank(submission.data_parallel_rank, (0,))
         if self.dead is not None:
             raise self.dead
         self._next_index += 1
-        message = EngineCoreRequest(
-            request_id=request_id,
-            index=self._next_index,
-            prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
-            sampling_params=params if isinstance(params, ResolvedParams) else None,
-            pooling_params=params if isinstance(params, ResolvedPoolingParams) else None,
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
-            grammar=grammar,
-            mm_features=mm_features,
-            lora_request=lora_request,
+        message = submission.request(
+            request_id,
+            self._next_index,
+            np.asarray(prompt_token_ids, np.int32).tobytes(),
+            seed=seed,
+            output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
         )
         self.submitted.append(message)
-        state = RequestState(message, options, self.tokenizer, channel, choice)
+        state = RequestState(message, submission.options, self.tokenizer, channel, choice)
         self._processor.add(state)
         tokens: Iterable[int] = ()
-        if isinstance(params, ResolvedParams):
-            tokens = self.script([*prompt_token_ids, *output_token_ids], params)
+        if message.sampling_params is not None:
+            tokens = self.script([*prompt_token_ids, *output_token_ids], message.sampling_params)
         self._rows[state.index] = _Row(state, tokens, len(output_token_ids))
         if self._stepper is None or self._stepper.done():
             self._stepper = asyncio.create_task(self._run())
@@ -258,22 +240,16 @@ class FakeEngineClient:
         self,
         channel: Channel,
         first_choice: int,
+        submission: Submission,
         *,
         request_ids: Sequence[str],
         prompt_token_ids: bytes,
-        params: ResolvedParams,
         seeds: Sequence[int],
-        **shared: Any,
     ) -> list[RequestState]:
         prompt = i32(prompt_token_ids).tolist()
         return [
             self.submit(
-                channel,
-                first_choice + number,
-                request_id=request_id,
-                prompt_token_ids=prompt,
-                params=msgspec.structs.replace(params, seed=seed),
-                **shared,
+                channel, first_choice + number, submission, request_id=request_id, prompt_token_ids=prompt, seed=seed
             )
             for number, (request_id, seed) in enumerate(zip(request_ids, seeds, strict=True))
         ]

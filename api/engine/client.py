@@ -2,37 +2,37 @@
 
 The client keeps a journal of each request: its prompt, resolved parameters with the seed, and emitted tokens. A
 request's output depends on nothing else, so when the engine core dies, the client starts another and resubmits the
-unfinished requests; consumers see only a pause. This module is the only user of ZeroMQ in this package.
+unfinished requests; consumers see only a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import zmq
 
 from api.engine.blame import CULPRIT_ERROR, fingerprint
 from api.engine.calls import Answer, Calls
 from api.engine.channel import Channel, PacedChannel
+from api.engine.core_socket import CoreSocket
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import Outbox
 from api.engine.output import OutputProcessor
 from api.engine.place import ALONE, INDEX_BITS, Place, no_such_rank
-from api.engine.queue_bound import NOBODY, QueueBound, Tenant
-from api.engine.request_state import OutputOptions, RequestState
+from api.engine.queue_bound import QueueBound, Tenant
+from api.engine.request_state import RequestState
 from api.engine.resubmission import clear_suspicion, resumed_request, runs_alone, trial_order
 from api.engine.sleeper import Sleeper
+from api.engine.submission import Submission
 from api.engine.supervisor import Supervisor
 from api.engine.vocabulary import VocabularyFrame
 from api.errors import EngineDeadError, asleep
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
-from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, engine_identity, get_logger
+from engine_core.launch import STOPPED_TIMEOUT, ProcessWatch, get_logger
 from engine_core.messages import (
     AbortRequests,
     EngineCoreOutputs,
@@ -42,14 +42,9 @@ from engine_core.messages import (
     EnsureAdapter,
     ForgetAdapter,
     FromEngineCore,
-    GrammarSpec,
     LoadProgress,
-    LoRARequest,
-    MultiModalFeature,
     Ping,
     ResetPrefixCache,
-    ResolvedParams,
-    ResolvedPoolingParams,
     SiblingRequests,
     SleepRequest,
     StatusRequest,
@@ -75,12 +70,6 @@ UNREADY_TIME = 3.0
 LAST_WORDS_TIMEOUT = 200
 """Milliseconds to wait for the last message of an engine core that exited with an error."""
 
-ROWS_PER_TURN = 768
-"""Tokens taken from the engine core per iteration of the event loop, about seven milliseconds of work, so that their
-consumers and new connections get their turns. Several steps at once are cheaper than one by one, since their events
-share writes."""
-BYTES_PER_ROW = 16
-"""Bytes of a message that count as one row. A row with more than a token takes more of both, bytes and time."""
 MAX_ABORTS_PER_TURN = 256
 
 ControlMessage = Ping | StatusRequest | ResetPrefixCache | EnsureAdapter | SleepRequest | WakeUpRequest
@@ -145,16 +134,14 @@ class EngineClient:
         self._queue, events, self._culprits = place.shares(own)
         self._processor = OutputProcessor(metrics, events)
         self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
-        self._epoch, self._fd = 0, -1
-        self._serving = self._has_workers = self._closing = self._receives_soon = self._was_idle = False
+        self._serving = self._has_workers = self._closing = self._was_idle = False
         self._next_index = place.rank << INDEX_BITS
         self._calls, self.sleeper = Calls(), Sleeper(self.call, metrics.on_sleep)
         self._budget = RestartBudget()
         self._life = _Life()
         self._last_words: EngineDead | None = None
-        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(FromEngineCore)
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._socket = CoreSocket(self._handle)
         self._started: asyncio.Future[EngineReady] | None = None
         self._pinger: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -172,13 +159,7 @@ class EngineClient:
             ModelFileError: The tokenizer cannot be read.
         """
         self._loop = asyncio.get_running_loop()
-        socket = self._socket
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.set_hwm(0)
-        socket.bind(self._supervisor.address)
-        self._fd = int(socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._on_readable)
+        self._socket.open(self._supervisor.address)
         self._started = self._loop.create_future()
         self._launch()
         self._pinger = asyncio.create_task(self._watch_heartbeat())
@@ -193,19 +174,20 @@ class EngineClient:
             self.tokenizer = await asyncio.to_thread(self._read_tokenizer)
 
     def _launch(self) -> None:
-        self._epoch += 1
+        self._socket.epoch += 1
         self._serving = False
         self._has_workers = False
         self._life = _Life()
         self._last_words = None
         self._outbox.clear()
-        self._supervisor.start(self._epoch)
+        self._supervisor.start(self._socket.epoch)
         pid = self._supervisor.pid
         self._life.watch = None if pid is None else ProcessWatch(pid)
 
     async def close(self) -> None:
         """Stops the engine. Unfinished requests end with an error."""
         self._closing = True
+        self._socket.stop()
         if self.dead is None:
             self.dead = EngineDeadError("the server is shutting down")
         if self._pinger is not None:
@@ -213,11 +195,7 @@ class EngineClient:
         self._vocabulary.close()
         self._outbox.clear()
         await self._supervisor.stop()
-        if self._fd >= 0:
-            assert self._loop is not None
-            self._loop.remove_reader(self._fd)
-        self._socket.close(linger=0)
-        self._context.term()
+        self._socket.close()
         self._calls.fail_all()
         self._processor.fail_all(str(self.dead))
 
@@ -257,57 +235,35 @@ class EngineClient:
         self,
         channel: Channel,
         choice: int,
+        submission: Submission,
         *,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: ResolvedParams | ResolvedPoolingParams,
-        options: OutputOptions,
-        priority: int = 0,
-        cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
-        tenant: Tenant = NOBODY,
-        is_extra: bool = False,
-        grammar: GrammarSpec | None = None,
-        mm_features: tuple[MultiModalFeature, ...] = (),
-        lora_request: LoRARequest | None = None,
-        data_parallel_rank: int | None = None,
     ) -> RequestState:
         """Starts a request whose deltas go to ``channel``, marked with ``choice``.
 
         ``output_token_ids`` are the beginning of its output, and generation continues after them. Such a request is
         part of work that has begun, so it does not count as waiting.
-        ``is_extra`` is the result of ``check_queue``, which callers call first: the queue is not checked here.
-        A grammar that the engine cannot use ends the request with an error that has an ``error_param``.
-        ``lora_request`` is the adapter to compute it with.
-        ``data_parallel_rank`` is the replica that must run it.
 
         Raises:
             EngineDeadError: The engine died and is not restarted.
             RequestError: This request crashed the engine recently, or there is no such replica.
         """
-        self._check_submit(data_parallel_rank)
+        self._check_submit(submission.data_parallel_rank)
         self._next_index += 1
-        message = EngineCoreRequest(
-            request_id=request_id,
-            index=self._next_index,
-            prompt_token_ids=np.asarray(prompt_token_ids, np.int32).tobytes(),
-            sampling_params=params if isinstance(params, ResolvedParams) else None,
-            pooling_params=params if isinstance(params, ResolvedPoolingParams) else None,
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            resumed_output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
-            grammar=grammar,
-            mm_features=mm_features,
-            lora_request=lora_request,
+        message = submission.request(
+            request_id,
+            self._next_index,
+            np.asarray(prompt_token_ids, np.int32).tobytes(),
+            output_token_ids=np.asarray(output_token_ids, np.int32).tobytes(),
         )
         self._culprits.check(message)
-        state = RequestState(message, options, self.tokenizer, channel, choice)
+        state = RequestState(message, submission.options, self.tokenizer, channel, choice)
         frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._add(state)
         if not output_token_ids:
-            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
+            self._enter_queue(state, submission)
         self._send_new([state], frame)
         return state
 
@@ -315,43 +271,22 @@ class EngineClient:
         self,
         channel: Channel,
         first_choice: int,
+        submission: Submission,
         *,
         request_ids: Sequence[str],
         prompt_token_ids: bytes,
-        params: ResolvedParams,
         seeds: Sequence[int],
-        options: OutputOptions,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: Tenant = NOBODY,
-        is_extra: bool = False,
-        grammar: GrammarSpec | None = None,
-        mm_features: tuple[MultiModalFeature, ...] = (),
-        lora_request: LoRARequest | None = None,
-        data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """Starts completions of one prompt that differ only in id and seed, with one message and no copies.
 
-        ``prompt_token_ids`` are int32; the rest is as for ``submit``. Choices are numbered from ``first_choice``.
+        ``prompt_token_ids`` are int32. Choices are numbered from ``first_choice``.
 
         Raises:
             EngineDeadError: The engine died and is not restarted.
             RequestError: This request crashed the engine recently, or there is no such replica.
         """
-        self._check_submit(data_parallel_rank)
-        first = EngineCoreRequest(
-            request_id=request_ids[0],
-            index=self._next_index + 1,
-            prompt_token_ids=prompt_token_ids,
-            sampling_params=msgspec.structs.replace(params, seed=seeds[0]),
-            arrival_time=time.monotonic(),
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            grammar=grammar,
-            mm_features=mm_features,
-            lora_request=lora_request,
-        )
+        self._check_submit(submission.data_parallel_rank)
+        first = submission.request(request_ids[0], self._next_index + 1, prompt_token_ids, seed=seeds[0])
         self._culprits.check(first)
         indices = range(first.index, first.index + len(seeds))
         message: EngineCoreRequest | SiblingRequests = first
@@ -361,18 +296,23 @@ class EngineClient:
             message = SiblingRequests(first, tuple(request_ids), numbers, tuple(seeds))
             requests = message.requests()
         numbered = enumerate(requests, first_choice)
-        states = [RequestState(request, options, self.tokenizer, channel, choice) for choice, request in numbered]
+        states = [
+            RequestState(request, submission.options, self.tokenizer, channel, choice) for choice, request in numbered
+        ]
         frame = self._encoder.encode(message)  # first, so that a request that cannot be sent never enters the journal
         self._next_index = indices[-1]
         for state in states:
             self._add(state)
-            self._queue.enter(state.index, tenant, state.num_prompt_tokens, is_extra=is_extra)
+            self._enter_queue(state, submission)
         self._send_new(states, frame)
         return states
 
     def _add(self, state: RequestState) -> None:
         state.engine = self.rank
         self._processor.add(state)
+
+    def _enter_queue(self, state: RequestState, submission: Submission) -> None:
+        self._queue.enter(state.index, submission.tenant, state.num_prompt_tokens, is_extra=submission.is_extra)
 
     def _check_submit(self, data_parallel_rank: int | None) -> None:
         if data_parallel_rank not in (None, self.rank):
@@ -387,7 +327,7 @@ class EngineClient:
         if self._outbox:
             self._outbox.add(states)
         elif self._send_vocabulary(states[0]):
-            self._send_frame(frame)
+            self._socket.send(frame)
 
     def _send_again(self, state: RequestState) -> None:
         """Sends a request of the journal, with the output that it has emitted."""
@@ -405,7 +345,7 @@ class EngineClient:
         if self._vocabulary.frame is None:
             self._vocabulary.make(self.tokenizer)
             return False
-        self._send_frame(self._vocabulary.frame)
+        self._socket.send(self._vocabulary.frame)
         self._life.has_vocabulary = True
         return True
 
@@ -421,7 +361,7 @@ class EngineClient:
         if self._vocabulary.frame is None:
             self._vocabulary.make(self.tokenizer)
         else:
-            self._send_frame(self._vocabulary.frame)
+            self._socket.send(self._vocabulary.frame)
             self._life.has_vocabulary = True
 
     def _on_vocabulary(self, error: str) -> None:
@@ -552,60 +492,12 @@ class EngineClient:
     # -- messages ------------------------------------------------------------------------------------------
 
     def _send(self, message: ToEngineCore) -> None:
-        self._send_frame(self._encoder.encode(message))
-
-    def _send_frame(self, frame: bytes) -> None:
-        try:
-            self._socket.send_multipart((engine_identity(self._epoch), frame), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # The process is gone but its exit is not noticed yet; the journal has the request.
-            logger.debug("message not delivered: %s", error)
-        # ZeroMQ's descriptor is edge-triggered; sending may have consumed an event.
-        assert self._loop is not None
-        if not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._receive_soon()
-
-    def _receive_soon(self) -> None:
-        """Schedules ``_receive`` for the next iteration of the loop, once per iteration."""
-        if not self._receives_soon:
-            self._receives_soon = True
-            assert self._loop is not None
-            self._loop.call_soon(self._receive)
-
-    def _on_readable(self) -> None:
-        if not self._receives_soon:
-            self._receive()
-
-    def _receive(self) -> None:
-        """Handles the available messages, a few per iteration of the event loop."""
-        self._receives_soon = False
-        if self._take():
-            self._receive_soon()
-
-    def _take(self) -> bool:
-        """Handles messages of about ``ROWS_PER_TURN`` rows. Returns False if there are no more."""
-        expected = engine_identity(self._epoch)
-        num_rows = 0
-        while num_rows < ROWS_PER_TURN:
-            if self._closing:
-                return False
-            try:
-                identity, frame = self._socket.recv_multipart(zmq.NOBLOCK)[:2]
-            except zmq.Again:
-                return False
-            if identity != expected:
-                continue
-            watch = self._life.watch
-            if watch is not None:
-                watch.heard()
-            num_rows += 1 + len(frame) // BYTES_PER_ROW
-            try:
-                self._handle(self._decoder.decode(frame))
-            except Exception:  # go on: ZeroMQ's descriptor signals again only after all messages were taken
-                logger.exception("a message of the engine core could not be handled")
-        return True
+        self._socket.send(self._encoder.encode(message))
 
     def _handle(self, message: FromEngineCore) -> None:
+        watch = self._life.watch
+        if watch is not None:
+            watch.heard()
         if isinstance(message, EngineCoreOutputs):
             self._on_outputs(message)
         elif isinstance(message, UtilityOutput):
@@ -672,8 +564,8 @@ class EngineClient:
     def _on_exit(self, code: int) -> None:
         """Restarts the engine core after an unexpected exit, unless its last message said that it is dead for good."""
         if code > 0 and self._last_words is None:
-            self._socket.poll(LAST_WORDS_TIMEOUT)  # its last message may still be in transit
-        if self._take():
+            self._socket.wait(LAST_WORDS_TIMEOUT)  # its last message may still be in transit
+        if self._socket.take():
             assert self._loop is not None
             self._loop.call_soon(self._on_exit, code)  # there are more messages from it
             return
@@ -760,7 +652,7 @@ class EngineClient:
                 self._life.is_hung = True
                 self._supervisor.kill()
             else:
-                self._send_frame(ping)
+                self._socket.send(ping)
 
     def _hung(self, watch: ProcessWatch) -> str | None:
         """Describes how the engine core hangs; None if it does not."""

@@ -21,25 +21,22 @@ from api.engine.channel import Channel
 from api.engine.client import MAX_ABORTS_PER_TURN, ControlMessage, EngineClient
 from api.engine.metrics import EngineMetrics
 from api.engine.place import Place, no_such_rank
-from api.engine.queue_bound import NOBODY, QueueBound, Tenant
-from api.engine.request_state import OutputOptions, RequestState
+from api.engine.queue_bound import QueueBound, Tenant
+from api.engine.request_state import RequestState
 from api.engine.resubmission import trial_order
 from api.engine.routing import Prefix, Router
 from api.engine.sleeper import Sleepers
+from api.engine.submission import Submission
 from api.errors import EngineDeadError, asleep
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
 from engine_core.launch import get_logger
 from engine_core.messages import (
+    I32,
     EngineReady,
     ForgetAdapter,
-    GrammarSpec,
     LoadProgress,
-    LoRARequest,
-    MultiModalFeature,
     ResetPrefixCache,
-    ResolvedParams,
-    ResolvedPoolingParams,
     i32,
 )
 
@@ -194,40 +191,21 @@ class EnginePool:
         self,
         channel: Channel,
         choice: int,
+        submission: Submission,
         *,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: ResolvedParams | ResolvedPoolingParams,
-        options: OutputOptions,
-        priority: int = 0,
-        cache_salt: str = "",
         output_token_ids: Sequence[int] = (),
-        tenant: Tenant = NOBODY,
-        is_extra: bool = False,
-        grammar: GrammarSpec | None = None,
-        mm_features: tuple[MultiModalFeature, ...] = (),
-        lora_request: LoRARequest | None = None,
-        data_parallel_rank: int | None = None,
     ) -> RequestState:
         """See ``EngineClient``."""
-        token_ids = np.array((*prompt_token_ids, *output_token_ids), np.int32)
-        prefix = self._router.prefix(token_ids, cache_salt, _hash_of(lora_request), mm_features)
-        client = self.clients[self._choose(prefix, data_parallel_rank)]
-        state = client.submit(
+        prefix = self._prefix(np.array((*prompt_token_ids, *output_token_ids), np.int32), submission)
+        state = self._choose(prefix, submission.data_parallel_rank).submit(
             channel,
             choice,
+            submission,
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
-            params=params,
-            options=options,
-            priority=priority,
-            cache_salt=cache_salt,
             output_token_ids=output_token_ids,
-            tenant=tenant,
-            is_extra=is_extra,
-            grammar=grammar,
-            mm_features=mm_features,
-            lora_request=lora_request,
         )
         self._enter((state,), prefix)
         return state
@@ -236,49 +214,40 @@ class EnginePool:
         self,
         channel: Channel,
         first_choice: int,
+        submission: Submission,
         *,
         request_ids: Sequence[str],
         prompt_token_ids: bytes,
-        params: ResolvedParams,
         seeds: Sequence[int],
-        options: OutputOptions,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: Tenant = NOBODY,
-        is_extra: bool = False,
-        grammar: GrammarSpec | None = None,
-        mm_features: tuple[MultiModalFeature, ...] = (),
-        lora_request: LoRARequest | None = None,
-        data_parallel_rank: int | None = None,
     ) -> list[RequestState]:
         """See ``EngineClient``. Completions of one prompt run in one engine, which computes the prompt once."""
-        prefix = self._router.prefix(i32(prompt_token_ids), cache_salt, _hash_of(lora_request), mm_features)
-        client = self.clients[self._choose(prefix, data_parallel_rank)]
-        states = client.submit_siblings(
+        prefix = self._prefix(i32(prompt_token_ids), submission)
+        states = self._choose(prefix, submission.data_parallel_rank).submit_siblings(
             channel,
             first_choice,
+            submission,
             request_ids=request_ids,
             prompt_token_ids=prompt_token_ids,
-            params=params,
             seeds=seeds,
-            options=options,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            is_extra=is_extra,
-            grammar=grammar,
-            mm_features=mm_features,
-            lora_request=lora_request,
         )
         self._enter(states, prefix)
         return states
 
-    def _choose(self, prefix: Prefix, wanted: int | None) -> int:
+    def _prefix(self, token_ids: I32, submission: Submission) -> Prefix:
+        adapter = submission.lora_request
+        return self._router.prefix(
+            token_ids,
+            submission.cache_salt,
+            "" if adapter is None else adapter.content_hash,
+            submission.mm_features,
+        )
+
+    def _choose(self, prefix: Prefix, wanted: int | None) -> EngineClient:
         """The engine for a prompt: the wanted one, or the best of those that can start at once."""
         if wanted is not None:
             if wanted not in self._ranks:
                 raise no_such_rank(wanted, self._ranks)
-            return wanted
+            return self.clients[wanted]
         clients = self.clients
         candidates = (
             [client.rank for client in clients if client.is_ready]
@@ -288,7 +257,7 @@ class EnginePool:
         if not candidates or self._refusal is not None:
             assert self.dead is not None
             raise self.dead
-        return self._router.choose(prefix, candidates)
+        return clients[self._router.choose(prefix, candidates)]
 
     def _enter(self, states: Iterable[RequestState], prefix: Prefix) -> None:
         for state in states:
@@ -405,10 +374,6 @@ def _share(config: EngineConfig, rank: int, num_replicas: int) -> EngineConfig:
     return msgspec.structs.replace(
         config, executor=msgspec.structs.replace(executor, device=device), num_replicas=num_replicas
     )
-
-
-def _hash_of(adapter: LoRARequest | None) -> str:
-    return "" if adapter is None else adapter.content_hash
 
 
 def _total(value: int | float | str | bool, others: Sequence[int | float | str | bool]) -> int | float | str | bool:

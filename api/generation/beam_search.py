@@ -21,6 +21,7 @@ from api.engine.metrics import EngineMetrics, FinishedRequest
 from api.engine.pool import Engines
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions, RequestState
+from api.engine.submission import Submission
 from api.errors import EngineDeadError, RequestError
 from api.generation.served_model import ServedModel
 from api.params.sampling import SamplingParams, resolve_params
@@ -231,17 +232,19 @@ class BeamSearch:
                 self._client.submit(
                     self._channel,
                     choice,
+                    Submission(
+                        params=msgspec.structs.replace(self._step_params, max_tokens=len(beam.token_ids) + 1),
+                        options=OutputOptions(detokenize=False, is_part=True),
+                        priority=self._priority,
+                        cache_salt=self._cache_salt,
+                        tenant=self._tenant,
+                        is_extra=is_extra,
+                        lora_request=self._adapter,
+                        data_parallel_rank=self._data_parallel_rank,
+                    ),
                     request_id=f"{self._request_id}-beam-{choice}",
                     prompt_token_ids=self._prompt,
-                    params=msgspec.structs.replace(self._step_params, max_tokens=len(beam.token_ids) + 1),
-                    options=OutputOptions(detokenize=False, is_part=True),
-                    priority=self._priority,
-                    cache_salt=self._cache_salt,
-                    tenant=self._tenant,
-                    is_extra=is_extra,
                     output_token_ids=beam.token_ids,
-                    lora_request=self._adapter,
-                    data_parallel_rank=self._data_parallel_rank,
                 )
             )
 

@@ -20,6 +20,7 @@ from api.engine.metrics import EngineMetrics
 from api.engine.pool import Engines
 from api.engine.queue_bound import NOBODY, Tenant
 from api.engine.request_state import OutputOptions, RequestState, Siblings
+from api.engine.submission import Submission
 from api.errors import ContextLengthError, RequestError
 from api.generation.host import INLINE_STEPS, INLINE_TEXT, Host
 from api.generation.resolved import ResolvedRequest
@@ -413,25 +414,28 @@ class ServedModel:
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
         for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
+            submission = Submission(
+                params=engine_params,
+                options=request.options,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                tenant=request.tenant,
+                is_extra=is_extra,
+                grammar=grammar,
+                mm_features=request.mm_features,
+                lora_request=self.adapter,
+                data_parallel_rank=data_parallel_rank,
+            )
             siblings = Siblings(num_children)
             for children in pieces(range(num_children), MAX_SIBLINGS):
                 numbers = [place * num_children + child for child in children]
                 started = self.client.submit_siblings(
                     channel,
                     first_choice + numbers[0],
+                    submission,
                     request_ids=[f"{request_id}-{number}" if count > 1 else request_id for number in numbers],
                     prompt_token_ids=token_ids,
-                    params=engine_params,
                     seeds=[child_seed(engine_params.seed, child) for child in children],
-                    options=request.options,
-                    priority=request.priority,
-                    cache_salt=request.cache_salt,
-                    tenant=request.tenant,
-                    is_extra=is_extra,
-                    grammar=grammar,
-                    mm_features=request.mm_features,
-                    lora_request=self.adapter,
-                    data_parallel_rank=data_parallel_rank,
                 )
                 states += started
                 metrics = self.metrics.of(started[0].engine)
@@ -488,11 +492,7 @@ class ServedModel:
         await self._check_prompts(prompts, field, turns)
         is_extra = self.client.check_queue(tenant, len(prompts), sum(map(len, prompts)))
         for number, prompt in enumerate(prompts):
-            state = self.client.submit(
-                channel,
-                first_choice + number,
-                request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
-                prompt_token_ids=prompt,
+            submission = Submission(
                 params=params if isinstance(params, ResolvedPoolingParams) else params[number],
                 options=_NO_TEXT,
                 priority=priority,
@@ -502,6 +502,13 @@ class ServedModel:
                 mm_features=mm_features.get(number, ()),
                 lora_request=self.adapter,
                 data_parallel_rank=data_parallel_rank,
+            )
+            state = self.client.submit(
+                channel,
+                first_choice + number,
+                submission,
+                request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
+                prompt_token_ids=prompt,
             )
             states.append(state)
             await turns.spend(SUBMIT_COST + len(prompt))

@@ -15,7 +15,7 @@ import zmq
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine_core import core, validation
+from engine_core import admission, validation
 from engine_core.messages import (
     MAX_OUTPUTS,
     POOLING_TYPES,
@@ -340,7 +340,7 @@ def test_siblings_share_their_prompt_and_are_checked_once(monkeypatch: pytest.Mo
         checked.append(request.index)
         return validation.request_problem(request, *args, **options)
 
-    monkeypatch.setattr(core, "request_problem", request_problem)
+    monkeypatch.setattr(admission, "request_problem", request_problem)
     harness = Harness()
     harness.run()  # the model is loaded
     harness.inbox.append(siblings(make_request(1), [1, 2, 3, 4, 5, 6]))

@@ -17,11 +17,13 @@ import zmq
 from api.engine import client as engine_client
 from api.engine.blame import REFUSAL_TIME, Culprits
 from api.engine.channel import Delta
-from api.engine.client import ROWS_PER_TURN, EngineClient
+from api.engine.client import EngineClient
+from api.engine.core_socket import ROWS_PER_TURN
 from api.engine.metrics import EngineMetrics
 from api.engine.outbox import REQUESTS_PER_TURN
 from api.engine.queue_bound import NOBODY
 from api.engine.request_state import OutputOptions, RequestState
+from api.engine.submission import Submission
 from api.errors import EngineDeadError, ModelFileError, RequestError
 from api.model.tokenizer import Tokenizer
 from engine_core.config import EngineConfig
@@ -187,11 +189,9 @@ class Harness:
         return self.client.submit(
             self.channel,
             0,
+            Submission(params=ResolvedParams(), options=OutputOptions(), **fields),
             request_id="request",
             prompt_token_ids=prompt or (1, 2, 3),
-            params=ResolvedParams(),
-            options=OutputOptions(),
-            **fields,
         )
 
     async def take(self, count: int) -> list[Delta]:
@@ -267,11 +267,10 @@ async def test_siblings_are_one_message_and_share_their_prompt(harness: Harness)
     states = harness.client.submit_siblings(
         harness.channel,
         3,
+        Submission(params=ResolvedParams(logit_bias=((1, 0.5),) * 1000), options=OutputOptions()),
         request_ids=[f"r-{number}" for number in range(600)],
         prompt_token_ids=np.arange(1, 1000, dtype=np.int32).tobytes(),
-        params=ResolvedParams(logit_bias=((1, 0.5),) * 1000),
         seeds=range(600),
-        options=OutputOptions(),
     )
     assert [state.choice for state in states] == list(range(3, 603))
     assert len({id(state.message.prompt_token_ids) for state in states}) == 1
@@ -292,11 +291,10 @@ async def test_siblings_are_resumed_one_by_one(harness: Harness) -> None:
     states = harness.client.submit_siblings(
         harness.channel,
         0,
+        Submission(params=ResolvedParams(), options=OutputOptions()),
         request_ids=["a", "b"],
         prompt_token_ids=np.array([1, 2], np.int32).tobytes(),
-        params=ResolvedParams(),
         seeds=[11, 12],
-        options=OutputOptions(),
     )
     harness.supervisor.die()
     again = await back(harness)
@@ -360,14 +358,14 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
     state = harness.submit()
     harness.supervisor.core.received()
     num_taken = 0
-    take = harness.client._take
+    take = harness.client._socket.take
 
     def counted() -> bool:
         nonlocal num_taken
         num_taken += 1
         return take()
 
-    monkeypatch.setattr(harness.client, "_take", counted)
+    monkeypatch.setattr(harness.client._socket, "take", counted)
     harness.supervisor.core.tokens(state, 0, *range(40))
     deadline = time.monotonic() + 5
     while len(state.output_token_ids) < 40 and time.monotonic() < deadline:
@@ -382,7 +380,7 @@ async def test_messages_are_taken_once_in_a_turn_however_many_are_sent(
 async def test_what_a_dead_core_left_is_taken_in_turns(harness: Harness) -> None:
     state = harness.submit()
     harness.supervisor.core.tokens(state, 0, *range(ROWS_PER_TURN))
-    assert harness.client._socket.poll(5000)
+    assert harness.client._socket.wait(5000)
     harness.supervisor.die()
     assert len(state.output_token_ids) < ROWS_PER_TURN
     await until(lambda: len(harness.supervisor.cores) > 1)

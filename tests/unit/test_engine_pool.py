@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from api.engine.metrics import EngineMetrics
 from api.engine.place import INDEX_BITS
 from api.engine.pool import EnginePool, create_engines
 from api.engine.request_state import OutputOptions, RequestState
+from api.engine.submission import Submission
 from api.errors import EngineDeadError, RequestError
 from engine_core.config import EngineConfig, SchedulerConfig
 from engine_core.messages import (
@@ -70,11 +72,9 @@ class Harness:
         return self.pool.submit(
             self.channel,
             0,
+            Submission(params=ResolvedParams(), options=OutputOptions(), **fields),
             request_id="request",
             prompt_token_ids=range(first, first + count),
-            params=ResolvedParams(),
-            options=OutputOptions(),
-            **fields,
         )
 
     async def take(self, count: int) -> list[Any]:
@@ -147,10 +147,12 @@ async def test_a_server_of_one_engine_has_its_rank(
     await until(lambda: bool(started.cores))
     started.core.ready()
     await start
-    fields: dict[str, Any] = {"request_id": "a", "params": ResolvedParams(), "options": OutputOptions()}
+    fields: dict[str, Any] = {"request_id": "a", "prompt_token_ids": [1]}
+    submission = Submission(params=ResolvedParams(), options=OutputOptions(), data_parallel_rank=rank)
+    wrong = msgspec.structs.replace(submission, data_parallel_rank=1)
     with pytest.raises(RequestError, match=f"no data parallel rank 1; this server has rank {rank or 0}"):
-        client.submit(client.open_channel(), 0, prompt_token_ids=[1], data_parallel_rank=1, **fields)
-    state = client.submit(client.open_channel(), 0, prompt_token_ids=[1], data_parallel_rank=rank, **fields)
+        client.submit(client.open_channel(), 0, wrong, **fields)
+    state = client.submit(client.open_channel(), 0, submission, **fields)
     assert state.index == ((rank or 0) << INDEX_BITS) + 1
     await client.close()
 
@@ -176,12 +178,10 @@ async def test_completions_of_a_prompt_run_together(harness: Harness) -> None:
     states = harness.pool.submit_siblings(
         harness.channel,
         0,
+        Submission(params=ResolvedParams(), options=OutputOptions(), data_parallel_rank=1),
         request_ids=["a", "b", "c"],
         prompt_token_ids=np.arange(40, dtype=np.int32).tobytes(),
-        params=ResolvedParams(),
         seeds=[1, 2, 3],
-        options=OutputOptions(),
-        data_parallel_rank=1,
     )
     assert [state.engine for state in states] == [1, 1, 1]
     (message,) = await harness.hears(1, 1)
