@@ -6,30 +6,48 @@ import inspect
 import os
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from msgspec.structs import replace
 from tqdm import tqdm
 
 from api.config import ServerConfig, from_environment, make_config
-from api.engine.channel import Delta
 from api.engine.metrics import EngineMetrics
 from api.engine.pool import create_engines
 from api.engine.progress import LoadBar, SpeedMeter
 from api.engine.request_state import RequestState
-from api.engine.request_stats import RequestStateStats, request_stats
+from api.engine.request_stats import request_stats
 from api.engine.thread import EngineThread
 from api.errors import EngineDeadError, RequestError
 from api.flags import ConfigError
 from api.generation.adapters import Adapters
 from api.generation.beam_search import Beam, BeamSearch, BeamSearchError, BeamSearchParams, gather
-from api.generation.fanout import best_places
 from api.generation.host import Host
 from api.generation.served_model import ServedModel
-from api.llm_inputs import Input, LoRARequests, Prompt, adapters_of, as_list, inputs_of, parse_prompt, text_of
+from api.llm_inputs import (
+    Input,
+    LoRARequests,
+    Messages,
+    Prompt,
+    adapters_of,
+    as_list,
+    conversations_of,
+    inputs_of,
+    parse_prompt,
+    text_of,
+)
 from api.llm_options import LLMOptions
+from api.llm_outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Folder,
+    Logprob,
+    RequestOutput,
+    describe_position,
+    keep_best,
+)
+from api.llm_pooling import PoolingRunner
 from api.media.offline import place_offline, take_offline, without_images
 from api.model.files import ModelFiles, find_model, with_model
 from api.model.tokenizer import NOTHING_ADDED, Tokenizer
@@ -50,84 +68,17 @@ from api.params.pooling import (
     ScoringRequestOutput,
     cosine,
     pair_up,
-    resolve_task,
 )
 from api.params.sampling import SamplingParams
 from api.params.thinking import conversation_opens_reasoning
-from api.params.truncation import check_truncation, output_room, truncate_prompt
+from api.params.truncation import output_room, truncate_prompt
 from engine_core.launch import get_logger, setup_logging
-from engine_core.messages import EngineReady, ResolvedPoolingParams, TokenLogprobs, f32, i32
+from engine_core.messages import EngineReady
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
-
-Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass
-class Logprob:
-    """The log probability of a token at one position."""
-
-    logprob: float
-    rank: int | None
-    """1 is the most likely token."""
-    decoded_token: str
-
-
-@dataclass
-class CompletionOutput:
-    """One completion of a prompt."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    """``stop``, ``length``, ``repetition`` or ``error``."""
-    stop_reason: int | str | None = None
-    """The stop string or stop token id that ended it."""
-
-
-@dataclass
-class RequestOutput:
-    """A prompt and its completions."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool = True
-    num_cached_tokens: int = 0
-    metrics: RequestStateStats = field(default_factory=RequestStateStats, compare=False)
-    """Timestamps of the request."""
-
-
-@dataclass
-class BeamSearchSequence:
-    """One of the best sequences of a search."""
-
-    tokens: list[int]
-    """Prompt and output."""
-    logprobs: list[dict[int, Logprob]]
-    """One entry per output token; empty unless requested."""
-    cum_logprob: float
-    text: str
-    """Prompt and output."""
-    finish_reason: str
-    """``stop`` or ``length``."""
-    stop_reason: int | None
-    """The token id that ended it."""
-
-
-@dataclass
-class BeamSearchOutput:
-    """The best sequences of a prompt, best first."""
-
-    sequences: list[BeamSearchSequence]
 
 
 class LLM:
@@ -161,7 +112,7 @@ class LLM:
         files = find_model(config)
         check_defaults(files)
         self._config = with_model(config, files)
-        self._next_id = 0
+        self._ids = count()
         self._engine = EngineThread()
         # Runs when this object is collected, or when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._engine.close)
@@ -171,6 +122,7 @@ class LLM:
             self.close()
             raise
         self._adapters = Adapters(self._model)
+        self._pooling = PoolingRunner(self._model, self._adapters, self._ids)
         weakref.finalize(self, self._model.host.close)
 
     def __repr__(self) -> str:
@@ -361,7 +313,6 @@ class LLM:
         template = self._model.chat_template
         if template is None:
             raise RequestError("the model has no chat template; pass chat_template=", "messages")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             "continue_final_message": continue_final_message,
@@ -381,8 +332,8 @@ class LLM:
             )
 
         inputs = []
-        for given in conversations:
-            conversation, pictures = self._run(take_offline(self._model.images, given))  # type: ignore[arg-type]
+        for given in conversations_of(messages):
+            conversation, pictures = self._run(take_offline(self._model.images, given))
             text = self._model.host.templates.render_blocking(
                 template,
                 conversation,
@@ -440,7 +391,7 @@ class LLM:
             EngineDeadError: The engine died and is not restarted.
         """
         inputs = inputs_of(prompts, lora_request)
-        pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm))
+        pooled = self._run(self._pooling.run(inputs, pooling_params or PoolingParams(), use_tqdm))
         return [
             EmbeddingRequestOutput(
                 item.request_id,
@@ -474,7 +425,7 @@ class LLM:
             known = ", ".join(POOLING_TASKS)
             raise RequestError(f"pooling_task must be one of {known}, got {pooling_task!r}", "pooling_task")
         inputs = inputs_of(prompts, lora_request)
-        return self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
+        return self._run(self._pooling.run(inputs, pooling_params or PoolingParams(), use_tqdm, task=pooling_task))
 
     def classify(
         self,
@@ -486,7 +437,7 @@ class LLM:
     ) -> list[ClassificationRequestOutput]:
         """Classifies each prompt with a model that has a classifier. See ``embed``; ``outputs.probs`` is a list."""
         inputs = inputs_of(prompts, lora_request)
-        pooled = self._run(self._pool(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
+        pooled = self._run(self._pooling.run(inputs, pooling_params or PoolingParams(), use_tqdm, task="classify"))
         return [
             ClassificationRequestOutput(
                 item.request_id,
@@ -528,11 +479,11 @@ class LLM:
         results = []
         if self._model.limits.pooling.head_pooling:
             texts = [(text_of(first[i], "data_1"), text_of(second[j], "data_2")) for i, j in pairs]
-            for item in self._run(self._score_pairs(texts, params, use_tqdm, lora_request)):
+            for item in self._run(self._pooling.score_pairs(texts, params, use_tqdm, lora_request)):
                 score = ScoringOutput(float(item.outputs.data[0]))
                 results.append(ScoringRequestOutput(item.request_id, score, item.prompt_token_ids))
             return results
-        pooled = self._run(self._pool([*first, *second], params, use_tqdm))
+        pooled = self._run(self._pooling.run([*first, *second], params, use_tqdm))
         for one, other in ((pooled[i], pooled[len(first) + j]) for i, j in pairs):
             score = ScoringOutput(cosine(one.outputs.data, other.outputs.data))
             ids = one.prompt_token_ids + other.prompt_token_ids
@@ -574,80 +525,6 @@ class LLM:
         results.sort(key=lambda result: -result.relevance_score)
         return results[:top_n]
 
-    async def _score_pairs(
-        self, pairs: list[tuple[str, str]], params: PoolingParams, use_tqdm: bool, adapter: LoRARequest | None
-    ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """The scores of a cross-encoder."""
-        model, keep = self._model, params.truncate_prompt_tokens
-        own = resolve_task("score", params, model.pooler, model.limits)
-        check_truncation(keep, model.limits)
-        limit = model.limits.max_model_len if keep == -1 else keep or 0
-        prompts, resolved = [], []
-        for first, second in pairs:
-            ids, segment = await model.tokenize_pair(first, second, max_tokens=limit)
-            prompts.append(ids)
-            resolved.append(replace(own, second_segment=segment))
-        return await self._pool_prompts(prompts, resolved, use_tqdm, [await self._adapters.view(adapter)] * len(pairs))
-
-    async def _pool(
-        self, inputs: list[Input], params: PoolingParams, use_tqdm: bool, *, task: PoolingTask = "embed"
-    ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        model = self._model
-        resolved = resolve_task(task, params, model.pooler, model.limits)
-        prompt = model.prompt_before(params.prompt_name)
-        resolved = replace(resolved, num_skipped=await model.num_skipped(params.prompt_name))
-        keep = params.truncate_prompt_tokens
-        prompts = []
-        for item in inputs:
-            ids, around = item.token_ids, NOTHING_ADDED
-            if ids is None:
-                assert item.text is not None
-                any_length = keep is not None
-                around = model.tokenizer.added_around(item.add_special_tokens)
-                text = prompt + item.text
-                ids = await model.tokenize(text, add_special_tokens=item.add_special_tokens, any_length=any_length)
-            prompts.append(truncate_prompt(ids, keep, model.limits, around))
-        views = [await self._adapters.view(item.adapter) for item in inputs]
-        return await self._pool_prompts(prompts, [resolved] * len(prompts), use_tqdm, views)
-
-    async def _pool_prompts(
-        self,
-        prompts: list[list[int]],
-        params: list[ResolvedPoolingParams],
-        use_tqdm: bool,
-        views: list[ServedModel],
-    ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        model = self._model
-        channel = model.client.open_channel()
-        first_id, self._next_id = self._next_id, self._next_id + len(prompts)
-        states: list[RequestState] = []
-        try:
-            for view, group in groupby(range(len(prompts)), key=views.__getitem__):
-                first, *others = group
-                own = slice(first, first + 1 + len(others))
-                request_id = str(first_id + first)
-                await view.submit_pooling(
-                    channel, request_id, prompts[own], params[own], states, field="prompts", first_choice=first
-                )
-            meter = SpeedMeter()
-            with tqdm(total=len(states), desc="Prompts", unit="it", disable=not use_tqdm, delay=1) as bar:
-                unfinished = len(states)
-                while unfinished:
-                    for delta in await channel.take():
-                        if delta.error is not None:
-                            raise model.client.dead or RuntimeError(delta.error)
-                        unfinished -= 1
-                        meter.add(bar, len(prompts[delta.choice]), 0)
-                        bar.update()
-        finally:
-            model.client.abort(states)
-        results = []
-        for number, (state, prompt) in enumerate(zip(states, prompts, strict=True)):
-            assert state.pooling_output is not None
-            output = PoolingOutput(state.pooling_output)
-            results.append(PoolingRequestOutput(str(first_id + number), output, prompt, state.num_cached_tokens))
-        return results
-
     async def _generate(
         self, inputs: list[Input], params: list[SamplingParams], use_tqdm: bool, priority: int | Sequence[int] | None
     ) -> list[RequestOutput]:
@@ -659,15 +536,14 @@ class LLM:
         model = self._model
         views = [await self._adapters.view(item.adapter) for item in inputs]
         channel = model.client.open_channel()
-        folders: list[_Folder] = []
+        folders: list[Folder] = []
         states: list[RequestState] = []
         results: list[RequestOutput] = []
         try:
             for number, (item, sampling) in enumerate(zip(inputs, params, strict=True)):
                 ids = await self._token_ids(item, sampling)
                 ids, features = await place_offline(model.images, ids, item.images, item.pictures)
-                result = RequestOutput(str(self._next_id), item.text, ids, None, [])
-                self._next_id += 1
+                result = RequestOutput(str(next(self._ids)), item.text, ids, None, [])
                 results.append(result)
                 request = model.resolve(
                     sampling,
@@ -682,7 +558,7 @@ class LLM:
                 for index in range(sampling.num_completions):
                     output = CompletionOutput(index)
                     result.outputs.append(output)
-                    folders.append(_Folder(model.tokenizer, result, output, sampling))
+                    folders.append(Folder(model.tokenizer, result, output, sampling))
             meter = SpeedMeter()
             with tqdm(total=len(folders), desc="Completions", unit="it", disable=not use_tqdm, delay=1) as bar:
                 unfinished = len(folders)
@@ -706,18 +582,8 @@ class LLM:
             position += len(result.outputs)
         for result, sampling in zip(results, params, strict=True):
             if sampling.num_completions > sampling.n:
-                _keep_best(result, sampling)
+                keep_best(result, sampling)
         return results
-
-
-def _keep_best(result: RequestOutput, params: SamplingParams) -> None:
-    """Keeps the ``n`` completions with the highest cumulative log probability, best first."""
-    totals = [output.cumulative_logprob or 0.0 for output in result.outputs]
-    result.outputs = [result.outputs[place] for place in best_places(totals, params.n)]
-    for index, output in enumerate(result.outputs):
-        output.index = index
-        if params.logprobs is None:
-            output.logprobs = None
 
 
 async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) -> ServedModel:
@@ -730,55 +596,6 @@ async def _start(engine: EngineThread, config: ServerConfig, files: ModelFiles) 
     finally:
         bar.close()
     return ServedModel(Host(config), files, client, metrics, ready)
-
-
-class _Folder:
-    """Folds the deltas of one completion into its output."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, result: RequestOutput, output: CompletionOutput, params: SamplingParams
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._result = result
-        self.output = output
-        if params.logprobs is not None or params.num_completions > params.n:
-            output.logprobs, output.cumulative_logprob = [], 0.0
-        if params.prompt_logprobs is not None and output.index == 0:
-            result.prompt_logprobs = [None]
-
-    @property
-    def num_new_prompt_tokens(self) -> int:
-        """Tokens of the prompt; 0 for all but its first completion, so that a prompt is counted once."""
-        return 0 if self.output.index else len(self._result.prompt_token_ids)
-
-    def add(self, delta: Delta) -> None:
-        output = self.output
-        output.text += delta.text
-        output.token_ids += delta.token_ids
-        for entry in delta.logprobs:
-            if output.logprobs is not None and output.cumulative_logprob is not None:
-                position = describe_position(self._tokenizer, entry)
-                output.logprobs.append(position)
-                output.cumulative_logprob += position[int(i32(entry.token_ids)[0])].logprob
-        if self._result.prompt_logprobs is not None and output.index == 0:
-            self._result.prompt_logprobs += [
-                describe_position(self._tokenizer, entry) for entry in delta.prompt_logprobs
-            ]
-        if delta.finish_reason is not None:
-            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
-            if delta.error is not None:
-                output.stop_reason = delta.error
-
-
-def describe_position(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[int, Logprob]:
-    """The log probabilities at one position, by token id. The position's own token comes first."""
-    ids, values = i32(entry.token_ids).tolist(), f32(entry.logprobs).tolist()
-    ranks = [entry.rank, *range(1, len(ids))]
-    position: dict[int, Logprob] = {}
-    for token_id, value, rank in zip(ids, values, ranks, strict=True):
-        if token_id not in position:
-            position[token_id] = Logprob(value, rank, tokenizer.decode([token_id], False))
-    return position
 
 
 def _signature() -> inspect.Signature:

@@ -18,6 +18,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 dictionary, the prompt shares cached blocks only with prompts of the same salt."""
 LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
 """An adapter for all prompts, or one (or None) per prompt."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,33 @@ def text_of(item: Input, field: str) -> str:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
+    """One prompt or several, as a list. Raises RequestError if token ids are among prompts."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    token_ids: list[int] = []
+    several: list[Prompt] = []
+    for each in prompts:
+        if isinstance(each, int):
+            token_ids.append(each)
+        else:
+            several.append(each)
+    if token_ids and several:
+        raise RequestError("prompts must be one list of token ids, or a list of prompts, not both", "prompts")
+    return [token_ids] if token_ids else several
+
+
+def conversations_of(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    """One conversation or several, as a list. Raises RequestError if messages are among conversations."""
+    single: list[Mapping[str, Any]] = []
+    several: list[Messages] = []
+    for each in messages:
+        if isinstance(each, Mapping):
+            single.append(each)
+        else:
+            several.append(each)
+    if single and several:
+        raise RequestError("messages must be one conversation, or a list of conversations, not both", "messages")
+    return [single] if single else several
 
 
 def parse_prompt(prompt: Prompt) -> Input:
