@@ -48,7 +48,7 @@ def read_adapter_files(path: Path) -> AdapterFiles:
     try:
         with open_regular(weights_path) as file:
             weights = bytearray(os.fstat(file.fileno()).st_size)
-            if file.readinto(weights) != len(weights):  # type: ignore[attr-defined]
+            if file.readinto(weights) != len(weights):
                 raise ValueError("it has become shorter")
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{weights_path}: cannot be read: {why(error)}") from error

@@ -11,14 +11,15 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_DOCUMENT = 64 << 20
 """Bytes of a JSON document or a template. The largest in practice, indexes of sharded weights, have a few megabytes."""
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading. Never blocks.
 
     Raises:

@@ -164,19 +164,21 @@ def disturb(server: Server, options: argparse.Namespace) -> tuple[list[Kill], li
     expected = finish(start_streams(server, options))
     kills: list[Kill] = []
     problems: list[str] = []
-    turn = num_missing = 0
+    turn = 0
+    missing_since: float | None = None
     while len(kills) < options.kills:
         streams = start_streams(server, options)
         while len(kills) < options.kills and any(stream.is_alive() for stream in streams):
             time.sleep(rng.uniform(0.0, 1.0))
             done = kill(server, *turns[turn % len(turns)], streams)
             turn += 1
-            num_missing += 1
             if done is not None:
-                num_missing = 0
+                missing_since = None
                 kills.append(done)
                 print(f"{len(kills):4} {done.target:7} {done.signal:5} {done.seconds:6.1f} s", flush=True)
-            elif num_missing > len(turns):
+                continue
+            missing_since = missing_since or time.monotonic()
+            if time.monotonic() - missing_since > PATIENCE:  # a process that restarts may be away for as long
                 raise RuntimeError(f"there is no process of {', '.join(options.targets)}")
         for number, stream in enumerate(streams):
             stream.join()

@@ -76,7 +76,8 @@ class MediaAccess:
                 data = file.read(MAX_BYTES + 1)
         except (OSError, ValueError):
             raise FetchError("there is no such file") from None
-        return _bounded(data)
+        _check_size(data)
+        return data
 
     def _get(self, parts: SplitResult, deadline: float) -> bytes | str:
         """The content, or where it moved to."""
@@ -110,7 +111,7 @@ class MediaAccess:
         data = bytearray()
         while chunk := response.read1(_CHUNK):
             data += chunk
-            _bounded(data)
+            _check_size(data)
             if time.monotonic() > deadline:
                 raise FetchError(f"it takes longer than {DEADLINE:.0f} s")
         return bytes(data)
@@ -124,10 +125,9 @@ def _split(url: str, base: str = "") -> SplitResult:
         raise FetchError("it is no valid URL") from None
 
 
-def _bounded(data: bytes | bytearray) -> bytes:
+def _check_size(data: bytes | bytearray) -> None:
     if len(data) > MAX_BYTES:
         raise FetchError(f"it is larger than {MAX_BYTES >> 20} MiB")
-    return data  # type: ignore[return-value]
 
 
 class _Connection(http.client.HTTPConnection):

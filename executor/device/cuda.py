@@ -199,7 +199,7 @@ class CudaBlock:
     def __init__(self, steps: CudaSteps, num_bytes: int) -> None:
         self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=steps.device)
         self._steps = steps
-        self._free: list[_PinnedBuffer] = []
+        self._free: list[StagingBuffer] = []
         self._current: list[StagingBuffer] = []
         steps.pools.append(self)
 
@@ -207,6 +207,7 @@ class CudaBlock:
         assert not self._current, "a step writes a block once"
         self._steps.begin()
         buffer = self._free.pop() if self._free else _new_buffer(len(self.device), self.device)
+        assert isinstance(buffer, _PinnedBuffer)
         self._current.append(buffer)
         size = len(data)
         buffer.host[:size] = data
@@ -222,7 +223,7 @@ class CudaBlock:
 
     def give_back(self, buffers: list[StagingBuffer]) -> None:
         """See ``StagingPool``."""
-        self._free += buffers  # type: ignore[arg-type]
+        self._free += buffers
 
 
 class CudaGraphs:
