@@ -148,7 +148,7 @@ class EngineCore:
         self._scheduler: Scheduler | None = None
         self._ready: dict[int, WorkerReady] = {}
         self._kv_ready: dict[int, KVCacheReady] = {}
-        self._kept = KeptCache()
+        self._kept, self._keeps_cache = KeptCache(), True
         self._sleep = Sleep(executor, self._answer)
         self._announced = False
         """The api knows that the engine is ready: from now on, a restart of the workers is only a pause."""
@@ -437,7 +437,8 @@ class EngineCore:
         elif isinstance(message, KVCacheReady):
             self._kv_ready[message.rank] = message
             if len(self._kv_ready) == self.executor.num_ranks:
-                if not self._kept.is_same(self._ready, self._kv_ready) and self._scheduler is not None:
+                self._keeps_cache &= self._kept.is_same(self._ready, self._kv_ready)
+                if not self._keeps_cache and self._scheduler is not None:
                     self._scheduler.pool.forget_cache()
                 self._start_serving()
         elif isinstance(message, AdapterLoaded):
@@ -541,7 +542,12 @@ class EngineCore:
         if self._announced:
             logger.info("workers restarted (%s)", reason)
             self.transport.send(
-                WorkersRestarted(engine_epoch=self.engine_epoch, worker_pids=self.executor.worker_pids(), reason=reason)
+                WorkersRestarted(
+                    engine_epoch=self.engine_epoch,
+                    worker_pids=self.executor.worker_pids(),
+                    reason=reason,
+                    keeps_cache=self._keeps_cache,
+                )
             )
             return
         self._announced = True
@@ -589,7 +595,8 @@ class EngineCore:
         if self._scheduler is not None:
             if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
-            self._scheduler.restart(self._awaited if self._kept.trusts(error) else None)
+            self._keeps_cache = self._kept.trusts(error)
+            self._scheduler.restart(self._awaited if self._keeps_cache else None)
         self.in_flight.clear()
         self._results.clear()
         self._lagging.clear()

@@ -491,6 +491,8 @@ class WorkersRestarted(Message, frozen=True):
     """Process ids by rank."""
     reason: str
     """Reason for the restart, for the log."""
+    keeps_cache: bool = False
+    """The prefix cache is what it was, up to the steps that were lost."""
 
 
 class EngineDead(Message, frozen=True):

@@ -136,7 +136,7 @@ class EngineClient:
         self._supervisor = Supervisor(config, self._on_exit, log_level, place.local_rank)
         self._serving = self._has_workers = self._closing = self._was_idle = False
         self._next_index = place.rank << INDEX_BITS
-        self._calls, self.sleeper = Calls(), Sleeper(self.call, metrics.on_sleep)
+        self._calls, self.sleeper = Calls(), Sleeper(self.call, self._on_sleep)
         self._budget = RestartBudget()
         self._life = _Life()
         self._last_words: EngineDead | None = None
@@ -513,11 +513,18 @@ class EngineClient:
         elif isinstance(message, WorkersRestarted):
             self._has_workers = True
             if self._pool is not None:
+                if not message.keeps_cache:
+                    self._pool.cache_lost(self.rank)
                 self._pool.recovers(self.rank)
             self._metrics.on_restart("worker", self.num_unfinished)
             logger.warning("workers were restarted: %s; resuming %d requests", message.reason, self.num_unfinished)
         elif isinstance(message, EngineDead):
             self._last_words = message
+
+    def _on_sleep(self, level: int) -> None:
+        self._metrics.on_sleep(level)
+        if level and self._pool is not None:
+            self._pool.cache_lost(self.rank)
 
     def _on_workers_lost(self, message: WorkersLost) -> None:
         """Lets other replicas go on with the requests, and tells them which may be to blame."""
@@ -595,6 +602,7 @@ class EngineClient:
             return
         logger.error("the engine core exited with code %d; restarting it", code)
         if self._pool is not None:
+            self._pool.cache_lost(self.rank)
             self._pool.fails(self.rank)
         try:
             self._launch()

@@ -35,6 +35,9 @@ class Pool(Protocol):
     def fails(self, rank: int) -> None:
         """An engine does not compute for now, or is dead for good: others may take over its requests."""
 
+    def cache_lost(self, rank: int) -> None:
+        """An engine's prefix cache is empty."""
+
     def convict(self, known: bytes) -> None:
         """Ends all requests with that fingerprint."""
 

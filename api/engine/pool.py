@@ -332,7 +332,6 @@ class EnginePool:
 
     def fails(self, rank: int) -> None:
         """An engine does not compute for now, or is dead for good: others go on with its requests, if any can."""
-        self._router.cache_lost(rank)
         client = self.clients[rank]
         others = [other for other in self.clients if other is not client]
         ranks = [other.rank for other in others if other.is_ready]
@@ -340,6 +339,10 @@ class EnginePool:
             ranks = [other.rank for other in others if other.dead is None]
         if ranks:
             self._move(client, ranks)
+
+    def cache_lost(self, rank: int) -> None:
+        """An engine's prefix cache is empty."""
+        self._router.cache_lost(rank)
 
     def _move(self, client: EngineClient, ranks: Sequence[int]) -> None:
         """Moves the requests of a client to the given ones, as they have room."""

@@ -226,7 +226,8 @@ def await_nothing(core: Core) -> list[ToEngineCore]:
     return [message for message in core.received() if not isinstance(message, Ping)]
 
 
-async def test_streams_go_on_in_another_engine_when_workers_die(harness: Harness) -> None:
+@pytest.mark.parametrize("keeps_cache", [True, False])
+async def test_streams_go_on_in_another_engine_when_workers_die(harness: Harness, keeps_cache: bool) -> None:
     state = harness.submit(0)
     harness.core(0).tokens(state, 0, 5)
     await harness.take(1)
@@ -240,8 +241,10 @@ async def test_streams_go_on_in_another_engine_when_workers_die(harness: Harness
     deltas = await harness.take(2)
     assert [delta.token_ids for delta in deltas] == [(6,), (7,)]
     assert harness.submit(100).engine == 1  # the other one is not ready
-    harness.core(0).send(WorkersRestarted(1, (2,), "worker 0 is gone"))
+    harness.core(0).send(WorkersRestarted(1, (2,), "worker 0 is gone", keeps_cache=keeps_cache))
     await until(lambda: harness.pool.clients[0].is_ready)
+    prefix = harness.pool._router.prefix(np.arange(40, dtype=np.int32))
+    assert harness.pool._router.cost(0, prefix) == (40 - 2 * BLOCK if keeps_cache else 40)
     assert harness.submit(200).engine == 0
 
 
