@@ -148,7 +148,7 @@ class EngineCore:
         self._scheduler: Scheduler | None = None
         self._ready: dict[int, WorkerReady] = {}
         self._kv_ready: dict[int, KVCacheReady] = {}
-        self._kept, self._keeps_cache = KeptCache(), True
+        self._kept = KeptCache()
         self._sleep = Sleep(executor, self._answer)
         self._announced = False
         """The api knows that the engine is ready: from now on, a restart of the workers is only a pause."""
@@ -437,10 +437,10 @@ class EngineCore:
         elif isinstance(message, KVCacheReady):
             self._kv_ready[message.rank] = message
             if len(self._kv_ready) == self.executor.num_ranks:
-                self._keeps_cache &= self._kept.is_same(self._ready, self._kv_ready)
-                if not self._keeps_cache and self._scheduler is not None:
+                keeps_cache = self._kept.is_same(self._ready, self._kv_ready)
+                if not keeps_cache and self._scheduler is not None:
                     self._scheduler.pool.forget_cache()
-                self._start_serving()
+                self._start_serving(keeps_cache=keeps_cache)
         elif isinstance(message, AdapterLoaded):
             self._adapter_loaded(message)
         elif isinstance(message, WorkerFailed):
@@ -526,7 +526,7 @@ class EngineCore:
             )
         )
 
-    def _start_serving(self) -> None:
+    def _start_serving(self, *, keeps_cache: bool) -> None:
         scheduler = self._scheduler
         assert scheduler is not None
         self._serving = True
@@ -546,7 +546,7 @@ class EngineCore:
                     engine_epoch=self.engine_epoch,
                     worker_pids=self.executor.worker_pids(),
                     reason=reason,
-                    keeps_cache=self._keeps_cache,
+                    keeps_cache=keeps_cache,
                 )
             )
             return
@@ -595,8 +595,7 @@ class EngineCore:
         if self._scheduler is not None:
             if was_serving and not (isinstance(error, WorkerHungError) and error.was_stopped):
                 self._blame(self._scheduler)
-            self._keeps_cache = self._kept.trusts(error)
-            self._scheduler.restart(self._awaited if self._keeps_cache else None)
+            self._scheduler.restart(self._awaited if self._kept.survives(error) else None)
         self.in_flight.clear()
         self._results.clear()
         self._lagging.clear()

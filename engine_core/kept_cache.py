@@ -34,9 +34,11 @@ class KeptCache:
             return None
         return "the model's files have other shapes than when the server was started; restart the server"
 
-    def trusts(self, error: WorkerDiedError) -> bool:
-        """Whether the cache still holds what finished steps have computed when workers died of ``error``."""
-        return bool(self._identity) and error.exit_code not in _WILD
+    def survives(self, error: WorkerDiedError) -> bool:
+        """Records that workers died. Returns whether the cache still holds what finished steps have computed."""
+        if error.exit_code in _WILD:
+            self._identity = ()
+        return bool(self._identity)
 
     def is_same(self, ready: Mapping[int, WorkerReady], caches: Mapping[int, KVCacheReady]) -> bool:
         """Takes over what new workers say. Returns whether their caches are those of the last workers.

@@ -143,6 +143,17 @@ def test_what_is_kept_is_forgotten_if_the_weights_are_others() -> None:
     check_outputs(harness)
 
 
+@pytest.mark.parametrize(("exit_code", "keeps_cache"), [(-9, True), (-11, False)])
+def test_the_api_is_told_whether_the_cache_outlived_the_workers(exit_code: int, keeps_cache: bool) -> None:
+    harness = busy()
+    harness.executor.kept_bytes, harness.executor.fingerprint = 100, "same"
+    for code in (-9, exit_code, -9):  # the first workers kept nothing
+        harness.core._restart_workers(WorkerDiedError("killed", code))
+        harness.turns(6)
+    check_outputs(harness)
+    assert [each.keeps_cache for each in harness.messages(WorkersRestarted)] == [False, keeps_cache, True]
+
+
 def test_a_sleeping_engine_ends_when_it_is_told_to() -> None:
     harness = busy()
     harness.inbox.append(SleepRequest(1, 2))
