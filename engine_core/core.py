@@ -56,6 +56,7 @@ from engine_core.suspects import lost_requests
 from engine_core.validation import image_problem
 from engine_core.worker_watch import WorkerWatch
 from executor.base import REGISTRY, Executor, ExecutorFactory, WorkerDiedError
+from executor.host_memory import host_memory
 from executor.log import DETAILS, get_logger
 from executor.messages import (
     AdapterLoaded,
@@ -94,12 +95,22 @@ class Transport(Protocol):
         """
 
 
-def create_executor(config: EngineConfig, ipc_dir: str, log_level: str) -> Executor:
-    """Creates the configured executor."""
+def create_executor(config: EngineConfig, ipc_dir: str, log_level: str, engine_epoch: int = 1) -> Executor:
+    """Creates the configured executor.
+
+    The replicas of a machine load together, and none has taken its memory yet. One that starts again finds the others
+    loaded.
+    """
     factory: ExecutorFactory = resolve(REGISTRY, config.executor.distributed_executor_backend, "executor")
     scheduler = config.scheduler
     step_size = StepSize(max_num_seqs=scheduler.max_num_seqs, max_num_batched_tokens=scheduler.max_num_batched_tokens)
-    executor = msgspec.structs.replace(config.executor, step_size=step_size, kv_cache_dir=config.cache.kv_cache_dir)
+    loads_with_others = config.num_replicas > 1 and engine_epoch == 1
+    executor = msgspec.structs.replace(
+        config.executor,
+        step_size=step_size,
+        kv_cache_dir=config.cache.kv_cache_dir,
+        memory_share=host_memory()[1] // config.num_replicas if loads_with_others else None,
+    )
     return factory(executor, ipc_dir, log_level)
 
 

@@ -87,7 +87,7 @@ def run() -> int:
         os.sched_setaffinity(0, split_cores(num_replicas)[launch.replica])
     setup_logging(name, launch.log_level)
     transport = ZmqTransport(launch.address, engine_identity(launch.engine_epoch))
-    executor = create_executor(launch.config, launch.ipc_dir, launch.log_level)
+    executor = create_executor(launch.config, launch.ipc_dir, launch.log_level, launch.engine_epoch)
     try:
         record = FlightRecord(launch.record_path)
         return EngineCore(launch.config, executor, transport, launch.engine_epoch, record).run()

@@ -376,6 +376,9 @@ class ExecutorConfig(Config, frozen=True):
     ] = ""
     kv_cache_dir: Annotated[str, Meta(extra={"internal": True})] = ""
     """The engine core's; filled in by it."""
+    memory_share: Annotated[int | None, Meta(extra={"internal": True})] = None
+    """Bytes of the host's memory for the weights of workers that load beside those of other engines; None: all that is
+    free. Filled in by the engine core."""
     check_every_step: Annotated[
         bool,
         Meta(

@@ -62,7 +62,8 @@ class MultiprocExecutor:
         self._life += 1  # new addresses: nothing from an earlier life can reach us
         output_address = f"ipc://{self._ipc_dir}/{self._life}.out"
         self._output = self._bind(zmq.PULL, output_address)
-        ranks = places(self._config.parallel)
+        config = self._config if self._life == 1 else msgspec.structs.replace(self._config, memory_share=None)
+        ranks = places(config.parallel)
         cores: list[tuple[int, ...]] = [()] * len(ranks)
         shared = {}
         if self._config.parallel.tensor_parallel_size > 1:
@@ -75,7 +76,7 @@ class MultiprocExecutor:
             given = self._descriptors(parallel.rank) | shared
             launch = WorkerLaunch(
                 parallel=parallel,
-                config=self._config,
+                config=config,
                 input_address=input_address,
                 output_address=output_address,
                 log_level=self._log_level,

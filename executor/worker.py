@@ -192,6 +192,7 @@ class Worker:
     def _load(self, device: Device, communicator: Communicator) -> LoadedModel:
         """Loads this rank's share of the model."""
         config, memory = self.config, device.memory()
+        free_bytes = memory.free_bytes if config.memory_share is None else config.memory_share
         loaded = load_model(
             config.model,
             self.parallel,
@@ -201,7 +202,7 @@ class Worker:
             memory.total_bytes,
             communicator,
             config.lora.max_loaded,
-            memory.free_bytes // self.parallel.tp_size,
+            free_bytes // self.parallel.tp_size,
         )
         op_set = ops.op_set(device.torch_device.type).name
         check_adapters(config.lora, loaded, config.parallel.world_size, op_set)

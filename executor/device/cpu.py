@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -12,6 +11,7 @@ from executor.base import ModelError
 from executor.config import DEFAULT_STEP_TOKENS, DeviceConfig
 from executor.device.base import Memory
 from executor.device.steps import ImmediateSteps
+from executor.host_memory import host_memory
 from executor.log import get_logger
 from executor.parallel import ParallelState
 from ops import Communicator, SingleRank
@@ -25,8 +25,6 @@ TESTED_TORCH = "2.13"
 """The release series pinned by constraints.txt."""
 
 _GIB = 1 << 30
-_UNLIMITED = 1 << 60
-"""cgroup v1 reports "no limit" as a number near 2**63."""
 
 
 class CpuDevice:
@@ -51,9 +49,7 @@ class CpuDevice:
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
 
     def memory(self) -> Memory:
-        total, available = _system_memory()
-        limit, used = _cgroup_memory(Path("/sys/fs/cgroup"))
-        return Memory(min(total, limit), max(0, min(available, limit - used)))
+        return Memory(*host_memory())
 
     def default_kv_bytes(self) -> int:
         return min(4 * _GIB, self.memory().free_bytes // 4)
@@ -101,31 +97,3 @@ def about_torch(version: str, cuda: str | None) -> str | None:
     if not faults:
         return None
     return f"torch {version} {' and '.join(faults)}; see Install in the README for the CPU build"
-
-
-def _system_memory() -> tuple[int, int]:
-    """Total and available bytes."""
-    fields = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        fields[name] = int(rest.split()[0]) * 1024
-    return fields["MemTotal"], fields["MemAvailable"]
-
-
-def _cgroup_memory(root: Path) -> tuple[int, int]:
-    """Limit and usage of this process's control group in bytes; the limit is huge if none is set."""
-    for limit_file, used_file, stat_key in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            limit = (root / limit_file).read_text().strip()
-            used = int((root / used_file).read_text())
-            stat = (root / limit_file).with_name("memory.stat").read_text()
-        except (OSError, ValueError):
-            continue
-        if limit == "max" or int(limit) >= _UNLIMITED:
-            continue
-        reclaimable = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith(f"{stat_key} ")), 0)
-        return int(limit), used - reclaimable
-    return _UNLIMITED, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine_core import core
 from engine_core.config import (
     CacheConfig,
     EngineConfig,
@@ -57,4 +58,16 @@ def test_workers_are_told_the_largest_step() -> None:
     executor = create_executor(EngineConfig(scheduler=scheduler), "/nowhere", "info")
     assert isinstance(executor, MultiprocExecutor)
     assert executor._config.step_size == StepSize(max_num_seqs=7, max_num_batched_tokens=99)
+    assert executor._config.memory_share is None
     executor._context.term()
+
+
+def test_replicas_that_load_together_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "host_memory", lambda: (80 * GIB, 60 * GIB))
+    shares = []
+    for epoch in (1, 2):
+        executor = create_executor(EngineConfig(num_replicas=3), "/nowhere", "info", epoch)
+        assert isinstance(executor, MultiprocExecutor)
+        shares.append(executor._config.memory_share)
+        executor._context.term()
+    assert shares == [20 * GIB, None], "the second time, the others have loaded"
