@@ -65,7 +65,7 @@ TORCH_FREE = [
     "kv_transfer.disk",
 ]
 ROOMS = (
-    ("", "__main__", "cli", "llm", "llm_inputs", "octavo"),
+    ("", "__main__", "cli", "llm", "llm_inputs", "llm_outputs", "llm_pooling", "octavo"),
     ("commands",),
     ("server",),
     ("anthropic", "responses"),
@@ -111,7 +111,7 @@ FOLDERS: dict[str, set[str]] = {
         *("loader", "messages", "models.registry", "quantization.packed"),
     },
     "executor/attention": {"messages", "registry"},
-    "executor/device": {"base", "config", "deferred", "log", "messages", "parallel", "registry"},
+    "executor/device": {"base", "config", "deferred", "host_memory", "log", "messages", "parallel", "registry"},
     # What is done with logits: no model, and of a device only how values come back from it.
     "executor/sampling": {"base", "deferred", "device.steps", "messages", "registry", "request_states", "scripts"},
     "executor/speculative": {
