@@ -380,6 +380,20 @@ class ServedModel:
             await turns.spend(len(prompt))
         return resolved
 
+    def _submission(self, request: ResolvedRequest, *, is_extra: bool, data_parallel_rank: int | None) -> Submission:
+        """What a request asks of an engine, before its prompts are known."""
+        return Submission(
+            params=request.engine_params,
+            options=request.options,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            tenant=request.tenant,
+            is_extra=is_extra,
+            mm_features=request.mm_features,
+            lora_request=self.adapter,
+            data_parallel_rank=data_parallel_rank,
+        )
+
     async def submit(
         self,
         channel: Channel,
@@ -412,20 +426,10 @@ class ServedModel:
         resolved = await self._resolve_prompts(request, prompts, turns := Turns())
         count = (num_children := request.params.num_completions) * len(prompts)
         is_extra = self.client.check_queue(request.tenant, count, num_children * sum(map(len, prompts)))
+        common = self._submission(request, is_extra=is_extra, data_parallel_rank=data_parallel_rank)
         for place, (prompt, (engine_params, grammar)) in enumerate(zip(prompts, resolved, strict=True)):
             token_ids = np.asarray(prompt, np.int32).tobytes()
-            submission = Submission(
-                params=engine_params,
-                options=request.options,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-                tenant=request.tenant,
-                is_extra=is_extra,
-                grammar=grammar,
-                mm_features=request.mm_features,
-                lora_request=self.adapter,
-                data_parallel_rank=data_parallel_rank,
-            )
+            submission = msgspec.structs.replace(common, params=engine_params, grammar=grammar)
             siblings = Siblings(num_children)
             for children in pieces(range(num_children), MAX_SIBLINGS):
                 numbers = [place * num_children + child for child in children]
