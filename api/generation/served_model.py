@@ -507,12 +507,7 @@ class ServedModel:
                 lora_request=self.adapter,
                 data_parallel_rank=data_parallel_rank,
             )
-            state = self.client.submit(
-                channel,
-                first_choice + number,
-                submission,
-                request_id=f"{request_id}-{number}" if len(prompts) > 1 else request_id,
-                prompt_token_ids=prompt,
-            )
-            states.append(state)
+            name = f"{request_id}-{number}" if len(prompts) > 1 else request_id
+            choice = first_choice + number
+            states.append(self.client.submit(channel, choice, submission, request_id=name, prompt_token_ids=prompt))
             await turns.spend(SUBMIT_COST + len(prompt))

@@ -12,6 +12,8 @@ import pydantic
 import pytest
 
 from api.config import ServerConfig
+from api.engine.request_state import RequestState
+from api.engine.submission import Submission
 from api.openai.protocol import ChatMessage
 from api.responses.convert import input_messages, output_messages, to_chat_request
 from api.responses.protocol import (
@@ -26,6 +28,7 @@ from api.responses.protocol import (
     TextConfig,
 )
 from api.responses.store import ResponseStore, StoredResponse
+from engine_core.messages import ResolvedParams
 from tests.fakes import CHAT_TEMPLATE, MODEL, FakeServer, says
 from tests.scripted import EOS, ScriptedModel
 from tests.unit.conftest import Api, LoopClock, error_of
@@ -157,9 +160,10 @@ async def test_json_that_is_closed_early_does_not_fill_the_context(monkeypatch: 
     api = talker("Hello.")
     submit = api.server.engine.submit
 
-    def early(*args: Any, params: Any, **fields: Any) -> Any:
-        params = msgspec.structs.replace(params, max_tokens=params.max_tokens - 2)
-        return submit(*args, params=params, **fields)
+    def early(channel: Any, choice: int, submission: Submission, **fields: Any) -> RequestState:
+        assert isinstance(submission.params, ResolvedParams)
+        params = msgspec.structs.replace(submission.params, max_tokens=submission.params.max_tokens - 2)
+        return submit(channel, choice, msgspec.structs.replace(submission, params=params), **fields)
 
     monkeypatch.setattr(api.server.engine, "submit", early)
     answer = await api.ok(PATH, {"input": "hi", "max_output_tokens": 5})
