@@ -37,7 +37,7 @@ from ops.reference.basic import (
     unpack_linear,
 )
 from ops.reference.collective import all_gather, all_reduce, keep_rows, select_rows, shard_ids
-from ops.reference.delta import gated_delta, state_size
+from ops.reference.delta import gated_delta
 from ops.reference.experts import experts, route
 from ops.reference.gguf_blocks import BLOCK_VALUES
 from ops.reference.latent import heads_linear, latent_attention
@@ -53,6 +53,7 @@ from ops.reference.quantized import (
     pack_groups,
     pack_segment,
 )
+from ops.reference.recurrence import state_size
 from ops.reference.rotary import rotary_embedding
 from ops.reference.sampling import sample, weight_sum
 from ops.reference.short_conv import short_conv

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, Value, op
 from ops.metadata import AttentionMetadata, AttentionShape
+from ops.reference.recurrence import recurrence
 
 EPS = 1e-6
 """Added to the squares of q and k."""
@@ -59,25 +60,14 @@ def gated_delta(
         [num_tokens, num_heads * v_head_dim] in the type of ``qkv``.
     """
     assert isinstance(meta, AttentionMetadata)
-    out = qkv.new_empty(len(qkv), shape.out_width)
-    starts = meta.query_start_loc.tolist()
-    for row, seq_len in enumerate(meta.seq_lens.tolist()):
-        begin, end = starts[row], starts[row + 1]
-        first = seq_len - (end - begin)
-        blocks = meta.block_table[row].tolist()
-        state = cache[blocks[(first - 1) // meta.block_size]] if first else torch.zeros_like(cache[0])
-        past, states = unpack_state(state, shape)
-        for token in range(begin, end):
-            position = first + token - begin
-            window = torch.cat((past, qkv[token : token + 1].float()))
-            past = window[1:]
-            mixed = F.silu((window * conv_weight.float()).sum(0)).to(qkv.dtype).float()
-            factor = torch.exp(decay * F.softplus(step[token].float() + step_bias))
-            result, states = _advance(states, mixed, factor, torch.sigmoid(beta[token].float()), shape)
-            out[token] = result.flatten()
-            if token == end - 1 or (position + 1) % meta.block_size == 0:
-                cache[blocks[position // meta.block_size]] = torch.cat((past.flatten(), states.flatten()))
-    return out
+
+    def advance(token: int, window: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = F.silu((window * conv_weight.float()).sum(0)).to(qkv.dtype).float()
+        factor = torch.exp(decay * F.softplus(step[token].float() + step_bias))
+        result, states = _advance(states, mixed, factor, torch.sigmoid(beta[token].float()), shape)
+        return result.flatten(), states
+
+    return recurrence(qkv, cache, meta, shape, advance)
 
 
 def _advance(
@@ -97,19 +87,3 @@ def _advance(
 def _of_value_heads(part: Tensor, shape: AttentionShape) -> Tensor:
     each = shape.num_heads // shape.num_kv_heads
     return part.repeat(each, 1) if shape.has_tiled_heads else part.repeat_interleave(each, 0)
-
-
-def conv_width(shape: AttentionShape) -> int:
-    """Columns of ``qkv``."""
-    return 2 * shape.num_kv_heads * shape.head_dim + shape.out_width
-
-
-def state_size(shape: AttentionShape) -> int:
-    """Numbers of a state."""
-    return (shape.conv_length - 1) * conv_width(shape) + shape.num_heads * shape.head_dim * shape.v_dim
-
-
-def unpack_state(state: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """The last inputs of the convolution [length - 1, width], and the states [num_heads, head_dim, v_head_dim]."""
-    past = (shape.conv_length - 1) * conv_width(shape)
-    return state[:past].view(-1, conv_width(shape)), state[past:].view(shape.num_heads, shape.head_dim, -1)

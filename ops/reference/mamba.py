@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ops.dispatch import Spec, StepInput, Value, op
 from ops.metadata import AttentionMetadata, AttentionShape
-from ops.reference.delta import unpack_state
+from ops.reference.recurrence import recurrence
 
 
 def _infer(x: Value, step: Value, *args: object) -> Spec:
@@ -59,24 +59,13 @@ def mamba(
         [num_tokens, num_heads * v_head_dim] in the type of ``x``, rounded once.
     """
     assert isinstance(meta, AttentionMetadata)
-    out = x.new_empty(len(x), shape.out_width)
-    starts = meta.query_start_loc.tolist()
-    for row, seq_len in enumerate(meta.seq_lens.tolist()):
-        begin, end = starts[row], starts[row + 1]
-        first = seq_len - (end - begin)
-        blocks = meta.block_table[row].tolist()
-        state = cache[blocks[(first - 1) // meta.block_size]] if first else torch.zeros_like(cache[0])
-        past, states = unpack_state(state, shape)
-        for token in range(begin, end):
-            position = first + token - begin
-            window = torch.cat((past, x[token : token + 1].float()))
-            past = window[1:]
-            mixed = _convolved(window, conv_weight, conv_bias).to(x.dtype).float()
-            result, states = _advance(states, mixed, step[token].float() + step_bias, decay, skip, shape)
-            out[token] = result if gate is None else result * F.silu(gate[token].float())
-            if token == end - 1 or (position + 1) % meta.block_size == 0:
-                cache[blocks[position // meta.block_size]] = torch.cat((past.flatten(), states.flatten()))
-    return out
+
+    def advance(token: int, window: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = _convolved(window, conv_weight, conv_bias).to(x.dtype).float()
+        result, states = _advance(states, mixed, step[token].float() + step_bias, decay, skip, shape)
+        return result if gate is None else result * F.silu(gate[token].float()), states
+
+    return recurrence(x, cache, meta, shape, advance)
 
 
 def _convolved(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
