@@ -40,6 +40,12 @@ from api.server.middleware import AllowedHosts, Guard, RequestScope, UnderPrefix
 from api.server.openapi import Document, Operation
 from api.server.web_routes import WebPages
 
+
+def _has_admin(config: ServerConfig) -> bool:
+    """Whether anybody may change the server."""
+    return bool(config.admin_api_key)
+
+
 OPERATIONS = (
     Operation(
         "POST",
@@ -269,7 +275,7 @@ OPERATIONS = (
         "Free memory until /wake_up",
         query=sleeping.SleepQuery,
         response=sleeping.SleepState,
-        is_wanted=lambda config: bool(config.admin_api_key),
+        is_wanted=_has_admin,
         is_admin=True,
     ),
     Operation(
@@ -279,7 +285,7 @@ OPERATIONS = (
         "End sleep",
         query=sleeping.WakeUpQuery,
         response=sleeping.SleepState,
-        is_wanted=lambda config: bool(config.admin_api_key),
+        is_wanted=_has_admin,
         is_admin=True,
     ),
     Operation(
@@ -288,7 +294,7 @@ OPERATIONS = (
         sleeping.reload_weights,
         "Load the weights again from the model's files",
         response=sleeping.SleepState,
-        is_wanted=lambda config: bool(config.admin_api_key),
+        is_wanted=_has_admin,
         is_admin=True,
     ),
     Operation(
@@ -297,7 +303,7 @@ OPERATIONS = (
         sleeping.is_sleeping,
         "Check whether the server sleeps",
         response=sleeping.SleepState,
-        is_wanted=lambda config: bool(config.admin_api_key),
+        is_wanted=_has_admin,
     ),
     Operation("GET", "/health", monitoring.health, "Check whether the server accepts requests", is_open=True),
     Operation("GET", "/ping", monitoring.ping, "Alias of /health", is_open=True),
