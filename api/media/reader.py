@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import msgspec
 
 from api.errors import RequestError
+from api.media.fair_slots import FairSlots
 from api.media.fetch import FetchError, MediaAccess
 from api.model.image_spec import ImageSpec, ProcessedImage, low_detail
 from engine_core.launch import Helper, HelperError, HelperLimits, JobError
@@ -26,7 +27,7 @@ CACHE_BYTES = 256 << 20
 MAX_HELD_BYTES = 1 << 30
 """Size of all processed images of a server: those of unfinished requests, whose journals keep them, and those above."""
 MAX_FETCHES = 4
-"""Images that are fetched at the same time."""
+"""Images that are fetched at the same time. Owners take turns: a slow server holds up those who named it."""
 MAX_URL = 8192
 """Characters of a URL that is fetched."""
 JOBS = {"process": "api.media.pixels:process_job"}
@@ -54,6 +55,7 @@ class ImageReader:
         self._threads = threads
         self._access = access
         self._fetches = ThreadPoolExecutor(MAX_FETCHES, "media")
+        self._turns = FairSlots(MAX_FETCHES)
         self._helper = Helper("octavo image helper", JOBS, LIMITS, max_waiting_bytes=MAX_WAITING_BYTES)
         self._cache: OrderedDict[bytes, Picture] = OrderedDict()
         self._cached_bytes = 0
@@ -76,7 +78,7 @@ class ImageReader:
         """
         head, comma, text = url.partition(",")
         if head[:5].lower() != "data:":
-            data = await self._fetch(url, where, field)
+            data = await self._fetch(url, where, field, owner)
             return await self.read_bytes(data, where, field, owner, is_low=is_low)
         if not comma or not head[-7:].lower() == ";base64":
             raise RequestError(f"{where} must be a data URL in base64, such as data:image/png;base64,...", field)
@@ -93,7 +95,7 @@ class ImageReader:
         data, key = await asyncio.get_running_loop().run_in_executor(self._threads, prepare)
         return await self._read(spec, key, data, (where, field), is_base64=True, owner=owner)
 
-    async def _fetch(self, url: str, where: str, field: str) -> bytes:
+    async def _fetch(self, url: str, where: str, field: str, owner: str) -> bytes:
         access = self._access
         if not access.domains and not access.folder:
             raise RequestError(
@@ -104,7 +106,8 @@ class ImageReader:
         if len(url) > MAX_URL:
             raise RequestError(f"{where}: the URL has more than {MAX_URL} characters", field)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url)
+            async with self._turns.place(owner):
+                return await asyncio.get_running_loop().run_in_executor(self._fetches, access.fetch, url)
         except FetchError as error:
             raise RequestError(f"{where}: the image cannot be fetched: {error}", field) from None
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from api.errors import RequestError
+from api.media.fair_slots import FairSlots
 from api.media.fetch import MediaAccess
 from api.media.reader import ImageReader, Picture
 from api.model.image_spec import ImageSpec, ProcessedImage
@@ -71,5 +72,38 @@ def test_long_urls_are_refused() -> None:
             with pytest.raises(RequestError, match="8192 characters"):
                 await reader.read_url("https://example.org/" + "a" * 9000, "messages[0]", "messages")
             reader.close()
+
+    asyncio.run(run())
+
+
+def test_a_place_goes_to_the_owner_who_has_the_fewest() -> None:
+    async def run() -> None:
+        slots, order = FairSlots(2), list[str]()
+        ends = {name: asyncio.Event() for name in ("a1", "a2", "a3", "a4", "b1", "b2")}
+
+        async def work(name: str) -> None:
+            async with slots.place(name[0]):
+                order.append(name)
+                await ends[name].wait()
+
+        async def turn(*names: str) -> list[str]:
+            """Ends some work, and tells what has begun since."""
+            before = len(order)
+            for name in names:
+                ends[name].set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return order[before:]
+
+        tasks = {name: asyncio.create_task(work(name)) for name in ends}
+        assert await turn() == ["a1", "a2"]
+        assert await turn("a1") == ["b1"]
+        tasks["a3"].cancel()
+        assert await turn("a2") == ["a4"]
+        tasks["b2"].cancel()
+        assert await turn("a4", "b1") == []
+        async with slots.place("c"), slots.place("c"):  # both are free again
+            pass
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     asyncio.run(run())

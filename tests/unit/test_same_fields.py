@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from api.config import ServerConfig, check_config
-from api.engine.request_state import OutputOptions
+from api.engine.channel import Channel
+from api.engine.request_state import OutputOptions, RequestState
+from api.engine.submission import Submission
 from api.flags import ConfigError
 from api.openai.protocol import SamplingFields
 from api.responses.protocol import ResponsesRequest
@@ -48,9 +50,9 @@ async def told(route: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tu
     options: list[OutputOptions] = []
     submit = server.engine.submit
 
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        options.extend(value for value in (*args, *kwargs.values()) if isinstance(value, OutputOptions))
-        return submit(*args, **kwargs)
+    def watch(channel: Channel, choice: int, submission: Submission, **prompt: Any) -> RequestState:
+        options.append(submission.options)
+        return submit(channel, choice, submission, **prompt)
 
     monkeypatch.setattr(server.engine, "submit", watch)
     path, body = request(route, "hi", max_tokens=8, **fields)
