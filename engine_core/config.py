@@ -24,6 +24,7 @@ from executor.config import (
     SpeculativeConfig,
     StepSize,
     VisionFile,
+    projector_type,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SpeculativeConfig",
     "StepSize",
     "VisionFile",
+    "projector_type",
 ]
 
 

@@ -9,8 +9,9 @@ flag: filled in while the configuration is resolved).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -92,6 +93,16 @@ class VisionFile(Config, frozen=True):
     @property
     def as_path(self) -> Path:
         return Path(self.path)
+
+    @property
+    def kind(self) -> str:
+        """See ``projector_type``."""
+        return projector_type(self.header.metadata)
+
+
+def projector_type(metadata: Mapping[str, Any]) -> str:
+    """What a vision part in a GGUF file is, in llama.cpp's words; the oldest files do not say it."""
+    return str(metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type", "mlp")))
 
 
 DTYPE_NAMES = ("bfloat16", "float16", "half", "float32", "float")

@@ -112,6 +112,22 @@ def gemma4(fields: Fields, config: Config) -> None:
     }
 
 
+def axes(fields: Fields, config: Config) -> None:
+    """Qwen2-VL and Qwen3-VL: the angles that each axis of a position turns. Positions of text are equal on all axes."""
+    arch = config["model_type"]
+    name = Keys.Rope.DIMENSION_SECTIONS.format(arch=arch)
+    if fields.has(name):
+        config["rope_parameters"] |= {
+            "mrope_section": [int(number) for number in fields.numbers(name)[:3]],
+            "mrope_interleaved": arch != "qwen2vl",
+        }
+
+
+def qwen3_vl_moe(fields: Fields, config: Config) -> None:
+    axes(fields, config)
+    qwen3_moe(fields, config)
+
+
 def windows(fields: Fields, config: Config) -> None:
     """Windows with the layers that have them: a list of flags, or every layer but each n-th."""
     arch = config["model_type"]
@@ -583,7 +599,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("Phi3ForCausalLM", configure=phi3),
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen2moe": Architecture("Qwen2MoeForCausalLM", has_experts=True, configure=qwen2_moe),
-    "qwen2vl": Architecture("Qwen2ForCausalLM"),  # text has one position on all three axes, so angles are Qwen2's
+    "qwen2vl": Architecture("Qwen2ForCausalLM", configure=axes),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen35": Architecture("Qwen3_5ForCausalLM", renames=LINEAR, norm_offset=1.0, configure=qwen35, **STATES),
     "qwen35moe": Architecture(
@@ -593,7 +609,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3next": Architecture(
         "Qwen3NextForCausalLM", renames=LINEAR, norm_offset=1.0, has_experts=True, configure=qwen3_next, **STATES
     ),
-    "qwen3vl": Architecture("Qwen3ForCausalLM"),
+    "qwen3vl": Architecture("Qwen3ForCausalLM", configure=axes),
+    "qwen3vlmoe": Architecture("Qwen3MoeForCausalLM", has_experts=True, configure=qwen3_vl_moe),
     "seed_oss": Architecture("SeedOssForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", PERMUTED),
     "stablelm": Architecture("StableLmForCausalLM", configure=biases),

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from executor.captured_layers import capture_layers
 from executor.device.base import Device
 from executor.forward import step_blocks
-from executor.input_batch import InputBatch, Spans
+from executor.input_batch import Deepstack, InputBatch, Spans
 from executor.layers.attention import form_groups
 from executor.loader import LoadedModel
 from executor.messages import I32, I64, MultiModalFeature, MultiModalSupport, SchedulerOutput, i32, to_array
@@ -39,7 +40,14 @@ class ImageInputs:
     """Encodes images and keeps the results, as the scheduler's ``EncoderCacheManager`` plans."""
 
     def __init__(
-        self, tower: VisionTower, hidden_size: int, dtype: torch.dtype, device: Device, max_tokens: int
+        self,
+        tower: VisionTower,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: Device,
+        max_tokens: int,
+        *,
+        captures: bool = True,
     ) -> None:
         """Starts without images.
 
@@ -49,14 +57,17 @@ class ImageInputs:
             dtype: Their dtype.
             device: Where the tower runs.
             max_tokens: Most tokens of a step.
+            captures: Whether layers run as programs; the bits are the same.
         """
         self.tower = tower
         self.dtype = dtype
         self._hidden_size = hidden_size
         self._device = device
         (self._group,) = form_groups(tower.attention_layers(), None)
+        if captures:
+            capture_layers(tower)
         self._outputs: dict[str, Tensor] = {}
-        """By identifier: [embeddings, hidden_size]."""
+        """By identifier: [embeddings, levels * hidden_size]."""
         self._requests: dict[int, tuple[Placed, ...]] = {}
         """Images of running requests, by slot."""
         self.support = MultiModalSupport(
@@ -74,7 +85,7 @@ class ImageInputs:
         tower, group = self.tower, self._group
         shapes = group.backend.kv_shape(self._num_blocks(tower.max_rows), group.block_size, group.shape, group.kv_dtype)
         kv = sum(torch.Size(shape).numel() for shape in shapes) * group.kv_dtype.itemsize
-        kept = self.support.cache_tokens * self._hidden_size * self.dtype.itemsize
+        kept = self.support.cache_tokens * tower.num_levels * self._hidden_size * self.dtype.itemsize
         return kv + kept + tower.max_rows * tower.row_bytes
 
     def _num_blocks(self, num_rows: int) -> int:
@@ -107,14 +118,17 @@ class ImageInputs:
         return Placed(feature, places, feature.axes)
 
     def encode(self, feature: MultiModalFeature) -> Tensor:
-        """The embeddings of an image: [num_embeds, hidden_size]."""
+        """The embeddings of an image: [num_embeds, levels * hidden_size]."""
         data = dict(feature.data)
         patches, levels = to_array(data["patches"]), to_array(data["levels"])
-        channels = np.repeat(np.arange(len(levels)), patches.shape[1] // len(levels))
-        pixels = torch.from_numpy(levels[channels, patches]).to(self._device.torch_device, self.dtype)
+        by_channel = patches.reshape(len(patches), len(levels), -1)
+        values = np.empty(by_channel.shape, np.float32)
+        for channel, level in enumerate(levels):
+            values[:, channel] = level[by_channel[:, channel]]
+        pixels = torch.from_numpy(values.reshape(patches.shape)).to(self._device.torch_device, self.dtype)
         grid = to_array(data["grid"]).tolist()
         result = self.tower.encode(pixels, grid, self._batch)
-        if result.shape != (feature.num_embeds, self._hidden_size):
+        if result.shape != (feature.num_embeds, self.tower.num_levels * self._hidden_size):
             raise ValueError(f"an image has {feature.num_embeds} placeholders and {list(result.shape)} embeddings")
         return result
 
@@ -138,9 +152,9 @@ class ImageInputs:
         """Makes the memory for K and V large enough. All layers share it, since they are computed one by one."""
         if self._num_reserved >= num_blocks:
             return
-        self._num_reserved = num_blocks
+        self._num_reserved = max(num_blocks, self._num_blocks(self.tower.max_rows))
         group = self._group
-        shapes = group.backend.kv_shape(num_blocks, group.block_size, group.shape, group.kv_dtype)
+        shapes = group.backend.kv_shape(self._num_reserved, group.block_size, group.shape, group.kv_dtype)
         shared = tuple(self._device.allocate_kv(shape, group.kv_dtype) for shape in shapes)
         for layer in self.tower.attention_layers():
             layer.kv_cache = shared
@@ -169,13 +183,16 @@ class ImageInputs:
             return hidden.index_copy(0, places, outputs), *others
         if self.tower.whole_images:
             batch.spans = self._spans(batch, rows, ends)
-        return run(batch, embed(batch).index_copy(0, places, outputs))
+        embeddings, *levels = outputs.split(self._hidden_size, dim=1)
+        if levels:
+            batch.deepstack = Deepstack(places, levels)
+        return run(batch, embed(batch).index_copy(0, places, embeddings))
 
     def _images_of(self, slots: I32, counts: I32) -> tuple[list[I64], list[Tensor], list[tuple[int, int]]]:
         """The images of which a step computes tokens.
 
         Returns:
-            For each image the rows of its tokens in the step, int64 [tokens]; their embeddings [tokens, hidden_size];
+            For each image the rows of its tokens in the step, int64 [tokens]; what ``encode`` gave for them;
             its request's row and the position behind its last token.
         """
         rows: list[I64] = []
@@ -243,11 +260,13 @@ def axes_of(images: Sequence[Placed], num_prompt: int, merge_size: int) -> I32:
     return table
 
 
-def create_image_inputs(loaded: LoadedModel, device: Device, max_tokens: int) -> ImageInputs | None:
-    """The images of a model's requests; None: it takes none."""
+def create_image_inputs(
+    loaded: LoadedModel, device: Device, max_tokens: int, *, captures: bool = True
+) -> ImageInputs | None:
+    """The images of a model's requests; None: it takes none. See ``ImageInputs``."""
     if loaded.tower is None:
         return None
     size = loaded.hf_config.hidden_size
     if loaded.tower.is_pooled:
         size = loaded.model.hidden_size or size
-    return ImageInputs(loaded.tower, size, loaded.dtype, device, max_tokens)
+    return ImageInputs(loaded.tower, size, loaded.dtype, device, max_tokens, captures=captures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,20 @@ class Spans:
     """int64 [tokens]: where they are in the step."""
     attention: list[AttentionMetadata]
     """One per group of attention layers, with a row for each span."""
+
+
+@dataclass(frozen=True)
+class Deepstack:
+    """What is added to tokens of images after the first layers (Meng et al., arXiv:2406.04334)."""
+
+    rows: torch.Tensor
+    """int64 [tokens]: where they are in the step, each once."""
+    levels: Sequence[torch.Tensor]
+    """For each of the first layers, [tokens, hidden_size]."""
+
+    def add(self, hidden: torch.Tensor, index: int) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] after a layer -> the same."""
+        return hidden.index_add(0, self.rows, self.levels[index]) if index < len(self.levels) else hidden
 
 
 @dataclass
@@ -49,6 +63,8 @@ class InputBatch:
     """int32 [num_tokens], of models that have them."""
     spans: Spans | None = None
     """Of a step with images, if the model has them."""
+    deepstack: Deepstack | None = None
+    """Likewise."""
 
     def step_inputs(self) -> dict[str, Any]:
         """The arguments of ``Program.replay``."""
@@ -64,6 +80,16 @@ class InputBatch:
         for group, metadata in enumerate(self.attention):
             inputs[f"attention.{group}"] = metadata
         return inputs
+
+    @classmethod
+    def of_values(cls, positions: Any, attention: Sequence[Any]) -> InputBatch:
+        """The batch of a part of a model under capture, which begins with hidden states and ends with them.
+
+        Args:
+            positions: Symbolic positions.
+            attention: Step inputs, one per group of attention layers.
+        """
+        return cls(positions, positions, list(attention), positions)
 
     @classmethod
     def symbolic(

@@ -21,6 +21,7 @@ TEXT_MODELS = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
 """``model_type`` of ``text_config`` (in older Qwen-VL files, of config.json itself) -> the architecture."""
@@ -40,8 +41,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 32,
         "vocab_size": 32000,
     },
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
-"""Sizes that ``text_config`` leaves out if they are those of transformers' classes, as LLaVA's and Pixtral's do."""
+"""Fields that ``text_config`` leaves out if they are those of transformers' classes, as LLaVA's and Pixtral's do."""
 
 RENAMES = (
     (r"^language_model\.(model|lm_head)\.", r"\1."),

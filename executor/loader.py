@@ -221,12 +221,15 @@ def load_tower(
         quantization=choose_quantization(None, None),
         kv_dtype=None,
         head="lm",
+        max_adapters=0,
     )
     tower_class: type[VisionTower] = resolve({"tower": name}, "tower", "architecture")
     tower = build_model(tower_class, own, attention_backend)
     assert isinstance(tower, VisionTower)
     if tower.image_token_id >= whole.vocab_size:
         own.config.bad("image_token_id", f"a token of the vocabulary of {whole.vocab_size}")
+    if tower.merge_size and not whole.rope.has("mrope_section"):
+        whole.rope.bad("mrope_section", "the angles of each axis of a position")
     vision = config.vision
     checkpoint = _open_folder(config, Path(config.model)) if vision is None else VisionCheckpoint(vision)
     if checkpoint is None or config.load_format == "dummy":

@@ -49,6 +49,22 @@ STACKS = (
 """Experts as transformers 5 holds them in memory: [experts, out_features, in_features]."""
 
 
+def stacks_of_either(hidden_size: int) -> tuple[Stack, ...]:
+    """The same, whether files hold them so or as [experts, in_features, out_features]; the hidden size tells."""
+
+    def inputs_last(cut: Cut) -> Cut:
+        return lambda tensor: cut(tensor if tensor.shape[-1] == hidden_size else tensor.t())
+
+    gates = {"gate_proj.weight": inputs_last(first_half), "up_proj.weight": inputs_last(second_half)}
+    return (
+        Stack(r"^(.*\.experts\.)gate_up_proj$", gates),
+        Stack(
+            r"^(.*\.experts\.)down_proj$",
+            {"down_proj.weight": lambda tensor: tensor if tensor.shape[0] == hidden_size else tensor.t()},
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class WeightsMapper:
     """Turns the tensors of Hugging Face's checkpoints into the model's. Names are regular expressions (``re``)."""

@@ -138,7 +138,8 @@ class Worker:
             communicator=communicator,
             kv_memory=self._kv_memory,
         )
-        self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens)
+        captures = not self.runner.enforce_eager
+        self.runner.images = create_image_inputs(loaded, device, self.runner.max_tokens, captures=captures)
         self.results_fd = self.runner.channel.fileno()
         communicator.wait()  # all have loaded their weights
         memory = device.memory()  # before the step, whose memory an allocator may keep

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Measures the time to the first token of requests with an image, at servers that run already.
 
+    scripts/bench_images.py --write /tmp/smolvlm      text.gguf and mmproj.gguf: SmolVLM-256M's shape, random tower
+    octavo serve /tmp/smolvlm/text.gguf --mmproj /tmp/smolvlm/mmproj.gguf --port 8000
+    llama-server -m /tmp/smolvlm/text.gguf --mmproj /tmp/smolvlm/mmproj.gguf --port 8080 --image-max-tokens 4096
     scripts/bench_images.py octavo=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080 --rounds 6
 
 The servers take turns, and every image is new to them.
@@ -13,12 +16,81 @@ import base64
 import io
 import json
 import statistics
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
+import numpy.typing as npt
+from bench_models import write_demo
+from gguf import GGMLQuantizationType, GGUFWriter, VisionProjectorType
+from gguf.quants import quantize
 from PIL import Image
+
+TOKENS = {3: "<image>", 4: "<fake_token_around_image>", 5: "<global-img>"}
+"""What tokens that no text has become."""
+WIDTH, INNER, LAYERS, SIDE, PATCH, SCALE, TEXT_WIDTH = 768, 3072, 12, 512, 16, 4, 576
+"""The shape of SmolVLM-256M's tower."""
+
+
+def tower_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of the tower."""
+    yield "v.patch_embd.weight", (WIDTH, 3, PATCH, PATCH)
+    yield "v.patch_embd.bias", (WIDTH,)
+    yield "v.position_embd.weight", ((SIDE // PATCH) ** 2, WIDTH)
+    for layer in range(LAYERS):
+        for name, rows, columns in (
+            ("attn_q", WIDTH, WIDTH),
+            ("attn_k", WIDTH, WIDTH),
+            ("attn_v", WIDTH, WIDTH),
+            ("attn_out", WIDTH, WIDTH),
+            ("ffn_up", INNER, WIDTH),
+            ("ffn_down", WIDTH, INNER),
+        ):
+            yield f"v.blk.{layer}.{name}.weight", (rows, columns)
+            yield f"v.blk.{layer}.{name}.bias", (rows,)
+        for name in ("ln1", "ln2"):
+            yield f"v.blk.{layer}.{name}.weight", (WIDTH,)
+            yield f"v.blk.{layer}.{name}.bias", (WIDTH,)
+    yield "v.post_ln.weight", (WIDTH,)
+    yield "v.post_ln.bias", (WIDTH,)
+    yield "mm.model.fc.weight", (TEXT_WIDTH, WIDTH * SCALE**2)
+
+
+def write_tower(path: Path, kind: GGMLQuantizationType) -> None:
+    """Writes a tower with random matrices of some type as an mmproj file."""
+    writer = GGUFWriter(path, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_clip_projector_type(VisionProjectorType.IDEFICS3)
+    writer.add_vision_embedding_length(WIDTH)
+    writer.add_vision_feed_forward_length(INNER)
+    writer.add_vision_block_count(LAYERS)
+    writer.add_vision_head_count(WIDTH // 64)
+    writer.add_vision_image_size(SIDE)
+    writer.add_vision_preproc_image_size(4 * SIDE)
+    writer.add_vision_patch_size(PATCH)
+    writer.add_vision_projection_dim(TEXT_WIDTH)
+    writer.add_vision_projector_scale_factor(SCALE)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_use_gelu(True)
+    writer.add_vision_image_mean([0.5, 0.5, 0.5])
+    writer.add_vision_image_std([0.5, 0.5, 0.5])
+    random = np.random.default_rng(0)
+    for name, shape in tower_shapes():
+        values: npt.NDArray[np.float32] = random.standard_normal(shape, np.float32) * np.float32(0.02)
+        if "ln" in name:
+            values = np.full(shape, float(name.endswith("weight")), np.float32)
+        is_plain = len(shape) != 2 or "position" in name
+        writer.add_tensor(name, values if is_plain else quantize(values, kind), raw_dtype=None if is_plain else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def image_url(seed: int, width: int, height: int) -> str:
@@ -47,10 +119,17 @@ def request(url: str, model: str, image: str) -> tuple[float, int]:
 def main() -> None:
     """Sends the requests and prints a line per server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
+    parser.add_argument("servers", nargs="*", metavar="NAME=URL")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a model instead")
+    parser.add_argument("--type", default="BF16", choices=["BF16", "F16", "Q8_0"], help="of the tower (default: BF16)")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("WIDTH", "HEIGHT"))
     arguments = parser.parse_args()
+    if arguments.write is not None:
+        arguments.write.mkdir(parents=True, exist_ok=True)
+        write_demo(arguments.write / "text.gguf", TOKENS)
+        write_tower(arguments.write / "mmproj.gguf", GGMLQuantizationType[arguments.type])
+        return
     servers = dict(each.split("=", 1) for each in arguments.servers)
     models = {}
     for name, url in servers.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,16 @@ def make_model(name: str, out: Path) -> BenchModel:
         _write_safetensors(model.folder / "model.safetensors", config, weights)
     (model.folder / "config.json").write_text(json.dumps(config, indent=1))
     return model
+
+
+def write_demo(path: Path, renamed: Mapping[int, str]) -> None:
+    """Writes the demo model in bfloat16, as a GGUF file in which some tokens have other texts."""
+    demo = read_gguf(demo_path())
+    tokens = list(demo.metadata["tokenizer.ggml.tokens"])
+    for token, text in renamed.items():
+        tokens[token] = text
+    demo.metadata["tokenizer.ggml.tokens"] = tokens
+    _write_gguf(path, config_of(DEMO), GGMLQuantizationType.BF16, demo, _demo_weights(demo))
 
 
 def demo_path() -> Path:

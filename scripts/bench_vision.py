@@ -105,13 +105,13 @@ def main() -> None:
         images.encode(feature)
         times.append(time.perf_counter() - begin)
         processor_times.append(time.process_time() - processor_begin)
-    seconds = statistics.median(times)
+    done, seconds = operations(loaded.tower, side**2), statistics.median(times)
     processor_seconds = statistics.median(processor_times) / machine.threads
-    done = operations(loaded.tower, side**2)
+    shares = [f"{done / each / peak:.0%}" for each in (seconds, min(times), processor_seconds)]
     print(
         f"{arguments.tower} {arguments.dtype}, {machine.threads} threads of {machine.capability}: "
-        f"{seconds * 1e3:.0f} ms for {side**2} patches, {done / seconds / 1e9:.0f} GFLOP/s, "
-        f"{done / seconds / peak:.0%} of the peak, {done / processor_seconds / peak:.0%} by processor time"
+        f"{seconds * 1e3:.0f} ms for {side**2} patches; of the peak of {arguments.dtype} products "
+        f"({peak / 1e9:.0f} GFLOP/s) {shares[0]}, at best {shares[1]}, by processor time {shares[2]}"
     )
 
 

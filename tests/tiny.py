@@ -261,6 +261,9 @@ def gguf_file(
     kv_heads = count_kv_heads(config) or heads
     tensors = with_merged_experts(load_file(folder / "model.safetensors"))
     writer.add_name(folder.name)
+    sections = (config.get("rope_parameters") or {}).get("mrope_section")
+    if sections:
+        writer.add_rope_dimension_sections([*sections, 0])
     writer.add_context_length(common.max_position_embeddings)
     writer.add_embedding_length(common.hidden_size)
     writer.add_block_count(common.num_hidden_layers)

@@ -136,6 +136,18 @@ GEMMA3 = VisionFamily(
     {"size": {"height": 28, "width": 28}},
     _llava,
 )
+INTERLEAVED: Fields = {**MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+QWEN3: Fields = {
+    "vision_config": {
+        **QWEN,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [2, 0],
+    },
+    "tie_word_embeddings": False,
+}
 QWEN_PROCESSOR: Fields = {"patch_size": 4, "min_pixels": 256, "max_pixels": 2048}
 VISION: Mapping[str, VisionFamily] = {
     "llava": VisionFamily("Llava", {"text_config": LLAVA_TEXT, "vision_config": CLIP}, LLAVA_PROCESSOR, _llava),
@@ -223,6 +235,27 @@ VISION: Mapping[str, VisionFamily] = {
             "tie_word_embeddings": False,
         },
         QWEN_PROCESSOR,
+        _qwen,
+    ),
+    "qwen3_vl": VisionFamily(
+        "Qwen3VL",
+        {"text_config": text("qwen3", rope_parameters=INTERLEAVED), **QWEN3},
+        {**QWEN_PROCESSOR, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        _qwen,
+    ),
+    "qwen3_vl_moe": VisionFamily(
+        "Qwen3VLMoe",
+        {
+            "text_config": {
+                **text("qwen3", rope_parameters=INTERLEAVED),
+                "num_experts": 8,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 40,
+                "mlp_only_layers": [1],
+            },
+            **QWEN3,
+        },
+        {**QWEN_PROCESSOR, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
         _qwen,
     ),
 }

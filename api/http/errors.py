@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from typing import NamedTuple
 
 import msgspec
@@ -72,7 +73,7 @@ def to_request_error(error: BaseException) -> RequestError:
     if isinstance(error, EngineDeadError):
         return RequestError(ENGINE_DEAD, status=503, kind=KINDS[503])
     if isinstance(error, HTTPException):
-        kind = KINDS.get(error.status_code, error.detail)
+        kind = KINDS.get(error.status_code, HTTPStatus(error.status_code).phrase)
         return RequestError(error.detail, status=error.status_code, kind=kind, headers=error.headers)
     return RequestError(INTERNAL, status=500, kind=KINDS[500])
 
@@ -118,8 +119,19 @@ def error_response(error: BaseException, scope: Scope) -> Response:
     return Response(shape.render(request_error), request_error.status, headers, "application/json")
 
 
+REFUSED_PATHS = {
+    "/v1/audio/": "models that hear or speak are not served",
+    "/v1/images/": "models that make images are not served; those that see take images in messages",
+}
+"""Beginnings of paths that clients know from elsewhere, and why they lead nowhere."""
+
+
 async def handle_exception(request: Request, error: Exception) -> Response:
     """``error_response`` with Starlette's signature."""
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    reason = next((reason for start, reason in REFUSED_PATHS.items() if path.startswith(start)), None)
+    if isinstance(error, HTTPException) and error.status_code == 404 and reason is not None:
+        error = HTTPException(404, f"{path[:100]} is not supported: {reason}")
     return error_response(error, request.scope)
 
 

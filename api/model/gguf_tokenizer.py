@@ -315,10 +315,10 @@ class _Vocabulary:
         return (token for token, kind in zip(self.tokens, self.types, strict=False) if kind == token_type)
 
     def add_to(self, backend: tokenizers.Tokenizer) -> None:
-        """Adds control tokens as special tokens, and user-defined tokens so that they are matched whole in text."""
-        backend.add_special_tokens(
-            [AddedToken(token, normalized=False, special=True) for token in self.of_type(TOKEN_CONTROL)]
-        )
+        """Adds control tokens and the unknown one as special tokens, and user-defined tokens so that they are matched
+        whole in text."""
+        special = [*self.of_type(TOKEN_CONTROL), *self.of_type(TOKEN_UNKNOWN)]
+        backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
         backend.add_tokens([AddedToken(token, normalized=False) for token in self.of_type(TOKEN_USER_DEFINED)])
 
 

@@ -17,6 +17,8 @@ MAX_SIDE = 1 << 13
 """Largest number of pixels that files may ask for in one direction."""
 MAX_QWEN_TOKENS = 4096
 """Embeddings of an image of Qwen2-VL: larger images become smaller, whatever the files allow."""
+QWEN3_SIZE = {"shortest_edge": 1 << 16, "longest_edge": 1 << 24}
+"""Pixels of Qwen3-VL's images, if its files do not say so."""
 LOW_SIDE = 512
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -369,6 +371,14 @@ def _qwen2_vl(values: _Section, config: _Section, vision: _Section) -> ImageSpec
     )
 
 
+def _qwen3_vl(values: _Section, config: _Section, vision: _Section) -> ImageSpec:
+    own = {"patch_size": 16, "image_mean": list(HALF), "image_std": list(HALF), "size": QWEN3_SIZE}
+    given = {name: value for name, value in values.values.items() if value is not None}
+    return _qwen2_vl(
+        _Section({**own, **given}, values.path), config, _Section({"patch_size": 16, **vision.values}, vision.path)
+    )
+
+
 def _idefics3(values: _Section, config: _Section, vision: _Section) -> ImageSpec:
     tile = values.size("max_image_size", {"longest_edge": 364}).get("longest_edge", 0)
     size = values.size("size", {"longest_edge": 4 * 364})
@@ -401,6 +411,8 @@ FAMILIES: Mapping[str, Callable[[_Section, _Section, _Section], ImageSpec | None
     "LlavaNextForConditionalGeneration": _llava_next,
     "Qwen2VLForConditionalGeneration": _qwen2_vl,
     "Qwen2_5_VLForConditionalGeneration": _qwen2_vl,
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
+    "Qwen3VLMoeForConditionalGeneration": _qwen3_vl,
     "SiglipModel": _siglip,
     "SmolVLMForConditionalGeneration": _idefics3,
 }

@@ -198,14 +198,23 @@ ROPE_TYPES: dict[str, Callable[[RopeInput], tuple[Tensor, float]]] = {
 """Each returns the angles per position, float32 [rotary_dim / 2], and a factor for cosines and sines."""
 
 
-def _sections(rope: Fields, num_angles: int) -> list[int]:
-    """How many angles each axis of a position turns, where positions have several."""
+def _axes(rope: Fields, num_angles: int) -> Tensor:
+    """The axis of a position that turns each angle, where positions have several: int64 [num_angles].
+
+    A section of the angles for each axis, or, interleaved (Qwen3-VL), one angle after the other as long as an axis has
+    any left; what remains is the first one's.
+    """
     if not rope.has("mrope_section"):
-        return [num_angles]
+        return torch.zeros(num_angles, dtype=torch.int64)
     sections = [int(number) for number in rope.numbers("mrope_section")]
     if len(sections) != 3 or sum(sections) != num_angles or min(sections) < 0:
         rope.bad("mrope_section", f"three numbers that add up to {num_angles}")
-    return sections
+    if not rope.boolean("mrope_interleaved", False):
+        return torch.arange(3).repeat_interleave(torch.tensor(sections))
+    axes = torch.zeros(num_angles, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 class RotaryEmbedding(nn.Module):
@@ -257,7 +266,7 @@ class RotaryEmbedding(nn.Module):
         )
         if not is_rotated:
             self._frequencies, self._factor = torch.zeros_like(self._frequencies), 1.0
-        self._sections = _sections(rope, len(self._frequencies))
+        self._axes = _axes(rope, len(self._frequencies))
         if not (self._frequencies.isfinite().all() and math.isfinite(self._factor)):
             raise ModelError(f"{rope.source}: the rotary parameters give angles that are not finite")
         table = torch.empty(0, rotary_dim, dtype=torch.float32, device=context.device)
@@ -293,14 +302,10 @@ class RotaryEmbedding(nn.Module):
         )
 
     def _by_axis(self, positions: Tensor) -> Tensor:
-        """Cosines and sines [num_tokens, rotary_dim] for positions int32 [axes, num_tokens]: each axis turns a section
-        of the angles (M-RoPE; Wang et al., arXiv:2409.12191)."""
-        cos, sin = self.cos_sin[positions.long()].chunk(2, dim=-1)  # [axes, num_tokens, rotary_dim / 2]
-        parts = [
-            torch.cat([part[axis] for axis, part in enumerate(half.split(self._sections, dim=-1))], dim=-1)
-            for half in (cos, sin)
-        ]
-        return torch.cat(parts, dim=-1)
+        """Cosines and sines [num_tokens, rotary_dim] for positions int32 [axes, num_tokens]: each axis turns some of
+        the angles (M-RoPE; Wang et al., arXiv:2409.12191)."""
+        whole = self.cos_sin[positions.long()]  # [axes, num_tokens, rotary_dim]
+        return whole.gather(0, self._axes.repeat(2).expand(1, *whole.shape[1:]))[0]
 
     def rotate(self, positions: Tensor, q: Tensor) -> Tensor:
         """q [num_tokens, num_heads * head_dim], rotated."""

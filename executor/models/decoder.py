@@ -198,8 +198,10 @@ class Decoder(nn.Module):
     def forward(self, batch: InputBatch, hidden: Tensor | None) -> Tensor:
         if hidden is None:
             hidden = self.embed(batch)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden = layer(hidden, batch)
+            if batch.deepstack is not None:
+                hidden = batch.deepstack.add(hidden, index)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden, batch)

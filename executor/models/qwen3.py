@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from executor.layers.context import ModelContext
 from executor.layers.norm import RMSNorm
 from executor.layers.rotary import RotaryEmbedding
 from executor.layers.self_attention import SelfAttention
 from executor.models.decoder import CausalDecoder, DecoderParts, MakeBlock
 from executor.models.qwen2 import QWEN_DEFAULTS, QWEN_MOE_DEFAULTS, QWEN_MOE_MAPPER, qwen_mlp, sliding_windows
+from executor.weights_mapper import stacks_of_either
 
 
 def qwen3_attention(context: ModelContext, windows: list[int | None]) -> MakeBlock:
@@ -60,3 +63,5 @@ class Qwen3MoeForCausalLM(CausalDecoder):
         windows = [config.size("sliding_window") if has_window else None] * config.num_layers
         mlp = qwen_mlp(context, config.size("num_experts"), has_shared=False)
         super().__init__(context, DecoderParts(qwen3_attention(context, windows), mlp))
+        if config.get("model_type") == "qwen3_vl_moe_text":
+            self.mapper = replace(self.mapper, stacks=stacks_of_either(config.hidden_size))

@@ -97,6 +97,8 @@ TOWERS = {
     "LlavaNextForConditionalGeneration": "executor.models.vision.llava:LlavaNextTower",
     "Qwen2VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen2VLTower",
     "Qwen2_5_VLForConditionalGeneration": "executor.models.vision.qwen2_vl:Qwen25VLTower",
+    "Qwen3VLForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen3VLTower",
+    "Qwen3VLMoeForConditionalGeneration": "executor.models.vision.qwen3_vl:Qwen3VLTower",
     "SiglipModel": "executor.models.vision.siglip:SiglipTower",
     "SmolVLMForConditionalGeneration": "executor.models.vision.idefics3:Idefics3Tower",
 }

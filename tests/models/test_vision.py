@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine_core.cache_shape import CacheShape, GroupShape
 from engine_core.config import CacheConfig, SchedulerConfig
@@ -18,6 +20,7 @@ from engine_core.request import Request
 from engine_core.scheduler import Scheduler
 from engine_core.validation import request_problem
 from executor import model_runner
+from executor.captured_layers import CapturedLayers
 from executor.config import ModelConfig, StepSize
 from executor.device.cpu import CpuDevice
 from executor.forward import run_model
@@ -26,8 +29,10 @@ from executor.layers.attention import form_groups
 from executor.loader import load_model
 from executor.messages import InitKVCache
 from executor.model_runner import ModelRunner
+from executor.models.vision.layer_stack import LayerStack
 from executor.parallel import ParallelState
 from ops.cpu.ranks import SharedRank
+from tests import tiny
 from tests.models.harness import CPU, random_tokens
 from tests.ops.cpu import NEEDS_KERNELS
 from tests.shared_ranks import on_shared_ranks, state_of
@@ -44,8 +49,8 @@ def runner(name: str, step: int) -> ModelRunner:
     return new_runner(name, step)
 
 
-def new_runner(name: str, step: int, rank: SharedRank | None = None) -> ModelRunner:
-    config = ModelConfig(model=str(checkpoint(name)), dtype="float32")
+def new_runner(name: str, step: int, rank: SharedRank | None = None, config: ModelConfig | None = None) -> ModelRunner:
+    config = config or ModelConfig(model=str(checkpoint(name)), dtype="float32")
     device = CpuDevice()
     place = ParallelState() if rank is None else state_of(rank)
     loaded = load_model(config, place, CPU, None, lambda *_: None, communicator=rank)
@@ -77,9 +82,10 @@ class Engine:
         num_tokens: int = 2048,
         caching: bool = False,
         rank: SharedRank | None = None,
+        made: ModelRunner | None = None,
     ) -> None:
         self.name = name
-        self.runner = runner(name, step) if rank is None else new_runner(name, step, rank)
+        self.runner = made or (runner(name, step) if rank is None else new_runner(name, step, rank))
         assert self.runner.images is not None
         self.encoded: list[str] = []
         self.images = self.runner.images
@@ -198,6 +204,33 @@ def test_neighbours_and_chunks_change_no_bit(name: str, step: int) -> None:
         assert (again[index + 10].tokens, again[index + 10].logprobs) == (each.tokens, each.logprobs)
     assert len(engine.encoded) == 2
     assert again[14].num_cached >= BLOCK_SIZE
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_programs_of_layers_change_no_bit(name: str) -> None:
+    """Images of two sizes, the larger one last, and the smaller one again."""
+    images = Engine(name).images
+    stacks = [module for module in images.tower.modules() if isinstance(module, LayerStack)]
+    features = with_images(name, *requests(name)[2])[1]
+    found = []
+    for has_programs in (False, True):
+        for stack in stacks:
+            stack.replay = CapturedLayers(stack) if has_programs else None
+        with torch.inference_mode():
+            found.append([images.encode(feature) for feature in (*features, features[0])])
+    assert stacks and all(map(torch.equal, *found))
+
+
+def test_experts_as_files_of_the_hub_hold_them(tmp_path: Path) -> None:
+    folder = tiny.copy_of(checkpoint("qwen3_vl_moe"), tmp_path / "hub")
+    tensors = load_file(folder / "model.safetensors")
+    stacks = {name: each.transpose(1, 2).contiguous() for name, each in tensors.items() if "experts" in name}
+    assert stacks
+    save_file({**tensors, **stacks}, folder / "model.safetensors")
+    made = new_runner("qwen3_vl_moe", 256, config=ModelConfig(model=str(folder), dtype="float32"))
+    engine = Engine("qwen3_vl_moe", made=made)
+    engine.add(3, *requests("qwen3_vl_moe")[3])
+    assert engine.run()[3] == alone("qwen3_vl_moe")[3]
 
 
 @NEEDS_KERNELS

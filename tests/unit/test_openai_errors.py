@@ -324,6 +324,12 @@ async def test_unknown_routes(api: Api, path: str) -> None:
         assert error_of(response, 404)["type"] == "Not Found"
 
 
+async def test_routes_of_other_models_say_why(api: Api) -> None:
+    error = error_of(await api.post("/v1/audio/transcriptions", {"model": "whisper"}), 404)
+    assert error["type"] == "Not Found"
+    assert error["message"] == ("/v1/audio/transcriptions is not supported: models that hear or speak are not served")
+
+
 async def test_wrong_methods(api: Api) -> None:
     response = await api.get(COMPLETIONS)
     assert error_of(response, 405)["type"] == "Method Not Allowed"

@@ -10,14 +10,18 @@ from torch import Tensor
 from executor.input_batch import InputBatch, ModelOutput
 from executor.layers.context import ModelContext
 from executor.layers.linear import ReplicatedLinear
-from executor.layers.mlp import MLP
-from executor.layers.norm import LayerNorm
-from executor.layers.positions import LearnedPositions
-from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
-from executor.models.decoder import CausalDecoder, DecoderParts
+from executor.models.decoder import CausalDecoder
 from executor.models.vision.llava import CLIP_DEFAULTS
-from executor.models.vision.tower import LAYER_NAMES, LAYER_NORMS, MakeBatch, PatchEncoder, VisionTower, part_context
+from executor.models.vision.tower import (
+    LAYER_NAMES,
+    TEXT_NAMES,
+    MakeBatch,
+    PatchEncoder,
+    VisionTower,
+    part_context,
+    text_parts,
+)
 
 
 class CLIPModel(CausalDecoder):
@@ -38,10 +42,7 @@ class CLIPModel(CausalDecoder):
     }
     mapper = WeightsMapper(
         renames=[
-            (r"^text_model\.embeddings\.token_embedding\.", "model.embed_tokens."),
-            (r"^text_model\.embeddings\.position_embedding\.", "model.embed_positions."),
-            (r"^text_model\.encoder\.layers\.", "model.layers."),
-            (r"^text_model\.final_layer_norm\.", "model.norm."),
+            *TEXT_NAMES,
             *LAYER_NAMES,
         ],
         ignored=[r"^model\.(vision_model|visual_projection|logit_scale)", r"\.position_ids$"],
@@ -49,19 +50,7 @@ class CLIPModel(CausalDecoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        eps = config.epsilon("layer_norm_eps")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, None, qkv_bias=True, out_bias=True, prefix=prefix)
-
-        parts = DecoderParts(
-            attention,
-            lambda index, prefix: MLP(context, bias=True, prefix=prefix),
-            lambda size: LayerNorm(context, size, eps),
-            norms=LAYER_NORMS,
-            positions=LearnedPositions(context),
-        )
-        super().__init__(context, parts)
+        super().__init__(context, text_parts(context, is_bidirectional=False))
         self.hidden_size = projection_size(context)
         self.model.text_projection = ReplicatedLinear(
             context, config.hidden_size, self.hidden_size, prefix="model.text_projection"
@@ -97,7 +86,7 @@ class CLIPTower(VisionTower):
 
     def encode(self, pixels: Tensor, grid: Sequence[Sequence[int]], make_batch: MakeBatch) -> Tensor:
         places = torch.arange(self.encoder.side**2)
-        (states,) = self.encoder(pixels, [places], make_batch, kept=[-1])
+        (states,) = self.encoder(pixels, [places], make_batch)
         vector: Tensor = self.projection(states[:1], make_batch([1]))
         return vector
 

@@ -55,7 +55,7 @@ class Gemma3Tower(VisionTower):
 
     def encode(self, pixels: Tensor, grid: Sequence[Sequence[int]], make_batch: MakeBatch) -> Tensor:
         places = torch.arange(self.encoder.side**2)
-        (states,) = self.encoder(pixels, [places], make_batch, kept=[-1])
+        (states,) = self.encoder(pixels, [places], make_batch)
         size = self.encoder.side // self.side
         squares = states.float().view(self.side, size, self.side, size, -1)
         pooled = squares.mean(dim=(1, 3)).flatten(0, 1).to(states.dtype)

@@ -72,7 +72,7 @@ class Idefics3Tower(VisionTower):
         for piece in pieces_of(sizes, self.max_rows):
             end = begin + sum(sizes[piece])
             places = [self._places(rows, columns) for rows, columns in grid[piece]]
-            (states,) = self.encoder(pixels[begin:end], places, make_batch, kept=[-1])
+            (states,) = self.encoder(pixels[begin:end], places, make_batch)
             tiles = states.split(sizes[piece])
             joined = torch.cat([self._joined(tile, *size) for tile, size in zip(tiles, grid[piece], strict=True)])
             results.append(self.connector.get_submodule("proj")(joined, make_batch([len(joined)])))

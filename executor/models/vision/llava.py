@@ -112,7 +112,7 @@ class LlavaTower(VisionTower):
             has_class_token=is_clip,
             patch_bias=not is_clip,
             has_pre_norm=is_clip,
-            num_layers=max(self.kept),
+            kept=self.kept,
             has_post_norm=False,
             prefix="encoder",
         )
@@ -139,7 +139,7 @@ class LlavaTower(VisionTower):
         for piece in pieces_of([encoder.rows_per_tile] * num_tiles, self.max_rows):
             count = piece.stop - piece.start
             own = pixels[piece.start * len(places) : piece.stop * len(places)]
-            kept = encoder(own, [places] * count, make_batch, kept=self.kept)
+            kept = encoder(own, [places] * count, make_batch)
             states = torch.cat(kept, dim=-1) if len(kept) > 1 else kept[0]
             if self.has_class and self.drops_class:
                 states = states.unflatten(0, (count, -1))[:, 1:].flatten(0, 1)

@@ -17,6 +17,7 @@ from executor.layers.norm import RMSNorm
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import DecoderLayer, Norms
+from executor.models.vision.layer_stack import LayerStack
 from executor.models.vision.llava import Projector, image_token
 from executor.models.vision.qwen2_vl import GridRotary
 from executor.models.vision.tower import MAX_IMAGE_SIZE, MakeBatch, VisionTower
@@ -81,7 +82,7 @@ class PixtralTower(VisionTower):
         if own.head_dim % 4:
             own.bad("num_attention_heads", "a number of heads whose size is a multiple of 4")
         frequencies = 1.0 / (theta ** (torch.arange(0, own.head_dim, 2, dtype=torch.float32) / own.head_dim))
-        self.rotary = GridRotary(own.head_dim, frequencies[0::2], frequencies[1::2])
+        self.rotary = GridRotary(side**2, own.head_dim, frequencies[0::2], frequencies[1::2])
         self.encoder = nn.Module()
         self.encoder.patch_conv = ReplicatedLinear(vision, columns, width, prefix="encoder.patch_conv")
         self.encoder.ln_pre = RMSNorm(vision, width, EPS)
@@ -91,6 +92,7 @@ class PixtralTower(VisionTower):
             attention = SelfAttention(vision, self.rotary, is_bidirectional=True, prefix=f"{prefix}.self_attn")
             mlp = GatedMLP(vision, prefix=f"{prefix}.mlp")
             self.encoder.layers.append(DecoderLayer(attention, mlp, NORMS, lambda: RMSNorm(vision, width, EPS)))
+        self._run_layers = LayerStack(self.encoder.layers)
         self.projector = self.make_projector(context, width)
         self.max_rows = side**2
         self.max_image_tokens = side**2 // self.merge**2
@@ -110,9 +112,8 @@ class PixtralTower(VisionTower):
         hidden: Tensor = encoder.get_submodule("ln_pre")(encoder.get_submodule("patch_conv")(pixels, batch))
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         self.rotary.place(rows.flatten(), columns.flatten())
-        for layer in encoder.get_submodule("layers").children():
-            hidden = layer(hidden, batch)
-        embeddings: Tensor = self.projector(self.merged(hidden, height, width, make_batch), make_batch)
+        (states,) = self._run_layers(hidden, batch)
+        embeddings: Tensor = self.projector(self.merged(states, height, width, make_batch), make_batch)
         return embeddings
 
     def merged(self, hidden: Tensor, rows: int, columns: int, make_batch: MakeBatch) -> Tensor:

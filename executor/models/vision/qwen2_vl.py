@@ -19,11 +19,14 @@ from executor.layers.norm import LayerNorm, RMSNorm
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
 from executor.models.decoder import DecoderLayer, Norms
+from executor.models.vision.layer_stack import LayerStack
 from executor.models.vision.llava import image_token
 from executor.models.vision.tower import MakeBatch, VisionTower
 
 MAX_TOKENS = 4096
 """Embeddings of an image; the processor makes larger images smaller."""
+MAX_POSITIONS = 1 << 16
+"""Learned positions of patches."""
 EPS = 1e-6
 NORMS = Norms(before_attention="norm1", before_mlp="norm2")
 ROPE_BASE = 10000.0
@@ -33,12 +36,13 @@ class GridRotary(nn.Module):
     """Rotates the heads of q and k by the row and the column of their patches: half of the angles by the row."""
 
     table: Tensor
-    """float32 [patches, head_dim]: cosines, then sines, of an image's patches."""
+    """float32 [rows, head_dim]: cosines, then sines, of an image's patches in the first rows."""
 
-    def __init__(self, head_dim: int, by_row: Tensor, by_column: Tensor) -> None:
+    def __init__(self, num_rows: int, head_dim: int, by_row: Tensor, by_column: Tensor) -> None:
         """Creates the rotation.
 
         Args:
+            num_rows: Most patches.
             head_dim: Size of a head.
             by_row: Angles per row, float32 [head_dim / 4].
             by_column: Angles per column, likewise.
@@ -46,12 +50,13 @@ class GridRotary(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self._frequencies = by_row, by_column
+        self.table = torch.empty(num_rows, head_dim)
 
     def place(self, rows: Tensor, columns: Tensor) -> None:
         """Sets the places of the patches to rotate next, int64 [patches]."""
         places = zip((rows, columns), self._frequencies, strict=True)
         angles = torch.cat([place.float()[:, None] * frequencies for place, frequencies in places], dim=-1)
-        self.table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        self.table[: len(angles)] = torch.cat((angles.cos(), angles.sin()), dim=-1)
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """``positions`` int32 [patches]: rows of the table; q and k [patches, heads * head_dim], rotated."""
@@ -64,15 +69,38 @@ class GridRotary(nn.Module):
 class Merger(nn.Module):
     """Normalises patches, puts those of a square side by side, and projects them."""
 
-    def __init__(self, context: ModelContext, norm: nn.Module, width: int, out_features: int) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        norm: nn.Module,
+        width: int,
+        out_features: int,
+        *,
+        norms_squares: bool = False,
+        prefix: str = "merger",
+    ) -> None:
+        """Creates the merger.
+
+        Args:
+            context: The model's construction context.
+            norm: Of patches.
+            width: Numbers of the patches of a square.
+            out_features: Numbers of an embedding.
+            norms_squares: Whether the norm is of squares instead.
+            prefix: The merger's name in the model.
+        """
         super().__init__()
-        self.width = width
+        self.width, self.norms_squares = width, norms_squares
         self.ln_q = norm
-        self.fc1 = ReplicatedLinear(context, width, width, bias=True, prefix="merger.fc1")
-        self.fc2 = ReplicatedLinear(context, width, out_features, bias=True, prefix="merger.fc2")
+        self.fc1 = ReplicatedLinear(context, width, width, bias=True, prefix=f"{prefix}.fc1")
+        self.fc2 = ReplicatedLinear(context, width, out_features, bias=True, prefix=f"{prefix}.fc2")
 
     def forward(self, hidden: Tensor, make_batch: MakeBatch) -> Tensor:
-        squares = self.ln_q(hidden).view(-1, self.width)
+        """``hidden`` [patches, numbers of a patch] -> [squares, out_features]."""
+        if self.norms_squares:
+            squares = self.ln_q(hidden.view(-1, self.width))
+        else:
+            squares = self.ln_q(hidden).view(-1, self.width)
         batch = make_batch([len(squares)])
         out: Tensor = self.fc2(ops.activation(self.fc1(squares, batch), "gelu"), batch)
         return out
@@ -109,28 +137,34 @@ class Qwen2VLTower(VisionTower):
         "temporal_patch_size": 2,
     }
     norm: ClassVar[type[LayerNorm | RMSNorm]] = LayerNorm
+    has_patch_bias: ClassVar[bool] = False
 
     def __init__(self, context: ModelContext) -> None:
         super().__init__()
-        self.image_token_id = image_token(context.config, default=151655)
+        self.whole = context.config
+        self.image_token_id = image_token(self.whole, default=151655)
         section = context.config.section("vision_config")
         fields = {
             **self.vision_defaults,
             **{name: value for name, value in section.values.items() if value is not None},
         }
         own = HFConfig(self.common_fields(fields), section.source)
-        vision = replace(context, config=own)
+        self.vision = vision = replace(context, config=own)
         width, self.merge_size = own.hidden_size, own.size("spatial_merge_size", most=16)
         self.patch_size = own.size("patch_size")
         self.num_frames = own.size("temporal_patch_size", most=16)
         columns = own.size("in_channels", 3) * self.num_frames * self.patch_size**2
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = ReplicatedLinear(vision, columns, width, prefix="patch_embed.proj")
+        self.patch_embed.proj = ReplicatedLinear(
+            vision, columns, width, bias=self.has_patch_bias, prefix="patch_embed.proj"
+        )
         if own.head_dim % 4:
             own.bad("num_attention_heads", "a number of heads whose size is a multiple of 4")
         half = own.head_dim // 2
         frequencies = 1.0 / (ROPE_BASE ** (torch.arange(0, half, 2, dtype=torch.float32) / half))
-        self.rotary = GridRotary(own.head_dim, frequencies, frequencies)
+        self.max_image_tokens = MAX_TOKENS
+        self.max_rows = MAX_TOKENS * self.merge_size**2
+        self.rotary = GridRotary(self.max_rows, own.head_dim, frequencies, frequencies)
         self.layers = nn.ModuleList()
         for index in range(own.num_layers):
             prefix = f"layers.{index}"
@@ -144,11 +178,10 @@ class Qwen2VLTower(VisionTower):
                 prefix=f"{prefix}.self_attn",
             )
             mlp = self.make_mlp(vision, f"{prefix}.mlp")
-            self.layers.append(DecoderLayer(attention, mlp, NORMS, lambda: self.norm(vision, width, EPS)))
+            self.layers.append(DecoderLayer(attention, mlp, NORMS, lambda: self.make_norm(width)))
+        self.run_layers = self.captured()
         out_features = own.size("out_hidden_size")
-        self.merger = Merger(vision, self.norm(vision, width, EPS), width * self.merge_size**2, out_features)
-        self.max_image_tokens = MAX_TOKENS
-        self.max_rows = MAX_TOKENS * self.merge_size**2
+        self.merger = Merger(vision, self.make_norm(width), width * self.merge_size**2, out_features)
         self.row_bytes = context.dtype.itemsize * (10 * width + 3 * own.intermediate_size + columns) + 4 * columns
 
     def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +199,14 @@ class Qwen2VLTower(VisionTower):
             "num_hidden_layers": fields["depth"],
             "out_hidden_size": fields["hidden_size"],
         }
+
+    def captured(self) -> LayerStack:
+        """What computes the layers."""
+        return LayerStack(self.layers)
+
+    def make_norm(self, size: int) -> nn.Module:
+        """A norm of ``size`` numbers."""
+        return self.norm(self.vision, size, EPS)
 
     def make_mlp(self, context: ModelContext, prefix: str) -> nn.Module:
         """The MLP of a layer."""
@@ -196,9 +237,8 @@ class Qwen2VLTower(VisionTower):
         """
         batch = make_batch([len(hidden)])
         self.rotary.place(rows.flatten(), columns.flatten())
-        for layer in self.layers:
-            hidden = layer(hidden, batch)
-        embeddings: Tensor = self.merger(hidden, make_batch)
+        (states,) = self.run_layers(hidden, batch)
+        embeddings: Tensor = self.merger(states, make_batch)
         return embeddings
 
 
@@ -224,11 +264,15 @@ class Qwen25VLTower(Qwen2VLTower):
     def __init__(self, context: ModelContext) -> None:
         super().__init__(context)
         section = context.config.section("vision_config")
-        self.whole_layers = {int(index) for index in self._fields(section.values)["fullatt_block_indexes"]}
         size = self._fields(section.values)["window_size"]
         self.window = size // self.merge_size // self.patch_size if type(size) is int else 0
         if not self.window:
             section.bad("window_size", "at least the pixels of an embedding")
+
+    def captured(self) -> LayerStack:
+        whole = {int(index) for index in self.vision.config.get("fullatt_block_indexes")}
+        kinds = [int(index in whole) for index in range(len(self.layers))]
+        return LayerStack(self.layers, kinds=kinds)
 
     def common_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {**fields, "num_attention_heads": fields["num_heads"], "num_hidden_layers": fields["depth"]}
@@ -245,13 +289,7 @@ class Qwen25VLTower(Qwen2VLTower):
         lengths = (torch.bincount(windows) * squares).tolist()
         hidden = hidden.unflatten(0, (-1, squares))[order].flatten(0, 1)
         self.rotary.place(rows[order].flatten(), columns[order].flatten())
-        within, all_rows = self._batches(make_batch, lengths)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, all_rows if index in self.whole_layers else within)
-        embeddings: Tensor = self.merger(hidden, make_batch)
+        whole = make_batch([sum(lengths)])  # its positions are rows of the table, one for each patch
+        (states,) = self.run_layers(hidden, replace(make_batch(lengths), positions=whole.positions), whole)
+        embeddings: Tensor = self.merger(states, make_batch)
         return embeddings[torch.argsort(order)]
-
-    def _batches(self, make_batch: MakeBatch, lengths: list[int]) -> Any:
-        """The batch of the windows, and that of the image, both with a row of the table for each patch."""
-        whole = make_batch([sum(lengths)])
-        return replace(make_batch(lengths), positions=whole.positions), whole

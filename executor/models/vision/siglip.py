@@ -12,20 +12,18 @@ from executor.layers.context import ModelContext
 from executor.layers.linear import ReplicatedLinear
 from executor.layers.mlp import MLP
 from executor.layers.norm import LayerNorm
-from executor.layers.positions import LearnedPositions
-from executor.layers.self_attention import SelfAttention
 from executor.models.base import WeightsMapper
-from executor.models.decoder import DecoderParts
 from executor.models.encoder import Encoder
 from executor.models.vision.llava import SIGLIP_DEFAULTS
 from executor.models.vision.tower import (
     LAYER_NAMES,
-    LAYER_NORMS,
+    TEXT_NAMES,
     MakeBatch,
     PatchEncoder,
     VisionTower,
     parameter,
     part_context,
+    text_parts,
 )
 
 
@@ -46,10 +44,7 @@ class SiglipModel(Encoder):
     }
     mapper = WeightsMapper(
         renames=[
-            (r"^text_model\.embeddings\.token_embedding\.", "model.embed_tokens."),
-            (r"^text_model\.embeddings\.position_embedding\.", "model.embed_positions."),
-            (r"^text_model\.encoder\.layers\.", "model.layers."),
-            (r"^text_model\.final_layer_norm\.", "model.norm."),
+            *TEXT_NAMES,
             (r"^text_model\.head\.", "model.projection."),
             *LAYER_NAMES,
         ],
@@ -58,19 +53,7 @@ class SiglipModel(Encoder):
 
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        eps = config.epsilon("layer_norm_eps")
-
-        def attention(index: int, prefix: str) -> SelfAttention:
-            return SelfAttention(context, None, qkv_bias=True, out_bias=True, is_bidirectional=True, prefix=prefix)
-
-        parts = DecoderParts(
-            attention,
-            lambda index, prefix: MLP(context, bias=True, prefix=prefix),
-            lambda size: LayerNorm(context, size, eps),
-            norms=LAYER_NORMS,
-            positions=LearnedPositions(context),
-        )
-        super().__init__(context, parts, None)
+        super().__init__(context, text_parts(context, is_bidirectional=True), None)
         self.hidden_size = config.size("projection_size", config.hidden_size)
         self.model.projection = ReplicatedLinear(
             context, config.hidden_size, self.hidden_size, bias=True, prefix="model.projection"
@@ -132,6 +115,6 @@ class SiglipTower(VisionTower):
 
     def encode(self, pixels: Tensor, grid: Sequence[Sequence[int]], make_batch: MakeBatch) -> Tensor:
         places = torch.arange(self.encoder.side**2)
-        (states,) = self.encoder(pixels, [places], make_batch, kept=[-1])
+        (states,) = self.encoder(pixels, [places], make_batch)
         vector: Tensor = self.pool(states, make_batch)
         return vector

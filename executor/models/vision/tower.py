@@ -1,8 +1,8 @@
 """The seam of vision towers.
 
 A tower is the part of a multimodal checkpoint that is no language model: an encoder of patches and a projector. Its
-layers are those of language models, with attention in both directions. It runs eagerly and one image at a time, so the
-bits of an image depend on nothing else in the step.
+layers are those of language models, with attention in both directions. It runs one image at a time, so the bits of an
+image depend on nothing else in the step.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from executor.layers.linear import ReplicatedLinear
 from executor.layers.mlp import MLP
 from executor.layers.norm import LayerNorm
 from executor.layers.parameter import Part, WeightParameter, single
+from executor.layers.positions import LearnedPositions
 from executor.layers.self_attention import SelfAttention
 from executor.models.base import Model
-from executor.models.decoder import DecoderLayer, Norms
+from executor.models.decoder import DecoderLayer, DecoderParts, Norms
+from executor.models.vision.layer_stack import LayerStack
 
 MakeBatch = Callable[[Sequence[int]], InputBatch]
 """Makes the batch of sequences with these numbers of rows, one after another, each of which attends within itself."""
@@ -42,6 +44,33 @@ LAYER_NAMES = [
 """Names of CLIP's and SigLIP's layers."""
 
 
+TEXT_NAMES = [
+    (r"^text_model\.embeddings\.token_embedding\.", "model.embed_tokens."),
+    (r"^text_model\.embeddings\.position_embedding\.", "model.embed_positions."),
+    (r"^text_model\.encoder\.layers\.", "model.layers."),
+    (r"^text_model\.final_layer_norm\.", "model.norm."),
+]
+"""Names of their text encoders."""
+
+
+def text_parts(context: ModelContext, *, is_bidirectional: bool) -> DecoderParts:
+    """CLIP's or SigLIP's text encoder: a transformer of the tower's kind, on tokens with learned positions."""
+    eps = context.config.epsilon("layer_norm_eps")
+
+    def attention(index: int, prefix: str) -> SelfAttention:
+        return SelfAttention(
+            context, None, qkv_bias=True, out_bias=True, is_bidirectional=is_bidirectional, prefix=prefix
+        )
+
+    return DecoderParts(
+        attention,
+        lambda index, prefix: MLP(context, bias=True, prefix=prefix),
+        lambda size: LayerNorm(context, size, eps),
+        norms=LAYER_NORMS,
+        positions=LearnedPositions(context),
+    )
+
+
 class VisionTower(Model):
     """An encoder of images with its projector. The configuration is that of the whole checkpoint."""
 
@@ -52,6 +81,9 @@ class VisionTower(Model):
     merge_size: int = 0
     """Positions of an image's tokens have three axes (M-RoPE), and this many patches in each direction become a token.
     0: positions have one axis."""
+    num_levels: int = 1
+    """What the language model gets for each token of an image: the input of its first layer, and what is added after
+    each of its next ones (DeepStack)."""
     image_token_id: int
     max_image_tokens: int
     """Most embeddings of an image."""
@@ -70,7 +102,7 @@ class VisionTower(Model):
             make_batch: Makes batches of up to ``max_rows`` rows.
 
         Returns:
-            [embeddings, hidden_size of the language model].
+            [embeddings, num_levels * hidden_size of the language model].
         """
 
     def forward(self, batch: InputBatch, hidden: Tensor | None = None) -> ModelOutput:
@@ -106,7 +138,7 @@ class PatchEncoder(nn.Module):
         has_class_token: bool,
         patch_bias: bool,
         has_pre_norm: bool = False,
-        num_layers: int | None = None,
+        kept: Sequence[int] = (-1,),
         has_post_norm: bool = True,
         prefix: str,
     ) -> None:
@@ -117,7 +149,8 @@ class PatchEncoder(nn.Module):
             has_class_token: Whether a learned token precedes the patches of each tile.
             patch_bias: Whether the embedding of patches has a bias.
             has_pre_norm: Whether a norm follows the embedding.
-            num_layers: Layers to compute; None: all.
+            kept: Layers after which hidden states are returned; those after the last of them are left out. -1: the end,
+                after the last norm.
             has_post_norm: Whether a norm follows the layers.
             prefix: The encoder's name in the model.
         """
@@ -139,7 +172,7 @@ class PatchEncoder(nn.Module):
         self.position_embedding.weight = parameter(context, self.side**2 + has_class_token, width)
         self.pre_layrnorm = LayerNorm(context, width, eps) if has_pre_norm else None
         self.post_layernorm = LayerNorm(context, width, eps) if has_post_norm else None
-        self.num_layers = config.num_layers if num_layers is None else num_layers
+        self.num_layers = max(config.num_layers if each < 0 else each for each in kept)
         self.layers = nn.ModuleList()
         for index in range(self.num_layers):
             name = f"{prefix}.layers.{index}"
@@ -148,6 +181,7 @@ class PatchEncoder(nn.Module):
             )
             mlp = MLP(context, bias=True, prefix=f"{name}.mlp")
             self.layers.append(DecoderLayer(attention, mlp, LAYER_NORMS, lambda: LayerNorm(context, width, eps)))
+        self._run_layers = LayerStack(self.layers, kept=kept)
         self.width = width
         self.row_bytes = context.dtype.itemsize * (8 * width + 2 * config.intermediate_size + columns) + 4 * columns
 
@@ -156,9 +190,7 @@ class PatchEncoder(nn.Module):
         """Rows of a tile with as many patches as there are positions."""
         return self.side**2 + (self.class_embedding is not None)
 
-    def forward(
-        self, pixels: Tensor, positions: Sequence[Tensor], make_batch: MakeBatch, *, kept: Sequence[int] = ()
-    ) -> list[Tensor]:
+    def forward(self, pixels: Tensor, positions: Sequence[Tensor], make_batch: MakeBatch) -> list[Tensor]:
         """Encodes tiles.
 
         Args:
@@ -166,7 +198,6 @@ class PatchEncoder(nn.Module):
             positions: For each tile, int64 [patches]: the place of each patch in the table of positions, without the
                 class token.
             make_batch: Makes the batch.
-            kept: Layers after which hidden states are returned; -1: the end, after the last norm.
 
         Returns:
             Hidden states [rows, width] of each of ``kept``.
@@ -183,16 +214,8 @@ class PatchEncoder(nn.Module):
         batch = make_batch([len(each) + (self.class_embedding is not None) for each in positions])
         if self.pre_layrnorm is not None:
             hidden = self.pre_layrnorm(hidden)
-        found = {}
-        for index, layer in enumerate(self.layers):
-            if index in kept:
-                found[index] = hidden
-            hidden = layer(hidden, batch)
-        if len(self.layers) in kept:
-            found[len(self.layers)] = hidden
-        if -1 in kept:
-            found[-1] = hidden if self.post_layernorm is None else self.post_layernorm(hidden)
-        return [found[index] for index in kept]
+        states = self._run_layers(hidden, batch)
+        return states if self.post_layernorm is None else [self.post_layernorm(each) for each in states]
 
 
 def pieces_of(sizes: Sequence[int], most: int) -> list[slice]:
