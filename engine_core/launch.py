@@ -12,6 +12,7 @@ from executor.files import open_regular, read_document, read_json, why
 from executor.helper import Helper, HelperError, HelperLimits, JobError
 from executor.liveness import STOPPED_TIMEOUT, ProcessWatch
 from executor.log import get_logger, printable, setup_logging
+from executor.parallel import numa_nodes
 from executor.process import (
     ChildProcess,
     child_command,
@@ -105,6 +106,7 @@ __all__ = [
     "engine_identity",
     "get_logger",
     "launch_engine_core",
+    "numa_nodes",
     "discard_engine_core",
     "prepare_engine_core",
     "read_flight_record",

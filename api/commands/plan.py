@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from api.config import ServerConfig
 from api.errors import EngineDeadError
-from engine_core.launch import child_command, child_environment
+from engine_core.launch import child_command, child_environment, numa_nodes
 from engine_core.messages import EngineDead, ModelSurvey, ServingPlan
 
 DESCRIPTION = "Say what a model would take on this machine and how fast it would be, without loading it."
 EXIT_DOES_NOT_FIT = 3
 CONTEXT = 512
 """Tokens before each request's next one in predictions (``executor/plan.py``)."""
-NODES = Path("/sys/devices/system/node")
 
 
 @dataclass(frozen=True)
@@ -99,20 +97,17 @@ def run(config: ServerConfig, name: str, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(figures(answer, name, num_replicas), indent=1))
     else:
-        print("\n".join(report(answer, name, num_replicas, count_nodes())))
+        print("\n".join(report(answer, name, num_replicas, count_nodes(numa_nodes()))))
         speculative = config.engine.executor.speculative
         if speculative is not None and speculative.draft is not None:
             print("note: the draft model is not counted")
     return EXIT_DOES_NOT_FIT if answer.problem else 0
 
 
-def count_nodes(root: Path = NODES) -> int:
-    """Number of NUMA nodes with cores that this process may use; at least 1."""
-    usable, count = os.sched_getaffinity(0), 0
-    for folder in root.glob("node[0-9]*"):
-        cores = {int(path.name[3:]) for path in folder.glob("cpu[0-9]*")}
-        count += bool(cores & usable)
-    return max(1, count)
+def count_nodes(nodes: Mapping[int, Collection[int]]) -> int:
+    """How many of these NUMA nodes, given with their cores, have some that this process may use; at least 1."""
+    usable = os.sched_getaffinity(0)
+    return max(1, sum(not usable.isdisjoint(cores) for cores in nodes.values()))
 
 
 def figures(plan: ServingPlan, name: str, num_replicas: int = 1) -> dict[str, Any]:
